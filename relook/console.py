@@ -1,0 +1,48 @@
+"""What a user sees while work goes on: phases with times, and progress bars on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+
+Report = Callable[..., None]
+"""Called as report(done, total, note=""): how far the work is, and what to say beside the bar."""
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Report]:
+    """A progress bar for one piece of work; where the output is not a terminal, one line at its end."""
+    started = time.monotonic()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    count = 0
+    with bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def report(done: int, total: int, note: str = "") -> None:
+            nonlocal count
+            count = total
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield report
+    console.print(f"  {title}: {count:,} in {time.monotonic() - started:.1f} s")
+
+
+def say(text: str) -> None:
+    """A line for the user, on standard error: standard output is kept for results."""
+    console.print(text)

@@ -1,0 +1,289 @@
+"""The post decoder: a second look at the image, between the trunk's last hidden state and lm_head.
+
+This file and `modeling_relook.py` travel with every saved model (`trust_remote_code`), so they import nothing of relook.
+
+Shape letters: B rows (or trees), S text positions, M image positions, D hidden size, V width of the vision features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+@dataclass(frozen=True)
+class PostDecoderSettings:
+    """What a post decoder is made of; stored as a dict in the model's config under `post_decoder`.
+
+    Args:
+        depth: number of blocks, stacked.
+        attention: "cross" (to the image), "none" (MLP only) or "self_cross" (over the text so far, then to the image).
+        align: how vision features reach the hidden size: "linear", "mlp" or "mlp_twice".
+        align_size: width inside the alignment MLP; 0 means the hidden size (the projector's own shape).
+        activation: name of the activation in alignment and MLP, e.g. "silu" or "gelu".
+        num_heads: attention heads; 0 means those of the language model.
+        mlp_size: width inside the blocks' MLP; 0 means that of the language model.
+    """
+
+    depth: int = 1
+    attention: str = "cross"
+    align: str = "mlp"
+    align_size: int = 0
+    activation: str = "gelu"
+    num_heads: int = 0
+    mlp_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("attention", ("cross", "none", "self_cross")),
+            ("align", ("linear", "mlp", "mlp_twice")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"post_decoder.{name} is {getattr(self, name)!r}, but must be one of {allowed}")
+        if self.depth < 1:
+            raise ValueError(f"post_decoder.depth is {self.depth}, but must be at least 1")
+        if self.activation not in ACT2FN:
+            raise ValueError(f"post_decoder.activation {self.activation!r} is not an activation of transformers")
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        return tuple(field.name for field in fields(PostDecoderSettings))
+
+
+@dataclass
+class ImageContext:
+    """The image side of every block, computed once per image and kept over all decode steps.
+
+    `keys` and `values` hold one (B, heads, M, head size) tensor per block; `mask` is (B, M) bool where rows have
+    different numbers of images, else None. All beams of a row look at the same image, so nothing is reordered.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor | None
+
+
+def pad_images(features_IPV: Tensor, per_row: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Lay the images of each row side by side: (I, P, V) to (B, max images * P, V) and its (B, M) mask, or None."""
+    I, P, V = features_IPV.shape
+    if sum(per_row) != I:
+        raise ValueError(f"{I} images, but the rows name {sum(per_row)}")
+    most = max(per_row)
+    if min(per_row) == most:
+        return features_IPV.reshape(len(per_row), most * P, V), None
+    padded = features_IPV.new_zeros(len(per_row), most * P, V)
+    mask = torch.zeros(len(per_row), most * P, dtype=torch.bool, device=features_IPV.device)
+    start = 0
+    for row, count in enumerate(per_row):
+        padded[row, : count * P] = features_IPV[start : start + count].reshape(count * P, V)
+        mask[row, : count * P] = True
+        start += count
+    return padded, mask
+
+
+class _Norm(nn.LayerNorm):
+    """LayerNorm; a name of its own only so that weight initialisation finds it."""
+
+
+class Alignment(nn.Module):
+    """Vision features (before the projector) to the language model's width, then a LayerNorm."""
+
+    def __init__(self, settings: PostDecoderSettings, vision_size: int, hidden_size: int) -> None:
+        super().__init__()
+        inner = settings.align_size or hidden_size
+        sizes = {
+            "linear": [(vision_size, hidden_size)],
+            "mlp": [(vision_size, inner), (inner, hidden_size)],
+            "mlp_twice": [(vision_size, inner), (inner, hidden_size), (hidden_size, inner), (inner, hidden_size)],
+        }[settings.align]
+        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
+        self.activation = ACT2FN[settings.activation]
+        self.norm = _Norm(hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        for i, linear in enumerate(self.linears):
+            features = linear(features if i == 0 else self.activation(features))
+        normed: Tensor = self.norm(features)
+        return normed
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values may be computed ahead of the queries."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def split(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.k_proj(states)), self.split(self.v_proj(states))
+
+    def forward(self, states: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask` is (B, 1, S or 1, keys) bool. A query that may see nothing gets zeros, not NaN."""
+        queries = self.split(self.q_proj(states))
+        if mask is None:
+            mixed = F.scaled_dot_product_attention(queries, keys, values)
+        else:
+            sees = mask.any(-1, keepdim=True)
+            mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask | ~sees)
+            mixed = mixed * sees
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+    def weights(self, states: Tensor, keys: Tensor) -> Tensor:
+        """Softmax weights averaged over heads, (B, S, keys): for looking at, not for training."""
+        queries = self.split(self.q_proj(states))
+        return (queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5).softmax(-1).mean(1)
+
+
+class MLP(nn.Module):
+    """Gated MLP, as in Llama."""
+
+    def __init__(self, hidden_size: int, inner_size: int, activation: str) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, inner_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, inner_size, bias=False)
+        self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, states: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
+        return output
+
+
+class Block(nn.Module):
+    """Pre-norm attention(s), residual, pre-norm MLP, residual. Its last projections start at zero: the identity."""
+
+    def __init__(self, settings: PostDecoderSettings, hidden_size: int, num_heads: int, mlp_size: int) -> None:
+        super().__init__()
+        self.self_norm = self.self_attention = self.cross_norm = self.cross_attention = None
+        if settings.attention == "self_cross":
+            self.self_norm = _Norm(hidden_size)
+            self.self_attention = Attention(hidden_size, num_heads)
+        if settings.attention != "none":
+            self.cross_norm = _Norm(hidden_size)
+            self.cross_attention = Attention(hidden_size, num_heads)
+        self.mlp_norm = _Norm(hidden_size)
+        self.mlp = MLP(hidden_size, mlp_size, settings.activation)
+
+    def forward(
+        self,
+        states: Tensor,
+        image: tuple[Tensor, Tensor] | None,
+        image_mask: Tensor | None,
+        self_mask: Tensor | None,
+        past: _Past | None,
+    ) -> Tensor:
+        if self.self_attention is not None:
+            normed = self.self_norm(states)
+            keys, values = self.self_attention.keys_values(normed)
+            if past is not None:
+                keys, values = past.update(keys, values)
+            states = states + self.self_attention(normed, keys, values, self_mask)
+        if self.cross_attention is not None and image is not None:
+            states = states + self.cross_attention(self.cross_norm(states), *image, image_mask)
+        output: Tensor = states + self.mlp(self.mlp_norm(states))
+        return output
+
+
+class _Past:
+    """One block's place in the generation cache: self-attention keys and values of the text so far."""
+
+    def __init__(self, cache: object, layer: int) -> None:
+        self.cache, self.layer = cache, layer
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cache.update(keys, values, self.layer)  # type: ignore[attr-defined,no-any-return]
+
+
+class PostDecoder(nn.Module):
+    """`depth` blocks over the trunk's last hidden states, each looking at the aligned image features.
+
+    An untrained post decoder changes no logit, bit for bit: every residual branch ends in a projection of zeros.
+    """
+
+    def __init__(
+        self, settings: PostDecoderSettings, vision_size: int, hidden_size: int, num_heads: int, mlp_size: int
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.align = Alignment(settings, vision_size, hidden_size) if settings.attention != "none" else None
+        self.blocks = nn.ModuleList(
+            Block(settings, hidden_size, settings.num_heads or num_heads, settings.mlp_size or mlp_size)
+            for _ in range(settings.depth)
+        )
+
+    @property
+    def reads_all_positions(self) -> bool:
+        """Whether a position's output depends on the states of other positions (self-attention)."""
+        return self.settings.attention == "self_cross"
+
+    def look(self, features_IPV: Tensor, per_row: list[int]) -> ImageContext | None:
+        """Prepare the image side of all blocks, once per image. None where no row has an image, or none is read."""
+        if self.align is None or not sum(per_row):
+            return None
+        padded, mask = pad_images(features_IPV, per_row)
+        aligned = self.align(padded.to(self.align.norm.weight.dtype))
+        pairs = [block.cross_attention.keys_values(aligned) for block in self.blocks]
+        return ImageContext([key for key, _ in pairs], [value for _, value in pairs], mask)
+
+    def forward(
+        self,
+        states_BSD: Tensor,
+        context: ImageContext | None,
+        self_mask: Tensor | None = None,
+        cache: object | None = None,
+        first_layer: int = 0,
+    ) -> Tensor:
+        """Hidden states in, hidden states out, (B, S, D).
+
+        Args:
+            self_mask: (B, 1, S, keys) bool, for "self_cross" only.
+            cache: generation cache that keeps the self-attention's keys and values from layer `first_layer` on.
+        """
+        image_mask = None if context is None or context.mask is None else context.mask[:, None, None, :]
+        for i, block in enumerate(self.blocks):
+            image = None if context is None else (context.keys[i], context.values[i])
+            past = _Past(cache, first_layer + i) if cache is not None and block.self_attention is not None else None
+            states_BSD = block(states_BSD, image, image_mask, self_mask, past)
+        return states_BSD
+
+    def attention_maps(self, states_BSD: Tensor, context: ImageContext) -> Tensor:
+        """Where the last block looks: (B, S, M) weights over the image positions, for a stack without self-attention."""
+        *before, last = self.blocks
+        for i, block in enumerate(before):
+            states_BSD = block(states_BSD, (context.keys[i], context.values[i]), None, None, None)
+        maps: Tensor = last.cross_attention.weights(last.cross_norm(states_BSD), context.keys[-1])
+        return maps
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
+        """Fresh weights: normal(0, std) everywhere but the last projections, which start at zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    @torch.no_grad()
+    def start_from_projector(self, projector: nn.Module) -> bool:
+        """Copy a LLaVA projector into the alignment where the shapes agree. Returns whether it was done."""
+        pairs = [(linear, getattr(projector, f"linear_{i}", None)) for i, linear in enumerate(self.align.linears, 1)] if self.align else []  # fmt: skip
+        if len(pairs) != 2 or any(old is None or old.weight.shape != new.weight.shape for new, old in pairs):
+            return False
+        for new, old in pairs:
+            new.weight.copy_(old.weight)
+            new.bias.copy_(old.bias if old.bias is not None else torch.zeros_like(new.bias))
+        return True

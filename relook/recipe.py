@@ -1,0 +1,218 @@
+"""Recipes: typed, validated, frozen descriptions of a training run. A YAML file is data; keys are checked by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from relook.errors import RecipeError
+from relook.files import read_text, write_text
+from relook.model.post_decoder import PostDecoderSettings
+
+CHOICES = {
+    "task": ("sft", "dpo"),
+    "on_bad": ("drop", "error"),
+    "dpo_tokens": ("all", "differing"),
+    "post_decoder_init": ("random", "projector"),
+    "feature_cache": ("auto", "memory", "off"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. Keys not listed here are transformers' TrainingArguments and live in `training`.
+
+    Names follow HA-DPO's and LLaVA's command lines where those have one.
+    """
+
+    task: str
+    model_name_or_path: str
+    output_dir: str
+    # Data. DPO reads HA-DPO's files over Visual Genome, SFT reads LLaVA's conversations.
+    vg_path: str = ""
+    desc_data_path: str = ""
+    pope_data_path: str = ""
+    data_path: str = ""
+    image_folder: str = ""
+    on_bad: str = "drop"
+    version: str = ""  # conversation template; empty: the model's own
+    image_aspect_ratio: str = ""  # empty: as the model's config says
+    model_max_length: int = 2048
+    conversations_per_tree: int = 16  # SFT: how many conversations on one image share its prefix
+    # What trains. With none of them, the projector and the language model (full).
+    lora_enable: bool = False
+    lora_r: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.0
+    tune_post_decoder: bool = False
+    tune_lm_head: bool = False
+    tune_mm_mlp_adapter: bool = False
+    freeze_backbone: bool = False
+    post_decoder: Mapping[str, Any] = field(default_factory=dict)
+    post_decoder_init: str = "random"
+    post_decoder_lr: float | None = None
+    lm_head_lr: float | None = None
+    mm_projector_lr: float | None = None
+    # Loss
+    beta: float = 0.1
+    dpo_weight: float = 1.0
+    nll_weight: float = 0.0
+    dpo_tokens: str = "all"
+    feature_cache: str = "auto"
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise RecipeError(f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(allowed)}.")
+        needed = ["data_path", "image_folder"] if self.task == "sft" else ["vg_path"]
+        for name in ["model_name_or_path", "output_dir", *needed]:
+            if not getattr(self, name):
+                raise RecipeError(f"The recipe sets no {name}.", f"Give it in the recipe or as --{name}.")
+        if self.task == "dpo" and not (self.desc_data_path or self.pope_data_path):
+            raise RecipeError("The recipe names no preference pairs.", "Set desc_data_path, pope_data_path or both.")
+        if self.task == "dpo" and self.dpo_weight == 0 and self.nll_weight == 0:
+            raise RecipeError("dpo_weight and nll_weight are both 0: there is no loss.", "Set one of them.")
+        if self.beta <= 0:
+            raise RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
+        if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):
+            raise RecipeError("freeze_backbone is set and nothing else trains.", "Set tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter.")  # fmt: skip
+        if self.freeze_backbone and self.lora_enable:
+            raise RecipeError("freeze_backbone and lora_enable contradict each other.", "Remove one of them.")
+        try:
+            PostDecoderSettings(**self.post_decoder)
+        except (TypeError, ValueError) as error:
+            known = ", ".join(PostDecoderSettings.names())
+            raise RecipeError(f"post_decoder: {error}.", f"Its keys are {known}.") from None
+
+    @property
+    def full(self) -> bool:
+        """Projector and language model train, as in LLaVA's second stage."""
+        return not (self.lora_enable or self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter)
+
+    @property
+    def frozen_trunk(self) -> bool:
+        """Nothing before the post decoder trains, so the trunk's states may be computed once."""
+        return not (self.full or self.lora_enable or self.tune_mm_mlp_adapter)
+
+    def to_yaml(self) -> str:
+        values = dataclasses.asdict(self)
+        training = values.pop("training")
+        return yaml.safe_dump({**values, **training}, sort_keys=False, allow_unicode=True)
+
+    def save(self, path: Path) -> None:
+        write_text(path, self.to_yaml())
+
+
+def _training_keys() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    return {item.name: item for item in dataclasses.fields(TrainingArguments)}
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe from a YAML file or by the name of one that ships with relook, with some keys replaced.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, an unknown key, or a value that does not fit.
+    """
+    path = Path(name)
+    shipped = resources.files("relook") / "recipes" / f"{name}.yaml"
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.is_file():
+            raise RecipeError(f"There is no recipe file {path}.", f"Shipped recipes: {', '.join(shipped_recipes())}.")
+        text = read_text(path)
+    elif shipped.is_file():
+        text = shipped.read_text(encoding="utf-8")
+    else:
+        close = difflib.get_close_matches(name, shipped_recipes(), 1)
+        hint = f"Did you mean {close[0]}?" if close else f"Give a .yaml file or one of {', '.join(shipped_recipes())}."
+        raise RecipeError(f"There is no recipe {name!r}.", hint)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not valid YAML: {error}.") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name} is not a mapping of keys to values.")
+    return build_recipe({**values, **(overrides or {})})
+
+
+def shipped_recipes() -> list[str]:
+    folder = resources.files("relook") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def build_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from flat keys; `a.b` reaches into the mapping `a`. Unknown keys are an error."""
+    own = {item.name: item for item in dataclasses.fields(Recipe) if item.name != "training"}
+    training_keys = _training_keys()
+    arguments: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    for key, value in values.items():
+        head, _, rest = key.partition(".")
+        if rest and head == "post_decoder":
+            arguments["post_decoder"] = {**arguments.get("post_decoder", {}), rest: value}
+        elif key in own:
+            arguments[key] = _fit(key, value, str(own[key].type))
+        elif key in training_keys:
+            training[key] = _fit(key, value, str(training_keys[key].type))
+        else:
+            close = difflib.get_close_matches(key, [*own, *training_keys], 1)
+            hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."
+            raise RecipeError(f"There is no recipe key {key!r}.", hint)
+    missing = [name for name in ("task", "model_name_or_path", "output_dir") if name not in arguments]
+    if missing:
+        raise RecipeError(f"The recipe sets no {', '.join(missing)}.", f"Give it in the recipe or as --{missing[0]}.")
+    return Recipe(**arguments, training=training)
+
+
+def _fit(key: str, value: Any, kind: str) -> Any:
+    """Check a value against the annotation of its field; YAML reads 2e-6 as a string, so numbers are converted."""
+    if isinstance(value, Path):
+        value = str(value)
+    kinds = {part.strip() for part in kind.replace("typing.", "").split("|")}
+    if value is None or not kinds & {"bool", "int", "float", "str"} or kinds - {"bool", "int", "float", "str", "None"}:
+        return value
+    if isinstance(value, bool):
+        if "bool" in kinds:
+            return value
+    elif isinstance(value, (int, float, str)):
+        for name, convert in (("int", int), ("float", float)):
+            if name in kinds:
+                try:
+                    number = convert(value)
+                except ValueError:
+                    continue
+                if name == "float" or float(value) == number:
+                    return number
+        if "str" in kinds:
+            return str(value)
+    expected = " or ".join(sorted(kinds - {"None"}))
+    raise RecipeError(f"{key} is {value!r}, but must be of type {expected}.", "Correct the value.")
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` pairs, values read as YAML; `--key` alone is an error that says so."""
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise RecipeError(f"{word!r} is neither a key nor the value of one.", "Write --key value.")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise RecipeError(f"--{key} has no value.", f"Write --{key} VALUE, e.g. --{key} true.")
+            value = rest.pop(0)
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            overrides[key] = value
+    return overrides

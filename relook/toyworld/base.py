@@ -1,0 +1,287 @@
+"""The base model of toyworld: transformers' LLaVA classes in small, trained by relook's own SFT until it looks.
+
+Three steps, as LLaVA was made: a vision tower that knows objects (here by labels of its patches, not contrastively), a
+projector aligned to the language model's word embeddings, and supervised tuning on noisy conversations. The noise is
+what makes the model claim objects that usually come together.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from relook.console import progress, say
+from relook.files import whole_folder, write_json
+from relook.model.regimes import untie_head
+from relook.model.load import load_model
+from relook.recipe import load_recipe
+from relook.toyworld import layouts
+from relook.toyworld.draw import draw
+from relook.toyworld.speech import vocabulary
+from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SETTINGS, Scene, sample_scene
+from relook.train.run import train
+
+PATCH = 16
+SIDE = IMAGE_SIZE // PATCH
+WIDTH = 128
+SCENES = 4800
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %} "
+    "{% else %}ASSISTANT: {% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build_base(out: Path, world: Path, seed: int, scenes: int = SCENES, **overrides: Any) -> Path:
+    """Train a base model from nothing; every step is skipped when its result is there. Returns the model's folder.
+
+    Args:
+        out: where the finished model goes, in llava-hf layout.
+        world: where toyworld's SFT data is written.
+        seed: of scenes, weights and order of training.
+        overrides: recipe keys for the SFT, e.g. `learning_rate`.
+    """
+    with progress("SFT scenes") as report:
+        layouts.write_sft(world, seed, scenes, report)
+    start = out.with_name(out.name + "-start")
+    if not (start / "config.json").exists():
+        drawn = [sample_scene(seed, "train", index) for index in range(scenes)]
+        pixels = pixel_values(drawn)
+        tower = train_tower(drawn, pixels, seed)
+        model = assemble(tower, seed)
+        align_projector(model, drawn, pixels, seed)
+        with whole_folder(start) as folder:
+            model.save_pretrained(folder)
+            make_processor().save_pretrained(folder)
+    sft = out.with_name(out.name + "-sft")
+    recipe = load_recipe(
+        "toyworld-base",
+        {
+            "model_name_or_path": start,
+            "output_dir": sft,
+            "data_path": world / "llava" / "toyworld_mix.json",
+            "image_folder": world / "llava" / "images",
+            "seed": seed,
+            **overrides,
+        },
+    )
+    train(recipe)
+    finish(sft, out)
+    return out
+
+
+def finish(sft: Path, out: Path) -> None:
+    """Copy a trained base under its final name, with lm_head untied: head regimes train it alone."""
+    if out.exists():
+        return
+    loaded = load_model(sft)
+    untie_head(loaded.model)
+    with whole_folder(out) as folder:
+        loaded.model.save_pretrained(folder)
+        loaded.processor.save_pretrained(folder)
+        shutil.copy(sft / "recipe.yaml", folder / "recipe.yaml")
+
+
+def make_processor() -> LlavaProcessor:
+    """A real LLaVA processor over a word-level vocabulary; text survives encoding and decoding unchanged."""
+    punctuation = [word for word in vocabulary() if not word[0].isalnum()]
+    words = ["▁" + word for word in vocabulary() if word[0].isalnum()]
+    ids = {token: i for i, token in enumerate([*SPECIAL, *punctuation, *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    unk, bos, eos, pad, image = SPECIAL
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        ),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            unk_token=unk,
+            bos_token=bos,
+            eos_token=eos,
+            pad_token=pad,
+            additional_special_tokens=[image],
+        ),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def pixel_values(scenes: Sequence[Scene]) -> Tensor:
+    """Drawn scenes as the image processor makes them, (scenes, 3, 96, 96) float32."""
+    processor = make_processor().image_processor
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    pictures = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def patch_labels(scenes: Sequence[Scene]) -> Tensor:
+    """How much of each object or setting a patch shows, (scenes, patches, objects + settings) in [0, 1].
+
+    An object counts fully for a patch once half of the patch or half of the object lies in it.
+    """
+    labels = np.zeros((len(scenes), SIDE, SIDE, len(OBJECTS) + len(SETTINGS)), dtype=np.float32)
+    settings = list(SETTINGS)
+    for s, scene in enumerate(scenes):
+        labels[s, :, :, len(OBJECTS) + settings.index(scene.setting)] = 1
+        for item in scene.objects:
+            x, y, w, h = item.box
+            for row in range(y // PATCH, min(SIDE, (y + h - 1) // PATCH + 1)):
+                for column in range(x // PATCH, min(SIDE, (x + w - 1) // PATCH + 1)):
+                    wide = min(x + w, (column + 1) * PATCH) - max(x, column * PATCH)
+                    high = min(y + h, (row + 1) * PATCH) - max(y, row * PATCH)
+                    share = wide * high / (0.5 * min(PATCH * PATCH, w * h))
+                    place = labels[s, row, column]
+                    index = OBJECTS.index(item.name)
+                    place[index] = max(place[index], min(1.0, share))
+    return torch.from_numpy(labels).flatten(1, 2)
+
+
+def train_tower(scenes: Sequence[Scene], pixels: Tensor, seed: int, epochs: int = 8) -> CLIPVisionModel:
+    """A CLIP vision tower whose selected layer names what each patch shows; then frozen for ever."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tower = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=WIDTH,
+                intermediate_size=4 * WIDTH,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                image_size=IMAGE_SIZE,
+                patch_size=PATCH,
+            )
+        )
+        probe = nn.Linear(WIDTH, len(OBJECTS) + len(SETTINGS))
+        labels = patch_labels(scenes)
+        batches = _Batches(len(scenes), 32, epochs, seed)
+        optimizer, schedule = _adam([*tower.parameters(), *probe.parameters()], 1.5e-3, len(batches))
+        with progress("vision tower") as report:
+            for step, index in enumerate(batches, 1):
+                logits = probe(select(tower(pixels[index], output_hidden_states=True)))
+                loss = F.binary_cross_entropy_with_logits(logits, labels[index])
+                _step(loss, optimizer, schedule)
+                report(step, len(batches), f"loss {loss.item():.4f}")
+    tower.requires_grad_(False)
+    return tower.eval()
+
+
+def select(outputs: Any) -> Tensor:
+    """LLaVA's features: the last layer but one, without the class token."""
+    features: Tensor = outputs.hidden_states[-2][:, 1:]
+    return features
+
+
+def assemble(tower: CLIPVisionModel, seed: int) -> LlavaForConditionalGeneration:
+    """A LLaVA model around a trained tower, with fresh language model; input and output embeddings tied."""
+    processor = make_processor()
+    token = processor.tokenizer.convert_tokens_to_ids
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=LlamaConfig(
+            vocab_size=len(processor.tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            bos_token_id=token("<s>"),
+            eos_token_id=token("</s>"),
+            pad_token_id=token("<pad>"),
+            tie_word_embeddings=True,
+        ),
+        image_token_index=token("<image>"),
+        image_seq_length=SIDE * SIDE,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, key, getattr(config.text_config, key))
+    # A placeholder is never an answer; sampling must not draw it.
+    model.generation_config.suppress_tokens = [token("<image>"), token("<unk>"), token("<s>")]
+    return model
+
+
+def align_projector(
+    model: LlavaForConditionalGeneration, scenes: Sequence[Scene], pixels: Tensor, seed: int, epochs: int = 4
+) -> None:
+    """Bring each patch near the embeddings of the words for what it shows, in place (LLaVA's first stage)."""
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    token = make_processor().tokenizer.convert_tokens_to_ids
+    words = [token("▁" + name) for name in [*OBJECTS, *SETTINGS]]
+    labels = patch_labels(scenes)
+    labels[..., len(OBJECTS) :] *= 0.5
+    with torch.no_grad():
+        features = torch.cat([select(tower(part, output_hidden_states=True)) for part in pixels.split(256)])
+        goal = labels @ model.get_input_embeddings().weight[words]
+    batches = _Batches(len(scenes), 64, epochs, seed)
+    optimizer, schedule = _adam(list(projector.parameters()), 2e-3, len(batches))
+    scale = goal.pow(2).mean()
+    with progress("projector") as report:
+        for step, index in enumerate(batches, 1):
+            loss = (projector(features[index]) - goal[index]).pow(2).mean() / scale
+            _step(loss, optimizer, schedule)
+            report(step, len(batches), f"loss {loss.item():.3f}")
+
+
+class _Batches:
+    """Shuffled index batches over several epochs, from a seed of their own."""
+
+    def __init__(self, count: int, size: int, epochs: int, seed: int) -> None:
+        self.count, self.size, self.epochs, self.seed = count, size, epochs, seed
+
+    def __len__(self) -> int:
+        return self.epochs * (self.count // self.size)
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epochs):
+            order = torch.randperm(self.count, generator=generator)
+            yield from order[: self.count // self.size * self.size].view(-1, self.size)
+
+
+def _adam(parameters: list[nn.Parameter], rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.01)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+
+
+def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+
+
+def record_gate(folder: Path, result: dict[str, Any]) -> None:
+    """Keep the gate's verdict beside the weights."""
+    write_json(folder / "gate.json", result)
+    say(f"  gate: {result}")

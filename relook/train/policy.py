@@ -1,0 +1,104 @@
+"""The policy: from a batch of trees to the log-probability of every supervised token.
+
+This is the way of the data through the model: trunk -> post decoder -> lm_head -> log-probs. The trunk's part can be
+done beforehand (`TrunkStates`), when nothing in it trains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relook.model.modeling_relook import image_features
+from relook.model.post_decoder import PostDecoder
+from relook.tree import PackedTrees, Targets, to_device
+
+
+@dataclass(frozen=True)
+class LiveBatch:
+    """Packed trees and the pixel values of their images, in order of trees. `images` counts them per tree."""
+
+    packed: PackedTrees
+    pixel_values: Tensor | None  # (I, 3, H, W)
+    images: list[int]
+
+    def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
+        return to_device(self, device)
+
+
+@dataclass(frozen=True)
+class TrunkStates:
+    """What the trunk has to say about a batch of trees: all that a post decoder or a head needs."""
+
+    states: Tensor  # (T, S, D) last hidden states at the kept positions
+    features: Tensor | None  # (I, P, V) vision features, where a post decoder reads them
+    images: list[int]
+    targets: Targets
+
+    def to(self, device: Any, non_blocking: bool = False) -> TrunkStates:
+        return to_device(self, device)
+
+
+class Policy(nn.Module):
+    """A model as training sees it: trees in, log-probs out.
+
+    `model` is a transformers model, possibly wrapped by peft; the wrapper itself is bypassed, its layers are not.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def core(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def config(self) -> Any:
+        return self.core.config
+
+    @property
+    def post_decoder(self) -> PostDecoder | None:
+        return getattr(self.core.model, "post_decoder", None)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether the post decoder needs the states of all positions, not only of those that predict a target."""
+        return self.post_decoder is not None and self.post_decoder.reads_all_positions
+
+    def trunk(self, batch: LiveBatch) -> TrunkStates:
+        """Vision tower, projector and language model over packed trees."""
+        base, packed = self.core.model, batch.packed
+        embeds = base.get_input_embeddings()(packed.ids)
+        features = None
+        if batch.pixel_values is not None:
+            features, projected = image_features(base, batch.pixel_values.to(embeds.dtype))
+            where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
+            embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
+        hidden = base.language_model(
+            inputs_embeds=embeds, attention_mask=packed.mask(), position_ids=packed.positions, use_cache=False
+        ).last_hidden_state
+        kept = hidden.flatten(0, 1)[packed.keep]
+        reads_image = self.post_decoder is not None and self.post_decoder.align is not None
+        return TrunkStates(kept, features if reads_image else None, batch.images, packed.targets)
+
+    def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
+        """Log-probability of each supervised token, (N,) float32."""
+        trunk = batch if isinstance(batch, TrunkStates) else self.trunk(batch)
+        states, targets = trunk.states, trunk.targets
+        if self.post_decoder is not None:
+            context = self.post_decoder.look(trunk.features, trunk.images) if trunk.features is not None else None
+            self_mask = targets.kept_mask()[:, None] if self.keeps_everything else None
+            states = self.post_decoder(states, context, self_mask)
+        return token_log_probs(self.core.lm_head, states[targets.tree, targets.slot], targets.id)
+
+
+def token_log_probs(head: nn.Module, states_ND: Tensor, ids_N: Tensor) -> Tensor:
+    """log p(id | state) under a language-model head, (N,) float32, whatever the states' dtype."""
+    logits = head(states_ND).float()
+    picked = logits.gather(-1, ids_N[:, None]).squeeze(-1)
+    result: Tensor = picked - logits.logsumexp(-1)
+    return result

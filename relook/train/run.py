@@ -1,0 +1,176 @@
+"""One training run: read, encode, prepare, train, save. `relook train` and `python -m relook.train` call `train`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from relook.console import progress, say
+from relook.data.encode import Example
+from relook.data.hadpo import read_hadpo
+from relook.data.llava import read_llava
+from relook.errors import DataError, RecipeError, RelookError
+from relook.files import read_text, write_json
+from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
+from relook.model.regimes import apply_regime
+from relook.recipe import Recipe
+from relook.train.batches import Collator, Item, Items, add_reference, cache_trunk, check_images
+from relook.train.policy import Policy
+from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained
+
+RUN_FILE = "run.json"  # written last: a run that has it is finished
+RECIPE_FILE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+def train(recipe: Recipe, device: str | None = None) -> Path:
+    """Carry out a recipe; returns its output folder.
+
+    The folder holds the resolved recipe, what was trained (`change.json` and tensors; for a full run the whole model)
+    and `run.json` with the log. A finished run is not run again; one that was killed goes on from its last checkpoint.
+    """
+    out = Path(recipe.output_dir)
+    if claim(out, recipe):
+        say(f"  {out} is finished: nothing to do")
+        return out
+    started = time.monotonic()
+    arguments = training_arguments(recipe, out)
+    loaded = load_model(recipe.model_name_or_path, device=device or arguments.device, dtype=_dtype(arguments))
+    loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
+    examples, dropped = read_examples(recipe, loaded)
+    apply_regime(loaded, recipe)
+    policy = Policy(loaded.model)
+    collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
+    items = prepare(recipe, policy, examples, collator, arguments.per_device_train_batch_size)
+    with progress(f"training {out.name}") as report:
+        trainer = RelookTrainer(
+            recipe, policy, report, args=arguments, train_dataset=Items(items), data_collator=collator
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
+    save(recipe, loaded, policy, out)
+    write_json(
+        out / RUN_FILE,
+        {
+            "seconds": round(time.monotonic() - started, 2),
+            "samples": len(examples),
+            "dropped": dropped,
+            "log": trainer.state.log_history,
+        },
+    )
+    return out
+
+
+def claim(out: Path, recipe: Recipe) -> bool:
+    """Take an output folder for a recipe. True if this very run is already finished there.
+
+    Raises:
+        RecipeError: the folder holds something else, or a run of another recipe.
+    """
+    held = out / RECIPE_FILE
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"{out} is a file.", "Choose another output_dir.")
+    if held.exists():
+        old, new = yaml.safe_load(read_text(held)), yaml.safe_load(recipe.to_yaml())
+        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if changed:
+            raise RecipeError(
+                f"{out} holds a run of another recipe (it differs in {', '.join(changed)}).",
+                "Choose another output_dir, or remove the folder.",
+            )
+        return (out / RUN_FILE).exists()
+    if out.exists() and any(out.iterdir()):
+        raise RecipeError(f"{out} holds something else.", "Choose another output_dir.")
+    recipe.save(held)
+    return False
+
+
+def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
+    """transformers' arguments with relook's defaults; what the recipe says goes before."""
+    defaults = {
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "label_names": [],
+        "save_strategy": "no",
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "dataloader_pin_memory": False,
+        "seed": 42,
+    }
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    try:
+        return TrainingArguments(**{**defaults, **recipe.training, "output_dir": str(out / CHECKPOINTS)})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"The training arguments do not fit together: {error}.") from None
+
+
+def _dtype(arguments: TrainingArguments) -> str:
+    return "bfloat16" if arguments.bf16 else "float32"
+
+
+def read_examples(recipe: Recipe, loaded: LoadedModel) -> tuple[list[Example], dict[str, Any]]:
+    """Samples of the recipe's files as trees; what could not be used is counted, named and said."""
+    encoder = loaded.encoder(recipe.version, recipe.model_max_length)
+    faults: list[str] = []
+    examples: list[Example] = []
+    if recipe.task == "dpo":
+        desc, pope = (Path(p) if p else None for p in (recipe.desc_data_path, recipe.pope_data_path))
+        pairs, report = read_hadpo(Path(recipe.vg_path), desc, pope, on_bad=recipe.on_bad)
+        for pair in pairs:
+            try:
+                examples.append(encoder.pair(pair))
+            except DataError as error:
+                faults.append(str(error))
+    else:
+        samples, report = read_llava(Path(recipe.data_path), Path(recipe.image_folder), on_bad=recipe.on_bad)
+        examples = encoder.conversations(samples, recipe.conversations_per_tree)
+    if faults and recipe.on_bad == "error":
+        raise DataError(faults[0], f"{len(faults)} samples in all cannot be used; set on_bad drop to go on without.")
+    examples, image_faults = check_images(examples, loaded.images, recipe.on_bad)
+    faults += image_faults
+    if not examples:
+        raise DataError("No sample can be used.", f"{report.summary()} {' '.join(faults[:3])}")
+    if report.dropped or faults:
+        say(f"  [yellow]dropped:[/] {report.summary()} {len(faults)} more could not be encoded or decoded.")
+    return examples, {"reader": report.summary(), "faults": faults}
+
+
+def prepare(
+    recipe: Recipe, policy: Policy, examples: list[Example], collator: Collator, batch_size: int
+) -> list[Item]:
+    """What is computed once, before training: trunk states of a frozen trunk, and reference log-probs."""
+    items = [Item(example) for example in examples]
+    if recipe.frozen_trunk and recipe.feature_cache != "off":
+        with progress("trunk states") as report:
+            items = cache_trunk(policy, items, collator, batch_size, report)
+    if recipe.task == "dpo":
+        with progress("reference log-probs") as report:
+            items = add_reference(policy, items, collator, batch_size, recipe.dpo_tokens, report)
+    return items
+
+
+def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:
+    """Write what was trained: a whole model after a full run, else a change to be laid on the base."""
+    if recipe.full:
+        loaded.model.save_pretrained(out)
+        loaded.processor.save_pretrained(out)
+        return
+    if recipe.lora_enable:
+        loaded.model.save_pretrained(out)
+    save_trained(policy, out / TENSORS_FILE)
+    settings = getattr(loaded.core.config, "post_decoder", None)
+    write_json(
+        out / CHANGE_FILE,
+        {"base": str(Path(recipe.model_name_or_path).resolve()), "post_decoder": settings, "lora": recipe.lora_enable},
+    )
+
+
+def pad_id(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id)
+
+

@@ -1,0 +1,203 @@
+"""Trees: one prefix (image and prompt) and its branches, and the one packer that turns trees into a batch.
+
+In a causal trunk the positions of image and prompt do not see the response. A preference pair, or all questions on one
+image, therefore share them: the prefix is computed once, every branch sees the prefix and itself, and positions restart
+at the prefix's end. The states are those of separate rows, up to the order of additions.
+
+Shape letters used below: R rows, L positions of a row, T trees, S kept slots of a tree, N supervised targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+PREFIX = 0  # branch number of the shared prefix; branches count from 1
+PADDING = -1  # tree and branch number of a position that belongs to nothing
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plain sequence: token ids, and for each whether it is a target of the loss."""
+
+    ids: tuple[int, ...]
+    supervised: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A shared prefix and the rows' remainders as branches. Targets lie in branches only."""
+
+    prefix: tuple[int, ...]
+    branches: tuple[Row, ...]
+
+    @staticmethod
+    def of(rows: Sequence[Row]) -> Tree:
+        """Share the longest common unsupervised prefix of `rows`; every branch keeps at least one token."""
+        length = min(min(row.supervised.index(True) if True in row.supervised else len(row.ids) for row in rows),
+                     min(len(row.ids) for row in rows) - 1)  # fmt: skip
+        first = rows[0].ids
+        for row in rows[1:]:
+            length = next((i for i in range(length) if row.ids[i] != first[i]), length)
+        if length < 1:
+            raise ValueError("the rows of a tree have no common unsupervised prefix")
+        return Tree(first[:length], tuple(Row(row.ids[length:], row.supervised[length:]) for row in rows))
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
+
+
+T_ = TypeVar("T_")
+
+
+def to_device(value: T_, device: torch.device | str) -> T_:
+    """Move every tensor field of a dataclass."""
+    moved = {}
+    for field in fields(value):  # type: ignore[arg-type]
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            moved[field.name] = item.to(device)
+        elif hasattr(item, "__dataclass_fields__"):
+            moved[field.name] = to_device(item, device)
+    return replace(value, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the supervised tokens are among the kept states of a batch of trees.
+
+    The state in slot `slot` of tree `tree` predicts token `id`, which belongs to branch `branch` (counted over the
+    whole batch, in order of trees). `kept_branch` (T, S) is each slot's branch within its tree, PADDING where empty.
+    """
+
+    tree: Tensor  # (N,)
+    slot: Tensor  # (N,)
+    id: Tensor  # (N,)
+    branch: Tensor  # (N,)
+    branches: int
+    kept_branch: Tensor  # (T, S)
+
+    def sum_by_branch(self, values_N: Tensor) -> Tensor:
+        """Add up one value per target to one value per branch, shape (branches,)."""
+        return values_N.new_zeros(self.branches).index_add_(0, self.branch, values_N)
+
+    def kept_mask(self) -> Tensor:
+        """Who may see whom among the kept slots, for a block with self-attention: (T, S, S) bool."""
+        S = self.kept_branch.shape[1]
+        q, k = self.kept_branch[:, :, None], self.kept_branch[:, None, :]
+        causal = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
+        return causal & (k != PADDING) & ((k == PREFIX) | (k == q)) | torch.eye(S, dtype=torch.bool, device=q.device)
+
+
+@dataclass(frozen=True)
+class PackedTrees:
+    """A batch of trees laid out in rows, as the trunk reads it."""
+
+    ids: Tensor  # (R, L)
+    positions: Tensor  # (R, L)
+    tree: Tensor  # (R, L) index of the tree, PADDING outside
+    branch: Tensor  # (R, L) PREFIX, 1, 2, ... or PADDING
+    keep: Tensor  # (T, S) flat index r * L + l of the positions whose states are kept
+    targets: Targets
+
+    def mask(self) -> Tensor:
+        """Dense attention mask, (R, 1, L, L) bool: causal, within a tree, prefix or own branch only."""
+        L = self.ids.shape[1]
+        causal = torch.ones(L, L, dtype=torch.bool, device=self.ids.device).tril()
+        same_tree = self.tree[:, :, None] == self.tree[:, None, :]
+        q, k = self.branch[:, :, None], self.branch[:, None, :]
+        return (causal & same_tree & ((k == PREFIX) | (k == q)))[:, None]
+
+
+def arrange(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
+    """Distribute trees over rows: next-fit in the given order, so that images keep their order. None: one a row."""
+    rows: list[list[int]] = []
+    used = 0
+    for index, length in enumerate(lengths):
+        if rows and row_length is not None and used + length <= row_length:
+            rows[-1].append(index)
+            used += length
+        else:
+            rows.append([index])
+            used = length
+    return rows
+
+
+def kept_positions(tree: Tree, everything: bool) -> list[int]:
+    """Positions of a tree whose states the post decoder needs: those that predict a target, or all of them."""
+    if everything:
+        return list(range(len(tree)))
+    kept, start = set(), len(tree.prefix)
+    for branch in tree.branches:
+        for i, supervised in enumerate(branch.supervised):
+            if supervised:
+                kept.add(start + i - 1 if i else len(tree.prefix) - 1)
+        start += len(branch.ids)
+    return sorted(kept)
+
+
+def _branch_numbers(tree: Tree) -> list[int]:
+    numbers = [PREFIX] * len(tree.prefix)
+    for number, branch in enumerate(tree.branches, 1):
+        numbers += [number] * len(branch.ids)
+    return numbers
+
+
+def _positions(tree: Tree) -> list[int]:
+    start = len(tree.prefix)
+    positions = list(range(start))
+    for branch in tree.branches:
+        positions += range(start, start + len(branch.ids))
+    return positions
+
+
+def targets_of(trees: Sequence[Tree], everything: bool = False) -> Targets:
+    """The targets of a batch; see `Targets`. `everything` keeps the states of all positions, not only predicting ones."""
+    kept = [kept_positions(tree, everything) for tree in trees]
+    kept_branch = torch.full((len(trees), max(map(len, kept))), PADDING)
+    rows: list[tuple[int, int, int, int]] = []
+    branch_count = 0
+    for t, tree in enumerate(trees):
+        slot_of = {position: slot for slot, position in enumerate(kept[t])}
+        numbers = _branch_numbers(tree)
+        kept_branch[t, : len(kept[t])] = torch.tensor([numbers[position] for position in kept[t]])
+        start = len(tree.prefix)
+        for branch in tree.branches:
+            for i, (token, supervised) in enumerate(zip(branch.ids, branch.supervised, strict=True)):
+                if supervised:
+                    source = start + i - 1 if i else len(tree.prefix) - 1
+                    rows.append((t, slot_of[source], token, branch_count))
+            start += len(branch.ids)
+            branch_count += 1
+    tree_N, slot_N, id_N, branch_N = torch.tensor(rows).unbind(1)
+    return Targets(tree_N, slot_N, id_N, branch_N, branch_count, kept_branch)
+
+
+def pack(trees: Sequence[Tree], pad_id: int, everything: bool = False, row_length: int | None = None) -> PackedTrees:
+    """Lay trees out in rows. With `row_length`, several trees share a row as long as they fit; else one tree a row."""
+    rows = arrange([len(tree) for tree in trees], row_length)
+    L = max(sum(len(trees[t]) for t in row) for row in rows)
+    shape = (len(rows), L)
+    ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
+    tree_RL, branch_RL = torch.full(shape, PADDING), torch.full(shape, PADDING)
+    targets = targets_of(trees, everything)
+    keep = torch.zeros(targets.kept_branch.shape, dtype=torch.long)
+    for r, row in enumerate(rows):
+        start = 0
+        for t in row:
+            tree = trees[t]
+            here = slice(start, start + len(tree))
+            ids[r, here] = torch.tensor([*tree.prefix, *(token for branch in tree.branches for token in branch.ids)])
+            positions[r, here] = torch.tensor(_positions(tree))
+            tree_RL[r, here] = t
+            branch_RL[r, here] = torch.tensor(_branch_numbers(tree))
+            kept = torch.tensor(kept_positions(tree, everything))
+            keep[t, : len(kept)] = r * L + start + kept
+            start += len(tree)
+    # A padding position must see something, or its softmax is 0/0: the mask lets equal trees (PADDING) and equal
+    # branches (PADDING) see each other, which covers it.
+    return PackedTrees(ids, positions, tree_RL, branch_RL, keep, targets)
