@@ -26,14 +26,11 @@ class RelookLlavaConfig(LlavaConfig):
         super().__init__(**kwargs)
 
 
-def image_features(base: LlavaModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """The vision tower's selected features (I, P, V), and what the projector makes of them (I, P, D)."""
-    layers = base.config.vision_feature_layer
-    hidden = base.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-    start = 1 if base.config.vision_feature_select_strategy == "default" else 0
-    chosen = [hidden[i][:, start:] for i in (layers if isinstance(layers, list) else [layers])]
-    features = torch.cat(chosen, dim=-1)
-    return features, base.multi_modal_projector(features)
+def selected_features(config: LlavaConfig, hidden_states: Any) -> Tensor:
+    """The vision tower's features before the projector, (I, P, V): its selected layers, without the class token."""
+    layers = config.vision_feature_layer
+    start = 1 if config.vision_feature_select_strategy == "default" else 0
+    return torch.cat([hidden_states[i][:, start:] for i in (layers if isinstance(layers, list) else [layers])], dim=-1)
 
 
 class RelookLlavaModel(LlavaModel):
@@ -54,11 +51,16 @@ class RelookLlavaModel(LlavaModel):
         )
         self.post_init()
 
-    def images_per_row(self, input_ids: Tensor | None, images: int, positions: int, rows: int) -> list[int]:
-        """How many images each row holds, counted from its placeholders (evenly where only embeddings are given)."""
-        if input_ids is None:
-            return [images // rows] * rows
-        return [int(n) // positions for n in (input_ids == self.config.image_token_id).sum(1).tolist()]
+    def _context(self, features_IPV: Tensor, where: Tensor) -> ImageContext | None:
+        """The image side for rows whose image placeholders are at `where` (B, S, 1).
+
+        Beams repeat rows, not features: the image side is computed once per image and then repeated.
+        """
+        I, P = features_IPV.shape[:2]
+        per_row = [int(n) // P for n in where.flatten(1).sum(1).tolist()]
+        beams = max(sum(per_row) // I, 1)
+        context = self.post_decoder.look(features_IPV, per_row[::beams])
+        return context.repeat(beams) if context is not None and beams > 1 else context
 
     def forward(
         self,
@@ -68,29 +70,34 @@ class RelookLlavaModel(LlavaModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """As LlavaModel's, with the post decoder applied to `last_hidden_state`.
 
-        The image side is prepared where pixel values come in and kept on the generation cache, from where the decode
-        steps, which have no pixel values, take it.
+        The image side is prepared where an image comes in (as pixels, or encoded by `generate` beforehand) and kept on
+        the generation cache, from where the decode steps, which have no image, take it.
         """
+        for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"a relook model takes no {name}: the config says it")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         context: ImageContext | None = getattr(past_key_values, "relook_image", None)
-        projected = None
-        if pixel_values is not None:
-            features, projected = image_features(self, pixel_values)
-            projected = projected.to(inputs_embeds.device, inputs_embeds.dtype)
-            where = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=projected)
+        image, projected = (mm_encoder_outputs or {}).get("image"), None
+        if image is None and pixel_values is not None:
+            image = self.get_image_features(pixel_values=pixel_values, return_dict=True)
+        if image is not None:
+            projected = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            where = (
+                (input_ids == self.config.image_token_id).unsqueeze(-1)
+                if input_ids is not None
+                else self.get_placeholder_mask(None, inputs_embeds, projected)
+            )
             inputs_embeds = inputs_embeds.masked_scatter(where, projected)
-            per_row = self.images_per_row(input_ids, *features.shape[:2], rows=inputs_embeds.shape[0])
-            context = self.post_decoder.look(features, per_row)
+            context = self._context(selected_features(self.config, image.hidden_states), where)
             if past_key_values is not None:
                 past_key_values.relook_image = context
-        for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "mm_encoder_outputs"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"a relook model takes no {name}: the config says it")
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         outputs = self.language_model(
             attention_mask=attention_mask,

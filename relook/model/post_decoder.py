@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache, DynamicLayer
 from transformers.activations import ACT2FN
 
 
@@ -65,6 +66,12 @@ class ImageContext:
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor | None
+
+    def repeat(self, times: int) -> ImageContext:
+        """The same for rows that each stand `times` times, one after the other, as beams do."""
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        keys, values = ([t.repeat_interleave(times, 0) for t in side] for side in (self.keys, self.values))
+        return ImageContext(keys, values, mask)
 
 
 def pad_images(features_IPV: Tensor, per_row: list[int]) -> tuple[Tensor, Tensor | None]:
@@ -199,11 +206,14 @@ class Block(nn.Module):
 class _Past:
     """One block's place in the generation cache: self-attention keys and values of the text so far."""
 
-    def __init__(self, cache: object, layer: int) -> None:
+    def __init__(self, cache: Cache, layer: int) -> None:
         self.cache, self.layer = cache, layer
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cache.update(keys, values, self.layer)  # type: ignore[attr-defined,no-any-return]
+        while len(self.cache.layers) <= self.layer:  # a cache has layers for the trunk only
+            self.cache.layers.append(DynamicLayer())
+        kept: tuple[Tensor, Tensor] = self.cache.update(keys, values, self.layer)
+        return kept
 
 
 class PostDecoder(nn.Module):
@@ -242,7 +252,7 @@ class PostDecoder(nn.Module):
         states_BSD: Tensor,
         context: ImageContext | None,
         self_mask: Tensor | None = None,
-        cache: object | None = None,
+        cache: Cache | None = None,
         first_layer: int = 0,
     ) -> Tensor:
         """Hidden states in, hidden states out, (B, S, D).

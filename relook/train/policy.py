@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relook.model.modeling_relook import image_features
+from relook.model.modeling_relook import selected_features
 from relook.model.post_decoder import PostDecoder
 from relook.tree import PackedTrees, Targets, to_device
 
@@ -75,9 +75,10 @@ class Policy(nn.Module):
         embeds = base.get_input_embeddings()(packed.ids)
         features = None
         if batch.pixel_values is not None:
-            features, projected = image_features(base, batch.pixel_values.to(embeds.dtype))
+            image = base.get_image_features(pixel_values=batch.pixel_values.to(embeds.dtype), return_dict=True)
+            features = selected_features(self.config, image.hidden_states)
             where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
-            embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
+            embeds = embeds.masked_scatter(where, torch.cat(list(image.pooler_output)).to(embeds.dtype))
         hidden = base.language_model(
             inputs_embeds=embeds, attention_mask=packed.mask(), position_ids=packed.positions, use_cache=False
         ).last_hidden_state
