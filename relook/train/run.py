@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from relook.errors import DataError, RecipeError, RelookError
 from relook.files import read_text, write_json
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
 from relook.model.regimes import apply_regime
-from relook.recipe import Recipe
+from relook.recipe import Recipe, load_recipe, parse_overrides
 from relook.train.batches import Collator, Item, Items, add_reference, cache_trunk, check_images
 from relook.train.policy import Policy
 from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained
@@ -26,6 +27,15 @@ from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained
 RUN_FILE = "run.json"  # written last: a run that has it is finished
 RECIPE_FILE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
+
+
+def train_command(arguments: Sequence[str]) -> Path:
+    """`relook train RECIPE [--key value ...]`."""
+    name, *keys = arguments
+    recipe = load_recipe(name, parse_overrides(keys))
+    out = train(recipe)
+    say(f"[bold]{out}[/] holds the result. Evaluate it with: relook eval pope chair --model {out} --data DATA --out OUT")
+    return out
 
 
 def train(recipe: Recipe, device: str | None = None) -> Path:

@@ -1,0 +1,3 @@
+from relook.cli import main
+
+main()

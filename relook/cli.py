@@ -1,0 +1,122 @@
+"""The `relook` command: one command, one function call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relook.errors import RelookError
+
+app = typer.Typer(
+    help="Train, evaluate and serve vision-language models that name fewer things which are not in the picture.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes; run again to go on there.")] = Path("demo"),  # fmt: skip
+    seed: Annotated[int, typer.Option(help="Seed of the scenes and of the tuning.")] = 0,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Train the base model instead of taking the shipped one.")] = False,  # fmt: skip
+    base: Annotated[Path | None, typer.Option(help="Another base model made by --rebuild.")] = None,
+) -> None:
+    """Toyworld end to end: base model, mined pairs, five trainings, POPE and CHAIR of each, a report."""
+    from relook.demo import run_demo
+
+    run_demo(out, seed, rebuild, base)
+
+
+@app.command(context_settings=EXTRA)
+def train(context: typer.Context, recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")]) -> None:  # fmt: skip
+    """Train by a recipe; any of its keys, or of transformers' TrainingArguments, may follow as --key value."""
+    from relook.train.run import train_command
+
+    train_command([recipe, *context.args])
+
+
+@app.command(name="eval")
+def evaluate(
+    benchmarks: Annotated[list[str], typer.Argument(help="pope, chair")],
+    model: Annotated[Path, typer.Option(help="A model folder, or the output folder of a training run.")],
+    data: Annotated[Path, typer.Option(help="Folder with pope/, annotations/ and val2014/.")],
+    out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
+    version: Annotated[str, typer.Option(help="Conversation template; empty: the model's own.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Prompts a batch.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")] = "",
+) -> None:
+    """Answer benchmarks and score them."""
+    from relook.evaluate.run import evaluate_model
+
+    results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, dtype, device)
+    typer.echo(json.dumps(results, indent=1))
+
+
+@app.command()
+def score(
+    benchmark: Annotated[str, typer.Argument(help="pope")],
+    questions: Annotated[Path, typer.Option(help="POPE question file.")],
+    answers: Annotated[Path, typer.Option(help="Answer file, JSON lines.")],
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.")] = None,
+) -> None:
+    """Score an existing answer file; no model is loaded."""
+    from relook.evaluate.run import score_files
+
+    result = score_files(benchmark, questions, answers)
+    if json_out is not None:
+        from relook.files import write_json
+
+        write_json(json_out, result)
+    typer.echo(json.dumps(result, indent=1))
+
+
+@app.command()
+def mine(
+    model: Annotated[Path, typer.Option(help="The model whose mistakes are corrected.")],
+    vg_path: Annotated[Path, typer.Option(help="Visual Genome folder: image_data.json, objects.json and images.")],
+    out: Annotated[Path, typer.Option(help="Folder for desc_data.json and pope_data.json.")],
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    questions: Annotated[int, typer.Option(help="Yes/no questions an image.")] = 6,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Prompts a batch.")] = 64,
+    version: Annotated[str, typer.Option(help="Conversation template; empty: the model's own.")] = "",
+) -> None:
+    """Mine preference pairs from a model's own descriptions and answers on annotated images."""
+    from relook.console import say
+    from relook.data.mine import Mining, mine_visual_genome
+
+    found = mine_visual_genome(model, vg_path, out, Mining(seed=seed, questions=questions, max_new_tokens=max_new_tokens, batch_size=batch_size, template=version))  # fmt: skip
+    say(f"{found.description_pairs} description pairs and {found.question_pairs} question pairs in {out}")
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(help="Output folders of `relook demo`.")]) -> None:
+    """Write the report of a demo folder again, from its files."""
+    from relook.demo import write_report
+
+    for run in runs:
+        typer.echo(str(write_report(run)))
+
+
+def main() -> None:
+    """Entry point. A mistake of the user's ends in one line and status 2, Ctrl-C in one line and status 130."""
+    try:
+        app()
+    except RelookError as error:
+        sys.stderr.write(f"relook: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("relook: stopped. Run the same command again to go on from here.\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

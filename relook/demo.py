@@ -1,0 +1,191 @@
+"""`relook demo`: toyworld end to end, in the same steps and through the same readers as a real job.
+
+Every step leaves a result in the output folder and is skipped when that result is there, so the same command goes on
+after Ctrl-C or a kill.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relook.console import progress, say
+from relook.data.mine import mine_visual_genome
+from relook.errors import RecipeError
+from relook.evaluate.run import evaluate_model, versions
+from relook.files import read_json, write_json
+from relook.model.load import model_hash
+from relook.recipe import load_recipe
+from relook.toyworld import layouts
+from relook.toyworld.shipped import mining_settings, shipped_base
+from relook.train.run import train
+
+REGIMES = ("head", "post_decoder", "post_decoder_head", "lora", "nll_control")
+PAIR_SCENES, TEST_SCENES = 1500, 300
+DEMO_FILE, RESULTS_FILE, REPORT_FILE = "demo.json", "results.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything of one demo lies."""
+
+    out: Path
+
+    @property
+    def world(self) -> Path:
+        return self.out / "world"
+
+    @property
+    def pairs(self) -> Path:
+        return self.out / "pairs"
+
+    def run(self, regime: str) -> Path:
+        return self.out / "runs" / regime
+
+    def answers(self, name: str, split: str = "test") -> Path:
+        return self.out / "eval" / split / name
+
+
+def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None = None) -> Path:
+    """Run the whole demo, or what is left of it; returns the report's path.
+
+    Raises:
+        RecipeError: the folder holds something else, or a demo with other settings.
+    """
+    places = Places(out)
+    claim(out, {"seed": seed, "rebuild": rebuild, "base": str(base.resolve()) if base else "shipped"})
+    clock = _Clock(out / "seconds.json")
+    with clock.phase("toyworld"):
+        draw_world(places, seed)
+    with clock.phase("base"):
+        model = find_base(places, seed, rebuild, base)
+    with clock.phase("base evaluation"):
+        evaluate(model, places, "base")
+    with clock.phase("mining"):
+        mine_pairs(model, places, seed)
+    for regime in REGIMES:
+        with clock.phase(f"train {regime}"):
+            train_regime(regime, model, places, seed)
+        with clock.phase(f"evaluate {regime}"):
+            evaluate(places.run(regime), places, regime)
+    with clock.phase("report"):
+        write_results(places, model, seed, clock.seconds)
+        report = write_report(out)
+    write_results(places, model, seed, clock.seconds)
+    say(f"[bold]{report}[/] and {out / RESULTS_FILE}, {sum(clock.seconds.values()):.0f} s in all")
+    return report
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    held = out / DEMO_FILE
+    if held.exists():
+        if read_json(held) != settings:
+            raise RecipeError(f"{out} holds a demo with other settings ({read_json(held)}).", "Choose another --out.")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} holds something else.", "Choose another --out.")
+    else:
+        write_json(held, settings)
+
+
+def draw_world(places: Places, seed: int) -> None:
+    with progress("scenes to mine pairs from") as report:
+        layouts.write_vg(places.world, seed, PAIR_SCENES, report)
+    with progress("test scenes") as report:
+        layouts.write_eval(places.world, "test", seed, TEST_SCENES, report)
+
+
+def find_base(places: Places, seed: int, rebuild: bool, base: Path | None) -> Path:
+    """The base model: another one, a new one, or the one that ships with relook."""
+    if base is not None:
+        return base
+    if not rebuild:
+        return shipped_base()
+    from relook.toyworld.build import build_base
+
+    return build_base(places.out / "base", places.world, seed)
+
+
+def evaluate(model: Path, places: Places, name: str, split: str = "test") -> dict[str, Any]:
+    return evaluate_model(
+        model, ["pope", "chair"], places.world / split, places.answers(name, split), max_new_tokens=64, batch_size=100
+    )
+
+
+def mine_pairs(model: Path, places: Places, seed: int) -> None:
+    if not (places.pairs / "card.json").exists():
+        mine_visual_genome(model, places.world / "vg", places.pairs, mining_settings(seed))
+
+
+def train_regime(regime: str, model: Path, places: Places, seed: int) -> None:
+    """The shipped recipe of a regime, with the demo's paths: just what a user does with real ones."""
+    recipe = load_recipe(
+        f"toyworld-{regime.replace('_', '-')}",
+        {
+            "model_name_or_path": model,
+            "vg_path": places.world / "vg",
+            "desc_data_path": places.pairs / "desc_data.json",
+            "pope_data_path": places.pairs / "pope_data.json",
+            "output_dir": places.run(regime),
+            "seed": seed,
+        },
+    )
+    train(recipe)
+
+
+def read_scores(places: Places, name: str, split: str = "test") -> dict[str, Any]:
+    folder = places.answers(name, split)
+    return {"pope": read_json(folder / "pope.json"), "chair": read_json(folder / "chair.json")}
+
+
+def write_results(places: Places, model: Path, seed: int, seconds: dict[str, float]) -> None:
+    write_json(
+        places.out / RESULTS_FILE,
+        {
+            "base": read_scores(places, "base"),
+            "runs": {regime: read_scores(places, regime) for regime in REGIMES},
+            "seconds": seconds,
+            "provenance": {
+                "seed": seed,
+                "base": str(model),
+                "base_hash": model_hash(model),
+                "pairs": read_json(places.pairs / "card.json"),
+                "versions": versions(),
+            },
+        },
+    )
+
+
+def write_report(out: Path) -> Path:
+    """Write `report.html` from a demo's files."""
+    from relook.report.page import write_page
+
+    if not (out / RESULTS_FILE).exists():
+        raise RecipeError(f"{out} holds no finished demo.", f"Run `relook demo --out {out}` first.")
+    return write_page(out)
+
+
+class _Clock:
+    """Seconds of each phase, added up over interrupted runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
+
+    def phase(self, name: str) -> _Phase:
+        return _Phase(self, name)
+
+
+class _Phase:
+    def __init__(self, clock: _Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        say(f"[bold]{self.name}[/]")
+        self.started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.monotonic() - self.started
+        self.clock.seconds[self.name] = round(self.clock.seconds.get(self.name, 0.0) + spent, 2)
+        write_json(self.clock.path, self.clock.seconds)

@@ -1,0 +1,213 @@
+"""`relook eval` and `relook score`: answers go to files, scores are computed from the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from relook.console import progress
+from relook.data.coco import Annotations, read_coco
+from relook.data.prompts import get_template
+from relook.data.samples import Question
+from relook.errors import DataError, RecipeError, some
+from relook.evaluate import chair, pope
+from relook.evaluate.answer import Asking, answer
+from relook.evaluate.answer_file import AnswerFile
+from relook.evaluate.statistics import ratio_interval
+from relook.files import file_hash, read_json, read_text, text_hash, write_json
+from relook.model.load import DEFAULT_TEMPLATE, LoadedModel, load_model, model_hash
+
+SPLITS = ("random", "popular", "adversarial")
+CHAIR_PROMPT = "Describe this image in detail."
+Benchmark = Callable[[LoadedModel, Path, Path, Asking], dict[str, Any]]
+
+
+def evaluate_model(
+    model: Path,
+    benchmarks: Sequence[str],
+    data: Path,
+    out: Path,
+    template: str = "",
+    batch_size: int = 64,
+    max_new_tokens: int = 512,
+    dtype: str = "float32",
+    device: str = "",
+) -> dict[str, Any]:
+    """Answer and score benchmarks; answers that are there already are not asked again.
+
+    Returns:
+        One entry per benchmark, as written to `out/<benchmark>.json`.
+
+    Raises:
+        RelookError: an unknown benchmark, missing data, or an output folder with another model's answers.
+    """
+    unknown = [name for name in benchmarks if name not in BENCHMARKS]
+    if unknown:
+        raise RecipeError(f"There is no benchmark {some(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
+    get_template(template or DEFAULT_TEMPLATE)
+    claim(out, model, data, template, max_new_tokens)
+    loaded: LoadedModel | None = None
+    results = {}
+    for name in benchmarks:
+        finished = out / f"{name}.json"
+        if not finished.exists():
+            loaded = loaded or load_model(model, dtype=dtype, device=device or _device())
+            how = Asking(template, max_new_tokens, batch_size)
+            write_json(finished, BENCHMARKS[name](loaded, data, out, how))
+        results[name] = read_json(finished)
+    return results
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int) -> None:
+    """Take an output folder for one model, data and way of asking; refuse one that holds other answers."""
+    settings = {
+        "model": str(model.resolve()),
+        "model_hash": model_hash(model),
+        "data": str(data.resolve()),
+        "template": template or DEFAULT_TEMPLATE,
+        "max_new_tokens": max_new_tokens,
+        "versions": versions(),
+    }
+    held = out / "eval.json"
+    if held.exists():
+        old = read_json(held)
+        changed = [key for key in settings if old.get(key) != settings[key]]
+        if changed:
+            raise RecipeError(f"{out} holds answers made with another {', '.join(changed)}.", "Choose another --out.")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} holds something else.", "Choose another --out.")
+    else:
+        write_json(held, settings)
+
+
+def versions() -> dict[str, str]:
+    """Library versions that a number may depend on."""
+    import torch
+    import transformers
+
+    import relook
+
+    return {
+        "relook": relook.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def eval_pope(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> dict[str, Any]:
+    """POPE's three splits in one pass: questions that several splits share are asked once."""
+    questions = {split: pope.read_questions(pope_file(data, split), data / "val2014") for split in SPLITS}
+    files = {split: AnswerFile(out / f"pope_{split}.jsonl", "question_id") for split in SPLITS}
+    asked = [(s, q) for s in SPLITS for q in questions[s] if q.id not in files[s].records]
+    how = dataclasses.replace(how, max_new_tokens=min(how.max_new_tokens, 64))
+    batch: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    with progress("POPE") as report:
+        for index, text in answer(loaded, [(q.image, q.text) for _, q in asked], how, report):
+            split, question = asked[index]
+            batch[split].append(pope_record(question, text))
+            if sum(map(len, batch.values())) >= how.batch_size:
+                for name, records in batch.items():
+                    files[name].append(records)
+                    records.clear()
+    results = {}
+    for split in SPLITS:
+        files[split].append(batch[split])
+        answers = files[split].finish([question.id for question in questions[split]])
+        results[split] = score_pope(questions[split], answers)
+    return results
+
+
+def pope_file(data: Path, split: str) -> Path:
+    return data / "pope" / f"coco_pope_{split}.json"
+
+
+def pope_record(question: Question, text: str) -> dict[str, Any]:
+    return {
+        "question_id": question.id,
+        "image": question.image.name,
+        "question": question.text,
+        "answer": text,
+    }
+
+
+def score_pope(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Confusion counts and rates, with 95 % intervals over images."""
+    result = pope.score(questions, answers).to_json()
+    right: dict[str, list[int]] = {}
+    for row in pope.match(questions, answers):
+        counts = right.setdefault(row.question.image.name, [0, 0])
+        counts[0] += row.prediction == row.label
+        counts[1] += 1
+    result["accuracy_ci"] = ratio_interval(*zip(*right.values(), strict=True)) if right else [0.0, 0.0]
+    return result
+
+
+def eval_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> dict[str, Any]:
+    """CHAIR over the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
+    annotations = read_coco(annotation_file(data))
+    names = chair_images(data, annotations)
+    file = AnswerFile(out / "chair.jsonl", "image")
+    asked = [name for name in names if name not in file.records]
+    batch: list[dict[str, Any]] = []
+    with progress("descriptions for CHAIR") as report:
+        for index, text in answer(loaded, [(data / "val2014" / n, CHAIR_PROMPT) for n in asked], how, report):
+            batch.append({"image": asked[index], "caption": text})
+            if len(batch) >= how.batch_size:
+                file.append(batch)
+                batch.clear()
+    file.append(batch)
+    captions = {record["image"]: record["caption"] for record in file.finish(names)}
+    return score_chair(captions, annotations)
+
+
+def annotation_file(data: Path) -> Path:
+    return data / "annotations" / "instances_val2014.json"
+
+
+def chair_images(data: Path, annotations: Annotations) -> list[str]:
+    pinned = data / "chair_images.txt"
+    if not pinned.exists():
+        return list(annotations.images)
+    names = [line.strip() for line in read_text(pinned).splitlines() if line.strip()]
+    unknown = sorted(set(names) - set(annotations.images))
+    if unknown:
+        raise DataError(f"{pinned} names images without annotations: {some(unknown)}.", "Remove them from the list.")
+    return names
+
+
+def score_chair(captions: Mapping[str, str], annotations: Annotations) -> dict[str, Any]:
+    """CHAIR with 95 % intervals over images; the image list is identified by its hash."""
+    truth = {image: annotations.objects[image] for image in captions}
+    scored = chair.score(captions, truth, chair.vocabulary_of(annotations))
+    result = scored.to_json()
+    result["chair_i_ci"] = ratio_interval(scored.hallucinated, scored.mentioned)
+    result["chair_s_ci"] = ratio_interval([int(h > 0) for h in scored.hallucinated], [1] * scored.n)
+    result["recall_ci"] = ratio_interval(scored.found, scored.present)
+    result["image_list"] = text_hash(*captions)
+    return result
+
+
+BENCHMARKS: dict[str, Benchmark] = {"pope": eval_pope, "chair": eval_chair}
+
+
+def score_files(benchmark: str, questions: Path, answers: Path) -> dict[str, Any]:
+    """Score an answer file made by any program.
+
+    Raises:
+        DataError: questions and answers do not match; the ids are named.
+    """
+    if benchmark != "pope":
+        raise RecipeError(f"`relook score` does not know {benchmark!r}.", "It scores pope.")
+    asked = pope.read_questions(questions, Path())
+    result = pope.score(asked, pope.read_answers(answers)).to_json()
+    return {**result, "questions_sha256": file_hash(questions), "answers_sha256": file_hash(answers)}

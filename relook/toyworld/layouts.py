@@ -1,0 +1,181 @@
+"""Toyworld on disk, in the field's own layouts: LLaVA, Visual Genome, COCO and POPE. The readers see no difference."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from relook.errors import DataError
+from relook.evaluate.pope import build_splits
+from relook.files import read_json, whole_file, write_json, write_jsonl
+from relook.toyworld.draw import draw
+from relook.toyworld.speech import SYNONYMS, Annotator, mention, sft_samples
+from relook.toyworld.world import IMAGE_SIZE, OBJECTS, Scene, sample_scenes
+
+Progress = Callable[[int, int], object]
+FORMAT = 1  # raise when the files of the same seed change
+MARKER = "toyworld.json"
+
+
+def write_sft(root: Path, seed: int, scenes: int, progress: Progress) -> Path:
+    """LLaVA's conversation file and its images: `root/llava/toyworld_mix.json`, `root/llava/images/`."""
+    folder = root / "llava"
+    if _begin(folder, seed, scenes):
+        drawn = _draw_all(sample_scenes(seed, "train", scenes), scenes, lambda s: folder / "images" / _vg_name(s), progress)  # fmt: skip
+        records = []
+        for scene in drawn:
+            samples = sft_samples(scene, Annotator(), random.Random(f"sft/{scene.seed}"))
+            for number, (prompt, response) in enumerate(samples):
+                records.append(
+                    {
+                        "id": f"{scene.id}-{number}",
+                        "image": _vg_name(scene),
+                        "conversations": [
+                            {"from": "human", "value": f"<image>\n{prompt}"},
+                            {"from": "gpt", "value": response},
+                        ],
+                    }
+                )
+        write_json(folder / "toyworld_mix.json", records)
+        _end(folder, seed, scenes)
+    return folder
+
+
+def write_vg(root: Path, seed: int, scenes: int, progress: Progress) -> Path:
+    """Visual Genome's folder, to mine pairs from: image_data, objects and region_descriptions, and two image folders."""
+    folder = root / "vg"
+    if _begin(folder, seed, scenes):
+        place = lambda s: folder / _vg_folder(s) / _vg_name(s)  # noqa: E731
+        drawn = _draw_all(sample_scenes(seed, "pairs", scenes), scenes, place, progress)
+        write_json(folder / "image_data.json", [_image_data(scene) for scene in drawn])
+        write_json(folder / "objects.json", [_vg_objects(scene) for scene in drawn])
+        write_json(folder / "region_descriptions.json", [_vg_regions(scene) for scene in drawn])
+        _end(folder, seed, scenes)
+    return folder
+
+
+def write_eval(root: Path, split: str, seed: int, scenes: int, progress: Progress) -> Path:
+    """An evaluation folder: COCO annotations and images under val2014 names, and POPE's three question files."""
+    folder = root / split
+    if _begin(folder, seed, scenes):
+        place = lambda s: folder / "val2014" / coco_name(s)  # noqa: E731
+        drawn = _draw_all(sample_scenes(seed, split, scenes), scenes, place, progress)
+        write_json(folder / "annotations" / "instances_val2014.json", coco_annotations(drawn))
+        objects = {coco_name(scene): scene.names for scene in drawn}
+        for name, records in build_splits(objects, OBJECTS, seed).items():
+            write_jsonl(folder / "pope" / f"coco_pope_{name}.json", records)
+        _end(folder, seed, scenes)
+    return folder
+
+
+def coco_name(scene: Scene) -> str:
+    return f"COCO_val2014_{scene.id:012d}.jpg"
+
+
+def coco_annotations(scenes: Sequence[Scene]) -> dict[str, Any]:
+    """COCO's instances layout; categories carry their synonyms beside the official keys."""
+    ids = {name: number for number, name in enumerate(OBJECTS, 1)}
+    annotations: list[dict[str, Any]] = []
+    for scene in scenes:
+        for item in scene.objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": scene.id,
+                    "category_id": ids[item.name],
+                    "bbox": list(item.box),
+                    "area": item.box[2] * item.box[3],
+                    "iscrowd": 0,
+                }
+            )
+    return {
+        "images": [
+            {"id": s.id, "file_name": coco_name(s), "width": IMAGE_SIZE, "height": IMAGE_SIZE} for s in scenes
+        ],
+        "categories": [
+            {"id": number, "name": name, "supercategory": "toy", "synonyms": SYNONYMS.get(name, [])}
+            for name, number in ids.items()
+        ],
+        "annotations": annotations,
+    }
+
+
+def _vg_name(scene: Scene) -> str:
+    return f"{scene.id}.jpg"
+
+
+def _vg_folder(scene: Scene) -> str:
+    return "VG_100K" if scene.id % 2 else "VG_100K_2"
+
+
+def _image_data(scene: Scene) -> dict[str, Any]:
+    return {
+        "image_id": scene.id,
+        "url": f"https://toyworld.invalid/rak248/{_vg_folder(scene)}/{_vg_name(scene)}",
+        "width": IMAGE_SIZE,
+        "height": IMAGE_SIZE,
+        "coco_id": None,
+        "flickr_id": None,
+    }
+
+
+def _vg_objects(scene: Scene) -> dict[str, Any]:
+    return {
+        "image_id": scene.id,
+        "objects": [
+            {"object_id": scene.id * 10 + i, "names": [item.name], "synsets": [], **_xywh(item.box, ("w", "h"))}
+            for i, item in enumerate(scene.objects)
+        ],
+    }
+
+
+def _vg_regions(scene: Scene) -> dict[str, Any]:
+    return {
+        "id": scene.id,
+        "regions": [
+            {
+                "region_id": scene.id * 10 + i,
+                "image_id": scene.id,
+                "phrase": mention(item.name),
+                **_xywh(item.box, ("width", "height")),
+            }
+            for i, item in enumerate(scene.objects)
+        ],
+    }
+
+
+def _xywh(box: tuple[int, int, int, int], size: tuple[str, str]) -> dict[str, int]:
+    return dict(zip(("x", "y", *size), box, strict=True))
+
+
+def _draw_all(scenes: Any, count: int, place: Callable[[Scene], Path], progress: Progress) -> list[Scene]:
+    drawn = []
+    for number, scene in enumerate(scenes, 1):
+        with whole_file(place(scene)) as temporary:
+            draw(scene).save(temporary, format="JPEG", quality=95)
+        drawn.append(scene)
+        progress(number, count)
+    return drawn
+
+
+def _begin(folder: Path, seed: int, scenes: int) -> bool:
+    """Whether a part has to be written; a folder of somebody else's is refused."""
+    wanted = {"format": FORMAT, "seed": seed, "scenes": scenes}
+    marker = folder / MARKER
+    if marker.exists():
+        held = read_json(marker)
+        if held["finished"] and {key: held[key] for key in wanted} == wanted:
+            return False
+        if held["finished"] or {key: held[key] for key in wanted} != wanted:
+            raise DataError(f"{folder} holds another toyworld ({held}).", "Choose another folder, or remove it.")
+        return True
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} holds something else.", "Choose another folder.")
+    write_json(marker, {**wanted, "finished": False})
+    return True
+
+
+def _end(folder: Path, seed: int, scenes: int) -> None:
+    write_json(folder / MARKER, {"format": FORMAT, "seed": seed, "scenes": scenes, "finished": True})

@@ -1,0 +1,22 @@
+"""The base model that ships with relook, and how toyworld's pairs are mined."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from relook.data.mine import Mining
+from relook.errors import CheckpointError
+from relook.toyworld.speech import FILLERS
+
+
+def shipped_base() -> Path:
+    """Folder of the base model that was trained by `relook demo --rebuild` and ships with the package."""
+    folder = Path(str(resources.files("relook.toyworld") / "base"))
+    if not (folder / "config.json").exists():
+        raise CheckpointError("This installation ships no base model.", "Use `relook demo --rebuild`.")
+    return folder
+
+
+def mining_settings(seed: int) -> Mining:
+    return Mining(seed=seed, samples=1, questions=6, max_new_tokens=64, batch_size=100, neutral=FILLERS)
