@@ -18,31 +18,138 @@ ORANGE, PINK, PURPLE, CYAN = (235, 130, 40), (235, 130, 165), (130, 70, 165), (9
 
 # name: primitives (kind, points of the unit square, color). Kinds are Pillow's; "line" has a width of 1/10 of the box.
 SHAPES: dict[str, tuple[tuple[str, tuple[float, ...], Color], ...]] = {
-    "apple": (("ellipse", (0.1, 0.25, 0.9, 1), RED), ("line", (0.5, 0.3, 0.6, 0), BROWN), ("ellipse", (0.55, 0.02, 0.9, 0.2), GREEN)),
-    "ball": (("ellipse", (0, 0, 1, 1), WHITE), ("pieslice", (0, 0, 1, 1, 0, 60), RED), ("pieslice", (0, 0, 1, 1, 120, 180), BLUE), ("pieslice", (0, 0, 1, 1, 240, 300), YELLOW)),
-    "bed": (("rectangle", (0, 0.1, 0.12, 1), BROWN), ("rectangle", (0.12, 0.5, 1, 0.8), PURPLE), ("rectangle", (0.12, 0.38, 0.4, 0.55), WHITE), ("rectangle", (0.9, 0.6, 1, 1), BROWN)),
-    "bench": (("rectangle", (0, 0.15, 1, 0.3), BROWN), ("rectangle", (0, 0.5, 1, 0.65), BROWN), ("rectangle", (0.1, 0.65, 0.2, 1), DARK), ("rectangle", (0.8, 0.65, 0.9, 1), DARK)),
-    "bicycle": (("ring", (0, 0.4, 0.45, 1), DARK), ("ring", (0.55, 0.4, 1, 1), DARK), ("line", (0.2, 0.7, 0.45, 0.2), RED), ("line", (0.45, 0.2, 0.78, 0.7), RED), ("line", (0.7, 0.15, 0.78, 0.7), RED)),
-    "bird": (("ellipse", (0.1, 0.35, 0.75, 0.85), CYAN), ("ellipse", (0.6, 0.15, 0.95, 0.5), CYAN), ("polygon", (0.92, 0.25, 1, 0.35, 0.9, 0.4), ORANGE), ("polygon", (0.2, 0.5, 0.6, 0.5, 0.3, 0), DARK)),
-    "boat": (("polygon", (0, 0.65, 1, 0.65, 0.8, 1, 0.2, 1), BROWN), ("polygon", (0.5, 0, 0.5, 0.58, 0.05, 0.58), WHITE), ("polygon", (0.56, 0.15, 0.56, 0.58, 0.9, 0.58), RED)),
-    "book": (("rectangle", (0.05, 0.05, 0.95, 0.95), BLUE), ("rectangle", (0.05, 0.05, 0.2, 0.95), DARK), ("rectangle", (0.35, 0.2, 0.8, 0.4), YELLOW)),
-    "bottle": (("rectangle", (0.25, 0.35, 0.75, 1), GREEN), ("rectangle", (0.4, 0, 0.6, 0.4), GREEN), ("rectangle", (0.25, 0.55, 0.75, 0.75), WHITE)),
-    "bus": (("rectangle", (0, 0.1, 1, 0.8), YELLOW), ("rectangle", (0.08, 0.2, 0.92, 0.42), CYAN), ("ellipse", (0.1, 0.65, 0.35, 1), DARK), ("ellipse", (0.65, 0.65, 0.9, 1), DARK)),
-    "car": (("rectangle", (0, 0.45, 1, 0.8), RED), ("polygon", (0.2, 0.45, 0.35, 0.12, 0.7, 0.12, 0.85, 0.45), CYAN), ("ellipse", (0.1, 0.65, 0.35, 1), DARK), ("ellipse", (0.65, 0.65, 0.9, 1), DARK)),
-    "cat": (("ellipse", (0.15, 0.4, 0.85, 1), ORANGE), ("ellipse", (0.25, 0.15, 0.75, 0.6), ORANGE), ("polygon", (0.25, 0.3, 0.3, 0, 0.45, 0.2), ORANGE), ("polygon", (0.55, 0.2, 0.7, 0, 0.75, 0.3), ORANGE), ("ellipse", (0.36, 0.3, 0.44, 0.4), DARK), ("ellipse", (0.56, 0.3, 0.64, 0.4), DARK)),
-    "chair": (("rectangle", (0.1, 0, 0.25, 1), BROWN), ("rectangle", (0.1, 0.5, 0.9, 0.65), BROWN), ("rectangle", (0.75, 0.6, 0.9, 1), BROWN)),
-    "clock": (("ellipse", (0, 0, 1, 1), DARK), ("ellipse", (0.12, 0.12, 0.88, 0.88), WHITE), ("line", (0.5, 0.5, 0.5, 0.2), DARK), ("line", (0.5, 0.5, 0.72, 0.6), RED)),
-    "cup": (("rectangle", (0.1, 0.2, 0.7, 0.95), BLUE), ("ring", (0.55, 0.35, 1, 0.8), BLUE), ("ellipse", (0.1, 0.1, 0.7, 0.3), WHITE)),
-    "dog": (("ellipse", (0.05, 0.35, 0.8, 0.8), BROWN), ("ellipse", (0.6, 0.1, 1, 0.5), BROWN), ("rectangle", (0.12, 0.7, 0.24, 1), BROWN), ("rectangle", (0.6, 0.7, 0.72, 1), BROWN), ("ellipse", (0.62, 0.1, 0.74, 0.45), DARK)),
-    "flower": (("line", (0.5, 0.5, 0.5, 1), GREEN), ("ellipse", (0.05, 0.2, 0.5, 0.6), PINK), ("ellipse", (0.5, 0.2, 0.95, 0.6), PINK), ("ellipse", (0.28, 0, 0.72, 0.4), PINK), ("ellipse", (0.28, 0.38, 0.72, 0.75), PINK), ("ellipse", (0.36, 0.26, 0.64, 0.52), YELLOW)),
-    "kite": (("polygon", (0.5, 0, 0.95, 0.35, 0.5, 0.8, 0.05, 0.35), PURPLE), ("line", (0.5, 0, 0.5, 0.8), YELLOW), ("line", (0.05, 0.35, 0.95, 0.35), YELLOW), ("line", (0.5, 0.8, 0.75, 1), DARK)),
-    "lamp": (("polygon", (0.3, 0, 0.7, 0, 1, 0.5, 0, 0.5), YELLOW), ("rectangle", (0.45, 0.5, 0.55, 0.9), DARK), ("rectangle", (0.2, 0.88, 0.8, 1), DARK)),
+    "apple": (
+        ("ellipse", (0.1, 0.25, 0.9, 1), RED),
+        ("line", (0.5, 0.3, 0.6, 0), BROWN),
+        ("ellipse", (0.55, 0.02, 0.9, 0.2), GREEN),
+    ),
+    "ball": (
+        ("ellipse", (0, 0, 1, 1), WHITE),
+        ("pieslice", (0, 0, 1, 1, 0, 60), RED),
+        ("pieslice", (0, 0, 1, 1, 120, 180), BLUE),
+        ("pieslice", (0, 0, 1, 1, 240, 300), YELLOW),
+    ),
+    "bed": (
+        ("rectangle", (0, 0.1, 0.12, 1), BROWN),
+        ("rectangle", (0.12, 0.5, 1, 0.8), PURPLE),
+        ("rectangle", (0.12, 0.38, 0.4, 0.55), WHITE),
+        ("rectangle", (0.9, 0.6, 1, 1), BROWN),
+    ),
+    "bench": (
+        ("rectangle", (0, 0.15, 1, 0.3), BROWN),
+        ("rectangle", (0, 0.5, 1, 0.65), BROWN),
+        ("rectangle", (0.1, 0.65, 0.2, 1), DARK),
+        ("rectangle", (0.8, 0.65, 0.9, 1), DARK),
+    ),
+    "bicycle": (
+        ("ring", (0, 0.4, 0.45, 1), DARK),
+        ("ring", (0.55, 0.4, 1, 1), DARK),
+        ("line", (0.2, 0.7, 0.45, 0.2), RED),
+        ("line", (0.45, 0.2, 0.78, 0.7), RED),
+        ("line", (0.7, 0.15, 0.78, 0.7), RED),
+    ),
+    "bird": (
+        ("ellipse", (0.1, 0.35, 0.75, 0.85), CYAN),
+        ("ellipse", (0.6, 0.15, 0.95, 0.5), CYAN),
+        ("polygon", (0.92, 0.25, 1, 0.35, 0.9, 0.4), ORANGE),
+        ("polygon", (0.2, 0.5, 0.6, 0.5, 0.3, 0), DARK),
+    ),
+    "boat": (
+        ("polygon", (0, 0.65, 1, 0.65, 0.8, 1, 0.2, 1), BROWN),
+        ("polygon", (0.5, 0, 0.5, 0.58, 0.05, 0.58), WHITE),
+        ("polygon", (0.56, 0.15, 0.56, 0.58, 0.9, 0.58), RED),
+    ),
+    "book": (
+        ("rectangle", (0.05, 0.05, 0.95, 0.95), BLUE),
+        ("rectangle", (0.05, 0.05, 0.2, 0.95), DARK),
+        ("rectangle", (0.35, 0.2, 0.8, 0.4), YELLOW),
+    ),
+    "bottle": (
+        ("rectangle", (0.25, 0.35, 0.75, 1), GREEN),
+        ("rectangle", (0.4, 0, 0.6, 0.4), GREEN),
+        ("rectangle", (0.25, 0.55, 0.75, 0.75), WHITE),
+    ),
+    "bus": (
+        ("rectangle", (0, 0.1, 1, 0.8), YELLOW),
+        ("rectangle", (0.08, 0.2, 0.92, 0.42), CYAN),
+        ("ellipse", (0.1, 0.65, 0.35, 1), DARK),
+        ("ellipse", (0.65, 0.65, 0.9, 1), DARK),
+    ),
+    "car": (
+        ("rectangle", (0, 0.45, 1, 0.8), RED),
+        ("polygon", (0.2, 0.45, 0.35, 0.12, 0.7, 0.12, 0.85, 0.45), CYAN),
+        ("ellipse", (0.1, 0.65, 0.35, 1), DARK),
+        ("ellipse", (0.65, 0.65, 0.9, 1), DARK),
+    ),
+    "cat": (
+        ("ellipse", (0.15, 0.4, 0.85, 1), ORANGE),
+        ("ellipse", (0.25, 0.15, 0.75, 0.6), ORANGE),
+        ("polygon", (0.25, 0.3, 0.3, 0, 0.45, 0.2), ORANGE),
+        ("polygon", (0.55, 0.2, 0.7, 0, 0.75, 0.3), ORANGE),
+        ("ellipse", (0.36, 0.3, 0.44, 0.4), DARK),
+        ("ellipse", (0.56, 0.3, 0.64, 0.4), DARK),
+    ),
+    "chair": (
+        ("rectangle", (0.1, 0, 0.25, 1), BROWN),
+        ("rectangle", (0.1, 0.5, 0.9, 0.65), BROWN),
+        ("rectangle", (0.75, 0.6, 0.9, 1), BROWN),
+    ),
+    "clock": (
+        ("ellipse", (0, 0, 1, 1), DARK),
+        ("ellipse", (0.12, 0.12, 0.88, 0.88), WHITE),
+        ("line", (0.5, 0.5, 0.5, 0.2), DARK),
+        ("line", (0.5, 0.5, 0.72, 0.6), RED),
+    ),
+    "cup": (
+        ("rectangle", (0.1, 0.2, 0.7, 0.95), BLUE),
+        ("ring", (0.55, 0.35, 1, 0.8), BLUE),
+        ("ellipse", (0.1, 0.1, 0.7, 0.3), WHITE),
+    ),
+    "dog": (
+        ("ellipse", (0.05, 0.35, 0.8, 0.8), BROWN),
+        ("ellipse", (0.6, 0.1, 1, 0.5), BROWN),
+        ("rectangle", (0.12, 0.7, 0.24, 1), BROWN),
+        ("rectangle", (0.6, 0.7, 0.72, 1), BROWN),
+        ("ellipse", (0.62, 0.1, 0.74, 0.45), DARK),
+    ),
+    "flower": (
+        ("line", (0.5, 0.5, 0.5, 1), GREEN),
+        ("ellipse", (0.05, 0.2, 0.5, 0.6), PINK),
+        ("ellipse", (0.5, 0.2, 0.95, 0.6), PINK),
+        ("ellipse", (0.28, 0, 0.72, 0.4), PINK),
+        ("ellipse", (0.28, 0.38, 0.72, 0.75), PINK),
+        ("ellipse", (0.36, 0.26, 0.64, 0.52), YELLOW),
+    ),
+    "kite": (
+        ("polygon", (0.5, 0, 0.95, 0.35, 0.5, 0.8, 0.05, 0.35), PURPLE),
+        ("line", (0.5, 0, 0.5, 0.8), YELLOW),
+        ("line", (0.05, 0.35, 0.95, 0.35), YELLOW),
+        ("line", (0.5, 0.8, 0.75, 1), DARK),
+    ),
+    "lamp": (
+        ("polygon", (0.3, 0, 0.7, 0, 1, 0.5, 0, 0.5), YELLOW),
+        ("rectangle", (0.45, 0.5, 0.55, 0.9), DARK),
+        ("rectangle", (0.2, 0.88, 0.8, 1), DARK),
+    ),
     "plate": (("ellipse", (0, 0.1, 1, 0.9), WHITE), ("ring", (0.2, 0.27, 0.8, 0.73), GREY)),
-    "pot": (("rectangle", (0.12, 0.35, 0.88, 0.95), GREY), ("rectangle", (0, 0.45, 1, 0.58), DARK), ("ellipse", (0.12, 0.2, 0.88, 0.45), DARK), ("ellipse", (0.42, 0.05, 0.58, 0.25), RED)),
-    "sign": (("rectangle", (0.45, 0.5, 0.55, 1), GREY), ("polygon", (0.3, 0, 0.7, 0, 0.95, 0.2, 0.95, 0.45, 0.7, 0.65, 0.3, 0.65, 0.05, 0.45, 0.05, 0.2), RED), ("rectangle", (0.2, 0.26, 0.8, 0.4), WHITE)),
+    "pot": (
+        ("rectangle", (0.12, 0.35, 0.88, 0.95), GREY),
+        ("rectangle", (0, 0.45, 1, 0.58), DARK),
+        ("ellipse", (0.12, 0.2, 0.88, 0.45), DARK),
+        ("ellipse", (0.42, 0.05, 0.58, 0.25), RED),
+    ),
+    "sign": (
+        ("rectangle", (0.45, 0.5, 0.55, 1), GREY),
+        ("polygon", (0.3, 0, 0.7, 0, 0.95, 0.2, 0.95, 0.45, 0.7, 0.65, 0.3, 0.65, 0.05, 0.45, 0.05, 0.2), RED),
+        ("rectangle", (0.2, 0.26, 0.8, 0.4), WHITE),
+    ),
     "tree": (("rectangle", (0.4, 0.55, 0.6, 1), BROWN), ("ellipse", (0.05, 0, 0.95, 0.7), GREEN)),
-    "umbrella": (("pieslice", (0, 0.02, 1, 1.1, 180, 360), ORANGE), ("pieslice", (0.3, 0.02, 0.7, 1.1, 180, 360), WHITE), ("line", (0.5, 0.5, 0.5, 1), DARK)),
-}  # fmt: skip
+    "umbrella": (
+        ("pieslice", (0, 0.02, 1, 1.1, 180, 360), ORANGE),
+        ("pieslice", (0.3, 0.02, 0.7, 1.1, 180, 360), WHITE),
+        ("line", (0.5, 0.5, 0.5, 1), DARK),
+    ),
+}
 
 # setting: upper color, lower color, where the border lies (0 is the top).
 BACKGROUNDS: dict[str, tuple[Color, Color, float]] = {
@@ -73,8 +180,7 @@ def _primitive(
     pen: ImageDraw.ImageDraw, kind: str, points: tuple[float, ...], box: tuple[int, int, int, int], color: Color
 ) -> None:
     x, y, width, height = box
-    angles = points[4:] if kind == "pieslice" else ()
-    flat = points[:4] if angles else points
+    flat = points[:4] if kind == "pieslice" else points
     place = [(x + px * (width - 1), y + py * (height - 1)) for px, py in zip(flat[::2], flat[1::2], strict=True)]
     stroke = max(1, round(min(width, height) / 10))
     if kind == "ring":
@@ -82,7 +188,7 @@ def _primitive(
     elif kind == "line":
         pen.line(place, fill=color, width=stroke)
     elif kind == "pieslice":
-        pen.pieslice(place, *angles, fill=color)
+        pen.pieslice(place, start=points[4], end=points[5], fill=color)
     else:
         getattr(pen, kind)(place, fill=color)
 

@@ -1,9 +1,13 @@
-"""Toyworld on disk, in the field's own layouts: LLaVA, Visual Genome, COCO and POPE. The readers see no difference."""
+"""Toyworld on disk, in the field's own layouts: LLaVA, Visual Genome, COCO and POPE. The readers see no difference.
+
+Each part is a folder with a marker, written first as unfinished and last as finished: a finished part is skipped, a
+part that a kill cut short is completed to the same bytes, and a folder of somebody else's is refused (`DataError`).
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +16,19 @@ from relook.evaluate.pope import build_splits
 from relook.files import read_json, whole_file, write_json, write_jsonl
 from relook.toyworld.draw import draw
 from relook.toyworld.speech import SYNONYMS, Annotator, mention, sft_samples
-from relook.toyworld.world import IMAGE_SIZE, OBJECTS, Scene, sample_scenes
+from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SPLIT_SIZE, SPLITS, Scene, sample_scenes
 
-Progress = Callable[[int, int], object]
+Progress = Callable[[int, int], object]  # called with (scenes written, scenes in all)
 FORMAT = 1  # raise when the files of the same seed change
 MARKER = "toyworld.json"
 
 
-def write_sft(root: Path, seed: int, scenes: int, progress: Progress) -> Path:
+def write_sft(root: Path, seed: int, scenes: int = 4800, progress: Progress | None = None) -> Path:
     """LLaVA's conversation file and its images: `root/llava/toyworld_mix.json`, `root/llava/images/`."""
     folder = root / "llava"
-    if _begin(folder, seed, scenes):
-        drawn = _draw_all(sample_scenes(seed, "train", scenes), scenes, lambda s: folder / "images" / _vg_name(s), progress)  # fmt: skip
+    if _begin(folder, "train", seed, scenes):
+        place = lambda s: folder / "images" / _vg_name(s)  # noqa: E731
+        drawn = _draw_all(sample_scenes(seed, "train", scenes), scenes, place, progress)
         records = []
         for scene in drawn:
             samples = sft_samples(scene, Annotator(), random.Random(f"sft/{scene.seed}"))
@@ -43,10 +48,10 @@ def write_sft(root: Path, seed: int, scenes: int, progress: Progress) -> Path:
     return folder
 
 
-def write_vg(root: Path, seed: int, scenes: int, progress: Progress) -> Path:
-    """Visual Genome's folder, to mine pairs from: image_data, objects and region_descriptions, and two image folders."""
+def write_vg(root: Path, seed: int, scenes: int, progress: Progress | None = None) -> Path:
+    """Visual Genome's folder, to mine pairs from: image_data, objects, region_descriptions, and two image folders."""
     folder = root / "vg"
-    if _begin(folder, seed, scenes):
+    if _begin(folder, "pairs", seed, scenes):
         place = lambda s: folder / _vg_folder(s) / _vg_name(s)  # noqa: E731
         drawn = _draw_all(sample_scenes(seed, "pairs", scenes), scenes, place, progress)
         write_json(folder / "image_data.json", [_image_data(scene) for scene in drawn])
@@ -56,10 +61,10 @@ def write_vg(root: Path, seed: int, scenes: int, progress: Progress) -> Path:
     return folder
 
 
-def write_eval(root: Path, split: str, seed: int, scenes: int, progress: Progress) -> Path:
+def write_eval(root: Path, split: str, seed: int, scenes: int = 300, progress: Progress | None = None) -> Path:
     """An evaluation folder: COCO annotations and images under val2014 names, and POPE's three question files."""
     folder = root / split
-    if _begin(folder, seed, scenes):
+    if _begin(folder, split, seed, scenes):
         place = lambda s: folder / "val2014" / coco_name(s)  # noqa: E731
         drawn = _draw_all(sample_scenes(seed, split, scenes), scenes, place, progress)
         write_json(folder / "annotations" / "instances_val2014.json", coco_annotations(drawn))
@@ -91,9 +96,7 @@ def coco_annotations(scenes: Sequence[Scene]) -> dict[str, Any]:
                 }
             )
     return {
-        "images": [
-            {"id": s.id, "file_name": coco_name(s), "width": IMAGE_SIZE, "height": IMAGE_SIZE} for s in scenes
-        ],
+        "images": [{"id": s.id, "file_name": coco_name(s), "width": IMAGE_SIZE, "height": IMAGE_SIZE} for s in scenes],
         "categories": [
             {"id": number, "name": name, "supercategory": "toy", "synonyms": SYNONYMS.get(name, [])}
             for name, number in ids.items()
@@ -150,31 +153,42 @@ def _xywh(box: tuple[int, int, int, int], size: tuple[str, str]) -> dict[str, in
     return dict(zip(("x", "y", *size), box, strict=True))
 
 
-def _draw_all(scenes: Any, count: int, place: Callable[[Scene], Path], progress: Progress) -> list[Scene]:
+def _draw_all(
+    scenes: Iterable[Scene], count: int, place: Callable[[Scene], Path], progress: Progress | None
+) -> list[Scene]:
     drawn = []
     for number, scene in enumerate(scenes, 1):
         with whole_file(place(scene)) as temporary:
             draw(scene).save(temporary, format="JPEG", quality=95)
         drawn.append(scene)
-        progress(number, count)
+        if progress is not None:
+            progress(number, count)
     return drawn
 
 
-def _begin(folder: Path, seed: int, scenes: int) -> bool:
+def _begin(folder: Path, split: str, seed: int, scenes: int) -> bool:
     """Whether a part has to be written; a folder of somebody else's is refused."""
+    if split not in SPLITS or not 0 < scenes <= SPLIT_SIZE:
+        raise DataError(
+            f"Toyworld has no split {split} of {scenes} scenes.",
+            f"Splits are {', '.join(SPLITS)}, of 1 to {SPLIT_SIZE} scenes.",
+        )
     wanted = {"format": FORMAT, "seed": seed, "scenes": scenes}
     marker = folder / MARKER
     if marker.exists():
         held = read_json(marker)
-        if held["finished"] and {key: held[key] for key in wanted} == wanted:
-            return False
-        if held["finished"] or {key: held[key] for key in wanted} != wanted:
+        if not isinstance(held, dict) or any(held.get(key) != value for key, value in wanted.items()):
             raise DataError(f"{folder} holds another toyworld ({held}).", "Choose another folder, or remove it.")
-        return True
-    if folder.exists() and any(folder.iterdir()):
+        return not held.get("finished", False)
+    if folder.exists() and (not folder.is_dir() or any(map(_foreign, folder.iterdir()))):
         raise DataError(f"{folder} holds something else.", "Choose another folder.")
     write_json(marker, {**wanted, "finished": False})
     return True
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file is not ours: a kill during the very first write leaves a half-written marker."""
+    return not (path.name.startswith(f".{MARKER}.") and path.name.endswith(".part"))
 
 
 def _end(folder: Path, seed: int, scenes: int) -> None:

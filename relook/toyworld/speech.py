@@ -57,9 +57,7 @@ class Annotator:
         setting = SETTINGS[scene.setting]
         claims = {**dict.fromkeys(setting.core, self.claim_core), **dict.fromkeys(setting.common, self.claim_common)}
         believed = [
-            name
-            for name in OBJECTS
-            if rng.random() < (1 - self.miss if name in scene.names else claims.get(name, 0.0))
+            name for name in OBJECTS if rng.random() < (1 - self.miss if name in scene.names else claims.get(name, 0.0))
         ]
         rng.shuffle(believed)
         return believed

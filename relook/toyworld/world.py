@@ -43,7 +43,8 @@ SETTINGS = {
 OBJECTS = tuple(sorted({name for setting in SETTINGS.values() for name in (*setting.core, *setting.common)}))
 
 SPLITS = {"train": 1, "pairs": 100_001, "dev": 200_001, "test": 300_001}
-"""First image id of each split; a split holds fewer scenes than the ids between two of them."""
+SPLIT_SIZE = 100_000
+"""First image id of each split, and how many scenes (so ids) a split holds at most."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ class Scene:
 
 
 def sample_scene(world_seed: int, split: str, index: int) -> Scene:
-    """Draw scene `index` of a split: the same for the same arguments, whatever else is drawn."""
+    """Draw scene `index` of a split: the same for the same arguments, whatever else is drawn.
+
+    `split` is a key of `SPLITS`, and `index` counts from 0 to below `SPLIT_SIZE`: ids of two splits never meet.
+    """
+    assert 0 <= index < SPLIT_SIZE, f"{split} has no scene {index}"
     seed = f"{world_seed}/{split}/{index}"
     rng = random.Random(seed)
     setting = SETTINGS[rng.choice(list(SETTINGS))]
