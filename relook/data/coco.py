@@ -1,10 +1,11 @@
-"""COCO instance annotations: which objects are on which image."""
+"""COCO annotations (Lin et al. 2014, arXiv:1405.0312): which objects are on which image, and what people said of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from relook.errors import DataError
 from relook.files import read_json
@@ -14,10 +15,14 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Annotations:
-    """What an annotation file says, by image file name.
+    """What an instances file says, by image file name.
 
-    `images` and `categories` keep the file's order; `boxes` are (x, y, width, height) in pixels; `synonyms` are other
-    words for a category, where the file names some (an addition of relook's to COCO's layout).
+    Args:
+        images: file names, in the file's order.
+        categories: names, in the file's order.
+        objects: the categories on each image; empty for images without an annotation.
+        boxes: (category, (x, y, width, height) in pixels) of each annotation, in the file's order.
+        synonyms: other words for a category, where it has a key `synonyms` (an addition of relook's to COCO's layout).
     """
 
     images: tuple[str, ...]
@@ -31,26 +36,54 @@ def read_coco(path: Path) -> Annotations:
     """Read an `instances_*.json` file.
 
     Raises:
-        DataError: a part is missing, or an annotation names an unknown image or category.
+        DataError: a part or a field is missing, or an annotation names an unknown image or category.
     """
-    data = read_json(path)
-    missing = [key for key in ("images", "categories", "annotations") if key not in data]
-    if missing:
-        raise DataError(f"{path} has no {', '.join(missing)}.", "Give a COCO instances file.")
-    names = {image["id"]: str(image["file_name"]) for image in data["images"]}
-    categories = {category["id"]: str(category["name"]) for category in data["categories"]}
-    boxes: dict[str, list[tuple[str, Box]]] = {name: [] for name in names.values()}
-    for annotation in data["annotations"]:
-        try:
-            image, category = names[annotation["image_id"]], categories[annotation["category_id"]]
-        except KeyError as error:
-            raise DataError(f"{path}: annotation {annotation.get('id')} names an unknown id ({error}).") from None
-        x, y, width, height = annotation["bbox"]
-        boxes[image].append((category, (x, y, width, height)))
+    data = _parts(path, "images", "categories", "annotations")
+    try:
+        names = {image["id"]: str(image["file_name"]) for image in data["images"]}
+        categories = {category["id"]: str(category["name"]) for category in data["categories"]}
+        synonyms = {str(c["name"]): tuple(c["synonyms"]) for c in data["categories"] if c.get("synonyms")}
+        boxes: dict[str, list[tuple[str, Box]]] = {name: [] for name in names.values()}
+        for annotation in data["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            category = categories[annotation["category_id"]]
+            boxes[names[annotation["image_id"]]].append((category, (x, y, width, height)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _odd(path, error) from None
     return Annotations(
-        tuple(names.values()),
-        tuple(categories.values()),
-        {image: frozenset(name for name, _ in found) for image, found in boxes.items()},
-        {image: tuple(found) for image, found in boxes.items()},
-        {str(c["name"]): tuple(c["synonyms"]) for c in data["categories"] if c.get("synonyms")},
+        images=tuple(names.values()),
+        categories=tuple(categories.values()),
+        objects={image: frozenset(name for name, _ in found) for image, found in boxes.items()},
+        boxes={image: tuple(found) for image, found in boxes.items()},
+        synonyms=synonyms,
     )
+
+
+def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read a `captions_*.json` file: what people said, by image file name (CHAIR's truth needs it).
+
+    Raises:
+        DataError: a part or a field is missing, or a caption names an unknown image.
+    """
+    data = _parts(path, "images", "annotations")
+    try:
+        names = {image["id"]: str(image["file_name"]) for image in data["images"]}
+        captions: dict[str, list[str]] = {name: [] for name in names.values()}
+        for annotation in data["annotations"]:
+            captions[names[annotation["image_id"]]].append(str(annotation["caption"]))
+    except (KeyError, TypeError) as error:
+        raise _odd(path, error) from None
+    return {image: tuple(said) for image, said in captions.items()}
+
+
+def _parts(path: Path, *keys: str) -> dict[str, Any]:
+    data = read_json(path)
+    missing = [key for key in keys if not isinstance(data, dict) or not isinstance(data.get(key), list)]
+    if missing:
+        raise DataError(f"{path} has no list {', '.join(missing)}.", "Give one of COCO's annotation files.")
+    return dict(data)
+
+
+def _odd(path: Path, error: Exception) -> DataError:
+    what = f"an entry lacks or names the unknown {error}" if isinstance(error, KeyError) else str(error)
+    return DataError(f"{path} is not in COCO's layout: {what}.", "Give one of COCO's annotation files.")

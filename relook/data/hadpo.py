@@ -1,4 +1,7 @@
-"""HA-DPO's preference pairs over Visual Genome, drawn as the original draws them."""
+"""HA-DPO's preference pairs over Visual Genome (Zhao et al. 2023, arXiv:2311.16839), drawn as the original draws them.
+
+The original is `LazySupervisedDataset` in opendatalab/HA-DPO, ha_dpo/models/llava-v1_5/train_dpo.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from relook.data.report import ReadReport
+from relook.data.report import ReadReport, Sieve
 from relook.data.samples import PreferencePair
 from relook.data.vg import read_image_paths
 from relook.errors import DataError
@@ -20,78 +23,99 @@ DESCRIBE_PROMPTS = (
     "Could you describe the contents of this image for me?",
 )
 DESCRIPTION_REPEATS = 2
+QUESTION_FIELDS = ("image_id", "question", "chosen", "reject", "correct")
 
 
 def read_hadpo(
     vg_path: Path,
     desc_data_path: Path | None = None,
     pope_data_path: Path | None = None,
+    *,
     on_bad: str = "drop",
     seed: int = 42,
 ) -> tuple[list[PreferencePair], ReadReport]:
-    """Read `desc_data.json` and `pope_data.json` over Visual Genome's images: POPE pairs + 2 x description pairs.
+    """Read `desc_data.json` and `pope_data.json`: the question pairs, then the description pairs twice.
 
-    One chosen and one rejected description and one of four prompts are drawn per image; questions that the model got
-    right (`correct`) are skipped. Bad records are dropped and reported, or raise, as `on_bad` says.
+    One chosen and one rejected description and one of four prompts are drawn per image, in the file's order; questions
+    that the model got right (`correct`) are skipped. A description pair carries the same id in both its places.
+
+    Args:
+        vg_path: Visual Genome's folder, with `image_data.json`, `VG_100K` and `VG_100K_2`.
+        desc_data_path: `{image id: {"chosen": [text, ...], "rejected": [text, ...]}}`, or None to read none.
+        pope_data_path: `[{"image_id", "question", "chosen", "reject", "answer", "correct"}, ...]`, or None.
+        on_bad: "drop" reports records that cannot be used (missing field, empty text, chosen equal to rejected, unknown
+            image id, missing image file); "error" raises at the first one.
+        seed: of the draws; the original's is 42.
+
+    Raises:
+        DataError: a file is missing or has another layout, or a record is bad and `on_bad` is "error".
     """
+    if desc_data_path is None and pope_data_path is None:
+        raise DataError("There are no preference pairs to read.", "Set desc_data_path, pope_data_path or both.")
+    sieve = Sieve(" + ".join(str(path) for path in (desc_data_path, pope_data_path) if path), on_bad)
     paths = read_image_paths(vg_path)
-    report = ReadReport(" + ".join(str(p) for p in (desc_data_path, pope_data_path) if p), on_bad)
     pairs: list[PreferencePair] = []
     if pope_data_path is not None:
-        pairs += _questions(_typed(pope_data_path, list), paths, report)
+        pairs += _questions(_typed(pope_data_path, list), paths, sieve)
     if desc_data_path is not None:
-        pairs += _descriptions(_typed(desc_data_path, dict), paths, random.Random(seed), report) * DESCRIPTION_REPEATS
-    report.kept = len(pairs)
-    return pairs, report
+        pairs += _descriptions(_typed(desc_data_path, dict), paths, random.Random(seed), sieve) * DESCRIPTION_REPEATS
+    return pairs, sieve.report(len(pairs))
 
 
 def _typed(path: Path, kind: type) -> Any:
     data = read_json(path)
     if not isinstance(data, kind):
-        raise DataError(f"{path} holds a {type(data).__name__}, but a {kind.__name__} is expected.", "Check the file.")
+        raise DataError(
+            f"{path} holds a {type(data).__name__}, but a {kind.__name__} is expected.",
+            "desc_data_path takes a JSON object, pope_data_path a JSON array.",
+        )
     return data
 
 
 def _descriptions(
-    data: Mapping[str, Any], paths: Mapping[str, Path], rng: random.Random, report: ReadReport
+    data: Mapping[str, Any], paths: Mapping[str, Path], rng: random.Random, sieve: Sieve
 ) -> list[PreferencePair]:
     pairs = []
     for image_id, record in data.items():
         name = f"desc-{image_id}"
-        try:
-            chosen, rejected = rng.choice(record["chosen"]), rng.choice(record["rejected"])
-        except (KeyError, IndexError, TypeError):
-            report.drop(name, "no chosen or no rejected description")
+        texts: list[Any] = [record.get(key) if isinstance(record, dict) else None for key in ("chosen", "rejected")]
+        if not all(isinstance(choices, list) and choices for choices in texts):
+            sieve.drop(name, "no chosen or no rejected description")
             continue
-        pair = _pair(name, image_id, rng.choice(DESCRIBE_PROMPTS), chosen, rejected, paths, report)
-        pairs += [pair] if pair else []
+        # All three draws come before any check: dropping a record must not change what is drawn for the next ones.
+        chosen, rejected, prompt = rng.choice(texts[0]), rng.choice(texts[1]), rng.choice(DESCRIBE_PROMPTS)
+        pairs += _pair(name, image_id, prompt, chosen, rejected, paths, sieve)
     return pairs
 
 
-def _questions(data: list[Any], paths: Mapping[str, Path], report: ReadReport) -> list[PreferencePair]:
+def _questions(data: list[Any], paths: Mapping[str, Path], sieve: Sieve) -> list[PreferencePair]:
     pairs = []
     for number, record in enumerate(data):
         name = f"pope-{number}"
-        missing = [key for key in ("image_id", "question", "chosen", "reject") if key not in record]
+        missing = [key for key in QUESTION_FIELDS if not isinstance(record, dict) or key not in record]
         if missing:
-            report.drop(name, f"no {', '.join(missing)}")
-        elif not record.get("correct"):
-            pair = _pair(name, str(record["image_id"]), record["question"], record["chosen"], record["reject"], paths, report)  # fmt: skip
-            pairs += [pair] if pair else []
+            sieve.drop(name, f"no {', '.join(missing)}")
+        elif record["correct"]:
+            sieve.skip("answered correctly")
+        else:
+            prompt, chosen, rejected = record["question"], record["chosen"], record["reject"]
+            pairs += _pair(name, str(record["image_id"]), prompt, chosen, rejected, paths, sieve)
     return pairs
 
 
 def _pair(
-    name: str, image_id: str, prompt: str, chosen: str, rejected: str, paths: Mapping[str, Path], report: ReadReport
-) -> PreferencePair | None:
-    if image_id not in paths:
-        report.drop(name, "image id not in image_data.json")
+    name: str, image_id: str, prompt: Any, chosen: Any, rejected: Any, paths: Mapping[str, Path], sieve: Sieve
+) -> list[PreferencePair]:
+    """The pair, or nothing where it cannot be used."""
+    if not all(isinstance(text, str) and text.strip() for text in (prompt, chosen, rejected)):
+        fault = "empty text"
+    elif chosen.strip() == rejected.strip():
+        fault = "chosen equals rejected"
+    elif image_id not in paths:
+        fault = "image id not in image_data.json"
     elif not paths[image_id].is_file():
-        report.drop(name, "image missing")
-    elif not str(chosen).strip() or not str(rejected).strip():
-        report.drop(name, "empty answer")
-    elif chosen == rejected:
-        report.drop(name, "chosen equals rejected")
+        fault = "image file missing"
     else:
-        return PreferencePair(name, paths[image_id], prompt, chosen, rejected)
-    return None
+        return [PreferencePair(name, paths[image_id], prompt, chosen, rejected)]
+    sieve.drop(name, fault)
+    return []

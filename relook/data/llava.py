@@ -1,4 +1,4 @@
-"""LLaVA's conversation files (`llava_v1_5_mix665k.json` and its kin)."""
+"""LLaVA's conversation files (`llava_v1_5_mix665k.json` and its kin; Liu et al. 2023, arXiv:2310.03744)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.prompts import IMAGE
-from relook.data.report import ReadReport
+from relook.data.report import ReadReport, Sieve
 from relook.data.samples import Conversation, Turn
 from relook.errors import DataError
 from relook.files import read_json
@@ -19,42 +19,58 @@ class _Bad(Exception):
 def read_llava(data_path: Path, image_folder: Path, on_bad: str = "drop") -> tuple[list[Conversation], ReadReport]:
     """Read a list of `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`.
 
-    Entries without `image` are text only. Bad records are dropped and reported, or raise, as `on_bad` says.
+    `image` is one path or a list of paths under `image_folder`; entries without it are text only. A record is bad where
+    its turns do not alternate from human to gpt, an answer is empty, an image file is missing, or the human turns do
+    not hold one `<image>` per image. LLaVA itself silently cuts a first turn that is not human's; here it is bad.
+
+    Args:
+        on_bad: "drop" reports bad records; "error" raises at the first one.
+
+    Raises:
+        DataError: the file or folder is missing, the file is no JSON array, or a record is bad and `on_bad` is "error".
     """
+    sieve = Sieve(str(data_path), on_bad)
     records = read_json(data_path)
     if not isinstance(records, list):
         raise DataError(f"{data_path} is not a JSON array.", "Give a file in LLaVA's conversation layout.")
     if not image_folder.is_dir():
         raise DataError(f"There is no image folder {image_folder}.", "Check image_folder.")
-    report = ReadReport(str(data_path), on_bad)
     samples = []
     for number, record in enumerate(records):
+        name = str(record.get("id", number) if isinstance(record, dict) else number)
         try:
-            samples.append(_conversation(record, number, image_folder))
+            samples.append(_conversation(name, record, image_folder))
         except _Bad as bad:
-            report.drop(str(record.get("id", number)) if isinstance(record, dict) else str(number), str(bad))
-    report.kept = len(samples)
-    return samples, report
+            sieve.drop(name, str(bad))
+    return samples, sieve.report(len(samples))
 
 
-def _conversation(record: Any, number: int, image_folder: Path) -> Conversation:
+def _conversation(name: str, record: Any, image_folder: Path) -> Conversation:
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise _Bad("no conversations")
-    names = record.get("image", [])
-    names = [names] if isinstance(names, str) else names
-    images = tuple(image_folder / name for name in names)
-    if any(not image.is_file() for image in images):
-        raise _Bad("image missing")
-    messages = record["conversations"]
-    if not messages or len(messages) % 2:
-        raise _Bad("turns do not come in pairs")
-    turns = []
-    for asked, said in zip(messages[::2], messages[1::2], strict=True):
-        if asked.get("from") != "human" or said.get("from") != "gpt":
-            raise _Bad("turns do not alternate between human and gpt")
-        if not str(said.get("value", "")).strip():
-            raise _Bad("empty answer")
-        turns.append(Turn(str(asked.get("value", "")), str(said["value"])))
+    images, turns = _images(record.get("image"), image_folder), _turns(record["conversations"])
+    if any(IMAGE in turn.response for turn in turns):
+        raise _Bad(f"{IMAGE} in an answer")
     if sum(turn.prompt.count(IMAGE) for turn in turns) != len(images):
-        raise _Bad("number of <image> differs from the number of images")
-    return Conversation(str(record.get("id", number)), images, tuple(turns))
+        raise _Bad(f"number of {IMAGE} differs from the number of images")
+    return Conversation(name, images, turns)
+
+
+def _images(given: Any, image_folder: Path) -> tuple[Path, ...]:
+    names = given if isinstance(given, list) else [given] if given else []
+    if not all(isinstance(name, str) and name for name in names):
+        raise _Bad("image is not a path")
+    images = tuple(image_folder / name for name in names)
+    if not all(image.is_file() for image in images):
+        raise _Bad("image file missing")
+    return images
+
+
+def _turns(messages: list[Any]) -> tuple[Turn, ...]:
+    if not all(isinstance(m, dict) and isinstance(m.get("value"), str) for m in messages):
+        raise _Bad("a turn without text")
+    if not messages or [m.get("from") for m in messages] != ["human", "gpt"] * (len(messages) // 2):
+        raise _Bad("turns do not alternate between human and gpt")
+    if not all(said["value"].strip() for said in messages[1::2]):
+        raise _Bad("empty answer")
+    return tuple(Turn(a["value"], s["value"]) for a, s in zip(messages[::2], messages[1::2], strict=True))

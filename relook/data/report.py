@@ -1,42 +1,77 @@
-"""What a reader could not use: counted by reason and named, so that no sample is lost silently."""
+"""What a reader kept, skipped and could not use: counted by reason and named, so that no sample is lost silently."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from relook.errors import DataError, some
+from relook.errors import DataError, RecipeError, some
+
+ON_BAD = ("drop", "error")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ReadReport:
-    """Samples read and dropped by one reader. With `on_bad` "error" the first bad sample raises instead.
+    """What one reader did with its file.
 
     Args:
-        source: the file that is read, for messages.
+        source: the file or files that were read.
+        kept: samples returned.
+        reasons: why samples could not be used, and the names of those samples.
+        skipped: records that the format itself leaves out, counted by reason. They are no fault.
     """
 
     source: str
-    on_bad: str = "drop"
-    kept: int = 0
-    reasons: dict[str, list[str]] = field(default_factory=dict)
+    kept: int
+    reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dropped(self) -> int:
         return sum(map(len, self.reasons.values()))
 
+    def summary(self) -> str:
+        """One line: how many were kept, skipped and dropped, and why."""
+        parts = [f"{self.kept:,} samples"]
+        parts += [f"{count:,} skipped ({reason})" for reason, count in self.skipped.items()]
+        faults = "; ".join(f"{reason}: {len(names):,} ({some(names, 3)})" for reason, names in self.reasons.items())
+        parts.append(f"{self.dropped:,} dropped ({faults})" if faults else "none dropped")
+        return f"{self.source}: {', '.join(parts)}."
+
+
+class Sieve:
+    """Collects what a reader leaves out while it reads; `report` closes the account.
+
+    Args:
+        source: the file that is read, for messages.
+        on_bad: "drop" notes a bad sample; "error" raises at the first one.
+
+    Raises:
+        RecipeError: `on_bad` is something else.
+    """
+
+    def __init__(self, source: str, on_bad: str) -> None:
+        if on_bad not in ON_BAD:
+            raise RecipeError(f"on_bad is {on_bad!r}.", f"Choose one of: {', '.join(ON_BAD)}.")
+        self._source, self._on_bad = source, on_bad
+        self._reasons: dict[str, list[str]] = {}
+        self._skipped: Counter[str] = Counter()
+
     def drop(self, name: str, reason: str) -> None:
-        """Note a bad sample.
+        """Note a sample that cannot be used.
 
         Raises:
             DataError: bad samples are not to be dropped.
         """
-        if self.on_bad == "error":
-            raise DataError(f"{self.source}, sample {name}: {reason}.", "Repair it, or set on_bad drop.")
-        self.reasons.setdefault(reason, []).append(name)
+        if self._on_bad == "error":
+            raise DataError(f"{self._source}, sample {name}: {reason}.", "Repair it, or set on_bad drop.")
+        self._reasons.setdefault(reason, []).append(name)
 
-    def summary(self) -> str:
-        """One line: how many were kept, and how many dropped for which reason."""
-        line = f"{self.source}: {self.kept:,} samples"
-        if not self.reasons:
-            return f"{line}, none dropped."
-        return f"{line}, {self.dropped:,} dropped ({'; '.join(f'{r}: {len(n)} ({some(n, 3)})' for r, n in self.reasons.items())})."
+    def skip(self, reason: str) -> None:
+        """Note a sound record that the format leaves out."""
+        self._skipped[reason] += 1
+
+    def report(self, kept: int) -> ReadReport:
+        reasons = {reason: tuple(names) for reason, names in self._reasons.items()}
+        return ReadReport(self._source, kept, reasons, dict(self._skipped))

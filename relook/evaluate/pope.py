@@ -1,10 +1,13 @@
-"""POPE (Li et al. 2023, arXiv:2305.10355): yes/no questions about objects, and the official way of scoring them."""
+"""POPE (Li et al. 2023, arXiv:2305.10355): yes/no questions about objects, and the official way of scoring them.
+
+The official programs are RUCAIBox/POPE evaluate.py (parse and score), main.py and utils.py (building the splits).
+"""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from relook.data.samples import Question
 from relook.errors import DataError, some
 from relook.files import read_records
 
+SPLITS = ("random", "popular", "adversarial")
+PARSER = "official"
+
 
 def question_text(name: str) -> str:
     """POPE's question about an object."""
@@ -20,51 +26,59 @@ def question_text(name: str) -> str:
 
 
 def read_questions(path: Path, image_root: Path) -> list[Question]:
-    """Read a question file: JSON lines or a JSON array of `{"question_id", "image", "text", "label"}`.
+    """Read a question file: JSON lines or a JSON array of `{"question_id", "image", "text", "label"?}`.
 
-    As in the official program, any label but "no" counts as yes.
+    As in the official program, any label but "no" counts as yes. LLaVA's question files have no label: theirs is empty.
 
     Raises:
         DataError: a field is missing, an id stands twice, or the file has no question.
     """
     questions = []
     for number, record in enumerate(read_records(path), 1):
-        missing = [key for key in ("question_id", "image", "text", "label") if key not in record]
+        missing = [key for key in ("question_id", "image", "text") if key not in record]
         if missing:
             raise DataError(f"{path}: record {number} has no {', '.join(missing)}.", "Give a POPE question file.")
-        label = "no" if record["label"] == "no" else "yes"
+        label = ("no" if record["label"] == "no" else "yes") if "label" in record else ""
         questions.append(
             Question(str(record["question_id"]), image_root / str(record["image"]), str(record["text"]), label)
         )
     if not questions:
         raise DataError(f"{path} holds no question.", "Give a POPE question file.")
-    _refuse_twice([question.id for question in questions], path)
+    _refuse_twice((question.id for question in questions), str(path))
     return questions
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Read an answer file: records with `question_id`, and `answer` (POPE's key) or `text` (LLaVA's)."""
+    """Read an answer file: records with `question_id`, and `answer` (POPE's key) or `text` (LLaVA's), in any order.
+
+    Raises:
+        DataError: a record has no id or no text, or an id stands twice.
+    """
     records = read_records(path)
     for number, record in enumerate(records, 1):
-        if "question_id" not in record or not ("answer" in record or "text" in record):
+        if "question_id" not in record or not isinstance(_answer(record), str):
             raise DataError(
                 f"{path}: record {number} needs question_id, and answer or text.", "Give POPE's or LLaVA's layout."
             )
-    _refuse_twice([str(record["question_id"]) for record in records], path)
+    _refuse_twice((str(record["question_id"]) for record in records), str(path))
     return records
 
 
-def _refuse_twice(ids: Sequence[str], path: Path) -> None:
+def _answer(record: Mapping[str, Any]) -> Any:
+    return record["answer"] if "answer" in record else record.get("text")
+
+
+def _refuse_twice(ids: Iterable[str], where: str) -> None:
     twice = [id for id, count in Counter(ids).items() if count > 1]
     if twice:
-        raise DataError(f"{path}: question_id {some(twice)} stands more than once.", "Remove the duplicates.")
+        raise DataError(f"{where}: question_id {some(twice)} stands more than once.", "Remove the duplicates.")
 
 
 def official_parse(answer: str) -> bool:
     """Whether POPE's evaluate.py takes an answer for yes.
 
     It looks at the text before the first full stop, removes commas, splits at spaces, and takes the answer for no when
-    one of the words is "No", "not" or "no"; everything else is yes.
+    one of the words is "No", "not" or "no". Everything else is yes: also "", "NO", "No!" and "No</s>".
     """
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
@@ -81,26 +95,35 @@ class PopeScore:
     fp: int
     tn: int
     fn: int
-    parser: str = "official"
+    parser: str = PARSER
 
     @property
     def n(self) -> int:
         return self.tp + self.fp + self.tn + self.fn
 
+    @property
+    def accuracy(self) -> float:
+        return _ratio(self.tp + self.tn, self.n)
+
+    @property
+    def precision(self) -> float:
+        return _ratio(self.tp, self.tp + self.fp)
+
+    @property
+    def recall(self) -> float:
+        return _ratio(self.tp, self.tp + self.fn)
+
+    @property
+    def f1(self) -> float:
+        return _ratio(2 * self.precision * self.recall, self.precision + self.recall)
+
+    @property
+    def yes_ratio(self) -> float:
+        return _ratio(self.tp + self.fp, self.n)
+
     def to_json(self) -> dict[str, Any]:
-        precision, recall = _ratio(self.tp, self.tp + self.fp), _ratio(self.tp, self.tp + self.fn)
-        counts = asdict(self)
-        parser = counts.pop("parser")
-        return {
-            **counts,
-            "accuracy": _ratio(self.tp + self.tn, self.n),
-            "precision": precision,
-            "recall": recall,
-            "f1": _ratio(2 * precision * recall, precision + recall),
-            "yes_ratio": _ratio(self.tp + self.fp, self.n),
-            "n": self.n,
-            "parser": parser,
-        }
+        rates = {name: getattr(self, name) for name in ("accuracy", "precision", "recall", "f1", "yes_ratio", "n")}
+        return asdict(self) | rates
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -116,38 +139,43 @@ class PopeRow:
     prediction: bool
     label: bool
 
+    @property
+    def image(self) -> str:
+        """The image's file name: rows are resampled by image."""
+        return self.question.image.name
+
+    @property
+    def right(self) -> bool:
+        return self.prediction == self.label
+
 
 def match(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]]) -> list[PopeRow]:
-    """Pair answers with questions by id; their order does not matter. Where an answer repeats its question's text, the
-    texts must agree.
+    """Pair answers with questions by id; their order does not matter. Rows are in the order of the questions.
+
+    Where an answer repeats its question (`question`, or LLaVA's `prompt`), the texts must agree.
 
     Raises:
-        DataError: questions without an answer, answers without a question, or texts that differ; the ids are named.
+        DataError: questions without an answer or a label, answers without a question, ids that stand twice, or texts
+            that differ; the ids are named.
     """
+    _refuse_twice((question.id for question in questions), "Questions")
+    _refuse_twice((str(record["question_id"]) for record in answers), "Answers")
     by_id = {str(record["question_id"]): record for record in answers}
-    ids = [question.id for question in questions]
-    missing = [id for id in ids if id not in by_id]
-    foreign = sorted(by_id.keys() - set(ids))
-    other_text = [
-        q.id for q in questions if q.id in by_id and by_id[q.id].get("question", by_id[q.id].get("prompt", q.text)) != q.text
-    ]  # fmt: skip
-    problems = [
-        f"{len(found)} {what} ({some(found)})"
-        for found, what in (
-            (missing, "questions have no answer"),
-            (foreign, "answers have no question"),
-            (other_text, "answers are to another question text"),
-        )
-        if found
-    ]
+    pairs = [(question, by_id[question.id]) for question in questions if question.id in by_id]
+    faults = {
+        "questions have no answer": [q.id for q in questions if q.id not in by_id],
+        "answers have no question": sorted(by_id.keys() - {q.id for q in questions}),
+        "answers are to another question text": [
+            question.id
+            for question, record in pairs
+            if record.get("question", record.get("prompt", question.text)) != question.text
+        ],
+        "questions have no label": [q.id for q in questions if not q.label],
+    }
+    problems = [f"{len(ids)} {what} ({some(ids)})" for what, ids in faults.items() if ids]
     if problems:
         raise DataError(f"Questions and answers do not match: {'; '.join(problems)}.", "Give the two files of one run.")
-    rows = []
-    for question in questions:
-        record = by_id[question.id]
-        text = str(record["answer"] if "answer" in record else record["text"])
-        rows.append(PopeRow(question, text, official_parse(text), question.label == "yes"))
-    return rows
+    return [PopeRow(q, _answer(record), official_parse(_answer(record)), q.label == "yes") for q, record in pairs]
 
 
 def score(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]]) -> PopeScore:
@@ -161,31 +189,60 @@ def build_splits(
 ) -> dict[str, list[dict[str, Any]]]:
     """Build the random, popular and adversarial question records from annotations, as POPE does from COCO's.
 
-    Of each image with at least `positives` objects, that many are asked, each followed by an absent one: drawn at
-    random, the most frequent one overall, or the one that most often comes together with the object just asked. The
-    yes-questions are the same in the three splits, and no object is asked twice of an image.
+    Images with fewer than `positives` objects are left out, and do not count for what is frequent. Of each other image
+    the first `positives` objects are asked, each followed by an absent one that was not asked yet: drawn at random;
+    the most frequent one; or the one that comes together most often with the object just asked (any, at random, where
+    none is left that ever did). Of equally frequent ones the first seen comes first. The yes-questions are the same in
+    the three splits.
+
+    Where all objects that occur are on an image or asked, POPE loops for ever: here the categories that never occur
+    follow, and an image with fewer than `positives` absent categories is left out.
+
+    Args:
+        objects_by_image: a sequence is taken in its order; a set has none, so it is shuffled first.
+        categories: all object names.
+
+    Returns:
+        `{"question_id", "image", "text", "label"}` records by split; ids count from 1 in each.
+
+    Raises:
+        DataError: an object is not among the categories.
     """
-    frequency = Counter(name for present in objects_by_image.values() for name in set(present))
-    together: dict[str, Counter[str]] = {name: Counter() for name in categories}
-    for present in objects_by_image.values():
-        for name in set(present):
-            together[name].update(set(present) - {name})
-    by_frequency = sorted(categories, key=lambda name: (-frequency[name], name))
-    companions = {n: sorted(categories, key=lambda other: (-together[n][other], other)) for n in categories}
-    rng = random.Random(f"pope/{seed}")
-    splits: dict[str, list[dict[str, Any]]] = {"random": [], "popular": [], "adversarial": []}
-    for image, objects in objects_by_image.items():
-        present = sorted(set(objects))
-        if len(present) < positives or len(categories) - len(present) < positives:
-            continue
-        asked = rng.sample(present, positives)
-        for split, records in splits.items():
+    shuffle = random.Random(f"pope/{seed}/order")
+    listed = {image: _in_order(objects, shuffle) for image, objects in objects_by_image.items()}
+    unknown = sorted(set().union(*listed.values()) - set(categories))
+    if unknown:
+        raise DataError(f"Objects are not among the categories: {some(unknown)}.", "Add them to the categories.")
+    most = len(set(categories)) - positives
+    enough = {image: present for image, present in listed.items() if positives <= len(present) <= most}
+    frequency = Counter(name for present in enough.values() for name in present)
+    together: dict[str, Counter[str]] = {name: Counter() for name in frequency}
+    for present in enough.values():
+        for name in present:
+            together[name].update(other for other in present if other != name)
+    popular, never = _falling(frequency), [name for name in categories if name not in frequency]
+    companions = {name: _falling(counts) for name, counts in together.items()}
+
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for split in SPLITS:
+        rng, records = random.Random(f"pope/{seed}/{split}"), splits.setdefault(split, [])
+        for image, present in enough.items():
             used = set(present)
-            for name in asked:
-                order = {"popular": by_frequency, "adversarial": companions[name]}.get(split)
-                absent = next(o for o in order or rng.sample(list(categories), len(categories)) if o not in used)
+            for name in present[:positives]:
+                first = {"random": [], "popular": popular, "adversarial": companions[name]}[split]
+                absent = next(o for o in (*first, *rng.sample(popular, len(popular)), *never) if o not in used)
                 used.add(absent)
-                for object_name, label in ((name, "yes"), (absent, "no")):
-                    text = question_text(object_name)
-                    records.append({"question_id": len(records) + 1, "image": image, "text": text, "label": label})
+                for asked, label in ((name, "yes"), (absent, "no")):
+                    question = {"question_id": len(records) + 1, "image": image, "text": question_text(asked)}
+                    records.append({**question, "label": label})
     return splits
+
+
+def _in_order(objects: Collection[str], shuffle: random.Random) -> list[str]:
+    if isinstance(objects, Sequence):
+        return list(dict.fromkeys(objects))
+    return shuffle.sample(sorted(objects), len(objects))
+
+
+def _falling(counts: Counter[str]) -> list[str]:
+    return [name for name, _ in counts.most_common()]
