@@ -1,13 +1,28 @@
-"""CHAIR (Rohrbach et al. 2018, arXiv:1809.02156): objects that a caption names and the picture does not have."""
+"""CHAIR (Rohrbach et al. 2018, arXiv:1809.02156): objects that a caption names and the picture does not have.
+
+The rules are those of LisaAnne/Hallucination utils/chair.py. It turns words into singulars with a library; here a
+vocabulary lists singulars and plurals, so that nothing has to be installed and a mention keeps its place in the text.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.resources import files
 from typing import Any
 
 from relook.data.coco import Annotations
+from relook.errors import DataError, some
+
+_WORD = re.compile(r"\w+(?:-\w+)*")  # a hyphen belongs to its word, as in "man-made"
+# Phrases whose words would name an object, though the phrase does not: an animal is no baby and a jet no passenger.
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
+_NO_OBJECT = ("baby animal", "adult animal", "baby cub", "adult cub", "home plate", "train track")
+_IRREGULAR = {"child": "children", "goose": "geese", "mouse": "mice", "ox": "oxen", "person": "people"} | {
+    name: name for name in ("sheep", "people", "cattle", "aircraft", "scissors", "skis", "luggage")
+}
 
 
 @dataclass(frozen=True)
@@ -21,53 +36,122 @@ class Mention:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which words and phrases name which object, in singular and plural."""
+    """Which words and phrases name which object.
+
+    Args:
+        phrases: surface form in lower case, single spaces, singular or plural, to object; to "" where it names none.
+        hidden_by: surface forms that do not count where one of certain others stands in the same text.
+    """
 
     phrases: Mapping[str, str]
-    pattern: re.Pattern[str] = field(init=False, repr=False)
+    hidden_by: Mapping[str, Collection[str]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        longest_first = sorted(self.phrases, key=len, reverse=True)
-        object.__setattr__(self, "pattern", re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b", re.I))
+    @cached_property
+    def longest(self) -> int:
+        """Words in the longest phrase."""
+        return max((len(_WORD.findall(phrase)) for phrase in self.phrases), default=0)
 
     @staticmethod
     def of(names: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> Vocabulary:
-        """From object names and other words for them."""
-        phrases = {}
+        """From object names and other words for them. A name goes before a synonym, and either before a plural."""
+        phrases = {_surface(name): name for name in names}
         for name in names:
-            for word in (name, *(synonyms or {}).get(name, ())):
-                phrases[word.lower()] = name
-                phrases[plural(word.lower())] = name
-        return Vocabulary(phrases)
+            for word in (synonyms or {}).get(name, ()):
+                phrases.setdefault(_surface(word), name)
+        return Vocabulary(_with_plurals(phrases))
 
 
 def vocabulary_of(annotations: Annotations) -> Vocabulary:
+    """The vocabulary of an annotation file's own categories and synonyms."""
     return Vocabulary.of(annotations.categories, annotations.synonyms)
 
 
-def plural(word: str) -> str:
-    """The regular plural of a noun or of a phrase's last word."""
-    if re.search(r"(s|x|z|ch|sh)$", word):
-        return word + "es"
-    if re.search(r"[^aeiou]y$", word):
-        return word[:-1] + "ies"
-    return re.sub(r"(?:fe|f)$", "ves", word) if re.search(r"(knife|shelf|leaf)$", word) else word + "s"
+@cache
+def coco_vocabulary() -> Vocabulary:
+    """CHAIR's vocabulary of COCO's 80 objects, with its rules for double words, from `coco_synonyms.txt`."""
+    text = files("relook.evaluate").joinpath("coco_synonyms.txt").read_text(encoding="utf-8")
+    rows = [line.split(", ") for line in text.splitlines() if line and not line.startswith("#")]
+    phrases = {word: row[0] for row in rows for word in row}
+    phrases |= {f"{age} {animal}": phrases[animal] for animal in _ANIMALS for age in ("baby", "adult")}
+    phrases |= {"passenger jet": "airplane", "passenger train": "train", "toilet seat": "toilet"}
+    phrases |= dict.fromkeys(_NO_OBJECT, "")
+    # "The seat of the toilet" names no chair.
+    toilet = frozenset(_with_plurals(dict.fromkeys(("toilet", "toilet seat"), "toilet")))
+    return Vocabulary(_with_plurals(phrases), dict.fromkeys(("seat", "seats"), toilet))
+
+
+def _surface(phrase: str) -> str:
+    return " ".join(phrase.lower().split())
+
+
+def _with_plurals(phrases: Mapping[str, str]) -> dict[str, str]:
+    return {plural(phrase): name for phrase, name in phrases.items()} | dict(phrases)
+
+
+def plural(phrase: str) -> str:
+    """The plural of a noun in lower case, or of a phrase's last word."""
+    head, space, word = phrase.rpartition(" ")
+    if word in _IRREGULAR:
+        many = _IRREGULAR[word]
+    elif word.endswith("child"):
+        many = word + "ren"
+    elif word.endswith("man") and word not in ("human", "german"):
+        many = word[:-3] + "men"
+    elif re.search(r"([nlw]ife|(thie|shel|lea|loa|cal|hal|wol|scar)f)$", word):
+        many = re.sub(r"fe?$", "ves", word)
+    elif re.search(r"(s|x|z|ch|sh)$", word):
+        many = word + "es"
+    elif re.search(r"[^aeiou]y$", word):
+        many = word[:-1] + "ies"
+    else:
+        many = word + "s"
+    return head + space + many
 
 
 def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
     """Every mention of an object, in order; the longest phrase wins, case does not matter, whole words only."""
+    words = [match.span() for match in _WORD.finditer(text)]
+    found: list[tuple[str, int, int]] = []
+    first = 0
+    while first < len(words):
+        # A dictionary lookup per length, not one pattern: Visual Genome has tens of thousands of names.
+        for last in range(min(first + vocabulary.longest, len(words)) - 1, first - 1, -1):
+            start, end = words[first][0], words[last][1]
+            surface = _surface(text[start:end])
+            if surface in vocabulary.phrases:
+                found.append((surface, start, end))
+                first = last
+                break
+        first += 1
+    surfaces = {surface for surface, _, _ in found}
     return [
-        Mention(vocabulary.phrases[found.group().lower()], found.start(), found.end())
-        for found in vocabulary.pattern.finditer(text)
+        Mention(vocabulary.phrases[surface], start, end)
+        for surface, start, end in found
+        if vocabulary.phrases[surface] and surfaces.isdisjoint(vocabulary.hidden_by.get(surface, ()))
     ]
+
+
+def truth_of(
+    annotations: Annotations, human_captions: Mapping[str, Iterable[str]], vocabulary: Vocabulary
+) -> dict[str, frozenset[str]]:
+    """The objects on each image by CHAIR's definition: annotated ones, and those that people name in their captions.
+
+    Published COCO figures use both (`relook.data.coco.read_captions`); annotations alone give higher rates.
+    """
+    return {
+        image: annotated
+        | {m.object for caption in human_captions.get(image, ()) for m in mentions(caption, vocabulary)}
+        for image, annotated in annotations.objects.items()
+    }
 
 
 @dataclass(frozen=True)
 class ChairScore:
     """CHAIR over captions; the tuples hold one count per image, in the order of `images`.
 
-    Captions without any mention count as free of hallucination in chair_s, as in the original; how many there are is
-    reported as `empty`, because a model that says nothing is not a model that sees.
+    Captions without any mention add nothing to `chair_i` and, as in the original, count as free of hallucination in
+    `chair_s`. So that silence is not taken for sight, `empty` says how many there are, and they lower `recall`. Rates
+    are fractions; one whose denominator is zero is 0.0, so read `chair_i` with `empty`.
     """
 
     images: tuple[str, ...]
@@ -75,35 +159,59 @@ class ChairScore:
     hallucinated: tuple[int, ...]  # of these, of absent ones
     found: tuple[int, ...]  # distinct present objects that were named
     present: tuple[int, ...]  # distinct present objects
-    words: tuple[int, ...]
+    words: tuple[int, ...]  # separated by white space
 
     @property
     def n(self) -> int:
         return len(self.images)
 
+    @property
+    def chair_i(self) -> float:
+        """Mentions of absent objects / mentions."""
+        return _ratio(sum(self.hallucinated), sum(self.mentioned))
+
+    @property
+    def chair_s(self) -> float:
+        """Captions that mention an absent object / captions."""
+        return _ratio(sum(count > 0 for count in self.hallucinated), self.n)
+
+    @property
+    def recall(self) -> float:
+        """Distinct present objects that were named / distinct present objects, summed over images."""
+        return _ratio(sum(self.found), sum(self.present))
+
+    @property
+    def length(self) -> float:
+        """Mean number of words."""
+        return _ratio(sum(self.words), self.n)
+
+    @property
+    def empty(self) -> float:
+        """Captions without any mention / captions."""
+        return _ratio(sum(count == 0 for count in self.mentioned), self.n)
+
     def to_json(self) -> dict[str, Any]:
-        return {
-            "chair_i": _ratio(sum(self.hallucinated), sum(self.mentioned)),
-            "chair_s": _ratio(sum(h > 0 for h in self.hallucinated), self.n),
-            "recall": _ratio(sum(self.found), sum(self.present)),
-            "length": _ratio(sum(self.words), self.n),
-            "empty": _ratio(sum(m == 0 for m in self.mentioned), self.n),
-            "n": self.n,
-        }
+        return {name: getattr(self, name) for name in ("chair_i", "chair_s", "recall", "length", "empty", "n")}
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def score(
     captions: Mapping[str, str], truth: Mapping[str, Collection[str]], vocabulary: Vocabulary
 ) -> ChairScore:  # fmt: skip
-    """Count mentions in each image's caption against the objects that are there."""
+    """Count mentions in each image's caption against the objects that are there.
+
+    Raises:
+        DataError: images whose objects are not known; they are named.
+    """
+    unknown = [image for image in captions if image not in truth]
+    if unknown:
+        raise DataError(f"There are no annotations for {some(unknown)}.", "Give the annotations of the same images.")
     rows = []
     for image, caption in captions.items():
-        named = [mention.object for mention in mentions(caption, vocabulary)]
-        there = set(truth[image])
+        named, there = [mention.object for mention in mentions(caption, vocabulary)], set(truth[image])
         wrong = sum(name not in there for name in named)
         rows.append((image, len(named), wrong, len(there & set(named)), len(there), len(caption.split())))
     return ChairScore(*(tuple(column) for column in zip(*rows, strict=True))) if rows else ChairScore(*((),) * 6)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0

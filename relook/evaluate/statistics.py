@@ -1,4 +1,7 @@
-"""How sure a number is: intervals over images, and paired comparisons of two models on the same images."""
+"""How sure a number is: intervals over images, and paired comparisons of two models on the same images.
+
+Rows of one image depend on each other (POPE asks six questions on each), so images are resampled, never rows.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,92 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 2000
-Interval = list[float]
-
-
-def _resampled(count: int, seed: int) -> np.ndarray:
-    """How often each of `count` images is drawn in each resample, (RESAMPLES, count)."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-
-
-def _ratios(draws: np.ndarray, numerators: Sequence[float], denominators: Sequence[float]) -> np.ndarray:
-    top, bottom = draws @ np.asarray(numerators, float), draws @ np.asarray(denominators, float)
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
-
-
-def _percentiles(values: np.ndarray) -> Interval:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return [float(low), float(high)]
+LEVELS = (2.5, 97.5)  # percentiles of a 95 % interval
+Interval = list[float]  # low, high: a list, because results are JSON
+Floats = NDArray[np.float64]
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:
-    """95 % percentile bootstrap interval of sum(numerators) / sum(denominators), resampling images, not rows.
+    """95 % percentile bootstrap interval of sum(numerators) / sum(denominators) (Efron 1979).
 
     Args:
-        numerators, denominators: one value per image.
+        numerators, denominators: one value per image. Resamples whose denominators sum to zero count as ratio 0.
+
+    Returns:
+        [low, high]; [0, 0] where there are no images.
+
+    Raises:
+        ValueError: the two differ in length.
     """
+    _same_length(numerators, denominators)
     if not len(numerators):
         return [0.0, 0.0]
-    return _percentiles(_ratios(_resampled(len(numerators), seed), numerators, denominators))
+    return _interval(_ratios(_draws(len(numerators), seed), numerators, denominators))
 
 
 def paired_interval(
     first: tuple[Sequence[float], Sequence[float]], second: tuple[Sequence[float], Sequence[float]], seed: int = 0
 ) -> Interval:
-    """95 % interval of ratio(second) - ratio(first), each (numerators, denominators) over the same images in order."""
-    if len(first[0]) != len(second[0]):
-        raise ValueError("a paired comparison needs the same images on both sides")
-    draws = _resampled(len(first[0]), seed)
-    return _percentiles(_ratios(draws, *second) - _ratios(draws, *first))
+    """95 % interval of ratio(second) - ratio(first): each resample takes the same images for both models.
+
+    Args:
+        first, second: (numerators, denominators) of a model, one value per image, in the same order of images.
+
+    Returns:
+        [low, high]; [0, 0] where there are no images. Without zero inside, the difference is significant at 5 %.
+
+    Raises:
+        ValueError: the four differ in length.
+    """
+    _same_length(*first, *second)
+    if not len(first[0]):
+        return [0.0, 0.0]
+    draws = _draws(len(first[0]), seed)
+    return _interval(_ratios(draws, *second) - _ratios(draws, *first))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact McNemar test (McNemar 1947): p-value from the rows on which exactly one of two models is right."""
-    n, k = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n if n else 1.0
-    return min(1.0, 2 * tail)
+    """Two-sided exact McNemar test (McNemar 1947): p-value under "either model is as often right alone".
+
+    Args:
+        only_first, only_second: rows on which exactly that model is right; see `right_alone`.
+    """
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    # Doubling the binomial tail counts the middle twice where the two are equal: hence the bound.
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / (1 << n))
+
+
+def right_alone(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
+    """On how many rows only the first model is right, and only the second; rows in the same order.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    _same_length(first, second)
+    pairs = list(zip(first, second, strict=True))
+    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+
+
+def _same_length(*columns: Sequence[object]) -> None:
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"the same images are needed on all sides, not {[len(column) for column in columns]}")
+
+
+def _draws(count: int, seed: int) -> Floats:
+    """How often each of `count` images is drawn in each resample: (RESAMPLES, count), each row summing to count."""
+    drawn = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    cells = drawn + count * np.arange(RESAMPLES)[:, None]
+    return np.bincount(cells.ravel(), minlength=RESAMPLES * count).reshape(RESAMPLES, count).astype(np.float64)
+
+
+def _ratios(draws: Floats, numerators: Sequence[float], denominators: Sequence[float]) -> Floats:
+    top, bottom = (draws @ np.asarray(column, np.float64) for column in (numerators, denominators))
+    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)
+
+
+def _interval(values: Floats) -> Interval:
+    low, high = np.percentile(values, LEVELS)
+    return [float(low), float(high)]
