@@ -171,7 +171,7 @@ def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None
         return
     if recipe.lora_enable:
         loaded.model.save_pretrained(out)
-    save_trained(policy, out / TENSORS_FILE)
+    save_trained(policy.core, out / TENSORS_FILE, without="lora_")  # peft's file has those
     settings = getattr(loaded.core.config, "post_decoder", None)
     write_json(
         out / CHANGE_FILE,

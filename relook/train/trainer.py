@@ -72,7 +72,7 @@ class RelookTrainer(Trainer):  # type: ignore[misc]
 
     # Checkpoints hold what trains, not the model.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        save_trained(self.model, Path(output_dir or self.args.output_dir) / TENSORS_FILE)
+        save_trained(self.model.model, Path(output_dir or self.args.output_dir) / TENSORS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_tensors(self.model.model, load_file(Path(resume_from_checkpoint) / TENSORS_FILE), resume_from_checkpoint)
@@ -123,12 +123,12 @@ def preference_loss(
     return loss, {name: value.item() for name, value in fields.items()}
 
 
-def save_trained(policy: Policy, path: Path) -> None:
-    """Write the tensors that train, under their names in the bare model, as one safetensors file."""
+def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
+    """Write the tensors of a model that train, by name, as one safetensors file; names with `without` are left out."""
     tensors = {
         name: parameter.detach().cpu().contiguous()
-        for name, parameter in policy.model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and without not in name
     }
     with whole_file(path) as temporary:
         save_file(tensors, temporary)

@@ -1,0 +1,256 @@
+"""POPE against the official programs' own outputs, hand-counted cases, and properties."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relook.data.samples import Question
+from relook.errors import DataError
+from relook.evaluate.pope import (
+    SPLITS,
+    PopeScore,
+    build_splits,
+    match,
+    official_parse,
+    question_text,
+    read_answers,
+    read_questions,
+    score,
+)
+
+OFFICIAL_FILES = ("minigpt4_origin_random.jsonl", "minigpt4_origin_popular.jsonl")
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def asked(labels: list[str]) -> list[Question]:
+    return [Question(str(i), Path("a.jpg"), f"Question {i}?", label) for i, label in enumerate(labels)]
+
+
+def answered(texts: list[str]) -> list[dict]:
+    return [{"question_id": i, "answer": text} for i, text in enumerate(texts)]
+
+
+# The official rule
+
+
+def test_parse_agrees_with_the_official_program_on_tricky_answers(refdata: Path) -> None:
+    cases = json.loads((refdata / "pope/tricky_parse_cases.json").read_text())["cases"]
+    assert len(cases) == 30
+    assert {c["answer"]: official_parse(c["answer"]) for c in cases} == {
+        c["answer"]: c["official"] == "yes" for c in cases
+    }
+
+
+@pytest.mark.parametrize("name", OFFICIAL_FILES)
+def test_whole_answer_files_score_as_the_official_program_says(refdata: Path, name: str) -> None:
+    expected = json.loads((refdata / "pope/expected_answer_metrics.json").read_text())[name]
+    questions = read_questions(refdata / "pope/questions" / expected["label_file"], Path("val2014"))
+    answers = read_answers(refdata / "pope/answers" / name)
+    official = expected["official_evaluate_py"]
+    found = score(questions, answers).to_json()
+    assert {key: found[key] for key in ("tp", "fp", "tn", "fn")} == {
+        k: official[k.upper()] for k in ("tp", "fp", "tn", "fn")
+    }
+    rates = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    assert {k: found[k] for k in rates} == pytest.approx({k: official[k] for k in rates}, abs=1e-12)
+    assert (found["n"], found["parser"]) == (3000, "official")
+    rows = match(questions, answers)
+    assert "".join(str(int(row.prediction)) for row in rows) == expected["predictions_in_line_order"]
+    assert (rows[0].image, rows[0].right) == ("COCO_val2014_000000310196.jpg", True)
+
+
+@pytest.mark.parametrize("case", ["perfect", "label_other_than_yes_no_counts_as_yes"])
+def test_odd_files_score_as_the_official_program_says(refdata: Path, tmp_path: Path, case: str) -> None:
+    given_case = json.loads((refdata / "pope/file_edge_cases.json").read_text())[case]
+    records = [
+        {"question_id": i, "image": "a.jpg", "text": f"{i}?", "label": label}
+        for i, label in enumerate(given_case["labels"])
+    ]
+    questions = read_questions(write_lines(tmp_path / "q.json", records), tmp_path)
+    found, official = score(questions, answered(given_case["answers"])), given_case["official"]
+    assert (found.tp, found.fp, found.tn, found.fn) == tuple(official[key] for key in ("TP", "FP", "TN", "FN"))
+    assert found.f1 == pytest.approx(official["f1"])
+
+
+@pytest.mark.parametrize("case", ["fewer_answers_than_labels", "more_answers_than_labels"])
+def test_incomplete_files_are_refused_where_the_official_program_scores_a_part(refdata: Path, case: str) -> None:
+    given_case = json.loads((refdata / "pope/file_edge_cases.json").read_text())[case]
+    with pytest.raises(DataError, match=r"2 (questions have no answer \(3, 4\)|answers have no question \(3, 4\))"):
+        score(asked(given_case["labels"]), answered(given_case["answers"]))
+
+
+def test_published_tables_follow_from_their_counts(refdata: Path) -> None:
+    rows = json.loads((refdata / "pope/published_hadpo_confusion.json").read_text())["rows"]
+    assert rows
+    for row in rows:
+        counts = {key: row[key] for key in ("TP", "FP", "TN", "FN")} if "TP" in row else row["confusion"]
+        found = PopeScore(*(counts[key] for key in ("TP", "FP", "TN", "FN")))
+        assert found.n == 3000
+
+
+def test_llava_layout_scores_as_llavas_program_says(refdata: Path) -> None:
+    """LLaVA's questions carry a suffix and no label; the labels are joined here by image and first line."""
+    folder = refdata / "pope/llava_format_sample"
+    questions, answers = read_questions(folder / "questions.jsonl", Path()), read_answers(folder / "answers.jsonl")
+    assert {question.label for question in questions} == {""}
+    with pytest.raises(DataError, match="96 questions have no label"):
+        score(questions, answers)
+    category = {str(r["question_id"]): r["category"] for r in map(json.loads, (folder / "questions.jsonl").open())}
+    for split, counts in {"random": (23, 21, 3, 1), "popular": (23, 19, 5, 1)}.items():
+        official = read_questions(folder / f"annotations/coco_pope_{split}.json", Path())
+        labels = {(q.image, q.text): q.label for q in official}
+        chosen = [q for q in questions if category[q.id] == split]
+        labelled = [dataclasses.replace(q, label=labels[q.image, q.text.split("\n")[0]]) for q in chosen]
+        found = score(labelled, [a for a in answers if category[str(a["question_id"])] == split])
+        assert (found.tp, found.fp, found.tn, found.fn) == counts
+    assert found.accuracy == pytest.approx(0.5833333333333334)
+
+
+@pytest.mark.parametrize(
+    ("labels", "texts"),
+    [(["yes", "no"], ["No", "No"]), (["no", "no"], ["Yes", "No"]), (["yes", "no"], ["No", "Yes"]), ([], [])],
+)
+def test_rates_without_a_denominator_are_zero(labels: list[str], texts: list[str]) -> None:
+    found = score(asked(labels), answered(texts))
+    assert found.f1 == 0.0
+    assert found.precision == 0.0 or found.recall == 0.0
+
+
+def test_rates_by_hand() -> None:
+    found = PopeScore(tp=6, fp=2, tn=9, fn=3)
+    assert (found.n, found.accuracy, found.precision, found.recall) == (20, 0.75, 0.75, pytest.approx(2 / 3))
+    assert found.f1 == pytest.approx(12 / 17)
+    assert found.yes_ratio == 0.4
+
+
+@given(st.lists(st.sampled_from(["Yes", "No", "no dog", "", "It is not. Yes"]), max_size=30), st.randoms())
+def test_order_of_answers_does_not_matter(texts: list[str], rng: object) -> None:
+    questions, answers = asked(["yes", "no"] * (len(texts) // 2) + ["yes"] * (len(texts) % 2)), answered(texts)
+    shuffled = list(answers)
+    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert score(questions, shuffled) == score(questions, answers)
+    assert score(questions, answers).n == len(texts)
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["coco_pope_random", "coco_pope_popular", "coco_pope_adversarial"])
+def test_official_question_files_load(refdata: Path, name: str) -> None:
+    questions = read_questions(refdata / f"pope/questions/{name}.json", Path("val2014"))
+    assert len(questions) == 3000
+    assert [q.label for q in questions] == ["yes", "no"] * 1500
+    assert set(Counter(q.image for q in questions).values()) == {6}
+    assert questions[0].image == Path("val2014/COCO_val2014_000000310196.jpg")
+    # The a/an rule of relook's own questions reproduces every text of the official files.
+    names = [q.text.removesuffix(" in the image?").split(" ", 3)[3] for q in questions]
+    assert [question_text(name) for name in names] == [q.text for q in questions]
+
+
+def test_json_array_loads(refdata: Path) -> None:
+    assert len(read_questions(refdata / "pope/questions/aokvqa_pope_seem_adversarial.json", Path())) == 3000
+
+
+def test_bad_files_are_refused(tmp_path: Path) -> None:
+    good = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"}
+    for records, message in (
+        ([{k: v for k, v in good.items() if k != "image"}], "record 1 has no image"),
+        ([good, good], "question_id 1 stands more than once"),
+        ([], "holds no question"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_questions(write_lines(tmp_path / "q.json", records), tmp_path)
+    for records, message in (
+        ([{"question_id": 1}], "record 1 needs question_id, and answer or text"),
+        ([{"question_id": 1, "answer": None}], "record 1 needs question_id, and answer or text"),
+        ([{"question_id": 1, "answer": "a"}, {"question_id": "1", "answer": "b"}], "stands more than once"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_answers(write_lines(tmp_path / "a.json", records))
+
+
+def test_mismatches_are_named() -> None:
+    questions = asked(["yes", "no", "yes"])
+    with pytest.raises(DataError, match=r"1 answers are to another question text \(1\)"):
+        match(questions, [{"question_id": 1, "question": "Other?", "answer": "Yes"}, *answered(["", "", ""])[::2]])
+    with pytest.raises(DataError, match="Answers: question_id 0 stands more than once"):
+        match(questions, answered(["Yes", "No", "No"]) + answered(["No"]))
+
+
+def test_answers_of_another_split_are_refused(refdata: Path) -> None:
+    questions = read_questions(refdata / "pope/questions/coco_pope_adversarial.json", Path())
+    with pytest.raises(DataError, match="1479 answers are to another question text"):
+        match(questions, read_answers(refdata / "pope/answers" / OFFICIAL_FILES[0]))
+
+
+# Building the splits
+
+
+def test_popular_and_adversarial_by_hand() -> None:
+    """The image "few" has too few objects: it is left out, and its owls do not count."""
+    world = {
+        "one": ["cat", "dog", "cup"],
+        "two": ["dog", "cup", "egg"],
+        "three": ["dog", "bus", "cat"],
+        "few": ["owl", "owl", "cup"],
+    }
+    splits = build_splits(world, ["cat", "dog", "cup", "egg", "bus", "owl", "pen", "fan"], seed=0)
+
+    def absent(split: str, image: str) -> list[str]:
+        return [r["text"].split()[3] for r in splits[split] if r["image"] == image and r["label"] == "no"]
+
+    # dog 3; cat and cup 2, cat seen first; egg and bus 1, egg first. Then the ones that never occur, in order.
+    assert absent("popular", "one") == ["egg", "bus", "owl"]
+    assert absent("popular", "two") == ["cat", "bus", "owl"]
+    assert absent("popular", "three") == ["cup", "egg", "owl"]
+    # With cat come dog 2, cup 1, bus 1: bus is free. With dog: cat 2, cup 2, egg, bus: egg. With cup: none is left.
+    assert absent("adversarial", "one") == ["bus", "egg", "owl"]
+    # With dog come cat, cup, egg, bus: cat. With cup: dog, cat, egg: none is left, bus is the only one that occurs.
+    assert absent("adversarial", "two") == ["cat", "bus", "owl"]
+    assert {r["image"] for r in splits["random"]} == {"one", "two", "three"}
+    assert splits["random"][0] == {
+        "question_id": 1,
+        "image": "one",
+        "text": "Is there a cat in the image?",
+        "label": "yes",
+    }
+    assert splits["adversarial"][8]["text"] == "Is there a cup in the image?"
+
+
+OBJECTS = ["apple", "bus", "cat", "dog", "egg", "fox", "goat", "hat", "ink", "jar"]
+worlds = st.dictionaries(st.text("xyz", min_size=1, max_size=4), st.lists(st.sampled_from(OBJECTS), unique=True))
+
+
+@given(worlds, st.integers(0, 3), st.booleans())
+def test_splits_ask_what_is_there_and_what_is_not(world: dict[str, list[str]], seed: int, unordered: bool) -> None:
+    objects = {image: frozenset(names) if unordered else names for image, names in world.items()}
+    splits = build_splits(objects, OBJECTS, seed)
+    assert splits == build_splits(objects, OBJECTS, seed)
+    used = [image for image, names in world.items() if 3 <= len(names) <= 7]
+    yes = [[(r["image"], r["text"]) for r in splits[split] if r["label"] == "yes"] for split in SPLITS]
+    assert yes[0] == yes[1] == yes[2]
+    for records in splits.values():
+        assert [r["question_id"] for r in records] == list(range(1, 6 * len(used) + 1))
+        assert [r["label"] for r in records] == ["yes", "no"] * (3 * len(used))
+        assert [r["image"] for r in records] == [image for image in used for _ in range(6)]
+        assert len({(r["image"], r["text"]) for r in records}) == len(records)
+        texts = {image: {question_text(name) for name in names} for image, names in world.items()}
+        assert all((r["text"] in texts[r["image"]]) == (r["label"] == "yes") for r in records)
+        if not unordered:
+            assert [t for _, t in yes[0]] == [question_text(n) for image in used for n in world[image][:3]]
+
+
+def test_unknown_objects_are_named() -> None:
+    with pytest.raises(DataError, match="not among the categories: yak"):
+        build_splits({"one": ["yak"]}, OBJECTS, 0)
