@@ -91,12 +91,14 @@ def test_incomplete_files_are_refused_where_the_official_program_scores_a_part(r
 
 
 def test_published_tables_follow_from_their_counts(refdata: Path) -> None:
+    """HA-DPO's README cuts percentages off after two decimals; rows that contradict themselves are marked there."""
     rows = json.loads((refdata / "pope/published_hadpo_confusion.json").read_text())["rows"]
-    assert rows
-    for row in rows:
-        counts = {key: row[key] for key in ("TP", "FP", "TN", "FN")} if "TP" in row else row["confusion"]
-        found = PopeScore(*(counts[key] for key in ("TP", "FP", "TN", "FN")))
-        assert found.n == 3000
+    consistent = [row for row in rows if row["consistent"]]
+    assert len(consistent) == 10
+    for row in consistent:
+        found = PopeScore(row["TP"], row["FP"], row["TN"], row["FN"])
+        for rate, published in row["published"].items():
+            assert 100 * getattr(found, rate) == pytest.approx(float(published), abs=0.0101)
 
 
 def test_llava_layout_scores_as_llavas_program_says(refdata: Path) -> None:
@@ -153,9 +155,10 @@ def test_official_question_files_load(refdata: Path, name: str) -> None:
     assert [q.label for q in questions] == ["yes", "no"] * 1500
     assert set(Counter(q.image for q in questions).values()) == {6}
     assert questions[0].image == Path("val2014/COCO_val2014_000000310196.jpg")
-    # The a/an rule of relook's own questions reproduces every text of the official files.
+    # The a/an rule of relook's own questions reproduces the official texts, but for one slip in the random file.
     names = [q.text.removesuffix(" in the image?").split(" ", 3)[3] for q in questions]
-    assert [question_text(name) for name in names] == [q.text for q in questions]
+    other = [q.text for q, n in zip(questions, names, strict=True) if q.text != question_text(n)]
+    assert other == (["Is there an traffic light in the image?"] if name == "coco_pope_random" else [])
 
 
 def test_json_array_loads(refdata: Path) -> None:
@@ -245,7 +248,7 @@ def test_splits_ask_what_is_there_and_what_is_not(world: dict[str, list[str]], s
         assert [r["label"] for r in records] == ["yes", "no"] * (3 * len(used))
         assert [r["image"] for r in records] == [image for image in used for _ in range(6)]
         assert len({(r["image"], r["text"]) for r in records}) == len(records)
-        texts = {image: {question_text(name) for name in names} for image, names in world.items()}
+        texts = {image: {question_text(n) for n in names} for image, names in world.items()}
         assert all((r["text"] in texts[r["image"]]) == (r["label"] == "yes") for r in records)
         if not unordered:
             assert [t for _, t in yes[0]] == [question_text(n) for image in used for n in world[image][:3]]

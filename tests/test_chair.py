@@ -1,0 +1,163 @@
+"""CHAIR against sentences and scores worked out by hand, and properties of mentions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relook.data.coco import Annotations
+from relook.errors import DataError
+from relook.evaluate.chair import Mention, Vocabulary, coco_vocabulary, mentions, plural, score, truth_of, vocabulary_of
+
+# COCO's 80 category names in the order of its annotation files.
+COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
+tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
+tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
+toothbrush""".replace("\n", " ").split(", ")
+
+
+def named(text: str, vocabulary: Vocabulary | None = None) -> list[str]:
+    return [mention.object for mention in mentions(text, vocabulary or coco_vocabulary())]
+
+
+def test_coco_vocabulary_names_exactly_cocos_objects() -> None:
+    assert len(COCO) == 80
+    phrases = coco_vocabulary().phrases
+    assert set(phrases.values()) - {""} == set(COCO)
+    assert {name: phrases[name] for name in COCO} == {name: name for name in COCO}
+
+
+@pytest.mark.parametrize(
+    ("text", "objects"),
+    [
+        ("A hot dog next to two dogs.", ["hot dog", "dog"]),
+        ("Dogs are hot.", ["dog"]),
+        ("The toilet seat is up.", ["toilet"]),
+        ("The seat of the toilet; a wooden seat.", ["toilet"]),
+        ("A seat and a stool.", ["chair", "chair"]),
+        ("A baby bird and a baby.", ["bird", "person"]),
+        ("Adult elephants with a baby animal.", ["elephant"]),
+        ("A passenger train with passengers, and a passenger jet.", ["train", "person", "airplane"]),
+        ("He stands at home plate in a bow tie.", ["tie"]),
+        ("A train track. A train.", ["train"]),
+        ("Wine glasses\nand wine  glass on the dining table.", ["wine glass", "wine glass", "dining table"]),
+        ("Women, men, children and policemen", ["person"] * 4),
+        (
+            "knives, mice, geese, calves, buses, benches, skis",
+            ["knife", "mouse", "bird", "cow", "bus", "bench", "skis"],
+        ),
+        ("A TV, a Stop Sign.", ["tv", "stop sign"]),
+        ("A man-made lake, the catalog, a doghouse, carpet.", []),
+        ("The dog's bed--a couch", ["dog", "bed", "couch"]),
+        ("A stove top oven and a teddy bear", ["oven", "teddy bear"]),
+        ("", []),
+    ],
+)
+def test_classic_rules(text: str, objects: list[str]) -> None:
+    assert named(text) == objects
+
+
+def test_mentions_keep_their_place() -> None:
+    assert mentions("Two Hot  Dogs, a dog.", coco_vocabulary()) == [Mention("hot dog", 4, 13), Mention("dog", 17, 20)]
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [
+        ("bus", "buses"),
+        ("bench", "benches"),
+        ("baby", "babies"),
+        ("toy", "toys"),
+        ("knife", "knives"),
+        ("giraffe", "giraffes"),
+        ("shelf", "shelves"),
+        ("scarf", "scarves"),
+        ("scare", "scares"),
+        ("woman", "women"),
+        ("human", "humans"),
+        ("grandchild", "grandchildren"),
+        ("fire hydrant", "fire hydrants"),
+        ("wine glass", "wine glasses"),
+        ("computer mouse", "computer mice"),
+        ("sheep", "sheep"),
+    ],
+)
+def test_plural(one: str, many: str) -> None:
+    assert plural(one) == many
+
+
+def test_own_vocabulary_names_go_before_synonyms_and_plurals() -> None:
+    annotations = Annotations(
+        images=(),
+        categories=("bicycle", "glass", "glasses", "cup"),
+        objects={},
+        boxes={},
+        synonyms={"bicycle": ("bike", "cup"), "glass": ("drinking glass",)},
+    )
+    vocabulary = vocabulary_of(annotations)
+    text = "A Bike, bicycles, a glass, glasses, a cup, two drinking glasses"
+    assert named(text, vocabulary) == ["bicycle", "bicycle", "glass", "glasses", "cup", "glass"]
+    assert named("anything", Vocabulary.of([])) == []
+
+
+WORDS = ["a", "hot", "dog", "dogs", "toilet", "seat", "wine", "glass", "baby", "bird", "Man", ".", ",", "-", "ſki", "İ"]
+
+
+@given(st.lists(st.sampled_from(WORDS)).map(" ".join))
+def test_mentions_are_ordered_disjoint_whole_words(text: str) -> None:
+    vocabulary, end = coco_vocabulary(), 0
+    for mention in mentions(text, vocabulary):
+        assert mention.start >= end
+        assert vocabulary.phrases[" ".join(text[mention.start : mention.end].lower().split())] == mention.object != ""
+        end = mention.end
+    assert named(text.upper().replace("İ", "")) == named(text.replace("İ", "").replace("ſki", "SKI"))
+
+
+@given(st.text(max_size=30))
+def test_no_text_breaks_mentions(text: str) -> None:
+    assert named(text + " zebra")[-1] == "zebra"
+
+
+def test_score_by_hand() -> None:
+    captions = {
+        "a": "A dog and a puppy sit beside a cat.",  # dog twice, cat once; no cat there
+        "b": "A couch.",  # true
+        "c": "It is bright here.",  # names nothing
+        "d": "A car, a bus and a car.",  # only the bus is there
+    }
+    truth = {"a": {"dog", "person"}, "b": {"couch"}, "c": {"book"}, "d": {"bus"}, "other": {"zebra"}}
+    found = score(captions, truth, coco_vocabulary())
+    assert found.images == ("a", "b", "c", "d")
+    assert found.mentioned == (3, 1, 0, 3)
+    assert found.hallucinated == (1, 0, 0, 2)
+    assert (found.found, found.present) == ((1, 1, 0, 1), (2, 1, 1, 1))
+    assert found.words == (9, 2, 4, 7)
+    assert found.to_json() == {
+        "chair_i": 3 / 7,
+        "chair_s": 0.5,
+        "recall": 0.6,
+        "length": 5.5,
+        "empty": 0.25,
+        "n": 4,
+    }
+
+
+def test_silence_shows() -> None:
+    found = score({"a": "", "b": "Nice."}, {"a": {"dog"}, "b": {"cat"}}, coco_vocabulary())
+    assert (found.chair_i, found.chair_s, found.recall, found.empty) == (0.0, 0.0, 0.0, 1.0)
+    assert score({}, {}, coco_vocabulary()).n == 0
+
+
+def test_images_without_annotations_are_named() -> None:
+    with pytest.raises(DataError, match=r"no annotations for b\.jpg"):
+        score({"b.jpg": "A dog."}, {}, coco_vocabulary())
+
+
+def test_truth_takes_in_what_people_name() -> None:
+    annotations = Annotations(("a", "b"), ("dog",), {"a": frozenset({"dog"}), "b": frozenset()}, {"a": (), "b": ()})
+    truth = truth_of(annotations, {"a": ["A puppy on a sofa.", "A man."]}, coco_vocabulary())
+    assert truth == {"a": {"dog", "couch", "person"}, "b": set()}
