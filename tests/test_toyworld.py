@@ -208,7 +208,7 @@ def test_every_word_is_in_the_vocabulary() -> None:
 
 def test_llava_layout(tmp_path: Path) -> None:
     folder = PARTS["llava"](tmp_path, None)
-    samples, _ = read_llava(folder / "toyworld_mix.json", folder / "images", on_bad="raise")
+    samples, _ = read_llava(folder / "toyworld_mix.json", folder / "images", on_bad="error")
     assert len(samples) == 12 * (1 + QUESTIONS)
     assert len({sample.id for sample in samples}) == len(samples)
     assert all(sample.turns[0].prompt.startswith("<image>\n") for sample in samples)
