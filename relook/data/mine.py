@@ -34,12 +34,12 @@ class Mining:
     Args:
         samples: sampled descriptions an image, besides the greedy one; the first with a hallucination is used.
         questions: yes/no questions an image, half about present objects.
-        temperature: of sampled descriptions and answers; answers are sampled, so unsure ones are found too.
+        temperature: of the sampled descriptions.
     """
 
     seed: int = 0
     samples: int = 1
-    questions: int = 6
+    questions: int = 4
     temperature: float = 1.0
     batch_size: int = 64
     max_new_tokens: int = 64
@@ -89,8 +89,7 @@ def mine(
     records, asked, wrong = mine_answers(loaded, objects, how)
     write_json(out / "desc_data.json", pairs)
     write_json(out / "pope_data.json", records)
-    kept = sum(not record["correct"] for record in records)
-    return MiningReport(len(objects), described, hallucinated, len(pairs), asked, wrong, kept)
+    return MiningReport(len(objects), described, hallucinated, len(pairs), asked, wrong, len(records))
 
 
 def mine_descriptions(
@@ -166,8 +165,10 @@ def mine_answers(
 ) -> tuple[list[dict[str, Any]], int, int]:
     """Ask about present and absent objects; returns pope_data records, questions asked, and wrong answers.
 
-    Absent objects are asked in proportion to how often they come together with what is there: where models err. Wrong
-    answers to yes- and to no-questions are kept in equal number; right ones are recorded as `correct`.
+    Absent objects are asked in proportion to how often they come together with what is there: where models err. Every
+    question becomes a pair, also where the model was right (`origin` "contrast"; "model" where the rejected answer is
+    its own). With wrong answers only, the model's belief and the truth would be opposed in all of the data, and what
+    training learns is to turn its answers round.
     """
     rng = random.Random(f"{how.seed}/ask")
     together = co_occurrence(objects)
@@ -178,14 +179,8 @@ def mine_answers(
         weights = {n: sum(together[p][n] for p in present) for n in together if n not in present}
         no = weighted_sample(weights, how.questions - len(yes), rng)
         asked += [(image, name, True) for name in yes] + [(image, name, False) for name in no]
-    asking = Asking(
-        how.template,
-        how.max_new_tokens,
-        how.batch_size,
-        (("do_sample", True), ("temperature", how.temperature), ("top_k", 0)),
-        how.seed,
-    )
     answers = [""] * len(asked)
+    asking = Asking(how.template, how.max_new_tokens, how.batch_size)
     with progress("yes/no questions") as report:
         for index, text in answer(loaded, [(image, question_text(name)) for image, name, _ in asked], asking, report):
             answers[index] = text
@@ -198,10 +193,11 @@ def mine_answers(
                 "chosen": "Yes." if truth else "No.",
                 "reject": "No." if truth else "Yes.",
                 "answer": text,
-                "correct": official_parse(text) == truth,
+                "origin": "contrast" if official_parse(text) == truth else "model",
+                "correct": False,  # HA-DPO's word for a rejected answer that is right, which leaves nothing to learn
             }
         )
-    wrong = sum(not record["correct"] for record in records)
+    wrong = sum(record["origin"] == "model" for record in records)
     return balance(records, rng), len(records), wrong
 
 
@@ -221,8 +217,8 @@ def weighted_sample(weights: Mapping[str, float], count: int, rng: random.Random
 
 
 def balance(records: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
-    """Drop wrong answers of the more frequent kind until both kinds are equally many; right answers all stay."""
-    wrong = {word: [r for r in records if not r["correct"] and r["chosen"] == word] for word in ("Yes.", "No.")}
-    fewest = min(map(len, wrong.values()))
-    kept = {id(record) for kind in wrong.values() for record in rng.sample(kind, fewest)}
-    return [record for record in records if record["correct"] or id(record) in kept]
+    """Drop pairs of the more frequent kind until as many end in yes as in no."""
+    kinds = [[r for r in records if r["chosen"] == word] for word in ("Yes.", "No.")]
+    fewest = min(map(len, kinds))
+    kept = {id(record) for kind in kinds for record in rng.sample(kind, fewest)}
+    return [record for record in records if id(record) in kept]

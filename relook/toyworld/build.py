@@ -46,7 +46,7 @@ SCENES = 4800
 # Chosen on dev scenes (docs/toyworld.md): weights of the usual 0.02 learn nothing in this few steps, a third layer
 # learns to look later, and slow rotations let a word match a patch wherever it stands.
 LAYERS, INIT_STD, ROPE_THETA = 2, 0.1, 1e6
-TOWER_LAYERS, TOWER_EPOCHS = 3, 12
+TOWER_LAYERS, TOWER_EPOCHS = 3, 16
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
@@ -167,7 +167,7 @@ def patch_labels(scenes: Sequence[Scene]) -> Tensor:
     return torch.from_numpy(labels).flatten(1, 2)
 
 
-def train_tower(scenes: Sequence[Scene], pixels: Tensor, seed: int, epochs: int = TOWER_EPOCHS) -> CLIPVisionModel:
+def train_tower(scenes: Sequence[Scene], pixels: Tensor, seed: int) -> CLIPVisionModel:
     """A CLIP vision tower whose selected layer names what each patch shows; then frozen for ever."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(devices=[]):
@@ -184,7 +184,7 @@ def train_tower(scenes: Sequence[Scene], pixels: Tensor, seed: int, epochs: int 
         ).to(device)
         probe = nn.Linear(WIDTH, len(OBJECTS) + len(SETTINGS)).to(device)
         labels = patch_labels(scenes)
-        batches = _Batches(len(scenes), 32, epochs, seed)
+        batches = _Batches(len(scenes), 32, TOWER_EPOCHS, seed)
         optimizer, schedule = _adam([*tower.parameters(), *probe.parameters()], 1.5e-3, len(batches))
         with progress("vision tower") as report:
             for step, index in enumerate(batches, 1):
@@ -208,8 +208,8 @@ def mirror(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def select(outputs: Any) -> Tensor:
-    """LLaVA's features: the last layer but one, without the class token."""
-    features: Tensor = outputs.hidden_states[-2][:, 1:]
+    """The features of the patches: the tower's last layer, without the class token."""
+    features: Tensor = outputs.hidden_states[-1][:, 1:]
     return features
 
 
@@ -234,6 +234,7 @@ def assemble(tower: CLIPVisionModel, seed: int) -> LlavaForConditionalGeneration
             pad_token_id=token("<pad>"),
             tie_word_embeddings=True,
         ),
+        vision_feature_layer=-1,
         image_token_index=token("<image>"),
         image_seq_length=SIDE * SIDE,
         tie_word_embeddings=True,

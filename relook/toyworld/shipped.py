@@ -19,4 +19,4 @@ def shipped_base() -> Path:
 
 
 def mining_settings(seed: int) -> Mining:
-    return Mining(seed=seed, samples=1, questions=6, max_new_tokens=64, batch_size=100, neutral=FILLERS)
+    return Mining(seed=seed, samples=1, questions=4, max_new_tokens=64, batch_size=100, neutral=FILLERS)
