@@ -14,6 +14,7 @@ from typing import Any
 from relook.console import progress, say
 from relook.data.mine import mine_visual_genome
 from relook.errors import RecipeError
+from relook.evaluate.compare import compare
 from relook.evaluate.run import evaluate_model, versions
 from relook.files import read_json, write_json
 from relook.model.load import model_hash
@@ -22,8 +23,8 @@ from relook.toyworld import layouts
 from relook.toyworld.shipped import mining_settings, shipped_base
 from relook.train.run import train
 
-REGIMES = ("head", "post_decoder", "post_decoder_head", "lora", "nll_control")
-PAIR_SCENES, TEST_SCENES = 1500, 300
+REGIMES = ("post_decoder", "nll_control", "post_decoder_head", "head", "lora")
+PAIR_SCENES, TEST_SCENES = 1000, 300
 DEMO_FILE, RESULTS_FILE, REPORT_FILE = "demo.json", "results.json", "report.html"
 
 
@@ -145,6 +146,10 @@ def write_results(places: Places, model: Path, seed: int, seconds: dict[str, flo
         {
             "base": read_scores(places, "base"),
             "runs": {regime: read_scores(places, regime) for regime in REGIMES},
+            "paired": {
+                regime: compare(places.world / "test", places.answers("base"), places.answers(regime))
+                for regime in REGIMES
+            },
             "seconds": seconds,
             "provenance": {
                 "seed": seed,

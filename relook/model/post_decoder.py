@@ -92,6 +92,25 @@ def pad_images(features_IPV: Tensor, per_row: list[int]) -> tuple[Tensor, Tensor
     return padded, mask
 
 
+@dataclass
+class Layout:
+    """Where N flat positions lie in a padded (T, S) batch: all but attention works on the flat ones only.
+
+    Answers of a few tokens and descriptions of a hundred stand in one batch, so most of a padded batch can be padding.
+    """
+
+    row: Tensor  # (N,)
+    slot: Tensor  # (N,)
+    shape: tuple[int, int]
+
+    def pad(self, flat_ND: Tensor) -> Tensor:
+        padded = flat_ND.new_zeros(*self.shape, flat_ND.shape[-1])
+        return padded.index_put((self.row, self.slot), flat_ND)
+
+    def unpad(self, padded_TSD: Tensor) -> Tensor:
+        return padded_TSD[self.row, self.slot]
+
+
 class _Norm(nn.LayerNorm):
     """LayerNorm; a name of its own only so that weight initialisation finds it."""
 
@@ -135,16 +154,20 @@ class Attention(nn.Module):
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         return self.split(self.k_proj(states)), self.split(self.v_proj(states))
 
-    def forward(self, states: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, layout: Layout | None = None
+    ) -> Tensor:
         """`mask` is (B, 1, S or 1, keys) bool. A query that may see nothing gets zeros, not NaN."""
-        queries = self.split(self.q_proj(states))
+        projected = self.q_proj(states)
+        queries = self.split(projected if layout is None else layout.pad(projected))
         if mask is None:
             mixed = F.scaled_dot_product_attention(queries, keys, values)
         else:
             sees = mask.any(-1, keepdim=True)
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask | ~sees)
             mixed = mixed * sees
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        mixed = mixed.transpose(1, 2).flatten(2)
+        output: Tensor = self.o_proj(mixed if layout is None else layout.unpad(mixed))
         return output
 
     def weights(self, states: Tensor, keys: Tensor) -> Tensor:
@@ -190,6 +213,7 @@ class Block(nn.Module):
         image_mask: Tensor | None,
         self_mask: Tensor | None,
         past: _Past | None,
+        layout: Layout | None = None,
     ) -> Tensor:
         if self.self_attention is not None:
             normed = self.self_norm(states)
@@ -198,7 +222,7 @@ class Block(nn.Module):
                 keys, values = past.update(keys, values)
             states = states + self.self_attention(normed, keys, values, self_mask)
         if self.cross_attention is not None and image is not None:
-            states = states + self.cross_attention(self.cross_norm(states), *image, image_mask)
+            states = states + self.cross_attention(self.cross_norm(states), *image, image_mask, layout)
         output: Tensor = states + self.mlp(self.mlp_norm(states))
         return output
 
@@ -254,8 +278,9 @@ class PostDecoder(nn.Module):
         self_mask: Tensor | None = None,
         cache: Cache | None = None,
         first_layer: int = 0,
+        layout: Layout | None = None,
     ) -> Tensor:
-        """Hidden states in, hidden states out, (B, S, D).
+        """Hidden states in, hidden states out, (B, S, D), or (N, D) with a `layout` (not for "self_cross").
 
         Args:
             self_mask: (B, 1, S, keys) bool, for "self_cross" only.
@@ -265,7 +290,7 @@ class PostDecoder(nn.Module):
         for i, block in enumerate(self.blocks):
             image = None if context is None else (context.keys[i], context.values[i])
             past = _Past(cache, first_layer + i) if cache is not None and block.self_attention is not None else None
-            states_BSD = block(states_BSD, image, image_mask, self_mask, past)
+            states_BSD = block(states_BSD, image, image_mask, self_mask, past, layout)
         return states_BSD
 
     def attention_maps(self, states_BSD: Tensor, context: ImageContext) -> Tensor:

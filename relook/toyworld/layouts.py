@@ -19,7 +19,7 @@ from relook.toyworld.speech import SYNONYMS, Annotator, mention, sft_samples
 from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SPLIT_SIZE, SPLITS, Scene, sample_scenes
 
 Progress = Callable[[int, int], object]  # called with (scenes written, scenes in all)
-FORMAT = 1  # raise when the files of the same seed change
+FORMAT = 2  # raise when the files of the same seed change
 MARKER = "toyworld.json"
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Collator:
     features: dict[Path, Tensor] | None = None  # vision features by image, for cached items
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
         batch = {"batch": self.cached(items) if items[0].states is not None else self.live(items)}
         for name in ("reference", "weight"):
             values = [getattr(item, name) for item in items]
@@ -55,7 +57,8 @@ class Collator:
         trees = [item.example.tree for item in items]
         paths = [path for item in items for path in item.example.images]
         pixels = torch.stack([self.images(path) for path in paths]) if paths else None
-        packed = pack(trees, self.pad_id, self.policy.keeps_everything)
+        longest = max(map(len, trees))
+        packed = pack(trees, self.pad_id, self.policy.keeps_everything, row_length=longest)
         return LiveBatch(packed, pixels, [len(item.example.images) for item in items])
 
     def cached(self, items: Sequence[Item]) -> TrunkStates:
@@ -105,6 +108,35 @@ def chunks(items: Sequence[Item], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
+@dataclass
+class TrunkCache:
+    """Trunk states of one set of examples, in memory; `key` names everything that determines them.
+
+    The last one is kept for the process: regimes trained one after the other on one base and data share the pass.
+    """
+
+    key: str
+    states: list[Tensor]
+    features: dict[Path, Tensor]
+
+    last: ClassVar[TrunkCache | None] = None
+
+    def fits(self, key: str, policy: Policy) -> bool:
+        return self.key == key and (bool(self.features) or not policy.reads_image)
+
+
+def cache_key(base: str, policy: Policy, examples: Sequence[Example], images: ImageLoader) -> str:
+    """A hash of the base's weights, the preprocessing, every token, and every image file's name, size and time."""
+    digest = hashlib.sha256(f"{base} {policy.core.dtype} {policy.keeps_everything} {images.aspect_ratio}".encode())
+    digest.update(repr(images.image_processor).encode())
+    for example in examples:
+        digest.update(repr(example.tree).encode())
+    for path in dict.fromkeys(path for example in examples for path in example.images):
+        stat = path.stat()
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def cache_trunk(policy: Policy, items: Sequence[Item], collator: Collator, size: int, progress: Progress) -> list[Item]:
     """Run the frozen trunk once over all items; keeps states per item and vision features per distinct image."""
@@ -114,6 +146,7 @@ def cache_trunk(policy: Policy, items: Sequence[Item], collator: Collator, size:
     collator.features = {}
     done = 0
     for indices in chunks(items, size):
+        indices.sort(key=lambda i: -len(items[i].example.tree))  # long trees first: short ones share rows
         batch = [items[i] for i in indices]
         trunk = policy.trunk(collator.live(batch).to(device))
         lengths = (trunk.targets.kept_branch >= 0).sum(1).tolist()
@@ -137,6 +170,7 @@ def add_reference(
     result = list(items)
     done = 0
     for indices in chunks(items, size):
+        indices.sort(key=lambda i: -len(items[i].example.tree))  # the collator's order
         batch = collator([items[i] for i in indices])["batch"]
         log_probs = policy(batch.to(device)).cpu()
         counts = [sum(sum(b.supervised) for b in items[i].example.tree.branches) for i in indices]

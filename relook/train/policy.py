@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from relook.model.modeling_relook import selected_features
-from relook.model.post_decoder import PostDecoder
+from relook.model.post_decoder import Layout, PostDecoder
 from relook.tree import PackedTrees, Targets, to_device
 
 
@@ -69,6 +69,11 @@ class Policy(nn.Module):
         """Whether the post decoder needs the states of all positions, not only of those that predict a target."""
         return self.post_decoder is not None and self.post_decoder.reads_all_positions
 
+    @property
+    def reads_image(self) -> bool:
+        """Whether what comes after the trunk needs the vision features."""
+        return self.post_decoder is not None and self.post_decoder.align is not None
+
     def trunk(self, batch: LiveBatch) -> TrunkStates:
         """Vision tower, projector and language model over packed trees."""
         base, packed = self.core.model, batch.packed
@@ -83,18 +88,22 @@ class Policy(nn.Module):
             inputs_embeds=embeds, attention_mask=packed.mask(), position_ids=packed.positions, use_cache=False
         ).last_hidden_state
         kept = hidden.flatten(0, 1)[packed.keep]
-        reads_image = self.post_decoder is not None and self.post_decoder.align is not None
-        return TrunkStates(kept, features if reads_image else None, batch.images, packed.targets)
+        return TrunkStates(kept, features if self.reads_image else None, batch.images, packed.targets)
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Log-probability of each supervised token, (N,) float32."""
         trunk = batch if isinstance(batch, TrunkStates) else self.trunk(batch)
         states, targets = trunk.states, trunk.targets
-        if self.post_decoder is not None:
-            context = self.post_decoder.look(trunk.features, trunk.images) if trunk.features is not None else None
-            self_mask = targets.kept_mask()[:, None] if self.keeps_everything else None
-            states = self.post_decoder(states, context, self_mask)
-        return token_log_probs(self.core.lm_head, states[targets.tree, targets.slot], targets.id)
+        if self.post_decoder is None:
+            return token_log_probs(self.core.lm_head, states[targets.tree, targets.slot], targets.id)
+        context = self.post_decoder.look(trunk.features, trunk.images) if trunk.features is not None else None
+        if self.keeps_everything:
+            states = self.post_decoder(states, context, targets.kept_mask()[:, None])
+            chosen = states[targets.tree, targets.slot]
+        else:
+            layout = Layout(targets.tree, targets.slot, (states.shape[0], states.shape[1]))
+            chosen = self.post_decoder(states[targets.tree, targets.slot], context, layout=layout)
+        return token_log_probs(self.core.lm_head, chosen, targets.id)
 
 
 def token_log_probs(head: nn.Module, states_ND: Tensor, ids_N: Tensor) -> Tensor:

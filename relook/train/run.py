@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,19 @@ from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
 from relook.errors import DataError, RecipeError, RelookError
 from relook.files import read_text, write_json
-from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
+from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model, model_hash
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe, parse_overrides
-from relook.train.batches import Collator, Item, Items, add_reference, cache_trunk, check_images
+from relook.train.batches import (
+    Collator,
+    Item,
+    Items,
+    TrunkCache,
+    add_reference,
+    cache_key,
+    cache_trunk,
+    check_images,
+)
 from relook.train.policy import Policy
 from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained
 
@@ -155,12 +165,27 @@ def prepare(
     """What is computed once, before training: trunk states of a frozen trunk, and reference log-probs."""
     items = [Item(example) for example in examples]
     if recipe.frozen_trunk and recipe.feature_cache != "off":
-        with progress("trunk states") as report:
-            items = cache_trunk(policy, items, collator, batch_size, report)
+        items = with_trunk_states(recipe, policy, items, collator, batch_size)
     if recipe.task == "dpo":
         with progress("reference log-probs") as report:
             items = add_reference(policy, items, collator, batch_size, recipe.dpo_tokens, report)
     return items
+
+
+def with_trunk_states(
+    recipe: Recipe, policy: Policy, items: list[Item], collator: Collator, batch_size: int
+) -> list[Item]:
+    """The items with the frozen trunk's states: from the process's cache where it fits, else computed and kept there."""
+    examples = [item.example for item in items]
+    key = cache_key(model_hash(Path(recipe.model_name_or_path)), policy, examples, collator.images)
+    kept = TrunkCache.last
+    if kept is None or not kept.fits(key, policy):
+        with progress("trunk states") as report:
+            filled = cache_trunk(policy, items, collator, batch_size, report)
+        kept = TrunkCache(key, [item.states for item in filled if item.states is not None], collator.features or {})
+        TrunkCache.last = kept
+    collator.features = kept.features if policy.reads_image else None
+    return [replace(item, states=states) for item, states in zip(items, kept.states, strict=True)]
 
 
 def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:

@@ -1,0 +1,66 @@
+"""Two models on the same images, from their answer files: how much one is better, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relook.data.coco import read_coco
+from relook.evaluate import chair, pope
+from relook.evaluate.answer_file import AnswerFile
+from relook.evaluate.run import SPLITS, annotation_file, pope_file
+from relook.evaluate.statistics import mcnemar, paired_interval, right_alone
+
+Counts = tuple[list[float], list[float]]
+
+
+def compare(data: Path, first: Path, second: Path) -> dict[str, Any]:
+    """Differences second - first of two `relook eval` folders over the same data.
+
+    Returns:
+        For each POPE split the accuracy's difference with its paired 95 % interval over images and the exact McNemar
+        p-value over questions; for CHAIR the differences of chair_i and recall with intervals.
+    """
+    result: dict[str, Any] = {"pope": {}, "chair": {}}
+    for split in SPLITS:
+        rows = [_pope_rows(data, folder, split) for folder in (first, second)]
+        right = [[row.right for row in side] for side in rows]
+        result["pope"][split] = {
+            **_difference(*(_by_image(side) for side in rows)),
+            "mcnemar_p": mcnemar(*right_alone(*right)),
+        }
+    scores = [_chair_score(data, folder) for folder in (first, second)]
+    result["chair"]["chair_i"] = _difference(*((list(s.hallucinated), list(s.mentioned)) for s in scores))
+    result["chair"]["recall"] = _difference(*((list(s.found), list(s.present)) for s in scores))
+    return result
+
+
+def captions(folder: Path) -> dict[str, str]:
+    """The captions of a `relook eval chair` folder, by image."""
+    return {image: str(record["caption"]) for image, record in AnswerFile(folder / "chair.jsonl", "image").records.items()}
+
+
+def _difference(first: Counts, second: Counts) -> dict[str, Any]:
+    ratios = [sum(top) / sum(bottom) if sum(bottom) else 0.0 for top, bottom in (first, second)]
+    return {"difference": ratios[1] - ratios[0], "ci": paired_interval(first, second)}
+
+
+def _pope_rows(data: Path, folder: Path, split: str) -> list[pope.PopeRow]:
+    questions = pope.read_questions(pope_file(data, split), data / "val2014")
+    return pope.match(questions, pope.read_answers(folder / f"pope_{split}.jsonl"))
+
+
+def _by_image(rows: Sequence[pope.PopeRow]) -> Counts:
+    counts: dict[str, list[float]] = {}
+    for row in rows:
+        image = counts.setdefault(row.question.image.name, [0.0, 0.0])
+        image[0] += row.right
+        image[1] += 1
+    return [right for right, _ in counts.values()], [total for _, total in counts.values()]
+
+
+def _chair_score(data: Path, folder: Path) -> chair.ChairScore:
+    annotations = read_coco(annotation_file(data))
+    said = captions(folder)
+    return chair.score(said, {i: annotations.objects[i] for i in said}, chair.vocabulary_of(annotations))
