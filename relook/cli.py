@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +24,13 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes; run again to go on there.")] = Path("demo"),  # fmt: skip
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes; run again to go on there.")] = Path(
+        "demo"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the scenes and of the tuning.")] = 0,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Train the base model instead of taking the shipped one.")] = False,  # fmt: skip
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Train the base model instead of taking the shipped one.")
+    ] = False,
     base: Annotated[Path | None, typer.Option(help="Another base model made by --rebuild.")] = None,
 ) -> None:
     """Toyworld end to end: base model, mined pairs, five trainings, POPE and CHAIR of each, a report."""
@@ -34,7 +40,9 @@ def demo(
 
 
 @app.command(context_settings=EXTRA)
-def train(context: typer.Context, recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")]) -> None:  # fmt: skip
+def train(
+    context: typer.Context, recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")]
+) -> None:
     """Train by a recipe; any of its keys, or of transformers' TrainingArguments, may follow as --key value."""
     from relook.train.run import train_command
 
@@ -93,7 +101,12 @@ def mine(
     from relook.console import say
     from relook.data.mine import Mining, mine_visual_genome
 
-    found = mine_visual_genome(model, vg_path, out, Mining(seed=seed, questions=questions, max_new_tokens=max_new_tokens, batch_size=batch_size, template=version))  # fmt: skip
+    found = mine_visual_genome(
+        model,
+        vg_path,
+        out,
+        Mining(seed=seed, questions=questions, max_new_tokens=max_new_tokens, batch_size=batch_size, template=version),
+    )
     say(f"{found.description_pairs} description pairs and {found.question_pairs} question pairs in {out}")
 
 
@@ -108,6 +121,10 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Output folders of `r
 
 def main() -> None:
     """Entry point. A mistake of the user's ends in one line and status 2, Ctrl-C in one line and status 130."""
+    # The libraries' own bars and notices would stand between relook's lines; what a user has set is kept.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except RelookError as error:

@@ -72,9 +72,10 @@ def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None 
         with clock.phase(f"evaluate {regime}"):
             evaluate(places.run(regime), places, regime)
     with clock.phase("report"):
-        write_results(places, model, seed, clock.seconds)
+        results = collect_results(places, model, seed)
+        write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
         report = write_report(out)
-    write_results(places, model, seed, clock.seconds)
+    write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
     say(f"[bold]{report}[/] and {out / RESULTS_FILE}, {sum(clock.seconds.values()):.0f} s in all")
     return report
 
@@ -140,26 +141,21 @@ def read_scores(places: Places, name: str, split: str = "test") -> dict[str, Any
     return {"pope": read_json(folder / "pope.json"), "chair": read_json(folder / "chair.json")}
 
 
-def write_results(places: Places, model: Path, seed: int, seconds: dict[str, float]) -> None:
-    write_json(
-        places.out / RESULTS_FILE,
-        {
-            "base": read_scores(places, "base"),
-            "runs": {regime: read_scores(places, regime) for regime in REGIMES},
-            "paired": {
-                regime: compare(places.world / "test", places.answers("base"), places.answers(regime))
-                for regime in REGIMES
-            },
-            "seconds": seconds,
-            "provenance": {
-                "seed": seed,
-                "base": str(model),
-                "base_hash": model_hash(model),
-                "pairs": read_json(places.pairs / "card.json"),
-                "versions": versions(),
-            },
+def collect_results(places: Places, model: Path, seed: int) -> dict[str, Any]:
+    """Everything `results.json` says but the seconds, from the files of evaluation and mining."""
+    test = places.world / "test"
+    return {
+        "base": read_scores(places, "base"),
+        "runs": {regime: read_scores(places, regime) for regime in REGIMES},
+        "paired": {regime: compare(test, places.answers("base"), places.answers(regime)) for regime in REGIMES},
+        "provenance": {
+            "seed": seed,
+            "base": str(model),
+            "base_hash": model_hash(model),
+            "pairs": read_json(places.pairs / "card.json"),
+            "versions": versions(),
         },
-    )
+    }
 
 
 def write_report(out: Path) -> Path:

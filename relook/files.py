@@ -21,7 +21,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -37,7 +37,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield temporary
         if path.exists():
             shutil.rmtree(path)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -73,17 +73,19 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}.", "Download it again.") from None
+        raise DataError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}.", "Download it again."
+        ) from None
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read a list of JSON objects that is stored either as JSON lines or as one JSON array."""
     text = read_text(path)
+    records: list[dict[str, Any]] = []
     if text.lstrip()[:1] == "[":
         records = read_json(path)
     else:
-        records = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split inside answers
             if line.strip():
                 try:
                     records.append(json.loads(line))

@@ -83,7 +83,10 @@ class Recipe:
         if self.beta <= 0:
             raise RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):
-            raise RecipeError("freeze_backbone is set and nothing else trains.", "Set tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter.")  # fmt: skip
+            raise RecipeError(
+                "freeze_backbone is set and nothing else trains.",
+                "Set tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter.",
+            )
         if self.freeze_backbone and self.lora_enable:
             raise RecipeError("freeze_backbone and lora_enable contradict each other.", "Remove one of them.")
         try:

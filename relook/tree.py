@@ -38,8 +38,10 @@ class Tree:
     @staticmethod
     def of(rows: Sequence[Row]) -> Tree:
         """Share the longest common unsupervised prefix of `rows`; every branch keeps at least one token."""
-        length = min(min(row.supervised.index(True) if True in row.supervised else len(row.ids) for row in rows),
-                     min(len(row.ids) for row in rows) - 1)  # fmt: skip
+        length = min(
+            min(row.supervised.index(True) if True in row.supervised else len(row.ids) for row in rows),
+            min(len(row.ids) for row in rows) - 1,
+        )
         first = rows[0].ids
         for row in rows[1:]:
             length = next((i for i in range(length) if row.ids[i] != first[i]), length)
@@ -156,7 +158,7 @@ def _positions(tree: Tree) -> list[int]:
 
 
 def targets_of(trees: Sequence[Tree], everything: bool = False) -> Targets:
-    """The targets of a batch; see `Targets`. `everything` keeps the states of all positions, not only predicting ones."""
+    """The targets of a batch; see `Targets`. `everything` keeps the states of all positions."""
     kept = [kept_positions(tree, everything) for tree in trees]
     kept_branch = torch.full((len(trees), max(map(len, kept))), PADDING)
     rows: list[tuple[int, int, int, int]] = []

@@ -113,7 +113,7 @@ class Encoder:
         return Example(sample.id, Tree.of([self._conversation_row(sample)]), sample.images)
 
     def conversations(self, samples: Sequence[Conversation], branches: int) -> list[Example]:
-        """Conversations on the same image as branches of one tree, at most `branches` of them: the image is read once."""
+        """Conversations on one image as branches of a tree, at most `branches` of them: the image is read once."""
         groups: dict[tuple[Path, ...], list[list[Conversation]]] = {}
         singles = []
         for sample in samples:
@@ -143,7 +143,8 @@ def differing(tree: Tree) -> list[bool]:
     A token differs when it lies outside the matching blocks of the two responses (longest common subsequences of runs).
     """
     chosen, rejected = ([t for t, s in zip(b.ids, b.supervised, strict=True) if s] for b in tree.branches)
-    same_chosen, same_rejected = set(), set()
+    same_chosen: set[int] = set()
+    same_rejected: set[int] = set()
     for a, b, size in difflib.SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks():
         same_chosen.update(range(a, a + size))
         same_rejected.update(range(b, b + size))

@@ -46,8 +46,8 @@ class ImageLoader:
 
     Args:
         image_processor: transformers image processor of the model.
-        aspect_ratio: "pad" lays each picture on a square canvas in the processor's mean colour first, as LLaVA-1.5 does;
-            anything else leaves resizing and cropping to the processor.
+        aspect_ratio: "pad" lays each picture on a square canvas in the processor's mean colour first, as LLaVA-1.5
+            does; anything else leaves resizing and cropping to the processor.
         cache_bytes: how much decoded data to keep.
     """
 

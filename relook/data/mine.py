@@ -60,7 +60,9 @@ class MiningReport:
     question_pairs: int
 
 
-def mine_visual_genome(model: Path, vg_path: Path, out: Path, how: Mining, synonyms: Mapping[str, Sequence[str]] | None = None) -> MiningReport:  # fmt: skip
+def mine_visual_genome(
+    model: Path, vg_path: Path, out: Path, how: Mining, synonyms: Mapping[str, Sequence[str]] | None = None
+) -> MiningReport:
     """Mine pairs on a Visual Genome folder with `objects.json`; `out/card.json` says what was found."""
     paths, names = read_image_paths(vg_path), read_objects(vg_path)
     objects = {paths[image]: found for image, found in names.items() if image in paths and paths[image].is_file()}

@@ -20,7 +20,7 @@ class AnswerFile:
         self.path, self.key = path, key
         self.records: dict[Any, dict[str, Any]] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:

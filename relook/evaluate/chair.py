@@ -198,9 +198,7 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def score(
-    captions: Mapping[str, str], truth: Mapping[str, Collection[str]], vocabulary: Vocabulary
-) -> ChairScore:  # fmt: skip
+def score(captions: Mapping[str, str], truth: Mapping[str, Collection[str]], vocabulary: Vocabulary) -> ChairScore:
     """Count mentions in each image's caption against the objects that are there.
 
     Raises:

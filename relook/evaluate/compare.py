@@ -12,7 +12,7 @@ from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.run import SPLITS, annotation_file, pope_file
 from relook.evaluate.statistics import mcnemar, paired_interval, right_alone
 
-Counts = tuple[list[float], list[float]]
+Counts = tuple[Sequence[float], Sequence[float]]
 
 
 def compare(data: Path, first: Path, second: Path) -> dict[str, Any]:
@@ -31,14 +31,16 @@ def compare(data: Path, first: Path, second: Path) -> dict[str, Any]:
             "mcnemar_p": mcnemar(*right_alone(*right)),
         }
     scores = [_chair_score(data, folder) for folder in (first, second)]
-    result["chair"]["chair_i"] = _difference(*((list(s.hallucinated), list(s.mentioned)) for s in scores))
-    result["chair"]["recall"] = _difference(*((list(s.found), list(s.present)) for s in scores))
+    result["chair"]["chair_i"] = _difference(*((s.hallucinated, s.mentioned) for s in scores))
+    result["chair"]["recall"] = _difference(*((s.found, s.present) for s in scores))
     return result
 
 
 def captions(folder: Path) -> dict[str, str]:
     """The captions of a `relook eval chair` folder, by image."""
-    return {image: str(record["caption"]) for image, record in AnswerFile(folder / "chair.jsonl", "image").records.items()}
+    return {
+        image: str(record["caption"]) for image, record in AnswerFile(folder / "chair.jsonl", "image").records.items()
+    }
 
 
 def _difference(first: Counts, second: Counts) -> dict[str, Any]:

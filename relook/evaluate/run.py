@@ -148,7 +148,7 @@ def score_pope(questions: Sequence[Question], answers: Sequence[Mapping[str, Any
         counts = right.setdefault(row.question.image.name, [0, 0])
         counts[0] += row.prediction == row.label
         counts[1] += 1
-    result["accuracy_ci"] = ratio_interval(*zip(*right.values(), strict=True)) if right else [0.0, 0.0]
+    result["accuracy_ci"] = ratio_interval([r for r, _ in right.values()], [n for _, n in right.values()])
     return result
 
 

@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 
@@ -83,7 +82,9 @@ class LoadedModel:
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
 
     @torch.inference_mode()
-    def generate(self, images: Sequence[Path | Image.Image] = (), text: str = "", template: str = "", **kwargs: Any) -> str:  # fmt: skip
+    def generate(
+        self, images: Sequence[Path | Image.Image] = (), text: str = "", template: str = "", **kwargs: Any
+    ) -> str:
         """The answer to one prompt; keyword arguments go to transformers' `generate`."""
         inputs = self.encode(images, text, template)
         kwargs = {"do_sample": False, "max_new_tokens": 256, **kwargs}
@@ -216,7 +217,11 @@ def model_hash(path: Path) -> str:
     from relook.files import file_hash
 
     digest = hashlib.sha256()
-    names = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin") or p.name in ("config.json", CHANGE_FILE)]  # fmt: skip
+    names = [
+        p
+        for p in sorted(path.iterdir())
+        if p.suffix in (".safetensors", ".bin") or p.name in ("config.json", CHANGE_FILE)
+    ]
     for name in names:
         digest.update(f"{name.name}:{file_hash(name)}\n".encode())
     return digest.hexdigest()[:16]

@@ -56,9 +56,9 @@ class RelookLlavaModel(LlavaModel):
 
         Beams repeat rows, not features: the image side is computed once per image and then repeated.
         """
-        I, P = features_IPV.shape[:2]
+        images, P = features_IPV.shape[:2]
         per_row = [int(n) // P for n in where.flatten(1).sum(1).tolist()]
-        beams = max(sum(per_row) // I, 1)
+        beams = max(sum(per_row) // images, 1)
         context = self.post_decoder.look(features_IPV, per_row[::beams])
         return context.repeat(beams) if context is not None and beams > 1 else context
 
@@ -134,8 +134,10 @@ class RelookLlavaModel(LlavaModel):
             return causal.expand(B, 1, S, seen + S)
         if attention_mask.ndim == 4:
             allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1
-            return allowed.expand(B, 1, S, seen + S)
-        return causal & attention_mask[:, None, None, :].bool()
+            expanded: Tensor = allowed.expand(B, 1, S, seen + S)
+            return expanded
+        masked: Tensor = causal & attention_mask[:, None, None, :].bool()
+        return masked
 
 
 class RelookLlavaForConditionalGeneration(LlavaForConditionalGeneration):

@@ -1,6 +1,6 @@
 """The post decoder: a second look at the image, between the trunk's last hidden state and lm_head.
 
-This file and `modeling_relook.py` travel with every saved model (`trust_remote_code`), so they import nothing of relook.
+This file and `modeling_relook.py` travel with every saved model (`trust_remote_code`): they import nothing of relook.
 
 Shape letters: B rows (or trees), S text positions, M image positions, D hidden size, V width of the vision features.
 """
@@ -8,6 +8,7 @@ Shape letters: B rows (or trees), S text positions, M image positions, D hidden 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +77,9 @@ class ImageContext:
 
 def pad_images(features_IPV: Tensor, per_row: list[int]) -> tuple[Tensor, Tensor | None]:
     """Lay the images of each row side by side: (I, P, V) to (B, max images * P, V) and its (B, M) mask, or None."""
-    I, P, V = features_IPV.shape
-    if sum(per_row) != I:
-        raise ValueError(f"{I} images, but the rows name {sum(per_row)}")
+    images, P, V = features_IPV.shape
+    if sum(per_row) != images:
+        raise ValueError(f"{images} images, but the rows name {sum(per_row)}")
     most = max(per_row)
     if min(per_row) == most:
         return features_IPV.reshape(len(per_row), most * P, V), None
@@ -105,7 +106,8 @@ class Layout:
 
     def pad(self, flat_ND: Tensor) -> Tensor:
         padded = flat_ND.new_zeros(*self.shape, flat_ND.shape[-1])
-        return padded.index_put((self.row, self.slot), flat_ND)
+        filled: Tensor = padded.index_put((self.row, self.slot), flat_ND)
+        return filled
 
     def unpad(self, padded_TSD: Tensor) -> Tensor:
         return padded_TSD[self.row, self.slot]
@@ -149,7 +151,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def split(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads: Tensor = states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         return self.split(self.k_proj(states)), self.split(self.v_proj(states))
@@ -173,7 +176,8 @@ class Attention(nn.Module):
     def weights(self, states: Tensor, keys: Tensor) -> Tensor:
         """Softmax weights averaged over heads, (B, S, keys): for looking at, not for training."""
         queries = self.split(self.q_proj(states))
-        return (queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5).softmax(-1).mean(1)
+        weights: Tensor = (queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5).softmax(-1).mean(1)
+        return weights
 
 
 class MLP(nn.Module):
@@ -196,7 +200,10 @@ class Block(nn.Module):
 
     def __init__(self, settings: PostDecoderSettings, hidden_size: int, num_heads: int, mlp_size: int) -> None:
         super().__init__()
-        self.self_norm = self.self_attention = self.cross_norm = self.cross_attention = None
+        self.self_norm: nn.Module | None = None
+        self.self_attention: Attention | None = None
+        self.cross_norm: nn.Module | None = None
+        self.cross_attention: Attention | None = None
         if settings.attention == "self_cross":
             self.self_norm = _Norm(hidden_size)
             self.self_attention = Attention(hidden_size, num_heads)
@@ -215,13 +222,13 @@ class Block(nn.Module):
         past: _Past | None,
         layout: Layout | None = None,
     ) -> Tensor:
-        if self.self_attention is not None:
+        if self.self_attention is not None and self.self_norm is not None:
             normed = self.self_norm(states)
             keys, values = self.self_attention.keys_values(normed)
             if past is not None:
                 keys, values = past.update(keys, values)
             states = states + self.self_attention(normed, keys, values, self_mask)
-        if self.cross_attention is not None and image is not None:
+        if self.cross_attention is not None and self.cross_norm is not None and image is not None:
             states = states + self.cross_attention(self.cross_norm(states), *image, image_mask, layout)
         output: Tensor = states + self.mlp(self.mlp_norm(states))
         return output
@@ -268,7 +275,8 @@ class PostDecoder(nn.Module):
             return None
         padded, mask = pad_images(features_IPV, per_row)
         aligned = self.align(padded.to(self.align.norm.weight.dtype))
-        pairs = [block.cross_attention.keys_values(aligned) for block in self.blocks]
+        blocks: list[Any] = list(self.blocks)
+        pairs = [block.cross_attention.keys_values(aligned) for block in blocks]
         return ImageContext([key for key, _ in pairs], [value for _, value in pairs], mask)
 
     def forward(
@@ -294,8 +302,9 @@ class PostDecoder(nn.Module):
         return states_BSD
 
     def attention_maps(self, states_BSD: Tensor, context: ImageContext) -> Tensor:
-        """Where the last block looks: (B, S, M) weights over the image positions, for a stack without self-attention."""
-        *before, last = self.blocks
+        """Where the last block looks: (B, S, M) weights over image positions, for a stack without self-attention."""
+        blocks: list[Any] = list(self.blocks)
+        *before, last = blocks
         for i, block in enumerate(before):
             states_BSD = block(states_BSD, (context.keys[i], context.values[i]), None, None, None)
         maps: Tensor = last.cross_attention.weights(last.cross_norm(states_BSD), context.keys[-1])
@@ -315,10 +324,12 @@ class PostDecoder(nn.Module):
     @torch.no_grad()
     def start_from_projector(self, projector: nn.Module) -> bool:
         """Copy a LLaVA projector into the alignment where the shapes agree. Returns whether it was done."""
-        pairs = [(linear, getattr(projector, f"linear_{i}", None)) for i, linear in enumerate(self.align.linears, 1)] if self.align else []  # fmt: skip
+        linears: list[Any] = list(self.align.linears) if self.align is not None else []
+        pairs = [(new, getattr(projector, f"linear_{i}", None)) for i, new in enumerate(linears, 1)]
         if len(pairs) != 2 or any(old is None or old.weight.shape != new.weight.shape for new, old in pairs):
             return False
         for new, old in pairs:
+            assert old is not None
             new.weight.copy_(old.weight)
             new.bias.copy_(old.bias if old.bias is not None else torch.zeros_like(new.bias))
         return True

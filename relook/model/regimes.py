@@ -41,7 +41,9 @@ def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
         if wanted:
             part().requires_grad_(True)
     if not any(parameter.requires_grad for parameter in loaded.model.parameters()):
-        raise RecipeError("Nothing would train.", "Set lora_enable, tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter.")  # fmt: skip
+        raise RecipeError(
+            "Nothing would train.", "Set lora_enable, tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter."
+        )
 
 
 def _with_lora(model: nn.Module, recipe: Recipe, seed: int) -> Any:
@@ -69,7 +71,11 @@ def untie_head(model: Any) -> None:
 
 def group_of(name: str) -> str:
     """Which learning rate a parameter takes: that of post_decoder, lm_head, mm_projector, or the common one."""
-    for part, group in (("post_decoder", "post_decoder"), ("lm_head", "lm_head"), ("multi_modal_projector", "mm_projector")):  # fmt: skip
+    for part, group in (
+        ("post_decoder", "post_decoder"),
+        ("lm_head", "lm_head"),
+        ("multi_modal_projector", "mm_projector"),
+    ):
         if f".{part}." in f".{name}":
             return group
     return ""
@@ -77,7 +83,11 @@ def group_of(name: str) -> str:
 
 def parameter_groups(model: nn.Module, recipe: Recipe, weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups by learning rate; norms and biases are not decayed."""
-    rates = {"post_decoder": recipe.post_decoder_lr, "lm_head": recipe.lm_head_lr, "mm_projector": recipe.mm_projector_lr}  # fmt: skip
+    rates = {
+        "post_decoder": recipe.post_decoder_lr,
+        "lm_head": recipe.lm_head_lr,
+        "mm_projector": recipe.mm_projector_lr,
+    }
     groups: dict[tuple[float | None, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -21,13 +21,15 @@ PICTURES = 12
 LOOKING = "post_decoder"  # the run whose attention is shown
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1c2330}
-table{border-collapse:collapse;margin:1em 0;font-size:14px}td,th{padding:.35em .7em;border-bottom:1px solid #dde2ea;text-align:right}
+table{border-collapse:collapse;margin:1em 0;font-size:14px}
+td,th{padding:.35em .7em;border-bottom:1px solid #dde2ea;text-align:right}
 td:first-child,th:first-child{text-align:left}small{color:#6a7486}th{vertical-align:bottom}
 .card{display:grid;grid-template-columns:190px 1fr;gap:1em;border-top:1px solid #dde2ea;padding:1em 0}
 .card p{margin:.2em 0}.card b{display:inline-block;min-width:10.5em;font-weight:600;color:#44506a}
 mark{background:#ffd2cf;color:#a3140c;padding:0 .2em;border-radius:3px}
 svg.picture{width:180px;height:180px;image-rendering:pixelated}.maps{display:flex;gap:.8em;flex-wrap:wrap;margin-top:.6em}
-.maps figure{margin:0}.maps svg{width:110px;height:110px}figcaption{font-size:13px;color:#44506a}svg{max-width:100%;height:auto}
+.maps figure{margin:0}.maps svg{width:110px;height:110px}
+figcaption{font-size:13px;color:#44506a}svg{max-width:100%;height:auto}
 """
 
 
@@ -51,8 +53,8 @@ def write_page(out: Path) -> Path:
         gallery(out, data, list(results["runs"])),
         f"<p><small>{html.escape(str(results['provenance']))}</small></p>",
     ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>relook demo</title><style>{STYLE}</style>{''.join(sections)}</html>"
-    write_text(out / "report.html", page)
+    head = f"<meta charset=utf-8><title>relook demo</title><style>{STYLE}</style>"
+    write_text(out / "report.html", f"<!doctype html><html lang=en>{head}{''.join(sections)}</html>")
     return out / "report.html"
 
 
@@ -83,7 +85,9 @@ def differences(results: Mapping[str, Any]) -> str:
         pope = found["pope"]
         cells = [percent(pope[split]["difference"], pope[split]["ci"]) for split in SPLITS]
         cells.append(f"{pope['adversarial']['mcnemar_p']:.2g}")
-        cells += [percent(found["chair"][key]["difference"], found["chair"][key]["ci"]) for key in ("chair_i", "recall")]
+        cells += [
+            percent(found["chair"][key]["difference"], found["chair"][key]["ci"]) for key in ("chair_i", "recall")
+        ]
         rows.append(_row([name, *cells]))
     return f"<table>{_row(heads, 'th')}{''.join(rows)}</table>"
 
@@ -122,7 +126,10 @@ def marked(text: str, image: str, annotations: Annotations, vocabulary: Vocabula
     parts, last = [], 0
     for mention in mentions(text, vocabulary):
         if mention.object not in annotations.objects[image]:
-            parts += [html.escape(text[last : mention.start]), f"<mark>{html.escape(text[mention.start : mention.end])}</mark>"]
+            parts += [
+                html.escape(text[last : mention.start]),
+                f"<mark>{html.escape(text[mention.start : mention.end])}</mark>",
+            ]
             last = mention.end
     return "".join(parts) + html.escape(text[last:])
 

@@ -6,7 +6,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FIELDS = {"loss": "loss", "rewards/margins": "reward margin", "rewards/accuracies": "reward accuracy", "nll": "NLL of chosen, nats a token"}  # fmt: skip
+FIELDS = {
+    "loss": "loss",
+    "rewards/margins": "reward margin",
+    "rewards/accuracies": "reward accuracy",
+    "nll": "NLL of chosen, nats a token",
+}
 
 
 def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -29,9 +29,10 @@ from transformers import (
 )
 
 from relook.console import progress, say
+from relook.evaluate.run import evaluate_model
 from relook.files import whole_folder, write_json
-from relook.model.regimes import untie_head
 from relook.model.load import load_model
+from relook.model.regimes import untie_head
 from relook.recipe import load_recipe
 from relook.toyworld import layouts
 from relook.toyworld.draw import draw
@@ -46,7 +47,8 @@ SCENES = 4800
 # Chosen on dev scenes (docs/toyworld.md): weights of the usual 0.02 learn nothing in this few steps, a third layer
 # learns to look later, and slow rotations let a word match a patch wherever it stands.
 LAYERS, INIT_STD, ROPE_THETA = 2, 0.1, 1e6
-TOWER_LAYERS, TOWER_EPOCHS = 3, 16
+TOWER_LAYERS, TOWER_EPOCHS = 4, 16
+GATE, GATE_SCENES = 0.85, 200
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
@@ -92,7 +94,28 @@ def build_base(out: Path, world: Path, seed: int, scenes: int = SCENES, **overri
     )
     train(recipe)
     finish(sft, out)
+    check_gate(out, world, seed)
     return out
+
+
+def check_gate(out: Path, world: Path, seed: int) -> dict[str, Any]:
+    """Ask the base dev questions and say whether it looks; the verdict is kept in `gate.json` beside the weights.
+
+    A base that does not look answers from what is usual, and nothing measured on it means much.
+    """
+    with progress("dev scenes") as report:
+        layouts.write_eval(world, "dev", seed, GATE_SCENES, report)
+    answers = out.with_name(out.name + "-gate")
+    scores = evaluate_model(out, ["pope"], world / "dev", answers, batch_size=100, max_new_tokens=8)["pope"]
+    accuracy = scores["random"]["accuracy"]
+    verdict = {"pope_random": accuracy, "needed": GATE, "passed": accuracy >= GATE, "seed": seed}
+    write_json(out / "gate.json", verdict)
+    if not verdict["passed"]:
+        say(
+            f"[yellow]This base did not learn to look[/]: POPE random {accuracy:.3f} on dev scenes, {GATE} is needed. "
+            "Its results say little; try another --seed."
+        )
+    return verdict
 
 
 def finish(sft: Path, out: Path) -> None:
@@ -208,8 +231,8 @@ def mirror(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def select(outputs: Any) -> Tensor:
-    """The features of the patches: the tower's last layer, without the class token."""
-    features: Tensor = outputs.hidden_states[-1][:, 1:]
+    """LLaVA's features: the last layer but one, without the class token."""
+    features: Tensor = outputs.hidden_states[-2][:, 1:]
     return features
 
 
@@ -234,7 +257,6 @@ def assemble(tower: CLIPVisionModel, seed: int) -> LlavaForConditionalGeneration
             pad_token_id=token("<pad>"),
             tie_word_embeddings=True,
         ),
-        vision_feature_layer=-1,
         image_token_index=token("<image>"),
         image_seq_length=SIDE * SIDE,
         tie_word_embeddings=True,
@@ -298,9 +320,3 @@ def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Any) -> None
     loss.backward()
     optimizer.step()
     schedule.step()
-
-
-def record_gate(folder: Path, result: dict[str, Any]) -> None:
-    """Keep the gate's verdict beside the weights."""
-    write_json(folder / "gate.json", result)
-    say(f"  gate: {result}")

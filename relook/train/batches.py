@@ -46,7 +46,7 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
-        batch = {"batch": self.cached(items) if items[0].states is not None else self.live(items)}
+        batch: dict[str, Any] = {"batch": self.cached(items) if items[0].states is not None else self.live(items)}
         for name in ("reference", "weight"):
             values = [getattr(item, name) for item in items]
             if values[0] is not None:

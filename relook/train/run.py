@@ -16,7 +16,7 @@ from relook.console import progress, say
 from relook.data.encode import Example
 from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
-from relook.errors import DataError, RecipeError, RelookError
+from relook.errors import DataError, RecipeError
 from relook.files import read_text, write_json
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model, model_hash
 from relook.model.regimes import apply_regime
@@ -44,7 +44,9 @@ def train_command(arguments: Sequence[str]) -> Path:
     name, *keys = arguments
     recipe = load_recipe(name, parse_overrides(keys))
     out = train(recipe)
-    say(f"[bold]{out}[/] holds the result. Evaluate it with: relook eval pope chair --model {out} --data DATA --out OUT")
+    say(
+        f"[bold]{out}[/] holds the result. Evaluate it with: relook eval pope chair --model {out} --data DATA --out OUT"
+    )
     return out
 
 
@@ -159,9 +161,7 @@ def read_examples(recipe: Recipe, loaded: LoadedModel) -> tuple[list[Example], d
     return examples, {"reader": report.summary(), "faults": faults}
 
 
-def prepare(
-    recipe: Recipe, policy: Policy, examples: list[Example], collator: Collator, batch_size: int
-) -> list[Item]:
+def prepare(recipe: Recipe, policy: Policy, examples: list[Example], collator: Collator, batch_size: int) -> list[Item]:
     """What is computed once, before training: trunk states of a frozen trunk, and reference log-probs."""
     items = [Item(example) for example in examples]
     if recipe.frozen_trunk and recipe.feature_cache != "off":
@@ -175,7 +175,7 @@ def prepare(
 def with_trunk_states(
     recipe: Recipe, policy: Policy, items: list[Item], collator: Collator, batch_size: int
 ) -> list[Item]:
-    """The items with the frozen trunk's states: from the process's cache where it fits, else computed and kept there."""
+    """The items with the frozen trunk's states: from the process's cache where it fits, else computed."""
     examples = [item.example for item in items]
     key = cache_key(model_hash(Path(recipe.model_name_or_path)), policy, examples, collator.images)
     kept = TrunkCache.last
@@ -207,5 +207,3 @@ def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None
 def pad_id(tokenizer: Any) -> int:
     pad = tokenizer.pad_token_id
     return int(pad if pad is not None else tokenizer.eos_token_id)
-
-

@@ -28,7 +28,7 @@ from relook.tree import Targets
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
 
 
-class RelookTrainer(Trainer):  # type: ignore[misc]
+class RelookTrainer(Trainer):
     """Trains a `Policy` by SFT or DPO, as the recipe says."""
 
     def __init__(self, recipe: Recipe, policy: Policy, report: Report, **kwargs: Any) -> None:
@@ -64,10 +64,11 @@ class RelookTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
+        """The Trainer's optimizer over groups with learning rates of their own."""
+        if getattr(self, "optimizer", None) is None:
             groups = parameter_groups(self.model, self.recipe, self.args.weight_decay)
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = kind(groups, **arguments)
+            self.optimizer: torch.optim.Optimizer = kind(groups, **arguments)
         return self.optimizer
 
     # Checkpoints hold what trains, not the model.
@@ -145,7 +146,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(found)[1]) if found else None
 
 
-class _Bar(TrainerCallback):  # type: ignore[misc]
+class _Bar(TrainerCallback):
     """Feeds relook's progress bar from the Trainer's steps and logs."""
 
     def __init__(self, report: Report) -> None:
