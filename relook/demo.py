@@ -7,6 +7,7 @@ after Ctrl-C or a kill.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,20 +121,24 @@ def mine_pairs(model: Path, places: Places, seed: int) -> None:
         mine_visual_genome(model, places.world / "vg", places.pairs, mining_settings(seed))
 
 
-def train_regime(regime: str, model: Path, places: Places, seed: int) -> None:
-    """The shipped recipe of a regime, with the demo's paths: just what a user does with real ones."""
-    recipe = load_recipe(
-        f"toyworld-{regime.replace('_', '-')}",
-        {
-            "model_name_or_path": model,
-            "vg_path": places.world / "vg",
-            "desc_data_path": places.pairs / "desc_data.json",
-            "pope_data_path": places.pairs / "pope_data.json",
-            "output_dir": places.run(regime),
-            "seed": seed,
-        },
+def train_regime(
+    regime: str, model: Path, places: Places, seed: int, recipe: str = "", changes: Mapping[str, Any] | None = None
+) -> None:
+    """The shipped recipe of a regime (or another), with the demo's paths: just what a user does with real ones."""
+    train(
+        load_recipe(
+            recipe or f"toyworld-{regime.replace('_', '-')}",
+            {
+                "model_name_or_path": model,
+                "vg_path": places.world / "vg",
+                "desc_data_path": places.pairs / "desc_data.json",
+                "pope_data_path": places.pairs / "pope_data.json",
+                "output_dir": places.run(regime),
+                "seed": seed,
+                **(changes or {}),
+            },
+        )
     )
-    train(recipe)
 
 
 def read_scores(places: Places, name: str, split: str = "test") -> dict[str, Any]:
@@ -148,6 +153,7 @@ def collect_results(places: Places, model: Path, seed: int) -> dict[str, Any]:
         "base": read_scores(places, "base"),
         "runs": {regime: read_scores(places, regime) for regime in REGIMES},
         "paired": {regime: compare(test, places.answers("base"), places.answers(regime)) for regime in REGIMES},
+        "against_control": compare(test, places.answers("nll_control"), places.answers("post_decoder")),
         "provenance": {
             "seed": seed,
             "base": str(model),

@@ -22,18 +22,28 @@ def compare(data: Path, first: Path, second: Path) -> dict[str, Any]:
         For each POPE split the accuracy's difference with its paired 95 % interval over images and the exact McNemar
         p-value over questions; for CHAIR the differences of chair_i and recall with intervals.
     """
+    return compare_pooled([(data, first, second)])
+
+
+def compare_pooled(runs: Sequence[tuple[Path, Path, Path]]) -> dict[str, Any]:
+    """As `compare`, over the images of several (data, first, second) taken together: for tables over seeds."""
     result: dict[str, Any] = {"pope": {}, "chair": {}}
     for split in SPLITS:
-        rows = [_pope_rows(data, folder, split) for folder in (first, second)]
-        right = [[row.right for row in side] for side in rows]
+        rows = [[_pope_rows(run[0], run[side], split) for run in runs] for side in (1, 2)]
+        right = [[row.right for run in side for row in run] for side in rows]
         result["pope"][split] = {
-            **_difference(*(_by_image(side) for side in rows)),
+            **_difference(*(_joined([_by_image(run) for run in side]) for side in rows)),
             "mcnemar_p": mcnemar(*right_alone(*right)),
         }
-    scores = [_chair_score(data, folder) for folder in (first, second)]
-    result["chair"]["chair_i"] = _difference(*((s.hallucinated, s.mentioned) for s in scores))
-    result["chair"]["recall"] = _difference(*((s.found, s.present) for s in scores))
+    scores = [[_chair_score(run[0], run[side]) for run in runs] for side in (1, 2)]
+    for name, top, bottom in (("chair_i", "hallucinated", "mentioned"), ("recall", "found", "present")):
+        counts = (_joined([(getattr(s, top), getattr(s, bottom)) for s in side]) for side in scores)
+        result["chair"][name] = _difference(*counts)
     return result
+
+
+def _joined(counts: Sequence[Counts]) -> Counts:
+    return [n for top, _ in counts for n in top], [n for _, bottom in counts for n in bottom]
 
 
 def captions(folder: Path) -> dict[str, str]:

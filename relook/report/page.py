@@ -44,6 +44,7 @@ def write_page(out: Path) -> Path:
         "<h2>Results</h2>",
         table(results),
         "<h2>Difference to the base, on the same pictures</h2>",
+        "<p>The last row is what the preference term adds to training on the chosen texts alone.</p>",
         differences(results),
         "<h2>Training</h2>",
         curves({regime: read_json(out / "runs" / regime / "run.json")["log"] for regime in results["runs"]}),
@@ -81,7 +82,7 @@ def table(results: Mapping[str, Any]) -> str:
 def differences(results: Mapping[str, Any]) -> str:
     heads = ["", *(f"POPE {split}" for split in SPLITS), "McNemar p,<br>adversarial", "CHAIR<sub>i</sub>", "recall"]
     rows = []
-    for name, found in results["paired"].items():
+    for name, found in {**results["paired"], "post_decoder − nll_control": results["against_control"]}.items():
         pope = found["pope"]
         cells = [percent(pope[split]["difference"], pope[split]["ci"]) for split in SPLITS]
         cells.append(f"{pope['adversarial']['mcnemar_p']:.2g}")

@@ -7,8 +7,8 @@ what makes the model claim objects that usually come together.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,10 @@ def finish(sft: Path, out: Path) -> None:
     with whole_folder(out) as folder:
         loaded.model.save_pretrained(folder)
         loaded.processor.save_pretrained(folder)
-        shutil.copy(sft / "recipe.yaml", folder / "recipe.yaml")
+        # Names without the folders of the machine that it was trained on: the file may travel.
+        held = load_recipe(str(sft / "recipe.yaml"))
+        paths = ("model_name_or_path", "output_dir", "data_path", "image_folder")
+        replace(held, **{key: Path(getattr(held, key)).name for key in paths}).save(folder / "recipe.yaml")
 
 
 def make_processor() -> LlavaProcessor:
