@@ -130,7 +130,8 @@ def finish(sft: Path, out: Path) -> None:
         # Names without the folders of the machine that it was trained on: the file may travel.
         held = load_recipe(str(sft / "recipe.yaml"))
         paths = ("model_name_or_path", "output_dir", "data_path", "image_folder")
-        replace(held, **{key: Path(getattr(held, key)).name for key in paths}).save(folder / "recipe.yaml")
+        names: dict[str, Any] = {key: Path(getattr(held, key)).name for key in paths}
+        replace(held, **names).save(folder / "recipe.yaml")
 
 
 def make_processor() -> LlavaProcessor:
