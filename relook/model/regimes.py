@@ -40,10 +40,14 @@ def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
     for wanted, part in parts.values():
         if wanted:
             part().requires_grad_(True)
-    if not any(parameter.requires_grad for parameter in loaded.model.parameters()):
+    training = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    if not training:
         raise RecipeError(
             "Nothing would train.", "Set lora_enable, tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter."
         )
+    for parameter in training:
+        # A bf16 weight has 8 bits: steps of the usual learning rates (2e-6) would be rounded away.
+        parameter.data = parameter.data.float()
 
 
 def _with_lora(model: nn.Module, recipe: Recipe, seed: int) -> Any:

@@ -127,7 +127,7 @@ class TrunkCache:
 
 def cache_key(base: str, policy: Policy, examples: Sequence[Example], images: ImageLoader) -> str:
     """A hash of the base's weights, the preprocessing, every token, and every image file's name, size and time."""
-    digest = hashlib.sha256(f"{base} {policy.core.dtype} {policy.keeps_everything} {images.aspect_ratio}".encode())
+    digest = hashlib.sha256(f"{base} {policy.dtype} {policy.keeps_everything} {images.aspect_ratio}".encode())
     digest.update(repr(images.image_processor).encode())
     for example in examples:
         digest.update(repr(example.tree).encode())

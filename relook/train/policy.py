@@ -45,12 +45,15 @@ class TrunkStates:
 class Policy(nn.Module):
     """A model as training sees it: trees in, log-probs out.
 
-    `model` is a transformers model, possibly wrapped by peft; the wrapper itself is bypassed, its layers are not.
+    Args:
+        model: a transformers model, possibly wrapped by peft; the wrapper itself is bypassed, its layers are not.
+        dtype: what matrix products are computed in; what trains is kept in float32.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model = model
+        self.dtype = dtype
 
     @property
     def core(self) -> Any:
@@ -74,8 +77,20 @@ class Policy(nn.Module):
         """Whether what comes after the trunk needs the vision features."""
         return self.post_decoder is not None and self.post_decoder.align is not None
 
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The Trainer's call: recompute the trunk's layers in the backward pass instead of keeping their inputs."""
+        self.core.gradient_checkpointing_enable(**kwargs)
+
+    def autocast(self) -> torch.autocast:
+        device = self.core.device.type
+        return torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
     def trunk(self, batch: LiveBatch) -> TrunkStates:
         """Vision tower, projector and language model over packed trees."""
+        with self.autocast():
+            return self._trunk(batch)
+
+    def _trunk(self, batch: LiveBatch) -> TrunkStates:
         base, packed = self.core.model, batch.packed
         embeds = base.get_input_embeddings()(packed.ids)
         features = None
@@ -92,6 +107,10 @@ class Policy(nn.Module):
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Log-probability of each supervised token, (N,) float32."""
+        with self.autocast():
+            return self._forward(batch)
+
+    def _forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         trunk = batch if isinstance(batch, TrunkStates) else self.trunk(batch)
         states, targets = trunk.states, trunk.targets
         if self.post_decoder is None:

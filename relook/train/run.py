@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainingArguments
 
@@ -62,11 +63,12 @@ def train(recipe: Recipe, device: str | None = None) -> Path:
         return out
     started = time.monotonic()
     arguments = training_arguments(recipe, out)
-    loaded = load_model(recipe.model_name_or_path, device=device or arguments.device, dtype=_dtype(arguments))
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+    loaded = load_model(recipe.model_name_or_path, device=device or arguments.device, dtype=dtype)
     loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
     examples, dropped = read_examples(recipe, loaded)
     apply_regime(loaded, recipe)
-    policy = Policy(loaded.model)
+    policy = Policy(loaded.model, dtype)
     collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
     items = prepare(recipe, policy, examples, collator, arguments.per_device_train_batch_size)
     with progress(f"training {out.name}") as report:
@@ -122,16 +124,13 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "logging_steps": 10,
         "dataloader_pin_memory": False,
         "seed": 42,
+        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
     }
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
         return TrainingArguments(**{**defaults, **recipe.training, "output_dir": str(out / CHECKPOINTS)})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"The training arguments do not fit together: {error}.") from None
-
-
-def _dtype(arguments: TrainingArguments) -> str:
-    return "bfloat16" if arguments.bf16 else "float32"
 
 
 def read_examples(recipe: Recipe, loaded: LoadedModel) -> tuple[list[Example], dict[str, Any]]:
