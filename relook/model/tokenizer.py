@@ -17,7 +17,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from relook.errors import CheckpointError
+from relook.data.prompts import IM_END, IM_PATCH, IM_START
+from relook.errors import CheckpointError, RelookError
 from relook.files import read_json
 
 SPACE = "▁"  # how sentencepiece writes a space
@@ -29,6 +30,9 @@ BPE = 2
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder: its `tokenizer.json` as it stands, or else one built from `tokenizer.model`.
+
+    Where config.json asks for image marks (`mm_use_im_patch_token`, `mm_use_im_start_end`) that the tokenizer lacks,
+    they are added at its end, as LLaVA's builder does.
 
     Built from `tokenizer.model`, it gives the ids of transformers 4.37's slow LlamaTokenizer, in either setting of
     `legacy` (of tokenizer_config.json; true where the key is absent, as there):
@@ -45,16 +49,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     try:
         if (folder / "tokenizer.json").exists():
-            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            return tokenizer
-        if (folder / "tokenizer.model").exists():
-            return _from_sentencepiece(folder)
-    # The tokenizers library raises bare Exception for a file that it cannot parse.
-    except Exception as error:
-        if isinstance(error, CheckpointError):
-            raise
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        elif (folder / "tokenizer.model").exists():
+            tokenizer = _from_sentencepiece(folder)
+        else:
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json or tokenizer.model.", "Copy them from the base model."
+            )
+        config = _optional(folder / "config.json")
+        marks = [IM_PATCH] * config.get("mm_use_im_patch_token", False)
+        marks += [IM_START, IM_END] * config.get("mm_use_im_start_end", False)
+        tokenizer.add_tokens(marks, special_tokens=True)  # those that it has are left alone
+    except RelookError:
+        raise
+    except Exception as error:  # bare Exception is what the tokenizers library raises for a file that it cannot parse
         raise CheckpointError(f"The tokenizer of {folder} cannot be read: {error}.", "Copy it again.") from None
-    raise CheckpointError(f"{folder} has no tokenizer.json or tokenizer.model.", "Copy them from the base model.")
+    return tokenizer
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -167,10 +181,8 @@ def _backend(pieces: list[Piece], unk: str, legacy: bool) -> Tokenizer:
 
 
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
-    config, special, added = (
-        read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    )
+    config = _optional(folder / "tokenizer_config.json")
+    special, added = _optional(folder / "special_tokens_map.json"), _optional(folder / "added_tokens.json")
     pieces = read_pieces(folder / "tokenizer.model")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     for name in (*names, "pad_token"):
