@@ -7,6 +7,7 @@ tensor of the same name. A post decoder brings tensors that the base need not ha
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from relook.errors import CheckpointError, some
 from relook.files import read_json
 from relook.model.checkpoint import LazyTensor, read_file
-from relook.model.formats import CHANGE_FILE, FROM_CHANGE, changed_files, kind_of, rename
+from relook.model.formats import CHANGE_FILE, FROM_CHANGE, PROJECTOR, changed_files, kind_of, rename
 from relook.model.modeling_relook import RelookLlavaConfig
 from relook.model.source import ModelSource
 
 TENSORS_FILE = "trained.safetensors"
 DECODER, HEAD = "model.post_decoder.", "lm_head."
+ADDED = (DECODER, PROJECTOR)  # what a base need not have
 # What each stage of the old replace_bin takes from the change, and whether the base must have a post decoder already.
 STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
     0: ((HEAD, DECODER), False),
@@ -55,10 +57,14 @@ class Change:
             CheckpointError: a tensor that the base does not have, or has in another shape.
         """
         config, tensors = source.config, dict(source.tensors)
+        if any(name.startswith(DECODER) for name in self.replaced):
+            config = self._config_with_decoder(source)
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(DECODER)}
+        held = {name: _shape(tensors, name) for name in self.replaced}
         wrong = [
-            f"{name} {list(new.shape)} on {list(tensors[name].shape) if name in tensors else 'nothing'}"
+            f"{name} {list(new.shape)} on {list(held[name]) or 'nothing'}"
             for name, new in self.replaced.items()
-            if not name.startswith(DECODER) and _shape(tensors, name, new) != new.shape
+            if held[name] != new.shape and (held[name] or not name.startswith(ADDED))
         ]
         for name, (a, b) in self.lora.items():
             if _shape(tensors, name) != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
@@ -68,18 +74,14 @@ class Change:
                 f"{self.path} does not fit {source.path}: {len(wrong)} tensors ({some(wrong)}).",
                 "Give the base that it was trained on.",
             )
-        decoder = {name for name in self.replaced if name.startswith(DECODER)}
-        if decoder:
-            config = self._config_with_decoder(source)
-            tensors = {name: t for name, t in tensors.items() if not name.startswith(DECODER)}
         if "lm_head.weight" in self.replaced and config.tie_word_embeddings:
             config = _untied(config)
         tensors |= self.replaced
         for name, pair in self.lora.items():
-            tensors[name] = tensors[name].then(lambda weight, pair=pair: self._merge(weight, *pair))
+            tensors[name] = tensors[name].then(partial(self._merge, *pair))
         return replace(source, config=config, tensors=tensors)
 
-    def _merge(self, weight: Tensor, a: LazyTensor, b: LazyTensor) -> Tensor:
+    def _merge(self, a: LazyTensor, b: LazyTensor, weight: Tensor) -> Tensor:
         return (weight.float() + self.scale * (b.read().float() @ a.read().float())).to(weight.dtype)
 
     def _config_with_decoder(self, source: ModelSource) -> RelookLlavaConfig:
@@ -114,11 +116,11 @@ class Change:
         return replace(self, replaced=taken, lora={}), left
 
 
-def _shape(tensors: dict[str, LazyTensor], name: str, new: LazyTensor | None = None) -> tuple[int, ...]:
-    if name in tensors:
-        return tensors[name].shape
-    tied = tensors.get("model.language_model.embed_tokens.weight") if name == "lm_head.weight" else None
-    return tied.shape if tied is not None else ()
+def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:
+    """The shape of a base's tensor, () where there is none; a tied head has that of the embeddings."""
+    if name == "lm_head.weight" and name not in tensors:
+        name = "model.language_model.embed_tokens.weight"
+    return tensors[name].shape if name in tensors else ()
 
 
 def _untied(config: Any) -> Any:

@@ -6,14 +6,14 @@ Nothing is held in memory: tensors are read when they are asked for, one at a ti
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import (
     AutoProcessor,
@@ -153,7 +153,7 @@ def open_model(path: Path, vision_tower: str | Path | None = None) -> ModelSourc
     kind = kind_of(path)
     if kind not in ("llava", "hf", "relook"):
         raise CheckpointError(
-            f"{path} holds a change to a model, not a model.", "Pass its base as path, and it as adapter."
+            f"{path} holds a change to a model, not a model.", "Pass its base as path, and this as adapter."
         )
     raw = read_config(path)
     if kind == "llava":
@@ -162,13 +162,14 @@ def open_model(path: Path, vision_tower: str | Path | None = None) -> ModelSourc
         raise CheckpointError(f"{path} has a vision tower of its own.", "Leave vision_tower out.")
     config_class = RelookLlavaConfig if kind == "relook" else LlavaConfig
     tensors = _renamed(read_folder(path), FROM_HF)
-    return ModelSource(path, kind, _config(path, config_class, raw), tensors, default_template(raw))
+    return ModelSource(path, kind, _config(path, config_class.from_dict, raw), tensors, default_template(raw))
 
 
-def _config(path: Path, config_class: Any, raw: dict[str, Any]) -> Any:
+def _config(path: Path, make: Callable[..., Any], *arguments: Any) -> Any:
+    """A config made by a function of transformers; what it says about a wrong value is passed on."""
     try:
-        return config_class.from_dict(raw)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return make(*arguments)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"The config of {path} is not valid: {error}.", "Download it again.") from None
 
 
@@ -186,7 +187,7 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     settings = read_config(tower)
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
         raise CheckpointError(f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower.")
-    vision: CLIPVisionConfig = _config(tower, CLIPVisionConfig, settings.get("vision_config", settings))
+    vision: CLIPVisionConfig = _config(tower, CLIPVisionConfig.from_dict, settings.get("vision_config", settings))
     tensors = _renamed(read_folder(path), FROM_LLAVA)
     trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
     if weight_files(tower) and not trained:
@@ -195,19 +196,12 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
         tensors = {name: t for name, t in tensors.items() if not name.startswith(TOWER)}
         tensors |= {TOWER + n.removeprefix(prefix): t for n, t in of_tower.items() if n.startswith(prefix)}
     token = image_tokenizer(path, raw.get("vocab_size", 0)).convert_tokens_to_ids(IMAGE)
-    config = _config_of_llava(path, raw, vision, token)
+    config = _config(path, from_llava_config, path, raw, vision, token)
     if config.projector_hidden_act == "linear":
         size = config.text_config.hidden_size
         tensors[PROJECTOR + "linear_2.weight"] = LazyTensor((size, size), lambda: torch.eye(size))
         tensors[PROJECTOR + "linear_2.bias"] = LazyTensor((size,), lambda: torch.zeros(size))
     return ModelSource(path, "llava", config, tensors, default_template(raw), tower)
-
-
-def _config_of_llava(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig, token: int) -> LlavaConfig:
-    try:
-        return from_llava_config(path, raw, vision, token)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"The config of {path} is not valid: {error}.", "Download it again.") from None
 
 
 def _tower_folder(path: Path, name: str | None, given: str | Path | None) -> Path:
