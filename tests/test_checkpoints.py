@@ -20,8 +20,7 @@ from relook.errors import RelookError
 from relook.model.changes import read_change
 from relook.model.checkpoint import read_file, read_folder
 from relook.model.formats import FROM_LLAVA, rename
-from relook.model.load import add_post_decoder, default_template, open_source
-from relook.model.source import open_model
+from relook.model.load import add_post_decoder, default_template
 from relook.toyworld.build import make_processor
 from relook.train.losses import dpo_sigmoid, negative_log_likelihood
 from relook.train.policy import LiveBatch, Policy
@@ -538,10 +537,43 @@ def test_a_folder_without_projector_takes_it_as_adapter(tiny: Path, tower: Path,
     near(logits(loaded.model, tiny)[0], np.load(tiny / "outputs/case_A.npz")["logits"])
 
 
-def test_opening_reads_no_tensor(tiny: Path, tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any) -> None:
-        raise AssertionError("a tensor was read")
+@pytest.mark.parametrize("name", ["ckpt_safetensors", "ckpt_bin_sharded"])
+def test_training_a_loaded_model_leaves_its_files_alone(tiny: Path, tower: Path, tmp_path: Path, name: str) -> None:
+    """Files are mapped into memory: writing to a parameter must not write to the disk."""
+    folder = copied(tiny / name, tmp_path / "m")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = load_model(folder, vision_tower=tower).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
-    monkeypatch.setattr("relook.model.checkpoint.LazyTensor.then", lambda self, change: self)
-    source = open_source(tiny / "ckpt_safetensors", tiny / "lora_llava-tiny", tower)
-    assert len(source.tensors) == len(open_model(tiny / "ckpt_safetensors", tower).tensors)
+
+def test_lora_on_a_half_precision_base_is_rounded_once(tiny: Path, tower: Path, tmp_path: Path) -> None:
+    folder = copied(tiny / "ckpt_safetensors", tmp_path / "half")
+    tensors = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    adapter = read_file(tiny / "lora_llava-tiny/adapter_model.bin")
+    name = "layers.0.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.model.{name}.lora_{half}.weight"].read() for half in "AB")
+    exact = tensors[f"model.{name}.weight"].float() + 2 * b @ a  # alpha 8 over rank 4
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(folder, tiny / "lora_llava-tiny", tower, dtype).model
+        torch.testing.assert_close(model.model.language_model.layers[0].self_attn.q_proj.weight, exact.to(dtype))
+
+
+def test_a_lora_run_of_relook_names_its_base_and_is_merged(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base, run = toy(tmp_path / "base"), tmp_path / "run"
+    model = get_peft_model(load_model(base).model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    model.save_pretrained(run)
+    save_file({}, run / "trained.safetensors")  # nothing else trained
+    (run / "change.json").write_text(json.dumps({"base": str(base), "post_decoder": None, "lora": True}))
+    merged = model.merge_and_unload().state_dict()
+    torch.testing.assert_close(load_model(run).model.state_dict(), merged)
+    torch.testing.assert_close(load_model(base, run).model.state_dict(), merged)
+    assert default_template(run) == "llava_hf"

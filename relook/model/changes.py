@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from relook.errors import CheckpointError, some
@@ -50,8 +51,11 @@ class Change:
     post_decoder: dict[str, Any] | None = None
     base: Path | None = None
 
-    def lay_on(self, source: ModelSource) -> ModelSource:
+    def lay_on(self, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:
         """The base with this change.
+
+        Args:
+            dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
 
         Raises:
             CheckpointError: a tensor that the base does not have, or has in another shape.
@@ -78,11 +82,11 @@ class Change:
             config = _untied(config)
         tensors |= self.replaced
         for name, pair in self.lora.items():
-            tensors[name] = tensors[name].then(partial(self._merge, *pair))
+            tensors[name] = tensors[name].then(partial(self._merge, *pair, dtype))
         return replace(source, config=config, tensors=tensors)
 
-    def _merge(self, a: LazyTensor, b: LazyTensor, weight: Tensor) -> Tensor:
-        return (weight.float() + self.scale * (b.read().float() @ a.read().float())).to(weight.dtype)
+    def _merge(self, a: LazyTensor, b: LazyTensor, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
+        return (weight.float() + self.scale * (b.read().float() @ a.read().float())).to(dtype or weight.dtype)
 
     def _config_with_decoder(self, source: ModelSource) -> RelookLlavaConfig:
         held = getattr(source.config, "post_decoder", None)

@@ -65,7 +65,7 @@ def convert(source: Path, out: Path, to: str, how: Writing = Writing()) -> float
     """
     if to not in ("hf", "llava"):
         raise CheckpointError(f"There is no format {to!r}.", "Use hf or llava.")
-    return write_model(open_source(source, None, how.vision_tower), out, to, how)
+    return write_model(open_source(source, vision_tower=how.vision_tower), out, to, how)
 
 
 def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Writing = Writing()) -> float | None:
@@ -87,7 +87,7 @@ def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Wr
 
 def export(source: Path, out: Path, how: Writing = Writing()) -> float | None:
     """Write a model or a training run as a whole folder that transformers loads where relook is not installed."""
-    return write_model(open_source(source, None, how.vision_tower), out, "hf", how)
+    return write_model(open_source(source, vision_tower=how.vision_tower), out, "hf", how)
 
 
 def write_model(source: ModelSource, out: Path, to: str, how: Writing) -> float | None:
@@ -97,7 +97,7 @@ def write_model(source: ModelSource, out: Path, to: str, how: Writing) -> float 
     with whole_folder(out) as folder:
         (_write_llava if to == "llava" else _write_hf)(source, folder, int(how.shard_gb * 1e9))
         if how.check:
-            difference = logit_difference(source, open_source(folder, None))
+            difference = logit_difference(source, open_source(folder))
             if not difference <= TOLERANCE.get(source.dtype, 5e-2):  # NaN fails too
                 raise CheckpointError(f"The logits of the result differ by {difference:.2e}; {out} was not written.")
     checked = "not checked" if difference is None else f"largest difference of logits {difference:.1e}"

@@ -125,18 +125,27 @@ def load_model(
         adapter: a change to be laid on the model: a training run, a LoRA folder of the original program, or bare
             trained tensors (`non_lora_trainables.bin`, `mm_projector.bin`, or the folder of one).
         vision_tower: folder of the CLIP tower of a liuhaotian model, instead of the one that its config names.
-        dtype: of the model in memory; the weights are computed in float32 where LoRA is merged into them.
+        dtype: of the model in memory; LoRA is merged in float32 and rounded to it once.
         bits: 8 or 4 quantise the language model's linears by bitsandbytes, after merging; 16 does not.
 
     Raises:
         CheckpointError: what is missing, unused, broken or does not fit, by name, and what to pass.
     """
-    source = open_source(Path(path), adapter, vision_tower)
-    return build(source, as_dtype(dtype), bits, device)
+    kind = as_dtype(dtype)
+    return build(open_source(Path(path), adapter, vision_tower, kind), kind, bits, device)
 
 
-def open_source(path: Path, adapter: str | Path | None, vision_tower: str | Path | None = None) -> ModelSource:
-    """A model on disk with a change laid on it; nothing is read yet but names and shapes."""
+def open_source(
+    path: Path,
+    adapter: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> ModelSource:
+    """A model on disk with a change laid on it; nothing is read yet but names and shapes.
+
+    Args:
+        dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
+    """
     kind = formats.kind_of(path)
     if kind == "run" or (kind == "lora" and adapter is None):
         if adapter is not None:
@@ -147,13 +156,13 @@ def open_source(path: Path, adapter: str | Path | None, vision_tower: str | Path
         path, adapter = base, path
     source = open_model(path, vision_tower)
     if adapter is not None:
-        source = read_change(Path(adapter)).lay_on(source)
+        source = read_change(Path(adapter)).lay_on(source, dtype)
     source.check()
     return source
 
 
 def build(source: ModelSource, dtype: torch.dtype, bits: int = 16, device: str | torch.device = "cpu") -> LoadedModel:
-    """The model in memory. Peak memory is one copy: files are mapped, not read ahead."""
+    """The model in memory. Files are mapped, so what it takes is one copy in `dtype` at most."""
     tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
     model, report = source.model_class.from_pretrained(
         None,
