@@ -57,11 +57,11 @@ class Encoder:
         """Token ids of rendered pieces, with BOS first and the supervised tokens marked.
 
         Text between two images is tokenised in one go, as it stands, special tokens in it included: an answer right
-        after "ASSISTANT:" gets the tokens that it has in running text. A token belongs to the piece in which its last
-        character lies: the space before an answer is part of the answer's first token.
+        after "ASSISTANT:" gets the tokens that it has in running text. A token is supervised where its characters are.
 
         Raises:
-            DataError: the row is longer than `max_length`, or the text is not valid Unicode.
+            DataError: the row is longer than `max_length`, the text is not valid Unicode, or a token lies half in an
+                answer.
         """
         ids: list[int] = []
         if self.tokenizer.bos_token_id is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
@@ -77,8 +77,14 @@ class Encoder:
                 at += len(IMAGE)
             if chunk:
                 encoding = self._tokenise(chunk, id)
+                spans = [(at + start, at + max(end - 1, start)) for start, end in encoding.offsets]
+                if any(flags[first] != flags[last] for first, last in spans):
+                    raise DataError(
+                        f"Sample {id}: a token holds both the end of a prompt and the start of an answer, or the reverse.",
+                        f"Template {self.template.name} does not suit this model's tokenizer, or the text begins oddly.",
+                    )
                 ids += encoding.ids
-                supervised += [flags[at + max(end - 1, start)] for start, end in encoding.offsets]
+                supervised += [flags[last] for _, last in spans]
             at += len(chunk)
         if len(ids) > self.max_length:
             raise DataError(
@@ -178,12 +184,13 @@ class Encoder:
                 f"Sample {id} is not one image with one caption, as template {template.name} needs.",
                 "Choose another template.",
             )
-        cue, end = template.cue + template.lead, template.end.strip()
+        cue, ends = template.cue + template.lead, {template.end.strip(), self.tokenizer.eos_token or ""} - {""}
         for turn in turns:
             if not turn.prompt or not turn.response:
                 raise DataError(f"Sample {id} has an empty prompt or answer.", "Fill it in or remove the sample.")
-            wrong = end if end and (end in turn.prompt or end in turn.response) else ""
-            if cue.strip() and f"{turn.prompt}{cue}{turn.response}".count(cue) != 1:
+            wrong = next((end for end in ends if end in turn.prompt or end in turn.response), "")
+            around = f"{turn.prompt}{cue}{turn.response}"
+            if cue.strip() and (around.count(cue) != 1 or around.index(cue) != len(turn.prompt)):
                 wrong = cue
             if wrong:
                 raise DataError(
