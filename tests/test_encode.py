@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def test_open_prompts_of_the_original(refdata: Path, tokenizers: dict[str, Any],
 
 
 # Text of all sorts, with what a template itself writes among it.
-FRAGMENTS = ["ASSISTANT:", " ASSISTANT: ", "USER:", "</s>", "<s>", "<unk>", "<image", "image>", "[/INST] ", "###", " ", "\n"]
+MARKS = ["ASSISTANT:", " ASSISTANT: ", "USER:", "</s>", "<s>", "<unk>", "[/INST] ", "###"]
+FRAGMENTS = [*MARKS, "<image", "image>", " ", "\n"]
 CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters="▁")
 TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(CHARACTERS, max_size=8), max_size=6).map("".join)
 
@@ -133,8 +135,7 @@ def test_the_original_s_labels_or_an_error_where_it_masks_all(
     expected = v1_labels(tokenizers[variant], rendered, legacy="true" in variant)
     try:
         [(_, labels)] = rows(encoder(tokenizers[variant]).conversation(sample(*turns)))
-    except DataError as error:
-        assert "Sample s1" in str(error)
+    except DataError:
         # Refused too: an empty turn (the original writes no text for it, and then masks all); an end within a text and
         # a prompt that ends with the cue (its count may come out, but what it learns is not the answer).
         odd = any(not p or not a or "</s>" in p + a or p.endswith(" ASSISTANT:") for p, a in turns)
@@ -153,13 +154,18 @@ def test_learned_tokens_are_the_answers_and_their_ends(
     turns: list[tuple[str, str]], variant: str, template: str, tokenizers: dict[str, Any]
 ) -> None:
     # A special token within an answer is kept as its id; the space that a legacy tokenizer writes after it is not text.
-    assume(not any(token in answer for token in ("<s>", "<unk>") for _, answer in turns))
+    turns = [(prompt, re.sub("<(s|unk)>", "", answer)) for prompt, answer in turns]
+    assume(not any(re.search("<(s|unk)>", answer) for _, answer in turns))
     kind = get_template(template)
     tokenizer = tokenizers["chatml" if kind.end == "<|im_end|>" else variant]
     try:
         [(_, labels)] = rows(encoder(tokenizer, template).conversation(sample(*turns)))
     except DataError as error:
-        assert "s1" in str(error)
+        refused = str(error)
+    else:
+        refused = ""
+    if refused:
+        assert "s1" in refused
         return
     runs: list[list[int]] = []
     for before, now in zip([IGNORE, *labels], labels, strict=False):
@@ -178,8 +184,8 @@ def test_learned_tokens_are_the_answers_and_their_ends(
         ("v1", [("What does ASSISTANT: mean?", "A")], "has 'ASSISTANT:' in its text"),
         ("v1", [("Q", "A</s>")], "has '</s>' in its text"),
         ("v1", [("Q </s>", "A")], "has '</s>' in its text"),
-        ("llama_2", [("Q", "a [/INST] b")], "in its text, which template llama_2"),
-        ("mpt", [("Q", "a<|im_end|>")], "in its text, which template mpt"),
+        ("llama_2", [("Q", "a [/INST] b")], "in its text, a mark of template llama_2"),
+        ("mpt", [("Q", "a<|im_end|>")], "in its text, a mark of template mpt"),
         ("v0", [("Q", "### Title")], "has '###' in its text"),
         ("v1", [("Q", "")], "empty prompt or answer"),
         ("v1", [("", "A")], "empty prompt or answer"),
@@ -200,7 +206,7 @@ def test_what_cannot_be_learned_from_names_the_sample(
 def test_a_token_that_is_half_answer_is_refused(tokenizers: dict[str, Any]) -> None:
     """Without <|im_end|> in the vocabulary its last ">" and the next "<" are one token of Llama's."""
     two = sample(("Q", "A"), ("Q", "A"))
-    with pytest.raises(DataError, match=r"Sample s1: a token holds both.*Template mpt does not suit"):
+    with pytest.raises(DataError, match=r"Sample s1: a token lies half.*Template mpt does not suit"):
         encoder(tokenizers["llama_full_32000/legacy_true"], "mpt").conversation(two)
     assert len(rows(encoder(tokenizers["chatml"], "mpt").conversation(two))) == 1
 
@@ -272,8 +278,8 @@ def test_toyworld_s_words_keep_their_tokens() -> None:
     example = made.conversation(sample(("<image>\nIs there a dog?", "Yes"), ("Is there a cat?", "No")))
     [(ids, labels)] = rows(example)
     # The lone space before an image, and a word with a line break before it, are no words of this vocabulary.
-    assert tokenizer.convert_ids_to_tokens(ids) == (
+    assert " ".join(tokenizer.convert_ids_to_tokens(ids)) == (
         "<s> ▁USER : <unk> <image> <image> <unk> ▁there ▁a ▁dog ? ▁ASSISTANT : ▁Yes </s> "
         "▁USER : ▁Is ▁there ▁a ▁cat ? ▁ASSISTANT : ▁No </s>"
-    ).split(" ")
+    )
     assert [i for i in labels if i != IGNORE] == tokenizer.convert_tokens_to_ids(["▁Yes", "</s>", "▁No", "</s>"])

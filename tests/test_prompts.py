@@ -39,19 +39,21 @@ def test_prompts_of_the_original_trainer(refdata: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "system", "rest"),
     [
-        ("v1", "A chat between a curious user ", "the user's questions. USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"),
-        ("llava_v1", "A chat between a curious human ", "human's questions. USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"),
+        ("v1", "A chat between a curious user ", "user's questions. USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"),
+        ("llava_v1", "A chat between a curious human ", "questions. USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"),
         ("llava_hf", "USER: Q1", "USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"),
-        ("llava_v0", "A chat between a curious human ", "questions.###Human: Q1###Assistant: A1###Human: Q2###Assistant:"),
-        ("v0", "A chat between a curious human ", "instability.\n###Human: Q1###Assistant: A1###Human: Q2###Assistant:"),
+        ("llava_v0", "A chat between a curious human ",
+         "human's questions.###Human: Q1###Assistant: A1###Human: Q2###Assistant:"),
+        ("v0", "A chat between a curious human ",
+         "instability.\n###Human: Q1###Assistant: A1###Human: Q2###Assistant:"),
         ("llama_2", "[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as "
          "possible, while being safe.  Your", "information.\n<</SYS>>\n\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST]"),
         ("llava_llama_2", "[INST] <<SYS>>\nYou are a helpful language and vision assistant.",
          "natural language.\n<</SYS>>\n\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST]"),
         ("mistral", "[INST] Q1", "[INST] Q1 [/INST] A1 </s>[INST] Q2 [/INST]"),
         ("mpt", "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant.",
-         " honest answers.<|im_end|><|im_start|>user\nQ1<|im_end|><|im_start|>assistant\nA1<|im_end|><|im_start|>user\nQ2"
-         "<|im_end|><|im_start|>assistant\n"),
+         " honest answers.<|im_end|><|im_start|>user\nQ1<|im_end|><|im_start|>assistant\nA1<|im_end|>"
+         "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n"),
         ("chatml", "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nQ1",
          "user\nQ1<|im_end|><|im_start|>assistant\nA1<|im_end|><|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n"),
     ],

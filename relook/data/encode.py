@@ -80,8 +80,8 @@ class Encoder:
                 spans = [(at + start, at + max(end - 1, start)) for start, end in encoding.offsets]
                 if any(flags[first] != flags[last] for first, last in spans):
                     raise DataError(
-                        f"Sample {id}: a token holds both the end of a prompt and the start of an answer, or the reverse.",
-                        f"Template {self.template.name} does not suit this model's tokenizer, or the text begins oddly.",
+                        f"Sample {id}: a token lies half in an answer and half outside.",
+                        f"Template {self.template.name} does not suit this model's tokenizer, or this text.",
                     )
                 ids += encoding.ids
                 supervised += [flags[last] for _, last in spans]
@@ -194,7 +194,7 @@ class Encoder:
                 wrong = cue
             if wrong:
                 raise DataError(
-                    f"Sample {id} has {wrong.strip()!r} in its text, which template {template.name} puts around answers.",
+                    f"Sample {id} has {wrong.strip()!r} in its text, a mark of template {template.name}.",
                     "Remove it from the text or choose another template.",
                 )
 

@@ -95,9 +95,7 @@ _LLAVA_LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-_MPT = (
-    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-)
+_MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 
 
 def _single(name: str, start: str) -> Template:
