@@ -138,7 +138,7 @@ def test_the_original_s_labels_or_an_error_where_it_masks_all(
     except DataError:
         # Refused too: an empty turn (the original writes no text for it, and then masks all); an end within a text and
         # a prompt that ends with the cue (its count may come out, but what it learns is not the answer).
-        odd = any(not p or not a or "</s>" in p + a or p.endswith(" ASSISTANT:") for p, a in turns)
+        odd = any(not p or not a or "</s>" in p + a or f" {p}".endswith(" ASSISTANT:") for p, a in turns)
         assert expected is None or odd
     else:
         assert labels == expected

@@ -184,13 +184,15 @@ class Encoder:
                 f"Sample {id} is not one image with one caption, as template {template.name} needs.",
                 "Choose another template.",
             )
-        cue, ends = template.cue + template.lead, {template.end.strip(), self.tokenizer.eos_token or ""} - {""}
+        cue = template.cue + template.lead
+        ends = [end for end in (template.end.strip(), self.tokenizer.eos_token) if end]
         for turn in turns:
             if not turn.prompt or not turn.response:
                 raise DataError(f"Sample {id} has an empty prompt or answer.", "Fill it in or remove the sample.")
             wrong = next((end for end in ends if end in turn.prompt or end in turn.response), "")
-            around = f"{turn.prompt}{cue}{turn.response}"
-            if cue.strip() and (around.count(cue) != 1 or around.index(cue) != len(turn.prompt)):
+            asked = template.later + turn.prompt
+            around = asked + cue + turn.response
+            if cue.strip() and (around.count(cue) != 1 or around.index(cue) != len(asked)):
                 wrong = cue
             if wrong:
                 raise DataError(
