@@ -74,8 +74,8 @@ def test_ids_and_labels_of_the_original_trainer(refdata: Path, tokenizers: dict[
 
 def test_hadpo_pins_differ_in_the_tokens_after_an_end_only(refdata: Path, tokenizers: dict[str, Any]) -> None:
     """transformers 4.31, which HA-DPO pins, has another tokenizer without `legacy`: after </s> it writes "US" "ER"
-    where 4.37 has "USER". Later versions, LLaVA's own trainer and every published figure on top of it follow 4.37: so
-    does relook. What is learned is the same text."""
+    where 4.37 has "USER". relook follows 4.37, with which the checkpoints' reference outputs were made. What is learned
+    is the same."""
     pins = json.loads((refdata / "llava_tiny/training/preprocess_v1_hadpo_pins.json").read_text())["cases"]
     cases = json.loads((refdata / "llava_tiny/training/preprocess_v1.json").read_text())["cases"]
     differing = set()

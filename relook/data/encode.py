@@ -25,7 +25,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns samples into token ids and the mask of what is learned, equal to those of LLaVA v1.2.2's trainer.
+    """Turns samples into token ids and the mask of what is learned, for template v1 equal to LLaVA v1.2.2's trainer.
+
+    That is under transformers 4.37. Under 4.31, which HA-DPO pins, a tokenizer without `legacy` splits the "USER" after
+    an end of text otherwise; single turns are the same. For the other templates the rule is the same: answers and what
+    ends them are learned.
 
     Args:
         tokenizer: a fast transformers tokenizer.

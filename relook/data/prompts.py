@@ -25,7 +25,8 @@ class Piece:
 class Template:
     """How a conversation is written as text: `first` prompt `cue` `lead` response `end` `later` prompt `cue` ...
 
-    Facts from LLaVA v1.2.2's conversation.py and llava-hf's chat template.
+    Facts from LLaVA v1.2.2's conversation.py and llava-hf's chat template. v1 is checked against prompts that the
+    original wrote; of the others there is no reference output.
 
     Args:
         first: what stands before the first prompt: system text, examples, the user's name.
