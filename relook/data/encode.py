@@ -25,7 +25,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns samples into token ids and the mask of what is learned, equal to those of LLaVA v1.2.2's trainer.
+    """Turns samples into token ids and the mask of what is learned, for template v1 equal to LLaVA v1.2.2's trainer.
+
+    That is under transformers 4.37. Under 4.31, which HA-DPO pins, a tokenizer without `legacy` splits the "USER" after
+    an end of text otherwise; single turns are the same. For the other templates the rule is the same: answers and what
+    ends them are learned.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -57,11 +61,11 @@ class Encoder:
         """Token ids of rendered pieces, with BOS first and the supervised tokens marked.
 
         Text between two images is tokenised in one go, as it stands, special tokens in it included: an answer right
-        after "ASSISTANT:" gets the tokens that it has in running text. A token belongs to the piece in which its last
-        character lies: the space before an answer is part of the answer's first token.
+        after "ASSISTANT:" gets the tokens that it has in running text. A token is supervised where its characters are.
 
         Raises:
-            DataError: the row is longer than `max_length`, or the text is not valid Unicode.
+            DataError: the row is longer than `max_length`, the text is not valid Unicode, or a token lies half in an
+                answer.
         """
         ids: list[int] = []
         if self.tokenizer.bos_token_id is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
@@ -77,8 +81,14 @@ class Encoder:
                 at += len(IMAGE)
             if chunk:
                 encoding = self._tokenise(chunk, id)
+                spans = [(at + start, at + max(end - 1, start)) for start, end in encoding.offsets]
+                if any(flags[first] != flags[last] for first, last in spans):
+                    raise DataError(
+                        f"Sample {id}: a token lies half in an answer and half outside.",
+                        f"Template {self.template.name} does not suit this model's tokenizer, or this text.",
+                    )
                 ids += encoding.ids
-                supervised += [flags[at + max(end - 1, start)] for start, end in encoding.offsets]
+                supervised += [flags[last] for _, last in spans]
             at += len(chunk)
         if len(ids) > self.max_length:
             raise DataError(
@@ -178,16 +188,19 @@ class Encoder:
                 f"Sample {id} is not one image with one caption, as template {template.name} needs.",
                 "Choose another template.",
             )
-        cue, end = template.cue + template.lead, template.end.strip()
+        cue = template.cue + template.lead
+        ends = [end for end in (template.end.strip(), self.tokenizer.eos_token) if end]
         for turn in turns:
             if not turn.prompt or not turn.response:
                 raise DataError(f"Sample {id} has an empty prompt or answer.", "Fill it in or remove the sample.")
-            wrong = end if end and (end in turn.prompt or end in turn.response) else ""
-            if cue.strip() and f"{turn.prompt}{cue}{turn.response}".count(cue) != 1:
+            wrong = next((end for end in ends if end in turn.prompt or end in turn.response), "")
+            asked = template.later + turn.prompt
+            around = asked + cue + turn.response
+            if cue.strip() and (around.count(cue) != 1 or around.index(cue) != len(asked)):
                 wrong = cue
             if wrong:
                 raise DataError(
-                    f"Sample {id} has {wrong.strip()!r} in its text, which template {template.name} puts around answers.",
+                    f"Sample {id} has {wrong.strip()!r} in its text, a mark of template {template.name}.",
                     "Remove it from the text or choose another template.",
                 )
 

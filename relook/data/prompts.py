@@ -25,7 +25,8 @@ class Piece:
 class Template:
     """How a conversation is written as text: `first` prompt `cue` `lead` response `end` `later` prompt `cue` ...
 
-    Facts from LLaVA v1.2.2's conversation.py and llava-hf's chat template.
+    Facts from LLaVA v1.2.2's conversation.py and llava-hf's chat template. v1 is checked against prompts that the
+    original wrote; of the others there is no reference output.
 
     Args:
         first: what stands before the first prompt: system text, examples, the user's name.
@@ -95,9 +96,7 @@ _LLAVA_LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-_MPT = (
-    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-)
+_MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 
 
 def _single(name: str, start: str) -> Template:

@@ -81,6 +81,7 @@ class LoadedModel:
             self.core.config.image_token_id,
             self.image_positions,
             max_length,
+            getattr(self.core.config, "mm_use_im_start_end", False),
         )
 
     def encode(

@@ -1,9 +1,9 @@
 """Tokenizers of model folders, exactly as the original programs read them.
 
-transformers 5 rebuilds a Llama tokenizer from `tokenizer.model` with two differences to the sentencepiece one that LLaVA
-was trained with: merges are ranked by index where sentencepiece ranks them by score (the space-only pieces of Llama
-have low indices and the lowest score), and a text that begins with a space loses the space that sentencepiece puts
-before it. The tokenizer built here has neither.
+transformers 5 rebuilds a Llama tokenizer from `tokenizer.model` with two differences to the sentencepiece one that
+LLaVA was trained with: merges are ranked by index where sentencepiece ranks them by score (the space-only pieces of
+Llama have low indices and the lowest score), and a text that begins with a space loses the space that sentencepiece
+puts before it. The tokenizer built here has neither.
 """
 
 from __future__ import annotations
