@@ -83,10 +83,12 @@ def test_every_tensor_on_the_way_is_the_originals(loaded: LoadedModel, tiny: Pat
 
 
 def test_pixels_and_prompt_are_the_originals_with_the_folders_own_settings(loaded: LoadedModel, tiny: Path) -> None:
-    saved = np.load(tiny / "outputs/case_A.npz")
-    encoded = loaded.encode([tiny / "inputs/image_A.png"], "<image>\nIs there a snowboard in the image?")
-    near(encoded["pixel_values"], saved["pixel_values"])
-    assert encoded["input_ids"][0].tolist() == expand(loaded.model, saved["input_ids"])
+    for case in "AB":
+        saved = np.load(tiny / f"outputs/case_{case}.npz")
+        encoded = loaded.encode([tiny / f"inputs/image_{case}.png"], "<image>\nIs there a snowboard in the image?")
+        near(encoded["pixel_values"], saved["pixel_values"])
+        if case == "A":
+            assert encoded["input_ids"][0].tolist() == expand(loaded.model, saved["input_ids"])
 
 
 @torch.no_grad()

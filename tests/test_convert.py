@@ -298,6 +298,9 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
     for target in (toy, tmp_path):
         with pytest.raises(RelookError, match="holds the source itself"):
             convert(toy, target, "hf", Writing(force=True))
+    run = decoder_run(toy, tmp_path / "run")
+    with pytest.raises(RelookError, match="holds the source itself"):
+        merge(toy, run, run, None, Writing(force=True))
 
 
 def test_a_full_disk_is_noticed_first(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

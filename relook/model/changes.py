@@ -83,7 +83,7 @@ class Change:
         tensors |= self.replaced
         for name, pair in self.lora.items():
             tensors[name] = tensors[name].then(partial(self._merge, *pair, dtype))
-        return replace(source, config=config, tensors=tensors)
+        return replace(source, config=config, tensors=tensors, change=self.path)
 
     def _merge(self, a: LazyTensor, b: LazyTensor, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
         return (weight.float() + self.scale * (b.read().float() @ a.read().float())).to(dtype or weight.dtype)

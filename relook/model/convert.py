@@ -107,7 +107,7 @@ def write_model(source: ModelSource, out: Path, to: str, how: Writing) -> float 
 
 def _claim(source: ModelSource, out: Path, how: Writing) -> None:
     target = out.resolve()
-    for used in (source.path, source.tower):
+    for used in (source.path, source.tower, source.change):
         if used is not None and (target == used.resolve() or target in used.resolve().parents):
             raise CheckpointError(f"{out} holds the source itself.", "Choose another folder.")
     if out.exists() and not how.force:

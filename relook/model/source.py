@@ -66,6 +66,7 @@ class ModelSource:
         kind: "llava" (liuhaotian's format), "hf" (llava-hf's) or "relook".
         tensors: under the names of transformers' module tree, whatever they are called on disk.
         tower: the folder of the vision tower, for "llava".
+        change: where a change that is laid on the model comes from.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class ModelSource:
     tensors: Mapping[str, LazyTensor]
     template: str
     tower: Path | None = None
+    change: Path | None = None
 
     @property
     def model_class(self) -> type[LlavaForConditionalGeneration]:
