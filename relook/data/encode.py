@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.prompts import IMAGE, Piece, Template, with_image
+from relook.data.prompts import EOS, IM_END, IM_START, IMAGE, Piece, Template, image_first, with_image
 from relook.data.samples import Conversation, PreferencePair, Turn
-from relook.errors import DataError
+from relook.errors import DataError, RecipeError
 from relook.tree import Row, Tree
 
 
@@ -25,13 +25,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns samples into token ids.
+    """Turns samples into token ids and the mask of what is learned, for template v1 equal to LLaVA v1.2.2's trainer.
+
+    That is under transformers 4.37. Under 4.31, which HA-DPO pins, a tokenizer without `legacy` splits the "USER" after
+    an end of text otherwise; single turns are the same. For the other templates the rule is the same: answers and what
+    ends them are learned.
 
     Args:
         tokenizer: a fast transformers tokenizer.
         template: what stands around prompts and answers.
         image_token_id: the placeholder's id, written `image_positions` times for each image.
         max_length: longest row in tokens, images included. Longer samples are refused; nothing is ever truncated.
+        image_start_end: put <im_start> and <im_end> around each image (`mm_use_im_start_end` of old checkpoints).
+
+    Raises:
+        RecipeError: the template ends answers with </s>, and that does not end a text for this tokenizer.
     """
 
     tokenizer: Any
@@ -39,34 +47,49 @@ class Encoder:
     image_token_id: int
     image_positions: int
     max_length: int = 2048
+    image_start_end: bool = False
+
+    def __post_init__(self) -> None:
+        if EOS in self.template.end and self.tokenizer.eos_token != EOS:
+            raise RecipeError(
+                f"Template {self.template.name} ends an answer with {EOS}, but this model's tokenizer ends it with "
+                f"{self.tokenizer.eos_token}.",
+                "Choose another template.",
+            )
 
     def row(self, pieces: Sequence[Piece], id: str = "prompt") -> Row:
         """Token ids of rendered pieces, with BOS first and the supervised tokens marked.
 
+        Text between two images is tokenised in one go, as it stands, special tokens in it included: an answer right
+        after "ASSISTANT:" gets the tokens that it has in running text. A token is supervised where its characters are.
+
         Raises:
-            DataError: the row is longer than `max_length`, or a supervised piece has no token.
+            DataError: the row is longer than `max_length`, the text is not valid Unicode, or a token lies half in an
+                answer.
         """
         ids: list[int] = []
-        supervised: list[bool] = []
-        if self.tokenizer.bos_token_id is not None:
-            ids, supervised = [self.tokenizer.bos_token_id], [False]
-        # Text between two images or ends is tokenised in one go: a response right after "ASSISTANT:" must get the
-        # tokens it has in running text. Which of them belong to it is read from the character offsets.
-        stretch: list[Piece] = []
-        for piece in pieces:
-            *heads, tail = piece.text.split(IMAGE)
-            for head in heads:
-                self._append([*stretch, Piece(head, piece.supervised)], ids, supervised)
+        if self.tokenizer.bos_token_id is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
+            ids = [self.tokenizer.bos_token_id]
+        supervised = [False] * len(ids)
+        text = "".join(piece.text for piece in pieces)
+        flags = [piece.supervised for piece in pieces for _ in piece.text]  # one a character
+        at = 0
+        for i, chunk in enumerate(text.split(IMAGE)):
+            if i:
                 ids += [self.image_token_id] * self.image_positions
                 supervised += [False] * self.image_positions
-                stretch = []
-            stretch.append(Piece(tail, piece.supervised))
-            if piece.end:
-                self._append(stretch, ids, supervised)
-                ids.append(self.tokenizer.eos_token_id)
-                supervised.append(piece.supervised)
-                stretch = []
-        self._append(stretch, ids, supervised)
+                at += len(IMAGE)
+            if chunk:
+                encoding = self._tokenise(chunk, id)
+                spans = [(at + start, at + max(end - 1, start)) for start, end in encoding.offsets]
+                if any(flags[first] != flags[last] for first, last in spans):
+                    raise DataError(
+                        f"Sample {id}: a token lies half in an answer and half outside.",
+                        f"Template {self.template.name} does not suit this model's tokenizer, or this text.",
+                    )
+                ids += encoding.ids
+                supervised += [flags[last] for _, last in spans]
+            at += len(chunk)
         if len(ids) > self.max_length:
             raise DataError(
                 f"Sample {id} has {len(ids)} positions, more than model_max_length {self.max_length}.",
@@ -74,42 +97,46 @@ class Encoder:
             )
         return Row(tuple(ids), tuple(supervised))
 
-    def _append(self, stretch: Sequence[Piece], ids: list[int], supervised: list[bool]) -> None:
-        text = "".join(piece.text for piece in stretch)
-        if not text:
-            return
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ends, position = [], 0
-        for piece in stretch:
-            position += len(piece.text)
-            ends.append((position, piece.supervised))
-        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            # A token belongs to the piece in which its last character lies: the space before an answer is part of
-            # the answer's first token.
-            last = max(end - 1, start)
-            ids.append(token)
-            supervised.append(next(flag for piece_end, flag in ends if last < piece_end))
+    def _tokenise(self, text: str, id: str) -> Any:
+        try:
+            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeError):  # a lone surrogate, which JSON can carry
+            raise DataError(f"The text of sample {id} is not valid Unicode.", "Mend or remove it.") from None
 
-    def prompt(self, text: str, images: int = 1) -> tuple[int, ...]:
-        """Ids of an open prompt for generation: `text` as the user's turn, the answer left to the model."""
-        text = with_image(text) if images and IMAGE not in text else text
-        if text.count(IMAGE) != images:
-            raise DataError(f"The prompt names {text.count(IMAGE)} images, but {images} are given.")
-        return self.row(self.template.render([Turn(text, "")], open_end=True)).ids
+    def prompt(self, text: str, images: int = 1, history: Sequence[Turn] = ()) -> tuple[int, ...]:
+        """Ids of an open prompt for generation: `text` as the user's turn, the answer left to the model.
+
+        Args:
+            images: how many images come with the whole conversation. Where no turn has a placeholder, they are put
+                before the first one's text.
+            history: the turns before this one.
+        """
+        turns = [*history, Turn(text, "")]
+        if images and not any(IMAGE in turn.prompt for turn in turns):
+            turns[0] = replace(turns[0], prompt=with_image(turns[0].prompt, images))
+        self._check_images(turns, images, "The prompt")
+        return self.row(self.template.render(self._marked(turns), open_end=True)).ids
 
     def pair(self, pair: PreferencePair) -> Example:
-        """A preference pair as a tree with two branches: chosen, then rejected."""
+        """A preference pair as a tree with two branches: chosen, then rejected.
+
+        Raises:
+            DataError: see `conversation`; or chosen and rejected have the same tokens.
+        """
         prompt = with_image(pair.prompt)
-        rows = [
-            self.row(self.template.render([Turn(prompt, response)]), pair.id)
-            for response in (pair.chosen, pair.rejected)
-        ]
+        rows = [self._learned([Turn(prompt, response)], 1, pair.id) for response in (pair.chosen, pair.rejected)]
         if rows[0] == rows[1]:
             raise DataError(f"Pair {pair.id}: chosen and rejected have the same tokens.", "Remove the pair.")
         return Example(pair.id, Tree.of(rows), (pair.image,))
 
     def conversation(self, sample: Conversation) -> Example:
-        """A supervised conversation as a tree with a single branch."""
+        """A supervised conversation as a tree with a single branch.
+
+        Raises:
+            DataError: an image without placeholder or the reverse, an empty prompt or answer, a text that holds what
+                the template puts around answers (LLaVA trains on nothing of such a sample, without an error), or a
+                sample that is too long. Each names the sample.
+        """
         return Example(sample.id, Tree.of([self._conversation_row(sample)]), sample.images)
 
     def conversations(self, samples: Sequence[Conversation], branches: int) -> list[Example]:
@@ -131,10 +158,51 @@ class Encoder:
         ]
 
     def _conversation_row(self, sample: Conversation) -> Row:
-        row = self.row(self.template.render(sample.turns), sample.id)
-        if not any(row.supervised):
-            raise DataError(f"Sample {sample.id} has no answer to learn from.", "Remove it.")
-        return row
+        return self._learned(sample.turns, len(sample.images), sample.id)
+
+    def _learned(self, turns: Sequence[Turn], images: int, id: str) -> Row:
+        """The row of a sample to be learned from."""
+        self._check_images(turns, images, f"Sample {id}")
+        turns = [replace(turn, prompt=image_first(turn.prompt)) for turn in turns]
+        self._check_learnable(turns, id)
+        return self.row(self.template.render(self._marked(turns)), id)
+
+    def _marked(self, turns: Sequence[Turn]) -> list[Turn]:
+        marked = f"{IM_START}{IMAGE}{IM_END}" if self.image_start_end else IMAGE
+        return [replace(turn, prompt=turn.prompt.replace(IMAGE, marked)) for turn in turns]
+
+    @staticmethod
+    def _check_images(turns: Sequence[Turn], images: int, who: str) -> None:
+        named = sum(turn.prompt.count(IMAGE) for turn in turns)
+        if named != images:
+            raise DataError(f"{who} has {named} {IMAGE}, but {images} images are given.", "Write one for each image.")
+        if any(IMAGE in turn.response for turn in turns):
+            raise DataError(f"{who} has {IMAGE} in an answer.", "Put it into the prompt.")
+
+    def _check_learnable(self, turns: Sequence[Turn], id: str) -> None:
+        template = self.template
+        if not turns:
+            raise DataError(f"Sample {id} has no turns.", "Remove it.")
+        if template.captions and (len(turns) > 1 or IMAGE not in turns[0].prompt):
+            raise DataError(
+                f"Sample {id} is not one image with one caption, as template {template.name} needs.",
+                "Choose another template.",
+            )
+        cue = template.cue + template.lead
+        ends = [end for end in (template.end.strip(), self.tokenizer.eos_token) if end]
+        for turn in turns:
+            if not turn.prompt or not turn.response:
+                raise DataError(f"Sample {id} has an empty prompt or answer.", "Fill it in or remove the sample.")
+            wrong = next((end for end in ends if end in turn.prompt or end in turn.response), "")
+            asked = template.later + turn.prompt
+            around = asked + cue + turn.response
+            if cue.strip() and (around.count(cue) != 1 or around.index(cue) != len(asked)):
+                wrong = cue
+            if wrong:
+                raise DataError(
+                    f"Sample {id} has {wrong.strip()!r} in its text, a mark of template {template.name}.",
+                    "Remove it from the text or choose another template.",
+                )
 
 
 def differing(tree: Tree) -> list[bool]:

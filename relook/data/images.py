@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from relook.errors import DataError
@@ -18,27 +18,44 @@ MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: beyond it an image is
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decode an image file to RGB, or raise a DataError that says what is wrong with it.
+    """Decode an image file to RGB by Pillow's own conversion, as the original programs do.
 
-    Transparency is laid on white, of an animation the first frame is taken, and EXIF rotation is left alone, as in the
-    original programs.
+    Transparency is dropped, of an animation the first frame is taken, and EXIF rotation is left alone.
+
+    Raises:
+        DataError: what is wrong with the file, by name.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Palette images with transparency: their alpha is not wanted.
+            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             with Image.open(path) as image:
-                image.load()
-                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                    rgba = image.convert("RGBA")
-                    canvas = Image.new("RGBA", rgba.size, "white")
-                    return Image.alpha_composite(canvas, rgba).convert("RGB")
                 return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"The image {path} does not exist.", "Check the image folder.") from None
+    except IsADirectoryError:
+        raise DataError(f"The image {path} is a folder.", "Give the path of a file.") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"The image {path} has more than {MAX_PIXELS:,} pixels.", "Scale it down.") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not an image file.", "Download it again.") from None
+    except Exception as error:  # Pillow's readers raise errors of many kinds for broken bytes
         raise DataError(f"The image {path} cannot be decoded: {error}.", "Download or re-encode it.") from None
+
+
+def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Lay an image in the middle of a square canvas, half a pixel up or left where it does not divide evenly.
+
+    The original's `expand2square`. Pillow's `ImageOps.pad` rounds the other way for every second odd remainder.
+    """
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    canvas = Image.new("RGB", (side, side), color)
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas
 
 
 class ImageLoader:
@@ -61,20 +78,27 @@ class ImageLoader:
         if path in self._kept:
             self._kept.move_to_end(path)
             return self._kept[path]
-        pixels = self.preprocess([open_image(path)])[0]
+        pixels = self.preprocess([open_image(path)], f"The image {path}")[0]
         self._kept[path] = pixels
         self._bytes += pixels.nbytes
         while self._bytes > self.cache_bytes:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return pixels
 
-    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images to (n, 3, H, W) float32."""
+    def preprocess(self, images: Sequence[Image.Image], who: str = "An image") -> Tensor:
+        """RGB images to (n, 3, H, W) float32.
+
+        Raises:
+            DataError: an image is so long and thin that its square canvas, or its long side once the short one has the
+                model's size, would have more than MAX_PIXELS pixels.
+        """
+        target = self.image_processor.size.get("shortest_edge") or 0
+        for image in images:
+            short, long = sorted(image.size)
+            if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
+                raise DataError(f"{who} is too long and thin: {image.width} x {image.height} pixels.", "Crop it.")
         if self.aspect_ratio == "pad":
-            mean = tuple(int(255 * channel) for channel in self.image_processor.image_mean)
-            images = [
-                ImageOps.pad(image, (max(image.size),) * 2, color=mean) if image.size[0] != image.size[1] else image
-                for image in images
-            ]
+            red, green, blue = (int(255 * channel) for channel in self.image_processor.image_mean)
+            images = [pad_to_square(image, (red, green, blue)) for image in images]
         pixels: Tensor = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         return pixels.to(torch.float32)

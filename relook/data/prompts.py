@@ -9,35 +9,55 @@ from relook.data.samples import Turn
 from relook.errors import RecipeError
 
 IMAGE = "<image>"
+IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
+EOS = "</s>"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a rendered conversation: `supervised` where it is a response; `end` closes it with the EOS token."""
+    """A stretch of a rendered conversation: `supervised` where it is a response and what ends it."""
 
     text: str
     supervised: bool = False
-    end: bool = False
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written as text. Facts from LLaVA's conversation.py and llava-hf's chat template."""
+    """How a conversation is written as text: `first` prompt `cue` `lead` response `end` `later` prompt `cue` ...
+
+    Facts from LLaVA v1.2.2's conversation.py and llava-hf's chat template. v1 is checked against prompts that the
+    original wrote; of the others there is no reference output.
+
+    Args:
+        first: what stands before the first prompt: system text, examples, the user's name.
+        later: what stands before every other prompt.
+        cue: what stands after a prompt; here the model begins to write.
+        lead: the first thing that it writes.
+        end: the last thing that it writes.
+        captions: training keeps only the images of a prompt and leaves out `cue` (LLaVA's projector pretraining).
+    """
 
     name: str
-    system: str
-    user: str
-    assistant: str
-    separator: str
+    first: str
+    later: str
+    cue: str
+    lead: str
+    end: str
+    captions: bool = False
 
     def render(self, turns: Sequence[Turn], open_end: bool = False) -> list[Piece]:
         """The pieces of a conversation. With `open_end` the last response is left for the model to write."""
+        if self.captions and not open_end:
+            return [
+                piece
+                for turn in turns
+                for piece in (Piece(IMAGE * turn.prompt.count(IMAGE)), Piece(turn.response + self.end, True))
+            ]
         pieces = []
         for i, turn in enumerate(turns):
-            system = self.system + self.separator if i == 0 and self.system else ""
-            pieces.append(Piece(f"{system}{self.user}: {turn.prompt}{self.separator}{self.assistant}:"))
+            pieces.append(Piece(f"{self.later if i else self.first}{turn.prompt}{self.cue}"))
             if not (open_end and i == len(turns) - 1):
-                pieces.append(Piece(f" {turn.response}", supervised=True, end=True))
+                pieces.append(Piece(f"{self.lead}{turn.response}{self.end}", True))
         return pieces
 
 
@@ -45,18 +65,93 @@ _VICUNA = (
     "A chat between a curious {user} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {user}'s questions."
 )
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template("v1", _VICUNA.format(user="user"), "USER", "ASSISTANT", " "),
-        # HA-DPO's POPE script evaluates with this one.
-        Template("llava_v1", _VICUNA.format(user="human"), "USER", "ASSISTANT", " "),
-        Template("llava_hf", "", "USER", "ASSISTANT", " "),
-    )
+# The one example that Vicuna v0 was shown before the conversation.
+_V0_EXAMPLE = (
+    "Human: What are the key differences between renewable and non-renewable energy sources?###"
+    "Assistant: Renewable energy sources are those that can be replenished naturally in a relatively short amount of "
+    "time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are "
+    "finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences between "
+    "renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
+    "finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+    "operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
+    "non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and "
+    "needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources "
+    "are not, and their depletion can lead to economic and social instability.\n###"
+)
+_LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
+    "not correct. If you don't know the answer to a question, please don't share false information."
+)
+_LLAVA_LLAMA_2 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+_MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+
+
+def _single(name: str, start: str) -> Template:
+    """Vicuna v0's layout. LLaVA's own v0 trainer writes "### Human: ..." lines instead; here training writes what
+    inference writes."""
+    return Template(name, f"{start}Human: ", "Human: ", "###Assistant:", " ", "###")
+
+
+def _two(name: str, system: str) -> Template:
+    return Template(name, f"{system}USER: ", "USER: ", " ASSISTANT:", " ", EOS)
+
+
+def _llama(name: str, system: str, bos: str) -> Template:
+    start = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+    return Template(name, f"[INST] {start}", f"{bos}[INST] ", " [/INST]", " ", f" {EOS}")
+
+
+def _chatml(name: str, system: str) -> Template:
+    user = "<|im_start|>user\n"
+    start = f"<|im_start|>system\n{system}<|im_end|>{user}"
+    return Template(name, start, user, "<|im_end|><|im_start|>assistant\n", "", "<|im_end|>")
+
+
+_KNOWN = (
+    _single("v0", f"{_VICUNA.format(user='human')}###{_V0_EXAMPLE}"),
+    _single("llava_v0", f"{_VICUNA.format(user='human')}###"),
+    _two("v1", f"{_VICUNA.format(user='user')} "),
+    # HA-DPO's POPE script evaluates with this one.
+    _two("llava_v1", f"{_VICUNA.format(user='human')} "),
+    _two("llava_hf", ""),
+    _llama("llama_2", _LLAMA_2, "<s>"),
+    _llama("llava_llama_2", _LLAVA_LLAMA_2, "<s>"),
+    _llama("mistral", "", ""),
+    _chatml("mpt", _MPT),
+    _chatml("chatml", "Answer the questions."),
+    Template("plain", "", "", "\n", "", "\n", captions=True),
+)
+# The original's other names for the same templates.
+_ALIASES = {
+    "vicuna_v1": "v1",
+    "mistral_instruct": "mistral",
+    "chatml_direct": "chatml",
+    "mistral_direct": "chatml",
+    "v0_plain": "plain",
 }
+TEMPLATES = {template.name: template for template in _KNOWN}
+TEMPLATES |= {alias: TEMPLATES[name] for alias, name in _ALIASES.items()}
 
 
 def get_template(name: str) -> Template:
+    """The template of that name.
+
+    Raises:
+        RecipeError: there is none; the known names are listed.
+    """
     try:
         return TEMPLATES[name]
     except KeyError:
@@ -65,6 +160,13 @@ def get_template(name: str) -> Template:
         ) from None
 
 
-def with_image(prompt: str) -> str:
-    """Put the image placeholder before a bare prompt, as LLaVA does; a prompt that has one is left alone."""
-    return prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
+def with_image(prompt: str, images: int = 1) -> str:
+    """Put image placeholders before a bare prompt, as LLaVA does; a prompt that has one is left alone."""
+    return prompt if IMAGE in prompt else f"{IMAGE}\n" * images + prompt
+
+
+def image_first(prompt: str) -> str:
+    """Move a prompt's only image placeholder to its front, as LLaVA does before training (`preprocess_multimodal`)."""
+    if prompt.count(IMAGE) != 1:
+        return prompt
+    return f"{IMAGE}\n{prompt.replace(IMAGE, '').strip()}".strip()

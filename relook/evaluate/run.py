@@ -18,7 +18,7 @@ from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.statistics import ratio_interval
 from relook.files import file_hash, read_json, read_text, text_hash, write_json
-from relook.model.load import DEFAULT_TEMPLATE, LoadedModel, load_model, model_hash
+from relook.model.load import LoadedModel, default_template, load_model, model_hash
 
 SPLITS = ("random", "popular", "adversarial")
 CHAIR_PROMPT = "Describe this image in detail."
@@ -47,7 +47,8 @@ def evaluate_model(
     unknown = [name for name in benchmarks if name not in BENCHMARKS]
     if unknown:
         raise RecipeError(f"There is no benchmark {some(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
-    get_template(template or DEFAULT_TEMPLATE)
+    template = template or default_template(model)
+    get_template(template)
     claim(out, model, data, template, max_new_tokens)
     loaded: LoadedModel | None = None
     results = {}
@@ -73,7 +74,7 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
         "model": str(model.resolve()),
         "model_hash": model_hash(model),
         "data": str(data.resolve()),
-        "template": template or DEFAULT_TEMPLATE,
+        "template": template,
         "max_new_tokens": max_new_tokens,
         "versions": versions(),
     }

@@ -1,8 +1,14 @@
-"""Models on disk to models in memory, strictly: a missing or unused tensor is an error, never a random weight."""
+"""Models on disk to models in memory, strictly: a missing or unused tensor is an error, never a random weight.
+
+The way of a model: folder -> `ModelSource` (any format, in transformers' terms) -> changes laid on it -> checked by
+name and shape -> transformers' own loader.
+"""
 
 from __future__ import annotations
 
-import json
+import copy
+import hashlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,26 +16,24 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from relook.data.encode import Encoder
 from relook.data.images import ImageLoader, open_image
 from relook.data.prompts import get_template
 from relook.errors import CheckpointError, some
-from relook.files import read_json
+from relook.files import file_hash
+from relook.model import formats
+from relook.model.changes import TENSORS_FILE, read_change
+from relook.model.formats import CHANGE_FILE
 from relook.model.modeling_relook import RelookLlavaConfig, RelookLlavaForConditionalGeneration
+from relook.model.source import ModelSource, open_model
 
-CHANGE_FILE = "change.json"
-TENSORS_FILE = "trained.safetensors"
-DEFAULT_TEMPLATE = "llava_hf"
+__all__ = ["CHANGE_FILE", "TENSORS_FILE", "LoadedModel", "add_post_decoder", "load_model", "load_tensors", "model_hash"]
+
+# What stays in full precision when the language model's linears are quantised, as in the original.
+NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.post_decoder", "lm_head"]
 
 AutoConfig.register(RelookLlavaConfig.model_type, RelookLlavaConfig, exist_ok=True)
 AutoModelForImageTextToText.register(RelookLlavaConfig, RelookLlavaForConditionalGeneration, exist_ok=True)
@@ -37,16 +41,26 @@ AutoModelForImageTextToText.register(RelookLlavaConfig, RelookLlavaForConditiona
 
 @dataclass
 class LoadedModel:
-    """A model with what is needed to talk to it."""
+    """A model with what is needed to talk to it.
+
+    Args:
+        model: a transformers model, possibly wrapped by peft.
+        aspect_ratio: "pad" lays pictures on a square first; anything else leaves them to the image processor.
+        template: the conversation template it was tuned with, taken where none is named.
+    """
 
     model: Any
     processor: Any
     path: Path
     aspect_ratio: str = ""
+    template: str = "llava_hf"
     images: ImageLoader = field(init=False)
 
     def __post_init__(self) -> None:
-        self.images = ImageLoader(self.processor.image_processor, self.aspect_ratio)
+        image_processor = copy.copy(self.processor.image_processor)
+        if getattr(image_processor, "do_pad", False):  # relook pads itself, so that a recipe can say otherwise
+            image_processor.do_pad, self.aspect_ratio = False, "pad"
+        self.images = ImageLoader(image_processor, self.aspect_ratio)
 
     @property
     def core(self) -> Any:
@@ -63,10 +77,11 @@ class LoadedModel:
     def encoder(self, template: str = "", max_length: int = 2048) -> Encoder:
         return Encoder(
             self.processor.tokenizer,
-            get_template(template or DEFAULT_TEMPLATE),
+            get_template(template or self.template),
             self.core.config.image_token_id,
             self.image_positions,
             max_length,
+            getattr(self.core.config, "mm_use_im_start_end", False),
         )
 
     def encode(
@@ -98,58 +113,107 @@ class LoadedModel:
 def load_model(
     path: str | Path,
     adapter: str | Path | None = None,
+    vision_tower: str | Path | None = None,
     dtype: str | torch.dtype = "float32",
+    bits: int = 16,
     device: str | torch.device = "cpu",
 ) -> LoadedModel:
-    """Load a model folder, or a relook training run on the base it names.
+    """Load a model of any format, with what was trained on it.
 
     Args:
-        path: a transformers LLaVA folder, a folder saved by relook, or the output folder of `relook train`.
-        adapter: the output folder of `relook train`, to be laid on the model in `path`.
+        path: a model folder (liuhaotian's format, llava-hf's or relook's), or a training run of relook, which names its
+            base. What it is, is read from its files.
+        adapter: a change to be laid on the model: a training run, a LoRA folder of the original program, or bare
+            trained tensors (`non_lora_trainables.bin`, `mm_projector.bin`, or the folder of one).
+        vision_tower: folder of the CLIP tower of a liuhaotian model, instead of the one that its config names.
+        dtype: of the model in memory; LoRA is merged in float32 and rounded to it once.
+        bits: 8 or 4 quantise the language model's linears by bitsandbytes, after merging; 16 does not.
 
     Raises:
-        CheckpointError: what is missing, unused or does not fit, by name.
+        CheckpointError: what is missing, unused, broken or does not fit, by name, and what to pass.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
-    if (path / CHANGE_FILE).exists():
+    kind = as_dtype(dtype)
+    return build(open_source(Path(path), adapter, vision_tower, kind), kind, bits, device)
+
+
+def open_source(
+    path: Path,
+    adapter: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> ModelSource:
+    """A model on disk with a change laid on it; nothing is read yet but names and shapes.
+
+    Args:
+        dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
+    """
+    kind = formats.kind_of(path)
+    if kind == "run" or (kind == "lora" and adapter is None):
         if adapter is not None:
             raise CheckpointError(f"{path} is itself a training run.", "Give its base as the model.")
-        return load_model(read_json(path / CHANGE_FILE)["base"], path, dtype, device)
-    loaded = _load_folder(path, _dtype(dtype))
+        base = read_change(path).base
+        if base is None:
+            raise CheckpointError(f"{path} is an adapter.", "Pass its base as path, and this folder as adapter.")
+        path, adapter = base, path
+    source = open_model(path, vision_tower)
     if adapter is not None:
-        apply_change(loaded, Path(adapter))
-    loaded.model.to(device).eval()
-    return loaded
+        source = read_change(Path(adapter)).lay_on(source, dtype)
+    source.check()
+    return source
 
 
-def _dtype(name: str | torch.dtype) -> torch.dtype:
+def build(source: ModelSource, dtype: torch.dtype, bits: int = 16, device: str | torch.device = "cpu") -> LoadedModel:
+    """The model in memory. Files are mapped, so what it takes is one copy in `dtype` at most."""
+    tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
+    model, report = source.model_class.from_pretrained(
+        None,
+        config=source.config,
+        state_dict=tensors,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        **_quantisation(bits, dtype, device),
+    )
+    wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
+    if wrong:
+        raise CheckpointError(f"transformers did not take all tensors of {source.path}: {some(wrong)}.")
+    model.generation_config = source.generation_config()
+    if bits == 16:
+        model.to(device)
+    aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
+    return LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
+
+
+def _quantisation(bits: int, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
+    if bits == 16:
+        return {}
+    if bits not in (8, 4):
+        raise CheckpointError(f"bits is {bits}.", "Use 16, 8 or 4.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CheckpointError(f"bits {bits} needs bitsandbytes.", "Run: pip install 'relook[quant]'")
+    config = BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=NOT_QUANTISED,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CheckpointError(f"{name!r} is not a dtype.", "Use float32, bfloat16 or float16.")
     return dtype
 
 
-def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
-    if not (path / "config.json").exists():
-        raise CheckpointError(f"{path} has no config.json.", "Give a model folder or the output of `relook train`.")
-    kind = read_json(path / "config.json").get("model_type")
-    if kind not in ("llava", RelookLlavaConfig.model_type):
-        raise CheckpointError(f"{path} holds a model of type {kind!r}, which relook cannot load.")
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
-        )
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}.", "Copy or download it again.") from None
-    wrong = {name: sorted(map(str, report[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        listed = "; ".join(f"{name.replace('_', ' ')}: {some(keys)}" for name, keys in wrong.items() if keys)
-        raise CheckpointError(f"The tensors of {path} do not fit its config ({listed}).", "Download it again.")
-    aspect_ratio = getattr(model.config, "image_aspect_ratio", "") or ""
-    return LoadedModel(model, processor, path, aspect_ratio)
+def default_template(path: Path) -> str:
+    """The template of the model in `path`, or of a training run's base, without loading it."""
+    if formats.kind_of(path) == "run":
+        path = read_change(path).base or path
+    return formats.default_template(formats.read_config(path))
 
 
 def add_post_decoder(
@@ -179,24 +243,6 @@ def add_post_decoder(
     return new
 
 
-def apply_change(loaded: LoadedModel, run: Path) -> None:
-    """Lay what a training run trained on a loaded model, in place."""
-    if not (run / CHANGE_FILE).exists():
-        raise CheckpointError(f"{run} has no {CHANGE_FILE}.", "Give the output folder of a finished `relook train`.")
-    change = read_json(run / CHANGE_FILE)
-    if change["post_decoder"] is not None and not isinstance(loaded.model, RelookLlavaForConditionalGeneration):
-        loaded.model = add_post_decoder(loaded.model, change["post_decoder"], None)
-    if change["lora"]:
-        from peft import PeftModel
-
-        loaded.model = PeftModel.from_pretrained(loaded.model, run)
-    try:
-        tensors = load_file(run / TENSORS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{run / TENSORS_FILE} cannot be read: {error}.", "Train or copy it again.") from None
-    load_tensors(loaded.core, tensors, str(run))
-
-
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy named tensors into a model; each must exist there with the same shape."""
     parameters = dict(model.named_parameters())
@@ -212,10 +258,6 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
 
 def model_hash(path: Path) -> str:
     """A short hash of a folder's weights and config: what a result names as its model."""
-    import hashlib
-
-    from relook.files import file_hash
-
     digest = hashlib.sha256()
     names = [
         p

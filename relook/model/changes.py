@@ -1,0 +1,199 @@
+"""What was trained on a base model, read from whatever a training run left, and laid on the base tensor by tensor.
+
+LoRA is merged into the weights it belongs to (W + scale * B A, in float32, rounded once); everything else replaces the
+tensor of the same name. A post decoder brings tensors that the base need not have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relook.errors import CheckpointError, some
+from relook.files import read_json
+from relook.model.checkpoint import LazyTensor, read_file
+from relook.model.formats import CHANGE_FILE, FROM_CHANGE, PROJECTOR, changed_files, kind_of, rename
+from relook.model.modeling_relook import RelookLlavaConfig
+from relook.model.source import ModelSource
+
+TENSORS_FILE = "trained.safetensors"
+DECODER, HEAD = "model.post_decoder.", "lm_head."
+ADDED = (DECODER, PROJECTOR)  # what a base need not have
+# What each stage of the old replace_bin takes from the change, and whether the base must have a post decoder already.
+STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
+    0: ((HEAD, DECODER), False),
+    1: ((DECODER,), None),
+    2: ((HEAD, DECODER), True),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Tensors under transformers' names.
+
+    Args:
+        replaced: tensors that take the place of the base's, or are added to it.
+        lora: LoRA's pair (A, B) by the name of the weight that it changes.
+        scale: factor of the product B A.
+        post_decoder: its settings; None where the change has none, or does not know them.
+        base: the folder of the base model, where the change says it.
+    """
+
+    path: Path
+    replaced: dict[str, LazyTensor]
+    lora: dict[str, tuple[LazyTensor, LazyTensor]] = field(default_factory=dict)
+    scale: float = 1.0
+    post_decoder: dict[str, Any] | None = None
+    base: Path | None = None
+
+    def lay_on(self, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:
+        """The base with this change.
+
+        Args:
+            dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
+
+        Raises:
+            CheckpointError: a tensor that the base does not have, or has in another shape.
+        """
+        config, tensors = source.config, dict(source.tensors)
+        if any(name.startswith(DECODER) for name in self.replaced):
+            config = self._config_with_decoder(source)
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(DECODER)}
+        held = {name: _shape(tensors, name) for name in self.replaced}
+        wrong = [
+            f"{name} {list(new.shape)} on {list(held[name]) or 'nothing'}"
+            for name, new in self.replaced.items()
+            if held[name] != new.shape and (held[name] or not name.startswith(ADDED))
+        ]
+        for name, (a, b) in self.lora.items():
+            if _shape(tensors, name) != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+                wrong.append(f"LoRA of {name}")
+        if wrong:
+            raise CheckpointError(
+                f"{self.path} does not fit {source.path}: {len(wrong)} tensors ({some(wrong)}).",
+                "Give the base that it was trained on.",
+            )
+        if "lm_head.weight" in self.replaced and config.tie_word_embeddings:
+            config = _untied(config)
+        tensors |= self.replaced
+        for name, pair in self.lora.items():
+            tensors[name] = tensors[name].then(partial(self._merge, *pair, dtype))
+        return replace(source, config=config, tensors=tensors, change=self.path)
+
+    def _merge(self, a: LazyTensor, b: LazyTensor, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
+        return (weight.float() + self.scale * (b.read().float() @ a.read().float())).to(dtype or weight.dtype)
+
+    def _config_with_decoder(self, source: ModelSource) -> RelookLlavaConfig:
+        held = getattr(source.config, "post_decoder", None)
+        settings = self.post_decoder if self.post_decoder is not None else held
+        if settings is None:
+            raise CheckpointError(
+                f"{self.path} has a post decoder, but nothing says its settings.",
+                'Put a config.json with "post_decoder": {...} beside it.',
+            )
+        values = {k: v for k, v in source.config.to_dict().items() if k not in ("model_type", "architectures")}
+        return RelookLlavaConfig(**{**values, "post_decoder": settings})
+
+    def at_stage(self, stage: int, source: ModelSource) -> tuple[Change, list[str]]:
+        """What a stage takes from this change, and the names of what it leaves out.
+
+        Stage 0 adds the post decoder and replaces the head; stage 1 adds or replaces the post decoder only; stage 2
+        replaces head and post decoder of a model that has one already.
+        """
+        if stage not in STAGES:
+            raise CheckpointError(f"There is no stage {stage}.", f"Known ones: {', '.join(map(str, STAGES))}.")
+        parts, needs_decoder = STAGES[stage]
+        has_decoder = isinstance(source.config, RelookLlavaConfig)
+        if needs_decoder is not None and needs_decoder != has_decoder:
+            has = "already has a" if has_decoder else "has no"
+            raise CheckpointError(f"{source.path} {has} post decoder.", f"Use stage {2 if has_decoder else 0}.")
+        absent = [part.strip(".") for part in parts if not any(name.startswith(part) for name in self.replaced)]
+        if absent:
+            raise CheckpointError(f"{self.path} has no {' and no '.join(absent)}, which stage {stage} takes from it.")
+        taken = {name: tensor for name, tensor in self.replaced.items() if name.startswith(parts)}
+        left = sorted((self.replaced.keys() - taken.keys()) | self.lora.keys())
+        return replace(self, replaced=taken, lora={}), left
+
+
+def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:
+    """The shape of a base's tensor, () where there is none; a tied head has that of the embeddings."""
+    if name == "lm_head.weight" and name not in tensors:
+        name = "model.language_model.embed_tokens.weight"
+    return tensors[name].shape if name in tensors else ()
+
+
+def _untied(config: Any) -> Any:
+    values = config.to_dict()
+    values["text_config"]["tie_word_embeddings"] = values["tie_word_embeddings"] = False
+    return type(config).from_dict(values)
+
+
+def read_change(path: Path) -> Change:
+    """Read a training run of relook, a LoRA folder of the original, or bare trained tensors (a file, or its folder).
+
+    Raises:
+        CheckpointError: nothing of the kind, or LoRA of a variety that is not plain.
+    """
+    kind = kind_of(path)
+    if kind in ("llava", "hf", "relook"):
+        raise CheckpointError(f"{path} is a whole model, not a change to one.", "Load it by itself.")
+    if kind == "run":
+        change = read_json(path / CHANGE_FILE)
+        lora = _adapter(path) if change["lora"] else {}
+        return _change(path, lora | read_file(path / TENSORS_FILE), change["post_decoder"], Path(change["base"]))
+    if kind == "lora":
+        return _change(path, _adapter(path) | _bare(path))
+    return _change(path, read_file(path) if path.is_file() else _bare(path))
+
+
+def _bare(folder: Path) -> dict[str, LazyTensor]:
+    return {name: tensor for file in changed_files(folder) for name, tensor in read_file(file).items()}
+
+
+def _adapter(folder: Path) -> dict[str, LazyTensor]:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).exists():
+            return read_file(folder / name)
+    raise CheckpointError(f"{folder} has an adapter_config.json but no adapter_model.", "Copy it again.")
+
+
+def _change(
+    path: Path, tensors: dict[str, LazyTensor], settings: dict[str, Any] | None = None, base: Path | None = None
+) -> Change:
+    folder = path if path.is_dir() else path.parent
+    if settings is None and (folder / "config.json").exists():
+        settings = read_json(folder / "config.json").get("post_decoder")
+    replaced: dict[str, LazyTensor] = {}
+    halves: dict[str, dict[str, LazyTensor]] = {}
+    for raw, tensor in tensors.items():
+        name = rename(raw, FROM_CHANGE)
+        stem, mark, half = name.rpartition(".lora_")
+        if mark:
+            halves.setdefault(stem + ".weight", {})[half.removesuffix(".weight")] = tensor
+        else:
+            replaced[name] = tensor
+    odd = [name for name, pair in halves.items() if pair.keys() != {"A", "B"}]
+    if odd:
+        raise CheckpointError(f"{path} holds half of a LoRA pair, or another kind of adapter: {some(odd)}.")
+    lora = {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
+    return Change(path, replaced, lora, _lora_scale(folder) if lora else 1.0, settings, base)
+
+
+def _lora_scale(folder: Path) -> float:
+    if not (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder} holds LoRA, but its rank and alpha are not known.", "Give its whole folder.")
+    config = read_json(folder / "adapter_config.json")
+    special = [
+        key
+        for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save")
+        if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or special:
+        raise CheckpointError(f"{folder} is no plain LoRA adapter ({some(special) or config.get('peft_type')}).")
+    rank = float(config["r"])
+    return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)

@@ -1,0 +1,234 @@
+"""`relook convert`, `merge` and `export`: a model folder written anew tensor by tensor, checked before it is named.
+
+All three write one `ModelSource`: as it is, with a change laid on it, or a training run with its base. One shard is in
+memory at a time; the check that follows holds one model at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relook.console import say
+from relook.errors import CheckpointError, some
+from relook.files import read_json, whole_folder, write_json
+from relook.model import modeling_relook, post_decoder
+from relook.model.changes import read_change
+from relook.model.checkpoint import write_tensors
+from relook.model.formats import PROJECTOR, TO_HF, TO_LLAVA, TOWER, rename, to_llava_config
+from relook.model.load import build, open_source
+from relook.model.modeling_relook import RelookLlavaConfig
+from relook.model.source import ModelSource, open_model
+
+TOWER_FOLDER = "vision_tower"
+SENTENCEPIECE = ("tokenizer.model", "added_tokens.json", "special_tokens_map.json")
+TOLERANCE = {torch.float32: 1e-4}  # of logits; half precision rounds at 1e-2
+TOKENIZER_KEYS = (
+    *("add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token", "pad_token"),
+    *("legacy", "model_max_length", "padding_side", "clean_up_tokenization_spaces"),
+)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a folder is written.
+
+    Args:
+        force: replace a model folder that is there.
+        shard_gb: largest weight file in 10^9 bytes.
+        check: compare the logits of source and result on a small input.
+        vision_tower: folder of a liuhaotian model's tower, where its config does not lead to it.
+    """
+
+    force: bool = False
+    shard_gb: float = 4.0
+    check: bool = True
+    vision_tower: Path | None = None
+
+
+def convert(source: Path, out: Path, to: str, how: Writing = Writing()) -> float | None:
+    """Write a model in another format; returns the largest difference of logits.
+
+    Args:
+        to: "hf" for transformers' format, "llava" for liuhaotian's (its tower goes into the folder `vision_tower`).
+
+    Raises:
+        CheckpointError: the source is broken, the target exists, or the formats cannot say the same.
+    """
+    if to not in ("hf", "llava"):
+        raise CheckpointError(f"There is no format {to!r}.", "Use hf or llava.")
+    return write_model(open_source(source, vision_tower=how.vision_tower), out, to, how)
+
+
+def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Writing = Writing()) -> float | None:
+    """Write a base with a change laid on it, in transformers' format; a post decoder brings its code along.
+
+    Args:
+        change: what `load_model` takes as adapter.
+        stage: take a part of the change only, as replace_bin's stages did (see `Change.at_stage`); None takes all.
+    """
+    source, trained = open_model(base, how.vision_tower), read_change(change)
+    if stage is not None:
+        trained, left = trained.at_stage(stage, source)
+        if left:
+            say(f"  stage {stage} leaves out {len(left)} tensors of {change}: {some(left)}")
+    merged = trained.lay_on(source)
+    merged.check()
+    return write_model(merged, out, "hf", how)
+
+
+def export(source: Path, out: Path, how: Writing = Writing()) -> float | None:
+    """Write a model or a training run as a whole folder that transformers loads where relook is not installed."""
+    return write_model(open_source(source, vision_tower=how.vision_tower), out, "hf", how)
+
+
+def write_model(source: ModelSource, out: Path, to: str, how: Writing) -> float | None:
+    """Write a source under a name that appears only when all is written and checked."""
+    _claim(source, out, how)
+    difference = None
+    with whole_folder(out) as folder:
+        (_write_llava if to == "llava" else _write_hf)(source, folder, int(how.shard_gb * 1e9))
+        if how.check:
+            difference = logit_difference(source, open_source(folder))
+            if not difference <= TOLERANCE.get(source.dtype, 5e-2):  # NaN fails too
+                raise CheckpointError(f"The logits of the result differ by {difference:.2e}; {out} was not written.")
+    checked = "not checked" if difference is None else f"largest difference of logits {difference:.1e}"
+    say(f"[bold]{out}[/]: {len(source.tensors)} tensors, {checked}")
+    return difference
+
+
+def _claim(source: ModelSource, out: Path, how: Writing) -> None:
+    target = out.resolve()
+    for used in (source.path, source.tower, source.change):
+        if used is not None and (target == used.resolve() or target in used.resolve().parents):
+            raise CheckpointError(f"{out} holds the source itself.", "Choose another folder.")
+    if out.exists() and not how.force:
+        raise CheckpointError(f"{out} exists.", "Choose another folder, or pass --force to replace it.")
+    if out.exists() and not (out / "config.json").is_file():
+        raise CheckpointError(f"{out} is no model folder and is not replaced.", "Choose another folder.")
+    needed = sum(prod(tensor.shape) for tensor in source.tensors.values()) * source.dtype.itemsize
+    room = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(room).free
+    if free < needed:
+        raise CheckpointError(f"{room} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed.")
+
+
+def _stream(source: ModelSource, renames: Any, tower: bool) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in source.tensors.items():
+        if name.startswith(TOWER) == tower:
+            yield rename(name, renames), tensor.read()
+
+
+def _write_hf(source: ModelSource, folder: Path, shard_bytes: int) -> None:
+    """transformers' format: llava-hf's names, or with a post decoder the module tree's own, and the code with them."""
+    own = isinstance(source.config, RelookLlavaConfig)
+    renames = () if own else TO_HF
+    stream = (pair for tower in (True, False) for pair in _stream(source, renames, tower))
+    write_tensors(folder, stream, shard_bytes)
+    config = copy.deepcopy(source.config)
+    config.architectures, config.dtype = [source.model_class.__name__], source.dtype
+    config.conversation_template = source.template
+    if own:
+        config.auto_map = {
+            "AutoConfig": "modeling_relook.RelookLlavaConfig",
+            "AutoModelForImageTextToText": "modeling_relook.RelookLlavaForConditionalGeneration",
+        }
+        for module in (modeling_relook, post_decoder):
+            shutil.copy(str(module.__file__), folder)
+    config.to_json_file(folder / "config.json")
+    source.generation_config().save_pretrained(folder)
+    processor = source.processor()
+    if source.kind == "llava":
+        processor.image_processor.do_pad = getattr(source.config, "image_aspect_ratio", "") == "pad"
+    processor.save_pretrained(folder)
+    _copy_sentencepiece(source.path, folder)
+
+
+def _write_llava(source: ModelSource, folder: Path, shard_bytes: int) -> None:
+    """liuhaotian's format, its vision tower as a CLIP folder inside.
+
+    The original program looks for `mm_vision_tower` from its working directory: start it in this folder, or write the
+    absolute path into config.json.
+    """
+    config = to_llava_config(source.config, str(source.dtype).removeprefix("torch."), TOWER_FOLDER)
+    stream = _stream(source, TO_LLAVA, tower=False)
+    if config["mm_projector_type"] == "linear":
+        stream = _one_linear(source)
+    write_tensors(folder, stream, shard_bytes)
+    write_json(folder / "config.json", {**config, "conversation_template": source.template})
+    text = source.config.text_config
+    special = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", special)
+    processor = source.processor()
+    tower = folder / TOWER_FOLDER
+    tower.mkdir()
+    write_tensors(tower, _stream(source, ((f"^{TOWER}", "vision_model."),), tower=True), shard_bytes)
+    vision = copy.deepcopy(source.config.vision_config)
+    vision.architectures = ["CLIPVisionModel"]
+    vision.to_json_file(tower / "config.json")
+    images = processor.image_processor
+    write_json(
+        tower / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            **{key: getattr(images, key) for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")},
+            **{key: dict(getattr(images, key)) for key in ("size", "crop_size")},
+            **{key: list(getattr(images, key)) for key in ("image_mean", "image_std")},
+            "resample": int(images.resample),
+        },
+    )
+    if not _copy_sentencepiece(source.path, folder):
+        processor.tokenizer.save_pretrained(folder)
+        return
+    stated = source.path / "tokenizer_config.json"
+    kept = {key: value for key, value in read_json(stated).items() if key in TOKENIZER_KEYS} if stated.exists() else {}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **kept})
+
+
+def _copy_sentencepiece(path: Path, folder: Path) -> bool:
+    """Keep the sentencepiece model beside tokenizer.json: the original program reads no other."""
+    for name in SENTENCEPIECE:
+        if (path / name).exists():
+            shutil.copy(path / name, folder)
+    return (path / "tokenizer.model").exists()
+
+
+def _one_linear(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    """As `_stream`, with the two linears of a projector that has no activation between them made one."""
+    weight_1, bias_1, weight_2, bias_2 = (
+        source.tensors[f"{PROJECTOR}linear_{i}.{part}"].read() for i in (1, 2) for part in ("weight", "bias")
+    )
+    yield "model.mm_projector.weight", (weight_2.float() @ weight_1.float()).to(weight_1.dtype)
+    yield "model.mm_projector.bias", (weight_2.float() @ bias_1.float() + bias_2.float()).to(bias_1.dtype)
+    for name, tensor in _stream(source, TO_LLAVA, tower=False):
+        if not name.startswith("model.mm_projector."):
+            yield name, tensor
+
+
+def logit_difference(first: ModelSource, second: ModelSource) -> float:
+    """Largest absolute difference of two models' logits on one image and 16 tokens, in the dtype they are stored in."""
+    dtype = first.dtype
+    a, b = (_logits(source, dtype) for source in (first, second))
+    return float((a - b).abs().max())
+
+
+@torch.inference_mode()
+def _logits(source: ModelSource, dtype: torch.dtype) -> Tensor:
+    loaded = build(source, dtype)
+    config = loaded.core.config
+    generator = torch.Generator().manual_seed(0)
+    side = config.vision_config.image_size
+    pixels = torch.randn(1, 3, side, side, generator=generator).to(dtype)
+    words = [i for i in range(min(config.text_config.vocab_size, 1000)) if i != config.image_token_id]
+    picked = torch.randint(len(words), (16,), generator=generator)
+    ids = [config.image_token_id] * loaded.image_positions + [words[i] for i in picked.tolist()]
+    logits: Tensor = loaded.model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits.float()
+    return logits

@@ -1,0 +1,256 @@
+"""A model on disk, of whatever format, in transformers' terms: its config, its tensors by name, its processor.
+
+Nothing is held in memory: tensors are read when they are asked for, one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from tokenizers import Tokenizer
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from relook.errors import CheckpointError, some
+from relook.files import read_json
+from relook.model.checkpoint import LazyTensor, read_folder, weight_files
+from relook.model.formats import (
+    COMPUTED,
+    FROM_HF,
+    FROM_LLAVA,
+    PROJECTOR,
+    TOWER,
+    Renames,
+    default_template,
+    from_llava_config,
+    kind_of,
+    read_config,
+    rename,
+)
+from relook.model.modeling_relook import RelookLlavaConfig, RelookLlavaForConditionalGeneration
+from relook.model.tokenizer import load_tokenizer
+
+IMAGE, NEVER_TEXT = "<image>", "<0xFF>"
+# LLaVA's v1 conversation for transformers' processors: what `relook.data.prompts` calls v1.
+V1_CHAT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. "
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %} "
+    "{% else %}ASSISTANT: {% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder as transformers sees it.
+
+    Args:
+        kind: "llava" (liuhaotian's format), "hf" (llava-hf's) or "relook".
+        tensors: under the names of transformers' module tree, whatever they are called on disk.
+        tower: the folder of the vision tower, for "llava".
+        change: where a change that is laid on the model comes from.
+    """
+
+    path: Path
+    kind: str
+    config: LlavaConfig
+    tensors: Mapping[str, LazyTensor]
+    template: str
+    tower: Path | None = None
+    change: Path | None = None
+
+    @property
+    def model_class(self) -> type[LlavaForConditionalGeneration]:
+        with_decoder = isinstance(self.config, RelookLlavaConfig)
+        return RelookLlavaForConditionalGeneration if with_decoder else LlavaForConditionalGeneration
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the language model is stored in."""
+        return self.tensors["model.language_model.embed_tokens.weight"].read().dtype
+
+    def check(self) -> None:
+        """Raise a CheckpointError that lists what is missing, unused or of another shape than the config says."""
+        with torch.device("meta"):
+            model = self.model_class(self.config)
+        wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        missing = sorted(wanted.keys() - self.tensors.keys() - tied)
+        unused = sorted(self.tensors.keys() - wanted.keys())
+        wrong = [
+            f"{name} {list(tensor.shape)} instead of {list(wanted[name])}"
+            for name, tensor in self.tensors.items()
+            if name in wanted and wanted[name] != tensor.shape
+        ]
+        found = (("missing", missing), ("unused", unused), ("of another shape", wrong))
+        listed = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in found if names)
+        if listed:
+            raise CheckpointError(
+                f"The tensors of {self.path} do not fit its config ({listed}).", self._advice(missing)
+            )
+
+    def _advice(self, missing: list[str]) -> str:
+        if missing and all(name.startswith(TOWER) for name in missing):
+            return "Pass the vision tower's folder as vision_tower."
+        if missing and all(name.startswith(PROJECTOR) for name in missing):
+            return "Pass the projector's file (mm_projector.bin) as adapter."
+        return "Check that all files are of one model, or download it again."
+
+    def processor(self) -> Any:
+        """The tokenizer and the image processor as one transformers processor."""
+        try:
+            if self.tower is None:
+                return AutoProcessor.from_pretrained(self.path, local_files_only=True)
+            images = LlavaImageProcessorPil.from_pretrained(self.tower, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"The processor of {self.path} cannot be loaded: {error}.", "Copy it again."
+            ) from None
+        tokenizer = image_tokenizer(self.path, self.config.text_config.vocab_size)
+        return LlavaProcessor(
+            image_processor=images,
+            tokenizer=tokenizer,
+            patch_size=self.config.vision_config.patch_size,
+            vision_feature_select_strategy=self.config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,
+            chat_template=V1_CHAT if self.template == "v1" else tokenizer.chat_template,
+        )
+
+    def generation_config(self) -> GenerationConfig:
+        if self.kind != "llava" and (self.path / "generation_config.json").exists():
+            return GenerationConfig.from_pretrained(self.path, local_files_only=True)
+        text = self.config.text_config
+        return GenerationConfig(
+            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+        )
+
+
+def open_model(path: Path, vision_tower: str | Path | None = None) -> ModelSource:
+    """Open a model folder of any format.
+
+    Args:
+        vision_tower: folder of the vision tower, instead of what `mm_vision_tower` in a liuhaotian config names.
+
+    Raises:
+        CheckpointError: it is no model folder, its files are broken, or its tower is not to be found.
+    """
+    kind = kind_of(path)
+    if kind not in ("llava", "hf", "relook"):
+        raise CheckpointError(
+            f"{path} holds a change to a model, not a model.", "Pass its base as path, and this as adapter."
+        )
+    raw = read_config(path)
+    if kind == "llava":
+        return _open_llava(path, raw, vision_tower)
+    if vision_tower is not None:
+        raise CheckpointError(f"{path} has a vision tower of its own.", "Leave vision_tower out.")
+    config_class = RelookLlavaConfig if kind == "relook" else LlavaConfig
+    tensors = _renamed(read_folder(path), FROM_HF)
+    return ModelSource(path, kind, _config(path, config_class.from_dict, raw), tensors, default_template(raw))
+
+
+def _config(path: Path, make: Callable[..., Any], *arguments: Any) -> Any:
+    """A config made by a function of transformers; what it says about a wrong value is passed on."""
+    try:
+        return make(*arguments)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"The config of {path} is not valid: {error}.", "Download it again.") from None
+
+
+def _renamed(tensors: Mapping[str, LazyTensor], renames: Renames) -> dict[str, LazyTensor]:
+    return {rename(name, renames): tensor for name, tensor in tensors.items() if not COMPUTED.search(name)}
+
+
+def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None) -> ModelSource:
+    """A liuhaotian folder and its tower.
+
+    The tower's weights are those of the model's file only where `unfreeze_mm_vision_tower` says that they were trained
+    (or the tower's folder has none): otherwise the original program reads the tower's own, and so does this.
+    """
+    tower = _tower_folder(path, raw.get("mm_vision_tower") or raw.get("vision_tower"), vision_tower)
+    settings = read_config(tower)
+    if settings.get("model_type") not in ("clip", "clip_vision_model"):
+        raise CheckpointError(f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower.")
+    vision: CLIPVisionConfig = _config(tower, CLIPVisionConfig.from_dict, settings.get("vision_config", settings))
+    tensors = _renamed(read_folder(path), FROM_LLAVA)
+    trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
+    if weight_files(tower) and not trained:
+        of_tower = {name: t for name, t in read_folder(tower).items() if not COMPUTED.search(name)}
+        prefix = "vision_model." if any(name.startswith("vision_model.") for name in of_tower) else ""
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(TOWER)}
+        tensors |= {TOWER + n.removeprefix(prefix): t for n, t in of_tower.items() if n.startswith(prefix)}
+    token = image_tokenizer(path, raw.get("vocab_size", 0)).convert_tokens_to_ids(IMAGE)
+    config = _config(path, from_llava_config, path, raw, vision, token)
+    if config.projector_hidden_act == "linear":
+        size = config.text_config.hidden_size
+        tensors[PROJECTOR + "linear_2.weight"] = LazyTensor((size, size), lambda: torch.eye(size))
+        tensors[PROJECTOR + "linear_2.bias"] = LazyTensor((size,), lambda: torch.zeros(size))
+    return ModelSource(path, "llava", config, tensors, default_template(raw), tower)
+
+
+def _tower_folder(path: Path, name: str | None, given: str | Path | None) -> Path:
+    if given is not None:
+        if not (Path(given) / "config.json").exists():
+            raise CheckpointError(f"vision_tower {given} is no model folder.", "Check the path.")
+        return Path(given)
+    if not name:
+        raise CheckpointError(
+            f"{path / 'config.json'} names no mm_vision_tower.", "Pass the vision tower's folder as vision_tower."
+        )
+    folder = path / name  # an absolute name stands for itself
+    if (folder / "config.json").exists():
+        return folder
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        raise CheckpointError(
+            f"The vision tower {name!r} of {path} is neither in that folder nor in Hugging Face's cache.",
+            f"Pass its folder as vision_tower, or run: hf download {name}",
+        ) from None
+
+
+def image_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
+    """A liuhaotian folder's tokenizer with an `<image>` that transformers' classes can use.
+
+    The original marks images with -200, outside the vocabulary; transformers embeds every id before it puts the image
+    features in place, so the placeholder must be a row of the embeddings. A new row would change the softmax. The byte
+    piece `<0xFF>` is a row that no text is ever encoded to, since UTF-8 has no such byte: it becomes `<image>`, and
+    ids, shapes and softmax stay as they were. (A model that writes this byte, of which nothing readable can be made,
+    has it decoded as nothing.) A tokenizer that has an `<image>` within the vocabulary keeps it.
+    """
+    tokenizer: PreTrainedTokenizerFast = load_tokenizer(path)
+    known = tokenizer.get_vocab()
+    if known.get(IMAGE, vocabulary) < vocabulary:
+        return tokenizer
+    if NEVER_TEXT not in known:
+        raise CheckpointError(
+            f"The tokenizer of {path} has neither {IMAGE} nor {NEVER_TEXT}.",
+            "A Llama tokenizer with bytes is expected.",
+        )
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"][IMAGE] = id = content["model"]["vocab"].pop(NEVER_TEXT)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": id, "content": IMAGE, **flags, "special": True})
+    content["added_tokens"].sort(key=lambda token: token["id"])
+    settings = {key: value for key, value in tokenizer.init_kwargs.items() if not key.endswith(("_file", "_object"))}
+    stated = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+    settings["legacy"] = stated.get("legacy", True)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **settings)

@@ -1,0 +1,194 @@
+"""Images against the pixels of the original program, and against Pillow's own conversions for files of every kind."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from relook.data.images import ImageLoader, open_image, pad_to_square
+from relook.errors import DataError
+
+CLIP_MEAN = (122, 116, 104)
+RNG = np.random.default_rng(0)
+PICTURE = Image.fromarray(RNG.integers(0, 255, (31, 48, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def processor(refdata: Path) -> Any:
+    return CLIPImageProcessorPil.from_pretrained(refdata / "llava_tiny/vision_towers/openai/clip-vit-tiny-patch14-56")
+
+
+@pytest.mark.parametrize("case", ["A", "B"])
+def test_pixels_of_the_original(refdata: Path, processor: Any, case: str) -> None:
+    path = refdata / f"llava_tiny/inputs/image_{case}.png"
+    with np.load(refdata / f"llava_tiny/outputs/preprocess_{case}.npz") as made:
+        assert np.array_equal(np.asarray(pad_to_square(open_image(path), CLIP_MEAN)), made["padded_square_uint8"])
+        np.testing.assert_allclose(ImageLoader(processor, "pad")(path).numpy(), made["pad"], atol=1e-4)
+        np.testing.assert_allclose(ImageLoader(processor)(path).numpy(), made["center_crop"], atol=1e-4)
+    with np.load(refdata / f"llava_tiny/outputs/case_{case}.npz") as made:
+        pixels = ImageLoader(processor, "pad").preprocess([open_image(path)])
+        np.testing.assert_allclose(pixels.numpy(), made["pixel_values"], atol=1e-4)
+
+
+@given(width=st.integers(1, 12), height=st.integers(1, 12))
+def test_padding_by_hand(width: int, height: int) -> None:
+    inside = RNG.integers(0, 255, (height, width, 3), dtype=np.uint8)
+    side = max(width, height)
+    top, left = (side - height) // 2, (side - width) // 2
+    expected = np.tile(np.array(CLIP_MEAN, dtype=np.uint8), (side, side, 1))
+    expected[top : top + height, left : left + width] = inside
+    assert np.array_equal(np.asarray(pad_to_square(Image.fromarray(inside), CLIP_MEAN)), expected)
+
+
+@pytest.mark.parametrize("aspect_ratio", ["pad", ""])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (3, 3), (1, 200), (56, 56)])
+def test_tiny_images_of_one_colour(processor: Any, aspect_ratio: str, size: tuple[int, int]) -> None:
+    """Of a picture in the canvas's own colour every pixel is that colour, normalised, whatever its size."""
+    pixels = ImageLoader(processor, aspect_ratio).preprocess([Image.new("RGB", size, CLIP_MEAN)])
+    mean, std = np.array(processor.image_mean), np.array(processor.image_std)
+    expected = ((np.array(CLIP_MEAN) / 255 - mean) / std)[None, :, None, None]
+    np.testing.assert_allclose(pixels.numpy(), np.broadcast_to(expected, (1, 3, 56, 56)), atol=1e-5)
+
+
+def saved(folder: Path, image: Image.Image, kind: str, **options: Any) -> Path:
+    path = folder / "image.jpg"  # the name says nothing about the content
+    image.save(path, kind, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("1", "PNG"),
+        ("L", "PNG"),
+        ("L", "JPEG"),
+        ("LA", "PNG"),
+        ("I;16", "PNG"),
+        ("P", "PNG"),
+        ("P", "GIF"),
+        ("RGB", "BMP"),
+        ("RGBA", "PNG"),
+        ("RGBA", "WEBP"),
+        ("CMYK", "JPEG"),
+        ("YCbCr", "JPEG"),
+    ],
+)
+def test_every_mode_as_pillow_converts_it(tmp_path: Path, mode: str, kind: str) -> None:
+    picture = PICTURE.convert("RGBA")
+    picture.putalpha(Image.fromarray(RNG.integers(0, 255, (31, 48), dtype=np.uint8)))
+    if mode == "I;16":
+        image = Image.fromarray(RNG.integers(0, 2**16, (31, 48), dtype=np.uint16))
+    else:
+        image = (picture if "A" in mode else PICTURE).convert(mode)
+    path = saved(tmp_path, image, kind)
+    opened = open_image(path)
+    assert (opened.mode, opened.size) == ("RGB", image.size)
+    with Image.open(path) as again:
+        assert np.array_equal(np.asarray(opened), np.asarray(again.convert("RGB")))
+    if kind not in ("JPEG", "WEBP"):
+        assert np.array_equal(np.asarray(opened), np.asarray(image.convert("RGB")))
+
+
+def test_transparent_palette_and_animation(tmp_path: Path) -> None:
+    palette = PICTURE.convert("P")
+    assert np.array_equal(
+        np.asarray(open_image(saved(tmp_path, palette, "PNG", transparency=bytes(range(256))))),
+        np.asarray(palette.convert("RGB")),
+    )
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    path = saved(tmp_path, frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(frames[0]))
+
+
+def test_rotation_in_exif_is_left_alone(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(saved(tmp_path, PICTURE, "JPEG", exif=exif)).size == PICTURE.size
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not an image file"),
+        (b"<html>404 not found</html>", "is not an image file"),
+        (None, "does not exist"),
+    ],
+)
+def test_what_is_no_image(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "photo.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"photo\.jpg {message}"):
+        open_image(path)
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a folder"):
+        open_image(tmp_path)
+
+
+def test_a_hundred_megapixels_are_refused_before_decoding(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.new("1", (10_000, 10_000)), "PNG")
+    assert path.stat().st_size < 100_000
+    with pytest.raises(DataError, match=r"image\.jpg has more than 89,478,485 pixels"):
+        open_image(path)
+
+
+def test_long_and_thin_is_refused_before_it_fills_the_memory(processor: Any, tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.new("L", (40_000, 1)), "PNG")
+    for aspect_ratio in ("pad", ""):
+        with pytest.raises(DataError, match=r"image\.jpg is too long and thin: 40000 x 1 pixels"):
+            ImageLoader(processor, aspect_ratio)(path)
+    panorama = Image.new("RGB", (12_000, 300))  # too long for a canvas of 12,000 x 12,000, harmless to crop
+    assert ImageLoader(processor).preprocess([panorama]).shape == (1, 3, 56, 56)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "TGA", "ICO"]),
+    keep=st.floats(0, 1),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
+)
+def test_broken_bytes_are_an_image_or_a_named_error(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, keep: float, changes: list[tuple[float, int]]
+) -> None:
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, kind)
+    data = bytearray(buffer.getvalue())
+    for where, value in changes:
+        data[int(where * len(data))] = value
+    path = tmp_path_factory.getbasetemp() / "broken.jpg"
+    path.write_bytes(data[: int(keep * len(data))])
+    try:
+        outcome = open_image(path).mode
+    except DataError as error:
+        outcome = str(error)
+    assert outcome == "RGB" or "broken.jpg" in outcome
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
+def test_truncated_is_an_error(tmp_path: Path, kind: str) -> None:
+    path = saved(tmp_path, PICTURE, kind)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"image\.jpg cannot be decoded"):
+        open_image(path)
+
+
+def test_cache_keeps_the_most_recent(processor: Any, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in paths:
+        PICTURE.save(path)
+    loader = ImageLoader(processor, "pad", cache_bytes=2 * 3 * 56 * 56 * 4)
+    first, second = loader(paths[0]), loader(paths[1])
+    assert loader(paths[0]) is first
+    loader(paths[2])  # pushes out the second, which was used longest ago
+    assert loader(paths[0]) is first
+    assert loader(paths[1]) is not second

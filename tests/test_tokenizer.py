@@ -1,0 +1,188 @@
+"""Tokenizers against the ids of transformers 4.37's slow LlamaTokenizer, and sentencepiece's rule of merging."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import ids_around_images, reference_tokenizer
+from transformers import AutoTokenizer
+
+from relook.errors import CheckpointError, RelookError
+from relook.model.tokenizer import load_tokenizer, read_pieces
+
+VARIANTS = [f"llama_{v}/legacy_{legacy}" for v in ("cut_1024", "full_32000") for legacy in ("false", "true")]
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(refdata: Path, variant: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return reference_tokenizer(refdata, tmp_path_factory.mktemp("tokenizer"), variant)
+
+
+@pytest.fixture(scope="module")
+def slow(refdata: Path, variant: str) -> Callable[[str], list[int]]:
+    return SentencePiece(refdata / "tokenizers" / variant.split("/")[0] / "tokenizer.model", "true" in variant)
+
+
+class SentencePiece:
+    """sentencepiece's BPE by its definition, and the slow tokenizer's cutting at special tokens, slowly."""
+
+    def __init__(self, path: Path, legacy: bool) -> None:
+        pieces = read_pieces(path)
+        self.id = {piece.text: i for i, piece in enumerate(pieces)}
+        self.score = {piece.text: piece.score for piece in pieces if piece.kind == 1}
+        self.legacy = legacy
+
+    def __call__(self, text: str) -> list[int]:
+        if not self.legacy and text:
+            text = " " + text
+        parts, ids = self._cut(text), [1]
+        if not self.legacy and len(parts) > 1 and parts[0] == " " and parts[1] in SPECIAL:
+            parts = parts[1:]
+        for part in parts:
+            ids += [SPECIAL[part]] if part in SPECIAL else self._merge(" " * self.legacy + part)
+        return ids
+
+    @staticmethod
+    def _cut(text: str) -> list[str]:
+        for token in SPECIAL:
+            text = text.replace(token, f"\0{token}\0")
+        return [part for part in text.split("\0") if part]
+
+    def _merge(self, text: str) -> list[int]:
+        symbols = list(text.replace(" ", "▁"))
+        while True:
+            pairs = [(self.score.get(a + b), i) for i, (a, b) in enumerate(pairwise(symbols))]
+            known = [(-score, i) for score, i in pairs if score is not None]
+            if not known:
+                break
+            _, i = min(known)  # the best score, the leftmost among equals
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+        bytes_of = [[s] if s in self.score else [f"<0x{b:02X}>" for b in s.encode()] for s in symbols]
+        return [self.id[s] for piece in bytes_of for s in piece]
+
+
+def test_all_reference_prompts(refdata: Path, variant: str, tokenizer: Any) -> None:
+    cases = json.loads((refdata / "llava_tiny/training/tokenizer_image_token.json").read_text())[variant]
+    assert len(cases) == 7
+    assert {c["prompt"]: ids_around_images(tokenizer, c["prompt"]) for c in cases} == {
+        c["prompt"]: c["ids"] for c in cases
+    }
+
+
+def test_leading_space_keeps_its_prefix(tokenizer: Any, variant: str) -> None:
+    if "full" in variant:
+        assert tokenizer(" Hello").input_ids == [1, 29871, 15043]
+        # 11889 is "USER", 3148 1001 is " US" "ER": the space after </s> that only the legacy tokenizer writes.
+        assert tokenizer("</s>USER").input_ids == ([1, 2, 3148, 1001] if "true" in variant else [1, 2, 11889])
+    else:
+        assert tokenizer(" Hello").input_ids == [1, 904, 379, 295, 417]
+
+
+TEXTS = st.lists(
+    st.sampled_from(
+        [*SPECIAL, " ", "  ", "\n", "▁", "USER:", " ASSISTANT: ", "the", "----", "anan", "<0x0A>", "é", "日"]
+    )
+    | st.text("ab-= .0", max_size=20)
+    | st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6)
+).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS)
+def test_any_text_as_sentencepiece_merges_it(text: str, tokenizer: Any, slow: Callable[[str], list[int]]) -> None:
+    assert tokenizer(text).input_ids == slow(text)
+
+
+@settings(max_examples=50, deadline=None)
+@given(spaces=st.integers(0, 60))
+def test_runs_of_spaces(spaces: int, tokenizer: Any, slow: Callable[[str], list[int]]) -> None:
+    assert tokenizer(f"a{' ' * spaces}b").input_ids == slow(f"a{' ' * spaces}b")
+
+
+@pytest.mark.parametrize("case", ["A", "B"])
+def test_decodes_what_the_original_generated(refdata: Path, tokenizer: Any, variant: str, case: str) -> None:
+    if "cut" in variant:
+        made = json.loads((refdata / f"llava_tiny/outputs/case_{case}.json").read_text())
+        assert tokenizer.decode(made["generated_ids"]) == made["generated_text_with_special"]
+        text = tokenizer.decode(made["generated_ids"], skip_special_tokens=True)
+        assert text == made["generated_text_skip_special"]
+
+
+def test_saved_tokenizer_is_the_same_without_relook(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+        for text in (" Hello", "</s>USER: a", "a          b", "x </s> y"):
+            assert again(text).input_ids == tokenizer(text).input_ids
+        assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 0)
+
+
+@pytest.fixture
+def folder(refdata: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(refdata / "tokenizers/llama_cut_1024" / name, folder / name)
+    return folder
+
+
+def test_image_marks_of_old_checkpoints(folder: Path) -> None:
+    """LLaVA's builder adds these tokens when it loads a checkpoint that uses them and whose tokenizer lacks them."""
+    (folder / "config.json").write_text('{"mm_use_im_patch_token": true, "mm_use_im_start_end": true}')
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.convert_tokens_to_ids(["<im_patch>", "<im_start>", "<im_end>"]) == [1024, 1025, 1026]
+    assert len(tokenizer) == 1027
+    (folder / "added_tokens.json").write_text('{"<im_start>": 1024, "<im_end>": 1025, "<im_patch>": 1026}')
+    assert load_tokenizer(folder).convert_tokens_to_ids("<im_patch>") == 1026
+    # The difference that load_tokenizer's docstring names: the original has 904 ("▁") between BOS and <im_end>.
+    assert load_tokenizer(folder)("<im_end>\n").input_ids == [1, 1025, 13]
+
+
+def test_no_bos_where_the_folder_says_so(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    assert load_tokenizer(folder)("Hello").input_ids == [379, 295, 417]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.model", b"not a model", "not a whole sentencepiece model"),
+        ("tokenizer.model", b"", "not a sentencepiece model of Llama's kind"),
+        ("tokenizer.json", b'{"model": {}}', "cannot be read"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json"),
+        ("added_tokens.json", b'{"<im_start>": 7}', "should have id 7"),
+    ],
+)
+def test_broken_files_are_named(folder: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(RelookError, match=message):
+        load_tokenizer(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(1, 14_556))
+def test_a_cut_model_is_refused(refdata: Path, tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    path = tmp_path_factory.mktemp("cut") / "tokenizer.model"
+    path.write_bytes((refdata / "tokenizers/llama_cut_1024/tokenizer.model").read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
+        read_pieces(path)
+
+
+def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json or tokenizer\.model"):
+        load_tokenizer(tmp_path)
