@@ -87,7 +87,8 @@ def test_packed_structure(trees: list[Tree], everything: bool, spare: int | None
     R, L = packed.ids.shape
     mask = packed.mask()[:, 0]
     flat = {name: getattr(packed, name).flatten().tolist() for name in ("ids", "positions", "tree", "branch")}
-    assert L == max(map(len, trees)) if row_length is None else L <= row_length
+    longest = max(map(len, trees))
+    assert longest == L if row_length is None else longest <= L <= row_length
     assert [t for t in dict.fromkeys(flat["tree"]) if t != PADDING] == list(range(len(trees)))
 
     expected: list[tuple[int, int, int, int]] = []  # tree, flat place of the predecessor, id, branch
