@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA folder with random weights and a real processor; lm_head is its own, as in real LLaVA models."""
     from tiny import save_tiny
 
+    gc.freeze()  # the Trainer collects garbage at its end: it need not walk through the libraries each time
     return save_tiny(tmp_path_factory.mktemp("base"))
 
 
