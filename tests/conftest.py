@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# As the command does, before transformers is imported: its bars would stand between the lines that tests read.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 # No test depends on how fast a machine is, and the same commit gives the same verdict.
 settings.register_profile("relook", deadline=None, derandomize=True)
 settings.load_profile("relook")
