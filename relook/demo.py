@@ -59,6 +59,10 @@ def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None 
         raise RecipeError(f"There is no model folder {base}.", "Check --base.")
     places = Places(out)
     claim(out, {"seed": seed, "rebuild": rebuild, "base": str(base.resolve()) if base else "shipped"})
+    report = out / REPORT_FILE
+    if report.exists():
+        say(f"{out} is finished: see [bold]{report}[/]")
+        return report
     clock = _Clock(out / "seconds.json")
     with clock.phase("toyworld"):
         draw_world(places, seed)
