@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Models this small gain nothing from threads, and threads that wait for each other on a busy machine lose minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As the command does, before transformers is imported: its bars would stand between the lines that tests read.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
