@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -187,14 +188,21 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except RelookError as error:
         sys.stderr.write(f"relook: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("relook: stopped. Run the same command again to go on from here.\n")
-        sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"relook: {error.filename}: {error.strerror}. Check the path, and who may write there.\n")
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            sys.stderr.write("relook: stopped. Run the same command again to go on from here.\n")
+        raise
 
 
 if __name__ == "__main__":

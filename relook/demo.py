@@ -17,7 +17,7 @@ from relook.data.mine import mine_visual_genome
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
 from relook.evaluate.run import evaluate_model, versions
-from relook.files import read_json, write_json
+from relook.files import holds_at_most, read_json, write_json
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
 from relook.toyworld import layouts
@@ -56,8 +56,14 @@ def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None 
     Raises:
         RecipeError: the folder holds something else, or a demo with other settings.
     """
+    if base is not None and not base.is_dir():
+        raise RecipeError(f"There is no model folder {base}.", "Check --base.")
     places = Places(out)
     claim(out, {"seed": seed, "rebuild": rebuild, "base": str(base.resolve()) if base else "shipped"})
+    report = out / REPORT_FILE
+    if report.exists():
+        say(f"{out} is finished: see [bold]{report}[/]")
+        return report
     clock = _Clock(out / "seconds.json")
     with clock.phase("toyworld"):
         draw_world(places, seed)
@@ -83,13 +89,12 @@ def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
     held = out / DEMO_FILE
-    if held.exists():
-        if read_json(held) != settings:
-            raise RecipeError(f"{out} holds a demo with other settings ({read_json(held)}).", "Choose another --out.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} holds something else.", "Choose another --out.")
-    else:
+    if not out.exists() or (out.is_dir() and holds_at_most(out, DEMO_FILE)):
         write_json(held, settings)
+    elif not held.exists():
+        raise RecipeError(f"{out} holds something else.", "Choose another --out.")
+    elif read_json(held) != settings:
+        raise RecipeError(f"{out} holds a demo with other settings ({read_json(held)}).", "Choose another --out.")
 
 
 def draw_world(places: Places, seed: int) -> None:

@@ -97,6 +97,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def holds_at_most(folder: Path, name: str) -> bool:
+    """Whether a folder has no file but one of that name, not counting what a kill left of writing it."""
+    return all(path.name == name or path.match(f".{name}.*.part") for path in folder.iterdir())
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from relook.errors import RecipeError
+from relook.errors import RecipeError, some
 from relook.files import read_text, write_text
 from relook.model.post_decoder import PostDecoderSettings
 
@@ -92,8 +92,7 @@ class Recipe:
         try:
             PostDecoderSettings(**self.post_decoder)
         except (TypeError, ValueError) as error:
-            known = ", ".join(PostDecoderSettings.names())
-            raise RecipeError(f"post_decoder: {error}.", f"Its keys are {known}.") from None
+            raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
 
     @property
     def full(self) -> bool:
@@ -117,7 +116,7 @@ class Recipe:
 def _training_keys() -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    return {item.name: item for item in dataclasses.fields(TrainingArguments)}
+    return {item.name: item.type for item in dataclasses.fields(TrainingArguments)}
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -154,36 +153,60 @@ def shipped_recipes() -> list[str]:
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from flat keys; `a.b` reaches into the mapping `a`. Unknown keys are an error."""
-    own = {item.name: item for item in dataclasses.fields(Recipe) if item.name != "training"}
+    own = {item.name: item.type for item in dataclasses.fields(Recipe) if item.name not in ("training", "post_decoder")}
     training_keys = _training_keys()
     arguments: dict[str, Any] = {}
     training: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in values.items():
-        head, _, rest = key.partition(".")
-        if rest and head == "post_decoder":
-            arguments["post_decoder"] = {**arguments.get("post_decoder", {}), rest: value}
+        head, _, rest = str(key).partition(".")
+        if head == "post_decoder":
+            settings.update({rest: value} if rest else _mapping(head, value))
         elif key in own:
-            arguments[key] = _fit(key, value, str(own[key].type))
+            arguments[key] = _fit(key, value, own[key])
         elif key in training_keys:
-            training[key] = _fit(key, value, str(training_keys[key].type))
+            training[key] = _fit(key, value, training_keys[key])
         else:
-            close = difflib.get_close_matches(key, [*own, *training_keys], 1)
+            close = difflib.get_close_matches(str(key), [*own, "post_decoder", *training_keys], 1)
             hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."
             raise RecipeError(f"There is no recipe key {key!r}.", hint)
     missing = [name for name in ("task", "model_name_or_path", "output_dir") if name not in arguments]
     if missing:
         raise RecipeError(f"The recipe sets no {', '.join(missing)}.", f"Give it in the recipe or as --{missing[0]}.")
-    return Recipe(**arguments, training=training)
+    return Recipe(**arguments, post_decoder=_fit_settings(settings), training=training)
 
 
-def _fit(key: str, value: Any, kind: str) -> Any:
+def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{key} is {value!r}, but must be a mapping.", f"Its keys are {_settings_keys()}.")
+    return value
+
+
+def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    known = {item.name: item.type for item in dataclasses.fields(PostDecoderSettings)}
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise RecipeError(f"post_decoder has no key {some(unknown)}.", f"Its keys are {_settings_keys()}.")
+    return {key: _fit(f"post_decoder.{key}", value, known[key]) for key, value in settings.items()}
+
+
+def _settings_keys() -> str:
+    return ", ".join(PostDecoderSettings.names())
+
+
+def _fit(key: str, value: Any, annotation: Any) -> Any:
     """Check a value against the annotation of its field; YAML reads 2e-6 as a string, so numbers are converted."""
     if isinstance(value, Path):
         value = str(value)
-    kinds = {part.strip() for part in kind.replace("typing.", "").split("|")}
-    if value is None or not kinds & {"bool", "int", "float", "str"} or kinds - {"bool", "int", "float", "str", "None"}:
+    # Annotations are strings in relook's dataclasses and types in transformers'.
+    kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    kinds = {part.strip() for part in kind.split("|")}
+    if not kinds & {"bool", "int", "float", "str"} or kinds - {"bool", "int", "float", "str", "None"}:
         return value
-    if isinstance(value, bool):
+    if value is None:
+        if "None" in kinds:
+            return value
+    elif isinstance(value, bool):
         if "bool" in kinds:
             return value
     elif isinstance(value, (int, float, str)):
@@ -191,7 +214,7 @@ def _fit(key: str, value: Any, kind: str) -> Any:
             if name in kinds:
                 try:
                     number = convert(value)
-                except ValueError:
+                except (ValueError, OverflowError):
                     continue
                 if name == "float" or float(value) == number:
                     return number

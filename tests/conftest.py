@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Models this small gain nothing from threads, and threads that wait for each other on a busy machine lose minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the command does, before transformers is imported: its bars would stand between the lines that tests read.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# No test depends on how fast a machine is, and the same commit gives the same verdict.
+settings.register_profile("relook", deadline=None, derandomize=True)
+settings.load_profile("relook")
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +28,30 @@ def refdata() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data in {folder}; set RELOOK_REFDATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA folder with random weights and a real processor; lm_head is its own, as in real LLaVA models."""
+    from tiny import save_tiny
+
+    gc.freeze()  # the Trainer collects garbage at its end: it need not walk through the libraries each time
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small toyworld: `vg` with preference pairs of both kinds, `llava` and `test`."""
+    from tiny import write_world
+
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def no_trunk_cache() -> Iterator[None]:
+    """Nothing cached by an earlier test, and nothing left for the next one."""
+    from relook.train.batches import TrunkCache
+
+    TrunkCache.last = None
+    yield
+    TrunkCache.last = None

@@ -1,11 +1,27 @@
-"""A LLaVA model of transformers' own classes, small enough to build in a test, with a real processor."""
+"""A LLaVA model of transformers' own classes, small enough to build in a test, with a real processor and data."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
-from relook.toyworld.build import IMAGE_SIZE, PATCH, WIDTH, assemble
+from relook.evaluate.pope import question_text
+from relook.files import write_json
+from relook.model.load import add_post_decoder
+from relook.model.modeling_relook import RelookLlavaForConditionalGeneration
+from relook.model.regimes import untie_head
+from relook.toyworld import layouts
+from relook.toyworld.build import IMAGE_SIZE, PATCH, WIDTH, assemble, make_processor
+from relook.toyworld.speech import describe
+from relook.toyworld.world import OBJECTS, sample_scenes
+
+SCENES = 6
 
 
 def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
@@ -22,3 +38,108 @@ def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
         )
     )
     return assemble(tower, seed).eval()
+
+
+def save_tiny(folder: Path, seed: int = 0) -> Path:
+    """The same as a model folder, lm_head untied."""
+    model = tiny_llava(seed)
+    untie_head(model)
+    model.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+def tiny_relook(trained: bool = True, seed: int = 0, **settings: Any) -> RelookLlavaForConditionalGeneration:
+    """With a post decoder; `trained` gives its zero projections weights, so that it changes what the model says."""
+    generator = torch.Generator().manual_seed(seed)
+    model = add_post_decoder(tiny_llava(seed), settings, generator)
+    if trained:
+        scramble(model.model.post_decoder, generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def scramble(module: nn.Module, generator: torch.Generator, std: float = 0.2) -> None:
+    """Move every parameter by normal noise."""
+    for parameter in module.parameters():
+        parameter += std * torch.randn(parameter.shape, generator=generator)
+
+
+def pixels(count: int, seed: int = 0) -> Tensor:
+    """Random pixel values, (count, 3, 96, 96)."""
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(model: Any, text: str, images: int = 1) -> list[int]:
+    """Token ids of an open prompt, written by hand: <s>, the images' placeholders, and the words."""
+    words = make_processor().tokenizer(f"USER: {text} ASSISTANT:", add_special_tokens=False)["input_ids"]
+    return [1, *[model.config.image_token_id] * (images * (IMAGE_SIZE // PATCH) ** 2), *words]
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int = 3) -> dict[str, Tensor]:
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in rows]),
+        "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]),
+    }
+
+
+def write_world(root: Path, scenes: int = SCENES, seed: int = 0) -> Path:
+    """Toyworld's parts, and preference pairs of different lengths: `desc_data.json`, `pope_data.json`."""
+    layouts.write_vg(root, seed, scenes)
+    layouts.write_sft(root, seed, scenes)
+    layouts.write_eval(root, "test", seed, scenes)
+    rng = random.Random(seed)
+    described: dict[str, Any] = {}
+    asked: list[dict[str, Any]] = []
+    for scene in sample_scenes(seed, "pairs", scenes):
+        absent = [name for name in OBJECTS if name not in scene.names]
+        wrong = [*scene.names, *rng.sample(absent, 2)]
+        described[str(scene.id)] = {
+            "chosen": [describe(scene.names, scene.setting)],
+            "rejected": [describe(wrong, scene.setting)],
+        }
+        for name, truth in ((scene.names[0], "Yes."), (absent[0], "No.")):
+            other = "No." if truth == "Yes." else "Yes."
+            entry = {"image_id": scene.id, "question": question_text(name), "chosen": truth, "reject": other}
+            asked.append({**entry, "answer": other, "correct": False})
+    write_json(root / "desc_data.json", described)
+    write_json(root / "pope_data.json", asked)
+    return root
+
+
+def dpo_keys(base: Path, world: Path, out: Path, **keys: Any) -> dict[str, Any]:
+    """Recipe keys of a short DPO run on that world."""
+    return {
+        "task": "dpo",
+        "version": "llava_hf",
+        "model_name_or_path": base,
+        "output_dir": out,
+        "vg_path": world / "vg",
+        "desc_data_path": world / "desc_data.json",
+        "pope_data_path": world / "pope_data.json",
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "logging_steps": 1,
+        **keys,
+    }
+
+
+def sft_keys(base: Path, world: Path, out: Path, **keys: Any) -> dict[str, Any]:
+    """Recipe keys of a short SFT run on that world."""
+    return {
+        "task": "sft",
+        "version": "llava_hf",
+        "model_name_or_path": base,
+        "output_dir": out,
+        "data_path": world / "llava" / "toyworld_mix.json",
+        "image_folder": world / "llava" / "images",
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "logging_steps": 1,
+        **keys,
+    }

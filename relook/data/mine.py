@@ -7,6 +7,7 @@ length. The result is written in HA-DPO's layout: desc_data.json and pope_data.j
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from relook.model.load import LoadedModel, load_model, model_hash
 
 # Sentences that name no object, each as long as "There is a cup.": where nothing true is left to say instead.
 NEUTRAL = ("The colors are bright.", "It looks quite calm.", "The light is soft.", "Everything is in place.")
+SENTENCE_END = re.compile(r"(?<=[.!?])(\s+)")
 
 
 @dataclass(frozen=True)
@@ -128,28 +130,26 @@ def correct(
 ) -> str:
     """The least change that makes a description true, at the same number of sentences.
 
-    A hallucinated or repeated object is exchanged for one that is there and was not named; where none is left, its
-    sentence is exchanged for a neutral one.
+    A hallucinated object is exchanged for one that is there and was not named; where none is left, its sentence is
+    exchanged for a neutral one. All else stays as it is, also line breaks and a last sentence that was cut off.
     """
     said = {mention.object for mention in mentions(text, vocabulary)}
     missing = sorted(set(truth) - said)
     rng.shuffle(missing)
-    sentences = []
-    for sentence in split_sentences(text):
+    parts = SENTENCE_END.split(text.strip())
+    for place in range(0, len(parts), 2):  # every second part is the space between two sentences
+        sentence = parts[place]
         for mention in reversed(mentions(sentence, vocabulary)):
             if mention.object in truth:
                 continue
             if missing:
                 sentence = exchange(sentence, mention.start, mention.end, missing.pop())
             else:
-                sentence = rng.choice([line for line in neutral if line not in sentences] or list(neutral))
+                line = rng.choice([line for line in neutral if line not in parts] or list(neutral))
+                sentence = line if sentence.endswith(".") else line.rstrip(".")
                 break
-        sentences.append(sentence)
-    return " ".join(sentences)
-
-
-def split_sentences(text: str) -> list[str]:
-    return [part.strip() + "." for part in text.split(".") if part.strip()]
+        parts[place] = sentence
+    return "".join(parts)
 
 
 def exchange(sentence: str, start: int, end: int, name: str) -> str:

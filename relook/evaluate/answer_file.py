@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from relook.errors import DataError
 from relook.files import write_jsonl
 
 
@@ -14,19 +15,30 @@ class AnswerFile:
     """An append-only file of answers, one JSON object a line, identified by `key`.
 
     A last line that a kill cut off is dropped on opening, so at most the batch under way is lost.
+
+    Raises:
+        DataError: another line is not an answer with that key.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
         self.records: dict[Any, dict[str, Any]] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                self.records[record[key]] = record
-            write_jsonl(path, self.records.values())
+            self._read()
+
+    def _read(self) -> None:
+        lines = self.path.read_bytes().split(b"\n")  # bytes: a kill may cut a character in two
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                self.records[record[self.key]] = record
+            except (ValueError, TypeError, KeyError):
+                if number < len(lines):
+                    raise DataError(
+                        f"{self.path}, line {number}, is not an answer with {self.key}.", "Remove that line."
+                    ) from None
+        if lines[-1]:
+            write_jsonl(self.path, self.records.values())
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from relook.data.coco import read_coco
 from relook.evaluate import chair, pope
-from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.run import SPLITS, annotation_file, pope_file
 from relook.evaluate.statistics import mcnemar, paired_interval, right_alone
+from relook.files import read_records
 
 Counts = tuple[Sequence[float], Sequence[float]]
 
@@ -48,9 +48,7 @@ def _joined(counts: Sequence[Counts]) -> Counts:
 
 def captions(folder: Path) -> dict[str, str]:
     """The captions of a `relook eval chair` folder, by image."""
-    return {
-        image: str(record["caption"]) for image, record in AnswerFile(folder / "chair.jsonl", "image").records.items()
-    }
+    return {str(record["image"]): str(record["caption"]) for record in read_records(folder / "chair.jsonl")}
 
 
 def _difference(first: Counts, second: Counts) -> dict[str, Any]:

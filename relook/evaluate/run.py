@@ -17,7 +17,7 @@ from relook.evaluate import chair, pope
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.statistics import ratio_interval
-from relook.files import file_hash, read_json, read_text, text_hash, write_json
+from relook.files import file_hash, holds_at_most, read_json, read_text, text_hash, write_json
 from relook.model.load import LoadedModel, default_template, load_model, model_hash
 
 SPLITS = ("random", "popular", "adversarial")
@@ -49,27 +49,39 @@ def evaluate_model(
         raise RecipeError(f"There is no benchmark {some(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
     template = template or default_template(model)
     get_template(template)
+    device = _device(device)
     claim(out, model, data, template, max_new_tokens)
     loaded: LoadedModel | None = None
     results = {}
     for name in benchmarks:
         finished = out / f"{name}.json"
         if not finished.exists():
-            loaded = loaded or load_model(model, dtype=dtype, device=device or _device())
+            loaded = loaded or load_model(model, dtype=dtype, device=device)
             how = Asking(template, max_new_tokens, batch_size)
             write_json(finished, BENCHMARKS[name](loaded, data, out, how))
         results[name] = read_json(finished)
     return results
 
 
-def _device() -> str:
+def _device(name: str) -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise RecipeError(f"{name!r} is not a device.", "Use cpu, cuda or cuda:1.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("There is no GPU that torch can use.", "Use --device cpu.")
+    return name
 
 
 def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int) -> None:
     """Take an output folder for one model, data and way of asking; refuse one that holds other answers."""
+    for folder, what in ((model, "model"), (data, "data")):
+        if not folder.is_dir():
+            raise DataError(f"There is no {what} folder {folder}.", f"Check --{what}.")
     settings = {
         "model": str(model.resolve()),
         "model_hash": model_hash(model),
@@ -79,15 +91,15 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
         "versions": versions(),
     }
     held = out / "eval.json"
-    if held.exists():
+    if not out.exists() or (out.is_dir() and holds_at_most(out, held.name)):  # alone, it is of a run that never began
+        write_json(held, settings)
+    elif not held.exists():
+        raise RecipeError(f"{out} holds something else.", "Choose another --out.")
+    else:
         old = read_json(held)
         changed = [key for key in settings if old.get(key) != settings[key]]
         if changed:
             raise RecipeError(f"{out} holds answers made with another {', '.join(changed)}.", "Choose another --out.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} holds something else.", "Choose another --out.")
-    else:
-        write_json(held, settings)
 
 
 def versions() -> dict[str, str]:

@@ -35,7 +35,8 @@ def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         panel.set_xlabel("epoch", fontsize=9)
         panel.grid(alpha=0.25)
         panel.tick_params(labelsize=8)
-    panels[0].legend(fontsize=8)
+    if panels[0].lines:
+        panels[0].legend(fontsize=8)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)

@@ -18,7 +18,7 @@ from relook.data.encode import Example
 from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
 from relook.errors import DataError, RecipeError
-from relook.files import read_text, write_json
+from relook.files import holds_at_most, read_text, write_json
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model, model_hash
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe, parse_overrides
@@ -98,19 +98,19 @@ def claim(out: Path, recipe: Recipe) -> bool:
     held = out / RECIPE_FILE
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out} is a file.", "Choose another output_dir.")
-    if held.exists():
-        old, new = yaml.safe_load(read_text(held)), yaml.safe_load(recipe.to_yaml())
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            raise RecipeError(
-                f"{out} holds a run of another recipe (it differs in {', '.join(changed)}).",
-                "Choose another output_dir, or remove the folder.",
-            )
-        return (out / RUN_FILE).exists()
-    if out.exists() and any(out.iterdir()):
+    if not out.exists() or holds_at_most(out, RECIPE_FILE):  # a recipe alone is of a run that never began
+        recipe.save(held)
+        return False
+    if not held.exists():
         raise RecipeError(f"{out} holds something else.", "Choose another output_dir.")
-    recipe.save(held)
-    return False
+    old, new = yaml.safe_load(read_text(held)), yaml.safe_load(recipe.to_yaml())
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        raise RecipeError(
+            f"{out} holds a run of another recipe (it differs in {', '.join(changed)}).",
+            "Choose another output_dir, or remove the folder.",
+        )
+    return (out / RUN_FILE).exists()
 
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:

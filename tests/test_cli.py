@@ -1,0 +1,295 @@
+"""The command: a user's mistake ends in one line that says what to do, status 2, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import dpo_keys
+
+from relook import cli
+from relook.files import write_json, write_jsonl
+from relook.toyworld.shipped import shipped_base
+
+pytestmark = pytest.mark.usefixtures("no_trunk_cache")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    def mistake(self, *said: str) -> None:
+        """Assert that it ended as a user's mistake has to."""
+        assert self.status == 2, self.err
+        assert self.out == ""
+        assert self.err.startswith("relook: ")
+        assert self.err.count("\n") == 1, self.err
+        for text in said:
+            assert text in self.err
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def relook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command in this process."""
+
+    def run(*words: Any) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["relook", *map(str, words)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Ended(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def recipe(base: Path, world: Path, tmp_path: Path) -> Path:
+    """A recipe file of a head run of two steps."""
+    keys = dpo_keys(base, world, tmp_path / "run", tune_lm_head=True, max_steps=2)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({key: str(v) if isinstance(v, Path) else v for key, v in keys.items()}))
+    return path
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """A folder of the user's own."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    return tmp_path / "notes"
+
+
+def untouched(notes: Path) -> bool:
+    return [path.name for path in notes.iterdir()] == ["mine.txt"] and (notes / "mine.txt").read_text() == "mine"
+
+
+# --- train
+
+
+def test_train_trains(relook: Command, recipe: Path, tmp_path: Path) -> None:
+    ended = relook("train", recipe, "--learning_rate", "2e-6", "--nll_weight=0.5")
+    assert ended.status == 0, ended.err
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (saved["learning_rate"], saved["nll_weight"], saved["max_steps"]) == (2e-6, 0.5, 2)
+    assert relook("train", recipe, "--learning_rate", "2e-6", "--nll_weight=0.5").status == 0
+    relook("train", recipe).mistake("run of another recipe", "learning_rate, nll_weight", "Choose another output_dir")
+
+
+def test_torchruns_way_in_is_the_same(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["relook.train", str(recipe), "--max_steps", "1"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("relook.train", run_name="__main__")
+    assert not end.value.code
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+def test_no_such_recipe(relook: Command) -> None:
+    relook("train", "toyworld-hed").mistake("no recipe 'toyworld-hed'", "Did you mean toyworld-head?")
+    relook("train", "my.yaml").mistake("no recipe file my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learning_rat", "1"], "Did you mean learning_rate?"),
+        (["--learning_rate", "fast"], "learning_rate is 'fast', but must be of type float"),
+        (["--beta", "-1"], "beta is -1"),
+        (["--tune_lm_head"], "--tune_lm_head has no value"),
+        (["--task", "ppo"], "It must be one of sft, dpo"),
+        (["--version", "v9"], "no conversation template 'v9'"),
+        (["--lr_scheduler_type", "spiral"], "do not fit together"),
+        (["--post_decoder.depht", "2"], "post_decoder has no key depht"),
+        (["--freeze_backbone", "true", "--tune_lm_head", "false"], "nothing else trains"),
+        (["--vg_path", "nowhere"], "no Visual Genome folder nowhere"),
+        (["--desc_data_path", "nowhere.json"], "nowhere.json does not exist"),
+        (["--pope_data_path", "."], "is a folder"),
+        (["--model_name_or_path", "nowhere"], "no model folder nowhere"),
+        (["--model_name_or_path", "."], "no config.json"),
+        (["--model_max_length", "40"], "No sample can be used"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_recipe(relook: Command, recipe: Path, words: list[str], said: str) -> None:
+    relook("train", recipe, *words).mistake(said)
+
+
+def test_a_mistake_can_be_mended_in_the_same_folder(relook: Command, recipe: Path) -> None:
+    """The wrong run trained nothing, so its folder is not the user's loss."""
+    relook("train", recipe, "--vg_path", "nowhere").mistake("nowhere")
+    assert relook("train", recipe).status == 0
+
+
+def test_a_folder_that_holds_something_else(relook: Command, recipe: Path, notes: Path, world: Path) -> None:
+    relook("train", recipe, "--output_dir", notes).mistake(f"{notes} holds something else", "another output_dir")
+    relook("train", recipe, "--output_dir", notes / "mine.txt").mistake("is a file")
+    relook("train", recipe, "--output_dir", notes / "mine.txt" / "run").mistake("mine.txt")
+    relook("demo", "--out", notes).mistake(f"{notes} holds something else", "another --out")
+    relook("demo", "--out", notes / "mine.txt").mistake("holds something else")
+    where = ("--model", shipped_base(), "--data", world / "test", "--out", notes)
+    relook("eval", "pope", *where).mistake(f"{notes} holds something else", "another --out")
+    assert untouched(notes)
+
+
+def test_a_broken_image_is_dropped_and_counted_or_an_error(
+    relook: Command, recipe: Path, world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world / "vg", tmp_path / "vg")
+    broken = min((tmp_path / "vg" / "VG_100K").iterdir())
+    broken.write_bytes(broken.read_bytes()[:300])
+    words = ("train", recipe, "--vg_path", tmp_path / "vg")
+    relook(*words, "--on_bad", "error").mistake(broken.name, "cannot be decoded")
+    ended = relook(*words, "--output_dir", tmp_path / "dropping")
+    assert ended.status == 0
+    assert "dropped:" in ended.err
+    found = json.loads((tmp_path / "dropping" / "run.json").read_text())
+    assert found["samples"] == 20
+    assert broken.name in " ".join(found["dropped"]["faults"])
+
+
+# --- eval, score, mine, report, demo
+
+
+def test_mistakes_of_eval(relook: Command, world: Path, tmp_path: Path, base: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    model, data = ("--model", base), ("--data", world / "test")
+    relook("eval", "mmlu", *model, *data, *out).mistake("no benchmark mmlu", "pope, chair")
+    relook("eval", "pope", "--model", "nowhere", *data, *out).mistake("no model folder nowhere")
+    relook("eval", "pope", *model, "--data", "nowhere", *out).mistake("nowhere")
+    relook("eval", "pope", *model, *data, *out, "--dtype", "float13").mistake("'float13' is not a dtype")
+    relook("eval", "pope", *model, *data, *out, "--device", "abacus").mistake("'abacus' is not a device")
+    assert relook("eval", "pope", *model, *data, *out, "--max-new-tokens", 1).status == 0  # the folder is still free
+
+
+def test_eval_prints_what_it_writes(relook: Command, world: Path, tmp_path: Path, base: Path) -> None:
+    where = ("--model", base, "--data", world / "test", "--out", tmp_path / "out", "--max-new-tokens", 2)
+    ended = relook("eval", "pope", "chair", *where)
+    assert ended.status == 0, ended.err
+    written = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("pope", "chair")}
+    assert json.loads(ended.out) == written
+
+
+def test_an_image_that_is_missing_from_an_evaluation(relook: Command, world: Path, tmp_path: Path, base: Path) -> None:
+    shutil.copytree(world / "test", tmp_path / "test")
+    lost = min((tmp_path / "test" / "val2014").iterdir())
+    lost.unlink()
+    where = ("--model", base, "--data", tmp_path / "test", "--out", tmp_path / "out")
+    ended = relook("eval", "pope", *where)
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1].startswith(f"relook: The image {tmp_path / 'test' / 'val2014' / lost.name}")
+    assert "Traceback" not in ended.err
+
+
+QUESTIONS = [{"question_id": i, "image": "a.jpg", "text": f"Is there {i}?", "label": "yes"} for i in range(3)]
+ANSWERS = [{"question_id": i, "answer": "Yes."} for i in range(3)]
+
+
+def test_score_writes_the_contracts_keys(relook: Command, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "q.json", QUESTIONS)
+    write_jsonl(tmp_path / "a.jsonl", ANSWERS)
+    files = ("--questions", tmp_path / "q.json", "--answers", tmp_path / "a.jsonl", "--json", tmp_path / "s.json")
+    ended = relook("score", "pope", *files)
+    assert ended.status == 0, ended.err
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert json.loads(ended.out) == found
+    expected = {"tp": 3, "fp": 0, "tn": 0, "fn": 0, "accuracy": 1.0, "precision": 1.0, "recall": 1.0, "f1": 1.0}
+    assert found.items() >= {**expected, "yes_ratio": 1.0, "n": 3, "parser": "official"}.items()
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([*ANSWERS[:2], {"question_id": 7, "answer": "No."}], "7"),
+        (ANSWERS[:2], "2"),
+        ([*ANSWERS, ANSWERS[0]], "more than once"),
+        ([*ANSWERS[:2], {"question_id": 2}], "record 3"),
+        ([{"id": 1}], "record 1"),
+    ],
+    ids=str,
+)
+def test_pope_files_that_do_not_match(relook: Command, tmp_path: Path, answers: list[Any], said: str) -> None:
+    write_jsonl(tmp_path / "q.json", QUESTIONS)
+    write_jsonl(tmp_path / "a.jsonl", answers)
+    files = ("--questions", tmp_path / "q.json", "--answers", tmp_path / "a.jsonl", "--json", tmp_path / "s.json")
+    relook("score", "pope", *files).mistake(said)
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_files_that_cannot_be_scored(relook: Command, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "q.json", QUESTIONS)
+    (tmp_path / "broken.json").write_text('{"question_id": 1,')
+    (tmp_path / "picture.json").write_bytes(b"\xff\xd8\xff\xe0")
+    for answers, said in (("nowhere", "does not exist"), ("broken.json", "not valid JSON"), ("picture.json", "UTF-8")):
+        relook("score", "pope", "--questions", tmp_path / "q.json", "--answers", tmp_path / answers).mistake(said)
+    relook("score", "shr", "--questions", tmp_path / "q.json", "--answers", tmp_path / "q.json").mistake("'shr'")
+
+
+def test_mistakes_of_mine_and_report(relook: Command, tmp_path: Path, base: Path, notes: Path, world: Path) -> None:
+    relook("mine", "--model", base, "--vg-path", "nowhere", "--out", tmp_path / "p").mistake("nowhere")
+    relook("mine", "--model", "nowhere", "--vg-path", world / "vg", "--out", tmp_path / "p").mistake("no model folder")
+    relook("report", notes).mistake("no finished demo")
+    assert untouched(notes)
+
+
+def test_a_demo_with_other_settings_is_refused(relook: Command, tmp_path: Path) -> None:
+    write_json(tmp_path / "demo" / "demo.json", {"seed": 1, "rebuild": False, "base": "shipped"})
+    (tmp_path / "demo" / "world").mkdir()
+    relook("demo", "--out", tmp_path / "demo", "--seed", "2").mistake("demo with other settings", "another --out")
+    relook("demo", "--out", tmp_path / "new", "--base", "nowhere").mistake("nowhere")
+
+
+# --- endings
+
+
+def test_ctrl_c_is_one_line_and_130(relook: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("relook.train.run.train_command", stopped)
+    ended = relook("train", recipe)
+    assert ended.status == 130
+    assert ended.err.strip() == "relook: stopped. Run the same command again to go on from here."
+
+
+def test_a_fault_of_relooks_own_keeps_its_traceback(
+    relook: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("relook.train.run.train_command", fault)
+    with pytest.raises(ZeroDivisionError):
+        relook("train", recipe)
+
+
+def test_the_installed_command_says_the_same() -> None:
+    """In a process of its own: nothing of the libraries' stands around the line."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "relook", "train", "toyworld-hed"]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    Ended(ended.returncode, ended.stdout, ended.stderr).mistake("Did you mean toyworld-head?")
+
+
+def test_help_names_every_command(relook: Command) -> None:
+    ended = relook("--help")
+    assert ended.status == 0
+    for name in ("demo", "train", "eval", "score", "mine", "report"):
+        assert name in ended.out

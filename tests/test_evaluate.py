@@ -1,0 +1,304 @@
+"""`relook eval` and `relook score`: answers once, in files, whatever the batch; scores from the files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from relook import load_model
+from relook.data.coco import read_coco
+from relook.errors import DataError, RecipeError
+from relook.evaluate import answer as answering
+from relook.evaluate import run
+from relook.evaluate.answer import Asking, answer
+from relook.evaluate.answer_file import AnswerFile
+from relook.evaluate.compare import compare
+from relook.evaluate.pope import official_parse, read_questions
+from relook.evaluate.run import SPLITS, evaluate_model, score_files
+from relook.files import read_json, read_records, write_json, write_jsonl
+from relook.toyworld.shipped import shipped_base
+
+POPE_KEYS = {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "n", "parser"}
+CHAIR_KEYS = {"chair_i", "chair_s", "recall", "length", "empty"}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Every prompt that a model is given: image name and token ids."""
+    prompts: list[tuple[str, tuple[int, ...]]] = []
+    whole = answering.generate_batch
+
+    def counted(loaded: Any, batch: Sequence[tuple[Path, Sequence[int]]], how: Asking) -> list[str]:
+        prompts.extend((path.name, tuple(ids)) for path, ids in batch)
+        return whole(loaded, batch, how)
+
+    monkeypatch.setattr(answering, "generate_batch", counted)
+    return prompts
+
+
+def pope(world: Path, out: Path, model: Path | None = None, **how: Any) -> dict[str, Any]:
+    return evaluate_model(model or shipped_base(), ["pope"], world / "test", out, **{"max_new_tokens": 8, **how})
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole evaluation of the shipped base."""
+    out = tmp_path_factory.mktemp("eval") / "out"
+    evaluate_model(shipped_base(), ["pope", "chair"], world / "test", out, max_new_tokens=40)
+    return out
+
+
+def test_what_an_evaluation_leaves(finished: Path, world: Path) -> None:
+    scores, chair = read_json(finished / "pope.json"), read_json(finished / "chair.json")
+    annotations = read_coco(world / "test" / "annotations" / "instances_val2014.json")
+    for split in SPLITS:
+        questions = read_questions(world / "test" / "pope" / f"coco_pope_{split}.json", Path())
+        answers = read_records(finished / f"pope_{split}.jsonl")
+        assert [record["question_id"] for record in answers] == [question.id for question in questions]
+        pairs = [(official_parse(a["answer"]), q.label == "yes") for a, q in zip(answers, questions, strict=True)]
+        right = sum(said == truth for said, truth in pairs) / len(pairs)
+        assert scores[split].keys() >= POPE_KEYS
+        assert scores[split]["accuracy"] == pytest.approx(right)
+        assert scores[split]["n"] == len(pairs)
+        assert scores[split]["tp"] == sum(said and truth for said, truth in pairs)
+        low, high = scores[split]["accuracy_ci"]
+        assert low <= right <= high
+    assert chair.keys() >= CHAIR_KEYS
+    assert [record["image"] for record in read_records(finished / "chair.jsonl")] == list(annotations.images)
+    assert chair["n"] == len(annotations.images)
+
+
+def test_equal_questions_are_asked_once(world: Path, tmp_path: Path, asked: list[Any]) -> None:
+    pope(world, tmp_path / "out")
+    questions = [q for s in SPLITS for q in read_questions(world / "test" / "pope" / f"coco_pope_{s}.json", Path())]
+    assert len(asked) == len(set(asked)) == len({(q.image, q.text) for q in questions}) < len(questions)
+
+
+def test_a_finished_evaluation_asks_nothing(
+    finished: Path, world: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(run, "load_model", never)
+    results = evaluate_model(shipped_base(), ["pope", "chair"], world / "test", finished, max_new_tokens=40)
+    assert results == {name: read_json(finished / f"{name}.json") for name in ("pope", "chair")}
+    assert asked == []
+
+
+def test_a_cut_off_evaluation_goes_on(finished: Path, world: Path, tmp_path: Path, asked: list[Any]) -> None:
+    """Killed while an answer was being written: one split half done, one not begun, captions half done."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for name in ("pope.json", "chair.json", "pope_adversarial.jsonl"):
+        (out / name).unlink()
+    left: set[tuple[str, str]] = set()
+    for name, key in (("pope_popular", "question"), ("chair", "image")):
+        lines = (out / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
+        kept = len(lines) // 2
+        (out / f"{name}.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2])
+        left |= {(json.loads(line)["image"], json.loads(line)[key]) for line in lines[kept:]}
+    left |= {(r["image"], r["question"]) for r in read_records(finished / "pope_adversarial.jsonl")}
+    evaluate_model(shipped_base(), ["pope", "chair"], world / "test", out, max_new_tokens=40)
+    assert len(asked) == len(left)
+    for path in finished.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_cut_in_the_middle_of_a_character_is_a_cut_off_line(tmp_path: Path) -> None:
+    file = AnswerFile(tmp_path / "a.jsonl", "id")
+    file.append([{"id": "1", "text": "kitchen"}, {"id": "2", "text": "Küche"}])
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole[: whole.index("ü".encode()) + 1])
+    again = AnswerFile(file.path, "id")
+    assert again.records == {"1": {"id": "1", "text": "kitchen"}}
+    again.append([{"id": "2", "text": "Küche"}])
+    assert file.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"other": 1}'])
+def test_a_strange_line_in_an_answer_file_is_refused(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{line}\n{{"id": "1"}}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl"):
+        AnswerFile(tmp_path / "a.jsonl", "id")
+    assert (tmp_path / "a.jsonl").read_text().startswith(line)
+
+
+def test_answers_are_kept_while_they_come(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after some batches: those batches' answers are on disk and are not asked again."""
+    whole, batches = answering.generate_batch, []
+
+    def interrupted(loaded: Any, batch: Any, how: Asking) -> list[str]:
+        if len(batches) == 3:
+            batches.append([])
+            raise KeyboardInterrupt
+        batches.append(batch)
+        return whole(loaded, batch, how)
+
+    monkeypatch.setattr(answering, "generate_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pope(world, tmp_path / "out", batch_size=5)
+    held = {
+        r["question"] + r["image"]
+        for s in SPLITS
+        for r in AnswerFile(tmp_path / "out" / f"pope_{s}.jsonl", "question_id").records.values()
+    }
+    assert len(held) >= 10
+    pope(world, tmp_path / "out", batch_size=5)
+    again = [path.name for batch in batches[4:] for path, _ in batch]
+    assert len(again) <= sum(map(len, batches)) - 10
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["random weights", "shipped base"])
+def test_answers_do_not_depend_on_the_batch(trained: bool, base: Path, world: Path) -> None:
+    loaded = load_model(shipped_base() if trained else base)
+    assert loaded.model.dtype == torch.float32
+    questions = read_questions(world / "test" / "pope" / "coco_pope_popular.json", world / "test" / "val2014")[:12]
+    prompts = [(q.image, " ".join([q.text] * (1 + 3 * (i % 5)))) for i, q in enumerate(questions)]
+    answers = []
+    for batch_size in (1, 8, 5):
+        found: dict[int, str] = dict(answer(loaded, prompts, Asking("", 20, batch_size), lambda *_: None))
+        answers.append([found[i] for i in range(len(prompts))])
+    assert answers[0] == answers[1] == answers[2]
+    single = [loaded.generate([image], text, max_new_tokens=20) for image, text in prompts]
+    assert single == answers[0]
+    assert len(set(answers[0])) > 2
+
+
+def test_sampling_is_repeatable_and_leaves_torchs_generator_alone(base: Path, world: Path) -> None:
+    loaded = load_model(base)
+    image = sorted((world / "test" / "val2014").iterdir())[0]
+    how = Asking("", 12, 4, (("do_sample", True),), seed=3)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second = (list(answer(loaded, [(image, "Is there a cup?")], how, lambda *_: None)) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- folders
+
+
+def test_another_models_answers_are_refused(finished: Path, world: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    with pytest.raises(RecipeError, match="another model, model_hash"):
+        evaluate_model(base, ["pope"], world / "test", out, max_new_tokens=40)
+    with pytest.raises(RecipeError, match="another max_new_tokens"):
+        evaluate_model(shipped_base(), ["pope"], world / "test", out, max_new_tokens=41)
+    with pytest.raises(RecipeError, match="another template"):
+        evaluate_model(shipped_base(), ["pope"], world / "test", out, template="v1", max_new_tokens=40)
+    for path in finished.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_model_that_changed_on_disk_is_another_one(world: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    pope(world, tmp_path / "out", model, max_new_tokens=1)
+    save_tiny(tmp_path / "model", seed=1)
+    with pytest.raises(RecipeError, match="another model_hash"):
+        pope(world, tmp_path / "out", model, max_new_tokens=1)
+
+
+def test_somebody_elses_folder_is_refused(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="holds something else"):
+        pope(world, tmp_path)
+    with pytest.raises(RecipeError, match="holds something else"):
+        pope(world, tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("part", ["pope", "annotations", "val2014"])
+def test_missing_data_is_named(part: str, world: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(world / "test", data)
+    shutil.rmtree(data / part)
+    with pytest.raises(DataError, match=f"{part}.* does not exist"):
+        evaluate_model(shipped_base(), ["pope", "chair"], data, tmp_path / "out", max_new_tokens=1)
+
+
+def test_unknown_benchmarks_and_templates_leave_no_folder(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no benchmark mmlu"):
+        evaluate_model(shipped_base(), ["mmlu"], world / "test", tmp_path / "out")
+    with pytest.raises(RecipeError, match="no conversation template"):
+        evaluate_model(shipped_base(), ["pope"], world / "test", tmp_path / "out", template="v9")
+    assert not (tmp_path / "out").exists()
+
+
+def test_chair_takes_a_pinned_list(world: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(world / "test", data)
+    images = read_coco(data / "annotations" / "instances_val2014.json").images
+    (data / "chair_images.txt").write_text("\n".join(images[1::2]) + "\n")
+    result = evaluate_model(shipped_base(), ["chair"], data, tmp_path / "out", max_new_tokens=20)["chair"]
+    assert [record["image"] for record in read_records(tmp_path / "out" / "chair.jsonl")] == list(images[1::2])
+    whole = evaluate_model(shipped_base(), ["chair"], world / "test", tmp_path / "whole", max_new_tokens=20)["chair"]
+    assert result["image_list"] != whole["image_list"]
+    (data / "chair_images.txt").write_text("nowhere.jpg\n")
+    with pytest.raises(DataError, match=r"without annotations: nowhere\.jpg"):
+        evaluate_model(shipped_base(), ["chair"], data, tmp_path / "other", max_new_tokens=20)
+
+
+# --- scores of existing files
+
+
+def test_scores_of_an_answer_file(tmp_path: Path) -> None:
+    labels = ["yes", "yes", "yes", "no", "no", "no", "no"]
+    said = ["Yes.", "Yes, there is.", "No.", "No, there is not.", "Yes", "There is not one.", "no"]
+    write_jsonl(
+        tmp_path / "q.json",
+        [{"question_id": i, "image": "a.jpg", "text": f"Is there {i}?", "label": v} for i, v in enumerate(labels)],
+    )
+    write_json(tmp_path / "a.json", [{"question_id": i, "answer": v} for i, v in enumerate(said)][::-1])
+    result = score_files("pope", tmp_path / "q.json", tmp_path / "a.json")
+    assert result.keys() >= POPE_KEYS
+    assert {key: result[key] for key in ("tp", "fn", "tn", "fp", "n")} == {"tp": 2, "fn": 1, "tn": 3, "fp": 1, "n": 7}
+    expected = {"accuracy": 5 / 7, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 7}
+    assert {key: result[key] for key in expected} == pytest.approx(expected)
+    with pytest.raises(RecipeError, match="does not know 'chair'"):
+        score_files("chair", tmp_path / "q.json", tmp_path / "a.json")
+
+
+# --- two models
+
+
+def test_a_model_differs_from_itself_by_nothing(finished: Path, world: Path) -> None:
+    found = compare(world / "test", finished, finished)
+    for entry in [*found["pope"].values(), *found["chair"].values()]:
+        assert entry["difference"] == 0
+        assert entry["ci"] == pytest.approx((0, 0))
+    assert all(entry["mcnemar_p"] == 1 for entry in found["pope"].values())
+
+
+def test_differences_are_second_minus_first(finished: Path, world: Path, tmp_path: Path) -> None:
+    """Against a model that is right about everything."""
+    perfect, data = tmp_path / "perfect", world / "test"
+    perfect.mkdir()
+    annotations = read_coco(data / "annotations" / "instances_val2014.json")
+    for split in SPLITS:
+        questions = read_questions(data / "pope" / f"coco_pope_{split}.json", Path())
+        write_jsonl(perfect / f"pope_{split}.jsonl", [{"question_id": q.id, "answer": q.label} for q in questions])
+    write_jsonl(
+        perfect / "chair.jsonl",
+        [{"image": i, "caption": " and ".join(sorted(annotations.objects[i]))} for i in annotations.images],
+    )
+    found = compare(data, finished, perfect)
+    pope_scores, chair = read_json(finished / "pope.json"), read_json(finished / "chair.json")
+    for split in SPLITS:
+        assert found["pope"][split]["difference"] == pytest.approx(1 - pope_scores[split]["accuracy"])
+    assert found["chair"]["chair_i"]["difference"] == pytest.approx(-chair["chair_i"])
+    assert found["chair"]["recall"]["difference"] == pytest.approx(1 - chair["recall"])
+
+
+def test_reading_captions_writes_nothing(finished: Path, world: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    compare(world / "test", finished, finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before

@@ -1,0 +1,138 @@
+"""Losses against values by hand, and the preference loss against plain rows through transformers' own forward."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import pixels, prompt, tiny_llava, tiny_relook
+from torch import Tensor
+
+from relook.recipe import Recipe
+from relook.toyworld.build import make_processor
+from relook.train.losses import dpo_sigmoid, negative_log_likelihood
+from relook.train.policy import LiveBatch, Policy, token_log_probs
+from relook.train.trainer import preference_loss
+from relook.tree import Row, Tree, pack
+
+
+def recipe(**keys: Any) -> Recipe:
+    return Recipe("dpo", "base", "out", vg_path="vg", pope_data_path="pope", **keys)
+
+
+def test_dpo_by_hand() -> None:
+    chosen, rejected = torch.tensor([0.0, 2.0, -1.0, 300.0]), torch.tensor([0.0, -1.0, 4.0, -300.0])
+    expected = [math.log(2), math.log1p(math.exp(-0.3)), math.log1p(math.exp(0.5)), math.log1p(math.exp(-60))]
+    torch.testing.assert_close(dpo_sigmoid(chosen, rejected, 0.1), torch.tensor(expected))
+
+
+def test_dpo_stays_finite_far_from_the_reference() -> None:
+    """Where sigmoid itself underflows, the loss is the line -beta * difference."""
+    loss = dpo_sigmoid(torch.tensor([-5000.0]), torch.tensor([5000.0]), 0.1)
+    torch.testing.assert_close(loss, torch.tensor([1000.0]))
+
+
+def test_dpo_gradient_by_hand() -> None:
+    """d/dc -log sigmoid(b (c - r)) = -b sigmoid(-b (c - r)), and the opposite for r."""
+    chosen = torch.tensor([0.0, 1.5], requires_grad=True)
+    rejected = torch.tensor([0.0, -0.5], requires_grad=True)
+    dpo_sigmoid(chosen, rejected, 0.5).sum().backward()
+    pull = [0.5 * 0.5, 0.5 / (1 + math.exp(1.0))]
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    torch.testing.assert_close(chosen.grad, -torch.tensor(pull))
+    torch.testing.assert_close(rejected.grad, torch.tensor(pull))
+
+
+def test_nll_is_a_mean_over_tokens() -> None:
+    log_probs = torch.log(torch.tensor([0.5, 0.25, 0.125]))
+    torch.testing.assert_close(negative_log_likelihood(log_probs), torch.tensor(2 * math.log(2)))
+
+
+def test_token_log_probs_are_float32_whatever_the_states() -> None:
+    torch.manual_seed(0)
+    head, states, ids = torch.nn.Linear(8, 11, bias=False), torch.randn(5, 8), torch.tensor([0, 3, 10, 3, 7])
+    expected = head(states).log_softmax(-1)[torch.arange(5), ids]
+    torch.testing.assert_close(token_log_probs(head, states, ids), expected)
+    found = token_log_probs(head.bfloat16(), states.bfloat16(), ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+# --- a batch of pairs, against separate rows
+
+ANSWERS = (
+    ("There is a cup.</s>", "There is a dog. There is a cup.</s>"),
+    ("Yes.</s>", "No.</s>"),
+    ("No.</s>", "There is a bed. There is a bed. There is a bed.</s>"),
+)
+
+
+def pairs(model: Any) -> list[tuple[Row, Row]]:
+    """Three pairs of rows with one image each, of different lengths."""
+    tokenizer = make_processor().tokenizer
+    made = []
+    for question, answers in zip(("Is there a cup?", "Describe this image in detail.", "a"), ANSWERS, strict=True):
+        start = prompt(model, question)
+        ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
+        chosen, rejected = (Row((*start, *end), (*[False] * len(start), *[True] * len(end))) for end in ends)
+        made.append((chosen, rejected))
+    return made
+
+
+def separate(model: Any, row: Row, picture: Tensor) -> Tensor:
+    """Log-probs of a row's targets by transformers' forward on that row alone."""
+    logits = model(input_ids=torch.tensor([row.ids]), pixel_values=picture[None]).logits[0]
+    start = row.supervised.index(True)
+    ids = torch.tensor(row.ids[start:])
+    return logits[start - 1 : -1].log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+
+WEIGHTS = ({}, {"beta": 0.3, "nll_weight": 0.7, "dpo_weight": 0.5}, {"dpo_weight": 0.0, "nll_weight": 1.0})
+
+
+@pytest.mark.parametrize("row_length", [None, 200], ids=["a tree a row", "several trees a row"])
+@pytest.mark.parametrize("settings", [{}, {"attention": "self_cross"}, {"attention": "none", "depth": 2}], ids=str)
+@pytest.mark.parametrize("keys", WEIGHTS, ids=str)
+@torch.no_grad()
+def test_preference_loss_and_its_fields(keys: dict[str, Any], settings: dict[str, Any], row_length: int | None) -> None:
+    model, base = tiny_relook(**settings), tiny_llava()
+    rows, pictures, how = pairs(base), pixels(3), recipe(**keys)
+
+    # relook: trees, packed
+    policy, reference = Policy(model), Policy(base)
+    trees = [Tree.of(pair) for pair in rows]
+    ours, theirs = (
+        LiveBatch(pack(trees, 3, p.keeps_everything, row_length), pictures, [1] * 3) for p in (policy, reference)
+    )
+    found, by_reference = policy(ours), reference(theirs)
+    weight = (torch.arange(len(found)) % 3 != 0).float()
+    loss, fields = preference_loss(how, found, ours.packed.targets, by_reference, weight)
+
+    # the same by rows: chosen, rejected, chosen, ...
+    flat = [(row, picture) for pair, picture in zip(rows, pictures, strict=True) for row in pair]
+    said = [separate(model, row, picture) for row, picture in flat]
+    anchor = [separate(base, row, picture) for row, picture in flat]
+    torch.testing.assert_close(found, torch.cat(said), rtol=1e-4, atol=1e-4)
+    counted = weight.split([len(part) for part in said])
+    policy_sums = [float((p * w).sum()) for p, w in zip(said, counted, strict=True)]
+    anchor_sums = [float((p * w).sum()) for p, w in zip(anchor, counted, strict=True)]
+    ratios = [p - a for p, a in zip(policy_sums, anchor_sums, strict=True)]
+    margins = [c - r for c, r in zip(ratios[::2], ratios[1::2], strict=True)]
+    dpo = sum(math.log1p(math.exp(-how.beta * margin)) for margin in margins) / 3
+    nll = -float(torch.cat(said[::2]).mean())
+    expected = {
+        "rewards/chosen": how.beta * sum(ratios[::2]) / 3,
+        "rewards/rejected": how.beta * sum(ratios[1::2]) / 3,
+        "rewards/accuracies": sum(margin > 0 for margin in margins) / 3,
+        "rewards/margins": how.beta * sum(margins) / 3,
+        "policy_logps/chosen": sum(policy_sums[::2]) / 3,
+        "policy_logps/rejected": sum(policy_sums[1::2]) / 3,
+        "reference_logps/chosen": sum(anchor_sums[::2]) / 3,
+        "reference_logps/rejected": sum(anchor_sums[1::2]) / 3,
+        "nll": nll,
+    }
+    assert fields == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert float(loss) == pytest.approx(how.dpo_weight * dpo + how.nll_weight * nll, rel=1e-4)

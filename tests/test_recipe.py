@@ -1,0 +1,214 @@
+"""Recipes: what is read, what is refused, and that a saved one says the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from relook.errors import RecipeError
+from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides, shipped_recipes
+
+DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
+SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load_with_the_users_paths(name: str) -> None:
+    recipe = load_recipe(name, {**DPO, **SFT, "task": "sft" if name == "toyworld-base" else "dpo"})
+    assert (recipe.model_name_or_path, recipe.output_dir) == ("m", "o")
+    assert recipe.full == (name == "toyworld-base")
+    assert recipe.frozen_trunk == (name not in ("toyworld-base", "toyworld-lora"))
+    assert isinstance(recipe.training["learning_rate"], float)
+
+
+def test_the_control_differs_in_the_preference_term_alone() -> None:
+    pair = [load_recipe(name, DPO) for name in ("toyworld-post-decoder", "toyworld-nll-control")]
+    first, second = map(dataclasses.asdict, pair)
+    assert {key for key in first if first[key] != second[key]} == {"dpo_weight"}
+    assert second["dpo_weight"] == 0
+
+
+def test_a_shipped_recipe_without_paths_says_what_is_missing() -> None:
+    with pytest.raises(RecipeError, match=r"sets no model_name_or_path.*--model_name_or_path"):
+        load_recipe("toyworld-head")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("toyworld-hed", "Did you mean toyworld-head"),
+        ("nothing like it", "one of toyworld-base"),
+        ("no/such.yaml", "no recipe file no/such.yaml"),
+    ],
+)
+def test_no_such_recipe(name: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- a", "not a mapping"), ("", "not a mapping")]
+)
+def test_a_file_that_is_no_recipe(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("tune_lmhead", "tune_lm_head"),
+        ("betta", "beta"),
+        ("post_decodr", "post_decoder"),
+    ],
+)
+def test_an_unknown_key_gets_a_suggestion(key: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=f"no recipe key '{key}'. Did you mean {meant}"):
+        build_recipe({**DPO, key: 1})
+
+
+def test_a_key_that_is_no_word_is_unknown_too() -> None:
+    with pytest.raises(RecipeError, match="no recipe key 1"):
+        build_recipe({**DPO, 1: 1})  # type: ignore[dict-item]
+
+
+def test_a_key_like_no_other_points_to_the_list() -> None:
+    with pytest.raises(RecipeError, match=r"See docs/recipes\.md"):
+        build_recipe({**DPO, "xyzzy": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("beta", "much", "float"),
+        ("lora_r", 2.5, "int"),
+        ("lora_r", "many", "int"),
+        ("tune_lm_head", "yes please", "bool"),
+        ("tune_lm_head", 1, "bool"),
+        ("lora_r", True, "int"),
+        ("beta", False, "float"),
+        ("per_device_train_batch_size", "four", "int"),
+        ("learning_rate", [1], "float"),
+        ("post_decoder", 3, "mapping"),
+        ("post_decoder", "depth", "mapping"),
+        ("lm_head_lr", "slow", "float"),
+        ("beta", None, "float"),
+        ("vg_path", None, "str"),
+        ("lora_r", float("inf"), "int"),
+        ("post_decoder.depth", "two", "int"),
+        ("post_decoder.align", None, "str"),
+    ],
+)
+def test_a_value_of_the_wrong_type(key: str, value: Any, kind: str) -> None:
+    with pytest.raises(RecipeError, match=f"{key} is .*{kind}"):
+        build_recipe({**DPO, key: value})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"task": "ppo"}, "task is 'ppo'. It must be one of sft, dpo"),
+        ({"dpo_tokens": "some"}, "dpo_tokens"),
+        ({"on_bad": "ignore"}, "on_bad"),
+        ({"feature_cache": "disk"}, "feature_cache"),
+        ({"vg_path": ""}, "sets no vg_path"),
+        ({"pope_data_path": ""}, "no preference pairs"),
+        ({"output_dir": ""}, "sets no output_dir"),
+        ({"dpo_weight": 0.0}, "there is no loss"),
+        ({"beta": 0.0}, "beta is 0.0"),
+        ({"freeze_backbone": True}, "nothing else trains"),
+        ({"freeze_backbone": True, "lora_enable": True, "tune_lm_head": True}, "contradict"),
+        ({"post_decoder": {"depht": 2}}, "Its keys are depth"),
+        ({"post_decoder": {"attention": "all"}}, "attention"),
+        ({"post_decoder": {"depth": 0}}, "depth"),
+        ({"post_decoder.depth": -1}, "depth"),
+        ({"post_decoder.depht": 2}, "Its keys are depth"),
+    ],
+)
+def test_keys_that_do_not_go_together(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build_recipe({**DPO, **keys})
+
+
+@pytest.mark.parametrize("key", ["data_path", "image_folder"])
+def test_sft_needs_its_data(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"sets no {key}"):
+        build_recipe({**SFT, key: ""})
+
+
+# --- the command line
+
+
+def test_overrides_are_read_as_yaml() -> None:
+    words = "--learning_rate 2e-6 --beta=0.3 --tune_lm_head true --post_decoder.depth 2 --output_dir a=b --optim sgd"
+    overrides = parse_overrides(words.split())
+    recipe = build_recipe({**DPO, **overrides})
+    assert recipe.training == {"learning_rate": 2e-6, "optim": "sgd"}
+    assert (recipe.beta, recipe.tune_lm_head, recipe.output_dir) == (0.3, True, "a=b")
+    assert recipe.post_decoder == {"depth": 2}
+
+
+def test_a_nested_override_keeps_the_recipes_other_settings() -> None:
+    values = {**DPO, "post_decoder": {"depth": 1, "align": "linear"}, **parse_overrides(["--post_decoder.depth=3"])}
+    assert build_recipe(values).post_decoder == {"depth": 3, "align": "linear"}
+
+
+@pytest.mark.parametrize("value", ["-1", "-0.5", "1e-3"])
+def test_numbers_may_be_negative(value: str) -> None:
+    assert parse_overrides(["--max_steps", value])["max_steps"] in (-1, -0.5, "1e-3", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tune_lm_head"], "--tune_lm_head has no value.*--tune_lm_head true"),
+        (["--tune_lm_head", "--beta", "1"], "--tune_lm_head has no value"),
+        (["beta", "1"], "'beta' is neither"),
+        (["--beta", "1", "2"], "'2' is neither"),
+    ],
+)
+def test_broken_overrides(words: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_overrides(words)
+
+
+def test_numbers_of_either_kind_are_taken_where_they_are_exact() -> None:
+    recipe = build_recipe({**DPO, "lora_r": "8", "beta": 1, "lora_alpha": 16.0, "learning_rate": "5e-7"})
+    assert (recipe.lora_r, recipe.beta, recipe.lora_alpha) == (8, 1.0, 16)
+    assert (type(recipe.lora_r), type(recipe.beta), type(recipe.lora_alpha)) == (int, float, int)
+    assert recipe.training["learning_rate"] == 5e-7
+
+
+# --- what is saved
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        DPO,
+        {**SFT, "version": "v1", "bf16": True, "learning_rate": 1e-5, "num_train_epochs": 0.5},
+        {**DPO, "tune_post_decoder": True, "post_decoder": {"depth": 2, "activation": "silu"}, "post_decoder_lr": 2e-7},
+        {**DPO, "output_dir": "Ordner/ä", "lr_scheduler_kwargs": {"num_cycles": 2}, "optim": "sgd"},
+        {**DPO, "version": "1", "vg_path": "2024"},
+    ],
+    ids=str,
+)
+def test_a_saved_recipe_reads_back_the_same(keys: dict[str, Any], tmp_path: Path) -> None:
+    recipe = build_recipe(keys)
+    recipe.save(tmp_path / "recipe.yaml")
+    again = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert again == recipe
+    assert yaml.safe_load(again.to_yaml()) == yaml.safe_load(recipe.to_yaml())
+
+
+def test_recipes_are_frozen() -> None:
+    recipe = build_recipe(DPO)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.beta = 1.0  # type: ignore[misc]
+    assert isinstance(recipe, Recipe)

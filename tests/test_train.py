@@ -1,0 +1,536 @@
+"""Training: what trains, what the first step is, caches, kills, and what lies in the output folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import dpo_keys, sft_keys, tiny_llava
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from relook import load_model
+from relook.errors import CheckpointError, DataError, RecipeError, RelookError
+from relook.files import write_json
+from relook.model.load import TENSORS_FILE
+from relook.model.regimes import apply_regime, parameter_groups
+from relook.recipe import Recipe, build_recipe
+from relook.toyworld.build import make_processor
+from relook.train import run as training
+from relook.train.batches import Collator, TrunkCache, cache_trunk
+from relook.train.policy import Policy
+from relook.train.run import prepare, read_examples, train
+from relook.train.trainer import COMPLETE, preference_loss
+
+pytestmark = pytest.mark.usefixtures("no_trunk_cache")
+
+Wanted = Callable[[str], bool]
+LM = "model.language_model."
+# What trains, and what has a gradient at the very first step: behind a projection of zeros nothing does.
+REGIMES: dict[str, tuple[dict[str, Any], Wanted, Wanted]] = {
+    "head": ({"tune_lm_head": True}, lambda n: n == "lm_head.weight", lambda n: True),
+    "post_decoder": (
+        {"tune_post_decoder": True, "post_decoder": {"depth": 2, "attention": "self_cross"}},
+        lambda n: ".post_decoder." in n,
+        lambda n: n.endswith(("o_proj.weight", "down_proj.weight")),
+    ),
+    "both": (
+        {"tune_post_decoder": True, "tune_lm_head": True, "post_decoder_init": "projector"},
+        lambda n: ".post_decoder." in n or n == "lm_head.weight",
+        lambda n: n.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")),
+    ),
+    "lora": ({"lora_enable": True, "lora_r": 4}, lambda n: n.startswith(LM) and "lora_" in n, lambda n: "lora_B" in n),
+    "projector": ({"tune_mm_mlp_adapter": True}, lambda n: ".multi_modal_projector." in n, lambda n: True),
+    "full": ({}, lambda n: n.startswith((LM, "model.multi_modal_projector.", "lm_head.")), lambda n: True),
+    "lora and post decoder": (
+        {"lora_enable": True, "lora_r": 4, "tune_post_decoder": True},
+        lambda n: "lora_" in n or ".post_decoder." in n,
+        lambda n: ("lora_B" in n) or ("lora_" not in n and n.endswith(("o_proj.weight", "down_proj.weight"))),
+    ),
+}
+every_regime = pytest.mark.parametrize("regime", REGIMES)
+
+
+class Bench:
+    """A recipe set up as `train` does it, stepped by hand."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.loaded = recipe, load_model(recipe.model_name_or_path)
+        self.examples, _ = read_examples(recipe, self.loaded)
+        apply_regime(self.loaded, recipe)
+        self.policy = Policy(self.loaded.model)
+        self.collator = Collator(self.policy, self.loaded.images, 3)
+        self.items = prepare(recipe, self.policy, self.examples, self.collator, 4)
+
+    def loss(self, indices: list[int]) -> tuple[Tensor, dict[str, float]]:
+        inputs = self.collator([self.items[i] for i in indices])
+        batch = inputs["batch"]
+        targets = batch.packed.targets if hasattr(batch, "packed") else batch.targets
+        return preference_loss(self.recipe, self.policy(batch), targets, inputs["reference"], inputs["weight"])
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.loaded.core.named_parameters())
+
+
+def log_of(out: Path, field: str) -> list[float]:
+    return [entry[field] for entry in json.loads((out / "run.json").read_text())["log"] if field in entry]
+
+
+def recipe_for(base: Path, world: Path, out: Path, **keys: Any) -> Recipe:
+    return build_recipe(dpo_keys(base, world, out, **keys))
+
+
+# --- the first step
+
+
+@every_regime
+@pytest.mark.parametrize("tokens", ["all", "differing"])
+def test_before_training_the_loss_is_ln_2(regime: str, tokens: str, base: Path, world: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, world, tmp_path, dpo_tokens=tokens, **REGIMES[regime][0])
+    bench = Bench(recipe)
+    mixed = [0, 13, 5, 20]  # question and description pairs
+    assert len({len(bench.items[i].example.tree) for i in mixed}) > 2
+    loss, fields = bench.loss(mixed)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert fields["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    bench.recipe = replace(recipe, nll_weight=0.5)
+    assert bench.loss(mixed)[0].item() == pytest.approx(math.log(2) + 0.5 * fields["nll"], abs=1e-6)
+
+
+@every_regime
+def test_exactly_what_should_train_has_a_gradient(regime: str, base: Path, world: Path, tmp_path: Path) -> None:
+    keys, wanted, first = REGIMES[regime]
+    bench = Bench(recipe_for(base, world, tmp_path, **keys))
+    optimizer = torch.optim.SGD([p for p in bench.parameters.values() if p.requires_grad], 0.5)
+    before = {name: parameter.detach().clone() for name, parameter in bench.parameters.items()}
+    for step in range(2):
+        optimizer.zero_grad()
+        bench.loss([0, 3, 13, 20])[0].backward()
+        for name, parameter in bench.parameters.items():
+            assert (parameter.grad is not None) == wanted(name), name
+            if parameter.grad is not None:
+                assert bool(parameter.grad.any()) == (step > 0 or first(name)), name
+        optimizer.step()
+    for name, parameter in bench.parameters.items():
+        assert torch.equal(parameter, before[name]) != wanted(name), name
+
+
+def test_a_tied_head_trains_without_the_input_embeddings(world: Path, tmp_path: Path) -> None:
+    model = tiny_llava()
+    model.save_pretrained(tmp_path / "tied")
+    make_processor().save_pretrained(tmp_path / "tied")
+    bench = Bench(recipe_for(tmp_path / "tied", world, tmp_path, tune_lm_head=True))
+    bench.loss([0, 13])[0].backward()
+    assert [name for name, p in bench.parameters.items() if p.grad is not None] == ["lm_head.weight"]
+    embeddings = bench.loaded.core.get_input_embeddings().weight
+    assert embeddings is not bench.loaded.core.lm_head.weight
+    assert torch.equal(embeddings, bench.loaded.core.lm_head.weight)
+
+
+def test_reference_log_probs_are_the_bases_own(base: Path, world: Path, tmp_path: Path) -> None:
+    """Against transformers' forward over each row alone."""
+    bench = Bench(recipe_for(base, world, tmp_path, tune_post_decoder=True, post_decoder_init="projector"))
+    plain = LlavaForConditionalGeneration.from_pretrained(base).eval()
+    for item in [bench.items[i] for i in (0, 1, 14, 23)]:
+        picture, found = bench.loaded.images(item.example.images[0])[None], []
+        for branch in item.example.tree.branches:
+            ids = torch.tensor([[*item.example.tree.prefix, *branch.ids]])
+            with torch.no_grad():
+                log_probs = plain(input_ids=ids, pixel_values=picture).logits[0].log_softmax(-1)
+            places = [len(item.example.tree.prefix) + i for i, flag in enumerate(branch.supervised) if flag]
+            found += [log_probs[place - 1, ids[0, place]] for place in places]
+        assert item.reference is not None
+        torch.testing.assert_close(item.reference, torch.stack(found), rtol=1e-4, atol=1e-4)
+
+
+def test_only_differing_tokens_can_be_weighed(base: Path, world: Path, tmp_path: Path) -> None:
+    bench = Bench(recipe_for(base, world, tmp_path, dpo_tokens="differing", tune_lm_head=True))
+    words = make_processor().tokenizer
+    for item in (bench.items[0], bench.items[13]):
+        targets = [t for b in item.example.tree.branches for t, s in zip(b.ids, b.supervised, strict=True) if s]
+        assert item.weight is not None
+        counted = words.decode([t for t, w in zip(targets, item.weight, strict=True) if w])
+        assert "</s>" not in counted
+        assert 0 < item.weight.sum() < len(targets)
+
+
+# --- learning rates
+
+
+def test_groups_take_their_own_learning_rates(base: Path, world: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, world, tmp_path, tune_post_decoder=True, tune_lm_head=True, tune_mm_mlp_adapter=True,
+                        post_decoder_lr=1e-4, lm_head_lr=1e-5, mm_projector_lr=1e-6)  # fmt: skip
+    bench = Bench(recipe)
+    names = {id(parameter): name for name, parameter in bench.parameters.items()}
+    rates = {}
+    for group in parameter_groups(bench.policy, recipe, 0.1):
+        for parameter in group["params"]:
+            assert id(parameter) in names
+            name = names.pop(id(parameter))
+            rates[name] = group["lr"]
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
+    assert rates == {
+        name: 1e-4 if "post_decoder" in name else 1e-5 if "lm_head" in name else 1e-6
+        for name, parameter in bench.parameters.items()
+        if parameter.requires_grad
+    }
+
+
+def test_a_rate_of_zero_holds_a_part_still(base: Path, world: Path, tmp_path: Path) -> None:
+    out = train(recipe_for(base, world, tmp_path / "run", tune_post_decoder=True, tune_lm_head=True, lm_head_lr=0))
+    trained = load_file(out / TENSORS_FILE)
+    head = LlavaForConditionalGeneration.from_pretrained(base).lm_head.weight
+    assert torch.equal(trained["lm_head.weight"], head)
+    assert trained["model.post_decoder.blocks.0.mlp.down_proj.weight"].any()
+
+
+def test_accumulated_batches_are_one_batch(base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {"tune_lm_head": True, "max_steps": 2, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    whole = train(recipe_for(base, world, tmp_path / "4", **keys))
+    parts = train(
+        recipe_for(base, world, tmp_path / "2x2", **keys, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    )
+    for tensor, other in zip(*(load_file(out / TENSORS_FILE).values() for out in (whole, parts)), strict=True):
+        torch.testing.assert_close(tensor, other)
+    assert log_of(whole, "loss") == pytest.approx(log_of(parts, "loss"), abs=1e-5)
+
+
+# --- trunk states
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tune_lm_head": True},
+        {"tune_post_decoder": True, "nll_weight": 1.0, "dpo_tokens": "differing"},
+        {"tune_post_decoder": True, "tune_lm_head": True, "post_decoder": {"attention": "self_cross", "depth": 2}},
+        {"tune_post_decoder": True, "post_decoder": {"attention": "none"}},
+    ],
+    ids=str,
+)
+def test_cached_states_train_as_live_ones(keys: dict[str, Any], base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {**keys, "optim": "sgd", "learning_rate": 0.1, "max_steps": 5}
+    outs = [
+        train(recipe_for(base, world, tmp_path / cache, **keys, feature_cache=cache)) for cache in ("off", "memory")
+    ]
+    for field in ("loss", "rewards/margins", "policy_logps/rejected", "grad_norm"):
+        live, cached = (log_of(out, field) for out in outs)
+        assert len(live) == 5
+        assert cached == pytest.approx(live, rel=1e-4, abs=1e-5)
+    assert log_of(outs[0], "loss")[0] != pytest.approx(log_of(outs[0], "loss")[-1], abs=1e-4)
+    live_tensors, cached_tensors = (load_file(out / TENSORS_FILE) for out in outs)
+    assert live_tensors.keys() == cached_tensors.keys()
+    for name, tensor in live_tensors.items():
+        torch.testing.assert_close(cached_tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_regimes_on_the_same_data_share_the_trunks_pass(
+    base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+
+    def counted(policy: Policy, items: Any, *rest: Any) -> Any:
+        passes.append(len(items))
+        return cache_trunk(policy, items, *rest)
+
+    monkeypatch.setattr(training, "cache_trunk", counted)
+    train(recipe_for(base, world, tmp_path / "1", tune_post_decoder=True, max_steps=1))
+    train(recipe_for(base, world, tmp_path / "2", tune_lm_head=True, max_steps=1))
+    train(recipe_for(base, world, tmp_path / "3", tune_post_decoder=True, max_steps=1))
+    assert passes == [24]
+    train(recipe_for(base, world, tmp_path / "4", tune_post_decoder=True, max_steps=1, desc_data_path=""))
+    assert passes == [24, 12]
+    TrunkCache.last = None
+    train(recipe_for(base, world, tmp_path / "alone", tune_post_decoder=True, max_steps=1))
+    assert (tmp_path / "alone" / TENSORS_FILE).read_bytes() == (tmp_path / "3" / TENSORS_FILE).read_bytes()
+
+
+# --- the output folder
+
+
+def test_what_a_run_leaves(base: Path, world: Path, tmp_path: Path) -> None:
+    out = train(recipe_for(base, world, tmp_path / "run", tune_post_decoder=True, nll_weight=1.0))
+    found = json.loads((out / "run.json").read_text())
+    assert found["samples"] == 24
+    fields = {"loss", "grad_norm", "learning_rate", "epoch", "step", "nll"}
+    fields |= {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
+    fields |= {f"{who}_logps/{name}" for who in ("policy", "reference") for name in ("chosen", "rejected")}
+    steps = [entry for entry in found["log"] if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 7))
+    assert all(entry.keys() >= fields for entry in steps)
+    assert steps[0]["loss"] == pytest.approx(math.log(2) + steps[0]["nll"], abs=1e-5)
+    assert steps[-1]["nll"] < steps[0]["nll"]
+    change = json.loads((out / "change.json").read_text())
+    assert change["base"] == str(base.resolve())
+    assert {p.name for p in out.iterdir()} - {"checkpoints"} == {"change.json", "recipe.yaml", "run.json", TENSORS_FILE}
+
+
+def test_a_finished_run_is_not_run_again(
+    base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(base, world, tmp_path / "run", tune_lm_head=True, max_steps=1)
+    out = train(recipe)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(training, "load_model", never)
+    assert train(recipe) == out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert "is finished" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_folder_with_another_run_is_refused(base: Path, world: Path, tmp_path: Path) -> None:
+    out = train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True, max_steps=1))
+    before = (out / TENSORS_FILE).read_bytes()
+    with pytest.raises(RecipeError, match=r"another recipe.*beta"):
+        train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True, max_steps=1, beta=0.2))
+    with pytest.raises(RecipeError, match=r"another recipe.*max_steps"):
+        train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True))
+    assert (out / TENSORS_FILE).read_bytes() == before
+
+
+def test_somebody_elses_folder_is_refused(base: Path, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, message in (("notes", "holds something else"), ("file", "is a file")):
+        with pytest.raises(RecipeError, match=message):
+            train(recipe_for(base, world, tmp_path / name, tune_lm_head=True))
+    assert (tmp_path / "notes" / "mine.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert len(list((tmp_path / "notes").iterdir())) == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {"tune_lm_head": True, "learning_rate": 1e38, "optim": "sgd", "max_grad_norm": 0.0, "beta": 100.0}
+    with pytest.raises(RelookError, match=r"The loss is (nan|inf) at step \d"):
+        train(recipe_for(base, world, tmp_path / "run", **keys))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_unusable_samples_are_counted_and_named(base: Path, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    broken = sorted((tmp_path / "world" / "vg").rglob("*.jpg"))[0]
+    broken.write_bytes(b"no image")
+    missing = sorted((tmp_path / "world" / "vg").rglob("*.jpg"))[-1]
+    missing.unlink()
+    keys = {"tune_lm_head": True, "max_steps": 1}
+    out = train(recipe_for(base, tmp_path / "world", tmp_path / "run", **keys))
+    found = json.loads((out / "run.json").read_text())
+    assert found["samples"] == 16
+    assert "image file missing: 3" in found["dropped"]["reader"]
+    assert broken.name in " ".join(found["dropped"]["faults"])
+    with pytest.raises(DataError, match="image file missing"):
+        train(recipe_for(base, tmp_path / "world", tmp_path / "strict", **keys, on_bad="error"))
+    shutil.copy(max(broken.parent.iterdir()), missing)
+    with pytest.raises(DataError, match=broken.name):
+        train(recipe_for(base, tmp_path / "world", tmp_path / "stricter", **keys, on_bad="error"))
+
+
+def test_no_sample_left_is_an_error(base: Path, world: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "pairs.json", {"999": {"chosen": ["a"], "rejected": ["b"]}})
+    keys = {"desc_data_path": tmp_path / "pairs.json", "pope_data_path": "", "tune_lm_head": True}
+    with pytest.raises(DataError, match="No sample can be used"):
+        train(recipe_for(base, world, tmp_path / "run", **keys))
+
+
+# --- what was trained is what is loaded
+
+
+def logits_of(model: Any, pictures: Tensor) -> Tensor:
+    ids = torch.tensor([[1, *[4] * 36, 30, 40, 50, 60]])
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, pixel_values=pictures).logits
+    return logits
+
+
+def test_a_trained_head_is_loaded_on_its_base(base: Path, world: Path, tmp_path: Path) -> None:
+    out = train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True))
+    pictures = torch.randn(1, 3, 96, 96)
+    plain = LlavaForConditionalGeneration.from_pretrained(base).eval()
+    before = logits_of(plain, pictures)
+    plain.lm_head.weight.data = load_file(out / TENSORS_FILE)["lm_head.weight"]
+    assert torch.equal(logits_of(load_model(out).model, pictures), logits_of(plain, pictures))
+    assert not torch.allclose(logits_of(plain, pictures), before)
+    assert torch.equal(logits_of(load_model(base, out).model, pictures), logits_of(plain, pictures))
+
+
+def test_a_trained_lora_is_loaded_as_peft_loads_it(base: Path, world: Path, tmp_path: Path) -> None:
+    out = train(recipe_for(base, world, tmp_path / "run", lora_enable=True, lora_r=4, learning_rate=1e-2))
+    pictures = torch.randn(1, 3, 96, 96)
+    plain = LlavaForConditionalGeneration.from_pretrained(base).eval()
+    before = logits_of(plain, pictures)
+    adapted = PeftModel.from_pretrained(plain, out).eval()
+    torch.testing.assert_close(logits_of(load_model(out).model, pictures), logits_of(adapted, pictures))
+    assert not torch.allclose(logits_of(adapted, pictures), before, atol=1e-3)
+
+
+def test_a_post_decoder_trained_on_the_wrong_base_is_refused(base: Path, world: Path, tmp_path: Path) -> None:
+    out = train(recipe_for(base, world, tmp_path / "run", tune_post_decoder=True, max_steps=1))
+    change = json.loads((out / "change.json").read_text())
+    change["post_decoder"] = {"depth": 1, "mlp_size": 16}
+    write_json(out / "change.json", change)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load_model(out)
+
+
+def test_a_full_run_is_a_model_of_its_own(base: Path, world: Path, tmp_path: Path) -> None:
+    recipe = build_recipe(sft_keys(base, world, tmp_path / "run", conversations_per_tree=4, learning_rate=1e-3))
+    out = train(recipe)
+    losses = log_of(out, "loss")
+    assert losses[-1] < losses[0]
+    model = LlavaForConditionalGeneration.from_pretrained(out).eval()
+    pictures = torch.randn(1, 3, 96, 96)
+    assert torch.equal(logits_of(load_model(out).model, pictures), logits_of(model, pictures))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
+    tower = [name for name in before if "vision_tower" in name]
+    assert tower
+    assert all(torch.equal(before[name], after[name]) == (name in tower) for name in before)
+
+
+# --- SFT
+
+
+def test_the_sft_loss_is_the_mean_over_answer_tokens(base: Path, world: Path, tmp_path: Path) -> None:
+    """Against transformers' own forward over each conversation alone; nine conversations share an image's prefix."""
+    keys = {"conversations_per_tree": 9, "max_steps": 1, "per_device_train_batch_size": 6, "tune_lm_head": True}
+    recipe = build_recipe(sft_keys(base, world, tmp_path / "run", **keys))
+    out = train(recipe)
+    model = load_model(base)
+    records = json.loads(Path(recipe.data_path).read_text())
+    words = model.processor.tokenizer
+    nats: list[Tensor] = []
+    for record in records:
+        question, response = (turn["value"] for turn in record["conversations"])
+        head, tail = (
+            words(text, add_special_tokens=False)["input_ids"]
+            for text in ("USER: ", f"\n{question.removeprefix('<image>').strip()} ASSISTANT:")
+        )
+        ids = [1, *head, *[4] * 36, *tail]
+        answer = [*words(response, add_special_tokens=False)["input_ids"], 2]
+        picture = model.images(Path(recipe.image_folder) / record["image"])[None]
+        with torch.no_grad():
+            logits = model.model(input_ids=torch.tensor([ids + answer]), pixel_values=picture).logits[0]
+        nats.append(F.cross_entropy(logits[len(ids) - 1 : -1], torch.tensor(answer), reduction="none"))
+    assert log_of(out, "loss")[0] == pytest.approx(float(torch.cat(nats).mean()), abs=1e-4)
+
+
+def test_text_only_conversations_train_beside_others(base: Path, world: Path, tmp_path: Path) -> None:
+    records = json.loads((world / "llava" / "toyworld_mix.json").read_text())[:6]
+    for record in records[::2]:
+        del record["image"]
+        record["conversations"][0]["value"] = "Is there a cup?"
+    write_json(tmp_path / "mix.json", records)
+    keys = {"data_path": tmp_path / "mix.json", "tune_post_decoder": True, "per_device_train_batch_size": 6}
+    outs = [
+        train(build_recipe(sft_keys(base, world, tmp_path / cache, feature_cache=cache, **keys)))
+        for cache in ("off", "memory")
+    ]
+    live, cached = (log_of(out, "loss") for out in outs)
+    assert cached == pytest.approx(live, abs=1e-5)
+
+
+# --- kills
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from relook.recipe import build_recipe
+from relook.train import trainer
+from relook.train.run import train
+
+whole = trainer.save_trained
+
+def cut_off(model, path, *rest):
+    whole(model, path, *rest)
+    if path.parent.name == "checkpoint-3":
+        path.write_bytes(path.read_bytes()[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.save_trained = cut_off
+train(build_recipe(json.loads(sys.argv[1])))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(base: Path, world: Path, tmp_path: Path) -> None:
+    """Killed in the middle of writing its third checkpoint, with dropout, momentum and a schedule to be restored."""
+    keys = {"tune_post_decoder": True, "lora_enable": True, "lora_r": 4, "lora_dropout": 0.2, "nll_weight": 0.1,
+            "save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "cosine"}  # fmt: skip
+    out = tmp_path / "run"
+    values = {key: str(v) if isinstance(v, Path) else v for key, v in dpo_keys(base, world, out, **keys).items()}
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", KILLED, json.dumps(values)]
+    # Two processes must add up numbers in the same order to agree bit for bit.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run(command, cwd=root, env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    checkpoints = {p.name: (p / COMPLETE).exists() for p in (out / "checkpoints").iterdir()}
+    assert checkpoints == {"checkpoint-1": True, "checkpoint-2": True, "checkpoint-3": False}
+    shutil.copytree(out, tmp_path / "copy")
+
+    train(build_recipe(values))  # goes on from step 2
+    whole = train(build_recipe({**values, "output_dir": tmp_path / "whole"}))
+    for name in (TENSORS_FILE, "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    for field in ("loss", "learning_rate", "rewards/margins"):
+        assert log_of(out, field) == log_of(whole, field)
+
+    # Killed so early that no checkpoint is whole: from the start.
+    shutil.rmtree(out)
+    shutil.copytree(tmp_path / "copy", out)
+    for marker in (out / "checkpoints").glob(f"*/{COMPLETE}"):
+        marker.unlink()
+    train(build_recipe(values))
+    assert (out / TENSORS_FILE).read_bytes() == (whole / TENSORS_FILE).read_bytes()
+    assert log_of(out, "loss") == log_of(whole, "loss")
+
+
+def test_stopped_by_hand_and_run_again(
+    base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a run on cached states, after its second checkpoint."""
+    keys = {"tune_post_decoder": True, "tune_lm_head": True, "save_strategy": "steps", "save_steps": 2}
+    recipe = recipe_for(base, world, tmp_path / "run", **keys)
+    steps: list[int] = []
+    whole_loss = training.RelookTrainer.compute_loss
+
+    def interrupted(self: Any, *rest: Any, **more: Any) -> Any:
+        steps.append(self.state.global_step)
+        if steps == list(range(6)):
+            raise KeyboardInterrupt
+        return whole_loss(self, *rest, **more)
+
+    monkeypatch.setattr(training.RelookTrainer, "compute_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    train(recipe)
+    assert steps[6:] == [4, 5]
+    whole = train(recipe_for(base, world, tmp_path / "whole", **keys))
+    assert (tmp_path / "run" / TENSORS_FILE).read_bytes() == (whole / TENSORS_FILE).read_bytes()
+
+
+def test_a_kill_before_the_last_file_is_made_up_for(base: Path, world: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, world, tmp_path / "run", tune_lm_head=True, max_steps=2)
+    out = train(recipe)
+    weights = (out / TENSORS_FILE).read_bytes()
+    (out / "run.json").unlink()
+    (out / TENSORS_FILE).write_bytes(weights[:100])
+    train(recipe)
+    assert (out / TENSORS_FILE).read_bytes() == weights
+    assert (out / "run.json").exists()

@@ -1,0 +1,183 @@
+"""Trees: what is packed, who sees whom, and that the states are those of separate rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_llava
+
+from relook.tree import PADDING, PREFIX, Row, Tree, pack, targets_of, to_device
+
+PAD = 3
+LANGUAGE_MODEL = tiny_llava().model.language_model
+
+
+def row(text: str) -> Row:
+    """A row from a word: each letter is a token, and capitals are targets."""
+    return Row(tuple(ord(letter.lower()) - ord("a") + 5 for letter in text), tuple(map(str.isupper, text)))
+
+
+@st.composite
+def branches(draw: st.DrawFn) -> Row:
+    ids = draw(st.lists(st.integers(5, 89), min_size=1, max_size=6))
+    flags = [draw(st.booleans()) for _ in ids]
+    flags[draw(st.integers(0, len(ids) - 1))] = True
+    return Row(tuple(ids), tuple(flags))
+
+
+TREES = st.lists(
+    st.builds(
+        Tree,
+        st.lists(st.integers(5, 89), min_size=1, max_size=7).map(tuple),
+        st.lists(branches(), min_size=1, max_size=4).map(tuple),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+# --- Tree.of
+
+
+@pytest.mark.parametrize(
+    ("words", "prefix", "rests"),
+    [
+        (["abcDE", "abcFG"], "abc", ["DE", "FG"]),  # the usual pair
+        (["abcDE", "abcDF"], "abc", ["DE", "DF"]),  # targets are never shared, though their tokens are the same
+        (["abcDE", "abxDE"], "ab", ["cDE", "xDE"]),  # prompts that part early keep their remainders
+        (["abcDE"], "abc", ["DE"]),  # one row alone
+        (["abcDE", "abcDE"], "abc", ["DE", "DE"]),
+        (["abcD", "abCD", "abcdE"], "ab", ["cD", "CD", "cdE"]),  # the earliest target ends the prefix
+        (["abc", "abcD"], "ab", ["c", "cD"]),  # a row that is the others' beginning keeps one token
+        (["abc"], "ab", ["c"]),  # nothing supervised
+    ],
+)
+def test_the_longest_common_unsupervised_prefix_is_shared(words: list[str], prefix: str, rests: list[str]) -> None:
+    tree = Tree.of([row(word) for word in words])
+    assert tree == Tree(row(prefix).ids, tuple(row(rest) for rest in rests))
+    assert len(tree) == len(prefix) + sum(map(len, rests))
+
+
+@pytest.mark.parametrize("words", [["Abc", "abc"], ["abC", "xbC"], ["a", "ab"]])
+def test_rows_without_a_common_prefix_make_no_tree(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="no common unsupervised prefix"):
+        Tree.of([row(word) for word in words])
+
+
+@given(st.lists(branches(), min_size=1, max_size=4), st.lists(st.integers(5, 89), min_size=1, max_size=5))
+def test_a_tree_holds_exactly_its_rows(rests: list[Row], prefix: list[int]) -> None:
+    rows = [Row((*prefix, *rest.ids), (*[False] * len(prefix), *rest.supervised)) for rest in rests]
+    tree = Tree.of(rows)
+    assert [(*tree.prefix, *branch.ids) for branch in tree.branches] == [row.ids for row in rows]
+    assert all(
+        branch.supervised == row.supervised[len(tree.prefix) :] for branch, row in zip(tree.branches, rows, strict=True)
+    )
+    assert len(tree.prefix) >= len(prefix) - 1
+
+
+# --- structure of a batch, against a plain path-by-path account
+
+
+@given(TREES, st.booleans(), st.sampled_from([None, 0, 8, 1000]))
+def test_packed_structure(trees: list[Tree], everything: bool, spare: int | None) -> None:
+    row_length = None if spare is None else max(map(len, trees)) + spare
+    packed = pack(trees, PAD, everything, row_length)
+    R, L = packed.ids.shape
+    mask = packed.mask()[:, 0]
+    flat = {name: getattr(packed, name).flatten().tolist() for name in ("ids", "positions", "tree", "branch")}
+    longest = max(map(len, trees))
+    assert longest == L if row_length is None else longest <= L <= row_length
+    assert [t for t in dict.fromkeys(flat["tree"]) if t != PADDING] == list(range(len(trees)))
+
+    expected: list[tuple[int, int, int, int]] = []  # tree, flat place of the predecessor, id, branch
+    seen_places: set[int] = set()
+    branch_count = 0
+    for t, tree in enumerate(trees):
+        places = [place for place, owner in enumerate(flat["tree"]) if owner == t]
+        assert len(places) == len(tree)
+        assert places[-1] // L == places[0] // L
+        shared = places[: len(tree.prefix)]
+        start = len(tree.prefix)
+        for number, branch in enumerate(tree.branches, 1):
+            own = places[start : start + len(branch.ids)]
+            start += len(own)
+            path = [*shared, *own]
+            assert [flat["ids"][place] for place in path] == [*tree.prefix, *branch.ids]
+            assert [flat["positions"][place] for place in path] == list(range(len(path)))
+            assert [flat["branch"][place] for place in path] == [PREFIX] * len(shared) + [number] * len(own)
+            for i, place in enumerate(path):
+                sees = mask[place // L, place % L].nonzero().flatten().tolist()
+                assert sees == [other % L for other in path[: i + 1]]
+            for i, supervised in enumerate(branch.supervised):
+                if supervised:
+                    expected.append((t, path[len(shared) + i - 1], branch.ids[i], branch_count))
+            branch_count += 1
+        seen_places.update(places)
+
+    targets = packed.targets
+    found = zip(targets.tree, packed.keep[targets.tree, targets.slot], targets.id, targets.branch, strict=True)
+    assert [tuple(map(int, entry)) for entry in found] == expected
+    assert targets.branches == branch_count
+    padding = [place for place in range(R * L) if place not in seen_places]
+    assert all(flat["ids"][place] == PAD and flat["branch"][place] == PADDING for place in padding)
+    assert mask.any(-1).all()  # a query that sees nothing would be 0/0
+
+
+@given(TREES, st.booleans())
+def test_kept_slots(trees: list[Tree], everything: bool) -> None:
+    packed, targets = pack(trees, PAD, everything), targets_of(trees, everything)
+    branch = packed.branch.flatten()
+    seen = packed.mask()[:, 0]
+    allowed = targets.kept_mask()
+    for t, tree in enumerate(trees):
+        filled = int((targets.kept_branch[t] != PADDING).sum())
+        places = packed.keep[t, :filled]
+        assert torch.equal(targets.kept_branch[t, :filled], branch[places])
+        assert (targets.kept_branch[t, filled:] == PADDING).all()
+        assert (places.diff() > 0).all()
+        used = {int(slot) for slot in targets.slot[targets.tree == t]}
+        assert filled == (len(tree) if everything else len(used))
+        L = packed.ids.shape[1]
+        assert torch.equal(allowed[t, :filled, :filled], seen[t][places % L][:, places % L])
+        assert not allowed[t, :filled, filled:].any()
+    assert allowed.diagonal(dim1=1, dim2=2).all()
+
+
+@given(TREES)
+def test_sums_by_branch(trees: list[Tree]) -> None:
+    targets = targets_of(trees)
+    sums = targets.sum_by_branch(torch.ones(len(targets.id)))
+    assert sums.tolist() == [sum(branch.supervised) for tree in trees for branch in tree.branches]
+
+
+def test_moving_a_batch_moves_its_targets_too() -> None:
+    packed = to_device(pack([Tree.of([row("abC"), row("abD")])], PAD), "meta")
+    assert {packed.ids.device.type, packed.keep.device.type, packed.targets.kept_branch.device.type} == {"meta"}
+
+
+# --- states
+
+
+@settings(max_examples=20)
+@given(TREES, st.sampled_from([None, 0, 20]))
+def test_states_are_those_of_separate_rows(trees: list[Tree], spare: int | None) -> None:
+    """Against transformers' own forward over each path alone: no mask, no positions given, no padding."""
+    packed = pack(trees, PAD, True, None if spare is None else max(map(len, trees)) + spare)
+    with torch.no_grad():
+        states = LANGUAGE_MODEL(
+            inputs_embeds=LANGUAGE_MODEL.embed_tokens(packed.ids),
+            attention_mask=packed.mask(),
+            position_ids=packed.positions,
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)
+        assert states.isfinite().all()
+        for t, tree in enumerate(trees):
+            places = packed.keep[t, : len(tree)]
+            start = len(tree.prefix)
+            for branch in tree.branches:
+                path = torch.cat([places[: len(tree.prefix)], places[start : start + len(branch.ids)]])
+                start += len(branch.ids)
+                alone = LANGUAGE_MODEL(input_ids=torch.tensor([[*tree.prefix, *branch.ids]])).last_hidden_state[0]
+                torch.testing.assert_close(states[path], alone, rtol=1e-5, atol=1e-5)
