@@ -5,7 +5,8 @@
 
 The first command trains base models (in parallel processes) and prints which pass the gate; the second tunes each of
 them with each seed, evaluates, and prints a table pooled over all. `--split dev --variants FILE` compares settings on
-dev scenes, so that no choice is made on test scenes; FILE is YAML, {name: {recipe: NAME, key: value, ...}}.
+dev scenes, so that no choice is made on test scenes; FILE is YAML,
+{name: {recipe: NAME, key: value, ..., control: NAME}}; a variant is also compared with its control.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from relook.evaluate.run import SPLITS
 from relook.files import read_json, write_json
 from relook.toyworld import layouts
 
-CONTROL = "nll_control"
+DEMO = {regime: {"recipe": f"toyworld-{regime.replace('_', '-')}"} for regime in REGIMES}
+DEMO["post_decoder"]["control"] = "nll_control"
 PAIR_SCENES, SCENES = 1000, 300
 
 
@@ -74,11 +76,7 @@ def make_base(out: Path, seed: int) -> dict[str, Any]:
 
 def tune_all(options: argparse.Namespace) -> None:
     bases = sorted(path / "base" for path in (options.out / "bases").iterdir())
-    variants = (
-        yaml.safe_load(options.variants.read_text())
-        if options.variants
-        else {regime: {"recipe": f"toyworld-{regime.replace('_', '-')}"} for regime in REGIMES}
-    )
+    variants = yaml.safe_load(options.variants.read_text()) if options.variants else DEMO
     cells = [
         (base, options.out / options.split / f"{base.parent.name}-{seed}", seed)
         for base in bases
@@ -88,9 +86,8 @@ def tune_all(options: argparse.Namespace) -> None:
     places = [Places(out) for _, out, _ in cells]
     result = {"cells": {p.out.name: {n: read_scores(p, n, options.split) for n in ("base", *variants)} for p in places}}
     result["pooled"] = {name: pooled(places, "base", name, options.split) for name in variants}
-    if CONTROL in variants:
-        others = [name for name in variants if name != CONTROL]
-        result["against_control"] = {name: pooled(places, CONTROL, name, options.split) for name in others}
+    controls = {name: keys["control"] for name, keys in variants.items() if "control" in keys}
+    result["against_control"] = {name: pooled(places, other, name, options.split) for name, other in controls.items()}
     write_json(options.out / f"{options.split}.json", result)
     print_tables(result)
 
@@ -103,7 +100,7 @@ def tune_cell(base: Path, out: Path, seed: int, split: str, variants: dict[str, 
     evaluate(base, places, "base", split)
     mine_pairs(base, places, seed)
     for name, overrides in variants.items():
-        changes = dict(overrides)
+        changes = {key: value for key, value in overrides.items() if key != "control"}
         train_regime(name, base, places, seed, changes.pop("recipe"), changes)
         evaluate(places.run(name), places, name, split)
 
