@@ -162,6 +162,7 @@ def test_answers_do_not_depend_on_the_batch(trained: bool, base: Path, world: Pa
     assert loaded.model.dtype == torch.float32
     questions = read_questions(world / "test" / "pope" / "coco_pope_popular.json", world / "test" / "val2014")[:12]
     prompts = [(q.image, " ".join([q.text] * (1 + 3 * (i % 5)))) for i, q in enumerate(questions)]
+    prompts += [(q.image, "Describe this image in detail.") for q in questions[::4]]
     answers = []
     for batch_size in (1, 8, 5):
         found: dict[int, str] = dict(answer(loaded, prompts, Asking("", 20, batch_size), lambda *_: None))

@@ -250,6 +250,8 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
 
 def model_hash(path: Path) -> str:
     """A short hash of a folder's weights and config: what a result names as its model."""
+    if not path.is_dir():
+        raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
     digest = hashlib.sha256()
     names = [
         p

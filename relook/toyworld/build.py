@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -31,7 +31,7 @@ from transformers import (
 from relook.console import progress, say
 from relook.evaluate.run import evaluate_model
 from relook.files import whole_folder, write_json
-from relook.model.load import load_model
+from relook.model.load import load_model, model_hash
 from relook.model.regimes import untie_head
 from relook.recipe import load_recipe
 from relook.toyworld import layouts
@@ -111,6 +111,7 @@ def check_gate(out: Path, world: Path, seed: int) -> dict[str, Any]:
     scores = evaluate_model(out, ["pope"], world / "dev", answers, batch_size=100, max_new_tokens=8)["pope"]
     accuracy = scores["random"]["accuracy"]
     verdict = {"pope_random": accuracy, "needed": GATE, "passed": accuracy >= GATE, "seed": seed}
+    verdict["model_hash"] = model_hash(out)
     write_json(out / "gate.json", verdict)
     if not verdict["passed"]:
         say(
@@ -143,10 +144,15 @@ def make_processor() -> LlavaProcessor:
     ids = {token: i for i, token in enumerate([*SPECIAL, *punctuation, *words])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation()]
+        [
+            pre_tokenizers.Split(Regex(r"\s+"), "removed"),  # also the line break after <image>
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Punctuation(),
+        ]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     unk, bos, eos, pad, image = SPECIAL
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids[bos])])
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from relook.data.mine import Mining
 from relook.errors import CheckpointError
+from relook.files import read_json
+from relook.model.load import model_hash
 from relook.toyworld.speech import FILLERS
 
 
@@ -15,6 +17,8 @@ def shipped_base() -> Path:
     folder = Path(str(resources.files("relook.toyworld") / "base"))
     if not (folder / "config.json").exists():
         raise CheckpointError("This installation ships no base model.", "Use `relook demo --rebuild`.")
+    if model_hash(folder) != read_json(folder / "gate.json")["model_hash"]:
+        raise CheckpointError(f"The base model in {folder} is not the one that was shipped.", "Install relook again.")
     return folder
 
 
