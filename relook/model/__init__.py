@@ -9,5 +9,6 @@ load            `load_model`: all of it in memory, checked
 convert         `relook convert`, `merge`, `export`
 tokenizer       tokenizers as the original programs read them
 modeling_relook, post_decoder    the transformers classes; these two files travel with every saved model
+inspect         `relook inspect`: module tree, what trains, the tensors on their way
 regimes         which parameters train
 """

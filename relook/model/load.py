@@ -202,6 +202,19 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
+def as_device(name: str) -> str:
+    """A device that torch has; empty: a GPU where there is one."""
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise CheckpointError(f"{name!r} is not a device.", "Use cpu, cuda or cuda:1.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("There is no GPU that torch can use.", "Use --device cpu.")
+    return name
+
+
 def default_template(path: Path) -> str:
     """The template of the model in `path`, or of a training run's base, without loading it."""
     if formats.kind_of(path) == "run":
