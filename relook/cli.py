@@ -150,6 +150,27 @@ def export(
 
 
 @app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
+    image: Annotated[Path | None, typer.Option(help="An image: shows the tensors on their way.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is asked; alone, an example without an image.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A change that is laid on the model.")] = None,
+    vision_tower: Tower = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")] = False,
+) -> None:
+    """Show a model's modules, what would train in each regime, and the tensors of an example on their way."""
+    from relook.model.inspect import inspect, print_tables
+
+    found = inspect(model, image, prompt, adapter, vision_tower, dtype, device)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        print_tables(found)
+
+
+@app.command()
 def mine(
     model: Annotated[Path, typer.Option(help="The model whose mistakes are corrected.")],
     vg_path: Annotated[Path, typer.Option(help="Visual Genome folder: image_data.json, objects.json and images.")],

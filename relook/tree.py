@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,12 +57,14 @@ T_ = TypeVar("T_")
 
 
 def to_device(value: T_, device: torch.device | str) -> T_:
-    """Move every tensor field of a dataclass."""
-    moved = {}
+    """Move every tensor field of a dataclass, and the tensors of lists."""
+    moved: dict[str, Any] = {}
     for field in fields(value):  # type: ignore[arg-type]
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
             moved[field.name] = item.to(device)
+        elif isinstance(item, list):
+            moved[field.name] = [one.to(device) if isinstance(one, Tensor) else one for one in item]
         elif hasattr(item, "__dataclass_fields__"):
             moved[field.name] = to_device(item, device)
     return replace(value, **moved)  # type: ignore[type-var]

@@ -305,7 +305,7 @@ def test_the_image_changes_what_is_said_through_the_post_decoder_alone() -> None
     for seed in (0, 1):
         features = model.model.get_image_features(pixel_values=pixels(1), return_dict=True)
         other = model.model.get_image_features(pixel_values=pixels(1, seed), return_dict=True)
-        features.hidden_states = other.hidden_states
+        features.vision_features = other.vision_features
         inputs = left_padded(ids)
         with torch.no_grad():
             seen.append(model(**inputs, mm_encoder_outputs={"image": features}).logits[:, -1])

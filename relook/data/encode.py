@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from relook.data.images import Picture
 from relook.data.prompts import EOS, IM_END, IM_START, IMAGE, Piece, Template, image_first, with_image
 from relook.data.samples import Conversation, PreferencePair, Turn
 from relook.errors import DataError, RecipeError
@@ -35,6 +36,7 @@ class Encoder:
         tokenizer: a fast transformers tokenizer.
         template: what stands around prompts and answers.
         image_token_id: the placeholder's id, written `image_positions` times for each image.
+        image_positions: a number, or a function of the image for models whose images differ.
         max_length: longest row in tokens, images included. Longer samples are refused; nothing is ever truncated.
         image_start_end: put <im_start> and <im_end> around each image (`mm_use_im_start_end` of old checkpoints).
 
@@ -45,7 +47,7 @@ class Encoder:
     tokenizer: Any
     template: Template
     image_token_id: int
-    image_positions: int
+    image_positions: int | Callable[[Picture], int]
     max_length: int = 2048
     image_start_end: bool = False
 
@@ -57,8 +59,20 @@ class Encoder:
                 "Choose another template.",
             )
 
-    def row(self, pieces: Sequence[Piece], id: str = "prompt") -> Row:
+    def positions(self, images: int | Sequence[Picture]) -> list[int]:
+        """How many positions each of some images takes; a bare number of images is enough where all take the same."""
+        if isinstance(self.image_positions, int):
+            return [self.image_positions] * (images if isinstance(images, int) else len(images))
+        if isinstance(images, int):
+            if images:
+                raise TypeError("the positions of an image depend on its size: give the images, not their number")
+            return []
+        return [self.image_positions(image) for image in images]
+
+    def row(self, pieces: Sequence[Piece], images: Sequence[int], id: str = "prompt") -> Row:
         """Token ids of rendered pieces, with BOS first and the supervised tokens marked.
+
+        `images` holds the number of positions of each image (see `positions`).
 
         Text between two images is tokenised in one go, as it stands, special tokens in it included: an answer right
         after "ASSISTANT:" gets the tokens that it has in running text. A token is supervised where its characters are.
@@ -76,8 +90,8 @@ class Encoder:
         at = 0
         for i, chunk in enumerate(text.split(IMAGE)):
             if i:
-                ids += [self.image_token_id] * self.image_positions
-                supervised += [False] * self.image_positions
+                ids += [self.image_token_id] * images[i - 1]
+                supervised += [False] * images[i - 1]
                 at += len(IMAGE)
             if chunk:
                 encoding = self._tokenise(chunk, id)
@@ -103,19 +117,19 @@ class Encoder:
         except (TypeError, UnicodeError):  # a lone surrogate, which JSON can carry
             raise DataError(f"The text of sample {id} is not valid Unicode.", "Mend or remove it.") from None
 
-    def prompt(self, text: str, images: int = 1, history: Sequence[Turn] = ()) -> tuple[int, ...]:
+    def prompt(self, text: str, images: int | Sequence[Picture] = 1, history: Sequence[Turn] = ()) -> tuple[int, ...]:
         """Ids of an open prompt for generation: `text` as the user's turn, the answer left to the model.
 
         Args:
-            images: how many images come with the whole conversation. Where no turn has a placeholder, they are put
-                before the first one's text.
+            images: those that come with the whole conversation, or their number (see `positions`). Where no turn has
+                a placeholder, they are put before the first one's text.
             history: the turns before this one.
         """
-        turns = [*history, Turn(text, "")]
-        if images and not any(IMAGE in turn.prompt for turn in turns):
-            turns[0] = replace(turns[0], prompt=with_image(turns[0].prompt, images))
-        self._check_images(turns, images, "The prompt")
-        return self.row(self.template.render(self._marked(turns), open_end=True)).ids
+        turns, positions = [*history, Turn(text, "")], self.positions(images)
+        if positions and not any(IMAGE in turn.prompt for turn in turns):
+            turns[0] = replace(turns[0], prompt=with_image(turns[0].prompt, len(positions)))
+        self._check_images(turns, len(positions), "The prompt")
+        return self.row(self.template.render(self._marked(turns), open_end=True), positions).ids
 
     def pair(self, pair: PreferencePair) -> Example:
         """A preference pair as a tree with two branches: chosen, then rejected.
@@ -124,7 +138,9 @@ class Encoder:
             DataError: see `conversation`; or chosen and rejected have the same tokens.
         """
         prompt = with_image(pair.prompt)
-        rows = [self._learned([Turn(prompt, response)], 1, pair.id) for response in (pair.chosen, pair.rejected)]
+        rows = [
+            self._learned([Turn(prompt, response)], (pair.image,), pair.id) for response in (pair.chosen, pair.rejected)
+        ]
         if rows[0] == rows[1]:
             raise DataError(f"Pair {pair.id}: chosen and rejected have the same tokens.", "Remove the pair.")
         return Example(pair.id, Tree.of(rows), (pair.image,))
@@ -158,14 +174,14 @@ class Encoder:
         ]
 
     def _conversation_row(self, sample: Conversation) -> Row:
-        return self._learned(sample.turns, len(sample.images), sample.id)
+        return self._learned(sample.turns, sample.images, sample.id)
 
-    def _learned(self, turns: Sequence[Turn], images: int, id: str) -> Row:
+    def _learned(self, turns: Sequence[Turn], images: Sequence[Path], id: str) -> Row:
         """The row of a sample to be learned from."""
-        self._check_images(turns, images, f"Sample {id}")
+        self._check_images(turns, len(images), f"Sample {id}")
         turns = [replace(turn, prompt=image_first(turn.prompt)) for turn in turns]
         self._check_learnable(turns, id)
-        return self.row(self.template.render(self._marked(turns)), id)
+        return self.row(self.template.render(self._marked(turns)), self.positions(images), id)
 
     def _marked(self, turns: Sequence[Turn]) -> list[Turn]:
         marked = f"{IM_START}{IMAGE}{IM_END}" if self.image_start_end else IMAGE

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from relook.errors import DataError
 
+T = TypeVar("T")
+Picture = Path | Image.Image  # a file, or a picture in memory
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: beyond it an image is taken for a decompression bomb
 
 
@@ -25,13 +28,26 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: what is wrong with the file, by name.
     """
+    return _opened(path, _decoded)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    return image.size
+
+
+def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of an opened file, which is closed again."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Palette images with transparency: their alpha is not wanted.
             warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return use(image)
     except FileNotFoundError:
         raise DataError(f"The image {path} does not exist.", "Check the image folder.") from None
     except IsADirectoryError:
@@ -59,7 +75,7 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 
 class ImageLoader:
-    """Pixel values of image files through a model's image processor, the most recent ones kept in memory.
+    """Pixel values of images through a model's image processor, those of the most recent files kept in memory.
 
     Args:
         image_processor: transformers image processor of the model.
@@ -70,35 +86,59 @@ class ImageLoader:
 
     def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
         self.image_processor, self.aspect_ratio, self.cache_bytes = image_processor, aspect_ratio, cache_bytes
-        self._kept: OrderedDict[Path, Tensor] = OrderedDict()
+        self._kept: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
 
     def __call__(self, path: Path) -> Tensor:
-        """Pixel values of one file, (3, H, W) float32."""
-        if path in self._kept:
-            self._kept.move_to_end(path)
-            return self._kept[path]
-        pixels = self.preprocess([open_image(path)], f"The image {path}")[0]
-        self._kept[path] = pixels
-        self._bytes += pixels.nbytes
-        while self._bytes > self.cache_bytes:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        return pixels
+        """Pixel values of one file, float32: (3, H, W), or (tiles, 3, H, W) where the processor cuts images up."""
+        return self._inputs(path)["pixel_values"]
+
+    def batch(self, images: Sequence[Picture]) -> dict[str, Tensor]:
+        """What a model takes for some images, in order: pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with
+        image_sizes (I, 2), the heights and widths that say how many tiles of each count."""
+        each = [self._inputs(image) for image in images]
+        return {name: pad_sequence([one[name] for one in each], batch_first=True) for name in each[0]}
+
+    def size(self, image: Picture) -> tuple[int, int]:
+        """Height and width of the picture that the processor is given; of a file only the head is read."""
+        width, height = _opened(Path(image), _size) if isinstance(image, (str, Path)) else image.size
+        return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
     def preprocess(self, images: Sequence[Image.Image], who: str = "An image") -> Tensor:
-        """RGB images to (n, 3, H, W) float32.
+        """Pixel values of RGB images, (n, 3, H, W) float32.
 
         Raises:
             DataError: an image is so long and thin that its square canvas, or its long side once the short one has the
                 model's size, would have more than MAX_PIXELS pixels.
         """
+        return pad_sequence([self._process(image, who)["pixel_values"] for image in images], batch_first=True)
+
+    def _inputs(self, image: Picture) -> dict[str, Tensor]:
+        if not isinstance(image, (str, Path)):
+            return self._process(image.convert("RGB"), "An image")
+        path = Path(image)
+        if path in self._kept:
+            self._kept.move_to_end(path)
+            return self._kept[path]
+        inputs = self._process(open_image(path), f"The image {path}")
+        self._kept[path] = inputs
+        self._bytes += _nbytes(inputs)
+        while self._bytes > self.cache_bytes:
+            self._bytes -= _nbytes(self._kept.popitem(last=False)[1])
+        return inputs
+
+    def _process(self, image: Image.Image, who: str) -> dict[str, Tensor]:
         target = self.image_processor.size.get("shortest_edge") or 0
-        for image in images:
-            short, long = sorted(image.size)
-            if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
-                raise DataError(f"{who} is too long and thin: {image.width} x {image.height} pixels.", "Crop it.")
+        short, long = sorted(image.size)
+        if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
+            raise DataError(f"{who} is too long and thin: {image.width} x {image.height} pixels.", "Crop it.")
         if self.aspect_ratio == "pad":
             red, green, blue = (int(255 * channel) for channel in self.image_processor.image_mean)
-            images = [pad_to_square(image, (red, green, blue)) for image in images]
-        pixels: Tensor = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return pixels.to(torch.float32)
+            image = pad_to_square(image, (red, green, blue))
+        made = self.image_processor(images=[image], return_tensors="pt")
+        inputs = {name: made[name][0] for name in self.image_processor.model_input_names}
+        return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
+
+
+def _nbytes(inputs: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in inputs.values())

@@ -42,7 +42,7 @@ def answer(
     distinct: dict[tuple[Path, str], list[int]] = {}
     for index, question in enumerate(questions):
         distinct.setdefault(question, []).append(index)
-    prompts = {question: encoder.prompt(question[1]) for question in distinct}
+    prompts = {question: encoder.prompt(question[1], [question[0]]) for question in distinct}
     order = sorted(distinct, key=lambda question: (len(prompts[question]), str(question[0])))
     done = 0
     with torch.random.fork_rng(devices=[]):
@@ -65,12 +65,12 @@ def generate_batch(loaded: LoadedModel, batch: Sequence[tuple[Path, Sequence[int
     longest = max(len(ids) for _, ids in batch)
     ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for _, ids in batch])
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for _, ids in batch])
-    pixels = torch.stack([loaded.images(path) for path, _ in batch])
     core = loaded.core
+    images = loaded.images.batch([path for path, _ in batch])
     output = model.generate(
         input_ids=ids.to(core.device),
         attention_mask=mask.to(core.device),
-        pixel_values=pixels.to(core.device, core.dtype),
+        **{n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in images.items()},
         max_new_tokens=how.max_new_tokens,
         pad_token_id=pad,
         **{"do_sample": False, **dict(how.generate)},

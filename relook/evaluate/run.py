@@ -18,7 +18,7 @@ from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.statistics import ratio_interval
 from relook.files import file_hash, holds_at_most, read_json, read_text, text_hash, write_json
-from relook.model.load import LoadedModel, default_template, load_model, model_hash
+from relook.model.load import LoadedModel, as_device, default_template, load_model, model_hash
 
 SPLITS = ("random", "popular", "adversarial")
 CHAIR_PROMPT = "Describe this image in detail."
@@ -49,7 +49,7 @@ def evaluate_model(
         raise RecipeError(f"There is no benchmark {some(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
     template = template or default_template(model)
     get_template(template)
-    device = _device(device)
+    device = as_device(device)
     claim(out, model, data, template, max_new_tokens)
     loaded: LoadedModel | None = None
     results = {}
@@ -61,20 +61,6 @@ def evaluate_model(
             write_json(finished, BENCHMARKS[name](loaded, data, out, how))
         results[name] = read_json(finished)
     return results
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if not name:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise RecipeError(f"{name!r} is not a device.", "Use cpu, cuda or cuda:1.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("There is no GPU that torch can use.", "Use --device cpu.")
-    return name
 
 
 def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int) -> None:

@@ -18,8 +18,8 @@ from relook.errors import CheckpointError, some
 from relook.files import read_json
 from relook.model.checkpoint import LazyTensor, read_file
 from relook.model.formats import CHANGE_FILE, FROM_CHANGE, PROJECTOR, changed_files, kind_of, rename
-from relook.model.modeling_relook import RelookLlavaConfig
 from relook.model.source import ModelSource
+from relook.model.trunks import has_post_decoder, with_post_decoder
 
 TENSORS_FILE = "trained.safetensors"
 DECODER, HEAD = "model.post_decoder.", "lm_head."
@@ -88,7 +88,7 @@ class Change:
     def _merge(self, a: LazyTensor, b: LazyTensor, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
         return (weight.float() + self.scale * (b.read().float() @ a.read().float())).to(dtype or weight.dtype)
 
-    def _config_with_decoder(self, source: ModelSource) -> RelookLlavaConfig:
+    def _config_with_decoder(self, source: ModelSource) -> Any:
         held = getattr(source.config, "post_decoder", None)
         settings = self.post_decoder if self.post_decoder is not None else held
         if settings is None:
@@ -96,8 +96,7 @@ class Change:
                 f"{self.path} has a post decoder, but nothing says its settings.",
                 'Put a config.json with "post_decoder": {...} beside it.',
             )
-        values = {k: v for k, v in source.config.to_dict().items() if k not in ("model_type", "architectures")}
-        return RelookLlavaConfig(**{**values, "post_decoder": settings})
+        return with_post_decoder(source.config, settings)
 
     def at_stage(self, stage: int, source: ModelSource) -> tuple[Change, list[str]]:
         """What a stage takes from this change, and the names of what it leaves out.
@@ -108,7 +107,7 @@ class Change:
         if stage not in STAGES:
             raise CheckpointError(f"There is no stage {stage}.", f"Known ones: {', '.join(map(str, STAGES))}.")
         parts, needs_decoder = STAGES[stage]
-        has_decoder = isinstance(source.config, RelookLlavaConfig)
+        has_decoder = has_post_decoder(source.config)
         if needs_decoder is not None and needs_decoder != has_decoder:
             has = "already has a" if has_decoder else "has no"
             raise CheckpointError(f"{source.path} {has} post decoder.", f"Use stage {2 if has_decoder else 0}.")

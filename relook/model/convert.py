@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from relook.console import say
@@ -24,9 +25,9 @@ from relook.model import modeling_relook, post_decoder
 from relook.model.changes import read_change
 from relook.model.checkpoint import write_tensors
 from relook.model.formats import PROJECTOR, TO_HF, TO_LLAVA, TOWER, rename, to_llava_config
-from relook.model.load import build, open_source
-from relook.model.modeling_relook import RelookLlavaConfig
+from relook.model.load import LoadedModel, build, open_source
 from relook.model.source import ModelSource, open_model
+from relook.model.trunks import has_post_decoder
 
 TOWER_FOLDER = "vision_tower"
 SENTENCEPIECE = ("tokenizer.model", "added_tokens.json", "special_tokens_map.json")
@@ -129,7 +130,7 @@ def _stream(source: ModelSource, renames: Any, tower: bool) -> Iterator[tuple[st
 
 def _write_hf(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     """transformers' format: llava-hf's names, or with a post decoder the module tree's own, and the code with them."""
-    own = isinstance(source.config, RelookLlavaConfig)
+    own = has_post_decoder(source.config)
     renames = () if own else TO_HF
     stream = (pair for tower in (True, False) for pair in _stream(source, renames, tower))
     write_tensors(folder, stream, shard_bytes)
@@ -138,8 +139,8 @@ def _write_hf(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     config.conversation_template = source.template
     if own:
         config.auto_map = {
-            "AutoConfig": "modeling_relook.RelookLlavaConfig",
-            "AutoModelForImageTextToText": "modeling_relook.RelookLlavaForConditionalGeneration",
+            "AutoConfig": f"modeling_relook.{type(source.config).__name__}",
+            "AutoModelForImageTextToText": f"modeling_relook.{source.model_class.__name__}",
         }
         for module in (modeling_relook, post_decoder):
             shutil.copy(str(module.__file__), folder)
@@ -213,22 +214,29 @@ def _one_linear(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def logit_difference(first: ModelSource, second: ModelSource) -> float:
-    """Largest absolute difference of two models' logits on one image and 16 tokens, in the dtype they are stored in."""
-    dtype = first.dtype
-    a, b = (_logits(source, dtype) for source in (first, second))
-    return float((a - b).abs().max())
-
-
 @torch.inference_mode()
-def _logits(source: ModelSource, dtype: torch.dtype) -> Tensor:
-    loaded = build(source, dtype)
+def logit_difference(first: ModelSource, second: ModelSource) -> float:
+    """Largest absolute difference of two models' logits on one image and 16 tokens, in the dtype they are stored in.
+
+    One model is held at a time; both are given what the first one's processor makes of the image.
+    """
+    loaded = build(first, first.dtype)
+    inputs = _small_input(loaded)
+    logits = loaded.model(**inputs).logits.float()
+    del loaded
+    return float((build(second, first.dtype).model(**inputs).logits.float() - logits).abs().max())
+
+
+def _small_input(loaded: LoadedModel) -> dict[str, Tensor]:
     config = loaded.core.config
     generator = torch.Generator().manual_seed(0)
     side = config.vision_config.image_size
-    pixels = torch.randn(1, 3, side, side, generator=generator).to(dtype)
+    noise = torch.randint(256, (side, 2 * side, 3), dtype=torch.uint8, generator=generator)
+    picture = Image.fromarray(noise.numpy())
     words = [i for i in range(min(config.text_config.vocab_size, 1000)) if i != config.image_token_id]
     picked = torch.randint(len(words), (16,), generator=generator)
-    ids = [config.image_token_id] * loaded.image_positions + [words[i] for i in picked.tolist()]
-    logits: Tensor = loaded.model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits.float()
-    return logits
+    ids = [config.image_token_id] * loaded.encoder().positions([picture])[0] + [words[i] for i in picked.tolist()]
+    images = loaded.images.batch([picture])
+    return {"input_ids": torch.tensor([ids])} | {
+        name: value.to(loaded.core.dtype) if value.is_floating_point() else value for name, value in images.items()
+    }

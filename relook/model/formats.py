@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from relook.errors import CheckpointError, some
 from relook.files import read_json
 from relook.model.checkpoint import weight_files
-from relook.model.modeling_relook import RelookLlavaConfig
+from relook.model.trunks import MODEL_TYPES, TRUNKS, has_post_decoder
 
 Renames = tuple[tuple[str, str], ...]
 CHANGE_FILE = "change.json"  # what a training run of relook changed: its base, post decoder settings, LoRA or not
@@ -32,7 +32,7 @@ FROM_LLAVA: Renames = (
 FROM_HF: Renames = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
-    (r"^(?=multi_modal_projector\.|vision_tower\.)", "model."),
+    (r"^(?=multi_modal_projector\.|vision_tower\.|image_newline$)", "model."),
     (r"^model\.vision_tower\.vision_model\.", TOWER),
 )
 TO_LLAVA: Renames = (
@@ -45,7 +45,7 @@ TO_HF: Renames = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.vision_tower\.", "vision_tower.vision_model."),
-    (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"^model\.(?=multi_modal_projector\.|image_newline$)", ""),
 )
 # Names of what a training run saved: with peft's prefix, with the model's, or with none.
 FROM_CHANGE: Renames = (
@@ -118,21 +118,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _model_kind(path: Path, config: dict[str, Any]) -> str:
     kind = config.get("model_type")
-    if kind == RelookLlavaConfig.model_type:
-        return "relook"
-    if kind == "llava" and "text_config" in config:
-        return "hf"
+    if kind in MODEL_TYPES and "text_config" in config:
+        return "hf" if kind in TRUNKS else "relook"
     if kind in ("llava", "llava_llama"):  # HA-DPO's fork calls it "llava"
         return "llava"
     raise CheckpointError(
         f"{path} holds a model of type {kind!r}, which relook cannot load.",
-        "LLaVA over Llama is supported: liuhaotian's folders (llava_llama), llava-hf's, and relook's own.",
+        "Supported are LLaVA in liuhaotian's folders (llava_llama), LLaVA and LLaVA-NeXT in transformers' "
+        f"({', '.join(TRUNKS)}), and relook's own.",
     )
 
 
 def default_template(config: dict[str, Any]) -> str:
-    """The conversation template a model was tuned with: LLaVA's v1 for liuhaotian's folders and their conversions."""
+    """The conversation template a model was tuned with: LLaVA's v1 for liuhaotian's folders and their conversions.
+
+    LLaVA-NeXT over Mistral has Mistral's; over other language models its config does not tell Vicuna's from Yi's.
+    """
     own = "llava_hf" if "text_config" in config else "v1"
+    if config.get("model_type") == "llava_next" and config.get("text_config", {}).get("model_type") == "mistral":
+        own = "mistral"
     return str(config.get("conversation_template", own))
 
 
@@ -185,10 +189,12 @@ def to_llava_config(config: LlavaConfig, dtype: str, tower: str) -> dict[str, An
     """
     strategies = {value: key for key, value in STRATEGIES.items()}
     projectors = {value: key for key, value in PROJECTORS.items()}
-    if isinstance(config, RelookLlavaConfig):
+    if has_post_decoder(config):
         raise CheckpointError(
             "LLaVA's format has no place for a post decoder.", "Keep the model in relook's own: `relook export`."
         )
+    if not isinstance(config, LlavaConfig):
+        raise CheckpointError(f"A {config.model_type} model is written in transformers' format only.", "Use --to hf.")
     if not isinstance(config.vision_feature_layer, int) or config.projector_hidden_act not in projectors:
         raise CheckpointError(
             f"LLaVA's format cannot say vision_feature_layer {config.vision_feature_layer} with projector_hidden_act "

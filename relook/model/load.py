@@ -9,34 +9,30 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from relook.data.encode import Encoder
-from relook.data.images import ImageLoader, open_image
+from relook.data.images import ImageLoader, Picture
 from relook.data.prompts import get_template
 from relook.errors import CheckpointError, some
 from relook.files import file_hash
 from relook.model import formats
 from relook.model.changes import TENSORS_FILE, read_change
 from relook.model.formats import CHANGE_FILE
-from relook.model.modeling_relook import RelookLlavaConfig, RelookLlavaForConditionalGeneration
 from relook.model.source import ModelSource, open_model
+from relook.model.trunks import trunk_of, with_post_decoder
 
 __all__ = ["CHANGE_FILE", "TENSORS_FILE", "LoadedModel", "add_post_decoder", "load_model", "load_tensors", "model_hash"]
 
 # What stays in full precision when the language model's linears are quantised, as in the original.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.post_decoder", "lm_head"]
-
-AutoConfig.register(RelookLlavaConfig.model_type, RelookLlavaConfig, exist_ok=True)
-AutoModelForImageTextToText.register(RelookLlavaConfig, RelookLlavaForConditionalGeneration, exist_ok=True)
 
 
 @dataclass
@@ -58,48 +54,45 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         image_processor = copy.copy(self.processor.image_processor)
-        if getattr(image_processor, "do_pad", False):  # relook pads itself, so that a recipe can say otherwise
+        if trunk_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
+            # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
         self.images = ImageLoader(image_processor, self.aspect_ratio)
 
     @property
     def core(self) -> Any:
-        """The LlavaForConditionalGeneration (or kin) itself, below any adapter."""
+        """The transformers model itself, below any adapter."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
-    def image_positions(self) -> int:
-        """Positions that one image takes."""
-        vision = self.core.config.vision_config
-        whole = 0 if self.core.config.vision_feature_select_strategy == "default" else 1
-        return int((vision.image_size // vision.patch_size) ** 2 + whole)
+    def image_positions(self) -> int | Callable[[Picture], int]:
+        """Positions that one image takes; a function of the image where its size decides."""
+        found = trunk_of(self.core.config).positions(self.core)
+        return found if isinstance(found, int) else lambda image: found(self.images.size(image))
 
-    def encoder(self, template: str = "", max_length: int = 2048) -> Encoder:
+    def encoder(self, template: str = "", max_length: int = 0) -> Encoder:
+        """An encoder of prompts and samples; `max_length` 0 is what the language model was made for."""
         return Encoder(
             self.processor.tokenizer,
             get_template(template or self.template),
             self.core.config.image_token_id,
             self.image_positions,
-            max_length,
+            max_length or self.core.config.text_config.max_position_embeddings,
             getattr(self.core.config, "mm_use_im_start_end", False),
         )
 
-    def encode(
-        self, images: Sequence[Path | Image.Image] = (), text: str = "", template: str = ""
-    ) -> dict[str, Tensor]:
-        """Inputs of `generate` or of the model for one open prompt: input_ids, attention_mask and pixel_values."""
-        ids = torch.tensor([self.encoder(template).prompt(text, len(images))])
+    def encode(self, images: Sequence[Picture] = (), text: str = "", template: str = "") -> dict[str, Tensor]:
+        """Inputs of `generate` or of the model for one open prompt: input_ids, attention_mask, and what the image
+        processor makes of the images (pixel_values, and image_sizes where the model asks for them)."""
+        ids = torch.tensor([self.encoder(template).prompt(text, images)])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
-            pictures = [open_image(Path(i)) if isinstance(i, (str, Path)) else i.convert("RGB") for i in images]
-            inputs["pixel_values"] = self.images.preprocess(pictures)
+            inputs |= self.images.batch(images)
         device, dtype = self.core.device, self.core.dtype
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
 
     @torch.inference_mode()
-    def generate(
-        self, images: Sequence[Path | Image.Image] = (), text: str = "", template: str = "", **kwargs: Any
-    ) -> str:
+    def generate(self, images: Sequence[Picture] = (), text: str = "", template: str = "", **kwargs: Any) -> str:
         """The answer to one prompt; keyword arguments go to transformers' `generate`."""
         inputs = self.encode(images, text, template)
         kwargs = {"do_sample": False, "max_new_tokens": 256, **kwargs}
@@ -209,6 +202,19 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
+def as_device(name: str) -> str:
+    """A device that torch has; empty: a GPU where there is one."""
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise CheckpointError(f"{name!r} is not a device.", "Use cpu, cuda or cuda:1.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("There is no GPU that torch can use.", "Use --device cpu.")
+    return name
+
+
 def default_template(path: Path) -> str:
     """The template of the model in `path`, or of a training run's base, without loading it."""
     if formats.kind_of(path) == "run":
@@ -218,19 +224,18 @@ def default_template(path: Path) -> str:
 
 def add_post_decoder(
     model: PreTrainedModel, settings: dict[str, Any], generator: torch.Generator | None, init: str = "random"
-) -> RelookLlavaForConditionalGeneration:
-    """Put an untrained post decoder into a LLaVA model. The trunk's modules are moved, not copied.
+) -> PreTrainedModel:
+    """Put an untrained post decoder into a model. The trunk's modules are moved, not copied.
 
     Args:
         init: "random", or "projector" to start the alignment from the projector's weights where the shapes agree.
     """
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
-    config = RelookLlavaConfig(post_decoder=settings, **values)
+    config = with_post_decoder(model.config, settings)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        new = RelookLlavaForConditionalGeneration(config)
-    for name in ("vision_tower", "multi_modal_projector", "language_model"):
-        setattr(new.model, name, getattr(model.model, name))
+        new: Any = trunk_of(config).relook_model(config)
+    for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
+        setattr(new.model, name, part)
     new.lm_head = model.lm_head
     new.generation_config = model.generation_config
     decoder = new.model.post_decoder.to_empty(device=model.device).to(model.dtype)

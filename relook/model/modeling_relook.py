@@ -1,7 +1,10 @@
-"""LLaVA with a post decoder inside its base model: transformers classes that save, load and generate as any other.
+"""LLaVA and LLaVA-NeXT with a post decoder inside their base model: transformers classes like any other.
 
 The post decoder sits in the base model, and its output is `last_hidden_state`: fused-loss trainers and serving engines
 call the base model and then lm_head, and bypass whatever stands between them in `forward`.
+
+The three mixins hold what is the same for every trunk. A family adds its three classes, and says which of the vision
+tower's features belong to which picture where a picture is more than one row of them.
 """
 
 from __future__ import annotations
@@ -10,35 +13,62 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+from transformers import (
+    Cache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+    PreTrainedModel,
+)
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .post_decoder import ImageContext, PostDecoder, PostDecoderSettings
 
 
-class RelookLlavaConfig(LlavaConfig):
-    """A LLaVA config with the post decoder's settings as the dict `post_decoder` (see `PostDecoderSettings`)."""
-
-    model_type = "relook_llava"
+class PostDecoderConfig:
+    """Mixin: a config with the post decoder's settings as the dict `post_decoder` (see `PostDecoderSettings`)."""
 
     def __init__(self, post_decoder: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.post_decoder = dict(post_decoder or {})
         super().__init__(**kwargs)
 
 
-def selected_features(config: LlavaConfig, hidden_states: Any) -> Tensor:
-    """The vision tower's features before the projector, (I, P, V): its selected layers, without the class token."""
+def selected_features(config: Any, hidden_states: Any) -> Tensor:
+    """The vision tower's features before the projector, (rows, P, V): its selected layers, without the class token."""
     layers = config.vision_feature_layer
     start = 1 if config.vision_feature_select_strategy == "default" else 0
     return torch.cat([hidden_states[i][:, start:] for i in (layers if isinstance(layers, list) else [layers])], dim=-1)
 
 
-class RelookLlavaModel(LlavaModel):
-    """transformers' LlavaModel whose last hidden states pass the post decoder."""
+def images_per_row(lengths: list[int], taken: list[int]) -> list[int]:
+    """How many images each row of a batch holds.
 
-    config: RelookLlavaConfig
+    Args:
+        lengths: positions of each image, in order of the rows.
+        taken: placeholders in each row.
+    """
+    counts, at = [], 0
+    for positions in taken:
+        start = at
+        while positions > 0 and at < len(lengths):
+            positions -= lengths[at]
+            at += 1
+        if positions:
+            raise ValueError("the image placeholders of a row are not as many as its images have positions")
+        counts.append(at - start)
+    if at != len(lengths):
+        raise ValueError(f"{len(lengths)} images, but the rows have placeholders for {at}")
+    return counts
 
-    def __init__(self, config: RelookLlavaConfig) -> None:
+
+class PostDecoderModel(PreTrainedModel):
+    """Mixin over a transformers base model: its last hidden states pass the post decoder."""
+
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         text = config.text_config
         layers = config.vision_feature_layer if isinstance(config.vision_feature_layer, list) else [0]
@@ -51,21 +81,38 @@ class RelookLlavaModel(LlavaModel):
         )
         self.post_init()
 
-    def _context(self, features_IPV: Tensor, where: Tensor) -> ImageContext | None:
+    def features_by_image(self, features_RPV: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
+        """The tower's features, R rows of P, as one (M, V) tensor for each image. Here a row is an image."""
+        return list(features_RPV)
+
+    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the trunk's, with what the post decoder looks at as `vision_features`: one (M, V) tensor for each image.
+
+        `generate` calls this once per image, and hands its outcome to the first forward pass.
+        """
+        sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
+        outputs = super().get_image_features(pixel_values=pixel_values, **sizes, **{**kwargs, "return_dict": True})
+        selected = selected_features(self.config, outputs.hidden_states)
+        outputs.vision_features = self.features_by_image(selected, image_sizes)
+        return outputs
+
+    def _context(self, image: Any, where: Tensor) -> ImageContext | None:
         """The image side for rows whose image placeholders are at `where` (B, S, 1).
 
-        Beams repeat rows, not features: the image side is computed once per image and then repeated.
+        Beams repeat rows and projected features, not those of the tower: the image side is computed once per image and
+        then repeated.
         """
-        images, P = features_IPV.shape[:2]
-        per_row = [int(n) // P for n in where.flatten(1).sum(1).tolist()]
-        beams = max(sum(per_row) // images, 1)
-        context = self.post_decoder.look(features_IPV, per_row[::beams])
+        features, lengths = image.vision_features, [len(projected) for projected in image.pooler_output]
+        per_row = images_per_row(lengths, where.flatten(1).sum(1).tolist())
+        beams = len(lengths) // len(features)
+        context = self.post_decoder.look(features, per_row[::beams])
         return context.repeat(beams) if context is not None and beams > 1 else context
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -73,20 +120,21 @@ class RelookLlavaModel(LlavaModel):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """As LlavaModel's, with the post decoder applied to `last_hidden_state`.
+        """As the trunk's, with the post decoder applied to `last_hidden_state`.
 
         The image side is prepared where an image comes in (as pixels, or encoded by `generate` beforehand) and kept on
         the generation cache, from where the decode steps, which have no image, take it.
         """
-        for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes"):
-            if kwargs.pop(name, None) is not None:
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            said = getattr(self.config, name)
+            if kwargs.pop(name, said) not in (said, None):
                 raise ValueError(f"a relook model takes no {name}: the config says it")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         context: ImageContext | None = getattr(past_key_values, "relook_image", None)
         image, projected = (mm_encoder_outputs or {}).get("image"), None
         if image is None and pixel_values is not None:
-            image = self.get_image_features(pixel_values=pixel_values, return_dict=True)
+            image = self.get_image_features(pixel_values, image_sizes)
         if image is not None:
             projected = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             where = (
@@ -95,7 +143,7 @@ class RelookLlavaModel(LlavaModel):
                 else self.get_placeholder_mask(None, inputs_embeds, projected)
             )
             inputs_embeds = inputs_embeds.masked_scatter(where, projected)
-            context = self._context(selected_features(self.config, image.hidden_states), where)
+            context = self._context(image, where)
             if past_key_values is not None:
                 past_key_values.relook_image = context
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -140,16 +188,15 @@ class RelookLlavaModel(LlavaModel):
         return masked
 
 
-class RelookLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """LlavaForConditionalGeneration over `RelookLlavaModel`."""
+class PostDecoderForGeneration(PreTrainedModel):
+    """Mixin over a transformers generation model: its base model is the `trunk_class`, which has a post decoder."""
 
-    config: RelookLlavaConfig
-    config_class = RelookLlavaConfig
+    trunk_class: type[PostDecoderModel]
 
-    def __init__(self, config: RelookLlavaConfig) -> None:
-        # Not LlavaForConditionalGeneration's own: it would build, and throw away, a trunk without the post decoder.
-        super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = RelookLlavaModel(config)
+    def __init__(self, config: Any) -> None:
+        # Not the family's own: it would build, and throw away, a trunk without the post decoder.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.trunk_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
@@ -159,5 +206,44 @@ class RelookLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             module.reset_parameters()
 
 
+class RelookLlavaConfig(PostDecoderConfig, LlavaConfig):
+    model_type = "relook_llava"
+    __init__ = PostDecoderConfig.__init__  # transformers makes one for a config class that has none
+
+
+class RelookLlavaModel(PostDecoderModel, LlavaModel):
+    config: RelookLlavaConfig
+
+
+class RelookLlavaForConditionalGeneration(PostDecoderForGeneration, LlavaForConditionalGeneration):
+    config: RelookLlavaConfig
+    config_class = RelookLlavaConfig
+    trunk_class = RelookLlavaModel
+
+
+class RelookLlavaNextConfig(PostDecoderConfig, LlavaNextConfig):
+    model_type = "relook_llava_next"
+    __init__ = PostDecoderConfig.__init__
+
+
+class RelookLlavaNextModel(PostDecoderModel, LlavaNextModel):
+    config: RelookLlavaNextConfig
+
+    def features_by_image(self, features_RPV: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
+        """A picture is cut into tiles, as many as its size (height, width) asks for; each is a row."""
+        grid, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        assert image_sizes is not None
+        tiles = [image_size_to_num_patches(size, grid, side) for size in image_sizes]
+        return [features.flatten(0, 1) for features in features_RPV.split(tiles)]
+
+
+class RelookLlavaNextForConditionalGeneration(PostDecoderForGeneration, LlavaNextForConditionalGeneration):
+    config: RelookLlavaNextConfig
+    config_class = RelookLlavaNextConfig
+    trunk_class = RelookLlavaNextModel
+
+
 RelookLlavaConfig.register_for_auto_class()
 RelookLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+RelookLlavaNextConfig.register_for_auto_class()
+RelookLlavaNextForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -7,12 +7,14 @@ Shape letters: B rows (or trees), S text positions, M image positions, D hidden 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicLayer
 from transformers.activations import ACT2FN
 
@@ -61,7 +63,7 @@ class ImageContext:
     """The image side of every block, computed once per image and kept over all decode steps.
 
     `keys` and `values` hold one (B, heads, M, head size) tensor per block; `mask` is (B, M) bool where rows have
-    different numbers of images, else None. All beams of a row look at the same image, so nothing is reordered.
+    different numbers of image positions, else None. All beams of a row look at the same image, so nothing is reordered.
     """
 
     keys: list[Tensor]
@@ -75,22 +77,23 @@ class ImageContext:
         return ImageContext(keys, values, mask)
 
 
-def pad_images(features_IPV: Tensor, per_row: list[int]) -> tuple[Tensor, Tensor | None]:
-    """Lay the images of each row side by side: (I, P, V) to (B, max images * P, V) and its (B, M) mask, or None."""
-    images, P, V = features_IPV.shape
-    if sum(per_row) != images:
-        raise ValueError(f"{images} images, but the rows name {sum(per_row)}")
-    most = max(per_row)
-    if min(per_row) == most:
-        return features_IPV.reshape(len(per_row), most * P, V), None
-    padded = features_IPV.new_zeros(len(per_row), most * P, V)
-    mask = torch.zeros(len(per_row), most * P, dtype=torch.bool, device=features_IPV.device)
-    start = 0
-    for row, count in enumerate(per_row):
-        padded[row, : count * P] = features_IPV[start : start + count].reshape(count * P, V)
-        mask[row, : count * P] = True
-        start += count
-    return padded, mask
+def pad_images(features: Sequence[Tensor], per_row: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Lay the images of each row side by side: an (M, V) tensor for each image to (B, most positions, V), and the mask.
+
+    The mask is (B, most positions) bool; None where all rows have the same number of positions.
+    """
+    if sum(per_row) != len(features):
+        raise ValueError(f"{len(features)} images, but the rows name {sum(per_row)}")
+    rest, rows = iter(features), []
+    for count in per_row:
+        images = [next(rest) for _ in range(count)]
+        rows.append(torch.cat(images) if images else features[0][:0])
+    padded = pad_sequence(rows, batch_first=True)
+    most = padded.shape[1]
+    if all(len(row) == most for row in rows):
+        return padded, None
+    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+    return padded, torch.arange(most, device=padded.device) < lengths[:, None]
 
 
 @dataclass
@@ -269,11 +272,16 @@ class PostDecoder(nn.Module):
         """Whether a position's output depends on the states of other positions (self-attention)."""
         return self.settings.attention == "self_cross"
 
-    def look(self, features_IPV: Tensor, per_row: list[int]) -> ImageContext | None:
-        """Prepare the image side of all blocks, once per image. None where no row has an image, or none is read."""
+    def look(self, features: Sequence[Tensor], per_row: list[int]) -> ImageContext | None:
+        """Prepare the image side of all blocks, once per image. None where no row has an image, or none is read.
+
+        Args:
+            features: the vision tower's, one (M, V) tensor for each image, in order of the rows.
+            per_row: how many images each row has.
+        """
         if self.align is None or not sum(per_row):
             return None
-        padded, mask = pad_images(features_IPV, per_row)
+        padded, mask = pad_images(features, per_row)
         aligned = self.align(padded.to(self.align.norm.weight.dtype))
         blocks: list[Any] = list(self.blocks)
         pairs = [block.cross_attention.keys_values(aligned) for block in blocks]

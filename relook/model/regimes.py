@@ -9,7 +9,7 @@ from torch import nn
 
 from relook.errors import RecipeError
 from relook.model.load import LoadedModel, add_post_decoder
-from relook.model.modeling_relook import RelookLlavaForConditionalGeneration
+from relook.model.trunks import has_post_decoder
 from relook.recipe import Recipe
 
 LANGUAGE_LINEARS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -22,7 +22,7 @@ def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
     keeps it frozen.
     """
     seed = int(recipe.training.get("seed", 42))
-    if recipe.tune_post_decoder and not isinstance(loaded.model, RelookLlavaForConditionalGeneration):
+    if recipe.tune_post_decoder and not has_post_decoder(loaded.model.config):
         generator = torch.Generator().manual_seed(seed)
         loaded.model = add_post_decoder(loaded.model, dict(recipe.post_decoder), generator, recipe.post_decoder_init)
     if recipe.tune_lm_head:

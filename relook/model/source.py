@@ -19,9 +19,8 @@ from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
     GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -42,8 +41,8 @@ from relook.model.formats import (
     read_config,
     rename,
 )
-from relook.model.modeling_relook import RelookLlavaConfig, RelookLlavaForConditionalGeneration
 from relook.model.tokenizer import load_tokenizer
+from relook.model.trunks import MODEL_TYPES, has_post_decoder, trunk_of
 
 IMAGE, NEVER_TEXT = "<image>", "<0xFF>"
 # LLaVA's v1 conversation for transformers' processors: what `relook.data.prompts` calls v1.
@@ -63,7 +62,8 @@ class ModelSource:
     """A model folder as transformers sees it.
 
     Args:
-        kind: "llava" (liuhaotian's format), "hf" (llava-hf's) or "relook".
+        kind: "llava" (liuhaotian's format), "hf" (transformers') or "relook".
+        config: transformers' config of the family, or relook's of the same with a post decoder.
         tensors: under the names of transformers' module tree, whatever they are called on disk.
         tower: the folder of the vision tower, for "llava".
         change: where a change that is laid on the model comes from.
@@ -71,16 +71,17 @@ class ModelSource:
 
     path: Path
     kind: str
-    config: LlavaConfig
+    config: Any
     tensors: Mapping[str, LazyTensor]
     template: str
     tower: Path | None = None
     change: Path | None = None
 
     @property
-    def model_class(self) -> type[LlavaForConditionalGeneration]:
-        with_decoder = isinstance(self.config, RelookLlavaConfig)
-        return RelookLlavaForConditionalGeneration if with_decoder else LlavaForConditionalGeneration
+    def model_class(self) -> type[PreTrainedModel]:
+        trunk = trunk_of(self.config)
+        found: type[PreTrainedModel] = trunk.relook_model if has_post_decoder(self.config) else trunk.model
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,7 +163,8 @@ def open_model(path: Path, vision_tower: str | Path | None = None) -> ModelSourc
         return _open_llava(path, raw, vision_tower)
     if vision_tower is not None:
         raise CheckpointError(f"{path} has a vision tower of its own.", "Leave vision_tower out.")
-    config_class = RelookLlavaConfig if kind == "relook" else LlavaConfig
+    trunk = MODEL_TYPES[raw["model_type"]]
+    config_class = trunk.relook_config if kind == "relook" else trunk.config
     tensors = _renamed(read_folder(path), FROM_HF)
     return ModelSource(path, kind, _config(path, config_class.from_dict, raw), tensors, default_template(raw))
 

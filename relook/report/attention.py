@@ -26,7 +26,8 @@ def attention_before(
         starts: character offsets in `text` where words begin.
 
     Returns:
-        For each word a square grid of weights that sum to 1; empty where the model has no cross-attention.
+        For each word a square grid of weights that sum to 1; empty where the model has no cross-attention, or looks at
+        more than one square grid of features (the tiles of LLaVA-NeXT).
     """
     policy = Policy(loaded.model.eval())
     if not policy.reads_image or policy.keeps_everything or policy.post_decoder is None:
@@ -41,7 +42,10 @@ def attention_before(
     if context is None:
         return []
     maps = policy.post_decoder.attention_maps(trunk.states, context)[0]
-    side = int(maps.shape[-1] ** 0.5)
+    vision = policy.config.vision_config
+    side = vision.image_size // vision.patch_size
+    if maps.shape[-1] != side * side:
+        return []
     tokens = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     # A token's offsets may begin with the space before the word, so the word's token is the one that ends after it.
     places = [next(i for i, (_, end) in enumerate(tokens) if end > start) for start in starts]

@@ -56,10 +56,11 @@ class Collator:
     def live(self, items: Sequence[Item]) -> LiveBatch:
         trees = [item.example.tree for item in items]
         paths = [path for item in items for path in item.example.images]
-        pixels = torch.stack([self.images(path) for path in paths]) if paths else None
+        inputs = self.images.batch(paths) if paths else {}
         longest = max(map(len, trees))
         packed = pack(trees, self.pad_id, self.policy.keeps_everything, row_length=longest)
-        return LiveBatch(packed, pixels, [len(item.example.images) for item in items])
+        counts = [len(item.example.images) for item in items]
+        return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"))
 
     def cached(self, items: Sequence[Item]) -> TrunkStates:
         targets = targets_of([item.example.tree for item in items], self.policy.keeps_everything)
@@ -71,7 +72,7 @@ class Collator:
             assert item.states is not None
             states[t, : len(item.states)] = item.states
         paths = [path for item in items for path in item.example.images]
-        features = torch.stack([self.features[path] for path in paths]) if self.features and paths else None
+        features = [self.features[path] for path in paths] if self.features and paths else None
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
 
 
@@ -154,7 +155,7 @@ def cache_trunk(policy: Policy, items: Sequence[Item], collator: Collator, size:
             result[i] = replace(items[i], states=states[:length].clone())
         if trunk.features is not None:
             paths = [path for item in batch for path in item.example.images]
-            collator.features.update(zip(paths, trunk.features.cpu().clone(), strict=True))
+            collator.features.update(zip(paths, (kept.cpu().clone() for kept in trunk.features), strict=True))
         done += len(indices)
         progress(done, len(items))
     return result

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relook.model.modeling_relook import selected_features
 from relook.model.post_decoder import Layout, PostDecoder
 from relook.tree import PackedTrees, Targets, to_device
 
 
 @dataclass(frozen=True)
 class LiveBatch:
-    """Packed trees and the pixel values of their images, in order of trees. `images` counts them per tree."""
+    """Packed trees and what the model takes for their images, in order of trees. `images` counts them per tree."""
 
     packed: PackedTrees
-    pixel_values: Tensor | None  # (I, 3, H, W)
+    pixel_values: Tensor | None  # (I, 3, H, W) or (I, tiles, 3, H, W)
     images: list[int]
+    image_sizes: Tensor | None = None  # (I, 2) height and width, for models that cut images into tiles
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
         return to_device(self, device)
@@ -34,7 +34,7 @@ class TrunkStates:
     """What the trunk has to say about a batch of trees: all that a post decoder or a head needs."""
 
     states: Tensor  # (T, S, D) last hidden states at the kept positions
-    features: Tensor | None  # (I, P, V) vision features, where a post decoder reads them
+    features: list[Tensor] | None  # (M, V) vision features of each image, where a post decoder reads them
     images: list[int]
     targets: Targets
 
@@ -95,15 +95,17 @@ class Policy(nn.Module):
         embeds = base.get_input_embeddings()(packed.ids)
         features = None
         if batch.pixel_values is not None:
-            image = base.get_image_features(pixel_values=batch.pixel_values.to(embeds.dtype), return_dict=True)
-            features = selected_features(self.config, image.hidden_states)
+            sizes = {} if batch.image_sizes is None else {"image_sizes": batch.image_sizes}
+            pixels = batch.pixel_values.to(embeds.dtype)
+            image = base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
+            features = image.vision_features if self.reads_image else None
             where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(where, torch.cat(list(image.pooler_output)).to(embeds.dtype))
         hidden = base.language_model(
             inputs_embeds=embeds, attention_mask=packed.mask(), position_ids=packed.positions, use_cache=False
         ).last_hidden_state
         kept = hidden.flatten(0, 1)[packed.keep]
-        return TrunkStates(kept, features if self.reads_image else None, batch.images, packed.targets)
+        return TrunkStates(kept, features, batch.images, packed.targets)
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Log-probability of each supervised token, (N,) float32."""
