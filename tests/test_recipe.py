@@ -21,7 +21,7 @@ def test_shipped_recipes_load_with_the_users_paths(name: str) -> None:
     recipe = load_recipe(name, {**DPO, **SFT, "task": "sft" if name == "toyworld-base" else "dpo"})
     assert (recipe.model_name_or_path, recipe.output_dir) == ("m", "o")
     assert recipe.full == (name == "toyworld-base")
-    assert recipe.frozen_trunk == (name not in ("toyworld-base", "toyworld-lora"))
+    assert recipe.frozen_trunk == (name not in ("toyworld-base", "toyworld-lora", "hadpo-lora"))
     assert isinstance(recipe.training["learning_rate"], float)
 
 
@@ -41,7 +41,7 @@ def test_a_shipped_recipe_without_paths_says_what_is_missing() -> None:
     ("name", "message"),
     [
         ("toyworld-hed", "Did you mean toyworld-head"),
-        ("nothing like it", "one of toyworld-base"),
+        ("nothing like it", "one of hadpo-lora, head"),
         ("no/such.yaml", "no recipe file no/such.yaml"),
     ],
 )
