@@ -183,7 +183,7 @@ def mine(
 ) -> None:
     """Mine preference pairs from a model's own descriptions and answers on annotated images."""
     from relook.console import say
-    from relook.data.mine import Mining, mine_visual_genome
+    from relook.mine import Mining, mine_visual_genome
 
     found = mine_visual_genome(
         model,

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from relook.console import progress, say
-from relook.data.mine import mine_visual_genome
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
 from relook.evaluate.run import evaluate_model, versions
 from relook.files import holds_at_most, read_json, write_json
+from relook.mine import mine_visual_genome
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
 from relook.toyworld import layouts

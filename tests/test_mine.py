@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 
 from relook.data import mine as mining
 from relook.data.hadpo import DESCRIBE_PROMPTS, read_hadpo
-from relook.data.mine import (
+from relook.errors import DataError
+from relook.evaluate.chair import Vocabulary
+from relook.evaluate.pope import official_parse, question_text
+from relook.mine import (
     NEUTRAL,
     Mining,
     balance,
@@ -27,9 +30,6 @@ from relook.data.mine import (
     mine_visual_genome,
     weighted_sample,
 )
-from relook.errors import DataError
-from relook.evaluate.chair import Vocabulary
-from relook.evaluate.pope import official_parse, question_text
 from relook.toyworld.shipped import mining_settings, shipped_base
 from relook.toyworld.speech import FILLERS, SYNONYMS, describe, words
 from relook.toyworld.world import OBJECTS, SETTINGS

@@ -25,7 +25,7 @@ table{border-collapse:collapse;margin:1em 0;font-size:14px}
 td,th{padding:.35em .7em;border-bottom:1px solid #dde2ea;text-align:right}
 td:first-child,th:first-child{text-align:left}small{color:#6a7486}th{vertical-align:bottom}
 .card{display:grid;grid-template-columns:190px 1fr;gap:1em;border-top:1px solid #dde2ea;padding:1em 0}
-.card p{margin:.2em 0}.card b{display:inline-block;min-width:10.5em;font-weight:600;color:#44506a}
+.card p{margin:.2em 0;padding-left:11em}.card b{float:left;margin-left:-11em;font-weight:600;color:#44506a}
 mark{background:#ffd2cf;color:#a3140c;padding:0 .2em;border-radius:3px}
 svg.picture{width:180px;height:180px;image-rendering:pixelated}.maps{display:flex;gap:.8em;flex-wrap:wrap;margin-top:.6em}
 .maps figure{margin:0}.maps svg{width:110px;height:110px}

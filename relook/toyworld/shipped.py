@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from relook.data.mine import Mining
 from relook.errors import CheckpointError
 from relook.files import read_json
+from relook.mine import Mining
 from relook.model.load import model_hash
 from relook.toyworld.speech import FILLERS
 
