@@ -35,6 +35,7 @@ class Recipe:
     task: str
     model_name_or_path: str
     output_dir: str
+    vision_tower: str = ""  # folder of a liuhaotian model's tower; empty: the one that its config names
     # Data. DPO reads HA-DPO's files over Visual Genome, SFT reads LLaVA's conversations.
     vg_path: str = ""
     desc_data_path: str = ""

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relook.data import mine as mining
+from relook import mine as mining
 from relook.data.hadpo import DESCRIBE_PROMPTS, read_hadpo
 from relook.errors import DataError
 from relook.evaluate.chair import Vocabulary

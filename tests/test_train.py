@@ -33,7 +33,7 @@ from relook.toyworld.build import make_processor
 from relook.train import run as training
 from relook.train.batches import Collator, TrunkCache, cache_trunk
 from relook.train.policy import Policy
-from relook.train.run import prepare, read_examples, train
+from relook.train.run import encode_samples, prepare, read_samples, train
 from relook.train.trainer import COMPLETE, preference_loss
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
@@ -70,7 +70,7 @@ class Bench:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.loaded = recipe, load_model(recipe.model_name_or_path)
-        self.examples, _ = read_examples(recipe, self.loaded)
+        self.examples, _ = encode_samples(recipe, self.loaded, *read_samples(recipe))
         apply_regime(self.loaded, recipe)
         self.policy = Policy(self.loaded.model)
         self.collator = Collator(self.policy, self.loaded.images, 3)

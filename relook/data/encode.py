@@ -6,13 +6,16 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from relook.data.images import Picture
 from relook.data.prompts import EOS, IM_END, IM_START, IMAGE, Piece, Template, image_first, with_image
 from relook.data.samples import Conversation, PreferencePair, Turn
 from relook.errors import DataError, RecipeError
 from relook.tree import Row, Tree
+
+Made = TypeVar("Made")
+Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,11 @@ class Encoder:
             raise DataError(f"Pair {pair.id}: chosen and rejected have the same tokens.", "Remove the pair.")
         return Example(pair.id, Tree.of(rows), (pair.image,))
 
+    def pairs(self, pairs: Sequence[PreferencePair], faults: list[str] | None = None) -> list[Example]:
+        """Preference pairs as trees; `faults` as in `conversations`."""
+        made = (_or_fault(self.pair, pair, faults) for pair in pairs)
+        return [example for example in made if example is not None]
+
     def conversation(self, sample: Conversation) -> Example:
         """A supervised conversation as a tree with a single branch.
 
@@ -155,23 +163,30 @@ class Encoder:
         """
         return Example(sample.id, Tree.of([self._conversation_row(sample)]), sample.images)
 
-    def conversations(self, samples: Sequence[Conversation], branches: int) -> list[Example]:
-        """Conversations on one image as branches of a tree, at most `branches` of them: the image is read once."""
-        groups: dict[tuple[Path, ...], list[list[Conversation]]] = {}
-        singles = []
+    def conversations(
+        self, samples: Sequence[Conversation], branches: int, faults: list[str] | None = None
+    ) -> list[Example]:
+        """Conversations on one image as branches of a tree, at most `branches` of them: the image is read once.
+
+        Args:
+            faults: takes what is wrong with samples that cannot be used, which are then left out; without it, the
+                first one raises.
+        """
+        groups: dict[tuple[Path, ...], list[list[tuple[str, Row]]]] = {}
+        singles: list[tuple[tuple[Path, ...], list[tuple[str, Row]]]] = []
         for sample in samples:
+            row = _or_fault(self._conversation_row, sample, faults)
+            if row is None:
+                continue
             if len(sample.images) != 1:
-                singles.append([sample])
+                singles.append((sample.images, [(sample.id, row)]))
                 continue
             chunks = groups.setdefault(sample.images, [[]])
             if len(chunks[-1]) == branches:
                 chunks.append([])
-            chunks[-1].append(sample)
-        chunks = [chunk for chunks in groups.values() for chunk in chunks] + singles
-        return [
-            Example(chunk[0].id, Tree.of([self._conversation_row(sample) for sample in chunk]), chunk[0].images)
-            for chunk in chunks
-        ]
+            chunks[-1].append((sample.id, row))
+        shared = [(images, chunk) for images, chunks in groups.items() for chunk in chunks] + singles
+        return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in shared]
 
     def _conversation_row(self, sample: Conversation) -> Row:
         return self._learned(sample.turns, sample.images, sample.id)
@@ -219,6 +234,16 @@ class Encoder:
                     f"Sample {id} has {wrong.strip()!r} in its text, a mark of template {template.name}.",
                     "Remove it from the text or choose another template.",
                 )
+
+
+def _or_fault(make: Callable[[Sample], Made], sample: Sample, faults: list[str] | None) -> Made | None:
+    try:
+        return make(sample)
+    except DataError as error:
+        if faults is None:
+            raise
+        faults.append(str(error))
+        return None
 
 
 def differing(tree: Tree) -> list[bool]:

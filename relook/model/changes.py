@@ -42,6 +42,7 @@ class Change:
         scale: factor of the product B A.
         post_decoder: its settings; None where the change has none, or does not know them.
         base: the folder of the base model, where the change says it.
+        vision_tower: the folder of its tower, where it is not the one that the base's config names.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Change:
     scale: float = 1.0
     post_decoder: dict[str, Any] | None = None
     base: Path | None = None
+    vision_tower: Path | None = None
 
     def lay_on(self, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:
         """The base with this change.
@@ -144,7 +146,9 @@ def read_change(path: Path) -> Change:
     if kind == "run":
         change = read_json(path / CHANGE_FILE)
         lora = _adapter(path) if change["lora"] else {}
-        return _change(path, lora | read_file(path / TENSORS_FILE), change["post_decoder"], Path(change["base"]))
+        tensors = lora | read_file(path / TENSORS_FILE)
+        read = _change(path, tensors, change["post_decoder"], Path(change["base"]))
+        return replace(read, vision_tower=Path(change["vision_tower"])) if change.get("vision_tower") else read
     if kind == "lora":
         return _change(path, _adapter(path) | _bare(path))
     return _change(path, read_file(path) if path.is_file() else _bare(path))

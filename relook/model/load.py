@@ -144,10 +144,10 @@ def open_source(
     if kind == "run" or (kind == "lora" and adapter is None):
         if adapter is not None:
             raise CheckpointError(f"{path} is itself a training run.", "Give its base as the model.")
-        base = read_change(path).base
-        if base is None:
+        change = read_change(path)
+        if change.base is None:
             raise CheckpointError(f"{path} is an adapter.", "Pass its base as path, and this folder as adapter.")
-        path, adapter = base, path
+        path, adapter, vision_tower = change.base, path, vision_tower or change.vision_tower
     source = open_model(path, vision_tower)
     if adapter is not None:
         source = read_change(Path(adapter)).lay_on(source, dtype)

@@ -17,6 +17,8 @@ from relook.console import progress, say
 from relook.data.encode import Example
 from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
+from relook.data.report import ReadReport
+from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError
 from relook.files import holds_at_most, read_text, write_json
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model, model_hash
@@ -64,9 +66,15 @@ def train(recipe: Recipe, device: str | None = None) -> Path:
     started = time.monotonic()
     arguments = training_arguments(recipe, out)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    loaded = load_model(recipe.model_name_or_path, device=device or arguments.device, dtype=dtype)
+    samples, reading = read_samples(recipe)  # before the model: a wrong path shows at once
+    loaded = load_model(
+        recipe.model_name_or_path,
+        vision_tower=recipe.vision_tower or None,
+        device=device or arguments.device,
+        dtype=dtype,
+    )
     loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
-    examples, dropped = read_examples(recipe, loaded)
+    examples, dropped = encode_samples(recipe, loaded, samples, reading)
     apply_regime(loaded, recipe)
     policy = Policy(loaded.model, dtype)
     collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
@@ -133,22 +141,24 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         raise RecipeError(f"The training arguments do not fit together: {error}.") from None
 
 
-def read_examples(recipe: Recipe, loaded: LoadedModel) -> tuple[list[Example], dict[str, Any]]:
-    """Samples of the recipe's files as trees; what could not be used is counted, named and said."""
-    encoder = loaded.encoder(recipe.version, recipe.model_max_length)
-    faults: list[str] = []
-    examples: list[Example] = []
+def read_samples(recipe: Recipe) -> tuple[Sequence[PreferencePair | Conversation], ReadReport]:
+    """The samples of the recipe's files, and what the reader left out."""
     if recipe.task == "dpo":
         desc, pope = (Path(p) if p else None for p in (recipe.desc_data_path, recipe.pope_data_path))
-        pairs, report = read_hadpo(Path(recipe.vg_path), desc, pope, on_bad=recipe.on_bad)
-        for pair in pairs:
-            try:
-                examples.append(encoder.pair(pair))
-            except DataError as error:
-                faults.append(str(error))
+        return read_hadpo(Path(recipe.vg_path), desc, pope, on_bad=recipe.on_bad)
+    return read_llava(Path(recipe.data_path), Path(recipe.image_folder), on_bad=recipe.on_bad)
+
+
+def encode_samples(
+    recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], report: ReadReport
+) -> tuple[list[Example], dict[str, Any]]:
+    """Samples as trees; what could not be used is counted, named and said."""
+    encoder = loaded.encoder(recipe.version, recipe.model_max_length)
+    faults: list[str] = []
+    if recipe.task == "dpo":
+        examples = encoder.pairs(samples, faults)
     else:
-        samples, report = read_llava(Path(recipe.data_path), Path(recipe.image_folder), on_bad=recipe.on_bad)
-        examples = encoder.conversations(samples, recipe.conversations_per_tree)
+        examples = encoder.conversations(samples, recipe.conversations_per_tree, faults)
     if faults and recipe.on_bad == "error":
         raise DataError(faults[0], f"{len(faults)} samples in all cannot be used; set on_bad drop to go on without.")
     examples, image_faults = check_images(examples, loaded.images, recipe.on_bad)
@@ -199,7 +209,12 @@ def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None
     settings = getattr(loaded.core.config, "post_decoder", None)
     write_json(
         out / CHANGE_FILE,
-        {"base": str(Path(recipe.model_name_or_path).resolve()), "post_decoder": settings, "lora": recipe.lora_enable},
+        {
+            "base": str(Path(recipe.model_name_or_path).resolve()),
+            "vision_tower": str(Path(recipe.vision_tower).resolve()) if recipe.vision_tower else None,
+            "post_decoder": settings,
+            "lora": recipe.lora_enable,
+        },
     )
 
 

@@ -1,0 +1,51 @@
+"""The documents keep up with the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from relook.cli import app
+from relook.model.post_decoder import PostDecoderSettings
+from relook.recipe import Recipe, shipped_recipes
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README.zh-CN.md")
+
+
+def test_every_recipe_key_is_documented() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    keys = {field.name for field in dataclasses.fields(Recipe)} - {"training", "post_decoder"}
+    assert not [key for key in keys if f"`{key}`" not in text]
+    assert not [key for key in PostDecoderSettings.names() if f".{key}`" not in text]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_readme_maps_every_module_and_command(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    modules = [path for path in (ROOT / "relook").rglob("*.py") if not path.name.startswith("__")]
+    assert not [path.name for path in modules if path.name not in text]
+    assert not [command for command in get_command(app).commands if f"`relook {command} " not in text]  # type: ignore[attr-defined]
+
+
+def test_the_readmes_show_the_same_numbers() -> None:
+    tables = [re.findall(r"^\| \w+ \| \d+\.\d.*$", (ROOT / name).read_text(encoding="utf-8"), re.M) for name in READMES]
+    assert tables[0]
+    assert tables[0] == tables[1]
+
+
+def test_documents_name_recipes_that_exist() -> None:
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in (*READMES, "docs/real-data.md"))
+    named = set(re.findall(r"relook train ([\w-]+)", text)) - {"RECIPE"}
+    assert named <= {*shipped_recipes()}
+
+
+@pytest.mark.parametrize("document", [*READMES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert not [link for link in links if not ((ROOT / document).parent / link).exists()]
