@@ -20,6 +20,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+Tower = Annotated[
+    Path | None, typer.Option(help="Folder of the vision tower, where the model's config does not lead there.")
+]
+Adapter = Annotated[Path | None, typer.Option(help="A change that is laid on the model.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Bits = Annotated[int, typer.Option(help="8 or 4 quantise the language model (needs relook[quant]).")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")]
+Version = Annotated[str, typer.Option(help="Conversation template; empty: the model's own.")]
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -56,16 +64,21 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="A model folder, or the output folder of a training run.")],
     data: Annotated[Path, typer.Option(help="Folder with pope/, annotations/ and val2014/.")],
     out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
-    version: Annotated[str, typer.Option(help="Conversation template; empty: the model's own.")] = "",
+    version: Version = "",
     batch_size: Annotated[int, typer.Option(help="Prompts a batch.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 512,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")] = "",
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    dtype: Dtype = "float32",
+    bits: Bits = 16,
+    device: Device = "",
 ) -> None:
     """Answer benchmarks and score them."""
     from relook.evaluate.run import evaluate_model
+    from relook.model.load import Loading
 
-    results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, dtype, device)
+    loading = Loading(adapter, vision_tower, dtype, bits, device)
+    results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading)
     typer.echo(json.dumps(results, indent=1))
 
 
@@ -90,9 +103,6 @@ def score(
 Force = Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")]
 ShardSize = Annotated[float, typer.Option("--max-shard-gb", help="Largest weight file in GB.")]
 Check = Annotated[bool, typer.Option(help="Compare the logits of source and result on a small input.")]
-Tower = Annotated[
-    Path | None, typer.Option(help="Folder of the vision tower, where the model's config does not lead there.")
-]
 
 
 @app.command()
@@ -154,10 +164,10 @@ def inspect(
     model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
     image: Annotated[Path | None, typer.Option(help="An image: shows the tensors on their way.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What is asked; alone, an example without an image.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A change that is laid on the model.")] = None,
+    adapter: Adapter = None,
     vision_tower: Tower = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")] = "",
+    dtype: Dtype = "float32",
+    device: Device = "",
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")] = False,
 ) -> None:
     """Show a model's modules, what would train in each regime, and the tensors of an example on their way."""
@@ -179,17 +189,24 @@ def mine(
     questions: Annotated[int, typer.Option(help="Yes/no questions an image.")] = 6,
     max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Prompts a batch.")] = 64,
-    version: Annotated[str, typer.Option(help="Conversation template; empty: the model's own.")] = "",
+    version: Version = "",
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    dtype: Dtype = "float32",
+    bits: Bits = 16,
+    device: Device = "",
 ) -> None:
     """Mine preference pairs from a model's own descriptions and answers on annotated images."""
     from relook.console import say
     from relook.mine import Mining, mine_visual_genome
+    from relook.model.load import Loading
 
     found = mine_visual_genome(
         model,
         vg_path,
         out,
         Mining(seed=seed, questions=questions, max_new_tokens=max_new_tokens, batch_size=batch_size, template=version),
+        loading=Loading(adapter, vision_tower, dtype, bits, device),
     )
     say(f"{found.description_pairs} description pairs and {found.question_pairs} question pairs in {out}")
 

@@ -22,7 +22,7 @@ from relook.evaluate.answer import Asking, answer
 from relook.evaluate.chair import Vocabulary, mentions
 from relook.evaluate.pope import official_parse, question_text
 from relook.files import write_json
-from relook.model.load import LoadedModel, load_model, model_hash
+from relook.model.load import LoadedModel, Loading, model_hash
 
 # Sentences that name no object, each as long as "There is a cup.": where nothing true is left to say instead.
 NEUTRAL = ("The colors are bright.", "It looks quite calm.", "The light is soft.", "Everything is in place.")
@@ -63,13 +63,18 @@ class MiningReport:
 
 
 def mine_visual_genome(
-    model: Path, vg_path: Path, out: Path, how: Mining, synonyms: Mapping[str, Sequence[str]] | None = None
+    model: Path,
+    vg_path: Path,
+    out: Path,
+    how: Mining,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+    loading: Loading = Loading(),  # noqa: B008 (frozen)
 ) -> MiningReport:
     """Mine pairs on a Visual Genome folder with `objects.json`; `out/card.json` says what was found."""
     paths, names = read_image_paths(vg_path), read_objects(vg_path)
     objects = {paths[image]: found for image, found in names.items() if image in paths and paths[image].is_file()}
     known = sorted(set().union(*objects.values())) if objects else []
-    found = mine(load_model(model), objects, Vocabulary.of(known, synonyms), out, how)
+    found = mine(loading.load(model), objects, Vocabulary.of(known, synonyms), out, how)
     write_json(out / "card.json", {**asdict(found), "model_hash": model_hash(model), "seed": how.seed})
     return found
 

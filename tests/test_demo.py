@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from relook import cli, demo
-from relook.data import mine
+from relook import cli, demo, mine
 from relook.evaluate import answer as answering
 from relook.evaluate.run import SPLITS
 from relook.model.load import TENSORS_FILE

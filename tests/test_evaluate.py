@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from tiny import save_tiny
 
 from relook import load_model
 from relook.data.coco import read_coco
+from relook.data.prompts import TEMPLATES, get_template
 from relook.errors import DataError, RecipeError
 from relook.evaluate import answer as answering
-from relook.evaluate import run
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.compare import compare
@@ -87,7 +88,7 @@ def test_a_finished_evaluation_asks_nothing(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run, "load_model", never)
+    monkeypatch.setattr("relook.model.load.load_model", never)
     results = evaluate_model(shipped_base(), ["pope", "chair"], world / "test", finished, max_new_tokens=40)
     assert results == {name: read_json(finished / f"{name}.json") for name in ("pope", "chair")}
     assert asked == []
@@ -171,6 +172,23 @@ def test_answers_do_not_depend_on_the_batch(trained: bool, base: Path, world: Pa
     single = [loaded.generate([image], text, max_new_tokens=20) for image, text in prompts]
     assert single == answers[0]
     assert len(set(answers[0])) > 2
+
+
+def test_an_answer_ends_where_its_template_does(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Template v0 ends answers with "###", which is no special token; here a word of toyworld stands for it."""
+    loaded = load_model(shipped_base())
+    image = sorted((world / "test" / "val2014").iterdir())[0]
+    whole = loaded.generate([image], "Describe this image in detail.", max_new_tokens=40)
+    assert whole.count(".") > 2
+    short = dataclasses.replace(get_template("llava_hf"), name="short", end=" shows")
+    monkeypatch.setitem(TEMPLATES, "short", short)
+    cut = whole[: whole.index(" shows")]
+    assert loaded.generate([image], "Describe this image in detail.", "short", max_new_tokens=40) == cut
+    asked = [(image, "Describe this image in detail.")] * 2 + [(image, "Is there a cup in the image?")]
+    found = dict(answer(loaded, asked, Asking("short", 40, 8), lambda *_: None))
+    assert found[0] == found[1] == cut
+    assert found[2] == loaded.generate([image], asked[2][1])
+    assert (get_template("v0").stop, get_template("v1").stop, get_template("llama_2").stop) == ("###", "", "")
 
 
 def test_sampling_is_repeatable_and_leaves_torchs_generator_alone(base: Path, world: Path) -> None:

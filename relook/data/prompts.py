@@ -45,6 +45,11 @@ class Template:
     end: str
     captions: bool = False
 
+    @property
+    def stop(self) -> str:
+        """The text that ends an answer, where that is not the end-of-text token: generation has to look for it."""
+        return self.end.replace(EOS, "").strip()
+
     def render(self, turns: Sequence[Turn], open_end: bool = False) -> list[Piece]:
         """The pieces of a conversation. With `open_end` the last response is left for the model to write."""
         if self.captions and not open_end:

@@ -73,7 +73,7 @@ def generate_batch(loaded: LoadedModel, batch: Sequence[tuple[Path, Sequence[int
         **{n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in images.items()},
         max_new_tokens=how.max_new_tokens,
         pad_token_id=pad,
+        **loaded.stopping(how.template),
         **{"do_sample": False, **dict(how.generate)},
     )
-    texts: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [loaded.decode(ids, how.template) for ids in output[:, longest:]]

@@ -18,7 +18,7 @@ from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.statistics import ratio_interval
 from relook.files import file_hash, holds_at_most, read_json, read_text, text_hash, write_json
-from relook.model.load import LoadedModel, as_device, default_template, load_model, model_hash
+from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
 
 SPLITS = ("random", "popular", "adversarial")
 CHAIR_PROMPT = "Describe this image in detail."
@@ -33,8 +33,7 @@ def evaluate_model(
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
-    dtype: str = "float32",
-    device: str = "",
+    loading: Loading = Loading(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Answer and score benchmarks; answers that are there already are not asked again.
 
@@ -49,21 +48,21 @@ def evaluate_model(
         raise RecipeError(f"There is no benchmark {some(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
     template = template or default_template(model)
     get_template(template)
-    device = as_device(device)
-    claim(out, model, data, template, max_new_tokens)
+    as_device(loading.device)
+    claim(out, model, data, template, max_new_tokens, loading)
     loaded: LoadedModel | None = None
     results = {}
     for name in benchmarks:
         finished = out / f"{name}.json"
         if not finished.exists():
-            loaded = loaded or load_model(model, dtype=dtype, device=device)
+            loaded = loaded or loading.load(model)
             how = Asking(template, max_new_tokens, batch_size)
             write_json(finished, BENCHMARKS[name](loaded, data, out, how))
         results[name] = read_json(finished)
     return results
 
 
-def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int) -> None:
+def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int, loading: Loading) -> None:
     """Take an output folder for one model, data and way of asking; refuse one that holds other answers."""
     for folder, what in ((model, "model"), (data, "data")):
         if not folder.is_dir():
@@ -71,6 +70,7 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
     settings = {
         "model": str(model.resolve()),
         "model_hash": model_hash(model),
+        **{key: str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
         "data": str(data.resolve()),
         "template": template,
         "max_new_tokens": max_new_tokens,

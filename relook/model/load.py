@@ -95,12 +95,19 @@ class LoadedModel:
     def generate(self, images: Sequence[Picture] = (), text: str = "", template: str = "", **kwargs: Any) -> str:
         """The answer to one prompt; keyword arguments go to transformers' `generate`."""
         inputs = self.encode(images, text, template)
-        kwargs = {"do_sample": False, "max_new_tokens": 256, **kwargs}
+        kwargs = {"do_sample": False, "max_new_tokens": 256, **self.stopping(template), **kwargs}
         output = self.model.generate(**inputs, **kwargs)
-        answer: str = self.processor.tokenizer.decode(
-            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        return answer.strip()
+        return self.decode(output[0, inputs["input_ids"].shape[1] :], template)
+
+    def stopping(self, template: str = "") -> dict[str, Any]:
+        """What `generate` needs to end an answer where the template does, besides the end-of-text token."""
+        stop = get_template(template or self.template).stop
+        return {"stop_strings": [stop], "tokenizer": self.processor.tokenizer} if stop else {}
+
+    def decode(self, ids: Tensor, template: str = "") -> str:
+        """Generated ids as an answer, without what ends it."""
+        text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip().removesuffix(get_template(template or self.template).stop).strip()
 
 
 def load_model(
@@ -127,6 +134,21 @@ def load_model(
     """
     kind = as_dtype(dtype)
     return build(open_source(Path(path), adapter, vision_tower, kind), kind, bits, device)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a command brings a model into memory; the fields are `load_model`'s. An empty device is a GPU, if any."""
+
+    adapter: Path | None = None
+    vision_tower: Path | None = None
+    dtype: str = "float32"
+    bits: int = 16
+    device: str = ""
+
+    def load(self, path: Path) -> LoadedModel:
+        device = as_device(self.device)
+        return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, device)
 
 
 def open_source(
@@ -261,16 +283,22 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
             parameters[name].copy_(tensor)
 
 
+# What an answer depends on, besides the program.
+HASHED = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("processor_config.json", "preprocessor_config.json", "adapter_config.json", CHANGE_FILE),
+)
+
+
 def model_hash(path: Path) -> str:
-    """A short hash of a folder's weights and config: what a result names as its model."""
+    """A short hash of a folder's weights and settings, of its base's too: what a result names as its model."""
     if not path.is_dir():
         raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
     digest = hashlib.sha256()
-    names = [
-        p
-        for p in sorted(path.iterdir())
-        if p.suffix in (".safetensors", ".bin") or p.name in ("config.json", CHANGE_FILE)
-    ]
-    for name in names:
-        digest.update(f"{name.name}:{file_hash(name)}\n".encode())
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".safetensors", ".bin") or file.name in HASHED:
+            digest.update(f"{file.name}:{file_hash(file)}\n".encode())
+    base = read_change(path).base if formats.kind_of(path) == "run" else None
+    if base is not None:
+        digest.update(model_hash(base).encode())
     return digest.hexdigest()[:16]
