@@ -107,7 +107,8 @@ class LoadedModel:
     def decode(self, ids: Tensor, template: str = "") -> str:
         """Generated ids as an answer, without what ends it."""
         text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.strip().removesuffix(get_template(template or self.template).stop).strip()
+        stop = get_template(template or self.template).stop
+        return (text.partition(stop)[0] if stop else text).strip()  # a token may reach beyond the stop
 
 
 def load_model(
