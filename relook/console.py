@@ -45,4 +45,4 @@ def progress(title: str) -> Iterator[Report]:
 
 def say(text: str) -> None:
     """A line for the user, on standard error: standard output is kept for results."""
-    console.print(text)
+    console.print(text, soft_wrap=True)

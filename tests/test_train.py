@@ -535,3 +535,37 @@ def test_a_kill_before_the_last_file_is_made_up_for(base: Path, world: Path, tmp
     train(recipe)
     assert (out / TENSORS_FILE).read_bytes() == weights
     assert (out / "run.json").exists()
+
+
+# --- precision and recomputation
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("regime", ["both", "lora"])
+def test_small_steps_are_kept_in_low_precision(
+    kind: str, regime: str, base: Path, world: Path, tmp_path: Path, no_trunk_cache: None
+) -> None:
+    """A learning rate of 2e-6 moves weights of size 0.02 by less than a bf16 can hold: they must be float32."""
+    keys = {**REGIMES[regime][0], "learning_rate": 2e-6, "max_steps": 2, kind: True}
+    out = train(recipe_for(base, world, tmp_path / "run", **keys))
+    assert log_of(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-3)
+    saved = load_file(out / "trained.safetensors") | (
+        load_file(out / "adapter_model.safetensors") if regime == "lora" else {}
+    )
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    if regime == "both":
+        before = load_model(base).model.lm_head.weight
+        moved = (saved["lm_head.weight"] - before).abs()
+        assert 0 < moved.max() < 1e-5
+
+
+def test_recomputing_the_trunk_gives_the_same_training(
+    base: Path, world: Path, tmp_path: Path, no_trunk_cache: None
+) -> None:
+    files = []
+    for flag in (False, True):
+        keys = {**REGIMES["lora"][0], "max_steps": 3, "gradient_checkpointing": flag}
+        out = train(recipe_for(base, world, tmp_path / str(flag), **keys))
+        files.append(load_file(out / "adapter_model.safetensors"))
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.allclose(files[0][name], files[1][name], atol=1e-7) for name in files[0])

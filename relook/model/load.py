@@ -194,6 +194,7 @@ def build(source: ModelSource, dtype: torch.dtype, bits: int = 16, device: str |
     if wrong:
         raise CheckpointError(f"transformers did not take all tensors of {source.path}: {some(wrong)}.")
     model.generation_config = source.generation_config()
+    model.name_or_path = str(source.path)  # peft asks the hub about models without a path
     if bits == 16:
         model.to(device)
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
