@@ -21,7 +21,7 @@ CHOICES = {
     "on_bad": ("drop", "error"),
     "dpo_tokens": ("all", "differing"),
     "post_decoder_init": ("random", "projector"),
-    "feature_cache": ("auto", "memory", "off"),
+    "feature_cache": ("auto", "memory", "disk", "off"),
 }
 
 
@@ -67,6 +67,7 @@ class Recipe:
     nll_weight: float = 0.0
     dpo_tokens: str = "all"
     feature_cache: str = "auto"
+    feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

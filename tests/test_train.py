@@ -30,8 +30,10 @@ from relook.model.load import TENSORS_FILE
 from relook.model.regimes import apply_regime, parameter_groups
 from relook.recipe import Recipe, build_recipe
 from relook.toyworld.build import make_processor
+from relook.train import cache
 from relook.train import run as training
-from relook.train.batches import Collator, TrunkCache, cache_trunk
+from relook.train.batches import Collator
+from relook.train.cache import TrunkCache, trunk_pass
 from relook.train.policy import Policy
 from relook.train.run import encode_samples, prepare, read_samples, train
 from relook.train.trainer import COMPLETE, preference_loss
@@ -244,11 +246,11 @@ def test_regimes_on_the_same_data_share_the_trunks_pass(
 ) -> None:
     passes: list[int] = []
 
-    def counted(policy: Policy, items: Any, *rest: Any) -> Any:
-        passes.append(len(items))
-        return cache_trunk(policy, items, *rest)
+    def counted(policy: Policy, plan: Any, shard: Any, parts: Any, *rest: Any) -> Any:
+        passes.append(len(shard.examples) if "states" in parts else 0)
+        return trunk_pass(policy, plan, shard, parts, *rest)
 
-    monkeypatch.setattr(training, "cache_trunk", counted)
+    monkeypatch.setattr(cache, "trunk_pass", counted)
     train(recipe_for(base, world, tmp_path / "1", tune_post_decoder=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "2", tune_lm_head=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "3", tune_post_decoder=True, max_steps=1))
