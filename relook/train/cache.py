@@ -72,15 +72,10 @@ class TrunkCache:
         return found
 
 
-def cached_items(
-    recipe: Recipe, policy: Policy, examples: Sequence[Example], collator: Collator, size: int
-) -> list[Item]:
+def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], collator: Collator) -> list[Item]:
     """The examples with what a frozen trunk says about them, computed where it is not there yet.
 
     The collator gets the vision features, where something reads them.
-
-    Args:
-        size: trees in a batch of the trunk's pass.
 
     Raises:
         RelookError: the disk is too small, or several machines do not share it.
@@ -97,7 +92,7 @@ def cached_items(
     if kept is None or kept.key != key or recipe.feature_cache not in ("auto", _kind(kept.store)):
         TrunkCache.last = None  # its memory counts as free
         kept = TrunkCache(key, _store(recipe, key, plan, parts))
-    fill(kept, source, plan, parts, policy, collator, size)
+    fill(kept, source, plan, parts, policy, collator)
     TrunkCache.last = kept
     collator.features = kept.features(plan) if policy.reads_image else None
     return kept.items(plan, recipe.task)
@@ -140,7 +135,6 @@ def fill(
     parts: Sequence[str],
     policy: Policy,
     collator: Collator,
-    size: int,
 ) -> None:
     """Compute the shards that are missing. On disk each process makes its own ones, and all wait for the last.
 
@@ -157,16 +151,14 @@ def fill(
     elif any(missing.values()):
         say(f"  trunk cache: {readable_size(plan.size(parts))} in memory")
     policy.eval()
-    _fill_trunk(store, plan, missing, policy, collator, size)
+    _fill_trunk(store, plan, missing, policy, collator)
     _wait(store, plan, [part for part in parts if part != REFERENCE], state)
     if REFERENCE in parts:
-        _fill_reference(cache, plan, missing[REFERENCE], policy, collator, size)
+        _fill_reference(cache, plan, missing[REFERENCE], policy, collator)
         _wait(store, plan, [REFERENCE], state)
 
 
-def _fill_trunk(
-    store: Store, plan: Plan, missing: dict[str, list[Shard]], policy: Policy, collator: Collator, size: int
-) -> None:
+def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], policy: Policy, collator: Collator) -> None:
     wanted = {s: [p for p in (STATES, FEATURES) if s in missing.get(p, ())] for s in plan.shards}
     total, done = sum(len(shard.examples) for shard, parts in wanted.items() if parts), 0
     if not total:
@@ -174,25 +166,22 @@ def _fill_trunk(
     with progress("trunk states") as report:
         for shard, parts in wanted.items():
             if parts:
-                for part, tensor in trunk_pass(policy, plan, shard, parts, collator, size).items():
+                for part, tensor in trunk_pass(policy, plan, shard, parts, collator).items():
                     store[shard.name(part)] = tensor
                 done += len(shard.examples)
                 report(done, total)
 
 
 @torch.no_grad()
-def trunk_pass(
-    policy: Policy, plan: Plan, shard: Shard, parts: Sequence[str], collator: Collator, size: int
-) -> dict[str, Tensor]:
+def trunk_pass(policy: Policy, plan: Plan, shard: Shard, parts: Sequence[str], collator: Collator) -> dict[str, Tensor]:
     """The frozen trunk once over a shard: STATES (rows, D), FEATURES (rows, V), as asked for, on the CPU.
 
     Without STATES only the vision tower runs, on the same batches, so that its features have the same bits.
     """
     made: dict[str, list[Tensor]] = {part: [] for part in parts}
     waiting = set(shard.images) if FEATURES in parts else set()
-    items = [Item(plan.examples[i]) for i in shard.examples]
-    for start in range(0, len(items), size):
-        batch = items[start : start + size]
+    for indices in plan.batches(shard):
+        batch = [Item(plan.examples[i]) for i in indices]
         paths = [path for item in batch for path in item.example.images]
         if STATES not in parts and not waiting & set(paths):
             continue
@@ -210,9 +199,7 @@ def trunk_pass(
     return {part: torch.cat(tensors) for part, tensors in made.items()}
 
 
-def _fill_reference(
-    cache: TrunkCache, plan: Plan, shards: Sequence[Shard], policy: Policy, collator: Collator, size: int
-) -> None:
+def _fill_reference(cache: TrunkCache, plan: Plan, shards: Sequence[Shard], policy: Policy, collator: Collator) -> None:
     """Reference log-probs from cached states: the untrained policy is the reference, and no trunk pass is needed."""
     total, done = sum(len(shard.examples) for shard in shards), 0
     if not total:
@@ -221,8 +208,10 @@ def _fill_reference(
     items = cache.items(plan, "sft")
     with progress("reference log-probs") as report:
         for shard in shards:
-            chosen = [items[i] for i in shard.examples]
-            cache.store[shard.name(REFERENCE)] = torch.cat(reference_log_probs(policy, chosen, collator, size))
+            found: list[Tensor] = []
+            for indices in plan.batches(shard):
+                found += reference_log_probs(policy, [items[i] for i in indices], collator, len(indices))
+            cache.store[shard.name(REFERENCE)] = torch.cat(found)
             done += len(shard.examples)
             report(done, total)
 
@@ -278,15 +267,15 @@ def _claim(
     free = shutil.disk_usage(place).free
     if needed > free:
         raise RelookError(
-            f"The trunk cache needs {readable_size(needed)} on disk, but {store.folder.parent} has {readable_size(free)} free.",
+            f"The trunk cache needs {readable_size(needed)} on disk, "
+            f"but {store.folder.parent} has {readable_size(free)} free.",
             "Set feature_cache_dir to a folder on a larger disk, or feature_cache off.",
         )
     if state.is_main_process:
         for line in others(store.folder.parent, store.folder.name, source):
             say(f"  {line}")
-        say(
-            f"  trunk cache: {readable_size(plan.size(parts))} in {store.folder}, {readable_size(needed)} of it to be computed"
-        )
+        whole = readable_size(plan.size(parts))
+        say(f"  trunk cache: {whole} in {store.folder}, {readable_size(needed)} of it to be computed")
         store.tidy()
         shards = [{"examples": len(shard.examples), "images": len(shard.images)} for shard in plan.shards]
         write_json(store.folder / INDEX_FILE, {"made_from": source, "widths": plan.widths, "shards": shards})
@@ -303,8 +292,6 @@ def others(folder: Path, key: str, source: dict[str, str]) -> list[str]:
             differs = ", ".join(name for name in source if old.get(name) != source[name])
         except (DataError, KeyError, TypeError, AttributeError):
             differs = "nobody knows what"
-        size = sum(file.stat().st_size for file in index.parent.iterdir())
-        lines.append(
-            f"{index.parent} ({readable_size(size)}) is of other data (it differs in {differs}): left as it is"
-        )
+        size = readable_size(sum(file.stat().st_size for file in index.parent.iterdir()))
+        lines.append(f"{index.parent} ({size}) does not serve here (it differs in {differs}): left as it is")
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from relook.train.policy import Policy
 from relook.tree import kept_positions
 
 SHARD_BYTES = 256 << 20
+BATCH_POSITIONS = 4096  # of the trunk's pass: no recipe changes it, so none changes the bits of what is stored
 STATES, FEATURES, REFERENCE = "states", "features", "reference"  # the parts
 
 
@@ -102,6 +103,19 @@ class Plan:
             groups[-1][1].extend(new)
         groups = [group for group in groups if group[0]]
         return [Shard(n, tuple(indices), tuple(paths)) for n, (indices, paths) in enumerate(groups)]
+
+    def batches(self, shard: Shard) -> Iterator[list[int]]:
+        """Its examples in batches of at most BATCH_POSITIONS, or of one example."""
+        batch: list[int] = []
+        used = 0
+        for i in shard.examples:
+            length = len(self.examples[i].tree)
+            if batch and used + length > BATCH_POSITIONS:
+                yield batch
+                batch, used = [], 0
+            batch.append(i)
+            used += length
+        yield batch
 
     def rows(self, part: str, shard: Shard) -> list[int]:
         """How the rows of a shard's tensor divide among its examples, or its images."""

@@ -172,7 +172,7 @@ def encode_samples(
 def prepare(recipe: Recipe, policy: Policy, examples: list[Example], collator: Collator, batch_size: int) -> list[Item]:
     """What is computed once, before training: trunk states of a frozen trunk, and reference log-probs."""
     if recipe.frozen_trunk and recipe.feature_cache != "off":
-        items = cached_items(recipe, policy, examples, collator, batch_size)
+        items = cached_items(recipe, policy, examples, collator)
     else:
         items = [Item(example) for example in examples]
         if recipe.task == "dpo":
