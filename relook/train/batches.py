@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from relook.data.encode import Example, differing
 from relook.data.images import ImageLoader
-from relook.errors import DataError, some
+from relook.errors import DataError, RecipeError, some
 from relook.train.policy import LiveBatch, Policy, TrunkStates
 from relook.tree import pack, targets_of
 
@@ -99,6 +100,21 @@ def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) 
         raise DataError(f"{len(bad)} samples have unusable images: {some(list(faults.values()), 3)}")
     kept = [example for example in examples if not faults.keys() & set(example.images)]
     return kept, list(faults.values())
+
+
+def hold_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+    """Items to train on, and those on a share of the images, which training never sees. The choice is the same in
+    every run on the same data, whatever its seed."""
+    images = list(dict.fromkeys(path for item in items for path in item.example.images))
+    held = set(random.Random(0).sample(images, round(fraction * len(images))))
+    out = [item for item in items if held & set(item.example.images)]
+    kept = [item for item in items if not held & set(item.example.images)]
+    if fraction and not (out and kept):
+        raise RecipeError(
+            f"eval_fraction {fraction} of {len(images)} images: {len(kept)} samples to train on, {len(out)} to test.",
+            "Choose another one.",
+        )
+    return kept, out
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[list[int]]:

@@ -29,6 +29,7 @@ from relook.train.batches import (
     Item,
     Items,
     check_images,
+    hold_out,
     preference_weight,
     reference_log_probs,
 )
@@ -78,9 +79,16 @@ def train(recipe: Recipe, device: str | None = None) -> Path:
     policy = Policy(loaded.model, dtype)
     collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
     items = prepare(recipe, policy, examples, collator, arguments.per_device_train_batch_size)
+    items, held_out = hold_out(items, recipe.eval_fraction)
     with progress(f"training {out.name}") as report:
         trainer = RelookTrainer(
-            recipe, policy, report, args=arguments, train_dataset=Items(items), data_collator=collator
+            recipe,
+            policy,
+            report,
+            args=arguments,
+            train_dataset=Items(items),
+            eval_dataset=Items(held_out),
+            data_collator=collator,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
     save(recipe, loaded, policy, out)
@@ -89,6 +97,7 @@ def train(recipe: Recipe, device: str | None = None) -> Path:
         {
             "seconds": round(time.monotonic() - started, 2),
             "samples": len(examples),
+            "held_out": len(held_out),
             "dropped": dropped,
             "log": trainer.state.log_history,
         },
@@ -131,13 +140,17 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "logging_steps": 10,
         "dataloader_pin_memory": False,
         "seed": 42,
+        "eval_strategy": "epoch" if recipe.eval_fraction else "no",
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
     }
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
-        return TrainingArguments(**{**defaults, **recipe.training, "output_dir": str(out / CHECKPOINTS)})
+        arguments = TrainingArguments(**{**defaults, **recipe.training, "output_dir": str(out / CHECKPOINTS)})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"The training arguments do not fit together: {error}.") from None
+    if arguments.do_eval and not recipe.eval_fraction:
+        raise RecipeError("The recipe asks for evaluation, but holds nothing out.", "Set eval_fraction, e.g. 0.05.")
+    return arguments
 
 
 def read_samples(recipe: Recipe) -> tuple[Sequence[PreferencePair | Conversation], ReadReport]:
