@@ -124,6 +124,18 @@ def test_a_second_run_finds_everything_on_disk(
     assert (train(build_recipe(auto)) / TENSORS_FILE).read_bytes() == (first / TENSORS_FILE).read_bytes()
 
 
+def test_a_cache_that_was_removed_is_made_again(base: Path, world: Path, tmp_path: Path) -> None:
+    """Within one process, too, and in another folder."""
+    first = train(build_recipe(of_dpo(base, world, tmp_path / "1", **CROSS)))
+    made = contents(tmp_path / "trunk_cache")
+    shutil.rmtree(tmp_path / "trunk_cache")
+    again = train(build_recipe(of_dpo(base, world, tmp_path / "2", **CROSS)))
+    there = train(build_recipe(of_dpo(base, world, tmp_path / "3", **CROSS, feature_cache_dir=tmp_path / "there")))
+    assert contents(tmp_path / "trunk_cache") == contents(tmp_path / "there") == made
+    for out in (again, there):
+        assert (out / TENSORS_FILE).read_bytes() == (first / TENSORS_FILE).read_bytes()
+
+
 def test_features_are_added_to_the_states_of_a_run_that_needed_none(
     base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -447,7 +447,7 @@ def test_the_step_that_is_best_on_held_out_images_is_kept(task: str, base: Path,
 def test_evaluation_needs_something_held_out(base: Path, world: Path, tmp_path: Path) -> None:
     for keys, message in (
         ({"eval_strategy": "epoch"}, "holds nothing out.*eval_fraction"),
-        ({"eval_fraction": 0.01}, "leaves 24 samples to train on, 0 to test"),
+        ({"eval_fraction": 0.01}, "of 6 images: 24 samples to train on, 0 to test"),
         ({"eval_fraction": 1.0}, "a share of the images"),
     ):
         with pytest.raises(RecipeError, match=message):

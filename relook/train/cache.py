@@ -39,7 +39,7 @@ FOLDER = "trunk_cache"  # beside the runs' folders
 
 @dataclass(frozen=True)
 class TrunkCache:
-    """A filled store. The last one is kept for the process: regimes trained one after the other share the pass.
+    """A filled store. The last one in memory is kept: regimes that a process trains in turn share the pass.
 
     Args:
         key: a hash of everything that determines what the trunk says.
@@ -89,11 +89,12 @@ def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], co
     if recipe.task == "dpo":
         parts.append(REFERENCE)
     kept = TrunkCache.last
-    if kept is None or kept.key != key or recipe.feature_cache not in ("auto", _kind(kept.store)):
+    if kept is None or kept.key != key or recipe.feature_cache == "disk":
         TrunkCache.last = None  # its memory counts as free
         kept = TrunkCache(key, _store(recipe, key, plan, parts))
     fill(kept, source, plan, parts, policy, collator)
-    TrunkCache.last = kept
+    if not isinstance(kept.store, ShardFolder):
+        TrunkCache.last = kept
     collator.features = kept.features(plan) if policy.reads_image else None
     return kept.items(plan, recipe.task)
 
@@ -129,12 +130,7 @@ def made_from(recipe: Recipe, policy: Policy, examples: Sequence[Example], image
 
 
 def fill(
-    cache: TrunkCache,
-    source: dict[str, str],
-    plan: Plan,
-    parts: Sequence[str],
-    policy: Policy,
-    collator: Collator,
+    cache: TrunkCache, source: dict[str, str], plan: Plan, parts: Sequence[str], policy: Policy, collator: Collator
 ) -> None:
     """Compute the shards that are missing. On disk each process makes its own ones, and all wait for the last.
 
@@ -230,10 +226,6 @@ def _wait(store: Store, plan: Plan, parts: Sequence[str], state: Any) -> None:
         )
 
 
-def _kind(store: Store) -> str:
-    return "disk" if isinstance(store, ShardFolder) else "memory"
-
-
 def _store(recipe: Recipe, key: str, plan: Plan, parts: Sequence[str]) -> Store:
     """Where the recipe wants the cache: `auto` takes memory where half of what is free is enough.
 
@@ -249,13 +241,7 @@ def _store(recipe: Recipe, key: str, plan: Plan, parts: Sequence[str]) -> Store:
     return ShardFolder(folder)
 
 
-def _claim(
-    store: ShardFolder,
-    source: dict[str, str],
-    plan: Plan,
-    parts: Sequence[str],
-    state: Any,
-) -> None:
+def _claim(store: ShardFolder, source: dict[str, str], plan: Plan, parts: Sequence[str], state: Any) -> None:
     """Before anything is computed: is there room on the disk? The first process says what will be done."""
     lacking = [(part, shard) for part in parts for shard in plan.shards if not store.has(shard.name(part))]
     needed = sum(sum(plan.rows(part, shard)) * plan.row_bytes(part) for part, shard in lacking)
