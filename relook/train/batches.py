@@ -67,10 +67,11 @@ class Collator:
         T, S = targets.kept_branch.shape
         first = items[0].states
         assert first is not None
-        states = first.new_zeros(T, S, first.shape[-1])
+        states = first.new_empty(T, S, first.shape[-1])
         for t, item in enumerate(items):
             assert item.states is not None
             states[t, : len(item.states)] = item.states
+            states[t, len(item.states) :] = 0
         paths = [path for item in items for path in item.example.images]
         features = [self.features[path] for path in paths] if self.features and paths else None
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
