@@ -46,3 +46,11 @@ def progress(title: str) -> Iterator[Report]:
 def say(text: str) -> None:
     """A line for the user, on standard error: standard output is kept for results."""
     console.print(text, soft_wrap=True)
+
+
+def readable_size(size: float) -> str:
+    """A number of bytes for people: 1.5 GB."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"

@@ -21,7 +21,7 @@ CHOICES = {
     "on_bad": ("drop", "error"),
     "dpo_tokens": ("all", "differing"),
     "post_decoder_init": ("random", "projector"),
-    "feature_cache": ("auto", "memory", "off"),
+    "feature_cache": ("auto", "memory", "disk", "off"),
 }
 
 
@@ -47,6 +47,7 @@ class Recipe:
     image_aspect_ratio: str = ""  # empty: as the model's config says
     model_max_length: int = 2048
     conversations_per_tree: int = 16  # SFT: how many conversations on one image share its prefix
+    eval_fraction: float = 0.0  # of the images: held out, for the loss on them
     # What trains. With none of them, the projector and the language model (full).
     lora_enable: bool = False
     lora_r: int = 128
@@ -67,6 +68,7 @@ class Recipe:
     nll_weight: float = 0.0
     dpo_tokens: str = "all"
     feature_cache: str = "auto"
+    feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,6 +83,8 @@ class Recipe:
             raise RecipeError("The recipe names no preference pairs.", "Set desc_data_path, pope_data_path or both.")
         if self.task == "dpo" and self.dpo_weight == 0 and self.nll_weight == 0:
             raise RecipeError("dpo_weight and nll_weight are both 0: there is no loss.", "Set one of them.")
+        if not 0 <= self.eval_fraction < 1:
+            raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
         if self.beta <= 0:
             raise RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):

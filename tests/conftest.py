@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_trunk_cache() -> Iterator[None]:
     """Nothing cached by an earlier test, and nothing left for the next one."""
-    from relook.train.batches import TrunkCache
+    from relook.train.cache import TrunkCache
 
     TrunkCache.last = None
     yield

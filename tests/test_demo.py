@@ -16,7 +16,7 @@ from relook.evaluate.run import SPLITS
 from relook.model.load import TENSORS_FILE
 from relook.toyworld import layouts
 from relook.train import run as training
-from relook.train.batches import TrunkCache
+from relook.train.cache import TrunkCache
 
 POPE = {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "n", "parser", "accuracy_ci"}
 CHAIR = {"chair_i", "chair_s", "recall", "length", "empty", "chair_i_ci", "recall_ci"}

@@ -322,8 +322,9 @@ def test_training_starts_at_ln_2_and_what_it_leaves_is_loaded(
 
 def test_cached_states_train_to_the_same_weights_as_live_ones(folder: Path, odd_world: Path, tmp_path: Path) -> None:
     found = []
-    for cache in ("memory", "off"):
-        keys = dpo_keys(folder, odd_world, tmp_path / cache, tune_post_decoder=True, max_steps=3, feature_cache=cache)
+    for cache in ("disk", "off"):
+        keys = {"tune_post_decoder": True, "max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "feature_cache": cache}
+        keys = dpo_keys(folder, odd_world, tmp_path / cache, **keys)
         found.append(load_model(train(build_recipe(keys))).model.state_dict())
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 

@@ -116,7 +116,7 @@ def test_a_value_of_the_wrong_type(key: str, value: Any, kind: str) -> None:
         ({"task": "ppo"}, "task is 'ppo'. It must be one of sft, dpo"),
         ({"dpo_tokens": "some"}, "dpo_tokens"),
         ({"on_bad": "ignore"}, "on_bad"),
-        ({"feature_cache": "disk"}, "feature_cache"),
+        ({"feature_cache": "tape"}, "feature_cache"),
         ({"vg_path": ""}, "sets no vg_path"),
         ({"pope_data_path": ""}, "no preference pairs"),
         ({"output_dir": ""}, "sets no output_dir"),

@@ -30,8 +30,10 @@ from relook.model.load import TENSORS_FILE
 from relook.model.regimes import apply_regime, parameter_groups
 from relook.recipe import Recipe, build_recipe
 from relook.toyworld.build import make_processor
+from relook.train import cache
 from relook.train import run as training
-from relook.train.batches import Collator, TrunkCache, cache_trunk
+from relook.train.batches import Collator, hold_out
+from relook.train.cache import TrunkCache, trunk_pass
 from relook.train.policy import Policy
 from relook.train.run import encode_samples, prepare, read_samples, train
 from relook.train.trainer import COMPLETE, preference_loss
@@ -244,11 +246,11 @@ def test_regimes_on_the_same_data_share_the_trunks_pass(
 ) -> None:
     passes: list[int] = []
 
-    def counted(policy: Policy, items: Any, *rest: Any) -> Any:
-        passes.append(len(items))
-        return cache_trunk(policy, items, *rest)
+    def counted(policy: Policy, plan: Any, shard: Any, parts: Any, *rest: Any) -> Any:
+        passes.append(len(shard.examples) if "states" in parts else 0)
+        return trunk_pass(policy, plan, shard, parts, *rest)
 
-    monkeypatch.setattr(training, "cache_trunk", counted)
+    monkeypatch.setattr(cache, "trunk_pass", counted)
     train(recipe_for(base, world, tmp_path / "1", tune_post_decoder=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "2", tune_lm_head=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "3", tune_post_decoder=True, max_steps=1))
@@ -403,6 +405,64 @@ def test_a_full_run_is_a_model_of_its_own(base: Path, world: Path, tmp_path: Pat
     tower = [name for name in before if "vision_tower" in name]
     assert tower
     assert all(torch.equal(before[name], after[name]) == (name in tower) for name in before)
+
+
+# --- held-out images
+
+
+@pytest.mark.parametrize("task", ["dpo", "sft"])
+def test_the_step_that_is_best_on_held_out_images_is_kept(task: str, base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {"tune_lm_head": True, "optim": "sgd", "learning_rate": 30.0, "num_train_epochs": 2, "eval_fraction": 0.34,
+            "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0,
+            "load_best_model_at_end": True, "save_total_limit": 99, "per_device_eval_batch_size": 3}  # fmt: skip
+    recipe = build_recipe((sft_keys if task == "sft" else dpo_keys)(base, world, tmp_path / "run", **keys))
+    out = train(recipe)
+    found = json.loads((out / "run.json").read_text())
+    measured = {entry["step"]: entry["eval_loss"] for entry in found["log"] if "eval_loss" in entry}
+    best = min(measured, key=lambda step: measured[step])
+    assert best < max(measured)  # else the last step would do
+    kept = (out / TENSORS_FILE).read_bytes()
+    assert kept == (out / "checkpoints" / f"checkpoint-{best}" / TENSORS_FILE).read_bytes()
+
+    # The loss of what was left, over all held-out items in one batch.
+    loaded = load_model(out)
+    examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
+    images = list(dict.fromkeys(example.images for example in examples))
+    policy = Policy(load_model(base).model)
+    collator = Collator(policy, loaded.images, 3)
+    items, held = hold_out(prepare(replace(recipe, feature_cache="off"), policy, examples, collator, 4), 0.34)
+    assert len({item.example.images for item in held}) == found["held_out"] * len(images) // len(examples) == 2
+    assert not {item.example.images for item in held} & {item.example.images for item in items}
+    inputs = Collator(Policy(loaded.model), loaded.images, 3)(held)
+    with torch.no_grad():
+        log_probs = Policy(loaded.model)(inputs["batch"])
+    if task == "sft":
+        loss = -log_probs.mean()
+    else:
+        targets = inputs["batch"].packed.targets
+        loss = preference_loss(recipe, log_probs, targets, inputs["reference"], inputs["weight"])[0]
+    assert measured[best] == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_evaluation_needs_something_held_out(base: Path, world: Path, tmp_path: Path) -> None:
+    for keys, message in (
+        ({"eval_strategy": "epoch"}, "holds nothing out.*eval_fraction"),
+        ({"eval_fraction": 0.01}, "of 6 images: 24 samples to train on, 0 to test"),
+        ({"eval_fraction": 1.0}, "a share of the images"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True, **keys))
+
+
+def test_measuring_changes_nothing(base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {"tune_post_decoder": True, "lora_enable": True, "lora_r": 4, "lora_dropout": 0.2, "eval_fraction": 0.5}
+    outs = [
+        train(recipe_for(base, world, tmp_path / how, **keys, eval_strategy=how, eval_steps=1))
+        for how in ("steps", "no")
+    ]
+    assert (outs[0] / TENSORS_FILE).read_bytes() == (outs[1] / TENSORS_FILE).read_bytes()
+    for field in ("loss", "rewards/margins"):
+        assert log_of(outs[0], field) == log_of(outs[1], field)
 
 
 # --- SFT

@@ -41,6 +41,7 @@ class Trunk:
         relook_config, relook_model: the same with a post decoder.
         positions: from a model to the number of positions that one image takes; where that depends on the image, to a
             function of its size.
+        tiles: from a model's config and an image's size to the number of rows of pixels that the image is cut into.
         pads_to_square: `do_pad` of the family's image processor means a square canvas, which relook lays itself.
     """
 
@@ -49,6 +50,7 @@ class Trunk:
     relook_config: Any
     relook_model: Any
     positions: Callable[[Any], int | Callable[[Size], int]]
+    tiles: Callable[[Any, Size], int]
     pads_to_square: bool
 
 
@@ -63,15 +65,18 @@ def _llava_positions(core: Any) -> int:
     return _features_per_row(core.config)
 
 
+def _llava_next_tiles(config: Any, size: Size) -> int:
+    return int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
+
+
 def _llava_next_positions(core: Any) -> Callable[[Size], int]:
     """The model's own packing of tiles, with its unpadding and line ends, of features that are one number wide."""
     config = core.config
 
     @cache
     def positions(size: Size) -> int:
-        tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
         packed, _ = core.model.pack_image_features(
-            [torch.zeros(tiles, _features_per_row(config), 1)],
+            [torch.zeros(_llava_next_tiles(config, size), _features_per_row(config), 1)],
             [size],
             config.vision_feature_select_strategy,
             torch.zeros(1),
@@ -88,6 +93,7 @@ TRUNKS = {
         RelookLlavaConfig,
         RelookLlavaForConditionalGeneration,
         _llava_positions,
+        lambda config, size: 1,
         pads_to_square=True,
     ),
     "llava_next": Trunk(
@@ -96,6 +102,7 @@ TRUNKS = {
         RelookLlavaNextConfig,
         RelookLlavaNextForConditionalGeneration,
         _llava_next_positions,
+        _llava_next_tiles,
         pads_to_square=False,
     ),
 }
@@ -119,3 +126,14 @@ def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
     """The config of the same model with a post decoder of these settings."""
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     return trunk_of(config).relook_config(**{**values, "post_decoder": settings})
+
+
+def feature_rows(config: Any, size: Size) -> int:
+    """M of the vision features (M, V) of an image of this size: those of all its tiles."""
+    return trunk_of(config).tiles(config, size) * _features_per_row(config)
+
+
+def feature_size(config: Any) -> int:
+    """V of the vision features: the tower's width, for each of its layers that the model reads."""
+    layers = config.vision_feature_layer
+    return int(config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1))

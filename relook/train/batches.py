@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from relook.data.encode import Example, differing
 from relook.data.images import ImageLoader
-from relook.errors import DataError, some
+from relook.errors import DataError, RecipeError, some
 from relook.train.policy import LiveBatch, Policy, TrunkStates
 from relook.tree import pack, targets_of
 
@@ -67,10 +67,11 @@ class Collator:
         T, S = targets.kept_branch.shape
         first = items[0].states
         assert first is not None
-        states = first.new_zeros(T, S, first.shape[-1])
+        states = first.new_empty(T, S, first.shape[-1])
         for t, item in enumerate(items):
             assert item.states is not None
             states[t, : len(item.states)] = item.states
+            states[t, len(item.states) :] = 0
         paths = [path for item in items for path in item.example.images]
         features = [self.features[path] for path in paths] if self.features and paths else None
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
@@ -102,82 +103,48 @@ def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) 
     return kept, list(faults.values())
 
 
+def hold_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+    """Items to train on, and those on a share of the images, which training never sees. The choice is the same in
+    every run on the same data, whatever its seed."""
+    images = list(dict.fromkeys(path for item in items for path in item.example.images))
+    held = set(random.Random(0).sample(images, round(fraction * len(images))))
+    out = [item for item in items if held & set(item.example.images)]
+    kept = [item for item in items if not held & set(item.example.images)]
+    if fraction and not (out and kept):
+        raise RecipeError(
+            f"eval_fraction {fraction} of {len(images)} images: {len(kept)} samples to train on, {len(out)} to test.",
+            "Choose another one.",
+        )
+    return kept, out
+
+
 def chunks(items: Sequence[Item], size: int) -> Iterator[list[int]]:
-    """Indices of items in batches of similar length, so that little is padding."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i].example.tree))
+    """Indices of items in batches of similar length, so that little is padding; long ones first, as in a batch."""
+    order = sorted(range(len(items)), key=lambda i: -len(items[i].example.tree))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
-@dataclass
-class TrunkCache:
-    """Trunk states of one set of examples, in memory; `key` names everything that determines them.
-
-    The last one is kept for the process: regimes trained one after the other on one base and data share the pass.
-    """
-
-    key: str
-    states: list[Tensor]
-    features: dict[Path, Tensor]
-
-    last: ClassVar[TrunkCache | None] = None
-
-    def fits(self, key: str, policy: Policy) -> bool:
-        return self.key == key and (bool(self.features) or not policy.reads_image)
-
-
-def cache_key(base: str, policy: Policy, examples: Sequence[Example], images: ImageLoader) -> str:
-    """A hash of the base's weights, the preprocessing, every token, and every image file's name, size and time."""
-    digest = hashlib.sha256(f"{base} {policy.dtype} {policy.keeps_everything} {images.aspect_ratio}".encode())
-    digest.update(repr(images.image_processor).encode())
-    for example in examples:
-        digest.update(repr(example.tree).encode())
-    for path in dict.fromkeys(path for example in examples for path in example.images):
-        stat = path.stat()
-        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
 @torch.no_grad()
-def cache_trunk(policy: Policy, items: Sequence[Item], collator: Collator, size: int, progress: Progress) -> list[Item]:
-    """Run the frozen trunk once over all items; keeps states per item and vision features per distinct image."""
+def reference_log_probs(
+    policy: Policy, items: Sequence[Item], collator: Collator, size: int, report: Progress = lambda done, total: None
+) -> list[Tensor]:
+    """Log-probs of each item's targets, before the first step: the policy then is the reference, and no second model
+    exists."""
     policy.eval()
-    device = policy.core.device
-    result = list(items)
-    collator.features = {}
-    done = 0
+    found: dict[int, Tensor] = {}
     for indices in chunks(items, size):
-        indices.sort(key=lambda i: -len(items[i].example.tree))  # long trees first: short ones share rows
-        batch = [items[i] for i in indices]
-        trunk = policy.trunk(collator.live(batch).to(device))
-        lengths = (trunk.targets.kept_branch >= 0).sum(1).tolist()
-        for i, states, length in zip(indices, trunk.states.cpu(), lengths, strict=True):
-            result[i] = replace(items[i], states=states[:length].clone())
-        if trunk.features is not None:
-            paths = [path for item in batch for path in item.example.images]
-            collator.features.update(zip(paths, (kept.cpu().clone() for kept in trunk.features), strict=True))
-        done += len(indices)
-        progress(done, len(items))
-    return result
-
-
-@torch.no_grad()
-def add_reference(
-    policy: Policy, items: Sequence[Item], collator: Collator, size: int, dpo_tokens: str, progress: Progress
-) -> list[Item]:
-    """Reference log-probs, once: the policy before its first step is the reference, so no second model exists."""
-    policy.eval()
-    device = policy.core.device
-    result = list(items)
-    done = 0
-    for indices in chunks(items, size):
-        indices.sort(key=lambda i: -len(items[i].example.tree))  # the collator's order
         batch = collator([items[i] for i in indices])["batch"]
-        log_probs = policy(batch.to(device)).cpu()
+        log_probs = policy(batch.to(policy.core.device)).cpu()
         counts = [sum(sum(b.supervised) for b in items[i].example.tree.branches) for i in indices]
-        for i, reference in zip(indices, log_probs.split(counts), strict=True):
-            flags = differing(items[i].example.tree) if dpo_tokens == "differing" else [True] * len(reference)
-            result[i] = replace(items[i], reference=reference.clone(), weight=torch.tensor(flags, dtype=torch.float32))
-        done += len(indices)
-        progress(done, len(items))
-    return result
+        found.update(zip(indices, log_probs.split(counts), strict=True))
+        report(len(found), len(items))
+    return [found[i] for i in range(len(items))]
+
+
+def preference_weight(example: Example, dpo_tokens: str) -> Tensor:
+    """1 for each target (N,) of a pair that the preference loss counts, else 0."""
+    count = sum(sum(branch.supervised) for branch in example.tree.branches)
+    return (
+        torch.tensor(differing(example.tree), dtype=torch.float32) if dpo_tokens == "differing" else torch.ones(count)
+    )

@@ -90,14 +90,24 @@ class Policy(nn.Module):
         with self.autocast():
             return self._trunk(batch)
 
+    def vision_features(self, batch: LiveBatch) -> list[Tensor] | None:
+        """The vision tower alone: what `trunk` gives as features, (M, V) of each image."""
+        with self.autocast():
+            return self._images(batch).vision_features if batch.pixel_values is not None else None
+
+    def _images(self, batch: LiveBatch) -> Any:
+        base = self.core.model
+        assert batch.pixel_values is not None
+        sizes = {} if batch.image_sizes is None else {"image_sizes": batch.image_sizes}
+        pixels = batch.pixel_values.to(base.get_input_embeddings().weight.dtype)
+        return base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
+
     def _trunk(self, batch: LiveBatch) -> TrunkStates:
         base, packed = self.core.model, batch.packed
         embeds = base.get_input_embeddings()(packed.ids)
         features = None
         if batch.pixel_values is not None:
-            sizes = {} if batch.image_sizes is None else {"image_sizes": batch.image_sizes}
-            pixels = batch.pixel_values.to(embeds.dtype)
-            image = base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
+            image = self._images(batch)
             features = image.vision_features if self.reads_image else None
             where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(where, torch.cat(list(image.pooler_output)).to(embeds.dtype))

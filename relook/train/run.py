@@ -21,19 +21,19 @@ from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError
 from relook.files import holds_at_most, read_text, write_json
-from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model, model_hash
+from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe, parse_overrides
 from relook.train.batches import (
     Collator,
     Item,
     Items,
-    TrunkCache,
-    add_reference,
-    cache_key,
-    cache_trunk,
     check_images,
+    hold_out,
+    preference_weight,
+    reference_log_probs,
 )
+from relook.train.cache import cached_items
 from relook.train.policy import Policy
 from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained
 
@@ -79,9 +79,16 @@ def train(recipe: Recipe, device: str | None = None) -> Path:
     policy = Policy(loaded.model, dtype)
     collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
     items = prepare(recipe, policy, examples, collator, arguments.per_device_train_batch_size)
+    items, held_out = hold_out(items, recipe.eval_fraction)
     with progress(f"training {out.name}") as report:
         trainer = RelookTrainer(
-            recipe, policy, report, args=arguments, train_dataset=Items(items), data_collator=collator
+            recipe,
+            policy,
+            report,
+            args=arguments,
+            train_dataset=Items(items),
+            eval_dataset=Items(held_out),
+            data_collator=collator,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
     save(recipe, loaded, policy, out)
@@ -90,6 +97,7 @@ def train(recipe: Recipe, device: str | None = None) -> Path:
         {
             "seconds": round(time.monotonic() - started, 2),
             "samples": len(examples),
+            "held_out": len(held_out),
             "dropped": dropped,
             "log": trainer.state.log_history,
         },
@@ -132,13 +140,17 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "logging_steps": 10,
         "dataloader_pin_memory": False,
         "seed": 42,
+        "eval_strategy": "epoch" if recipe.eval_fraction else "no",
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
     }
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
-        return TrainingArguments(**{**defaults, **recipe.training, "output_dir": str(out / CHECKPOINTS)})
+        arguments = TrainingArguments(**{**defaults, **recipe.training, "output_dir": str(out / CHECKPOINTS)})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"The training arguments do not fit together: {error}.") from None
+    if arguments.do_eval and not recipe.eval_fraction:
+        raise RecipeError("The recipe asks for evaluation, but holds nothing out.", "Set eval_fraction, e.g. 0.05.")
+    return arguments
 
 
 def read_samples(recipe: Recipe) -> tuple[Sequence[PreferencePair | Conversation], ReadReport]:
@@ -172,29 +184,17 @@ def encode_samples(
 
 def prepare(recipe: Recipe, policy: Policy, examples: list[Example], collator: Collator, batch_size: int) -> list[Item]:
     """What is computed once, before training: trunk states of a frozen trunk, and reference log-probs."""
-    items = [Item(example) for example in examples]
     if recipe.frozen_trunk and recipe.feature_cache != "off":
-        items = with_trunk_states(recipe, policy, items, collator, batch_size)
+        items = cached_items(recipe, policy, examples, collator)
+    else:
+        items = [Item(example) for example in examples]
+        if recipe.task == "dpo":
+            with progress("reference log-probs") as report:
+                found = reference_log_probs(policy, items, collator, batch_size, report)
+            items = [replace(item, reference=reference) for item, reference in zip(items, found, strict=True)]
     if recipe.task == "dpo":
-        with progress("reference log-probs") as report:
-            items = add_reference(policy, items, collator, batch_size, recipe.dpo_tokens, report)
+        items = [replace(item, weight=preference_weight(item.example, recipe.dpo_tokens)) for item in items]
     return items
-
-
-def with_trunk_states(
-    recipe: Recipe, policy: Policy, items: list[Item], collator: Collator, batch_size: int
-) -> list[Item]:
-    """The items with the frozen trunk's states: from the process's cache where it fits, else computed."""
-    examples = [item.example for item in items]
-    key = cache_key(model_hash(Path(recipe.model_name_or_path)), policy, examples, collator.images)
-    kept = TrunkCache.last
-    if kept is None or not kept.fits(key, policy):
-        with progress("trunk states") as report:
-            filled = cache_trunk(policy, items, collator, batch_size, report)
-        kept = TrunkCache(key, [item.states for item in filled if item.states is not None], collator.features or {})
-        TrunkCache.last = kept
-    collator.features = kept.features if policy.reads_image else None
-    return [replace(item, states=states) for item, states in zip(items, kept.states, strict=True)]
 
 
 def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:

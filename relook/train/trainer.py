@@ -22,6 +22,7 @@ from relook.model.load import TENSORS_FILE, load_tensors
 from relook.model.regimes import parameter_groups
 from relook.recipe import Recipe
 from relook.train import losses
+from relook.train.batches import Items
 from relook.train.policy import Policy
 from relook.tree import Targets
 
@@ -57,6 +58,32 @@ class RelookTrainer(Trainer):
             )
         return (loss, log_probs) if return_outputs else loss
 
+    @torch.no_grad()
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Loss and logged fields over the held-out items: means over pairs, for SFT over tokens.
+
+        Every process goes over all of them: none is counted twice to fill up a batch, and all agree on the best step.
+        """
+        assert isinstance(self.eval_dataset, Items)
+        items, size = self.eval_dataset.items, self.args.per_device_eval_batch_size
+        training, self._seen = self._seen, defaultdict(list)
+        self.model.eval()
+        counts = []
+        for start in range(0, len(items), size):
+            inputs = self.data_collator(items[start : start + size])
+            inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
+            self._seen["loss"].append(self.compute_loss(self.model, inputs).item())
+            targets = _targets(inputs["batch"])
+            counts.append(len(targets.id) if self.recipe.task == "sft" else targets.branches)
+        seen, self._seen = self._seen, training
+        metrics = {
+            f"{metric_key_prefix}_{name}": sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
+            for name, values in seen.items()
+        }
+        super().log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, values in self._seen.items():
             logs[name] = sum(values) / len(values)
@@ -77,6 +104,10 @@ class RelookTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_tensors(self.model.model, load_file(Path(resume_from_checkpoint) / TENSORS_FILE), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

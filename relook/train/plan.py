@@ -1,0 +1,128 @@
+"""The plan of a trunk cache: which rows of which shard belong to which example or image, and how many bytes that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from relook.data.encode import Example
+from relook.data.images import ImageLoader
+from relook.model.trunks import feature_rows, feature_size
+from relook.train.policy import Policy
+from relook.tree import kept_positions
+
+SHARD_BYTES = 256 << 20
+BATCH_POSITIONS = 4096  # of the trunk's pass: no recipe changes it, so none changes the bits of what is stored
+STATES, FEATURES, REFERENCE = "states", "features", "reference"  # the parts
+
+
+class Store(Protocol):
+    """Tensors by name: a dict, or a folder."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+    def __getitem__(self, name: str, /) -> Tensor: ...
+    def __setitem__(self, name: str, tensor: Tensor, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some examples, by index, longest tree first, and those of their images that no earlier shard has."""
+
+    number: int
+    examples: tuple[int, ...]
+    images: tuple[Path, ...]
+
+    def name(self, part: str) -> str:
+        return f"{part}-{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be computed, and how large it is: known before a single forward pass.
+
+    Args:
+        states, targets: rows of STATES and of REFERENCE that each example has.
+        features: rows of FEATURES that each distinct image has.
+        widths: numbers in a row of each part.
+        dtype: of states and features; reference log-probs are float32.
+    """
+
+    examples: Sequence[Example]
+    states: list[int]
+    targets: list[int]
+    features: dict[Path, int]
+    widths: dict[str, int]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(policy: Policy, examples: Sequence[Example], images: ImageLoader) -> Plan:
+        trees = [example.tree for example in examples]
+        return Plan(
+            examples,
+            [len(kept_positions(tree, policy.keeps_everything)) for tree in trees],
+            [sum(sum(branch.supervised) for branch in tree.branches) for tree in trees],
+            {
+                path: feature_rows(policy.config, images.size(path))
+                for path in dict.fromkeys(p for e in examples for p in e.images)
+            },
+            {STATES: policy.config.text_config.hidden_size, FEATURES: feature_size(policy.config), REFERENCE: 1},
+            policy.dtype,
+        )
+
+    def row_bytes(self, part: str) -> int:
+        return self.widths[part] * (4 if part == REFERENCE else self.dtype.itemsize)
+
+    def size(self, parts: Sequence[str]) -> int:
+        """Bytes of all tensors of these parts; as files, each shard has a header of some 100 bytes besides."""
+        rows = {STATES: sum(self.states), FEATURES: sum(self.features.values()), REFERENCE: sum(self.targets)}
+        return sum(rows[part] * self.row_bytes(part) for part in parts)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """Examples by length, so that little of a batch is padding, cut where SHARD_BYTES are full."""
+        order = sorted(range(len(self.examples)), key=lambda i: -len(self.examples[i].tree))
+        seen: set[Path] = set()
+        groups: list[tuple[list[int], list[Path]]] = []
+        used = SHARD_BYTES
+        for i in order:
+            new = [path for path in dict.fromkeys(self.examples[i].images) if path not in seen]
+            size = self.states[i] * self.row_bytes(STATES)
+            size += sum(self.features[path] for path in new) * self.row_bytes(FEATURES)
+            if used + size > SHARD_BYTES:
+                groups.append(([], []))
+                used = 0
+            used += size
+            seen.update(new)
+            groups[-1][0].append(i)
+            groups[-1][1].extend(new)
+        groups = [group for group in groups if group[0]]
+        return [Shard(n, tuple(indices), tuple(paths)) for n, (indices, paths) in enumerate(groups)]
+
+    def batches(self, shard: Shard) -> Iterator[list[int]]:
+        """Its examples in batches of at most BATCH_POSITIONS, or of one example."""
+        batch: list[int] = []
+        used = 0
+        for i in shard.examples:
+            length = len(self.examples[i].tree)
+            if batch and used + length > BATCH_POSITIONS:
+                yield batch
+                batch, used = [], 0
+            batch.append(i)
+            used += length
+        yield batch
+
+    def rows(self, part: str, shard: Shard) -> list[int]:
+        """How the rows of a shard's tensor divide among its examples, or its images."""
+        if part == FEATURES:
+            return [self.features[path] for path in shard.images]
+        return [(self.states if part == STATES else self.targets)[i] for i in shard.examples]
+
+    def missing(self, store: Store, parts: Sequence[str], shards: Sequence[Shard]) -> dict[str, list[Shard]]:
+        """Of each part, the shards that a store does not have. One without images has no features."""
+        return {p: [s for s in shards if (p != FEATURES or s.images) and s.name(p) not in store] for p in parts}
