@@ -11,13 +11,13 @@ demo: $(VENV)/.ready
 	$(BIN)/relook demo --out $(OUT) --seed $(SEED)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 env: $(VENV)/.ready
 

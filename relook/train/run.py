@@ -91,17 +91,18 @@ def train(recipe: Recipe, device: str | None = None) -> Path:
             data_collator=collator,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
-    save(recipe, loaded, policy, out)
-    write_json(
-        out / RUN_FILE,
-        {
-            "seconds": round(time.monotonic() - started, 2),
-            "samples": len(examples),
-            "held_out": len(held_out),
-            "dropped": dropped,
-            "log": trainer.state.log_history,
-        },
-    )
+    if trainer.is_world_process_zero():
+        save(recipe, loaded, policy, out)
+        write_json(
+            out / RUN_FILE,
+            {
+                "seconds": round(time.monotonic() - started, 2),
+                "samples": len(examples),
+                "held_out": len(held_out),
+                "dropped": dropped,
+                "log": trainer.state.log_history,
+            },
+        )
     return out
 
 
