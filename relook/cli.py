@@ -222,8 +222,10 @@ def mine(
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(help="Output folders of `relook demo`.")]) -> None:
-    """Write the report of a demo folder again, from its files."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of `relook demo` or `relook sweep`.")],
+) -> None:
+    """Write the report of a demo or a sweep again, from its files."""
     from relook.demo import write_report
 
     for run in runs:

@@ -24,11 +24,11 @@ from relook.evaluate.statistics import holm
 from relook.files import holds_at_most, read_json, read_records, write_json, write_text
 from relook.model.load import model_hash
 from relook.recipe import Recipe, parse_overrides, read_shipped
-from relook.sweep_recipe import BASE, Row, Sweep, build_sweep
+from relook.sweep_recipe import BASE, SWEEP_FILE, Row, Sweep, build_sweep
 from relook.train import run as training
 from relook.train.run import Encoded, encode_samples, read_samples, train, training_arguments
 
-SWEEP_FILE, RESULTS_FILE = "sweep.yaml", "results.json"
+RESULTS_FILE = "results.json"
 # What the examples of a row depend on, besides the base.
 DATA_KEYS = (
     *("task", "vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder", "on_bad"),
@@ -98,10 +98,13 @@ def take(sweep: Sweep, values: Mapping[str, Any]) -> None:
             if path and not Path(path).exists():
                 raise RecipeError(f"{key} {path} of {row.name} does not exist.", "Check the path.")
     plain = yaml.safe_load(yaml.safe_dump({key: _plain(value) for key, value in values.items()}))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if not held.exists():
+        write_text(held, text)
     claim_answers(sweep, BASE, sweep.base)
-    write_text(held, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     for row in sweep.rows:
         training.claim(Path(row.recipe.output_dir), row.recipe)
+    write_text(held, text)
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from relook.files import text_hash
 from relook.model.load import Loading, as_dtype, default_template
 from relook.recipe import Recipe, fit, load_recipe
 
+SWEEP_FILE = "sweep.yaml"
 BASE = "base"  # how the base is called among the rows
 SHARED = ("model_name_or_path", "vision_tower", "version")  # what the base's answers depend on
 
