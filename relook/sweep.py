@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from relook.console import say
-from relook.errors import RecipeError
+from relook.errors import RecipeError, RelookError
 from relook.evaluate.cached import FIRST_FILE, CachedPope
 from relook.evaluate.compare import compare
 from relook.evaluate.divergence import by_divergence
@@ -69,6 +69,7 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
     )
     if sweep.chair:
         read_json(annotation_file(Path(sweep.data)))
+    failed: dict[str, str] = {}
     waiting = [row for row in sweep.rows if not _finished(sweep, row.name)]
     evaluate(sweep, BASE, sweep.base, engine)
     if waiting:
@@ -76,9 +77,17 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
         engine.release()
         for number, row in enumerate(sorted(waiting, key=_order), 1):
             say(f"[bold]{row.name}[/] ({number} of {len(waiting)})")
-            run = train(row.recipe, sweep.loading.device or None, encoded[_data_key(row)])
+            try:
+                run = train(row.recipe, sweep.loading.device or None, encoded[_data_key(row)])
+            except RelookError as error:  # a rate that is too high must not cost the other rows
+                failed[row.name] = str(error)
+                say(f"  [red]{row.name} failed:[/] {error}")
+                continue
             evaluate(sweep, row.name, run, engine)
-    write_json(sweep.out / RESULTS_FILE, collect(sweep))
+    done = [row for row in sweep.rows if row.name not in failed]
+    if not done:
+        raise RelookError(f"No row of the sweep could be trained: {next(iter(failed.values()))}")
+    write_json(sweep.out / RESULTS_FILE, {**collect(sweep, done), "failed": failed})
     from relook.report.sweep_page import write_page
 
     page = write_page(sweep.out)
@@ -156,12 +165,12 @@ def evaluate(sweep: Sweep, name: str, model: Path, engine: CachedPope) -> None:
         evaluate_model(model, ["chair"], Path(sweep.data), out, *how)
 
 
-def collect(sweep: Sweep) -> dict[str, Any]:
-    """Everything that `results.json` says, from the files of the rows."""
+def collect(sweep: Sweep, finished: Sequence[Row]) -> dict[str, Any]:
+    """What `results.json` says of the finished rows, from their files."""
     data, base_folder = Path(sweep.data), sweep.answers(BASE)
     base_first = read_records(base_folder / FIRST_FILE)
     rows = []
-    for row in sweep.rows:
+    for row in finished:
         folder = sweep.answers(row.name)
         first = read_records(folder / FIRST_FILE)
         arguments = training_arguments(row.recipe, Path(row.recipe.output_dir))

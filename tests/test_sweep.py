@@ -378,6 +378,19 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     assert read_json(out / "results.json") == read_json(whole / "results.json")
 
 
+def test_a_row_that_diverges_does_not_stop_the_others(world: Path, tmp_path: Path, alone: None) -> None:
+    keys = keys_of(
+        world, tmp_path / "out", grid={"learning_rate": [1e38, 1e-3]}, recipe="toyworld-head", warmup_steps=0
+    )
+    sweep.run_sweep(keys)
+    results = read_json(tmp_path / "out" / "results.json")
+    assert [row["learning_rate"] for row in results["rows"]] == [1e-3]
+    assert "loss is nan" in results["failed"]["learning_rate=1e+38"]
+    assert "learning_rate=1e+38 failed: The loss is nan" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(RelookError, match="No row"):
+        sweep.run_sweep({**keys, "output_dir": str(tmp_path / "none"), "grid": {"learning_rate": [1e38]}})
+
+
 def test_the_command(world: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {key: str(value) if isinstance(value, Path) else value for key, value in keys_of(world, tmp_path).items()}
     keys |= {"output_dir": "elsewhere", "recipe": "toyworld-head"}

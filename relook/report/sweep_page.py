@@ -41,15 +41,19 @@ def write_page(out: Path) -> Path:
     tables = {title: cells for title, cells in tables.items() if len(cells) > 1}
     notes = {"POPE": P_NOTE, "Hallucination by divergence from the base": KL_NOTE}
     text = [f"## {title}\n\n{markdown(cells)}\n{notes.get(title, '')}\n" for title, cells in tables.items()]
-    write_text(out / TABLE_FILE, "\n".join(text))
+    write_text(out / TABLE_FILE, "\n".join([*text, _failures(results)]).rstrip() + "\n")
     body = [f"<h2>{title}</h2>{as_html(cells)}<p>{notes.get(title, '')}</p>" for title, cells in tables.items()]
     logs = {row["name"]: read_json(out / "runs" / row["name"] / "run.json")["log"] for row in results["rows"]}
     plots = ["<h2>Training</h2>", curves(logs), "<h2>Against the learning rate</h2>", rate_plots(results)]
     head = f"<meta charset=utf-8><title>relook sweep</title><style>{STYLE}</style>"
-    end = f"<p><small>{html.escape(str(results['provenance']))}</small></p>"
+    end = f"<p>{html.escape(_failures(results))}</p><p><small>{html.escape(str(results['provenance']))}</small></p>"
     page = f"<h1>Sweep: {len(logs)} rows on one base</h1>{''.join(body)}{''.join(plots)}{end}"
     write_text(out / REPORT_FILE, f"<!doctype html><html lang=en>{head}{page}</html>")
     return out / REPORT_FILE
+
+
+def _failures(results: Mapping[str, Any]) -> str:
+    return "\n".join(f"{name} failed: {said}" for name, said in results["failed"].items())
 
 
 def percent(value: float) -> str:
