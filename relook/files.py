@@ -104,13 +104,13 @@ def holds_at_most(folder: Path, name: str) -> bool:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex. A file that keeps its size and time is read once in a process."""
+    """SHA-256 of a file's bytes, in hex. A file that has not changed since is read once in a process."""
     stat = path.stat()
-    return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    return _file_hash(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @cache
-def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
+def _file_hash(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
