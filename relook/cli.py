@@ -58,6 +58,16 @@ def train(
     train_command([recipe, *context.args])
 
 
+@app.command(context_settings=EXTRA)
+def sweep(
+    context: typer.Context, file: Annotated[str, typer.Argument(help="A .yaml file or a shipped sweep's name.")]
+) -> None:
+    """Train and evaluate many variants on one trunk cache; any key of the file or of a recipe may follow."""
+    from relook.sweep import sweep_command
+
+    sweep_command([file, *context.args])
+
+
 @app.command(name="eval")
 def evaluate(
     benchmarks: Annotated[list[str], typer.Argument(help="pope, chair")],
@@ -212,8 +222,10 @@ def mine(
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(help="Output folders of `relook demo`.")]) -> None:
-    """Write the report of a demo folder again, from its files."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of `relook demo` or `relook sweep`.")],
+) -> None:
+    """Write the report of a demo or a sweep again, from its files."""
     from relook.demo import write_report
 
     for run in runs:

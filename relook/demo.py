@@ -20,6 +20,7 @@ from relook.files import holds_at_most, read_json, write_json
 from relook.mine import mine_visual_genome
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
+from relook.sweep_recipe import SWEEP_FILE
 from relook.toyworld import layouts
 from relook.toyworld.shipped import mining_settings, shipped_base
 from relook.train.run import train
@@ -170,12 +171,14 @@ def collect_results(places: Places, model: Path, seed: int) -> dict[str, Any]:
 
 
 def write_report(out: Path) -> Path:
-    """Write `report.html` from a demo's files."""
-    from relook.report.page import write_page
+    """Write `report.html` from a demo's files, or a sweep's."""
+    from relook.report import page, sweep_page
 
     if not (out / RESULTS_FILE).exists():
         raise RecipeError(f"{out} holds no finished demo.", f"Run `relook demo --out {out}` first.")
-    return write_page(out)
+    if (out / SWEEP_FILE).exists():
+        return sweep_page.write_page(out)
+    return page.write_page(out)
 
 
 class _Clock:

@@ -130,29 +130,43 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     Raises:
         RecipeError: no such recipe, not YAML, an unknown key, or a value that does not fit.
     """
+    return build_recipe({**read_shipped(name, "recipe"), **(overrides or {})})
+
+
+def read_shipped(name: str, kind: str) -> dict[str, Any]:
+    """The keys of a YAML file, or of one that ships with relook.
+
+    Args:
+        kind: "recipe" or "sweep".
+    """
     path = Path(name)
-    shipped = resources.files("relook") / "recipes" / f"{name}.yaml"
+    known = shipped(kind)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
-            raise RecipeError(f"There is no recipe file {path}.", f"Shipped recipes: {', '.join(shipped_recipes())}.")
+            raise RecipeError(f"There is no {kind} file {path}.", f"Shipped {kind}s: {', '.join(known)}.")
         text = read_text(path)
-    elif shipped.is_file():
-        text = shipped.read_text(encoding="utf-8")
+    elif name in known:
+        text = (resources.files("relook") / f"{kind}s" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        close = difflib.get_close_matches(name, shipped_recipes(), 1)
-        hint = f"Did you mean {close[0]}?" if close else f"Give a .yaml file or one of {', '.join(shipped_recipes())}."
-        raise RecipeError(f"There is no recipe {name!r}.", hint)
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"Did you mean {close[0]}?" if close else f"Give a .yaml file or one of {', '.join(known)}."
+        raise RecipeError(f"There is no {kind} {name!r}.", hint)
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{name} is not valid YAML: {error}.") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{name} is not a mapping of keys to values.")
-    return build_recipe({**values, **(overrides or {})})
+    return values
 
 
 def shipped_recipes() -> list[str]:
-    folder = resources.files("relook") / "recipes"
+    return shipped("recipe")
+
+
+def shipped(kind: str) -> list[str]:
+    """Names of the recipes or sweeps that ship with relook."""
+    folder = resources.files("relook") / f"{kind}s"
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
@@ -168,9 +182,9 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         if head == "post_decoder":
             settings.update({rest: value} if rest else _mapping(head, value))
         elif key in own:
-            arguments[key] = _fit(key, value, own[key])
+            arguments[key] = fit(key, value, own[key])
         elif key in training_keys:
-            training[key] = _fit(key, value, training_keys[key])
+            training[key] = fit(key, value, training_keys[key])
         else:
             close = difflib.get_close_matches(str(key), [*own, "post_decoder", *training_keys], 1)
             hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."
@@ -192,14 +206,14 @@ def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise RecipeError(f"post_decoder has no key {some(unknown)}.", f"Its keys are {_settings_keys()}.")
-    return {key: _fit(f"post_decoder.{key}", value, known[key]) for key, value in settings.items()}
+    return {key: fit(f"post_decoder.{key}", value, known[key]) for key, value in settings.items()}
 
 
 def _settings_keys() -> str:
     return ", ".join(PostDecoderSettings.names())
 
 
-def _fit(key: str, value: Any, annotation: Any) -> Any:
+def fit(key: str, value: Any, annotation: Any) -> Any:
     """Check a value against the annotation of its field; YAML reads 2e-6 as a string, so numbers are converted."""
     if isinstance(value, Path):
         value = str(value)

@@ -11,7 +11,8 @@ from typer.main import get_command
 
 from relook.cli import app
 from relook.model.post_decoder import PostDecoderSettings
-from relook.recipe import Recipe, shipped_recipes
+from relook.recipe import Recipe, shipped, shipped_recipes
+from relook.sweep_recipe import OWN
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -22,6 +23,11 @@ def test_every_recipe_key_is_documented() -> None:
     keys = {field.name for field in dataclasses.fields(Recipe)} - {"training", "post_decoder"}
     assert not [key for key in keys if f"`{key}`" not in text]
     assert not [key for key in PostDecoderSettings.names() if f".{key}`" not in text]
+
+
+def test_every_sweep_key_and_shipped_sweep_is_documented() -> None:
+    text = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    assert not [key for key in (*OWN, "rows", "grid", "recipe", *shipped("sweep")) if f"`{key}`" not in text]
 
 
 @pytest.mark.parametrize("name", READMES)

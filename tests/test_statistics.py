@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relook.evaluate.statistics import mcnemar, paired_interval, ratio_interval, right_alone
+from relook.evaluate.statistics import holm, mcnemar, paired_interval, ratio_interval, right_alone
 
 
 def test_interval_of_a_mean_is_the_normal_one() -> None:
@@ -58,6 +58,15 @@ def test_paired_interval_is_narrower_than_two_apart() -> None:
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(20 / 300 * 280 / 300 / 300), rel=0.12)
     one = ratio_interval(first, ones)
     assert high - low < one[1] - one[0]
+
+
+def test_holm_by_hand() -> None:
+    # Sorted: .01 x 4, .02 x 3, .03 x 2, .5 x 1; the third would fall to .06, which is not below the second's.
+    assert holm([0.03, 0.5, 0.01, 0.02]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.01, 0.011]) == pytest.approx([0.02, 0.02])  # .011 x 1 would fall below .02
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+    assert holm([0.7, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_edges() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.coco import read_coco
-from relook.evaluate import chair, pope
+from relook.evaluate import pope
+from relook.evaluate.chair import ChairScore, score, vocabulary_of
 from relook.evaluate.run import SPLITS, annotation_file, pope_file
 from relook.evaluate.statistics import mcnemar, paired_interval, right_alone
 from relook.files import read_records
@@ -15,19 +16,22 @@ from relook.files import read_records
 Counts = tuple[Sequence[float], Sequence[float]]
 
 
-def compare(data: Path, first: Path, second: Path) -> dict[str, Any]:
+def compare(data: Path, first: Path, second: Path, chair: bool = True) -> dict[str, Any]:
     """Differences second - first of two `relook eval` folders over the same data.
+
+    Args:
+        chair: compare captions, too.
 
     Returns:
         For each POPE split the accuracy's difference with its paired 95 % interval over images and the exact McNemar
         p-value over questions; for CHAIR the differences of chair_i and recall with intervals.
     """
-    return compare_pooled([(data, first, second)])
+    return compare_pooled([(data, first, second)], chair)
 
 
-def compare_pooled(runs: Sequence[tuple[Path, Path, Path]]) -> dict[str, Any]:
+def compare_pooled(runs: Sequence[tuple[Path, Path, Path]], chair: bool = True) -> dict[str, Any]:
     """As `compare`, over the images of several (data, first, second) taken together: for tables over seeds."""
-    result: dict[str, Any] = {"pope": {}, "chair": {}}
+    result: dict[str, Any] = {"pope": {}}
     for split in SPLITS:
         rows = [[_pope_rows(run[0], run[side], split) for run in runs] for side in (1, 2)]
         right = [[row.right for run in side for row in run] for side in rows]
@@ -35,6 +39,9 @@ def compare_pooled(runs: Sequence[tuple[Path, Path, Path]]) -> dict[str, Any]:
             **_difference(*(_joined([_by_image(run) for run in side]) for side in rows)),
             "mcnemar_p": mcnemar(*right_alone(*right)),
         }
+    if not chair:
+        return result
+    result["chair"] = {}
     scores = [[_chair_score(run[0], run[side]) for run in runs] for side in (1, 2)]
     for name, top, bottom in (("chair_i", "hallucinated", "mentioned"), ("recall", "found", "present")):
         counts = (_joined([(getattr(s, top), getattr(s, bottom)) for s in side]) for side in scores)
@@ -70,7 +77,7 @@ def _by_image(rows: Sequence[pope.PopeRow]) -> Counts:
     return [right for right, _ in counts.values()], [total for _, total in counts.values()]
 
 
-def _chair_score(data: Path, folder: Path) -> chair.ChairScore:
+def _chair_score(data: Path, folder: Path) -> ChairScore:
     annotations = read_coco(annotation_file(data))
     said = captions(folder)
-    return chair.score(said, {i: annotations.objects[i] for i in said}, chair.vocabulary_of(annotations))
+    return score(said, {i: annotations.objects[i] for i in said}, vocabulary_of(annotations))

@@ -67,6 +67,16 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / (1 << n))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several comparisons with one base, corrected so that one false alarm among all stays at the level
+    (Holm 1979): the k-th smallest of m is multiplied by m - k + 1, and none falls below a smaller one's."""
+    corrected, most = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        most = max(most, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = most
+    return corrected
+
+
 def right_alone(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
     """On how many rows only the first model is right, and only the second; rows in the same order.
 

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from .post_decoder import ImageContext, PostDecoder, PostDecoderSettings
+from .post_decoder import ImageContext, PostDecoder
 
 
 class PostDecoderConfig:
@@ -70,15 +70,7 @@ class PostDecoderModel(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        text = config.text_config
-        layers = config.vision_feature_layer if isinstance(config.vision_feature_layer, list) else [0]
-        self.post_decoder = PostDecoder(
-            PostDecoderSettings(**config.post_decoder),
-            vision_size=config.vision_config.hidden_size * len(layers),
-            hidden_size=text.hidden_size,
-            num_heads=text.num_attention_heads,
-            mlp_size=text.intermediate_size,
-        )
+        self.post_decoder = PostDecoder.of(config)
         self.post_init()
 
     def features_by_image(self, features_RPV: Tensor, image_sizes: Tensor | None) -> list[Tensor]:

@@ -267,6 +267,18 @@ class PostDecoder(nn.Module):
             for _ in range(settings.depth)
         )
 
+    @staticmethod
+    def of(config: Any) -> PostDecoder:
+        """The post decoder that a model's config describes."""
+        text, layers = config.text_config, config.vision_feature_layer
+        return PostDecoder(
+            PostDecoderSettings(**config.post_decoder),
+            vision_size=config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1),
+            hidden_size=text.hidden_size,
+            num_heads=text.num_attention_heads,
+            mlp_size=text.intermediate_size,
+        )
+
     @property
     def reads_all_positions(self) -> bool:
         """Whether a position's output depends on the states of other positions (self-attention)."""

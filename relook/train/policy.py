@@ -124,17 +124,21 @@ class Policy(nn.Module):
 
     def _forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         trunk = batch if isinstance(batch, TrunkStates) else self.trunk(batch)
-        states, targets = trunk.states, trunk.targets
-        if self.post_decoder is None:
-            return token_log_probs(self.core.lm_head, states[targets.tree, targets.slot], targets.id)
-        context = self.post_decoder.look(trunk.features, trunk.images) if trunk.features is not None else None
-        if self.keeps_everything:
-            states = self.post_decoder(states, context, targets.kept_mask()[:, None])
-            chosen = states[targets.tree, targets.slot]
-        else:
-            layout = Layout(targets.tree, targets.slot, (states.shape[0], states.shape[1]))
-            chosen = self.post_decoder(states[targets.tree, targets.slot], context, layout=layout)
-        return token_log_probs(self.core.lm_head, chosen, targets.id)
+        return token_log_probs(self.core.lm_head, predicting_states(self.post_decoder, trunk), trunk.targets.id)
+
+
+def predicting_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:
+    """The states that lm_head turns into predictions of the targets, after the post decoder: (N, D)."""
+    states, targets = trunk.states, trunk.targets
+    if post_decoder is None:
+        return states[targets.tree, targets.slot]
+    context = post_decoder.look(trunk.features, trunk.images) if trunk.features is not None else None
+    if post_decoder.reads_all_positions:
+        seen: Tensor = post_decoder(states, context, targets.kept_mask()[:, None])
+        return seen[targets.tree, targets.slot]
+    layout = Layout(targets.tree, targets.slot, (states.shape[0], states.shape[1]))
+    chosen: Tensor = post_decoder(states[targets.tree, targets.slot], context, layout=layout)
+    return chosen
 
 
 def token_log_probs(head: nn.Module, states_ND: Tensor, ids_N: Tensor) -> Tensor:

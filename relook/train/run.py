@@ -41,6 +41,8 @@ RUN_FILE = "run.json"  # written last: a run that has it is finished
 RECIPE_FILE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 
+Encoded = tuple[list[Example], dict[str, Any]]  # examples, and what was dropped
+
 
 def train_command(arguments: Sequence[str]) -> Path:
     """`relook train RECIPE [--key value ...]`."""
@@ -53,11 +55,14 @@ def train_command(arguments: Sequence[str]) -> Path:
     return out
 
 
-def train(recipe: Recipe, device: str | None = None) -> Path:
+def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = None) -> Path:
     """Carry out a recipe; returns its output folder.
 
     The folder holds the resolved recipe, what was trained (`change.json` and tensors; for a full run the whole model)
     and `run.json` with the log. A finished run is not run again; one that was killed goes on from its last checkpoint.
+
+    Args:
+        encoded: what `encode_samples` makes of the recipe's data, where several runs share it.
     """
     out = Path(recipe.output_dir)
     if claim(out, recipe):
@@ -66,7 +71,8 @@ def train(recipe: Recipe, device: str | None = None) -> Path:
     started = time.monotonic()
     arguments = training_arguments(recipe, out)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    samples, reading = read_samples(recipe)  # before the model: a wrong path shows at once
+    if encoded is None:
+        read = read_samples(recipe)  # before the model: a wrong path shows at once
     loaded = load_model(
         recipe.model_name_or_path,
         vision_tower=recipe.vision_tower or None,
@@ -74,7 +80,7 @@ def train(recipe: Recipe, device: str | None = None) -> Path:
         dtype=dtype,
     )
     loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
-    examples, dropped = encode_samples(recipe, loaded, samples, reading)
+    examples, dropped = encode_samples(recipe, loaded, *read) if encoded is None else encoded
     apply_regime(loaded, recipe)
     policy = Policy(loaded.model, dtype)
     collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
@@ -162,9 +168,7 @@ def read_samples(recipe: Recipe) -> tuple[Sequence[PreferencePair | Conversation
     return read_llava(Path(recipe.data_path), Path(recipe.image_folder), on_bad=recipe.on_bad)
 
 
-def encode_samples(
-    recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], report: ReadReport
-) -> tuple[list[Example], dict[str, Any]]:
+def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], report: ReadReport) -> Encoded:
     """Samples as trees; what could not be used is counted, named and said."""
     encoder = loaded.encoder(recipe.version, recipe.model_max_length)
     faults: list[str] = []

@@ -1,0 +1,335 @@
+"""POPE from trunk states: the first answer token of every question, without a trunk pass for every variant.
+
+Variants with a frozen trunk differ in what stands above it: post decoder and lm_head. The trunk's last hidden state at
+the end of each prompt, and the vision features of each image, are computed once for the base, kept in memory and on
+disk, and every variant answers from them. Models with a trunk of their own (LoRA, full), or whose post decoder reads
+all positions, take one pass of their own over the same trees.
+
+An answer whose first token is Yes or No is done: POPE's parser reads it so, unless the model goes on to contradict
+itself before the first full stop ("Yes, there is no dog"). All others are generated in full.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from relook.console import progress
+from relook.data.encode import Encoder, Example
+from relook.data.samples import Question
+from relook.evaluate import pope
+from relook.evaluate.answer import Asking, answer
+from relook.evaluate.divergence import divergence
+from relook.evaluate.run import SPLITS, pope_file, pope_record, score_pope
+from relook.files import whole_file, write_json, write_jsonl
+from relook.model import formats
+from relook.model.changes import read_change
+from relook.model.load import LoadedModel, Loading, add_post_decoder, as_device, as_dtype, model_hash, open_source
+from relook.model.post_decoder import PostDecoder
+from relook.model.source import ModelSource
+from relook.model.trunks import has_post_decoder
+from relook.train.batches import Collator, Item
+from relook.train.policy import Policy, TrunkStates, predicting_states
+from relook.train.run import pad_id
+from relook.tree import Row, Tree, targets_of
+
+FIRST_FILE = "first_tokens.jsonl"
+DECIDED = ("Yes", "yes", "No", "no")
+ABOVE = ("model.post_decoder.", "lm_head.")
+# With these in generation_config.json even greedy decoding does not take the likeliest token.
+STEERING = (
+    *(
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "bad_words_ids",
+        "sequence_bias",
+        "num_beams",
+        "min_length",
+        "min_new_tokens",
+        "guidance_scale",
+        "forced_bos_token_id",
+    ),
+)
+LogProbs = Iterator[Tensor]  # (n, vocabulary) float32 on the CPU, of successive questions
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The distinct questions of POPE's splits as trees, one an image. `asked` is in the order of their branches."""
+
+    asked: list[Question]
+    examples: list[Example]
+
+    @staticmethod
+    def of(encoder: Encoder, questions: Sequence[Question]) -> Prompts:
+        by_image: dict[Path, dict[str, Question]] = {}
+        for question in questions:
+            by_image.setdefault(question.image, {}).setdefault(question.text, question)
+        asked = [question for group in by_image.values() for question in group.values()]
+        examples = []
+        for image, group in by_image.items():
+            rows = [encoder.prompt(text, [image]) for text in group]
+            # One supervised token more, whichever: the state at the prompt's end is the one that predicts it.
+            tree = Tree.of([Row((*ids, 0), (*[False] * len(ids), True)) for ids in rows])
+            examples.append(Example(image.name, tree, (image,)))
+        return Prompts(asked, examples)
+
+    def fingerprint(self) -> str:
+        """A hash of every token, and of every image file's name, size and time."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            stat = example.images[0].stat()
+            digest.update(f"{example} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class States:
+    """For each tree the trunk's states that predict the answers' first tokens, (S, D), and its image's features."""
+
+    states: list[Tensor]
+    features: list[Tensor] | None  # (M, V) each
+
+    def save(self, path: Path, key: str) -> None:
+        tensors = {}
+        for name, parts in (("states", self.states), ("features", self.features or [])):
+            if parts:
+                tensors[name] = torch.cat(parts)
+                tensors[f"{name}.lengths"] = torch.tensor([len(part) for part in parts])
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, {"key": key})
+
+    @staticmethod
+    def load(path: Path, key: str) -> States | None:
+        """What `save` wrote under that key; None where there is nothing, or something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("key") != key:
+                    return None
+                parts = {
+                    name: list(file.get_tensor(name).split(file.get_tensor(f"{name}.lengths").tolist()))
+                    for name in ("states", "features")
+                    if name in file.keys()  # noqa: SIM118 (not a dict)
+                }
+        except (OSError, SafetensorError):
+            return None
+        return States(parts["states"], parts.get("features"))
+
+
+class Top(nn.Module):
+    """What stands above a trunk: a post decoder, if any, and lm_head. The trunk itself is not loaded."""
+
+    def __init__(self, source: ModelSource, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        config = source.config
+        with torch.device("meta"):
+            self.post_decoder = PostDecoder.of(config) if has_post_decoder(config) else None
+            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        tensors = {
+            name: source.tensors[f"model.{name}" if name.startswith("post_decoder.") else name]
+            for name in self.state_dict()
+            if name != "lm_head.weight"
+        }
+        tied = "model.language_model.embed_tokens.weight"
+        tensors["lm_head.weight"] = source.tensors.get("lm_head.weight") or source.tensors[tied]
+        self.load_state_dict({name: t.read().to(device, dtype) for name, t in tensors.items()}, assign=True)
+
+    @property
+    def reads_all_positions(self) -> bool:
+        return self.post_decoder is not None and self.post_decoder.reads_all_positions
+
+
+def first_log_probs(post_decoder: PostDecoder | None, lm_head: nn.Module, trunk: TrunkStates) -> Tensor:
+    """log p of every first answer token, (N, vocabulary) float32 on the CPU."""
+    log_probs: Tensor = lm_head(predicting_states(post_decoder, trunk)).float().log_softmax(-1)
+    return log_probs.cpu()
+
+
+class CachedPope:
+    """POPE of many models over one base and one set of questions.
+
+    Args:
+        base: the model whose trunk the others share.
+        data: folder with pope/ and val2014/, as `relook eval` takes it.
+        states: the file that keeps the base's trunk states.
+        template: conversation template.
+        loading: how models come into memory.
+    """
+
+    def __init__(
+        self, base: Path, data: Path, states: Path, template: str, loading: Loading, batch_size: int = 64
+    ) -> None:
+        self.base, self.file, self.loading = base, states, loading
+        self.dtype, self.device = as_dtype(loading.dtype), as_device(loading.device)
+        self.how = Asking(template, 64, batch_size)
+        self.images = max(1, batch_size // 8)  # trees a batch: each holds up to 18 questions
+        self.splits = {split: pope.read_questions(pope_file(data, split), data / "val2014") for split in SPLITS}
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The base; see `release`."""
+        return self.loading.load(self.base)
+
+    def release(self) -> None:
+        """Let the base's weights go. What other models need of it is computed before."""
+        _ = self.base_log_probs, self.decisive
+        self.loaded.model = None
+
+    @cached_property
+    def decisive(self) -> dict[int, str]:
+        """Tokens that decide an answer when they are the likeliest first ones, as text."""
+        tokenizer, config = self.loaded.processor.tokenizer, self.loaded.model.generation_config
+        if any(getattr(config, name, None) not in (None, 0, 1, [], {}) for name in STEERING):
+            return {}
+        suppressed = {*(config.suppress_tokens or []), *(config.begin_suppress_tokens or [])}
+        words = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
+        return {token: word for token, word in words.items() if word in DECIDED and token not in suppressed}
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        questions = [question for split in SPLITS for question in self.splits[split]]
+        return Prompts.of(self.loaded.encoder(self.how.template), questions)
+
+    @cached_property
+    def states(self) -> States:
+        """The base's, from the file where it fits."""
+        images = self.loaded.images
+        how = f"{model_hash(self.base)} {self.loading.dtype} {images.aspect_ratio} {images.image_processor!r}"
+        key = hashlib.sha256(f"{how} {self.prompts.fingerprint()}".encode()).hexdigest()
+        found = States.load(self.file, key)
+        if found is None:
+            found = self._compute()
+            found.save(self.file, key)
+        return found
+
+    def _compute(self) -> States:
+        model = self.loaded.model
+        if not has_post_decoder(model.config):  # one that is never asked, so that the vision features come out
+            model = add_post_decoder(model, {}, None)
+        states: list[Tensor] = []
+        features: list[Tensor] = []
+        for trunk in self._passes(Policy(model), "trunk states of the questions"):
+            counts = (trunk.targets.kept_branch >= 0).sum(1).tolist()
+            states += [kept[:count].cpu().clone() for kept, count in zip(trunk.states, counts, strict=True)]
+            features += [kept.cpu().clone() for kept in trunk.features or []]
+        return States(states, features or None)
+
+    @torch.inference_mode()
+    def _passes(self, policy: Policy, title: str) -> Iterator[TrunkStates]:
+        """The trunk over the trees, batch by batch."""
+        policy.eval()
+        collator = Collator(policy, self.loaded.images, pad_id(self.loaded.processor.tokenizer))
+        examples = self.prompts.examples
+        with progress(title) as report:
+            for start in range(0, len(examples), self.images):
+                batch = [Item(example) for example in examples[start : start + self.images]]
+                yield policy.trunk(collator.live(batch).to(policy.core.device))
+                report(start + len(batch), len(examples))
+
+    @torch.inference_mode()
+    def _from_states(self, top: Top) -> LogProbs:
+        states, features = self.states.states, self.states.features
+        for start in range(0, len(states), self.images):
+            here = slice(start, start + self.images)
+            trees = [example.tree for example in self.prompts.examples[here]]
+            padded = pad_sequence(states[here], batch_first=True)
+            trunk = TrunkStates(padded, features[here] if features else None, [1] * len(trees), targets_of(trees))
+            yield first_log_probs(top.post_decoder, top.lm_head, trunk.to(self.device))
+
+    @torch.inference_mode()
+    def _live(self, loaded: LoadedModel) -> LogProbs:
+        policy = Policy(loaded.model)
+        for trunk in self._passes(policy, "first answer tokens"):
+            yield first_log_probs(policy.post_decoder, policy.core.lm_head, trunk)
+
+    def log_probs(self, model: Path, load: Callable[[], LoadedModel]) -> LogProbs:
+        """First-token log-probs of the base or of a model trained on it, in the order of `prompts.asked`."""
+        if shares_trunk(model, self.base):
+            top = Top(open_source(model, vision_tower=self._tower(model), dtype=self.dtype), self.dtype, self.device)
+            if not top.reads_all_positions:
+                return self._from_states(top)
+        return self._live(load())
+
+    def _tower(self, model: Path) -> Path | None:
+        return self.loading.vision_tower if model == self.base else None
+
+    @cached_property
+    def base_log_probs(self) -> Tensor:
+        """The base's, (questions, vocabulary)."""
+        return torch.cat(list(self.log_probs(self.base, lambda: self.loaded)))
+
+    def evaluate(self, model: Path, out: Path) -> dict[str, Any]:
+        """Answer and score all splits; writes `relook eval`'s files and FIRST_FILE under `out`.
+
+        Returns:
+            As `relook eval pope`, with the number of questions that were `generated` in full.
+        """
+        if model == self.base:
+            loading: Callable[[], LoadedModel] = lambda: self.loaded  # noqa: E731
+        else:
+            loading = _once(lambda: Loading(None, None, self.loading.dtype, 16, self.loading.device).load(model))
+        records = self._first_tokens(model, loading)
+        waiting = [index for index, record in enumerate(records) if record["generated"]]
+        if waiting:
+            questions = [(self.prompts.asked[i].image, self.prompts.asked[i].text) for i in waiting]
+            with progress("answers generated in full") as report:
+                for number, text in answer(loading(), questions, self.how, report):
+                    records[waiting[number]]["answer"] = text
+        said = {(record["image"], record["question"]): record for record in records}
+        results = {}
+        for split, questions_of in self.splits.items():
+            found = [said[question.image.name, question.text] for question in questions_of]
+            answers = [pope_record(q, record["answer"]) for q, record in zip(questions_of, found, strict=True)]
+            write_jsonl(out / f"pope_{split}.jsonl", answers)
+            generated = sum(record["generated"] for record in found)
+            results[split] = {**score_pope(questions_of, answers), "generated": generated}
+        write_jsonl(out / FIRST_FILE, records)
+        write_json(out / "pope.json", results)
+        return results
+
+    def _first_tokens(self, model: Path, load: Callable[[], LoadedModel]) -> list[dict[str, Any]]:
+        """One record a distinct question: its first token, and how far its distribution is from the base's."""
+        tokenizer = self.loaded.processor.tokenizer
+        records: list[dict[str, Any]] = []
+        for log_probs in self.log_probs(model, load):
+            base = self.base_log_probs[len(records) : len(records) + len(log_probs)]
+            kl = divergence(log_probs, base).tolist()
+            for token, distance in zip(log_probs.argmax(-1).tolist(), kl, strict=True):
+                question = self.prompts.asked[len(records)]
+                word = self.decisive.get(token)
+                record = {"image": question.image.name, "question": question.text, "label": question.label}
+                record |= {"first": tokenizer.decode([token]), "kl": distance}
+                records.append({**record, "answer": word, "generated": word is None})
+        return records
+
+
+def _once(make: Callable[[], LoadedModel]) -> Callable[[], LoadedModel]:
+    made: list[LoadedModel] = []
+
+    def get() -> LoadedModel:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get
+
+
+def shares_trunk(model: Path, base: Path) -> bool:
+    """Whether a model is the base but for post decoder and lm_head, read from its files."""
+    if model.resolve() == base.resolve():
+        return True
+    if formats.kind_of(model) != "run":
+        return False
+    change = read_change(model)
+    same = change.base is not None and change.base.resolve() == base.resolve() and not change.lora
+    return same and all(name.startswith(ABOVE) for name in change.replaced)

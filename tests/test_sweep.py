@@ -1,0 +1,408 @@
+"""Sweeps: rows from a file, POPE from trunk states against full generation, interruptions, and what the tables say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import dpo_keys
+from torch import Tensor
+
+from relook import cli, load_model, sweep
+from relook.demo import write_report
+from relook.errors import RecipeError, RelookError
+from relook.evaluate import cached
+from relook.evaluate.cached import FIRST_FILE, CachedPope, States, shares_trunk
+from relook.evaluate.divergence import by_divergence, divergence
+from relook.evaluate.run import SPLITS, evaluate_model
+from relook.files import read_json, read_records
+from relook.model.load import Loading
+from relook.recipe import build_recipe, read_shipped, shipped
+from relook.sweep import sweep_command
+from relook.sweep_recipe import build_sweep, expand, names
+from relook.toyworld.shipped import shipped_base
+from relook.train.cache import TrunkCache
+from relook.train.run import train
+
+CPU = Loading(device="cpu")
+COUNTS = ("tp", "fp", "tn", "fn")
+
+
+def keys_of(world: Path, out: Path, **keys: Any) -> dict[str, Any]:
+    """A sweep over that world's pairs, two steps a row."""
+    recipe = dpo_keys(shipped_base(), world, out, max_steps=2, learning_rate=5e-3)
+    common = {"recipe": "toyworld-post-decoder", "data": world / "test", "max_new_tokens": 30}
+    return {**{key: value for key, value in recipe.items() if key != "task"}, **common, **keys}
+
+
+# --- rows
+
+
+def test_every_row_with_every_combination() -> None:
+    found = expand([{"beta": 1}, {"beta": 2}], {"seed": [0, 1], "learning_rate": [1e-3]})
+    assert found == [
+        {"beta": 1, "seed": 0, "learning_rate": 1e-3},
+        {"beta": 1, "seed": 1, "learning_rate": 1e-3},
+        {"beta": 2, "seed": 0, "learning_rate": 1e-3},
+        {"beta": 2, "seed": 1, "learning_rate": 1e-3},
+    ]
+    assert expand([], {"a": [1, 2], "b": ["x", "y"]}) == [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
+    assert expand([{"a": 1}], {}) == [{"a": 1}]
+    assert expand([], {}) == [{}]
+
+
+def test_names_tell_rows_apart() -> None:
+    rows: list[dict[str, Any]] = [
+        {"learning_rate": "2e-6", "seed": 1, "beta": 0.1, "post_decoder.attention": "none"},
+        {"learning_rate": 1e-6, "seed": 2, "beta": 0.1, "post_decoder.attention": "self_cross"},
+    ]
+    assert names(rows) == [
+        ("learning_rate=2e-06,seed=1,attention=none", "learning_rate=2e-06,attention=none"),
+        ("learning_rate=1e-06,seed=2,attention=self_cross", "learning_rate=1e-06,attention=self_cross"),
+    ]
+    named = [{"name": "no cross/../attention", "tune_lm_head": True, "seed": seed} for seed in (0, 1)]
+    assert names(named)[1] == ("no_cross_.._attention,seed=1", "no_cross_.._attention")
+    paths = names([{"pope_data_path": "a/first.json"}, {"pope_data_path": "b/second.json"}])
+    assert [name for name, _ in paths] == ["pope_data_path=first", "pope_data_path=second"]
+    assert names([{}]) == [("run", "run")]
+    long = names([{"name": "x" * 300}, {"name": "x" * 299}])
+    assert len({name for name, _ in long}) == 2
+    assert all(len(name) <= 100 for name, _ in long)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"grid": {"learning_rat": [1]}}, "learning_rate"),
+        ({"grid": {"learning_rate": ["fast"]}}, "'fast'"),
+        ({"grid": {"post_decoder.attention": ["none", "crosss"]}}, "crosss"),
+        ({"grid": {"lr_scheduler_type": ["cosinus"]}}, "cosinus"),
+        ({"grid": {"learning_rate": 1e-3}}, "lists of values"),
+        ({"rows": {"seed": 1}}, "list of mappings"),
+        ({"rows": [{"seed": 1}], "grid": {"seed": [1, 2]}}, "rows and in grid"),
+        ({"rows": [{"seed": 1}, {"seed": 1}]}, "twice"),
+        ({"rows": [{"name": "base"}]}, "base"),
+        ({"rows": [{"recipe": "toyworld-heat"}]}, "toyworld-head"),
+        ({"rows": [{"recipe": "toyworld-head", "model_name_or_path": "a"}, {"seed": 1}]}, "model_name_or_path"),
+        ({"grid": {"chair": [True, False]}}, "chair"),
+        ({"grid": {"pope_data_path": ["lost.json"]}}, "lost.json"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"dtype": "float17"}, "float17"),
+        ({"recipe": ""}, "recipe"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_anything_runs(
+    keys: dict[str, Any], said: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CachedPope, "evaluate", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(RelookError, match=said):
+        sweep.run_sweep(keys_of(world, tmp_path / "out", **keys))
+
+
+def test_a_folder_of_something_else_is_refused(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="something else"):
+        sweep.run_sweep(keys_of(world, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", shipped("sweep"))
+def test_shipped_sweeps_are_sound(name: str) -> None:
+    found = build_sweep({**read_shipped(name, "sweep"), "model_name_or_path": str(shipped_base())})
+    assert len(found.rows) == {"ablations": 24, "toyworld": 12}[name]
+    assert len({row.name for row in found.rows}) == len(found.rows)
+
+
+# --- POPE from trunk states
+
+REGIMES: dict[str, dict[str, Any]] = {
+    "head": {"tune_lm_head": True},
+    "post decoder": {"tune_post_decoder": True, "post_decoder": {"depth": 2}},
+    "both": {"tune_post_decoder": True, "tune_lm_head": True},
+    "no cross-attention": {"tune_post_decoder": True, "post_decoder": {"attention": "none"}},
+    "self_cross": {"tune_post_decoder": True, "post_decoder": {"attention": "self_cross"}},
+    "lora": {"lora_enable": True, "lora_r": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Some steps of every regime on the shipped base, enough to change answers."""
+    root = tmp_path_factory.mktemp("runs")
+    TrunkCache.last = None
+    made = {"base": shipped_base()}
+    for name, keys in REGIMES.items():
+        recipe = dpo_keys(shipped_base(), world, root / name, max_steps=5, learning_rate=3e-2, **keys)
+        made[name] = train(build_recipe(recipe))
+    TrunkCache.last = None
+    return made
+
+
+def engine_of(base: Path, world: Path, folder: Path) -> CachedPope:
+    return CachedPope(base, world / "test", folder / "states.safetensors", "llava_hf", CPU, 32)
+
+
+@pytest.mark.parametrize("words", [cached.DECIDED, ("Yes",)], ids=["decided by yes and no", "by yes alone"])
+def test_scores_are_those_of_full_generation(
+    words: Sequence[str], runs: dict[str, Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cached, "DECIDED", words)
+    engine = engine_of(runs["base"], world, tmp_path)
+    engine.evaluate(runs["base"], tmp_path / "base")
+    engine.release()
+    seen = set()
+    for name, run in runs.items():
+        if name != "base":
+            engine.evaluate(run, tmp_path / name)
+        scores = read_json(tmp_path / name / "pope.json")
+        whole = evaluate_model(run, ["pope"], world / "test", tmp_path / f"{name}-whole", "llava_hf", loading=CPU)
+        for split in SPLITS:
+            full = whole["pope"][split]
+            assert {k: scores[split][k] for k in full} == full, name
+            records = read_records(tmp_path / f"{name}-whole" / f"pope_{split}.jsonl")
+            undecided = sum(not record["answer"].startswith(tuple(words)) for record in records)
+            assert scores[split]["generated"] == undecided, name
+        seen.add(tuple(whole["pope"]["adversarial"][count] for count in COUNTS))
+    assert len(seen) > 3  # the regimes answer differently
+
+
+def test_a_base_that_answers_anything_is_generated_in_full(base: Path, world: Path, tmp_path: Path) -> None:
+    scores = engine_of(base, world, tmp_path).evaluate(base, tmp_path / "states")
+    evaluate_model(base, ["pope"], world / "test", tmp_path / "whole", "llava_hf", loading=CPU)
+    for split in SPLITS:
+        assert scores[split]["generated"] == scores[split]["n"] > 0
+        first, second = (read_records(tmp_path / folder / f"pope_{split}.jsonl") for folder in ("states", "whole"))
+        assert first == second
+
+
+def next_token(run: Path, image: Path, text: str) -> Tensor:
+    loaded = load_model(run)
+    with torch.inference_mode():
+        logits: Tensor = loaded.model(**loaded.encode([image], text, "llava_hf")).logits[0, -1]
+    return logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_first_tokens_are_the_models_own(name: str, runs: dict[str, Path], world: Path, tmp_path: Path) -> None:
+    """Log-probs against a plain forward pass, and the divergence against torch's."""
+    engine = engine_of(runs["base"], world, tmp_path)
+    found = torch.cat(list(engine.log_probs(runs[name], lambda: load_model(runs[name]))))
+    engine.evaluate(runs[name], tmp_path / "out")
+    records = read_records(tmp_path / "out" / FIRST_FILE)
+    assert len(records) == len(found) == len(engine.prompts.asked)
+    assert sum(record["kl"] for record in records) > 0
+    for index in (0, 7, len(found) - 1):
+        question = engine.prompts.asked[index]
+        tuned = next_token(runs[name], question.image, question.text)
+        untuned = next_token(runs["base"], question.image, question.text)
+        torch.testing.assert_close(found[index], tuned, atol=2e-4, rtol=1e-5)
+        kl = F.kl_div(untuned, tuned, log_target=True, reduction="sum").item()
+        assert records[index]["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-3)
+
+
+def test_only_what_has_the_bases_trunk_shares_it(runs: dict[str, Path], base: Path) -> None:
+    shared = {name for name, run in runs.items() if shares_trunk(run, runs["base"])}
+    assert shared == {*runs} - {"lora"}
+    assert not shares_trunk(runs["head"], base)
+
+
+def test_generation_settings_that_steer(runs: dict[str, Path], world: Path, tmp_path: Path) -> None:
+    engine = engine_of(runs["base"], world, tmp_path)
+    assert {*engine.decisive.values()} == {"Yes", "No"}
+    token = next(token for token, word in engine.decisive.items() if word == "No")
+    for change, expected in (({"suppress_tokens": [token]}, {"Yes"}), ({"repetition_penalty": 1.2}, set())):
+        other = engine_of(runs["base"], world, tmp_path)
+        for name, value in change.items():
+            setattr(other.loaded.model.generation_config, name, value)
+        assert {*other.decisive.values()} == expected
+
+
+def test_states_are_kept_until_something_changes(
+    runs: dict[str, Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    whole = CachedPope._compute
+
+    def counted(engine: CachedPope) -> States:
+        passes.append(1)
+        return whole(engine)
+
+    monkeypatch.setattr(CachedPope, "_compute", counted)
+    first = engine_of(runs["base"], world, tmp_path).states
+    again = engine_of(runs["base"], world, tmp_path).states
+    assert len(passes) == 1
+    assert again.features is not None
+    assert first.features is not None
+    for old, new in ((first.states, again.states), (first.features, again.features)):
+        assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+    engine = engine_of(runs["base"], world, tmp_path)
+    image = engine.prompts.examples[0].images[0]
+    stat = image.stat()
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # an image that was written again
+    assert engine.states is not None
+    assert len(passes) == 2
+    other = engine_of(runs["base"], world, tmp_path)
+    other.how = replace(other.how, template="v1")
+    assert other.states is not None
+    assert len(passes) == 3
+    (tmp_path / "states.safetensors").write_bytes(b"torn")
+    assert engine_of(runs["base"], world, tmp_path).states is not None
+    assert len(passes) == 4
+
+
+def test_divergence_by_hand() -> None:
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
+    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert divergence(p.log(), q.log()).tolist() == pytest.approx([expected, 0], abs=1e-7)
+    tuned = [{"label": "no", "kl": kl, "answer": said} for kl, said in ((0.0, "Yes"), (5e-4, "No"), (0.5, "Yes"))]
+    other = [{"label": "no", "kl": 0.0, "answer": said} for said in ("Yes", "Yes", "No")]
+    kept = [{"label": "yes", "kl": 0.0, "answer": "Yes"}]
+    bins = by_divergence([*tuned, *kept], [*other, *kept])
+    assert [found["n"] for found in bins] == [2, 0, 0, 1, 0]
+    assert (bins[0]["rate"], bins[0]["base_rate"]) == (0.5, 1.0)
+    assert (bins[3]["rate"], bins[3]["base_rate"]) == (1.0, 0.0)
+
+
+# --- whole sweeps
+
+ROWS: dict[str, Any] = {
+    "rows": [{"name": "cross"}, {"name": "head", "recipe": "toyworld-head"}],
+    "grid": {"seed": [0, 1]},
+    "chair": True,
+}
+NAMES = ["cross,seed=0", "cross,seed=1", "head,seed=0", "head,seed=1"]
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    TrunkCache.last = None
+    yield
+    TrunkCache.last = None
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    TrunkCache.last = None
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    assert sweep.run_sweep(keys_of(world, out, **ROWS)) == out / "report.html"
+    TrunkCache.last = None
+    return out
+
+
+def test_a_sweep_leaves_a_run_and_scores_for_every_row(whole: Path) -> None:
+    results = read_json(whole / "results.json")
+    assert [row["name"] for row in results["rows"]] == NAMES
+    for row in results["rows"]:
+        assert (whole / "runs" / row["name"] / "run.json").exists()
+        for bench in ("pope", "chair"):
+            assert row[bench] == read_json(whole / "eval" / row["name"] / f"{bench}.json")
+        p = [other["paired"]["pope"]["random"]["mcnemar_p"] for other in results["rows"]]
+        assert row["paired"]["pope"]["random"]["mcnemar_p_holm"] >= min(p)
+    assert results["base"]["pope"] == read_json(whole / "eval" / "base" / "pope.json")
+    assert [row["regime"] for row in results["rows"]] == ["post decoder"] * 2 + ["head"] * 2
+    for group, pair in zip(results["over_seeds"], (NAMES[:2], NAMES[2:]), strict=True):
+        values = [read_json(whole / "eval" / name / "pope.json")["popular"]["f1"] for name in pair]
+        found = group["pope"]["popular"]["f1"]
+        assert found["mean"] == pytest.approx(sum(values) / 2)
+        assert found["sd"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))  # n - 1 = 1
+
+
+def test_the_table_has_the_files_numbers(whole: Path) -> None:
+    lines = [line.strip("| \n").split(" | ") for line in (whole / "table.md").read_text().splitlines() if "|" in line]
+    head = lines[0]
+    assert head[:8] == ["Model", "Variant", "Method", "Regime", "lr", "Epoch", "Seed", "Split"]
+    assert head[8:13] == ["Accuracy", "Precision", "Recall", "F1", "Yes ratio"]
+    for number, name in enumerate(["base", *NAMES]):
+        for place, split in enumerate(SPLITS):
+            line = dict(zip(head, lines[2 + 3 * number + place], strict=False))
+            scores = read_json(whole / "eval" / name / "pope.json")[split]
+            assert line["Split"] == split
+            assert line["Accuracy"] == f"{100 * scores['accuracy']:.2f}"
+            assert line["Yes ratio"] == f"{100 * scores['yes_ratio']:.2f}"
+            if name != "base":
+                assert (line["lr"], line["Method"]) == ("0.005", "DPO + NLL")
+    page = (whole / "report.html").read_text()
+    assert "<svg" in page
+    assert "src=" not in page
+    assert "http:" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+
+
+def test_the_report_can_be_written_again(whole: Path) -> None:
+    table = (whole / "table.md").read_text()
+    (whole / "table.md").write_text("lost")
+    assert write_report(whole) == whole / "report.html"
+    assert (whole / "table.md").read_text() == table
+
+
+def test_a_finished_sweep_trains_and_asks_nothing(whole: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(CachedPope, "evaluate", lambda *_: pytest.fail("asked"))
+    before = (whole / "results.json").read_bytes()
+    sweep.run_sweep(keys_of(world, whole, **ROWS))
+    assert (whole / "results.json").read_bytes() == before
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(
+    whole: Path, world: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    real = sweep.train
+
+    def stopping(recipe: Any, *rest: Any) -> Path:
+        if len(trained) == 2:
+            trained.append("stopped")
+            raise KeyboardInterrupt
+        trained.append(Path(recipe.output_dir).name)
+        return real(recipe, *rest)
+
+    monkeypatch.setattr(sweep, "train", stopping)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_sweep(keys_of(world, out, **ROWS))
+    assert not (out / "results.json").exists()
+    TrunkCache.last = None  # as in a process of its own
+    sweep.run_sweep(keys_of(world, out, **ROWS))
+    assert trained == [*NAMES[:2], "stopped", *NAMES[2:]]
+    assert read_json(out / "results.json") == read_json(whole / "results.json")
+
+
+def test_a_row_that_diverges_does_not_stop_the_others(world: Path, tmp_path: Path, alone: None) -> None:
+    keys = keys_of(
+        world, tmp_path / "out", grid={"learning_rate": [1e38, 1e-3]}, recipe="toyworld-head", warmup_steps=0
+    )
+    sweep.run_sweep(keys)
+    results = read_json(tmp_path / "out" / "results.json")
+    assert [row["learning_rate"] for row in results["rows"]] == [1e-3]
+    assert "loss is nan" in results["failed"]["learning_rate=1e+38"]
+    assert "learning_rate=1e+38 failed: The loss is nan" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(RelookError, match="No row"):
+        sweep.run_sweep({**keys, "output_dir": str(tmp_path / "none"), "grid": {"learning_rate": [1e38]}})
+
+
+def test_the_command(world: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {key: str(value) if isinstance(value, Path) else value for key, value in keys_of(world, tmp_path).items()}
+    keys |= {"output_dir": "elsewhere", "recipe": "toyworld-head"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(keys))  # JSON is YAML
+    out = tmp_path / "out"
+    words = [str(tmp_path / "mine.yaml"), "--output_dir", str(out), "--grid.learning_rate", "[1e-3, 2.0e-3]"]
+    monkeypatch.setattr("sys.argv", ["relook", "sweep", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    rows = read_json(out / "results.json")["rows"]
+    assert [row["learning_rate"] for row in rows] == [1e-3, 2e-3]
+    assert "chair" not in rows[0]
+    with pytest.raises(RecipeError, match="toyworld"):
+        sweep_command(["toyword"])
