@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Report", "console", "escape", "progress", "say"]
 
 console = Console(stderr=True, highlight=False)
 
@@ -44,7 +47,10 @@ def progress(title: str) -> Iterator[Report]:
 
 
 def say(text: str) -> None:
-    """A line for the user, on standard error: standard output is kept for results."""
+    """A line for the user, on standard error: standard output is kept for results.
+
+    The text is rich's markup: what may hold a bracket, as paths do, is to be passed through `escape`.
+    """
     console.print(text, soft_wrap=True)
 
 

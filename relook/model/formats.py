@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from relook.errors import CheckpointError, some
-from relook.files import read_json
+from relook.files import read_object
 from relook.model.checkpoint import weight_files
 from relook.model.trunks import MODEL_TYPES, TRUNKS, has_post_decoder
 
@@ -110,10 +110,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no config.json.", "Give a model folder, an adapter's, or the output of `relook train`."
         )
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} is not a JSON object.", "Download it again.")
-    return config
+    return read_object(folder / "config.json")
 
 
 def _model_kind(path: Path, config: dict[str, Any]) -> str:

@@ -170,6 +170,11 @@ def open_source(
         change = read_change(path)
         if change.base is None:
             raise CheckpointError(f"{path} is an adapter.", "Pass its base as path, and this folder as adapter.")
+        if not change.base.is_dir():
+            raise CheckpointError(
+                f"The base of the run {path}, {change.base}, is not there.",
+                "Give the base by itself: `relook merge BASE RUN OUT`, or load_model(base, adapter=run).",
+            )
         path, adapter, vision_tower = change.base, path, vision_tower or change.vision_tower
     source = open_model(path, vision_tower)
     if adapter is not None:
