@@ -280,6 +280,18 @@ def test_sizes_come_from_the_config(tiny: Path, tower: Path, tmp_path: Path) -> 
         load_model(folder, vision_tower=tower)
 
 
+def test_settings_that_are_null_are_as_absent(tiny: Path, tower: Path, tmp_path: Path) -> None:
+    """The original reads them with a default: no pad, no class token, no marks."""
+    nulls = ("image_aspect_ratio", "mm_vision_select_feature", "mm_use_im_start_end", "mm_use_im_patch_token")
+    folder = copied(tiny / "ckpt_safetensors", tmp_path / "m")
+    settings = json.loads((folder / "config.json").read_text()) | dict.fromkeys(nulls)
+    (folder / "config.json").write_text(json.dumps(settings))
+    loaded = load_model(folder, vision_tower=tower)
+    saved = np.load(tiny / "outputs/preprocess_A.npz")["center_crop"]
+    near(loaded.encode([tiny / "inputs/image_A.png"], "<image>")["pixel_values"][0], saved)
+    near(logits(loaded.model, tiny)[0], np.load(tiny / "outputs/case_A.npz")["logits"])
+
+
 def test_templates_and_dtypes(tiny: Path, tower: Path) -> None:
     loaded = load_model(tiny / "ckpt_safetensors", vision_tower=tower, dtype="bfloat16")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
@@ -287,6 +299,8 @@ def test_templates_and_dtypes(tiny: Path, tower: Path) -> None:
     assert loaded.aspect_ratio == loaded.images.aspect_ratio == "pad"
     with pytest.raises(RelookError, match="dtype"):
         load_model(tiny / "ckpt_safetensors", vision_tower=tower, dtype="int8")
+    with pytest.raises(RelookError, match="'gpu' is not a device"):
+        load_model(tiny / "ckpt_safetensors", vision_tower=tower, device="gpu")
 
 
 def test_no_text_is_encoded_to_the_image_placeholder(loaded: LoadedModel) -> None:

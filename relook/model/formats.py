@@ -146,11 +146,11 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig,
     missing = [key for key in REQUIRED if raw.get(key) is None]
     if missing:
         raise CheckpointError(f"{path / 'config.json'} does not say {some(missing)}.", "Download it again.")
-    projector, select = raw["mm_projector_type"], raw.get("mm_vision_select_feature", "patch")
+    projector, select = raw["mm_projector_type"], raw.get("mm_vision_select_feature") or "patch"
     for key, value, known in (
         ("mm_projector_type", projector, PROJECTORS),
         ("mm_vision_select_feature", select, STRATEGIES),
-        ("image_aspect_ratio", raw.get("image_aspect_ratio", "square"), ("square", "pad")),
+        ("image_aspect_ratio", raw.get("image_aspect_ratio") or "square", ("square", "pad")),
     ):
         if value not in known:
             raise CheckpointError(
@@ -171,7 +171,7 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig,
         projector_hidden_act=PROJECTORS[projector],
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         conversation_template=default_template(raw),
-        **{key: raw[key] for key in KEPT if key in raw},
+        **{key: raw[key] for key in KEPT if raw.get(key) is not None},
     )
 
 

@@ -134,7 +134,7 @@ def load_model(
         CheckpointError: what is missing, unused, broken or does not fit, by name, and what to pass.
     """
     kind = as_dtype(dtype)
-    return build(open_source(Path(path), adapter, vision_tower, kind), kind, bits, device)
+    return build(open_source(Path(path), adapter, vision_tower, kind), kind, bits, as_device(str(device)))
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ class Loading:
     device: str = ""
 
     def load(self, path: Path) -> LoadedModel:
-        device = as_device(self.device)
-        return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, device)
+        return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, self.device)
 
 
 def open_source(

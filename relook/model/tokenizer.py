@@ -57,8 +57,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
                 f"{folder} has no tokenizer.json or tokenizer.model.", "Copy them from the base model."
             )
         config = read_object(folder / "config.json", optional=True)
-        marks = [IM_PATCH] * config.get("mm_use_im_patch_token", False)
-        marks += [IM_START, IM_END] * config.get("mm_use_im_start_end", False)
+        marks = [IM_PATCH] * bool(config.get("mm_use_im_patch_token"))
+        marks += [IM_START, IM_END] * bool(config.get("mm_use_im_start_end"))
         tokenizer.add_tokens(marks, special_tokens=True)  # those that it has are left alone
     except RelookError:
         raise
