@@ -7,10 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-__all__ = ["Report", "console", "escape", "progress", "say"]
 
 console = Console(stderr=True, highlight=False)
 
@@ -46,12 +43,12 @@ def progress(title: str) -> Iterator[Report]:
     console.print(f"  {title}: {count:,} in {time.monotonic() - started:.1f} s")
 
 
-def say(text: str) -> None:
+def say(text: str, style: str = "") -> None:
     """A line for the user, on standard error: standard output is kept for results.
 
-    The text is rich's markup: what may hold a bracket, as paths do, is to be passed through `escape`.
+    No markup is read in it: a path may hold brackets.
     """
-    console.print(text, soft_wrap=True)
+    console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def readable_size(size: float) -> str:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from relook.console import escape, say
+from relook.console import say
 from relook.errors import CheckpointError, some
 from relook.files import read_object, whole_folder, write_json
 from relook.model import modeling_relook, post_decoder
@@ -80,7 +80,7 @@ def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Wr
     if stage is not None:
         trained, left = trained.at_stage(stage, source)
         if left:
-            say(f"  stage {stage} leaves out {len(left)} tensors of {escape(str(change))}: {some(left)}")
+            say(f"  stage {stage} leaves out {len(left)} tensors of {change}: {some(left)}")
     merged = trained.lay_on(source)
     merged.check()
     return write_model(merged, out, "hf", how)
@@ -102,7 +102,7 @@ def write_model(source: ModelSource, out: Path, to: str, how: Writing) -> float 
             if not difference <= TOLERANCE.get(source.dtype, 5e-2):  # NaN fails too
                 raise CheckpointError(f"The logits of the result differ by {difference:.2e}; {out} was not written.")
     checked = "not checked" if difference is None else f"largest difference of logits {difference:.1e}"
-    say(f"[bold]{escape(str(out))}[/]: {len(source.tensors)} tensors, {checked}")
+    say(f"{out}: {len(source.tensors)} tensors, {checked}")
     return difference
 
 
