@@ -242,7 +242,8 @@ def main() -> None:
     try:
         app()
     except RelookError as error:
-        sys.stderr.write(f"relook: {error}\n")
+        line = " ".join(map(str.strip, str(error).splitlines()))  # a library's reason in it may have several
+        sys.stderr.write(f"relook: {line}\n")
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

@@ -43,9 +43,12 @@ def progress(title: str) -> Iterator[Report]:
     console.print(f"  {title}: {count:,} in {time.monotonic() - started:.1f} s")
 
 
-def say(text: str) -> None:
-    """A line for the user, on standard error: standard output is kept for results."""
-    console.print(text, soft_wrap=True)
+def say(text: str, style: str = "") -> None:
+    """A line for the user, on standard error: standard output is kept for results.
+
+    No markup is read in it: a path may hold brackets.
+    """
+    console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def readable_size(size: float) -> str:

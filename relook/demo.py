@@ -63,7 +63,7 @@ def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None 
     claim(out, {"seed": seed, "rebuild": rebuild, "base": str(base.resolve()) if base else "shipped"})
     report = out / REPORT_FILE
     if report.exists():
-        say(f"{out} is finished: see [bold]{report}[/]")
+        say(f"{out} is finished: see {report}")
         return report
     clock = _Clock(out / "seconds.json")
     with clock.phase("toyworld"):
@@ -84,7 +84,7 @@ def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None 
         write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
         report = write_report(out)
     write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
-    say(f"[bold]{report}[/] and {out / RESULTS_FILE}, {sum(clock.seconds.values()):.0f} s in all")
+    say(f"{report} and {out / RESULTS_FILE}, {sum(clock.seconds.values()):.0f} s in all")
     return report
 
 
@@ -197,7 +197,7 @@ class _Phase:
         self.clock, self.name = clock, name
 
     def __enter__(self) -> None:
-        say(f"[bold]{self.name}[/]")
+        say(self.name, style="bold")
         self.started = time.monotonic()
 
     def __exit__(self, *_: object) -> None:

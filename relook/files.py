@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -29,18 +30,36 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """As `whole_file`, for a folder. An existing folder under the final name is replaced at the end."""
+    """As `whole_file`, for a folder. An existing folder under the final name is replaced at the end, by two renames.
+
+    What a killed process left of the same folder is removed first: it can be as large as a model, and is hidden.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not _writes(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    replaced = path.with_name(f".{path.name}.old.{os.getpid()}.part")
     temporary.mkdir()
     try:
         yield temporary
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(replaced)
         temporary.replace(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (temporary, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _writes(process: str) -> bool:
+    """Whether another process of that number runs."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:  # it runs under another user
+        return True
+    return int(process) != os.getpid()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -77,6 +96,14 @@ def read_json(path: Path) -> Any:
         raise DataError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}.", "Download it again."
         ) from None
+
+
+def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
+    """Read a file that holds one JSON object; with `optional`, nothing where there is no file."""
+    content = {} if optional and not path.exists() else read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a JSON object.", "Download it again.")
+    return content
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -280,6 +280,18 @@ def test_sizes_come_from_the_config(tiny: Path, tower: Path, tmp_path: Path) -> 
         load_model(folder, vision_tower=tower)
 
 
+def test_settings_that_are_null_are_as_absent(tiny: Path, tower: Path, tmp_path: Path) -> None:
+    """The original reads them with a default: no pad, no class token, no marks."""
+    nulls = ("image_aspect_ratio", "mm_vision_select_feature", "mm_use_im_start_end", "mm_use_im_patch_token")
+    folder = copied(tiny / "ckpt_safetensors", tmp_path / "m")
+    settings = json.loads((folder / "config.json").read_text()) | dict.fromkeys(nulls)
+    (folder / "config.json").write_text(json.dumps(settings))
+    loaded = load_model(folder, vision_tower=tower)
+    saved = np.load(tiny / "outputs/preprocess_A.npz")["center_crop"]
+    near(loaded.encode([tiny / "inputs/image_A.png"], "<image>")["pixel_values"][0], saved)
+    near(logits(loaded.model, tiny)[0], np.load(tiny / "outputs/case_A.npz")["logits"])
+
+
 def test_templates_and_dtypes(tiny: Path, tower: Path) -> None:
     loaded = load_model(tiny / "ckpt_safetensors", vision_tower=tower, dtype="bfloat16")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
@@ -287,6 +299,8 @@ def test_templates_and_dtypes(tiny: Path, tower: Path) -> None:
     assert loaded.aspect_ratio == loaded.images.aspect_ratio == "pad"
     with pytest.raises(RelookError, match="dtype"):
         load_model(tiny / "ckpt_safetensors", vision_tower=tower, dtype="int8")
+    with pytest.raises(RelookError, match="'gpu' is not a device"):
+        load_model(tiny / "ckpt_safetensors", vision_tower=tower, device="gpu")
 
 
 def test_no_text_is_encoded_to_the_image_placeholder(loaded: LoadedModel) -> None:
@@ -297,17 +311,23 @@ def test_no_text_is_encoded_to_the_image_placeholder(loaded: LoadedModel) -> Non
     assert tokenizer("<image>", add_special_tokens=False)["input_ids"] == [token]
 
 
-def test_transformers_own_processor_finds_the_placeholder(loaded: LoadedModel, tiny: Path) -> None:
+@pytest.mark.parametrize("legacy", [False, True])
+def test_transformers_own_processor_gives_the_originals_ids(
+    tiny: Path, tower: Path, tmp_path: Path, legacy: bool
+) -> None:
     from PIL import Image
 
+    folder = copied(tiny / "ckpt_safetensors", tmp_path / "m")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"legacy": legacy}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load_model(folder, vision_tower=tower)
     image = Image.open(tiny / "inputs/image_A.png").convert("RGB")
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     prompt = loaded.processor.apply_chat_template(message, add_generation_prompt=True)
     theirs = loaded.processor(images=image, text=prompt, return_tensors="pt")["input_ids"]
     ours = loaded.encode([image], "<image>\nWhat is this?")["input_ids"]
-    where = [(ids[0] == loaded.model.config.image_token_id).nonzero().flatten().tolist() for ids in (theirs, ours)]
-    assert where[0] == where[1]
-    assert len(where[0]) == PATCHES
+    assert theirs.tolist() == ours.tolist()
+    assert (ours == loaded.model.config.image_token_id).sum() == PATCHES
 
 
 # Changes
@@ -371,8 +391,13 @@ def test_lora_is_merged_as_peft_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": 4, "use_dora": True}, "no plain LoRA adapter .use_dora"),
-        ({"r": 4, "peft_type": "IA3"}, "no plain LoRA adapter .IA3"),
+        ({"use_dora": True}, "no plain LoRA adapter: use_dora True"),
+        ({"peft_type": "IA3"}, "no plain LoRA adapter: peft_type 'IA3'"),
+        ({"bias": "lora_only"}, "no plain LoRA adapter: bias 'lora_only'"),
+        ({"rank_pattern": {"q_proj": 2}}, "no plain LoRA adapter: rank_pattern .'q_proj': 2."),
+        ({"r": None}, "says r None and lora_alpha 8, not two numbers"),
+        ({"r": 0}, "says r 0 "),
+        ({"lora_alpha": "x"}, "lora_alpha 'x'"),
     ],
 )
 def test_other_adapters_are_refused(tiny: Path, tower: Path, tmp_path: Path, change: Any, message: str) -> None:
@@ -380,6 +405,14 @@ def test_other_adapters_are_refused(tiny: Path, tower: Path, tmp_path: Path, cha
     values = json.loads((adapter / "adapter_config.json").read_text()) | change
     (adapter / "adapter_config.json").write_text(json.dumps(values))
     with pytest.raises(RelookError, match=message):
+        load_model(tiny / "ckpt_safetensors", adapter, tower)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "config.json"])
+def test_an_adapters_settings_that_are_no_object(tiny: Path, tower: Path, tmp_path: Path, file: str) -> None:
+    adapter = copied(tiny / "lora_llava-tiny", tmp_path / "a")
+    (adapter / file).write_text("[1]")
+    with pytest.raises(RelookError, match=rf"{file} is not a JSON object"):
         load_model(tiny / "ckpt_safetensors", adapter, tower)
 
 
@@ -504,13 +537,25 @@ def test_indexes_that_lie(tiny: Path, tower: Path, tmp_path: Path) -> None:
         ({"model_type": "llava_mistral"}, "llava_mistral"),
         ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type 'mlp3x_gelu'"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'"),
+        ({"mm_vision_tower": 5}, "names no mm_vision_tower"),
         ({"hidden_size": "wide"}, "config"),
+        ({"rope_scaling": {"type": "banana", "factor": 2.0}}, "not valid: unknown value 'banana'"),
+        ({"mm_vision_select_layer": -5}, "from layer -5 of a vision tower that has 3"),
+        ({"mm_use_im_start_end": True}, "1024 embeddings have no rows for <im_start>"),
     ],
 )
 def test_configs_that_cannot_be_used(tiny: Path, tower: Path, tmp_path: Path, config: Any, message: str) -> None:
     folder = copied(tiny / "ckpt_safetensors", tmp_path / "m", **config)
     with pytest.raises(RelookError, match=message):
         load_model(folder, vision_tower=None if "mm_vision_tower" in config else tower)
+
+
+@pytest.mark.parametrize("file", ["tower/preprocessor_config.json", "m/tokenizer_config.json", "m/config.json"])
+def test_settings_that_are_no_object(tiny: Path, tower: Path, tmp_path: Path, file: str) -> None:
+    folder, images = copied(tiny / "ckpt_safetensors", tmp_path / "m"), copied(tower, tmp_path / "tower")
+    (tmp_path / file).write_text("[1]")
+    with pytest.raises(RelookError, match=r"not a JSON object|processor of .* cannot be loaded"):
+        load_model(folder, vision_tower=images)
 
 
 def test_missing_unused_and_misshapen_tensors_are_listed(tiny: Path, tower: Path, tmp_path: Path) -> None:
@@ -579,3 +624,26 @@ def test_a_lora_run_of_relook_names_its_base_and_is_merged(tmp_path: Path) -> No
     torch.testing.assert_close(load_model(run).model.state_dict(), merged)
     torch.testing.assert_close(load_model(base, run).model.state_dict(), merged)
     assert default_template(run) == "llava_hf"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, r"does not name a base"),
+        ({"base": "gone"}, r"base of the run .*, gone, is not there.*adapter=run"),
+        ({"post_decoder": {"depht": 2}}, r"base with .*run is not valid.*depht"),
+        ({"post_decoder": {"attention": "x"}}, r"post_decoder\.attention is 'x'"),
+    ],
+)
+def test_runs_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    base, run = toy(tmp_path / "base"), tmp_path / "run"
+    run.mkdir()
+    model = add_post_decoder(tiny_llava(), {}, None)
+    save_file(
+        {n: t for n, t in model.state_dict().items() if n.startswith("model.post_decoder.")},
+        run / "trained.safetensors",
+    )
+    settings = {"base": str(base), "post_decoder": {}, "lora": False} | change if change else {}
+    (run / "change.json").write_text(json.dumps(settings))
+    with pytest.raises(RelookError, match=message):
+        load_model(run)

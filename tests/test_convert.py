@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -301,6 +303,50 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
     run = decoder_run(toy, tmp_path / "run")
     with pytest.raises(RelookError, match="holds the source itself"):
         merge(toy, run, run, None, Writing(force=True))
+
+
+def test_a_link_stays_a_link_and_a_killed_writers_rest_is_removed(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for force in (False, True):
+        convert(toy, tmp_path / "link", "hf", Writing(force=force, check=False))
+    assert (tmp_path / "link").is_symlink()
+    assert weight_files(tmp_path / "disk")
+
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    rest, other = (tmp_path / f".out.{process}.part" for process in (ended.pid, os.getppid()))
+    for folder in (rest, other):
+        folder.mkdir()
+    convert(toy, tmp_path / "out", "hf", FAST)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, "disk", "link", "out", "toy"])
+
+
+def test_the_old_folder_is_removed_after_the_new_one_has_its_name(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(toy, tmp_path / "out", "hf", FAST)
+
+    def stop(*arguments: Any) -> float:
+        monkeypatch.setattr("shutil.rmtree", lambda *arguments, **named: None)  # as a kill there would
+        return 0.0
+
+    monkeypatch.setattr(module, "logit_difference", stop)
+    convert(toy, tmp_path / "out", "llava", Writing(force=True))
+    assert read_json(tmp_path / "out/config.json")["model_type"] == "llava_llama"
+    assert (tmp_path / f".out.old.{os.getpid()}.part/config.json").exists()
+
+
+def test_anyone_may_read_what_is_written_whatever_the_path(
+    toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(tmp_path / "toy/tokenizer.json", tmp_path / "toy/tokenizer.model")
+    (toy / "tokenizer.model").chmod(0o400)
+    out = tmp_path / ("long " * 30) / "a[/b] [red]"
+    export(toy, out, FAST)
+    plain = tmp_path / "new"
+    plain.touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {plain.stat().st_mode}
+    assert capfd.readouterr().err.startswith(f"{out}: ")
 
 
 def test_a_full_disk_is_noticed_first(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from relook.errors import CheckpointError, some
-from relook.files import read_json
+from relook.files import read_object
 from relook.model.checkpoint import LazyTensor, read_file
 from relook.model.formats import CHANGE_FILE, FROM_CHANGE, PROJECTOR, changed_files, kind_of, rename
 from relook.model.source import ModelSource
@@ -29,6 +29,18 @@ STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
     0: ((HEAD, DECODER), False),
     1: ((DECODER,), None),
     2: ((HEAD, DECODER), True),
+}
+
+
+# What an adapter_config.json says of plain LoRA, W + scale * B A; peft's other varieties are refused.
+PLAIN_LORA: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
 }
 
 
@@ -144,10 +156,12 @@ def read_change(path: Path) -> Change:
     if kind in ("llava", "hf", "relook"):
         raise CheckpointError(f"{path} is a whole model, not a change to one.", "Load it by itself.")
     if kind == "run":
-        change = read_json(path / CHANGE_FILE)
-        lora = _adapter(path) if change["lora"] else {}
+        change = read_object(path / CHANGE_FILE)
+        if not isinstance(change.get("base"), str):
+            raise CheckpointError(f"{path / CHANGE_FILE} does not name a base.", "Copy the run again.")
+        lora = _adapter(path) if change.get("lora") else {}
         tensors = lora | read_file(path / TENSORS_FILE)
-        read = _change(path, tensors, change["post_decoder"], Path(change["base"]))
+        read = _change(path, tensors, change.get("post_decoder"), Path(change["base"]))
         return replace(read, vision_tower=Path(change["vision_tower"])) if change.get("vision_tower") else read
     if kind == "lora":
         return _change(path, _adapter(path) | _bare(path))
@@ -169,8 +183,8 @@ def _change(
     path: Path, tensors: dict[str, LazyTensor], settings: dict[str, Any] | None = None, base: Path | None = None
 ) -> Change:
     folder = path if path.is_dir() else path.parent
-    if settings is None and (folder / "config.json").exists():
-        settings = read_json(folder / "config.json").get("post_decoder")
+    if settings is None:
+        settings = read_object(folder / "config.json", optional=True).get("post_decoder")
     replaced: dict[str, LazyTensor] = {}
     halves: dict[str, dict[str, LazyTensor]] = {}
     for raw, tensor in tensors.items():
@@ -190,13 +204,15 @@ def _change(
 def _lora_scale(folder: Path) -> float:
     if not (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder} holds LoRA, but its rank and alpha are not known.", "Give its whole folder.")
-    config = read_json(folder / "adapter_config.json")
-    special = [
-        key
-        for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save")
-        if config.get(key)
-    ]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or special:
-        raise CheckpointError(f"{folder} is no plain LoRA adapter ({some(special) or config.get('peft_type')}).")
-    rank = float(config["r"])
-    return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    config = read_object(folder / "adapter_config.json")
+    found = {key: config.get(key) or plain for key, plain in PLAIN_LORA.items()}
+    special = [f"{key} {value!r}" for key, value in found.items() if value != PLAIN_LORA[key]]
+    if special:
+        raise CheckpointError(
+            f"{folder} is no plain LoRA adapter: {some(special)}.", "Merge it with the program that made it."
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        said = f"r {rank!r} and lora_alpha {alpha!r}"
+        raise CheckpointError(f"{folder / 'adapter_config.json'} says {said}, not two numbers.", "Copy it again.")
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))

@@ -7,6 +7,7 @@ What a file is, is read from its first bytes. A PyTorch file is a pickle, and a 
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relook.errors import CheckpointError, some
-from relook.files import read_json, write_json
+from relook.files import read_object, write_json
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -72,7 +73,9 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def _read_pickle(path: Path, mmap: bool) -> dict[str, LazyTensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickles, which are refused
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is refused: it is cut off, or holds more than tensors and could run code when loaded.",
@@ -113,8 +116,7 @@ def _layout(folder: Path) -> tuple[list[Path], set[str]]:
     """Weight files, and the tensors that an index names."""
     for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         if (folder / index).exists():
-            content = read_json(folder / index)
-            weight_map = content.get("weight_map") if isinstance(content, dict) else None
+            weight_map = read_object(folder / index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{folder / index} has no weight_map.", "Download it again.")
             shards = sorted({str(shard) for shard in weight_map.values()})
@@ -130,6 +132,14 @@ def _layout(folder: Path) -> tuple[list[Path], set[str]]:
     return [], set()
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as they may any new file: `save_file` alone makes it private."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write tensors as they come into `model.safetensors`, or into shards with an index; one shard is in memory.
 
@@ -142,7 +152,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 
     def flush() -> None:
         part = folder / f"part-{len(parts)}.safetensors"
-        save_file(held, part, metadata={"format": "pt"})
+        save_tensors(held, part)
         parts.append((part, list(held)))
         held.clear()
 

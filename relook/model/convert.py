@@ -20,7 +20,7 @@ from torch import Tensor
 
 from relook.console import say
 from relook.errors import CheckpointError, some
-from relook.files import read_json, whole_folder, write_json
+from relook.files import read_object, whole_folder, write_json
 from relook.model import modeling_relook, post_decoder
 from relook.model.changes import read_change
 from relook.model.checkpoint import write_tensors
@@ -95,14 +95,14 @@ def write_model(source: ModelSource, out: Path, to: str, how: Writing) -> float 
     """Write a source under a name that appears only when all is written and checked."""
     _claim(source, out, how)
     difference = None
-    with whole_folder(out) as folder:
+    with whole_folder(out.resolve()) as folder:  # a link to a folder stays a link
         (_write_llava if to == "llava" else _write_hf)(source, folder, int(how.shard_gb * 1e9))
         if how.check:
             difference = logit_difference(source, open_source(folder))
             if not difference <= TOLERANCE.get(source.dtype, 5e-2):  # NaN fails too
                 raise CheckpointError(f"The logits of the result differ by {difference:.2e}; {out} was not written.")
     checked = "not checked" if difference is None else f"largest difference of logits {difference:.1e}"
-    say(f"[bold]{out}[/]: {len(source.tensors)} tensors, {checked}")
+    say(f"{out}: {len(source.tensors)} tensors, {checked}")
     return difference
 
 
@@ -143,7 +143,7 @@ def _write_hf(source: ModelSource, folder: Path, shard_bytes: int) -> None:
             "AutoModelForImageTextToText": f"modeling_relook.{source.model_class.__name__}",
         }
         for module in (modeling_relook, post_decoder):
-            shutil.copy(str(module.__file__), folder)
+            shutil.copyfile(str(module.__file__), folder / Path(str(module.__file__)).name)
     config.to_json_file(folder / "config.json")
     source.generation_config().save_pretrained(folder)
     processor = source.processor()
@@ -189,8 +189,8 @@ def _write_llava(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     if not _copy_sentencepiece(source.path, folder):
         processor.tokenizer.save_pretrained(folder)
         return
-    stated = source.path / "tokenizer_config.json"
-    kept = {key: value for key, value in read_json(stated).items() if key in TOKENIZER_KEYS} if stated.exists() else {}
+    stated = read_object(source.path / "tokenizer_config.json", optional=True)
+    kept = {key: value for key, value in stated.items() if key in TOKENIZER_KEYS}
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **kept})
 
 
@@ -198,7 +198,7 @@ def _copy_sentencepiece(path: Path, folder: Path) -> bool:
     """Keep the sentencepiece model beside tokenizer.json: the original program reads no other."""
     for name in SENTENCEPIECE:
         if (path / name).exists():
-            shutil.copy(path / name, folder)
+            shutil.copyfile(path / name, folder / name)  # not its mode, which may be read-only
     return (path / "tokenizer.model").exists()
 
 

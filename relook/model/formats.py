@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from relook.errors import CheckpointError, some
-from relook.files import read_json
+from relook.files import read_object
 from relook.model.checkpoint import weight_files
 from relook.model.trunks import MODEL_TYPES, TRUNKS, has_post_decoder
 
@@ -110,10 +110,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no config.json.", "Give a model folder, an adapter's, or the output of `relook train`."
         )
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} is not a JSON object.", "Download it again.")
-    return config
+    return read_object(folder / "config.json")
 
 
 def _model_kind(path: Path, config: dict[str, Any]) -> str:
@@ -149,11 +146,11 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig,
     missing = [key for key in REQUIRED if raw.get(key) is None]
     if missing:
         raise CheckpointError(f"{path / 'config.json'} does not say {some(missing)}.", "Download it again.")
-    projector, select = raw["mm_projector_type"], raw.get("mm_vision_select_feature", "patch")
+    projector, select = raw["mm_projector_type"], raw.get("mm_vision_select_feature") or "patch"
     for key, value, known in (
         ("mm_projector_type", projector, PROJECTORS),
         ("mm_vision_select_feature", select, STRATEGIES),
-        ("image_aspect_ratio", raw.get("image_aspect_ratio", "square"), ("square", "pad")),
+        ("image_aspect_ratio", raw.get("image_aspect_ratio") or "square", ("square", "pad")),
     ):
         if value not in known:
             raise CheckpointError(
@@ -174,7 +171,7 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig,
         projector_hidden_act=PROJECTORS[projector],
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         conversation_template=default_template(raw),
-        **{key: raw[key] for key in KEPT if key in raw},
+        **{key: raw[key] for key in KEPT if raw.get(key) is not None},
     )
 
 

@@ -134,7 +134,7 @@ def load_model(
         CheckpointError: what is missing, unused, broken or does not fit, by name, and what to pass.
     """
     kind = as_dtype(dtype)
-    return build(open_source(Path(path), adapter, vision_tower, kind), kind, bits, device)
+    return build(open_source(Path(path), adapter, vision_tower, kind), kind, bits, as_device(str(device)))
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ class Loading:
     device: str = ""
 
     def load(self, path: Path) -> LoadedModel:
-        device = as_device(self.device)
-        return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, device)
+        return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, self.device)
 
 
 def open_source(
@@ -170,6 +169,11 @@ def open_source(
         change = read_change(path)
         if change.base is None:
             raise CheckpointError(f"{path} is an adapter.", "Pass its base as path, and this folder as adapter.")
+        if not change.base.is_dir():
+            raise CheckpointError(
+                f"The base of the run {path}, {change.base}, is not there.",
+                "Give the base by itself: `relook merge BASE RUN OUT`, or load_model(base, adapter=run).",
+            )
         path, adapter, vision_tower = change.base, path, vision_tower or change.vision_tower
     source = open_model(path, vision_tower)
     if adapter is not None:

@@ -25,8 +25,9 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from relook.data.prompts import IM_END, IM_START, IMAGE
 from relook.errors import CheckpointError, some
-from relook.files import read_json
+from relook.files import read_object
 from relook.model.checkpoint import LazyTensor, read_folder, weight_files
 from relook.model.formats import (
     COMPUTED,
@@ -44,7 +45,7 @@ from relook.model.formats import (
 from relook.model.tokenizer import load_tokenizer
 from relook.model.trunks import MODEL_TYPES, has_post_decoder, trunk_of
 
-IMAGE, NEVER_TEXT = "<image>", "<0xFF>"
+NEVER_TEXT = "<0xFF>"
 # LLaVA's v1 conversation for transformers' processors: what `relook.data.prompts` calls v1.
 V1_CHAT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -55,6 +56,14 @@ V1_CHAT = (
     "{% else %}ASSISTANT: {% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+
+
+def v1_chat(tokenizer: PreTrainedTokenizerFast) -> str:
+    """V1_CHAT for a tokenizer. The original tokenises what follows an image by itself, with a space piece first; a
+    tokenizer that puts none after a special token is given the space."""
+    after = tokenizer("<image>\n", add_special_tokens=False)["input_ids"][1:]
+    alone = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return V1_CHAT if after == alone else V1_CHAT.replace("<image>\n", "<image> \n")
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,9 @@ class ModelSource:
 
     def check(self) -> None:
         """Raise a CheckpointError that lists what is missing, unused or of another shape than the config says."""
+        who = str(self.path) if self.change is None else f"{self.path} with {self.change}"
         with torch.device("meta"):
-            model = self.model_class(self.config)
+            model = _valid(who, self.model_class, self.config)
         wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         missing = sorted(wanted.keys() - self.tensors.keys() - tied)
@@ -101,12 +111,17 @@ class ModelSource:
             for name, tensor in self.tensors.items()
             if name in wanted and wanted[name] != tensor.shape
         ]
+        layers = self.config.vision_feature_layer
+        depth = self.config.vision_config.num_hidden_layers
+        if any(not -depth - 1 <= layer <= depth for layer in (layers if isinstance(layers, list) else [layers])):
+            raise CheckpointError(
+                f"{who} takes its image features from layer {layers} of a vision tower that has {depth}.",
+                "Check that the config and the tower belong together.",
+            )
         found = (("missing", missing), ("unused", unused), ("of another shape", wrong))
         listed = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in found if names)
         if listed:
-            raise CheckpointError(
-                f"The tensors of {self.path} do not fit its config ({listed}).", self._advice(missing)
-            )
+            raise CheckpointError(f"The tensors of {who} do not fit its config ({listed}).", self._advice(missing))
 
     def _advice(self, missing: list[str]) -> str:
         if missing and all(name.startswith(TOWER) for name in missing):
@@ -121,7 +136,7 @@ class ModelSource:
             if self.tower is None:
                 return AutoProcessor.from_pretrained(self.path, local_files_only=True)
             images = LlavaImageProcessorPil.from_pretrained(self.tower, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"The processor of {self.path} cannot be loaded: {error}.", "Copy it again."
             ) from None
@@ -132,7 +147,7 @@ class ModelSource:
             patch_size=self.config.vision_config.patch_size,
             vision_feature_select_strategy=self.config.vision_feature_select_strategy,
             num_additional_image_tokens=1,
-            chat_template=V1_CHAT if self.template == "v1" else tokenizer.chat_template,
+            chat_template=v1_chat(tokenizer) if self.template == "v1" else tokenizer.chat_template,
         )
 
     def generation_config(self) -> GenerationConfig:
@@ -166,15 +181,16 @@ def open_model(path: Path, vision_tower: str | Path | None = None) -> ModelSourc
     trunk = MODEL_TYPES[raw["model_type"]]
     config_class = trunk.relook_config if kind == "relook" else trunk.config
     tensors = _renamed(read_folder(path), FROM_HF)
-    return ModelSource(path, kind, _config(path, config_class.from_dict, raw), tensors, default_template(raw))
+    return ModelSource(path, kind, _valid(path, config_class.from_dict, raw), tensors, default_template(raw))
 
 
-def _config(path: Path, make: Callable[..., Any], *arguments: Any) -> Any:
-    """A config made by a function of transformers; what it says about a wrong value is passed on."""
+def _valid(path: Path | str, make: Callable[..., Any], *arguments: Any) -> Any:
+    """A config, or a model of it, made by transformers; what that says about a wrong value is passed on."""
     try:
         return make(*arguments)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"The config of {path} is not valid: {error}.", "Download it again.") from None
+        reason = f"unknown value {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise CheckpointError(f"The config of {path} is not valid: {reason}.", "Download it again.") from None
 
 
 def _renamed(tensors: Mapping[str, LazyTensor], renames: Renames) -> dict[str, LazyTensor]:
@@ -191,7 +207,7 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     settings = read_config(tower)
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
         raise CheckpointError(f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower.")
-    vision: CLIPVisionConfig = _config(tower, CLIPVisionConfig.from_dict, settings.get("vision_config", settings))
+    vision: CLIPVisionConfig = _valid(tower, CLIPVisionConfig.from_dict, settings.get("vision_config", settings))
     tensors = _renamed(read_folder(path), FROM_LLAVA)
     trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
     if weight_files(tower) and not trained:
@@ -199,8 +215,14 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in of_tower) else ""
         tensors = {name: t for name, t in tensors.items() if not name.startswith(TOWER)}
         tensors |= {TOWER + n.removeprefix(prefix): t for n, t in of_tower.items() if n.startswith(prefix)}
-    token = image_tokenizer(path, raw.get("vocab_size", 0)).convert_tokens_to_ids(IMAGE)
-    config = _config(path, from_llava_config, path, raw, vision, token)
+    tokenizer = image_tokenizer(path, raw.get("vocab_size", 0))
+    config = _valid(path, from_llava_config, path, raw, vision, tokenizer.convert_tokens_to_ids(IMAGE))
+    rows = config.text_config.vocab_size
+    if raw.get("mm_use_im_start_end") and max(tokenizer.convert_tokens_to_ids([IM_START, IM_END])) >= rows:
+        raise CheckpointError(
+            f"{path} has mm_use_im_start_end, but its {rows} embeddings have no rows for {IM_START} and {IM_END}.",
+            "Set it to false in config.json, unless files of another model got mixed in.",
+        )
     if config.projector_hidden_act == "linear":
         size = config.text_config.hidden_size
         tensors[PROJECTOR + "linear_2.weight"] = LazyTensor((size, size), lambda: torch.eye(size))
@@ -208,12 +230,12 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     return ModelSource(path, "llava", config, tensors, default_template(raw), tower)
 
 
-def _tower_folder(path: Path, name: str | None, given: str | Path | None) -> Path:
+def _tower_folder(path: Path, name: Any, given: str | Path | None) -> Path:
     if given is not None:
         if not (Path(given) / "config.json").exists():
             raise CheckpointError(f"vision_tower {given} is no model folder.", "Check the path.")
         return Path(given)
-    if not name:
+    if not name or not isinstance(name, str):
         raise CheckpointError(
             f"{path / 'config.json'} names no mm_vision_tower.", "Pass the vision tower's folder as vision_tower."
         )
@@ -253,6 +275,5 @@ def image_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     content["added_tokens"].append({"id": id, "content": IMAGE, **flags, "special": True})
     content["added_tokens"].sort(key=lambda token: token["id"])
     settings = {key: value for key, value in tokenizer.init_kwargs.items() if not key.endswith(("_file", "_object"))}
-    stated = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
-    settings["legacy"] = stated.get("legacy", True)
+    settings["legacy"] = read_object(path / "tokenizer_config.json", optional=True).get("legacy", True)
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **settings)

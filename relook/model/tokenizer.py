@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from relook.data.prompts import IM_END, IM_PATCH, IM_START
 from relook.errors import CheckpointError, RelookError
-from relook.files import read_json
+from relook.files import read_object
 
 SPACE = "▁"  # how sentencepiece writes a space
 # Field numbers and values of sentencepiece_model.proto.
@@ -56,19 +56,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             raise CheckpointError(
                 f"{folder} has no tokenizer.json or tokenizer.model.", "Copy them from the base model."
             )
-        config = _optional(folder / "config.json")
-        marks = [IM_PATCH] * config.get("mm_use_im_patch_token", False)
-        marks += [IM_START, IM_END] * config.get("mm_use_im_start_end", False)
+        config = read_object(folder / "config.json", optional=True)
+        marks = [IM_PATCH] * bool(config.get("mm_use_im_patch_token"))
+        marks += [IM_START, IM_END] * bool(config.get("mm_use_im_start_end"))
         tokenizer.add_tokens(marks, special_tokens=True)  # those that it has are left alone
     except RelookError:
         raise
     except Exception as error:  # bare Exception is what the tokenizers library raises for a file that it cannot parse
         raise CheckpointError(f"The tokenizer of {folder} cannot be read: {error}.", "Copy it again.") from None
     return tokenizer
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -181,8 +177,10 @@ def _backend(pieces: list[Piece], unk: str, legacy: bool) -> Tokenizer:
 
 
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
-    config = _optional(folder / "tokenizer_config.json")
-    special, added = _optional(folder / "special_tokens_map.json"), _optional(folder / "added_tokens.json")
+    config, special, added = (
+        read_object(folder / f"{name}.json", optional=True)
+        for name in ("tokenizer_config", "special_tokens_map", "added_tokens")
+    )
     pieces = read_pieces(folder / "tokenizer.model")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     for name in (*names, "pad_token"):

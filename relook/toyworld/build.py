@@ -115,8 +115,9 @@ def check_gate(out: Path, world: Path, seed: int) -> dict[str, Any]:
     write_json(out / "gate.json", verdict)
     if not verdict["passed"]:
         say(
-            f"[yellow]This base did not learn to look[/]: POPE random {accuracy:.3f} on dev scenes, {GATE} is needed. "
-            "Its results say little; try another --seed."
+            f"This base did not learn to look: POPE random {accuracy:.3f} on dev scenes, {GATE} is needed. "
+            "Its results say little; try another --seed.",
+            style="yellow",
         )
     return verdict
 

@@ -49,9 +49,7 @@ def train_command(arguments: Sequence[str]) -> Path:
     name, *keys = arguments
     recipe = load_recipe(name, parse_overrides(keys))
     out = train(recipe)
-    say(
-        f"[bold]{out}[/] holds the result. Evaluate it with: relook eval pope chair --model {out} --data DATA --out OUT"
-    )
+    say(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {out} --data DATA --out OUT")
     return out
 
 
@@ -183,7 +181,7 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     if not examples:
         raise DataError("No sample can be used.", f"{report.summary()} {' '.join(faults[:3])}")
     if report.dropped or faults:
-        say(f"  [yellow]dropped:[/] {report.summary()} {len(faults)} more could not be encoded or decoded.")
+        say(f"  dropped: {report.summary()} {len(faults)} more could not be encoded or decoded.")
     return examples, {"reader": report.summary(), "faults": faults}
 
 

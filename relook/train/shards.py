@@ -43,7 +43,7 @@ class ShardFolder:
             return False
         if path.name == _file_name(name, file_hash(path)):
             return True
-        say(f"  [yellow]{path} is broken: it is computed again[/]")
+        say(f"  {path} is broken: it is computed again", style="yellow")
         path.unlink()
         del self._files[name]
         return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from relook.console import Report
 from relook.errors import RelookError
 from relook.files import whole_file, write_text
+from relook.model.checkpoint import save_tensors
 from relook.model.load import TENSORS_FILE, load_tensors
 from relook.model.regimes import parameter_groups
 from relook.recipe import Recipe
@@ -163,7 +164,7 @@ def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
         if parameter.requires_grad and without not in name
     }
     with whole_file(path) as temporary:
-        save_file(tensors, temporary)
+        save_tensors(tensors, temporary)
 
 
 def last_checkpoint(folder: Path) -> str | None:
