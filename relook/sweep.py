@@ -76,12 +76,12 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
         encoded = encode(sweep, waiting, engine)
         engine.release()
         for number, row in enumerate(sorted(waiting, key=_order), 1):
-            say(f"[bold]{row.name}[/] ({number} of {len(waiting)})")
+            say(f"{row.name} ({number} of {len(waiting)})", style="bold")
             try:
                 run = train(row.recipe, sweep.loading.device or None, encoded[_data_key(row)])
             except RelookError as error:  # a rate that is too high must not cost the other rows
                 failed[row.name] = str(error)
-                say(f"  [red]{row.name} failed:[/] {error}")
+                say(f"  {row.name} failed: {error}", style="red")
                 continue
             evaluate(sweep, row.name, run, engine)
     done = [row for row in sweep.rows if row.name not in failed]
@@ -91,7 +91,7 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
     from relook.report.sweep_page import write_page
 
     page = write_page(sweep.out)
-    say(f"[bold]{page}[/], {sweep.out / 'table.md'} and {sweep.out / RESULTS_FILE}")
+    say(f"{page}, {sweep.out / 'table.md'} and {sweep.out / RESULTS_FILE}")
     return page
 
 

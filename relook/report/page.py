@@ -20,9 +20,9 @@ from relook.report.plots import curves
 PICTURES = 12
 LOOKING = "post_decoder"  # the run whose attention is shown
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1c2330}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1400px;margin:2em auto;padding:0 1em;color:#1c2330}
 table{border-collapse:collapse;margin:1em 0;font-size:14px}
-td,th{padding:.35em .7em;border-bottom:1px solid #dde2ea;text-align:right}
+td{white-space:nowrap}td,th{padding:.35em .7em;border-bottom:1px solid #dde2ea;text-align:right}
 td:first-child,th:first-child{text-align:left}small{color:#6a7486}th{vertical-align:bottom}
 .card{display:grid;grid-template-columns:190px 1fr;gap:1em;border-top:1px solid #dde2ea;padding:1em 0}
 .card p{margin:.2em 0;padding-left:11em}.card b{float:left;margin-left:-11em;font-weight:600;color:#44506a}
