@@ -22,7 +22,7 @@ import yaml
 
 from relook.demo import REGIMES, Places, evaluate, mine_pairs, read_scores, train_regime
 from relook.evaluate.compare import compare_pooled
-from relook.evaluate.run import SPLITS
+from relook.evaluate.pope import SPLITS
 from relook.files import read_json, write_json
 from relook.toyworld import layouts
 

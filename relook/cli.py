@@ -100,7 +100,7 @@ def score(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.")] = None,
 ) -> None:
     """Score an existing answer file; no model is loaded."""
-    from relook.evaluate.run import score_files
+    from relook.evaluate.score import score_files
 
     result = score_files(benchmark, questions, answers)
     if json_out is not None:

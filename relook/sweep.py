@@ -19,7 +19,9 @@ from relook.errors import RecipeError, RelookError
 from relook.evaluate.cached import FIRST_FILE, CachedPope
 from relook.evaluate.compare import compare
 from relook.evaluate.divergence import by_divergence
-from relook.evaluate.run import SPLITS, annotation_file, claim, evaluate_model, versions
+from relook.evaluate.pope import SPLITS
+from relook.evaluate.run import claim, evaluate_model, versions
+from relook.evaluate.score import annotation_file
 from relook.evaluate.statistics import holm
 from relook.files import holds_at_most, read_json, read_records, write_json, write_text
 from relook.model.load import model_hash

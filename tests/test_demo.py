@@ -12,7 +12,7 @@ import pytest
 
 from relook import cli, demo, mine
 from relook.evaluate import answer as answering
-from relook.evaluate.run import SPLITS
+from relook.evaluate.pope import SPLITS
 from relook.model.load import TENSORS_FILE
 from relook.toyworld import layouts
 from relook.train import run as training

@@ -21,8 +21,9 @@ from relook.evaluate import answer as answering
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.compare import compare
-from relook.evaluate.pope import official_parse, read_questions
-from relook.evaluate.run import SPLITS, evaluate_model, score_files
+from relook.evaluate.pope import SPLITS, official_parse, read_questions
+from relook.evaluate.run import evaluate_model
+from relook.evaluate.score import score_files
 from relook.files import read_json, read_records, write_json, write_jsonl
 from relook.toyworld.shipped import shipped_base
 

@@ -22,7 +22,8 @@ from relook.errors import RecipeError, RelookError
 from relook.evaluate import cached
 from relook.evaluate.cached import FIRST_FILE, CachedPope, States, shares_trunk
 from relook.evaluate.divergence import by_divergence, divergence
-from relook.evaluate.run import SPLITS, evaluate_model
+from relook.evaluate.pope import SPLITS
+from relook.evaluate.run import evaluate_model
 from relook.files import read_json, read_records
 from relook.model.load import Loading
 from relook.recipe import build_recipe, read_shipped, shipped

@@ -30,7 +30,9 @@ from relook.data.samples import Question
 from relook.evaluate import pope
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.divergence import divergence
-from relook.evaluate.run import SPLITS, pope_file, pope_record, score_pope
+from relook.evaluate.pope import SPLITS
+from relook.evaluate.run import pope_record
+from relook.evaluate.score import pope_file, score_pope
 from relook.files import whole_file, write_json, write_jsonl
 from relook.model import formats
 from relook.model.changes import read_change

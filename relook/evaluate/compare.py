@@ -9,7 +9,8 @@ from typing import Any
 from relook.data.coco import read_coco
 from relook.evaluate import pope
 from relook.evaluate.chair import ChairScore, score, vocabulary_of
-from relook.evaluate.run import SPLITS, annotation_file, pope_file
+from relook.evaluate.pope import SPLITS
+from relook.evaluate.score import annotation_file, pope_file
 from relook.evaluate.statistics import mcnemar, paired_interval, right_alone
 from relook.files import read_records
 

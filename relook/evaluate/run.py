@@ -1,10 +1,10 @@
-"""`relook eval` and `relook score`: answers go to files, scores are computed from the files."""
+"""`relook eval`: answers go to files, scores are computed from the files."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from relook.data.coco import Annotations, read_coco
 from relook.data.prompts import get_template
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError, some
-from relook.evaluate import chair, pope
+from relook.evaluate import pope
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
-from relook.evaluate.statistics import ratio_interval
-from relook.files import file_hash, holds_at_most, read_json, read_text, text_hash, write_json
+from relook.evaluate.pope import SPLITS
+from relook.evaluate.score import annotation_file, pope_file, score_chair, score_pope
+from relook.files import holds_at_most, read_json, read_text, write_json
 from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
 
-SPLITS = ("random", "popular", "adversarial")
 CHAIR_PROMPT = "Describe this image in detail."
 Benchmark = Callable[[LoadedModel, Path, Path, Asking], dict[str, Any]]
 
@@ -126,10 +126,6 @@ def eval_pope(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> dict[s
     return results
 
 
-def pope_file(data: Path, split: str) -> Path:
-    return data / "pope" / f"coco_pope_{split}.json"
-
-
 def pope_record(question: Question, text: str) -> dict[str, Any]:
     return {
         "question_id": question.id,
@@ -137,18 +133,6 @@ def pope_record(question: Question, text: str) -> dict[str, Any]:
         "question": question.text,
         "answer": text,
     }
-
-
-def score_pope(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Confusion counts and rates, with 95 % intervals over images."""
-    result = pope.score(questions, answers).to_json()
-    right: dict[str, list[int]] = {}
-    for row in pope.match(questions, answers):
-        counts = right.setdefault(row.question.image.name, [0, 0])
-        counts[0] += row.prediction == row.label
-        counts[1] += 1
-    result["accuracy_ci"] = ratio_interval([r for r, _ in right.values()], [n for _, n in right.values()])
-    return result
 
 
 def eval_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> dict[str, Any]:
@@ -169,10 +153,6 @@ def eval_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> dict[
     return score_chair(captions, annotations)
 
 
-def annotation_file(data: Path) -> Path:
-    return data / "annotations" / "instances_val2014.json"
-
-
 def chair_images(data: Path, annotations: Annotations) -> list[str]:
     pinned = data / "chair_images.txt"
     if not pinned.exists():
@@ -184,29 +164,4 @@ def chair_images(data: Path, annotations: Annotations) -> list[str]:
     return names
 
 
-def score_chair(captions: Mapping[str, str], annotations: Annotations) -> dict[str, Any]:
-    """CHAIR with 95 % intervals over images; the image list is identified by its hash."""
-    truth = {image: annotations.objects[image] for image in captions}
-    scored = chair.score(captions, truth, chair.vocabulary_of(annotations))
-    result = scored.to_json()
-    result["chair_i_ci"] = ratio_interval(scored.hallucinated, scored.mentioned)
-    result["chair_s_ci"] = ratio_interval([int(h > 0) for h in scored.hallucinated], [1] * scored.n)
-    result["recall_ci"] = ratio_interval(scored.found, scored.present)
-    result["image_list"] = text_hash(*captions)
-    return result
-
-
 BENCHMARKS: dict[str, Benchmark] = {"pope": eval_pope, "chair": eval_chair}
-
-
-def score_files(benchmark: str, questions: Path, answers: Path) -> dict[str, Any]:
-    """Score an answer file made by any program.
-
-    Raises:
-        DataError: questions and answers do not match; the ids are named.
-    """
-    if benchmark != "pope":
-        raise RecipeError(f"`relook score` does not know {benchmark!r}.", "It scores pope.")
-    asked = pope.read_questions(questions, Path())
-    result = pope.score(asked, pope.read_answers(answers)).to_json()
-    return {**result, "questions_sha256": file_hash(questions), "answers_sha256": file_hash(answers)}

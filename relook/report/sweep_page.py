@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relook.evaluate.run import SPLITS
+from relook.evaluate.pope import SPLITS
 from relook.files import read_json, write_text
 from relook.report.page import STYLE
 from relook.report.plots import against_rate, curves
