@@ -16,7 +16,7 @@ from relook.console import progress, say
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
 from relook.evaluate.run import evaluate_model, versions
-from relook.files import holds_at_most, read_json, write_json
+from relook.files import read_json, takes, write_json
 from relook.mine import mine_visual_genome
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
@@ -90,10 +90,8 @@ def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
     held = out / DEMO_FILE
-    if not out.exists() or (out.is_dir() and holds_at_most(out, DEMO_FILE)):
+    if takes(out, DEMO_FILE, "--out"):
         write_json(held, settings)
-    elif not held.exists():
-        raise RecipeError(f"{out} holds something else.", "Choose another --out.")
     elif read_json(held) != settings:
         raise RecipeError(f"{out} holds a demo with other settings ({read_json(held)}).", "Choose another --out.")
 

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from relook.errors import DataError
+from relook.errors import DataError, RecipeError
 
 
 @contextmanager
@@ -125,9 +125,23 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def holds_at_most(folder: Path, name: str) -> bool:
-    """Whether a folder has no file but one of that name, not counting what a kill left of writing it."""
-    return all(path.name == name or path.match(f".{name}.*.part") for path in folder.iterdir())
+def takes(folder: Path, settings: str, option: str) -> bool:
+    """Whether a job may take a folder as new; False where it holds the settings file of one that is under way.
+
+    A settings file alone is of a job that never began; what a kill left of writing it does not count.
+
+    Raises:
+        RecipeError: the folder is a file, or holds something else.
+    """
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        raise RecipeError(f"{folder} is a file.", f"Choose another {option}.")
+    if all(path.name == settings or path.match(f".{settings}.*.part") for path in folder.iterdir()):
+        return True
+    if not (folder / settings).exists():
+        raise RecipeError(f"{folder} holds something else.", f"Choose another {option}.")
+    return False
 
 
 def file_hash(path: Path) -> str:

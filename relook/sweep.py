@@ -23,7 +23,7 @@ from relook.evaluate.pope import SPLITS
 from relook.evaluate.run import claim, evaluate_model, versions
 from relook.evaluate.score import annotation_file
 from relook.evaluate.statistics import holm
-from relook.files import holds_at_most, read_json, read_records, write_json, write_text
+from relook.files import read_json, read_records, takes, write_json, write_text
 from relook.model.load import model_hash
 from relook.recipe import Recipe, parse_overrides, read_shipped
 from relook.sweep_recipe import BASE, SWEEP_FILE, Row, Sweep, build_sweep
@@ -100,8 +100,7 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
 def take(sweep: Sweep, values: Mapping[str, Any]) -> None:
     """Take the output folder; each row takes its run folder, so that one of another recipe is refused now."""
     held = sweep.out / SWEEP_FILE
-    if sweep.out.exists() and not (sweep.out.is_dir() and (held.exists() or holds_at_most(sweep.out, SWEEP_FILE))):
-        raise RecipeError(f"{sweep.out} holds something else.", "Choose another output_dir.")
+    takes(sweep.out, SWEEP_FILE, "output_dir")  # a sweep may go on there, with rows more or fewer
     for row in sweep.rows:
         training_arguments(row.recipe, Path(row.recipe.output_dir))
         for key in ("vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder"):

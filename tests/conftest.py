@@ -31,6 +31,18 @@ def refdata() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny(refdata: Path) -> Path:
+    """LLaVA folders that the original code wrote, small ones of every kind."""
+    return refdata / "llava_tiny"
+
+
+@pytest.fixture(scope="session")
+def tower(tiny: Path) -> Path:
+    """The vision tower that those folders name and do not hold."""
+    return tiny / "vision_towers/openai/clip-vit-tiny-patch14-56"
+
+
+@pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA folder with random weights and a real processor; lm_head is its own, as in real LLaVA models."""
     from tiny import save_tiny

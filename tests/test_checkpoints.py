@@ -30,16 +30,6 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 PATCHES = 16
 
 
-@pytest.fixture(scope="module")
-def tiny(refdata: Path) -> Path:
-    return refdata / "llava_tiny"
-
-
-@pytest.fixture(scope="module")
-def tower(tiny: Path) -> Path:
-    return tiny / "vision_towers/openai/clip-vit-tiny-patch14-56"
-
-
 @pytest.fixture(scope="module", params=["ckpt_bin_sharded", "ckpt_safetensors"])
 def loaded(request: pytest.FixtureRequest, tiny: Path, tower: Path) -> LoadedModel:
     return load_model(tiny / request.param, vision_tower=tower)

@@ -143,7 +143,7 @@ def test_a_folder_that_holds_something_else(relook: Command, recipe: Path, notes
     relook("train", recipe, "--output_dir", notes / "mine.txt").mistake("is a file")
     relook("train", recipe, "--output_dir", notes / "mine.txt" / "run").mistake("mine.txt")
     relook("demo", "--out", notes).mistake(f"{notes} holds something else", "another --out")
-    relook("demo", "--out", notes / "mine.txt").mistake("holds something else")
+    relook("demo", "--out", notes / "mine.txt").mistake("is a file", "another --out")
     where = ("--model", shipped_base(), "--data", world / "test", "--out", notes)
     relook("eval", "pope", *where).mistake(f"{notes} holds something else", "another --out")
     assert untouched(notes)

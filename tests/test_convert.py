@@ -36,16 +36,6 @@ from relook.toyworld.build import make_processor
 FAST = Writing(check=False)
 
 
-@pytest.fixture(scope="module")
-def tiny(refdata: Path) -> Path:
-    return refdata / "llava_tiny"
-
-
-@pytest.fixture(scope="module")
-def tower(tiny: Path) -> Path:
-    return tiny / "vision_towers/openai/clip-vit-tiny-patch14-56"
-
-
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     """A llava-hf folder with a processor and weights of its own."""

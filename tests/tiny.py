@@ -110,36 +110,24 @@ def write_world(root: Path, scenes: int = SCENES, seed: int = 0) -> Path:
 
 def dpo_keys(base: Path, world: Path, out: Path, **keys: Any) -> dict[str, Any]:
     """Recipe keys of a short DPO run on that world."""
-    return {
-        "task": "dpo",
-        "version": "llava_hf",
-        "model_name_or_path": base,
-        "output_dir": out,
-        "vg_path": world / "vg",
-        "desc_data_path": world / "desc_data.json",
-        "pope_data_path": world / "pope_data.json",
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1,
-        "use_cpu": True,
-        "logging_steps": 1,
-        **keys,
-    }
+    data = {"vg_path": world / "vg"} | {f"{k}_data_path": world / f"{k}_data.json" for k in ("desc", "pope")}
+    return {"task": "dpo", **data, **_short_run(base, out), **keys}
 
 
 def sft_keys(base: Path, world: Path, out: Path, **keys: Any) -> dict[str, Any]:
     """Recipe keys of a short SFT run on that world."""
+    data = {"data_path": world / "llava" / "toyworld_mix.json", "image_folder": world / "llava" / "images"}
+    return {"task": "sft", **data, **_short_run(base, out), **keys}
+
+
+def _short_run(base: Path, out: Path) -> dict[str, Any]:
     return {
-        "task": "sft",
         "version": "llava_hf",
         "model_name_or_path": base,
         "output_dir": out,
-        "data_path": world / "llava" / "toyworld_mix.json",
-        "image_folder": world / "llava" / "images",
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "num_train_epochs": 1,
         "use_cpu": True,
         "logging_steps": 1,
-        **keys,
     }

@@ -11,10 +11,9 @@ itself before the first full stop ("Yes, there is no dog"). All others are gener
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,12 @@ from relook.evaluate.score import pope_file, score_pope
 from relook.files import whole_file, write_json, write_jsonl
 from relook.model import formats
 from relook.model.changes import read_change
-from relook.model.load import LoadedModel, Loading, add_post_decoder, as_device, as_dtype, model_hash, open_source
+from relook.model.load import LoadedModel, Loading, add_post_decoder, as_device, as_dtype, open_source
 from relook.model.post_decoder import PostDecoder
 from relook.model.source import ModelSource
 from relook.model.trunks import has_post_decoder
 from relook.train.batches import Collator, Item
+from relook.train.cache import key_of, made_from
 from relook.train.policy import Policy, TrunkStates, predicting_states
 from relook.train.run import pad_id
 from relook.tree import Row, Tree, targets_of
@@ -50,17 +50,15 @@ DECIDED = ("Yes", "yes", "No", "no")
 ABOVE = ("model.post_decoder.", "lm_head.")
 # With these in generation_config.json even greedy decoding does not take the likeliest token.
 STEERING = (
-    *(
-        "repetition_penalty",
-        "no_repeat_ngram_size",
-        "bad_words_ids",
-        "sequence_bias",
-        "num_beams",
-        "min_length",
-        "min_new_tokens",
-        "guidance_scale",
-        "forced_bos_token_id",
-    ),
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "num_beams",
+    "min_length",
+    "min_new_tokens",
+    "guidance_scale",
+    "forced_bos_token_id",
 )
 LogProbs = Iterator[Tensor]  # (n, vocabulary) float32 on the CPU, of successive questions
 
@@ -85,14 +83,6 @@ class Prompts:
             tree = Tree.of([Row((*ids, 0), (*[False] * len(ids), True)) for ids in rows])
             examples.append(Example(image.name, tree, (image,)))
         return Prompts(asked, examples)
-
-    def fingerprint(self) -> str:
-        """A hash of every token, and of every image file's name, size and time."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            stat = example.images[0].stat()
-            digest.update(f"{example} {stat.st_size} {stat.st_mtime_ns}".encode())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -205,22 +195,21 @@ class CachedPope:
     @cached_property
     def states(self) -> States:
         """The base's, from the file where it fits."""
-        images = self.loaded.images
-        how = f"{model_hash(self.base)} {self.loading.dtype} {images.aspect_ratio} {images.image_processor!r}"
-        key = hashlib.sha256(f"{how} {self.prompts.fingerprint()}".encode()).hexdigest()
-        found = States.load(self.file, key)
-        if found is None:
-            found = self._compute()
-            found.save(self.file, key)
-        return found
-
-    def _compute(self) -> States:
         model = self.loaded.model
         if not has_post_decoder(model.config):  # one that is never asked, so that the vision features come out
             model = add_post_decoder(model, {}, None)
+        policy, examples = Policy(model), self.prompts.examples
+        key = key_of(made_from(self.base, self.loading.vision_tower, policy, examples, self.loaded.images))
+        found = States.load(self.file, key)
+        if found is None:
+            found = self._compute(policy)
+            found.save(self.file, key)
+        return found
+
+    def _compute(self, policy: Policy) -> States:
         states: list[Tensor] = []
         features: list[Tensor] = []
-        for trunk in self._passes(Policy(model), "trunk states of the questions"):
+        for trunk in self._passes(policy, "trunk states of the questions"):
             counts = (trunk.targets.kept_branch >= 0).sum(1).tolist()
             states += [kept[:count].cpu().clone() for kept, count in zip(trunk.states, counts, strict=True)]
             features += [kept.cpu().clone() for kept in trunk.features or []]
@@ -279,7 +268,7 @@ class CachedPope:
         if model == self.base:
             loading: Callable[[], LoadedModel] = lambda: self.loaded  # noqa: E731
         else:
-            loading = _once(lambda: Loading(None, None, self.loading.dtype, 16, self.loading.device).load(model))
+            loading = cache(lambda: Loading(None, None, self.loading.dtype, 16, self.loading.device).load(model))
         records = self._first_tokens(model, loading)
         waiting = [index for index, record in enumerate(records) if record["generated"]]
         if waiting:
@@ -313,17 +302,6 @@ class CachedPope:
                 record |= {"first": tokenizer.decode([token]), "kl": distance}
                 records.append({**record, "answer": word, "generated": word is None})
         return records
-
-
-def _once(make: Callable[[], LoadedModel]) -> Callable[[], LoadedModel]:
-    made: list[LoadedModel] = []
-
-    def get() -> LoadedModel:
-        if not made:
-            made.append(make())
-        return made[0]
-
-    return get
 
 
 def shares_trunk(model: Path, base: Path) -> bool:

@@ -18,7 +18,7 @@ from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.pope import SPLITS
 from relook.evaluate.score import annotation_file, pope_file, score_chair, score_pope
-from relook.files import holds_at_most, read_json, read_text, write_json
+from relook.files import read_json, read_text, takes, write_json
 from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
 
 CHAIR_PROMPT = "Describe this image in detail."
@@ -77,10 +77,8 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
         "versions": versions(),
     }
     held = out / "eval.json"
-    if not out.exists() or (out.is_dir() and holds_at_most(out, held.name)):  # alone, it is of a run that never began
+    if takes(out, held.name, "--out"):
         write_json(held, settings)
-    elif not held.exists():
-        raise RecipeError(f"{out} holds something else.", "Choose another --out.")
     else:
         old = read_json(held)
         changed = [key for key in settings if old.get(key) != settings[key]]

@@ -80,8 +80,9 @@ def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], co
     Raises:
         RelookError: the disk is too small, or several machines do not share it.
     """
-    source = made_from(recipe, policy, examples, collator.images)
-    key = text_hash(*(f"{name}={value}" for name, value in source.items()))
+    path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
+    source = made_from(path, tower, policy, examples, collator.images)
+    key = key_of(source)
     plan = Plan.of(policy, examples, collator.images)
     parts = [STATES]
     if policy.reads_image:
@@ -99,13 +100,17 @@ def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], co
     return kept.items(plan, recipe.task)
 
 
-def made_from(recipe: Recipe, policy: Policy, examples: Sequence[Example], images: ImageLoader) -> dict[str, str]:
+def made_from(
+    model: Path, vision_tower: Path | str | None, policy: Policy, examples: Sequence[Example], images: ImageLoader
+) -> dict[str, str]:
     """Everything that determines what the trunk says: weights, tokens, pictures by content, precision, versions.
 
     An untrained post decoder changes no logit, so the reference log-probs depend on nothing else.
+
+    Args:
+        model: the folder that the policy was loaded from, with this vision tower where it has none of its own.
     """
-    path = Path(recipe.model_name_or_path)
-    tower = open_source(path, vision_tower=recipe.vision_tower or None).tower
+    tower = open_source(model, vision_tower=vision_tower).tower
     data = hashlib.sha256()
     for example in examples:
         data.update(repr(example.tree).encode())
@@ -114,10 +119,11 @@ def made_from(recipe: Recipe, policy: Policy, examples: Sequence[Example], image
     for example in examples:
         for image in example.images:
             pictures.update(file_hash(image).encode())
-    held = sorted({str(p.dtype) for p in policy.core.model.parameters() if not p.requires_grad})
+    named = policy.core.model.named_parameters()
+    held = sorted({str(p.dtype) for name, p in named if not name.startswith("post_decoder.")})
     return {
         "format": str(FORMAT),
-        "model": model_hash(path),
+        "model": model_hash(model),
         "vision tower": model_hash(tower) if tower else "",
         "tokens": data.hexdigest(),
         "images": pictures.hexdigest(),
@@ -127,6 +133,10 @@ def made_from(recipe: Recipe, policy: Policy, examples: Sequence[Example], image
         "device": policy.core.device.type,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+
+
+def key_of(source: dict[str, str]) -> str:
+    return text_hash(*(f"{name}={value}" for name, value in source.items()))
 
 
 def fill(

@@ -20,7 +20,7 @@ from relook.data.llava import read_llava
 from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError
-from relook.files import holds_at_most, read_text, write_json
+from relook.files import read_text, takes, write_json
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe, parse_overrides
@@ -117,13 +117,9 @@ def claim(out: Path, recipe: Recipe) -> bool:
         RecipeError: the folder holds something else, or a run of another recipe.
     """
     held = out / RECIPE_FILE
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"{out} is a file.", "Choose another output_dir.")
-    if not out.exists() or holds_at_most(out, RECIPE_FILE):  # a recipe alone is of a run that never began
+    if takes(out, RECIPE_FILE, "output_dir"):
         recipe.save(held)
         return False
-    if not held.exists():
-        raise RecipeError(f"{out} holds something else.", "Choose another output_dir.")
     old, new = yaml.safe_load(read_text(held)), yaml.safe_load(recipe.to_yaml())
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
