@@ -22,6 +22,7 @@ CHOICES = {
     "dpo_tokens": ("all", "differing"),
     "post_decoder_init": ("random", "projector"),
     "feature_cache": ("auto", "memory", "disk", "off"),
+    "trunk_pass": ("auto", "compiled", "flex", "dense"),
 }
 
 
@@ -69,6 +70,7 @@ class Recipe:
     dpo_tokens: str = "all"
     feature_cache: str = "auto"
     feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
+    trunk_pass: str = "auto"  # how the language model reads packed trees
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,6 +105,11 @@ class Recipe:
     def full(self) -> bool:
         """Projector and language model train, as in LLaVA's second stage."""
         return not (self.lora_enable or self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter)
+
+    @property
+    def cached_trunk(self) -> bool:
+        """Training reads cached trunk states, and the trunk itself is needed only to fill the cache."""
+        return self.frozen_trunk and self.feature_cache != "off"
 
     @property
     def frozen_trunk(self) -> bool:

@@ -24,6 +24,7 @@ from relook.data.prompts import get_template
 from relook.errors import CheckpointError, some
 from relook.files import file_hash
 from relook.model import formats
+from relook.model.above_trunk import without_trunk
 from relook.model.changes import TENSORS_FILE, read_change
 from relook.model.formats import CHANGE_FILE
 from relook.model.source import ModelSource, open_model
@@ -118,6 +119,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     bits: int = 16,
     device: str | torch.device = "cpu",
+    trunk: bool = True,
 ) -> LoadedModel:
     """Load a model of any format, with what was trained on it.
 
@@ -129,12 +131,14 @@ def load_model(
         vision_tower: folder of the CLIP tower of a liuhaotian model, instead of the one that its config names.
         dtype: of the model in memory; LoRA is merged in float32 and rounded to it once.
         bits: 8 or 4 quantise the language model's linears by bitsandbytes, after merging; 16 does not.
+        trunk: False leaves the trunk's weights on disk, for work on its cached states (`AboveTrunk`).
 
     Raises:
         CheckpointError: what is missing, unused, broken or does not fit, by name, and what to pass.
     """
     kind = as_dtype(dtype)
-    return build(open_source(Path(path), adapter, vision_tower, kind), kind, bits, as_device(str(device)))
+    source, place = open_source(Path(path), adapter, vision_tower, kind), as_device(str(device))
+    return build(source, kind, bits, place) if trunk else talk_to(without_trunk(source, kind, place), source)
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,11 @@ def build(source: ModelSource, dtype: torch.dtype, bits: int = 16, device: str |
     model.name_or_path = str(source.path)  # peft asks the hub about models without a path
     if bits == 16:
         model.to(device)
+    return talk_to(model, source)
+
+
+def talk_to(model: Any, source: ModelSource) -> LoadedModel:
+    """A model in memory, with the processor and the habits of its folder."""
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     return LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
 
@@ -266,7 +275,7 @@ def add_post_decoder(
         setattr(new.model, name, part)
     new.lm_head = model.lm_head
     new.generation_config = model.generation_config
-    decoder = new.model.post_decoder.to_empty(device=model.device).to(model.dtype)
+    decoder = new.model.post_decoder.to_empty(device=model.lm_head.weight.device).to(model.dtype)
     decoder.reset_parameters(generator)
     if init == "projector" and not decoder.start_from_projector(model.model.multi_modal_projector):
         raise CheckpointError(

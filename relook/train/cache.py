@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,22 +31,25 @@ from relook.train.batches import Collator, Item, reference_log_probs
 from relook.train.plan import FEATURES, REFERENCE, STATES, Plan, Shard, Store
 from relook.train.policy import Policy
 from relook.train.shards import ShardFolder
+from relook.tree import TreeTargets
 
 FORMAT = 1  # of the files; part of the key
 INDEX_FILE = "index.json"
 FOLDER = "trunk_cache"  # beside the runs' folders
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrunkCache:
-    """A filled store. The last one in memory is kept: regimes that a process trains in turn share the pass.
+    """A filled store. The last one is kept: regimes that a process trains in turn share the pass.
 
     Args:
         key: a hash of everything that determines what the trunk says.
+        on_device: copies of the store's tensors on the GPU, where they fit.
     """
 
     key: str
     store: Store
+    on_device: dict[str, Tensor] = field(default_factory=dict)
 
     last: ClassVar[TrunkCache | None] = None
 
@@ -54,34 +57,53 @@ class TrunkCache:
         """The examples with their states and reference log-probs: views of the shards, nothing is copied."""
         states = self._by_example(plan, STATES)
         reference = self._by_example(plan, REFERENCE) if task == "dpo" else {}
-        return [Item(e, states=states[i], reference=reference.get(i)) for i, e in enumerate(plan.examples)]
+        targets = [TreeTargets.of(example.tree, plan.everything) for example in plan.examples]
+        return [
+            Item(e, states=states[i], targets=targets[i], reference=reference.get(i))
+            for i, e in enumerate(plan.examples)
+        ]
 
     def features(self, plan: Plan) -> dict[Path, Tensor]:
         """Vision features (M, V) by image."""
         found: dict[Path, Tensor] = {}
         for shard in plan.shards:
             if shard.images:
-                parts = self.store[shard.name(FEATURES)].split(plan.rows(FEATURES, shard))
+                parts = self._tensor(shard.name(FEATURES)).split(plan.rows(FEATURES, shard))
                 found.update(zip(shard.images, parts, strict=True))
         return found
+
+    def move_to(self, device: torch.device, names: Sequence[str]) -> None:
+        """Copy tensors to a GPU: batches are then made there, and a step waits for no transfer."""
+        for name in names:
+            if name not in self.on_device:
+                self.on_device[name] = self.store[name].to(device)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.on_device[name] if name in self.on_device else self.store[name]
 
     def _by_example(self, plan: Plan, part: str) -> dict[int, Tensor]:
         found: dict[int, Tensor] = {}
         for shard in plan.shards:
-            found.update(zip(shard.examples, self.store[shard.name(part)].split(plan.rows(part, shard)), strict=True))
+            found.update(zip(shard.examples, self._tensor(shard.name(part)).split(plan.rows(part, shard)), strict=True))
         return found
 
 
-def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], collator: Collator) -> list[Item]:
+def cached_items(
+    recipe: Recipe, policy: Policy, examples: Sequence[Example], collator: Collator, whole: Callable[[], Policy]
+) -> list[Item]:
     """The examples with what a frozen trunk says about them, computed where it is not there yet.
 
     The collator gets the vision features, where something reads them.
+
+    Args:
+        policy: what trains, whose trunk is not asked.
+        whole: loads the policy with its trunk; called where something has to be computed.
 
     Raises:
         RelookError: the disk is too small, or several machines do not share it.
     """
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
-    source = made_from(path, tower, policy, examples, collator.images)
+    source = made_from(path, tower, policy, policy.dtype, examples, collator.images)
     key = key_of(source)
     plan = Plan.of(policy, examples, collator.images)
     parts = [STATES]
@@ -90,18 +112,28 @@ def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], co
     if recipe.task == "dpo":
         parts.append(REFERENCE)
     kept = TrunkCache.last
-    if kept is None or kept.key != key or recipe.feature_cache == "disk":
-        TrunkCache.last = None  # its memory counts as free
+    if kept is None or kept.key != key:
+        TrunkCache.last = kept = None  # its memory counts as free
         kept = TrunkCache(key, _store(recipe, key, plan, parts))
-    fill(kept, source, plan, parts, policy, collator)
-    if not isinstance(kept.store, ShardFolder):
-        TrunkCache.last = kept
+    elif isinstance(kept.store, ShardFolder) or recipe.feature_cache == "disk":  # look at the files again
+        kept = TrunkCache(key, _store(recipe, key, plan, parts), kept.on_device)
+    fill(kept, source, plan, parts, policy, collator, whole)
+    TrunkCache.last = kept
+    if policy.core.device.type == "cuda" and not recipe.training.get("dataloader_num_workers"):
+        torch.cuda.empty_cache()
+        if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
+            kept.move_to(policy.core.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
     collator.features = kept.features(plan) if policy.reads_image else None
     return kept.items(plan, recipe.task)
 
 
 def made_from(
-    model: Path, vision_tower: Path | str | None, policy: Policy, examples: Sequence[Example], images: ImageLoader
+    model: Path,
+    vision_tower: Path | str | None,
+    policy: Policy,
+    weights: torch.dtype,
+    examples: Sequence[Example],
+    images: ImageLoader,
 ) -> dict[str, str]:
     """Everything that determines what the trunk says: weights, tokens, pictures by content, precision, versions.
 
@@ -109,6 +141,7 @@ def made_from(
 
     Args:
         model: the folder that the policy was loaded from, with this vision tower where it has none of its own.
+        weights: dtype of the trunk in memory.
     """
     tower = open_source(model, vision_tower=vision_tower).tower
     data = hashlib.sha256()
@@ -119,8 +152,6 @@ def made_from(
     for example in examples:
         for image in example.images:
             pictures.update(file_hash(image).encode())
-    named = policy.core.model.named_parameters()
-    held = sorted({str(p.dtype) for name, p in named if not name.startswith("post_decoder.")})
     return {
         "format": str(FORMAT),
         "model": model_hash(model),
@@ -128,7 +159,8 @@ def made_from(
         "tokens": data.hexdigest(),
         "images": pictures.hexdigest(),
         "preprocessing": text_hash(repr(images.image_processor), images.aspect_ratio),
-        "precision": f"{policy.dtype}, weights {' '.join(held)}",
+        "precision": f"{policy.dtype}, weights {weights}",
+        "trunk pass": policy.trunk_pass,
         "positions": "all" if policy.keeps_everything else "supervised",
         "device": policy.core.device.type,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -140,7 +172,13 @@ def key_of(source: dict[str, str]) -> str:
 
 
 def fill(
-    cache: TrunkCache, source: dict[str, str], plan: Plan, parts: Sequence[str], policy: Policy, collator: Collator
+    cache: TrunkCache,
+    source: dict[str, str],
+    plan: Plan,
+    parts: Sequence[str],
+    policy: Policy,
+    collator: Collator,
+    whole: Callable[[], Policy],
 ) -> None:
     """Compute the shards that are missing. On disk each process makes its own ones, and all wait for the last.
 
@@ -156,8 +194,8 @@ def fill(
         state.wait_for_everyone()  # all have looked at the free space before one of them takes of it
     elif any(missing.values()):
         say(f"  trunk cache: {readable_size(plan.size(parts))} in memory")
-    policy.eval()
-    _fill_trunk(store, plan, missing, policy, collator)
+    if any(missing[part] for part in parts if part != REFERENCE):
+        _fill_trunk(store, plan, missing, whole(), collator)
     _wait(store, plan, [part for part in parts if part != REFERENCE], state)
     if REFERENCE in parts:
         _fill_reference(cache, plan, missing[REFERENCE], policy, collator)
@@ -165,10 +203,9 @@ def fill(
 
 
 def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], policy: Policy, collator: Collator) -> None:
+    policy.eval()
     wanted = {s: [p for p in (STATES, FEATURES) if s in missing.get(p, ())] for s in plan.shards}
     total, done = sum(len(shard.examples) for shard, parts in wanted.items() if parts), 0
-    if not total:
-        return
     with progress("trunk states") as report:
         for shard, parts in wanted.items():
             if parts:
@@ -228,7 +265,7 @@ def _wait(store: Store, plan: Plan, parts: Sequence[str], state: Any) -> None:
         return
     state.wait_for_everyone()
     store.look()
-    names = [s.name(p) for p in parts for s in plan.shards if p != FEATURES or s.images]
+    names = [s.name(p) for p in parts for s in plan.having(p)]
     if lacking := [name for name in names if not store.has(name)]:
         raise RelookError(
             f"{store.folder} lacks {len(lacking)} shards that other processes made ({lacking[0]}, ...).",
