@@ -30,8 +30,8 @@ IDLE = {
 SAMPLING = {"min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}  # idle where nothing is drawn
 # Of the others, values that say nothing, besides None, False and 0.
 NEUTRAL = {
-    **{name: 1 for name in ("num_beams", "num_beam_groups", "num_return_sequences", "typical_p", "guidance_scale")},
-    **{name: 1 for name in ("repetition_penalty", "encoder_repetition_penalty", "length_penalty")},
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "typical_p", "guidance_scale"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), 1),
 }
 TOP_K = 50  # what `generate` takes where nobody says
 
@@ -67,9 +67,7 @@ class Rule:
                 self.warpers.append(TopPLogitsWarper(settings.top_p))
 
     @staticmethod
-    def of(
-        loaded: LoadedModel, template: str, generate: dict[str, Any], longest: int, seed: int = 0
-    ) -> Rule | None:
+    def of(loaded: LoadedModel, template: str, generate: dict[str, Any], longest: int, seed: int = 0) -> Rule | None:
         """The rule that says what `generate` would; None where only `generate` itself does.
 
         That is: beams, penalties and whatever else looks at earlier tokens or at other rows, and language models with

@@ -107,7 +107,9 @@ class Growth:
         """Padded on the right, where a causal trunk does not look; later positions do not see the padding."""
         prefixes = [tree.prefix for tree in self.trees]
         self.owner = self._padded([[_PREFIX] * len(prefix) for prefix in prefixes], _NOBODY)
-        self.core.model(input_ids=self._padded(prefixes, self.pad), past_key_values=self.cache, use_cache=True, **images)
+        self.core.model(
+            input_ids=self._padded(prefixes, self.pad), past_key_values=self.cache, use_cache=True, **images
+        )
 
     def _read_branches(self) -> None:
         ids: list[list[int]] = []
