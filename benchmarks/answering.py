@@ -94,7 +94,8 @@ def main() -> None:
     pairs = (("relook", "generate_1"), ("generate_16", "generate_1"), ("relook", "generate_16"))
     result["equal_rows"] = {f"{a} = {b}": equal(said[a], said[b]) for a, b in pairs}
     print("times as fast as:", {name: round(ratio, 1) for name, ratio in result["ratios"].items()})
-    print("rows with equal text:", result["equal_rows"])
+    for name, found in result["equal_rows"].items():
+        print(f"{name}: {found['differing']} of {found['rows']} rows differ; {100 * found['share']:.2f} % are equal")
     if options.out:
         write_json(options.out, result)
 
@@ -215,9 +216,10 @@ def measure(
     return texts, {"rows": len(rows), "seconds": seconds, "rows_per_s": len(rows) / seconds, "peak_gib": peak}
 
 
-def equal(a: Sequence[str], b: Sequence[str]) -> float:
+def equal(a: Sequence[str], b: Sequence[str]) -> dict[str, float]:
     pairs = list(zip(a, b, strict=False))  # of the rows that both were asked
-    return sum(x == y for x, y in pairs) / len(pairs)
+    same = sum(x == y for x, y in pairs)
+    return {"rows": len(pairs), "differing": len(pairs) - same, "share": same / len(pairs)}
 
 
 def device_name(device: str) -> str:

@@ -114,7 +114,7 @@ class Rule:
 
     def ends(self, said_NT: Tensor) -> Tensor:
         """Whether the last of these tokens ends an answer, (N,) bool."""
-        ends = torch.isin(said_NT[:, -1], self.eos)
+        ends = (said_NT[:, -1:] == self.eos).any(-1)
         if self.stop is not None:
             ends |= self.stop(said_NT, None)
         return ends

@@ -48,6 +48,9 @@ class PromptTree:
 class _Room(DynamicLayer):
     """A cache layer that is written in place and grows by a quarter when it is full: a step copies only what is new."""
 
+    keys: Tensor | None
+    values: Tensor | None
+
     def __init__(self, slots: int) -> None:
         super().__init__()
         self.slots = slots
