@@ -105,7 +105,7 @@ class LoadedModel:
         stop = get_template(template or self.template).stop
         return {"stop_strings": [stop], "tokenizer": self.processor.tokenizer} if stop else {}
 
-    def decode(self, ids: Tensor, template: str = "") -> str:
+    def decode(self, ids: Tensor | Sequence[int], template: str = "") -> str:
         """Generated ids as an answer, without what ends it."""
         text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
         stop = get_template(template or self.template).stop
