@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from relook import LoadedModel, load_model
 from relook.data.prompts import TEMPLATES, get_template
 from relook.errors import DataError
 from relook.evaluate import answer as answering
-from relook.evaluate.answer import Asking, Prompt, Question, alone, answer, read_ahead, shared
+from relook.evaluate.answer import Asking, Prompt, Question, answer, shared
 from relook.evaluate.choose import Rule, sees_everything
 from relook.evaluate.decode import PromptTree
 from relook.toyworld.build import IMAGE_SIZE, make_processor
@@ -317,28 +316,7 @@ def test_no_batch_takes_more_positions_than_its_size_in_prompts(made: list[tuple
                 assert tree.prefix.count(token) == group[0].ids.count(token)
 
 
-# --- reading images ahead
-
-
-def test_the_next_batchs_images_are_read_while_the_model_works(pictures: list[Path]) -> None:
-    loaded = as_loaded(tiny_llava())
-    read: list[Path] = []
-    lock, second = threading.Lock(), threading.Event()
-
-    def loader(path: Path) -> Tensor:
-        with lock:
-            read.append(path)
-        if path == pictures[1]:
-            second.set()
-        return loaded.images(path)
-
-    batches = alone([Prompt(n, (path,), (1,)) for n, path in enumerate(pictures)], 1)
-    ahead = read_ahead(loader, batches)  # type: ignore[arg-type]
-    next(ahead)
-    assert second.wait(30)
-    assert set(read) == set(pictures[:2])
-    assert [batch[0][0].number for batch in ahead] == [1, 2, 3]
-    assert len(read) == 4
+# --- images that cannot be read, and nothing asked
 
 
 def test_an_image_that_cannot_be_read_is_named_and_costs_no_other_answer(pictures: list[Path], tmp_path: Path) -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from relook.console import Report
+from relook.data.ahead import ahead
 from relook.data.images import ImageLoader
 from relook.evaluate.choose import Rule, pad_token
 from relook.evaluate.decode import PromptTree, decode
 from relook.model.load import LoadedModel
 
 Question = tuple[Path | tuple[Path, ...], str]  # one image, or any number of them, and a text
-WORKERS = 4  # threads that decode images ahead of the model
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def answer(
     batches = alone(prompts, how.batch_size) if rule is None else shared(prompts, how, longest, image_token)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
-        for batch in read_ahead(loaded.images, batches):
+        for batch in ahead(partial(read, loaded.images), batches):
             texts = answer_batch(loaded, batch, how, rule)
             done += len(texts)
             for prompt, text in zip((prompt for group in batch for prompt in group), texts, strict=True):
@@ -118,25 +117,11 @@ def shared(prompts: Sequence[Prompt], how: Asking, longest: int, image_token: in
     return batches
 
 
-def read_ahead(loader: ImageLoader, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, once their images are in the loader's memory; those of the next one are being read meanwhile."""
-    pool = ThreadPoolExecutor(WORKERS)
-    waiting: deque[tuple[Batch, list[Any]]] = deque()
-    try:
-        for batch in batches:
-            images = dict.fromkeys(image for group in batch for image in group[0].images)
-            waiting.append((batch, [pool.submit(loader, image) for image in images]))
-            if len(waiting) > 1:
-                yield _read(*waiting.popleft())
-        while waiting:
-            yield _read(*waiting.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _read(batch: Batch, images: list[Any]) -> Batch:
-    for image in images:
-        image.result()
+def read(loader: ImageLoader, batch: Batch) -> Batch:
+    """The batch, once its images are in the loader's memory."""
+    for group in batch:
+        for image in group[0].images:
+            loader(image)
     return batch
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from relook.console import progress
+from relook.data.ahead import ahead
 from relook.data.encode import Encoder, Example
 from relook.data.samples import Question
 from relook.evaluate import pope
@@ -58,7 +59,7 @@ STEERING = (
     "guidance_scale",
     "forced_bos_token_id",
 )
-LogProbs = Iterator[Tensor]  # (n, vocabulary) float32 on the CPU, of successive questions
+LogProbs = Iterator[Tensor]  # (n, vocabulary) float32, of successive questions
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ class States:
 
 
 def first_log_probs(policy: Policy, trunk: TrunkStates) -> Tensor:
-    """log p of every first answer token, (N, vocabulary) float32 on the CPU."""
+    """log p of every first answer token, (N, vocabulary) float32."""
     logits = policy.core.lm_head(predicting_states(policy.post_decoder, trunk))
     log_probs: Tensor = logits.float().log_softmax(-1)
-    return log_probs.cpu()
+    return log_probs
 
 
 class CachedPope:
@@ -198,10 +199,13 @@ class CachedPope:
         collator = Collator(policy, self.loaded.images, pad_id(self.loaded.processor.tokenizer))
         examples = self.prompts.examples
         with progress(title) as report:
-            for start in range(0, len(examples), self.images):
-                batch = [Item(example) for example in examples[start : start + self.images]]
-                yield policy.trunk(collator.live(batch).to(policy.core.device))
-                report(start + len(batch), len(examples))
+            items = [Item(example) for example in examples]
+            batches = [items[start : start + self.images] for start in range(0, len(items), self.images)]
+            done = 0
+            for batch, live in zip(batches, ahead(collator.live, batches), strict=True):
+                yield policy.trunk(live.to(policy.core.device))
+                done += len(batch)
+                report(done, len(items))
 
     @torch.inference_mode()
     def _from_states(self, policy: Policy) -> LogProbs:

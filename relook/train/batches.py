@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from relook.data.ahead import ahead
 from relook.data.encode import Example, differing
 from relook.data.images import ImageLoader
 from relook.errors import DataError, RecipeError, some
@@ -96,16 +98,23 @@ class Items(Dataset[Item]):
 def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) -> tuple[list[Example], list[str]]:
     """Decode every image once before training; returns the usable examples and what is wrong with the others."""
     faults: dict[Path, str] = {}
-    for path in dict.fromkeys(path for example in examples for path in example.images):
-        try:
-            images(path)
-        except DataError as error:
-            faults[path] = str(error)
+    paths = list(dict.fromkeys(path for example in examples for path in example.images))
+    for path, fault in zip(paths, ahead(partial(_fault, images), paths), strict=True):
+        if fault:
+            faults[path] = fault
     bad = [example for example in examples if faults.keys() & set(example.images)]
     if bad and on_bad == "error":
         raise DataError(f"{len(bad)} samples have unusable images: {some(list(faults.values()), 3)}")
     kept = [example for example in examples if not faults.keys() & set(example.images)]
     return kept, list(faults.values())
+
+
+def _fault(images: ImageLoader, path: Path) -> str:
+    try:
+        images(path)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def hold_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from relook.console import progress, readable_size, say
+from relook.data.ahead import ahead
 from relook.data.encode import Example
 from relook.data.images import ImageLoader
 from relook.errors import DataError, RelookError
@@ -29,7 +32,7 @@ from relook.model.load import model_hash, open_source
 from relook.recipe import Recipe
 from relook.train.batches import Collator, Item, reference_log_probs
 from relook.train.plan import FEATURES, REFERENCE, STATES, Plan, Shard, Store
-from relook.train.policy import Policy
+from relook.train.policy import LiveBatch, Policy
 from relook.train.shards import ShardFolder
 from relook.tree import TreeTargets
 
@@ -203,42 +206,64 @@ def fill(
 
 
 def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], policy: Policy, collator: Collator) -> None:
+    """Images are read, and finished shards are stored, while the trunk goes on with other batches."""
     policy.eval()
     wanted = {s: [p for p in (STATES, FEATURES) if s in missing.get(p, ())] for s in plan.shards}
+    work = [(shard, indices) for shard, parts in wanted.items() for indices in _batches(plan, shard, parts)]
+    batches = ahead(lambda one: collator.live([Item(plan.examples[i]) for i in one[1]]), work)
     total, done = sum(len(shard.examples) for shard, parts in wanted.items() if parts), 0
-    with progress("trunk states") as report:
-        for shard, parts in wanted.items():
-            if parts:
-                for part, tensor in trunk_pass(policy, plan, shard, parts, collator).items():
-                    store[shard.name(part)] = tensor
-                done += len(shard.examples)
-                report(done, total)
+    stored: Future[None] | None = None
+    with progress("trunk states") as report, ThreadPoolExecutor(1) as writer:
+        for shard, group in groupby(zip(work, batches, strict=True), lambda one: one[0][0]):
+            named = ((indices, batch) for (_, indices), batch in group)
+            made = trunk_pass(policy, plan, shard, wanted[shard], named)
+            if stored is not None:
+                stored.result()  # raises what went wrong, and no more than two shards are in memory
+            stored = writer.submit(_put, store, shard, made)
+            done += len(shard.examples)
+            report(done, total)
+        if stored is not None:
+            stored.result()
+
+
+def _put(store: Store, shard: Shard, made: dict[str, Tensor]) -> None:
+    for part, tensor in made.items():
+        store[shard.name(part)] = tensor.cpu()
+
+
+def _batches(plan: Plan, shard: Shard, parts: Sequence[str]) -> Iterator[list[int]]:
+    """The batches of a shard that say something about these parts: for FEATURES alone, those with a new image."""
+    waiting = set(shard.images)
+    for indices in plan.batches(shard):
+        found = waiting & {path for i in indices for path in plan.examples[i].images}
+        waiting -= found
+        if STATES in parts or (FEATURES in parts and found):
+            yield indices
 
 
 @torch.no_grad()
-def trunk_pass(policy: Policy, plan: Plan, shard: Shard, parts: Sequence[str], collator: Collator) -> dict[str, Tensor]:
-    """The frozen trunk once over a shard: STATES (rows, D), FEATURES (rows, V), as asked for, on the CPU.
+def trunk_pass(
+    policy: Policy, plan: Plan, shard: Shard, parts: Sequence[str], batches: Iterable[tuple[list[int], LiveBatch]]
+) -> dict[str, Tensor]:
+    """The frozen trunk once over a shard's batches: STATES (rows, D), FEATURES (rows, V), as asked for.
 
     Without STATES only the vision tower runs, on the same batches, so that its features have the same bits.
     """
     made: dict[str, list[Tensor]] = {part: [] for part in parts}
     waiting = set(shard.images) if FEATURES in parts else set()
-    for indices in plan.batches(shard):
-        batch = [Item(plan.examples[i]) for i in indices]
-        paths = [path for item in batch for path in item.example.images]
-        if STATES not in parts and not waiting & set(paths):
-            continue
-        live = collator.live(batch).to(policy.core.device)
+    for indices, batch in batches:
+        live = batch.to(policy.core.device)
         if STATES in parts:
             trunk = policy.trunk(live)
             features = trunk.features
-            made[STATES].append(trunk.states[trunk.targets.kept_branch >= 0].to(plan.dtype).cpu())
+            made[STATES].append(trunk.states[trunk.targets.kept_branch >= 0].to(plan.dtype))
         else:
             features = policy.vision_features(live)
+        paths = [path for i in indices for path in plan.examples[i].images]
         for path, one in zip(paths, features or [], strict=features is not None):
             if path in waiting:
                 waiting.remove(path)
-                made[FEATURES].append(one.to(plan.dtype).cpu())
+                made[FEATURES].append(one.to(plan.dtype))
     return {part: torch.cat(tensors) for part, tensors in made.items()}
 
 
