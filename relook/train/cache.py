@@ -96,7 +96,8 @@ def cached_items(
 ) -> list[Item]:
     """The examples with what a frozen trunk says about them, computed where it is not there yet.
 
-    The collator gets the vision features, where something reads them.
+    Equal ones are computed once: HA-DPO's mix has every description pair twice. The collator gets the vision features,
+    where something reads them.
 
     Args:
         policy: what trains, whose trunk is not asked.
@@ -105,6 +106,7 @@ def cached_items(
     Raises:
         RelookError: the disk is too small, or several machines do not share it.
     """
+    wanted, examples = examples, list(dict.fromkeys(examples))
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
     source = made_from(path, tower, policy, policy.dtype, examples, collator.images)
     key = key_of(source)
@@ -127,7 +129,8 @@ def cached_items(
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
             kept.move_to(policy.core.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
     collator.features = kept.features(plan) if policy.reads_image else None
-    return kept.items(plan, recipe.task)
+    found = dict(zip(examples, kept.items(plan, recipe.task), strict=True))
+    return [found[example] for example in wanted]
 
 
 def made_from(
