@@ -134,5 +134,5 @@ def test_preference_loss_and_its_fields(keys: dict[str, Any], settings: dict[str
         "reference_logps/rejected": sum(anchor_sums[1::2]) / 3,
         "nll": nll,
     }
-    assert fields == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert {name: float(value) for name, value in fields.items()} == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert float(loss) == pytest.approx(how.dpo_weight * dpo + how.nll_weight * nll, rel=1e-4)

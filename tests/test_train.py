@@ -82,7 +82,9 @@ class Bench:
         inputs = self.collator([self.items[i] for i in indices])
         batch = inputs["batch"]
         targets = batch.packed.targets if hasattr(batch, "packed") else batch.targets
-        return preference_loss(self.recipe, self.policy(batch), targets, inputs["reference"], inputs["weight"])
+        found = self.policy(batch)
+        loss, fields = preference_loss(self.recipe, found, targets, inputs.get("reference"), inputs["weight"])
+        return loss, {name: float(value) for name, value in fields.items()}
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:

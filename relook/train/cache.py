@@ -50,10 +50,10 @@ class TrunkCache:
 
     last: ClassVar[TrunkCache | None] = None
 
-    def items(self, plan: Plan, task: str) -> list[Item]:
+    def items(self, plan: Plan, with_reference: bool) -> list[Item]:
         """The examples with their states and reference log-probs: views of the shards, nothing is copied."""
         states = self._by_example(plan, STATES)
-        reference = self._by_example(plan, REFERENCE) if task == "dpo" else {}
+        reference = self._by_example(plan, REFERENCE) if with_reference else {}
         return [Item(e, states=states[i], reference=reference.get(i)) for i, e in enumerate(plan.examples)]
 
     def features(self, plan: Plan) -> dict[Path, Tensor]:
@@ -87,7 +87,7 @@ def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], co
     parts = [STATES]
     if policy.reads_image:
         parts.append(FEATURES)
-    if recipe.task == "dpo":
+    if recipe.needs_reference:
         parts.append(REFERENCE)
     kept = TrunkCache.last
     if kept is None or kept.key != key or recipe.feature_cache == "disk":
@@ -97,7 +97,7 @@ def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], co
     if not isinstance(kept.store, ShardFolder):
         TrunkCache.last = kept
     collator.features = kept.features(plan) if policy.reads_image else None
-    return kept.items(plan, recipe.task)
+    return kept.items(plan, recipe.needs_reference)
 
 
 def made_from(
@@ -211,7 +211,7 @@ def _fill_reference(cache: TrunkCache, plan: Plan, shards: Sequence[Shard], poli
     if not total:
         return
     collator.features = cache.features(plan) if policy.reads_image else None
-    items = cache.items(plan, "sft")
+    items = cache.items(plan, with_reference=False)
     with progress("reference log-probs") as report:
         for shard in shards:
             found: list[Tensor] = []
