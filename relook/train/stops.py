@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from relook.errors import RelookError
 
 CAUSES = (
-    "Likely causes: a learning rate of 0 or far too small, a warm-up longer than the run, or trained tensors that the "
-    "output does not depend on."
+    "Likely causes: a learning rate of 0 or far too small, a warm-up longer than the run, or frozen tensors, where the "
+    "output depends on nothing that trains."
 )
 
 
