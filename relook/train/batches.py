@@ -135,11 +135,11 @@ def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) 
         except DataError as error:
             faults[path] = str(error)
     bad = [example for example in examples if faults.keys() & set(example.images)]
-    if bad and on_bad == "error":
-        raise DataError(f"{len(bad)} samples have unusable images: {some(list(faults.values()), 3)}")
-    kept = [example for example in examples if not faults.keys() & set(example.images)]
     lost = {path: [example.id for example in bad if path in example.images] for path in faults}
-    return kept, [f"{fault} Its samples: {', '.join(lost[path])}." for path, fault in faults.items()]
+    named = [f"{fault} Its samples: {', '.join(lost[path])}." for path, fault in faults.items()]
+    if bad and on_bad == "error":
+        raise DataError(f"{len(bad)} samples have unusable images: {some(named, 3)}")
+    return [example for example in examples if not faults.keys() & set(example.images)], named
 
 
 def hold_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
