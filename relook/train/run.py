@@ -181,7 +181,7 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     if report.dropped or faults:
         named = f" {some(faults, 3)}" if faults else ""
         say(f"  dropped: {report.summary()} {len(faults)} faults in encoding and decoding.{named}")
-    return examples, {"reader": report.summary(), "faults": faults}
+    return examples, {"reader": report.summary(), "reasons": dict(report.reasons), "faults": faults}
 
 
 def prepare(recipe: Recipe, policy: Policy, examples: list[Example], collator: Collator, batch_size: int) -> list[Item]:
