@@ -157,8 +157,9 @@ class Meter:
         means = {name: value / weight for name, value in zip(self.names, sums, strict=True)}
         if not math.isfinite(sums[0]):
             step = int(self.broken)
+            where = f"step {step}" if step >= 0 else "a step of another process"
             raise RelookError(
-                f"The loss is {means['loss']} at step {step if step >= 0 else 'of another process'}.",
+                f"The loss is {means['loss']} at {where}.",
                 "Lower the learning rate, or look for a broken sample; the last checkpoint is kept.",
             )
         if self.costs is not None and self.started is not None:
@@ -166,8 +167,8 @@ class Meter:
             means["pairs_per_second"] = pairs / seconds
             means["tokens_per_second"] = tokens / seconds
             means["tflops"] = operations / seconds / processes
-        if self.sums.is_cuda:
-            means["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.sums.device) / 2**30
+            if self.sums.is_cuda:
+                means["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.sums.device) / 2**30
         self.reset()
         self.start()
         return means
