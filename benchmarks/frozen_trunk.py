@@ -3,10 +3,10 @@
     python benchmarks/frozen_trunk.py --work DIR --out frozen_trunk.json     # one GPU with 80 GB, 20 GB of disk
     python benchmarks/frozen_trunk.py --work DIR --tiny                      # the same code on a CPU, in a minute
 
-The weights are random: speed does not depend on them. Two rows of lm_head are made long, so that first answer tokens are
-Yes or No, as a trained model's are. Everything goes through files, recipes and commands as real work does: images are
-read from JPEG files, models from safetensors. The HA-DPO way: both rows of every pair in full, policy and reference, full
-logits in float32, trunk frozen, lm_head trains.
+The weights are random: speed does not depend on them. Two rows of lm_head are made long, so that first answer tokens
+are Yes or No, as a trained model's are. Everything goes through files, recipes and commands as real work does: images
+are read from JPEG files, models from safetensors. The HA-DPO way: both rows of every pair in full, policy and reference,
+full logits in float32, trunk frozen, lm_head trains.
 """
 
 from __future__ import annotations
@@ -168,9 +168,7 @@ def write_pairs(folder: Path, images: int, descriptions: int, questions: int) ->
     write_images([folder / "VG_100K" / name for name in names])
     urls = [{"image_id": n, "url": f"https://x/VG_100K/{name}"} for n, name in enumerate(names, 1)]
     write_json(folder / "image_data.json", urls)
-    described = {
-        str(n): {"chosen": [text(RESPONSE)], "rejected": [text(RESPONSE)]} for n in range(1, descriptions + 1)
-    }
+    described = {str(n): {"chosen": [text(RESPONSE)], "rejected": [text(RESPONSE)]} for n in range(1, descriptions + 1)}
     write_json(folder / "desc_data.json", described)
     asked = [
         {
@@ -209,7 +207,7 @@ def write_pope(folder: Path, images: int) -> None:
 
 
 def matmul() -> dict[str, float]:
-    """TFLOP/s of a large matrix product: the best of many, and over two seconds, when the card is as warm as at work."""
+    """TFLOP/s of a large matrix product: the best of many, and over two seconds, when the card is warm from work."""
     size = 8192 if GPU else 512
     a, b = (torch.randn(size, size, dtype=DTYPE, device="cuda" if GPU else "cpu") for _ in range(2))
     times = []

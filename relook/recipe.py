@@ -20,10 +20,14 @@ CHOICES = {
     "task": ("sft", "dpo"),
     "on_bad": ("drop", "error"),
     "dpo_tokens": ("all", "differing"),
+    "loss_type": ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
     "post_decoder_init": ("random", "projector"),
     "feature_cache": ("auto", "memory", "disk", "off"),
     "trunk_pass": ("auto", "compiled", "flex", "dense"),
 }
+REFERENCE_FREE = ("simpo", "orpo")  # losses that compare with no reference model
+LENGTH_NORMALISED = ("ipo", *REFERENCE_FREE)  # losses of means over a response's tokens, not of sums
+MDPO_WEIGHTS = ("mdpo_conditional_weight", "mdpo_anchored_weight")
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,16 @@ class Recipe:
     post_decoder_lr: float | None = None
     lm_head_lr: float | None = None
     mm_projector_lr: float | None = None
-    # Loss
+    # Loss, under TRL's names where it has one
+    loss_type: str = "sigmoid"
     beta: float = 0.1
-    dpo_weight: float = 1.0
-    nll_weight: float = 0.0
+    label_smoothing: float = 0.0  # robust: the share of pairs that are swapped
+    simpo_gamma: float = 0.5  # simpo: the margin between the rewards
+    dpo_weight: float = 1.0  # of loss_type
+    nll_weight: float = 0.0  # of the supervised term on the chosen response
+    mdpo_conditional_weight: float = 0.0  # of the chosen response on its image against a corrupted one
+    mdpo_anchored_weight: float = 0.0  # of the chosen reward against mdpo_anchor
+    mdpo_anchor: float = 0.0
     dpo_tokens: str = "all"
     feature_cache: str = "auto"
     feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
@@ -83,12 +93,9 @@ class Recipe:
                 raise RecipeError(f"The recipe sets no {name}.", f"Give it in the recipe or as --{name}.")
         if self.task == "dpo" and not (self.desc_data_path or self.pope_data_path):
             raise RecipeError("The recipe names no preference pairs.", "Set desc_data_path, pope_data_path or both.")
-        if self.task == "dpo" and self.dpo_weight == 0 and self.nll_weight == 0:
-            raise RecipeError("dpo_weight and nll_weight are both 0: there is no loss.", "Set one of them.")
         if not 0 <= self.eval_fraction < 1:
             raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
-        if self.beta <= 0:
-            raise RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
+        self._check_loss()
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):
             raise RecipeError(
                 "freeze_backbone is set and nothing else trains.",
@@ -100,6 +107,53 @@ class Recipe:
             PostDecoderSettings(**self.post_decoder)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
+
+    def _check_loss(self) -> None:
+        """Values that fit, and no key that the chosen loss would ignore."""
+        if self.beta <= 0:
+            raise RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise RecipeError(f"label_smoothing is {self.label_smoothing}, a share of pairs.", "Give 0 to below 0.5.")
+        weights = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
+        for name in weights:
+            if getattr(self, name) < 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}.", "A weight must not be below 0.")
+        if self.task == "dpo" and not any(getattr(self, name) for name in weights):
+            raise RecipeError(f"{', '.join(weights)} are all 0: there is no loss.", "Set one of them.")
+        if self.training.get("label_smoothing_factor"):
+            raise RecipeError("label_smoothing_factor has no effect here.", "Use loss_type robust and label_smoothing.")
+        if self.task == "sft":
+            self._unused("with task sft", "loss_type", "beta", "dpo_tokens", *weights)
+        if self.loss_type != "robust" or not self.dpo_weight:
+            self._unused("without loss_type robust and a dpo_weight", "label_smoothing")
+        if self.loss_type != "simpo" or not self.dpo_weight:
+            self._unused("without loss_type simpo and a dpo_weight", "simpo_gamma")
+        if not self.mdpo_anchored_weight:
+            self._unused("without mdpo_anchored_weight", "mdpo_anchor")
+        if self.loss_type in LENGTH_NORMALISED:
+            of = f"with loss_type {self.loss_type}, which counts a response by its mean token"
+            self._unused(of, "dpo_tokens", *MDPO_WEIGHTS)
+        if any(getattr(self, name) for name in MDPO_WEIGHTS):
+            self._unused("beside mDPO's terms, which count whole responses", "dpo_tokens")
+        if self.loss_type == "orpo" and self.dpo_weight and not self.nll_weight:
+            raise RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
+        if self.mdpo_conditional_weight and self.frozen_trunk and self.feature_cache != "off":
+            raise RecipeError(
+                "The trunk cache has no states of corrupted images, which mdpo_conditional_weight needs.",
+                "Set feature_cache off, or mdpo_conditional_weight 0.",
+            )
+
+    def _unused(self, where: str, *keys: str) -> None:
+        """Refuse keys that say something other than their default where they have no effect."""
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        given = [key for key in keys if getattr(self, key) != defaults[key]]
+        if given:
+            raise RecipeError(f"{some(given)} has no effect {where}.", f"Remove {some(given)}.")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the log-probs of a reference model."""
+        return self.task == "dpo" and self.loss_type not in REFERENCE_FREE
 
     @property
     def full(self) -> bool:

@@ -220,13 +220,29 @@ def _epochs(sweep: Sweep, row: Row) -> float:
     return round(float(log[-1]["epoch"]), 2) if log else 0.0
 
 
+LOSSES = {
+    "sigmoid": "DPO",
+    "ipo": "IPO",
+    "hinge": "hinge DPO",
+    "robust": "robust DPO",
+    "simpo": "SimPO",
+    "orpo": "odds ratio",
+}
+
+
 def method(recipe: Recipe) -> str:
     """The objective, as tables call it."""
     if recipe.task == "sft":
         return "SFT"
-    if not recipe.dpo_weight:
+    parts = {
+        LOSSES[recipe.loss_type]: recipe.dpo_weight,
+        "mDPO conditional": recipe.mdpo_conditional_weight,
+        "mDPO anchored": recipe.mdpo_anchored_weight,
+    }
+    terms = [name for name, weight in parts.items() if weight]
+    if not terms:
         return "NLL of chosen"
-    return "DPO + NLL" if recipe.nll_weight else "DPO"
+    return " + ".join([*terms, *(["NLL"] if recipe.nll_weight else [])])
 
 
 def regime(recipe: Recipe) -> str:

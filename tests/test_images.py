@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from relook.data.images import ImageLoader, open_image, pad_to_square
+from relook.data.images import Crop, ImageLoader, open_image, pad_to_square
 from relook.errors import DataError
 
 CLIP_MEAN = (122, 116, 104)
@@ -192,3 +192,42 @@ def test_cache_keeps_the_most_recent(processor: Any, tmp_path: Path) -> None:
     loader(paths[2])  # pushes out the second, which was used longest ago
     assert loader(paths[0]) is first
     assert loader(paths[1]) is not second
+
+
+def test_a_crop_is_a_small_part_as_large_as_the_whole(tmp_path: Path) -> None:
+    """Of a picture whose colours say where they stand: red from left to right, green from top to bottom."""
+    width, height = 200, 100
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    pixels = np.stack([across, down, np.zeros_like(across)], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.png")
+    shares, corners = [], set()
+    for seed in range(200):
+        found = np.asarray(Crop(tmp_path / "whole.png", str(seed)).open()).astype(float)
+        assert found.shape == (height, width, 3)
+        low, high = found.min((0, 1)) / 255, found.max((0, 1)) / 255
+        shares.append((high[0] - low[0]) * (high[1] - low[1]))
+        corners.add((round(low[0], 1), round(low[1], 1)))
+        assert high[0] - low[0] == pytest.approx(high[1] - low[1], abs=0.03)  # the picture's own proportions
+    assert 0.003 < min(shares) < 0.03
+    assert 0.17 < max(shares) < 0.22
+    assert len(corners) > 40
+
+
+def test_a_crop_is_drawn_by_its_seed_alone(processor: Any, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        PICTURE.save(tmp_path / name)
+    a, same, other = Crop(tmp_path / "a.png", "1"), Crop(tmp_path / "b.png", "1"), Crop(tmp_path / "a.png", "2")
+    images = ImageLoader(processor)
+    assert images.size(a) == images.size(tmp_path / "a.png") == (31, 48)
+    one, two, three, whole = images.batch([a, same, other, tmp_path / "a.png"])["pixel_values"]
+    assert one.equal(two)
+    assert not one.equal(three)
+    assert not one.equal(whole)
+    assert images.batch([a])["pixel_values"][0].equal(one)
+
+
+def test_a_picture_of_one_pixel_can_be_cropped(tmp_path: Path) -> None:
+    Image.new("L", (1, 1), 7).save(tmp_path / "dot.png")
+    assert np.asarray(Crop(tmp_path / "dot.png", "1").open()).tolist() == [[[7, 7, 7]]]
+    with pytest.raises(DataError, match="does not exist"):
+        Crop(tmp_path / "none.png", "1").open()

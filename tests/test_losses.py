@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import pixels, prompt, tiny_llava, tiny_relook
 from torch import Tensor
 
 from relook.recipe import Recipe
 from relook.toyworld.build import make_processor
+from relook.train import losses
 from relook.train.losses import dpo_sigmoid, negative_log_likelihood
 from relook.train.policy import LiveBatch, Policy, token_log_probs
-from relook.train.trainer import preference_loss
+from relook.train.trainer import pair_loss, preference_loss
 from relook.tree import Row, Tree, pack
 
 
@@ -49,6 +52,83 @@ def test_dpo_gradient_by_hand() -> None:
 def test_nll_is_a_mean_over_tokens() -> None:
     log_probs = torch.log(torch.tensor([0.5, 0.25, 0.125]))
     torch.testing.assert_close(negative_log_likelihood(log_probs), torch.tensor(2 * math.log(2)))
+    counts = torch.tensor([True, False, True])
+    torch.testing.assert_close(negative_log_likelihood(log_probs, counts), torch.tensor(2 * math.log(2)))
+    torch.testing.assert_close(negative_log_likelihood(log_probs, ~counts), torch.tensor(2 * math.log(2)))
+
+
+def one(value: float) -> torch.Tensor:
+    return torch.tensor([value])
+
+
+LN3 = math.log(3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (losses.dpo_ipo(one(2.0), one(-1.0), 0.25), 1.0),  # (3 - 2)^2
+        (losses.dpo_ipo(one(0.0), one(0.0), 0.1), 25.0),  # (0 - 5)^2
+        (losses.dpo_hinge(one(2.0), one(-1.0), 0.1), 0.7),  # 1 - 0.3
+        (losses.dpo_hinge(one(20.0), one(0.0), 0.1), 0.0),
+        # sigmoid(ln 3) = 3/4: (0.8 ln 4/3 - 0.2 ln 4) / 0.6
+        (losses.dpo_robust(one(LN3), one(0.0), 1.0, 0.2), (0.8 * math.log(4 / 3) - 0.2 * math.log(4)) / 0.6),
+        (losses.simpo(one(LN3), one(0.0), 2.0, LN3), math.log(4 / 3)),  # 2 ln 3 - ln 3 = ln 3
+        (losses.simpo(one(-1.0), one(-1.0), 2.0, 0.0), math.log(2)),
+        # p = 3/4 has odds 3, p = 1/2 has odds 1
+        (losses.orpo(one(math.log(0.75)), one(math.log(0.5)), 0.5), 0.5 * math.log(4 / 3)),
+        (losses.orpo(one(-4.0), one(-4.0), 1.0), math.log(2)),
+        (losses.mdpo_conditional(one(1.0), one(1.0 - 2 * LN3), 0.5), math.log(4 / 3)),
+        (losses.mdpo_anchored(one(2 * LN3), 0.5, 0.0), math.log(4 / 3)),
+        (losses.mdpo_anchored(one(0.0), 0.5, -LN3), math.log(4 / 3)),
+    ],
+)
+def test_the_other_losses_by_hand(loss: Tensor, expected: float) -> None:
+    assert loss.shape == (1,)
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+numbers = st.floats(-200, 0, width=32)
+betas = st.floats(0.01, 3)
+KINDS = ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo")
+
+
+def of_kind(kind: str, beta: float) -> Recipe:
+    more = {"robust": {"label_smoothing": 0.1}, "orpo": {"nll_weight": 1.0}}.get(kind, {})
+    return recipe(loss_type=kind, beta=beta, **more)
+
+
+@given(numbers, betas)
+def test_equal_answers_give_ln_2(value: float, beta: float) -> None:
+    same = one(value)
+    for kind in ("sigmoid", "robust"):
+        assert pair_loss(of_kind(kind, beta), same, same).item() == pytest.approx(math.log(2), rel=1e-5)
+    assert pair_loss(of_kind("orpo", beta), same, same).item() == pytest.approx(beta * math.log(2), rel=1e-5)
+    assert pair_loss(of_kind("hinge", beta), same, same).item() == 1
+    assert losses.mdpo_conditional(same, same, beta).item() == pytest.approx(math.log(2), rel=1e-5)
+    assert losses.mdpo_anchored(0 * same, beta, 0.0).item() == pytest.approx(math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(chosen=numbers, rejected=numbers, beta=betas)
+def test_every_loss_is_finite_and_pulls_the_right_way(kind: str, chosen: float, rejected: float, beta: float) -> None:
+    """Up to log-probs of 0, where odds are infinite. IPO pulls back from beyond its aim, robust from the far side."""
+    a, b = one(chosen).requires_grad_(), one(rejected).requires_grad_()
+    loss = pair_loss(of_kind(kind, beta), a, b)
+    loss.sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert torch.stack([loss.detach(), a.grad, b.grad]).isfinite().all()
+    within = {"ipo": chosen - rejected <= 1 / (2 * beta), "robust": beta * (chosen - rejected) <= 0}.get(kind, True)
+    if within:
+        assert a.grad.item() <= 0 <= b.grad.item()
+
+
+@given(numbers, numbers, betas)
+def test_no_smoothing_is_dpo(chosen: float, rejected: float, beta: float) -> None:
+    torch.testing.assert_close(
+        losses.dpo_robust(one(chosen), one(rejected), beta, 0.0), dpo_sigmoid(one(chosen), one(rejected), beta)
+    )
 
 
 def test_token_log_probs_are_float32_whatever_the_states() -> None:
@@ -134,5 +214,40 @@ def test_preference_loss_and_its_fields(keys: dict[str, Any], settings: dict[str
         "reference_logps/rejected": sum(anchor_sums[1::2]) / 3,
         "nll": nll,
     }
-    assert fields == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert {name: float(value) for name, value in fields.items()} == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert float(loss) == pytest.approx(how.dpo_weight * dpo + how.nll_weight * nll, rel=1e-4)
+
+
+@torch.no_grad()
+def test_mdpos_terms_against_separate_rows() -> None:
+    """The chosen answers on other pictures are trees behind the pairs' own ones."""
+    model, base, how = tiny_relook(), tiny_llava(), recipe(
+        beta=0.3, nll_weight=0.5, mdpo_conditional_weight=0.7, mdpo_anchored_weight=0.2, mdpo_anchor=0.1
+    )  # fmt: skip
+    rows, pictures, corrupted = pairs(base), pixels(3), pixels(3, seed=1)
+    trees = [Tree.of(pair) for pair in rows]
+    trees += [Tree(tree.prefix, tree.branches[:1]) for tree in trees]
+    batch = LiveBatch(pack(trees, 3, row_length=200), torch.cat([pictures, corrupted]), [1] * 6)
+    found, by_reference = Policy(model)(batch), Policy(base)(batch)
+    loss, fields = preference_loss(how, found, batch.packed.targets, by_reference, torch.ones_like(found))
+
+    rewards = {
+        name: [
+            0.3 * float((separate(model, pair[side], picture) - separate(base, pair[side], picture)).sum())
+            for pair, picture in zip(rows, those, strict=True)
+        ]
+        for name, side, those in (("chosen", 0, pictures), ("rejected", 1, pictures), ("corrupted", 0, corrupted))
+    }
+    nll = -float(
+        torch.cat([separate(model, pair[0], picture) for pair, picture in zip(rows, pictures, strict=True)]).mean()
+    )
+    parts = [
+        math.log1p(math.exp(r - c)) + 0.7 * math.log1p(math.exp(k - c)) + 0.2 * math.log1p(math.exp(0.1 - c))
+        for c, r, k in zip(*rewards.values(), strict=True)
+    ]
+    assert float(loss) == pytest.approx(sum(parts) / 3 + 0.5 * nll, rel=1e-4)
+    for name, values in rewards.items():
+        assert float(fields[f"rewards/{name}"]) == pytest.approx(sum(values) / 3, abs=1e-4)
+    right = sum(c > k for c, k in zip(rewards["chosen"], rewards["corrupted"], strict=True)) / 3
+    assert float(fields["rewards/corrupted_accuracies"]) == pytest.approx(right)
+    assert float(fields["nll"]) == pytest.approx(nll, abs=1e-4)

@@ -121,6 +121,27 @@ def test_a_value_of_the_wrong_type(key: str, value: Any, kind: str) -> None:
         ({"pope_data_path": ""}, "no preference pairs"),
         ({"output_dir": ""}, "sets no output_dir"),
         ({"dpo_weight": 0.0}, "there is no loss"),
+        ({"dpo_weight": -1.0}, "dpo_weight is -1.0"),
+        ({"mdpo_anchored_weight": -0.1}, "mdpo_anchored_weight is -0.1"),
+        ({"loss_type": "kto"}, "It must be one of sigmoid, ipo, hinge, robust, simpo, orpo"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing is 0.5, a share"),
+        ({"label_smoothing": 0.1}, "label_smoothing has no effect without loss_type robust"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing has no effect"),
+        ({"loss_type": "robust", "label_smoothing": 0.1, "dpo_weight": 0, "nll_weight": 1}, "label_smoothing has no"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma has no effect without loss_type simpo"),
+        ({"loss_type": "simpo", "dpo_tokens": "differing"}, "dpo_tokens has no effect with loss_type simpo"),
+        ({"loss_type": "ipo", "dpo_tokens": "differing"}, "dpo_tokens has no effect with loss_type ipo"),
+        ({"loss_type": "orpo"}, "ORPO is its odds-ratio term and a supervised one. Set nll_weight"),
+        ({"loss_type": "orpo", "nll_weight": 1, "mdpo_anchored_weight": 1}, "mdpo_anchored_weight has no effect with"),
+        (
+            {"loss_type": "ipo", "mdpo_conditional_weight": 1},
+            "mdpo_conditional_weight has no effect with loss_type ipo",
+        ),
+        ({"mdpo_anchor": 0.5}, "mdpo_anchor has no effect without mdpo_anchored_weight"),
+        ({"mdpo_conditional_weight": 1, "mdpo_anchor": 0.5}, "mdpo_anchor has no effect"),
+        ({"mdpo_anchored_weight": 1, "dpo_tokens": "differing"}, "dpo_tokens has no effect beside mDPO"),
+        ({"mdpo_conditional_weight": 1, "tune_lm_head": True}, "trunk cache has no states of corrupted images"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect here. Use loss_type robust"),
         ({"beta": 0.0}, "beta is 0.0"),
         ({"freeze_backbone": True}, "nothing else trains"),
         ({"freeze_backbone": True, "lora_enable": True, "tune_lm_head": True}, "contradict"),
@@ -134,6 +155,44 @@ def test_a_value_of_the_wrong_type(key: str, value: Any, kind: str) -> None:
 def test_keys_that_do_not_go_together(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build_recipe({**DPO, **keys})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss_type", "ipo"),
+        ("beta", 0.2),
+        ("dpo_weight", 0.5),
+        ("nll_weight", 1.0),
+        ("dpo_tokens", "differing"),
+        ("label_smoothing", 0.1),
+        ("simpo_gamma", 1.0),
+        ("mdpo_conditional_weight", 1.0),
+        ("mdpo_anchored_weight", 1.0),
+        ("mdpo_anchor", 1.0),
+    ],
+)
+def test_sft_has_no_preference_loss(key: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=f"{key} has no effect"):
+        build_recipe({**SFT, key: value})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0},
+        {"loss_type": "orpo", "nll_weight": 1.0},
+        {"loss_type": "robust", "label_smoothing": 0.1, "dpo_tokens": "differing"},
+        {"dpo_weight": 0.0, "mdpo_conditional_weight": 1.0, "mdpo_anchored_weight": 1.0, "mdpo_anchor": 0.1},
+        {"mdpo_conditional_weight": 1.0, "tune_post_decoder": True, "feature_cache": "off"},
+        {"dpo_weight": 0.0, "nll_weight": 1.0, "beta": 0.2, "dpo_tokens": "differing"},  # they are logged
+    ],
+    ids=str,
+)
+def test_losses_that_go_together(keys: dict[str, Any]) -> None:
+    recipe = build_recipe({**DPO, **keys})
+    assert recipe.needs_reference == (recipe.loss_type not in ("simpo", "orpo"))
+    assert not build_recipe(SFT).needs_reference
 
 
 @pytest.mark.parametrize("key", ["data_path", "image_folder"])

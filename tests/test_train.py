@@ -82,7 +82,9 @@ class Bench:
         inputs = self.collator([self.items[i] for i in indices])
         batch = inputs["batch"]
         targets = batch.packed.targets if hasattr(batch, "packed") else batch.targets
-        return preference_loss(self.recipe, self.policy(batch), targets, inputs["reference"], inputs["weight"])
+        found = self.policy(batch)
+        loss, fields = preference_loss(self.recipe, found, targets, inputs.get("reference"), inputs["weight"])
+        return loss, {name: float(value) for name, value in fields.items()}
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -169,6 +171,63 @@ def test_only_differing_tokens_can_be_weighed(base: Path, world: Path, tmp_path:
         counted = words.decode([t for t, w in zip(targets, item.weight, strict=True) if w])
         assert "</s>" not in counted
         assert 0 < item.weight.sum() < len(targets)
+
+
+# --- other losses
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"loss_type": "ipo"},
+        {"loss_type": "hinge"},
+        {"loss_type": "robust", "label_smoothing": 0.1, "dpo_tokens": "differing"},
+        {"loss_type": "simpo", "beta": 2.0},
+        {"loss_type": "orpo", "nll_weight": 1.0},
+        {"feature_cache": "off", "mdpo_conditional_weight": 1.0, "mdpo_anchored_weight": 1.0},
+    ],
+    ids=str,
+)
+def test_every_loss_is_learned(
+    keys: dict[str, Any], base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = keys.get("loss_type") in ("simpo", "orpo")
+    if free:
+
+        def never(*_: Any) -> None:
+            raise AssertionError("a reference was asked")
+
+        monkeypatch.setattr(training, "reference_log_probs", never)
+        monkeypatch.setattr(cache, "reference_log_probs", never)
+    out = train(recipe_for(base, world, tmp_path / "run", **{"tune_post_decoder": True, "num_train_epochs": 2} | keys))
+    for field in ("loss", "rewards/margins"):
+        values = log_of(out, field)
+        assert len(values) == 12
+        first, last = sum(values[:6]), sum(values[6:])  # two epochs
+        assert last < first if field == "loss" else last > first
+    assert bool(log_of(out, "reference_logps/chosen")) != free
+    if "mdpo_conditional_weight" in keys:
+        start = {name: log_of(out, name)[0] for name in ("loss", "rewards/corrupted")}
+        assert start == pytest.approx({"loss": 3 * math.log(2), "rewards/corrupted": 0}, abs=1e-5)
+
+
+@pytest.mark.parametrize("regime", ["lora", "full", "projector"])
+def test_before_training_each_of_mdpos_terms_is_ln_2(regime: str, base: Path, world: Path, tmp_path: Path) -> None:
+    """Corrupted images give other log-probs than their own, and the reference's were taken on the same ones."""
+    weights = {"mdpo_conditional_weight": 1.0, "mdpo_anchored_weight": 1.0}
+    bench = Bench(recipe_for(base, world, tmp_path, **weights, **REGIMES[regime][0]))
+    loss, fields = bench.loss([0, 13, 5, 20])
+    assert loss.item() == pytest.approx(3 * math.log(2), abs=1e-5)
+    for name in ("margins", "corrupted"):
+        assert fields[f"rewards/{name}"] == pytest.approx(0, abs=1e-5)
+    item = bench.items[13]
+    assert item.corrupted is not None
+    assert item.corrupted.reference is not None
+    assert item.reference is not None
+    assert not torch.allclose(item.corrupted.reference, item.reference[: len(item.corrupted.reference)], atol=1e-4)
+    twice = [item for item in bench.items if item.example.id == bench.items[13].example.id]
+    assert len(twice) == 2  # the two places of a description have the same crop
+    assert [one.corrupted.pictures for one in twice if one.corrupted] == [item.corrupted.pictures] * 2
 
 
 # --- learning rates

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +19,36 @@ from torch.nn.utils.rnn import pad_sequence
 from relook.errors import DataError
 
 T = TypeVar("T")
-Picture = Path | Image.Image  # a file, or a picture in memory
 _LOCK = threading.Lock()  # of all loaders' memories; the module's, so that a loader can be sent to another process
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: beyond it an image is taken for a decompression bomb
+CROP_SHARE = (0.01, 0.2)  # of a picture's area, that a `Crop` shows
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A small random part of an image file at the size of the whole: the corrupted image of mDPO (arXiv:2406.11839).
+
+    The part has 1 to 20 % of the area and the picture's own proportions. Being as large as the picture, it takes as
+    many positions in the prompt.
+
+    Args:
+        seed: of the draw. The same seed cuts the same part.
+    """
+
+    path: Path
+    seed: str
+
+    def open(self) -> Image.Image:
+        """The part, in RGB. Raises DataError as `open_image` does."""
+        image, rng = open_image(self.path), random.Random(self.seed)
+        scale = rng.uniform(*CROP_SHARE) ** 0.5
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        part = (left, top, left + width, top + height)
+        return image.resize(image.size, Image.Resampling.BICUBIC, box=part)
+
+
+Picture = Path | Crop | Image.Image  # a file, a part of one, or a picture in memory
 
 
 def open_image(path: Path) -> Image.Image:
@@ -90,7 +119,7 @@ class ImageLoader:
 
     def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
         self.image_processor, self.aspect_ratio, self.cache_bytes = image_processor, aspect_ratio, cache_bytes
-        self._kept: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
+        self._kept: OrderedDict[Path | Crop, dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
 
     def __call__(self, path: Path) -> Tensor:
@@ -105,6 +134,8 @@ class ImageLoader:
 
     def size(self, image: Picture) -> tuple[int, int]:
         """Height and width of the picture that the processor is given; of a file only the head is read."""
+        if isinstance(image, Crop):
+            image = image.path
         width, height = _opened(Path(image), _size) if isinstance(image, (str, Path)) else image.size
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
@@ -118,17 +149,18 @@ class ImageLoader:
         return pad_sequence([self._process(image, who)["pixel_values"] for image in images], batch_first=True)
 
     def _inputs(self, image: Picture) -> dict[str, Tensor]:
-        if not isinstance(image, (str, Path)):
+        if isinstance(image, Image.Image):
             return self._process(image.convert("RGB"), "An image")
-        path = Path(image)
+        file = image if isinstance(image, Crop) else Path(image)
         with _LOCK:
-            if path in self._kept:
-                self._kept.move_to_end(path)
-                return self._kept[path]
-        inputs = self._process(open_image(path), f"The image {path}")
+            if file in self._kept:
+                self._kept.move_to_end(file)
+                return self._kept[file]
+        opened = file.open() if isinstance(file, Crop) else open_image(file)
+        inputs = self._process(opened, f"The image {image.path if isinstance(image, Crop) else file}")
         with _LOCK:
-            if path not in self._kept:  # else another thread was faster
-                self._kept[path] = inputs
+            if file not in self._kept:  # else another thread was faster
+                self._kept[file] = inputs
                 self._bytes += _nbytes(inputs)
             while self._bytes > self.cache_bytes:
                 self._bytes -= _nbytes(self._kept.popitem(last=False)[1])

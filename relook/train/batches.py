@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from torch.utils.data import Dataset
 
 from relook.data.ahead import ahead
 from relook.data.encode import Example, differing
-from relook.data.images import ImageLoader
+from relook.data.images import Crop, ImageLoader, Picture
 from relook.errors import DataError, RecipeError, some
+from relook.model.trunks import feature_rows
+from relook.train.logs import Work
 from relook.train.policy import LiveBatch, Policy, TrunkStates
 from relook.train.tree_pass import packs
-from relook.tree import TreeTargets, bucket, join_targets, pack
+from relook.tree import Tree, TreeTargets, bucket, join_targets, pack
 
 Progress = Callable[[int, int], None]
 
@@ -29,7 +31,8 @@ class Item:
     """One example and what was computed about it before training.
 
     `reference` holds the reference model's log-probs of the targets (N,), `weight` which targets the preference loss
-    counts (N,), `states` the trunk's kept states (S, D), and `targets` where the targets are among those.
+    counts (N,), `states` the trunk's kept states (S, D), and `targets` where the targets are among those. With `crop`,
+    a seed, the images are random parts of the example's. `corrupted` is the chosen answer alone on such images.
     """
 
     example: Example
@@ -37,6 +40,19 @@ class Item:
     weight: Tensor | None = None
     states: Tensor | None = None
     targets: TreeTargets | None = None
+    crop: str = ""
+    corrupted: Item | None = None
+
+    @property
+    def pictures(self) -> list[Picture]:
+        images = self.example.images
+        return [Crop(path, self.crop) for path in images] if self.crop else list(images)
+
+
+def corrupted(item: Item, seed: int) -> Item:
+    """The chosen answer of a pair on a corrupted image. The crop is the same wherever the pair stands in the data."""
+    tree = item.example.tree
+    return Item(replace(item.example, tree=Tree(tree.prefix, tree.branches[:1])), crop=f"{seed} {item.example.id}")
 
 
 @dataclass
@@ -50,7 +66,10 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
-        batch: dict[str, Any] = {"batch": self.cached(items) if items[0].states is not None else self.live(items)}
+        pairs = len(items)
+        items += [item.corrupted for item in items if item.corrupted is not None]
+        made = self.cached(items) if items[0].states is not None else self.live(items)
+        batch: dict[str, Any] = {"batch": made, "work": self.work(items, made, pairs)}
         for name in ("reference", "weight"):
             values = [getattr(item, name) for item in items]
             if values[0] is not None:
@@ -59,8 +78,8 @@ class Collator:
 
     def live(self, items: Sequence[Item]) -> LiveBatch:
         trees = [item.example.tree for item in items]
-        paths = [path for item in items for path in item.example.images]
-        inputs = self.images.batch(paths) if paths else {}
+        pictures = [picture for item in items for picture in item.pictures]
+        inputs = self.images.batch(pictures) if pictures else {}
         everything = self.policy.keeps_everything
         if packs(self.policy.trunk_pass):
             packed = pack(trees, self.pad_id, everything, row_length=sum(map(len, trees)), round_up=bucket)
@@ -83,6 +102,25 @@ class Collator:
         features = [self.features[path] for path in paths] if self.features and paths else None
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
 
+    def work(self, items: Sequence[Item], made: LiveBatch | TrunkStates, pairs: int) -> Work:
+        """How much there is to do; `pairs` of the items are not a corrupted half."""
+        trees = [item.example.tree for item in items]
+        if isinstance(made, TrunkStates):
+            targets, features = made.targets, sum(len(one) for one in made.features or [])
+        else:
+            sizes = made.image_sizes.tolist() if made.image_sizes is not None else [(0, 0)] * sum(made.images)
+            targets = made.packed.targets
+            features = sum(feature_rows(self.policy.config, (height, width)) for height, width in sizes)
+        tokens, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
+        return Work(
+            pairs if trees and items[0].weight is not None else answers,
+            tokens,
+            features,
+            tokens if self.policy.keeps_everything else len(targets.id),
+            len(targets.id),
+            live=isinstance(made, LiveBatch),
+        )
+
 
 class Items(Dataset[Item]):
     def __init__(self, items: Sequence[Item]) -> None:
@@ -103,10 +141,11 @@ def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) 
         if fault:
             faults[path] = fault
     bad = [example for example in examples if faults.keys() & set(example.images)]
+    lost = {path: [example.id for example in bad if path in example.images] for path in faults}
+    named = [f"{fault} Its samples: {', '.join(lost[path])}." for path, fault in faults.items()]
     if bad and on_bad == "error":
-        raise DataError(f"{len(bad)} samples have unusable images: {some(list(faults.values()), 3)}")
-    kept = [example for example in examples if not faults.keys() & set(example.images)]
-    return kept, list(faults.values())
+        raise DataError(f"{len(bad)} samples have unusable images: {some(named, 3)}")
+    return [example for example in examples if not faults.keys() & set(example.images)], named
 
 
 def _fault(images: ImageLoader, path: Path) -> str:

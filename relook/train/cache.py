@@ -56,10 +56,10 @@ class TrunkCache:
 
     last: ClassVar[TrunkCache | None] = None
 
-    def items(self, plan: Plan, task: str) -> list[Item]:
+    def items(self, plan: Plan, with_reference: bool) -> list[Item]:
         """The examples with their states and reference log-probs: views of the shards, nothing is copied."""
         states = self._by_example(plan, STATES)
-        reference = self._by_example(plan, REFERENCE) if task == "dpo" else {}
+        reference = self._by_example(plan, REFERENCE) if with_reference else {}
         targets = [TreeTargets.of(example.tree, plan.everything) for example in plan.examples]
         return [
             Item(e, states=states[i], targets=targets[i], reference=reference.get(i))
@@ -114,7 +114,7 @@ def cached_items(
     parts = [STATES]
     if policy.reads_image:
         parts.append(FEATURES)
-    if recipe.task == "dpo":
+    if recipe.needs_reference:
         parts.append(REFERENCE)
     kept = TrunkCache.last
     if kept is None or kept.key != key:
@@ -129,7 +129,7 @@ def cached_items(
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
             kept.move_to(policy.core.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
     collator.features = kept.features(plan) if policy.reads_image else None
-    found = dict(zip(examples, kept.items(plan, recipe.task), strict=True))
+    found = dict(zip(examples, kept.items(plan, recipe.needs_reference), strict=True))
     return [found[example] for example in wanted]
 
 
@@ -276,7 +276,7 @@ def _fill_reference(cache: TrunkCache, plan: Plan, shards: Sequence[Shard], poli
     if not total:
         return
     collator.features = cache.features(plan) if policy.reads_image else None
-    items = cache.items(plan, "sft")
+    items = cache.items(plan, with_reference=False)
     with progress("reference log-probs") as report:
         for shard in shards:
             found: list[Tensor] = []

@@ -1,7 +1,12 @@
-"""Losses: one equation, one pure function."""
+"""Losses: one equation, one pure function.
+
+Letters: y_w and y_l are the chosen and the rejected response, x is the image and the prompt, pi the policy, pi_ref the
+reference. A *ratio* is log pi(y|x) - log pi_ref(y|x), summed over the tokens of y; everything is in nats.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +25,114 @@ def dpo_sigmoid(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Te
     return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio))
 
 
-def negative_log_likelihood(log_probs: Tensor) -> Tensor:
-    """Mean over tokens of -log p, shape (): the usual supervised loss in nats a token."""
-    return -log_probs.mean()
+def dpo_ipo(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
+    """Identity preference optimisation, eq. 17 of Azar et al. 2023 (arXiv:2310.12036), as TRL has it: with ratios that
+    are means over a response's tokens, so that a margin does not grow with length.
+
+    Args:
+        chosen_ratio, rejected_ratio: mean over tokens of the log ratios, (pairs,).
+        beta: the paper's tau; the margin that is aimed at is 1 / (2 beta).
+
+    Returns:
+        (chosen_ratio - rejected_ratio - 1 / (2 beta))^2, (pairs,).
+    """
+    return (chosen_ratio - rejected_ratio - 1 / (2 * beta)).square()
+
+
+def dpo_hinge(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
+    """Hinge loss on DPO's margin: SLiC's calibration loss (Zhao et al. 2023, arXiv:2305.10425) on the normalised
+    likelihoods of RSO (Liu et al. 2023, arXiv:2309.06657).
+
+    Args:
+        chosen_ratio, rejected_ratio: as for `dpo_sigmoid`, (pairs,).
+
+    Returns:
+        max(0, 1 - beta * (chosen_ratio - rejected_ratio)), (pairs,); 1 where policy and reference agree.
+    """
+    return (1 - beta * (chosen_ratio - rejected_ratio)).relu()
+
+
+def dpo_robust(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409): unbiased where a known share of pairs is swapped.
+
+    Args:
+        chosen_ratio, rejected_ratio: as for `dpo_sigmoid`, (pairs,).
+        label_smoothing: that share e, from 0 to below 1/2; at 0 this is `dpo_sigmoid`.
+
+    Returns:
+        ((1 - e) * L(y_w, y_l) - e * L(y_l, y_w)) / (1 - 2 e) with L of `dpo_sigmoid`, (pairs,).
+    """
+    as_given = dpo_sigmoid(chosen_ratio, rejected_ratio, beta)
+    swapped = dpo_sigmoid(rejected_ratio, chosen_ratio, beta)
+    return ((1 - label_smoothing) * as_given - label_smoothing * swapped) / (1 - 2 * label_smoothing)
+
+
+def simpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimPO, eq. 6 of Meng et al. 2024 (arXiv:2405.14734): no reference, rewards are means over tokens.
+
+    Args:
+        chosen_mean, rejected_mean: mean over tokens of log pi(y|x), (pairs,).
+        beta: scale of the reward, 2 to 2.5 in the paper.
+        gamma: the margin that the chosen reward should have, in the unit of rewards.
+
+    Returns:
+        -log sigmoid(beta * (chosen_mean - rejected_mean) - gamma), (pairs,).
+    """
+    return -F.logsigmoid(beta * (chosen_mean - rejected_mean) - gamma)
+
+
+def orpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float) -> Tensor:
+    """The odds-ratio term of ORPO, eq. 7 of Hong et al. 2024 (arXiv:2403.07691); no reference.
+
+    The whole of ORPO adds the supervised term on the chosen response (eq. 6).
+
+    Args:
+        chosen_mean, rejected_mean: mean over tokens of log pi(y|x), (pairs,); P below is exp of it.
+        beta: the paper's lambda.
+
+    Returns:
+        -beta * log sigmoid(log odds(y_w) - log odds(y_l)) with odds = P / (1 - P), (pairs,).
+    """
+    return -beta * F.logsigmoid(_log_odds(chosen_mean) - _log_odds(rejected_mean))
+
+
+def _log_odds(log_p: Tensor) -> Tensor:
+    """log(p / (1 - p)); the odds of p = 1 in float32 are those of the next number below it."""
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    return log_p - torch.log(-torch.expm1(log_p))
+
+
+def mdpo_conditional(chosen_ratio: Tensor, corrupted_ratio: Tensor, beta: float) -> Tensor:
+    """Conditional preference of mDPO (Wang et al. 2024, arXiv:2406.11839): the chosen answer belongs to its image.
+
+    Args:
+        chosen_ratio: as for `dpo_sigmoid`, (pairs,).
+        corrupted_ratio: the ratio of the same answer to the same prompt on a corrupted image, (pairs,).
+
+    Returns:
+        -log sigmoid(beta * (chosen_ratio - corrupted_ratio)), (pairs,).
+    """
+    return dpo_sigmoid(chosen_ratio, corrupted_ratio, beta)
+
+
+def mdpo_anchored(chosen_ratio: Tensor, beta: float, anchor: float) -> Tensor:
+    """Anchored preference of mDPO (arXiv:2406.11839): the reward of the chosen answer stays above an anchor.
+
+    Args:
+        chosen_ratio: as for `dpo_sigmoid`, (pairs,).
+        anchor: the paper's delta, in the unit of rewards; 0 there.
+
+    Returns:
+        -log sigmoid(beta * chosen_ratio - anchor), (pairs,).
+    """
+    return -F.logsigmoid(beta * chosen_ratio - anchor)
+
+
+def negative_log_likelihood(log_probs: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The usual supervised loss: mean over tokens of -log p, shape (), in nats a token.
+
+    Args:
+        log_probs: (N,).
+        counts: 1 for each token that counts, else 0, (N,); without it all of them do.
+    """
+    return -log_probs.mean() if counts is None else -(log_probs * counts).sum() / counts.sum()

@@ -20,7 +20,7 @@ from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
 from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
-from relook.errors import DataError, RecipeError
+from relook.errors import DataError, RecipeError, some
 from relook.files import read_text, takes, write_json
 from relook.model.above_trunk import AboveTrunk
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
@@ -31,6 +31,7 @@ from relook.train.batches import (
     Item,
     Items,
     check_images,
+    corrupted,
     hold_out,
     preference_weight,
     reference_log_probs,
@@ -136,6 +137,7 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "save_strategy": "no",
         "save_total_limit": 2,
         "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # it hides such losses, and waits for the device at every step to do so
         "dataloader_pin_memory": False,
         "seed": 42,
         "eval_strategy": "epoch" if recipe.eval_fraction else "no",
@@ -174,8 +176,9 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     if not examples:
         raise DataError("No sample can be used.", f"{report.summary()} {' '.join(faults[:3])}")
     if report.dropped or faults:
-        say(f"  dropped: {report.summary()} {len(faults)} more could not be encoded or decoded.")
-    return examples, {"reader": report.summary(), "faults": faults}
+        named = f" {some(faults, 3)}" if faults else ""
+        say(f"  dropped: {report.summary()} {len(faults)} faults in encoding and decoding.{named}")
+    return examples, {"reader": report.summary(), "reasons": dict(report.reasons), "faults": faults}
 
 
 def load(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bool = True) -> LoadedModel:
@@ -219,13 +222,17 @@ def prepare(
         items = cached_items(recipe, policy, examples, collator, whole)
     else:
         items = [Item(example) for example in examples]
-        if recipe.task == "dpo":
+        if recipe.mdpo_conditional_weight:
+            seed = int(recipe.training.get("seed", 42))
+            items += [corrupted(item, seed) for item in items]
+        if recipe.needs_reference:
             with progress("reference log-probs") as report:
                 found = reference_log_probs(policy, items, collator, batch_size, report)
             items = [replace(item, reference=reference) for item, reference in zip(items, found, strict=True)]
     if recipe.task == "dpo":
         items = [replace(item, weight=preference_weight(item.example, recipe.dpo_tokens)) for item in items]
-    return items
+    pairs, others = items[: len(examples)], items[len(examples) :]
+    return [replace(pair, corrupted=other) for pair, other in zip(pairs, others, strict=True)] if others else pairs
 
 
 def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:

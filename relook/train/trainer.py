@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,17 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from relook.console import Report
-from relook.errors import RelookError
+from relook.errors import RecipeError, RelookError
 from relook.files import whole_file, write_text
 from relook.model.checkpoint import save_tensors
 from relook.model.load import TENSORS_FILE, load_tensors
 from relook.model.regimes import parameter_groups
-from relook.recipe import Recipe
+from relook.recipe import LENGTH_NORMALISED, REFERENCE_FREE, Recipe
 from relook.train import losses
 from relook.train.batches import Items
+from relook.train.logs import Costs, Meter
 from relook.train.policy import Policy
+from relook.train.stops import FirstStep, broken_tensors
 from relook.tree import Targets
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
@@ -37,7 +37,9 @@ class RelookTrainer(Trainer):
         super().__init__(model=policy, **kwargs)
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
-        self._seen: dict[str, list[float]] = defaultdict(list)
+        self._meter = Meter(Costs.of(policy))
+        self._first = FirstStep(self.accelerator, exact=policy.dtype == torch.float32)
+        self.add_callback(self._first)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(_Bar(report))
@@ -45,19 +47,46 @@ class RelookTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """The recipe's loss over one batch, shape (); its parts are kept for the log."""
         log_probs = model(inputs["batch"])
-        targets = _targets(inputs["batch"])
+        loss, fields = self._loss(log_probs, inputs)
+        self._meter.add({"loss": loss, **fields}, inputs["work"], self.state.global_step + 1)
+        return (loss, log_probs) if return_outputs else loss
+
+    def _loss(self, log_probs: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         if self.recipe.task == "sft":
-            loss = losses.negative_log_likelihood(log_probs)
-        else:
-            loss, fields = preference_loss(self.recipe, log_probs, targets, inputs["reference"], inputs["weight"])
-            for name, value in fields.items():
-                self._seen[name].append(value)
-        if not math.isfinite(loss.item()):
+            return losses.negative_log_likelihood(log_probs), {}
+        targets = _targets(inputs["batch"])
+        return preference_loss(self.recipe, log_probs, targets, inputs.get("reference"), inputs["weight"])
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Tensor:
+        self._meter.start()
+        if not self._first.done:
+            inputs = self._prepare_inputs(inputs)
+            self._first.look(model, inputs["batch"], self.optimizer)
+        loss: Tensor = super().training_step(model, inputs, *rest, **more)
+        return loss
+
+    def train(self, *arguments: Any, **more: Any) -> Any:
+        """The Trainer's training.
+
+        Raises:
+            RelookError: a loss or a trained tensor that is no number, or a policy that does not leave the reference.
+        """
+        result = super().train(*arguments, **more)
+        self._check_tensors()
+        return result
+
+    def _check_tensors(self) -> None:
+        """A step that overflows shows in the next loss; after the last one, and before tensors are kept, look at them.
+
+        Raises:
+            RelookError: a trained tensor holds a number that is not finite, on any process.
+        """
+        broken = self.accelerator.reduce(broken_tensors(self.model.parameters(), self.args.device), "sum").item()
+        if broken:
             raise RelookError(
-                f"The loss is {loss.item()} at step {self.state.global_step}.",
+                f"{broken} trained tensors hold numbers that are not finite after step {self.state.global_step}.",
                 "Lower the learning rate, or look for a broken sample; the last checkpoint is kept.",
             )
-        return (loss, log_probs) if return_outputs else loss
 
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -67,34 +96,40 @@ class RelookTrainer(Trainer):
         """
         assert isinstance(self.eval_dataset, Items)
         items, size = self.eval_dataset.items, self.args.per_device_eval_batch_size
-        training, self._seen = self._seen, defaultdict(list)
+        meter = Meter()
         self.model.eval()
-        counts = []
-        for start in range(0, len(items), size):
-            inputs = self.data_collator(items[start : start + size])
-            inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
-            self._seen["loss"].append(self.compute_loss(self.model, inputs).item())
-            targets = _targets(inputs["batch"])
-            counts.append(len(targets.id) if self.recipe.task == "sft" else targets.branches)
-        seen, self._seen = self._seen, training
-        metrics = {
-            f"{metric_key_prefix}_{name}": sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
-            for name, values in seen.items()
-        }
+        with self._meter.paused():
+            for start in range(0, len(items), size):
+                inputs = self._to_device(self.data_collator(items[start : start + size]))
+                loss, fields = self._loss(self.model(inputs["batch"]), inputs)
+                work = inputs["work"]
+                count = work.targets if self.recipe.task == "sft" else work.pairs
+                meter.add({"loss": loss, **fields}, work, self.state.global_step, count)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.read().items()}
         super().log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: v.to(self.args.device) if hasattr(v, "to") else v for name, v in inputs.items()}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name, values in self._seen.items():
-            logs[name] = sum(values) / len(values)
-        self._seen.clear()
+        """The Trainer's line with relook's fields; the one place where a step's numbers leave the device."""
+        fields = self._meter.read(lambda sums: self.accelerator.reduce(sums, "sum"), self.accelerator.num_processes)
+        fields.pop("loss", None)  # the Trainer has it
+        logs.update(fields)
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer over groups with learning rates of their own."""
+        """The Trainer's optimizer over groups with learning rates of their own.
+
+        Raises:
+            RecipeError: all of them are 0.
+        """
         if getattr(self, "optimizer", None) is None:
             groups = parameter_groups(self.model, self.recipe, self.args.weight_decay)
+            if not any(group.get("lr", self.args.learning_rate) for group in groups):
+                raise RecipeError("Nothing would train: every learning rate is 0.", "Set learning_rate.")
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer: torch.optim.Optimizer = kind(groups, **arguments)
         return self.optimizer
@@ -111,9 +146,11 @@ class RelookTrainer(Trainer):
         self._load_from_checkpoint(str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        write_text(folder / COMPLETE, "")
+        with self._meter.paused():
+            self._check_tensors()
+            super()._save_checkpoint(model, trial)
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            write_text(folder / COMPLETE, "")
 
 
 def _targets(batch: Any) -> Targets:
@@ -122,38 +159,87 @@ def _targets(batch: Any) -> Targets:
 
 
 def preference_loss(
-    recipe: Recipe, log_probs: Tensor, targets: Targets, reference: Tensor, weight: Tensor
-) -> tuple[Tensor, dict[str, float]]:
-    """DPO with an optional supervised term on the chosen response, and the fields HA-DPO logs.
+    recipe: Recipe, log_probs: Tensor, targets: Targets, reference: Tensor | None, weight: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The recipe's loss over P pairs, shape (), and the fields that are logged, each of shape ().
+
+    A pair's branches are chosen, then rejected; with mDPO's conditional term, the P chosen answers on corrupted images
+    come after all of them.
 
     Args:
         log_probs: policy log-probs of the targets, (N,).
-        reference: the reference model's, (N,).
+        reference: the reference model's, (N,); None where the loss has none.
         weight: 1 where the preference term counts a target, else 0, (N,).
     """
-    policy_by_branch = targets.sum_by_branch(log_probs * weight)
-    reference_by_branch = targets.sum_by_branch(reference * weight)
-    ratio = policy_by_branch - reference_by_branch
-    chosen, rejected = ratio[0::2], ratio[1::2]  # a pair's branches are chosen, then rejected
+    pairs = targets.branches // (3 if recipe.mdpo_conditional_weight else 2)
+    policy_sums = targets.sum_by_branch(log_probs * weight)
+    with torch.no_grad():
+        lengths = targets.sum_by_branch(weight)
+    ratio = policy_sums
+    reference_sums = None
+    if reference is not None:
+        reference_sums = targets.sum_by_branch(reference * weight)
+        ratio = policy_sums - reference_sums
+    normalised = ratio / lengths if recipe.loss_type in LENGTH_NORMALISED else ratio
+    chosen, rejected = _sides(ratio, pairs)
     loss = log_probs.new_zeros(())
     if recipe.dpo_weight:
-        loss = loss + recipe.dpo_weight * losses.dpo_sigmoid(chosen, rejected, recipe.beta).mean()
-    nll = losses.negative_log_likelihood(log_probs[targets.branch % 2 == 0])
+        loss = loss + recipe.dpo_weight * pair_loss(recipe, *_sides(normalised, pairs)).mean()
+    if recipe.mdpo_conditional_weight:
+        corrupted = ratio[2 * pairs :]
+        conditional = losses.mdpo_conditional(chosen, corrupted, recipe.beta)
+        loss = loss + recipe.mdpo_conditional_weight * conditional.mean()
+    if recipe.mdpo_anchored_weight:
+        anchored = losses.mdpo_anchored(chosen, recipe.beta, recipe.mdpo_anchor)
+        loss = loss + recipe.mdpo_anchored_weight * anchored.mean()
+    of_chosen = (targets.branch % 2 == 0) & (targets.branch < 2 * pairs)
+    nll = losses.negative_log_likelihood(log_probs, of_chosen)
     if recipe.nll_weight:
         loss = loss + recipe.nll_weight * nll
     with torch.no_grad():
+        # Rewards are what the loss compares; ipo's, as TRL logs them, are sums like those of its kin.
+        rewards = recipe.beta * (normalised if recipe.loss_type in REFERENCE_FREE else ratio)
+        chosen, rejected = _sides(rewards, pairs)
         fields = {
-            "rewards/chosen": recipe.beta * chosen.mean(),
-            "rewards/rejected": recipe.beta * rejected.mean(),
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
             "rewards/accuracies": (chosen > rejected).float().mean(),
-            "rewards/margins": recipe.beta * (chosen - rejected).mean(),
-            "policy_logps/chosen": policy_by_branch[0::2].mean(),
-            "policy_logps/rejected": policy_by_branch[1::2].mean(),
-            "reference_logps/chosen": reference_by_branch[0::2].mean(),
-            "reference_logps/rejected": reference_by_branch[1::2].mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+            **_by_side("policy_logps", policy_sums, pairs),
+            **(_by_side("reference_logps", reference_sums, pairs) if reference_sums is not None else {}),
             "nll": nll,
         }
-    return loss, {name: value.item() for name, value in fields.items()}
+        if recipe.mdpo_conditional_weight:
+            corrupted = rewards[2 * pairs :]
+            fields["rewards/corrupted"] = corrupted.mean()
+            fields["rewards/corrupted_accuracies"] = (chosen > corrupted).float().mean()
+    return loss, fields
+
+
+def pair_loss(recipe: Recipe, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The recipe's `loss_type` on each pair, (P,), from sums or means over tokens of the log ratios or log-probs."""
+    beta = recipe.beta
+    if recipe.loss_type == "ipo":
+        return losses.dpo_ipo(chosen, rejected, beta)
+    if recipe.loss_type == "hinge":
+        return losses.dpo_hinge(chosen, rejected, beta)
+    if recipe.loss_type == "robust":
+        return losses.dpo_robust(chosen, rejected, beta, recipe.label_smoothing)
+    if recipe.loss_type == "simpo":
+        return losses.simpo(chosen, rejected, beta, recipe.simpo_gamma)
+    if recipe.loss_type == "orpo":
+        return losses.orpo(chosen, rejected, beta)
+    return losses.dpo_sigmoid(chosen, rejected, beta)
+
+
+def _sides(by_branch: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected, (P,) each, of one value for each branch."""
+    return by_branch[0 : 2 * pairs : 2], by_branch[1 : 2 * pairs : 2]
+
+
+def _by_side(name: str, by_branch: Tensor, pairs: int) -> dict[str, Tensor]:
+    chosen, rejected = _sides(by_branch, pairs)
+    return {f"{name}/chosen": chosen.mean(), f"{name}/rejected": rejected.mean()}
 
 
 def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:

@@ -1,0 +1,82 @@
+"""When a run must not go on: a number that is none, or a first step that changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from relook.errors import RelookError
+
+CAUSES = (
+    "Likely causes: a learning rate of 0 or far too small, a warm-up longer than the run, or frozen tensors, where the "
+    "output depends on nothing that trains."
+)
+
+
+@torch.no_grad()
+def broken_tensors(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """How many trained tensors hold a number that is not finite, (); of a sharded tensor, the part held here."""
+    local = [
+        getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters if parameter.requires_grad
+    ]
+    flags = [(~tensor.isfinite()).any().to(device) for tensor in local]
+    return torch.stack(flags).sum() if flags else torch.zeros((), dtype=torch.long, device=device)
+
+
+class FirstStep(TrainerCallback):
+    """Stops a run when the policy still is the reference after the first optimizer step that should move it.
+
+    That is the first step with a learning rate above 0. The log-probs of its batch before and after it, both without
+    dropout, are compared bit for bit: it is the same computation, so any change of a weight that matters shows. In a
+    lower precision the tiny steps of a warm-up may be rounded away, so there it looks again at each step until the
+    learning rate has reached its height.
+    """
+
+    def __init__(self, accelerator: Any, exact: bool) -> None:
+        self.accelerator, self.exact = accelerator, exact
+        self.model: Any = None
+        self.batch: Any = None
+        self.before: Tensor | None = None
+        self.done = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.done = state.global_step > 0  # a resumed run has passed
+
+    def look(self, model: nn.Module, batch: Any, optimizer: Any) -> None:
+        """Before a step: keep what the policy says on its batch."""
+        if not self.done and self.before is None and any(group["lr"] > 0 for group in optimizer.param_groups):
+            self.model, self.batch = model, batch
+            self.before = self._says()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if self.done or self.before is None or self.accelerator.optimizer_step_was_skipped:
+            return
+        changed = (self._says() != self.before).any().long()
+        if self.accelerator.reduce(changed, "sum").item():
+            self.done, self.model, self.batch, self.before = True, None, None, None
+        elif self.exact or not any(group["lr"] < group.get("initial_lr", 0) for group in optimizer.param_groups):
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            raise RelookError(
+                f"Policy and reference are equal after step {state.global_step + 1}, the first one that should have "
+                f"changed the policy (learning rate {rate:g}): nothing is learned.",
+                CAUSES,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.done and state.global_step:
+            why = "no step had a learning rate above 0" if self.before is None else "no step was large enough to show"
+            raise RelookError(f"Policy and reference are equal after all {state.global_step} steps: {why}.", CAUSES)
+
+    @torch.no_grad()
+    def _says(self) -> Tensor:
+        training = self.model.training
+        self.model.eval()
+        try:
+            log_probs: Tensor = self.model(self.batch)
+        finally:
+            self.model.train(training)
+        return log_probs

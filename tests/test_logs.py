@@ -1,0 +1,245 @@
+"""What a run logs, what stops it, and what it costs in reads of the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny import dpo_keys, sft_keys, tiny_llava, tiny_relook
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from relook import load_model
+from relook.errors import RecipeError, RelookError
+from relook.model.load import TENSORS_FILE
+from relook.model.regimes import LANGUAGE_LINEARS
+from relook.recipe import build_recipe
+from relook.train.batches import Collator, Item
+from relook.train.logs import Costs, Meter, Work, linear_flops
+from relook.train.policy import Policy
+from relook.train.run import encode_samples, read_samples, train
+
+pytestmark = pytest.mark.usefixtures("no_trunk_cache")
+HEAD: dict[str, Any] = {"tune_lm_head": True, "optim": "sgd", "max_grad_norm": 0.0}
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    log: list[dict[str, float]] = json.loads((out / "run.json").read_text())["log"]
+    return log
+
+
+# --- useful operations
+
+
+def test_operations_by_hand() -> None:
+    assert linear_flops(100, trained=False, flows=False) == 200  # forward
+    assert linear_flops(100, trained=True, flows=False) == 400  # and the weights' gradient
+    assert linear_flops(100, trained=False, flows=True) == 400  # and the input's
+    assert linear_flops(100, trained=True, flows=True) == 600
+    work = Work(pairs=1, tokens=7, features=5, states=3, targets=2, live=True)
+    assert Costs(1, 10, 100, 1000, 10000).flops(work) == 5 + 70 + 500 + 3000 + 20000
+    cached = Work(pairs=1, tokens=7, features=5, states=3, targets=2, live=False)
+    assert Costs(1, 10, 100, 1000, 10000).flops(cached) == 500 + 3000 + 20000
+
+
+def full(model: Any) -> Any:
+    model.model.language_model.requires_grad_(True)
+    model.lm_head.requires_grad_(True)
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model
+
+
+def projector(model: Any) -> Any:
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model
+
+
+def head(model: Any) -> Any:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def lora(model: Any) -> Any:
+    return get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE_LINEARS))
+
+
+def post_decoder(model: Any) -> Any:
+    model = tiny_relook(depth=2)
+    model.requires_grad_(False)
+    model.model.post_decoder.requires_grad_(True)
+    return model
+
+
+def weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+@pytest.mark.parametrize("regime", [full, projector, head, lora, post_decoder])
+def test_operations_are_what_torch_counts(
+    regime: Callable[[Any], Any], base: Path, world: Path, tmp_path: Path
+) -> None:
+    """Of one tree, which is a row without padding; attention's scores are products of another kind."""
+    recipe = build_recipe(dpo_keys(base, world, tmp_path, tune_lm_head=True))
+    loaded = load_model(base)
+    examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
+    policy = Policy(regime(tiny_llava().requires_grad_(False)))
+    costs = Costs.of(policy)
+    inputs = Collator(policy, loaded.images, 3)([Item(examples[14], weight=torch.ones(1))])
+    work = inputs["work"]
+    assert (work.pairs, work.tokens, work.features) == (1, len(examples[14].tree), 36)
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        policy(inputs["batch"]).mean().backward()
+    matrices = {torch.ops.aten.mm, torch.ops.aten.addmm}
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in matrices)
+    # The tower's class token takes part: 37 positions where there are 36 features.
+    class_token = 2 * weights(policy.core.model.vision_tower)
+    # relook takes layers one after the other, so it counts gradients of the inputs of the first k_proj and v_proj.
+    first = policy.core.model.language_model.layers[0].self_attn
+    parallel = (
+        sum(weights(p) - p.lora_B.default.weight.numel() for p in (first.k_proj, first.v_proj)) if regime is lora else 0
+    )
+    assert costs.flops(work) == counted - class_token + 2 * work.tokens * parallel
+
+
+# --- fields
+
+
+def test_speeds_are_logged(base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {"tune_post_decoder": True, "max_steps": 4, "logging_steps": 2}
+    for name, made in (("dpo", dpo_keys), ("sft", sft_keys)):
+        steps = [e for e in log_of(train(build_recipe(made(base, world, tmp_path / name, **keys)))) if "loss" in e]
+        assert len(steps) == 2
+        for entry in steps:
+            assert entry["pairs_per_second"] > 0
+            assert entry["tokens_per_second"] > 40 * entry["pairs_per_second"] if name == "dpo" else True
+            assert 0 < entry["tflops"] < 10
+            assert "peak_memory_gib" not in entry  # a CPU's is not known
+
+
+def test_a_line_is_the_mean_of_its_steps(base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {**HEAD, "learning_rate": 1.0, "max_steps": 4}
+    single = log_of(train(build_recipe(dpo_keys(base, world, tmp_path / "1", **keys))))
+    double = log_of(train(build_recipe(dpo_keys(base, world, tmp_path / "2", **keys, logging_steps=2))))
+    for field in ("loss", "rewards/margins", "policy_logps/chosen", "nll"):
+        ones, twos = ([entry[field] for entry in log if field in entry] for log in (single, double))
+        assert twos == pytest.approx([(ones[0] + ones[1]) / 2, (ones[2] + ones[3]) / 2], abs=1e-5)
+
+
+def test_the_meter_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many fields and steps a line has, their values leave the device in one copy."""
+    reads: list[int] = []
+    whole = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.numel()) or whole(tensor))
+    for name in ("item", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a read of its own"))
+    meter, work = Meter(Costs(1, 1, 1, 1, 1)), Work(1, 2, 3, 4, 5, live=True)
+    meter.start()
+    for step in range(10):
+        meter.add({"loss": torch.tensor(float(step)), "nll": torch.tensor(1.0)}, work, step)
+    found = meter.read()
+    assert reads == [2 + 4]
+    assert (found["loss"], found["nll"]) == (4.5, 1.0)
+    assert meter.read() == {}
+
+
+# --- stops
+
+
+def test_a_loss_that_is_no_number_is_found_at_the_next_line(base: Path, world: Path, tmp_path: Path) -> None:
+    """The weights overflow in step 1, the second loss shows it, the line after step 3 says so."""
+    keys = {**HEAD, "learning_rate": 1e38, "beta": 100.0, "logging_steps": 3}
+    with pytest.raises(RelookError, match=r"The loss is (nan|-?inf) at step 2\."):
+        train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_last_step_that_overflows_is_not_saved(base: Path, world: Path, tmp_path: Path) -> None:
+    """Its loss was sound: only the weights tell."""
+    keys = {**HEAD, "learning_rate": 1e38, "beta": 1e5, "max_steps": 1}
+    with pytest.raises(RelookError, match=r"1 trained tensors hold numbers that are not finite after step 1\."):
+        train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run" / TENSORS_FILE).exists()
+
+
+def test_no_checkpoint_of_broken_weights_replaces_a_good_one(
+    base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from relook.train import trainer
+
+    whole = trainer.RelookTrainer.training_step
+
+    def broken(self: Any, *arguments: Any, **more: Any) -> Any:
+        loss = whole(self, *arguments, **more)
+        if self.state.global_step == 1:
+            self.model.core.lm_head.weight.grad[0, 0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(trainer.RelookTrainer, "training_step", broken)
+    keys = {**HEAD, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "logging_steps": 50}
+    with pytest.raises(RelookError, match=r"not finite after step 2\..*last checkpoint is kept"):
+        train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
+    [kept] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert kept.name == "checkpoint-1"
+    assert all(tensor.isfinite().all() for tensor in load_file(kept / TENSORS_FILE).values())
+
+
+def test_a_learning_rate_of_zero_is_refused(base: Path, world: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="every learning rate is 0"):
+        train(build_recipe(dpo_keys(base, world, tmp_path / "run", tune_lm_head=True, learning_rate=0.0)))
+
+
+@pytest.mark.parametrize("made", [dpo_keys, sft_keys])
+def test_a_warm_up_longer_than_the_run_is_no_training(
+    made: Callable[..., dict[str, Any]], base: Path, world: Path, tmp_path: Path
+) -> None:
+    keys = {"tune_lm_head": True, "warmup_steps": 5, "max_steps": 1}
+    with pytest.raises(RelookError, match=r"equal after all 1 steps: no step had a learning rate above 0.*warm-up"):
+        train(build_recipe(made(base, world, tmp_path / "run", **keys)))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_warm_up_that_starts_at_zero_is_no_alarm(base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {"tune_lm_head": True, "warmup_steps": 2, "max_steps": 3, "lora_enable": True, "lora_dropout": 0.3}
+    log = log_of(train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys))))
+    assert next(entry["learning_rate"] for entry in log if "loss" in entry) == 0.0
+
+
+def test_a_step_that_changes_nothing_stops_the_run(base: Path, world: Path, tmp_path: Path) -> None:
+    """Too small for float32, which a learning rate of 1e-30 is."""
+    keys = {**HEAD, "learning_rate": 1e-30}
+    with pytest.raises(RelookError, match=r"equal after step 1.*learning rate 1e-30.*Likely causes"):
+        train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
+
+
+def test_what_trains_beside_the_output_stops_the_run(
+    base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A post decoder whose output is not used learns nothing, however large its steps."""
+    from relook.train import policy
+
+    whole = policy.predicting_states
+
+    def bypassed(post_decoder: Any, trunk: Any) -> Any:
+        return whole(None, trunk) + 0 * whole(post_decoder, trunk)
+
+    monkeypatch.setattr(policy, "predicting_states", bypassed)
+    keys = {"tune_post_decoder": True, "warmup_steps": 1, "learning_rate": 0.1}
+    with pytest.raises(RelookError, match=r"equal after step 2.*frozen tensors"):
+        train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
+
+
+def test_in_a_lower_precision_a_warm_up_may_take_its_time(base: Path, world: Path, tmp_path: Path) -> None:
+    """The first steps are rounded away in bfloat16, so nothing is decided before the rate is at its height."""
+    keys = {**HEAD, "bf16": True, "warmup_steps": 3}
+    train(build_recipe(dpo_keys(base, world, tmp_path / "fine", **keys, learning_rate=1.0)))
+    with pytest.raises(RelookError, match=r"equal after step 4.*learning rate 1e-30"):
+        train(build_recipe(dpo_keys(base, world, tmp_path / "nothing", **keys, learning_rate=1e-30)))
