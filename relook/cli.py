@@ -83,13 +83,14 @@ def evaluate(
     bits: Bits = 16,
     device: Device = "",
 ) -> None:
-    """Answer benchmarks and score them."""
-    from relook.evaluate.run import evaluate_model
+    """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share."""
+    from relook.evaluate.run import evaluate_model, process
     from relook.model.load import Loading
 
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading)
-    typer.echo(json.dumps(results, indent=1))
+    if process()[0] == 0:
+        typer.echo(json.dumps(results, indent=1))
 
 
 @app.command()
