@@ -75,7 +75,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Folder with pope/, annotations/ and val2014/.")],
     out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
     version: Version = "",
-    batch_size: Annotated[int, typer.Option(help="Prompts a batch.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 512,
     adapter: Adapter = None,
     vision_tower: Tower = None,
@@ -83,13 +83,14 @@ def evaluate(
     bits: Bits = 16,
     device: Device = "",
 ) -> None:
-    """Answer benchmarks and score them."""
-    from relook.evaluate.run import evaluate_model
+    """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share."""
+    from relook.evaluate.run import evaluate_model, process
     from relook.model.load import Loading
 
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading)
-    typer.echo(json.dumps(results, indent=1))
+    if process()[0] == 0:
+        typer.echo(json.dumps(results, indent=1))
 
 
 @app.command()
@@ -198,7 +199,7 @@ def mine(
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     questions: Annotated[int, typer.Option(help="Yes/no questions an image.")] = 6,
     max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Prompts a batch.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.")] = 64,
     version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +204,41 @@ def test_sampling_is_repeatable_and_leaves_torchs_generator_alone(base: Path, wo
     first, second = (list(answer(loaded, [(image, "Is there a cup?")], how, lambda *_: None)) for _ in range(2))
     assert first == second
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- several processes
+
+
+def test_processes_that_share_an_evaluation_lose_no_row(finished: Path, world: Path, tmp_path: Path) -> None:
+    """torchrun over gloo; the images do not divide, and a part is left of a killed run of more processes."""
+    out, part = tmp_path / "out", tmp_path / "out" / "chair.3.jsonl"
+    out.mkdir()
+    shutil.copy(finished / "eval.json", out)
+    lines = (finished / "chair.jsonl").read_bytes().splitlines(keepends=True)
+    part.write_bytes(lines[0] + lines[1][:20])
+    names = [json.loads(line)["image"] for line in lines[:5]]
+    data = tmp_path / "data"
+    shutil.copytree(world / "test", data)
+    (data / "chair_images.txt").write_text("\n".join(names))
+    settings = read_json(out / "eval.json") | {"data": str(data.resolve())}
+    write_json(out / "eval.json", settings)
+    before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "relook"]
+    keys = ["--model", shipped_base(), "--data", data, "--out", out, "--max-new-tokens", 40, "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, *before, "eval", "pope", "chair", *map(str, keys)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {name: read_json(out / f"{name}.json") for name in ("pope", "chair")}
+    assert done.stderr.count("descriptions for CHAIR: 2 in") == 2  # five images, one of them answered already
+    assert (out / "chair.jsonl").read_bytes() == b"".join(lines[:5])
+    for split in SPLITS:
+        assert (out / f"pope_{split}.jsonl").read_bytes() == (finished / f"pope_{split}.jsonl").read_bytes()
+    assert (out / "pope.json").read_bytes() == (finished / "pope.json").read_bytes()
+    assert not list(out.glob("*.[0-9]*.jsonl"))
 
 
 # --- folders

@@ -1,10 +1,14 @@
-"""`relook eval`: answers go to files, scores are computed from the files."""
+"""`relook eval`: answers go to files, scores are computed from the files.
+
+Under torchrun each process answers for a share of the images; the first one scores.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,14 @@ from relook.files import read_json, read_text, takes, write_json
 from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
 
 CHAIR_PROMPT = "Describe this image in detail."
-Benchmark = Callable[[LoadedModel, Path, Path, Asking], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Asking writes answer files for a data folder, scoring reads them; both are named by the folder of answers."""
+
+    ask: Callable[[LoadedModel, Path, Path, Asking], None]
+    score: Callable[[Path, Path], dict[str, Any]]
 
 
 def evaluate_model(
@@ -49,7 +60,12 @@ def evaluate_model(
     template = template or default_template(model)
     get_template(template)
     as_device(loading.device)
-    claim(out, model, data, template, max_new_tokens, loading)
+    rank, _ = process()
+    if rank == 0:
+        claim(out, model, data, template, max_new_tokens, loading)
+    wait()
+    if rank:
+        claim(out, model, data, template, max_new_tokens, loading)
     loaded: LoadedModel | None = None
     results = {}
     for name in benchmarks:
@@ -57,9 +73,33 @@ def evaluate_model(
         if not finished.exists():
             loaded = loaded or loading.load(model)
             how = Asking(template, max_new_tokens, batch_size)
-            write_json(finished, BENCHMARKS[name](loaded, data, out, how))
+            BENCHMARKS[name].ask(loaded, data, out, how)
+            wait()
+            if rank == 0:
+                write_json(finished, BENCHMARKS[name].score(data, out))
+            wait()
         results[name] = read_json(finished)
     return results
+
+
+def process() -> tuple[int, int]:
+    """This process's number, and how many there are, by what torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait() -> None:
+    """For all processes to come here."""
+    if process()[1] > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
+
+def share(images: Iterable[Any]) -> set[Any]:
+    """The images that this process answers for: one in as many as there are processes, so none is left over."""
+    rank, count = process()
+    return set(list(dict.fromkeys(images))[rank::count])
 
 
 def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int, loading: Loading) -> None:
@@ -101,11 +141,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def eval_pope(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> dict[str, Any]:
+def ask_pope(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
     """POPE's three splits in one pass: questions that several splits share are asked once."""
-    questions = {split: pope.read_questions(pope_file(data, split), data / "val2014") for split in SPLITS}
-    files = {split: AnswerFile(out / f"pope_{split}.jsonl", "question_id") for split in SPLITS}
-    asked = [(s, q) for s in SPLITS for q in questions[s] if q.id not in files[s].records]
+    questions = pope_questions(data)
+    files = {split: AnswerFile(out / f"pope_{split}.jsonl", "question_id", process()[0]) for split in SPLITS}
+    mine = share(q.image for split in SPLITS for q in questions[split])
+    asked = [(s, q) for s in SPLITS for q in questions[s] if q.image in mine and q.id not in files[s].records]
     how = dataclasses.replace(how, max_new_tokens=min(how.max_new_tokens, 64))
     batch: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with progress("POPE") as report:
@@ -116,12 +157,20 @@ def eval_pope(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> dict[s
                 for name, records in batch.items():
                     files[name].append(records)
                     records.clear()
-    results = {}
     for split in SPLITS:
         files[split].append(batch[split])
-        answers = files[split].finish([question.id for question in questions[split]])
-        results[split] = score_pope(questions[split], answers)
+
+
+def finish_pope(data: Path, out: Path) -> dict[str, Any]:
+    results = {}
+    for split, questions in pope_questions(data).items():
+        file = AnswerFile(out / f"pope_{split}.jsonl", "question_id")
+        results[split] = score_pope(questions, file.finish([question.id for question in questions]))
     return results
+
+
+def pope_questions(data: Path) -> dict[str, list[Question]]:
+    return {split: pope.read_questions(pope_file(data, split), data / "val2014") for split in SPLITS}
 
 
 def pope_record(question: Question, text: str) -> dict[str, Any]:
@@ -133,12 +182,11 @@ def pope_record(question: Question, text: str) -> dict[str, Any]:
     }
 
 
-def eval_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> dict[str, Any]:
-    """CHAIR over the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
-    annotations = read_coco(annotation_file(data))
-    names = chair_images(data, annotations)
-    file = AnswerFile(out / "chair.jsonl", "image")
-    asked = [name for name in names if name not in file.records]
+def ask_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
+    """Descriptions of the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
+    names = chair_images(data, read_coco(annotation_file(data)))
+    file, mine = AnswerFile(out / "chair.jsonl", "image", process()[0]), share(names)
+    asked = [name for name in names if name in mine and name not in file.records]
     batch: list[dict[str, Any]] = []
     with progress("descriptions for CHAIR") as report:
         for index, text in answer(loaded, [(data / "val2014" / n, CHAIR_PROMPT) for n in asked], how, report):
@@ -147,8 +195,12 @@ def eval_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> dict[
                 file.append(batch)
                 batch.clear()
     file.append(batch)
-    captions = {record["image"]: record["caption"] for record in file.finish(names)}
-    return score_chair(captions, annotations)
+
+
+def finish_chair(data: Path, out: Path) -> dict[str, Any]:
+    annotations = read_coco(annotation_file(data))
+    answers = AnswerFile(out / "chair.jsonl", "image").finish(chair_images(data, annotations))
+    return score_chair({record["image"]: record["caption"] for record in answers}, annotations)
 
 
 def chair_images(data: Path, annotations: Annotations) -> list[str]:
@@ -162,4 +214,4 @@ def chair_images(data: Path, annotations: Annotations) -> list[str]:
     return names
 
 
-BENCHMARKS: dict[str, Benchmark] = {"pope": eval_pope, "chair": eval_chair}
+BENCHMARKS = {"pope": Benchmark(ask_pope, finish_pope), "chair": Benchmark(ask_chair, finish_chair)}
