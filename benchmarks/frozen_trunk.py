@@ -80,6 +80,7 @@ def main() -> None:
 
     base = timed(lambda: write_model(options.work / "base", shape), say, "write_model")
     say("matmul", **matmul())
+    timed(lambda: model_hash(base), say, "model_hash")
     if "peer" in parts:
         say("ha_dpo_way", **peer(base, shape))
     write_pairs(options.work / "fixed", options.pairs, options.pairs, 0)
@@ -304,12 +305,14 @@ def cache_pass(
     """Filling the cache for a post decoder that reads the image, twice: the first pass also compiles."""
     recipe = recipe_of(base, options, "cache", tune_post_decoder=True)
     device = "cuda" if GPU else "cpu"
+    started = time.perf_counter()
     loaded = load(recipe, DTYPE, device)
+    loading = time.perf_counter() - started
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
+    encoding = time.perf_counter() - started - loading
     examples = list(dict.fromkeys(examples))
     policy = policy_of(recipe, loaded, DTYPE)
     collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
-    model_hash(base)  # once per process
     seconds: list[float] = []
     fill = cache._fill_trunk
 
@@ -338,6 +341,8 @@ def cache_pass(
         "positions": f"{len(tree.prefix)} + {' + '.join(str(len(branch.ids)) for branch in tree.branches)}",
         "pairs_per_s": round(rate, 2),
         "pairs_per_s_with_hashes_and_reference": round(len(examples) / totals[1], 2),
+        "loading_s": round(loading, 1),
+        "encoding_s": round(encoding, 1),
         "compiling_s": round(seconds[0] - seconds[1], 1),
         "useful_tflops": round(tflops, 1),
         "of_best_matmul": round(tflops / found["matmul"]["best_tflops"], 3),

@@ -64,15 +64,16 @@ class Costs:
         Layers side by side are taken one after the other, which adds a little in the first block that trains.
         """
         base, found = policy.core.model, dict.fromkeys(("seeing", "reading", "looking", "deciding", "saying"), 0)
+        # Where training reads cached states, the trunk is not there.
         parts = {
-            "seeing": (base.vision_tower, base.multi_modal_projector),
-            "reading": (base.language_model,),
-            "deciding": (policy.post_decoder,) if policy.post_decoder is not None else (),
-            "saying": (policy.core.lm_head,),
+            "seeing": [getattr(base, name, None) for name in ("vision_tower", "multi_modal_projector")],
+            "reading": [getattr(base, "language_model", None)],
+            "deciding": [policy.post_decoder],
+            "saying": [policy.core.lm_head],
         }
         flows = False
         for part, modules in parts.items():
-            for name, module in (pair for root in modules for pair in root.named_modules()):
+            for name, module in (pair for root in modules if root is not None for pair in root.named_modules()):
                 if isinstance(module, nn.Linear):
                     trained = module.weight.requires_grad
                     image_side = part == "deciding" and ("align." in name or _cross_keys(name))
