@@ -5,8 +5,8 @@
 
 The weights are random: speed does not depend on them. Two rows of lm_head are made long, so that first answer tokens
 are Yes or No, as a trained model's are. Everything goes through files, recipes and commands as real work does: images
-are read from JPEG files, models from safetensors. The HA-DPO way: both rows of every pair in full, policy and reference,
-full logits in float32, trunk frozen, lm_head trains.
+are read from JPEG files, models from safetensors. The HA-DPO way: both rows of every pair in full, policy and
+reference, full logits in float32, trunk frozen, lm_head trains.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llava
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from relook.train.tree_pass import TreePass
+from relook.train.tree_pass import TreePass, block_mask
 from relook.tree import PADDING, PREFIX, PackedTrees, Row, Tree, bucket, pack, targets_of, to_device
 
 PAD = 3
@@ -210,6 +211,27 @@ def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:
         for word in ("abcDEF", "abCDE"):
             trees = [Tree.of([row(word), row("abXYZ")])] * 9
             check_states(trees, pack(trees, PAD, True, 1000, bucket), how)
+
+
+@settings(max_examples=30)
+@given(TREES, st.integers(1, 80), st.sampled_from([20, 300, 10_000]))
+def test_the_block_mask_is_the_dense_one(trees: list[Tree], times: int, row_length: int) -> None:
+    """Against torch's own way from the same rule to blocks; trees repeated, so that there are several blocks."""
+    packed = pack(trees * times, PAD, True, row_length, bucket)
+    dense = packed.mask()
+    R, _, L, _ = dense.shape
+    made = block_mask(packed)
+    rule = create_mask(made.mask_mod, R, 1, L, L, device="cpu")
+    assert torch.equal(rule, dense)
+    expected = create_block_mask(lambda r, h, q, k: dense[r, 0, q, k], R, 1, L, L, device="cpu")
+    assert torch.equal(made.to_dense(), expected.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        found, wanted = getattr(made, name), getattr(expected, name)
+        assert torch.equal(found, wanted)
+    for number, indices in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
+        count = getattr(made, number)[..., None]
+        inside = torch.arange(L // 128) < count
+        assert torch.equal(getattr(made, indices)[inside], getattr(expected, indices)[inside])
 
 
 def test_after_a_pass_the_model_is_as_it_was() -> None:
