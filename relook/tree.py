@@ -59,14 +59,15 @@ T_ = TypeVar("T_")
 
 
 def to_device(value: T_, device: torch.device | str) -> T_:
-    """Move every tensor field of a dataclass, and the tensors of lists."""
+    """Move every tensor field of a dataclass, and the tensors of lists. A copy to a GPU is not waited for."""
     moved: dict[str, Any] = {}
+    ahead = torch.device(device).type != "cpu"  # from a GPU, what is read at once has to be there
     for field in fields(value):  # type: ignore[arg-type]
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
-            moved[field.name] = item.to(device)
+            moved[field.name] = item.to(device, non_blocking=ahead)
         elif isinstance(item, list):
-            moved[field.name] = [one.to(device) if isinstance(one, Tensor) else one for one in item]
+            moved[field.name] = [one.to(device, non_blocking=ahead) if isinstance(one, Tensor) else one for one in item]
         elif hasattr(item, "__dataclass_fields__"):
             moved[field.name] = to_device(item, device)
     return replace(value, **moved)  # type: ignore[type-var]

@@ -76,7 +76,8 @@ class Collator:
                 batch[name] = torch.cat(values)
         return batch
 
-    def live(self, items: Sequence[Item]) -> LiveBatch:
+    def live(self, items: Sequence[Item], pinned: bool = False) -> LiveBatch:
+        """Packed trees and pixels; `pinned` pixels go to a GPU without being waited for."""
         trees = [item.example.tree for item in items]
         pictures = [picture for item in items for picture in item.pictures]
         inputs = self.images.batch(pictures) if pictures else {}
@@ -86,7 +87,10 @@ class Collator:
         else:
             packed = pack(trees, self.pad_id, everything, row_length=max(map(len, trees)))
         counts = [len(item.example.images) for item in items]
-        return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"))
+        pixels = inputs.get("pixel_values")
+        if pinned and pixels is not None:
+            pixels = pixels.pin_memory()
+        return LiveBatch(packed, pixels, counts, inputs.get("image_sizes"))
 
     def cached(self, items: Sequence[Item]) -> TrunkStates:
         targets = join_targets([item.targets for item in items if item.targets is not None])

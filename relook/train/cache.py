@@ -213,7 +213,8 @@ def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], polic
     policy.eval()
     wanted = {s: [p for p in (STATES, FEATURES) if s in missing.get(p, ())] for s in plan.shards}
     work = [(shard, indices) for shard, parts in wanted.items() for indices in _batches(plan, shard, parts)]
-    batches = ahead(lambda one: collator.live([Item(plan.examples[i]) for i in one[1]]), work)
+    pinned = policy.core.device.type == "cuda"
+    batches = ahead(lambda one: collator.live([Item(plan.examples[i]) for i in one[1]], pinned), work)
     total, done = sum(len(shard.examples) for shard, parts in wanted.items() if parts), 0
     stored: Future[None] | None = None
     with progress("trunk states") as report, ThreadPoolExecutor(1) as writer:
@@ -222,22 +223,27 @@ def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], polic
             made = trunk_pass(policy, plan, shard, wanted[shard], named)
             if stored is not None:
                 stored.result()  # raises what went wrong, and no more than two shards are in memory
-            stored = writer.submit(_put, store, shard, made)
+            ready = torch.cuda.current_stream().record_event() if policy.core.device.type == "cuda" else None
+            stored = writer.submit(_put, store, shard, made, ready)
             done += len(shard.examples)
             report(done, total)
         if stored is not None:
             stored.result()
 
 
-def _put(store: Store, shard: Shard, made: dict[str, Tensor]) -> None:
-    for part, tensor in made.items():
-        store[shard.name(part)] = tensor.cpu()
+def _put(store: Store, shard: Shard, made: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
+    """On a GPU by a stream of its own, which does not wait for the batches that come after."""
+    with torch.cuda.stream(torch.cuda.Stream() if ready is not None else None):
+        if ready is not None:
+            ready.wait()
+        for part, tensor in made.items():
+            store[shard.name(part)] = tensor.cpu()
 
 
-def _batches(plan: Plan, shard: Shard, parts: Sequence[str]) -> Iterator[list[int]]:
+def _batches(plan: Plan, shard: Shard, parts: Sequence[str]) -> Iterator[Sequence[int]]:
     """The batches of a shard that say something about these parts: for FEATURES alone, those with a new image."""
     waiting = set(shard.images)
-    for indices in plan.batches(shard):
+    for indices in shard.batches:
         found = waiting & {path for i in indices for path in plan.examples[i].images}
         waiting -= found
         if STATES in parts or (FEATURES in parts and found):
@@ -246,7 +252,7 @@ def _batches(plan: Plan, shard: Shard, parts: Sequence[str]) -> Iterator[list[in
 
 @torch.no_grad()
 def trunk_pass(
-    policy: Policy, plan: Plan, shard: Shard, parts: Sequence[str], batches: Iterable[tuple[list[int], LiveBatch]]
+    policy: Policy, plan: Plan, shard: Shard, parts: Sequence[str], batches: Iterable[tuple[Sequence[int], LiveBatch]]
 ) -> dict[str, Tensor]:
     """The frozen trunk once over a shard's batches: STATES (rows, D), FEATURES (rows, V), as asked for.
 
@@ -259,7 +265,9 @@ def trunk_pass(
         if STATES in parts:
             trunk = policy.trunk(live)
             features = trunk.features
-            made[STATES].append(trunk.states[trunk.targets.kept_branch >= 0].to(plan.dtype))
+            # By an index from the CPU: a mask on the GPU would be waited for.
+            filled = (batch.packed.targets.kept_branch >= 0).flatten().nonzero().squeeze(1)
+            made[STATES].append(trunk.states.flatten(0, 1)[filled.to(live.packed.ids.device)].to(plan.dtype))
         else:
             features = policy.vision_features(live)
         paths = [path for i in indices for path in plan.examples[i].images]
@@ -280,7 +288,7 @@ def _fill_reference(cache: TrunkCache, plan: Plan, shards: Sequence[Shard], poli
     with progress("reference log-probs") as report:
         for shard in shards:
             found: list[Tensor] = []
-            for indices in plan.batches(shard):
+            for indices in shard.batches:
                 found += reference_log_probs(policy, [items[i] for i in indices], collator, len(indices))
             cache.store[shard.name(REFERENCE)] = torch.cat(found)
             done += len(shard.examples)

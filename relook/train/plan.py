@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +16,7 @@ from relook.data.images import ImageLoader
 from relook.model.trunks import feature_rows, feature_size
 from relook.train.policy import Policy
 from relook.train.tree_pass import packs
-from relook.tree import kept_positions
+from relook.tree import arrange, kept_positions
 
 SHARD_BYTES = 256 << 20
 # Of the trunk's pass, with a row for each tree or all in one. No recipe changes them, so none changes the bits of what
@@ -36,11 +35,15 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Shard:
-    """Some examples, by index, longest tree first, and those of their images that no earlier shard has."""
+    """Some batches of examples, by index, and those of their images that no earlier shard has."""
 
     number: int
-    examples: tuple[int, ...]
+    batches: tuple[tuple[int, ...], ...]
     images: tuple[Path, ...]
+
+    @property
+    def examples(self) -> list[int]:
+        return [i for batch in self.batches for i in batch]
 
     def name(self, part: str) -> str:
         return f"{part}-{self.number:05d}"
@@ -94,37 +97,36 @@ class Plan:
         return sum(rows[part] * self.row_bytes(part) for part in parts)
 
     @cached_property
-    def shards(self) -> list[Shard]:
-        """Examples by length, so that little of a batch is padding, cut where SHARD_BYTES are full."""
+    def batches(self) -> list[list[int]]:
+        """The examples, longest tree first, in batches of at most `batch_positions`, or of one example.
+
+        They are filled before shards are cut, so that packed rows have two or three lengths to be compiled for.
+        """
         order = sorted(range(len(self.examples)), key=lambda i: -len(self.examples[i].tree))
+        filled = arrange([len(self.examples[i].tree) for i in order], self.batch_positions)
+        return [[order[place] for place in batch] for batch in filled]
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """Whole batches, as many as SHARD_BYTES take, and one at least."""
         seen: set[Path] = set()
-        groups: list[tuple[list[int], list[Path]]] = []
+        groups: list[tuple[list[list[int]], list[Path]]] = []
         used = SHARD_BYTES
-        for i in order:
-            new = [path for path in dict.fromkeys(self.examples[i].images) if path not in seen]
-            size = self.states[i] * self.row_bytes(STATES)
+        for batch in self.batches:
+            new = [
+                path for path in dict.fromkeys(p for i in batch for p in self.examples[i].images) if path not in seen
+            ]
+            size = sum(self.states[i] for i in batch) * self.row_bytes(STATES)
             size += sum(self.features[path] for path in new) * self.row_bytes(FEATURES)
             if used + size > SHARD_BYTES:
                 groups.append(([], []))
                 used = 0
             used += size
             seen.update(new)
-            groups[-1][0].append(i)
+            groups[-1][0].append(batch)
             groups[-1][1].extend(new)
         groups = [group for group in groups if group[0]]
-        return [Shard(n, tuple(indices), tuple(paths)) for n, (indices, paths) in enumerate(groups)]
-
-    def batches(self, shard: Shard) -> Iterator[list[int]]:
-        """Its examples in batches of about equal length, at most `batch_positions` or one example.
-
-        Equal, so that packed rows have few lengths to be compiled for.
-        """
-        lengths = [len(self.examples[i].tree) for i in shard.examples]
-        count = -(-sum(lengths) // max(1, self.batch_positions - max(lengths)))
-        share = -(-sum(lengths) // count)
-        ends = accumulate(lengths)
-        for _, batch in groupby(zip(ends, shard.examples, strict=True), lambda pair: (pair[0] - 1) // share):
-            yield [i for _, i in batch]
+        return [Shard(n, tuple(map(tuple, batches)), tuple(paths)) for n, (batches, paths) in enumerate(groups)]
 
     def rows(self, part: str, shard: Shard) -> list[int]:
         """How the rows of a shard's tensor divide among its examples, or its images."""
