@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,28 +48,34 @@ class TrunkCache:
 
     Args:
         key: a hash of everything that determines what the trunk says.
+        plan: what lies where in the store.
         on_device: copies of the store's tensors on the GPU, where they fit.
     """
 
     key: str
+    plan: Plan
     store: Store
     on_device: dict[str, Tensor] = field(default_factory=dict)
 
     last: ClassVar[TrunkCache | None] = None
 
-    def items(self, plan: Plan, with_reference: bool) -> list[Item]:
+    @cached_property
+    def targets(self) -> list[TreeTargets]:
+        """Where each example's targets are among its states."""
+        return [TreeTargets.of(example.tree, self.plan.everything) for example in self.plan.examples]
+
+    def items(self, with_reference: bool) -> list[Item]:
         """The examples with their states and reference log-probs: views of the shards, nothing is copied."""
-        states = self._by_example(plan, STATES)
-        reference = self._by_example(plan, REFERENCE) if with_reference else {}
-        targets = [TreeTargets.of(example.tree, plan.everything) for example in plan.examples]
+        states = self._by_example(STATES)
+        reference = self._by_example(REFERENCE) if with_reference else {}
         return [
-            Item(e, states=states[i], targets=targets[i], reference=reference.get(i))
-            for i, e in enumerate(plan.examples)
+            Item(e, states=states[i], targets=self.targets[i], reference=reference.get(i))
+            for i, e in enumerate(self.plan.examples)
         ]
 
-    def features(self, plan: Plan) -> dict[Path, Tensor]:
+    def features(self) -> dict[Path, Tensor]:
         """Vision features (M, V) by image."""
-        found: dict[Path, Tensor] = {}
+        plan, found = self.plan, dict[Path, Tensor]()
         for shard in plan.shards:
             if shard.images:
                 parts = self._tensor(shard.name(FEATURES)).split(plan.rows(FEATURES, shard))
@@ -84,8 +91,8 @@ class TrunkCache:
     def _tensor(self, name: str) -> Tensor:
         return self.on_device[name] if name in self.on_device else self.store[name]
 
-    def _by_example(self, plan: Plan, part: str) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
+    def _by_example(self, part: str) -> dict[int, Tensor]:
+        plan, found = self.plan, dict[int, Tensor]()
         for shard in plan.shards:
             found.update(zip(shard.examples, self._tensor(shard.name(part)).split(plan.rows(part, shard)), strict=True))
         return found
@@ -110,26 +117,26 @@ def cached_items(
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
     source = made_from(path, tower, policy, policy.dtype, examples, collator.images)
     key = key_of(source)
-    plan = Plan.of(policy, examples, collator.images)
+    kept = TrunkCache.last
+    plan = kept.plan if kept is not None and kept.key == key else Plan.of(policy, examples, collator.images)
     parts = [STATES]
     if policy.reads_image:
         parts.append(FEATURES)
     if recipe.needs_reference:
         parts.append(REFERENCE)
-    kept = TrunkCache.last
     if kept is None or kept.key != key:
         TrunkCache.last = kept = None  # its memory counts as free
-        kept = TrunkCache(key, _store(recipe, key, plan, parts))
+        kept = TrunkCache(key, plan, _store(recipe, key, plan, parts))
     elif isinstance(kept.store, ShardFolder) or recipe.feature_cache == "disk":  # look at the files again
-        kept = TrunkCache(key, _store(recipe, key, plan, parts), kept.on_device)
-    fill(kept, source, plan, parts, policy, collator, whole)
+        kept.store = _store(recipe, key, plan, parts)
+    fill(kept, source, parts, policy, collator, whole)
     TrunkCache.last = kept
     if policy.core.device.type == "cuda" and not recipe.training.get("dataloader_num_workers"):
         torch.cuda.empty_cache()
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
             kept.move_to(policy.core.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
-    collator.features = kept.features(plan) if policy.reads_image else None
-    found = dict(zip(examples, kept.items(plan, recipe.needs_reference), strict=True))
+    collator.features = kept.features() if policy.reads_image else None
+    found = dict(zip(examples, kept.items(recipe.needs_reference), strict=True))
     return [found[example] for example in wanted]
 
 
@@ -150,10 +157,6 @@ def made_from(
         weights: dtype of the trunk in memory.
     """
     tower = open_source(model, vision_tower=vision_tower).tower
-    data = hashlib.sha256()
-    for example in examples:
-        data.update(repr(example.tree).encode())
-        data.update(f"{len(example.images)};".encode())
     pictures = hashlib.sha256()
     for example in examples:
         for image in example.images:
@@ -162,7 +165,7 @@ def made_from(
         "format": str(FORMAT),
         "model": model_hash(model),
         "vision tower": model_hash(tower) if tower else "",
-        "tokens": data.hexdigest(),
+        "tokens": _tokens_hash(tuple(examples)),
         "images": pictures.hexdigest(),
         "preprocessing": text_hash(repr(images.image_processor), images.aspect_ratio),
         "precision": f"{policy.dtype}, weights {weights}",
@@ -173,6 +176,15 @@ def made_from(
     }
 
 
+@lru_cache(maxsize=2)  # the runs of a sweep share their examples
+def _tokens_hash(examples: tuple[Example, ...]) -> str:
+    data = hashlib.sha256()
+    for example in examples:
+        data.update(repr(example.tree).encode())
+        data.update(f"{len(example.images)};".encode())
+    return data.hexdigest()
+
+
 def key_of(source: dict[str, str]) -> str:
     return text_hash(*(f"{name}={value}" for name, value in source.items()))
 
@@ -180,7 +192,6 @@ def key_of(source: dict[str, str]) -> str:
 def fill(
     cache: TrunkCache,
     source: dict[str, str],
-    plan: Plan,
     parts: Sequence[str],
     policy: Policy,
     collator: Collator,
@@ -191,7 +202,7 @@ def fill(
     Raises:
         RelookError: see `cached_items`.
     """
-    store, state = cache.store, PartialState()
+    store, plan, state = cache.store, cache.plan, PartialState()
     on_disk = isinstance(store, ShardFolder)
     mine = plan.shards[state.process_index :: state.num_processes] if on_disk else plan.shards
     missing = plan.missing(store, parts, mine)
@@ -204,7 +215,7 @@ def fill(
         _fill_trunk(store, plan, missing, whole(), collator)
     _wait(store, plan, [part for part in parts if part != REFERENCE], state)
     if REFERENCE in parts:
-        _fill_reference(cache, plan, missing[REFERENCE], policy, collator)
+        _fill_reference(cache, missing[REFERENCE], policy, collator)
         _wait(store, plan, [REFERENCE], state)
 
 
@@ -278,13 +289,13 @@ def trunk_pass(
     return {part: torch.cat(tensors) for part, tensors in made.items()}
 
 
-def _fill_reference(cache: TrunkCache, plan: Plan, shards: Sequence[Shard], policy: Policy, collator: Collator) -> None:
+def _fill_reference(cache: TrunkCache, shards: Sequence[Shard], policy: Policy, collator: Collator) -> None:
     """Reference log-probs from cached states: the untrained policy is the reference, and no trunk pass is needed."""
     total, done = sum(len(shard.examples) for shard in shards), 0
     if not total:
         return
-    collator.features = cache.features(plan) if policy.reads_image else None
-    items = cache.items(plan, with_reference=False)
+    collator.features = cache.features() if policy.reads_image else None
+    items = cache.items(with_reference=False)
     with progress("reference log-probs") as report:
         for shard in shards:
             found: list[Tensor] = []

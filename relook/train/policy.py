@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from relook.model.post_decoder import Layout, PostDecoder
+from relook.train.log_probs import log_prob
 from relook.train.tree_pass import TreePass, resolve
 from relook.tree import PackedTrees, Targets, to_device
 
@@ -90,18 +91,25 @@ class Policy(nn.Module):
         """The Trainer's call: recompute the trunk's layers in the backward pass instead of keeping their inputs."""
         self.core.gradient_checkpointing_enable(**kwargs)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self, wanted: bool = True) -> torch.autocast:
         device = self.core.device.type
-        return torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(device, dtype=self.dtype, enabled=wanted and self.dtype != torch.float32)
+
+    @cached_property
+    def _mixed_trunk(self) -> bool:
+        """Whether the trunk holds other floating-point weights than those it computes in, as where it trains."""
+        named = self.core.model.named_parameters()
+        held = {p.dtype for name, p in named if p.is_floating_point() and not name.startswith("post_decoder.")}
+        return held != {self.dtype}
 
     def trunk(self, batch: LiveBatch) -> TrunkStates:
         """Vision tower, projector and language model over packed trees."""
-        with self.autocast():
+        with self.autocast(self._mixed_trunk):
             return self._trunk(batch)
 
     def vision_features(self, batch: LiveBatch) -> list[Tensor] | None:
         """The vision tower alone: what `trunk` gives as features, (M, V) of each image."""
-        with self.autocast():
+        with self.autocast(self._mixed_trunk):
             return self._images(batch).vision_features if batch.pixel_values is not None else None
 
     def _images(self, batch: LiveBatch) -> Any:
@@ -150,7 +158,4 @@ def predicting_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> T
 
 def token_log_probs(head: nn.Module, states_ND: Tensor, ids_N: Tensor) -> Tensor:
     """log p(id | state) under a language-model head, (N,) float32, whatever the states' dtype."""
-    logits = head(states_ND).float()
-    picked = logits.gather(-1, ids_N[:, None]).squeeze(-1)
-    result: Tensor = picked - logits.logsumexp(-1)
-    return result
+    return log_prob(head(states_ND), ids_N)
