@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from relook.data.ahead import ahead
 from relook.evaluate.pope import SPLITS, question_text
 from relook.files import read_json, write_json
 from relook.model.load import model_hash
@@ -141,7 +142,7 @@ def write_model(folder: Path, shape: dict[str, Any]) -> Path:
         model = LlavaForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     with torch.no_grad():
-        long = torch.randn_like(model.lm_head.weight[0])
+        long = 3000 * torch.randn_like(model.lm_head.weight[0])
         model.lm_head.weight[token("▁Yes")], model.lm_head.weight[token("▁No")] = long, -long
     for name, id in ids.items():
         setattr(model.generation_config, name, id)
@@ -152,11 +153,14 @@ def write_model(folder: Path, shape: dict[str, Any]) -> Path:
 
 def write_images(paths: list[Path]) -> None:
     """JPEG files of Visual Genome's usual size."""
-    rng = random.Random(0)
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.frombytes("RGB", (25, 19), rng.randbytes(25 * 19 * 3))
-        small.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for _ in ahead(_write_image, paths):
+        pass
+
+
+def _write_image(path: Path) -> None:
+    small = Image.frombytes("RGB", (25, 19), random.Random(path.name).randbytes(25 * 19 * 3))
+    small.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
 def write_pairs(folder: Path, images: int, descriptions: int, questions: int) -> None:
