@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -46,12 +47,26 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
-        batch: dict[str, Any] = {"batch": self.cached(items) if items[0].states is not None else self.live(items)}
+        made = self.cached(items) if items[0].states is not None else self.live(items)
+        batch: dict[str, Any] = {"batch": made if any(made.images) else self.with_blank(made)}
         for name in ("reference", "weight"):
             values = [getattr(item, name) for item in items]
             if values[0] is not None:
                 batch[name] = torch.cat(values)
         return batch
+
+    def with_blank(self, batch: LiveBatch | TrunkStates) -> LiveBatch | TrunkStates:
+        """A batch without images, given one that no position sees.
+
+        What trains on the image side then has gradients of zero, and what is sharded is called, in every process,
+        whatever the others' batches hold. Without it they would wait for each other's parameters, or for gradients,
+        for ever.
+        """
+        if isinstance(batch, TrunkStates):
+            width = self.policy.vision_width
+            return batch if width is None else replace(batch, features=[batch.states.new_zeros(1, width)])
+        blank = self.images.batch([Image.new("RGB", (32, 32))])
+        return replace(batch, pixel_values=blank["pixel_values"], image_sizes=blank.get("image_sizes"))
 
     def live(self, items: Sequence[Item]) -> LiveBatch:
         trees = [item.example.tree for item in items]

@@ -77,6 +77,18 @@ class Policy(nn.Module):
         """Whether what comes after the trunk needs the vision features."""
         return self.post_decoder is not None and self.post_decoder.align is not None
 
+    @property
+    def vision_width(self) -> int | None:
+        """Width of the vision features that the post decoder reads; None where it reads none."""
+        align = self.post_decoder.align if self.post_decoder is not None else None
+        return None if align is None else int(align.linears[0].in_features)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What FSDP makes units of, by class. The rest (embeddings, projector, post decoder, lm_head) belongs to the
+        policy itself, whose parameters are whole during its forward pass: parts of it are called by name."""
+        return sorted({type(m).__name__ for m in self.core.modules()} & set(self.core._no_split_modules))
+
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """The Trainer's call: recompute the trunk's layers in the backward pass instead of keeping their inputs."""
         self.core.gradient_checkpointing_enable(**kwargs)

@@ -1,4 +1,7 @@
-"""transformers' Trainer over trees: relook's losses and logged fields, and checkpoints of what trains only."""
+"""transformers' Trainer over trees: relook's losses and logged fields, and checkpoints of what trains only.
+
+Under several processes all of this is as with one: a step's loss is the mean over its pairs or tokens in all of them.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,34 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from relook.console import Report
 from relook.errors import RelookError
-from relook.files import whole_file, write_text
+from relook.files import require_room, whole_file, write_text
 from relook.model.checkpoint import save_tensors
 from relook.model.load import TENSORS_FILE, load_tensors
 from relook.model.regimes import parameter_groups
+from relook.model.sharded import full_shape, whole
 from relook.recipe import Recipe
-from relook.train import losses
+from relook.train import losses, processes
 from relook.train.batches import Items
 from relook.train.policy import Policy
+from relook.train.sampling import ModalityLengthSampler
 from relook.tree import Targets
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"  # the Trainer's names
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FROM_THE_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 class RelookTrainer(Trainer):
@@ -35,6 +50,7 @@ class RelookTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, policy: Policy, report: Report, **kwargs: Any) -> None:
         super().__init__(model=policy, **kwargs)
+        processes.prepare_fsdp(self.accelerator, policy.dtype)
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
         self._seen: dict[str, list[float]] = defaultdict(list)
@@ -46,10 +62,13 @@ class RelookTrainer(Trainer):
         """The recipe's loss over one batch, shape (); its parts are kept for the log."""
         log_probs = model(inputs["batch"])
         targets = _targets(inputs["batch"])
+        share = inputs.get("share", 1.0)
         if self.recipe.task == "sft":
-            loss = losses.negative_log_likelihood(log_probs)
+            loss = share * losses.negative_log_likelihood(log_probs)
         else:
-            loss, fields = preference_loss(self.recipe, log_probs, targets, inputs["reference"], inputs["weight"])
+            loss, fields = preference_loss(
+                self.recipe, log_probs, targets, inputs["reference"], inputs["weight"], share
+            )
             for name, value in fields.items():
                 self._seen[name].append(value)
         if not math.isfinite(loss.item()):
@@ -58,6 +77,33 @@ class RelookTrainer(Trainer):
                 "Lower the learning rate, or look for a broken sample; the last checkpoint is kept.",
             )
         return (loss, log_probs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+        """The micro-batches of a step, each with its `share` of what is a mean over tokens.
+
+        The Trainer averages losses over micro-batches and processes, whose numbers of tokens differ: a mean over the
+        step's tokens weighs each by its own.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [_answer_tokens(self.recipe, _targets(inputs["batch"])) for inputs in batches]
+        total = self.accelerator.reduce(torch.tensor(float(sum(counts)), device=device), "mean").item()
+        for inputs, count in zip(batches, counts, strict=True):
+            inputs["share"] = count * len(counts) / total
+        return batches, None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if not self.recipe.group_by_modality_length:
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
+        assert isinstance(self.train_dataset, Items)
+        examples = [item.example for item in self.train_dataset.items]
+        return ModalityLengthSampler(
+            [len(example.tree) for example in examples],
+            [bool(example.images) for example in examples],
+            self.args.per_device_train_batch_size,
+            self.args.world_size * self.args.gradient_accumulation_steps,
+            self.args.seed,
+        )
 
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -86,8 +132,9 @@ class RelookTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name, values in self._seen.items():
-            logs[name] = sum(values) / len(values)
+        means = torch.tensor([sum(values) / len(values) for values in self._seen.values()], device=self.args.device)
+        if len(means):
+            logs |= zip(self._seen, self.accelerator.reduce(means, "mean").tolist(), strict=True)
         self._seen.clear()
         super().log(logs, start_time)
 
@@ -100,7 +147,7 @@ class RelookTrainer(Trainer):
         return self.optimizer
 
     # Checkpoints hold what trains, not the model.
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         save_trained(self.model.model, Path(output_dir or self.args.output_dir) / TENSORS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -111,9 +158,71 @@ class RelookTrainer(Trainer):
         self._load_from_checkpoint(str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """As the Trainer's; older ones go when the new one is whole, and what a failure left of it goes at once."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        write_text(folder / COMPLETE, "")
+        if processes.first():
+            fix = "Make room and run the same command again: it goes on from the checkpoint before."
+            require_room(folder, self._checkpoint_bytes(), "The checkpoint", fix)
+        kept, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            processes.wait()
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = kept
+        if processes.first():
+            write_text(folder / COMPLETE, "")
+            rotate_checkpoints(str(folder.parent), kept, self.state.best_model_checkpoint)
+
+    def _checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: what trains and the optimizer's state, of all processes together."""
+        sizes = [full_shape(p).numel() for p in self.model.parameters() if p.requires_grad]
+        if self.is_deepspeed_enabled:  # it writes two moments and a float32 copy beside what trains
+            return 16 * sum(sizes)
+        moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return 4 * sum(sizes) + sum(t.numel() * t.element_size() for t in moments)
+
+    # What is sharded is put together: the Trainer's own ways also write all that is frozen.
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.is_fsdp_enabled:
+            state = get_optimizer_state_dict(self.model, self._inner_optimizer, options=_WHOLE)
+            if processes.first():
+                torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if processes.first():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.load_checkpoint(checkpoint, load_module_strict=False)
+        else:
+            path = Path(checkpoint) / OPTIMIZER_FILE
+            state = torch.load(path, map_location="cpu", weights_only=True) if processes.first() else {}
+            set_optimizer_state_dict(self.model, self._inner_optimizer, state, options=_FROM_THE_FIRST)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # The Trainer has DeepSpeed load strictly, and its checkpoints lack what is frozen.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, out of accelerate's wrapper."""
+        inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner
 
 
 def _targets(batch: Any) -> Targets:
@@ -121,8 +230,13 @@ def _targets(batch: Any) -> Targets:
     return targets
 
 
+def _answer_tokens(recipe: Recipe, targets: Targets) -> int:
+    """How many tokens the supervised loss is a mean over: all of SFT, those of the chosen answers of DPO."""
+    return len(targets.id) if recipe.task == "sft" else int((targets.branch % 2 == 0).sum())
+
+
 def preference_loss(
-    recipe: Recipe, log_probs: Tensor, targets: Targets, reference: Tensor, weight: Tensor
+    recipe: Recipe, log_probs: Tensor, targets: Targets, reference: Tensor, weight: Tensor, share: float = 1.0
 ) -> tuple[Tensor, dict[str, float]]:
     """DPO with an optional supervised term on the chosen response, and the fields HA-DPO logs.
 
@@ -130,6 +244,7 @@ def preference_loss(
         log_probs: policy log-probs of the targets, (N,).
         reference: the reference model's, (N,).
         weight: 1 where the preference term counts a target, else 0, (N,).
+        share: of the supervised term, a mean over tokens, where batches differ in their number.
     """
     policy_by_branch = targets.sum_by_branch(log_probs * weight)
     reference_by_branch = targets.sum_by_branch(reference * weight)
@@ -140,7 +255,7 @@ def preference_loss(
         loss = loss + recipe.dpo_weight * losses.dpo_sigmoid(chosen, rejected, recipe.beta).mean()
     nll = losses.negative_log_likelihood(log_probs[targets.branch % 2 == 0])
     if recipe.nll_weight:
-        loss = loss + recipe.nll_weight * nll
+        loss = loss + share * recipe.nll_weight * nll
     with torch.no_grad():
         fields = {
             "rewards/chosen": recipe.beta * chosen.mean(),
@@ -157,18 +272,33 @@ def preference_loss(
 
 
 def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
-    """Write the tensors of a model that train, by name, as one safetensors file; names with `without` are left out."""
-    tensors = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and without not in name
-    }
-    with whole_file(path) as temporary:
-        save_tensors(tensors, temporary)
+    """Write the tensors of a model that train, by name, as one safetensors file; names with `without` are left out.
+
+    Every process calls it, since tensors may be sharded over them; the first one writes.
+    """
+    tensors = {name: tensor for name, tensor in whole_tensors(model).items() if without not in name}
+    if processes.first():
+        with whole_file(path) as temporary:
+            save_tensors(tensors, temporary)
+
+
+def whole_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tensor]:
+    """What trains of a model, or all of it, whole and on the CPU; nothing in a process that is not the first."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or everything:
+            tensor = whole(parameter)
+            if processes.first():
+                tensors[name] = tensor.contiguous()
+    return tensors
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; those cut off by a kill are removed."""
+    """The newest complete checkpoint, the same in all processes; those cut off by a kill are removed."""
+    return processes.of_the_first(lambda: _last_checkpoint(folder))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
     found = []
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / COMPLETE).exists():
