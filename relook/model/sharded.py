@@ -49,4 +49,4 @@ def _stepped_by_deepspeed(parameter: Tensor) -> bool:
 
 
 def _deepspeed(part: str) -> Any:
-    return importlib.import_module(f"deepspeed.{part}")
+    return getattr(importlib.import_module("deepspeed"), part)

@@ -14,7 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    gather_object,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from relook.errors import RecipeError
@@ -80,17 +85,28 @@ def _deepspeed_files() -> list[Any]:
 # --- FSDP2
 
 
-def prepare_fsdp(accelerator: Any, dtype: torch.dtype) -> None:
+def prepare_fsdp(accelerator: Any, arguments: dict[str, Any] | None, dtype: torch.dtype) -> bool:
     """Make accelerate's FSDP2 fit a policy, whether the recipe or `accelerate launch` asks for it.
 
     accelerate's own mixed precision would round the log-probs of the policy to bfloat16, and reduce gradients in it.
 
+    Args:
+        arguments: of accelerate's plugin, as the Trainer makes them of `fsdp_config`; None where it is not asked for.
+
+    Returns:
+        Whether the policy will be sharded.
+
     Raises:
         RecipeError: FSDP's first version, or loading in the first process only.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    state = accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None and arguments is not None:
+        # accelerate ignores FSDP where processes have no GPUs: there it would be DDP under another name.
+        plugin = state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments)
+        state.distributed_type = DistributedType.FSDP
     if plugin is None:
-        return
+        return False
     if plugin.fsdp_version != 2:
         raise RecipeError("FSDP's first version is not supported.", "Set fsdp_version 2.")
     if plugin.cpu_ram_efficient_loading:
@@ -104,3 +120,4 @@ def prepare_fsdp(accelerator: Any, dtype: torch.dtype) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=low, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )
+    return True

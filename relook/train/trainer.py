@@ -50,7 +50,7 @@ class RelookTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, policy: Policy, report: Report, **kwargs: Any) -> None:
         super().__init__(model=policy, **kwargs)
-        processes.prepare_fsdp(self.accelerator, policy.dtype)
+        self.is_fsdp_enabled = processes.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
         self._seen: dict[str, list[float]] = defaultdict(list)
