@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Indices in steps of one modality and similar lengths, as LLaVA's trainer draws them.
+    """Indices in steps of one modality and even batches, as LLaVA's trainer draws them.
 
     Samples with and without images are shuffled apart and cut into steps (the batches of all processes and
     accumulation steps together). What is left over of both makes the last step; the others come in random order. Within
-    a step, long samples stand first and are dealt out to its batches so that these are of similar length.
+    a step its samples are dealt out so that all batches have about as many tokens.
 
     Args:
         lengths: of each sample, in tokens.
@@ -26,11 +28,8 @@ class ModalityLengthSampler(Sampler[int]):
         self, lengths: Sequence[int], has_image: Sequence[bool], batch_size: int, batches: int, seed: int
     ) -> None:
         self.lengths, self.has_image = lengths, has_image
-        self.batch_size, self.batches, self.seed, self.epoch = batch_size, batches, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another order in each epoch, the same one when a killed run comes back to it."""
-        self.epoch = epoch
+        self.batch_size, self.batches, self.seed = batch_size, batches, seed
+        self.epoch = 0  # each has an order of its own
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -50,13 +49,21 @@ class ModalityLengthSampler(Sampler[int]):
             yield from self._dealt(step)
 
     def _dealt(self, step: Sequence[int]) -> list[int]:
-        """A step's samples in order of its batches: each takes one of the longest left, in turn."""
+        """A step's samples in order of its batches: long ones are dealt out in turn, there and back."""
         order = sorted(step, key=lambda i: -self.lengths[i])
-        count = -(-len(order) // self.batch_size)
-        dealt: list[list[int]] = [[] for _ in range(count)]
-        for place, index in enumerate(order):
-            round_, turn = divmod(place, count)
-            dealt[turn if round_ % 2 == 0 else count - 1 - turn].append(index)
-        if len(order) % self.batch_size:  # only the last step of an epoch: its batches are cut from one sequence
+        count = len(order) // self.batch_size
+        if count * self.batch_size < len(order):  # the last step of an epoch
             return order
-        return [index for batch in dealt for index in batch]
+        rounds = [order[start : start + count] for start in range(0, len(order), count)]
+        turned = [members if i % 2 == 0 else members[::-1] for i, members in enumerate(rounds)]
+        return [members[batch] for batch in range(count) for members in turned]
+
+
+class Epochs(TrainerCallback):
+    """Tells a sampler which epoch begins. accelerate does not reach it where a resumed run skips batches."""
+
+    def __init__(self, sampler: ModalityLengthSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.epoch = int(state.epoch + 1e-6)

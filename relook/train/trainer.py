@@ -36,7 +36,7 @@ from relook.recipe import Recipe
 from relook.train import losses, processes
 from relook.train.batches import Items
 from relook.train.policy import Policy
-from relook.train.sampling import ModalityLengthSampler
+from relook.train.sampling import Epochs, ModalityLengthSampler
 from relook.tree import Targets
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
@@ -93,17 +93,18 @@ class RelookTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if not self.recipe.group_by_modality_length:
-            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
-            return sampler
+            return super()._get_train_sampler(train_dataset)  # type: ignore[no-any-return]
         assert isinstance(self.train_dataset, Items)
         examples = [item.example for item in self.train_dataset.items]
-        return ModalityLengthSampler(
+        sampler = ModalityLengthSampler(
             [len(example.tree) for example in examples],
             [bool(example.images) for example in examples],
             self.args.per_device_train_batch_size,
             self.args.world_size * self.args.gradient_accumulation_steps,
             self.args.seed,
         )
+        self.add_callback(Epochs(sampler))
+        return sampler
 
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
