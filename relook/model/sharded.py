@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def whole(parameter: Tensor) -> Tensor:
     """A parameter's values as one tensor on the CPU; of a DeepSpeed one the float32 values that its optimizer steps."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor().cpu()
+        full: Tensor = parameter.full_tensor()
+        return full.detach().cpu()
     if _stepped_by_deepspeed(parameter):
         values = _deepspeed("utils").safe_get_full_fp32_param(parameter)
         if values is not None:
@@ -32,11 +33,39 @@ def put(parameter: Tensor, values: Tensor) -> None:
     with torch.no_grad():
         if isinstance(parameter, DTensor):
             full = values.to(parameter.device, parameter.dtype)
-            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
+            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
         elif _stepped_by_deepspeed(parameter):
             _deepspeed("utils").safe_set_full_fp32_param(parameter, values)
         else:
             parameter.copy_(values)
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's `state_dict` with whole tensors on the CPU, as one process alone would have it."""
+    state = optimizer.state_dict()
+    each = {
+        index: {name: whole(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": each}
+
+
+def put_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load such a `state_dict`; of tensors in the shape of a sharded parameter each process takes its part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    each = {
+        index: {name: _as_lies(v, parameters[index]) for name, v in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": each})
+
+
+def _as_lies(value: Any, parameter: Tensor) -> Any:
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

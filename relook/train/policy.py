@@ -81,7 +81,8 @@ class Policy(nn.Module):
     def vision_width(self) -> int | None:
         """Width of the vision features that the post decoder reads; None where it reads none."""
         align = self.post_decoder.align if self.post_decoder is not None else None
-        return None if align is None else int(align.linears[0].in_features)
+        first: Any = align.linears[0] if align is not None else None
+        return None if first is None else int(first.in_features)
 
     @property
     def _no_split_modules(self) -> list[str]:

@@ -15,11 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -31,7 +26,7 @@ from relook.files import require_room, whole_file, write_text
 from relook.model.checkpoint import save_tensors
 from relook.model.load import TENSORS_FILE, load_tensors
 from relook.model.regimes import parameter_groups
-from relook.model.sharded import full_shape, whole
+from relook.model.sharded import full_shape, put_state, whole, whole_state
 from relook.recipe import Recipe
 from relook.train import losses, processes
 from relook.train.batches import Items
@@ -41,8 +36,6 @@ from relook.tree import Targets
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"  # the Trainer's names
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_FROM_THE_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 class RelookTrainer(Trainer):
@@ -190,7 +183,7 @@ class RelookTrainer(Trainer):
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:
-            state = get_optimizer_state_dict(self.model, self._inner_optimizer, options=_WHOLE)
+            state = whole_state(self._inner_optimizer)
             if processes.first():
                 torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
         else:
@@ -207,8 +200,7 @@ class RelookTrainer(Trainer):
             self.model_wrapped.load_checkpoint(checkpoint, load_module_strict=False)
         else:
             path = Path(checkpoint) / OPTIMIZER_FILE
-            state = torch.load(path, map_location="cpu", weights_only=True) if processes.first() else {}
-            set_optimizer_state_dict(self.model, self._inner_optimizer, state, options=_FROM_THE_FIRST)
+            put_state(self._inner_optimizer, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
