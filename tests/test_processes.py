@@ -46,8 +46,8 @@ BEST = {**POST, "optim": "sgd", "learning_rate": 30.0, "eval_fraction": 0.34, "e
         "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "max_grad_norm": 0.0}  # fmt: skip
 # Killed in its second epoch, with momentum, dropout and a schedule.
 KILLED = {**LORA, "task": "sft", "tune_post_decoder": True, "post_decoder_lr": 2e-3, "lora_dropout": 0.1,
-          "max_steps": 5, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", "conversations_per_tree": 1,
-          "per_device_train_batch_size": 4, "group_by_modality_length": True}  # fmt: skip
+          "max_steps": 5, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine",
+          "conversations_per_tree": 1, "per_device_train_batch_size": 4, "group_by_modality_length": True}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ process first loads the whole model and makes its share of what is computed befo
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -101,9 +102,10 @@ def prepare_fsdp(accelerator: Any, arguments: dict[str, Any] | None, dtype: torc
     """
     state = accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
-    if plugin is None and arguments is not None:
+    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.num_processes > 1
+    if plugin is None and (arguments is not None or launched):
         # accelerate ignores FSDP where processes have no GPUs: there it would be DDP under another name.
-        plugin = state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments)
+        plugin = state.fsdp_plugin = FullyShardedDataParallelPlugin(**(arguments or {}))
         state.distributed_type = DistributedType.FSDP
     if plugin is None:
         return False
