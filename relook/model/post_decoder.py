@@ -295,7 +295,7 @@ class PostDecoder(nn.Module):
                 image, one that none of them sees: the outcome is that of no image, and all parameters are used.
             per_row: how many images each row has.
         """
-        if self.align is None or not features:
+        if self.align is None or len(features) == 0:
             return None
         padded, mask = pad_images(features, per_row)
         aligned = self.align(padded.to(self.align.norm.weight.dtype))
