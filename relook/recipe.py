@@ -51,6 +51,7 @@ class Recipe:
     version: str = ""  # conversation template; empty: the model's own
     image_aspect_ratio: str = ""  # empty: as the model's config says
     model_max_length: int = 2048
+    group_by_modality_length: bool = False  # SFT: batches with images apart from those without
     conversations_per_tree: int = 16  # SFT: how many conversations on one image share its prefix
     eval_fraction: float = 0.0  # of the images: held out, for the loss on them
     # What trains. With none of them, the projector and the language model (full).
@@ -93,6 +94,8 @@ class Recipe:
                 raise RecipeError(f"The recipe sets no {name}.", f"Give it in the recipe or as --{name}.")
         if self.task == "dpo" and not (self.desc_data_path or self.pope_data_path):
             raise RecipeError("The recipe names no preference pairs.", "Set desc_data_path, pope_data_path or both.")
+        if self.group_by_modality_length and self.task != "sft":
+            raise RecipeError("group_by_modality_length is for sft: every preference pair has an image.", "Remove it.")
         if not 0 <= self.eval_fraction < 1:
             raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
         self._check_loss()
@@ -245,7 +248,8 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         elif key in own:
             arguments[key] = fit(key, value, own[key])
         elif key in training_keys:
-            training[key] = fit(key, value, training_keys[key])
+            # transformers declares fsdp as a string, and asks for true.
+            training[key] = value if key == "fsdp" else fit(key, value, training_keys[key])
         else:
             close = difflib.get_close_matches(str(key), [*own, "post_decoder", *training_keys], 1)
             hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."

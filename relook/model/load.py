@@ -27,6 +27,7 @@ from relook.model import formats
 from relook.model.above_trunk import without_trunk
 from relook.model.changes import TENSORS_FILE, read_change
 from relook.model.formats import CHANGE_FILE
+from relook.model.sharded import full_shape, put
 from relook.model.source import ModelSource, open_model
 from relook.model.trunks import trunk_of, with_post_decoder
 
@@ -288,14 +289,13 @@ def add_post_decoder(
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy named tensors into a model; each must exist there with the same shape."""
     parameters = dict(model.named_parameters())
-    wrong = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
+    wrong = [n for n, t in tensors.items() if n not in parameters or full_shape(parameters[n]) != t.shape]
     if wrong:
         raise CheckpointError(
             f"{source}: {len(wrong)} tensors do not fit the model ({some(wrong)}).", "Check that it is the right base."
         )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        put(parameters[name], tensor)
 
 
 # What an answer depends on, besides the program.

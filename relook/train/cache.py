@@ -8,7 +8,6 @@ alone, so that a pass that was killed, or was shared by several processes, leave
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from relook.data.ahead import ahead
 from relook.data.encode import Example
 from relook.data.images import ImageLoader
 from relook.errors import DataError, RelookError
-from relook.files import file_hash, read_json, text_hash, write_json
+from relook.files import file_hash, read_json, require_room, text_hash, write_json
 from relook.model.load import model_hash, open_source
 from relook.recipe import Recipe
 from relook.train.batches import Collator, Item, reference_log_probs
@@ -330,16 +329,8 @@ def _claim(store: ShardFolder, source: dict[str, str], plan: Plan, parts: Sequen
     needed = sum(sum(plan.rows(part, shard)) * plan.row_bytes(part) for part, shard in lacking)
     if not needed:
         return
-    place = store.folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise RelookError(
-            f"The trunk cache needs {readable_size(needed)} on disk, "
-            f"but {store.folder.parent} has {readable_size(free)} free.",
-            "Set feature_cache_dir to a folder on a larger disk, or feature_cache off.",
-        )
+    fix = "Set feature_cache_dir to a folder on a larger disk, or feature_cache off."
+    require_room(store.folder, needed, "The trunk cache", fix)
     if state.is_main_process:
         for line in others(store.folder.parent, store.folder.name, source):
             say(f"  {line}")

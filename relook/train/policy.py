@@ -52,13 +52,16 @@ class Policy(nn.Module):
             an `AboveTrunk`, for cached trunk states.
         dtype: what matrix products are computed in; what trains is kept in float32.
         trunk_pass: how the language model reads packed trees; see `TreePass`.
+        sharded: whether FSDP or DeepSpeed will take the model apart.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, trunk_pass: str = "auto") -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype = torch.float32, trunk_pass: str = "auto", sharded: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
-        self.trunk_pass = resolve(trunk_pass, self.core.device.type)
+        self.trunk_pass = resolve(trunk_pass, self.core.device.type, sharded)
 
     @cached_property
     def _tree_pass(self) -> TreePass:
@@ -85,6 +88,20 @@ class Policy(nn.Module):
     def reads_image(self) -> bool:
         """Whether what comes after the trunk needs the vision features."""
         return self.post_decoder is not None and self.post_decoder.align is not None
+
+    @property
+    def vision_width(self) -> int | None:
+        """Width of the vision features that the post decoder reads; None where it reads none."""
+        align = self.post_decoder.align if self.post_decoder is not None else None
+        first: Any = align.linears[0] if align is not None else None
+        return None if first is None else int(first.in_features)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What FSDP makes units of, by class. The rest (embeddings, projector, post decoder, lm_head) belongs to the
+        policy itself, whose parameters are whole during its forward pass: parts of it are called by name."""
+        units = getattr(self.core, "_no_split_modules", ())  # nothing above a trunk is one
+        return sorted({type(m).__name__ for m in self.core.modules()} & set(units))
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """The Trainer's call: recompute the trunk's layers in the backward pass instead of keeping their inputs."""
