@@ -14,6 +14,7 @@ import yaml
 
 from relook.errors import RecipeError, some
 from relook.files import read_text, write_text
+from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, check_fixed
 from relook.model.post_decoder import PostDecoderSettings
 
 CHOICES = {
@@ -22,7 +23,13 @@ CHOICES = {
     "dpo_tokens": ("all", "differing"),
     "post_decoder_init": ("random", "projector"),
     "feature_cache": ("auto", "memory", "disk", "off"),
+    "bits": (16, 8, 4),
+    "quant_type": ("nf4", "fp4"),
+    "lora_bias": ("none", "lora_only", "all"),
 }
+ALL_LINEAR = "all-linear"
+LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
+DPO_KEYS, SFT_KEYS = ("vg_path", "desc_data_path", "pope_data_path"), ("data_path", "image_folder")
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,11 @@ class Recipe:
     task: str
     model_name_or_path: str
     output_dir: str
-    vision_tower: str = ""  # folder of a liuhaotian model's tower; empty: the one that its config names
+    adapter_name_or_path: str = ""  # a change that lies on the model before training, e.g. an SFT LoRA; it is merged
+    vision_tower: str = ""  # of a liuhaotian model: its tower's folder; empty: the one that its config names
+    bits: int = 16  # 8 and 4: the language model's linear layers are quantised (QLoRA)
+    double_quant: bool = True
+    quant_type: str = "nf4"
     # Data. DPO reads HA-DPO's files over Visual Genome, SFT reads LLaVA's conversations.
     vg_path: str = ""
     desc_data_path: str = ""
@@ -47,12 +58,17 @@ class Recipe:
     image_aspect_ratio: str = ""  # empty: as the model's config says
     model_max_length: int = 2048
     conversations_per_tree: int = 16  # SFT: how many conversations on one image share its prefix
+    group_by_modality_length: bool = False
     eval_fraction: float = 0.0  # of the images: held out, for the loss on them
     # What trains. With none of them, the projector and the language model (full).
     lora_enable: bool = False
     lora_r: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.0
+    lora_target_modules: Any = ALL_LINEAR  # or names of linear layers of the language model: [q_proj, v_proj]
+    lora_bias: str = "none"
+    use_dora: bool = False
+    use_rslora: bool = False
     tune_post_decoder: bool = False
     tune_lm_head: bool = False
     tune_mm_mlp_adapter: bool = False
@@ -69,12 +85,13 @@ class Recipe:
     dpo_tokens: str = "all"
     feature_cache: str = "auto"
     feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
+    of_the_model: Mapping[str, Any] = field(default_factory=dict)  # what its config must say; see `flags`
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise RecipeError(f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(allowed)}.")
+                raise RecipeError(f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(map(str, allowed))}.")
         needed = ["data_path", "image_folder"] if self.task == "sft" else ["vg_path"]
         for name in ["model_name_or_path", "output_dir", *needed]:
             if not getattr(self, name):
@@ -87,6 +104,14 @@ class Recipe:
             raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
         if self.beta <= 0:
             raise RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
+        self._check_what_trains()
+        try:
+            PostDecoderSettings(**self.post_decoder)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
+        self._check_idle()
+
+    def _check_what_trains(self) -> None:
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):
             raise RecipeError(
                 "freeze_backbone is set and nothing else trains.",
@@ -94,10 +119,34 @@ class Recipe:
             )
         if self.freeze_backbone and self.lora_enable:
             raise RecipeError("freeze_backbone and lora_enable contradict each other.", "Remove one of them.")
-        try:
-            PostDecoderSettings(**self.post_decoder)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
+        if self.full and self.bits != 16:
+            raise RecipeError(f"Weights of {self.bits} bits cannot train.", "Set lora_enable, or bits 16.")
+        if self.lora_enable and not (self.lora_r > 0 and self.lora_alpha > 0 and 0 <= self.lora_dropout < 1):
+            said = f"lora_r {self.lora_r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}"
+            raise RecipeError(f"{said} make no LoRA.", "Give a rank and an alpha above 0, a dropout from 0 to below 1.")
+        names = self.lora_target_modules
+        if names != ALL_LINEAR and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+            raise RecipeError(
+                f"lora_target_modules is {names!r}.", f"Give {ALL_LINEAR}, or a list of names such as [q_proj, v_proj]."
+            )
+
+    def _check_idle(self) -> None:
+        """A key that something else switches on must not be set where that is off: it would be read and ignored."""
+        plain = {item.name: item.default for item in dataclasses.fields(self)} | {"post_decoder": {}}
+        for on, keys, needed in (
+            (self.task == "dpo", DPO_KEYS, "task dpo"),
+            (self.task == "sft", (*SFT_KEYS, "conversations_per_tree"), "task sft"),
+            (self.lora_enable, LORA_KEYS, "lora_enable"),
+            (self.bits == 4, ("double_quant", "quant_type"), "bits 4"),
+            (self.tune_post_decoder, ("post_decoder", "post_decoder_init", "post_decoder_lr"), "tune_post_decoder"),
+            (self.tune_lm_head or self.full, ("lm_head_lr",), "tune_lm_head"),
+            (self.tune_mm_mlp_adapter or self.full, ("mm_projector_lr",), "tune_mm_mlp_adapter"),
+        ):
+            # A learning rate of 0 (as in HA-DPO's command) says of what does not train that it does not.
+            allowed = {key: (plain[key], 0) if key.endswith("_lr") else (plain[key],) for key in keys}
+            idle = [key for key in keys if getattr(self, key) not in allowed[key]]
+            if idle and not on:
+                raise RecipeError(f"{some(idle)} would have no effect without {needed}.", "Set that, or leave it out.")
 
     @property
     def full(self) -> bool:
@@ -111,8 +160,8 @@ class Recipe:
 
     def to_yaml(self) -> str:
         values = dataclasses.asdict(self)
-        training = values.pop("training")
-        return yaml.safe_dump({**values, **training}, sort_keys=False, allow_unicode=True)
+        flat = {**values.pop("of_the_model"), **values.pop("training")}
+        return yaml.safe_dump({**values, **flat}, sort_keys=False, allow_unicode=True)
 
     def save(self, path: Path) -> None:
         write_text(path, self.to_yaml())
@@ -172,9 +221,11 @@ def shipped(kind: str) -> list[str]:
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from flat keys; `a.b` reaches into the mapping `a`. Unknown keys are an error."""
-    own = {item.name: item.type for item in dataclasses.fields(Recipe) if item.name not in ("training", "post_decoder")}
+    nested = ("training", "of_the_model", "post_decoder")
+    own = {item.name: item.type for item in dataclasses.fields(Recipe) if item.name not in nested}
     training_keys = _training_keys()
     arguments: dict[str, Any] = {}
+    of_the_model: dict[str, Any] = {}
     training: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for key, value in values.items():
@@ -183,6 +234,12 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
             settings.update({rest: value} if rest else _mapping(head, value))
         elif key in own:
             arguments[key] = fit(key, value, own[key])
+        elif key in INSTEAD:
+            raise RecipeError(f"{key} would have no effect.", INSTEAD[key])
+        elif key in FIXED:
+            check_fixed(key, value)
+        elif key in OF_THE_MODEL:
+            of_the_model[key] = fit(key, value, OF_THE_MODEL[key])
         elif key in training_keys:
             training[key] = fit(key, value, training_keys[key])
         else:
@@ -192,7 +249,8 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     missing = [name for name in ("task", "model_name_or_path", "output_dir") if name not in arguments]
     if missing:
         raise RecipeError(f"The recipe sets no {', '.join(missing)}.", f"Give it in the recipe or as --{missing[0]}.")
-    return Recipe(**arguments, post_decoder=_fit_settings(settings), training=training)
+    settings = _fit_settings(settings)
+    return Recipe(**arguments, post_decoder=settings, of_the_model=of_the_model, training=training)
 
 
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path":
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_load_with_the_users_paths(name: str) -> None:
-    recipe = load_recipe(name, {**DPO, **SFT, "task": "sft" if name == "toyworld-base" else "dpo"})
+    recipe = load_recipe(name, SFT if name == "toyworld-base" else DPO)
     assert (recipe.model_name_or_path, recipe.output_dir) == ("m", "o")
     assert recipe.full == (name == "toyworld-base")
     assert recipe.frozen_trunk == (name not in ("toyworld-base", "toyworld-lora", "hadpo-lora"))
@@ -146,17 +146,17 @@ def test_sft_needs_its_data(key: str) -> None:
 
 
 def test_overrides_are_read_as_yaml() -> None:
-    words = "--learning_rate 2e-6 --beta=0.3 --tune_lm_head true --post_decoder.depth 2 --output_dir a=b --optim sgd"
+    words = "--learning_rate 2e-6 --beta=0.3 --tune_post_decoder true --post_decoder.depth 2 --output_dir a=b --optim sgd"
     overrides = parse_overrides(words.split())
     recipe = build_recipe({**DPO, **overrides})
     assert recipe.training == {"learning_rate": 2e-6, "optim": "sgd"}
-    assert (recipe.beta, recipe.tune_lm_head, recipe.output_dir) == (0.3, True, "a=b")
+    assert (recipe.beta, recipe.tune_post_decoder, recipe.output_dir) == (0.3, True, "a=b")
     assert recipe.post_decoder == {"depth": 2}
 
 
 def test_a_nested_override_keeps_the_recipes_other_settings() -> None:
-    values = {**DPO, "post_decoder": {"depth": 1, "align": "linear"}, **parse_overrides(["--post_decoder.depth=3"])}
-    assert build_recipe(values).post_decoder == {"depth": 3, "align": "linear"}
+    values = {**DPO, "tune_post_decoder": True, "post_decoder": {"depth": 1, "align": "linear"}}
+    assert build_recipe({**values, **parse_overrides(["--post_decoder.depth=3"])}).post_decoder == {"depth": 3, "align": "linear"}
 
 
 @pytest.mark.parametrize("value", ["-1", "-0.5", "1e-3"])
@@ -179,7 +179,8 @@ def test_broken_overrides(words: list[str], message: str) -> None:
 
 
 def test_numbers_of_either_kind_are_taken_where_they_are_exact() -> None:
-    recipe = build_recipe({**DPO, "lora_r": "8", "beta": 1, "lora_alpha": 16.0, "learning_rate": "5e-7"})
+    keys = {"lora_enable": True, "lora_r": "8", "beta": 1, "lora_alpha": 16.0, "learning_rate": "5e-7"}
+    recipe = build_recipe({**DPO, **keys})
     assert (recipe.lora_r, recipe.beta, recipe.lora_alpha) == (8, 1.0, 16)
     assert (type(recipe.lora_r), type(recipe.beta), type(recipe.lora_alpha)) == (int, float, int)
     assert recipe.training["learning_rate"] == 5e-7

@@ -311,5 +311,6 @@ def shares_trunk(model: Path, base: Path) -> bool:
     if formats.kind_of(model) != "run":
         return False
     change = read_change(model)
-    same = change.base is not None and change.base.resolve() == base.resolve() and not change.lora
+    alone = not (change.lora or change.earlier)
+    same = alone and change.base is not None and change.base.resolve() == base.resolve()
     return same and all(name.startswith(ABOVE) for name in change.replaced)

@@ -81,7 +81,7 @@ def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], co
         RelookError: the disk is too small, or several machines do not share it.
     """
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
-    source = made_from(path, tower, policy, examples, collator.images)
+    source = made_from(path, tower, policy, examples, collator.images, recipe.adapter_name_or_path)
     key = key_of(source)
     plan = Plan.of(policy, examples, collator.images)
     parts = [STATES]
@@ -101,7 +101,12 @@ def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], co
 
 
 def made_from(
-    model: Path, vision_tower: Path | str | None, policy: Policy, examples: Sequence[Example], images: ImageLoader
+    model: Path,
+    vision_tower: Path | str | None,
+    policy: Policy,
+    examples: Sequence[Example],
+    images: ImageLoader,
+    adapter: str = "",
 ) -> dict[str, str]:
     """Everything that determines what the trunk says: weights, tokens, pictures by content, precision, versions.
 
@@ -109,6 +114,7 @@ def made_from(
 
     Args:
         model: the folder that the policy was loaded from, with this vision tower where it has none of its own.
+        adapter: the change that was laid on it.
     """
     tower = open_source(model, vision_tower=vision_tower).tower
     data = hashlib.sha256()
@@ -124,6 +130,8 @@ def made_from(
     return {
         "format": str(FORMAT),
         "model": model_hash(model),
+        "adapter": model_hash(Path(adapter)) if adapter else "",
+        "quantisation": repr(getattr(policy.config, "quantization_config", "")),
         "vision tower": model_hash(tower) if tower else "",
         "tokens": data.hexdigest(),
         "images": pictures.hexdigest(),
