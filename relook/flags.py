@@ -1,7 +1,7 @@
 """Flags of HA-DPO's and LLaVA's command lines, and of transformers', that are no settings of a relook run.
 
-A flag that says what relook does anyway, or what it reads from the model, is taken if it says the same, and an error if not.
-Every other flag that would change nothing is an error that says what to use.
+A flag that says what relook does anyway, or what it reads from the model, is taken if it says the same and refused if
+not. Every other flag that would change nothing is an error that says what to use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INSTEAD = {
     # LLaVA's and HA-DPO's
     "pretrain_mm_mlp_adapter": "Use adapter_name_or_path: it takes an mm_projector.bin.",
     "lora_weight_path": "The original reads it and does nothing with it. Use adapter_name_or_path.",
-    "freeze_mm_mlp_adapter": "The projector trains with tune_mm_mlp_adapter and in full runs; there, set mm_projector_lr 0.",
+    "freeze_mm_mlp_adapter": "It trains with tune_mm_mlp_adapter, and in a full run, where mm_projector_lr 0 holds it.",
     "mm_vision_tower": "Use vision_tower.",
     "image_grid_pinpoints": "They are read from the model's config; leave it out.",
     "mpt_attn_impl": "MPT models are not supported; leave it out.",

@@ -91,7 +91,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise RecipeError(f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(map(str, allowed))}.")
+                raise RecipeError(
+                    f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(map(str, allowed))}."
+                )
         needed = ["data_path", "image_folder"] if self.task == "sft" else ["vg_path"]
         for name in ["model_name_or_path", "output_dir", *needed]:
             if not getattr(self, name):

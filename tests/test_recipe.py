@@ -146,7 +146,9 @@ def test_sft_needs_its_data(key: str) -> None:
 
 
 def test_overrides_are_read_as_yaml() -> None:
-    words = "--learning_rate 2e-6 --beta=0.3 --tune_post_decoder true --post_decoder.depth 2 --output_dir a=b --optim sgd"
+    words = (
+        "--learning_rate 2e-6 --beta=0.3 --tune_post_decoder true --post_decoder.depth 2 --output_dir a=b --optim sgd"
+    )
     overrides = parse_overrides(words.split())
     recipe = build_recipe({**DPO, **overrides})
     assert recipe.training == {"learning_rate": 2e-6, "optim": "sgd"}
@@ -156,7 +158,10 @@ def test_overrides_are_read_as_yaml() -> None:
 
 def test_a_nested_override_keeps_the_recipes_other_settings() -> None:
     values = {**DPO, "tune_post_decoder": True, "post_decoder": {"depth": 1, "align": "linear"}}
-    assert build_recipe({**values, **parse_overrides(["--post_decoder.depth=3"])}).post_decoder == {"depth": 3, "align": "linear"}
+    assert build_recipe({**values, **parse_overrides(["--post_decoder.depth=3"])}).post_decoder == {
+        "depth": 3,
+        "align": "linear",
+    }
 
 
 @pytest.mark.parametrize("value", ["-1", "-0.5", "1e-3"])

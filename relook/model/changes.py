@@ -1,7 +1,7 @@
 """What was trained on a base model, read from whatever a training run left, and laid on the base tensor by tensor.
 
-LoRA is merged into the weights it belongs to (in float32, rounded once); everything else replaces the tensor of the same
-name. A post decoder brings tensors that the base need not have.
+LoRA is merged into the weights it belongs to (in float32, rounded once); everything else replaces the tensor of the
+same name. A post decoder brings tensors that the base need not have.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from relook.model.load import LoadedModel, add_post_decoder
 from relook.model.post_decoder import PostDecoderSettings
 from relook.model.trunks import has_post_decoder
 from relook.recipe import ALL_LINEAR, Recipe
+
+PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' name for it
 
 
 def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
@@ -28,6 +31,8 @@ def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
     if recipe.tune_lm_head:
         untie_head(loaded.model)
     loaded.model.requires_grad_(False)
+    if recipe.bits == 4:
+        _keep_unpacked(loaded.model)
     if recipe.lora_enable:
         loaded.model = _with_lora(loaded.model, recipe, seed)
     core = loaded.core
@@ -48,6 +53,17 @@ def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
     for parameter in training:
         # A bf16 weight has 8 bits: steps of the usual learning rates (2e-6) would be rounded away.
         parameter.data = parameter.data.float()
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing its weights for inference.
+
+    On a CPU with bf16 instructions it does so in the first pass without gradients, which is that for the reference.
+    Through packed weights no gradient flows, and no error says so.
+    """
+    for module in model.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
 
 
 def _check_post_decoder(config: Any, recipe: Recipe) -> None:
@@ -75,8 +91,9 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     # peft draws its weights from torch's global generator; the fork leaves that as it was.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 for a name of before
         wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():  # peft's "all" are the biases of the image side, too
         if parameter.requires_grad and ".language_model." not in name:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -25,6 +26,7 @@ from relook.recipe import Recipe
 from relook.train import losses
 from relook.train.batches import Items
 from relook.train.policy import Policy
+from relook.train.sampling import ModalitySampler
 from relook.tree import Targets
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
@@ -90,6 +92,14 @@ class RelookTrainer(Trainer):
             logs[name] = sum(values) / len(values)
         self._seen.clear()
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if not self.recipe.group_by_modality_length:
+            usual: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return usual
+        assert isinstance(self.train_dataset, Items)
+        step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return ModalitySampler(self.train_dataset.items, step, self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer over groups with learning rates of their own."""
