@@ -399,16 +399,17 @@ def projector(model: Any) -> list[tuple[str, Tensor]]:
 
 
 def test_hadpos_recipe_runs_as_it_ships(base: Path, world: Path, tmp_path: Path) -> None:
-    """On a small model: dropout does not touch the reference, and the whole recipe is used as it is."""
+    """On a small model, with flags of HA-DPO's command beside it."""
     keys = dpo_keys(base, world, tmp_path / "run")
     paths = {k: keys[k] for k in ("model_name_or_path", "output_dir", "vg_path", "desc_data_path", "pope_data_path")}
     said = {"mm_projector_lr": 0, "mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}
     recipe = load_recipe("hadpo-lora", {**paths, **said, "use_cpu": True, "max_steps": 2, "learning_rate": 1e-3})
-    assert (recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout, recipe.beta) == (128, 256, 0.05, 0.1)
+    assert (recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout, recipe.beta) == (128, 256, 0.0, 0.1)
     out = train(recipe)
     log = [e for e in json.loads((out / "run.json").read_text())["log"] if "loss" in e]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.02)
-    assert json.loads((out / "adapter_config.json").read_text())["lora_dropout"] == 0.05
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (128, 256, 0.0)
     with pytest.raises(RecipeError, match="mm_vision_select_layer is -1, but the model's config says -2"):
         train(
             load_recipe(
