@@ -23,6 +23,7 @@ CHOICES = {
     "dpo_tokens": ("all", "differing"),
     "post_decoder_init": ("random", "projector"),
     "feature_cache": ("auto", "memory", "disk", "off"),
+    "trunk_pass": ("auto", "compiled", "flex", "dense"),
     "bits": (16, 8, 4),
     "quant_type": ("nf4", "fp4"),
     "lora_bias": ("none", "lora_only", "all"),
@@ -85,6 +86,7 @@ class Recipe:
     dpo_tokens: str = "all"
     feature_cache: str = "auto"
     feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
+    trunk_pass: str = "auto"  # how the language model reads packed trees
     of_the_model: Mapping[str, Any] = field(default_factory=dict)  # what its config must say; see `flags`
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -149,11 +151,22 @@ class Recipe:
             idle = [key for key in keys if getattr(self, key) not in allowed[key]]
             if idle and not on:
                 raise RecipeError(f"{some(idle)} would have no effect without {needed}.", "Set that, or leave it out.")
+        recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
+        if recomputed and self.cached_trunk:
+            raise RecipeError(
+                f"{recomputed[0]} would have no effect: the trunk's states are cached.",
+                "Leave it out, or set feature_cache off.",
+            )
 
     @property
     def full(self) -> bool:
         """Projector and language model train, as in LLaVA's second stage."""
         return not (self.lora_enable or self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter)
+
+    @property
+    def cached_trunk(self) -> bool:
+        """Training reads cached trunk states, and the trunk itself is needed only to fill the cache."""
+        return self.frozen_trunk and self.feature_cache != "off"
 
     @property
     def frozen_trunk(self) -> bool:

@@ -9,15 +9,17 @@ Shape letters used below: R rows, L positions of a row, T trees, S kept slots of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 PREFIX = 0  # branch number of the shared prefix; branches count from 1
 PADDING = -1  # tree and branch number of a position that belongs to nothing
+BLOCK = 128  # positions of a block of FlexAttention's mask
 
 
 @dataclass(frozen=True)
@@ -135,13 +137,20 @@ def kept_positions(tree: Tree, everything: bool) -> list[int]:
     """Positions of a tree whose states the post decoder needs: those that predict a target, or all of them."""
     if everything:
         return list(range(len(tree)))
-    kept, start = set(), len(tree.prefix)
-    for branch in tree.branches:
-        for i, supervised in enumerate(branch.supervised):
+    return sorted({source for source, _, _ in _predictions(tree)})
+
+
+def _predictions(tree: Tree) -> Iterator[tuple[int, int, int]]:
+    """For every target of a tree: the position that predicts it, its id, and its branch, counted from 0.
+
+    A branch's first token is predicted by the last one of the prefix.
+    """
+    fork, start = len(tree.prefix) - 1, len(tree.prefix)
+    for number, branch in enumerate(tree.branches):
+        for i, (token, supervised) in enumerate(zip(branch.ids, branch.supervised, strict=True)):
             if supervised:
-                kept.add(start + i - 1 if i else len(tree.prefix) - 1)
+                yield (start + i - 1 if i else fork), token, number
         start += len(branch.ids)
-    return sorted(kept)
 
 
 def _branch_numbers(tree: Tree) -> list[int]:
@@ -159,32 +168,69 @@ def _positions(tree: Tree) -> list[int]:
     return positions
 
 
+@dataclass(frozen=True)
+class TreeTargets:
+    """The targets of one tree, as `Targets` has them of a batch; what a run asks for again and again."""
+
+    slot: Tensor  # (N,)
+    id: Tensor  # (N,)
+    branch: Tensor  # (N,) counted from 0
+    branches: int
+    kept_branch: Tensor  # (S,)
+
+    @staticmethod
+    def of(tree: Tree, everything: bool = False) -> TreeTargets:
+        """`everything` keeps the states of all positions."""
+        kept = kept_positions(tree, everything)
+        slot_of = {position: slot for slot, position in enumerate(kept)}
+        numbers = _branch_numbers(tree)
+        rows = torch.tensor([(slot_of[source], token, branch) for source, token, branch in _predictions(tree)])
+        slot, id, branch = rows.view(-1, 3).unbind(1)
+        return TreeTargets(slot, id, branch, len(tree.branches), torch.tensor([numbers[position] for position in kept]))
+
+
+def join_targets(trees: Sequence[TreeTargets]) -> Targets:
+    """The targets of a batch of trees."""
+    counts = torch.tensor([len(tree.id) for tree in trees])
+    branches = torch.tensor([tree.branches for tree in trees])
+    return Targets(
+        torch.arange(len(trees)).repeat_interleave(counts),
+        torch.cat([tree.slot for tree in trees]),
+        torch.cat([tree.id for tree in trees]),
+        torch.cat([tree.branch for tree in trees]) + (branches.cumsum(0) - branches).repeat_interleave(counts),
+        int(branches.sum()),
+        pad_sequence([tree.kept_branch for tree in trees], batch_first=True, padding_value=PADDING),
+    )
+
+
 def targets_of(trees: Sequence[Tree], everything: bool = False) -> Targets:
     """The targets of a batch; see `Targets`. `everything` keeps the states of all positions."""
-    kept = [kept_positions(tree, everything) for tree in trees]
-    kept_branch = torch.full((len(trees), max(map(len, kept))), PADDING)
-    rows: list[tuple[int, int, int, int]] = []
-    branch_count = 0
-    for t, tree in enumerate(trees):
-        slot_of = {position: slot for slot, position in enumerate(kept[t])}
-        numbers = _branch_numbers(tree)
-        kept_branch[t, : len(kept[t])] = torch.tensor([numbers[position] for position in kept[t]])
-        start = len(tree.prefix)
-        for branch in tree.branches:
-            for i, (token, supervised) in enumerate(zip(branch.ids, branch.supervised, strict=True)):
-                if supervised:
-                    source = start + i - 1 if i else len(tree.prefix) - 1
-                    rows.append((t, slot_of[source], token, branch_count))
-            start += len(branch.ids)
-            branch_count += 1
-    tree_N, slot_N, id_N, branch_N = torch.tensor(rows).unbind(1)
-    return Targets(tree_N, slot_N, id_N, branch_N, branch_count, kept_branch)
+    return join_targets([TreeTargets.of(tree, everything) for tree in trees])
 
 
-def pack(trees: Sequence[Tree], pad_id: int, everything: bool = False, row_length: int | None = None) -> PackedTrees:
-    """Lay trees out in rows. With `row_length`, several trees share a row as long as they fit; else one tree a row."""
+def bucket(length: int) -> int:
+    """The row length that FlexAttention's kernels, and compiled layers, are made for: at most 1/16 more than `length`.
+
+    A multiple of BLOCK, and one of 16 lengths between a power of two and the next, so that few are ever compiled.
+    """
+    step = max(BLOCK, (1 << (length - 1).bit_length()) // 32)
+    return -(-length // step) * step
+
+
+def pack(
+    trees: Sequence[Tree],
+    pad_id: int,
+    everything: bool = False,
+    row_length: int | None = None,
+    round_up: Callable[[int], int] = int,
+) -> PackedTrees:
+    """Lay trees out in rows. With `row_length`, several trees share a row as long as they fit; else one tree a row.
+
+    Args:
+        round_up: from the positions that the longest row needs to those it gets.
+    """
     rows = arrange([len(tree) for tree in trees], row_length)
-    L = max(sum(len(trees[t]) for t in row) for row in rows)
+    L = round_up(max(sum(len(trees[t]) for t in row) for row in rows))
     shape = (len(rows), L)
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
     tree_RL, branch_RL = torch.full(shape, PADDING), torch.full(shape, PADDING)

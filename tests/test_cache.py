@@ -55,7 +55,7 @@ def prepared(keys: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[
     policy = Policy(loaded.model, dtype)
     collator = Collator(policy, loaded.images, 3)
     TrunkCache.last = None
-    items = cached_items(recipe, policy, examples, collator)
+    items = cached_items(recipe, policy, examples, collator, lambda: policy)
     return Plan.of(policy, examples, loaded.images), items, collator
 
 
@@ -382,7 +382,7 @@ def test_shards_that_other_processes_should_have_made(tmp_path: Path) -> None:
     folder = shards.ShardFolder(tmp_path / "cache")
     folder["states-00000"] = torch.zeros(2, 3)
     example = plan.Shard(0, (0,), ())
-    made = Plan([], [2, 2], [1, 1], {}, {"states": 3}, torch.float32)
+    made = Plan([], [2, 2], [1, 1], {}, {"states": 3}, torch.float32, False, 200)
     made.__dict__["shards"] = [example, plan.Shard(1, (1,), ())]
     with pytest.raises(RelookError, match=r"lacks 1 shards.*states-00001.*all machines share"):
         cache._wait(folder, made, ["states"], cache.PartialState())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,13 @@ CHAIR_KEYS = {"chair_i", "chair_s", "recall", "length", "empty"}
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     """Every prompt that a model is given: image name and token ids."""
     prompts: list[tuple[str, tuple[int, ...]]] = []
-    whole = answering.generate_batch
+    whole = answering.answer_batch
 
-    def counted(loaded: Any, batch: Sequence[tuple[Path, Sequence[int]]], how: Asking) -> list[str]:
-        prompts.extend((path.name, tuple(ids)) for path, ids in batch)
-        return whole(loaded, batch, how)
+    def counted(loaded: Any, batch: answering.Batch, *more: Any) -> list[str]:
+        prompts.extend((prompt.images[0].name, prompt.ids) for group in batch for prompt in group)
+        return whole(loaded, batch, *more)
 
-    monkeypatch.setattr(answering, "generate_batch", counted)
+    monkeypatch.setattr(answering, "answer_batch", counted)
     return prompts
 
 
@@ -135,16 +134,16 @@ def test_a_strange_line_in_an_answer_file_is_refused(line: str, tmp_path: Path) 
 
 def test_answers_are_kept_while_they_come(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C after some batches: those batches' answers are on disk and are not asked again."""
-    whole, batches = answering.generate_batch, []
+    whole, batches = answering.answer_batch, []
 
-    def interrupted(loaded: Any, batch: Any, how: Asking) -> list[str]:
+    def interrupted(loaded: Any, batch: answering.Batch, *more: Any) -> list[str]:
         if len(batches) == 3:
             batches.append([])
             raise KeyboardInterrupt
-        batches.append(batch)
-        return whole(loaded, batch, how)
+        batches.append([prompt.images[0].name for group in batch for prompt in group])
+        return whole(loaded, batch, *more)
 
-    monkeypatch.setattr(answering, "generate_batch", interrupted)
+    monkeypatch.setattr(answering, "answer_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pope(world, tmp_path / "out", batch_size=5)
     held = {
@@ -154,7 +153,7 @@ def test_answers_are_kept_while_they_come(world: Path, tmp_path: Path, monkeypat
     }
     assert len(held) >= 10
     pope(world, tmp_path / "out", batch_size=5)
-    again = [path.name for batch in batches[4:] for path, _ in batch]
+    again = [name for batch in batches[4:] for name in batch]
     assert len(again) <= sum(map(len, batches)) - 10
 
 

@@ -133,6 +133,7 @@ def test_what_is_said_of_the_model_is_saved(tmp_path: Path) -> None:
         ({"post_decoder.depth": 2}, "post_decoder would have no effect without tune_post_decoder"),
         ({"lora_enable": True, "mm_projector_lr": 1e-5}, "mm_projector_lr would have no effect without tune_mm_mlp"),
         ({"lora_enable": True, "lm_head_lr": 1e-5}, "lm_head_lr would have no effect without tune_lm_head"),
+        ({"tune_lm_head": True, "gradient_checkpointing": True}, "states are cached. .* feature_cache off"),
         ({"image_folder": "x"}, "image_folder would have no effect without task sft"),
         ({"quant_type": "fp4"}, "quant_type would have no effect without bits 4"),
         ({"lora_enable": True, "lora_r": 0}, "lora_r 0, .* make no LoRA"),

@@ -47,7 +47,7 @@ class Bench:
         apply_regime(self.loaded, self.recipe)
         self.policy = Policy(self.loaded.model)
         self.collator = Collator(self.policy, self.loaded.images, 3)
-        self.items = prepare(self.recipe, self.policy, self.examples, self.collator, 4)
+        self.items = prepare(self.recipe, self.policy, self.examples, self.collator, 4, lambda: self.policy)
 
     def move(self) -> None:
         generator = torch.Generator().manual_seed(0)

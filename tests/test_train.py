@@ -76,7 +76,7 @@ class Bench:
         apply_regime(self.loaded, recipe)
         self.policy = Policy(self.loaded.model)
         self.collator = Collator(self.policy, self.loaded.images, 3)
-        self.items = prepare(recipe, self.policy, self.examples, self.collator, 4)
+        self.items = prepare(recipe, self.policy, self.examples, self.collator, 4, lambda: self.policy)
 
     def loss(self, indices: list[int]) -> tuple[Tensor, dict[str, float]]:
         inputs = self.collator([self.items[i] for i in indices])
@@ -430,7 +430,8 @@ def test_the_step_that_is_best_on_held_out_images_is_kept(task: str, base: Path,
     images = list(dict.fromkeys(example.images for example in examples))
     policy = Policy(load_model(base).model)
     collator = Collator(policy, loaded.images, 3)
-    items, held = hold_out(prepare(replace(recipe, feature_cache="off"), policy, examples, collator, 4), 0.34)
+    live = replace(recipe, feature_cache="off")
+    items, held = hold_out(prepare(live, policy, examples, collator, 4, lambda: policy), 0.34)
     assert len({item.example.images for item in held}) == found["held_out"] * len(images) // len(examples) == 2
     assert not {item.example.images for item in held} & {item.example.images for item in items}
     inputs = Collator(Policy(loaded.model), loaded.images, 3)(held)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llava
 
-from relook.tree import PADDING, PREFIX, Row, Tree, pack, targets_of, to_device
+from relook.train.tree_pass import TreePass
+from relook.tree import PADDING, PREFIX, PackedTrees, Row, Tree, bucket, pack, targets_of, to_device
 
 PAD = 3
 LANGUAGE_MODEL = tiny_llava().model.language_model
@@ -160,18 +165,19 @@ def test_moving_a_batch_moves_its_targets_too() -> None:
 # --- states
 
 
-@settings(max_examples=20)
-@given(TREES, st.sampled_from([None, 0, 20]))
-def test_states_are_those_of_separate_rows(trees: list[Tree], spare: int | None) -> None:
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """FlexAttention computes as it is written: torch's compiler takes half a minute here."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        yield
+
+
+def check_states(trees: list[Tree], packed: PackedTrees, how: str) -> None:
     """Against transformers' own forward over each path alone: no mask, no positions given, no padding."""
-    packed = pack(trees, PAD, True, None if spare is None else max(map(len, trees)) + spare)
     with torch.no_grad():
-        states = LANGUAGE_MODEL(
-            inputs_embeds=LANGUAGE_MODEL.embed_tokens(packed.ids),
-            attention_mask=packed.mask(),
-            position_ids=packed.positions,
-            use_cache=False,
-        ).last_hidden_state.flatten(0, 1)
+        embeds = LANGUAGE_MODEL.embed_tokens(packed.ids)
+        states = TreePass(LANGUAGE_MODEL, how)(embeds, packed).flatten(0, 1)
         assert states.isfinite().all()
         for t, tree in enumerate(trees):
             places = packed.keep[t, : len(tree)]
@@ -181,3 +187,50 @@ def test_states_are_those_of_separate_rows(trees: list[Tree], spare: int | None)
                 start += len(branch.ids)
                 alone = LANGUAGE_MODEL(input_ids=torch.tensor([[*tree.prefix, *branch.ids]])).last_hidden_state[0]
                 torch.testing.assert_close(states[path], alone, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(TREES, st.sampled_from([None, 0, 20]))
+def test_states_are_those_of_separate_rows(trees: list[Tree], spare: int | None) -> None:
+    check_states(trees, pack(trees, PAD, True, None if spare is None else max(map(len, trees)) + spare), "dense")
+
+
+@settings(max_examples=10)
+@given(TREES, st.sampled_from(["flex", "compiled"]), st.sampled_from([20, 1000]))
+def test_flex_attention_gives_the_same_states(trees: list[Tree], how: str, row_length: int) -> None:
+    with uncompiled():
+        check_states(trees, pack(trees, PAD, True, row_length, bucket), how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["flex", "compiled"])
+def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:
+    """And other trees of that length are not compiled for again."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for word in ("abcDEF", "abCDE"):
+            trees = [Tree.of([row(word), row("abXYZ")])] * 9
+            check_states(trees, pack(trees, PAD, True, 1000, bucket), how)
+
+
+def test_after_a_pass_the_model_is_as_it_was() -> None:
+    """`generate` runs on the same modules: their attention is SDPA again, and they are not compiled."""
+    trees = [Tree.of([row("abC")])]
+    before = list(LANGUAGE_MODEL.layers)
+    with uncompiled():
+        check_states(trees, pack(trees, PAD, True, 1000, bucket), "compiled")
+    assert LANGUAGE_MODEL.config._attn_implementation == "sdpa"
+    assert all(now is then for now, then in zip(LANGUAGE_MODEL.layers, before, strict=True))
+
+
+@given(st.integers(1, 40_000))
+def test_buckets_are_few_and_close(length: int) -> None:
+    found = bucket(length)
+    assert found >= length
+    assert found % 128 == 0
+    assert found - length < max(128, length / 16 + 1)
+    assert bucket(found) == found
+
+
+def test_sixteen_buckets_in_a_doubling() -> None:
+    assert len({bucket(length) for length in range(8193, 16385)}) == 16
+    assert {bucket(length) for length in range(1, 257)} == {128, 256}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from relook.errors import DataError
 
 T = TypeVar("T")
 Picture = Path | Image.Image  # a file, or a picture in memory
+_LOCK = threading.Lock()  # of all loaders' memories; the module's, so that a loader can be sent to another process
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: beyond it an image is taken for a decompression bomb
 
 
@@ -77,6 +79,8 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 class ImageLoader:
     """Pixel values of images through a model's image processor, those of the most recent files kept in memory.
 
+    Threads may share one.
+
     Args:
         image_processor: transformers image processor of the model.
         aspect_ratio: "pad" lays each picture on a square canvas in the processor's mean colour first, as LLaVA-1.5
@@ -117,14 +121,17 @@ class ImageLoader:
         if not isinstance(image, (str, Path)):
             return self._process(image.convert("RGB"), "An image")
         path = Path(image)
-        if path in self._kept:
-            self._kept.move_to_end(path)
-            return self._kept[path]
+        with _LOCK:
+            if path in self._kept:
+                self._kept.move_to_end(path)
+                return self._kept[path]
         inputs = self._process(open_image(path), f"The image {path}")
-        self._kept[path] = inputs
-        self._bytes += _nbytes(inputs)
-        while self._bytes > self.cache_bytes:
-            self._bytes -= _nbytes(self._kept.popitem(last=False)[1])
+        with _LOCK:
+            if path not in self._kept:  # else another thread was faster
+                self._kept[path] = inputs
+                self._bytes += _nbytes(inputs)
+            while self._bytes > self.cache_bytes:
+                self._bytes -= _nbytes(self._kept.popitem(last=False)[1])
         return inputs
 
     def _process(self, image: Image.Image, who: str) -> dict[str, Tensor]:

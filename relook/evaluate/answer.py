@@ -1,16 +1,23 @@
-"""Asking a model: many (image, text) questions in batches, each distinct one once."""
+"""Asking a model: many questions, each distinct one once; those on the same images share them (`decode.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from relook.console import Report
+from relook.data.ahead import ahead
+from relook.data.images import ImageLoader
+from relook.evaluate.choose import Rule, pad_token
+from relook.evaluate.decode import PromptTree, decode
 from relook.model.load import LoadedModel
+
+Question = tuple[Path | tuple[Path, ...], str]  # one image, or any number of them, and a text
 
 
 @dataclass(frozen=True)
@@ -19,9 +26,11 @@ class Asking:
 
     Args:
         template: conversation template; empty for the model's own.
-        batch_size: prompts a batch. Answers do not depend on it (fp32), only memory and speed do.
+        batch_size: prompts a batch: as many positions as that many of the longest prompts with their answers take may
+            be in memory, so a batch of prompts that share images holds more. Answers do not depend on it (fp32).
         generate: keyword arguments of transformers' `generate`, e.g. do_sample, temperature, num_beams.
-        seed: of sampling; a batch's draws depend on its place in the run.
+        seed: of sampling. A question's draws depend on it and on the question's place among the distinct ones; with
+            settings that only `generate` itself follows, on the batches too.
     """
 
     template: str = ""
@@ -30,50 +39,124 @@ class Asking:
     generate: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For `generate`: greedy unless said otherwise, whatever the model's own settings are."""
+        return {"do_sample": False, **dict(self.generate)}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A distinct question as the model reads it; `number` is its place among the distinct ones."""
+
+    number: int
+    images: tuple[Path, ...]
+    ids: tuple[int, ...]
+
+
+Batch = list[list[Prompt]]  # in groups over the same images
+
 
 def answer(
-    loaded: LoadedModel, questions: Sequence[tuple[Path, str]], how: Asking, report: Report
+    loaded: LoadedModel, questions: Sequence[Question], how: Asking, report: Report
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of the question, answer text), batch by batch; equal questions are asked once.
 
     Prompts of similar length share a batch, so the order of yields is not that of the questions.
     """
+    distinct: dict[tuple[tuple[Path, ...], str], list[int]] = {}
+    for index, (images, text) in enumerate(questions):
+        distinct.setdefault((images if isinstance(images, tuple) else (images,), text), []).append(index)
     encoder = loaded.encoder(how.template)
-    distinct: dict[tuple[Path, str], list[int]] = {}
-    for index, question in enumerate(questions):
-        distinct.setdefault(question, []).append(index)
-    prompts = {question: encoder.prompt(question[1], [question[0]]) for question in distinct}
-    order = sorted(distinct, key=lambda question: (len(prompts[question]), str(question[0])))
-    done = 0
+    prompts = [Prompt(n, images, encoder.prompt(text, images)) for n, (images, text) in enumerate(distinct)]
+    if not prompts:
+        return
+    indices, done = list(distinct.values()), 0
+    image_token = loaded.core.config.image_token_id
+    longest = max(len(prompt.ids) for prompt in prompts) + how.max_new_tokens
+    rule = Rule.of(loaded, how.template, how.settings, longest, how.seed)
+    if any(prompt.ids[-1] == image_token for prompt in prompts):
+        rule = None  # a tree's images lie in its prefix, and no branch is empty
+    batches = alone(prompts, how.batch_size) if rule is None else shared(prompts, how, longest, image_token)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
-        for start in range(0, len(order), how.batch_size):
-            batch = order[start : start + how.batch_size]
-            texts = generate_batch(loaded, [(path, prompts[path, text]) for path, text in batch], how)
-            done += len(batch)
-            for question, text in zip(batch, texts, strict=True):
-                for index in distinct[question]:
+        for batch in ahead(partial(read, loaded.images), batches):
+            texts = answer_batch(loaded, batch, how, rule)
+            done += len(texts)
+            for prompt, text in zip((prompt for group in batch for prompt in group), texts, strict=True):
+                for index in indices[prompt.number]:
                     yield index, text
-            report(done, len(order))
+            report(done, len(prompts))
+
+
+def alone(prompts: Sequence[Prompt], batch_size: int) -> list[Batch]:
+    """Batches of prompts of similar length, each a group of its own."""
+    order = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+    return [[[prompt] for prompt in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
+
+
+def shared(prompts: Sequence[Prompt], how: Asking, longest: int, image_token: int) -> list[Batch]:
+    """Batches of groups over the same images, long ones first; no group, nor batch, takes more positions than
+    `batch_size` prompts of length `longest`."""
+    by_start: dict[tuple[tuple[Path, ...], tuple[int, ...]], list[Prompt]] = {}
+    for prompt in prompts:
+        start = len(prompt.ids) - prompt.ids[::-1].index(image_token) if prompt.images else 0
+        by_start.setdefault((prompt.images, prompt.ids[:start]), []).append(prompt)
+    size = how.batch_size
+    groups = [group[i : i + size] for group in by_start.values() for i in range(0, len(group), size)]
+    trees = [(PromptTree.of([prompt.ids for prompt in group]), group) for group in groups]
+    lengths = [(len(tree.prefix), tree.positions(how.max_new_tokens)) for tree, _ in trees]
+    batches: list[Batch] = []
+    most = 0  # positions of the batch's longest row; the others are padded to it
+    for i in sorted(range(len(groups)), key=lambda i: lengths[i], reverse=True):
+        most = max(most, lengths[i][1])
+        if not batches or (len(batches[-1]) + 1) * most > size * longest:
+            batches.append([])
+            most = lengths[i][1]
+        batches[-1].append(groups[i])
+    return batches
+
+
+def read(loader: ImageLoader, batch: Batch) -> Batch:
+    """The batch, once its images are in the loader's memory."""
+    for group in batch:
+        for image in group[0].images:
+            loader(image)
+    return batch
+
+
+def answer_batch(loaded: LoadedModel, batch: Batch, how: Asking, rule: Rule | None) -> list[str]:
+    """Answers to a batch's prompts, in order: by a rule as trees, without one by `generate`."""
+    if rule is None:
+        return generate_batch(loaded, [prompt for group in batch for prompt in group], how)
+    core = loaded.core
+    trees = [PromptTree.of([prompt.ids for prompt in group]) for group in batch]
+    images = _images(loaded, [image for group in batch for image in group[0].images])
+    numbers = [prompt.number for group in batch for prompt in group]
+    said = decode(core, trees, images, rule, how.max_new_tokens, numbers)
+    return [loaded.decode(ids, how.template) for ids in said]
+
+
+def _images(loaded: LoadedModel, paths: Sequence[Path]) -> dict[str, torch.Tensor]:
+    core = loaded.core
+    inputs = loaded.images.batch(paths) if paths else {}
+    return {n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in inputs.items()}
 
 
 @torch.inference_mode()
-def generate_batch(loaded: LoadedModel, batch: Sequence[tuple[Path, Sequence[int]]], how: Asking) -> list[str]:
-    """Answers to prompts that are token ids already, one image each: left-padded, decoded without special tokens."""
-    tokenizer, model = loaded.processor.tokenizer, loaded.model
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    longest = max(len(ids) for _, ids in batch)
-    ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for _, ids in batch])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for _, ids in batch])
-    core = loaded.core
-    images = loaded.images.batch([path for path, _ in batch])
-    output = model.generate(
-        input_ids=ids.to(core.device),
-        attention_mask=mask.to(core.device),
-        **{n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in images.items()},
+def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], how: Asking) -> list[str]:
+    """Answers by transformers' `generate`, each prompt with its images: left-padded, decoded without special tokens."""
+    pad, device = pad_token(loaded), loaded.core.device
+    longest = max(len(prompt.ids) for prompt in batch)
+    ids = torch.tensor([[pad] * (longest - len(prompt.ids)) + list(prompt.ids) for prompt in batch])
+    mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])
+    output = loaded.model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        **_images(loaded, [image for prompt in batch for image in prompt.images]),
         max_new_tokens=how.max_new_tokens,
         pad_token_id=pad,
         **loaded.stopping(how.template),
-        **{"do_sample": False, **dict(how.generate)},
+        **how.settings,
     )
     return [loaded.decode(ids, how.template) for ids in output[:, longest:]]

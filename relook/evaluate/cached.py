@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from relook.console import progress
+from relook.data.ahead import ahead
 from relook.data.encode import Encoder, Example
 from relook.data.samples import Question
 from relook.evaluate import pope
@@ -34,10 +35,9 @@ from relook.evaluate.run import pope_record
 from relook.evaluate.score import pope_file, score_pope
 from relook.files import whole_file, write_json, write_jsonl
 from relook.model import formats
+from relook.model.above_trunk import ABOVE, AboveTrunk
 from relook.model.changes import read_change
-from relook.model.load import LoadedModel, Loading, add_post_decoder, as_device, as_dtype, open_source
-from relook.model.post_decoder import PostDecoder
-from relook.model.source import ModelSource
+from relook.model.load import LoadedModel, Loading, add_post_decoder, as_device, as_dtype, load_model
 from relook.model.trunks import has_post_decoder
 from relook.train.batches import Collator, Item
 from relook.train.cache import key_of, made_from
@@ -47,7 +47,6 @@ from relook.tree import Row, Tree, targets_of
 
 FIRST_FILE = "first_tokens.jsonl"
 DECIDED = ("Yes", "yes", "No", "no")
-ABOVE = ("model.post_decoder.", "lm_head.")
 # With these in generation_config.json even greedy decoding does not take the likeliest token.
 STEERING = (
     "repetition_penalty",
@@ -60,7 +59,7 @@ STEERING = (
     "guidance_scale",
     "forced_bos_token_id",
 )
-LogProbs = Iterator[Tensor]  # (n, vocabulary) float32 on the CPU, of successive questions
+LogProbs = Iterator[Tensor]  # (n, vocabulary) float32, of successive questions
 
 
 @dataclass(frozen=True)
@@ -118,33 +117,11 @@ class States:
         return States(parts["states"], parts.get("features"))
 
 
-class Top(nn.Module):
-    """What stands above a trunk: a post decoder, if any, and lm_head. The trunk itself is not loaded."""
-
-    def __init__(self, source: ModelSource, dtype: torch.dtype, device: str) -> None:
-        super().__init__()
-        config = source.config
-        with torch.device("meta"):
-            self.post_decoder = PostDecoder.of(config) if has_post_decoder(config) else None
-            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        tensors = {
-            name: source.tensors[f"model.{name}" if name.startswith("post_decoder.") else name]
-            for name in self.state_dict()
-            if name != "lm_head.weight"
-        }
-        tied = "model.language_model.embed_tokens.weight"
-        tensors["lm_head.weight"] = source.tensors.get("lm_head.weight") or source.tensors[tied]
-        self.load_state_dict({name: t.read().to(device, dtype) for name, t in tensors.items()}, assign=True)
-
-    @property
-    def reads_all_positions(self) -> bool:
-        return self.post_decoder is not None and self.post_decoder.reads_all_positions
-
-
-def first_log_probs(post_decoder: PostDecoder | None, lm_head: nn.Module, trunk: TrunkStates) -> Tensor:
-    """log p of every first answer token, (N, vocabulary) float32 on the CPU."""
-    log_probs: Tensor = lm_head(predicting_states(post_decoder, trunk)).float().log_softmax(-1)
-    return log_probs.cpu()
+def first_log_probs(policy: Policy, trunk: TrunkStates) -> Tensor:
+    """log p of every first answer token, (N, vocabulary) float32."""
+    logits = policy.core.lm_head(predicting_states(policy.post_decoder, trunk))
+    log_probs: Tensor = logits.float().log_softmax(-1)
+    return log_probs
 
 
 class CachedPope:
@@ -199,7 +176,8 @@ class CachedPope:
         if not has_post_decoder(model.config):  # one that is never asked, so that the vision features come out
             model = add_post_decoder(model, {}, None)
         policy, examples = Policy(model), self.prompts.examples
-        key = key_of(made_from(self.base, self.loading.vision_tower, policy, examples, self.loaded.images))
+        bits, images = str(self.loading.bits), self.loaded.images
+        key = key_of(made_from(self.base, self.loading.vision_tower, policy, self.dtype, examples, images, bits=bits))
         found = States.load(self.file, key)
         if found is None:
             found = self._compute(policy)
@@ -222,37 +200,39 @@ class CachedPope:
         collator = Collator(policy, self.loaded.images, pad_id(self.loaded.processor.tokenizer))
         examples = self.prompts.examples
         with progress(title) as report:
-            for start in range(0, len(examples), self.images):
-                batch = [Item(example) for example in examples[start : start + self.images]]
-                yield policy.trunk(collator.live(batch).to(policy.core.device))
-                report(start + len(batch), len(examples))
+            items = [Item(example) for example in examples]
+            batches = [items[start : start + self.images] for start in range(0, len(items), self.images)]
+            done = 0
+            for batch, live in zip(batches, ahead(collator.live, batches), strict=True):
+                yield policy.trunk(live.to(policy.core.device))
+                done += len(batch)
+                report(done, len(items))
 
     @torch.inference_mode()
-    def _from_states(self, top: Top) -> LogProbs:
+    def _from_states(self, policy: Policy) -> LogProbs:
         states, features = self.states.states, self.states.features
         for start in range(0, len(states), self.images):
             here = slice(start, start + self.images)
             trees = [example.tree for example in self.prompts.examples[here]]
             padded = pad_sequence(states[here], batch_first=True)
             trunk = TrunkStates(padded, features[here] if features else None, [1] * len(trees), targets_of(trees))
-            yield first_log_probs(top.post_decoder, top.lm_head, trunk.to(self.device))
+            yield first_log_probs(policy, trunk.to(self.device))
 
     @torch.inference_mode()
     def _live(self, loaded: LoadedModel) -> LogProbs:
         policy = Policy(loaded.model)
         for trunk in self._passes(policy, "first answer tokens"):
-            yield first_log_probs(policy.post_decoder, policy.core.lm_head, trunk)
+            yield first_log_probs(policy, trunk)
 
     def log_probs(self, model: Path, load: Callable[[], LoadedModel]) -> LogProbs:
         """First-token log-probs of the base or of a model trained on it, in the order of `prompts.asked`."""
         if shares_trunk(model, self.base):
-            top = Top(open_source(model, vision_tower=self._tower(model), dtype=self.dtype), self.dtype, self.device)
-            if not top.reads_all_positions:
-                return self._from_states(top)
+            tower = self.loading.vision_tower if model == self.base else None
+            above = load_model(model, None, tower, self.dtype, device=self.device, trunk=False)
+            policy = Policy(AboveTrunk(above.model))
+            if not policy.keeps_everything:
+                return self._from_states(policy)
         return self._live(load())
-
-    def _tower(self, model: Path) -> Path | None:
-        return self.loading.vision_tower if model == self.base else None
 
     @cached_property
     def base_log_probs(self) -> Tensor:

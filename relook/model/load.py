@@ -24,6 +24,7 @@ from relook.data.prompts import get_template
 from relook.errors import CheckpointError, some
 from relook.files import file_hash
 from relook.model import formats
+from relook.model.above_trunk import without_trunk
 from relook.model.changes import TENSORS_FILE, read_change
 from relook.model.formats import CHANGE_FILE
 from relook.model.source import ModelSource, open_model
@@ -104,7 +105,7 @@ class LoadedModel:
         stop = get_template(template or self.template).stop
         return {"stop_strings": [stop], "tokenizer": self.processor.tokenizer} if stop else {}
 
-    def decode(self, ids: Tensor, template: str = "") -> str:
+    def decode(self, ids: Tensor | Sequence[int], template: str = "") -> str:
         """Generated ids as an answer, without what ends it."""
         text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
         stop = get_template(template or self.template).stop
@@ -120,6 +121,7 @@ def load_model(
     device: str | torch.device = "cpu",
     double_quant: bool = True,
     quant_type: str = "nf4",
+    trunk: bool = True,
 ) -> LoadedModel:
     """Load a model of any format, with what was trained on it.
 
@@ -133,14 +135,16 @@ def load_model(
         bits: 8 or 4 quantise the language model's linears by bitsandbytes, after merging; 16 does not. Everything else
             stays in `dtype`.
         double_quant, quant_type: of 4 bits: whether the scales are quantised too; "nf4" or "fp4".
+        trunk: False leaves the trunk's weights on disk, for work on its cached states (`AboveTrunk`).
 
     Raises:
         CheckpointError: what is missing, unused, broken or does not fit, by name, and what to pass.
     """
     kind = as_dtype(dtype)
-    place = as_device(str(device))
-    quantisation = _quantisation(bits, kind, place, double_quant, quant_type)
-    return build(open_source(Path(path), adapter, vision_tower, kind), kind, place, quantisation)
+    source, place = open_source(Path(path), adapter, vision_tower, kind), as_device(str(device))
+    if not trunk:
+        return talk_to(without_trunk(source, kind, place), source)
+    return build(source, kind, place, _quantisation(bits, kind, place, double_quant, quant_type))
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,11 @@ def build(
     model.name_or_path = str(source.path)  # peft asks the hub about models without a path
     if not quantisation:
         model.to(device)
+    return talk_to(model, source)
+
+
+def talk_to(model: Any, source: ModelSource) -> LoadedModel:
+    """A model in memory, with the processor and the habits of its folder."""
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     return LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
 
@@ -283,7 +292,7 @@ def add_post_decoder(
         setattr(new.model, name, part)
     new.lm_head = model.lm_head
     new.generation_config = model.generation_config
-    decoder = new.model.post_decoder.to_empty(device=model.device).to(model.dtype)
+    decoder = new.model.post_decoder.to_empty(device=model.lm_head.weight.device).to(model.dtype)
     decoder.reset_parameters(generator)
     if init == "projector" and not decoder.start_from_projector(model.model.multi_modal_projector):
         raise CheckpointError(

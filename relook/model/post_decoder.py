@@ -76,6 +76,12 @@ class ImageContext:
         keys, values = ([t.repeat_interleave(times, 0) for t in side] for side in (self.keys, self.values))
         return ImageContext(keys, values, mask)
 
+    def select(self, rows: Tensor) -> ImageContext:
+        """The same for some of the rows, by number."""
+        mask = None if self.mask is None else self.mask[rows]
+        keys, values = ([t[rows] for t in side] for side in (self.keys, self.values))
+        return ImageContext(keys, values, mask)
+
 
 def pad_images(features: Sequence[Tensor], per_row: list[int]) -> tuple[Tensor, Tensor | None]:
     """Lay the images of each row side by side: an (M, V) tensor for each image to (B, most positions, V), and the mask.

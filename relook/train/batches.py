@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from relook.data.ahead import ahead
 from relook.data.encode import Example, differing
 from relook.data.images import ImageLoader
 from relook.errors import DataError, RecipeError, some
 from relook.train.policy import LiveBatch, Policy, TrunkStates
-from relook.tree import pack, targets_of
+from relook.train.tree_pass import packs
+from relook.tree import TreeTargets, bucket, join_targets, pack
 
 Progress = Callable[[int, int], None]
 
@@ -26,13 +29,14 @@ class Item:
     """One example and what was computed about it before training.
 
     `reference` holds the reference model's log-probs of the targets (N,), `weight` which targets the preference loss
-    counts (N,), `states` the trunk's kept states (S, D).
+    counts (N,), `states` the trunk's kept states (S, D), and `targets` where the targets are among those.
     """
 
     example: Example
     reference: Tensor | None = None
     weight: Tensor | None = None
     states: Tensor | None = None
+    targets: TreeTargets | None = None
 
 
 @dataclass
@@ -57,13 +61,16 @@ class Collator:
         trees = [item.example.tree for item in items]
         paths = [path for item in items for path in item.example.images]
         inputs = self.images.batch(paths) if paths else {}
-        longest = max(map(len, trees))
-        packed = pack(trees, self.pad_id, self.policy.keeps_everything, row_length=longest)
+        everything = self.policy.keeps_everything
+        if packs(self.policy.trunk_pass):
+            packed = pack(trees, self.pad_id, everything, row_length=sum(map(len, trees)), round_up=bucket)
+        else:
+            packed = pack(trees, self.pad_id, everything, row_length=max(map(len, trees)))
         counts = [len(item.example.images) for item in items]
         return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"))
 
     def cached(self, items: Sequence[Item]) -> TrunkStates:
-        targets = targets_of([item.example.tree for item in items], self.policy.keeps_everything)
+        targets = join_targets([item.targets for item in items if item.targets is not None])
         T, S = targets.kept_branch.shape
         first = items[0].states
         assert first is not None
@@ -91,16 +98,23 @@ class Items(Dataset[Item]):
 def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) -> tuple[list[Example], list[str]]:
     """Decode every image once before training; returns the usable examples and what is wrong with the others."""
     faults: dict[Path, str] = {}
-    for path in dict.fromkeys(path for example in examples for path in example.images):
-        try:
-            images(path)
-        except DataError as error:
-            faults[path] = str(error)
+    paths = list(dict.fromkeys(path for example in examples for path in example.images))
+    for path, fault in zip(paths, ahead(partial(_fault, images), paths), strict=True):
+        if fault:
+            faults[path] = fault
     bad = [example for example in examples if faults.keys() & set(example.images)]
     if bad and on_bad == "error":
         raise DataError(f"{len(bad)} samples have unusable images: {some(list(faults.values()), 3)}")
     kept = [example for example in examples if not faults.keys() & set(example.images)]
     return kept, list(faults.values())
+
+
+def _fault(images: ImageLoader, path: Path) -> str:
+    try:
+        images(path)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def hold_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from relook.console import progress, readable_size, say
+from relook.data.ahead import ahead
 from relook.data.encode import Example
 from relook.data.images import ImageLoader
 from relook.errors import DataError, RelookError
@@ -29,24 +32,27 @@ from relook.model.load import model_hash, open_source
 from relook.recipe import Recipe
 from relook.train.batches import Collator, Item, reference_log_probs
 from relook.train.plan import FEATURES, REFERENCE, STATES, Plan, Shard, Store
-from relook.train.policy import Policy
+from relook.train.policy import LiveBatch, Policy
 from relook.train.shards import ShardFolder
+from relook.tree import TreeTargets
 
 FORMAT = 1  # of the files; part of the key
 INDEX_FILE = "index.json"
 FOLDER = "trunk_cache"  # beside the runs' folders
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrunkCache:
-    """A filled store. The last one in memory is kept: regimes that a process trains in turn share the pass.
+    """A filled store. The last one is kept: regimes that a process trains in turn share the pass.
 
     Args:
         key: a hash of everything that determines what the trunk says.
+        on_device: copies of the store's tensors on the GPU, where they fit.
     """
 
     key: str
     store: Store
+    on_device: dict[str, Tensor] = field(default_factory=dict)
 
     last: ClassVar[TrunkCache | None] = None
 
@@ -54,34 +60,56 @@ class TrunkCache:
         """The examples with their states and reference log-probs: views of the shards, nothing is copied."""
         states = self._by_example(plan, STATES)
         reference = self._by_example(plan, REFERENCE) if task == "dpo" else {}
-        return [Item(e, states=states[i], reference=reference.get(i)) for i, e in enumerate(plan.examples)]
+        targets = [TreeTargets.of(example.tree, plan.everything) for example in plan.examples]
+        return [
+            Item(e, states=states[i], targets=targets[i], reference=reference.get(i))
+            for i, e in enumerate(plan.examples)
+        ]
 
     def features(self, plan: Plan) -> dict[Path, Tensor]:
         """Vision features (M, V) by image."""
         found: dict[Path, Tensor] = {}
         for shard in plan.shards:
             if shard.images:
-                parts = self.store[shard.name(FEATURES)].split(plan.rows(FEATURES, shard))
+                parts = self._tensor(shard.name(FEATURES)).split(plan.rows(FEATURES, shard))
                 found.update(zip(shard.images, parts, strict=True))
         return found
+
+    def move_to(self, device: torch.device, names: Sequence[str]) -> None:
+        """Copy tensors to a GPU: batches are then made there, and a step waits for no transfer."""
+        for name in names:
+            if name not in self.on_device:
+                self.on_device[name] = self.store[name].to(device)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.on_device[name] if name in self.on_device else self.store[name]
 
     def _by_example(self, plan: Plan, part: str) -> dict[int, Tensor]:
         found: dict[int, Tensor] = {}
         for shard in plan.shards:
-            found.update(zip(shard.examples, self.store[shard.name(part)].split(plan.rows(part, shard)), strict=True))
+            found.update(zip(shard.examples, self._tensor(shard.name(part)).split(plan.rows(part, shard)), strict=True))
         return found
 
 
-def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], collator: Collator) -> list[Item]:
+def cached_items(
+    recipe: Recipe, policy: Policy, examples: Sequence[Example], collator: Collator, whole: Callable[[], Policy]
+) -> list[Item]:
     """The examples with what a frozen trunk says about them, computed where it is not there yet.
 
     The collator gets the vision features, where something reads them.
+
+    Args:
+        policy: what trains, whose trunk is not asked.
+        whole: loads the policy with its trunk; called where something has to be computed.
 
     Raises:
         RelookError: the disk is too small, or several machines do not share it.
     """
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
-    source = made_from(path, tower, policy, examples, collator.images, recipe.adapter_name_or_path)
+    bits = f"{recipe.bits} {recipe.quant_type} {recipe.double_quant}" if recipe.bits == 4 else str(recipe.bits)
+    source = made_from(
+        path, tower, policy, policy.dtype, examples, collator.images, adapter=recipe.adapter_name_or_path, bits=bits
+    )
     key = key_of(source)
     plan = Plan.of(policy, examples, collator.images)
     parts = [STATES]
@@ -90,12 +118,17 @@ def cached_items(recipe: Recipe, policy: Policy, examples: Sequence[Example], co
     if recipe.task == "dpo":
         parts.append(REFERENCE)
     kept = TrunkCache.last
-    if kept is None or kept.key != key or recipe.feature_cache == "disk":
-        TrunkCache.last = None  # its memory counts as free
+    if kept is None or kept.key != key:
+        TrunkCache.last = kept = None  # its memory counts as free
         kept = TrunkCache(key, _store(recipe, key, plan, parts))
-    fill(kept, source, plan, parts, policy, collator)
-    if not isinstance(kept.store, ShardFolder):
-        TrunkCache.last = kept
+    elif isinstance(kept.store, ShardFolder) or recipe.feature_cache == "disk":  # look at the files again
+        kept = TrunkCache(key, _store(recipe, key, plan, parts), kept.on_device)
+    fill(kept, source, plan, parts, policy, collator, whole)
+    TrunkCache.last = kept
+    if policy.core.device.type == "cuda" and not recipe.training.get("dataloader_num_workers"):
+        torch.cuda.empty_cache()
+        if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
+            kept.move_to(policy.core.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
     collator.features = kept.features(plan) if policy.reads_image else None
     return kept.items(plan, recipe.task)
 
@@ -104,9 +137,11 @@ def made_from(
     model: Path,
     vision_tower: Path | str | None,
     policy: Policy,
+    weights: torch.dtype,
     examples: Sequence[Example],
     images: ImageLoader,
     adapter: str = "",
+    bits: str = "16",
 ) -> dict[str, str]:
     """Everything that determines what the trunk says: weights, tokens, pictures by content, precision, versions.
 
@@ -114,7 +149,9 @@ def made_from(
 
     Args:
         model: the folder that the policy was loaded from, with this vision tower where it has none of its own.
+        weights: dtype of the trunk in memory.
         adapter: the change that was laid on it.
+        bits: how its linear layers are quantised.
     """
     tower = open_source(model, vision_tower=vision_tower).tower
     data = hashlib.sha256()
@@ -125,18 +162,17 @@ def made_from(
     for example in examples:
         for image in example.images:
             pictures.update(file_hash(image).encode())
-    named = policy.core.model.named_parameters()
-    held = sorted({str(p.dtype) for name, p in named if not name.startswith("post_decoder.")})
     return {
         "format": str(FORMAT),
         "model": model_hash(model),
         "adapter": model_hash(Path(adapter)) if adapter else "",
-        "quantisation": repr(getattr(policy.config, "quantization_config", "")),
+        "bits": bits,
         "vision tower": model_hash(tower) if tower else "",
         "tokens": data.hexdigest(),
         "images": pictures.hexdigest(),
         "preprocessing": text_hash(repr(images.image_processor), images.aspect_ratio),
-        "precision": f"{policy.dtype}, weights {' '.join(held)}",
+        "precision": f"{policy.dtype}, weights {weights}",
+        "trunk pass": policy.trunk_pass,
         "positions": "all" if policy.keeps_everything else "supervised",
         "device": policy.core.device.type,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -148,7 +184,13 @@ def key_of(source: dict[str, str]) -> str:
 
 
 def fill(
-    cache: TrunkCache, source: dict[str, str], plan: Plan, parts: Sequence[str], policy: Policy, collator: Collator
+    cache: TrunkCache,
+    source: dict[str, str],
+    plan: Plan,
+    parts: Sequence[str],
+    policy: Policy,
+    collator: Collator,
+    whole: Callable[[], Policy],
 ) -> None:
     """Compute the shards that are missing. On disk each process makes its own ones, and all wait for the last.
 
@@ -164,8 +206,8 @@ def fill(
         state.wait_for_everyone()  # all have looked at the free space before one of them takes of it
     elif any(missing.values()):
         say(f"  trunk cache: {readable_size(plan.size(parts))} in memory")
-    policy.eval()
-    _fill_trunk(store, plan, missing, policy, collator)
+    if any(missing[part] for part in parts if part != REFERENCE):
+        _fill_trunk(store, plan, missing, whole(), collator)
     _wait(store, plan, [part for part in parts if part != REFERENCE], state)
     if REFERENCE in parts:
         _fill_reference(cache, plan, missing[REFERENCE], policy, collator)
@@ -173,43 +215,64 @@ def fill(
 
 
 def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], policy: Policy, collator: Collator) -> None:
+    """Images are read, and finished shards are stored, while the trunk goes on with other batches."""
+    policy.eval()
     wanted = {s: [p for p in (STATES, FEATURES) if s in missing.get(p, ())] for s in plan.shards}
+    work = [(shard, indices) for shard, parts in wanted.items() for indices in _batches(plan, shard, parts)]
+    batches = ahead(lambda one: collator.live([Item(plan.examples[i]) for i in one[1]]), work)
     total, done = sum(len(shard.examples) for shard, parts in wanted.items() if parts), 0
-    if not total:
-        return
-    with progress("trunk states") as report:
-        for shard, parts in wanted.items():
-            if parts:
-                for part, tensor in trunk_pass(policy, plan, shard, parts, collator).items():
-                    store[shard.name(part)] = tensor
-                done += len(shard.examples)
-                report(done, total)
+    stored: Future[None] | None = None
+    with progress("trunk states") as report, ThreadPoolExecutor(1) as writer:
+        for shard, group in groupby(zip(work, batches, strict=True), lambda one: one[0][0]):
+            named = ((indices, batch) for (_, indices), batch in group)
+            made = trunk_pass(policy, plan, shard, wanted[shard], named)
+            if stored is not None:
+                stored.result()  # raises what went wrong, and no more than two shards are in memory
+            stored = writer.submit(_put, store, shard, made)
+            done += len(shard.examples)
+            report(done, total)
+        if stored is not None:
+            stored.result()
+
+
+def _put(store: Store, shard: Shard, made: dict[str, Tensor]) -> None:
+    for part, tensor in made.items():
+        store[shard.name(part)] = tensor.cpu()
+
+
+def _batches(plan: Plan, shard: Shard, parts: Sequence[str]) -> Iterator[list[int]]:
+    """The batches of a shard that say something about these parts: for FEATURES alone, those with a new image."""
+    waiting = set(shard.images)
+    for indices in plan.batches(shard):
+        found = waiting & {path for i in indices for path in plan.examples[i].images}
+        waiting -= found
+        if STATES in parts or (FEATURES in parts and found):
+            yield indices
 
 
 @torch.no_grad()
-def trunk_pass(policy: Policy, plan: Plan, shard: Shard, parts: Sequence[str], collator: Collator) -> dict[str, Tensor]:
-    """The frozen trunk once over a shard: STATES (rows, D), FEATURES (rows, V), as asked for, on the CPU.
+def trunk_pass(
+    policy: Policy, plan: Plan, shard: Shard, parts: Sequence[str], batches: Iterable[tuple[list[int], LiveBatch]]
+) -> dict[str, Tensor]:
+    """The frozen trunk once over a shard's batches: STATES (rows, D), FEATURES (rows, V), as asked for.
 
     Without STATES only the vision tower runs, on the same batches, so that its features have the same bits.
     """
     made: dict[str, list[Tensor]] = {part: [] for part in parts}
     waiting = set(shard.images) if FEATURES in parts else set()
-    for indices in plan.batches(shard):
-        batch = [Item(plan.examples[i]) for i in indices]
-        paths = [path for item in batch for path in item.example.images]
-        if STATES not in parts and not waiting & set(paths):
-            continue
-        live = collator.live(batch).to(policy.core.device)
+    for indices, batch in batches:
+        live = batch.to(policy.core.device)
         if STATES in parts:
             trunk = policy.trunk(live)
             features = trunk.features
-            made[STATES].append(trunk.states[trunk.targets.kept_branch >= 0].to(plan.dtype).cpu())
+            made[STATES].append(trunk.states[trunk.targets.kept_branch >= 0].to(plan.dtype))
         else:
             features = policy.vision_features(live)
+        paths = [path for i in indices for path in plan.examples[i].images]
         for path, one in zip(paths, features or [], strict=features is not None):
             if path in waiting:
                 waiting.remove(path)
-                made[FEATURES].append(one.to(plan.dtype).cpu())
+                made[FEATURES].append(one.to(plan.dtype))
     return {part: torch.cat(tensors) for part, tensors in made.items()}
 
 
@@ -236,7 +299,7 @@ def _wait(store: Store, plan: Plan, parts: Sequence[str], state: Any) -> None:
         return
     state.wait_for_everyone()
     store.look()
-    names = [s.name(p) for p in parts for s in plan.shards if p != FEATURES or s.images]
+    names = [s.name(p) for p in parts for s in plan.having(p)]
     if lacking := [name for name in names if not store.has(name)]:
         raise RelookError(
             f"{store.folder} lacks {len(lacking)} shards that other processes made ({lacking[0]}, ...).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -15,10 +16,13 @@ from relook.data.encode import Example
 from relook.data.images import ImageLoader
 from relook.model.trunks import feature_rows, feature_size
 from relook.train.policy import Policy
+from relook.train.tree_pass import packs
 from relook.tree import kept_positions
 
 SHARD_BYTES = 256 << 20
-BATCH_POSITIONS = 4096  # of the trunk's pass: no recipe changes it, so none changes the bits of what is stored
+# Of the trunk's pass, with a row for each tree or all in one. No recipe changes them, so none changes the bits of what
+# is stored. Matrix products of 16,384 rows run at the speed of larger ones.
+BATCH_POSITIONS, PACKED_POSITIONS = 4096, 16384
 STATES, FEATURES, REFERENCE = "states", "features", "reference"  # the parts
 
 
@@ -51,6 +55,8 @@ class Plan:
         features: rows of FEATURES that each distinct image has.
         widths: numbers in a row of each part.
         dtype: of states and features; reference log-probs are float32.
+        everything: whether the states of all positions are kept.
+        batch_positions: of the trunk's pass.
     """
 
     examples: Sequence[Example]
@@ -59,6 +65,8 @@ class Plan:
     features: dict[Path, int]
     widths: dict[str, int]
     dtype: torch.dtype
+    everything: bool
+    batch_positions: int
 
     @staticmethod
     def of(policy: Policy, examples: Sequence[Example], images: ImageLoader) -> Plan:
@@ -73,6 +81,8 @@ class Plan:
             },
             {STATES: policy.config.text_config.hidden_size, FEATURES: feature_size(policy.config), REFERENCE: 1},
             policy.dtype,
+            policy.keeps_everything,
+            PACKED_POSITIONS if packs(policy.trunk_pass) else BATCH_POSITIONS,
         )
 
     def row_bytes(self, part: str) -> int:
@@ -105,17 +115,16 @@ class Plan:
         return [Shard(n, tuple(indices), tuple(paths)) for n, (indices, paths) in enumerate(groups)]
 
     def batches(self, shard: Shard) -> Iterator[list[int]]:
-        """Its examples in batches of at most BATCH_POSITIONS, or of one example."""
-        batch: list[int] = []
-        used = 0
-        for i in shard.examples:
-            length = len(self.examples[i].tree)
-            if batch and used + length > BATCH_POSITIONS:
-                yield batch
-                batch, used = [], 0
-            batch.append(i)
-            used += length
-        yield batch
+        """Its examples in batches of about equal length, at most `batch_positions` or one example.
+
+        Equal, so that packed rows have few lengths to be compiled for.
+        """
+        lengths = [len(self.examples[i].tree) for i in shard.examples]
+        count = -(-sum(lengths) // max(1, self.batch_positions - max(lengths)))
+        share = -(-sum(lengths) // count)
+        ends = accumulate(lengths)
+        for _, batch in groupby(zip(ends, shard.examples, strict=True), lambda pair: (pair[0] - 1) // share):
+            yield [i for _, i in batch]
 
     def rows(self, part: str, shard: Shard) -> list[int]:
         """How the rows of a shard's tensor divide among its examples, or its images."""
@@ -123,6 +132,10 @@ class Plan:
             return [self.features[path] for path in shard.images]
         return [(self.states if part == STATES else self.targets)[i] for i in shard.examples]
 
+    def having(self, part: str) -> list[Shard]:
+        """The shards that have a part: one without images of its own has no features."""
+        return [shard for shard in self.shards if part != FEATURES or shard.images]
+
     def missing(self, store: Store, parts: Sequence[str], shards: Sequence[Shard]) -> dict[str, list[Shard]]:
-        """Of each part, the shards that a store does not have. One without images has no features."""
-        return {p: [s for s in shards if (p != FEATURES or s.images) and s.name(p) not in store] for p in parts}
+        """Of each part, those of some shards that a store does not have."""
+        return {p: [s for s in self.having(p) if s in shards and s.name(p) not in store] for p in parts}

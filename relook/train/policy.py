@@ -7,7 +7,7 @@ done beforehand (`TrunkStates`), when nothing in it trains.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from relook.model.post_decoder import Layout, PostDecoder
 from relook.train import recompute
+from relook.train.tree_pass import TreePass, resolve
 from relook.tree import PackedTrees, Targets, to_device
 
 LOGITS_BYTES = 256 * 2**20  # of float32 logits at a time: about 2,000 targets at a vocabulary of 32,000
@@ -51,14 +52,21 @@ class Policy(nn.Module):
     """A model as training sees it: trees in, log-probs out.
 
     Args:
-        model: a transformers model, possibly wrapped by peft; the wrapper itself is bypassed, its layers are not.
+        model: a transformers model, possibly wrapped by peft; the wrapper itself is bypassed, its layers are not. Or
+            an `AboveTrunk`, for cached trunk states.
         dtype: what matrix products are computed in; what trains is kept in float32.
+        trunk_pass: how the language model reads packed trees; see `TreePass`.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, trunk_pass: str = "auto") -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
+        self.trunk_pass = resolve(trunk_pass, self.core.device.type)
+
+    @cached_property
+    def _tree_pass(self) -> TreePass:
+        return TreePass(self.core.model.language_model, self.trunk_pass)
 
     @property
     def core(self) -> Any:
@@ -118,9 +126,7 @@ class Policy(nn.Module):
             features = image.vision_features if self.reads_image else None
             where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(where, torch.cat(list(image.pooler_output)).to(embeds.dtype))
-        hidden = base.language_model(
-            inputs_embeds=embeds, attention_mask=packed.mask(), position_ids=packed.positions, use_cache=False
-        ).last_hidden_state
+        hidden = self._tree_pass(embeds, packed)
         kept = hidden.flatten(0, 1)[packed.keep]
         return TrunkStates(kept, features, batch.images, packed.targets)
 

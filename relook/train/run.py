@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError
 from relook.files import read_text, takes, write_json
 from relook.flags import check_model
+from relook.model.above_trunk import AboveTrunk
 from relook.model.changes import read_change
 from relook.model.formats import kind_of, llava_settings
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
@@ -75,23 +77,13 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     if encoded is None:
         read = read_samples(recipe)  # before the model: a wrong path shows at once
-    loaded = load_model(
-        recipe.model_name_or_path,
-        adapter=recipe.adapter_name_or_path or None,
-        vision_tower=recipe.vision_tower or None,
-        device=device or arguments.device,
-        dtype=dtype,
-        bits=recipe.bits,
-        double_quant=recipe.double_quant,
-        quant_type=recipe.quant_type,
-    )
-    check_model(recipe.of_the_model, llava_settings(loaded.core.config))
-    loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
+    place = device or str(arguments.device)
+    loaded = load(recipe, dtype, place, trunk=not recipe.cached_trunk)
     examples, dropped = encode_samples(recipe, loaded, *read) if encoded is None else encoded
-    apply_regime(loaded, recipe)
-    policy = Policy(loaded.model, dtype)
+    policy = policy_of(recipe, loaded, dtype)
     collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
-    items = prepare(recipe, policy, examples, collator, arguments.per_device_train_batch_size)
+    whole = partial(whole_policy, recipe, dtype, place)
+    items = prepare(recipe, policy, examples, collator, arguments.per_device_train_batch_size, whole)
     items, held_out = hold_out(items, recipe.eval_fraction)
     with progress(f"training {out.name}") as report:
         trainer = RelookTrainer(
@@ -191,10 +183,50 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     return examples, {"reader": report.summary(), "faults": faults}
 
 
-def prepare(recipe: Recipe, policy: Policy, examples: list[Example], collator: Collator, batch_size: int) -> list[Item]:
-    """What is computed once, before training: trunk states of a frozen trunk, and reference log-probs."""
-    if recipe.frozen_trunk and recipe.feature_cache != "off":
-        items = cached_items(recipe, policy, examples, collator)
+def load(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bool = True) -> LoadedModel:
+    """The recipe's model; without `trunk` only what stands above it has weights."""
+    loaded = load_model(
+        recipe.model_name_or_path,
+        adapter=recipe.adapter_name_or_path or None,
+        vision_tower=recipe.vision_tower or None,
+        device=device,
+        dtype=dtype,
+        bits=recipe.bits,
+        double_quant=recipe.double_quant,
+        quant_type=recipe.quant_type,
+        trunk=trunk,
+    )
+    check_model(recipe.of_the_model, llava_settings(loaded.core.config))
+    loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
+    return loaded
+
+
+def policy_of(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy:
+    """The model with what the recipe trains; of one without a trunk, what stands above it."""
+    apply_regime(loaded, recipe)
+    trunk = not loaded.core.get_input_embeddings().weight.is_meta
+    return Policy(loaded.model if trunk else AboveTrunk(loaded.model), dtype, recipe.trunk_pass)
+
+
+def whole_policy(recipe: Recipe, dtype: torch.dtype, device: str) -> Policy:
+    return policy_of(recipe, load(recipe, dtype, device), dtype)
+
+
+def prepare(
+    recipe: Recipe,
+    policy: Policy,
+    examples: list[Example],
+    collator: Collator,
+    batch_size: int,
+    whole: Callable[[], Policy],
+) -> list[Item]:
+    """What is computed once, before training: trunk states of a frozen trunk, and reference log-probs.
+
+    Args:
+        whole: loads the policy with its trunk, where `policy` may be without.
+    """
+    if recipe.cached_trunk:
+        items = cached_items(recipe, policy, examples, collator, whole)
     else:
         items = [Item(example) for example in examples]
         if recipe.task == "dpo":

@@ -1,0 +1,132 @@
+"""Which token comes next, and when an answer ends: as transformers' `generate` has it, for many branches at once.
+
+`Rule.of` is the one place that decides whether the trees' own loop decodes, or `generate` itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from relook.model.load import LoadedModel
+
+# Settings of `generate` that a rule follows, and those that change no token.
+FOLLOWED = {"do_sample", "temperature", "top_k", "top_p", "suppress_tokens", "begin_suppress_tokens", "eos_token_id"}
+IDLE = {
+    *("bos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "use_cache"),
+    *("output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
+}
+SAMPLING = {"min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}  # idle where nothing is drawn
+# Of the others, values that say nothing, besides None, False and 0.
+NEUTRAL = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "typical_p", "guidance_scale"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), 1),
+}
+TOP_K = 50  # what `generate` takes where nobody says
+
+
+class Rule:
+    """How tokens are chosen, for a whole run.
+
+    Args:
+        settings: of generation, the model's own with the caller's laid on them.
+        pad: fills places that belong to nothing.
+        stop: a criterion that knows the text that ends an answer, where that is not a token.
+        seed: of sampling; each question's draws depend on it and on the question's number alone.
+        device: where the logits will be.
+    """
+
+    def __init__(
+        self, settings: GenerationConfig, pad: int, stop: StopStringCriteria | None, seed: int, device: torch.device
+    ) -> None:
+        self.pad, self.stop, self.seed = pad, stop, seed
+        self.eos, self.never, self.not_first = (
+            torch.tensor([] if ids is None else ids, dtype=torch.long, device=device).flatten()
+            for ids in (settings.eos_token_id, settings.suppress_tokens, settings.begin_suppress_tokens)
+        )
+        self.samples = bool(settings.do_sample)
+        self.warpers: list[Any] = []
+        if self.samples:
+            top_k = TOP_K if settings.top_k is None else settings.top_k
+            if settings.temperature not in (None, 1):
+                self.warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+            if top_k:
+                self.warpers.append(TopKLogitsWarper(top_k))
+            if settings.top_p is not None and settings.top_p < 1:
+                self.warpers.append(TopPLogitsWarper(settings.top_p))
+
+    @staticmethod
+    def of(loaded: LoadedModel, template: str, generate: dict[str, Any], longest: int, seed: int = 0) -> Rule | None:
+        """The rule that says what `generate` would; None where only `generate` itself does.
+
+        That is: beams, penalties and whatever else looks at earlier tokens or at other rows, and language models with
+        layers that do not see the whole text.
+
+        Args:
+            generate: keyword arguments of `generate`.
+            longest: positions of the longest prompt with its answer.
+        """
+        settings = copy.deepcopy(loaded.core.generation_config)
+        if settings.update(**generate) or not sees_everything(loaded.core.config.text_config, longest):
+            return None
+        idle = IDLE if settings.do_sample else IDLE | SAMPLING
+        for name, value in settings.to_diff_dict().items():
+            if name not in FOLLOWED | idle and value not in (None, False, NEUTRAL.get(name)):
+                return None
+        stop = loaded.stopping(template)
+        criterion = StopStringCriteria(stop["tokenizer"], stop["stop_strings"]) if stop else None
+        return Rule(settings, pad_token(loaded), criterion, seed, loaded.core.device)
+
+    def draws(self, numbers: Sequence[int], tokens: int) -> Tensor | None:
+        """(n, tokens) uniform numbers, one for each token of each numbered question; None where nothing is drawn."""
+        if not self.samples:
+            return None
+        rows = []
+        for number in numbers:
+            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + number) % 2**32)
+            rows.append(torch.rand(tokens, generator=generator, dtype=torch.float64))
+        return torch.stack(rows)
+
+    def choose(self, logits_NV: Tensor, draws_N: Tensor | None, first: bool) -> Tensor:
+        """The next tokens, (N,)."""
+        scores = logits_NV.float()
+        for banned in (self.never, self.not_first) if first else (self.never,):
+            if len(banned):
+                scores = scores.index_fill(-1, banned, -torch.inf)
+        if draws_N is None:
+            return scores.argmax(-1)
+        for warper in self.warpers:
+            scores = warper(None, scores)
+        shares = scores.double().softmax(-1).cumsum(-1)
+        drawn = torch.searchsorted(shares, (draws_N * shares[:, -1])[:, None], right=True).squeeze(-1)
+        return drawn.clamp(max=scores.shape[-1] - 1)
+
+    def ends(self, said_NT: Tensor) -> Tensor:
+        """Whether the last of these tokens ends an answer, (N,) bool."""
+        ends = (said_NT[:, -1:] == self.eos).any(-1)
+        if self.stop is not None:
+            ends |= self.stop(said_NT, None)
+        return ends
+
+
+def sees_everything(text_config: Any, longest: int) -> bool:
+    """Whether every layer of a language model sees all of a text of that length."""
+    window = getattr(text_config, "sliding_window", None)
+    layers = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
+    return layers <= {"sliding_attention"} and (window is None or longest <= window)
+
+
+def pad_token(loaded: LoadedModel) -> int:
+    tokenizer = loaded.processor.tokenizer
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

@@ -1,0 +1,333 @@
+"""The answering engine over trees: the text of transformers' `generate` at batch 1, however questions are grouped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tiny import tiny_llava, tiny_relook
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from relook import LoadedModel, load_model
+from relook.data.prompts import TEMPLATES, get_template
+from relook.errors import DataError
+from relook.evaluate import answer as answering
+from relook.evaluate.answer import Asking, Prompt, Question, answer, shared
+from relook.evaluate.choose import Rule, sees_everything
+from relook.evaluate.decode import PromptTree
+from relook.toyworld.build import IMAGE_SIZE, make_processor
+
+NEW = 10
+TEXTS = ("Is there a cup?", "Is there a dog in the image?", "Is there a cup in the image?", "Describe this image.")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(4):
+        generator = torch.Generator().manual_seed(i)
+        noise = torch.randint(256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def questions(pictures: list[Path]) -> list[Question]:
+    """Several on an image, one on an image, on two images, on none, placeholders in odd places, and one twice."""
+    a, b, c, d = pictures
+    asked: list[Question] = [(a, text) for text in TEXTS]
+    asked += [(b, f"Is it the same? {text}" * 3) for text in TEXTS[:3]]
+    asked += [(c, TEXTS[3]), (d, "What is <image> this?"), (d, "And <image> this?"), (d, TEXTS[0])]
+    asked += [((a, b), text) for text in TEXTS[:2]] + [((b, a), "Compare <image> this with <image> that.")]
+    asked += [((), "Is there a dog?"), ((), "Say a word."), ((), "A")]
+    return [*asked, asked[1], ((a,), TEXTS[0])]
+
+
+def as_loaded(model: Any) -> LoadedModel:
+    return LoadedModel(model.eval(), make_processor(), Path())
+
+
+def paths(images: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    return images if isinstance(images, tuple) else (images,)
+
+
+def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -> list[str]:
+    """transformers' own `generate`, batch 1."""
+    how = {"max_new_tokens": NEW, **how}
+    return [loaded.generate(paths(images), text, **how) for images, text in questions]
+
+
+def answers(loaded: LoadedModel, questions: Sequence[Question], size: int = 64, **how: Any) -> list[str]:
+    asking = Asking(**{"max_new_tokens": NEW, "batch_size": size, **how})
+    found = dict(answer(loaded, questions, asking, lambda *_: None))
+    return [found[i] for i in range(len(questions))]
+
+
+@pytest.fixture
+def trees_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No question may take the other way."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a question went to `generate`")
+
+    monkeypatch.setattr(answering, "generate_batch", never)
+
+
+def with_lora() -> Any:
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+    model = get_peft_model(tiny_relook(), config)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def with_grouped_heads() -> Any:
+    """Two key heads for four query heads, and a tower of which two layers are read."""
+    config = copy.deepcopy(tiny_llava().config)
+    config.text_config.num_key_value_heads, config.vision_feature_layer = 2, [-2, -1]
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config = tiny_llava().generation_config
+    return model
+
+
+MODELS: dict[str, Any] = {
+    "plain": tiny_llava,
+    "grouped heads": with_grouped_heads,
+    "cross": tiny_relook,
+    "cross, deep": lambda: tiny_relook(depth=3, num_heads=2),
+    "none": lambda: tiny_relook(attention="none", depth=2),
+    "self_cross": lambda: tiny_relook(attention="self_cross", depth=2),
+    "lora": with_lora,
+}
+
+
+@pytest.mark.usefixtures("trees_only")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list[Question]) -> None:
+    loaded = as_loaded(MODELS[name]())
+    expected = one_by_one(loaded, questions)
+    assert len(set(expected)) > 6
+    for size in (1, 3, 64):
+        assert answers(loaded, questions, size) == expected, size
+
+
+@pytest.mark.usefixtures("trees_only")
+@pytest.mark.parametrize("settings", [{}, {"attention": "self_cross"}], ids=str)
+def test_answers_of_all_lengths(settings: dict[str, Any], questions: list[Question]) -> None:
+    """Some end at once, some never: branches leave their rows, and rows the batch."""
+    loaded = as_loaded(tiny_relook(**settings))
+    said = " ".join(one_by_one(loaded, questions)).split()
+    ids = [loaded.processor.tokenizer.convert_tokens_to_ids("▁" + word) for word in said]
+    loaded.model.generation_config.eos_token_id = [2, *sorted(set(ids), key=ids.count)[-5:-2]]
+    expected = one_by_one(loaded, questions, max_new_tokens=40)
+    lengths = [len(text.split()) for text in expected]
+    assert min(lengths) <= 2
+    assert max(lengths) > 20
+    assert len(set(lengths)) > 3
+    for size in (2, 64):
+        assert answers(loaded, questions, size, max_new_tokens=40) == expected
+
+
+@pytest.mark.usefixtures("trees_only")
+def test_answers_that_end_with_a_text(tiny: Path, tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several characters, which may lie in several tokens or begin in the middle of one."""
+    loaded = load_model(tiny / "ckpt_safetensors", vision_tower=tower)
+    images = [tiny / "inputs" / f"image_{name}.png" for name in "AB"]
+    questions: list[Question] = [(image, text) for image in images for text in TEXTS]
+    whole = one_by_one(loaded, questions, max_new_tokens=20)
+    for end in (whole[0][4:7], whole[1][9:11], whole[2][6:10]):
+        assert end.strip()
+        template = dataclasses.replace(get_template("v1"), name="short", end=end)
+        monkeypatch.setitem(TEMPLATES, "short", template)
+        expected = one_by_one(loaded, questions, template="short", max_new_tokens=20)
+        assert expected != whole
+        assert answers(loaded, questions, template="short", max_new_tokens=20) == expected
+
+
+# --- settings of generation
+
+
+@pytest.mark.usefixtures("trees_only")
+def test_suppressed_tokens_and_a_models_own_sampling_settings(questions: list[Question]) -> None:
+    loaded = as_loaded(tiny_llava())
+    config, plain = loaded.model.generation_config, answers(loaded, questions)
+    token = loaded.processor.tokenizer.convert_tokens_to_ids
+    config.begin_suppress_tokens = [token("▁" + plain[0].split()[0])]
+    config.suppress_tokens = [*config.suppress_tokens, token("▁" + plain[0].split()[1])]
+    config.do_sample, config.temperature, config.top_p, config.max_length = True, 0.9, 0.6, 4096
+    expected = one_by_one(loaded, questions)
+    assert expected != plain
+    assert answers(loaded, questions) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 1},
+        {"bad_words_ids": [[30], [31]]},
+        {"num_beams": 3},
+        {"do_sample": True, "min_p": 1.0},
+    ],
+    ids=str,
+)
+def test_what_only_generate_follows_is_left_to_it(
+    settings: dict[str, Any], questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the caller says it or the model's own settings do."""
+    monkeypatch.setattr(answering, "decode", None)
+    plain, asked = as_loaded(tiny_llava()), questions[:6]
+    torch.manual_seed(0)
+    expected = one_by_one(plain, asked, **settings)
+    assert answers(plain, asked, 4, generate=tuple(settings.items())) == expected
+    if "do_sample" not in settings:  # of the model's own, drawing is not taken over
+        own = as_loaded(tiny_llava())
+        own.model.generation_config.update(**settings)
+        assert answers(own, asked, 4) == expected
+
+
+def test_a_window_over_the_text_is_left_to_generate() -> None:
+    config = tiny_llava().config.text_config
+    assert sees_everything(config, 10**6)
+    config.sliding_window = 100
+    assert sees_everything(config, 100)
+    assert not sees_everything(config, 101)
+    config.layer_types = ["full_attention", "linear_attention"]
+    assert not sees_everything(config, 1)
+
+
+def test_a_prompt_that_ends_in_its_image_is_left_to_generate(pictures: list[Path]) -> None:
+    loaded = as_loaded(tiny_llava())
+    questions: list[Question] = [(path, "<image>") for path in pictures[:2]]
+    assert loaded.encoder("plain").prompt("<image>", [pictures[0]])[-1] == loaded.model.config.image_token_id
+    assert answers(loaded, questions, template="plain") == one_by_one(loaded, questions, template="plain")
+
+
+# --- sampling
+
+
+def sampling(**settings: Any) -> dict[str, Any]:
+    return {"generate": tuple({"do_sample": True, **settings}.items())}
+
+
+@pytest.mark.usefixtures("trees_only")
+def test_draws_depend_on_the_seed_and_not_on_the_batch(questions: list[Question]) -> None:
+    loaded = as_loaded(tiny_relook())
+    how = sampling(temperature=1.5, top_k=0)
+    drawn = answers(loaded, questions, 1, seed=3, **how)
+    assert drawn == answers(loaded, questions, 4, seed=3, **how) == answers(loaded, questions, 64, seed=3, **how)
+    other = answers(loaded, questions, 64, seed=4, **how)
+    assert sum(a != b for a, b in zip(drawn, other, strict=True)) > len(questions) // 2
+    assert answers(loaded, questions, **sampling(top_k=1)) == answers(loaded, questions)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8, "top_k": 0}], ids=str)
+def test_tokens_are_drawn_as_often_as_they_are_likely(settings: dict[str, Any]) -> None:
+    """Against probabilities that are written out here."""
+    loaded, n = as_loaded(tiny_llava()), 20_000
+    logits = 2 * torch.randn(60, generator=torch.Generator().manual_seed(0))
+    rule = Rule.of(loaded, "", {"do_sample": True, **settings}, 100)
+    assert rule is not None
+    rule.never = rule.never[:0]
+    draws = rule.draws(range(n), 1)
+    assert draws is not None
+    drawn = rule.choose(logits.expand(n, -1), draws[:, 0], first=True)
+    share = (logits / settings.get("temperature", 1)).softmax(-1)
+    order = share.argsort(descending=True)
+    kept = order[: settings.get("top_k", 50) or len(share)]
+    if "top_p" in settings:
+        kept = order[: int((share[order].cumsum(-1) < settings["top_p"]).sum()) + 1]
+    expected = torch.zeros(60).index_copy(0, kept, share[kept] / share[kept].sum())
+    found = drawn.bincount(minlength=60) / n
+    assert not found[expected == 0].any()
+    torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
+
+
+# --- what is shared
+
+
+def test_an_image_and_what_its_prompts_share_is_read_once(
+    pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The language model reads a prefix, then the branches' rests; then as many positions a step as branches."""
+    loaded = as_loaded(tiny_relook())
+    seen: list[tuple[int, int]] = []
+    towers: list[int] = []
+    model = loaded.model.model
+    whole, tower = model.language_model.forward, model.vision_tower.forward
+
+    def counted(*args: Any, **more: Any) -> Any:
+        seen.append(tuple(more["inputs_embeds"].shape[:2]))
+        return whole(*args, **more)
+
+    def counted_tower(pixel_values: Tensor, **more: Any) -> Any:
+        towers.append(len(pixel_values))
+        return tower(pixel_values, **more)
+
+    monkeypatch.setattr(model.language_model, "forward", counted)
+    monkeypatch.setattr(model.vision_tower, "forward", counted_tower)
+    loaded.model.generation_config.eos_token_id = None
+    answers(loaded, [(path, text) for path in pictures[:2] for text in TEXTS[:3]], max_new_tokens=4)
+    ids = [loaded.encoder().prompt(text, [pictures[0]]) for text in TEXTS[:3]]
+    common = next(i for i in range(100) if len({row[i] for row in ids}) > 1)
+    assert towers == [2]
+    assert seen == [(2, common), (2, sum(map(len, ids)) - 3 * common), *[(2, 3)] * 3]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple), min_size=1, max_size=5))
+def test_a_tree_of_prompts_is_the_prompts(prompts: list[tuple[int, ...]]) -> None:
+    tree = PromptTree.of(prompts)
+    assert [tree.prefix + branch for branch in tree.branches] == prompts
+    assert all(tree.branches)
+    assert len({branch[0] for branch in tree.branches}) > 1 or 1 in map(len, tree.branches)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=40))
+def test_no_batch_takes_more_positions_than_its_size_in_prompts(made: list[tuple[int, int, int]]) -> None:
+    """Made of an image's number, the length of the text, and how much of it is before the image."""
+    token, new = 99, 4
+    prompts = []
+    for n, (image, length, before) in enumerate(made):
+        start = [1] * before + ([token] * 6 if image else [])
+        prompts.append(Prompt(n, (Path(str(image)),) if image else (), (*start, *range(length))))
+    longest = max(len(prompt.ids) for prompt in prompts) + new
+    for size in (1, 3, 8):
+        batches = shared(prompts, Asking(max_new_tokens=new, batch_size=size), longest, token)
+        assert sorted(p.number for batch in batches for group in batch for p in group) == list(range(len(prompts)))
+        for batch in batches:
+            trees = [PromptTree.of([prompt.ids for prompt in group]) for group in batch]
+            assert len(trees) * max(tree.positions(new) for tree in trees) <= size * longest
+            for tree, group in zip(trees, batch, strict=True):
+                assert len({prompt.images for prompt in group}) == 1
+                assert tree.prefix.count(token) == group[0].ids.count(token)
+
+
+# --- images that cannot be read, and nothing asked
+
+
+def test_an_image_that_cannot_be_read_is_named_and_costs_no_other_answer(pictures: list[Path], tmp_path: Path) -> None:
+    loaded = as_loaded(tiny_llava())
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    questions: list[Question] = [(path, TEXTS[0]) for path in [*pictures, tmp_path / "bad.jpg"]]
+    found = answer(loaded, questions, Asking(max_new_tokens=2, batch_size=1), lambda *_: None)
+    assert sorted(next(found)[0] for _ in pictures) == [0, 1, 2, 3]
+    with pytest.raises(DataError, match=r"bad\.jpg"):
+        next(found)
+
+
+def test_nothing_asked(pictures: list[Path]) -> None:
+    assert answers(as_loaded(tiny_llava()), []) == []
