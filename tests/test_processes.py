@@ -24,6 +24,7 @@ from relook.files import write_json
 from relook.model.load import TENSORS_FILE
 from relook.recipe import Recipe, build_recipe
 from relook.train import processes, trainer
+from relook.train.batches import Collator
 from relook.train.run import train, training_arguments
 from relook.train.sampling import ModalityLengthSampler
 from relook.train.trainer import COMPLETE
@@ -242,6 +243,22 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len({tuple(order) for order in orders}) == 3
 
 
+def test_training_draws_so(keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of 8 samples with images and 16 without, by twos."""
+    seen: list[set[bool]] = []
+    usual = Collator.__call__
+    monkeypatch.setattr(
+        Collator,
+        "__call__",
+        lambda self, items: seen.append({bool(i.example.images) for i in items}) or usual(self, items),
+    )
+    keys = {"task": "sft", **LORA, "group_by_modality_length": True, "conversations_per_tree": 1}
+    train(build_recipe(keys_of("run", keys, per_device_train_batch_size=2, num_train_epochs=2)))
+    for epoch in (seen[:12], seen[12:]):
+        assert (epoch.count({True}), epoch.count({False})) == (4, 8)
+    assert seen[:12] != seen[12:]
+
+
 # --- checkpoints
 
 
@@ -322,5 +339,3 @@ def test_what_is_missing_is_said(keys_of: Callable[..., Keys], monkeypatch: pyte
         recipe = build_recipe(keys_of("run", {"tune_lm_head": True}, **keys))
         with pytest.raises(RecipeError, match=message):
             training_arguments(recipe, tmp_path)
-    with pytest.raises(RecipeError, match="group_by_modality_length is for sft"):
-        build_recipe(keys_of("run", {"tune_lm_head": True}, group_by_modality_length=True))

@@ -107,7 +107,10 @@ def cached_items(
     """
     wanted, examples = examples, list(dict.fromkeys(examples))
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
-    source = made_from(path, tower, policy, policy.dtype, examples, collator.images)
+    bits = f"{recipe.bits} {recipe.quant_type} {recipe.double_quant}" if recipe.bits == 4 else str(recipe.bits)
+    source = made_from(
+        path, tower, policy, policy.dtype, examples, collator.images, adapter=recipe.adapter_name_or_path, bits=bits
+    )
     key = key_of(source)
     plan = Plan.of(policy, examples, collator.images)
     parts = [STATES]
@@ -139,6 +142,8 @@ def made_from(
     weights: torch.dtype,
     examples: Sequence[Example],
     images: ImageLoader,
+    adapter: str = "",
+    bits: str = "16",
 ) -> dict[str, str]:
     """Everything that determines what the trunk says: weights, tokens, pictures by content, precision, versions.
 
@@ -147,6 +152,8 @@ def made_from(
     Args:
         model: the folder that the policy was loaded from, with this vision tower where it has none of its own.
         weights: dtype of the trunk in memory.
+        adapter: the change that was laid on it.
+        bits: how its linear layers are quantised.
     """
     tower = open_source(model, vision_tower=vision_tower).tower
     data = hashlib.sha256()
@@ -160,6 +167,8 @@ def made_from(
     return {
         "format": str(FORMAT),
         "model": model_hash(model),
+        "adapter": model_hash(Path(adapter)) if adapter else "",
+        "bits": bits,
         "vision tower": model_hash(tower) if tower else "",
         "tokens": data.hexdigest(),
         "images": pictures.hexdigest(),

@@ -7,15 +7,19 @@ done beforehand (`TrunkStates`), when nothing in it trains.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from relook.model.post_decoder import Layout, PostDecoder
+from relook.train import recompute
 from relook.train.tree_pass import TreePass, resolve
 from relook.tree import PackedTrees, Targets, to_device
+
+LOGITS_BYTES = 2**30  # of float32 logits at a time: about 8,000 targets at a vocabulary of 32,000
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,11 @@ class Policy(nn.Module):
         units = getattr(self.core, "_no_split_modules", ())  # nothing above a trunk is one
         return sorted({type(m).__name__ for m in self.core.modules()} & set(units))
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The Trainer's call: recompute the trunk's layers in the backward pass instead of keeping their inputs."""
-        self.core.gradient_checkpointing_enable(**kwargs)
+        recompute.enable(self.core, **kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # what the Trainer calls before transformers 5.23
 
     def autocast(self) -> torch.autocast:
         device = self.core.device.type
@@ -165,8 +171,22 @@ def predicting_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> T
     return chosen
 
 
-def token_log_probs(head: nn.Module, states_ND: Tensor, ids_N: Tensor) -> Tensor:
-    """log p(id | state) under a language-model head, (N,) float32, whatever the states' dtype."""
+def token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor) -> Tensor:
+    """log p(id | state) under a language-model head, (N,) float32, whatever the states' dtype.
+
+    A target's logits in float32 are 4 bytes times the vocabulary, 125 KiB at 32,000: more targets than fit
+    `LOGITS_BYTES` are taken in chunks, whose logits are computed again in the backward pass instead of being kept.
+    """
+    rows = max(1, LOGITS_BYTES // (4 * head.out_features))
+    if len(ids_N) <= rows:
+        return _token_log_probs(head, states_ND, ids_N)
+    parts = zip(states_ND.split(rows), ids_N.split(rows), strict=True)
+    # No dropout in it, so no generator's state needs to be fetched from the device and put back.
+    again = partial(checkpoint, _token_log_probs, head, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(states, ids) for states, ids in parts])
+
+
+def _token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor) -> Tensor:
     logits = head(states_ND).float()
     picked = logits.gather(-1, ids_N[:, None]).squeeze(-1)
     result: Tensor = picked - logits.logsumexp(-1)

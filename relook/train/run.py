@@ -23,11 +23,14 @@ from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_text, takes, write_json
+from relook.flags import check_model
 from relook.model.above_trunk import AboveTrunk
+from relook.model.changes import read_change
+from relook.model.formats import kind_of, llava_settings
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe, parse_overrides
-from relook.train import processes
+from relook.train import processes, recompute
 from relook.train.batches import (
     Collator,
     Item,
@@ -152,7 +155,8 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         given["deepspeed"] = processes.deepspeed_config(given["deepspeed"])
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
-        arguments = TrainingArguments(**{**defaults, **given, "output_dir": str(out / CHECKPOINTS)})
+        told = recompute.renamed(given)
+        arguments = TrainingArguments(**{**defaults, **told, "output_dir": str(out / CHECKPOINTS)})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"The training arguments do not fit together: {error}.") from None
     if arguments.fsdp and arguments.world_size == 1:
@@ -196,11 +200,16 @@ def load(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bool = True) ->
     """The recipe's model; without `trunk` only what stands above it has weights."""
     loaded = load_model(
         recipe.model_name_or_path,
+        adapter=recipe.adapter_name_or_path or None,
         vision_tower=recipe.vision_tower or None,
         device=device,
         dtype=dtype,
+        bits=recipe.bits,
+        double_quant=recipe.double_quant,
+        quant_type=recipe.quant_type,
         trunk=trunk,
     )
+    check_model(recipe.of_the_model, llava_settings(loaded.core.config))
     loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
     return loaded
 
@@ -266,15 +275,27 @@ def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None
         loaded.processor.save_pretrained(out)
         return
     settings = getattr(loaded.core.config, "post_decoder", None)
-    write_json(
-        out / CHANGE_FILE,
-        {
-            "base": str(Path(recipe.model_name_or_path).resolve()),
-            "vision_tower": str(Path(recipe.vision_tower).resolve()) if recipe.vision_tower else None,
-            "post_decoder": settings,
-            "lora": recipe.lora_enable,
-        },
-    )
+    write_json(out / CHANGE_FILE, {**foundation(recipe), "post_decoder": settings, "lora": recipe.lora_enable})
+
+
+def foundation(recipe: Recipe) -> dict[str, Any]:
+    """What a run lies on: the base at the bottom, its tower, and the changes that were merged into it before."""
+    base, tower, earlier = Path(recipe.model_name_or_path), recipe.vision_tower, list[Path]()
+    if kind_of(base) == "run":
+        run = read_change(base)
+        assert run.base is not None
+        earlier = [*run.earlier, base]
+        base, tower = run.base, tower or str(run.vision_tower or "")
+    elif recipe.adapter_name_or_path:
+        adapter = Path(recipe.adapter_name_or_path)
+        earlier = [*read_change(adapter).earlier, adapter]
+    if tower and Path(tower).is_dir():  # else it is a hub's name
+        tower = str(Path(tower).resolve())
+    return {
+        "base": str(base.resolve()),
+        "vision_tower": tower or None,
+        "earlier": [str(path.resolve()) for path in earlier],
+    }
 
 
 def pad_id(tokenizer: Any) -> int:
