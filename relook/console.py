@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,11 @@ console = Console(stderr=True, highlight=False)
 
 Report = Callable[..., None]
 """Called as report(done, total, note=""): how far the work is, and what to say beside the bar."""
+
+
+def speaks() -> bool:
+    """Whether this process is the one of several, started by torchrun and the like, that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -28,7 +34,7 @@ def progress(title: str) -> Iterator[Report]:
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and speaks()),
     )
     count = 0
     with bar:
@@ -40,7 +46,8 @@ def progress(title: str) -> Iterator[Report]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield report
-    console.print(f"  {title}: {count:,} in {time.monotonic() - started:.1f} s")
+    if speaks():
+        console.print(f"  {title}: {count:,} in {time.monotonic() - started:.1f} s")
 
 
 def say(text: str, style: str = "") -> None:
@@ -48,7 +55,8 @@ def say(text: str, style: str = "") -> None:
 
     No markup is read in it: a path may hold brackets.
     """
-    console.print(text, style=style, markup=False, soft_wrap=True)
+    if speaks():
+        console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def readable_size(size: float) -> str:

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from relook.errors import DataError, RecipeError
+from relook.console import readable_size
+from relook.errors import DataError, RecipeError, RelookError
 
 
 @contextmanager
@@ -60,6 +61,22 @@ def _writes(process: str) -> bool:
     except PermissionError:  # it runs under another user
         return True
     return int(process) != os.getpid()
+
+
+def require_room(path: Path, needed: int, what: str, fix: str) -> None:
+    """Refuse to begin with a file or folder that the disk cannot take.
+
+    Raises:
+        RelookError: the bytes that are needed, and those that are free.
+    """
+    place = path
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise RelookError(
+            f"{what} needs {readable_size(needed)} on disk, but {path.parent} has {readable_size(free)} free.", fix
+        )
 
 
 def write_text(path: Path, text: str) -> None:

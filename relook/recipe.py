@@ -14,6 +14,7 @@ import yaml
 
 from relook.errors import RecipeError, some
 from relook.files import read_text, write_text
+from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, check_fixed
 from relook.model.post_decoder import PostDecoderSettings
 
 CHOICES = {
@@ -24,10 +25,18 @@ CHOICES = {
     "post_decoder_init": ("random", "projector"),
     "feature_cache": ("auto", "memory", "disk", "off"),
     "trunk_pass": ("auto", "compiled", "flex", "dense"),
+    "bits": (16, 8, 4),
+    "quant_type": ("nf4", "fp4"),
+    "lora_bias": ("none", "lora_only", "all"),
 }
 REFERENCE_FREE = ("simpo", "orpo")  # losses that compare with no reference model
 LENGTH_NORMALISED = ("ipo", *REFERENCE_FREE)  # losses of means over a response's tokens, not of sums
 MDPO_WEIGHTS = ("mdpo_conditional_weight", "mdpo_anchored_weight")
+WEIGHTS = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
+ALL_LINEAR = "all-linear"
+LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
+DPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path", "loss_type", "beta", "dpo_tokens", *WEIGHTS)
+SFT_KEYS = ("data_path", "image_folder", "conversations_per_tree")
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,11 @@ class Recipe:
     task: str
     model_name_or_path: str
     output_dir: str
-    vision_tower: str = ""  # folder of a liuhaotian model's tower; empty: the one that its config names
+    adapter_name_or_path: str = ""  # a change that lies on the model before training, e.g. an SFT LoRA; it is merged
+    vision_tower: str = ""  # of a liuhaotian model: its tower's folder; empty: the one that its config names
+    bits: int = 16  # 8 and 4: the language model's linear layers are quantised (QLoRA)
+    double_quant: bool = True
+    quant_type: str = "nf4"
     # Data. DPO reads HA-DPO's files over Visual Genome, SFT reads LLaVA's conversations.
     vg_path: str = ""
     desc_data_path: str = ""
@@ -51,6 +64,7 @@ class Recipe:
     version: str = ""  # conversation template; empty: the model's own
     image_aspect_ratio: str = ""  # empty: as the model's config says
     model_max_length: int = 2048
+    group_by_modality_length: bool = False  # steps with images apart from those without, batches of even length
     conversations_per_tree: int = 16  # SFT: how many conversations on one image share its prefix
     eval_fraction: float = 0.0  # of the images: held out, for the loss on them
     # What trains. With none of them, the projector and the language model (full).
@@ -58,6 +72,10 @@ class Recipe:
     lora_r: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.0
+    lora_target_modules: Any = ALL_LINEAR  # or names of linear layers of the language model: [q_proj, v_proj]
+    lora_bias: str = "none"
+    use_dora: bool = False
+    use_rslora: bool = False
     tune_post_decoder: bool = False
     tune_lm_head: bool = False
     tune_mm_mlp_adapter: bool = False
@@ -81,12 +99,15 @@ class Recipe:
     feature_cache: str = "auto"
     feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
     trunk_pass: str = "auto"  # how the language model reads packed trees
+    of_the_model: Mapping[str, Any] = field(default_factory=dict)  # what its config must say; see `flags`
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise RecipeError(f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(allowed)}.")
+                raise RecipeError(
+                    f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(map(str, allowed))}."
+                )
         needed = ["data_path", "image_folder"] if self.task == "sft" else ["vg_path"]
         for name in ["model_name_or_path", "output_dir", *needed]:
             if not getattr(self, name):
@@ -96,6 +117,14 @@ class Recipe:
         if not 0 <= self.eval_fraction < 1:
             raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
         self._check_loss()
+        self._check_what_trains()
+        try:
+            PostDecoderSettings(**self.post_decoder)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
+        self._check_idle()
+
+    def _check_what_trains(self) -> None:
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):
             raise RecipeError(
                 "freeze_backbone is set and nothing else trains.",
@@ -103,38 +132,70 @@ class Recipe:
             )
         if self.freeze_backbone and self.lora_enable:
             raise RecipeError("freeze_backbone and lora_enable contradict each other.", "Remove one of them.")
-        try:
-            PostDecoderSettings(**self.post_decoder)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
+        if self.full and self.bits != 16:
+            raise RecipeError(f"Weights of {self.bits} bits cannot train.", "Set lora_enable, or bits 16.")
+        if self.lora_enable and not (self.lora_r > 0 and self.lora_alpha > 0 and 0 <= self.lora_dropout < 1):
+            said = f"lora_r {self.lora_r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}"
+            raise RecipeError(f"{said} make no LoRA.", "Give a rank and an alpha above 0, a dropout from 0 to below 1.")
+        names = self.lora_target_modules
+        if names != ALL_LINEAR and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+            raise RecipeError(
+                f"lora_target_modules is {names!r}.", f"Give {ALL_LINEAR}, or a list of names such as [q_proj, v_proj]."
+            )
+
+    def _check_idle(self) -> None:
+        """A key must say nothing but its default where nothing reads it: it would be ignored."""
+        plain = {item.name: item.default for item in dataclasses.fields(self)} | {"post_decoder": {}}
+        dpo = self.dpo_weight > 0
+        for idle, where, keys in (
+            (self.task != "dpo", "without task dpo", DPO_KEYS),
+            (self.task != "sft", "without task sft", SFT_KEYS),
+            (not self.lora_enable, "without lora_enable", LORA_KEYS),
+            (self.bits != 4, "without bits 4", ("double_quant", "quant_type")),
+            (
+                not self.tune_post_decoder,
+                "without tune_post_decoder",
+                ("post_decoder", "post_decoder_init", "post_decoder_lr"),
+            ),
+            (not (self.tune_lm_head or self.full), "without tune_lm_head", ("lm_head_lr",)),
+            (not (self.tune_mm_mlp_adapter or self.full), "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
+            (not dpo or self.loss_type != "robust", "without loss_type robust and a dpo_weight", ("label_smoothing",)),
+            (not dpo or self.loss_type != "simpo", "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
+            (not self.mdpo_anchored_weight, "without mdpo_anchored_weight", ("mdpo_anchor",)),
+            (
+                self.loss_type in LENGTH_NORMALISED,
+                f"with loss_type {self.loss_type}, which counts a response by its mean token",
+                ("dpo_tokens", *MDPO_WEIGHTS),
+            ),
+            (
+                any(getattr(self, name) for name in MDPO_WEIGHTS),
+                "beside mDPO's terms, which count whole responses",
+                ("dpo_tokens",),
+            ),
+        ):
+            # A learning rate of 0 (as in HA-DPO's command) says of what does not train that it does not.
+            allowed = {key: (plain[key], 0) if key.endswith("_lr") else (plain[key],) for key in keys}
+            found = [key for key in keys if getattr(self, key) not in allowed[key]]
+            if idle and found:
+                raise RecipeError(f"{some(found)} would have no effect {where}.", "Change that, or leave it out.")
+        recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
+        if recomputed and self.cached_trunk:
+            raise RecipeError(
+                f"{recomputed[0]} would have no effect: the trunk's states are cached.",
+                "Leave it out, or set feature_cache off.",
+            )
 
     def _check_loss(self) -> None:
-        """Values that fit, and no key that the chosen loss would ignore."""
+        """Values that fit, and fit together."""
         if self.beta <= 0:
             raise RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
         if not 0 <= self.label_smoothing < 0.5:
             raise RecipeError(f"label_smoothing is {self.label_smoothing}, a share of pairs.", "Give 0 to below 0.5.")
-        weights = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
-        for name in weights:
+        for name in WEIGHTS:
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}.", "A weight must not be below 0.")
-        if self.task == "dpo" and not any(getattr(self, name) for name in weights):
-            raise RecipeError(f"{', '.join(weights)} are all 0: there is no loss.", "Set one of them.")
-        if self.training.get("label_smoothing_factor"):
-            raise RecipeError("label_smoothing_factor has no effect here.", "Use loss_type robust and label_smoothing.")
-        if self.task == "sft":
-            self._unused("with task sft", "loss_type", "beta", "dpo_tokens", *weights)
-        if self.loss_type != "robust" or not self.dpo_weight:
-            self._unused("without loss_type robust and a dpo_weight", "label_smoothing")
-        if self.loss_type != "simpo" or not self.dpo_weight:
-            self._unused("without loss_type simpo and a dpo_weight", "simpo_gamma")
-        if not self.mdpo_anchored_weight:
-            self._unused("without mdpo_anchored_weight", "mdpo_anchor")
-        if self.loss_type in LENGTH_NORMALISED:
-            of = f"with loss_type {self.loss_type}, which counts a response by its mean token"
-            self._unused(of, "dpo_tokens", *MDPO_WEIGHTS)
-        if any(getattr(self, name) for name in MDPO_WEIGHTS):
-            self._unused("beside mDPO's terms, which count whole responses", "dpo_tokens")
+        if self.task == "dpo" and not any(getattr(self, name) for name in WEIGHTS):
+            raise RecipeError(f"{', '.join(WEIGHTS)} are all 0: there is no loss.", "Set one of them.")
         if self.loss_type == "orpo" and self.dpo_weight and not self.nll_weight:
             raise RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
         if self.mdpo_conditional_weight and self.frozen_trunk and self.feature_cache != "off":
@@ -142,13 +203,6 @@ class Recipe:
                 "The trunk cache has no states of corrupted images, which mdpo_conditional_weight needs.",
                 "Set feature_cache off, or mdpo_conditional_weight 0.",
             )
-
-    def _unused(self, where: str, *keys: str) -> None:
-        """Refuse keys that say something other than their default where they have no effect."""
-        defaults = {item.name: item.default for item in dataclasses.fields(self)}
-        given = [key for key in keys if getattr(self, key) != defaults[key]]
-        if given:
-            raise RecipeError(f"{some(given)} has no effect {where}.", f"Remove {some(given)}.")
 
     @property
     def needs_reference(self) -> bool:
@@ -172,8 +226,8 @@ class Recipe:
 
     def to_yaml(self) -> str:
         values = dataclasses.asdict(self)
-        training = values.pop("training")
-        return yaml.safe_dump({**values, **training}, sort_keys=False, allow_unicode=True)
+        flat = {**values.pop("of_the_model"), **values.pop("training")}
+        return yaml.safe_dump({**values, **flat}, sort_keys=False, allow_unicode=True)
 
     def save(self, path: Path) -> None:
         write_text(path, self.to_yaml())
@@ -233,9 +287,11 @@ def shipped(kind: str) -> list[str]:
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from flat keys; `a.b` reaches into the mapping `a`. Unknown keys are an error."""
-    own = {item.name: item.type for item in dataclasses.fields(Recipe) if item.name not in ("training", "post_decoder")}
+    nested = ("training", "of_the_model", "post_decoder")
+    own = {item.name: item.type for item in dataclasses.fields(Recipe) if item.name not in nested}
     training_keys = _training_keys()
     arguments: dict[str, Any] = {}
+    of_the_model: dict[str, Any] = {}
     training: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for key, value in values.items():
@@ -244,8 +300,15 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
             settings.update({rest: value} if rest else _mapping(head, value))
         elif key in own:
             arguments[key] = fit(key, value, own[key])
+        elif key in INSTEAD:
+            raise RecipeError(f"{key} would have no effect.", INSTEAD[key])
+        elif key in FIXED:
+            check_fixed(key, value)
+        elif key in OF_THE_MODEL:
+            of_the_model[key] = fit(key, value, OF_THE_MODEL[key])
         elif key in training_keys:
-            training[key] = fit(key, value, training_keys[key])
+            # transformers declares fsdp as a string, and asks for true.
+            training[key] = value if key == "fsdp" else fit(key, value, training_keys[key])
         else:
             close = difflib.get_close_matches(str(key), [*own, "post_decoder", *training_keys], 1)
             hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."
@@ -253,7 +316,8 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     missing = [name for name in ("task", "model_name_or_path", "output_dir") if name not in arguments]
     if missing:
         raise RecipeError(f"The recipe sets no {', '.join(missing)}.", f"Give it in the recipe or as --{missing[0]}.")
-    return Recipe(**arguments, post_decoder=_fit_settings(settings), training=training)
+    settings = _fit_settings(settings)
+    return Recipe(**arguments, post_decoder=settings, of_the_model=of_the_model, training=training)
 
 
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:

@@ -362,16 +362,17 @@ def test_a_post_decoder_whose_settings_nobody_knows(tmp_path: Path) -> None:
         load_model(base, tmp_path / "decoder.safetensors")
 
 
-def test_lora_is_merged_as_peft_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [{"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}])
+def test_lora_is_merged_as_peft_does(kind: dict[str, Any], tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = toy(tmp_path / "base")
     torch.manual_seed(3)
-    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=r".*language_model.*(q_proj|down_proj)")
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=r".*language_model.*(q_proj|down_proj)", **kind)
     model = get_peft_model(load_model(base).model, config)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+        if "lora_B" in name or "magnitude" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2)
     model.save_pretrained(tmp_path / "adapter")
     merged = model.merge_and_unload().state_dict()
     found = load_model(base, tmp_path / "adapter").model.state_dict()
@@ -381,10 +382,9 @@ def test_lora_is_merged_as_peft_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "no plain LoRA adapter: use_dora True"),
-        ({"peft_type": "IA3"}, "no plain LoRA adapter: peft_type 'IA3'"),
-        ({"bias": "lora_only"}, "no plain LoRA adapter: bias 'lora_only'"),
-        ({"rank_pattern": {"q_proj": 2}}, "no plain LoRA adapter: rank_pattern .'q_proj': 2."),
+        ({"use_dora": True}, "says use_dora True, which the tensors of .* are not"),
+        ({"peft_type": "IA3"}, "no adapter that relook can merge: peft_type 'IA3'"),
+        ({"rank_pattern": {"q_proj": 2}}, "no adapter that relook can merge: rank_pattern .'q_proj': 2."),
         ({"r": None}, "says r None and lora_alpha 8, not two numbers"),
         ({"r": 0}, "says r 0 "),
         ({"lora_alpha": "x"}, "lora_alpha 'x'"),

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from relook import load_model
 from relook.errors import RecipeError, RelookError
 from relook.model.load import TENSORS_FILE
-from relook.model.regimes import LANGUAGE_LINEARS
 from relook.recipe import build_recipe
 from relook.train.batches import Collator, Item
 from relook.train.logs import Costs, Meter, Work, linear_flops
@@ -66,7 +65,7 @@ def head(model: Any) -> Any:
 
 
 def lora(model: Any) -> Any:
-    return get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE_LINEARS))
+    return get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*_proj"))
 
 
 def post_decoder(model: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from relook.recipe import Recipe
 from relook.toyworld.build import make_processor
-from relook.train import losses
+from relook.train import losses, policy
 from relook.train.losses import dpo_sigmoid, negative_log_likelihood
 from relook.train.policy import LiveBatch, Policy, token_log_probs
 from relook.train.trainer import pair_loss, preference_loss
@@ -251,3 +251,59 @@ def test_mdpos_terms_against_separate_rows() -> None:
     right = sum(c > k for c, k in zip(rewards["chosen"], rewards["corrupted"], strict=True)) / 3
     assert float(fields["rewards/corrupted_accuracies"]) == pytest.approx(right)
     assert float(fields["nll"]) == pytest.approx(nll, abs=1e-4)
+
+
+# --- lm_head in chunks
+
+
+def test_log_probs_in_chunks_are_the_same_and_hold_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, and how many rows of logits the head makes at a time and the backward pass keeps."""
+    torch.manual_seed(0)
+    head, states = torch.nn.Linear(16, 50, bias=False), torch.randn(23, 16, requires_grad=True)
+    ids, pull = torch.randint(50, (23,)), torch.randn(23)
+    rows: list[int] = []
+    kept: list[tuple[int, ...]] = []
+    head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+
+    def run(bytes_of_logits: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(policy, "LOGITS_BYTES", bytes_of_logits)
+        head.weight.grad = states.grad = None
+        rows.clear()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+            found = token_log_probs(head, states, ids)
+        forward = rows.copy()
+        (found * pull).sum().backward()
+        assert head.weight.grad is not None
+        assert states.grad is not None
+        assert forward == (rows[len(forward) :][::-1] if len(forward) > 1 else rows)
+        return found.detach(), head.weight.grad, states.grad
+
+    whole = run(23 * 50 * 4)
+    assert rows == [23]
+    assert (23, 50) in kept
+    parts = run(5 * 50 * 4 + 3)
+    assert sorted(rows) == sorted(2 * [5, 5, 5, 5, 3])
+    assert not [shape for shape in kept if len(shape) == 2 and shape[1] == 50 and shape[0] > 5]
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
+    assert run(1)[0].shape == (23,)  # a row at least
+    with torch.no_grad():
+        torch.testing.assert_close(token_log_probs(head, states, ids), whole[0], rtol=1e-6, atol=1e-6)
+
+
+def test_chunks_under_autocast_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    head, states, ids = torch.nn.Linear(16, 50, bias=False), torch.randn(9, 16), torch.randint(50, (9,))
+    found = []
+    for size in (9, 2):
+        monkeypatch.setattr(policy, "LOGITS_BYTES", size * 200)
+        head.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            log_probs = token_log_probs(head, states, ids)
+        assert log_probs.dtype == torch.float32
+        log_probs.sum().backward()
+        assert head.weight.grad is not None
+        found.append((log_probs.detach(), head.weight.grad))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-2, atol=1e-2)  # bf16 sums of chunks

@@ -303,6 +303,7 @@ def test_cached_states_train_as_live_ones(keys: dict[str, Any], base: Path, worl
 def test_regimes_on_the_same_data_share_the_trunks_pass(
     base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of 24 pairs 18 are distinct: HA-DPO's mix has the 6 description pairs twice."""
     passes: list[int] = []
 
     def counted(policy: Policy, plan: Any, shard: Any, parts: Any, *rest: Any) -> Any:
@@ -313,9 +314,9 @@ def test_regimes_on_the_same_data_share_the_trunks_pass(
     train(recipe_for(base, world, tmp_path / "1", tune_post_decoder=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "2", tune_lm_head=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "3", tune_post_decoder=True, max_steps=1))
-    assert passes == [24]
+    assert passes == [18]
     train(recipe_for(base, world, tmp_path / "4", tune_post_decoder=True, max_steps=1, desc_data_path=""))
-    assert passes == [24, 12]
+    assert passes == [18, 12]
     TrunkCache.last = None
     train(recipe_for(base, world, tmp_path / "alone", tune_post_decoder=True, max_steps=1))
     assert (tmp_path / "alone" / TENSORS_FILE).read_bytes() == (tmp_path / "3" / TENSORS_FILE).read_bytes()

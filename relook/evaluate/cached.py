@@ -176,7 +176,8 @@ class CachedPope:
         if not has_post_decoder(model.config):  # one that is never asked, so that the vision features come out
             model = add_post_decoder(model, {}, None)
         policy, examples = Policy(model), self.prompts.examples
-        key = key_of(made_from(self.base, self.loading.vision_tower, policy, self.dtype, examples, self.loaded.images))
+        bits, images = str(self.loading.bits), self.loaded.images
+        key = key_of(made_from(self.base, self.loading.vision_tower, policy, self.dtype, examples, images, bits=bits))
         found = States.load(self.file, key)
         if found is None:
             found = self._compute(policy)
@@ -290,5 +291,6 @@ def shares_trunk(model: Path, base: Path) -> bool:
     if formats.kind_of(model) != "run":
         return False
     change = read_change(model)
-    same = change.base is not None and change.base.resolve() == base.resolve() and not change.lora
+    alone = not (change.lora or change.earlier)
+    same = alone and change.base is not None and change.base.resolve() == base.resolve()
     return same and all(name.startswith(ABOVE) for name in change.replaced)

@@ -11,4 +11,5 @@ tokenizer       tokenizers as the original programs read them
 modeling_relook, post_decoder    the transformers classes; these two files travel with every saved model
 inspect         `relook inspect`: module tree, what trains, the tensors on their way
 regimes         which parameters train
+sharded         parameters that lie in parts over several processes, read and written whole
 """

@@ -1,11 +1,12 @@
 """What was trained on a base model, read from whatever a training run left, and laid on the base tensor by tensor.
 
-LoRA is merged into the weights it belongs to (W + scale * B A, in float32, rounded once); everything else replaces the
-tensor of the same name. A post decoder brings tensors that the base need not have.
+LoRA is merged into the weights it belongs to (in float32, rounded once); everything else replaces the tensor of the
+same name. A post decoder brings tensors that the base need not have.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,16 +33,40 @@ STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
 }
 
 
-# What an adapter_config.json says of plain LoRA, W + scale * B A; peft's other varieties are refused.
-PLAIN_LORA: dict[str, Any] = {
+# What an adapter_config.json says of LoRA that is merged here; peft's other varieties are refused.
+KNOWN_LORA: dict[str, Any] = {
     "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
     "fan_in_fan_out": False,
     "rank_pattern": {},
     "alpha_pattern": {},
     "modules_to_save": None,
 }
+HALVES = ({"A", "B"}, {"A", "B", "magnitude_vector"})  # of LoRA, of DoRA
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What LoRA adds to one weight W (out, in): B A (Hu et al. 2021, arXiv:2106.09685).
+
+    Args:
+        a, b: (r, in) and (out, r).
+        magnitude: DoRA's norms (out,) of the rows of the result (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+    """
+
+    a: LazyTensor
+    b: LazyTensor
+    magnitude: LazyTensor | None = None
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        norms = self.magnitude is None or self.magnitude.shape == shape[:1]
+        return shape == (self.b.shape[0], self.a.shape[1]) and self.a.shape[0] == self.b.shape[1] and norms
+
+    def merged(self, scale: float, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
+        """W + scale * B A, for DoRA with its rows at their norms; in the weight's dtype where none is given."""
+        result = weight.float() + scale * (self.b.read().float() @ self.a.read().float())
+        if self.magnitude is not None:
+            result = result * (self.magnitude.read().float() / result.norm(dim=1))[:, None]
+        return result.to(dtype or weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -50,23 +75,25 @@ class Change:
 
     Args:
         replaced: tensors that take the place of the base's, or are added to it.
-        lora: LoRA's pair (A, B) by the name of the weight that it changes.
-        scale: factor of the product B A.
+        lora: by the name of the weight that it changes.
+        scale: factor of LoRA's product B A.
         post_decoder: its settings; None where the change has none, or does not know them.
         base: the folder of the base model, where the change says it.
         vision_tower: the folder of its tower, where it is not the one that the base's config names.
+        earlier: the changes that lay on the base already when this one was trained, in their order.
     """
 
     path: Path
     replaced: dict[str, LazyTensor]
-    lora: dict[str, tuple[LazyTensor, LazyTensor]] = field(default_factory=dict)
+    lora: dict[str, Lora] = field(default_factory=dict)
     scale: float = 1.0
     post_decoder: dict[str, Any] | None = None
     base: Path | None = None
     vision_tower: Path | None = None
+    earlier: tuple[Path, ...] = ()
 
     def lay_on(self, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:
-        """The base with this change.
+        """The base with this change, and before it those that it was trained on.
 
         Args:
             dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
@@ -74,6 +101,8 @@ class Change:
         Raises:
             CheckpointError: a tensor that the base does not have, or has in another shape.
         """
+        for path in self.earlier:
+            source = replace(read_change(path), earlier=()).lay_on(source, dtype)
         config, tensors = source.config, dict(source.tensors)
         if any(name.startswith(DECODER) for name in self.replaced):
             config = self._config_with_decoder(source)
@@ -84,9 +113,7 @@ class Change:
             for name, new in self.replaced.items()
             if held[name] != new.shape and (held[name] or not name.startswith(ADDED))
         ]
-        for name, (a, b) in self.lora.items():
-            if _shape(tensors, name) != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
-                wrong.append(f"LoRA of {name}")
+        wrong += [f"LoRA of {name}" for name, lora in self.lora.items() if not lora.fits(_shape(tensors, name))]
         if wrong:
             raise CheckpointError(
                 f"{self.path} does not fit {source.path}: {len(wrong)} tensors ({some(wrong)}).",
@@ -95,12 +122,9 @@ class Change:
         if "lm_head.weight" in self.replaced and config.tie_word_embeddings:
             config = _untied(config)
         tensors |= self.replaced
-        for name, pair in self.lora.items():
-            tensors[name] = tensors[name].then(partial(self._merge, *pair, dtype))
+        for name, lora in self.lora.items():
+            tensors[name] = tensors[name].then(partial(lora.merged, self.scale, dtype))
         return replace(source, config=config, tensors=tensors, change=self.path)
-
-    def _merge(self, a: LazyTensor, b: LazyTensor, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
-        return (weight.float() + self.scale * (b.read().float() @ a.read().float())).to(dtype or weight.dtype)
 
     def _config_with_decoder(self, source: ModelSource) -> Any:
         held = getattr(source.config, "post_decoder", None)
@@ -120,6 +144,10 @@ class Change:
         """
         if stage not in STAGES:
             raise CheckpointError(f"There is no stage {stage}.", f"Known ones: {', '.join(map(str, STAGES))}.")
+        if self.earlier:
+            raise CheckpointError(
+                f"{self.path} was trained on {some(self.earlier)}, of which a stage takes nothing.", "Leave stage out."
+            )
         parts, needs_decoder = STAGES[stage]
         has_decoder = has_post_decoder(source.config)
         if needs_decoder is not None and needs_decoder != has_decoder:
@@ -150,7 +178,7 @@ def read_change(path: Path) -> Change:
     """Read a training run of relook, a LoRA folder of the original, or bare trained tensors (a file, or its folder).
 
     Raises:
-        CheckpointError: nothing of the kind, or LoRA of a variety that is not plain.
+        CheckpointError: nothing of the kind, or LoRA of a variety that relook cannot merge.
     """
     kind = kind_of(path)
     if kind in ("llava", "hf", "relook"):
@@ -161,8 +189,12 @@ def read_change(path: Path) -> Change:
             raise CheckpointError(f"{path / CHANGE_FILE} does not name a base.", "Copy the run again.")
         lora = _adapter(path) if change.get("lora") else {}
         tensors = lora | read_file(path / TENSORS_FILE)
+        earlier = change.get("earlier", [])
+        if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
+            raise CheckpointError(f"{path / CHANGE_FILE} has {earlier!r} as earlier changes.", "Copy the run again.")
         read = _change(path, tensors, change.get("post_decoder"), Path(change["base"]))
-        return replace(read, vision_tower=Path(change["vision_tower"])) if change.get("vision_tower") else read
+        tower = Path(change["vision_tower"]) if change.get("vision_tower") else None
+        return replace(read, vision_tower=tower, earlier=tuple(map(Path, earlier)))
     if kind == "lora":
         return _change(path, _adapter(path) | _bare(path))
     return _change(path, read_file(path) if path.is_file() else _bare(path))
@@ -194,23 +226,27 @@ def _change(
             halves.setdefault(stem + ".weight", {})[half.removesuffix(".weight")] = tensor
         else:
             replaced[name] = tensor
-    odd = [name for name, pair in halves.items() if pair.keys() != {"A", "B"}]
+    odd = [name for name, found in halves.items() if found.keys() not in HALVES]
     if odd:
         raise CheckpointError(f"{path} holds half of a LoRA pair, or another kind of adapter: {some(odd)}.")
-    lora = {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
-    return Change(path, replaced, lora, _lora_scale(folder) if lora else 1.0, settings, base)
+    lora = {name: Lora(found["A"], found["B"], found.get("magnitude_vector")) for name, found in halves.items()}
+    return Change(path, replaced, lora, _lora_scale(folder, lora) if lora else 1.0, settings, base)
 
 
-def _lora_scale(folder: Path) -> float:
+def _lora_scale(folder: Path, lora: Mapping[str, Lora]) -> float:
     if not (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder} holds LoRA, but its rank and alpha are not known.", "Give its whole folder.")
     config = read_object(folder / "adapter_config.json")
-    found = {key: config.get(key) or plain for key, plain in PLAIN_LORA.items()}
-    special = [f"{key} {value!r}" for key, value in found.items() if value != PLAIN_LORA[key]]
+    found = {key: config.get(key) or plain for key, plain in KNOWN_LORA.items()}
+    special = [f"{key} {value!r}" for key, value in found.items() if value != KNOWN_LORA[key]]
     if special:
         raise CheckpointError(
-            f"{folder} is no plain LoRA adapter: {some(special)}.", "Merge it with the program that made it."
+            f"{folder} is no adapter that relook can merge: {some(special)}.", "Merge it with the program that made it."
         )
+    without = [name for name, found in lora.items() if bool(config.get("use_dora")) != (found.magnitude is not None)]
+    if without:
+        said = f"use_dora {config.get('use_dora')!r}, which the tensors of {some(without)} are not"
+        raise CheckpointError(f"{folder / 'adapter_config.json'} says {said}.", "Copy it again.")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         said = f"r {rank!r} and lora_alpha {alpha!r}"

@@ -50,6 +50,7 @@ TO_HF: Renames = (
 # Names of what a training run saved: with peft's prefix, with the model's, or with none.
 FROM_CHANGE: Renames = (
     (r"^base_model\.model\.", ""),
+    (r"\.base_layer\.", "."),  # a bias that was trained beside LoRA
     (r"^(?=mm_projector\.|multi_modal_projector\.|post_decoder\.|layers\.|embed_tokens\.|norm\.)", "model."),
     *FROM_LLAVA,
 )
@@ -184,19 +185,17 @@ def to_llava_config(config: LlavaConfig, dtype: str, tower: str) -> dict[str, An
     Raises:
         CheckpointError: a setting that liuhaotian's format cannot express.
     """
-    strategies = {value: key for key, value in STRATEGIES.items()}
-    projectors = {value: key for key, value in PROJECTORS.items()}
     if has_post_decoder(config):
         raise CheckpointError(
             "LLaVA's format has no place for a post decoder.", "Keep the model in relook's own: `relook export`."
         )
     if not isinstance(config, LlavaConfig):
         raise CheckpointError(f"A {config.model_type} model is written in transformers' format only.", "Use --to hf.")
-    if not isinstance(config.vision_feature_layer, int) or config.projector_hidden_act not in projectors:
+    if not isinstance(config.vision_feature_layer, int) or config.projector_hidden_act not in PROJECTORS.values():
         raise CheckpointError(
             f"LLaVA's format cannot say vision_feature_layer {config.vision_feature_layer} with projector_hidden_act "
             f"{config.projector_hidden_act!r}.",
-            f"It has one layer, and a projector of {', '.join(projectors)}.",
+            f"It has one layer, and a projector of {', '.join(PROJECTORS.values())}.",
         )
     text = config.text_config.to_dict()
     rope = dict(text.get("rope_parameters") or {})
@@ -210,11 +209,20 @@ def to_llava_config(config: LlavaConfig, dtype: str, tower: str) -> dict[str, An
         "torch_dtype": dtype,
         "mm_vision_tower": tower,
         "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": strategies[config.vision_feature_select_strategy],
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
         "use_mm_proj": True,
         **{key: getattr(config, key) for key in KEPT if hasattr(config, key)},
-        "mm_projector_type": projectors[config.projector_hidden_act],
+        **llava_settings(config),
+    }
+
+
+def llava_settings(config: Any) -> dict[str, Any]:
+    """How a liuhaotian config, and the flags of its training, call settings of a transformers config."""
+    strategies = {value: key for key, value in STRATEGIES.items()}
+    projectors = {value: key for key, value in PROJECTORS.items()}
+    return {
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": strategies.get(config.vision_feature_select_strategy),
+        "mm_projector_type": projectors.get(config.projector_hidden_act),
+        "mm_use_im_start_end": getattr(config, "mm_use_im_start_end", False),
+        "mm_use_im_patch_token": getattr(config, "mm_use_im_patch_token", False),
     }

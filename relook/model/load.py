@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from relook.model import formats
 from relook.model.above_trunk import without_trunk
 from relook.model.changes import TENSORS_FILE, read_change
 from relook.model.formats import CHANGE_FILE
+from relook.model.sharded import full_shape, put
 from relook.model.source import ModelSource, open_model
 from relook.model.trunks import trunk_of, with_post_decoder
 
@@ -119,6 +120,8 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     bits: int = 16,
     device: str | torch.device = "cpu",
+    double_quant: bool = True,
+    quant_type: str = "nf4",
     trunk: bool = True,
 ) -> LoadedModel:
     """Load a model of any format, with what was trained on it.
@@ -130,7 +133,9 @@ def load_model(
             trained tensors (`non_lora_trainables.bin`, `mm_projector.bin`, or the folder of one).
         vision_tower: folder of the CLIP tower of a liuhaotian model, instead of the one that its config names.
         dtype: of the model in memory; LoRA is merged in float32 and rounded to it once.
-        bits: 8 or 4 quantise the language model's linears by bitsandbytes, after merging; 16 does not.
+        bits: 8 or 4 quantise the language model's linears by bitsandbytes, after merging; 16 does not. Everything else
+            stays in `dtype`.
+        double_quant, quant_type: of 4 bits: whether the scales are quantised too; "nf4" or "fp4".
         trunk: False leaves the trunk's weights on disk, for work on its cached states (`AboveTrunk`).
 
     Raises:
@@ -138,7 +143,9 @@ def load_model(
     """
     kind = as_dtype(dtype)
     source, place = open_source(Path(path), adapter, vision_tower, kind), as_device(str(device))
-    return build(source, kind, bits, place) if trunk else talk_to(without_trunk(source, kind, place), source)
+    if not trunk:
+        return talk_to(without_trunk(source, kind, place), source)
+    return build(source, kind, place, _quantisation(bits, kind, place, double_quant, quant_type))
 
 
 @dataclass(frozen=True)
@@ -186,8 +193,17 @@ def open_source(
     return source
 
 
-def build(source: ModelSource, dtype: torch.dtype, bits: int = 16, device: str | torch.device = "cpu") -> LoadedModel:
-    """The model in memory. Files are mapped, so what it takes is one copy in `dtype` at most."""
+def build(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    quantisation: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """The model in memory. Files are mapped, so what it takes is one copy in `dtype` at most.
+
+    Args:
+        quantisation: what transformers' loader is told of it.
+    """
     tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
     model, report = source.model_class.from_pretrained(
         None,
@@ -196,14 +212,14 @@ def build(source: ModelSource, dtype: torch.dtype, bits: int = 16, device: str |
         dtype=dtype,
         attn_implementation="sdpa",
         output_loading_info=True,
-        **_quantisation(bits, dtype, device),
+        **(quantisation or {}),
     )
     wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
     if wrong:
         raise CheckpointError(f"transformers did not take all tensors of {source.path}: {some(wrong)}.")
     model.generation_config = source.generation_config()
     model.name_or_path = str(source.path)  # peft asks the hub about models without a path
-    if bits == 16:
+    if not quantisation:
         model.to(device)
     return talk_to(model, source)
 
@@ -214,19 +230,21 @@ def talk_to(model: Any, source: ModelSource) -> LoadedModel:
     return LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
 
 
-def _quantisation(bits: int, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
+def _quantisation(bits: int, dtype: torch.dtype, device: str, double_quant: bool, quant_type: str) -> dict[str, Any]:
     if bits == 16:
         return {}
     if bits not in (8, 4):
         raise CheckpointError(f"bits is {bits}.", "Use 16, 8 or 4.")
+    if quant_type not in ("nf4", "fp4"):
+        raise CheckpointError(f"quant_type is {quant_type!r}.", "Use nf4 or fp4.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise CheckpointError(f"bits {bits} needs bitsandbytes.", "Run: pip install 'relook[quant]'")
     config = BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quant_type,
         llm_int8_skip_modules=NOT_QUANTISED,
     )
     return {"quantization_config": config, "device_map": {"": device}}
@@ -288,14 +306,13 @@ def add_post_decoder(
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy named tensors into a model; each must exist there with the same shape."""
     parameters = dict(model.named_parameters())
-    wrong = [n for n, t in tensors.items() if n not in parameters or parameters[n].shape != t.shape]
+    wrong = [n for n, t in tensors.items() if n not in parameters or full_shape(parameters[n]) != t.shape]
     if wrong:
         raise CheckpointError(
             f"{source}: {len(wrong)} tensors do not fit the model ({some(wrong)}).", "Check that it is the right base."
         )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        put(parameters[name], tensor)
 
 
 # What an answer depends on, besides the program.
@@ -306,14 +323,18 @@ HASHED = (
 
 
 def model_hash(path: Path) -> str:
-    """A short hash of a folder's weights and settings, of its base's too: what a result names as its model."""
+    """A short hash of a folder's weights and settings, of all that it lies on too: what a result names as its model."""
+    if path.is_file():
+        return file_hash(path)[:16]  # of a change's tensors
     if not path.is_dir():
         raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
         if file.suffix in (".safetensors", ".bin") or file.name in HASHED:
             digest.update(f"{file.name}:{file_hash(file)}\n".encode())
-    base = read_change(path).base if formats.kind_of(path) == "run" else None
-    if base is not None:
-        digest.update(model_hash(base).encode())
+    if formats.kind_of(path) == "run":
+        change = read_change(path)
+        for below in (change.base, *change.earlier):
+            if below is not None:
+                digest.update(model_hash(below).encode())
     return digest.hexdigest()[:16]

@@ -88,6 +88,9 @@ def pad_images(features: Sequence[Tensor], per_row: list[int]) -> tuple[Tensor, 
 
     The mask is (B, most positions) bool; None where all rows have the same number of positions.
     """
+    if sum(per_row) == 0 and len(features) == 1:
+        padded = features[0].expand(len(per_row), -1, -1)
+        return padded, torch.zeros(padded.shape[:2], dtype=torch.bool, device=padded.device)
     if sum(per_row) != len(features):
         raise ValueError(f"{len(features)} images, but the rows name {sum(per_row)}")
     rest, rows = iter(features), []
@@ -291,13 +294,14 @@ class PostDecoder(nn.Module):
         return self.settings.attention == "self_cross"
 
     def look(self, features: Sequence[Tensor], per_row: list[int]) -> ImageContext | None:
-        """Prepare the image side of all blocks, once per image. None where no row has an image, or none is read.
+        """Prepare the image side of all blocks, once per image. None where there is no image, or none is read.
 
         Args:
-            features: the vision tower's, one (M, V) tensor for each image, in order of the rows.
+            features: the vision tower's, one (M, V) tensor for each image, in order of the rows. Where no row has an
+                image, one that none of them sees: the outcome is that of no image, and all parameters are used.
             per_row: how many images each row has.
         """
-        if self.align is None or not sum(per_row):
+        if self.align is None or len(features) == 0:
             return None
         padded, mask = pad_images(features, per_row)
         aligned = self.align(padded.to(self.align.norm.weight.dtype))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from relook.errors import RecipeError
+from relook.errors import RecipeError, some
 from relook.model.load import LoadedModel, add_post_decoder
+from relook.model.post_decoder import PostDecoderSettings
 from relook.model.trunks import has_post_decoder
-from relook.recipe import Recipe
+from relook.recipe import ALL_LINEAR, Recipe
 
-LANGUAGE_LINEARS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' name for it
 
 
 def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
@@ -22,12 +24,15 @@ def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
     keeps it frozen.
     """
     seed = int(recipe.training.get("seed", 42))
+    _check_post_decoder(loaded.model.config, recipe)
     if recipe.tune_post_decoder and not has_post_decoder(loaded.model.config):
         generator = torch.Generator().manual_seed(seed)
         loaded.model = add_post_decoder(loaded.model, dict(recipe.post_decoder), generator, recipe.post_decoder_init)
     if recipe.tune_lm_head:
         untie_head(loaded.model)
     loaded.model.requires_grad_(False)
+    if recipe.bits == 4:
+        _keep_unpacked(loaded.model)
     if recipe.lora_enable:
         loaded.model = _with_lora(loaded.model, recipe, seed)
     core = loaded.core
@@ -50,20 +55,70 @@ def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
         parameter.data = parameter.data.float()
 
 
-def _with_lora(model: nn.Module, recipe: Recipe, seed: int) -> Any:
+def _keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing its weights for inference.
+
+    On a CPU with bf16 instructions it does so in the first pass without gradients, which is that for the reference.
+    Through packed weights no gradient flows, and no error says so.
+    """
+    for module in model.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
+
+
+def _check_post_decoder(config: Any, recipe: Recipe) -> None:
+    """A run that trains on has the post decoder that is there; the recipe may not ask for another."""
+    if not (has_post_decoder(config) and recipe.tune_post_decoder):
+        return
+    held = PostDecoderSettings(**config.post_decoder)
+    if recipe.post_decoder and PostDecoderSettings(**recipe.post_decoder) != held:
+        raise RecipeError(f"The model has a post decoder already, with other settings: {held}.", "Leave them out.")
+    if recipe.post_decoder_init != "random":
+        raise RecipeError("The model has a trained post decoder already.", "Leave post_decoder_init out.")
+
+
+def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=LANGUAGE_LINEARS,
+        target_modules=rf".*\blanguage_model\..*\.({'|'.join(_targets(model.model.language_model, recipe))})",
+        bias=recipe.lora_bias,
+        use_dora=recipe.use_dora,
+        use_rslora=recipe.use_rslora,
         task_type="CAUSAL_LM",
     )
     # peft draws its weights from torch's global generator; the fork leaves that as it was.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 for a name of before
+        wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():  # peft's "all" are the biases of the image side, too
+        if parameter.requires_grad and ".language_model." not in name:
+            parameter.requires_grad_(False)
+    if recipe.lora_bias != "none" and not any(p.requires_grad and ".bias" in n for n, p in wrapped.named_parameters()):
+        raise RecipeError(
+            f"lora_bias is {recipe.lora_bias!r}, but the language model has no such biases.", "Set lora_bias none."
+        )
+    return wrapped
+
+
+def _targets(language_model: nn.Module, recipe: Recipe) -> list[str]:
+    """Names of the linear layers that LoRA goes on, without those of the modules around them."""
+    linears = {
+        name.rpartition(".")[2] for name, module in language_model.named_modules() if isinstance(module, nn.Linear)
+    }
+    if recipe.lora_target_modules == ALL_LINEAR:
+        return sorted(linears)
+    unknown = [name for name in recipe.lora_target_modules if name not in linears]
+    if unknown:
+        raise RecipeError(
+            f"The language model has no linear layer {some(unknown)} to put LoRA on.",
+            f"lora_target_modules may name {', '.join(sorted(linears))}.",
+        )
+    return sorted(recipe.lora_target_modules)
 
 
 def untie_head(model: Any) -> None:

@@ -230,23 +230,22 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     return ModelSource(path, "llava", config, tensors, default_template(raw), tower)
 
 
-def _tower_folder(path: Path, name: Any, given: str | Path | None) -> Path:
-    if given is not None:
-        if not (Path(given) / "config.json").exists():
-            raise CheckpointError(f"vision_tower {given} is no model folder.", "Check the path.")
-        return Path(given)
+def _tower_folder(path: Path, named: Any, given: str | Path | None) -> Path:
+    """A tower's folder: as given, or as the model's config names it; a hub's name is looked up in its cache."""
+    name = str(given) if given else named
     if not name or not isinstance(name, str):
         raise CheckpointError(
             f"{path / 'config.json'} names no mm_vision_tower.", "Pass the vision tower's folder as vision_tower."
         )
-    folder = path / name  # an absolute name stands for itself
+    folder = Path(name) if given else path / name  # an absolute name stands for itself
     if (folder / "config.json").exists():
         return folder
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
+        where = "no model folder" if given else f"not in {path}"
         raise CheckpointError(
-            f"The vision tower {name!r} of {path} is neither in that folder nor in Hugging Face's cache.",
+            f"The vision tower {name!r} is {where}, nor is it in Hugging Face's cache.",
             f"Pass its folder as vision_tower, or run: hf download {name}",
         ) from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -69,12 +70,26 @@ class Collator:
         pairs = len(items)
         items += [item.corrupted for item in items if item.corrupted is not None]
         made = self.cached(items) if items[0].states is not None else self.live(items)
-        batch: dict[str, Any] = {"batch": made, "work": self.work(items, made, pairs)}
+        work = self.work(items, made, pairs)
+        batch: dict[str, Any] = {"batch": made if any(made.images) else self.with_blank(made), "work": work}
         for name in ("reference", "weight"):
             values = [getattr(item, name) for item in items]
             if values[0] is not None:
                 batch[name] = torch.cat(values)
         return batch
+
+    def with_blank(self, batch: LiveBatch | TrunkStates) -> LiveBatch | TrunkStates:
+        """A batch without images, given one that no position sees.
+
+        What trains on the image side then has gradients of zero, and what is sharded is called, in every process,
+        whatever the others' batches hold. Without it they would wait for each other's parameters, or for gradients,
+        for ever.
+        """
+        if isinstance(batch, TrunkStates):
+            width = self.policy.vision_width
+            return batch if width is None else replace(batch, features=[batch.states.new_zeros(1, width)])
+        blank = self.images.batch([Image.new("RGB", (32, 32))])
+        return replace(batch, pixel_values=blank["pixel_values"], image_sizes=blank.get("image_sizes"))
 
     def live(self, items: Sequence[Item], pinned: bool = False) -> LiveBatch:
         """Packed trees and pixels; `pinned` pixels go to a GPU without being waited for."""

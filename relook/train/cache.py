@@ -8,7 +8,6 @@ alone, so that a pass that was killed, or was shared by several processes, leave
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from relook.data.ahead import ahead
 from relook.data.encode import Example
 from relook.data.images import ImageLoader
 from relook.errors import DataError, RelookError
-from relook.files import file_hash, read_json, text_hash, write_json
+from relook.files import file_hash, read_json, require_room, text_hash, write_json
 from relook.model.load import model_hash, open_source
 from relook.recipe import Recipe
 from relook.train.batches import Collator, Item, reference_log_probs
@@ -115,7 +114,10 @@ def cached_items(
     """
     wanted, examples = examples, list(dict.fromkeys(examples))
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
-    source = made_from(path, tower, policy, policy.dtype, examples, collator.images)
+    bits = f"{recipe.bits} {recipe.quant_type} {recipe.double_quant}" if recipe.bits == 4 else str(recipe.bits)
+    source = made_from(
+        path, tower, policy, policy.dtype, examples, collator.images, adapter=recipe.adapter_name_or_path, bits=bits
+    )
     key = key_of(source)
     kept = TrunkCache.last
     plan = kept.plan if kept is not None and kept.key == key else Plan.of(policy, examples, collator.images)
@@ -147,6 +149,8 @@ def made_from(
     weights: torch.dtype,
     examples: Sequence[Example],
     images: ImageLoader,
+    adapter: str = "",
+    bits: str = "16",
 ) -> dict[str, str]:
     """Everything that determines what the trunk says: weights, tokens, pictures by content, precision, versions.
 
@@ -155,6 +159,8 @@ def made_from(
     Args:
         model: the folder that the policy was loaded from, with this vision tower where it has none of its own.
         weights: dtype of the trunk in memory.
+        adapter: the change that was laid on it.
+        bits: how its linear layers are quantised.
     """
     tower = open_source(model, vision_tower=vision_tower).tower
     pictures = hashlib.sha256()
@@ -164,6 +170,8 @@ def made_from(
     return {
         "format": str(FORMAT),
         "model": model_hash(model),
+        "adapter": model_hash(Path(adapter)) if adapter else "",
+        "bits": bits,
         "vision tower": model_hash(tower) if tower else "",
         "tokens": _tokens_hash(tuple(examples)),
         "images": pictures.hexdigest(),
@@ -341,16 +349,8 @@ def _claim(store: ShardFolder, source: dict[str, str], plan: Plan, parts: Sequen
     needed = sum(sum(plan.rows(part, shard)) * plan.row_bytes(part) for part, shard in lacking)
     if not needed:
         return
-    place = store.folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise RelookError(
-            f"The trunk cache needs {readable_size(needed)} on disk, "
-            f"but {store.folder.parent} has {readable_size(free)} free.",
-            "Set feature_cache_dir to a folder on a larger disk, or feature_cache off.",
-        )
+    fix = "Set feature_cache_dir to a folder on a larger disk, or feature_cache off."
+    require_room(store.folder, needed, "The trunk cache", fix)
     if state.is_main_process:
         for line in others(store.folder.parent, store.folder.name, source):
             say(f"  {line}")

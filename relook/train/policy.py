@@ -7,16 +7,20 @@ done beforehand (`TrunkStates`), when nothing in it trains.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from relook.model.post_decoder import Layout, PostDecoder
+from relook.train import recompute
 from relook.train.log_probs import log_prob
 from relook.train.tree_pass import TreePass, resolve
 from relook.tree import PackedTrees, Targets, to_device
+
+LOGITS_BYTES = 2**31  # of logits at a time, were they float32: about 16,000 targets at a vocabulary of 32,000
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,16 @@ class Policy(nn.Module):
             an `AboveTrunk`, for cached trunk states.
         dtype: what matrix products are computed in; what trains is kept in float32.
         trunk_pass: how the language model reads packed trees; see `TreePass`.
+        sharded: whether FSDP or DeepSpeed will take the model apart.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, trunk_pass: str = "auto") -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype = torch.float32, trunk_pass: str = "auto", sharded: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
-        self.trunk_pass = resolve(trunk_pass, self.core.device.type)
+        self.trunk_pass = resolve(trunk_pass, self.core.device.type, sharded)
 
     @cached_property
     def _tree_pass(self) -> TreePass:
@@ -87,9 +94,25 @@ class Policy(nn.Module):
         """Whether what comes after the trunk needs the vision features."""
         return self.post_decoder is not None and self.post_decoder.align is not None
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    @property
+    def vision_width(self) -> int | None:
+        """Width of the vision features that the post decoder reads; None where it reads none."""
+        align = self.post_decoder.align if self.post_decoder is not None else None
+        first: Any = align.linears[0] if align is not None else None
+        return None if first is None else int(first.in_features)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What FSDP makes units of, by class. The rest (embeddings, projector, post decoder, lm_head) belongs to the
+        policy itself, whose parameters are whole during its forward pass: parts of it are called by name."""
+        units = getattr(self.core, "_no_split_modules", ())  # nothing above a trunk is one
+        return sorted({type(m).__name__ for m in self.core.modules()} & set(units))
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The Trainer's call: recompute the trunk's layers in the backward pass instead of keeping their inputs."""
-        self.core.gradient_checkpointing_enable(**kwargs)
+        recompute.enable(self.core, **kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # what the Trainer calls before transformers 5.23
 
     def autocast(self, wanted: bool = True) -> torch.autocast:
         device = self.core.device.type
@@ -156,6 +179,17 @@ def predicting_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> T
     return chosen
 
 
-def token_log_probs(head: nn.Module, states_ND: Tensor, ids_N: Tensor) -> Tensor:
-    """log p(id | state) under a language-model head, (N,) float32, whatever the states' dtype."""
-    return log_prob(head(states_ND), ids_N)
+def token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor) -> Tensor:
+    """log p(id | state) under a language-model head, (N,) float32, whatever the states' dtype.
+
+    More targets than LOGITS_BYTES hold are taken in chunks, whose logits are computed again in the backward pass
+    instead of being kept.
+    """
+    rows = max(1, LOGITS_BYTES // (4 * head.out_features))
+    if len(ids_N) <= rows:
+        return log_prob(head(states_ND), ids_N)
+    parts = zip(states_ND.split(rows), ids_N.split(rows), strict=True)
+    chunk = lambda states, ids: log_prob(head(states), ids)  # noqa: E731
+    # No dropout in it, so no generator's state needs to be fetched from the device and put back.
+    again = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(states, ids) for states, ids in parts])

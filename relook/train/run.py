@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from relook.console import progress, say
 from relook.data.encode import Example
@@ -22,10 +23,14 @@ from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_text, takes, write_json
+from relook.flags import check_model
 from relook.model.above_trunk import AboveTrunk
+from relook.model.changes import read_change
+from relook.model.formats import kind_of, llava_settings
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe, parse_overrides
+from relook.train import processes, recompute
 from relook.train.batches import (
     Collator,
     Item,
@@ -38,7 +43,7 @@ from relook.train.batches import (
 )
 from relook.train.cache import cached_items
 from relook.train.policy import Policy
-from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained
+from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained, whole_tensors
 
 RUN_FILE = "run.json"  # written last: a run that has it is finished
 RECIPE_FILE = "recipe.yaml"
@@ -93,8 +98,8 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
             data_collator=collator,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
-    if trainer.is_world_process_zero():
-        save(recipe, loaded, policy, out)
+    save(recipe, loaded, policy, out)
+    if processes.first():
         write_json(
             out / RUN_FILE,
             {
@@ -105,6 +110,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
                 "log": trainer.state.log_history,
             },
         )
+    processes.wait()
     return out
 
 
@@ -142,12 +148,21 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "seed": 42,
         "eval_strategy": "epoch" if recipe.eval_fraction else "no",
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
+        "ddp_find_unused_parameters": False,  # every batch uses all that trains (see Collator)
     }
+    given = dict(recipe.training)
+    if given.get("deepspeed"):
+        given["deepspeed"] = processes.deepspeed_config(given["deepspeed"])
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
-        arguments = TrainingArguments(**{**defaults, **recipe.training, "output_dir": str(out / CHECKPOINTS)})
+        told = recompute.renamed(given)
+        arguments = TrainingArguments(**{**defaults, **told, "output_dir": str(out / CHECKPOINTS)})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"The training arguments do not fit together: {error}.") from None
+    if arguments.fsdp and arguments.world_size == 1:
+        raise RecipeError("fsdp needs several processes.", "Start it by torchrun; docs/clusters.md has the commands.")
+    # While this is set, transformers shards a model under ZeRO-3 as it is loaded; references need it whole.
+    unset_hf_deepspeed_config()
     if arguments.do_eval and not recipe.eval_fraction:
         raise RecipeError("The recipe asks for evaluation, but holds nothing out.", "Set eval_fraction, e.g. 0.05.")
     return arguments
@@ -185,11 +200,16 @@ def load(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bool = True) ->
     """The recipe's model; without `trunk` only what stands above it has weights."""
     loaded = load_model(
         recipe.model_name_or_path,
+        adapter=recipe.adapter_name_or_path or None,
         vision_tower=recipe.vision_tower or None,
         device=device,
         dtype=dtype,
+        bits=recipe.bits,
+        double_quant=recipe.double_quant,
+        quant_type=recipe.quant_type,
         trunk=trunk,
     )
+    check_model(recipe.of_the_model, llava_settings(loaded.core.config))
     loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
     return loaded
 
@@ -198,7 +218,8 @@ def policy_of(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy
     """The model with what the recipe trains; of one without a trunk, what stands above it."""
     apply_regime(loaded, recipe)
     trunk = not loaded.core.get_input_embeddings().weight.is_meta
-    return Policy(loaded.model if trunk else AboveTrunk(loaded.model), dtype, recipe.trunk_pass)
+    sharded = processes.shard(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
+    return Policy(loaded.model if trunk else AboveTrunk(loaded.model), dtype, recipe.trunk_pass, sharded)
 
 
 def whole_policy(recipe: Recipe, dtype: torch.dtype, device: str) -> Policy:
@@ -227,7 +248,9 @@ def prepare(
             items += [corrupted(item, seed) for item in items]
         if recipe.needs_reference:
             with progress("reference log-probs") as report:
-                found = reference_log_probs(policy, items, collator, batch_size, report)
+                found = processes.shared(
+                    items, lambda mine: reference_log_probs(policy, mine, collator, batch_size, report)
+                )
             items = [replace(item, reference=reference) for item, reference in zip(items, found, strict=True)]
     if recipe.task == "dpo":
         items = [replace(item, weight=preference_weight(item.example, recipe.dpo_tokens)) for item in items]
@@ -236,24 +259,43 @@ def prepare(
 
 
 def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:
-    """Write what was trained: a whole model after a full run, else a change to be laid on the base."""
+    """Write what was trained: a whole model after a full run, else a change to be laid on the base.
+
+    Every process calls it, since tensors may be sharded over them; the first one writes.
+    """
+    if not recipe.full:
+        save_trained(policy.core, out / TENSORS_FILE, without="lora_")  # peft's file has those
+    if recipe.full or recipe.lora_enable:
+        tensors = whole_tensors(loaded.model, everything=recipe.full)
+        if processes.first():
+            loaded.model.save_pretrained(out, state_dict=tensors)
+    if not processes.first():
+        return
     if recipe.full:
-        loaded.model.save_pretrained(out)
         loaded.processor.save_pretrained(out)
         return
-    if recipe.lora_enable:
-        loaded.model.save_pretrained(out)
-    save_trained(policy.core, out / TENSORS_FILE, without="lora_")  # peft's file has those
     settings = getattr(loaded.core.config, "post_decoder", None)
-    write_json(
-        out / CHANGE_FILE,
-        {
-            "base": str(Path(recipe.model_name_or_path).resolve()),
-            "vision_tower": str(Path(recipe.vision_tower).resolve()) if recipe.vision_tower else None,
-            "post_decoder": settings,
-            "lora": recipe.lora_enable,
-        },
-    )
+    write_json(out / CHANGE_FILE, {**foundation(recipe), "post_decoder": settings, "lora": recipe.lora_enable})
+
+
+def foundation(recipe: Recipe) -> dict[str, Any]:
+    """What a run lies on: the base at the bottom, its tower, and the changes that were merged into it before."""
+    base, tower, earlier = Path(recipe.model_name_or_path), recipe.vision_tower, list[Path]()
+    if kind_of(base) == "run":
+        run = read_change(base)
+        assert run.base is not None
+        earlier = [*run.earlier, base]
+        base, tower = run.base, tower or str(run.vision_tower or "")
+    elif recipe.adapter_name_or_path:
+        adapter = Path(recipe.adapter_name_or_path)
+        earlier = [*read_change(adapter).earlier, adapter]
+    if tower and Path(tower).is_dir():  # else it is a hub's name
+        tower = str(Path(tower).resolve())
+    return {
+        "base": str(base.resolve()),
+        "vision_tower": tower or None,
+        "earlier": [str(path.resolve()) for path in earlier],
+    }
 
 
 def pad_id(tokenizer: Any) -> int:

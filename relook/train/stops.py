@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from relook.errors import RelookError
+from relook.model.sharded import held, lay_down
 
 CAUSES = (
     "Likely causes: a learning rate of 0 or far too small, a warm-up longer than the run, or frozen tensors, where the "
@@ -20,10 +21,7 @@ CAUSES = (
 @torch.no_grad()
 def broken_tensors(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     """How many trained tensors hold a number that is not finite, (); of a sharded tensor, the part held here."""
-    local = [
-        getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters if parameter.requires_grad
-    ]
-    flags = [(~tensor.isfinite()).any().to(device) for tensor in local]
+    flags = [(~held(p).isfinite()).any().to(device) for p in parameters if p.requires_grad]
     return torch.stack(flags).sum() if flags else torch.zeros((), dtype=torch.long, device=device)
 
 
@@ -79,4 +77,5 @@ class FirstStep(TrainerCallback):
             log_probs: Tensor = self.model(self.batch)
         finally:
             self.model.train(training)
+        lay_down(self.model)
         return log_probs

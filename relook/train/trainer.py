@@ -1,4 +1,7 @@
-"""transformers' Trainer over trees: relook's losses and logged fields, and checkpoints of what trains only."""
+"""transformers' Trainer over trees: relook's losses and logged fields, and checkpoints of what trains only.
+
+Under several processes all of this is as with one: a step's loss is the mean over its pairs or tokens in all of them.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from relook.console import Report
 from relook.errors import RecipeError, RelookError
-from relook.files import whole_file, write_text
+from relook.files import require_room, whole_file, write_text
 from relook.model.checkpoint import save_tensors
 from relook.model.load import TENSORS_FILE, load_tensors
 from relook.model.regimes import parameter_groups
+from relook.model.sharded import full_shape, lay_down, put_state, whole, whole_state
 from relook.recipe import LENGTH_NORMALISED, REFERENCE_FREE, Recipe
-from relook.train import losses
+from relook.train import losses, processes
 from relook.train.batches import Items
 from relook.train.logs import Costs, Meter
 from relook.train.policy import Policy
+from relook.train.sampling import Epochs, ModalityLengthSampler
 from relook.train.stops import FirstStep, broken_tensors
 from relook.tree import Targets
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"  # the Trainer's names
 
 
 class RelookTrainer(Trainer):
@@ -35,6 +43,7 @@ class RelookTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, policy: Policy, report: Report, **kwargs: Any) -> None:
         super().__init__(model=policy, **kwargs)
+        self.is_fsdp_enabled = processes.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
         self._meter = Meter(Costs.of(policy))
@@ -52,10 +61,11 @@ class RelookTrainer(Trainer):
         return (loss, log_probs) if return_outputs else loss
 
     def _loss(self, log_probs: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        share = inputs.get("share", 1.0)
         if self.recipe.task == "sft":
-            return losses.negative_log_likelihood(log_probs), {}
+            return share * losses.negative_log_likelihood(log_probs), {}
         targets = _targets(inputs["batch"])
-        return preference_loss(self.recipe, log_probs, targets, inputs.get("reference"), inputs["weight"])
+        return preference_loss(self.recipe, log_probs, targets, inputs.get("reference"), inputs["weight"], share)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Tensor:
         self._meter.start()
@@ -88,6 +98,36 @@ class RelookTrainer(Trainer):
                 "Lower the learning rate, or look for a broken sample; the last checkpoint is kept.",
             )
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+        """The micro-batches of a step, each with its `share` of what is a mean over tokens.
+
+        The Trainer averages losses over micro-batches and processes, whose numbers of tokens differ: a mean over the
+        step's tokens weighs each by its own.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.recipe.task == "sft" or self.recipe.nll_weight:
+            counts = [_answer_tokens(self.recipe, _targets(inputs["batch"])) for inputs in batches]
+            # All of it stays on the device: nothing waits for it.
+            total = self.accelerator.reduce(torch.zeros((), device=device) + sum(counts), "mean")
+            for inputs, count in zip(batches, counts, strict=True):
+                inputs["share"] = count * len(counts) / total
+        return batches, None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if not self.recipe.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[no-any-return]
+        assert isinstance(self.train_dataset, Items)
+        examples = [item.example for item in self.train_dataset.items]
+        sampler = ModalityLengthSampler(
+            [len(example.tree) for example in examples],
+            [bool(example.images) for example in examples],
+            self.args.per_device_train_batch_size,
+            self.args.world_size * self.args.gradient_accumulation_steps,
+            self.args.seed,
+        )
+        self.add_callback(Epochs(sampler))
+        return sampler
+
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Loss and logged fields over the held-out items: means over pairs, for SFT over tokens.
@@ -105,6 +145,7 @@ class RelookTrainer(Trainer):
                 work = inputs["work"]
                 count = work.targets if self.recipe.task == "sft" else work.pairs
                 meter.add({"loss": loss, **fields}, work, self.state.global_step, count)
+            lay_down(self.model)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.read().items()}
         super().log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -135,7 +176,7 @@ class RelookTrainer(Trainer):
         return self.optimizer
 
     # Checkpoints hold what trains, not the model.
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         save_trained(self.model.model, Path(output_dir or self.args.output_dir) / TENSORS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -146,11 +187,75 @@ class RelookTrainer(Trainer):
         self._load_from_checkpoint(str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's; older ones go when the new one is whole, and what a failure left of it goes at once."""
         with self._meter.paused():
             self._check_tensors()
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if processes.first():
+            fix = "Make room and run the same command again: it goes on from the checkpoint before."
+            require_room(folder, self._checkpoint_bytes(), "The checkpoint", fix)
+        kept, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
             super()._save_checkpoint(model, trial)
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            processes.wait()
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = kept
+        if processes.first():
             write_text(folder / COMPLETE, "")
+            rotate_checkpoints(str(folder.parent), kept, self.state.best_model_checkpoint)
+
+    def _checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: what trains and the optimizer's state, of all processes together."""
+        sizes = [full_shape(p).numel() for p in self.model.parameters() if p.requires_grad]
+        if self.is_deepspeed_enabled:  # it writes two moments and a float32 copy beside what trains
+            return 16 * sum(sizes)
+        moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return 4 * sum(sizes) + sum(t.numel() * t.element_size() for t in moments)
+
+    # What is sharded is put together: the Trainer's own ways also write all that is frozen.
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.is_fsdp_enabled:
+            state = whole_state(self._inner_optimizer)
+            if processes.first():
+                torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if processes.first():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.load_checkpoint(checkpoint, load_module_strict=False)
+        else:
+            path = Path(checkpoint) / OPTIMIZER_FILE
+            put_state(self._inner_optimizer, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # The Trainer has DeepSpeed load strictly, and its checkpoints lack what is frozen.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, out of accelerate's wrapper."""
+        inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner
 
 
 def _targets(batch: Any) -> Targets:
@@ -158,8 +263,27 @@ def _targets(batch: Any) -> Targets:
     return targets
 
 
+def _answer_tokens(recipe: Recipe, targets: Targets) -> Tensor | int:
+    """How many tokens the supervised loss is a mean over: all of SFT, those of the chosen answers of DPO."""
+    return len(targets.id) if recipe.task == "sft" else _of_chosen(recipe, targets).sum()
+
+
+def _of_chosen(recipe: Recipe, targets: Targets) -> Tensor:
+    """Which targets belong to the chosen answers on their images, (N,) bool."""
+    return (targets.branch % 2 == 0) & (targets.branch < 2 * _pairs(recipe, targets))
+
+
+def _pairs(recipe: Recipe, targets: Targets) -> int:
+    return targets.branches // (3 if recipe.mdpo_conditional_weight else 2)
+
+
 def preference_loss(
-    recipe: Recipe, log_probs: Tensor, targets: Targets, reference: Tensor | None, weight: Tensor
+    recipe: Recipe,
+    log_probs: Tensor,
+    targets: Targets,
+    reference: Tensor | None,
+    weight: Tensor,
+    share: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The recipe's loss over P pairs, shape (), and the fields that are logged, each of shape ().
 
@@ -170,8 +294,9 @@ def preference_loss(
         log_probs: policy log-probs of the targets, (N,).
         reference: the reference model's, (N,); None where the loss has none.
         weight: 1 where the preference term counts a target, else 0, (N,).
+        share: of the supervised term, a mean over tokens, where batches differ in their number.
     """
-    pairs = targets.branches // (3 if recipe.mdpo_conditional_weight else 2)
+    pairs = _pairs(recipe, targets)
     policy_sums = targets.sum_by_branch(log_probs * weight)
     with torch.no_grad():
         lengths = targets.sum_by_branch(weight)
@@ -192,10 +317,9 @@ def preference_loss(
     if recipe.mdpo_anchored_weight:
         anchored = losses.mdpo_anchored(chosen, recipe.beta, recipe.mdpo_anchor)
         loss = loss + recipe.mdpo_anchored_weight * anchored.mean()
-    of_chosen = (targets.branch % 2 == 0) & (targets.branch < 2 * pairs)
-    nll = losses.negative_log_likelihood(log_probs, of_chosen)
+    nll = losses.negative_log_likelihood(log_probs, _of_chosen(recipe, targets))
     if recipe.nll_weight:
-        loss = loss + recipe.nll_weight * nll
+        loss = loss + share * recipe.nll_weight * nll
     with torch.no_grad():
         # Rewards are what the loss compares; ipo's, as TRL logs them, are sums like those of its kin.
         rewards = recipe.beta * (normalised if recipe.loss_type in REFERENCE_FREE else ratio)
@@ -243,18 +367,33 @@ def _by_side(name: str, by_branch: Tensor, pairs: int) -> dict[str, Tensor]:
 
 
 def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
-    """Write the tensors of a model that train, by name, as one safetensors file; names with `without` are left out."""
-    tensors = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and without not in name
-    }
-    with whole_file(path) as temporary:
-        save_tensors(tensors, temporary)
+    """Write the tensors of a model that train, by name, as one safetensors file; names with `without` are left out.
+
+    Every process calls it, since tensors may be sharded over them; the first one writes.
+    """
+    tensors = {name: tensor for name, tensor in whole_tensors(model).items() if without not in name}
+    if processes.first():
+        with whole_file(path) as temporary:
+            save_tensors(tensors, temporary)
+
+
+def whole_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tensor]:
+    """What trains of a model, or all of it, whole and on the CPU; nothing in a process that is not the first."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or everything:
+            tensor = whole(parameter)
+            if processes.first():
+                tensors[name] = tensor.contiguous()
+    return tensors
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; those cut off by a kill are removed."""
+    """The newest complete checkpoint, the same in all processes; those cut off by a kill are removed."""
+    return processes.of_the_first(lambda: _last_checkpoint(folder))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
     found = []
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / COMPLETE).exists():

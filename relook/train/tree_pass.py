@@ -15,15 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from relook.errors import RelookError
+from relook.errors import RecipeError, RelookError
 from relook.tree import BLOCK, PREFIX, PackedTrees
 
 LENGTHS = 64  # of rows that layers are compiled for: 16 in a doubling, see `tree.bucket`
 
 
-def resolve(how: str, device: str) -> str:
-    """What "auto" means on a device: compiled on a GPU, dense elsewhere."""
-    return how if how != "auto" else "compiled" if device == "cuda" else "dense"
+def resolve(how: str, device: str, sharded: bool = False) -> str:
+    """What "auto" means on a device: compiled on a GPU, or "flex" there if `sharded`; dense elsewhere.
+
+    Raises:
+        RecipeError: compiled layers of a model that FSDP or DeepSpeed takes apart, which swap their parameters.
+    """
+    if how == "compiled" and sharded:
+        raise RecipeError("trunk_pass compiled does not go with FSDP or DeepSpeed.", "Set trunk_pass flex.")
+    if how != "auto":
+        return how
+    return "dense" if device != "cuda" else "flex" if sharded else "compiled"
 
 
 def packs(how: str) -> bool:

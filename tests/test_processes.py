@@ -1,0 +1,341 @@
+"""Several processes: the same training as with one, under DDP, FSDP2 and DeepSpeed, also after a kill."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_train import Bench, log_of
+from tiny import dpo_keys, scramble, sft_keys
+
+from relook.errors import RecipeError, RelookError
+from relook.files import write_json
+from relook.model.load import TENSORS_FILE
+from relook.recipe import Recipe, build_recipe
+from relook.train import processes, trainer
+from relook.train.batches import Collator
+from relook.train.run import train, training_arguments
+from relook.train.sampling import ModalityLengthSampler
+from relook.train.trainer import COMPLETE
+
+pytestmark = pytest.mark.usefixtures("no_trunk_cache")
+ROOT = Path(__file__).parents[1]
+Keys = dict[str, Any]
+
+LORA = {"lora_enable": True, "lora_r": 4}
+POST = {"tune_post_decoder": True, "tune_lm_head": True}
+ALL = {"optim": "sgd", "max_steps": 3}
+WAYS: dict[str, Keys] = {
+    "lora": {**LORA, **ALL, "learning_rate": 0.1, "nll_weight": 0.5},
+    "cached": {**POST, **ALL, "learning_rate": 0.05},
+    "live": {**POST, **ALL, "learning_rate": 0.05, "feature_cache": "off"},
+    "sft": {"task": "sft", **ALL, "learning_rate": 0.02, "conversations_per_tree": 1},
+    "post": {"task": "sft", **ALL, "tune_post_decoder": True, "learning_rate": 0.02, "conversations_per_tree": 1},
+}
+BEST = {**POST, "optim": "sgd", "learning_rate": 30.0, "eval_fraction": 0.34, "eval_strategy": "steps", "eval_steps": 1,
+        "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "max_grad_norm": 0.0}  # fmt: skip
+# Killed in its second epoch, with momentum, dropout and a schedule.
+KILLED = {**LORA, "task": "sft", "tune_post_decoder": True, "post_decoder_lr": 2e-3, "lora_dropout": 0.1,
+          "max_steps": 5, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine",
+          "conversations_per_tree": 1, "per_device_train_batch_size": 4, "group_by_modality_length": True}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mix(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA's mix in small: most conversations have no image."""
+    records = json.loads((world / "llava" / "toyworld_mix.json").read_text())[:24]
+    for number, record in enumerate(records):
+        if number % 3:
+            del record["image"]
+            record["conversations"][0]["value"] = "Is there a cup?"
+    path = tmp_path_factory.mktemp("mix") / "mix.json"
+    write_json(path, records)
+    return path
+
+
+@pytest.fixture
+def keys_of(base: Path, world: Path, mix: Path, tmp_path: Path) -> Callable[..., Keys]:
+    """A run's keys: `keys_of(name, keys, more)`; each run has a folder of its own, and so a cache of its own."""
+
+    def make(name: str, keys: Keys, **more: Any) -> Keys:
+        rest = {key: value for key, value in (keys | more).items() if key != "task"}
+        out = tmp_path / name / "run"
+        if keys.get("task") == "sft":
+            return sft_keys(base, world, out, data_path=mix, **rest)
+        return dpo_keys(base, world, out, **rest)
+
+    return make
+
+
+def torchrun(runs: list[Keys], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Carry out recipes in two processes by tests/several.py."""
+    plain = [{key: str(v) if isinstance(v, Path) else v for key, v in keys.items()} for keys in runs]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*command, "tests/several.py", json.dumps(plain)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def notes(out: Path, of: str) -> list[Any]:
+    """What the two processes noted about a run."""
+    return [json.loads(out.with_name(f"run-{rank}.json").read_text())[of] for rank in (0, 1)]
+
+
+def same_training(two: Path, one: Path) -> None:
+    """Loss curve, gradient norms and weights."""
+    for field in ("loss", "grad_norm"):
+        assert log_of(two, field) == pytest.approx(log_of(one, field), rel=1e-5)
+    names = {path.name for path in one.glob("*.safetensors")}
+    assert names == {path.name for path in two.glob("*.safetensors")}
+    for name in names:
+        found, expected = load_file(two / name), load_file(one / name)
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(keys_of: Callable[..., Keys], tmp_path: Path) -> None:
+    """And the last of their runs, which is killed, goes on to the weights of one that was not."""
+    ones = {name: train(build_recipe(keys_of(f"one {name}", keys))) for name, keys in WAYS.items()}
+    ones["best"] = train(build_recipe(keys_of("one best", BEST, max_steps=3)))
+    runs = [keys_of(f"ddp {name}", keys, per_device_train_batch_size=2) for name, keys in WAYS.items()]
+    runs += [keys_of(f"fsdp {name}", keys, per_device_train_batch_size=2, fsdp=True) for name, keys in WAYS.items()]
+    runs.append(keys_of("fsdp best", BEST, max_steps=3, per_device_train_batch_size=2, fsdp=True))
+    done = torchrun([*runs, keys_of("whole", KILLED, fsdp=True), keys_of("killed", KILLED, fsdp=True, kill=5)])
+    checkpoints = tmp_path / "killed" / "run" / "checkpoints"
+    assert checkpoints.exists(), done.stderr
+    whole = {path.name: (path / COMPLETE).exists() for path in checkpoints.iterdir()}
+    assert whole == {"checkpoint-3": True, "checkpoint-4": True, "checkpoint-5": False}
+    for keys in runs:
+        out, (how, name) = Path(keys["output_dir"]), Path(keys["output_dir"]).parent.name.split()
+        same_training(out, ones[name])
+        assert all(0.4 < held < 0.6 if how == "fsdp" else held == 1 for held in notes(out, "held"))
+        for field in ("rewards/margins", "eval_loss"):
+            assert log_of(out, field) == pytest.approx(log_of(ones[name], field), rel=1e-5, abs=1e-5)
+    for name in ("sft", "post"):
+        first, second = notes(tmp_path / f"ddp {name}" / "run", "images")
+        assert any(a != b for a, b in zip(first, second, strict=True))  # else the mix shows nothing
+
+    done = torchrun([keys_of("killed", KILLED, fsdp=True)])
+    assert done.returncode == 0, done.stderr
+    same_bytes(tmp_path)
+
+
+def same_bytes(folder: Path) -> None:
+    """Of the runs `killed` and `whole`: what they end in, and what they logged, in their second epoch too."""
+    again, whole = (folder / name / "run" for name in ("killed", "whole"))
+    for name in (TENSORS_FILE, "adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    assert log_of(again, "loss") == log_of(whole, "loss")
+    assert log_of(again, "epoch")[-1] > 1
+
+
+@pytest.mark.slow  # DeepSpeed is heavy to install, and its processes take minutes
+def test_deepspeed_trains_as_one_process(keys_of: Callable[..., Keys], tmp_path: Path) -> None:
+    """ZeRO-2, ZeRO-3 and offload on the CPU over gloo, and ZeRO-3 after a kill."""
+    assert importlib.util.find_spec("deepspeed"), "run DS_BUILD_OPS=0 pip install 'relook[deepspeed]' first"
+    ones = {name: train(build_recipe(keys_of(f"one {name}", keys))) for name, keys in WAYS.items()}
+    files = {"zero2": "zero2"}
+    for name in ("zero3", "zero3_offload"):
+        config = json.loads(Path(processes.deepspeed_config(name)).read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing so small is cut up
+        files[name] = str(tmp_path / f"{name}.json")
+        write_json(Path(files[name]), config)
+    half = {"per_device_train_batch_size": 2}
+    runs = [
+        keys_of(f"{how} {name}", WAYS[name], deepspeed=file, **half) for how, file in files.items() for name in WAYS
+    ]
+    done = torchrun(runs, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr
+    for keys in runs:
+        how, name = Path(keys["output_dir"]).parent.name.split()
+        same_training(Path(keys["output_dir"]), ones[name])
+        assert all(held == 1 if how == "zero2" else held < 0.6 for held in notes(Path(keys["output_dir"]), "held"))
+    assert torchrun([keys_of("killed", KILLED, deepspeed=files["zero3"], kill=5)], DS_ACCELERATOR="cpu").returncode
+    done = torchrun(
+        [keys_of(name, KILLED, deepspeed=files["zero3"]) for name in ("killed", "whole")], DS_ACCELERATOR="cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    same_bytes(tmp_path)
+
+
+# --- what a step's loss is
+
+
+@pytest.mark.parametrize("name", ["lora", "sft"])
+def test_accumulated_batches_count_by_their_tokens(name: str, keys_of: Callable[..., Keys]) -> None:
+    """Four samples at once, or one after the other: the mean is over the step's tokens."""
+    whole = train(build_recipe(keys_of("whole", WAYS[name])))
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    same_training(train(build_recipe(keys_of("split", WAYS[name], **split))), whole)
+
+
+@pytest.mark.parametrize("attention", ["cross", "self_cross"])
+@pytest.mark.parametrize("cache", ["off", "memory"])
+def test_a_blank_image_uses_all_that_trains_and_changes_nothing(
+    attention: str, cache: str, keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"task": "sft", "tune_post_decoder": True, "post_decoder": {"attention": attention}, "feature_cache": cache}
+    bench = Bench(build_recipe(keys_of("run", keys, tune_mm_mlp_adapter=cache == "off", conversations_per_tree=1)))
+    scramble(bench.loaded.core.model.post_decoder, torch.Generator().manual_seed(0))
+    text = [item for item in bench.items if not item.example.images][:3]
+    with_blank = bench.policy(bench.collator(text)["batch"])
+    with_blank.sum().backward()
+    wanted = {name: p.grad for name, p in bench.parameters.items() if p.requires_grad}
+    assert all(grad is not None for grad in wanted.values())
+    side = [grad for name, grad in wanted.items() if ".align." in name or "cross_" in name or "projector" in name]
+    assert side
+    assert not any(grad.any() for grad in side if grad is not None)
+    monkeypatch.setattr(bench.collator, "with_blank", lambda batch: batch)
+    torch.testing.assert_close(with_blank, bench.policy(bench.collator(text)["batch"]), rtol=0, atol=0)
+
+
+# --- batches of one modality
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 900), st.booleans()), min_size=1, max_size=60),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 5),
+)
+def test_steps_are_of_one_modality(samples: list[tuple[int, bool]], size: int, batches: int, seed: int) -> None:
+    lengths, has_image = map(list, zip(*samples, strict=True))
+    sampler = ModalityLengthSampler(lengths, has_image, size, batches, seed)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(samples)))
+    assert order == list(sampler)
+    step = size * batches
+    pure = sum(has_image) // step + (len(samples) - sum(has_image)) // step
+    for start in range(0, pure * step, step):
+        assert len({has_image[i] for i in order[start : start + step]}) == 1
+        totals = [sum(lengths[i] for i in order[b : b + size]) for b in range(start, start + step, size)]
+        # Dealt out there and back, the batches differ by no more than the samples themselves do.
+        spread = [lengths[i] for i in order[start : start + step]]
+        assert max(totals) - min(totals) <= max(spread) - min(spread)
+    sampler.epoch = 1
+    assert sorted(sampler) == sorted(order)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    sampler = ModalityLengthSampler([5] * 40, [True] * 40, 2, 2, seed=0)
+    orders = [list(sampler)]
+    sampler.epoch = 1
+    orders.append(list(sampler))
+    orders.append(list(ModalityLengthSampler([5] * 40, [True] * 40, 2, 2, seed=7)))
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_training_draws_so(keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of 8 samples with images and 16 without, by twos."""
+    seen: list[set[bool]] = []
+    usual = Collator.__call__
+    monkeypatch.setattr(
+        Collator,
+        "__call__",
+        lambda self, items: seen.append({bool(i.example.images) for i in items}) or usual(self, items),
+    )
+    keys = {"task": "sft", **LORA, "group_by_modality_length": True, "conversations_per_tree": 1}
+    train(build_recipe(keys_of("run", keys, per_device_train_batch_size=2, num_train_epochs=2)))
+    for epoch in (seen[:12], seen[12:]):
+        assert (epoch.count({True}), epoch.count({False})) == (4, 8)
+    assert seen[:12] != seen[12:]
+
+
+# --- checkpoints
+
+
+def saving(keys_of: Callable[..., Keys], name: str, **keys: Any) -> Recipe:
+    return build_recipe(keys_of(name, {"tune_lm_head": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 3},
+                                save_total_limit=1, **keys))  # fmt: skip
+
+
+def test_a_full_disk_is_said_and_costs_no_checkpoint(
+    keys_of: Callable[..., Keys], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's 77 x 128 float32, and two moments of each."""
+    recipe, room = saving(keys_of, "run", optim="adamw_torch"), trainer.require_room
+    sizes: list[int] = []
+
+    def full_at_the_second(path: Path, needed: int, what: str, fix: str) -> None:
+        sizes.append(needed)
+        room(path, needed + (1 << 60) * (len(sizes) == 2), what, fix)
+
+    monkeypatch.setattr(trainer, "require_room", full_at_the_second)
+    with pytest.raises(RelookError, match=r"The checkpoint needs .* on disk, but .* free\. Make room"):
+        train(recipe)
+    folder = Path(recipe.output_dir) / "checkpoints"
+    assert [path.name for path in folder.iterdir() if (path / COMPLETE).exists()] == ["checkpoint-1"]
+    tensors = sum(path.stat().st_size for path in (folder / "checkpoint-1").glob("*") if path.suffix != ".json")
+    assert sizes[0] < tensors < sizes[0] * 1.5 + 20_000
+    train(recipe)
+    whole = train(saving(keys_of, "whole", optim="adamw_torch"))
+    assert (Path(recipe.output_dir) / TENSORS_FILE).read_bytes() == (whole / TENSORS_FILE).read_bytes()
+
+
+def test_the_old_checkpoint_goes_when_the_new_one_is_whole(
+    keys_of: Callable[..., Keys], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = saving(keys_of, "run")
+    folder = Path(recipe.output_dir) / "checkpoints"
+    seen: list[set[str]] = []
+
+    def failing(self: Any, output_dir: str) -> None:
+        seen.append({path.name for path in folder.iterdir()})
+        if len(seen) == 3:
+            raise OSError("the disk failed")
+
+    monkeypatch.setattr(trainer.RelookTrainer, "_save_rng_state", failing)
+    with pytest.raises(OSError, match="the disk failed"):
+        train(recipe)
+    assert seen == [{"checkpoint-1"}, {"checkpoint-1", "checkpoint-2"}, {"checkpoint-2", "checkpoint-3"}]
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2"}
+
+
+# --- settings
+
+
+def test_deepspeed_files_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
+    stages = {}
+    for name in processes.deepspeed_names():
+        content = json.loads(Path(processes.deepspeed_config(name)).read_text())
+        stages[name] = content["zero_optimization"]["stage"]
+        offloaded = "offload_optimizer" in content["zero_optimization"]
+        assert offloaded == name.endswith("offload")
+        # Else accelerate swaps the optimizer for one that is compiled on the spot.
+        assert (content.get("zero_force_ds_cpu_optimizer") is False) == offloaded
+    assert stages == {"zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
+    own = tmp_path / "own.json"
+    own.write_text("{}")
+    assert processes.deepspeed_config(str(own)) == str(own)
+    with pytest.raises(RecipeError, match=r"no DeepSpeed file 'zero4'.*zero2"):
+        processes.deepspeed_config("zero4")
+
+
+def test_what_is_missing_is_said(keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    for keys, message in (
+        ({"deepspeed": "zero2"}, r"not installed.*pip install 'relook\[deepspeed\]'"),
+        ({"fsdp": True}, "fsdp needs several processes.*torchrun"),
+    ):
+        recipe = build_recipe(keys_of("run", {"tune_lm_head": True}, **keys))
+        with pytest.raises(RecipeError, match=message):
+            training_arguments(recipe, tmp_path)
