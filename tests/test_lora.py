@@ -380,6 +380,35 @@ def test_a_third_run_and_a_frozen_trunk_on_a_run(sft: Path, base: Path, world: P
         tensors.write_bytes(kept)
 
 
+@pytest.mark.parametrize("on", ["bits", "adapter", "run"])
+def test_what_stands_above_a_trunk_trains_as_with_it(
+    on: str, sft: Path, base: Path, world: Path, tmp_path: Path
+) -> None:
+    """Cached runs load no trunk: of few bits, with LoRA merged into it, below a head and a post decoder of before."""
+    keys = {"tune_post_decoder": True, "tune_lm_head": True, "optim": "sgd", "learning_rate": 0.1, "max_steps": 3}
+    if on == "bits":
+        keys["bits"] = 4
+    elif on == "adapter":
+        keys["adapter_name_or_path"] = sft
+    else:
+        keys["model_name_or_path"] = train(
+            build_recipe(dpo_keys(base, world, tmp_path / "first", adapter_name_or_path=sft, **keys))
+        )
+    live, cached, other = (
+        train(build_recipe(dpo_keys(base, world, tmp_path / name, **more)))
+        for name, more in (
+            ("live", {**keys, "feature_cache": "off"}),
+            ("cached", {**keys, "feature_cache": "memory"}),
+            ("other", {**keys, "model_name_or_path": base, "bits": 16, "adapter_name_or_path": ""}),
+        )
+    )
+    found, expected, plain = (load_file(out / TENSORS_FILE) for out in (cached, live, other))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found["lm_head.weight"], plain["lm_head.weight"], rtol=1e-4, atol=1e-5)
+
+
 def test_a_projector_file_is_an_adapter_too(base: Path, world: Path, tmp_path: Path) -> None:
     """What the original's pretrain_mm_mlp_adapter takes."""
     tensors = {n.removeprefix("model."): torch.full_like(p, 0.01) for n, p in projector(load_model(base).model)}

@@ -21,13 +21,17 @@ from tiny import dpo_keys, scramble, sft_keys
 
 from relook.errors import RecipeError, RelookError
 from relook.files import write_json
+from relook.model import sharded
 from relook.model.load import TENSORS_FILE
+from relook.model.sharded import held
 from relook.recipe import Recipe, build_recipe
 from relook.train import processes, trainer
 from relook.train.batches import Collator
 from relook.train.run import train, training_arguments
 from relook.train.sampling import ModalityLengthSampler
+from relook.train.stops import broken_tensors
 from relook.train.trainer import COMPLETE
+from relook.train.tree_pass import resolve
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 ROOT = Path(__file__).parents[1]
@@ -40,6 +44,7 @@ WAYS: dict[str, Keys] = {
     "lora": {**LORA, **ALL, "learning_rate": 0.1, "nll_weight": 0.5},
     "cached": {**POST, **ALL, "learning_rate": 0.05},
     "live": {**POST, **ALL, "learning_rate": 0.05, "feature_cache": "off"},
+    "mdpo": {**LORA, **ALL, "learning_rate": 0.1, "nll_weight": 0.5, "mdpo_conditional_weight": 0.5},
     "sft": {"task": "sft", **ALL, "learning_rate": 0.02, "conversations_per_tree": 1},
     "post": {"task": "sft", **ALL, "tune_post_decoder": True, "learning_rate": 0.02, "conversations_per_tree": 1},
 }
@@ -179,7 +184,7 @@ def test_deepspeed_trains_as_one_process(keys_of: Callable[..., Keys], tmp_path:
 # --- what a step's loss is
 
 
-@pytest.mark.parametrize("name", ["lora", "sft"])
+@pytest.mark.parametrize("name", ["lora", "mdpo", "sft"])
 def test_accumulated_batches_count_by_their_tokens(name: str, keys_of: Callable[..., Keys]) -> None:
     """Four samples at once, or one after the other: the mean is over the step's tokens."""
     whole = train(build_recipe(keys_of("whole", WAYS[name])))
@@ -309,7 +314,33 @@ def test_the_old_checkpoint_goes_when_the_new_one_is_whole(
     assert {path.name for path in folder.iterdir()} == {"checkpoint-2"}
 
 
+def test_the_part_held_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ZeRO-3, as DeepSpeed lays it: five numbers over two processes, in parts of three; the last of six is none."""
+    parts = (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, torch.nan]))
+    for rank, part in enumerate(parts):
+        parameter: Any = torch.nn.Parameter(torch.empty(0))
+        parameter.ds_tensor, parameter.ds_shape, parameter.ds_process_group = part, (5,), None
+        monkeypatch.setattr(sharded.dist, "get_rank", lambda group, rank=rank: rank)
+        assert held(parameter).tolist() == [1, 2, 3, 4, 5][3 * rank : 3 * rank + 3]
+        assert broken_tensors([parameter], torch.device("cpu")) == 0
+        part[0] = torch.inf
+        assert broken_tensors([parameter], torch.device("cpu")) == 1
+
+
 # --- settings
+
+
+def test_a_model_that_is_taken_apart_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [resolve("auto", "cuda", sharded) for sharded in (False, True)] == ["compiled", "flex"]
+    assert [resolve("auto", "cpu", sharded) for sharded in (False, True)] == ["dense", "dense"]
+    assert resolve("compiled", "cuda") == "compiled"
+    with pytest.raises(RecipeError, match="compiled does not go with FSDP or DeepSpeed"):
+        resolve("compiled", "cuda", sharded=True)
+    assert not processes.shard({"fsdp": False, "deepspeed": None})
+    assert processes.shard({"fsdp": True})
+    assert processes.shard({"deepspeed": "zero3"})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert processes.shard({})
 
 
 def test_deepspeed_files_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
