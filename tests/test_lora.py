@@ -27,8 +27,8 @@ from relook.recipe import build_recipe, load_recipe
 from relook.toyworld.build import make_processor
 from relook.train.batches import Collator, Item
 from relook.train.policy import Policy
+from relook.train.preference import preference_loss
 from relook.train.run import encode_samples, prepare, read_samples, train
-from relook.train.trainer import preference_loss
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 

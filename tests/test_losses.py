@@ -17,7 +17,7 @@ from relook.toyworld.build import make_processor
 from relook.train import losses, policy
 from relook.train.losses import dpo_sigmoid, negative_log_likelihood
 from relook.train.policy import LiveBatch, Policy, token_log_probs
-from relook.train.trainer import pair_loss, preference_loss
+from relook.train.preference import pair_loss, preference_loss
 from relook.tree import Row, Tree, pack
 
 

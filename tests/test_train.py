@@ -35,8 +35,9 @@ from relook.train import run as training
 from relook.train.batches import Collator, hold_out
 from relook.train.cache import TrunkCache, trunk_pass
 from relook.train.policy import Policy
+from relook.train.preference import preference_loss
 from relook.train.run import encode_samples, prepare, read_samples, train
-from relook.train.trainer import COMPLETE, preference_loss
+from relook.train.trainer import COMPLETE
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 

@@ -19,7 +19,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from relook.recipe import Recipe
 from relook.toyworld.build import make_processor
 from relook.train.policy import LiveBatch, Policy
-from relook.train.trainer import preference_loss
+from relook.train.preference import preference_loss
 from relook.tree import Row, Tree, pack
 
 PAD, IGNORE = 3, -100
