@@ -51,12 +51,13 @@ def prepared(keys: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[
     loaded = load_model(recipe.model_name_or_path, dtype=dtype)
     loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
+    examples = list(dict.fromkeys(examples))
     apply_regime(loaded, recipe)
     policy = Policy(loaded.model, dtype)
     collator = Collator(policy, loaded.images, 3)
     TrunkCache.last = None
     items = cached_items(recipe, policy, examples, collator, lambda: policy)
-    return Plan.of(policy, list(dict.fromkeys(examples)), loaded.images), items, collator
+    return Plan.of(policy, examples, loaded.images), items, collator
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -164,7 +165,7 @@ def test_the_size_is_known_before(
         assert plan.size([part]) == sum(map(payload, found))
         kept = torch.float32 if part == "reference" else dtype
         assert {tensor.dtype for file in found for tensor in load_file(file).values()} == {kept}
-    assert len(items) == 24
+    assert len(items) == 18
     assert all(item.states is not None and item.states.dtype == dtype for item in items)
     if "features" in parts:  # six scenes, four pairs on each
         assert len(collator.features or {}) == 6
@@ -209,7 +210,7 @@ def test_states_are_views_of_the_files(base: Path, world: Path, tmp_path: Path) 
             start, end = (int(number, 16) for number in line.split()[0].split("-"))
             mapped.append(range(start, end))
     tensors = [item.states for item in items] + list((collator.features or {}).values())
-    assert len(tensors) == 24 + 6
+    assert len(tensors) == 18 + 6
     for tensor in tensors:
         assert tensor is not None
         assert any(tensor.data_ptr() in place for place in mapped)

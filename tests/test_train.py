@@ -691,3 +691,21 @@ def test_recomputing_the_trunk_gives_the_same_training(
         files.append(load_file(out / "adapter_model.safetensors"))
     assert files[0].keys() == files[1].keys()
     assert all(torch.allclose(files[0][name], files[1][name], atol=1e-7) for name in files[0])
+
+
+def test_equal_examples_share_their_reference(
+    base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HA-DPO's mix has every description pair twice; items stay in the order of the examples."""
+    asked: list[int] = []
+    whole = training.reference_log_probs
+
+    def counted(policy: Policy, items: Any, *rest: Any) -> Any:
+        asked.append(len(items))
+        return whole(policy, items, *rest)
+
+    monkeypatch.setattr(training, "reference_log_probs", counted)
+    bench = Bench(recipe_for(base, world, tmp_path, lora_enable=True, lora_r=4))
+    assert asked == [18]
+    assert [item.example for item in bench.items] == bench.examples
+    assert len(bench.items) == 24

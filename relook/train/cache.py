@@ -102,8 +102,7 @@ def cached_items(
 ) -> list[Item]:
     """The examples with what a frozen trunk says about them, computed where it is not there yet.
 
-    Equal ones are computed once: HA-DPO's mix has every description pair twice. The collator gets the vision features,
-    where something reads them.
+    The collator gets the vision features, where something reads them.
 
     Args:
         policy: what trains, whose trunk is not asked.
@@ -112,7 +111,6 @@ def cached_items(
     Raises:
         RelookError: the disk is too small, or several machines do not share it.
     """
-    wanted, examples = examples, list(dict.fromkeys(examples))
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
     bits = f"{recipe.bits} {recipe.quant_type} {recipe.double_quant}" if recipe.bits == 4 else str(recipe.bits)
     source = made_from(
@@ -138,8 +136,7 @@ def cached_items(
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
             kept.move_to(policy.core.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
     collator.features = kept.features() if policy.reads_image else None
-    found = dict(zip(examples, kept.items(recipe.needs_reference), strict=True))
-    return [found[example] for example in wanted]
+    return kept.items(recipe.needs_reference)
 
 
 def made_from(

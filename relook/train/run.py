@@ -236,13 +236,16 @@ def prepare(
 ) -> list[Item]:
     """What is computed once, before training: trunk states of a frozen trunk, and reference log-probs.
 
+    Equal examples share it: HA-DPO's mix has every description pair twice.
+
     Args:
         whole: loads the policy with its trunk, where `policy` may be without.
     """
+    distinct = list(dict.fromkeys(examples))
     if recipe.cached_trunk:
-        items = cached_items(recipe, policy, examples, collator, whole)
+        items = cached_items(recipe, policy, distinct, collator, whole)
     else:
-        items = [Item(example) for example in examples]
+        items = [Item(example) for example in distinct]
         if recipe.mdpo_conditional_weight:
             seed = int(recipe.training.get("seed", 42))
             items += [corrupted(item, seed) for item in items]
@@ -254,8 +257,11 @@ def prepare(
             items = [replace(item, reference=reference) for item, reference in zip(items, found, strict=True)]
     if recipe.task == "dpo":
         items = [replace(item, weight=preference_weight(item.example, recipe.dpo_tokens)) for item in items]
-    pairs, others = items[: len(examples)], items[len(examples) :]
-    return [replace(pair, corrupted=other) for pair, other in zip(pairs, others, strict=True)] if others else pairs
+    pairs, others = items[: len(distinct)], items[len(distinct) :]
+    if others:
+        pairs = [replace(pair, corrupted=other) for pair, other in zip(pairs, others, strict=True)]
+    ready = dict(zip(distinct, pairs, strict=True))
+    return [ready[example] for example in examples]
 
 
 def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:
