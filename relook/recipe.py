@@ -178,6 +178,10 @@ class Recipe:
             found = [key for key in keys if getattr(self, key) not in allowed[key]]
             if idle and found:
                 raise RecipeError(f"{some(found)} would have no effect {where}.", "Change that, or leave it out.")
+        if not self.frozen_trunk and (self.feature_cache in ("memory", "disk") or self.feature_cache_dir):
+            raise RecipeError(
+                "feature_cache and feature_cache_dir would have no effect: the trunk trains.", "Leave them out."
+            )
         recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         if recomputed and self.cached_trunk:
             raise RecipeError(

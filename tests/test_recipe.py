@@ -283,3 +283,11 @@ def test_recipes_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.beta = 1.0  # type: ignore[misc]
     assert isinstance(recipe, Recipe)
+
+
+@pytest.mark.parametrize("keys", [{"feature_cache": "disk"}, {"feature_cache": "memory"}, {"feature_cache_dir": "x"}])
+def test_a_trunk_that_trains_has_no_cache(keys: dict[str, Any]) -> None:
+    lora = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
+    with pytest.raises(RecipeError, match="no effect: the trunk trains"):
+        build_recipe({**lora, "lora_enable": True, **keys})
+    build_recipe({**lora, "lora_enable": True, "feature_cache": "off"})

@@ -5,13 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llava
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from relook.train.tree_pass import TreePass, block_mask
 from relook.tree import PADDING, PREFIX, PackedTrees, Row, Tree, bucket, pack, targets_of, to_device
@@ -256,3 +260,24 @@ def test_buckets_are_few_and_close(length: int) -> None:
 def test_sixteen_buckets_in_a_doubling() -> None:
     assert len({bucket(length) for length in range(8193, 16385)}) == 16
     assert {bucket(length) for length in range(1, 257)} == {128, 256}
+
+
+def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention has no backward pass on a CPU: SDPA stands in for it, with the block mask's own rule."""
+
+    def as_sdpa(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
+        assert isinstance(mask, BlockMask)
+        dense = create_mask(mask.mask_mod, *(q.shape[0], 1, q.shape[2], q.shape[2]), device="cpu")
+        return sdpa_attention_forward(module, q, k, v, dense, **more)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", as_sdpa)
+    trees = [Tree.of([row("abcDEF"), row("abcGH")]), Tree.of([row("abC")])]
+    packed = pack(trees, PAD, True, 1000, bucket)
+    gradients = []
+    for how in ("dense", "flex"):
+        model = tiny_llava().model.language_model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        embeds = model.embed_tokens(packed.ids).detach().requires_grad_(True)
+        TreePass(model, how)(embeds, packed).flatten(0, 1)[packed.keep].square().sum().backward()
+        gradients.append(embeds.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)

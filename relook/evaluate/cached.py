@@ -29,6 +29,7 @@ from relook.data.encode import Encoder, Example
 from relook.data.samples import Question
 from relook.evaluate import pope
 from relook.evaluate.answer import Asking, answer
+from relook.evaluate.choose import Rule
 from relook.evaluate.divergence import divergence
 from relook.evaluate.pope import SPLITS
 from relook.evaluate.run import pope_record
@@ -47,18 +48,6 @@ from relook.tree import Row, Tree, targets_of
 
 FIRST_FILE = "first_tokens.jsonl"
 DECIDED = ("Yes", "yes", "No", "no")
-# With these in generation_config.json even greedy decoding does not take the likeliest token.
-STEERING = (
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "bad_words_ids",
-    "sequence_bias",
-    "num_beams",
-    "min_length",
-    "min_new_tokens",
-    "guidance_scale",
-    "forced_bos_token_id",
-)
 LogProbs = Iterator[Tensor]  # (n, vocabulary) float32, of successive questions
 
 
@@ -156,11 +145,16 @@ class CachedPope:
 
     @cached_property
     def decisive(self) -> dict[int, str]:
-        """Tokens that decide an answer when they are the likeliest first ones, as text."""
-        tokenizer, config = self.loaded.processor.tokenizer, self.loaded.model.generation_config
-        if any(getattr(config, name, None) not in (None, 0, 1, [], {}) for name in STEERING):
+        """Tokens that decide an answer when they are the likeliest first ones, as text.
+
+        None do where the model's generation settings do more than take the likeliest token.
+        """
+        tokenizer, trees = self.loaded.processor.tokenizer, [example.tree for example in self.prompts.examples]
+        longest = max(len(tree.prefix) + len(branch.ids) for tree in trees for branch in tree.branches)
+        rule = Rule.of(self.loaded, self.how.template, self.how.settings, longest)
+        if rule is None:
             return {}
-        suppressed = {*(config.suppress_tokens or []), *(config.begin_suppress_tokens or [])}
+        suppressed = {*rule.never.tolist(), *rule.not_first.tolist()}
         words = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
         return {token: word for token, word in words.items() if word in DECIDED and token not in suppressed}
 

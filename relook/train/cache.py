@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -127,11 +128,15 @@ def cached_items(
     if kept is None or kept.key != key:
         TrunkCache.last = kept = None  # its memory counts as free
         kept = TrunkCache(key, plan, _store(recipe, key, plan, parts))
-    elif isinstance(kept.store, ShardFolder) or recipe.feature_cache == "disk":  # look at the files again
+    elif isinstance(kept.store, ShardFolder) and recipe.feature_cache == "memory":
+        kept.store.look()  # what is on disk already need not be computed for the memory
+    elif isinstance(kept.store, ShardFolder) or recipe.feature_cache == "disk":
         kept.store = _store(recipe, key, plan, parts)
     fill(kept, source, parts, policy, collator, whole)
     TrunkCache.last = kept
-    if policy.core.device.type == "cuda" and not recipe.training.get("dataloader_num_workers"):
+    if recipe.training.get("dataloader_num_workers"):
+        kept.on_device.clear()  # other processes cannot read a GPU's memory
+    elif policy.core.device.type == "cuda":
         torch.cuda.empty_cache()
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
             kept.move_to(policy.core.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
@@ -249,8 +254,10 @@ def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], polic
 
 def _put(store: Store, shard: Shard, made: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
     """On a GPU by a stream of its own, which does not wait for the batches that come after."""
-    with torch.cuda.stream(torch.cuda.Stream() if ready is not None else None):
-        if ready is not None:
+    with ExitStack() as stack:
+        if ready is not None:  # a thread begins on the first GPU, whichever this process has
+            stack.enter_context(torch.cuda.device(ready.device))
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
             ready.wait()
         for part, tensor in made.items():
             store[shard.name(part)] = tensor.cpu()

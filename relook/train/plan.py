@@ -19,8 +19,8 @@ from relook.train.tree_pass import packs
 from relook.tree import arrange, kept_positions
 
 SHARD_BYTES = 256 << 20
-# Of the trunk's pass, with a row for each tree or all in one. No recipe changes them, so none changes the bits of what
-# is stored. Matrix products of 16,384 rows run at the speed of larger ones.
+# Of the trunk's pass, with a row for each tree or all in one. Only trunk_pass, which is part of the key, decides
+# between them: nothing else changes the bits of what is stored. Products of 16,384 rows run as fast as larger ones.
 BATCH_POSITIONS, PACKED_POSITIONS = 4096, 16384
 STATES, FEATURES, REFERENCE = "states", "features", "reference"  # the parts
 

@@ -137,10 +137,14 @@ def _with_compiled_layers(language_model: Any) -> Any:
 
 @contextmanager
 def _attention(config: Any, name: str | None) -> Iterator[None]:
-    """transformers' attention of that name, for a while."""
+    """transformers' attention of that name during a pass.
+
+    With gradients it stays: where layers are recomputed, the backward pass runs them again.
+    """
     before = config._attn_implementation
     config._attn_implementation = name or before
     try:
         yield
     finally:
-        config._attn_implementation = before
+        if not torch.is_grad_enabled():
+            config._attn_implementation = before
