@@ -38,7 +38,7 @@ from relook.toyworld.speech import vocabulary
 from relook.train import cache
 from relook.train.batches import Collator
 from relook.train.cache import TrunkCache, cached_items
-from relook.train.run import encode_samples, load, pad_id, policy_of, read_samples, train
+from relook.train.run import encode_samples, load, policy_of, read_samples, train
 
 GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -316,7 +316,7 @@ def cache_pass(
     encoding = time.perf_counter() - started - loading
     examples = list(dict.fromkeys(examples))
     policy = policy_of(recipe, loaded, DTYPE)
-    collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
+    collator = Collator(policy, loaded.images, loaded.pad_id)
     seconds: list[float] = []
     fill = cache._fill_trunk
 

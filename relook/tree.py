@@ -30,6 +30,12 @@ class Row:
     supervised: tuple[bool, ...]
 
 
+def common_start(sequences: Sequence[tuple[int, ...]], most: int) -> int:
+    """How many tokens all sequences begin with, `most` at most; each must have as many."""
+    first, last = min(sequences), max(sequences)  # what these two share, all do
+    return next((i for i in range(most) if first[i] != last[i]), most)
+
+
 @dataclass(frozen=True)
 class Tree:
     """A shared prefix and the rows' remainders as branches. Targets lie in branches only."""
@@ -44,12 +50,10 @@ class Tree:
             min(row.supervised.index(True) if True in row.supervised else len(row.ids) for row in rows),
             min(len(row.ids) for row in rows) - 1,
         )
-        first = rows[0].ids
-        for row in rows[1:]:
-            length = next((i for i in range(length) if row.ids[i] != first[i]), length)
+        length = common_start([row.ids for row in rows], length)
         if length < 1:
             raise ValueError("the rows of a tree have no common unsupervised prefix")
-        return Tree(first[:length], tuple(Row(row.ids[length:], row.supervised[length:]) for row in rows))
+        return Tree(rows[0].ids[:length], tuple(Row(row.ids[length:], row.supervised[length:]) for row in rows))
 
     def __len__(self) -> int:
         return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)

@@ -13,7 +13,7 @@ import torch
 from relook.console import Report
 from relook.data.ahead import ahead
 from relook.data.images import ImageLoader
-from relook.evaluate.choose import Rule, pad_token
+from relook.evaluate.choose import Rule
 from relook.evaluate.decode import PromptTree, decode
 from relook.model.load import LoadedModel
 
@@ -146,7 +146,7 @@ def _images(loaded: LoadedModel, paths: Sequence[Path]) -> dict[str, torch.Tenso
 @torch.inference_mode()
 def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], how: Asking) -> list[str]:
     """Answers by transformers' `generate`, each prompt with its images: left-padded, decoded without special tokens."""
-    pad, device = pad_token(loaded), loaded.core.device
+    pad, device = loaded.pad_id, loaded.core.device
     longest = max(len(prompt.ids) for prompt in batch)
     ids = torch.tensor([[pad] * (longest - len(prompt.ids)) + list(prompt.ids) for prompt in batch])
     mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])

@@ -43,7 +43,6 @@ from relook.model.trunks import has_post_decoder
 from relook.train.batches import Collator, Item
 from relook.train.cache import key_of, made_from
 from relook.train.policy import Policy, TrunkStates, predicting_states
-from relook.train.run import pad_id
 from relook.tree import Row, Tree, targets_of
 
 FIRST_FILE = "first_tokens.jsonl"
@@ -191,7 +190,7 @@ class CachedPope:
     def _passes(self, policy: Policy, title: str) -> Iterator[TrunkStates]:
         """The trunk over the trees, batch by batch."""
         policy.eval()
-        collator = Collator(policy, self.loaded.images, pad_id(self.loaded.processor.tokenizer))
+        collator = Collator(policy, self.loaded.images, self.loaded.pad_id)
         examples = self.prompts.examples
         with progress(title) as report:
             items = [Item(example) for example in examples]

@@ -86,7 +86,7 @@ class Rule:
                 return None
         stop = loaded.stopping(template)
         criterion = StopStringCriteria(stop["tokenizer"], stop["stop_strings"]) if stop else None
-        return Rule(settings, pad_token(loaded), criterion, seed, loaded.core.device)
+        return Rule(settings, loaded.pad_id, criterion, seed, loaded.core.device)
 
     def draws(self, numbers: Sequence[int], tokens: int) -> Tensor | None:
         """(n, tokens) uniform numbers, one for each token of each numbered question; None where nothing is drawn."""
@@ -125,8 +125,3 @@ def sees_everything(text_config: Any, longest: int) -> bool:
     window = getattr(text_config, "sliding_window", None)
     layers = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
     return layers <= {"sliding_attention"} and (window is None or longest <= window)
-
-
-def pad_token(loaded: LoadedModel) -> int:
-    tokenizer = loaded.processor.tokenizer
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Cache, DynamicLayer
 
 from relook.evaluate.choose import Rule
+from relook.tree import common_start
 
 CHECK = 2  # steps between two looks at which branches have ended: the host waits for the device there
 SPARE = 8  # tokens of every branch that a cache has room for at first; few answers to POPE are longer
@@ -35,9 +36,7 @@ class PromptTree:
     @staticmethod
     def of(prompts: Sequence[tuple[int, ...]]) -> PromptTree:
         """Share the longest common start, which may be empty."""
-        first, last = min(prompts), max(prompts)  # what these two share, all do
-        most = min(map(len, prompts)) - 1
-        length = next((i for i in range(most) if first[i] != last[i]), most)
+        length = common_start(prompts, min(map(len, prompts)) - 1)
         return PromptTree(prompts[0][:length], tuple(prompt[length:] for prompt in prompts))
 
     def positions(self, new_tokens: int) -> int:

@@ -72,6 +72,12 @@ class LoadedModel:
         found = trunk_of(self.core.config).positions(self.core)
         return found if isinstance(found, int) else lambda image: found(self.images.size(image))
 
+    @property
+    def pad_id(self) -> int:
+        """The token that fills places which belong to nothing."""
+        tokenizer = self.processor.tokenizer
+        return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
     def encoder(self, template: str = "", max_length: int = 0) -> Encoder:
         """An encoder of prompts and samples; `max_length` 0 is what the language model was made for."""
         return Encoder(

@@ -34,7 +34,7 @@ def attention_before(
         return []
     encoder = loaded.encoder()
     example: Example = encoder.conversation(Conversation("look", (image,), (Turn(with_image(prompt), text),)))
-    collator = Collator(policy, loaded.images, loaded.processor.tokenizer.pad_token_id or 0)
+    collator = Collator(policy, loaded.images, loaded.pad_id)
     trunk = policy.trunk(collator.live([Item(example)]).to(loaded.core.device))
     if trunk.features is None:
         return []

@@ -83,7 +83,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
     loaded = load(recipe, dtype, place, trunk=not recipe.cached_trunk)
     examples, dropped = encode_samples(recipe, loaded, *read) if encoded is None else encoded
     policy = policy_of(recipe, loaded, dtype)
-    collator = Collator(policy, loaded.images, pad_id(loaded.processor.tokenizer))
+    collator = Collator(policy, loaded.images, loaded.pad_id)
     whole = partial(whole_policy, recipe, dtype, place)
     items = prepare(recipe, policy, examples, collator, arguments.per_device_train_batch_size, whole)
     items, held_out = hold_out(items, recipe.eval_fraction)
@@ -302,8 +302,3 @@ def foundation(recipe: Recipe) -> dict[str, Any]:
         "vision_tower": tower or None,
         "earlier": [str(path.resolve()) for path in earlier],
     }
-
-
-def pad_id(tokenizer: Any) -> int:
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id)
