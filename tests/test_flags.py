@@ -135,6 +135,11 @@ def test_what_is_said_of_the_model_is_saved(tmp_path: Path) -> None:
         ({"lora_enable": True, "lm_head_lr": 1e-5}, "lm_head_lr would have no effect without tune_lm_head"),
         ({"tune_lm_head": True, "gradient_checkpointing": True}, "states are cached. .* feature_cache off"),
         ({"image_folder": "x"}, "image_folder would have no effect without task sft"),
+        (
+            {"lora_enable": True, "gradient_checkpointing": True, "activation_memory_budget": 0.5},
+            "activation_memory_bud",
+        ),
+        ({"tune_lm_head": True, "freeze_backbone": True, "activation_memory_budget": 0.5}, "with cached trunk states"),
         ({"quant_type": "fp4"}, "quant_type would have no effect without bits 4"),
         ({"lora_enable": True, "lora_r": 0}, "lora_r 0, .* make no LoRA"),
         ({"lora_enable": True, "lora_dropout": 1.0}, "lora_dropout 1.0 make no LoRA"),
