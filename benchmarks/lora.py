@@ -49,12 +49,12 @@ PEERS = {
     "trl_liger_kept": {"gradient_checkpointing": False, "use_liger_kernel": True},
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "relook": {"gradient_checkpointing": False},
-    "relook_0.8": {"activation_memory_budget": 0.8},
+    "relook": {},
+    "relook_1.0": {"activation_memory_budget": 1.0},
     "relook_0.6": {"activation_memory_budget": 0.6},
     "relook_0.4": {"activation_memory_budget": 0.4},
     "relook_recomputed": {"gradient_checkpointing": True},
-    "relook_mixed_lengths": {"gradient_checkpointing": False},
+    "relook_mixed_lengths": {},
 }
 
 

@@ -99,7 +99,7 @@ class Recipe:
     feature_cache: str = "auto"
     feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
     trunk_pass: str = "auto"  # how the language model reads packed trees
-    activation_memory_budget: float = 1.0  # share of a compiled layer's activations that is kept, not computed again
+    activation_memory_budget: float = 0.8  # share of a compiled layer's activations that is kept, not computed again
     of_the_model: Mapping[str, Any] = field(default_factory=dict)  # what its config must say; see `flags`
     training: Mapping[str, Any] = field(default_factory=dict)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -185,6 +186,16 @@ def test_deepspeed_trains_as_one_process(keys_of: Callable[..., Keys], tmp_path:
     )
     assert done.returncode == 0, done.stderr
     same_bytes(tmp_path)
+
+
+@pytest.mark.slow  # as above
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_leaves_the_model_what_it_was_in_bf16(name: str, keys_of: Callable[..., Keys]) -> None:
+    """Rotary frequencies rounded to bf16 would move the policy away from its reference before the first step."""
+    keys = keys_of(f"bf16 {name}", {**LORA, "max_steps": 1, "learning_rate": 1e-3}, deepspeed=name, bf16=True)
+    done = torchrun([keys], DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr
+    assert log_of(Path(keys["output_dir"]), "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
 # --- what a step's loss is

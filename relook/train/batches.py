@@ -91,8 +91,8 @@ class Collator:
         blank = self.images.batch([Image.new("RGB", (32, 32))])
         return replace(batch, pixel_values=blank["pixel_values"], image_sizes=blank.get("image_sizes"))
 
-    def live(self, items: Sequence[Item], pinned: bool = False) -> LiveBatch:
-        """Packed trees and pixels; `pinned` pixels go to a GPU without being waited for."""
+    def live(self, items: Sequence[Item]) -> LiveBatch:
+        """Packed trees and pixels."""
         trees = [item.example.tree for item in items]
         pictures = [picture for item in items for picture in item.pictures]
         inputs = self.images.batch(pictures) if pictures else {}
@@ -102,10 +102,7 @@ class Collator:
         else:
             packed = pack(trees, self.pad_id, everything, row_length=max(map(len, trees)))
         counts = [len(item.example.images) for item in items]
-        pixels = inputs.get("pixel_values")
-        if pinned and pixels is not None:
-            pixels = pixels.pin_memory()
-        return LiveBatch(packed, pixels, counts, inputs.get("image_sizes"))
+        return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"))
 
     def cached(self, items: Sequence[Item]) -> TrunkStates:
         targets = join_targets([item.targets for item in items if item.targets is not None])

@@ -234,8 +234,13 @@ def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], polic
     policy.eval()
     wanted = {s: [p for p in (STATES, FEATURES) if s in missing.get(p, ())] for s in plan.shards}
     work = [(shard, indices) for shard, parts in wanted.items() for indices in _batches(plan, shard, parts)]
-    pinned = policy.core.device.type == "cuda"
-    batches = ahead(lambda one: collator.live([Item(plan.examples[i]) for i in one[1]], pinned), work)
+    gpu = policy.core.device.type == "cuda"
+
+    def read(one: tuple[Shard, Sequence[int]]) -> LiveBatch:
+        batch = collator.live([Item(plan.examples[i]) for i in one[1]])
+        return batch.pin_memory() if gpu else batch
+
+    batches = ahead(read, work)
     total, done = sum(len(shard.examples) for shard, parts in wanted.items() if parts), 0
     stored: Future[None] | None = None
     with progress("trunk states") as report, ThreadPoolExecutor(1) as writer:
@@ -244,7 +249,7 @@ def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], polic
             made = trunk_pass(policy, plan, shard, wanted[shard], named)
             if stored is not None:
                 stored.result()  # raises what went wrong, and no more than two shards are in memory
-            ready = torch.cuda.current_stream().record_event() if policy.core.device.type == "cuda" else None
+            ready = torch.cuda.current_stream().record_event() if gpu else None
             stored = writer.submit(_put, store, shard, made, ready)
             done += len(shard.examples)
             report(done, total)

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from relook.model.post_decoder import Layout, PostDecoder
 from relook.train import recompute
 from relook.train.log_probs import log_prob
-from relook.train.tree_pass import TreePass, resolve
-from relook.tree import PackedTrees, Targets, to_device
+from relook.train.tree_pass import BUDGET, TreePass, resolve
+from relook.tree import PackedTrees, Targets, pinned, to_device
 
 LOGITS_BYTES = 2**31  # of logits at a time, were they float32: about 16,000 targets at a vocabulary of 32,000
 
@@ -35,6 +35,9 @@ class LiveBatch:
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
         return to_device(self, device)
 
+    def pin_memory(self) -> LiveBatch:
+        return pinned(self)
+
 
 @dataclass(frozen=True)
 class TrunkStates:
@@ -47,6 +50,9 @@ class TrunkStates:
 
     def to(self, device: Any, non_blocking: bool = False) -> TrunkStates:
         return to_device(self, device)
+
+    def pin_memory(self) -> TrunkStates:
+        return pinned(self)
 
 
 class Policy(nn.Module):
@@ -67,7 +73,7 @@ class Policy(nn.Module):
         dtype: torch.dtype = torch.float32,
         trunk_pass: str = "auto",
         sharded: bool = False,
-        activation_memory_budget: float = 1.0,
+        activation_memory_budget: float = BUDGET,
     ) -> None:
         super().__init__()
         self.model = model

@@ -136,6 +136,7 @@ def claim(out: Path, recipe: Recipe) -> bool:
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     """transformers' arguments with relook's defaults; what the recipe says goes before."""
+    gpu = torch.accelerator.is_available()
     defaults = {
         "report_to": "none",
         "remove_unused_columns": False,
@@ -144,12 +145,14 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "save_total_limit": 2,
         "logging_steps": 10,
         "logging_nan_inf_filter": False,  # it hides such losses, and waits for the device at every step to do so
-        "dataloader_pin_memory": False,
+        # A copy from memory that is not pinned waits for all that the GPU still has to do.
+        "dataloader_pin_memory": gpu,
+        "accelerator_config": {"non_blocking": gpu},
         "seed": 42,
         "eval_strategy": "epoch" if recipe.eval_fraction else "no",
-        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
+        "use_cpu": not gpu,  # else bf16 is refused there
         # Cached states are at hand; images are read while a GPU works. A CPU has no cores to spare for it.
-        "dataloader_num_workers": 2 if torch.accelerator.is_available() and not recipe.cached_trunk else 0,
+        "dataloader_num_workers": 2 if gpu and not recipe.cached_trunk else 0,
         "ddp_find_unused_parameters": False,  # every batch uses all that trains (see Collator)
     }
     given = dict(recipe.training)

@@ -247,8 +247,12 @@ class RelookTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # DeepSpeed rounds buffers too: to bf16, rotary frequencies are wrong by radians at position 700.
+        exact = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         # The Trainer has DeepSpeed load strictly, and its checkpoints lack what is frozen.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        for name, buffer in self.model.named_buffers():
+            buffer.data = exact[name].to(buffer.device)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 
