@@ -84,12 +84,13 @@ def evaluate(
     device: Device = "",
 ) -> None:
     """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share."""
-    from relook.evaluate.run import evaluate_model, process
+    from relook import processes
+    from relook.evaluate.run import evaluate_model
     from relook.model.load import Loading
 
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading)
-    if process()[0] == 0:
+    if processes.first():
         typer.echo(json.dumps(results, indent=1))
 
 

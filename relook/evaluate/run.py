@@ -6,12 +6,12 @@ Under torchrun each process answers for a share of the images; the first one sco
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from relook import processes
 from relook.console import progress
 from relook.data.coco import Annotations, read_coco
 from relook.data.prompts import get_template
@@ -60,11 +60,10 @@ def evaluate_model(
     template = template or default_template(model)
     get_template(template)
     as_device(loading.device)
-    rank, _ = process()
-    if rank == 0:
+    if processes.first():
         claim(out, model, data, template, max_new_tokens, loading)
-    wait()
-    if rank:
+    processes.wait("the output folder")
+    if not processes.first():
         claim(out, model, data, template, max_new_tokens, loading)
     loaded: LoadedModel | None = None
     results = {}
@@ -74,32 +73,17 @@ def evaluate_model(
             loaded = loaded or loading.load(model)
             how = Asking(template, max_new_tokens, batch_size)
             BENCHMARKS[name].ask(loaded, data, out, how)
-            wait()
-            if rank == 0:
+            processes.wait(f"the answers to {name}")
+            if processes.first():
                 write_json(finished, BENCHMARKS[name].score(data, out))
-            wait()
+            processes.wait(f"the scores of {name}")
         results[name] = read_json(finished)
     return results
 
 
-def process() -> tuple[int, int]:
-    """This process's number, and how many there are, by what torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def wait() -> None:
-    """For all processes to come here."""
-    if process()[1] > 1:
-        import torch
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-
-
 def share(images: Iterable[Any]) -> set[Any]:
-    """The images that this process answers for: one in as many as there are processes, so none is left over."""
-    rank, count = process()
-    return set(list(dict.fromkeys(images))[rank::count])
+    """The images that this process answers for."""
+    return set(processes.mine(list(dict.fromkeys(images))))
 
 
 def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int, loading: Loading) -> None:
@@ -144,7 +128,7 @@ def versions() -> dict[str, str]:
 def ask_pope(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
     """POPE's three splits in one pass: questions that several splits share are asked once."""
     questions = pope_questions(data)
-    files = {split: AnswerFile(out / f"pope_{split}.jsonl", "question_id", process()[0]) for split in SPLITS}
+    files = {split: AnswerFile(out / f"pope_{split}.jsonl", "question_id", processes.rank()) for split in SPLITS}
     mine = share(q.image for split in SPLITS for q in questions[split])
     asked = [(s, q) for s in SPLITS for q in questions[s] if q.image in mine and q.id not in files[s].records]
     how = dataclasses.replace(how, max_new_tokens=min(how.max_new_tokens, 64))
@@ -185,7 +169,7 @@ def pope_record(question: Question, text: str) -> dict[str, Any]:
 def ask_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
     """Descriptions of the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
     names = chair_images(data, read_coco(annotation_file(data)))
-    file, mine = AnswerFile(out / "chair.jsonl", "image", process()[0]), share(names)
+    file, mine = AnswerFile(out / "chair.jsonl", "image", processes.rank()), share(names)
     asked = [name for name in names if name in mine and name not in file.records]
     batch: list[dict[str, Any]] = []
     with progress("descriptions for CHAIR") as report:
