@@ -15,7 +15,9 @@ from typing import Any
 from relook.console import progress, say
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
-from relook.evaluate.run import evaluate_model, versions
+from relook.evaluate.provenance import versions
+from relook.evaluate.run import evaluate_model
+from relook.evaluate.score import read_scores
 from relook.files import read_json, takes, write_json
 from relook.mine import mine_visual_genome
 from relook.model.load import model_hash
@@ -145,17 +147,12 @@ def train_regime(
     )
 
 
-def read_scores(places: Places, name: str, split: str = "test") -> dict[str, Any]:
-    folder = places.answers(name, split)
-    return {"pope": read_json(folder / "pope.json"), "chair": read_json(folder / "chair.json")}
-
-
 def collect_results(places: Places, model: Path, seed: int) -> dict[str, Any]:
     """Everything `results.json` says but the seconds, from the files of evaluation and mining."""
     test = places.world / "test"
     return {
-        "base": read_scores(places, "base"),
-        "runs": {regime: read_scores(places, regime) for regime in REGIMES},
+        "base": read_scores(places.answers("base")),
+        "runs": {regime: read_scores(places.answers(regime)) for regime in REGIMES},
         "paired": {regime: compare(test, places.answers("base"), places.answers(regime)) for regime in REGIMES},
         "against_control": compare(test, places.answers("nll_control"), places.answers("post_decoder")),
         "provenance": {

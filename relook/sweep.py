@@ -20,8 +20,9 @@ from relook.evaluate.cached import FIRST_FILE, CachedPope
 from relook.evaluate.compare import compare
 from relook.evaluate.divergence import by_divergence
 from relook.evaluate.pope import SPLITS
-from relook.evaluate.run import claim, evaluate_model, versions
-from relook.evaluate.score import annotation_file
+from relook.evaluate.provenance import versions
+from relook.evaluate.run import claim, evaluate_model
+from relook.evaluate.score import annotation_file, read_scores
 from relook.evaluate.statistics import holm
 from relook.files import read_json, read_records, takes, write_json, write_text
 from relook.model.load import model_hash
@@ -211,8 +212,7 @@ def collect(sweep: Sweep, finished: Sequence[Row]) -> dict[str, Any]:
 
 
 def _scores(sweep: Sweep, name: str) -> dict[str, Any]:
-    benches = ["pope", "chair"] if sweep.chair else ["pope"]
-    return {bench: read_json(sweep.answers(name) / f"{bench}.json") for bench in benches}
+    return read_scores(sweep.answers(name), ["pope", "chair"] if sweep.chair else ["pope"])
 
 
 def _epochs(sweep: Sweep, row: Row) -> float:

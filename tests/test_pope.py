@@ -16,7 +16,6 @@ from relook.errors import DataError
 from relook.evaluate.pope import (
     SPLITS,
     PopeScore,
-    build_splits,
     match,
     official_parse,
     question_text,
@@ -24,6 +23,7 @@ from relook.evaluate.pope import (
     read_questions,
     score,
 )
+from relook.evaluate.pope_build import build_splits
 
 OFFICIAL_FILES = ("minigpt4_origin_random.jsonl", "minigpt4_origin_popular.jsonl")
 
