@@ -245,13 +245,17 @@ def mine(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Output folders of `relook demo` or `relook sweep`.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Two folders of `relook eval`, or folders of `relook demo` or `relook sweep`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for a comparison; else beside the first.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The evaluations' data folder, where it has moved.")] = None,
 ) -> None:
-    """Write the report of a demo or a sweep again, from its files."""
-    from relook.demo import write_report
+    """Two evaluations side by side in one HTML file; or the report of a demo or a sweep again, from its files."""
+    from relook.demo import write_reports
 
-    for run in runs:
-        typer.echo(str(write_report(run)))
+    for page in write_reports(folders, out, data):
+        typer.echo(str(page))
 
 
 def main() -> None:

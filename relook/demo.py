@@ -7,7 +7,7 @@ after Ctrl-C or a kill.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from relook.console import progress, say
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
-from relook.evaluate.provenance import versions
+from relook.evaluate.provenance import EVAL_FILE, versions
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import read_scores
 from relook.files import read_json, takes, write_json
@@ -174,6 +174,18 @@ def write_report(out: Path) -> Path:
     if (out / SWEEP_FILE).exists():
         return sweep_page.write_page(out)
     return page.write_page(out)
+
+
+def write_reports(folders: Sequence[Path], out: Path | None = None, data: Path | None = None) -> list[Path]:
+    """The report of two `relook eval` folders side by side, or that of each demo and sweep."""
+    from relook.report.two_models import write_comparison
+
+    evaluations = [(folder / EVAL_FILE).exists() for folder in folders]
+    if not any(evaluations):
+        return [write_report(folder) for folder in folders]
+    if evaluations != [True, True]:
+        raise RecipeError("Evaluations are compared two at a time.", "Give two output folders of `relook eval`.")
+    return [write_comparison(folders[0], folders[1], out, data)]
 
 
 class _Clock:

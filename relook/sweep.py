@@ -187,7 +187,7 @@ def collect(sweep: Sweep, finished: Sequence[Row]) -> dict[str, Any]:
                 "epochs": _epochs(sweep, row),
                 "seed": arguments.seed,
                 **_scores(sweep, row.name),
-                "paired": compare(data, base_folder, folder, sweep.chair),
+                "paired": compare(data, base_folder, folder, _benchmarks(sweep)),
                 "kl": sum(record["kl"] for record in first) / len(first),
                 "kl_bins": by_divergence(first, base_first),
             }
@@ -212,7 +212,11 @@ def collect(sweep: Sweep, finished: Sequence[Row]) -> dict[str, Any]:
 
 
 def _scores(sweep: Sweep, name: str) -> dict[str, Any]:
-    return read_scores(sweep.answers(name), ["pope", "chair"] if sweep.chair else ["pope"])
+    return read_scores(sweep.answers(name), _benchmarks(sweep))
+
+
+def _benchmarks(sweep: Sweep) -> list[str]:
+    return ["pope", "chair"] if sweep.chair else ["pope"]
 
 
 def _epochs(sweep: Sweep, row: Row) -> float:
