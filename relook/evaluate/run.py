@@ -93,7 +93,7 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
     settings = {
         "model": str(model.resolve()),
         "model_hash": model_hash(model),
-        **{key: str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
+        **{key: value and str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
         "data": str(data.resolve()),
         "template": template,
         "max_new_tokens": max_new_tokens,

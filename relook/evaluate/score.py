@@ -147,7 +147,8 @@ def read_descriptions(path: Path, annotations: Annotations | None = None) -> dic
     ids = annotations.ids if annotations else {}
     found: dict[str, str] = {}
     for number, record in enumerate(read_records(path), 1):
-        image, text = record.get("image") or ids.get(record.get("image_id")), record.get("caption", record.get("text"))
+        number_of, text = record.get("image_id"), record.get("caption", record.get("text"))
+        image = record.get("image", ids.get(number_of) if isinstance(number_of, int) else None)
         if not isinstance(image, str) or not isinstance(text, str):
             raise DataError(
                 f"{path}: record {number} needs caption, and image or the image_id of an annotated image.",

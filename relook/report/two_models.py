@@ -39,6 +39,7 @@ def write_comparison(first: Path, second: Path, out: Path | None = None, data: P
     Raises:
         RelookError: the two have no finished benchmark in common, or did not answer the same.
     """
+    first, second = first.resolve(), second.resolve()
     out, data = out or first.parent / f"{first.name}-{second.name}", data or data_of(first)
     takes(out, RESULTS_FILE, "--out")
     results = collect(first, second, data)
