@@ -84,31 +84,52 @@ def evaluate(
     device: Device = "",
 ) -> None:
     """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share."""
-    from relook.evaluate.run import evaluate_model, process
+    from relook import processes
+    from relook.evaluate.run import evaluate_model
     from relook.model.load import Loading
 
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading)
-    if process()[0] == 0:
+    if processes.first():
         typer.echo(json.dumps(results, indent=1))
 
 
 @app.command()
 def score(
-    benchmark: Annotated[str, typer.Argument(help="pope")],
-    questions: Annotated[Path, typer.Option(help="POPE question file.")],
-    answers: Annotated[Path, typer.Option(help="Answer file, JSON lines.")],
+    benchmark: Annotated[str, typer.Argument(help="pope, chair")],
+    answers: Annotated[Path, typer.Option(help="Answer file of any program, or a folder of `relook eval`.")],
+    data: Annotated[Path | None, typer.Option(help="The folder's data, where they have moved.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="POPE question file; or LLaVA's, with --annotations.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="chair: COCO's instances file. pope: folder of the labels to LLaVA's questions.")
+    ] = None,
+    captions: Annotated[Path | None, typer.Option(help="chair: COCO's captions file; its objects count, too.")] = None,
+    images: Annotated[Path | None, typer.Option(help="chair: file that lists the images, one name a line.")] = None,
+    parser: Annotated[str, typer.Option(help="pope: official, llava or lmms-eval.")] = "official",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.")] = None,
 ) -> None:
-    """Score an existing answer file; no model is loaded."""
-    from relook.evaluate.score import score_files
+    """Score existing answers; no model is loaded."""
+    from relook.evaluate.score import Given, score_answers
 
-    result = score_files(benchmark, questions, answers)
+    result = score_answers(benchmark, answers, Given(data, questions, annotations, captions, images), parser)
     if json_out is not None:
         from relook.files import write_json
 
         write_json(json_out, result)
     typer.echo(json.dumps(result, indent=1))
+
+
+@app.command(name="build-pope")
+def build_pope(
+    annotations: Annotated[Path, typer.Option(help='COCO\'s instances file, or {"image", "objects"} records.')],
+    out: Annotated[Path, typer.Option(help="Folder for the question files of the three splits.")],
+    images: Annotated[int, typer.Option(help="How many images are asked about.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn images and objects.")] = 0,
+) -> None:
+    """Build POPE's random, popular and adversarial questions from annotations."""
+    from relook.evaluate.pope_build import build_pope
+
+    typer.echo(json.dumps(build_pope(annotations, out, images, seed), indent=1))
 
 
 Force = Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")]
@@ -224,13 +245,17 @@ def mine(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Output folders of `relook demo` or `relook sweep`.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Two folders of `relook eval`, or folders of `relook demo` or `relook sweep`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for a comparison; else beside the first.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The evaluations' data folder, where it has moved.")] = None,
 ) -> None:
-    """Write the report of a demo or a sweep again, from its files."""
-    from relook.demo import write_report
+    """Two evaluations side by side in one HTML file; or the report of a demo or a sweep again, from its files."""
+    from relook.demo import write_reports
 
-    for run in runs:
-        typer.echo(str(write_report(run)))
+    for page in write_reports(folders, out, data):
+        typer.echo(str(page))
 
 
 def main() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from relook.errors import DataError
-from relook.files import read_json
+from relook.files import read_json, state_of
 
 Box = tuple[float, float, float, float]
 
@@ -22,6 +23,7 @@ class Annotations:
         categories: names, in the file's order.
         objects: the categories on each image; empty for images without an annotation.
         boxes: (category, (x, y, width, height) in pixels) of each annotation, in the file's order.
+        ids: COCO's number of each image to its file name.
         synonyms: other words for a category, where it has a key `synonyms` (an addition of relook's to COCO's layout).
     """
 
@@ -30,14 +32,20 @@ class Annotations:
     objects: Mapping[str, frozenset[str]]
     boxes: Mapping[str, tuple[tuple[str, Box], ...]]
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ids: Mapping[Any, str] = field(default_factory=dict)
 
 
 def read_coco(path: Path) -> Annotations:
-    """Read an `instances_*.json` file.
+    """Read an `instances_*.json` file; one that has not changed since is read once in a process.
 
     Raises:
         DataError: a part or a field is missing, or an annotation names an unknown image or category.
     """
+    return _read_coco(path, *(state_of(path) if path.exists() else ()))
+
+
+@lru_cache(1)  # COCO's own has 150 MB
+def _read_coco(path: Path, *_: int) -> Annotations:
     data = _parts(path, "images", "categories", "annotations")
     try:
         names = {image["id"]: str(image["file_name"]) for image in data["images"]}
@@ -56,6 +64,7 @@ def read_coco(path: Path) -> Annotations:
         objects={image: frozenset(name for name, _ in found) for image, found in boxes.items()},
         boxes={image: tuple(found) for image, found in boxes.items()},
         synonyms=synonyms,
+        ids=names,
     )
 
 

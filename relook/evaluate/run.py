@@ -6,23 +6,22 @@ Under torchrun each process answers for a share of the images; the first one sco
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from relook import processes
 from relook.console import progress
-from relook.data.coco import Annotations, read_coco
+from relook.data.coco import read_coco
 from relook.data.prompts import get_template
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError, some
-from relook.evaluate import pope
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
-from relook.evaluate.pope import SPLITS
-from relook.evaluate.score import annotation_file, pope_file, score_chair, score_pope
-from relook.files import read_json, read_text, takes, write_json
+from relook.evaluate.pope import LONGEST_ANSWER, SPLITS
+from relook.evaluate.provenance import EVAL_FILE, now, versions
+from relook.evaluate.score import annotation_file, chair_images, chair_results, pope_questions, pope_results
+from relook.files import read_json, takes, write_json
 from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
 
 CHAIR_PROMPT = "Describe this image in detail."
@@ -60,11 +59,10 @@ def evaluate_model(
     template = template or default_template(model)
     get_template(template)
     as_device(loading.device)
-    rank, _ = process()
-    if rank == 0:
+    if processes.first():
         claim(out, model, data, template, max_new_tokens, loading)
-    wait()
-    if rank:
+    processes.wait("the output folder")
+    if not processes.first():
         claim(out, model, data, template, max_new_tokens, loading)
     loaded: LoadedModel | None = None
     results = {}
@@ -74,32 +72,17 @@ def evaluate_model(
             loaded = loaded or loading.load(model)
             how = Asking(template, max_new_tokens, batch_size)
             BENCHMARKS[name].ask(loaded, data, out, how)
-            wait()
-            if rank == 0:
+            processes.wait(f"the answers to {name}")
+            if processes.first():
                 write_json(finished, BENCHMARKS[name].score(data, out))
-            wait()
+            processes.wait(f"the scores of {name}")
         results[name] = read_json(finished)
     return results
 
 
-def process() -> tuple[int, int]:
-    """This process's number, and how many there are, by what torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def wait() -> None:
-    """For all processes to come here."""
-    if process()[1] > 1:
-        import torch
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-
-
 def share(images: Iterable[Any]) -> set[Any]:
-    """The images that this process answers for: one in as many as there are processes, so none is left over."""
-    rank, count = process()
-    return set(list(dict.fromkeys(images))[rank::count])
+    """The images that this process answers for."""
+    return set(processes.mine(list(dict.fromkeys(images))))
 
 
 def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int, loading: Loading) -> None:
@@ -110,15 +93,15 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
     settings = {
         "model": str(model.resolve()),
         "model_hash": model_hash(model),
-        **{key: str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
+        **{key: value and str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
         "data": str(data.resolve()),
         "template": template,
         "max_new_tokens": max_new_tokens,
         "versions": versions(),
     }
-    held = out / "eval.json"
+    held = out / EVAL_FILE
     if takes(out, held.name, "--out"):
-        write_json(held, settings)
+        write_json(held, {**settings, "date": now()})
     else:
         old = read_json(held)
         changed = [key for key in settings if old.get(key) != settings[key]]
@@ -126,51 +109,64 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
             raise RecipeError(f"{out} holds answers made with another {', '.join(changed)}.", "Choose another --out.")
 
 
-def versions() -> dict[str, str]:
-    """Library versions that a number may depend on."""
-    import torch
-    import transformers
+def keep(
+    answers: Iterable[tuple[int, str]],
+    record: Callable[[int, str], tuple[AnswerFile, dict[str, Any]]],
+    files: Iterable[AnswerFile],
+    size: int,
+) -> None:
+    """Append answers to their files as they come, `size` at a time, and what is there when something fails."""
+    waiting: dict[Path, list[dict[str, Any]]] = {file.path: [] for file in files}
 
-    import relook
+    def put() -> None:
+        for file in files:
+            file.append(waiting[file.path])
+            waiting[file.path].clear()
 
-    return {
-        "relook": relook.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    try:
+        for number, (index, text) in enumerate(answers, 1):
+            file, one = record(index, text)
+            waiting[file.path].append(one)
+            if number % size == 0:
+                put()
+    finally:
+        put()
+
+
+def require(images: Iterable[Path]) -> None:
+    """Refuse to begin where images are missing.
+
+    Raises:
+        DataError: the first of them, and how many there are.
+    """
+    lost = [image for image in dict.fromkeys(images) if not image.exists()]
+    if lost:
+        more = f", nor do {len(lost) - 1} others" if lost[1:] else ""
+        raise DataError(f"The image {lost[0]} does not exist{more}.", "Check the image folder.")
 
 
 def ask_pope(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
     """POPE's three splits in one pass: questions that several splits share are asked once."""
     questions = pope_questions(data)
-    files = {split: AnswerFile(out / f"pope_{split}.jsonl", "question_id", process()[0]) for split in SPLITS}
+    files = {split: AnswerFile(out / f"pope_{split}.jsonl", "question_id", processes.rank()) for split in SPLITS}
     mine = share(q.image for split in SPLITS for q in questions[split])
     asked = [(s, q) for s in SPLITS for q in questions[s] if q.image in mine and q.id not in files[s].records]
-    how = dataclasses.replace(how, max_new_tokens=min(how.max_new_tokens, 64))
-    batch: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    require(question.image for _, question in asked)
+    how = dataclasses.replace(how, max_new_tokens=min(how.max_new_tokens, LONGEST_ANSWER))
+
+    def record(index: int, text: str) -> tuple[AnswerFile, dict[str, Any]]:
+        split, question = asked[index]
+        return files[split], pope_record(question, text)
+
     with progress("POPE") as report:
-        for index, text in answer(loaded, [(q.image, q.text) for _, q in asked], how, report):
-            split, question = asked[index]
-            batch[split].append(pope_record(question, text))
-            if sum(map(len, batch.values())) >= how.batch_size:
-                for name, records in batch.items():
-                    files[name].append(records)
-                    records.clear()
-    for split in SPLITS:
-        files[split].append(batch[split])
+        answers = answer(loaded, [(q.image, q.text) for _, q in asked], how, report)
+        keep(answers, record, files.values(), how.batch_size)
 
 
 def finish_pope(data: Path, out: Path) -> dict[str, Any]:
-    results = {}
     for split, questions in pope_questions(data).items():
-        file = AnswerFile(out / f"pope_{split}.jsonl", "question_id")
-        results[split] = score_pope(questions, file.finish([question.id for question in questions]))
-    return results
-
-
-def pope_questions(data: Path) -> dict[str, list[Question]]:
-    return {split: pope.read_questions(pope_file(data, split), data / "val2014") for split in SPLITS}
+        AnswerFile(out / f"pope_{split}.jsonl", "question_id").finish([question.id for question in questions])
+    return pope_results(data, out)
 
 
 def pope_record(question: Question, text: str) -> dict[str, Any]:
@@ -184,34 +180,23 @@ def pope_record(question: Question, text: str) -> dict[str, Any]:
 
 def ask_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
     """Descriptions of the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
-    names = chair_images(data, read_coco(annotation_file(data)))
-    file, mine = AnswerFile(out / "chair.jsonl", "image", process()[0]), share(names)
+    names = described(data)
+    file, mine = AnswerFile(out / "chair.jsonl", "image", processes.rank()), share(names)
     asked = [name for name in names if name in mine and name not in file.records]
-    batch: list[dict[str, Any]] = []
+    images = [data / "val2014" / name for name in asked]
+    require(images)
     with progress("descriptions for CHAIR") as report:
-        for index, text in answer(loaded, [(data / "val2014" / n, CHAIR_PROMPT) for n in asked], how, report):
-            batch.append({"image": asked[index], "caption": text})
-            if len(batch) >= how.batch_size:
-                file.append(batch)
-                batch.clear()
-    file.append(batch)
+        answers = answer(loaded, [(image, CHAIR_PROMPT) for image in images], how, report)
+        keep(answers, lambda i, text: (file, {"image": asked[i], "caption": text}), [file], how.batch_size)
 
 
 def finish_chair(data: Path, out: Path) -> dict[str, Any]:
-    annotations = read_coco(annotation_file(data))
-    answers = AnswerFile(out / "chair.jsonl", "image").finish(chair_images(data, annotations))
-    return score_chair({record["image"]: record["caption"] for record in answers}, annotations)
+    AnswerFile(out / "chair.jsonl", "image").finish(described(data))
+    return chair_results(data, out)
 
 
-def chair_images(data: Path, annotations: Annotations) -> list[str]:
-    pinned = data / "chair_images.txt"
-    if not pinned.exists():
-        return list(annotations.images)
-    names = [line.strip() for line in read_text(pinned).splitlines() if line.strip()]
-    unknown = sorted(set(names) - set(annotations.images))
-    if unknown:
-        raise DataError(f"{pinned} names images without annotations: {some(unknown)}.", "Remove them from the list.")
-    return names
+def described(data: Path) -> list[str]:
+    return chair_images(read_coco(annotation_file(data)), data / "chair_images.txt")
 
 
 BENCHMARKS = {"pope": Benchmark(ask_pope, finish_pope), "chair": Benchmark(ask_chair, finish_chair)}

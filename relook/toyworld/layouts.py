@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.errors import DataError
-from relook.evaluate.pope import build_splits
+from relook.evaluate.pope_build import build_splits
 from relook.files import read_json, whole_file, write_json, write_jsonl
 from relook.toyworld.draw import draw
 from relook.toyworld.speech import SYNONYMS, Annotator, mention, sft_samples
