@@ -6,34 +6,32 @@ Under torchrun each process answers for a share of the images; the first one sco
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relook.console import progress
-from relook.data.coco import Annotations, read_coco
 from relook.data.prompts import get_template
-from relook.data.samples import Question
-from relook.errors import DataError, RecipeError, some
-from relook.evaluate import pope
+from relook.errors import DataError, RecipeError
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
-from relook.evaluate.pope import SPLITS
-from relook.evaluate.score import annotation_file, pope_file, score_chair, score_pope
-from relook.files import read_json, read_text, takes, write_json
+from relook.evaluate.benchmarks import (
+    BENCHMARKS,
+    Asked,
+    known,
+    read_questions,
+    require_images,
+    require_judge,
+    scored,
+)
+from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
+from relook.files import read_json, takes, write_json
 from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
 
-CHAIR_PROMPT = "Describe this image in detail."
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """Asking writes answer files for a data folder, scoring reads them; both are named by the folder of answers."""
-
-    ask: Callable[[LoadedModel, Path, Path, Asking], None]
-    score: Callable[[Path, Path], dict[str, Any]]
+SHORT = 64  # tokens, where the answer is yes or no
 
 
 def evaluate_model(
@@ -45,18 +43,21 @@ def evaluate_model(
     batch_size: int = 64,
     max_new_tokens: int = 512,
     loading: Loading = Loading(),  # noqa: B008 (frozen)
+    judge: JudgeSettings | None = None,
 ) -> dict[str, Any]:
     """Answer and score benchmarks; answers that are there already are not asked again.
 
+    Args:
+        judge: for benchmarks whose scores need one. Its replies are kept in `out/judge.jsonl`.
+
     Returns:
-        One entry per benchmark, as written to `out/<benchmark>.json`.
+        One entry per benchmark, as written to `out/<benchmark>.json`; nothing in any process but the first.
 
     Raises:
-        RelookError: an unknown benchmark, missing data, or an output folder with another model's answers.
+        RelookError: an unknown benchmark, missing data or images, no judge where one is needed, a judge that does not
+            answer, or an output folder with another model's answers.
     """
-    unknown = [name for name in benchmarks if name not in BENCHMARKS]
-    if unknown:
-        raise RecipeError(f"There is no benchmark {some(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
+    known(benchmarks)
     template = template or default_template(model)
     get_template(template)
     as_device(loading.device)
@@ -66,20 +67,35 @@ def evaluate_model(
     wait()
     if rank:
         claim(out, model, data, template, max_new_tokens, loading)
-    loaded: LoadedModel | None = None
-    results = {}
-    for name in benchmarks:
-        finished = out / f"{name}.json"
-        if not finished.exists():
-            loaded = loaded or loading.load(model)
-            how = Asking(template, max_new_tokens, batch_size)
-            BENCHMARKS[name].ask(loaded, data, out, how)
-            wait()
-            if rank == 0:
-                write_json(finished, BENCHMARKS[name].score(data, out))
-            wait()
-        results[name] = read_json(finished)
+    left = [name for name in benchmarks if not (out / f"{name}.json").exists()]
+    asked = {name: read_questions(name, data) for name in left}
+    for name in left:
+        require_images(asked[name])
+        require_judge(name, data, judge)
+    load = functools.cache(lambda: loading.load(model))
+    for name in left:
+        ask(name, asked[name], load, out, Asking(template, max_new_tokens, batch_size))
+    wait()
+    if rank:
+        return {}  # the first process scores alone: a judge may take longer than the others would wait
+    for name in left:
+        asked_of = Judge(judge, out / JUDGE_CACHE) if judge else None
+        write_json(out / f"{name}.json", finish(name, data, asked[name], out, asked_of))
+    results = {name: read_json(out / f"{name}.json") for name in benchmarks}
+    for name, result in results.items():
+        require_same_judge(name, result, judge)
     return results
+
+
+def require_same_judge(name: str, result: Mapping[str, Any], judge: JudgeSettings | None) -> None:
+    """Refuse to pass another judge's verdicts off as this one's.
+
+    Raises:
+        RecipeError: the result that is there is of another judge.
+    """
+    held = result.get("judge", {}).get("model")
+    if judge and held and held != judge.model:
+        raise RecipeError(f"{name} is scored there, by {held}.", f"Judge again by `relook score {name}`.")
 
 
 def process() -> tuple[int, int]:
@@ -141,77 +157,45 @@ def versions() -> dict[str, str]:
     }
 
 
-def ask_pope(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
-    """POPE's three splits in one pass: questions that several splits share are asked once."""
-    questions = pope_questions(data)
-    files = {split: AnswerFile(out / f"pope_{split}.jsonl", "question_id", process()[0]) for split in SPLITS}
-    mine = share(q.image for split in SPLITS for q in questions[split])
-    asked = [(s, q) for s in SPLITS for q in questions[s] if q.image in mine and q.id not in files[s].records]
-    how = dataclasses.replace(how, max_new_tokens=min(how.max_new_tokens, 64))
-    batch: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    with progress("POPE") as report:
-        for index, text in answer(loaded, [(q.image, q.text) for _, q in asked], how, report):
-            split, question = asked[index]
-            batch[split].append(pope_record(question, text))
-            if sum(map(len, batch.values())) >= how.batch_size:
-                for name, records in batch.items():
-                    files[name].append(records)
-                    records.clear()
-    for split in SPLITS:
-        files[split].append(batch[split])
+def ask(name: str, asked: Asked, load: Callable[[], LoadedModel], out: Path, how: Asking) -> None:
+    """Ask what has no answer yet, and append answers to their files as they come; equal questions are asked once.
+
+    Args:
+        load: called when there is something to ask.
+    """
+    benchmark = BENCHMARKS[name]
+    files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, process()[0]) for stem in asked}
+    mine = share(question.image for questions in asked.values() for question in questions)
+    beams = dict(benchmark.generate).get("num_beams", 1)  # each takes as much memory as a prompt
+    for short in (True, False):
+        stems = [stem for stem in asked if (stem in benchmark.yes_or_no) == short]
+        left = [(s, q) for s in stems for q in asked[s] if q.image in mine and q.id not in files[s].records]
+        if not left:
+            continue
+        settings = dataclasses.replace(
+            how,
+            max_new_tokens=min(how.max_new_tokens, SHORT) if short else how.max_new_tokens,
+            batch_size=max(1, how.batch_size // beams),
+            generate=benchmark.generate,
+        )
+        batch: dict[str, list[dict[str, Any]]] = {stem: [] for stem in stems}
+        loaded = load()
+        with progress(benchmark.title) as report:
+            for index, text in answer(loaded, [(q.image, q.text) for _, q in left], settings, report):
+                stem, question = left[index]
+                batch[stem].append(benchmark.record(question, text))
+                if sum(map(len, batch.values())) >= settings.batch_size:
+                    for held, records in batch.items():
+                        files[held].append(records)
+                        records.clear()
+        for stem in stems:
+            files[stem].append(batch[stem])
 
 
-def finish_pope(data: Path, out: Path) -> dict[str, Any]:
-    results = {}
-    for split, questions in pope_questions(data).items():
-        file = AnswerFile(out / f"pope_{split}.jsonl", "question_id")
-        results[split] = score_pope(questions, file.finish([question.id for question in questions]))
-    return results
-
-
-def pope_questions(data: Path) -> dict[str, list[Question]]:
-    return {split: pope.read_questions(pope_file(data, split), data / "val2014") for split in SPLITS}
-
-
-def pope_record(question: Question, text: str) -> dict[str, Any]:
-    return {
-        "question_id": question.id,
-        "image": question.image.name,
-        "question": question.text,
-        "answer": text,
+def finish(name: str, data: Path, asked: Asked, out: Path, judge: Judge | None) -> dict[str, Any]:
+    """The result of answer files that are complete; they end in the order of the questions."""
+    answers = {
+        stem: AnswerFile(out / f"{stem}.jsonl", BENCHMARKS[name].id_field).finish([q.id for q in questions])
+        for stem, questions in asked.items()
     }
-
-
-def ask_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
-    """Descriptions of the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
-    names = chair_images(data, read_coco(annotation_file(data)))
-    file, mine = AnswerFile(out / "chair.jsonl", "image", process()[0]), share(names)
-    asked = [name for name in names if name in mine and name not in file.records]
-    batch: list[dict[str, Any]] = []
-    with progress("descriptions for CHAIR") as report:
-        for index, text in answer(loaded, [(data / "val2014" / n, CHAIR_PROMPT) for n in asked], how, report):
-            batch.append({"image": asked[index], "caption": text})
-            if len(batch) >= how.batch_size:
-                file.append(batch)
-                batch.clear()
-    file.append(batch)
-
-
-def finish_chair(data: Path, out: Path) -> dict[str, Any]:
-    annotations = read_coco(annotation_file(data))
-    answers = AnswerFile(out / "chair.jsonl", "image").finish(chair_images(data, annotations))
-    return score_chair({record["image"]: record["caption"] for record in answers}, annotations)
-
-
-def chair_images(data: Path, annotations: Annotations) -> list[str]:
-    pinned = data / "chair_images.txt"
-    if not pinned.exists():
-        return list(annotations.images)
-    names = [line.strip() for line in read_text(pinned).splitlines() if line.strip()]
-    unknown = sorted(set(names) - set(annotations.images))
-    if unknown:
-        raise DataError(f"{pinned} names images without annotations: {some(unknown)}.", "Remove them from the list.")
-    return names
-
-
-BENCHMARKS = {"pope": Benchmark(ask_pope, finish_pope), "chair": Benchmark(ask_chair, finish_chair)}
+    return scored(name, data, asked, answers, judge)

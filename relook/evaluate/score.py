@@ -8,7 +8,6 @@ from typing import Any
 
 from relook.data.coco import Annotations
 from relook.data.samples import Question
-from relook.errors import RecipeError
 from relook.evaluate import chair, pope
 from relook.evaluate.statistics import ratio_interval
 from relook.files import file_hash, text_hash
@@ -46,14 +45,12 @@ def score_chair(captions: Mapping[str, str], annotations: Annotations) -> dict[s
     return result
 
 
-def score_files(benchmark: str, questions: Path, answers: Path) -> dict[str, Any]:
-    """Score an answer file made by any program.
+def score_pope_file(questions: Path, answers: Path) -> dict[str, Any]:
+    """Score POPE's answer file made by any program.
 
     Raises:
         DataError: questions and answers do not match; the ids are named.
     """
-    if benchmark != "pope":
-        raise RecipeError(f"`relook score` does not know {benchmark!r}.", "It scores pope.")
     asked = pope.read_questions(questions, Path())
     result = pope.score(asked, pope.read_answers(answers)).to_json()
     return {**result, "questions_sha256": file_hash(questions), "answers_sha256": file_hash(answers)}
