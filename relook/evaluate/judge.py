@@ -26,6 +26,7 @@ T = TypeVar("T")
 JUDGE_CACHE = "judge.jsonl"  # replies, beside the answers
 LONGEST_PROMPT = 200_000  # characters; a longer one is not sent
 LONGEST_REPLY = 20_000  # characters; what follows is dropped
+LONGEST_PAUSE = 120  # seconds between two requests, if the endpoint asks for it; the client waits no longer
 IN_A_ROW = 5  # prompts without an answer, one after the other, that mean the endpoint is down
 NO_ANSWER, REFUSED, NONSENSE, TOO_LONG = "no_answer", "refused", "nonsense", "too_long"
 
@@ -213,22 +214,27 @@ class _Asking:
         return None, replies, NONSENSE
 
     async def _reply(self, client: Any, task: Task[T]) -> Reply:
-        """A new reply; raises `NoVerdict` where there is none to this prompt, `RelookError` where there is none at all."""
+        """A new reply; `NoVerdict` is raised where this prompt gets none, `RelookError` where no prompt gets one."""
         import openai
 
         message = {"role": "user", "content": _content(task)}
         reason = NO_ANSWER
+        longest = (self.settings.timeout + LONGEST_PAUSE) * (self.settings.retries + 1)  # a body may come in drops
         for _ in range(self.settings.tries):  # a body that is no answer is asked for again; the client does the rest
             try:
-                raw = await client.chat.completions.with_raw_response.create(
-                    model=self.settings.model, messages=[message], **self.fields
-                )
+                async with asyncio.timeout(longest):
+                    raw = await client.chat.completions.with_raw_response.create(
+                        model=self.settings.model, messages=[message], **self.fields
+                    )
                 reply = read_reply(raw.http_response.text)
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise RelookError(
                     f"The judge at {self.settings.url} refuses: {_short(error)}.",
                     f"Check --judge-url, --judge-model and the key in {self.settings.key_variable}.",
                 ) from None
+            except TimeoutError:
+                self.last = f"nothing whole within {longest:.0f} s"
+                break
             except openai.APIError as error:
                 self.last = _short(error)
                 client_fault = getattr(error, "status_code", 500) in (400, 413, 422)  # this prompt, not the endpoint

@@ -68,6 +68,9 @@ def evaluate_model(
     if rank:
         claim(out, model, data, template, max_new_tokens, loading)
     left = [name for name in benchmarks if not (out / f"{name}.json").exists()]
+    for name in benchmarks:
+        if name not in left:
+            require_same_judge(name, read_json(out / f"{name}.json"), judge)
     asked = {name: read_questions(name, data) for name in left}
     for name in left:
         require_images(asked[name])
@@ -79,12 +82,9 @@ def evaluate_model(
     if rank:
         return {}  # the first process scores alone: a judge may take longer than the others would wait
     for name in left:
-        asked_of = Judge(judge, out / JUDGE_CACHE) if judge else None
-        write_json(out / f"{name}.json", finish(name, data, asked[name], out, asked_of))
-    results = {name: read_json(out / f"{name}.json") for name in benchmarks}
-    for name, result in results.items():
-        require_same_judge(name, result, judge)
-    return results
+        endpoint = Judge(judge, out / JUDGE_CACHE) if judge else None
+        write_json(out / f"{name}.json", finish(name, data, asked[name], out, endpoint))
+    return {name: read_json(out / f"{name}.json") for name in benchmarks}
 
 
 def require_same_judge(name: str, result: Mapping[str, Any], judge: JudgeSettings | None) -> None:
