@@ -97,13 +97,13 @@ def require_images(asked: Asked) -> None:
     """Refuse to begin where images are missing.
 
     Raises:
-        DataError: how many there are, and some of them.
+        DataError: the first of them, and how many there are.
     """
     images = dict.fromkeys(question.image for questions in asked.values() for question in questions)
     missing = [image for image in images if not image.is_file()]
     if missing:
-        others = f", nor do {len(missing) - 1} others of {len(images)} images" if missing[1:] else ""
-        raise DataError(f"{missing[0]} does not exist{others}.", "Complete the image folder.")
+        others = f", nor do {len(missing) - 1} others" if missing[1:] else ""
+        raise DataError(f"The image {missing[0]} does not exist{others}.", "Check the image folder.")
 
 
 def require_judge(name: str, data: Path, judge: object) -> None:
