@@ -20,9 +20,10 @@ from typing import Any
 
 import yaml
 
-from relook.demo import REGIMES, Places, evaluate, mine_pairs, read_scores, train_regime
+from relook.demo import REGIMES, Places, evaluate, mine_pairs, train_regime
 from relook.evaluate.compare import compare_pooled
 from relook.evaluate.pope import SPLITS
+from relook.evaluate.score import read_scores
 from relook.files import read_json, write_json
 from relook.toyworld import layouts
 
@@ -84,7 +85,11 @@ def tune_all(options: argparse.Namespace) -> None:
     ]
     in_parallel(options, tune_cell, [(*cell, options.split, variants) for cell in cells])
     places = [Places(out) for _, out, _ in cells]
-    result = {"cells": {p.out.name: {n: read_scores(p, n, options.split) for n in ("base", *variants)} for p in places}}
+    result = {
+        "cells": {
+            p.out.name: {n: read_scores(p.answers(n, options.split)) for n in ("base", *variants)} for p in places
+        }
+    }
     result["pooled"] = {name: pooled(places, "base", name, options.split) for name in variants}
     controls = {name: keys["control"] for name, keys in variants.items() if "control" in keys}
     result["against_control"] = {name: pooled(places, other, name, options.split) for name, other in controls.items()}

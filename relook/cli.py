@@ -97,24 +97,33 @@ def evaluate(
     judge_request: JudgeRequest = "{}",
 ) -> None:
     """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share."""
+    from relook import processes
     from relook.evaluate.judge import judge_settings
-    from relook.evaluate.run import evaluate_model, process
+    from relook.evaluate.run import evaluate_model
     from relook.model.load import Loading
 
     judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
 
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading, judge)
-    if process()[0] == 0:
+    if processes.first():
         typer.echo(json.dumps(results, indent=1))
 
 
 @app.command()
 def score(
     benchmark: Annotated[str, typer.Argument(help=BENCHMARKS_HELP)],
-    answers: Annotated[list[Path], typer.Option(help="Answer file; AMBER's two may be given one after the other.")],
-    questions: Annotated[Path | None, typer.Option(help="POPE: question file.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The others: folder with the benchmark's files.")] = None,
+    answers: Annotated[
+        list[Path], typer.Option(help="Answer file of any program (AMBER: or two), or a folder of `relook eval`.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="Folder with the benchmark's files.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="POPE question file; or LLaVA's, with --annotations.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="chair: COCO's instances file. pope: folder of the labels to LLaVA's questions.")
+    ] = None,
+    captions: Annotated[Path | None, typer.Option(help="chair: COCO's captions file; its objects count, too.")] = None,
+    images: Annotated[Path | None, typer.Option(help="chair: file that lists the images, one name a line.")] = None,
+    parser: Annotated[str, typer.Option(help="pope: official, llava or lmms-eval.")] = "official",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.")] = None,
     judge_url: JudgeUrl = "",
     judge_model: JudgeModel = "",
@@ -123,17 +132,32 @@ def score(
     judge_workers: JudgeWorkers = 8,
     judge_request: JudgeRequest = "{}",
 ) -> None:
-    """Score existing answer files; no model is loaded. A judge's replies are kept beside them, in judge.jsonl."""
+    """Score existing answers; no model is loaded. A judge's replies are kept beside them, in judge.jsonl."""
     from relook.evaluate.benchmarks import score_command
     from relook.evaluate.judge import judge_settings
+    from relook.evaluate.score import Given
 
     judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    result = score_command(benchmark, answers, questions, data, judge)
+    given = Given(data, questions, annotations, captions, images)
+    result = score_command(benchmark, answers, given, parser, judge)
     if json_out is not None:
         from relook.files import write_json
 
         write_json(json_out, result)
     typer.echo(json.dumps(result, indent=1))
+
+
+@app.command(name="build-pope")
+def build_pope(
+    annotations: Annotated[Path, typer.Option(help='COCO\'s instances file, or {"image", "objects"} records.')],
+    out: Annotated[Path, typer.Option(help="Folder for the question files of the three splits.")],
+    images: Annotated[int, typer.Option(help="How many images are asked about.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn images and objects.")] = 0,
+) -> None:
+    """Build POPE's random, popular and adversarial questions from annotations."""
+    from relook.evaluate.pope_build import build_pope
+
+    typer.echo(json.dumps(build_pope(annotations, out, images, seed), indent=1))
 
 
 Force = Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")]
@@ -249,13 +273,17 @@ def mine(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Output folders of `relook demo` or `relook sweep`.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Two folders of `relook eval`, or folders of `relook demo` or `relook sweep`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for a comparison; else beside the first.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The evaluations' data folder, where it has moved.")] = None,
 ) -> None:
-    """Write the report of a demo or a sweep again, from its files."""
-    from relook.demo import write_report
+    """Two evaluations side by side in one HTML file; or the report of a demo or a sweep again, from its files."""
+    from relook.demo import write_reports
 
-    for run in runs:
-        typer.echo(str(write_report(run)))
+    for page in write_reports(folders, out, data):
+        typer.echo(str(page))
 
 
 def main() -> None:

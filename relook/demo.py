@@ -7,7 +7,7 @@ after Ctrl-C or a kill.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 from relook.console import progress, say
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
-from relook.evaluate.run import evaluate_model, versions
+from relook.evaluate.provenance import EVAL_FILE, versions
+from relook.evaluate.run import evaluate_model
+from relook.evaluate.score import read_scores
 from relook.files import read_json, takes, write_json
 from relook.mine import mine_visual_genome
 from relook.model.load import model_hash
@@ -145,17 +147,12 @@ def train_regime(
     )
 
 
-def read_scores(places: Places, name: str, split: str = "test") -> dict[str, Any]:
-    folder = places.answers(name, split)
-    return {"pope": read_json(folder / "pope.json"), "chair": read_json(folder / "chair.json")}
-
-
 def collect_results(places: Places, model: Path, seed: int) -> dict[str, Any]:
     """Everything `results.json` says but the seconds, from the files of evaluation and mining."""
     test = places.world / "test"
     return {
-        "base": read_scores(places, "base"),
-        "runs": {regime: read_scores(places, regime) for regime in REGIMES},
+        "base": read_scores(places.answers("base")),
+        "runs": {regime: read_scores(places.answers(regime)) for regime in REGIMES},
         "paired": {regime: compare(test, places.answers("base"), places.answers(regime)) for regime in REGIMES},
         "against_control": compare(test, places.answers("nll_control"), places.answers("post_decoder")),
         "provenance": {
@@ -177,6 +174,18 @@ def write_report(out: Path) -> Path:
     if (out / SWEEP_FILE).exists():
         return sweep_page.write_page(out)
     return page.write_page(out)
+
+
+def write_reports(folders: Sequence[Path], out: Path | None = None, data: Path | None = None) -> list[Path]:
+    """The report of two `relook eval` folders side by side, or that of each demo and sweep."""
+    from relook.report.two_models import write_comparison
+
+    evaluations = [(folder / EVAL_FILE).exists() for folder in folders]
+    if not any(evaluations):
+        return [write_report(folder) for folder in folders]
+    if evaluations != [True, True]:
+        raise RecipeError("Evaluations are compared two at a time.", "Give two output folders of `relook eval`.")
+    return [write_comparison(folders[0], folders[1], out, data)]
 
 
 class _Clock:

@@ -20,8 +20,9 @@ from relook.evaluate.cached import FIRST_FILE, CachedPope
 from relook.evaluate.compare import compare
 from relook.evaluate.divergence import by_divergence
 from relook.evaluate.pope import SPLITS
-from relook.evaluate.run import claim, evaluate_model, versions
-from relook.evaluate.score import annotation_file
+from relook.evaluate.provenance import versions
+from relook.evaluate.run import claim, evaluate_model
+from relook.evaluate.score import annotation_file, read_scores
 from relook.evaluate.statistics import holm
 from relook.files import read_json, read_records, takes, write_json, write_text
 from relook.model.load import model_hash
@@ -186,7 +187,7 @@ def collect(sweep: Sweep, finished: Sequence[Row]) -> dict[str, Any]:
                 "epochs": _epochs(sweep, row),
                 "seed": arguments.seed,
                 **_scores(sweep, row.name),
-                "paired": compare(data, base_folder, folder, sweep.chair),
+                "paired": compare(data, base_folder, folder, _benchmarks(sweep)),
                 "kl": sum(record["kl"] for record in first) / len(first),
                 "kl_bins": by_divergence(first, base_first),
             }
@@ -211,8 +212,11 @@ def collect(sweep: Sweep, finished: Sequence[Row]) -> dict[str, Any]:
 
 
 def _scores(sweep: Sweep, name: str) -> dict[str, Any]:
-    benches = ["pope", "chair"] if sweep.chair else ["pope"]
-    return {bench: read_json(sweep.answers(name) / f"{bench}.json") for bench in benches}
+    return read_scores(sweep.answers(name), _benchmarks(sweep))
+
+
+def _benchmarks(sweep: Sweep) -> list[str]:
+    return ["pope", "chair"] if sweep.chair else ["pope"]
 
 
 def _epochs(sweep: Sweep, row: Row) -> float:

@@ -11,8 +11,9 @@ from PIL import Image
 from relook.errors import DataError
 from relook.evaluate import amber
 from relook.evaluate.amber import Lists, Made, judge_description
-from relook.evaluate.benchmarks import read_questions, score_answers
+from relook.evaluate.benchmarks import read_questions, score_command
 from relook.evaluate.run import evaluate_model
+from relook.evaluate.score import Given
 from relook.files import read_records, write_json, write_jsonl
 
 ASSOCIATION = {
@@ -118,13 +119,17 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def rescore(data: Path | None, answers: list[Path]) -> dict[str, Any]:
+    return score_command("amber", answers, Given(data), "official", None)
+
+
 RESPONSES = ["a man and a dog", "a cat, a cat and a dog and a potato", "No", "No.", "Yes", "Maybe"]
 OFFICIAL = [{"id": number, "response": text} for number, text in enumerate(RESPONSES, 1)]
 
 
 def test_scores_by_hand(data: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", OFFICIAL[::-1])
-    result = score_answers("amber", data, [tmp_path / "a.json"], None)
+    result = rescore(data, [tmp_path / "a.json"])
     generative = {"chair": 3 / 6, "cover": 2 / 3, "hal": 2 / 2, "cog": 2 / 3, "n": 2}
     assert {key: result["generative"][key] for key in generative} == pytest.approx(generative)
     # "no" is true three times and said twice, once rightly; one answer is neither
@@ -147,13 +152,14 @@ def test_scores_by_hand(data: Path, tmp_path: Path) -> None:
 
 def test_one_part_alone(data: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "g.json", OFFICIAL[:2])
-    result = score_answers("amber", data, [tmp_path / "g.json"], None)
+    result = rescore(data, [tmp_path / "g.json"])
     assert "generative" in result
     assert not {"discriminative", "amber_score"} & result.keys()
     write_jsonl(tmp_path / "d.jsonl", OFFICIAL[2:])
-    both = score_answers("amber", data, [tmp_path / "g.json", tmp_path / "d.jsonl"], None)
+    both = rescore(data, [tmp_path / "g.json", tmp_path / "d.jsonl"])
     assert both["generative"] == result["generative"]
     assert both["discriminative"]["n"] == 4
+    assert both["provenance"]["answers_sha256"].keys() == {"g.json", "d.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +177,7 @@ def test_one_part_alone(data: Path, tmp_path: Path) -> None:
 def test_answers_that_do_not_match_are_refused(records: list[Any], message: str, data: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", records)
     with pytest.raises(DataError, match=message):
-        score_answers("amber", data, [tmp_path / "a.json"], None)
+        rescore(data, [tmp_path / "a.json"])
 
 
 @pytest.mark.parametrize("name", ["annotations.json", "query/query_all.json", "relation.json", "safe_words.txt"])
@@ -179,7 +185,7 @@ def test_a_missing_file_is_named_with_its_source(name: str, data: Path, tmp_path
     (data / "amber" / "data" / name).unlink()
     write_json(tmp_path / "a.json", OFFICIAL)
     with pytest.raises(DataError, match=rf"{name} does not exist.*junyangwang0410/AMBER"):
-        score_answers("amber", data, [tmp_path / "a.json"], None)
+        rescore(data, [tmp_path / "a.json"])
 
 
 def test_odd_files_are_refused(data: Path) -> None:
@@ -204,6 +210,6 @@ def test_from_a_model_to_scores(base: Path, data: Path, tmp_path: Path) -> None:
     first, second = (read_records(out / f"amber_{part}.jsonl") for part in ("generative", "discriminative"))
     assert [record["id"] for record in [*first, *second]] == [1, 2, 3, 4, 5, 6]
     assert first[0].keys() == {"id", "image", "query", "response"}
-    again = score_answers("amber", data, [out / "amber_generative.jsonl", out / "amber_discriminative.jsonl"], None)
-    assert {key: again[key] for key in result} == result
+    again = rescore(None, [out])
+    assert again == result
     assert len(result["near_synonyms"]) == 64

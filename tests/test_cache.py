@@ -387,4 +387,4 @@ def test_shards_that_other_processes_should_have_made(tmp_path: Path) -> None:
     made = Plan([], [2, 2], [1, 1], {}, {"states": 3}, torch.float32, False, 200)
     made.__dict__["shards"] = [example, plan.Shard(1, ((1,),), ())]
     with pytest.raises(RelookError, match=r"lacks 1 shards.*states-00001.*all machines share"):
-        cache._wait(folder, made, ["states"], cache.PartialState())
+        cache._wait(folder, made, ["states"])

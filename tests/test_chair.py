@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from relook.data.coco import Annotations
 from relook.errors import DataError
 from relook.evaluate.chair import Mention, Vocabulary, coco_vocabulary, mentions, plural, score, truth_of, vocabulary_of
+from relook.evaluate.score import Given, score_answers
 
 # COCO's 80 category names in the order of its annotation files.
 COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
@@ -161,3 +165,74 @@ def test_truth_takes_in_what_people_name() -> None:
     annotations = Annotations(("a", "b"), ("dog",), {"a": frozenset({"dog"}), "b": frozenset()}, {"a": (), "b": ()})
     truth = truth_of(annotations, {"a": ["A puppy on a sofa.", "A man."]}, coco_vocabulary())
     assert truth == {"a": {"dog", "couch", "person"}, "b": set()}
+
+
+def test_cocos_categories_bring_chairs_own_words() -> None:
+    annotations = Annotations(("a",), tuple(COCO), {"a": frozenset()}, {"a": ()})
+    assert vocabulary_of(annotations) is coco_vocabulary()
+    fewer = Annotations(("a",), tuple(COCO[1:]), {"a": frozenset()}, {"a": ()})
+    assert named("A man on a sofa.", vocabulary_of(fewer)) == []
+
+
+# --- files of any program
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Instances of all of COCO's categories: a dog and a couch on picture 7, a person on picture 8."""
+    categories = [{"id": number, "name": name} for number, name in enumerate(COCO)]
+    there = [(7, "dog"), (7, "couch"), (8, "person")]
+    annotations = [{"image_id": i, "category_id": COCO.index(name), "bbox": [0, 0, 1, 1]} for i, name in there]
+    images = [{"id": i, "file_name": f"COCO_val2014_00000000000{i}.jpg"} for i in (7, 8)]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
+    said = [{"image_id": 7, "caption": "A puppy and a woman."}, {"image_id": 8, "caption": "A man."}]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": said}))
+    return path
+
+
+def test_captions_of_any_program_are_scored(coco: Path) -> None:
+    """Synonyms count; so do the objects that people name, where their captions are given."""
+    answers = coco.with_name("answers.json")  # the layout of COCO's caption results
+    said = [{"image_id": 8, "caption": "A man and his cat."}, {"image_id": 7, "caption": "A puppy, a sofa and a lady."}]
+    answers.write_text(json.dumps(said))
+    found = score_answers("chair", answers, Given(annotations=coco))
+    assert (found["chair_i"], found["chair_s"], found["recall"], found["n"]) == (2 / 5, 1.0, 1.0, 2)
+    assert found["chair_s_ci"] == [1.0, 1.0]
+    assert found["provenance"]["truth"] == "instances"
+    both = score_answers("chair", answers, Given(annotations=coco, captions=coco.with_name("captions.json")))
+    assert (both["chair_i"], both["chair_s"]) == (1 / 5, 0.5)
+    assert both["provenance"]["truth"] == "instances and captions"
+
+
+def test_a_pinned_list_decides_which_captions_count(coco: Path) -> None:
+    answers, images = coco.with_name("answers.jsonl"), coco.with_name("images.txt")
+    names = [f"COCO_val2014_00000000000{i}.jpg" for i in (7, 8)]
+    answers.write_text("".join(json.dumps({"image": n, "text": "A man."}) + "\n" for n in names))
+    whole = score_answers("chair", answers, Given(annotations=coco))
+    images.write_text(f"{names[1]}\n")
+    found = score_answers("chair", answers, Given(annotations=coco, images=images))
+    assert (whole["n"], found["n"], found["chair_i"]) == (2, 1, 0.0)
+    assert whole["image_list"] != found["image_list"] == found["provenance"]["image_list"]
+    answers.write_text(json.dumps({"image": names[0], "caption": "A dog."}))
+    with pytest.raises(DataError, match=r"1 images of .*images\.txt have no caption: .*8\.jpg"):
+        score_answers("chair", answers, Given(annotations=coco, images=images))
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "holds no caption"),
+        ([{"image_id": 9, "caption": "A dog."}], "record 1 needs caption, and image"),
+        ([{"image_id": 7}], "record 1 needs caption"),
+        ([{"image_id": [7], "caption": "A dog."}], "record 1 needs caption, and image"),
+        ([{"image_id": 7, "caption": "A dog."}] * 2, r"7\.jpg stands more than once"),
+        ([{"image": "other.jpg", "caption": "A dog."}], r"no annotations for other\.jpg"),
+    ],
+    ids=str,
+)
+def test_captions_that_cannot_be_scored(coco: Path, records: list[dict], message: str) -> None:
+    answers = coco.with_name("answers.json")
+    answers.write_text(json.dumps(records))
+    with pytest.raises(DataError, match=message):
+        score_answers("chair", answers, Given(annotations=coco))

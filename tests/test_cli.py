@@ -294,5 +294,5 @@ def test_the_installed_command_says_the_same() -> None:
 def test_help_names_every_command(relook: Command) -> None:
     ended = relook("--help")
     assert ended.status == 0
-    for name in ("demo", "train", "eval", "score", "mine", "report"):
+    for name in ("demo", "train", "eval", "score", "build-pope", "mine", "report"):
         assert name in ended.out

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from relook.errors import DataError, RecipeError
 from relook.evaluate import answer as answering
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
-from relook.evaluate.compare import compare
-from relook.evaluate.pope import SPLITS, official_parse, read_questions
-from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import score_pope_file
-from relook.files import read_json, read_records, write_json, write_jsonl
+from relook.evaluate.compare import compare, differing_answers
+from relook.evaluate.pope import SPLITS, match, official_parse, read_questions
+from relook.evaluate.run import evaluate_model, keep
+from relook.evaluate.score import LLAVA_QUESTIONS, Given, pope_questions, score_answers
+from relook.files import read_json, read_records, text_hash, write_json, write_jsonl
+from relook.model.load import model_hash
 from relook.toyworld.shipped import shipped_base
 
 POPE_KEYS = {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "n", "parser"}
@@ -74,9 +77,64 @@ def test_what_an_evaluation_leaves(finished: Path, world: Path) -> None:
         assert scores[split]["tp"] == sum(said and truth for said, truth in pairs)
         low, high = scores[split]["accuracy_ci"]
         assert low <= right <= high
+        for rate in ("precision", "recall", "f1", "yes_ratio"):
+            low, high = scores[split][f"{rate}_ci"]
+            assert low <= scores[split][rate] <= high
     assert chair.keys() >= CHAIR_KEYS
+    assert all(chair[f"{rate}_ci"][0] <= chair[rate] <= chair[f"{rate}_ci"][1] for rate in ("chair_i", "length"))
     assert [record["image"] for record in read_records(finished / "chair.jsonl")] == list(annotations.images)
     assert chair["n"] == len(annotations.images)
+
+
+def test_a_result_says_where_it_comes_from(finished: Path, world: Path) -> None:
+    pope_from, chair_from = (read_json(finished / f"{name}.json")["provenance"] for name in ("pope", "chair"))
+    for found in (pope_from, chair_from):
+        assert found["model_hash"] == model_hash(shipped_base())
+        assert (found["template"], found["dtype"], found["adapter"]) == ("llava_hf", "float32", None)
+        assert found["generation"] == {"do_sample": False, "max_new_tokens": 40}
+        assert found["versions"].keys() >= {"relook", "torch", "transformers", "python"}
+        assert found["versions"]["torch"] == torch.__version__
+        assert datetime.fromisoformat(found["date"]).tzinfo is not None
+    assert pope_from["parser"] == "official"
+    assert len(set(pope_from["questions"].values())) == 3
+    images = read_coco(world / "test" / "annotations" / "instances_val2014.json").images
+    assert chair_from["image_list"] == text_hash(*images)
+
+
+def test_an_evaluation_is_scored_again_without_its_model(finished: Path, world: Path, tmp_path: Path) -> None:
+    for name in ("pope", "chair"):
+        assert score_answers(name, finished, Given()) == read_json(finished / f"{name}.json")
+    out, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(finished, out)
+    shutil.copytree(world / "test", data)
+    (out / "eval.json").unlink()
+    with pytest.raises(RecipeError, match=r"does not say what data.*--data"):
+        score_answers("pope", out, Given())
+    exact = score_answers("pope", out, Given(data=data), "lmms-eval")
+    assert exact["random"]["neither"] == exact["random"]["n"]  # toyworld answers "Yes."
+    assert exact["provenance"]["parser"] == "lmms-eval"
+    with pytest.raises(RecipeError, match="no parser 'mine'"):
+        score_answers("pope", out, Given(data=data), "mine")
+
+
+def test_llavas_questions_are_asked_where_they_lie_beside_popes(finished: Path, world: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(world / "test", data)
+    official = {split: read_records(data / "pope" / f"coco_pope_{split}.json") for split in SPLITS}
+    lines = [
+        {"image": r["image"], "text": f"{r['text']}\nAnswer shortly.", "category": split}
+        for split in SPLITS
+        for r in official[split]
+    ]
+    write_jsonl(data / "pope" / LLAVA_QUESTIONS, [{"question_id": i, **line} for i, line in enumerate(lines)])
+    questions = pope_questions(data)
+    for split in SPLITS:
+        assert [(q.text.split("\n")[0], q.label) for q in questions[split]] == [
+            (r["text"], r["label"]) for r in official[split]
+        ]
+    write_jsonl(data / "pope" / LLAVA_QUESTIONS, [{"question_id": 1, **lines[0]}, {"question_id": 2, **lines[-1]}])
+    with pytest.raises(DataError, match=r"in random: 0 questions have no label \(\), \d+ labels have no question"):
+        pope_questions(data)
 
 
 def test_equal_questions_are_asked_once(world: Path, tmp_path: Path, asked: list[Any]) -> None:
@@ -160,6 +218,36 @@ def test_answers_are_kept_while_they_come(world: Path, tmp_path: Path, monkeypat
     assert len(again) <= sum(map(len, batches)) - 10
 
 
+def test_answers_before_a_failure_are_kept(tmp_path: Path) -> None:
+    def failing() -> Iterator[tuple[int, str]]:
+        yield from ((0, "a"), (2, "c"), (1, "b"))
+        raise DataError("The image x.jpg cannot be decoded.")
+
+    files = [AnswerFile(tmp_path / f"{name}.jsonl", "id") for name in ("even", "odd")]
+    with pytest.raises(DataError):
+        keep(failing(), lambda index, text: (files[index % 2], {"id": index, "text": text}), files, 2)
+    assert read_records(tmp_path / "even.jsonl") == [{"id": 0, "text": "a"}, {"id": 2, "text": "c"}]
+    assert read_records(tmp_path / "odd.jsonl") == [{"id": 1, "text": "b"}]
+
+
+def test_an_evaluation_goes_on_once_a_broken_image_is_mended(world: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(world / "test", data)
+    victim = data / "val2014" / read_questions(data / "pope" / "coco_pope_random.json", Path())[-1].image
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:200])
+    with pytest.raises(DataError, match=f"{victim.name} cannot be decoded"):
+        evaluate_model(shipped_base(), ["pope"], data, out, max_new_tokens=8, batch_size=4)
+    victim.unlink()
+    with pytest.raises(DataError, match=rf"The image .*{victim.name} does not exist\."):
+        evaluate_model(shipped_base(), ["pope"], data, out, max_new_tokens=8, batch_size=4)
+    victim.write_bytes(whole)
+    evaluate_model(shipped_base(), ["pope"], data, out, max_new_tokens=8, batch_size=4)
+    pope(world, tmp_path / "whole")
+    for split in SPLITS:
+        assert (out / f"pope_{split}.jsonl").read_bytes() == (tmp_path / f"whole/pope_{split}.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["random weights", "shipped base"])
 def test_answers_do_not_depend_on_the_batch(trained: bool, base: Path, world: Path) -> None:
     loaded = load_model(shipped_base() if trained else base)
@@ -238,7 +326,9 @@ def test_processes_that_share_an_evaluation_lose_no_row(finished: Path, world: P
     assert (out / "chair.jsonl").read_bytes() == b"".join(lines[:5])
     for split in SPLITS:
         assert (out / f"pope_{split}.jsonl").read_bytes() == (finished / f"pope_{split}.jsonl").read_bytes()
-    assert (out / "pope.json").read_bytes() == (finished / "pope.json").read_bytes()
+    results, expected = read_json(out / "pope.json"), read_json(finished / "pope.json")
+    expected["provenance"]["data"] = settings["data"]
+    assert results == expected
     assert not list(out.glob("*.[0-9]*.jsonl"))
 
 
@@ -317,11 +407,13 @@ def test_scores_of_an_answer_file(tmp_path: Path) -> None:
         [{"question_id": i, "image": "a.jpg", "text": f"Is there {i}?", "label": v} for i, v in enumerate(labels)],
     )
     write_json(tmp_path / "a.json", [{"question_id": i, "answer": v} for i, v in enumerate(said)][::-1])
-    result = score_pope_file(tmp_path / "q.json", tmp_path / "a.json")
+    result = score_answers("pope", tmp_path / "a.json", Given(questions=tmp_path / "q.json"))
     assert result.keys() >= POPE_KEYS
     assert {key: result[key] for key in ("tp", "fn", "tn", "fp", "n")} == {"tp": 2, "fn": 1, "tn": 3, "fp": 1, "n": 7}
     expected = {"accuracy": 5 / 7, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 7}
     assert {key: result[key] for key in expected} == pytest.approx(expected)
+    with pytest.raises(RecipeError, match=r"does not know 'mme'.*pope, chair"):
+        score_answers("mme", tmp_path / "a.json", Given())
 
 
 # --- two models
@@ -353,6 +445,26 @@ def test_differences_are_second_minus_first(finished: Path, world: Path, tmp_pat
         assert found["pope"][split]["difference"] == pytest.approx(1 - pope_scores[split]["accuracy"])
     assert found["chair"]["chair_i"]["difference"] == pytest.approx(-chair["chair_i"])
     assert found["chair"]["recall"]["difference"] == pytest.approx(1 - chair["recall"])
+    assert found["chair"]["chair_s"]["difference"] == pytest.approx(-chair["chair_s"])
+    # Every caption with a hallucination is one on which the second alone is right.
+    wrong = round(chair["chair_s"] * chair["n"])
+    assert found["chair"]["chair_s"]["mcnemar_p"] == pytest.approx(min(1, 2 * 0.5**wrong))
+    for split in SPLITS:
+        for rate, best in (("f1", 1), ("precision", 1), ("yes_ratio", 0.5)):
+            assert found["pope"][split][rate]["difference"] == pytest.approx(best - pope_scores[split][rate])
+    differing = differing_answers(data, finished, perfect)
+    wrong_rows = [
+        (row.image, row.question.text)
+        for split in SPLITS
+        for row in match(pope_questions(data)[split], read_records(finished / f"pope_{split}.jsonl"))
+        if not row.right
+    ]
+    assert {(row["image"], row["question"]) for row in differing} == set(wrong_rows)
+    assert sum(len(row["splits"]) for row in differing) == len(wrong_rows)
+    assert all(row["right"] == [False, True] for row in differing)
+    (perfect / "chair.jsonl").write_text('{"image": "a.jpg", "caption": ""}')
+    with pytest.raises(DataError, match=r"Only one of .* describes .*300001\.jpg"):
+        compare(data, finished, perfect, ["chair"])
 
 
 def test_reading_captions_writes_nothing(finished: Path, world: Path) -> None:

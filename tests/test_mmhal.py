@@ -14,6 +14,7 @@ from relook.evaluate import mmhal
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.judge import JudgeSettings
 from relook.evaluate.run import evaluate_model
+from relook.evaluate.score import Given
 from relook.files import read_records, write_json
 
 RATINGS = {"first": 6, "second": 2, "third": 3, "fourth": 0}
@@ -49,6 +50,10 @@ def answered(data: Path, path: Path) -> Path:
     return path
 
 
+def rescore(data: Path | None, answers: list[Path], judge: JudgeSettings | None) -> dict[str, Any]:
+    return score_command("mmhal", answers, Given(data), "official", judge)
+
+
 def rate(request: Request, _: int) -> Answer:
     text = request["messages"][0]["content"]
     return Answer(f"Well.\nRating: {next(r for word, r in RATINGS.items() if word in text)}, so to say")
@@ -76,7 +81,7 @@ def test_ratings_are_read_strictly(reply: str, rating: int | None) -> None:
 def test_scores_by_hand(data: Path, tmp_path: Path) -> None:
     with endpoint(rate) as server:
         settings = JudgeSettings(server.url, "m")
-        result = score_command("mmhal", [answered(data, tmp_path / "a.json")], None, data, settings)
+        result = rescore(data, [answered(data, tmp_path / "a.json")], settings)
     assert (result["score"], result["hallucination_rate"]) == (11 / 4, 2 / 4)
     assert result["by_type"] == {"attribute": 9 / 2, "adversarial": 1}
     assert (result["n"], result["not_judged"]) == (4, 0)
@@ -98,7 +103,7 @@ def test_answers_without_a_rating_are_counted_and_left_out(data: Path, tmp_path:
 
     with endpoint(odd) as server:
         settings = JudgeSettings(server.url, "m", tries=2)
-        result = score_command("mmhal", [answered(data, tmp_path / "a.json")], None, data, settings)
+        result = rescore(data, [answered(data, tmp_path / "a.json")], settings)
     assert (result["score"], result["hallucination_rate"]) == (8 / 3, 2 / 3)
     assert (result["by_type"]["attribute"], result["not_judged"]) == (6, 1)
     assert result["judge"]["unjudged"] == {"nonsense": 1}
@@ -108,7 +113,7 @@ def test_the_originals_prompt_is_taken_where_it_lies(data: Path, tmp_path: Path)
     (data / "mmhal" / "eval_gpt4.py").write_text("template = '''C {} Q {} A {} M {}'''\n")
     with endpoint(rate) as server:
         settings = JudgeSettings(server.url, "m")
-        result = score_command("mmhal", [answered(data, tmp_path / "a.json")], None, data, settings)
+        result = rescore(data, [answered(data, tmp_path / "a.json")], settings)
     assert "C Cat, Lynx Q What is 1? A Two cats. M second" in server.prompts
     assert result["judge"]["prompt"] == "official"
 
@@ -117,10 +122,10 @@ def test_files_that_do_not_fit_are_refused(data: Path, tmp_path: Path) -> None:
     settings = JudgeSettings("http://127.0.0.1:1/v1", "m")
     answers = answered(data, tmp_path / "a.json")
     with pytest.raises(RecipeError, match="scored by a judge"):
-        score_command("mmhal", [answers], None, data, None)
+        rescore(data, [answers], None)
     write_json(tmp_path / "b.json", read_records(answers)[::-1])
     with pytest.raises(DataError, match="repeat another question"):
-        score_command("mmhal", [tmp_path / "b.json"], None, data, settings)
+        rescore(data, [tmp_path / "b.json"], settings)
     template = data / "mmhal" / "response_template.json"
     write_json(template, [{"question": "What?"}])
     with pytest.raises(DataError, match="record 1 has no question_type, image_src"):
@@ -144,5 +149,5 @@ def test_from_a_model_to_scores(base: Path, data: Path, tmp_path: Path) -> None:
     answers = read_records(out / "mmhal.jsonl")
     assert [record["question"] for record in answers] == [f"What is {number}?" for number in range(4)]
     assert answers[0].keys() == {"question_id", "image", "question", "model_answer"}
-    rescored = score_command("mmhal", [out / "mmhal.jsonl"], None, data, settings)  # from the cache: nobody is there
-    assert {key: rescored[key] for key in result} == result
+    rescored = rescore(None, [out], settings)  # from the cache: nobody is there
+    assert rescored == result

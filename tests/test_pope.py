@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import random
+import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relook.data.samples import Question
-from relook.errors import DataError
+from relook.errors import DataError, RecipeError
 from relook.evaluate.pope import (
+    PARSERS,
     SPLITS,
     PopeScore,
-    build_splits,
     match,
     official_parse,
     question_text,
@@ -24,6 +26,8 @@ from relook.evaluate.pope import (
     read_questions,
     score,
 )
+from relook.evaluate.pope_build import build_pope, build_splits
+from relook.evaluate.score import Given, score_answers
 
 OFFICIAL_FILES = ("minigpt4_origin_random.jsonl", "minigpt4_origin_popular.jsonl")
 
@@ -101,22 +105,24 @@ def test_published_tables_follow_from_their_counts(refdata: Path) -> None:
             assert 100 * getattr(found, rate) == pytest.approx(float(published), abs=0.0101)
 
 
-def test_llava_layout_scores_as_llavas_program_says(refdata: Path) -> None:
-    """LLaVA's questions carry a suffix and no label; the labels are joined here by image and first line."""
+def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Path) -> None:
+    """LLaVA's questions carry a suffix, a category and no label; both splits are in one file."""
     folder = refdata / "pope/llava_format_sample"
-    questions, answers = read_questions(folder / "questions.jsonl", Path()), read_answers(folder / "answers.jsonl")
-    assert {question.label for question in questions} == {""}
     with pytest.raises(DataError, match="96 questions have no label"):
-        score(questions, answers)
-    category = {str(r["question_id"]): r["category"] for r in map(json.loads, (folder / "questions.jsonl").open())}
-    for split, counts in {"random": (23, 21, 3, 1), "popular": (23, 19, 5, 1)}.items():
-        official = read_questions(folder / f"annotations/coco_pope_{split}.json", Path())
-        labels = {(q.image, q.text): q.label for q in official}
-        chosen = [q for q in questions if category[q.id] == split]
-        labelled = [dataclasses.replace(q, label=labels[q.image, q.text.split("\n")[0]]) for q in chosen]
-        found = score(labelled, [a for a in answers if category[str(a["question_id"])] == split])
-        assert (found.tp, found.fp, found.tn, found.fn) == counts
-    assert found.accuracy == pytest.approx(0.5833333333333334)
+        score(read_questions(folder / "questions.jsonl", Path()), read_answers(folder / "answers.jsonl"))
+    given_files = Given(questions=folder / "questions.jsonl", annotations=folder / "annotations")
+    found = score_answers("pope", folder / "answers.jsonl", given_files, "llava")
+    counts = {split: tuple(found[split][key] for key in ("tp", "fp", "tn", "fn")) for split in ("random", "popular")}
+    assert counts == {"random": (23, 21, 3, 1), "popular": (23, 19, 5, 1)}
+    assert found["popular"]["accuracy"] == pytest.approx(0.5833333333333334)
+    assert found["provenance"]["parser"] == "llava"
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for name in ("random", "popular"):
+        lines = (folder / f"annotations/coco_pope_{name}.json").read_text().splitlines(keepends=True)
+        (labels / f"coco_pope_{name}.json").write_text("".join(lines[:-1] if name == "popular" else lines))
+    with pytest.raises(DataError, match=r"in popular: 1 questions have no label \(95\), 0 labels"):
+        score_answers("pope", folder / "answers.jsonl", Given(questions=folder / "questions.jsonl", annotations=labels))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +151,59 @@ def test_order_of_answers_does_not_matter(texts: list[str], rng: object) -> None
     assert score(questions, answers).n == len(texts)
 
 
+WORDS = ["Yes", "No", "no", "not", "Not", "NO", "there", "is", "a dog", "nothing", "No!", "no\n", "</s>"]
+texts = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from([" ", ".", ",", ", ", ". ", "", "\t"]))).map(
+    lambda parts: "".join(word + end for word, end in parts)
+)
+
+
+@given(st.lists(st.tuples(texts, st.sampled_from(["yes", "no", "No", "maybe"])), min_size=1, max_size=12))
+def test_any_file_scores_as_the_official_rule_says(rows: list[tuple[str, str]]) -> None:
+    """The rule in other words: a lone no, No or not among the words of the first sentence, split at spaces alone."""
+    expected: Counter[tuple[bool, bool]] = Counter()
+    for text, label in rows:
+        sentence = re.match(r"[^.]*", text).group().replace(",", "")  # type: ignore[union-attr]
+        said = not re.search(r"(?:^| )(?:No|no|not)(?: |\Z)", sentence)
+        expected[said, label != "no"] += 1
+    with tempfile.TemporaryDirectory() as folder:
+        asked_of = [{"question_id": i, "image": f"{i % 3}", "text": f"{i}?", "label": r[1]} for i, r in enumerate(rows)]
+        questions = write_lines(Path(folder) / "q.json", asked_of)
+        answers = write_lines(Path(folder) / "a.json", answered([text for text, _ in rows])[::-1])
+        found = score_answers("pope", answers, Given(questions=questions))
+    places = {"tp": (True, True), "fp": (True, False), "tn": (False, False), "fn": (False, True)}
+    assert {key: found[key] for key in places} == {key: expected[place] for key, place in places.items()}
+    for rate in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+        low, high = found[f"{rate}_ci"]
+        assert 0 <= low <= high <= 1
+
+
+def test_parsers_by_name(refdata: Path) -> None:
+    cases = json.loads((refdata / "pope/tricky_parse_cases.json").read_text())["cases"]
+    assert all(PARSERS["llava"](c["answer"]) == (c["llava_eval_pope"] == "yes") for c in cases)
+    exact = {"Yes": True, " NO\n": False, "yes": True, "No.": None, "Yes, there is": None, "": None}
+    assert {text: PARSERS["lmms-eval"](text) for text in exact} == exact
+
+
+def test_answers_that_are_neither_count_as_lmms_eval_counts_them() -> None:
+    """By hand: accuracy over all, precision and recall over what was said."""
+    labels = ["yes", "yes", "yes", "no", "no", "no", "no"]
+    found = score(asked(labels), answered(["Yes", "no", "Yes.", "yes", "No", "no", "maybe"]), "lmms-eval")
+    assert (found.tp, found.fn, found.fp, found.tn, found.neither, found.n) == (1, 1, 1, 2, 2, 7)
+    assert (found.accuracy, found.precision, found.recall, found.f1) == (3 / 7, 0.5, 0.5, 0.5)
+    assert found.parser == "lmms-eval"
+
+
 # Files
+
+
+def test_popes_own_layout_without_ids_goes_by_order_and_text() -> None:
+    questions = asked(["yes", "no", "no"])
+    said = [{"question": q.text, "answer": text} for q, text in zip(questions, ("Yes", "Yes", "No"), strict=True)]
+    assert score(questions, said) == PopeScore(tp=1, fp=1, tn=1, fn=0)
+    with pytest.raises(DataError, match=r"2 answers are to another question text \(1, 2\)"):
+        score(questions, [said[0], said[2], said[1]])
+    with pytest.raises(DataError, match=r"1 answers have no question \(line 4\)"):
+        score(questions, [*said, said[0]])
 
 
 @pytest.mark.parametrize("name", ["coco_pope_random", "coco_pope_popular", "coco_pope_adversarial"])
@@ -175,6 +233,8 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             read_questions(write_lines(tmp_path / "q.json", records), tmp_path)
     for records, message in (
+        ([], "holds no answer"),
+        ([{"question": "Is there a dog?"}], "record 1 needs question_id, and answer or text"),
         ([{"question_id": 1}], "record 1 needs question_id, and answer or text"),
         ([{"question_id": 1, "answer": None}], "record 1 needs question_id, and answer or text"),
         ([{"question_id": 1, "answer": "a"}, {"question_id": "1", "answer": "b"}], "stands more than once"),
@@ -257,3 +317,78 @@ def test_splits_ask_what_is_there_and_what_is_not(world: dict[str, list[str]], s
 def test_unknown_objects_are_named() -> None:
     with pytest.raises(DataError, match="not among the categories: yak"):
         build_splits({"one": ["yak"]}, OBJECTS, 0)
+
+
+def test_questions_are_built_from_annotations(tmp_path: Path) -> None:
+    """From COCO's layout and from POPE's own: the same files, over images that are drawn and listed."""
+    rng, names = random.Random(1), {f"{i}.jpg": [] for i in range(40)}
+    for image in names:
+        names[image] = rng.sample(OBJECTS, rng.randint(1, 6))
+    ids = {name: number for number, name in enumerate(OBJECTS, 1)}
+    boxes = [
+        {"image_id": image, "category_id": ids[name], "bbox": [0, 0, 1, 1]}
+        for image, objects in names.items()
+        for name in [*objects, objects[0]]
+    ]
+    coco = {
+        "images": [{"id": image, "file_name": image} for image in names],
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        "annotations": boxes,
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco, indent=1))
+    write_lines(tmp_path / "lines.json", [{"image": i, "objects": objects, "n": 1} for i, objects in names.items()])
+    (tmp_path / "array.json").write_text(json.dumps([{"image": i, "objects": o} for i, o in names.items()]))
+    made = {}
+    for kind in ("coco", "lines", "array"):
+        card = build_pope(tmp_path / f"{kind}.json", tmp_path / kind, images=9, seed=3)
+        made[kind] = [(tmp_path / kind / f"coco_pope_{split}.json").read_bytes() for split in SPLITS]
+        assert card == build_pope(tmp_path / f"{kind}.json", tmp_path / kind, images=9, seed=3)
+    assert made["lines"] == made["array"]
+    drawn = (tmp_path / "coco" / "images.txt").read_text().split()
+    assert len(set(drawn)) == 9
+    assert all(len(names[image]) >= 3 for image in drawn)
+    counts = Counter(name for image in drawn for name in names[image])
+    for split in SPLITS:
+        records = read_questions(tmp_path / "coco" / f"coco_pope_{split}.json", Path())
+        assert [record.image.name for record in records] == [image for image in drawn for _ in range(6)]
+        for record in records:
+            there = record.text in {question_text(name) for name in names[record.image.name]}
+            assert there == (record.label == "yes")
+        # The first absent one of the popular split is the most frequent of all drawn images.
+        if split == "popular":
+            absent = [n for n in counts if n not in names[drawn[0]]]
+            most = max(counts[n] for n in absent)
+            assert records[1].text in {question_text(n) for n in absent if counts[n] == most}
+    assert sorted(path.name for path in (tmp_path / "coco").iterdir()) == [
+        *sorted(f"coco_pope_{split}.json" for split in SPLITS),
+        "images.txt",
+        "pope.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "images", "message"),
+    [
+        ([{"image": "a", "objects": ["dog", "cat"]}], 1, "0 images .* have 3 objects or more; 1 are wanted"),
+        ([{"image": "a", "objects": ["dog"]}] * 2, 1, "a stands more than once"),
+        ([{"image": "a", "objects": ["dog"]}, {"image": "b"}], 1, "record 2 needs image and objects"),
+        ([{"image": "a", "objects": "dog"}], 1, "record 1 needs image and objects"),
+        ([{"images": [], "objects": []}], 1, "record 1 needs image and objects"),
+    ],
+)
+def test_annotations_that_questions_cannot_be_built_from(
+    tmp_path: Path, records: list[dict], images: int, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        build_pope(write_lines(tmp_path / "a.json", records), tmp_path / "out", images)
+    assert not (tmp_path / "out").exists()
+
+
+def test_questions_of_other_settings_are_not_replaced(tmp_path: Path) -> None:
+    records = [{"image": f"{i}.jpg", "objects": OBJECTS[i : i + 4]} for i in range(6)]
+    file = write_lines(tmp_path / "a.json", records)
+    build_pope(file, tmp_path / "out", 3)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(RecipeError, match="made with other settings"):
+        build_pope(file, tmp_path / "out", 4)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -25,7 +25,7 @@ from relook.model import sharded
 from relook.model.load import TENSORS_FILE
 from relook.model.sharded import held
 from relook.recipe import Recipe, build_recipe
-from relook.train import processes, trainer
+from relook.train import sharding, trainer
 from relook.train.batches import Collator
 from relook.train.run import train, training_arguments
 from relook.train.sampling import ModalityLengthSampler
@@ -165,7 +165,7 @@ def test_deepspeed_trains_as_one_process(keys_of: Callable[..., Keys], tmp_path:
     ones = {name: train(build_recipe(keys_of(f"one {name}", keys))) for name, keys in WAYS.items()}
     files = {"zero2": "zero2"}
     for name in ("zero3", "zero3_offload"):
-        config = json.loads(Path(processes.deepspeed_config(name)).read_text())
+        config = json.loads(Path(sharding.deepspeed_config(name)).read_text())
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing so small is cut up
         files[name] = str(tmp_path / f"{name}.json")
         write_json(Path(files[name]), config)
@@ -333,6 +333,35 @@ def test_the_part_held_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
         assert broken_tensors([parameter], torch.device("cpu")) == 1
 
 
+# --- waiting
+
+
+LATE = """
+from datetime import timedelta
+from time import sleep
+from relook import processes
+processes.wait("the start")
+processes.PATIENCE = timedelta(seconds=2)
+if processes.rank() == 1:
+    sleep(4)
+try:
+    processes.wait("the answers to pope")
+except processes.RelookError as error:
+    print(f"{processes.rank()}: {error}")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_says_what_it_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *before, str(tmp_path / "late.py")], capture_output=True, text=True, env=environment
+    )
+    assert "0: Process 0 waited up to 0:00:02 for the answers to pope, in vain: [Rank 0]: Ranks 1" in done.stdout
+
+
 # --- settings
 
 
@@ -342,18 +371,18 @@ def test_a_model_that_is_taken_apart_is_not_compiled(monkeypatch: pytest.MonkeyP
     assert resolve("compiled", "cuda") == "compiled"
     with pytest.raises(RecipeError, match="compiled does not go with FSDP or DeepSpeed"):
         resolve("compiled", "cuda", sharded=True)
-    assert not processes.shard({"fsdp": False, "deepspeed": None})
-    assert processes.shard({"fsdp": True})
-    assert processes.shard({"deepspeed": "zero3"})
+    assert not sharding.shard({"fsdp": False, "deepspeed": None})
+    assert sharding.shard({"fsdp": True})
+    assert sharding.shard({"deepspeed": "zero3"})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert processes.shard({})
+    assert sharding.shard({})
 
 
 def test_deepspeed_files_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: object())
     stages = {}
-    for name in processes.deepspeed_names():
-        content = json.loads(Path(processes.deepspeed_config(name)).read_text())
+    for name in sharding.deepspeed_names():
+        content = json.loads(Path(sharding.deepspeed_config(name)).read_text())
         stages[name] = content["zero_optimization"]["stage"]
         offloaded = "offload_optimizer" in content["zero_optimization"]
         assert offloaded == name.endswith("offload")
@@ -362,13 +391,13 @@ def test_deepspeed_files_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_
     assert stages == {"zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
     own = tmp_path / "own.json"
     own.write_text("{}")
-    assert processes.deepspeed_config(str(own)) == str(own)
+    assert sharding.deepspeed_config(str(own)) == str(own)
     with pytest.raises(RecipeError, match=r"no DeepSpeed file 'zero4'.*zero2"):
-        processes.deepspeed_config("zero4")
+        sharding.deepspeed_config("zero4")
 
 
 def test_what_is_missing_is_said(keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: None)
     for keys, message in (
         ({"deepspeed": "zero2"}, r"not installed.*pip install 'relook\[deepspeed\]'"),
         ({"fsdp": True}, "fsdp needs several processes.*torchrun"),

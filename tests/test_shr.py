@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from relook.data.vg import read_image_paths
 from relook.errors import DataError, RecipeError
 from relook.evaluate import shr
-from relook.evaluate.benchmarks import score_answers, score_command
+from relook.evaluate.benchmarks import score_command
 from relook.evaluate.judge import Judge, JudgeSettings
 from relook.evaluate.run import evaluate_model
+from relook.evaluate.score import Given
 from relook.files import read_json, read_object, read_records, write_json, write_jsonl
 from relook.toyworld.shipped import shipped_base
 
@@ -157,21 +158,25 @@ def test_odd_image_lists_are_refused(data: Path) -> None:
             shr.questions(data)
 
 
+def rescore(data: Path | None, answers: list[Path], judge: JudgeSettings | None) -> dict[str, Any]:
+    return score_command("shr", answers, Given(data), "official", judge)
+
+
 def test_existing_answers_in_both_layouts(data: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "hadpo.json", SAID)
     write_jsonl(tmp_path / "relook.jsonl", [{"image_id": i, "description": text} for i, text in SAID.items()])
     with endpoint(labels) as server:
         settings = JudgeSettings(server.url, "m")
-        results = [score_command("shr", [tmp_path / n], None, data, settings) for n in ("hadpo.json", "relook.jsonl")]
+        results = [rescore(data, [tmp_path / n], settings) for n in ("hadpo.json", "relook.jsonl")]
         assert len(server.requests) == 2  # the second time the verdicts are there
     assert results[0]["shr"] == results[1]["shr"] == 3 / 5
     assert (tmp_path / "judge.jsonl").exists()
     with pytest.raises(RecipeError, match="scored by a judge"):
-        score_command("shr", [tmp_path / "hadpo.json"], None, data, None)
+        rescore(data, [tmp_path / "hadpo.json"], None)
     for said, message in (({}, "no answers"), ({"11": "a"}, r"2 are missing \(12, 13\)"), ({**SAID, "9": "a"}, "9")):
         write_json(tmp_path / "odd.json", said)
         with pytest.raises(DataError, match=message):
-            score_command("shr", [tmp_path / "odd.json"], None, data, settings)
+            rescore(data, [tmp_path / "odd.json"], settings)
 
 
 # --- toyworld
@@ -210,8 +215,8 @@ def test_toyworld_from_pictures_to_scores(world: Path, tmp_path: Path) -> None:
     assert result["shr"] == pytest.approx(false / sum(len(one or ()) for one in labelled))
     assert result["not_judged"] == 0
     assert result["judge"]["model"] == "exact annotations"
-    again = score_answers("shr", data, [out / "shr.jsonl"], None)
-    assert {key: again[key] for key in result} == result
+    again = rescore(None, [out], None)
+    assert again == result
 
     with endpoint(lambda request, _: Answer("Judgement:\nno idea")) as server:
         settings = JudgeSettings(server.url, "m", tries=1)

@@ -22,6 +22,7 @@ class Annotations:
         categories: names, in the file's order.
         objects: the categories on each image; empty for images without an annotation.
         boxes: (category, (x, y, width, height) in pixels) of each annotation, in the file's order.
+        ids: COCO's number of each image to its file name.
         synonyms: other words for a category, where it has a key `synonyms` (an addition of relook's to COCO's layout).
     """
 
@@ -30,6 +31,7 @@ class Annotations:
     objects: Mapping[str, frozenset[str]]
     boxes: Mapping[str, tuple[tuple[str, Box], ...]]
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ids: Mapping[Any, str] = field(default_factory=dict)
 
 
 def read_coco(path: Path) -> Annotations:
@@ -56,6 +58,7 @@ def read_coco(path: Path) -> Annotations:
         objects={image: frozenset(name for name, _ in found) for image, found in boxes.items()},
         boxes={image: tuple(found) for image, found in boxes.items()},
         synonyms=synonyms,
+        ids=names,
     )
 
 

@@ -11,14 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.data.coco import Annotations, read_coco
+from relook.data.coco import read_coco
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError, some
-from relook.evaluate import amber, mmhal, pope, shr
+from relook.evaluate import amber, mmhal, shr
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.pope import SPLITS
-from relook.evaluate.score import annotation_file, pope_file, score_chair, score_pope, score_pope_file
-from relook.files import file_hash, read_records, read_text, text_hash
+from relook.evaluate.provenance import provenance
+from relook.evaluate.score import (
+    Given,
+    annotation_file,
+    chair_images,
+    chair_results,
+    data_of,
+    pope_questions,
+    pope_results,
+    score_answers,
+)
+from relook.files import file_hash, read_records, text_hash
 
 CHAIR_PROMPT = "Describe this image in detail."
 Asked = Mapping[str, Sequence[Question]]  # by the stem of the answer file
@@ -32,7 +42,7 @@ class Benchmark:
     Args:
         title: beside the progress bar.
         questions: those of a data folder, by the stem of the answer file that they go to.
-        score: of (data folder, questions, answers, judge), the result.
+        score: of (data folder, questions, answers, where they lie, judge), the result.
         id_field, text_field, question_field: where a record keeps the question's id, the answer, and the question; an
             empty last one keeps none.
         number: whether ids are numbers in records.
@@ -44,7 +54,7 @@ class Benchmark:
 
     title: str
     questions: Callable[[Path], Asked]
-    score: Callable[[Path, Asked, Answers, Judge | None], dict[str, Any]]
+    score: Callable[[Path, Asked, Answers, Path, Judge | None], dict[str, Any]]
     id_field: str
     text_field: str
     question_field: str = "question"
@@ -116,42 +126,33 @@ def require_judge(name: str, data: Path, judge: object) -> None:
         raise RecipeError(f"{name} is scored by a judge.", "Give --judge-url and --judge-model.")
 
 
-def scored(name: str, data: Path, asked: Asked, answers: Answers, judge: Judge | None) -> dict[str, Any]:
-    """A benchmark's result, with the hash of its image list."""
-    images = dict.fromkeys(question.image.name for stem in answers for question in asked[stem])
-    return {"image_list": text_hash(*images)} | BENCHMARKS[name].score(data, asked, answers, judge)
-
-
-def score_answers(name: str, data: Path, paths: Sequence[Path], judge: Judge | None) -> dict[str, Any]:
-    """Score existing answer files; no model is needed.
+def score_command(
+    name: str, answers: Sequence[Path], given: Given, parser: str, judge: JudgeSettings | None
+) -> dict[str, Any]:
+    """`relook score`: existing answer files, or a folder of `relook eval`; no model is needed.
 
     Raises:
-        DataError: questions and answers do not match; the ids are named.
+        RelookError: an unknown benchmark, a missing option, no judge where one is needed, or questions and answers that
+            do not match; the ids are named.
     """
     (benchmark,) = known([name])
-    asked = read_questions(name, data)
-    answers = match(benchmark, asked, [record for path in paths for record in benchmark.read(path)])
-    result = scored(name, data, asked, answers, judge)
-    return result | {"answers_sha256": {path.name: file_hash(path) for path in paths}}
-
-
-def score_command(
-    name: str, answers: Sequence[Path], questions: Path | None, data: Path | None, judge: JudgeSettings | None
-) -> dict[str, Any]:
-    """`relook score`: POPE by a question file, the others by a data folder.
-
-    Raises:
-        RelookError: an unknown benchmark, a missing option, no judge where one is needed, or what scoring raises.
-    """
-    known([name])
-    if name == "pope":
-        if questions is None or len(answers) != 1:
-            raise RecipeError("pope is scored by one question file and one answer file.", "Give --questions.")
-        return score_pope_file(questions, answers[0])
+    first = answers[0]
+    if name in ("pope", "chair"):
+        if len(answers) > 1:
+            raise RecipeError(f"{name} is scored by one answer file.", "Give --answers once.")
+        return score_answers(name, first, given, parser)
+    data = given.data or (data_of(first) if first.is_dir() else None)
     if data is None:
         raise RecipeError(f"{name} is scored by the benchmark's files.", "Give their folder as --data.")
     require_judge(name, data, judge)
-    return score_answers(name, data, answers, Judge(judge, answers[0].parent / JUDGE_CACHE) if judge else None)
+    asked = read_questions(name, data)
+    files = [first / f"{stem}.jsonl" for stem in asked] if first.is_dir() else answers
+    found = match(benchmark, asked, [record for path in files for record in benchmark.read(path)])
+    cache = (first if first.is_dir() else first.parent) / JUDGE_CACHE
+    result = benchmark.score(data, asked, found, first, Judge(judge, cache) if judge else None)
+    if len(answers) > 1:
+        result["provenance"]["answers_sha256"] = {path.name: file_hash(path) for path in answers}
+    return result
 
 
 def match(benchmark: Benchmark, asked: Asked, records: Sequence[Mapping[str, Any]]) -> Answers:
@@ -189,37 +190,20 @@ def match(benchmark: Benchmark, asked: Asked, records: Sequence[Mapping[str, Any
     return {stem: [by_id[q.id] for q in questions] for stem, questions in begun.items()}
 
 
-def _pope_questions(data: Path) -> Asked:
-    return {f"pope_{split}": pope.read_questions(pope_file(data, split), data / "val2014") for split in SPLITS}
-
-
-def _score_pope(data: Path, asked: Asked, answers: Answers, judge: Judge | None) -> dict[str, Any]:
-    return {stem.removeprefix("pope_"): score_pope(asked[stem], records) for stem, records in answers.items()}
+def _from(place: Path, asked: Asked, answers: Answers, **about: Any) -> dict[str, Any]:
+    """Provenance of a result: that of the answers, and the hash of the image list."""
+    images = dict.fromkeys(question.image.name for stem in answers for question in asked[stem])
+    return {"provenance": provenance(place, image_list=text_hash(*images), **about)}
 
 
 def _chair_questions(data: Path) -> Asked:
     """Descriptions of the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
-    names = chair_images(data, read_coco(annotation_file(data)))
+    names = chair_images(read_coco(annotation_file(data)), data / "chair_images.txt")
     return {"chair": [Question(name, data / "val2014" / name, CHAIR_PROMPT) for name in names]}
 
 
-def chair_images(data: Path, annotations: Annotations) -> list[str]:
-    pinned = data / "chair_images.txt"
-    if not pinned.exists():
-        return list(annotations.images)
-    names = [line.strip() for line in read_text(pinned).splitlines() if line.strip()]
-    unknown = sorted(set(names) - set(annotations.images))
-    if unknown:
-        raise DataError(f"{pinned} names images without annotations: {some(unknown)}.", "Remove them from the list.")
-    return names
-
-
-def _score_chair(data: Path, asked: Asked, answers: Answers, judge: Judge | None) -> dict[str, Any]:
-    return score_chair(CHAIR.texts(answers), read_coco(annotation_file(data)))
-
-
-def _score_shr(data: Path, asked: Asked, answers: Answers, judge: Judge | None) -> dict[str, Any]:
-    return shr.score(data, SHR.texts(answers), judge)
+def _score_shr(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
+    return shr.score(data, SHR.texts(answers), judge) | _from(place, asked, answers, beams=5)
 
 
 def _amber_questions(data: Path) -> Asked:
@@ -227,19 +211,32 @@ def _amber_questions(data: Path) -> Asked:
     return {"amber_generative": described, "amber_discriminative": answered}
 
 
-def _score_amber(data: Path, asked: Asked, answers: Answers, judge: Judge | None) -> dict[str, Any]:
-    return amber.score(data, [q for stem in answers for q in asked[stem]], AMBER.texts(answers))
+def _score_amber(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
+    result = amber.score(data, [q for stem in answers for q in asked[stem]], AMBER.texts(answers))
+    return result | _from(place, asked, answers)
 
 
-def _score_mmhal(data: Path, asked: Asked, answers: Answers, judge: Judge | None) -> dict[str, Any]:
+def _score_mmhal(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
     assert judge is not None  # `require_judge` has seen to it
-    return mmhal.score(data, MMHAL.texts(answers), judge)
+    return mmhal.score(data, MMHAL.texts(answers), judge) | _from(place, asked, answers)
 
 
 POPE = Benchmark(
-    "POPE", _pope_questions, _score_pope, "question_id", "answer", yes_or_no=[f"pope_{split}" for split in SPLITS]
+    "POPE",
+    lambda data: {f"pope_{split}": questions for split, questions in pope_questions(data).items()},
+    lambda data, asked, answers, place, judge: pope_results(data, place),
+    "question_id",
+    "answer",
+    yes_or_no=[f"pope_{split}" for split in SPLITS],
 )
-CHAIR = Benchmark("descriptions for CHAIR", _chair_questions, _score_chair, "image", "caption", question_field="")
+CHAIR = Benchmark(
+    "descriptions for CHAIR",
+    _chair_questions,
+    lambda data, asked, answers, place, judge: chair_results(data, place),
+    "image",
+    "caption",
+    question_field="",
+)
 SHR = Benchmark(
     "descriptions for SHR",
     lambda data: {"shr": shr.questions(data)},

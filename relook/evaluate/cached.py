@@ -27,13 +27,12 @@ from relook.console import progress
 from relook.data.ahead import ahead
 from relook.data.encode import Encoder, Example
 from relook.data.samples import Question
-from relook.evaluate import pope
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.benchmarks import POPE
 from relook.evaluate.choose import Rule
 from relook.evaluate.divergence import divergence
-from relook.evaluate.pope import SPLITS
-from relook.evaluate.score import pope_file, score_pope
+from relook.evaluate.pope import LONGEST_ANSWER, SPLITS
+from relook.evaluate.score import pope_questions, pope_results
 from relook.files import whole_file, write_json, write_jsonl
 from relook.model import formats
 from relook.model.above_trunk import ABOVE, AboveTrunk
@@ -128,9 +127,9 @@ class CachedPope:
     ) -> None:
         self.base, self.file, self.loading = base, states, loading
         self.dtype, self.device = as_dtype(loading.dtype), as_device(loading.device)
-        self.how = Asking(template, 64, batch_size)
+        self.how = Asking(template, LONGEST_ANSWER, batch_size)
         self.images = max(1, batch_size // 8)  # trees a batch: each holds up to 18 questions
-        self.splits = {split: pope.read_questions(pope_file(data, split), data / "val2014") for split in SPLITS}
+        self.data, self.splits = data, pope_questions(data)
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -250,13 +249,15 @@ class CachedPope:
                 for number, text in answer(loading(), questions, self.how, report):
                     records[waiting[number]]["answer"] = text
         said = {(record["image"], record["question"]): record for record in records}
-        results = {}
+        generated = {}
         for split, questions_of in self.splits.items():
             found = [said[question.image.name, question.text] for question in questions_of]
             answers = [POPE.record(q, record["answer"]) for q, record in zip(questions_of, found, strict=True)]
             write_jsonl(out / f"pope_{split}.jsonl", answers)
-            generated = sum(record["generated"] for record in found)
-            results[split] = {**score_pope(questions_of, answers), "generated": generated}
+            generated[split] = sum(record["generated"] for record in found)
+        results = pope_results(self.data, out)
+        for split, count in generated.items():
+            results[split]["generated"] = count
         write_jsonl(out / FIRST_FILE, records)
         write_json(out / "pope.json", results)
         return results

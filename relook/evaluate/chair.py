@@ -15,6 +15,7 @@ from typing import Any
 
 from relook.data.coco import Annotations
 from relook.errors import DataError, some
+from relook.evaluate.statistics import Ratio
 
 _WORD = re.compile(r"\w+(?:-\w+)*")  # a hyphen belongs to its word, as in "man-made"
 # Phrases whose words would name an object, though the phrase does not: an animal is no baby and a jet no passenger.
@@ -62,7 +63,10 @@ class Vocabulary:
 
 
 def vocabulary_of(annotations: Annotations) -> Vocabulary:
-    """The vocabulary of an annotation file's own categories and synonyms."""
+    """CHAIR's own where the categories are COCO's 80; else that of an annotation file's categories and synonyms."""
+    coco = coco_vocabulary()
+    if set(annotations.categories) == set(coco.phrases.values()) - {""} and not annotations.synonyms:
+        return coco
     return Vocabulary.of(annotations.categories, annotations.synonyms)
 
 
@@ -189,6 +193,15 @@ class ChairScore:
     def empty(self) -> float:
         """Captions without any mention / captions."""
         return _ratio(sum(count == 0 for count in self.mentioned), self.n)
+
+    def ratios(self) -> dict[str, Ratio]:
+        """Each rate's (numerator, denominator), one per image."""
+        return {
+            "chair_i": list(zip(self.hallucinated, self.mentioned, strict=True)),
+            "chair_s": [(int(count > 0), 1) for count in self.hallucinated],
+            "recall": list(zip(self.found, self.present, strict=True)),
+            "length": [(count, 1) for count in self.words],
+        }
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("chair_i", "chair_s", "recall", "length", "empty", "n")}

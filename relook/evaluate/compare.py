@@ -1,84 +1,125 @@
-"""Two models on the same images, from their answer files: how much one is better, and how sure that is."""
+"""Two models on the same images, from their answer files: how much one is better, how sure that is, and where they
+differ."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relook.data.coco import read_coco
+from relook.errors import DataError, some
 from relook.evaluate import pope
-from relook.evaluate.chair import ChairScore, score, vocabulary_of
-from relook.evaluate.pope import SPLITS
-from relook.evaluate.score import annotation_file, pope_file
-from relook.evaluate.statistics import mcnemar, paired_interval, right_alone
-from relook.files import read_records
-
-Counts = tuple[Sequence[float], Sequence[float]]
+from relook.evaluate.chair import ChairScore, mentions, score, vocabulary_of
+from relook.evaluate.pope import SPLITS, PopeRow
+from relook.evaluate.score import BENCHMARKS, data_truth, pope_questions, read_descriptions
+from relook.evaluate.statistics import Ratio, columns, mcnemar, paired_interval, right_alone
 
 
-def compare(data: Path, first: Path, second: Path, chair: bool = True) -> dict[str, Any]:
+def compare(data: Path, first: Path, second: Path, benchmarks: Sequence[str] = BENCHMARKS) -> dict[str, Any]:
     """Differences second - first of two `relook eval` folders over the same data.
-
-    Args:
-        chair: compare captions, too.
 
     Returns:
         For each POPE split the accuracy's difference with its paired 95 % interval over images and the exact McNemar
-        p-value over questions; for CHAIR the differences of chair_i and recall with intervals.
+        p-value over questions, and the other rates' differences with intervals; for CHAIR its rates' differences with
+        intervals, and for chair_s the p-value over captions.
+
+    Raises:
+        DataError: the two did not answer the same.
     """
-    return compare_pooled([(data, first, second)], chair)
+    return compare_pooled([(data, first, second)], benchmarks)
 
 
-def compare_pooled(runs: Sequence[tuple[Path, Path, Path]], chair: bool = True) -> dict[str, Any]:
+def compare_pooled(runs: Sequence[tuple[Path, Path, Path]], benchmarks: Sequence[str] = BENCHMARKS) -> dict[str, Any]:
     """As `compare`, over the images of several (data, first, second) taken together: for tables over seeds."""
-    result: dict[str, Any] = {"pope": {}}
-    for split in SPLITS:
-        rows = [[_pope_rows(run[0], run[side], split) for run in runs] for side in (1, 2)]
-        right = [[row.right for run in side for row in run] for side in rows]
-        result["pope"][split] = {
-            **_difference(*(_joined([_by_image(run) for run in side]) for side in rows)),
-            "mcnemar_p": mcnemar(*right_alone(*right)),
-        }
-    if not chair:
-        return result
-    result["chair"] = {}
-    scores = [[_chair_score(run[0], run[side]) for run in runs] for side in (1, 2)]
-    for name, top, bottom in (("chair_i", "hallucinated", "mentioned"), ("recall", "found", "present")):
-        counts = (_joined([(getattr(s, top), getattr(s, bottom)) for s in side]) for side in scores)
-        result["chair"][name] = _difference(*counts)
+    result: dict[str, Any] = {}
+    if "pope" in benchmarks:
+        rows = [[_pope_rows(run[0], run[side]) for run in runs] for side in (1, 2)]
+        result["pope"] = {split: _compare_pope([[run[split] for run in side] for side in rows]) for split in SPLITS}
+    if "chair" in benchmarks:
+        scores = [_chair_scores(*run) for run in runs]
+        result["chair"] = _compare_chair([[run[side] for run in scores] for side in (0, 1)])
     return result
 
 
-def _joined(counts: Sequence[Counts]) -> Counts:
-    return [n for top, _ in counts for n in top], [n for _, bottom in counts for n in bottom]
+def _compare_pope(sides: Sequence[Sequence[list[PopeRow]]]) -> dict[str, Any]:
+    rates = [[pope.ratios(rows) for rows in side] for side in sides]
+    right = [[row.right for rows in side for row in rows] for side in sides]
+    found = {rate: _difference(*([run[rate] for run in side] for side in rates)) for rate in rates[0][0]}
+    return {**found.pop("accuracy"), "mcnemar_p": mcnemar(*right_alone(*right)), **found}
+
+
+def _compare_chair(sides: Sequence[Sequence[ChairScore]]) -> dict[str, Any]:
+    rates = [[run.ratios() for run in side] for side in sides]
+    found = {rate: _difference(*([run[rate] for run in side] for side in rates)) for rate in rates[0][0]}
+    right = [[count == 0 for run in side for count in run.hallucinated] for side in sides]
+    found["chair_s"]["mcnemar_p"] = mcnemar(*right_alone(*right))
+    return found
+
+
+def _difference(first: Sequence[Ratio], second: Sequence[Ratio]) -> dict[str, Any]:
+    pooled = [columns([pair for run in side for pair in run]) for side in (first, second)]
+    ratios = [sum(top) / sum(bottom) if sum(bottom) else 0.0 for top, bottom in pooled]
+    return {"difference": ratios[1] - ratios[0], "ci": paired_interval(pooled[0], pooled[1])}
+
+
+def differing_answers(data: Path, first: Path, second: Path) -> list[dict[str, Any]]:
+    """The questions of which one model says yes and the other does not, each once, with the splits it is in."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    sides = [_pope_rows(data, folder) for folder in (first, second)]
+    for split in SPLITS:
+        for one, other in zip(sides[0][split], sides[1][split], strict=True):
+            if one.prediction == other.prediction:
+                continue
+            row: dict[str, Any] = {
+                "image": one.image,
+                "question": one.question.text,
+                "label": one.question.label,
+                "answers": [one.answer, other.answer],
+                "right": [one.right, other.right],
+                "splits": [],
+            }
+            found.setdefault((one.image, one.question.text), row)["splits"].append(split)
+    return list(found.values())
+
+
+def differing_captions(data: Path, first: Path, second: Path) -> list[dict[str, Any]]:
+    """The images of which one model names other absent objects than the other, or more often; most different first."""
+    said = _same_images(first, second)
+    truth = data_truth(data, list(said[0]))
+    vocabulary, found = vocabulary_of(truth), []
+    for image in said[0]:
+        texts = [side[image] for side in said]
+        named = [[mention.object for mention in mentions(text, vocabulary)] for text in texts]
+        absent = [[name for name in side if name not in truth.objects[image]] for side in named]
+        if Counter(absent[0]) != Counter(absent[1]):
+            row = {"image": image, "objects": sorted(truth.objects[image])}
+            found.append({**row, "captions": texts, "hallucinated": absent})
+    return sorted(found, key=lambda row: -abs(len(row["hallucinated"][0]) - len(row["hallucinated"][1])))
 
 
 def captions(folder: Path) -> dict[str, str]:
     """The captions of a `relook eval chair` folder, by image."""
-    return {str(record["image"]): str(record["caption"]) for record in read_records(folder / "chair.jsonl")}
+    return read_descriptions(folder / "chair.jsonl")
 
 
-def _difference(first: Counts, second: Counts) -> dict[str, Any]:
-    ratios = [sum(top) / sum(bottom) if sum(bottom) else 0.0 for top, bottom in (first, second)]
-    return {"difference": ratios[1] - ratios[0], "ci": paired_interval(first, second)}
+def _same_images(first: Path, second: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Both folders' captions; those of the second in any order."""
+    said = captions(first), captions(second)
+    if odd := sorted(said[0].keys() ^ said[1].keys()):
+        raise DataError(f"Only one of {first} and {second} describes {some(odd)}.", "Give captions of equal lists.")
+    return said
 
 
-def _pope_rows(data: Path, folder: Path, split: str) -> list[pope.PopeRow]:
-    questions = pope.read_questions(pope_file(data, split), data / "val2014")
-    return pope.match(questions, pope.read_answers(folder / f"pope_{split}.jsonl"))
+def _pope_rows(data: Path, folder: Path) -> dict[str, list[PopeRow]]:
+    return {
+        split: pope.match(questions, pope.read_answers(folder / f"pope_{split}.jsonl"))
+        for split, questions in pope_questions(data).items()
+    }
 
 
-def _by_image(rows: Sequence[pope.PopeRow]) -> Counts:
-    counts: dict[str, list[float]] = {}
-    for row in rows:
-        image = counts.setdefault(row.question.image.name, [0.0, 0.0])
-        image[0] += row.right
-        image[1] += 1
-    return [right for right, _ in counts.values()], [total for _, total in counts.values()]
-
-
-def _chair_score(data: Path, folder: Path) -> ChairScore:
-    annotations = read_coco(annotation_file(data))
-    said = captions(folder)
-    return score(said, {i: annotations.objects[i] for i in said}, vocabulary_of(annotations))
+def _chair_scores(data: Path, first: Path, second: Path) -> list[ChairScore]:
+    said = _same_images(first, second)
+    annotations = data_truth(data, list(said[0]))
+    truth, vocabulary = {i: annotations.objects[i] for i in said[0]}, vocabulary_of(annotations)
+    return [score({i: side[i] for i in said[0]}, truth, vocabulary) for side in said]

@@ -1,23 +1,23 @@
 """POPE (Li et al. 2023, arXiv:2305.10355): yes/no questions about objects, and the official way of scoring them.
 
-The official programs are RUCAIBox/POPE evaluate.py (parse and score), main.py and utils.py (building the splits).
+The official program is RUCAIBox/POPE evaluate.py. `pope_build` makes the questions.
 """
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from relook.data.samples import Question
 from relook.errors import DataError, some
+from relook.evaluate.statistics import Ratio
 from relook.files import read_records
 
 SPLITS = ("random", "popular", "adversarial")
-PARSER = "official"
+LONGEST_ANSWER = 64  # tokens: no longer one is asked for
 
 
 def question_text(name: str) -> str:
@@ -48,19 +48,53 @@ def read_questions(path: Path, image_root: Path) -> list[Question]:
     return questions
 
 
+def read_llava_questions(path: Path, labels: Path, image_root: Path) -> dict[str, list[Question]]:
+    """Read LLaVA's question file, which holds all splits by `category` and no label, by split.
+
+    Labels come from POPE's files in a folder: to the same image and the text's first line, since LLaVA's texts have a
+    second one ("Answer the question using a single word or phrase.").
+
+    Raises:
+        DataError: questions without a label, or labels without a question; both are counted and named.
+    """
+    category = {str(r.get("question_id")): str(r.get("category", "")) for r in read_records(path)}
+    splits: dict[str, list[Question]] = {}
+    for question in read_questions(path, image_root):
+        splits.setdefault(category[question.id], []).append(question)
+    for split, questions in splits.items():
+        official = read_questions(labels / f"coco_pope_{split}.json", image_root)
+        label = {(q.image, q.text): q.label for q in official}
+        places = [(q.image, q.text.split("\n")[0]) for q in questions]
+        unknown = [q.id for q, place in zip(questions, places, strict=True) if place not in label]
+        unasked = [q.id for q in official if (q.image, q.text) not in set(places)]
+        if unknown or unasked:
+            raise DataError(
+                f"{path} and {labels} do not match in {split}: {len(unknown)} questions have no label "
+                f"({some(unknown)}), {len(unasked)} labels have no question ({some(unasked)}).",
+                "Give the label files that belong to the questions.",
+            )
+        splits[split] = [replace(q, label=label[place]) for q, place in zip(questions, places, strict=True)]
+    return splits
+
+
 def read_answers(path: Path) -> list[dict[str, Any]]:
     """Read an answer file: records with `question_id`, and `answer` (POPE's key) or `text` (LLaVA's), in any order.
 
+    In POPE's own layout, `{"question", "answer"}`, they may be without an id if all are: see `match`.
+
     Raises:
-        DataError: a record has no id or no text, or an id stands twice.
+        DataError: there is no record, one has no id or no text, or an id stands twice.
     """
     records = read_records(path)
+    if not records:
+        raise DataError(f"{path} holds no answer.", "Give a POPE answer file.")
+    identifying = "question_id" if any("question_id" in record for record in records) else "question"
     for number, record in enumerate(records, 1):
-        if "question_id" not in record or not isinstance(_answer(record), str):
+        if identifying not in record or not isinstance(_answer(record), str):
             raise DataError(
                 f"{path}: record {number} needs question_id, and answer or text.", "Give POPE's or LLaVA's layout."
             )
-    _refuse_twice((str(record["question_id"]) for record in records), str(path))
+    _refuse_twice((str(record["question_id"]) for record in records if "question_id" in record), str(path))
     return records
 
 
@@ -84,22 +118,37 @@ def official_parse(answer: str) -> bool:
     return not {"No", "not", "no"} & set(words)
 
 
+def exact_parse(answer: str) -> bool | None:
+    """lmms-eval's rule (tasks/pope/utils.py): an answer is "yes" or "no" alone, in any case, or it is neither."""
+    return {"yes": True, "no": False}.get(answer.lower().strip())
+
+
+PARSERS: dict[str, Callable[[str], bool | None]] = {
+    "official": official_parse,
+    "llava": official_parse,  # llava/eval/eval_pope.py has the same rule
+    "lmms-eval": exact_parse,
+}
+
+
 @dataclass(frozen=True)
 class PopeScore:
     """Confusion counts with "yes" as positive, and the rates of evaluate.py as fractions.
 
-    A rate whose denominator is zero is 0.0, where the official program stops with ZeroDivisionError.
+    A rate whose denominator is zero is 0.0, where the official program stops with ZeroDivisionError. Answers that a
+    parser takes for neither yes nor no are `neither`: wrong in the accuracy, and in no other count, as in lmms-eval.
+    (Its "yes ratio" is that of the labels; here it is always that of the answers.)
     """
 
     tp: int
     fp: int
     tn: int
     fn: int
-    parser: str = PARSER
+    neither: int = 0
+    parser: str = "official"
 
     @property
     def n(self) -> int:
-        return self.tp + self.fp + self.tn + self.fn
+        return self.tp + self.fp + self.tn + self.fn + self.neither
 
     @property
     def accuracy(self) -> float:
@@ -132,11 +181,11 @@ def _ratio(part: float, whole: float) -> float:
 
 @dataclass(frozen=True)
 class PopeRow:
-    """One answered question: `prediction` and `label` are True for yes."""
+    """One answered question: `prediction` and `label` are True for yes; a prediction may be None, for neither."""
 
     question: Question
     answer: str
-    prediction: bool
+    prediction: bool | None
     label: bool
 
     @property
@@ -149,22 +198,30 @@ class PopeRow:
         return self.prediction == self.label
 
 
-def match(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]]) -> list[PopeRow]:
+def match(
+    questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official"
+) -> list[PopeRow]:
     """Pair answers with questions by id; their order does not matter. Rows are in the order of the questions.
 
-    Where an answer repeats its question (`question`, or LLaVA's `prompt`), the texts must agree.
+    Where an answer repeats its question (`question`, or LLaVA's `prompt`), the texts must agree. Answers without ids
+    are those to the questions in order, and repeat them.
 
     Raises:
         DataError: questions without an answer or a label, answers without a question, ids that stand twice, or texts
             that differ; the ids are named.
     """
+    parse = PARSERS[parser]
+    if answers and all("question_id" not in record for record in answers):
+        ids = [question.id for question in questions] + [f"line {i + 1}" for i in range(len(questions), len(answers))]
+        answers = [{**record, "question_id": id} for id, record in zip(ids, answers, strict=False)]
     _refuse_twice((question.id for question in questions), "Questions")
     _refuse_twice((str(record["question_id"]) for record in answers), "Answers")
     by_id = {str(record["question_id"]): record for record in answers}
+    known = {question.id for question in questions}
     pairs = [(question, by_id[question.id]) for question in questions if question.id in by_id]
     faults = {
         "questions have no answer": [q.id for q in questions if q.id not in by_id],
-        "answers have no question": sorted(by_id.keys() - {q.id for q in questions}),
+        "answers have no question": [id for id in by_id if id not in known],
         "answers are to another question text": [
             question.id
             for question, record in pairs
@@ -175,74 +232,37 @@ def match(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]]) -
     problems = [f"{len(ids)} {what} ({some(ids)})" for what, ids in faults.items() if ids]
     if problems:
         raise DataError(f"Questions and answers do not match: {'; '.join(problems)}.", "Give the two files of one run.")
-    return [PopeRow(q, _answer(record), official_parse(_answer(record)), q.label == "yes") for q, record in pairs]
+    return [PopeRow(q, _answer(record), parse(_answer(record)), q.label == "yes") for q, record in pairs]
 
 
-def score(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]]) -> PopeScore:
-    """Score answers by the official rule; see `match` for the errors."""
-    counts = Counter((row.prediction, row.label) for row in match(questions, answers))
-    return PopeScore(counts[True, True], counts[True, False], counts[False, False], counts[False, True])
+def count(rows: Sequence[PopeRow], parser: str = "official") -> PopeScore:
+    """The counts of matched answers."""
+    found = Counter((row.prediction, row.label) for row in rows)
+    return PopeScore(
+        tp=found[True, True],
+        fp=found[True, False],
+        tn=found[False, False],
+        fn=found[False, True],
+        neither=found[None, True] + found[None, False],
+        parser=parser,
+    )
 
 
-def build_splits(
-    objects_by_image: Mapping[str, Collection[str]], categories: Sequence[str], seed: int, positives: int = 3
-) -> dict[str, list[dict[str, Any]]]:
-    """Build the random, popular and adversarial question records from annotations, as POPE does from COCO's.
-
-    Images with fewer than `positives` objects are left out, and do not count for what is frequent. Of each other image
-    the first `positives` objects are asked, each followed by an absent one that was not asked yet: drawn at random;
-    the most frequent one; or the one that comes together most often with the object just asked (any, at random, where
-    none is left that ever did). Of equally frequent ones the first seen comes first. The yes-questions are the same in
-    the three splits.
-
-    Where all objects that occur are on an image or asked, POPE loops for ever: here the categories that never occur
-    follow, and an image with fewer than `positives` absent categories is left out.
-
-    Args:
-        objects_by_image: a sequence is taken in its order; a set has none, so it is shuffled first.
-        categories: all object names.
-
-    Returns:
-        `{"question_id", "image", "text", "label"}` records by split; ids count from 1 in each.
-
-    Raises:
-        DataError: an object is not among the categories.
-    """
-    shuffle = random.Random(f"pope/{seed}/order")
-    listed = {image: _in_order(objects, shuffle) for image, objects in objects_by_image.items()}
-    unknown = sorted(set().union(*listed.values()) - set(categories))
-    if unknown:
-        raise DataError(f"Objects are not among the categories: {some(unknown)}.", "Add them to the categories.")
-    most = len(set(categories)) - positives
-    enough = {image: present for image, present in listed.items() if positives <= len(present) <= most}
-    frequency = Counter(name for present in enough.values() for name in present)
-    together: dict[str, Counter[str]] = {name: Counter() for name in frequency}
-    for present in enough.values():
-        for name in present:
-            together[name].update(other for other in present if other != name)
-    popular, never = _falling(frequency), [name for name in categories if name not in frequency]
-    companions = {name: _falling(counts) for name, counts in together.items()}
-
-    splits: dict[str, list[dict[str, Any]]] = {}
-    for split in SPLITS:
-        rng, records = random.Random(f"pope/{seed}/{split}"), splits.setdefault(split, [])
-        for image, present in enough.items():
-            used = set(present)
-            for name in present[:positives]:
-                first = {"random": [], "popular": popular, "adversarial": companions[name]}[split]
-                absent = next(o for o in (*first, *rng.sample(popular, len(popular)), *never) if o not in used)
-                used.add(absent)
-                for asked, label in ((name, "yes"), (absent, "no")):
-                    question = {"question_id": len(records) + 1, "image": image, "text": question_text(asked)}
-                    records.append({**question, "label": label})
-    return splits
+def score(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official") -> PopeScore:
+    """Score answers by a rule of `PARSERS`; see `match` for the errors."""
+    return count(match(questions, answers, parser), parser)
 
 
-def _in_order(objects: Collection[str], shuffle: random.Random) -> list[str]:
-    if isinstance(objects, Sequence):
-        return list(dict.fromkeys(objects))
-    return shuffle.sample(sorted(objects), len(objects))
-
-
-def _falling(counts: Counter[str]) -> list[str]:
-    return [name for name, _ in counts.most_common()]
+def ratios(rows: Sequence[PopeRow]) -> dict[str, Ratio]:
+    """Each rate's numerators and denominators, one of each per image: rows of an image depend on each other."""
+    by_image: dict[str, list[PopeRow]] = {}
+    for row in rows:
+        by_image.setdefault(row.image, []).append(row)
+    counts = [count(found) for found in by_image.values()]
+    return {
+        "accuracy": [(c.tp + c.tn, c.n) for c in counts],
+        "precision": [(c.tp, c.tp + c.fp) for c in counts],
+        "recall": [(c.tp, c.tp + c.fn) for c in counts],
+        "f1": [(2 * c.tp, 2 * c.tp + c.fp + c.fn) for c in counts],
+        "yes_ratio": [(c.tp + c.fp, c.n) for c in counts],
+    }

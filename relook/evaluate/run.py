@@ -7,31 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relook import processes
 from relook.console import progress
 from relook.data.prompts import get_template
+from relook.data.samples import Question
 from relook.errors import DataError, RecipeError
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.benchmarks import (
     BENCHMARKS,
     Asked,
+    Benchmark,
     known,
     read_questions,
     require_images,
     require_judge,
-    scored,
 )
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
+from relook.evaluate.pope import LONGEST_ANSWER
+from relook.evaluate.provenance import EVAL_FILE, now, versions
 from relook.files import read_json, takes, write_json
 from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
-
-SHORT = 64  # tokens, where the answer is yes or no
 
 
 def evaluate_model(
@@ -51,7 +51,7 @@ def evaluate_model(
         judge: for benchmarks whose scores need one. Its replies are kept in `out/judge.jsonl`.
 
     Returns:
-        One entry per benchmark, as written to `out/<benchmark>.json`; nothing in any process but the first.
+        One entry per benchmark, as written to `out/<benchmark>.json`.
 
     Raises:
         RelookError: an unknown benchmark, missing data or images, no judge where one is needed, a judge that does not
@@ -61,11 +61,10 @@ def evaluate_model(
     template = template or default_template(model)
     get_template(template)
     as_device(loading.device)
-    rank, _ = process()
-    if rank == 0:
+    if processes.first():
         claim(out, model, data, template, max_new_tokens, loading)
-    wait()
-    if rank:
+    processes.wait("the output folder")
+    if not processes.first():
         claim(out, model, data, template, max_new_tokens, loading)
     left = [name for name in benchmarks if not (out / f"{name}.json").exists()]
     for name in benchmarks:
@@ -78,12 +77,11 @@ def evaluate_model(
     load = functools.cache(lambda: loading.load(model))
     for name in left:
         ask(name, asked[name], load, out, Asking(template, max_new_tokens, batch_size))
-    wait()
-    if rank:
-        return {}  # the first process scores alone: a judge may take longer than the others would wait
-    for name in left:
-        endpoint = Judge(judge, out / JUDGE_CACHE) if judge else None
-        write_json(out / f"{name}.json", finish(name, data, asked[name], out, endpoint))
+        processes.wait(f"the answers to {name}")
+        if processes.first():
+            endpoint = Judge(judge, out / JUDGE_CACHE) if judge else None
+            write_json(out / f"{name}.json", finish(name, data, asked[name], out, endpoint))
+        processes.wait(f"the scores of {name}")
     return {name: read_json(out / f"{name}.json") for name in benchmarks}
 
 
@@ -98,24 +96,9 @@ def require_same_judge(name: str, result: Mapping[str, Any], judge: JudgeSetting
         raise RecipeError(f"{name} is scored there, by {held}.", f"Judge again by `relook score {name}`.")
 
 
-def process() -> tuple[int, int]:
-    """This process's number, and how many there are, by what torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def wait() -> None:
-    """For all processes to come here."""
-    if process()[1] > 1:
-        import torch
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-
-
 def share(images: Iterable[Any]) -> set[Any]:
-    """The images that this process answers for: one in as many as there are processes, so none is left over."""
-    rank, count = process()
-    return set(list(dict.fromkeys(images))[rank::count])
+    """The images that this process answers for."""
+    return set(processes.mine(list(dict.fromkeys(images))))
 
 
 def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int, loading: Loading) -> None:
@@ -126,15 +109,15 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
     settings = {
         "model": str(model.resolve()),
         "model_hash": model_hash(model),
-        **{key: str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
+        **{key: value and str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
         "data": str(data.resolve()),
         "template": template,
         "max_new_tokens": max_new_tokens,
         "versions": versions(),
     }
-    held = out / "eval.json"
+    held = out / EVAL_FILE
     if takes(out, held.name, "--out"):
-        write_json(held, settings)
+        write_json(held, {**settings, "date": now()})
     else:
         old = read_json(held)
         changed = [key for key in settings if old.get(key) != settings[key]]
@@ -142,19 +125,28 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
             raise RecipeError(f"{out} holds answers made with another {', '.join(changed)}.", "Choose another --out.")
 
 
-def versions() -> dict[str, str]:
-    """Library versions that a number may depend on."""
-    import torch
-    import transformers
+def keep(
+    answers: Iterable[tuple[int, str]],
+    record: Callable[[int, str], tuple[AnswerFile, dict[str, Any]]],
+    files: Iterable[AnswerFile],
+    size: int,
+) -> None:
+    """Append answers to their files as they come, `size` at a time, and what is there when something fails."""
+    waiting: dict[Path, list[dict[str, Any]]] = {file.path: [] for file in files}
 
-    import relook
+    def put() -> None:
+        for file in files:
+            file.append(waiting[file.path])
+            waiting[file.path].clear()
 
-    return {
-        "relook": relook.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    try:
+        for number, (index, text) in enumerate(answers, 1):
+            file, one = record(index, text)
+            waiting[file.path].append(one)
+            if number % size == 0:
+                put()
+    finally:
+        put()
 
 
 def ask(name: str, asked: Asked, load: Callable[[], LoadedModel], out: Path, how: Asking) -> None:
@@ -164,32 +156,36 @@ def ask(name: str, asked: Asked, load: Callable[[], LoadedModel], out: Path, how
         load: called when there is something to ask.
     """
     benchmark = BENCHMARKS[name]
-    files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, process()[0]) for stem in asked}
+    files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, processes.rank()) for stem in asked}
     mine = share(question.image for questions in asked.values() for question in questions)
     beams = dict(benchmark.generate).get("num_beams", 1)  # each takes as much memory as a prompt
     for short in (True, False):
         stems = [stem for stem in asked if (stem in benchmark.yes_or_no) == short]
         left = [(s, q) for s in stems for q in asked[s] if q.image in mine and q.id not in files[s].records]
-        if not left:
-            continue
         settings = dataclasses.replace(
             how,
-            max_new_tokens=min(how.max_new_tokens, SHORT) if short else how.max_new_tokens,
+            max_new_tokens=min(how.max_new_tokens, LONGEST_ANSWER) if short else how.max_new_tokens,
             batch_size=max(1, how.batch_size // beams),
             generate=benchmark.generate,
         )
-        batch: dict[str, list[dict[str, Any]]] = {stem: [] for stem in stems}
-        loaded = load()
-        with progress(benchmark.title) as report:
-            for index, text in answer(loaded, [(q.image, q.text) for _, q in left], settings, report):
-                stem, question = left[index]
-                batch[stem].append(benchmark.record(question, text))
-                if sum(map(len, batch.values())) >= settings.batch_size:
-                    for held, records in batch.items():
-                        files[held].append(records)
-                        records.clear()
-        for stem in stems:
-            files[stem].append(batch[stem])
+        if left:
+            _ask(benchmark, left, load(), {stem: files[stem] for stem in stems}, settings)
+
+
+def _ask(
+    benchmark: Benchmark,
+    left: Sequence[tuple[str, Question]],
+    loaded: LoadedModel,
+    files: Mapping[str, AnswerFile],
+    how: Asking,
+) -> None:
+    def record(index: int, text: str) -> tuple[AnswerFile, dict[str, Any]]:
+        stem, question = left[index]
+        return files[stem], benchmark.record(question, text)
+
+    with progress(benchmark.title) as report:
+        answers = answer(loaded, [(question.image, question.text) for _, question in left], how, report)
+        keep(answers, record, list(files.values()), how.batch_size)
 
 
 def finish(name: str, data: Path, asked: Asked, out: Path, judge: Judge | None) -> dict[str, Any]:
@@ -198,4 +194,4 @@ def finish(name: str, data: Path, asked: Asked, out: Path, judge: Judge | None) 
         stem: AnswerFile(out / f"{stem}.jsonl", BENCHMARKS[name].id_field).finish([q.id for q in questions])
         for stem, questions in asked.items()
     }
-    return scored(name, data, asked, answers, judge)
+    return BENCHMARKS[name].score(data, asked, answers, out, judge)

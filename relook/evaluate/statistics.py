@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,12 @@ RESAMPLES = 2000
 LEVELS = (2.5, 97.5)  # percentiles of a 95 % interval
 Interval = list[float]  # low, high: a list, because results are JSON
 Floats = NDArray[np.float64]
+Ratio = Sequence[tuple[int, int]]  # a rate's (numerator, denominator), one per image
+
+
+def columns(ratio: Ratio) -> tuple[list[int], list[int]]:
+    """Numerators and denominators."""
+    return [top for top, _ in ratio], [bottom for _, bottom in ratio]
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:
@@ -93,6 +100,7 @@ def _same_length(*columns: Sequence[object]) -> None:
         raise ValueError(f"the same images are needed on all sides, not {[len(column) for column in columns]}")
 
 
+@lru_cache(2)  # a result has several rates over the same images
 def _draws(count: int, seed: int) -> Floats:
     """How often each of `count` images is drawn in each resample: (RESAMPLES, count), each row summing to count."""
     drawn = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from relook.evaluate.pope import SPLITS
 from relook.files import read_json, write_text
-from relook.report.page import STYLE
+from relook.report.parts import document, table
 from relook.report.plots import against_rate, curves
 
 TABLE_FILE, REPORT_FILE = "table.md", "report.html"
@@ -45,10 +45,9 @@ def write_page(out: Path) -> Path:
     body = [f"<h2>{title}</h2>{as_html(cells)}<p>{notes.get(title, '')}</p>" for title, cells in tables.items()]
     logs = {row["name"]: read_json(out / "runs" / row["name"] / "run.json")["log"] for row in results["rows"]}
     plots = ["<h2>Training</h2>", curves(logs), "<h2>Against the learning rate</h2>", rate_plots(results)]
-    head = f"<meta charset=utf-8><title>relook sweep</title><style>{STYLE}</style>"
     end = f"<p>{html.escape(_failures(results))}</p><p><small>{html.escape(str(results['provenance']))}</small></p>"
-    page = f"<h1>Sweep: {len(logs)} rows on one base</h1>{''.join(body)}{''.join(plots)}{end}"
-    write_text(out / REPORT_FILE, f"<!doctype html><html lang=en>{head}{page}</html>")
+    title = f"<h1>Sweep: {len(logs)} rows on one base</h1>"
+    write_text(out / REPORT_FILE, document("relook sweep", [title, *body, *plots, end]))
     return out / REPORT_FILE
 
 
@@ -154,9 +153,4 @@ def markdown(cells: Cells) -> str:
 
 
 def as_html(cells: Cells) -> str:
-    head, *lines = cells
-    return f"<table>{_row(head, 'th')}{''.join(_row(line, 'td') for line in lines)}</table>"
-
-
-def _row(line: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
+    return table([[html.escape(cell) for cell in line] for line in cells])

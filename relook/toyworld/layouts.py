@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.errors import DataError
-from relook.evaluate.pope import build_splits
+from relook.evaluate.pope_build import build_splits
 from relook.evaluate.shr import EXACT, FACTS, IMAGES
 from relook.files import read_json, whole_file, write_json, write_jsonl
 from relook.toyworld.draw import draw

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import psutil
 import torch
 import transformers
-from accelerate import PartialState
 from torch import Tensor
 
+from relook import processes
 from relook.console import progress, readable_size, say
 from relook.data.ahead import ahead
 from relook.data.encode import Example
@@ -212,21 +212,22 @@ def fill(
     Raises:
         RelookError: see `cached_items`.
     """
-    store, plan, state = cache.store, cache.plan, PartialState()
+    store, plan = cache.store, cache.plan
     on_disk = isinstance(store, ShardFolder)
-    mine = plan.shards[state.process_index :: state.num_processes] if on_disk else plan.shards
+    mine = processes.mine(plan.shards) if on_disk else plan.shards
     missing = plan.missing(store, parts, mine)
     if isinstance(store, ShardFolder):
-        _claim(store, source, plan, parts, state)
-        state.wait_for_everyone()  # all have looked at the free space before one of them takes of it
+        _claim(store, source, plan, parts)
+        # All have looked at the free space before one of them takes of it.
+        processes.wait("a look at the free space")
     elif any(missing.values()):
         say(f"  trunk cache: {readable_size(plan.size(parts))} in memory")
     if any(missing[part] for part in parts if part != REFERENCE):
         _fill_trunk(store, plan, missing, whole(), collator)
-    _wait(store, plan, [part for part in parts if part != REFERENCE], state)
+    _wait(store, plan, [part for part in parts if part != REFERENCE])
     if REFERENCE in parts:
         _fill_reference(cache, missing[REFERENCE], policy, collator)
-        _wait(store, plan, [REFERENCE], state)
+        _wait(store, plan, [REFERENCE])
 
 
 def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], policy: Policy, collator: Collator) -> None:
@@ -318,11 +319,11 @@ def _fill_reference(cache: TrunkCache, shards: Sequence[Shard], policy: Policy, 
             report(done, total)
 
 
-def _wait(store: Store, plan: Plan, parts: Sequence[str], state: Any) -> None:
+def _wait(store: Store, plan: Plan, parts: Sequence[str]) -> None:
     """Until every process has made its shards; then all of them must be there."""
     if not isinstance(store, ShardFolder):
         return
-    state.wait_for_everyone()
+    processes.wait(f"the trunk cache's {', '.join(parts)}")
     store.look()
     names = [s.name(p) for p in parts for s in plan.having(p)]
     if lacking := [name for name in names if not store.has(name)]:
@@ -339,7 +340,7 @@ def _store(recipe: Recipe, key: str, plan: Plan, parts: Sequence[str]) -> Store:
     """
     folder = Path(recipe.feature_cache_dir or Path(recipe.output_dir).parent / FOLDER) / key
     fits = plan.size(parts) <= psutil.virtual_memory().available // 2
-    alone = PartialState().num_processes == 1
+    alone = processes.count() == 1
     small = fits and alone and not (folder / INDEX_FILE).exists()
     if recipe.feature_cache == "memory" or (recipe.feature_cache == "auto" and small):
         held: dict[str, Tensor] = {}
@@ -347,7 +348,7 @@ def _store(recipe: Recipe, key: str, plan: Plan, parts: Sequence[str]) -> Store:
     return ShardFolder(folder)
 
 
-def _claim(store: ShardFolder, source: dict[str, str], plan: Plan, parts: Sequence[str], state: Any) -> None:
+def _claim(store: ShardFolder, source: dict[str, str], plan: Plan, parts: Sequence[str]) -> None:
     """Before anything is computed: is there room on the disk? The first process says what will be done."""
     lacking = [(part, shard) for part in parts for shard in plan.shards if not store.has(shard.name(part))]
     needed = sum(sum(plan.rows(part, shard)) * plan.row_bytes(part) for part, shard in lacking)
@@ -355,7 +356,7 @@ def _claim(store: ShardFolder, source: dict[str, str], plan: Plan, parts: Sequen
         return
     fix = "Set feature_cache_dir to a folder on a larger disk, or feature_cache off."
     require_room(store.folder, needed, "The trunk cache", fix)
-    if state.is_main_process:
+    if processes.first():
         for line in others(store.folder.parent, store.folder.name, source):
             say(f"  {line}")
         whole = readable_size(plan.size(parts))

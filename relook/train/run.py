@@ -15,6 +15,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from relook import processes
 from relook.console import progress, say
 from relook.data.encode import Example
 from relook.data.hadpo import read_hadpo
@@ -30,7 +31,7 @@ from relook.model.formats import kind_of, llava_settings
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe, parse_overrides
-from relook.train import processes, recompute
+from relook.train import recompute, sharding
 from relook.train.batches import (
     Collator,
     Item,
@@ -110,7 +111,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
                 "log": trainer.state.log_history,
             },
         )
-    processes.wait()
+    processes.wait("the run's files")
     return out
 
 
@@ -152,7 +153,7 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     }
     given = dict(recipe.training)
     if given.get("deepspeed"):
-        given["deepspeed"] = processes.deepspeed_config(given["deepspeed"])
+        given["deepspeed"] = sharding.deepspeed_config(given["deepspeed"])
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
         told = recompute.renamed(given)
@@ -218,7 +219,7 @@ def policy_of(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy
     """The model with what the recipe trains; of one without a trunk, what stands above it."""
     apply_regime(loaded, recipe)
     trunk = not loaded.core.get_input_embeddings().weight.is_meta
-    sharded = processes.shard(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
+    sharded = sharding.shard(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
     return Policy(loaded.model if trunk else AboveTrunk(loaded.model), dtype, recipe.trunk_pass, sharded)
 
 
@@ -252,7 +253,9 @@ def prepare(
         if recipe.needs_reference:
             with progress("reference log-probs") as report:
                 found = processes.shared(
-                    items, lambda mine: reference_log_probs(policy, mine, collator, batch_size, report)
+                    items,
+                    lambda mine: reference_log_probs(policy, mine, collator, batch_size, report),
+                    "the reference log-probs",
                 )
             items = [replace(item, reference=reference) for item, reference in zip(items, found, strict=True)]
     if recipe.task == "dpo":

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from relook import processes
 from relook.console import Report
 from relook.errors import RecipeError, RelookError
 from relook.files import require_room, whole_file, write_text
@@ -26,7 +27,7 @@ from relook.model.load import TENSORS_FILE, load_tensors
 from relook.model.regimes import parameter_groups
 from relook.model.sharded import full_shape, lay_down, put_state, whole, whole_state
 from relook.recipe import Recipe
-from relook.train import losses, processes
+from relook.train import losses, sharding
 from relook.train.batches import Items
 from relook.train.logs import Costs, Meter
 from relook.train.policy import Policy
@@ -44,7 +45,7 @@ class RelookTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, policy: Policy, report: Report, **kwargs: Any) -> None:
         super().__init__(model=policy, **kwargs)
-        self.is_fsdp_enabled = processes.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
+        self.is_fsdp_enabled = sharding.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
         self._meter = Meter(Costs.of(policy))
@@ -201,7 +202,7 @@ class RelookTrainer(Trainer):
         kept, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
-            processes.wait()
+            processes.wait("the checkpoint's files")
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -1,4 +1,4 @@
-"""Several processes: what the first one does for all, and how FSDP2 and DeepSpeed are told about a policy.
+"""How FSDP2 and DeepSpeed are told about a policy.
 
 DDP, FSDP2 and DeepSpeed come from transformers' Trainer and accelerate, by their usual keys. In all of them every
 process first loads the whole model and makes its share of what is computed before training; then it is sharded.
@@ -8,50 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import (
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from relook.errors import RecipeError
-
-T = TypeVar("T")
-
-
-def first() -> bool:
-    """Whether this process writes what all share."""
-    return bool(PartialState().is_main_process)
-
-
-def wait() -> None:
-    """Until every process has come this far."""
-    PartialState().wait_for_everyone()
-
-
-def of_the_first(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, in all of them."""
-    found: list[Any] = [make() if first() else None]
-    value: T = broadcast_object_list(found)[0]
-    return value
-
-
-def shared(values: Sequence[T], make: Callable[[list[T]], list[Any]]) -> list[Any]:
-    """`make` over some values, each process over its share of them; the outcomes of all, in order, in every process."""
-    state = PartialState()
-    mine = range(state.process_index, len(values), state.num_processes)
-    made = list(zip(mine, make([values[i] for i in mine]), strict=True))
-    found = dict(gather_object(made))
-    return [found[i] for i in range(len(values))]
 
 
 def shard(training: Mapping[str, Any]) -> bool:

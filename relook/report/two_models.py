@@ -1,0 +1,172 @@
+"""`relook report A B`: two models side by side on the same questions and pictures, from their `relook eval` folders."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from relook.errors import RecipeError
+from relook.evaluate.chair import vocabulary_of
+from relook.evaluate.compare import compare, differing_answers, differing_captions
+from relook.evaluate.pope import SPLITS
+from relook.evaluate.score import BENCHMARKS, chair_results, data_of, data_truth, pope_results
+from relook.files import takes, write_json, write_text
+from relook.report.parts import document, marked, number, percent, table, thumbnail
+
+RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
+PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
+LONGEST = 2000  # characters of an answer that are shown
+RATES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio"}
+CHAIR_RATES = {"chair_i": "CHAIR<sub>i</sub>", "chair_s": "CHAIR<sub>s</sub>", "recall": "recall", "length": "words"}
+NOTE = (
+    "Percent; in brackets 95 % intervals from a bootstrap over images, paired for differences, which are bold where 0 "
+    "is outside. p: exact McNemar test over questions, or over captions with and without a hallucination."
+)
+
+
+def write_comparison(first: Path, second: Path, out: Path | None = None, data: Path | None = None) -> Path:
+    """Write `comparison.html` and `comparison.json` of two evaluations.
+
+    Args:
+        out: folder for both; beside the first evaluation by default.
+        data: their data folder, where it has moved.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        RelookError: the two have no finished benchmark in common, or did not answer the same.
+    """
+    first, second = first.resolve(), second.resolve()
+    out, data = out or first.parent / f"{first.name}-{second.name}", data or data_of(first)
+    takes(out, RESULTS_FILE, "--out")
+    results = collect(first, second, data)
+    write_json(out / RESULTS_FILE, results)
+    names = [html.escape(name) for name in results["models"]]
+    sections = [f"<h1>{names[0]} and {names[1]}</h1>", f"<p>{NOTE}</p>"]
+    if "pope" in results["paired"]:
+        sections += ["<h2>POPE</h2>", pope_table(results), *pope_cards(results["differing"]["pope"], names, data)]
+    if "chair" in results["paired"]:
+        sections += ["<h2>CHAIR</h2>", chair_table(results), *chair_cards(results["differing"]["chair"], names, data)]
+    sections += ["<h2>Where the numbers come from</h2>", f"<div class=wrap>{provenance_table(results)}</div>"]
+    write_text(out / REPORT_FILE, document(" and ".join(results["models"]), sections))
+    return out / REPORT_FILE
+
+
+def collect(first: Path, second: Path, data: Path) -> dict[str, Any]:
+    """What `comparison.json` says: scores, differences (second - first), and the rows on which the two differ."""
+    folders = [first, second]
+    both = [name for name in BENCHMARKS if all((folder / f"{name}.json").exists() for folder in folders)]
+    if not both:
+        raise RecipeError(f"{first} and {second} have no finished benchmark in common.", "Finish `relook eval` there.")
+    scores = {"pope": pope_results, "chair": chair_results}
+    differing = {"pope": differing_answers, "chair": differing_captions}
+    return {
+        "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
+        "scores": [{name: scores[name](data, folder) for name in both} for folder in folders],
+        "paired": compare(data, first, second, both),
+        "differing": {name: differing[name](data, first, second) for name in both},
+    }
+
+
+def pope_table(results: Mapping[str, Any]) -> str:
+    """A line per split and rate."""
+    cells = [_heads(results)]
+    for split in SPLITS:
+        sides, paired = [scores["pope"][split] for scores in results["scores"]], results["paired"]["pope"][split]
+        for rate, title in RATES.items():
+            shown = [percent(side[rate], side[f"{rate}_ci"]) for side in sides]
+            cells.append([f"{split}, {title}", *shown, *_difference(paired if rate == "accuracy" else paired[rate])])
+        counts = [" / ".join(str(side[key]) for key in ("tp", "fp", "tn", "fn")) for side in sides]
+        cells.append([f"{split}, TP / FP / TN / FN", *counts, "", ""])
+    return table(cells)
+
+
+def chair_table(results: Mapping[str, Any]) -> str:
+    cells = [_heads(results)]
+    sides, paired = [scores["chair"] for scores in results["scores"]], results["paired"]["chair"]
+    for rate, title in CHAIR_RATES.items():
+        scale = 1 if rate == "length" else 100
+        shown = [number(side[rate], side[f"{rate}_ci"], scale) for side in sides]
+        cells.append([title, *shown, *_difference(paired[rate], scale)])
+    return table(cells)
+
+
+def _heads(results: Mapping[str, Any]) -> list[str]:
+    return ["", *(html.escape(name) for name in results["models"]), "difference", "p"]
+
+
+def _difference(found: Mapping[str, Any], scale: float = 100) -> list[str]:
+    low, high = found["ci"]
+    text = number(found["difference"], found["ci"], scale, "+")
+    p = f"{found['mcnemar_p']:.2g}" if "mcnemar_p" in found else ""
+    return [f"<b>{text}</b>" if low > 0 or high < 0 else text, p]
+
+
+def pope_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> list[str]:
+    """The pictures with the most questions on which the two differ, and these questions."""
+    by_image: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_image.setdefault(row["image"], []).append(row)
+    shown = sorted(by_image, key=lambda image: -len(by_image[image]))[:PICTURES]
+    alone = [sum(row["right"][side] and not row["right"][1 - side] for row in rows) for side in (0, 1)]
+    text = (
+        f"{len(rows)} distinct questions on {len(by_image)} pictures are answered differently: {names[0]} alone is "
+        f"right {alone[0]} times, {names[1]} alone {alone[1]} times."
+    )
+    cards = []
+    for image in shown:
+        cells = [["question", "truth", *names]]
+        for row in by_image[image]:
+            said = [
+                f"<span class={'right' if right else 'wrong'}>{_short(answer)}</span>"
+                for answer, right in zip(row["answers"], row["right"], strict=True)
+            ]
+            cells.append([_short(row["question"]), row["label"], *said])
+        cards.append(_card(data, image, table(cells)))
+    return [f"<p>{text}{_bound(len(by_image))}</p>", *cards]
+
+
+def chair_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> list[str]:
+    """The pictures of which the two name absent objects differently, and both captions."""
+    truth = data_truth(data, [row["image"] for row in rows])
+    vocabulary, cards = vocabulary_of(truth), []
+    for row in rows[:PICTURES]:
+        lines = [f"<p><b>there is</b>{html.escape(', '.join(row['objects']))}</p>"]
+        for name, caption in zip(names, row["captions"], strict=True):
+            lines.append(f"<p><b>{name}</b>{marked(caption[:LONGEST], row['objects'], vocabulary)}</p>")
+        cards.append(_card(data, row["image"], "".join(lines)))
+    text = f"{len(rows)} pictures are described with other absent objects; their words are marked."
+    return [f"<p>{text}{_bound(len(rows))}</p>", *cards]
+
+
+def _bound(pictures: int) -> str:
+    return f" The first {PICTURES} pictures are shown; {RESULTS_FILE} has all rows." if pictures > PICTURES else ""
+
+
+def _card(data: Path, image: str, content: str) -> str:
+    picture = f"{thumbnail(data / 'val2014' / image)}<br><small>{html.escape(image)}</small>"
+    return f"<div class=card><div>{picture}</div><div>{content}</div></div>"
+
+
+def _short(text: str) -> str:
+    return html.escape(text if len(text) <= LONGEST else f"{text[:LONGEST]} …")
+
+
+def provenance_table(results: Mapping[str, Any]) -> str:
+    """What each number depends on; lines on which the two differ are bold."""
+    cells = [["", *(html.escape(name) for name in results["models"])]]
+    for benchmark in results["paired"]:
+        sides = [side[benchmark]["provenance"] for side in results["scores"]]
+        for key in dict.fromkeys(key for side in sides for key in side):
+            values = [html.escape(_plain(side.get(key, ""))) for side in sides]
+            if values[0] != values[1]:
+                values = [f"<b>{value}</b>" for value in values]
+            cells.append([f"{benchmark}: {html.escape(key)}", *values])
+    return table(cells)
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)

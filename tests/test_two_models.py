@@ -1,0 +1,165 @@
+"""`relook report A B`: what it says of two evaluations, and that it is safe to open."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from relook.data.coco import read_coco
+from relook.demo import write_reports
+from relook.errors import DataError, RecipeError
+from relook.evaluate.pope import SPLITS, read_questions
+from relook.files import read_json, write_json, write_jsonl
+from relook.report import two_models
+from relook.report.two_models import write_comparison
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)> No"
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and the marked words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.marked: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if self.tags[-1][0] == "mark":
+            self.marked.append(data)
+            self.tags.append(("", {}))
+
+
+def write_evaluation(out: Path, data: Path, answers: dict[tuple[str, str], str], captions: dict[str, str]) -> Path:
+    """A folder as `relook eval` leaves it: right about everything but what is given."""
+    write_json(out / "eval.json", {"data": str(data), "model": f"<b>{out.name}</b>", "max_new_tokens": 40})
+    for split in SPLITS:
+        questions = read_questions(data / "pope" / f"coco_pope_{split}.json", Path())
+        said = [answers.get((q.image.name, q.text), q.label.title()) for q in questions]
+        records = [{"question_id": q.id, "answer": text} for q, text in zip(questions, said, strict=True)]
+        write_jsonl(out / f"pope_{split}.jsonl", records)
+    truth = read_coco(data / "annotations" / "instances_val2014.json").objects
+    right = {image: ", ".join(sorted(names)) for image, names in truth.items()}
+    write_jsonl(out / "chair.jsonl", [{"image": i, "caption": text} for i, text in {**right, **captions}.items()])
+    for name in ("pope", "chair"):
+        write_json(out / f"{name}.json", {})  # finished; the scores are computed from the answers
+    return out
+
+
+@pytest.fixture
+def data(world: Path, tmp_path: Path) -> Path:
+    shutil.copytree(world / "test", tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def pair(data: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The first model is wrong about two questions on one picture, the second invents an object."""
+    questions = read_questions(data / "pope" / "coco_pope_random.json", Path())
+    image = questions[0].image.name
+    wrong = {(image, questions[0].text): EVIL, (image, questions[1].text): "Yes, perhaps"}
+    absent = _absent(data, image)
+    first = write_evaluation(tmp_path / "first", data, wrong, {})
+    second = write_evaluation(tmp_path / "second", data, {}, {image: f"A {absent} <i>and</i> a {absent}."})
+    return first, second
+
+
+def _absent(data: Path, image: str) -> str:
+    annotations = read_coco(data / "annotations" / "instances_val2014.json")
+    return next(name for name in annotations.categories if name not in annotations.objects[image])
+
+
+def test_two_models_side_by_side(pair: tuple[Path, Path], data: Path) -> None:
+    page = write_comparison(*pair)
+    assert page == pair[0].parent / "first-second" / "comparison.html"
+    found = read_json(page.with_name("comparison.json"))
+    questions = read_questions(data / "pope" / "coco_pope_random.json", Path())
+    image = questions[0].image.name
+    rows = found["differing"]["pope"]
+    assert [(row["question"], row["label"], row["answers"], row["right"]) for row in rows] == [
+        (questions[0].text, "yes", [EVIL, "Yes"], [False, True]),
+        (questions[1].text, "no", ["Yes, perhaps", "No"], [False, True]),
+    ]
+    assert rows[0]["splits"] == list(SPLITS)  # the questions to be answered with yes are in all three
+    n = len(questions)
+    assert found["paired"]["pope"]["random"]["difference"] == pytest.approx(2 / n)
+    assert found["paired"]["pope"]["random"]["mcnemar_p"] == 0.5
+    (row,) = found["differing"]["chair"]
+    assert (row["image"], row["hallucinated"]) == (image, [[], [_absent(data, image)] * 2])
+    assert found["scores"][1]["chair"]["chair_s"] == pytest.approx(1 / found["scores"][1]["chair"]["n"])
+    assert found["scores"][0]["pope"]["random"]["tp"] == n // 2 - 1
+    shown = Page(page.read_text())
+    assert shown.marked == [_absent(data, image)] * 2
+    pictures = [attributes["src"] for tag, attributes in shown.tags if tag == "img"]
+    assert len(pictures) == 2
+    assert all(source and source.startswith("data:image/jpeg;base64,") for source in pictures)
+
+
+def test_what_models_and_people_wrote_is_shown_as_text(pair: tuple[Path, Path]) -> None:
+    shown = Page(write_comparison(*pair).read_text())
+    assert EVIL in "".join(shown.text)
+    assert "<b>first</b>" in "".join(shown.text)
+    assert not {"script", "i", "iframe"} & {tag for tag, _ in shown.tags}
+    assert not any(name.startswith("on") for _, attributes in shown.tags for name in attributes)
+
+
+def test_a_page_is_bounded(
+    pair: tuple[Path, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many differing rows the page shows some pictures, the results have all; a lost picture is said."""
+    images = read_coco(data / "annotations" / "instances_val2014.json").images
+    everything = {
+        (q.image.name, q.text): "Yes" if q.label == "no" else "x" * 5000 + " no"
+        for split in SPLITS
+        for q in read_questions(data / "pope" / f"coco_pope_{split}.json", Path())
+    }
+    other = write_evaluation(tmp_path / "other", data, everything, dict.fromkeys(images, "A dog and a dog." * 400))
+    monkeypatch.setattr(two_models, "PICTURES", 2)
+    lost = data / "val2014" / images[0]
+    lost.unlink()
+    page = write_comparison(pair[1], other, tmp_path / "page")
+    shown = Page(page.read_text())
+    assert sum(tag == "img" for tag, _ in shown.tags) + page.read_text().count("does not exist") == 4
+    assert "The first 2 pictures are shown" in "".join(shown.text)
+    assert len(read_json(tmp_path / "page/comparison.json")["differing"]["pope"]) == len(everything)
+    assert max(map(len, shown.text)) < 2100
+
+
+def test_what_cannot_be_compared(pair: tuple[Path, Path], data: Path, tmp_path: Path, world: Path) -> None:
+    first, second = pair
+    with pytest.raises(RecipeError, match="two at a time"):
+        write_reports([first])
+    with pytest.raises(RecipeError, match="two at a time"):
+        write_reports([first, tmp_path])
+    (second / "pope_random.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds no answer"):
+        write_comparison(first, second)
+    for name in ("pope.json", "chair.json"):
+        (second / name).unlink()
+    with pytest.raises(RecipeError, match="no finished benchmark in common"):
+        write_comparison(first, second)
+    assert not (tmp_path / "first-second").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="holds something else"):
+        write_comparison(first, second, tmp_path / "notes")
+
+
+def test_one_benchmark_in_common_is_enough(pair: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    first, second = pair
+    (second / "pope.json").unlink()
+    moved = data.rename(tmp_path / "moved")
+    (page,) = write_reports([first, second], tmp_path / "page", moved)
+    found = json.loads((tmp_path / "page" / "comparison.json").read_text())
+    assert found["paired"].keys() == {"chair"}
+    assert "POPE" not in page.read_text()
