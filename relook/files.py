@@ -163,8 +163,13 @@ def takes(folder: Path, settings: str, option: str) -> bool:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex. A file that has not changed since is read once in a process."""
+    return _file_hash(path, *state_of(path))
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """Numbers that change when a file does; for keys of what was read of it."""
     stat = path.stat()
-    return _file_hash(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @cache

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from relook.errors import DataError
-from relook.files import read_json
+from relook.files import read_json, state_of
 
 Box = tuple[float, float, float, float]
 
@@ -35,11 +36,16 @@ class Annotations:
 
 
 def read_coco(path: Path) -> Annotations:
-    """Read an `instances_*.json` file.
+    """Read an `instances_*.json` file; one that has not changed since is read once in a process.
 
     Raises:
         DataError: a part or a field is missing, or an annotation names an unknown image or category.
     """
+    return _read_coco(path, *(state_of(path) if path.exists() else ()))
+
+
+@lru_cache(1)  # COCO's own has 150 MB
+def _read_coco(path: Path, *_: int) -> Annotations:
     data = _parts(path, "images", "categories", "annotations")
     try:
         names = {image["id"]: str(image["file_name"]) for image in data["images"]}

@@ -1,7 +1,7 @@
 """AMBER (Wang et al. 2023, arXiv:2311.07397): what a description makes up, and yes/no questions, without a judge.
 
 The arithmetic is that of junyangwang0410/AMBER inference.py. It finds nouns by a tagger and near synonyms by word
-vectors; here words are looked up in the benchmark's own list, and near synonyms in a file (docs/evaluation.md says what
+vectors; here words are looked up in the benchmark's own list, and near synonyms in a file (docs/shr-amber-mmhal.md says what
 differs). Rates are fractions, not rounded, and no small numbers are added to denominators.
 """
 
@@ -20,7 +20,7 @@ from relook.evaluate.chair import plural
 from relook.evaluate.statistics import Interval, paired_interval, ratio_interval
 from relook.files import file_hash, read_object, read_records, read_text
 
-SOURCE = "It comes from github.com/junyangwang0410/AMBER; see docs/evaluation.md."
+SOURCE = "It comes from github.com/junyangwang0410/AMBER; see docs/shr-amber-mmhal.md."
 PARSER = "first word"
 GENERATIVE = "generative"
 _WORD = re.compile(r"\w+(?:-\w+)*")

@@ -16,7 +16,7 @@ from relook.evaluate.judge import Judge, Task, fill, official_template
 from relook.evaluate.statistics import ratio_interval
 from relook.files import read_records, text_hash
 
-SOURCE = "It comes with Shengcao1006/MMHal-Bench on Hugging Face; see docs/evaluation.md."
+SOURCE = "It comes with Shengcao1006/MMHal-Bench on Hugging Face; see docs/shr-amber-mmhal.md."
 FIELDS = ("question_type", "image_src", "image_content", "question", "gt_answer")
 REQUEST = {"temperature": 0.0}  # as the original asks
 HALLUCINATED_BELOW = 3

@@ -24,7 +24,7 @@ PROMPT = "Describe this image in detail."
 HALLUCINATION, CORRECT, CANNOT_JUDGE = "hallucination", "correct", "cannot judge"
 IMAGES, FACTS = "val_images_final.json", ("shr_factual_part1.jsonl", "shr_factual_part2.jsonl")
 EXACT = "exact.json"
-SOURCE = "It is one of SHR's files (juliozhao/SHR on Hugging Face); see docs/evaluation.md."
+SOURCE = "It is one of SHR's files (juliozhao/SHR on Hugging Face); see docs/shr-amber-mmhal.md."
 REQUEST = {"temperature": 0.7, "max_tokens": 800}  # as the original asks
 TEMPLATE = """You check sentences that describe an image you cannot see. What is known about the image is below: regions
 as "[x1, y1, x2, y2]: description", with corners as fractions of width and height (regions that overlap may be the same
@@ -185,7 +185,7 @@ class ExactJudge:
             self.images = {image: frozenset(names) for image, names in held["images"].items()}
         except (KeyError, TypeError, AttributeError):
             raise DataError(
-                f"{path} is not in the layout of exact annotations.", "docs/evaluation.md has it."
+                f"{path} is not in the layout of exact annotations.", "docs/shr-amber-mmhal.md has it."
             ) from None
 
     def label(self, described: Sequence[Described]) -> Judged[Labels]:
