@@ -168,6 +168,15 @@ def test_a_wrong_key_or_model_stops_at_once(status: int, tmp_path: Path) -> None
         assert len(server.requests) <= 2  # the second may be under way already
 
 
+def test_an_endpoints_words_do_no_harm(tmp_path: Path) -> None:
+    with endpoint(lambda *_: Answer(status=401, body='{"error": {"message": "a\\u001b[2J\\nb"}}')) as server:
+        url = server.url.replace("//", "//user:password@")
+        with pytest.raises(RelookError) as caught:
+            ask(url, tmp_path / "c.jsonl", ["a"])
+    assert str(caught.value).isprintable()
+    assert "password" not in str(caught.value)
+
+
 def test_nobody_there(tmp_path: Path) -> None:
     with endpoint(length) as server:
         pass

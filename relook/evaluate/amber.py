@@ -1,8 +1,8 @@
 """AMBER (Wang et al. 2023, arXiv:2311.07397): what a description makes up, and yes/no questions, without a judge.
 
 The arithmetic is that of junyangwang0410/AMBER inference.py. It finds nouns by a tagger and near synonyms by word
-vectors; here words are looked up in the benchmark's own list, and near synonyms in a file (docs/shr-amber-mmhal.md says what
-differs). Rates are fractions, not rounded, and no small numbers are added to denominators.
+vectors; here words are looked up in the benchmark's own list, and near synonyms in a file: docs/shr-amber-mmhal.md says
+what differs. Rates are fractions, not rounded, and no small numbers are added to denominators.
 """
 
 from __future__ import annotations

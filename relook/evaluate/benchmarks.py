@@ -67,7 +67,7 @@ class Benchmark:
     def record(self, question: Question, text: str) -> dict[str, Any]:
         """A line of an answer file."""
         record: dict[str, Any] = {self.id_field: int(question.id) if self.number else question.id}
-        record.setdefault("image", question.image.name)
+        record.setdefault("image", question.image.name)  # where the image is not the id itself
         if self.question_field:
             record[self.question_field] = question.text
         return record | {self.text_field: text}
@@ -203,7 +203,8 @@ def _chair_questions(data: Path) -> Asked:
 
 
 def _score_shr(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
-    return shr.score(data, SHR.texts(answers), judge) | _from(place, asked, answers, beams=5)
+    asked_so = dict(SHR.generate) if place.is_dir() else {}  # how others asked is not known
+    return shr.score(data, SHR.texts(answers), judge) | _from(place, asked, answers, **asked_so)
 
 
 def _amber_questions(data: Path) -> Asked:

@@ -57,6 +57,13 @@ class JudgeSettings:
     tries: int = 3
     request: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def address(self) -> str:
+        """The url for people and results: without user, password and query."""
+        place = urlsplit(self.url)
+        port = f":{place.port}" if place.port else ""
+        return f"{place.scheme}://{place.hostname}{port}{place.path}"
+
 
 def judge_settings(
     url: str, model: str, price: tuple[float, float], key_variable: str, workers: int, request: str
@@ -145,10 +152,9 @@ class Judge:
             done = asyncio.run(_Asking(self.settings, self.cache, fields, report).all(tasks))
         replies = [reply for _, used, _ in done for reply in used]
         tokens = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
-        place = urlsplit(self.settings.url)  # without user, password and query
         about: dict[str, Any] = {
             "model": self.settings.model,
-            "url": f"{place.scheme}://{place.hostname}{f':{place.port}' if place.port else ''}{place.path}",
+            "url": self.settings.address,
             "request": fields,
             "replies": len(replies),
             "prompt_tokens": tokens[0],
@@ -165,6 +171,7 @@ class _Asking:
     def __init__(self, settings: JudgeSettings, cache: AnswerFile, fields: dict[str, Any], report: Report) -> None:
         self.settings, self.cache, self.fields, self.report = settings, cache, fields, report
         self.in_a_row = self.done = self.answered = 0
+        self.last = ""  # why the last prompt without an answer has none
 
     async def all(self, tasks: Sequence[Task[T]]) -> list[tuple[T | None, list[Reply], str]]:
         """(verdict, replies, why there is no verdict) of each task."""
@@ -229,7 +236,7 @@ class _Asking:
                 reply = read_reply(raw.http_response.text)
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise RelookError(
-                    f"The judge at {self.settings.url} refuses: {_short(error)}.",
+                    f"The judge at {self.settings.address} refuses: {_short(error)}.",
                     f"Check --judge-url, --judge-model and the key in {self.settings.key_variable}.",
                 ) from None
             except TimeoutError:
@@ -251,7 +258,7 @@ class _Asking:
 
     def _down(self) -> RelookError:
         return RelookError(
-            f"The judge at {self.settings.url} does not answer: {self.last}.",
+            f"The judge at {self.settings.address} does not answer: {self.last}.",
             f"Its {len(self.cache.records)} replies so far are kept in {self.cache.path}: run the same command again.",
         )
 
@@ -281,7 +288,8 @@ def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")
+    """What an error says, on one line: an endpoint's words may hold anything, a terminal's commands, too."""
+    return "".join(c for c in " ".join(str(error).split())[:200] if c.isprintable()).rstrip(".")
 
 
 def official_template(program: Path, name: str) -> str | None:

@@ -6,6 +6,7 @@ Visual Genome's region descriptions and the benchmark's facts about an image, an
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from relook.errors import DataError, some
 from relook.evaluate.chair import Vocabulary, mentions
 from relook.evaluate.judge import Judge, Judged, Task, fill, official_template
 from relook.evaluate.statistics import ratio_interval
-from relook.files import read_object, read_records, text_hash
+from relook.files import read_object, read_records, read_text, text_hash
 
 PROMPT = "Describe this image in detail."
 HALLUCINATION, CORRECT, CANNOT_JUDGE = "hallucination", "correct", "cannot judge"
@@ -87,11 +88,14 @@ def questions(data: Path) -> list[Question]:
 
 
 def read_descriptions(path: Path) -> list[dict[str, Any]]:
-    """relook's JSON lines, or HA-DPO's layout: one object, image id to description."""
-    records = read_records(path) if path.suffix == ".jsonl" else None
-    if records is None:
-        records = [{"image_id": key, "description": text} for key, text in read_object(path).items()]
-    return records
+    """relook's records, or HA-DPO's layout: one object, image id to description."""
+    try:
+        whole = json.loads(read_text(path))
+    except ValueError:
+        return read_records(path)
+    if isinstance(whole, dict) and "image_id" not in whole:
+        return [{"image_id": image, "description": text} for image, text in whole.items()]
+    return read_records(path)
 
 
 def sentences_of(text: str) -> tuple[str, ...]:
