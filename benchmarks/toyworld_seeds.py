@@ -131,7 +131,8 @@ def print_tables(result: dict[str, Any]) -> None:
     for title, rows in (("minus base", result["pooled"]), ("minus control", result.get("against_control", {}))):
         print(f"\n{title}, pooled over images, paired 95 % intervals")
         for name, found in rows.items():
-            parts = {"adversarial": found["pope"]["adversarial"], **found["chair"]}
+            chair = {rate: found["chair"][rate] for rate in ("chair_i", "recall")}
+            parts = {"adversarial": found["pope"]["adversarial"], **chair}
             print(f"| {name} | " + " | ".join(f"{k} {_signed(v)}" for k, v in parts.items()) + " |")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,6 @@ from relook.evaluate.statistics import Ratio, columns, ratio_interval
 from relook.files import read_object, read_records, read_text, text_hash
 
 LLAVA_QUESTIONS = "llava_pope_test.jsonl"  # LLaVA's own name
-BENCHMARKS = ("pope", "chair")
 
 
 # --- a data folder's files
@@ -162,6 +161,10 @@ def read_descriptions(path: Path, annotations: Annotations | None = None) -> dic
     return found
 
 
+RESULTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"pope": pope_results, "chair": chair_results}
+BENCHMARKS = tuple(RESULTS)
+
+
 def read_scores(out: Path, benchmarks: Sequence[str] = BENCHMARKS) -> dict[str, dict[str, Any]]:
     """The scores alone, for tables that say once where all of theirs come from."""
     found = {name: read_object(out / f"{name}.json") for name in benchmarks}
@@ -188,8 +191,8 @@ def score_answers(benchmark: str, answers: Path, given: Given, parser: str = "of
     Raises:
         RelookError: what is missing, or what does not match; the ids or images are named.
     """
-    if benchmark not in BENCHMARKS:
-        raise RecipeError(f"`relook score` does not know {benchmark!r}.", f"It scores {', '.join(BENCHMARKS)}.")
+    if benchmark not in RESULTS:
+        raise RecipeError(f"`relook score` does not know {benchmark!r}.", f"It scores {', '.join(RESULTS)}.")
     if parser not in PARSERS:
         raise RecipeError(f"There is no parser {parser!r}.", f"Known ones: {', '.join(PARSERS)}.")
     if answers.is_dir():

@@ -18,8 +18,8 @@ table{border-collapse:collapse;margin:1em 0;font-size:14px}
 td{white-space:nowrap}td,th{padding:.35em .7em;border-bottom:1px solid #dde2ea;text-align:right}
 td:first-child,th:first-child{text-align:left}small{color:#6a7486}th{vertical-align:bottom}
 .card{display:grid;grid-template-columns:190px 1fr;gap:1em;border-top:1px solid #dde2ea;padding:1em 0}
-.card p{margin:.2em 0;padding-left:11em}
-.card p b{float:left;margin-left:-11em;max-width:10.5em;overflow-wrap:anywhere;font-weight:600;color:#44506a}
+.card p{margin:.2em 0;padding-left:12em;display:flow-root}
+.card p b{float:left;margin-left:-12em;max-width:11.5em;overflow-wrap:anywhere;font-weight:600;color:#44506a}
 .card td,.card th,.wrap td,.wrap th{white-space:normal;text-align:left;overflow-wrap:anywhere}.card table{margin:0}
 mark{background:#ffd2cf;color:#a3140c;padding:0 .2em;border-radius:3px}
 .wrong{color:#a3140c}.right{color:#1a7a3c}.card small{overflow-wrap:anywhere}.card img{width:180px}

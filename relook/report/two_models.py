@@ -11,7 +11,7 @@ from relook.errors import RecipeError
 from relook.evaluate.chair import vocabulary_of
 from relook.evaluate.compare import compare, differing_answers, differing_captions
 from relook.evaluate.pope import SPLITS
-from relook.evaluate.score import BENCHMARKS, chair_results, data_of, data_truth, pope_results
+from relook.evaluate.score import RESULTS, data_of, data_truth
 from relook.files import takes, write_json, write_text
 from relook.report.parts import document, marked, number, percent, table, thumbnail
 
@@ -58,14 +58,13 @@ def write_comparison(first: Path, second: Path, out: Path | None = None, data: P
 def collect(first: Path, second: Path, data: Path) -> dict[str, Any]:
     """What `comparison.json` says: scores, differences (second - first), and the rows on which the two differ."""
     folders = [first, second]
-    both = [name for name in BENCHMARKS if all((folder / f"{name}.json").exists() for folder in folders)]
+    both = [name for name in RESULTS if all((folder / f"{name}.json").exists() for folder in folders)]
     if not both:
         raise RecipeError(f"{first} and {second} have no finished benchmark in common.", "Finish `relook eval` there.")
-    scores = {"pope": pope_results, "chair": chair_results}
     differing = {"pope": differing_answers, "chair": differing_captions}
     return {
         "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
-        "scores": [{name: scores[name](data, folder) for name in both} for folder in folders],
+        "scores": [{name: RESULTS[name](data, folder) for name in both} for folder in folders],
         "paired": compare(data, first, second, both),
         "differing": {name: differing[name](data, first, second) for name in both},
     }
