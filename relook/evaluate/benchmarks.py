@@ -19,6 +19,7 @@ from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.pope import SPLITS
 from relook.evaluate.provenance import provenance
 from relook.evaluate.score import (
+    RESULTS,
     Given,
     annotation_file,
     chair_images,
@@ -137,7 +138,7 @@ def score_command(
     """
     (benchmark,) = known([name])
     first = answers[0]
-    if name in ("pope", "chair"):
+    if name in RESULTS:
         if len(answers) > 1:
             raise RecipeError(f"{name} is scored by one answer file.", "Give --answers once.")
         return score_answers(name, first, given, parser)
