@@ -28,6 +28,13 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Bits = Annotated[int, typer.Option(help="8 or 4 quantise the language model (needs relook[quant]).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")]
 Version = Annotated[str, typer.Option(help="Conversation template; empty: the model's own.")]
+BENCHMARKS_HELP = "pope, chair, shr, amber, mmhal"
+JudgeUrl = Annotated[str, typer.Option(help="OpenAI-compatible endpoint of a judge, as https://api.openai.com/v1.")]
+JudgeModel = Annotated[str, typer.Option(help="The judge's name there.")]
+JudgePrice = Annotated[tuple[float, float], typer.Option(help="Dollars per million tokens: of prompts, of replies.")]
+JudgeKey = Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")]
+JudgeWorkers = Annotated[int, typer.Option(help="Prompts before the judge at once.", min=1)]
+JudgeRequest = Annotated[str, typer.Option(help="JSON: further fields of its requests; null leaves one out.")]
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -70,9 +77,9 @@ def sweep(
 
 @app.command(name="eval")
 def evaluate(
-    benchmarks: Annotated[list[str], typer.Argument(help="pope, chair")],
+    benchmarks: Annotated[list[str], typer.Argument(help=BENCHMARKS_HELP)],
     model: Annotated[Path, typer.Option(help="A model folder, or the output folder of a training run.")],
-    data: Annotated[Path, typer.Option(help="Folder with pope/, annotations/ and val2014/.")],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmarks' files (docs/evaluation.md).")],
     out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
     version: Version = "",
     batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.")] = 64,
@@ -82,23 +89,34 @@ def evaluate(
     dtype: Dtype = "float32",
     bits: Bits = 16,
     device: Device = "",
+    judge_url: JudgeUrl = "",
+    judge_model: JudgeModel = "",
+    judge_price: JudgePrice = (0.0, 0.0),
+    judge_key: JudgeKey = "OPENAI_API_KEY",
+    judge_workers: JudgeWorkers = 8,
+    judge_request: JudgeRequest = "{}",
 ) -> None:
     """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share."""
     from relook import processes
+    from relook.evaluate.judge import judge_settings
     from relook.evaluate.run import evaluate_model
     from relook.model.load import Loading
 
+    judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
+
     loading = Loading(adapter, vision_tower, dtype, bits, device)
-    results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading)
+    results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading, judge)
     if processes.first():
         typer.echo(json.dumps(results, indent=1))
 
 
 @app.command()
 def score(
-    benchmark: Annotated[str, typer.Argument(help="pope, chair")],
-    answers: Annotated[Path, typer.Option(help="Answer file of any program, or a folder of `relook eval`.")],
-    data: Annotated[Path | None, typer.Option(help="The folder's data, where they have moved.")] = None,
+    benchmark: Annotated[str, typer.Argument(help=BENCHMARKS_HELP)],
+    answers: Annotated[
+        list[Path], typer.Option(help="Answer file of any program (AMBER: or two), or a folder of `relook eval`.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="Folder with the benchmark's files.")] = None,
     questions: Annotated[Path | None, typer.Option(help="POPE question file; or LLaVA's, with --annotations.")] = None,
     annotations: Annotated[
         Path | None, typer.Option(help="chair: COCO's instances file. pope: folder of the labels to LLaVA's questions.")
@@ -107,11 +125,21 @@ def score(
     images: Annotated[Path | None, typer.Option(help="chair: file that lists the images, one name a line.")] = None,
     parser: Annotated[str, typer.Option(help="pope: official, llava or lmms-eval.")] = "official",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.")] = None,
+    judge_url: JudgeUrl = "",
+    judge_model: JudgeModel = "",
+    judge_price: JudgePrice = (0.0, 0.0),
+    judge_key: JudgeKey = "OPENAI_API_KEY",
+    judge_workers: JudgeWorkers = 8,
+    judge_request: JudgeRequest = "{}",
 ) -> None:
-    """Score existing answers; no model is loaded."""
-    from relook.evaluate.score import Given, score_answers
+    """Score existing answers; no model is loaded. A judge's replies are kept beside them, in judge.jsonl."""
+    from relook.evaluate.benchmarks import score_command
+    from relook.evaluate.judge import judge_settings
+    from relook.evaluate.score import Given
 
-    result = score_answers(benchmark, answers, Given(data, questions, annotations, captions, images), parser)
+    judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
+    given = Given(data, questions, annotations, captions, images)
+    result = score_command(benchmark, answers, given, parser, judge)
     if json_out is not None:
         from relook.files import write_json
 

@@ -239,7 +239,10 @@ def test_files_that_cannot_be_scored(relook: Command, tmp_path: Path) -> None:
     (tmp_path / "picture.json").write_bytes(b"\xff\xd8\xff\xe0")
     for answers, said in (("nowhere", "does not exist"), ("broken.json", "not valid JSON"), ("picture.json", "UTF-8")):
         relook("score", "pope", "--questions", tmp_path / "q.json", "--answers", tmp_path / answers).mistake(said)
-    relook("score", "shr", "--questions", tmp_path / "q.json", "--answers", tmp_path / "q.json").mistake("'shr'")
+    relook("score", "mme", "--questions", tmp_path / "q.json", "--answers", tmp_path / "q.json").mistake(
+        "benchmark mme"
+    )
+    relook("score", "shr", "--answers", tmp_path / "q.json").mistake("shr", "--data")
 
 
 def test_mistakes_of_mine_and_report(relook: Command, tmp_path: Path, base: Path, notes: Path, world: Path) -> None:

@@ -36,6 +36,17 @@ def read_image_paths(vg_path: Path) -> dict[str, Path]:
     return _by_image(vg_path / "image_data.json", "image_id", lambda record: vg_path.joinpath(*_tail(record["url"])))
 
 
+def read_sizes(vg_path: Path) -> dict[str, tuple[int, int]]:
+    """Image id to (width, height) in pixels, from `image_data.json`.
+
+    Raises:
+        DataError: the file is missing, or a record has no image id or size.
+    """
+    return _by_image(
+        vg_path / "image_data.json", "image_id", lambda record: (int(record["width"]), int(record["height"]))
+    )
+
+
 def read_objects(vg_path: Path) -> dict[str, frozenset[str]]:
     """Image id to the names of the objects on it, in lower case, from `objects.json`.
 

@@ -28,7 +28,7 @@ class AnswerFile:
     def __init__(self, path: Path, key: str, rank: int = 0) -> None:
         self.path, self.key = path, key
         self.own = path.with_suffix(f".{rank}{path.suffix}") if rank else path
-        self.records: dict[Any, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {}
         for part in (path, *self._parts()):
             if part.exists():
                 self._read(part)
@@ -42,7 +42,7 @@ class AnswerFile:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                self.records[record[self.key]] = record
+                self.records[str(record[self.key])] = record
                 records.append(record)
             except (ValueError, TypeError, KeyError):
                 if number < len(lines):
@@ -56,10 +56,10 @@ class AnswerFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.own.open("a", encoding="utf-8") as file:
             for record in records:
-                self.records[record[self.key]] = record
+                self.records[str(record[self.key])] = record
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def finish(self, order: Sequence[Any]) -> list[dict[str, Any]]:
+    def finish(self, order: Sequence[str]) -> list[dict[str, Any]]:
         """Rewrite the file in the order of the questions, as scripts that read line by line expect; returns it."""
         records = [self.records[key] for key in order]
         write_jsonl(self.path, records)

@@ -28,10 +28,10 @@ from relook.data.ahead import ahead
 from relook.data.encode import Encoder, Example
 from relook.data.samples import Question
 from relook.evaluate.answer import Asking, answer
+from relook.evaluate.benchmarks import POPE
 from relook.evaluate.choose import Rule
 from relook.evaluate.divergence import divergence
 from relook.evaluate.pope import LONGEST_ANSWER, SPLITS
-from relook.evaluate.run import pope_record
 from relook.evaluate.score import pope_questions, pope_results
 from relook.files import whole_file, write_json, write_jsonl
 from relook.model import formats
@@ -252,7 +252,7 @@ class CachedPope:
         generated = {}
         for split, questions_of in self.splits.items():
             found = [said[question.image.name, question.text] for question in questions_of]
-            answers = [pope_record(q, record["answer"]) for q, record in zip(questions_of, found, strict=True)]
+            answers = [POPE.record(q, record["answer"]) for q, record in zip(questions_of, found, strict=True)]
             write_jsonl(out / f"pope_{split}.jsonl", answers)
             generated[split] = sum(record["generated"] for record in found)
         results = pope_results(self.data, out)

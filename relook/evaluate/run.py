@@ -6,33 +6,32 @@ Under torchrun each process answers for a share of the images; the first one sco
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relook import processes
 from relook.console import progress
-from relook.data.coco import read_coco
 from relook.data.prompts import get_template
 from relook.data.samples import Question
-from relook.errors import DataError, RecipeError, some
+from relook.errors import DataError, RecipeError
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
-from relook.evaluate.pope import LONGEST_ANSWER, SPLITS
+from relook.evaluate.benchmarks import (
+    BENCHMARKS,
+    Asked,
+    Benchmark,
+    known,
+    read_questions,
+    require_images,
+    require_judge,
+)
+from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
+from relook.evaluate.pope import LONGEST_ANSWER
 from relook.evaluate.provenance import EVAL_FILE, now, versions
-from relook.evaluate.score import annotation_file, chair_images, chair_results, pope_questions, pope_results
 from relook.files import read_json, takes, write_json
 from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
-
-CHAIR_PROMPT = "Describe this image in detail."
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """Asking writes answer files for a data folder, scoring reads them; both are named by the folder of answers."""
-
-    ask: Callable[[LoadedModel, Path, Path, Asking], None]
-    score: Callable[[Path, Path], dict[str, Any]]
 
 
 def evaluate_model(
@@ -44,18 +43,21 @@ def evaluate_model(
     batch_size: int = 64,
     max_new_tokens: int = 512,
     loading: Loading = Loading(),  # noqa: B008 (frozen)
+    judge: JudgeSettings | None = None,
 ) -> dict[str, Any]:
     """Answer and score benchmarks; answers that are there already are not asked again.
+
+    Args:
+        judge: for benchmarks whose scores need one. Its replies are kept in `out/judge.jsonl`.
 
     Returns:
         One entry per benchmark, as written to `out/<benchmark>.json`.
 
     Raises:
-        RelookError: an unknown benchmark, missing data, or an output folder with another model's answers.
+        RelookError: an unknown benchmark, missing data or images, no judge where one is needed, a judge that does not
+            answer, or an output folder with another model's answers.
     """
-    unknown = [name for name in benchmarks if name not in BENCHMARKS]
-    if unknown:
-        raise RecipeError(f"There is no benchmark {some(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
+    known(benchmarks)
     template = template or default_template(model)
     get_template(template)
     as_device(loading.device)
@@ -64,20 +66,34 @@ def evaluate_model(
     processes.wait("the output folder")
     if not processes.first():
         claim(out, model, data, template, max_new_tokens, loading)
-    loaded: LoadedModel | None = None
-    results = {}
+    left = [name for name in benchmarks if not (out / f"{name}.json").exists()]
     for name in benchmarks:
-        finished = out / f"{name}.json"
-        if not finished.exists():
-            loaded = loaded or loading.load(model)
-            how = Asking(template, max_new_tokens, batch_size)
-            BENCHMARKS[name].ask(loaded, data, out, how)
-            processes.wait(f"the answers to {name}")
-            if processes.first():
-                write_json(finished, BENCHMARKS[name].score(data, out))
-            processes.wait(f"the scores of {name}")
-        results[name] = read_json(finished)
-    return results
+        if name not in left:
+            require_same_judge(name, read_json(out / f"{name}.json"), judge)
+    asked = {name: read_questions(name, data) for name in left}
+    for name in left:
+        require_images(asked[name])
+        require_judge(name, data, judge)
+    load = functools.cache(lambda: loading.load(model))
+    for name in left:
+        ask(name, asked[name], load, out, Asking(template, max_new_tokens, batch_size))
+        processes.wait(f"the answers to {name}")
+        if processes.first():
+            endpoint = Judge(judge, out / JUDGE_CACHE) if judge else None
+            write_json(out / f"{name}.json", finish(name, data, asked[name], out, endpoint))
+        processes.wait(f"the scores of {name}")
+    return {name: read_json(out / f"{name}.json") for name in benchmarks}
+
+
+def require_same_judge(name: str, result: Mapping[str, Any], judge: JudgeSettings | None) -> None:
+    """Refuse to pass another judge's verdicts off as this one's.
+
+    Raises:
+        RecipeError: the result that is there is of another judge.
+    """
+    held = result.get("judge", {}).get("model")
+    if judge and held and held != judge.model:
+        raise RecipeError(f"{name} is scored there, by {held}.", f"Judge again by `relook score {name}`.")
 
 
 def share(images: Iterable[Any]) -> set[Any]:
@@ -133,70 +149,49 @@ def keep(
         put()
 
 
-def require(images: Iterable[Path]) -> None:
-    """Refuse to begin where images are missing.
+def ask(name: str, asked: Asked, load: Callable[[], LoadedModel], out: Path, how: Asking) -> None:
+    """Ask what has no answer yet, and append answers to their files as they come; equal questions are asked once.
 
-    Raises:
-        DataError: the first of them, and how many there are.
+    Args:
+        load: called when there is something to ask.
     """
-    lost = [image for image in dict.fromkeys(images) if not image.exists()]
-    if lost:
-        more = f", nor do {len(lost) - 1} others" if lost[1:] else ""
-        raise DataError(f"The image {lost[0]} does not exist{more}.", "Check the image folder.")
+    benchmark = BENCHMARKS[name]
+    files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, processes.rank()) for stem in asked}
+    mine = share(question.image for questions in asked.values() for question in questions)
+    beams = dict(benchmark.generate).get("num_beams", 1)  # each takes as much memory as a prompt
+    for short in (True, False):
+        stems = [stem for stem in asked if (stem in benchmark.yes_or_no) == short]
+        left = [(s, q) for s in stems for q in asked[s] if q.image in mine and q.id not in files[s].records]
+        settings = dataclasses.replace(
+            how,
+            max_new_tokens=min(how.max_new_tokens, LONGEST_ANSWER) if short else how.max_new_tokens,
+            batch_size=max(1, how.batch_size // beams),
+            generate=benchmark.generate,
+        )
+        if left:
+            _ask(benchmark, left, load(), {stem: files[stem] for stem in stems}, settings)
 
 
-def ask_pope(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
-    """POPE's three splits in one pass: questions that several splits share are asked once."""
-    questions = pope_questions(data)
-    files = {split: AnswerFile(out / f"pope_{split}.jsonl", "question_id", processes.rank()) for split in SPLITS}
-    mine = share(q.image for split in SPLITS for q in questions[split])
-    asked = [(s, q) for s in SPLITS for q in questions[s] if q.image in mine and q.id not in files[s].records]
-    require(question.image for _, question in asked)
-    how = dataclasses.replace(how, max_new_tokens=min(how.max_new_tokens, LONGEST_ANSWER))
-
+def _ask(
+    benchmark: Benchmark,
+    left: Sequence[tuple[str, Question]],
+    loaded: LoadedModel,
+    files: Mapping[str, AnswerFile],
+    how: Asking,
+) -> None:
     def record(index: int, text: str) -> tuple[AnswerFile, dict[str, Any]]:
-        split, question = asked[index]
-        return files[split], pope_record(question, text)
+        stem, question = left[index]
+        return files[stem], benchmark.record(question, text)
 
-    with progress("POPE") as report:
-        answers = answer(loaded, [(q.image, q.text) for _, q in asked], how, report)
-        keep(answers, record, files.values(), how.batch_size)
-
-
-def finish_pope(data: Path, out: Path) -> dict[str, Any]:
-    for split, questions in pope_questions(data).items():
-        AnswerFile(out / f"pope_{split}.jsonl", "question_id").finish([question.id for question in questions])
-    return pope_results(data, out)
+    with progress(benchmark.title) as report:
+        answers = answer(loaded, [(question.image, question.text) for _, question in left], how, report)
+        keep(answers, record, list(files.values()), how.batch_size)
 
 
-def pope_record(question: Question, text: str) -> dict[str, Any]:
-    return {
-        "question_id": question.id,
-        "image": question.image.name,
-        "question": question.text,
-        "answer": text,
+def finish(name: str, data: Path, asked: Asked, out: Path, judge: Judge | None) -> dict[str, Any]:
+    """The result of answer files that are complete; they end in the order of the questions."""
+    answers = {
+        stem: AnswerFile(out / f"{stem}.jsonl", BENCHMARKS[name].id_field).finish([q.id for q in questions])
+        for stem, questions in asked.items()
     }
-
-
-def ask_chair(loaded: LoadedModel, data: Path, out: Path, how: Asking) -> None:
-    """Descriptions of the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
-    names = described(data)
-    file, mine = AnswerFile(out / "chair.jsonl", "image", processes.rank()), share(names)
-    asked = [name for name in names if name in mine and name not in file.records]
-    images = [data / "val2014" / name for name in asked]
-    require(images)
-    with progress("descriptions for CHAIR") as report:
-        answers = answer(loaded, [(image, CHAIR_PROMPT) for image in images], how, report)
-        keep(answers, lambda i, text: (file, {"image": asked[i], "caption": text}), [file], how.batch_size)
-
-
-def finish_chair(data: Path, out: Path) -> dict[str, Any]:
-    AnswerFile(out / "chair.jsonl", "image").finish(described(data))
-    return chair_results(data, out)
-
-
-def described(data: Path) -> list[str]:
-    return chair_images(read_coco(annotation_file(data)), data / "chair_images.txt")
-
-
-BENCHMARKS = {"pope": Benchmark(ask_pope, finish_pope), "chair": Benchmark(ask_chair, finish_chair)}
+    return BENCHMARKS[name].score(data, asked, answers, out, judge)

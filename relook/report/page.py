@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.coco import read_coco
+from relook.evaluate.benchmarks import CHAIR_PROMPT
 from relook.evaluate.chair import mentions, vocabulary_of
 from relook.evaluate.compare import captions
 from relook.evaluate.pope import SPLITS
-from relook.evaluate.run import CHAIR_PROMPT
 from relook.evaluate.score import annotation_file
 from relook.files import read_json, write_text
 from relook.model.load import load_model

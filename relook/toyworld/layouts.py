@@ -1,4 +1,4 @@
-"""Toyworld on disk, in the field's own layouts: LLaVA, Visual Genome, COCO and POPE. The readers see no difference.
+"""Toyworld on disk, in the field's own layouts (LLaVA, Visual Genome, COCO, POPE, SHR): readers see no difference.
 
 Each part is a folder with a marker, written first as unfinished and last as finished: a finished part is skipped, a
 part that a kill cut short is completed to the same bytes, and a folder of somebody else's is refused (`DataError`).
@@ -7,20 +7,23 @@ part that a kill cut short is completed to the same bytes, and a folder of someb
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from relook.errors import DataError
 from relook.evaluate.pope_build import build_splits
+from relook.evaluate.shr import EXACT, FACTS, IMAGES
 from relook.files import read_json, whole_file, write_json, write_jsonl
 from relook.toyworld.draw import draw
-from relook.toyworld.speech import SYNONYMS, Annotator, mention, sft_samples
-from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SPLIT_SIZE, SPLITS, Scene, sample_scenes
+from relook.toyworld.speech import SYNONYMS, Annotator, mention, opening, sft_samples
+from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SETTINGS, SPLIT_SIZE, SPLITS, Scene, sample_scenes
 
 Progress = Callable[[int, int], object]  # called with (scenes written, scenes in all)
-FORMAT = 2  # raise when the files of the same seed change
+FORMAT = 3  # raise when the files of the same seed change
 MARKER = "toyworld.json"
+SHR_IMAGES = 200  # as many as the benchmark has
 
 
 def write_sft(root: Path, seed: int, scenes: int = 4800, progress: Progress | None = None) -> Path:
@@ -53,16 +56,20 @@ def write_vg(root: Path, seed: int, scenes: int, progress: Progress | None = Non
     folder = root / "vg"
     if _begin(folder, "pairs", seed, scenes):
         place = lambda s: folder / _vg_folder(s) / _vg_name(s)  # noqa: E731
-        drawn = _draw_all(sample_scenes(seed, "pairs", scenes), scenes, place, progress)
-        write_json(folder / "image_data.json", [_image_data(scene) for scene in drawn])
-        write_json(folder / "objects.json", [_vg_objects(scene) for scene in drawn])
-        write_json(folder / "region_descriptions.json", [_vg_regions(scene) for scene in drawn])
+        _write_vg_files(folder, _draw_all(sample_scenes(seed, "pairs", scenes), scenes, place, progress))
         _end(folder, seed, scenes)
     return folder
 
 
+def _write_vg_files(folder: Path, scenes: Sequence[Scene]) -> None:
+    write_json(folder / "image_data.json", [_image_data(scene) for scene in scenes])
+    write_json(folder / "objects.json", [_vg_objects(scene) for scene in scenes])
+    write_json(folder / "region_descriptions.json", [_vg_regions(scene) for scene in scenes])
+
+
 def write_eval(root: Path, split: str, seed: int, scenes: int = 300, progress: Progress | None = None) -> Path:
-    """An evaluation folder: COCO annotations and images under val2014 names, and POPE's three question files."""
+    """An evaluation folder: COCO annotations and images under val2014 names, POPE's three question files, and SHR's
+    files with its images in Visual Genome's layout."""
     folder = root / split
     if _begin(folder, split, seed, scenes):
         place = lambda s: folder / "val2014" / coco_name(s)  # noqa: E731
@@ -71,8 +78,24 @@ def write_eval(root: Path, split: str, seed: int, scenes: int = 300, progress: P
         objects = {coco_name(scene): scene.names for scene in drawn}
         for name, records in build_splits(objects, OBJECTS, seed).items():
             write_jsonl(folder / "pope" / f"coco_pope_{name}.json", records)
+        _write_shr(folder, drawn[:SHR_IMAGES])
         _end(folder, seed, scenes)
     return folder
+
+
+def _write_shr(folder: Path, scenes: Sequence[Scene]) -> None:
+    """SHR's image list and facts, the images as Visual Genome's, and `exact.json`, which names all that is there."""
+    for scene in scenes:
+        with whole_file(folder / "vg" / _vg_folder(scene) / _vg_name(scene)) as temporary:
+            shutil.copyfile(folder / "val2014" / coco_name(scene), temporary)
+    _write_vg_files(folder / "vg", scenes)
+    write_json(folder / "shr" / IMAGES, [{"image_id": scene.id} for scene in scenes])
+    for part, name in enumerate(FACTS):
+        facts = [{str(scene.id): [opening(scene.setting)]} for scene in scenes[part :: len(FACTS)]]
+        write_jsonl(folder / "shr" / name, facts)
+    names = {name: SYNONYMS.get(name, []) for name in (*OBJECTS, *SETTINGS)}
+    images = {str(scene.id): [*scene.names, scene.setting] for scene in scenes}
+    write_json(folder / "shr" / EXACT, {"names": names, "images": images})
 
 
 def coco_name(scene: Scene) -> str:
