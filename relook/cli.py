@@ -20,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Check, repair and convert dataset folders.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 Tower = Annotated[
     Path | None, typer.Option(help="Folder of the vision tower, where the model's config does not lead there.")
 ]
@@ -231,6 +233,53 @@ def report(
 
     for run in runs:
         typer.echo(str(write_report(run)))
+
+
+LayoutName = Annotated[str, typer.Option(help="hadpo, llava, pope, shr or amber.")]
+Images = Annotated[
+    Path | None, typer.Option(help="Root of the images, where it is elsewhere (Visual Genome, val2014, ...).")
+]
+Workers = Annotated[int, typer.Option(help="Processes; 0: one for each processor.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
+
+
+@data_app.command(name="check")
+def data_check(
+    folder: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    layout: LayoutName,
+    images: Images = None,
+    named_only: Annotated[bool, typer.Option("--named-only", help="Leave out images that no record names.")] = False,
+    workers: Workers = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What is there, what is missing, and every defect of records and images. Status 0: clean, 1: defects."""
+    from relook.data.check import check, print_report
+
+    found = check(layout, folder, images, named_only, workers)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        print_report(found)
+    if not found.clean:
+        sys.exit(1)
+
+
+@data_app.command(name="fix")
+def data_fix(
+    folder: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    layout: LayoutName,
+    out: Annotated[Path | None, typer.Option(help="A new folder; run again to go on there.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Change the folder itself.")] = False,
+    images: Images = None,
+    broken: Annotated[str, typer.Option(help="drop leaves records that cannot be used out, list names them.")] = "drop",
+    copy: Annotated[bool, typer.Option("--copy", help="Copy sound images instead of linking them.")] = False,
+    workers: Workers = 0,
+) -> None:
+    """Write images of a wrong format or mode again, and an index without the records that cannot be used."""
+    from relook.data.fix import fix
+
+    done = fix(layout, folder, out, in_place=in_place, images=images, broken=broken, copy=copy, workers=workers)
+    typer.echo(json.dumps(done, indent=1))
 
 
 def main() -> None:
