@@ -282,6 +282,20 @@ def data_fix(
     typer.echo(json.dumps(done, indent=1))
 
 
+@data_app.command(name="convert")
+def data_convert(
+    source: Annotated[Path, typer.Argument(help="A folder of HA-DPO's files, a parquet file, or a folder of some.")],
+    out: Annotated[Path, typer.Argument(help="A new folder (hadpo), or a new .parquet file (the others).")],
+    to: Annotated[str, typer.Option(help="hadpo, trl, rlhfv or rlaifv.")],
+    images: Images = None,
+) -> None:
+    """Preference pairs from one layout to another; what a layout cannot hold is kept by name or refused."""
+    from relook.console import say
+    from relook.data.convert import convert
+
+    say(f"{convert(source, out, to, images):,} pairs in {out}")
+
+
 def main() -> None:
     """Entry point. A mistake of the user's ends in one line and status 2, Ctrl-C in one line and status 130."""
     # The libraries' own bars and notices would stand between relook's lines; what a user has set is kept.

@@ -1,0 +1,381 @@
+"""Preference pairs in parquet files: TRL's vision columns, RLHF-V's and RLAIF-V's.
+
+    trl     images [{bytes, path}] (or image), prompt, chosen, rejected: texts, or lists of messages
+    rlhfv   image {bytes, path}, text: JSON of question, chosen, rejected   (Yu et al. 2024, arXiv:2312.00849)
+    rlaifv  image {bytes, path}, question, chosen, rejected                 (Yu et al. 2024, arXiv:2405.17220)
+
+Every other column is kept by name. What of a row the four plain values cannot give back, as a question in two parts, is
+kept whole as JSON in a column `trl_record` or `rlhfv_record`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from relook.data.report import ReadReport, Sieve
+from relook.data.rows import BadRow, Embedded, Row, Source, pyarrow
+from relook.data.samples import PreferencePair
+from relook.errors import DataError
+from relook.files import text_hash, whole_file
+
+COLUMNS = {
+    "trl": ("images", "prompt", "chosen", "rejected"),
+    "rlhfv": ("image", "text"),
+    "rlaifv": ("image", "question", "chosen", "rejected"),
+}
+TEXTS = ("question", "chosen", "rejected")
+# What RLHF-V's own programs ask for besides: type, and the value of a row that has none.
+_META_COLUMNS: dict[str, tuple[str, Callable[[Row, int], Any]]] = {
+    "ds_name": ("string", lambda row, number: "relook"),
+    "origin_dataset": ("string", lambda row, number: "relook"),
+    "origin_split": ("string", lambda row, number: "{}"),
+    "idx": ("int64", lambda row, number: number),
+    "image_path": ("string", lambda row, number: row.image.name or ""),
+}
+FILLED = {"rlhfv": _META_COLUMNS, "rlaifv": _META_COLUMNS}
+IMAGE_FEATURES: dict[str, dict[str, Any]] = {
+    "trl": {"images": {"_type": "Sequence", "feature": {"_type": "Image"}}},
+    "rlhfv": {"image": {"_type": "Image"}},
+    "rlaifv": {"image": {"_type": "Image"}},
+}
+META = b"relook"  # key of a file's metadata
+ROWS = 64  # read or written at a time: they hold images
+
+
+# Reading
+
+
+def read_parquet(
+    path: Path, image_folder: Path | None = None, on_bad: str = "drop"
+) -> tuple[list[PreferencePair], ReadReport]:
+    """Read a parquet file, or all of a folder, as pairs to train on.
+
+    Embedded images are written as files once, named by their content. A row is bad where it is not one image with one
+    user turn and two answers, an answer is empty, or chosen equals rejected. Rows that HA-DPO's reader would skip
+    (`correct` in a `hadpo_record`) are skipped.
+
+    Args:
+        image_folder: where they go, and where images are looked up that a row only names; by default beside `path`,
+            in a folder of its name and `_images`.
+        on_bad: "drop" reports bad rows; "error" raises at the first one.
+
+    Raises:
+        DataError: there is no such file, it has none of the layouts, or a row is bad and `on_bad` is "error".
+    """
+    folder = image_folder or path.with_name(f"{path.stem}_images")
+    sieve, pairs = Sieve(str(path), on_bad), []
+    for number, row in enumerate(open_parquet(path, folder).rows()):
+        name = f"row-{number}"
+        if isinstance(row, BadRow):
+            sieve.drop(name, str(row))
+        elif parsed(row.extra.get("hadpo_record")).get("record", {}).get("correct"):
+            sieve.skip("answered correctly")
+        elif not all(text.strip() for text in (row.prompt, row.chosen, row.rejected)):
+            sieve.drop(name, "empty text")
+        elif row.chosen.strip() == row.rejected.strip():
+            sieve.drop(name, "chosen equals rejected")
+        elif len(row.images) != 1:
+            sieve.drop(name, f"{len(row.images)} images")
+        else:
+            pairs.append(PreferencePair(name, _extracted(row.image, folder), row.prompt, row.chosen, row.rejected))
+    return pairs, sieve.report(len(pairs))
+
+
+def parsed(record: Any) -> dict[str, Any]:
+    """A record that a conversion kept as JSON; empty where it kept none.
+
+    Raises:
+        DataError: it is not what a conversion writes.
+    """
+    try:
+        found = json.loads(record or "{}")
+    except (TypeError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(f"A kept record is not a JSON object: {str(record)[:60]!r}.", "Convert from the source again.")
+    return found
+
+
+def _extracted(image: Embedded, folder: Path) -> Path:
+    path = folder / f"{content_hash(image.data)}{image.suffix}"
+    if not path.exists():
+        with whole_file(path) as temporary:
+            temporary.write_bytes(image.data)
+    return path
+
+
+def content_hash(data: bytes) -> str:
+    return text_hash(data.hex())
+
+
+def open_parquet(path: Path, image_folder: Path | None = None) -> Source:
+    """Open a parquet file, or the files of a folder in order of name, which must have the same columns.
+
+    Raises:
+        DataError: there is none, one is broken, or the columns are of no known layout.
+    """
+    parquet = pyarrow().parquet
+    files = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise DataError(f"{path} is no parquet file, and no folder of some.", "Check the path.")
+    schemas = [_opened(lambda file=file: parquet.read_schema(file), file) for file in files]
+    odd = next((file for file, schema in zip(files, schemas, strict=True) if not schema.equals(schemas[0])), None)
+    if odd is not None:
+        raise DataError(f"{odd} has other columns than {files[0]}.", "Convert the files one by one.")
+    schema, layout = schemas[0], layout_of(schemas[0].names, path)
+    metadata = schema.metadata or {}
+    notes = _json(metadata.get(META))
+    filled = tuple(notes.get("filled", ()))
+    native = {_image_column(schema.names) if name == "images" else name for name in COLUMNS[layout]}
+    further = [field for field in schema if field.name not in native and field.name not in filled]
+    features = _features(schema)
+    root = image_folder or path.parent
+
+    count = sum(parquet.read_metadata(file).num_rows for file in files)
+
+    def rows() -> Iterator[Row | BadRow]:
+        for file in files:
+            opened = _opened(lambda file=file: parquet.ParquetFile(file), file)
+            for batch in opened.iter_batches(ROWS):
+                for values in batch.to_pylist():
+                    yield _row(layout, values, [field.name for field in further], schema, (file.parent, root))
+
+    forms = {**notes.get("forms", {}), layout: base64.b64encode(schema.serialize().to_pybytes()).decode()}
+    kept = {name: value for name, value in features.items() if name not in native}
+    if layout != "rlaifv":  # whose columns are plain texts
+        further.append(pyarrow().field(f"{layout}_record", "string"))
+    return Source(layout, rows, count, tuple(further), kept, filled, forms)
+
+
+def _opened(read: Any, file: Path) -> Any:
+    try:
+        return read()
+    except FileNotFoundError:
+        raise DataError(f"{file} does not exist.", "Check the path.") from None
+    except (pyarrow().ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as parquet: {error}.", "Download it again.") from None
+
+
+def layout_of(columns: Sequence[str], path: Path) -> str:
+    """Which layout some columns are of.
+
+    Raises:
+        DataError: of none.
+    """
+    has = set(columns)
+    if {"prompt", "chosen", "rejected"} <= has and has & {"images", "image"}:
+        return "trl"
+    if {"image", *TEXTS} <= has:
+        return "rlaifv"
+    if {"image", "text"} <= has:
+        return "rlhfv"
+    known = "; ".join(f"{name}: {', '.join(wanted)}" for name, wanted in COLUMNS.items())
+    raise DataError(f"{path} has the columns {', '.join(columns)}.", f"Known are {known}.")
+
+
+def _image_column(columns: Sequence[str]) -> str:
+    return "images" if "images" in columns else "image"
+
+
+def _json(text: bytes | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or b"{}")
+    except ValueError:
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """What Hugging Face's `datasets` wrote of the columns into a schema."""
+    info = _json((schema.metadata or {}).get(b"huggingface")).get("info", {})
+    return dict(info.get("features", {}))
+
+
+def _row(
+    layout: str, values: dict[str, Any], further: Sequence[str], schema: Any, folders: Sequence[Path]
+) -> Row | BadRow:
+    column = _image_column(list(values))
+    texts = {name: values[name] for name in COLUMNS[layout] if name not in ("image", "images")}
+    try:
+        images = tuple(_embedded(one, folders) for one in _listed(values[column]))
+        prompt, chosen, rejected = _plain(layout, texts)
+    except BadRow as bad:
+        return bad
+    row = Row(images, prompt, chosen, rejected, {name: values[name] for name in further if name in values})
+    if _without_none(_native(layout, row, schema)) == _without_none(texts):
+        return row
+    return replace(row, extra={**row.extra, f"{layout}_record": json.dumps(texts)})
+
+
+def _listed(images: Any) -> list[Any]:
+    return images if isinstance(images, list) else [] if images is None else [images]
+
+
+def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
+    """An image column's value: bytes, or a struct of bytes and path, either of which may be missing."""
+    if isinstance(image, bytes):
+        return Embedded(image, None)
+    data, name = (image.get(key) for key in ("bytes", "path")) if isinstance(image, dict) else (None, image)
+    if not data and isinstance(name, str) and name:
+        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if found is None:
+            raise BadRow("image file missing")
+        data = found.read_bytes()
+    if not isinstance(data, bytes):
+        raise BadRow("no image")
+    return Embedded(data, name)
+
+
+def _plain(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected as plain texts.
+
+    Raises:
+        BadRow: they are not one user's turn and two answers.
+    """
+    if layout == "trl":
+        return (
+            _spoken(texts["prompt"], "prompt", "user"),
+            _spoken(texts["chosen"], "chosen", "assistant"),
+            _spoken(texts["rejected"], "rejected", "assistant"),
+        )
+    if layout == "rlhfv":
+        try:
+            texts = json.loads(texts["text"])
+        except (TypeError, ValueError):
+            raise BadRow("text is not JSON") from None
+    found = [texts.get(name) if isinstance(texts, dict) else None for name in TEXTS]
+    if not all(isinstance(text, str) for text in found):
+        raise BadRow("no question, chosen or rejected")
+    return found[0], found[1], found[2]  # type: ignore[return-value]
+
+
+def _spoken(value: Any, column: str, role: str) -> str:
+    """The text of a TRL value: a string, or one message whose content is a string or parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or len(value) != 1 or value[0].get("role") != role:
+        raise BadRow(f"{column} is not one {role} message")
+    content = value[0].get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if part.get("type") == "text"]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"{column} holds no text")
+    return "".join(texts)
+
+
+def _without_none(value: Any) -> Any:
+    """A struct's missing fields come back as None."""
+    if isinstance(value, dict):
+        return {key: _without_none(one) for key, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list) else value
+
+
+# Writing
+
+
+def native_schema(layout: str) -> Any:
+    """The columns of a layout as relook writes them where no earlier file says otherwise."""
+    arrow = pyarrow()
+    image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+    part = arrow.struct([("type", arrow.string()), ("text", arrow.string())])
+    said = arrow.list_(arrow.struct([("role", arrow.string()), ("content", arrow.list_(part))]))
+    kinds = {"image": image, "images": arrow.list_(image)}
+    text = said if layout == "trl" else arrow.string()
+    return arrow.schema([(name, kinds.get(name, text)) for name in COLUMNS[layout]])
+
+
+def _native(layout: str, row: Row, schema: Any) -> dict[str, Any]:
+    """A row's plain texts as the layout's columns."""
+    texts = dict(zip(TEXTS, (row.prompt, row.chosen, row.rejected), strict=True))
+    if layout == "rlaifv":
+        return texts
+    if layout == "rlhfv":
+        return {"text": json.dumps(texts, ensure_ascii=False)}
+    return {
+        "prompt": _message(schema.field("prompt").type, "user", row.prompt, len(row.images)),
+        "chosen": _message(schema.field("chosen").type, "assistant", row.chosen, 0),
+        "rejected": _message(schema.field("rejected").type, "assistant", row.rejected, 0),
+    }
+
+
+def _message(kind: Any, role: str, text: str, images: int) -> Any:
+    types = pyarrow().types
+    if types.is_string(kind) or types.is_large_string(kind):
+        return text
+    content = kind.value_type.field("content").type
+    if types.is_string(content) or types.is_large_string(content):
+        return [{"role": role, "content": text}]
+    return [{"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}]
+
+
+def write_parquet(path: Path, layout: str, source: Source, rows: Iterator[Row]) -> int:
+    """Write pairs as one file of a layout; returns their number.
+
+    Raises:
+        DataError: a column of the source has the name of one of the layout's.
+        BadRow: the layout cannot hold a row's images.
+    """
+    arrow = pyarrow()
+    held = source.forms.get(layout)
+    old = arrow.ipc.read_schema(arrow.py_buffer(base64.b64decode(held))) if held else None
+    columns = {field.name: field for field in native_schema(layout)}
+    further = [field for field in source.fields if field.name != f"{layout}_record"]
+    if old is not None:
+        columns = {name: old.field(name) for name in old.names if name in (*columns, "image")}
+    clash = [field.name for field in further if field.name in columns]
+    if clash:
+        raise DataError(f"The source has columns named {', '.join(clash)}, as {layout} has.", "Rename them.")
+    fill = FILLED.get(layout, {})
+    known = {field.name for field in further}
+    filled = [name for name in fill if name not in known and old is None]
+    fields = [*columns.values(), *further, *(arrow.field(name, fill[name][0]) for name in filled)]
+    if old is not None:  # as they stood
+        place = {name: number for number, name in enumerate(old.names)}
+        fields.sort(key=lambda field: place.get(field.name, len(place)))
+    notes = {"filled": filled, "forms": {name: form for name, form in source.forms.items() if name != layout}}
+    metadata = {META: json.dumps(notes)}
+    features = _features(old) if old is not None else {}
+    features = {**IMAGE_FEATURES[layout], **source.features, **features}
+    metadata[b"huggingface"] = json.dumps({"info": {"features": features}})
+    schema = arrow.schema(fields, metadata)
+    count = 0
+    with whole_file(path) as temporary, arrow.parquet.ParquetWriter(temporary, schema) as writer:
+        batch: list[dict[str, Any]] = []
+        for row in rows:
+            values = {name: value(row, count) for name, (_, value) in fill.items() if name in filled}
+            batch.append({**row.extra, **values, **_values(layout, row, schema)})
+            count += 1
+            if len(batch) == ROWS:
+                writer.write_table(_table(batch, schema))
+                batch = []
+        writer.write_table(_table(batch, schema))
+    return count
+
+
+def _table(batch: list[dict[str, Any]], schema: Any) -> Any:
+    arrow = pyarrow()
+    try:
+        return arrow.Table.from_pylist(batch, schema=schema)
+    except (arrow.ArrowException, TypeError) as error:
+        raise DataError(f"A value does not fit its column: {error}.", "Convert from the file itself.") from None
+
+
+def _values(layout: str, row: Row, schema: Any) -> dict[str, Any]:
+    """The layout's own columns of a row; those of an earlier file of the layout, where they still say the same."""
+    texts = _native(layout, row, schema)
+    record = row.extra.get(f"{layout}_record")
+    if record is not None:
+        earlier = parsed(record)
+        if _plain(layout, earlier) == (row.prompt, row.chosen, row.rejected):
+            texts = earlier
+    column = _image_column(schema.names)
+    held = row.images if column == "images" else [row.image]
+    images = [{"bytes": image.data, "path": image.name} for image in held]
+    return {**texts, column: images if column == "images" else images[0]}
