@@ -296,6 +296,30 @@ def data_convert(
     say(f"{convert(source, out, to, images):,} pairs in {out}")
 
 
+@app.command()
+def doctor(
+    explain: Annotated[
+        str,
+        typer.Option(help="A warning's text: what it means here. - reads a log from standard input, all lists all."),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Whether this machine can do the work, and what to mend. Status 0: it can, 1: something is missing."""
+    if explain:
+        from relook.notices import print_notices
+
+        sys.exit(print_notices(sys.stdin.read() if explain == "-" else explain, as_json))
+    from relook.doctor import examine, print_findings, to_json
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(to_json(found), indent=1))
+    else:
+        print_findings(found)
+    if not to_json(found)["healthy"]:
+        sys.exit(1)
+
+
 def main() -> None:
     """Entry point. A mistake of the user's ends in one line and status 2, Ctrl-C in one line and status 130."""
     # The libraries' own bars and notices would stand between relook's lines; what a user has set is kept.

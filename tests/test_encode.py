@@ -280,9 +280,7 @@ def test_an_id_that_the_model_does_not_embed_is_refused_before_it_is_a_device_si
     first = tokenizer.convert_tokens_to_ids("<|im_start|>")
     made = encoder(tokenizer, embeddings=first)
     assert made.prompt("Q") == encoder(tokenizer).prompt("Q")
-    with pytest.raises(
-        DataError, match=rf"Sample s1 has the token '<\|im_start\|>' of id {first}"
-    ):
+    with pytest.raises(DataError, match=rf"Sample s1 has the token '<\|im_start\|>' of id {first}"):
         made.conversation(sample(("<image>\nWhat is <|im_start|>?", "A mark.")))
     assert encoder(tokenizer, embeddings=first + 2).prompt("<|im_start|>")
 

@@ -188,7 +188,7 @@ def _walk(layout: Layout) -> Iterator[str]:
 
 def _faults(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tuple[str, Found]]:
     """The images that something is wrong with, in order."""
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or os.cpu_count() or 1
     pool = None
     if workers > 1 and len(names) > ALONE:
         # Spawned: a fork would copy the threads' locks, as of the progress bar's.
