@@ -240,7 +240,7 @@ Images = Annotated[
     Path | None, typer.Option(help="Root of the images, where it is elsewhere (Visual Genome, val2014, ...).")
 ]
 Workers = Annotated[int, typer.Option(help="Processes; 0: one for each processor.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead.")]
 
 
 @data_app.command(name="check")
@@ -274,12 +274,17 @@ def data_fix(
     broken: Annotated[str, typer.Option(help="drop leaves records that cannot be used out, list names them.")] = "drop",
     copy: Annotated[bool, typer.Option("--copy", help="Copy sound images instead of linking them.")] = False,
     workers: Workers = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Write images of a wrong format or mode again, and an index without the records that cannot be used."""
-    from relook.data.fix import fix
+    from relook.console import say
+    from relook.data.fix import fix, summary
 
     done = fix(layout, folder, out, in_place=in_place, images=images, broken=broken, copy=copy, workers=workers)
-    typer.echo(json.dumps(done, indent=1))
+    if as_json:
+        typer.echo(json.dumps(done, indent=1))
+    else:
+        say(f"{summary(done)} {(out or folder) / 'fix.json'} names them.")
 
 
 @data_app.command(name="convert")

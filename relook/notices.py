@@ -93,8 +93,8 @@ NOTICES = (
         r"CUDA_HOME does not exist|MissingCUDAException|op_builder|cpu_adam|nvcc(: command)? not found",
         "DeepSpeed compiles an operator at its first use, mostly the Adam step on the CPU, and finds no CUDA "
         "toolkit or another version than torch's.",
-        "relook's own offload files take torch's AdamW, and nothing is compiled (docs/clusters.md). With another file "
-        "set zero_force_ds_cpu_optimizer false in it, or install the toolkit of torch's CUDA version and set CUDA_HOME.",
+        "relook's own offload files take torch's AdamW, and nothing is compiled (docs/clusters.md). In another file "
+        "set zero_force_ds_cpu_optimizer false, or install the toolkit of torch's CUDA version and set CUDA_HOME.",
     ),
     Notice(
         "DeepSpeed offload with a client optimizer",

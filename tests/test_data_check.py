@@ -15,6 +15,7 @@ import pytest
 from damaged import encoded, write_llava
 from PIL import Image
 
+from relook import cli
 from relook.data.check import FolderReport, check
 from relook.data.fix import fix
 from relook.data.hadpo import read_hadpo
@@ -143,8 +144,8 @@ def test_a_killed_fix_ends_in_the_same_files(in_place: bool, tmp_path: Path) -> 
     assert run(10**6, "whole") == 0
     writes = 0
     while (status := run(writes, "killed")) == -signal.SIGKILL:
-        writes += 3  # so that it goes on by a few files each time
-    assert (status, writes > 6) == (0, True)
+        writes += 5  # so that it goes on by a few files each time
+    assert (status, writes > 9) == (0, True)
     names = ("whole", "killed") if in_place else ("out-whole", "out-killed")
     whole, killed = (files(tmp_path / name) for name in names)
     for found in (whole, killed):
@@ -286,16 +287,27 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         fix("llava", tmp_path, tmp_path.with_name("new"))
 
 
-def test_status_and_json(tmp_path: Path) -> None:
-    def run(*words: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "relook", "data", "check", *map(str, words)]
-        return subprocess.run(command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+def test_status_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*words: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["relook", "data", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
 
     write_llava(tmp_path / "bad", 20, 1)
     write_json(tmp_path / "good" / "mix.json", [])
-    bad = run("--layout", "llava", tmp_path / "bad", "--json")
-    assert (bad.returncode, json.loads(bad.stdout)["clean"]) == (1, False)
-    good = run("--layout", "llava", tmp_path / "good")
-    assert (good.returncode, "clean" in good.stdout) == (0, True)
-    wrong = run("--layout", "coco", tmp_path / "bad")
-    assert (wrong.returncode, wrong.stderr.count("\n"), wrong.stdout) == (2, 1, "")
+    status, out, _ = run("check", "--layout", "llava", tmp_path / "bad", "--json")
+    assert (status, json.loads(out)["clean"]) == (1, False)
+    status, out, _ = run("check", "--layout", "llava", tmp_path / "bad")
+    assert (status, "GIF under .jpg" in out, "truncated" in out) == (1, True, True)
+    status, out, _ = run("check", "--layout", "llava", tmp_path / "good")
+    assert (status, "clean" in out) == (0, True)
+    status, out, err = run("check", "--layout", "coco", tmp_path / "bad")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    status, out, err = run("fix", "--layout", "llava", tmp_path / "bad", "--out", tmp_path / "fixed")
+    assert (status, out, "8 images written again" in err) == (0, "", True)
+    status, out, _ = run("fix", "--layout", "llava", tmp_path / "bad", "--out", tmp_path / "fixed", "--json")
+    assert (status, json.loads(out)["finished"]) == (0, True)

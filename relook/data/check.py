@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from relook.console import output, plain_table, progress
@@ -193,7 +194,7 @@ def _faults(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tup
     if workers > 1 and len(names) > ALONE:
         # Spawned: a fork would copy the threads' locks, as of the progress bar's.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, initializer=_leave_interrupts)
+        pool = ProcessPoolExecutor(workers, context, initializer=_follow)
     batches = _batches(names)
     examined = partial(examine_all, root)
     results = map(examined, _batches(names)) if pool is None else ahead(examined, _batches(names), pool, 4 * workers)
@@ -211,9 +212,17 @@ def _faults(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tup
             ) from None
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C is for the first process, which ends the others."""
+def _follow() -> None:
+    """In a process that reads images: Ctrl-C is for the first one, whose end is the end of all, also by a kill."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    first = multiprocessing.parent_process()
+    assert first is not None
+
+    def end() -> None:
+        first.join()
+        os._exit(1)
+
+    Thread(target=end, daemon=True).start()
 
 
 def _batches(names: Iterable[str]) -> Iterator[Sequence[str]]:

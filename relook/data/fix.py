@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from relook.console import progress, say
+from relook.console import progress
 from relook.data.ahead import ahead
 from relook.data.check import FolderReport, IndexReport, check
 from relook.data.examine import OTHER_SUFFIX, REPAIRABLE, rewritten
@@ -77,9 +77,15 @@ def fix(
         _write(report, place, done, links=not in_place)
     if in_place:
         _install(place, folder, images)
-    elif done is not None:
-        say(f"  {place} holds the fixed folder")
     return done
+
+
+def summary(done: Mapping[str, Any]) -> str:
+    """What a job did, in a sentence."""
+    kind = "dropped" if "records_dropped" in done else "listed"
+    records = sum(len(names) for faults in done[f"records_{kind}"].values() for names in faults.values())
+    lost = sum(map(len, done["images_left_out"].values()))
+    return f"{len(done['written_again']):,} images written again, {lost:,} broken, {records:,} records {kind}."
 
 
 def _finished(place: Path, job: dict[str, Any]) -> dict[str, Any] | None:
