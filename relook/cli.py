@@ -284,7 +284,7 @@ def data_fix(
     if as_json:
         typer.echo(json.dumps(done, indent=1))
     else:
-        say(f"{summary(done)} {(out or folder) / 'fix.json'} names them.")
+        say(f"{summary(done)} {(out or folder) / 'relook-fix.json'} names them.")
 
 
 @data_app.command(name="convert")

@@ -113,6 +113,8 @@ def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
         raise DataError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}.", "Download it again."
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested without end
+        raise DataError(f"{path} is not valid JSON: {error}.", "Download it again.") from None
 
 
 def read_object(path: Path, optional: bool = False) -> dict[str, Any]:

@@ -227,6 +227,13 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(source.read_bytes()[:200])
     with pytest.raises(DataError, match="cannot be read as parquet"):
         convert(tmp_path / "broken.parquet", tmp_path / "a.parquet", "trl")
+    (tmp_path / "flipped.parquet").write_bytes(b"PAR1" + bytes(200) + source.read_bytes()[204:])
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        convert(tmp_path / "flipped.parquet", tmp_path / "a.parquet", "trl")
+    odd = {"prompt": [["a"]], "chosen": [["b"]], "rejected": ["c"], "image": [b"x"]}
+    pq.write_table(pa.table(odd), tmp_path / "odd.parquet")
+    with pytest.raises(DataError, match="prompt is not one user message"):
+        convert(tmp_path / "odd.parquet", tmp_path / "a.parquet", "rlhfv")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="has the columns a"):
         convert(tmp_path / "other.parquet", tmp_path / "a.parquet", "trl")
@@ -238,6 +245,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"chosen": None}, "no question, chosen or rejected"),
     ({"image": {"bytes": None, "path": "no.jpg"}}, "image file missing"),
     ({"image": {"bytes": None, "path": None}}, "no image"),
+    ({"image": {"bytes": None, "path": "/etc/hostname"}}, "image path leads out of its folder"),
+    ({"image": {"bytes": None, "path": "../a.parquet"}}, "image path leads out of its folder"),
 ]
 
 
@@ -247,10 +256,12 @@ def test_bad_rows_are_dropped_and_named(tmp_path: Path) -> None:
     schema = pa.schema([("image", IMAGE), *((name, pa.string()) for name in ("question", "chosen", "rejected"))])
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
     pairs, report = read_parquet(tmp_path / "a.parquet")
-    assert [pair.id for pair in pairs] == ["row-5", "row-6"]
+    assert [pair.id for pair in pairs] == ["row-7", "row-8"]
     assert pairs[0].image == pairs[1].image
     assert pairs[0].image.read_bytes() == sound["image"]["bytes"]
-    assert report.reasons == {reason: (f"row-{i}",) for i, (_, reason) in enumerate(BAD)}
+    assert {name: reason for reason, names in report.reasons.items() for name in names} == {
+        f"row-{i}": reason for i, (_, reason) in enumerate(BAD)
+    }
     with pytest.raises(DataError, match="sample row-0: empty text"):
         read_parquet(tmp_path / "a.parquet", on_bad="error")
 

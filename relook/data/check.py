@@ -67,7 +67,7 @@ class FolderReport:
         """Image faults: reason to name to detail."""
         found: dict[str, dict[str, str]] = {}
         for name, (reason, detail) in self.faults.items():
-            found.setdefault(reason, {})[name] = detail
+            found.setdefault(reason, {})[readable(name)] = detail
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -98,6 +98,11 @@ class FolderReport:
                 "faults": self.by_reason(),
             },
         }
+
+
+def readable(name: str) -> str:
+    """A file's name to be shown or written: one that is no text comes with escapes."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def check(
@@ -134,16 +139,19 @@ def _read(index: Index, names: dict[str, bool]) -> IndexReport:
         return IndexReport(index, [], {}, str(error))
     faults: dict[str, list[str]] = {}
     identities: set[str] = set()
-    for name, record in zip(index.names(content), content, strict=True):
-        judged = index.judge(record)
-        names.update(dict.fromkeys(judged.images, True))
-        fault = judged.fault or _text_fault(record)
-        if not fault and judged.identity:
-            identity = text_hash(judged.identity)
-            fault = "duplicate" if identity in identities else ""
-            identities.add(identity)
-        if fault:
-            faults.setdefault(fault, []).append(name)
+    with progress(f"records of {index.path.name}") as report:
+        for number, (name, record) in enumerate(zip(index.names(content), content, strict=True), 1):
+            judged = index.judge(record)
+            names.update(dict.fromkeys(judged.images, True))
+            fault = judged.fault or _text_fault(record)
+            if not fault and judged.identity:
+                identity = text_hash(judged.identity)
+                fault = "duplicate" if identity in identities else ""
+                identities.add(identity)
+            if fault:
+                faults.setdefault(fault, []).append(name)
+            if number % 1000 == 0 or number == len(content):
+                report(number, len(content))
     return IndexReport(index, content, faults)
 
 

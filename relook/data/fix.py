@@ -17,12 +17,14 @@ from relook.console import progress
 from relook.data.ahead import ahead
 from relook.data.check import FolderReport, IndexReport, check
 from relook.data.examine import OTHER_SUFFIX, REPAIRABLE, rewritten
+from relook.data.layouts import Layout
 from relook.errors import DataError, RecipeError
 from relook.files import read_object, takes, whole_file, write_json, write_jsonl
 
-FIX_FILE = "fix.json"  # what a job is, and at its end what it did
+FIX_FILE = "relook-fix.json"  # what a job is, and at its end what it did
 HIDDEN = ".relook-fix"
 BROKEN = ("drop", "list")
+TO_DO = ("written_again", "records_dropped", "records_listed")  # parts of relook-fix.json
 
 
 def fix(
@@ -36,7 +38,7 @@ def fix(
     copy: bool = False,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Repair a dataset folder; returns what `fix.json` says.
+    """Repair a dataset folder; returns what `relook-fix.json` says.
 
     Pictures of another format than their name says, or of an unusual mode, are written again in RGB under that name;
     so are those that lie under another extension than the records' (OCR-VQA's .gif). Records that cannot be used are
@@ -44,7 +46,7 @@ def fix(
 
     Args:
         out: a new folder of the same layout. Sound images are links to the old ones there.
-        broken: "drop" leaves records that cannot be used out; "list" keeps them and names them in `fix.json`.
+        broken: "drop" leaves records that cannot be used out; "list" keeps them and names them in `relook-fix.json`.
         copy: copy sound images instead of linking them.
 
     Raises:
@@ -57,6 +59,7 @@ def fix(
         raise RecipeError(f"broken is {broken!r}.", f"Choose one of: {', '.join(BROKEN)}.")
     if out is not None and out.resolve().is_relative_to(folder.resolve()):
         raise RecipeError(f"{out} lies in {folder}.", "Choose another --out.")
+    folder, images = folder.absolute(), images and images.absolute()
     job = {
         "layout": name,
         "folder": str(folder.resolve()),
@@ -73,7 +76,11 @@ def fix(
         unread = next((one.problem for one in report.indexes if one.problem), "")
         if unread:
             raise DataError(f"An index file cannot be fixed: {unread}")
-        done = {**job, **_plan(report, broken), "finished": True}
+        plan = _plan(report, broken)
+        if in_place and not any(plan[key] for key in TO_DO if key in plan) and (folder / FIX_FILE).exists():
+            return read_object(folder / FIX_FILE)  # what was done before is still to be read
+        write_json(place / FIX_FILE, {**job, "finished": False})
+        done = {**job, **plan, "finished": True}
         _write(report, place, done, links=not in_place)
     if in_place:
         _install(place, folder, images)
@@ -84,32 +91,28 @@ def summary(done: Mapping[str, Any]) -> str:
     """What a job did, in a sentence."""
     kind = "dropped" if "records_dropped" in done else "listed"
     records = sum(len(names) for faults in done[f"records_{kind}"].values() for names in faults.values())
-    lost = sum(map(len, done["images_left_out"].values()))
-    return f"{len(done['written_again']):,} images written again, {lost:,} broken, {records:,} records {kind}."
+    again, lost = (sum(map(len, done[key].values())) for key in ("written_again", "images_left_out"))
+    return f"{again:,} images written again, {lost:,} missing or broken, {records:,} records {kind}."
 
 
 def _finished(place: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     """What a job has done that is finished; None for one that is new or was cut off."""
     if takes(place, FIX_FILE, "--out"):
-        write_json(place / FIX_FILE, {**job, "finished": False})
         return None
     held = read_object(place / FIX_FILE)
     if any(held.get(key) != value for key, value in job.items()):
-        raise RecipeError(f"{place} holds another fix ({held}).", "Choose another --out, or remove it.")
+        other = ", ".join(f"{key} {held.get(key)}" for key, value in job.items() if held.get(key) != value)
+        raise RecipeError(f"{place} holds another fix ({other}).", "Choose another --out, or remove it.")
     return held if held.get("finished") else None
 
 
 def _plan(report: FolderReport, broken: str) -> dict[str, Any]:
     """What is written again, what is left out, and which records are no longer (or still) there."""
-    repaired = {name: fault for name, fault in report.faults.items() if fault[0] in REPAIRABLE}
-    lost: dict[str, list[str]] = {}
-    for name, (reason, _) in report.faults.items():
-        if name not in repaired:
-            lost.setdefault(reason, []).append(name)
+    faults = report.by_reason()
     records = {report.layout.relative(one.index.path): dict(one.faults) for one in report.indexes if one.faults}
     return {
-        "written_again": {name: ": ".join(filter(None, fault)) for name, fault in repaired.items()},
-        "images_left_out": lost,
+        "written_again": {reason: faults[reason] for reason in REPAIRABLE if reason in faults},
+        "images_left_out": {reason: list(names) for reason, names in faults.items() if reason not in REPAIRABLE},
         "records_dropped" if broken == "drop" else "records_listed": records,
     }
 
@@ -117,7 +120,7 @@ def _plan(report: FolderReport, broken: str) -> dict[str, Any]:
 def _write(report: FolderReport, place: Path, done: dict[str, Any], links: bool) -> None:
     """All files of the new folder; `links` to what is sound and stays as it is, too."""
     layout = report.layout
-    root = place / _beside(layout.image_root, layout.folder)
+    root = place / _beside(layout.image_root, layout)
 
     def write(name: str) -> None:
         reason, detail = report.faults.get(name, ("", ""))
@@ -136,9 +139,9 @@ def _write(report: FolderReport, place: Path, done: dict[str, Any], links: bool)
             shown(number, len(report.images))
     dropping = {one.index.path: one for one in report.indexes if one.faults and done["broken"] == "drop"}
     for one in dropping.values():
-        _write_index(one, place / _beside(one.index.path, layout.folder))
+        _write_index(one, place / _beside(one.index.path, layout))
     for part in layout.parts if links else ():
-        target = place / _beside(part.path, layout.folder)
+        target = place / _beside(part.path, layout)
         if part.path.is_file() and part.path not in dropping and not target.exists():
             _carry(part.path, target, done["copy"])
     for left in place.rglob(".*.part"):  # of a job that was killed
@@ -146,9 +149,11 @@ def _write(report: FolderReport, place: Path, done: dict[str, Any], links: bool)
     write_json(place / FIX_FILE, done)
 
 
-def _beside(path: Path, folder: Path) -> Path:
-    """Where a file has its place in the new folder; what came from elsewhere keeps its last name."""
-    return path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
+def _beside(path: Path, layout: Layout) -> Path:
+    """Where a file has its place in the new folder; an image root from elsewhere keeps its last name."""
+    if path.is_relative_to(layout.folder):
+        return path.relative_to(layout.folder)
+    return layout.image_root.name / path.relative_to(layout.image_root)
 
 
 def _carry(source: Path, target: Path, copy: bool) -> None:
@@ -173,22 +178,23 @@ def _write_index(report: IndexReport, target: Path) -> None:
 def _install(place: Path, folder: Path, images: Path | None) -> None:
     """Move a finished job's files over the folder's own. Moved ones are gone from the job, so a second run goes on."""
     outside = images is not None and not images.is_relative_to(folder)
-    files = list(_files(place))
-    if len(files) == 1 and (folder / FIX_FILE).exists():
-        files = []  # nothing was left to do: what was done before is still to be read
-    for path in files:
+    for path in list(_files(place)):
         inside = path.relative_to(place)
         if outside and images is not None and inside.parts[0] == images.name:
             target = images / inside.relative_to(images.name)
         else:
             target = folder / inside
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
+        if target.parent.stat().st_dev == path.stat().st_dev:
+            path.replace(target)
+        else:  # a linked folder on another disk
+            _carry(path, target, copy=True)
+            path.unlink()
     shutil.rmtree(place)
 
 
 def _files(place: Path) -> Iterator[Path]:
-    """Its files, `fix.json` last: while it is there, the job has something to move."""
+    """Its files, `relook-fix.json` last: while it is there, the job has something to move."""
     for where, _, files in os.walk(place):
         yield from (Path(where, name) for name in files if Path(where, name) != place / FIX_FILE)
     yield place / FIX_FILE

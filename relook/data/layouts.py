@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from relook.data.hadpo import QUESTION_FIELDS
 from relook.data.llava import BadRecord, conversation
+from relook.data.rows import leads_out
 from relook.data.vg import read_image_paths
 from relook.errors import DataError
 from relook.files import read_json, read_text
@@ -139,7 +140,7 @@ def find_layout(name: str, folder: Path, images: Path | None = None) -> Layout:
     for path in (folder, images):
         if path is not None and not path.is_dir():
             raise DataError(f"There is no folder {path}.", "Check the path.")
-    layout = LAYOUTS[name](folder, images)
+    layout = LAYOUTS[name](folder.absolute(), images and images.absolute())
     if not layout.indexes:
         wanted = ", ".join(dict.fromkeys(part.path.name for part in layout.parts if part.path.suffix))
         raise DataError(f"{folder} has none of {name}'s files ({wanted}).", "Check the folder and --layout.")
@@ -149,7 +150,7 @@ def find_layout(name: str, folder: Path, images: Path | None = None) -> Layout:
 def _line(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return NOT_JSON
 
 
@@ -170,10 +171,7 @@ def _text_fault(*texts: Any) -> str:
 
 
 def _name_fault(name: str) -> str:
-    """An index may not lead out of its image folder: what is written or sent away by name would follow."""
-    path = PurePosixPath(name)
-    outside = path.is_absolute() or ".." in path.parts or "\0" in name
-    return "image path leads out of its folder" if outside else ""
+    return "image path leads out of its folder" if leads_out(name) else ""
 
 
 def _with_image(image: Any, fault: str, identity: str = "") -> Judged:

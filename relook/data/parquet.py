@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.report import ReadReport, Sieve
-from relook.data.rows import BadRow, Embedded, Row, Source, pyarrow
+from relook.data.rows import BadRow, Embedded, Row, Source, leads_out, pyarrow
 from relook.data.samples import PreferencePair
 from relook.errors import DataError
 from relook.files import text_hash, whole_file
@@ -123,7 +123,7 @@ def open_parquet(path: Path, image_folder: Path | None = None) -> Source:
     files = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise DataError(f"{path} is no parquet file, and no folder of some.", "Check the path.")
-    schemas = [_opened(lambda file=file: parquet.read_schema(file), file) for file in files]
+    schemas = [_opened(parquet.read_schema, file) for file in files]
     odd = next((file for file, schema in zip(files, schemas, strict=True) if not schema.equals(schemas[0])), None)
     if odd is not None:
         raise DataError(f"{odd} has other columns than {files[0]}.", "Convert the files one by one.")
@@ -140,8 +140,7 @@ def open_parquet(path: Path, image_folder: Path | None = None) -> Source:
 
     def rows() -> Iterator[Row | BadRow]:
         for file in files:
-            opened = _opened(lambda file=file: parquet.ParquetFile(file), file)
-            for batch in opened.iter_batches(ROWS):
+            for batch in _batches(file):
                 for values in batch.to_pylist():
                     yield _row(layout, values, [field.name for field in further], schema, (file.parent, root))
 
@@ -152,9 +151,17 @@ def open_parquet(path: Path, image_folder: Path | None = None) -> Source:
     return Source(layout, rows, count, tuple(further), kept, filled, forms)
 
 
-def _opened(read: Any, file: Path) -> Any:
+def _batches(file: Path) -> Iterator[Any]:
+    """A file's rows by a few at a time."""
+    arrow = pyarrow()
+    batches = _opened(lambda file: arrow.parquet.ParquetFile(file).iter_batches(ROWS), file)
+    while (batch := _opened(lambda _: next(batches, None), file)) is not None:
+        yield batch
+
+
+def _opened(read: Callable[[Path], Any], file: Path) -> Any:
     try:
-        return read()
+        return read(file)
     except FileNotFoundError:
         raise DataError(f"{file} does not exist.", "Check the path.") from None
     except (pyarrow().ArrowException, OSError) as error:
@@ -220,8 +227,11 @@ def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
     """An image column's value: bytes, or a struct of bytes and path, either of which may be missing."""
     if isinstance(image, bytes):
         return Embedded(image, None)
-    data, name = (image.get(key) for key in ("bytes", "path")) if isinstance(image, dict) else (None, image)
-    if not data and isinstance(name, str) and name:
+    data, path = (image.get(key) for key in ("bytes", "path")) if isinstance(image, dict) else (None, image)
+    name = path if isinstance(path, str) else None
+    if not data and name:
+        if leads_out(name):
+            raise BadRow("image path leads out of its folder")
         found = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if found is None:
             raise BadRow("image file missing")
@@ -258,13 +268,13 @@ def _spoken(value: Any, column: str, role: str) -> str:
     """The text of a TRL value: a string, or one message whose content is a string or parts."""
     if isinstance(value, str):
         return value
-    if not isinstance(value, list) or len(value) != 1 or value[0].get("role") != role:
+    if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != role:
         raise BadRow(f"{column} is not one {role} message")
     content = value[0].get("content")
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if part.get("type") == "text"]
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    texts: list[Any] = [part.get("text") for part in parts if part.get("type") == "text"]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadRow(f"{column} holds no text")
     return "".join(texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from relook.errors import DataError
@@ -22,6 +23,12 @@ class Embedded:
     def suffix(self) -> str:
         """By the first bytes; .jpg where they say nothing."""
         return next((suffix for mark, suffix in MAGIC.items() if self.data.startswith(mark)), ".jpg")
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name of a data set would lead out of its folder: what is read or written by name would follow."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 class BadRow(Exception):
