@@ -239,6 +239,26 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         convert(tmp_path / "other.parquet", tmp_path / "a.parquet", "trl")
 
 
+def test_kept_records_and_notes_are_not_trusted(tmp_path: Path) -> None:
+    """A parquet file says of itself what it was converted from."""
+    convert(hadpo(tmp_path / "source"), tmp_path / "a.parquet", "trl")
+    table = pq.read_table(tmp_path / "a.parquet")
+    records = ("{", "[1]", '{"file": "desc_data.json"}', '{"image": {"url": "a/.."}, "record": {}}')
+    for number, record in enumerate(records):
+        column = pa.array([record] * len(table))
+        name = tmp_path / f"{number}.parquet"
+        pq.write_table(table.set_column(table.column_names.index("hadpo_record"), "hadpo_record", column), name)
+        with pytest.raises(DataError, match=r"not what a conversion writes|must end in a folder"):
+            convert(name, tmp_path / "out", "hadpo")
+        assert not (tmp_path / "out").exists()
+    for number, note in enumerate((b"{", b'{"forms": [], "filled": 3}', b'{"filled": [{}]}')):
+        pq.write_table(table.replace_schema_metadata({b"relook": note, b"huggingface": b'{"info": []}'}), name)
+        convert(name, tmp_path / f"sound{number}.parquet", "rlhfv")
+    pq.write_table(table.replace_schema_metadata({b"relook": b'{"forms": {"rlhfv": "x"}}'}), name)
+    with pytest.raises(DataError, match="note of its columns is broken"):
+        convert(name, tmp_path / "b.parquet", "rlhfv")
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"chosen": " "}, "empty text"),
     ({"chosen": "A cat. "}, "chosen equals rejected"),

@@ -203,6 +203,9 @@ def _faults(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tup
         # Spawned: a fork would copy the threads' locks, as of the progress bar's.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, initializer=_follow)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        pool.submit(int)  # which starts them: Ctrl-C is for the first process alone
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     batches = _batches(names)
     examined = partial(examine_all, root)
     results = map(examined, _batches(names)) if pool is None else ahead(examined, _batches(names), pool, 4 * workers)
@@ -221,8 +224,7 @@ def _faults(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tup
 
 
 def _follow() -> None:
-    """In a process that reads images: Ctrl-C is for the first one, whose end is the end of all, also by a kill."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a process that reads images: end with the first process, also where that is killed."""
     first = multiprocessing.parent_process()
     assert first is not None
 

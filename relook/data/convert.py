@@ -19,7 +19,7 @@ from typing import Any
 
 from relook.console import progress, say
 from relook.data.hadpo import DESCRIBE_PROMPTS, draw
-from relook.data.parquet import COLUMNS, content_hash, open_parquet, parsed, write_parquet
+from relook.data.parquet import COLUMNS, content_hash, kept, open_parquet, write_parquet
 from relook.data.rows import BadRow, Embedded, Row, Source, pyarrow
 from relook.data.vg import read_image_records
 from relook.errors import DataError, RecipeError, some
@@ -118,6 +118,9 @@ def open_hadpo(folder: Path, vg_path: Path) -> Source:
             if path is None or not path.is_file():
                 yield BadRow("image file missing" if path else "image id not in image_data.json")
                 continue
+            if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+                yield BadRow("no question, chosen or rejected")
+                continue
             image = Embedded(path.read_bytes(), record["image_name"] if plain else path.name)
             if plain:
                 yield Row((image,), prompt, chosen, rejected, {name: record[name] for name in names})
@@ -138,7 +141,12 @@ def _columns(notes: Mapping[str, Any]) -> tuple[Any, ...]:
     if not notes:
         return ()
     arrow = pyarrow()
-    return tuple(arrow.ipc.read_schema(arrow.py_buffer(base64.b64decode(notes["columns"]))))
+    try:
+        return tuple(arrow.ipc.read_schema(arrow.py_buffer(base64.b64decode(notes["columns"]))))
+    except (arrow.ArrowException, OSError, KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{NOTES} is not what a conversion writes.", "Remove it, or convert the source again."
+        ) from None
 
 
 def _is_plain(record: Mapping[str, Any], columns: list[str]) -> bool:
@@ -179,12 +187,12 @@ def write_hadpo(folder: Path, source: Source, rows: Iterator[Row]) -> int:
             count += 1
             further = {field.name: row.extra.get(field.name) for field in fields}
             added = {name: value for name, value in further.items() if value is not None}
-            whole = parsed(row.extra.get(RECORD))
+            whole = kept(row, "hadpo")
             entry = whole["image"] if whole else _entry(row.image)
             _place(temporary, images, entry, row.image)
-            if whole and whole["file"] == DESC and _says(whole["record"], row):
+            if whole.get("file") == DESC and _says(whole["record"], row):
                 described[str(entry["image_id"])] = {**whole["record"], **added}
-            elif whole and whole["file"] == POPE:
+            elif whole.get("file") == POPE:
                 said = {"question": row.prompt, "chosen": row.chosen, "reject": row.rejected}
                 asked.append({**whole["record"], **said, **added})
             else:
@@ -230,4 +238,5 @@ def _place(folder: Path, images: dict[Path, tuple[Any, str]], entry: dict[str, A
 
 def _says(record: Mapping[str, Any], row: Row) -> bool:
     """Whether a row is still one of a description record's pairs."""
-    return row.chosen in record["chosen"] and row.rejected in record["rejected"] and row.prompt in DESCRIBE_PROMPTS
+    texts = row.chosen in record.get("chosen", ()) and row.rejected in record.get("rejected", ())
+    return texts and row.prompt in DESCRIBE_PROMPTS

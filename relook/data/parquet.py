@@ -11,6 +11,7 @@ kept whole as JSON in a column `trl_record` or `rlhfv_record`.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from relook.data.report import ReadReport, Sieve
 from relook.data.rows import BadRow, Embedded, Row, Source, leads_out, pyarrow
 from relook.data.samples import PreferencePair
 from relook.errors import DataError
-from relook.files import text_hash, whole_file
+from relook.files import whole_file
 
 COLUMNS = {
     "trl": ("images", "prompt", "chosen", "rejected"),
@@ -73,7 +74,7 @@ def read_parquet(
         name = f"row-{number}"
         if isinstance(row, BadRow):
             sieve.drop(name, str(row))
-        elif parsed(row.extra.get("hadpo_record")).get("record", {}).get("correct"):
+        elif hadpo_record(row).get("correct"):
             sieve.skip("answered correctly")
         elif not all(text.strip() for text in (row.prompt, row.chosen, row.rejected)):
             sieve.drop(name, "empty text")
@@ -86,19 +87,27 @@ def read_parquet(
     return pairs, sieve.report(len(pairs))
 
 
-def parsed(record: Any) -> dict[str, Any]:
-    """A record that a conversion kept as JSON; empty where it kept none.
+def kept(row: Row, layout: str) -> dict[str, Any]:
+    """What a conversion kept of a row's source of that layout, beside the plain texts; empty where it kept nothing.
 
     Raises:
         DataError: it is not what a conversion writes.
     """
+    text = row.extra.get(f"{layout}_record")
     try:
-        found = json.loads(record or "{}")
+        found = json.loads(text or "{}")
     except (TypeError, ValueError):
         found = None
-    if not isinstance(found, dict):
-        raise DataError(f"A kept record is not a JSON object: {str(record)[:60]!r}.", "Convert from the source again.")
+    parts = ("image", "record") if layout == "hadpo" and text else ()
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in parts):
+        raise DataError(f"{layout}_record is not what a conversion writes: {text!r:.60}.", "Convert the source again.")
     return found
+
+
+def hadpo_record(row: Row) -> dict[str, Any]:
+    """The record of HA-DPO's that a row was made of; empty where it comes from elsewhere."""
+    record: dict[str, Any] = kept(row, "hadpo").get("record", {})
+    return record
 
 
 def _extracted(image: Embedded, folder: Path) -> Path:
@@ -110,7 +119,8 @@ def _extracted(image: Embedded, folder: Path) -> Path:
 
 
 def content_hash(data: bytes) -> str:
-    return text_hash(data.hex())
+    """SHA-256 of an image's bytes, shortened to 16 hex digits."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def open_parquet(path: Path, image_folder: Path | None = None) -> Source:
@@ -130,7 +140,7 @@ def open_parquet(path: Path, image_folder: Path | None = None) -> Source:
     schema, layout = schemas[0], layout_of(schemas[0].names, path)
     metadata = schema.metadata or {}
     notes = _json(metadata.get(META))
-    filled = tuple(notes.get("filled", ()))
+    filled = tuple(name for name in _listed(notes.get("filled")) if isinstance(name, str))
     native = {_image_column(schema.names) if name == "images" else name for name in COLUMNS[layout]}
     further = [field for field in schema if field.name not in native and field.name not in filled]
     features = _features(schema)
@@ -144,11 +154,11 @@ def open_parquet(path: Path, image_folder: Path | None = None) -> Source:
                 for values in batch.to_pylist():
                     yield _row(layout, values, [field.name for field in further], schema, (file.parent, root))
 
-    forms = {**notes.get("forms", {}), layout: base64.b64encode(schema.serialize().to_pybytes()).decode()}
-    kept = {name: value for name, value in features.items() if name not in native}
+    forms = {**_dict(notes.get("forms")), layout: base64.b64encode(schema.serialize().to_pybytes()).decode()}
+    described = {name: value for name, value in features.items() if name not in native}
     if layout != "rlaifv":  # whose columns are plain texts
         further.append(pyarrow().field(f"{layout}_record", "string"))
-    return Source(layout, rows, count, tuple(further), kept, filled, forms)
+    return Source(layout, rows, count, tuple(further), described, filled, forms)
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -194,13 +204,17 @@ def _json(text: bytes | None) -> dict[str, Any]:
         found = json.loads(text or b"{}")
     except ValueError:
         found = {}
-    return found if isinstance(found, dict) else {}
+    return _dict(found)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _features(schema: Any) -> dict[str, Any]:
     """What Hugging Face's `datasets` wrote of the columns into a schema."""
-    info = _json((schema.metadata or {}).get(b"huggingface")).get("info", {})
-    return dict(info.get("features", {}))
+    info = _dict(_json((schema.metadata or {}).get(b"huggingface")).get("info"))
+    return _dict(info.get("features"))
 
 
 def _row(
@@ -333,8 +347,7 @@ def write_parquet(path: Path, layout: str, source: Source, rows: Iterator[Row]) 
         BadRow: the layout cannot hold a row's images.
     """
     arrow = pyarrow()
-    held = source.forms.get(layout)
-    old = arrow.ipc.read_schema(arrow.py_buffer(base64.b64decode(held))) if held else None
+    old = _earlier(source, layout)
     columns = {field.name: field for field in native_schema(layout)}
     further = [field for field in source.fields if field.name != f"{layout}_record"]
     if old is not None:
@@ -369,6 +382,21 @@ def write_parquet(path: Path, layout: str, source: Source, rows: Iterator[Row]) 
     return count
 
 
+def _earlier(source: Source, layout: str) -> Any:
+    """The columns of the file of that layout which the source was converted from; None where there was none."""
+    held = source.forms.get(layout)
+    if held is None:
+        return None
+    arrow = pyarrow()
+    try:
+        old = arrow.ipc.read_schema(arrow.py_buffer(base64.b64decode(held)))
+    except (arrow.ArrowException, OSError, TypeError, ValueError) as error:
+        raise DataError(
+            f"The source's note of its columns is broken: {error}.", "Convert from its own source."
+        ) from None
+    return old if layout_of(old.names, Path("The source's note")) == layout else None
+
+
 def _table(batch: list[dict[str, Any]], schema: Any) -> Any:
     arrow = pyarrow()
     try:
@@ -380,9 +408,8 @@ def _table(batch: list[dict[str, Any]], schema: Any) -> Any:
 def _values(layout: str, row: Row, schema: Any) -> dict[str, Any]:
     """The layout's own columns of a row; those of an earlier file of the layout, where they still say the same."""
     texts = _native(layout, row, schema)
-    record = row.extra.get(f"{layout}_record")
-    if record is not None:
-        earlier = parsed(record)
+    if row.extra.get(f"{layout}_record") is not None:
+        earlier = kept(row, layout)
         if _plain(layout, earlier) == (row.prompt, row.chosen, row.rejected):
             texts = earlier
     column = _image_column(schema.names)
