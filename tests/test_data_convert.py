@@ -18,7 +18,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from relook.data.convert import LAYOUTS, convert
 from relook.data.hadpo import read_hadpo
-from relook.data.parquet import read_parquet
+from relook.data.pairs import read_pairs
 from relook.errors import DataError, RecipeError
 from relook.files import read_json, write_json
 from relook.recipe import build_recipe
@@ -173,7 +173,7 @@ def test_all_the_way_round(tmp_path: Path) -> None:
 def test_the_pairs_are_those_that_hadpo_trains_on(tmp_path: Path) -> None:
     source = hadpo(tmp_path / "source")
     convert(source, tmp_path / "pairs.parquet", "trl")
-    pairs, report = read_parquet(tmp_path / "pairs.parquet")
+    pairs, report = read_pairs(tmp_path / "pairs.parquet")
     original, _ = read_hadpo(source, source / "desc_data.json", source / "pope_data.json")
     text = lambda found: {(p.prompt, p.chosen, p.rejected, p.image.read_bytes()) for p in found}  # noqa: E731
     assert text(pairs) == text(original)
@@ -275,7 +275,7 @@ def test_bad_rows_are_dropped_and_named(tmp_path: Path) -> None:
     rows = [{**sound, **change} for change, _ in BAD] + [sound, sound]
     schema = pa.schema([("image", IMAGE), *((name, pa.string()) for name in ("question", "chosen", "rejected"))])
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
-    pairs, report = read_parquet(tmp_path / "a.parquet")
+    pairs, report = read_pairs(tmp_path / "a.parquet")
     assert [pair.id for pair in pairs] == ["row-7", "row-8"]
     assert pairs[0].image == pairs[1].image
     assert pairs[0].image.read_bytes() == sound["image"]["bytes"]
@@ -283,7 +283,7 @@ def test_bad_rows_are_dropped_and_named(tmp_path: Path) -> None:
         f"row-{i}": reason for i, (_, reason) in enumerate(BAD)
     }
     with pytest.raises(DataError, match="sample row-0: empty text"):
-        read_parquet(tmp_path / "a.parquet", on_bad="error")
+        read_pairs(tmp_path / "a.parquet", on_bad="error")
 
 
 def test_a_run_trains_on_a_parquet_file(base: Path, world: Path, tmp_path: Path) -> None:

@@ -204,7 +204,8 @@ def _faults(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tup
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, initializer=_follow)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        pool.submit(int)  # which starts them: Ctrl-C is for the first process alone
+        for _ in range(workers):  # each starts one: Ctrl-C is for the first process alone
+            pool.submit(int)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     batches = _batches(names)
     examined = partial(examine_all, root)

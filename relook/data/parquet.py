@@ -18,9 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.report import ReadReport, Sieve
 from relook.data.rows import BadRow, Embedded, Row, Source, leads_out, pyarrow
-from relook.data.samples import PreferencePair
 from relook.errors import DataError
 from relook.files import whole_file
 
@@ -51,42 +49,6 @@ ROWS = 64  # read or written at a time: they hold images
 # Reading
 
 
-def read_parquet(
-    path: Path, image_folder: Path | None = None, on_bad: str = "drop"
-) -> tuple[list[PreferencePair], ReadReport]:
-    """Read a parquet file, or all of a folder, as pairs to train on.
-
-    Embedded images are written as files once, named by their content. A row is bad where it is not one image with one
-    user turn and two answers, an answer is empty, or chosen equals rejected. Rows that HA-DPO's reader would skip
-    (`correct` in a `hadpo_record`) are skipped.
-
-    Args:
-        image_folder: where they go, and where images are looked up that a row only names; by default beside `path`,
-            in a folder of its name and `_images`.
-        on_bad: "drop" reports bad rows; "error" raises at the first one.
-
-    Raises:
-        DataError: there is no such file, it has none of the layouts, or a row is bad and `on_bad` is "error".
-    """
-    folder = image_folder or path.with_name(f"{path.stem}_images")
-    sieve, pairs = Sieve(str(path), on_bad), []
-    for number, row in enumerate(open_parquet(path, folder).rows()):
-        name = f"row-{number}"
-        if isinstance(row, BadRow):
-            sieve.drop(name, str(row))
-        elif hadpo_record(row).get("correct"):
-            sieve.skip("answered correctly")
-        elif not all(text.strip() for text in (row.prompt, row.chosen, row.rejected)):
-            sieve.drop(name, "empty text")
-        elif row.chosen.strip() == row.rejected.strip():
-            sieve.drop(name, "chosen equals rejected")
-        elif len(row.images) != 1:
-            sieve.drop(name, f"{len(row.images)} images")
-        else:
-            pairs.append(PreferencePair(name, _extracted(row.image, folder), row.prompt, row.chosen, row.rejected))
-    return pairs, sieve.report(len(pairs))
-
-
 def kept(row: Row, layout: str) -> dict[str, Any]:
     """What a conversion kept of a row's source of that layout, beside the plain texts; empty where it kept nothing.
 
@@ -108,14 +70,6 @@ def hadpo_record(row: Row) -> dict[str, Any]:
     """The record of HA-DPO's that a row was made of; empty where it comes from elsewhere."""
     record: dict[str, Any] = kept(row, "hadpo").get("record", {})
     return record
-
-
-def _extracted(image: Embedded, folder: Path) -> Path:
-    path = folder / f"{content_hash(image.data)}{image.suffix}"
-    if not path.exists():
-        with whole_file(path) as temporary:
-            temporary.write_bytes(image.data)
-    return path
 
 
 def content_hash(data: bytes) -> str:
