@@ -1,3 +1,4 @@
 from relook.cli import main
 
-main()
+if __name__ == "__main__":  # processes that are spawned import it under another name
+    main()

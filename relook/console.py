@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
 
@@ -57,6 +58,22 @@ def say(text: str, style: str = "") -> None:
     """
     if speaks():
         console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def output() -> Console:
+    """Standard output, for tables. No markup is read in them, and a pipe gets wide lines."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
+def plain_table(*columns: str, right: Collection[str] = ()) -> Table:
+    """A table without lines; the columns named in `right` hold numbers."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
 
 
 def readable_size(size: float) -> str:

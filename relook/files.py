@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -105,14 +105,16 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     text = read_text(path)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}.", "Download it again."
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested without end
+        raise DataError(f"{path} is not valid JSON: {error}.", "Download it again.") from None
 
 
 def read_object(path: Path, optional: bool = False) -> dict[str, Any]:

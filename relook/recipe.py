@@ -35,8 +35,9 @@ MDPO_WEIGHTS = ("mdpo_conditional_weight", "mdpo_anchored_weight")
 WEIGHTS = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
-DPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path", "loss_type", "beta", "dpo_tokens", *WEIGHTS)
-SFT_KEYS = ("data_path", "image_folder", "conversations_per_tree")
+HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")
+DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", *WEIGHTS)
+SFT_KEYS = ("data_path", "conversations_per_tree")
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ class Recipe:
     bits: int = 16  # 8 and 4: the language model's linear layers are quantised (QLoRA)
     double_quant: bool = True
     quant_type: str = "nf4"
-    # Data. DPO reads HA-DPO's files over Visual Genome, SFT reads LLaVA's conversations.
+    # Data. DPO reads HA-DPO's files over Visual Genome or a parquet file, SFT reads LLaVA's conversations.
     vg_path: str = ""
     desc_data_path: str = ""
     pope_data_path: str = ""
+    pairs_path: str = ""  # TRL's, RLHF-V's or RLAIF-V's columns
     data_path: str = ""
     image_folder: str = ""
     on_bad: str = "drop"
@@ -109,12 +111,14 @@ class Recipe:
                 raise RecipeError(
                     f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(map(str, allowed))}."
                 )
-        needed = ["data_path", "image_folder"] if self.task == "sft" else ["vg_path"]
+        needed = ["data_path", "image_folder"] if self.task == "sft" else [] if self.pairs_path else ["vg_path"]
         for name in ["model_name_or_path", "output_dir", *needed]:
             if not getattr(self, name):
                 raise RecipeError(f"The recipe sets no {name}.", f"Give it in the recipe or as --{name}.")
-        if self.task == "dpo" and not (self.desc_data_path or self.pope_data_path):
-            raise RecipeError("The recipe names no preference pairs.", "Set desc_data_path, pope_data_path or both.")
+        if self.task == "dpo" and not (self.desc_data_path or self.pope_data_path or self.pairs_path):
+            raise RecipeError(
+                "The recipe names no preference pairs.", "Set desc_data_path, pope_data_path or both, or pairs_path."
+            )
         if not 0 <= self.eval_fraction < 1:
             raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
         if not 0 < self.activation_memory_budget <= 1:
@@ -153,7 +157,9 @@ class Recipe:
         recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         for idle, where, keys in (
             (self.task != "dpo", "without task dpo", DPO_KEYS),
+            (bool(self.pairs_path), "beside pairs_path", HADPO_KEYS),
             (self.task != "sft", "without task sft", SFT_KEYS),
+            (self.task != "sft" and not self.pairs_path, "without task sft or pairs_path", ("image_folder",)),
             (not self.lora_enable, "without lora_enable", LORA_KEYS),
             (self.bits != 4, "without bits 4", ("double_quant", "quant_type")),
             (

@@ -34,7 +34,7 @@ from relook.train.run import Encoded, encode_samples, read_samples, train, train
 RESULTS_FILE = "results.json"
 # What the examples of a row depend on, besides the base.
 DATA_KEYS = (
-    *("task", "vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder", "on_bad"),
+    *("task", "vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder", "on_bad"),
     *("image_aspect_ratio", "model_max_length", "conversations_per_tree"),
 )
 RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
@@ -104,7 +104,7 @@ def take(sweep: Sweep, values: Mapping[str, Any]) -> None:
     takes(sweep.out, SWEEP_FILE, "output_dir")  # a sweep may go on there, with rows more or fewer
     for row in sweep.rows:
         training_arguments(row.recipe, Path(row.recipe.output_dir))
-        for key in ("vg_path", "desc_data_path", "pope_data_path", "data_path", "image_folder"):
+        for key in ("vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path"):
             path = getattr(row.recipe, key)
             if path and not Path(path).exists():
                 raise RecipeError(f"{key} {path} of {row.name} does not exist.", "Check the path.")

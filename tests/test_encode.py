@@ -17,6 +17,7 @@ from relook.data.encode import Encoder, Example
 from relook.data.prompts import TEMPLATES, get_template, image_first
 from relook.data.samples import Conversation, PreferencePair, Turn
 from relook.errors import DataError, RecipeError
+from relook.model.load import load_model
 from relook.model.tokenizer import load_tokenizer
 from relook.toyworld.build import make_processor
 
@@ -269,6 +270,28 @@ def test_too_long_is_refused_not_cut(tokenizers: dict[str, Any]) -> None:
     assert len(encoder(tokenizers[TINY], max_length=length).prompt("Q")) == length
     with pytest.raises(DataError, match=f"has {length} positions, more than model_max_length {length - 1}"):
         encoder(tokenizers[TINY], max_length=length - 1).prompt("Q")
+
+
+def test_an_id_that_the_model_does_not_embed_is_refused_before_it_is_a_device_side_assert(
+    tokenizers: dict[str, Any],
+) -> None:
+    """A tokenizer with more tokens than the model: an added token has the first id behind the embeddings."""
+    tokenizer = tokenizers["chatml"]
+    first = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    made = encoder(tokenizer, embeddings=first)
+    assert made.prompt("Q") == encoder(tokenizer).prompt("Q")
+    with pytest.raises(DataError, match=rf"Sample s1 has the token '<\|im_start\|>' of id {first}"):
+        made.conversation(sample(("<image>\nWhat is <|im_start|>?", "A mark.")))
+    assert encoder(tokenizer, embeddings=first + 2).prompt("<|im_start|>")
+
+
+def test_a_loaded_model_s_encoder_knows_its_embeddings(base: Path) -> None:
+    loaded = load_model(base)
+    loaded.processor.tokenizer.add_tokens(["zebra"])  # without resizing the model
+    rows_of_it = loaded.core.get_input_embeddings().weight.shape[0]
+    assert loaded.encoder().embeddings == rows_of_it
+    with pytest.raises(DataError, match="'zebra'"):
+        loaded.encode(text="a zebra")
 
 
 def test_toyworld_s_words_keep_their_tokens() -> None:

@@ -42,6 +42,8 @@ class Encoder:
         image_positions: a number, or a function of the image for models whose images differ.
         max_length: longest row in tokens, images included. Longer samples are refused; nothing is ever truncated.
         image_start_end: put <im_start> and <im_end> around each image (`mm_use_im_start_end` of old checkpoints).
+        embeddings: how many ids the model embeds. On a GPU a larger one would be a device-side assert, after which the
+            process is lost; here it is an error that names the sample. Without it, none is looked for.
 
     Raises:
         RecipeError: the template ends answers with </s>, and that does not end a text for this tokenizer.
@@ -53,6 +55,7 @@ class Encoder:
     image_positions: int | Callable[[Picture], int]
     max_length: int = 2048
     image_start_end: bool = False
+    embeddings: int | None = None
 
     def __post_init__(self) -> None:
         if EOS in self.template.end and self.tokenizer.eos_token != EOS:
@@ -81,8 +84,8 @@ class Encoder:
         after "ASSISTANT:" gets the tokens that it has in running text. A token is supervised where its characters are.
 
         Raises:
-            DataError: the row is longer than `max_length`, the text is not valid Unicode, or a token lies half in an
-                answer.
+            DataError: the row is longer than `max_length`, the text is not valid Unicode, a token lies half in an
+                answer, or the model has no embedding for one.
         """
         ids: list[int] = []
         if self.tokenizer.bos_token_id is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
@@ -112,7 +115,17 @@ class Encoder:
                 f"Sample {id} has {len(ids)} positions, more than model_max_length {self.max_length}.",
                 "Raise model_max_length or shorten the sample.",
             )
+        self._check_embedded(ids, id)
         return Row(tuple(ids), tuple(supervised))
+
+    def _check_embedded(self, ids: Sequence[int], id: str) -> None:
+        largest = max(ids, default=0)
+        if self.embeddings is not None and largest >= self.embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise DataError(
+                f"Sample {id} has the token {token!r} of id {largest}, but the model embeds {self.embeddings} ids.",
+                "Its tokenizer is not this model's, or has tokens that were added without resizing the model.",
+            )
 
     def _tokenise(self, text: str, id: str) -> Any:
         try:

@@ -82,10 +82,16 @@ def _descriptions(
         if not all(isinstance(choices, list) and choices for choices in texts):
             sieve.drop(name, "no chosen or no rejected description")
             continue
-        # All three draws come before any check: dropping a record must not change what is drawn for the next ones.
-        chosen, rejected, prompt = rng.choice(texts[0]), rng.choice(texts[1]), rng.choice(DESCRIBE_PROMPTS)
+        # The draws come before any check: dropping a record must not change what is drawn for the next ones.
+        prompt, chosen, rejected = draw(record, rng)
         pairs += _pair(name, image_id, prompt, chosen, rejected, paths, sieve)
     return pairs
+
+
+def draw(record: Mapping[str, Any], rng: random.Random) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected of one description record, drawn in the original's order."""
+    chosen, rejected = rng.choice(record["chosen"]), rng.choice(record["rejected"])
+    return rng.choice(DESCRIBE_PROMPTS), chosen, rejected
 
 
 def _questions(data: list[Any], paths: Mapping[str, Path], sieve: Sieve) -> list[PreferencePair]:

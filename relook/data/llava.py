@@ -12,7 +12,7 @@ from relook.errors import DataError
 from relook.files import read_json
 
 
-class _Bad(Exception):
+class BadRecord(Exception):
     """Why one record cannot be used."""
 
 
@@ -39,38 +39,45 @@ def read_llava(data_path: Path, image_folder: Path, on_bad: str = "drop") -> tup
     for number, record in enumerate(records):
         name = str(record.get("id", number) if isinstance(record, dict) else number)
         try:
-            samples.append(_conversation(name, record, image_folder))
-        except _Bad as bad:
+            sample = conversation(name, record, image_folder)
+        except BadRecord as bad:
             sieve.drop(name, str(bad))
+            continue
+        if all(image.is_file() for image in sample.images):
+            samples.append(sample)
+        else:
+            sieve.drop(name, "image file missing")
     return samples, sieve.report(len(samples))
 
 
-def _conversation(name: str, record: Any, image_folder: Path) -> Conversation:
+def conversation(name: str, record: Any, image_folder: Path) -> Conversation:
+    """One record as a sample; whether its image files exist is not looked at.
+
+    Raises:
+        BadRecord: why it cannot be used.
+    """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise _Bad("no conversations")
+        raise BadRecord("no conversations")
     images, turns = _images(record.get("image"), image_folder), _turns(record["conversations"])
     if any(IMAGE in turn.response for turn in turns):
-        raise _Bad(f"{IMAGE} in an answer")
+        raise BadRecord(f"{IMAGE} in an answer")
     if sum(turn.prompt.count(IMAGE) for turn in turns) != len(images):
-        raise _Bad(f"number of {IMAGE} differs from the number of images")
+        raise BadRecord(f"number of {IMAGE} differs from the number of images")
     return Conversation(name, images, turns)
 
 
 def _images(given: Any, image_folder: Path) -> tuple[Path, ...]:
     names = given if isinstance(given, list) else [given] if given else []
     if not all(isinstance(name, str) and name for name in names):
-        raise _Bad("image is not a path")
-    images = tuple(image_folder / name for name in names)
-    if not all(image.is_file() for image in images):
-        raise _Bad("image file missing")
-    return images
+        raise BadRecord("image is not a path")
+    return tuple(image_folder / name for name in names)
 
 
 def _turns(messages: list[Any]) -> tuple[Turn, ...]:
     if not all(isinstance(m, dict) and isinstance(m.get("value"), str) for m in messages):
-        raise _Bad("a turn without text")
+        raise BadRecord("a turn without text")
     if not messages or [m.get("from") for m in messages] != ["human", "gpt"] * (len(messages) // 2):
-        raise _Bad("turns do not alternate between human and gpt")
+        raise BadRecord("turns do not alternate between human and gpt")
     if not all(said["value"].strip() for said in messages[1::2]):
-        raise _Bad("empty answer")
+        raise BadRecord("empty answer")
     return tuple(Turn(a["value"], s["value"]) for a, s in zip(messages[::2], messages[1::2], strict=True))

@@ -47,6 +47,11 @@ def read_sizes(vg_path: Path) -> dict[str, tuple[int, int]]:
     )
 
 
+def read_image_records(vg_path: Path) -> dict[str, dict[str, Any]]:
+    """Image id to the whole record of `image_data.json`. Raises DataError as `read_image_paths` does."""
+    return _by_image(vg_path / "image_data.json", "image_id", lambda record: dict(record))
+
+
 def read_objects(vg_path: Path) -> dict[str, frozenset[str]]:
     """Image id to the names of the objects on it, in lower case, from `objects.json`.
 

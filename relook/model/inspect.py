@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from relook.console import output, plain_table
 from relook.model.checkpoint import LazyTensor
 from relook.model.load import LoadedModel, as_device, as_dtype, build, open_source
 from relook.model.regimes import apply_regime
@@ -267,34 +266,25 @@ def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
 
 def print_tables(found: Mapping[str, Any]) -> None:
     """What `inspect` found, on standard output; a pipe gets wide lines."""
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 200
+    console = output()
     console.print(f"{found['model']}: {found['type']}")
-    table = _table("module", "class", "parameters", "dtype", "shapes")
+    table = plain_table("module", "class", "parameters", "dtype", "shapes", right=("parameters",))
     for module in found["modules"]:
         times = f" (x {module['repeats']})" if module["repeats"] > 1 else ""
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in module["shapes"].items())
         name = "  " * module["depth"] + module["name"] + times
         table.add_row(name, module["kind"], f"{module['parameters']:,}", ", ".join(module["dtypes"]), shapes)
     console.print(table)
-    table = _table("regime", "trains", "of", "parts")
+    table = plain_table("regime", "trains", "of", "parts", right=("trains", "of"))
     for name, regime in found["trains"].items():
         parts = ", ".join(f"{part} {count:,}" for part, count in regime["parts"].items())
         table.add_row(name, f"{regime['trains']:,}", f"{regime['of']:,}", parts)
     console.print(table)
     if "tensors" in found:
-        table = _table("step", "tensor", "shape", "dtype", "mean", "std", "min", "max", "NaN", "inf")
+        numbers = ("mean", "std", "min", "max", "NaN", "inf")
+        table = plain_table("step", "tensor", "shape", "dtype", *numbers, right=numbers)
         for row in found["tensors"]:
-            numbers = ("-" if row[key] is None else f"{row[key]:.4g}" for key in ("mean", "std", "min", "max"))
+            values = ("-" if row[key] is None else f"{row[key]:.4g}" for key in ("mean", "std", "min", "max"))
             shape = " x ".join(map(str, row["shape"]))
-            table.add_row(row["step"], row["name"], shape, row["dtype"], *numbers, f"{row['nan']}", f"{row['inf']}")
+            table.add_row(row["step"], row["name"], shape, row["dtype"], *values, f"{row['nan']}", f"{row['inf']}")
         console.print(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        right = column in ("parameters", "trains", "of", "mean", "std", "min", "max", "NaN", "inf")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    return table

@@ -87,6 +87,7 @@ class LoadedModel:
             self.image_positions,
             max_length or self.core.config.text_config.max_position_embeddings,
             getattr(self.core.config, "mm_use_im_start_end", False),
+            self.core.get_input_embeddings().num_embeddings,
         )
 
     def encode(self, images: Sequence[Picture] = (), text: str = "", template: str = "") -> dict[str, Tensor]:

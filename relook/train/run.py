@@ -20,6 +20,7 @@ from relook.console import progress, say
 from relook.data.encode import Example
 from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
+from relook.data.pairs import read_pairs
 from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError, some
@@ -176,6 +177,9 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
 
 def read_samples(recipe: Recipe) -> tuple[Sequence[PreferencePair | Conversation], ReadReport]:
     """The samples of the recipe's files, and what the reader left out."""
+    if recipe.pairs_path:
+        folder = Path(recipe.image_folder) if recipe.image_folder else None
+        return read_pairs(Path(recipe.pairs_path), folder, on_bad=recipe.on_bad)
     if recipe.task == "dpo":
         desc, pope = (Path(p) if p else None for p in (recipe.desc_data_path, recipe.pope_data_path))
         return read_hadpo(Path(recipe.vg_path), desc, pope, on_bad=recipe.on_bad)

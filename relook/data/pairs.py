@@ -1,0 +1,55 @@
+"""Training pairs from parquet files: TRL's, RLHF-V's and RLAIF-V's columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from relook.data.parquet import content_hash, hadpo_record, open_parquet
+from relook.data.report import ReadReport, Sieve
+from relook.data.rows import BadRow, Embedded
+from relook.data.samples import PreferencePair
+from relook.files import whole_file
+
+
+def read_pairs(
+    path: Path, image_folder: Path | None = None, on_bad: str = "drop"
+) -> tuple[list[PreferencePair], ReadReport]:
+    """Read a parquet file, or all of a folder, as pairs to train on.
+
+    Embedded images are written as files once, named by their content. A row is bad where it is not one image with one
+    user turn and two answers, an answer is empty, or chosen equals rejected. Rows that HA-DPO's reader would skip
+    (`correct` in a `hadpo_record`) are skipped.
+
+    Args:
+        image_folder: where they go, and where images are looked up that a row only names; by default beside `path`,
+            in a folder of its name and `_images`.
+        on_bad: "drop" reports bad rows; "error" raises at the first one.
+
+    Raises:
+        DataError: there is no such file, it has none of the layouts, or a row is bad and `on_bad` is "error".
+    """
+    folder = image_folder or path.with_name(f"{path.stem}_images")
+    sieve, pairs = Sieve(str(path), on_bad), []
+    for number, row in enumerate(open_parquet(path, folder).rows()):
+        name = f"row-{number}"
+        if isinstance(row, BadRow):
+            sieve.drop(name, str(row))
+        elif hadpo_record(row).get("correct"):
+            sieve.skip("answered correctly")
+        elif not all(text.strip() for text in (row.prompt, row.chosen, row.rejected)):
+            sieve.drop(name, "empty text")
+        elif row.chosen.strip() == row.rejected.strip():
+            sieve.drop(name, "chosen equals rejected")
+        elif len(row.images) != 1:
+            sieve.drop(name, f"{len(row.images)} images")
+        else:
+            pairs.append(PreferencePair(name, _extracted(row.image, folder), row.prompt, row.chosen, row.rejected))
+    return pairs, sieve.report(len(pairs))
+
+
+def _extracted(image: Embedded, folder: Path) -> Path:
+    path = folder / f"{content_hash(image.data)}{image.suffix}"
+    if not path.exists():
+        with whole_file(path) as temporary:
+            temporary.write_bytes(image.data)
+    return path
