@@ -229,9 +229,9 @@ def cache_pass(options: argparse.Namespace) -> dict[str, Any]:
 
 def pope(options: argparse.Namespace) -> dict[str, Any]:
     """`relook eval pope`, twice: the first time for warmth. Rows a second while answers are made."""
+    from relook import processes
     from relook.evaluate import run as evaluation
     from relook.model.load import Loading
-    from relook import processes
 
     data, seconds = options.work / f"pope{world()}", list[float]()
     ask = evaluation.ask_pope
