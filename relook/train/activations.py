@@ -1,0 +1,204 @@
+"""How many bytes a step keeps for its backward pass, from shapes alone: what `relook estimate` calls activations.
+
+Each term is a tensor that autograd saves; `tests/test_estimate.py` counts those of real steps. Letters: D hidden size, F
+width inside the MLP, A and K numbers in a position's queries and keys, H heads, V width of vision features.
+
+`low` is the size of a number in matrix products: 2 under bf16 and fp16, else 4. `mixed` says that what trains is held in
+float32 beside it: autocast then casts the input of each linear layer that trains, and every cast is a copy of its own.
+Where layers are compiled, torch's min-cut partitioner keeps one of equal copies, and computes again what is cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from relook.data.encode import Example
+from relook.model.post_decoder import PostDecoder
+from relook.model.trunks import feature_size
+from relook.train.log_probs import ROWS
+from relook.train.policy import LOGITS_BYTES
+from relook.train.tree_pass import packs
+from relook.tree import arrange, bucket, kept_positions
+
+ATTENTION_INPUTS, MLP_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How large a batch is.
+
+    Args:
+        positions: of its rows, padding included, as the language model reads them.
+        row: positions of one row.
+        slots: kept states of its trees, padded to the longest.
+        targets: of the loss.
+        images, features: images, and rows of their vision features.
+        padded_features: those rows with each tree padded to the most that one has.
+        trees, tokens: trees, and their positions without padding.
+    """
+
+    positions: int
+    row: int
+    slots: int
+    targets: int
+    images: int
+    features: int
+    padded_features: int
+    trees: int
+    tokens: int
+
+    @staticmethod
+    def of(examples: Sequence[Example], rows: Sequence[int], how: str, everything: bool) -> Counts:
+        """The batch that `Collator` makes of examples.
+
+        Args:
+            rows: vision features of each example's images together.
+            how: `Policy.trunk_pass`.
+            everything: whether the states of all positions are kept.
+        """
+        trees = [example.tree for example in examples]
+        lengths = sorted((len(tree) for tree in trees), reverse=True)
+        row = bucket(sum(lengths)) if packs(how) else lengths[0]
+        return Counts(
+            positions=row if packs(how) else row * len(arrange(lengths, row)),
+            row=row,
+            slots=len(trees) * max(len(kept_positions(tree, everything)) for tree in trees),
+            targets=sum(sum(branch.supervised) for tree in trees for branch in tree.branches),
+            images=sum(len(example.images) for example in examples),
+            features=sum(rows),
+            padded_features=len(trees) * max(rows),
+            trees=len(trees),
+            tokens=sum(lengths),
+        )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a part of the model keeps for one position, and whatever the number of positions; and the most that
+    its backward pass has beside them for one position."""
+
+    each: int
+    fixed: int = 0
+    workspace: int = 0
+
+
+def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mixed: bool, dropout: float) -> Kept:
+    """A decoder layer of the language model, with or without LoRA: pre-norm attention and gated MLP.
+
+    Args:
+        layer: as training has it; its weights are not looked at.
+        row: positions of one row, for the dense mask.
+        dropout: of LoRA.
+    """
+    D, F, H = text.hidden_size, text.intermediate_size, text.num_attention_heads
+    size = getattr(text, "head_dim", None) or D // H
+    A, K = H * size, text.num_key_value_heads * size
+    adapters = {name.rpartition(".")[2]: m for name, m in layer.named_modules() if isinstance(m, LoraLayer)}
+    trains = any(p.requires_grad for name, p in layer.named_parameters() if "lora_" not in name and p.ndim > 1)
+    dense, compiled = how == "dense", how == "compiled" and not _dora(adapters)
+    stream = 4 if trains and mixed else low  # bytes of a number in the residual stream
+
+    # Attention: queries, keys, values, output, and the softmax's log-sum in float32. SDPA has its mask as numbers,
+    # and keys and values once for each query head.
+    each = (2 * A + 2 * (A if dense else K)) * low + 4 * H + (row * low if dense else 0)
+    # RMSNorm, twice: its input, in float32 unless a compiled layer casts it again, and 1 / its root mean square.
+    each += 2 * (D * (stream if compiled else 4) + 4)
+    if trains and not compiled:
+        each += 2 * D * stream  # the normalised states, for the gradient of the norms' weights
+    # MLP: gate, its activation (again computed from it where compiled), and up.
+    each += (2 if compiled else 3) * F * low
+    # What linear layers that train are given, for their weights' gradients; see `_inputs`.
+    inputs = {name: (D if name in (*ATTENTION_INPUTS, *MLP_INPUTS) else A if name == "o_proj" else F) for name in NAMES}
+    wanted = list(adapters) if adapters else list(NAMES) if trains else []
+    each += _inputs(inputs, wanted, low, mixed, compiled, dropout if adapters else 0.0, norms=trains)
+    fixed = sum(p.numel() for p in layer.parameters() if p.requires_grad and p.ndim > 1) * low if mixed else 0
+    for module in adapters.values():
+        rank = module.lora_A["default"].out_features
+        each += rank * low  # between A and B
+        if module.lora_variant:
+            # DoRA's scale multiplies base and LoRA outputs; B A is made by sending an identity matrix through.
+            each += 2 * module.out_features * low
+            fixed += module.in_features**2 * low
+    # Gradients of the MLP's three wide tensors and of the residual stream; peft's casts make one of them float32.
+    workspace = 3 * F * low + 4 * D * stream + (F * 4 if adapters and mixed and not compiled else 0)
+    return Kept(each, fixed, workspace)
+
+
+NAMES = (*ATTENTION_INPUTS, "o_proj", *MLP_INPUTS, "down_proj")
+
+
+def _inputs(
+    inputs: dict[str, int], wanted: Sequence[str], low: int, mixed: bool, compiled: bool, dropout: float, norms: bool
+) -> int:
+    """Bytes of the inputs that are kept for the gradients of weights.
+
+    Without casts or dropout layers side by side share their input, and the output projection's is the attention's
+    output, which is kept already. Casts and dropout make a copy for each layer; dropout keeps its mask, too (1 byte).
+
+    Args:
+        norms: whether the norms train: their own product is then what the layers above share.
+    """
+    if dropout:
+        return sum(inputs[name] * (low + 1) for name in wanted)
+    if mixed and not compiled:
+        # Under full training the attention's output comes in the type that the projection wants: no cast.
+        return sum(inputs[name] * low for name in wanted if not (norms and name == "o_proj"))
+    groups = {ATTENTION_INPUTS if n in ATTENTION_INPUTS else MLP_INPUTS if n in MLP_INPUTS else n for n in wanted}
+    return sum(inputs[g if isinstance(g, str) else g[0]] * low for g in groups if g != "o_proj")
+
+
+def _dora(adapters: dict[str, Any]) -> bool:
+    """Compiled, DoRA keeps what it keeps otherwise: its outputs are products of matrices, none of them cheap."""
+    return any(module.lora_variant for module in adapters.values())
+
+
+def projector(config: Any, low: int, mixed: bool) -> Kept:
+    """A projector that trains, for a row of vision features: two linear layers' inputs, and the first one's output."""
+    D, V = config.text_config.hidden_size, feature_size(config)
+    return Kept((V + 2 * D) * low, (V * D + D * D) * low if mixed else 0)
+
+
+def post_decoder(decoder: PostDecoder, counts: Counts, low: int, mixed: bool) -> int:
+    """Bytes that a post decoder keeps for a batch.
+
+    LayerNorm runs in float32 under CUDA's autocast: its input is kept so, with mean and deviation.
+    """
+    D, depth = decoder.blocks[0].mlp_norm.normalized_shape[0], len(decoder.blocks)  # type: ignore[union-attr,index]
+    F = decoder.blocks[0].mlp.gate_proj.out_features  # type: ignore[union-attr]
+    heads = _heads(decoder)
+    copies = (lambda number: number) if mixed else (lambda number: 1)
+    everything = decoder.reads_all_positions
+    states = counts.slots if everything else counts.targets
+    norm = 4 * D + 8
+    # MLP: norm, the two casts of its output, gate, activation, up and their product.
+    each = norm + copies(2) * D * low + 4 * F * low
+    image, padded = 0, 0
+    if decoder.align is not None:
+        linears: list[Any] = list(decoder.align.linears)
+        # Each linear layer's input, each activation's; the norm; keys and values of each block and what they are of.
+        image = linears[0].in_features * low + sum(2 * linear.in_features for linear in linears[1:]) * low + norm
+        image += depth * 2 * D * low + (depth * 2 if mixed else 1) * D * low
+        each += norm + 2 * D * low  # the queries' and the output projection's inputs
+        padded = 2 * D * low + 4 * heads  # queries and output of the attention, in padded rows
+    if everything:
+        each += norm + copies(3) * D * low + 4 * D * low + 4 * heads
+        padded += counts.slots // counts.trees * low  # the mask as numbers
+    fixed = sum(p.numel() for p in decoder.parameters() if p.ndim > 1) * low if mixed else 0
+    return depth * (states * each + counts.slots * padded) + counts.padded_features * image + fixed
+
+
+def _heads(decoder: PostDecoder) -> int:
+    block: Any = decoder.blocks[0]
+    return block.cross_attention.num_heads if block.cross_attention is not None else 0
+
+
+def logits(vocabulary: int, targets: int, low: int) -> tuple[int, int]:
+    """Bytes of the logits and of their gradient, of one chunk (`policy.token_log_probs`); and of float32 rows beside
+    them (`log_probs.ROWS`: the last ones, the new ones and a product of both)."""
+    rows = min(targets, max(1, LOGITS_BYTES // (4 * vocabulary)))
+    return 2 * rows * vocabulary * low, 3 * min(ROWS, rows) * vocabulary * 4
