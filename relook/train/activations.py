@@ -106,8 +106,9 @@ def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mix
     # Attention: queries, keys, values, output, and the softmax's log-sum in float32. SDPA has its mask as numbers,
     # and keys and values once for each query head.
     each = (2 * A + 2 * (A if dense else K)) * low + 4 * H + (row * low if dense else 0)
-    # RMSNorm, twice: its input, in float32 unless a compiled layer casts it again, and 1 / its root mean square.
-    each += 2 * (D * (stream if compiled else 4) + 4)
+    # RMSNorm, twice: its input, in float32 unless a compiled layer casts it again (and adds up the second one from the
+    # attention's output), and 1 / its root mean square.
+    each += D * (stream + low if compiled else 8) + 8
     if trains and not compiled:
         each += 2 * D * stream  # the normalised states, for the gradient of the norms' weights
     # MLP: gate, its activation (again computed from it where compiled), and up.
@@ -121,9 +122,7 @@ def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mix
         rank = module.lora_A["default"].out_features
         each += rank * low  # between A and B
         if module.lora_variant:
-            # DoRA's scale multiplies base and LoRA outputs; B A is made by sending an identity matrix through.
-            each += 2 * module.out_features * low
-            fixed += module.in_features**2 * low
+            each += 2 * module.out_features * low  # DoRA's scale multiplies the outputs of base and LoRA
     # Gradients of the MLP's three wide tensors and of the residual stream; peft's casts make one of them float32.
     workspace = 3 * F * low + 4 * D * stream + (F * 4 if adapters and mixed and not compiled else 0)
     return Kept(each, fixed, workspace)

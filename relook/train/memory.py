@@ -121,18 +121,17 @@ class Job:
             total += (len(self.layers) - self.recomputed) * self.one_layer
             total += self.recomputed * batch.positions * D * stream  # a layer's input
             total += batch.positions * (4 * D + 4)  # the last norm
-            total += batch.slots * D * low
         if self.recipe.tune_mm_mlp_adapter or self.recipe.full:
             projector = activations.projector(config, low, self.mixed)
             total += projector.each * batch.features + projector.fixed
-        if self.policy.post_decoder is not None and self.post_decoder_flows:
+        if self.policy.post_decoder is not None and (self.recipe.tune_post_decoder or not self.recipe.frozen_trunk):
             total += activations.post_decoder(self.policy.post_decoder, batch, low, self.mixed)
         head = self.policy.core.lm_head.weight
-        return total + batch.targets * D * low + (head.numel() * low if head.requires_grad and self.mixed else 0)
-
-    @property
-    def post_decoder_flows(self) -> bool:
-        return self.recipe.tune_post_decoder or not self.recipe.frozen_trunk
+        if head.requires_grad:
+            total += batch.targets * D * low
+            flows = self.recipe.tune_post_decoder or not self.recipe.frozen_trunk
+            total += head.numel() * low if flows and self.mixed else 0  # cast for the gradient of its input
+        return total
 
     @cached_property
     def waiting(self) -> int:
@@ -152,6 +151,8 @@ class Job:
         largest = max(p.numel() for name, p in self.layers[0].named_parameters() if "lora_" not in name)
         # A quantised weight is unpacked whole; the gradient of one that trains exists in both types.
         matrix = largest * (self.low if self.recipe.bits != 16 else self.low + 4 if self.recipe.full else 0)
+        if self.recipe.use_dora:  # peft sends an identity matrix through LoRA, for the norms of base and LoRA together
+            matrix += (self.text.intermediate_size**2 + 2 * largest) * self.low
         return self.layer.workspace * self.batch.positions + matrix
 
     @cached_property
