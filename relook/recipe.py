@@ -14,7 +14,7 @@ import yaml
 
 from relook.errors import RecipeError, some
 from relook.files import read_text, write_text
-from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, check_fixed
+from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, WORDS, check_fixed, check_switched
 from relook.model.post_decoder import PostDecoderSettings
 
 CHOICES = {
@@ -182,6 +182,8 @@ class Recipe:
             raise RecipeError(
                 "feature_cache and feature_cache_dir would have no effect: the trunk trains.", "Leave them out."
             )
+        more = {name: getattr(self, name) for name in ("eval_fraction", "group_by_modality_length")}
+        check_switched({**self.training, **more})
         recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         if recomputed and self.cached_trunk:
             raise RecipeError(
@@ -299,6 +301,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     training: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for key, value in values.items():
+        value = WORDS.get(key, value) if value is False else value
         head, _, rest = str(key).partition(".")
         if head == "post_decoder":
             settings.update({rest: value} if rest else _mapping(head, value))

@@ -163,8 +163,6 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         raise RecipeError("fsdp needs several processes.", "Start it by torchrun; docs/clusters.md has the commands.")
     # While this is set, transformers shards a model under ZeRO-3 as it is loaded; references need it whole.
     unset_hf_deepspeed_config()
-    if arguments.do_eval and not recipe.eval_fraction:
-        raise RecipeError("The recipe asks for evaluation, but holds nothing out.", "Set eval_fraction, e.g. 0.05.")
     return arguments
 
 
