@@ -30,6 +30,7 @@ from relook.model.source import ModelSource, open_model
 from relook.model.trunks import feature_rows, has_post_decoder, trunk_of, with_post_decoder
 from relook.recipe import Recipe, build_recipe, parse_overrides, read_shipped
 from relook.train.activations import Counts
+from relook.train.batches import Item, corrupted
 from relook.train.cache import FOLDER
 from relook.train.logs import Costs, Work
 from relook.train.memory import PARTS, Job, Way, ways
@@ -103,7 +104,7 @@ def estimate(
         "gpus": gpus,
         "gpu_memory_gib": gpu_memory,
         "ways": {way.name: _told(way, gpu_memory) for way in found},
-        "peak_gib": round(found[0].peak / GIB, 2),
+        "predicted_gib": round(max(found[0].peak, found[0].before) / GIB, 2),
         "measured_gib": measured(Path(recipe.output_dir)),
         "trunk_cache": trunk_cache(recipe, whole, lengths, gpus) if recipe.cached_trunk else None,
         "work": work(job, lengths, gpus * tflops),
@@ -131,11 +132,11 @@ def open_on_paper(recipe: Recipe) -> ModelSource:
     for change in (path, Path(recipe.adapter_name_or_path or NOT_GIVEN)):
         if (change / CHANGE_FILE).exists():
             said = read_object(change / CHANGE_FILE)
-            decoder = said.get("post_decoder") or decoder
+            decoder = said.get("post_decoder", decoder)
             if change == path:
                 path, tower = Path(str(said.get("base"))), tower or said.get("vision_tower")
     source = open_model(path, tower, weights=False)
-    if decoder and not has_post_decoder(source.config):
+    if decoder is not None and not has_post_decoder(source.config):
         source = replace(source, config=with_post_decoder(source.config, decoder))
     return source
 
@@ -183,7 +184,9 @@ def read_lengths(recipe: Recipe, source: ModelSource, assumed: Assumed) -> Lengt
         if not examples:
             raise DataError("No sample can be used.", report.summary())
         total = round(len(samples) * len(examples) / len(drawn))
-        return Lengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", loaded.images.size)
+        # Where all images take the same room their files need not be opened.
+        size = (lambda image: SIZE) if isinstance(loaded.image_positions, int) else loaded.images.size
+        return Lengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size)
     except (RelookError, OSError) as error:
         reason = str(error)
     positions = trunk_of(model.config).positions(model)
@@ -195,14 +198,20 @@ def read_lengths(recipe: Recipe, source: ModelSource, assumed: Assumed) -> Lengt
     return Lengths(examples, assumed.samples, f"assumed: {said}. {reason}", lambda image: SIZE)
 
 
+def seen(recipe: Recipe, examples: Sequence[Example]) -> list[Example]:
+    """What a step reads of some examples: for mDPO their chosen answers again, on corrupted images."""
+    again = [corrupted(Item(example), 0).example for example in examples] if recipe.mdpo_conditional_weight else []
+    return [*examples, *again]
+
+
 def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, sharded: bool) -> Job:
     """The recipe's run on paper, with the largest batch of an epoch in random order."""
     examples = lengths.examples
     rows = [sum(feature_rows(whole.config, lengths.size(image)) for image in example.images) for example in examples]
 
     def counts(chosen: Sequence[int]) -> Counts:
-        parts = [examples[i] for i in chosen], [rows[i] for i in chosen]
-        return Counts.of(*parts, whole.trunk_pass, whole.keeps_everything)
+        trees, times = seen(recipe, [examples[i] for i in chosen]), 2 if recipe.mdpo_conditional_weight else 1
+        return Counts.of(trees, [rows[i] for i in chosen] * times, whole.trunk_pass, whole.keeps_everything)
 
     size = int(recipe.training.get("per_device_train_batch_size", 8))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
@@ -262,7 +271,7 @@ def work(job: Job, lengths: Lengths, tflops: float) -> dict[str, Any]:
 
     As in the log, products of linear layers count; what is computed again under gradient_checkpointing is in it here.
     """
-    examples, whole = lengths.examples, job.whole
+    examples, whole = seen(job.recipe, lengths.examples), job.whole
     trees = [example.tree for example in examples]
     tokens, targets = sum(map(len, trees)), sum(sum(branch.supervised) for tree in trees for branch in tree.branches)
     features = sum(feature_rows(whole.config, lengths.size(image)) for example in examples for image in example.images)
@@ -279,7 +288,8 @@ def work(job: Job, lengths: Lengths, tflops: float) -> dict[str, Any]:
     if job.recipe.cached_trunk or job.recipe.needs_reference:
         before = forward.flops(replace(done, live=True))
     step += forward.reading * tokens * job.recomputed_share
-    each = {"step_tflop": step / len(trees) / 1e12, "before_tflop": before / len(trees) / 1e12}
+    samples = len(lengths.examples)
+    each = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}
     if tflops:
         epochs = float(job.recipe.training.get("num_train_epochs", 3))
         each["before_seconds"] = each["before_tflop"] * lengths.total / tflops
@@ -296,9 +306,9 @@ def estimate_command(
     """`relook estimate RECIPE [--key value ...]`; paths of data and of the result need not be given."""
     given = {key: value for key, value in read_shipped(name, "recipe").items() if value not in ("", None)}
     given |= parse_overrides(keys)
-    needed = ("data_path", "image_folder") if given.get("task") == "sft" else ("vg_path",)
+    needed = ["data_path", "image_folder"] if given.get("task") == "sft" else ["vg_path"]
     if given.get("task") == "dpo" and not {"desc_data_path", "pope_data_path"} & given.keys():
-        needed += ("desc_data_path",)
+        needed.append("desc_data_path")
     recipe = build_recipe({**dict.fromkeys(("output_dir", *needed), NOT_GIVEN), **given})
     return estimate(recipe, gpus, gpu_memory, assumed, tflops)
 
@@ -320,12 +330,18 @@ def print_estimate(found: Mapping[str, Any]) -> None:
         fits = "yes" if way["fits"] else "no"
         table.add_row(name, *(f"{size / GIB:.2f}" for size in sizes), fits, f"{way['processor'] / GIB:.1f}")
     console.print(table)
+    first = next(iter(found["ways"].values()))
+    elsewhere = (f"{part} {size / GIB:.2f}" for part, size in first["largest"].items() if size > first["parts"][part])
+    console.print(f"parts are those at the peak of a step; at other moments up to {', '.join(elsewhere) or 'the same'}")
     if found["measured_gib"] is not None:
-        first = next(iter(found["ways"].values()))
-        said = max(first["peak"], first["before"]) / GIB
-        console.print(f"measured in the finished run: {found['measured_gib']:.2f} GiB; said here: {said:.2f}")
+        said = found["predicted_gib"]
+        console.print(f"measured in the finished run: {found['measured_gib']:.2f} GiB; predicted: {said:.2f}")
     if found["trunk_cache"]:
         cache = found["trunk_cache"]
         parts = ", ".join(f"{part} {readable_size(size)}" for part, size in cache["parts"].items())
         console.print(f"trunk cache: {readable_size(cache['bytes'])} ({parts}) in {cache['where']}")
-    console.print("; ".join(f"{key} {value:g}" for key, value in found["work"].items()))
+    done = found["work"]
+    console.print(f"work: {done['step_tflop']:g} TFLOP a sample in a step, {done['before_tflop']:g} before training")
+    if "training_seconds" in done:
+        times = (f"{done[f'{phase}_seconds'] / 60:.1f} minutes" for phase in ("before", "training"))
+        console.print("time of {:,} samples: {} before, {} of training".format(done["samples"], *times))

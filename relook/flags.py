@@ -68,8 +68,10 @@ INSTEAD = {
     "local_rank": "torchrun says it by LOCAL_RANK; start DeepSpeed's launcher with --no_local_rank.",
     "optim_target_modules": "GaLore and APOLLO are not supported; leave it out.",
     **dict.fromkeys(
-        ("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push")
-        + ("hub_revision",),
+        (
+            *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+            "hub_revision",
+        ),
         "Use relook export and then hf upload.",
     ),
 }
@@ -89,8 +91,10 @@ SWITCHED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], tuple[str, ...]],
     (
         "without eval_fraction: nothing is held out",
         lambda said: said.get("eval_fraction"),
-        ("per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start")
-        + ("load_best_model_at_end",),
+        (
+            *("per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+            "load_best_model_at_end",
+        ),
     ),
     ("without eval_strategy steps", lambda said: said.get("eval_strategy") == "steps", ("eval_steps",)),
     (
@@ -117,13 +121,15 @@ SWITCHED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], tuple[str, ...]],
     (
         "without dataloader_num_workers",
         lambda said: said.get("dataloader_num_workers"),
-        ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
-        + ("dataloader_in_order",),
+        (
+            *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"),
+            "dataloader_in_order",
+        ),
     ),
     ("without fsdp", lambda said: said.get("fsdp"), ("fsdp_config",)),
     (
         "with an optimizer that is no Adam or Lion",
-        lambda said: any(word in str(said.get("optim", "adamw")) for word in ("adam", "lion", "ademamix")),
+        lambda said: any(word in str(said.get("optim", "adamw")) for word in ("adam", "lion", "adema")),
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
     ),
     (
@@ -133,8 +139,10 @@ SWITCHED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], tuple[str, ...]],
     ),
 )
 # Of those, the ones whose false says what is so anyway.
-OFF = ("eval_on_start", "load_best_model_at_end", "save_only_model", "save_on_each_node", "enable_jit_checkpoint")
-OFF += ("dataloader_persistent_workers",)
+OFF = {
+    *("eval_on_start", "load_best_model_at_end", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
+    "dataloader_persistent_workers",
+}
 
 
 def check_switched(said: Mapping[str, Any]) -> None:

@@ -56,7 +56,7 @@ log_level_replica report_to save_strategy ignore_data_skip restore_callback_stat
 use_cpu accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
 ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
 deepspeed debug skip_memory_metrics
-""".split()
+"""
 
 
 def test_hadpos_command_is_taken() -> None:
@@ -87,7 +87,7 @@ def test_hadpos_command_is_taken() -> None:
 
 def test_every_argument_of_transformers_has_its_class() -> None:
     """A version with a new one needs a decision: does it do anything here?"""
-    classes = (INSTEAD, FIXED, EFFECTIVE, {key for _, _, keys in SWITCHED for key in keys}, {"output_dir"})
+    classes = (INSTEAD, FIXED, EFFECTIVE.split(), {key for _, _, keys in SWITCHED for key in keys}, {"output_dir"})
     for field in dataclasses.fields(TrainingArguments):
         assert sum(field.name in members for members in classes) == 1, field.name
 

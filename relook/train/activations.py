@@ -1,11 +1,11 @@
 """How many bytes a step keeps for its backward pass, from shapes alone: what `relook estimate` calls activations.
 
-Each term is a tensor that autograd saves; `tests/test_estimate.py` counts those of real steps. Letters: D hidden size, F
-width inside the MLP, A and K numbers in a position's queries and keys, H heads, V width of vision features.
+Each term is a tensor that autograd saves; `tests/test_estimate.py` counts those of real steps. Letters: D hidden size,
+F width inside the MLP, A and K numbers in a position's queries and keys, H heads, V width of vision features.
 
-`low` is the size of a number in matrix products: 2 under bf16 and fp16, else 4. `mixed` says that what trains is held in
-float32 beside it: autocast then casts the input of each linear layer that trains, and every cast is a copy of its own.
-Where layers are compiled, torch's min-cut partitioner keeps one of equal copies, and computes again what is cheap.
+`low` is the size of a number in matrix products: 2 under bf16 and fp16, else 4. `mixed` says that what trains is held
+in float32 beside it: autocast then casts the input of each linear layer that trains, and every cast is a copy of its
+own. Where layers are compiled, torch's min-cut partitioner keeps one of equal copies, and computes again what is cheap.
 """
 
 from __future__ import annotations
@@ -93,14 +93,19 @@ def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mix
     Args:
         layer: as training has it; its weights are not looked at.
         row: positions of one row, for the dense mask.
+        how: `Policy.trunk_pass`.
         dropout: of LoRA.
     """
     D, F, H = text.hidden_size, text.intermediate_size, text.num_attention_heads
     size = getattr(text, "head_dim", None) or D // H
     A, K = H * size, text.num_key_value_heads * size
-    adapters = {name.rpartition(".")[2]: m for name, m in layer.named_modules() if isinstance(m, LoraLayer)}
-    trains = any(p.requires_grad for name, p in layer.named_parameters() if "lora_" not in name and p.ndim > 1)
-    dense, compiled = how == "dense", how == "compiled" and not _dora(adapters)
+    adapters: dict[str, Any] = {
+        name.rpartition(".")[2]: m for name, m in layer.named_modules() if isinstance(m, LoraLayer)
+    }
+    dora = any(module.lora_variant for module in adapters.values())
+    trains = not adapters and any(parameter.requires_grad for parameter in layer.parameters())
+    # Compiled, DoRA keeps what it keeps otherwise: its outputs are products of matrices, none of them cheap.
+    dense, compiled = how == "dense", how == "compiled" and not dora
     stream = 4 if trains and mixed else low  # bytes of a number in the residual stream
 
     # Attention: queries, keys, values, output, and the softmax's log-sum in float32. SDPA has its mask as numbers,
@@ -111,55 +116,33 @@ def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mix
     each += D * (stream + low if compiled else 8) + 8
     if trains and not compiled:
         each += 2 * D * stream  # the normalised states, for the gradient of the norms' weights
-    # MLP: gate, its activation (again computed from it where compiled), and up.
+    # MLP: gate, its activation (computed again where compiled), and up.
     each += (2 if compiled else 3) * F * low
-    # What linear layers that train are given, for their weights' gradients; see `_inputs`.
-    inputs = {name: (D if name in (*ATTENTION_INPUTS, *MLP_INPUTS) else A if name == "o_proj" else F) for name in NAMES}
-    wanted = list(adapters) if adapters else list(NAMES) if trains else []
-    each += _inputs(inputs, wanted, low, mixed, compiled, dropout if adapters else 0.0, norms=trains)
-    fixed = sum(p.numel() for p in layer.parameters() if p.requires_grad and p.ndim > 1) * low if mixed else 0
+
+    # What linear layers are given, for the gradients of their weights.
+    inputs = {**dict.fromkeys((*ATTENTION_INPUTS, *MLP_INPUTS), D), "o_proj": A, "down_proj": F}
+    wanted = list(adapters) if adapters else list(inputs) if trains else []
+    if adapters and dropout:  # each its own, and the mask in bytes
+        each += sum(inputs[name] * (low + 1) for name in wanted)
+    elif mixed and not compiled:  # each its own cast; but without LoRA the attention's output needs none
+        each += sum(inputs[name] * low for name in wanted if adapters or name != "o_proj")
+    else:  # one of each group side by side; the output projection's is the attention's output, which is there already
+        for group in (ATTENTION_INPUTS, MLP_INPUTS, ("down_proj",)):
+            each += inputs[group[0]] * low if set(group) & set(wanted) else 0
+
     for module in adapters.values():
-        rank = module.lora_A["default"].out_features
-        each += rank * low  # between A and B
-        if module.lora_variant:
-            each += 2 * module.out_features * low  # DoRA's scale multiplies the outputs of base and LoRA
+        each += module.lora_A["default"].out_features * low  # between A and B
+        each += 2 * module.out_features * low if dora else 0  # its scale multiplies the outputs of base and LoRA
+    fixed = sum(p.numel() for p in layer.parameters() if p.requires_grad and p.ndim > 1) * low if mixed else 0
     # Gradients of the MLP's three wide tensors and of the residual stream; peft's casts make one of them float32.
     workspace = 3 * F * low + 4 * D * stream + (F * 4 if adapters and mixed and not compiled else 0)
     return Kept(each, fixed, workspace)
 
 
-NAMES = (*ATTENTION_INPUTS, "o_proj", *MLP_INPUTS, "down_proj")
-
-
-def _inputs(
-    inputs: dict[str, int], wanted: Sequence[str], low: int, mixed: bool, compiled: bool, dropout: float, norms: bool
-) -> int:
-    """Bytes of the inputs that are kept for the gradients of weights.
-
-    Without casts or dropout layers side by side share their input, and the output projection's is the attention's
-    output, which is kept already. Casts and dropout make a copy for each layer; dropout keeps its mask, too (1 byte).
-
-    Args:
-        norms: whether the norms train: their own product is then what the layers above share.
-    """
-    if dropout:
-        return sum(inputs[name] * (low + 1) for name in wanted)
-    if mixed and not compiled:
-        # Under full training the attention's output comes in the type that the projection wants: no cast.
-        return sum(inputs[name] * low for name in wanted if not (norms and name == "o_proj"))
-    groups = {ATTENTION_INPUTS if n in ATTENTION_INPUTS else MLP_INPUTS if n in MLP_INPUTS else n for n in wanted}
-    return sum(inputs[g if isinstance(g, str) else g[0]] * low for g in groups if g != "o_proj")
-
-
-def _dora(adapters: dict[str, Any]) -> bool:
-    """Compiled, DoRA keeps what it keeps otherwise: its outputs are products of matrices, none of them cheap."""
-    return any(module.lora_variant for module in adapters.values())
-
-
 def projector(config: Any, low: int, mixed: bool) -> Kept:
     """A projector that trains, for a row of vision features: two linear layers' inputs, and the first one's output."""
     D, V = config.text_config.hidden_size, feature_size(config)
-    return Kept((V + 2 * D) * low, (V * D + D * D) * low if mixed else 0)
+    return Kept(int(V + 2 * D) * low, int(V * D + D * D) * low if mixed else 0)
 
 
 def post_decoder(decoder: PostDecoder, counts: Counts, low: int, mixed: bool) -> int:
@@ -167,33 +150,30 @@ def post_decoder(decoder: PostDecoder, counts: Counts, low: int, mixed: bool) ->
 
     LayerNorm runs in float32 under CUDA's autocast: its input is kept so, with mean and deviation.
     """
-    D, depth = decoder.blocks[0].mlp_norm.normalized_shape[0], len(decoder.blocks)  # type: ignore[union-attr,index]
-    F = decoder.blocks[0].mlp.gate_proj.out_features  # type: ignore[union-attr]
-    heads = _heads(decoder)
-    copies = (lambda number: number) if mixed else (lambda number: 1)
-    everything = decoder.reads_all_positions
-    states = counts.slots if everything else counts.targets
+    block: Any = decoder.blocks[0]
+    D, F = int(block.mlp.gate_proj.in_features), int(block.mlp.gate_proj.out_features)
+    depth = len(decoder.blocks)
+    states = counts.slots if decoder.reads_all_positions else counts.targets
     norm = 4 * D + 8
-    # MLP: norm, the two casts of its output, gate, activation, up and their product.
-    each = norm + copies(2) * D * low + 4 * F * low
-    image, padded = 0, 0
+
+    def given(layers: int) -> int:
+        """The input of linear layers side by side."""
+        return (layers if mixed else 1) * D * low
+
+    each = norm + given(2) + 4 * F * low  # MLP: gate, its activation, up and their product
+    padded = image = 0  # for a slot, and for a row of vision features
     if decoder.align is not None:
         linears: list[Any] = list(decoder.align.linears)
-        # Each linear layer's input, each activation's; the norm; keys and values of each block and what they are of.
-        image = linears[0].in_features * low + sum(2 * linear.in_features for linear in linears[1:]) * low + norm
-        image += depth * 2 * D * low + (depth * 2 if mixed else 1) * D * low
-        each += norm + 2 * D * low  # the queries' and the output projection's inputs
-        padded = 2 * D * low + 4 * heads  # queries and output of the attention, in padded rows
-    if everything:
-        each += norm + copies(3) * D * low + 4 * D * low + 4 * heads
+        # The inputs of each linear layer and activation, the norm, and each block's keys and values.
+        image += linears[0].in_features * low + sum(2 * linear.in_features for linear in linears[1:]) * low + norm
+        image += depth * 2 * D * low + (depth * given(2) if mixed else given(1))
+        each += norm + 2 * D * low  # the inputs of queries and output projection
+        padded += 2 * D * low + 4 * block.cross_attention.num_heads  # queries, output, the softmax's log-sum
+    if decoder.reads_all_positions:
+        each += norm + given(3) + 4 * D * low + 4 * block.self_attention.num_heads
         padded += counts.slots // counts.trees * low  # the mask as numbers
     fixed = sum(p.numel() for p in decoder.parameters() if p.ndim > 1) * low if mixed else 0
-    return depth * (states * each + counts.slots * padded) + counts.padded_features * image + fixed
-
-
-def _heads(decoder: PostDecoder) -> int:
-    block: Any = decoder.blocks[0]
-    return block.cross_attention.num_heads if block.cross_attention is not None else 0
+    return int(depth * (states * each + counts.slots * padded) + counts.padded_features * image + fixed)
 
 
 def logits(vocabulary: int, targets: int, low: int) -> tuple[int, int]:

@@ -30,7 +30,12 @@ STATE = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "lion_32bit": 4, 
 STATE |= dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2)
 STATE |= dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1)
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's defaults: numbers of a reduce bucket; live ones under ZeRO-3
-DEEPSPEED = {"zero2": "ZeRO-2", "zero2_offload": "ZeRO-2, offload", "zero3": "ZeRO-3", "zero3_offload": "ZeRO-3, offload"}
+DEEPSPEED = {
+    "zero2": "ZeRO-2",
+    "zero2_offload": "ZeRO-2, offload",
+    "zero3": "ZeRO-3",
+    "zero3_offload": "ZeRO-3, offload",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class Job:
     @property
     def text(self) -> Any:
         return self.policy.config.text_config
+
+    @property
+    def width(self) -> int:
+        return int(self.text.hidden_size)
 
     @cached_property
     def trained(self) -> int:
@@ -99,7 +108,7 @@ class Job:
         names = ("gradient_checkpointing", "activation_checkpointing")
         if self.recipe.frozen_trunk or not any(said.get(name) for name in names):
             return 0
-        arguments = next((said[f"{name}_kwargs"] for name in names if said.get(f"{name}_kwargs")), {})
+        arguments = {key: value for name in names for key, value in (said.get(f"{name}_kwargs") or {}).items()}
         return -(-len(self.layers) // int(arguments.get("every_n_layers", 1)))
 
     @property
@@ -114,7 +123,7 @@ class Job:
     @cached_property
     def kept(self) -> int:
         """Bytes kept for the backward pass at its beginning, without logits."""
-        D, low, batch, config = self.text.hidden_size, self.low, self.batch, self.policy.config
+        D, low, batch, config = self.width, self.low, self.batch, self.policy.config
         total = 0
         if not self.recipe.frozen_trunk:
             stream = 4 if self.recipe.full and self.mixed else low
@@ -136,44 +145,46 @@ class Job:
     @cached_property
     def waiting(self) -> int:
         """Bytes of the batch, and of the next one, which accelerate has ready on the GPU."""
-        batch, vision = self.batch, self.policy.config.vision_config
+        batch, side = self.batch, int(self.policy.config.vision_config.image_size)
         if self.recipe.cached_trunk:
-            states = 2 * batch.slots * self.text.hidden_size
+            states = 2 * batch.slots * self.width
             looked_at = batch.padded_features * feature_size(self.policy.config) if self.policy.reads_image else 0
             return (states + looked_at) * self.low
-        return 2 * batch.images * 3 * vision.image_size**2 * 4
+        return 2 * self.pictures(batch) * 3 * side**2 * 4
+
+    def pictures(self, counts: Counts) -> int:
+        """Images, or the tiles that they are cut into."""
+        vision = self.whole.config.vision_config
+        return counts.features // int(vision.image_size // vision.patch_size) ** 2
 
     @cached_property
     def backward(self) -> int:
         """The most bytes that the backward pass of a decoder layer has beside what is kept."""
         if self.recipe.frozen_trunk:
             return 0
-        largest = max(p.numel() for name, p in self.layers[0].named_parameters() if "lora_" not in name)
+        largest: int = max(p.numel() for name, p in self.layers[0].named_parameters() if "lora_" not in name)
         # A quantised weight is unpacked whole; the gradient of one that trains exists in both types.
         matrix = largest * (self.low if self.recipe.bits != 16 else self.low + 4 if self.recipe.full else 0)
         if self.recipe.use_dora:  # peft sends an identity matrix through LoRA, for the norms of base and LoRA together
-            matrix += (self.text.intermediate_size**2 + 2 * largest) * self.low
+            matrix += (int(self.text.intermediate_size) ** 2 + 2 * largest) * self.low
         return self.layer.workspace * self.batch.positions + matrix
 
     @cached_property
     def before(self) -> int:
         """Bytes of what comes before training: the whole model reads a batch without gradients."""
-        counts, text, vision = self.reading, self.text, self.whole.config.vision_config
-        if not (self.recipe.cached_trunk or self.recipe.needs_reference):
-            counts = None
-        weights = _frozen(self.whole, self.recipe)
-        weights += 4 * sum(p.numel() for p in self.whole.parameters() if p.requires_grad)
-        if self.recipe.cached_trunk:
-            weights += self.frozen + 4 * self.trained  # what trains is loaded already
-        if counts is None:
-            return weights + LIBRARIES
+        total = LIBRARIES + _frozen(self.whole, self.recipe)
+        total += 4 * sum(p.numel() for p in self.whole.parameters() if p.requires_grad)
+        if self.recipe.cached_trunk:  # what trains is loaded already, and two shards wait to be stored
+            total += self.frozen + 4 * self.trained + 2 * SHARD_BYTES
+        elif not self.recipe.needs_reference:
+            return total
+        counts, vision, D, F = self.reading, self.whole.config.vision_config, self.width, self.text.intermediate_size
         cast = 4 if self.recipe.lora_enable and self.mixed and self.policy.trunk_pass != "compiled" else 0
-        reading = counts.positions * ((3 * self.low + cast) * text.intermediate_size + 6 * self.low * text.hidden_size)
-        # The tower gives the states of all its layers.
-        tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-        tiles = counts.features // (tokens - 1)
-        seeing = tiles * tokens * vision.hidden_size * self.low * (vision.num_hidden_layers + 1)
-        return weights + LIBRARIES + reading + seeing + (2 * SHARD_BYTES if self.recipe.cached_trunk else 0)
+        # Some states of the residual stream, and the MLP's three wide ones; the tower gives those of all its layers.
+        reading = counts.positions * ((3 * self.low + cast) * F + 6 * self.low * D)
+        patches = (vision.image_size // vision.patch_size) ** 2 + 1
+        seeing = self.pictures(counts) * patches * vision.hidden_size * (vision.num_hidden_layers + 1)
+        return total + int(reading + seeing * self.low)
 
     @property
     def state(self) -> int:
@@ -190,10 +201,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Way:
-    """What one GPU holds, in bytes, at the peak of a step by part, and before training; and a process's CPU memory."""
+    """What one GPU holds, in bytes.
+
+    Args:
+        parts: at the peak of a step.
+        largest: the most of each part, at whatever moment.
+        before: before training.
+        processor: a process's memory outside the GPU, for what is offloaded.
+    """
 
     name: str
     parts: dict[str, int]
+    largest: dict[str, int]
     before: int
     processor: int = 0
 
@@ -254,17 +273,14 @@ def _deepspeed(name: str, job: Job, N: int) -> Way:
     return _way(DEEPSPEED[name], job, weights, gradients, copy, buckets + live, processor)
 
 
-def _way(
-    name: str, job: Job, weights: int, gradients: int, optimizer: int, workspace: int, processor: int = 0
-) -> Way:
+def _way(name: str, job: Job, weights: int, gradients: int, optimizer: int, workspace: int, processor: int = 0) -> Way:
     """Everything at the moment of a step when there is most."""
     always = {"weights": weights, "optimizer": optimizer, "cache": job.cache}
     base = workspace + LIBRARIES + job.waiting
-    moments = [
-        {**always, **moment, "workspace": base + moment["workspace"]} for moment in _moments(job, gradients)
-    ]
+    moments = [{**always, **moment, "workspace": base + moment["workspace"]} for moment in _moments(job, gradients)]
     most = max(moments, key=lambda parts: sum(parts.values()))
-    return Way(name, {part: most.get(part, 0) for part in PARTS}, job.before, processor)
+    largest = {part: max(moment.get(part, 0) for moment in moments) for part in PARTS}
+    return Way(name, {part: most.get(part, 0) for part in PARTS}, largest, job.before, processor)
 
 
 def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
