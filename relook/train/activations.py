@@ -145,8 +145,8 @@ def projector(config: Any, low: int, mixed: bool) -> Kept:
     return Kept(int(V + 2 * D) * low, int(V * D + D * D) * low if mixed else 0)
 
 
-def post_decoder(decoder: PostDecoder, counts: Counts, low: int, mixed: bool) -> int:
-    """Bytes that a post decoder keeps for a batch.
+def post_decoder(decoder: PostDecoder, counts: Counts, low: int, mixed: bool) -> tuple[int, int]:
+    """Bytes that a post decoder keeps for a batch: of its text side, and of its image side, which goes back last.
 
     LayerNorm runs in float32 under CUDA's autocast: its input is kept so, with mean and deviation.
     """
@@ -173,7 +173,7 @@ def post_decoder(decoder: PostDecoder, counts: Counts, low: int, mixed: bool) ->
         each += norm + given(3) + 4 * D * low + 4 * block.self_attention.num_heads
         padded += counts.slots // counts.trees * low  # the mask as numbers
     fixed = sum(p.numel() for p in decoder.parameters() if p.ndim > 1) * low if mixed else 0
-    return int(depth * (states * each + counts.slots * padded) + counts.padded_features * image + fixed)
+    return int(depth * (states * each + counts.slots * padded) + fixed), int(counts.padded_features * image)
 
 
 def logits(vocabulary: int, targets: int, low: int) -> tuple[int, int]:

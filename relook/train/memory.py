@@ -1,6 +1,6 @@
 """The memory of a GPU during a run, by part and by the way in which several GPUs share it: sums over shapes.
 
-A step's peak is at one of four moments; see `_moments`. What DeepSpeed and FSDP2 share out and keep follows their own
+A step's peak is at one of a few moments; see `_moments`. What DeepSpeed and FSDP2 share out and keep follows their own
 rules (ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054), with the settings that ship with relook.
 """
 
@@ -121,9 +121,9 @@ class Job:
         return 0 if self.recipe.frozen_trunk else self.layer.each * self.batch.positions + self.layer.fixed
 
     @cached_property
-    def kept(self) -> int:
-        """Bytes kept for the backward pass at its beginning, without logits."""
-        D, low, batch, config = self.width, self.low, self.batch, self.policy.config
+    def kept_below(self) -> int:
+        """Bytes that the trunk and the projector keep for the backward pass."""
+        D, low, batch = self.width, self.low, self.batch
         total = 0
         if not self.recipe.frozen_trunk:
             stream = 4 if self.recipe.full and self.mixed else low
@@ -131,16 +131,27 @@ class Job:
             total += self.recomputed * batch.positions * D * stream  # a layer's input
             total += batch.positions * (4 * D + 4)  # the last norm
         if self.recipe.tune_mm_mlp_adapter or self.recipe.full:
-            projector = activations.projector(config, low, self.mixed)
+            projector = activations.projector(self.policy.config, low, self.mixed)
             total += projector.each * batch.features + projector.fixed
-        if self.policy.post_decoder is not None and (self.recipe.tune_post_decoder or not self.recipe.frozen_trunk):
-            total += activations.post_decoder(self.policy.post_decoder, batch, low, self.mixed)
-        head = self.policy.core.lm_head.weight
-        if head.requires_grad:
-            total += batch.targets * D * low
-            flows = self.recipe.tune_post_decoder or not self.recipe.frozen_trunk
-            total += head.numel() * low if flows and self.mixed else 0  # cast for the gradient of its input
         return total
+
+    @cached_property
+    def kept_above(self) -> tuple[int, int]:
+        """The same of what stands above the trunk, logits aside: of the text, and of the images."""
+        head, decoder = self.policy.core.lm_head.weight, self.policy.post_decoder
+        flows = self.recipe.tune_post_decoder or not self.recipe.frozen_trunk
+        text = images = 0
+        if decoder is not None and flows:
+            text, images = activations.post_decoder(decoder, self.batch, self.low, self.mixed)
+        if head.requires_grad:
+            text += self.batch.targets * self.width * self.low
+            text += head.numel() * self.low if flows and self.mixed else 0  # cast for the gradient of its input
+        return text, images
+
+    @property
+    def kept(self) -> int:
+        """All bytes kept at the beginning of the backward pass, without logits."""
+        return self.kept_below + sum(self.kept_above)
 
     @cached_property
     def waiting(self) -> int:
@@ -284,26 +295,35 @@ def _way(name: str, job: Job, weights: int, gradients: int, optimizer: int, work
 
 
 def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
-    """The four moments of a step that may be its peak.
+    """The moments of a step that may be its peak.
 
-    The gradient of the logits is made; the last decoder layer goes back, when all others are still kept; the first one
-    does, when all gradients are there; the optimizer steps.
+    looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # of keys and values
+    layer, goes back, when nothing before it has; the first decoder layer does, when all gradients are there; the
+    optimizer steps.
     """
     logits, rows = activations.logits(job.text.vocab_size, job.batch.targets, job.low)
     held = gradients if job.accumulates else 0  # from the micro-batches before
-    above = [p for module in (job.policy.core.lm_head, job.policy.post_decoder) for p in _trained(module)]
-    share = sum(p.numel() for p in above) / max(1, job.trained)
+    head, above = _share(job, job.policy.core.lm_head), _share(job, job.policy.post_decoder)
+    images = job.kept_above[1]
+    looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # gradients of keys and values
+    layer = job.kept_below + (job.one_layer if job.recomputed else 0)
+    casts = round(head * job.trained) * job.low  # of lm_head's gradient, before it is float32
+    after_head = max(held, round(head * gradients))
+    after_all = max(held, round((head + above) * gradients))
     return [
         {"activations": job.kept, "logits": logits, "gradients": held, "workspace": rows},
-        {"activations": job.kept + (job.one_layer if job.recomputed else 0), "logits": 0}
-        | {"gradients": max(held, round(share * gradients)), "workspace": job.backward},
+        {"activations": job.kept, "logits": logits // 2, "gradients": after_head, "workspace": casts},
+        {"activations": job.kept_below + images, "gradients": after_all, "workspace": looking},
+        {"activations": layer, "gradients": after_all, "workspace": job.backward},
         {"activations": job.one_layer, "gradients": gradients, "workspace": job.backward},
         {"gradients": gradients, "workspace": 0},
     ]
 
 
-def _trained(module: nn.Module | None) -> list[Any]:
-    return [] if module is None else [p for p in module.parameters() if p.requires_grad]
+def _share(job: Job, module: nn.Module | None) -> float:
+    """Of all that trains."""
+    parameters = [] if module is None else list(module.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad) / job.trained
 
 
 def _projector_bytes(whole: Policy) -> int:
