@@ -3,8 +3,7 @@
     python benchmarks/frozen_trunk.py --work DIR --out frozen_trunk.json     # one GPU with 80 GB, 20 GB of disk
     python benchmarks/frozen_trunk.py --work DIR --tiny                      # the same code on a CPU, in a minute
 
-The weights are random: speed does not depend on them. Two rows of lm_head are made long, so that first answer tokens
-are Yes or No, as a trained model's are. Everything goes through files, recipes and commands as real work does: images
+The weights are random (`shapes.py`). Everything goes through files, recipes and commands as real work does: images
 are read from JPEG files, models from safetensors. The HA-DPO way: both rows of every pair in full, policy and
 reference, full logits in float32, trunk frozen, lm_head trains.
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,41 +19,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from PIL import Image
+from shapes import (
+    DTYPE,
+    GPU,
+    LLAVA_7B,
+    RESPONSE,
+    TINY,
+    flops_of_pair,
+    matmul,
+    peak,
+    profiled,
+    sync,
+    versions,
+    write_model,
+    write_pairs,
+    write_pope,
+)
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import LlavaForConditionalGeneration
 
-from relook.data.ahead import ahead
-from relook.evaluate.pope import SPLITS, question_text
+from relook.evaluate.pope import SPLITS
 from relook.files import read_json, write_json
 from relook.model.load import model_hash
 from relook.recipe import Recipe, build_recipe
 from relook.sweep import run_sweep
-from relook.toyworld.build import make_processor
-from relook.toyworld.speech import vocabulary
 from relook.train import cache
 from relook.train.batches import Collator
 from relook.train.cache import TrunkCache, cached_items
 from relook.train.run import encode_samples, load, policy_of, read_samples, train
 
-GPU = torch.cuda.is_available()
-DTYPE = torch.bfloat16 if GPU else torch.float32
-LLAVA_7B = {
-    "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-    "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "vocabulary": 32064,
-    "image_size": 336,
-}
-TINY = {
-    "vision": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
-    "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "vocabulary": 320,
-    "image_size": 56,
-}
-RESPONSE = 109  # words of a description, which </s> ends
-BATCH = 64  # pairs a step from cached states
 PEER_BATCH = 8
 
 
@@ -69,6 +61,10 @@ def main() -> None:
     parser.add_argument("--sweep-pairs", type=int, default=5000)
     parser.add_argument("--variants", type=int, default=20)
     parser.add_argument("--pope-images", type=int, default=500)
+    parser.add_argument(
+        "--profile", type=Path, help="tables of the kernels of three steps of an epoch, one file a kind"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="pairs a step from cached states")
     options = parser.parse_args()
     parts, shape = options.parts.split(","), TINY if options.tiny else LLAVA_7B
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if GPU else "cpu", "versions": versions()}
@@ -94,15 +90,6 @@ def main() -> None:
         say("sweep", **sweep(base, options))
 
 
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def sync() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
 def timed(work: Callable[[], Any], say: Callable[..., None], name: str) -> Any:
     started = time.perf_counter()
     made = work()
@@ -111,137 +98,7 @@ def timed(work: Callable[[], Any], say: Callable[..., None], name: str) -> Any:
     return made
 
 
-def peak() -> float:
-    return round(torch.cuda.max_memory_allocated() / 2**30, 1) if GPU else 0.0
-
-
-# --- model and data
-
-
-def write_model(folder: Path, shape: dict[str, Any]) -> Path:
-    """A llava-hf folder with random weights and toyworld's words."""
-    if (folder / "processor_config.json").exists():
-        return folder
-    processor = make_processor()
-    side = {"height": shape["image_size"], "width": shape["image_size"]}
-    processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": shape["image_size"]}, crop_size=side)
-    processor.patch_size = 14
-    token = processor.tokenizer.convert_tokens_to_ids
-    ids = {f"{name}_token_id": token(text) for name, text in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape["vision"], image_size=shape["image_size"], patch_size=14),
-        text_config=LlamaConfig(**shape["text"], vocab_size=shape["vocabulary"], max_position_embeddings=4096, **ids),
-        image_token_index=token("<image>"),
-        image_seq_length=(shape["image_size"] // 14) ** 2,
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(DTYPE)
-    with torch.device("cuda" if GPU else "cpu"):
-        model = LlavaForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
-    with torch.no_grad():
-        long = 3000 * torch.randn_like(model.lm_head.weight[0])
-        model.lm_head.weight[token("▁Yes")], model.lm_head.weight[token("▁No")] = long, -long
-    for name, id in ids.items():
-        setattr(model.generation_config, name, id)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def write_images(paths: list[Path]) -> None:
-    """JPEG files of Visual Genome's usual size."""
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for _ in ahead(_write_image, paths):
-        pass
-
-
-def _write_image(path: Path) -> None:
-    small = Image.frombytes("RGB", (25, 19), random.Random(path.name).randbytes(25 * 19 * 3))
-    small.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
-
-
-def write_pairs(folder: Path, images: int, descriptions: int, questions: int) -> None:
-    """HA-DPO's files over Visual Genome's layout: one description pair, or some question pairs, an image."""
-    if (folder / "desc_data.json").exists():
-        return
-    rng, words = random.Random(1), [word for word in vocabulary() if word.isalpha()]
-    text = lambda count: " ".join(rng.choice(words) for _ in range(count))  # noqa: E731
-    names = [f"{number}.jpg" for number in range(1, images + 1)]
-    write_images([folder / "VG_100K" / name for name in names])
-    urls = [{"image_id": n, "url": f"https://x/VG_100K/{name}"} for n, name in enumerate(names, 1)]
-    write_json(folder / "image_data.json", urls)
-    described = {str(n): {"chosen": [text(RESPONSE)], "rejected": [text(RESPONSE)]} for n in range(1, descriptions + 1)}
-    write_json(folder / "desc_data.json", described)
-    asked = [
-        {
-            "image_id": descriptions + 1 + n % max(1, images - descriptions),
-            "question": f"{question_text(rng.choice(words))} {n}",
-            "chosen": f"No, {text(9)}.",
-            "reject": f"Yes, {text(9)}.",
-            "answer": "no",
-            "correct": False,
-        }
-        for n in range(questions)
-    ]
-    write_json(folder / "pope_data.json", asked)
-
-
-def write_pope(folder: Path, images: int) -> None:
-    """Three splits of six questions an image; the yes-questions are the same in all, as in the original files."""
-    if (folder / "pope").exists():
-        return
-    names = [f"COCO_val2014_{number:012d}.jpg" for number in range(images)]
-    write_images([folder / "val2014" / name for name in names])
-    for s, split in enumerate(SPLITS):
-        lines = []
-        for name in names:
-            for k in range(6):
-                thing = f"thing {k}" if k % 2 == 0 else f"thing {k} of {s}"
-                label = "yes" if k % 2 == 0 else "no"
-                record = {"question_id": len(lines) + 1, "image": name, "text": question_text(thing), "label": label}
-                lines.append(json.dumps(record))
-        path = folder / "pope" / f"coco_pope_{split}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines))
-
-
 # --- what is measured
-
-
-def matmul() -> dict[str, float]:
-    """TFLOP/s of a large matrix product: the best of many, and over two seconds, when the card is warm from work."""
-    size = 8192 if GPU else 512
-    a, b = (torch.randn(size, size, dtype=DTYPE, device="cuda" if GPU else "cpu") for _ in range(2))
-    times = []
-    began = time.perf_counter()
-    while time.perf_counter() - began < 2:
-        sync()
-        started = time.perf_counter()
-        a @ b
-        sync()
-        times.append(time.perf_counter() - started)
-    flops = 2 * size**3 / 1e12
-    return {"best_tflops": round(flops / min(times), 3), "sustained_tflops": round(flops * len(times) / sum(times), 3)}
-
-
-def flops_of_pair(shape: dict[str, Any], prompt: int, response: int, both: bool) -> float:
-    """Useful TFLOP of one trunk pass over a pair: 2 a parameter of every matrix product and token, and attention.
-
-    Args:
-        both: each response with a prompt of its own; else both share one, which is what there is to compute.
-    """
-    text, vision = shape["text"], shape["vision"]
-    tokens = 2 * (prompt + response) if both else prompt + 2 * response
-    seen = prompt * prompt / 2 + 2 * response * (prompt + response / 2)  # pairs of positions that see each other
-    D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
-    V, W, N = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"] - 1
-    patches = (shape["image_size"] // 14) ** 2 + 1
-    language = 2 * tokens * L * (4 * D * D + 3 * D * M) + 4 * D * L * seen
-    tower = 2 * patches * N * (4 * V * V + 2 * V * W) + 4 * V * N * patches**2
-    return (language + tower + 2 * patches * (V * D + D * D)) / 1e12
 
 
 def peer(base: Path, shape: dict[str, Any]) -> dict[str, float]:
@@ -296,7 +153,7 @@ def recipe_of(base: Path, options: argparse.Namespace, name: str, **keys: Any) -
             "desc_data_path": pairs / "desc_data.json",
             "feature_cache": "memory",
             "bf16": GPU,
-            "per_device_train_batch_size": BATCH,
+            "per_device_train_batch_size": options.batch,
             "learning_rate": 1e-5,
             **keys,
         }
@@ -367,6 +224,9 @@ def epoch(
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     out = train(replace(recipe, training={**recipe.training, "num_train_epochs": 3}))
+    if options.profile:
+        with profiled(options.profile / f"{name}.txt", skip=8):
+            train(replace(recipe, output_dir=f"{recipe.output_dir}-profiled"))
     rate = read_json(out / "run.json")["log"][-1]["train_samples_per_second"]
     result = {"pairs_per_s": round(rate, 1), "peak_gib": peak()}
     if "ha_dpo_way" in found:
@@ -402,7 +262,7 @@ def sweep(base: Path, options: argparse.Namespace) -> dict[str, Any]:
             "pope_data_path": folder / "pope_data.json",
             "post_decoder_init": "random",
             "bf16": GPU,
-            "per_device_train_batch_size": BATCH,
+            "per_device_train_batch_size": options.batch,
             "gradient_accumulation_steps": 1,
             "rows": kinds,
             "grid": {"learning_rate": rates},

@@ -161,7 +161,9 @@ def whole_policy(recipe: Recipe, source: ModelSource, sharded: bool) -> Policy:
     with torch.device("meta"):
         # The post decoder is there already; a start from the projector's weights changes no shape.
         model = with_regime(on_paper(recipe, source), replace(recipe, post_decoder_init="random"))
-    return Policy(model, dtype_of(recipe), auto if recipe.trunk_pass == "auto" else recipe.trunk_pass)
+    how = auto if recipe.trunk_pass == "auto" else recipe.trunk_pass
+    budget = 1.0 if sharded else recipe.activation_memory_budget  # there layers are not compiled
+    return Policy(model, dtype_of(recipe), how, activation_memory_budget=budget)
 
 
 def numbers(policy: Policy, trained: bool) -> int:

@@ -99,6 +99,7 @@ class Recipe:
     feature_cache: str = "auto"
     feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
     trunk_pass: str = "auto"  # how the language model reads packed trees
+    activation_memory_budget: float = 1.0  # share of a compiled layer's activations that is kept, not computed again
     of_the_model: Mapping[str, Any] = field(default_factory=dict)  # what its config must say; see `flags`
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -116,6 +117,8 @@ class Recipe:
             raise RecipeError("The recipe names no preference pairs.", "Set desc_data_path, pope_data_path or both.")
         if not 0 <= self.eval_fraction < 1:
             raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
+        if not 0 < self.activation_memory_budget <= 1:
+            raise RecipeError(f"activation_memory_budget is {self.activation_memory_budget}.", "Give above 0 to 1.")
         self._check_loss()
         self._check_what_trains()
         try:
@@ -147,6 +150,7 @@ class Recipe:
         """A key must say nothing but its default where nothing reads it: it would be ignored."""
         plain = {item.name: item.default for item in dataclasses.fields(self)} | {"post_decoder": {}}
         dpo = self.dpo_weight > 0
+        recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         for idle, where, keys in (
             (self.task != "dpo", "without task dpo", DPO_KEYS),
             (self.task != "sft", "without task sft", SFT_KEYS),
@@ -161,6 +165,8 @@ class Recipe:
             (not (self.tune_mm_mlp_adapter or self.full), "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
             (not dpo or self.loss_type != "robust", "without loss_type robust and a dpo_weight", ("label_smoothing",)),
             (not dpo or self.loss_type != "simpo", "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
+            (self.cached_trunk, "with cached trunk states", ("activation_memory_budget",)),
+            (bool(recomputed), f"beside {' '.join(recomputed)}", ("activation_memory_budget",)),
             (not self.mdpo_anchored_weight, "without mdpo_anchored_weight", ("mdpo_anchor",)),
             (
                 self.loss_type in LENGTH_NORMALISED,
@@ -182,9 +188,8 @@ class Recipe:
             raise RecipeError(
                 "feature_cache and feature_cache_dir would have no effect: the trunk trains.", "Leave them out."
             )
-        more = {name: getattr(self, name) for name in ("eval_fraction", "group_by_modality_length")}
-        check_switched({**self.training, **more})
-        recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
+        # How many workers there are by default depends on the device, and is looked at when a run begins.
+        check_switched({"dataloader_num_workers": not self.cached_trunk, **self.said})
         if recomputed and self.cached_trunk:
             raise RecipeError(
                 f"{recomputed[0]} would have no effect: the trunk's states are cached.",
@@ -229,6 +234,12 @@ class Recipe:
     def frozen_trunk(self) -> bool:
         """Nothing before the post decoder trains, so the trunk's states may be computed once."""
         return not (self.full or self.lora_enable or self.tune_mm_mlp_adapter)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """transformers' keys, and relook's that switch some of them on."""
+        names = ("eval_fraction", "group_by_modality_length")
+        return {**self.training, **{name: getattr(self, name) for name in names}}
 
     def to_yaml(self) -> str:
         values = dataclasses.asdict(self)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from relook import load_model
@@ -106,6 +107,7 @@ def test_what_another_key_switches_on(where: str, key: str) -> None:
         "with group_by_modality_length, which takes seed": {"group_by_modality_length": True},
         "without logging_strategy steps": {"logging_strategy": "epoch"},
         "without eval_strategy steps": {"eval_fraction": 0.5},
+        "without dataloader_num_workers": {"dataloader_num_workers": 0},
     }.get(where, {})
     with pytest.raises(RecipeError, match=f"{key} would have no effect {re.escape(where)}"):
         build_recipe({**DPO, **keys})
@@ -119,6 +121,16 @@ def test_what_is_switched_on_is_taken() -> None:
     keys |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "adam_beta2": 0.95, "data_seed": 3}
     keys |= {"dataloader_persistent_workers": False}
     assert build_recipe({**DPO, **keys}).training.keys() >= keys.keys() - {"eval_fraction", "lora_enable"}
+
+
+def test_workers_are_there_by_default_where_a_device_is() -> None:
+    """A recipe for a GPU may rely on them; on a CPU the run is refused when it begins."""
+    recipe = build_recipe({**DPO, "lora_enable": True, "dataloader_prefetch_factor": 4})
+    if not torch.accelerator.is_available():
+        with pytest.raises(RecipeError, match="dataloader_prefetch_factor would have no effect without dataloader_num"):
+            training_arguments(recipe, Path("out"))
+    with pytest.raises(RecipeError, match="dataloader_prefetch_factor would have no effect"):
+        build_recipe({**DPO, "tune_lm_head": True, "dataloader_prefetch_factor": 4})
 
 
 def test_words_that_yaml_reads_as_false() -> None:
@@ -196,6 +208,11 @@ def test_what_is_said_of_the_model_is_saved(tmp_path: Path) -> None:
         ({"lora_enable": True, "lm_head_lr": 1e-5}, "lm_head_lr would have no effect without tune_lm_head"),
         ({"tune_lm_head": True, "gradient_checkpointing": True}, "states are cached. .* feature_cache off"),
         ({"image_folder": "x"}, "image_folder would have no effect without task sft"),
+        (
+            {"lora_enable": True, "gradient_checkpointing": True, "activation_memory_budget": 0.5},
+            "activation_memory_bud",
+        ),
+        ({"tune_lm_head": True, "freeze_backbone": True, "activation_memory_budget": 0.5}, "with cached trunk states"),
         ({"quant_type": "fp4"}, "quant_type would have no effect without bits 4"),
         ({"lora_enable": True, "lora_r": 0}, "lora_r 0, .* make no LoRA"),
         ({"lora_enable": True, "lora_dropout": 1.0}, "lora_dropout 1.0 make no LoRA"),

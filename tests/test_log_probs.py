@@ -22,12 +22,13 @@ def drawn(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, torch.randint(0, 11, (rows,), generator=generator)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])  # a compiler takes seconds
 @pytest.mark.parametrize("rows", [1, 3, 7])
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_it_is_torchs_cross_entropy(rows: int, dtype: torch.dtype, off: float) -> None:
+def test_it_is_torchs_cross_entropy(rows: int, dtype: torch.dtype, off: float, compiled: bool) -> None:
     logits, ids = drawn(rows, dtype)
     weight = torch.arange(1.0, rows + 1)
-    found = log_prob(logits, ids)
+    found = log_prob(logits, ids, compiled)
     assert found.dtype == torch.float32
     (found * weight).sum().backward()
     gradient, logits.grad = logits.grad, None
@@ -39,7 +40,7 @@ def test_it_is_torchs_cross_entropy(rows: int, dtype: torch.dtype, off: float) -
 
 def test_its_gradient_is_that_of_differences() -> None:
     logits, ids = drawn(7, torch.float64)
-    assert torch.autograd.gradcheck(lambda values: LogProb.apply(values, ids), logits)
+    assert torch.autograd.gradcheck(lambda values: LogProb.apply(values, ids, False), logits)
 
 
 def test_a_word_that_cannot_be_said() -> None:

@@ -79,12 +79,32 @@ class Counts:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a part of the model keeps for one position, and whatever the number of positions; and the most that
-    its backward pass has beside them for one position."""
+    """Bytes that a part of the model keeps.
+
+    Args:
+        each: for one position.
+        fixed: whatever the number of positions.
+        cheap: of `each`, what torch computes again first where a compiled layer may not keep everything.
+        workspace: the most that the backward pass has beside them, for one position.
+    """
 
     each: int
     fixed: int = 0
+    cheap: int = 0
     workspace: int = 0
+
+    def of(self, positions: int) -> int:
+        """All of it."""
+        return self.each * positions + self.fixed
+
+    def within(self, budget: float, positions: int, given: int) -> int:
+        """What a compiled layer keeps under torch's `activation_memory_budget`, of which `given` bytes are its input.
+
+        Below 1, torch first does without all that is cheap, then chooses what fits a share of the rest.
+        """
+        if budget == 1:
+            return self.of(positions)
+        return min((self.each - self.cheap) * positions, round(given + budget * (self.of(positions) - given)))
 
 
 def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mixed: bool, dropout: float) -> Kept:
@@ -123,12 +143,14 @@ def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mix
     inputs = {**dict.fromkeys((*ATTENTION_INPUTS, *MLP_INPUTS), D), "o_proj": A, "down_proj": F}
     wanted = list(adapters) if adapters else list(inputs) if trains else []
     if adapters and dropout:  # each its own, and the mask in bytes
-        each += sum(inputs[name] * (low + 1) for name in wanted)
+        given = sum(inputs[name] for name in wanted) * low
+        each += sum(inputs[name] for name in wanted)
     elif mixed and not compiled:  # each its own cast; but without LoRA the attention's output needs none
-        each += sum(inputs[name] * low for name in wanted if adapters or name != "o_proj")
+        given = sum(inputs[name] for name in wanted if adapters or name != "o_proj") * low
     else:  # one of each group side by side; the output projection's is the attention's output, which is there already
-        for group in (ATTENTION_INPUTS, MLP_INPUTS, ("down_proj",)):
-            each += inputs[group[0]] * low if set(group) & set(wanted) else 0
+        groups = [group for group in (ATTENTION_INPUTS, MLP_INPUTS, ("down_proj",)) if set(group) & set(wanted)]
+        given = sum(inputs[group[0]] for group in groups) * low
+    each += given
 
     for module in adapters.values():
         each += module.lora_A["default"].out_features * low  # between A and B
@@ -136,7 +158,7 @@ def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mix
     fixed = sum(p.numel() for p in layer.parameters() if p.requires_grad and p.ndim > 1) * low if mixed else 0
     # Gradients of the MLP's three wide tensors and of the residual stream; peft's casts make one of them float32.
     workspace = 3 * F * low + 4 * D * stream + (F * 4 if adapters and mixed and not compiled else 0)
-    return Kept(each, fixed, workspace)
+    return Kept(each, fixed, given if compiled else 0, workspace)
 
 
 def projector(config: Any, low: int, mixed: bool) -> Kept:
@@ -176,8 +198,12 @@ def post_decoder(decoder: PostDecoder, counts: Counts, low: int, mixed: bool) ->
     return int(depth * (states * each + counts.slots * padded) + fixed), int(counts.padded_features * image)
 
 
-def logits(vocabulary: int, targets: int, low: int) -> tuple[int, int]:
-    """Bytes of the logits and of their gradient, of one chunk (`policy.token_log_probs`); and of float32 rows beside
-    them (`log_probs.ROWS`: the last ones, the new ones and a product of both)."""
+def logits(vocabulary: int, targets: int, low: int, compiled: bool) -> tuple[int, int]:
+    """Bytes of the logits and of their gradient, of one chunk (`policy.token_log_probs`); and of what is beside them.
+
+    That is nothing where `log_probs` is compiled; else the parts that the gradient is put together from, or some rows
+    of them in float32.
+    """
     rows = min(targets, max(1, LOGITS_BYTES // (4 * vocabulary)))
-    return 2 * rows * vocabulary * low, 3 * min(ROWS, rows) * vocabulary * 4
+    parts = 0 if compiled else max(rows * vocabulary * low, 3 * min(ROWS, rows) * vocabulary * 4)
+    return 2 * rows * vocabulary * low, parts

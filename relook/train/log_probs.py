@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS = 1024  # that are in float32 at a time
+ROWS = 1024  # that are in float32 at a time, where each operation has a result of its own
 
 
 class LogProb(torch.autograd.Function):
@@ -21,22 +22,36 @@ class LogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        total = torch.cat([wide(part).logsumexp(-1) for part in logits.split(ROWS)])
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, compiled: bool) -> Tensor:
+        total = _by_rows(_totals, compiled, logits)
         ctx.save_for_backward(logits, ids, total)
+        ctx.compiled = compiled
         return wide(logits.gather(-1, ids[:, None]).squeeze(-1)) - total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, ids, total = ctx.saved_tensors
-        made = torch.empty_like(logits)
-        whole = (logits, ids, total, gradient, made)
-        for part, id, sum_, g, out in zip(*(tensor.split(ROWS) for tensor in whole), strict=True):
-            found = (wide(part) - sum_[:, None]).exp_().mul_(-g[:, None])
-            found.scatter_add_(-1, id[:, None], g[:, None])
-            out.copy_(found)
-        return made, None
+        return _by_rows(_gradients, ctx.compiled, logits, ids, total, gradient), None, None
+
+
+def _by_rows(work: Callable[..., Tensor], compiled: bool, *tensors: Tensor) -> Tensor:
+    """`work` on tensors of as many rows each: compiled, in one pass over memory, or some rows at a time."""
+    if compiled:
+        made: Tensor = torch.compile(work)(*tensors)
+        return made
+    parts = zip(*(tensor.split(ROWS) for tensor in tensors), strict=True)
+    return torch.cat([work(*part) for part in parts])
+
+
+def _totals(logits: Tensor) -> Tensor:
+    return wide(logits).logsumexp(-1)
+
+
+def _gradients(logits: Tensor, ids: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
+    said = torch.arange(logits.shape[-1], device=logits.device) == ids[:, None]
+    found = said.to(total.dtype) - (wide(logits) - total[:, None]).exp()
+    return (found * gradient[:, None]).to(logits.dtype)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -44,7 +59,11 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def log_prob(logits: Tensor, ids: Tensor) -> Tensor:
-    """log softmax(logits)[id] for each row, (N,) float32."""
-    result: Tensor = LogProb.apply(logits, ids)
+def log_prob(logits: Tensor, ids: Tensor, compiled: bool = False) -> Tensor:
+    """log softmax(logits)[id] for each row, (N,) float32.
+
+    Args:
+        compiled: each pass becomes one kernel, which reads the logits once: less than half the time on a GPU.
+    """
+    result: Tensor = LogProb.apply(logits, ids, compiled)
     return result

@@ -117,19 +117,28 @@ class Job:
 
     @cached_property
     def one_layer(self) -> int:
-        """Bytes that one decoder layer keeps."""
-        return 0 if self.recipe.frozen_trunk else self.layer.each * self.batch.positions + self.layer.fixed
+        """Bytes that one decoder layer keeps where nothing is computed again."""
+        return 0 if self.recipe.frozen_trunk else self.layer.of(self.batch.positions)
+
+    @cached_property
+    def kept_layer(self) -> int:
+        """Bytes that it keeps under the recipe's `activation_memory_budget`."""
+        if self.recipe.frozen_trunk:
+            return 0
+        return self.layer.within(self.policy.activation_memory_budget, self.batch.positions, self.layer_input)
+
+    @property
+    def layer_input(self) -> int:
+        stream = 4 if self.recipe.full and self.mixed else self.low
+        return self.batch.positions * self.width * stream
 
     @cached_property
     def kept_below(self) -> int:
         """Bytes that the trunk and the projector keep for the backward pass."""
-        D, low, batch = self.width, self.low, self.batch
-        total = 0
+        low, batch, total = self.low, self.batch, 0
         if not self.recipe.frozen_trunk:
-            stream = 4 if self.recipe.full and self.mixed else low
-            total += (len(self.layers) - self.recomputed) * self.one_layer
-            total += self.recomputed * batch.positions * D * stream  # a layer's input
-            total += batch.positions * (4 * D + 4)  # the last norm
+            total += (len(self.layers) - self.recomputed) * self.kept_layer + self.recomputed * self.layer_input
+            total += batch.positions * (4 * self.width + 4)  # the last norm
         if self.recipe.tune_mm_mlp_adapter or self.recipe.full:
             projector = activations.projector(self.policy.config, low, self.mixed)
             total += projector.each * batch.features + projector.fixed
@@ -301,12 +310,13 @@ def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
     layer, goes back, when nothing before it has; the first decoder layer does, when all gradients are there; the
     optimizer steps.
     """
-    logits, rows = activations.logits(job.text.vocab_size, job.batch.targets, job.low)
+    compiled = job.policy.trunk_pass == "compiled"
+    logits, rows = activations.logits(job.text.vocab_size, job.batch.targets, job.low, compiled)
     held = gradients if job.accumulates else 0  # from the micro-batches before
     head, above = _share(job, job.policy.core.lm_head), _share(job, job.policy.post_decoder)
     images = job.kept_above[1]
     looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # gradients of keys and values
-    layer = job.kept_below + (job.one_layer if job.recomputed else 0)
+    layer = job.kept_below + job.one_layer - (0 if job.recomputed else job.kept_layer)  # with what is computed again
     casts = round(head * job.trained) * job.low  # of lm_head's gradient, before it is float32
     after_head = max(held, round(head * gradients))
     after_all = max(held, round((head + above) * gradients))

@@ -58,19 +58,26 @@ class Policy(nn.Module):
         dtype: what matrix products are computed in; what trains is kept in float32.
         trunk_pass: how the language model reads packed trees; see `TreePass`.
         sharded: whether FSDP or DeepSpeed will take the model apart.
+        activation_memory_budget: of compiled layers; see `TreePass`.
     """
 
     def __init__(
-        self, model: Any, dtype: torch.dtype = torch.float32, trunk_pass: str = "auto", sharded: bool = False
+        self,
+        model: Any,
+        dtype: torch.dtype = torch.float32,
+        trunk_pass: str = "auto",
+        sharded: bool = False,
+        activation_memory_budget: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
-        self.trunk_pass = resolve(trunk_pass, self.core.device.type, sharded)
+        self.trunk_pass = resolve(trunk_pass, self.core.device.type, sharded, activation_memory_budget)
+        self.activation_memory_budget = activation_memory_budget
 
     @cached_property
     def _tree_pass(self) -> TreePass:
-        return TreePass(self.core.model.language_model, self.trunk_pass)
+        return TreePass(self.core.model.language_model, self.trunk_pass, self.activation_memory_budget)
 
     @property
     def core(self) -> Any:
@@ -162,7 +169,8 @@ class Policy(nn.Module):
 
     def _forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         trunk = batch if isinstance(batch, TrunkStates) else self.trunk(batch)
-        return token_log_probs(self.core.lm_head, predicting_states(self.post_decoder, trunk), trunk.targets.id)
+        states = predicting_states(self.post_decoder, trunk)
+        return token_log_probs(self.core.lm_head, states, trunk.targets.id, compiled=self.trunk_pass == "compiled")
 
 
 def predicting_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:
@@ -179,7 +187,7 @@ def predicting_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> T
     return chosen
 
 
-def token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor) -> Tensor:
+def token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor, compiled: bool = False) -> Tensor:
     """log p(id | state) under a language-model head, (N,) float32, whatever the states' dtype.
 
     More targets than LOGITS_BYTES hold are taken in chunks, whose logits are computed again in the backward pass
@@ -187,9 +195,9 @@ def token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor) -> Tensor
     """
     rows = max(1, LOGITS_BYTES // (4 * head.out_features))
     if len(ids_N) <= rows:
-        return log_prob(head(states_ND), ids_N)
+        return log_prob(head(states_ND), ids_N, compiled)
     parts = zip(states_ND.split(rows), ids_N.split(rows), strict=True)
-    chunk = lambda states, ids: log_prob(head(states), ids)  # noqa: E731
+    chunk = lambda states, ids: log_prob(head(states), ids, compiled)  # noqa: E731
     # No dropout in it, so no generator's state needs to be fetched from the device and put back.
     again = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([again(states, ids) for states, ids in parts])

@@ -23,7 +23,7 @@ from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_text, takes, write_json
-from relook.flags import check_model
+from relook.flags import check_model, check_switched
 from relook.model.above_trunk import AboveTrunk
 from relook.model.changes import read_change
 from relook.model.formats import kind_of, llava_settings
@@ -148,8 +148,11 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "seed": 42,
         "eval_strategy": "epoch" if recipe.eval_fraction else "no",
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
+        # Cached states are at hand; images are read while a GPU works. A CPU has no cores to spare for it.
+        "dataloader_num_workers": 2 if torch.accelerator.is_available() and not recipe.cached_trunk else 0,
         "ddp_find_unused_parameters": False,  # every batch uses all that trains (see Collator)
     }
+    check_switched({"dataloader_num_workers": defaults["dataloader_num_workers"], **recipe.said})
     given = dict(recipe.training)
     if given.get("deepspeed"):
         given["deepspeed"] = processes.deepspeed_config(given["deepspeed"])
@@ -217,7 +220,8 @@ def policy_of(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy
     apply_regime(loaded, recipe)
     trunk = not loaded.core.get_input_embeddings().weight.is_meta
     sharded = processes.shard(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
-    return Policy(loaded.model if trunk else AboveTrunk(loaded.model), dtype, recipe.trunk_pass, sharded)
+    model = loaded.model if trunk else AboveTrunk(loaded.model)
+    return Policy(model, dtype, recipe.trunk_pass, sharded, recipe.activation_memory_budget)
 
 
 def whole_policy(recipe: Recipe, dtype: torch.dtype, device: str) -> Policy:

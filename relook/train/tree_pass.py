@@ -21,17 +21,23 @@ from relook.tree import BLOCK, PREFIX, PackedTrees
 LENGTHS = 64  # of rows that layers are compiled for: 16 in a doubling, see `tree.bucket`
 
 
-def resolve(how: str, device: str, sharded: bool = False) -> str:
+def resolve(how: str, device: str, sharded: bool = False, activation_memory_budget: float = 1.0) -> str:
     """What "auto" means on a device: compiled on a GPU, or "flex" there if `sharded`; dense elsewhere.
 
     Raises:
-        RecipeError: compiled layers of a model that FSDP or DeepSpeed takes apart, which swap their parameters.
+        RecipeError: compiled layers of a model that FSDP or DeepSpeed takes apart, which swap their parameters; or a
+            budget for layers that are not compiled.
     """
     if how == "compiled" and sharded:
         raise RecipeError("trunk_pass compiled does not go with FSDP or DeepSpeed.", "Set trunk_pass flex.")
-    if how != "auto":
-        return how
-    return "dense" if device != "cuda" else "flex" if sharded else "compiled"
+    if how == "auto":
+        how = "dense" if device != "cuda" else "flex" if sharded else "compiled"
+    if how != "compiled" and activation_memory_budget != 1:
+        raise RecipeError(
+            f"activation_memory_budget is of compiled layers, and trunk_pass is {how} here.",
+            "Leave it out, or set gradient_checkpointing true.",
+        )
+    return how
 
 
 def packs(how: str) -> bool:
@@ -93,10 +99,13 @@ class TreePass:
     Args:
         language_model: transformers' base language model, whose decoder layers are its `layers`.
         how: "compiled" (FlexAttention, layers compiled), "flex" (FlexAttention) or "dense" (SDPA).
+        activation_memory_budget: share of a compiled layer's activations that are kept for its backward pass; torch
+            computes the others again, those first that cost least time for their memory.
     """
 
-    def __init__(self, language_model: Any, how: str) -> None:
+    def __init__(self, language_model: Any, how: str, activation_memory_budget: float = 1.0) -> None:
         self.packs = packs(how)
+        self.budget = activation_memory_budget
         self.model = _with_compiled_layers(language_model) if how == "compiled" else language_model
 
     def __call__(self, embeds: Tensor, packed: PackedTrees) -> Tensor:
@@ -108,7 +117,8 @@ class TreePass:
         mask = block_mask(packed) if self.packs else packed.mask()
         # Above torch's own limit of 8 lengths it would go on uncompiled, and only warn.
         limit = torch._dynamo.config.patch(recompile_limit=LENGTHS)
-        with limit, _attention(self.model.config, "flex_attention" if self.packs else None):
+        budget = torch._functorch.config.patch(activation_memory_budget=self.budget)
+        with limit, budget, _attention(self.model.config, "flex_attention" if self.packs else None):
             try:
                 states: Tensor = self.model(
                     inputs_embeds=embeds, attention_mask=mask, position_ids=packed.positions, use_cache=False

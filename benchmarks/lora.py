@@ -1,0 +1,223 @@
+"""LoRA DPO at LLaVA-1.5-7B's shape: relook beside TRL's DPOTrainer, with and without Liger kernels, in one run.
+
+    python benchmarks/lora.py --work DIR --out lora.json     # one GPU with 80 GB, 16 GB of disk, trl and liger-kernel
+    python benchmarks/lora.py --work DIR --tiny              # the same code on a CPU, in a minute
+
+A pair is an image, 50 tokens of prompt and two answers of 110 tokens; 8 pairs a step; LoRA of rank 128 on all linear
+layers of the language model, no dropout, bf16 with adapters in float32, AdamW. TRL gets batches that lie ready; relook
+reads JPEG files, as it does for its users. Each part runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from shapes import (
+    DTYPE,
+    GPU,
+    LLAVA_7B,
+    RESPONSE,
+    TINY,
+    matmul,
+    pair_tokens,
+    peak,
+    profiled,
+    sync,
+    training_flops_of_pair,
+    versions,
+    write_model,
+    write_pairs,
+)
+
+from relook.files import read_json, write_json
+from relook.recipe import build_recipe
+from relook.train.run import train
+
+PAIRS = 8  # a step
+PEERS = {
+    "trl": {"gradient_checkpointing": True},
+    "trl_liger": {"gradient_checkpointing": True, "use_liger_kernel": True},
+    "trl_liger_kept": {"gradient_checkpointing": False, "use_liger_kernel": True},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "relook": {"gradient_checkpointing": False},
+    "relook_0.8": {"activation_memory_budget": 0.8},
+    "relook_0.6": {"activation_memory_budget": 0.6},
+    "relook_0.4": {"activation_memory_budget": 0.4},
+    "relook_recomputed": {"gradient_checkpointing": True},
+    "relook_mixed_lengths": {"gradient_checkpointing": False},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for model, data and runs")
+    parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--parts", default=",".join([*PEERS, *RUNS]))
+    parser.add_argument("--steps", type=int, default=24, help="of each relook run; the last half counts")
+    parser.add_argument("--workers", type=int, default=4 if GPU else 0, help="processes that read images")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--profile", type=Path, help="table of the kernels of three steps, one file a part")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    shape = TINY if options.tiny else LLAVA_7B
+    if options.part:
+        made = peer(options, shape) if options.part in PEERS else ours(options, shape)
+        print(json.dumps(made))
+        return
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if GPU else "cpu", "versions": versions()}
+    write_model(options.work / "plain", shape, answers=False)
+    write_pairs(options.work / "lora_fixed", PAIRS * options.steps, PAIRS * options.steps, 0)
+    third = PAIRS * options.steps // 3
+    write_pairs(options.work / "lora_mixed", 3 * third, third, 2 * third)
+    found["matmul"] = matmul()
+    if GPU:
+        torch.cuda.empty_cache()
+    flops = training_flops_of_pair(shape, *pair_tokens(shape))
+    for part in options.parts.split(","):
+        run = subprocess.run([sys.executable, *sys.argv, "--part", part], stdout=subprocess.PIPE, text=True)
+        last = run.stdout.strip().splitlines()[-1:]
+        figures = json.loads(last[0]) if run.returncode == 0 else {"failed": run.returncode}
+        if "pairs_per_s" in figures and "mixed" not in part:
+            figures["useful_tflops"] = round(figures["pairs_per_s"] * flops, 1)
+            figures["of_best_matmul"] = round(figures["useful_tflops"] / found["matmul"]["best_tflops"], 3)
+            figures["of_sustained_matmul"] = round(figures["useful_tflops"] / found["matmul"]["sustained_tflops"], 3)
+        found[part] = figures
+        for name in PEERS:
+            if part in RUNS and "pairs_per_s" in found.get(name, {}) and "mixed" not in part:
+                figures[f"times_{name}"] = round(figures["pairs_per_s"] / found[name]["pairs_per_s"], 2)
+        print(part, json.dumps(figures), flush=True)
+        if options.out:
+            write_json(options.out, found)
+
+
+# --- relook
+
+
+def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
+    """`relook train` by its shipped recipe; the figures are those that it logs, over the last half of its steps."""
+    data = options.work / ("lora_mixed" if "mixed" in options.part else "lora_fixed")
+    files = {"desc_data_path": data / "desc_data.json"}
+    if "mixed" in options.part:
+        files["pope_data_path"] = data / "pope_data.json"
+    recipe = build_recipe(
+        {
+            "task": "dpo",
+            "version": "v1",
+            "lora_enable": True,
+            "lora_r": options.rank,
+            "lora_alpha": 2 * options.rank,
+            "lora_dropout": 0.0,
+            "learning_rate": 2e-6,
+            "per_device_train_batch_size": PAIRS,
+            "max_steps": options.steps,
+            "logging_steps": max(1, options.steps // 4),
+            "bf16": GPU,
+            "dataloader_num_workers": options.workers,
+            "model_name_or_path": options.work / "plain",
+            "output_dir": options.work / "runs" / options.part,
+            "vg_path": data,
+            **files,
+            **RUNS[options.part],
+        }
+    )
+    log = [line for line in read_json(train(recipe) / "run.json")["log"] if "pairs_per_second" in line][-2:]
+    most = peak()
+    if options.profile:
+        with profiled(options.profile / f"{options.part}.txt", skip=options.steps // 2):
+            train(replace(recipe, output_dir=f"{recipe.output_dir}-profiled"))
+    mean = lambda name: sum(line[name] for line in log) / len(log)  # noqa: E731
+    return {
+        "pairs_per_s": round(mean("pairs_per_second"), 2),
+        "tokens_per_s": round(mean("tokens_per_second")),
+        "peak_gib": most,
+        "loss": [round(line["loss"], 4) for line in log],
+    }
+
+
+# --- TRL
+
+
+def peer(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
+    """TRL's DPOTrainer on batches of the same lengths; the median of its steps after the second."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    model = LlavaForConditionalGeneration.from_pretrained(
+        options.work / "plain", dtype=DTYPE, attn_implementation="sdpa", device_map="cuda" if GPU else "cpu"
+    )
+    processor = AutoProcessor.from_pretrained(options.work / "plain", use_fast=False)
+    prompt, _ = pair_tokens(shape)
+    patches = (shape["image_size"] // 14) ** 2
+    image, generator = model.config.image_token_id, torch.Generator().manual_seed(0)
+    draw = lambda rows, count: torch.randint(5, 60, (rows, count), generator=generator)  # noqa: E731
+    start = torch.cat([draw(PAIRS, 5), torch.full((PAIRS, patches), image), draw(PAIRS, prompt - patches - 5)], 1)
+    ids = torch.cat([start.repeat(2, 1), draw(2 * PAIRS, RESPONSE + 1)], 1)
+    mask = torch.ones_like(ids)
+    completion = mask.clone()
+    completion[:, :prompt] = 0
+    side = shape["image_size"]
+    pixels = torch.randn(PAIRS, 3, side, side, generator=generator).repeat(2, 1, 1, 1)
+    batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion, "pixel_values": pixels}
+    rows = 64 * PAIRS
+    texts = {"prompt": ["<image> a"] * rows, "chosen": ["b"] * rows, "rejected": ["c"] * rows}
+    data = Dataset.from_dict({**texts, "images": [[Image.new("RGB", (8, 8))]] * rows})
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            sync()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            sync()
+            seconds.append(time.perf_counter() - self.started)
+
+    linear = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(
+            output_dir=str(options.work / "trl"),
+            per_device_train_batch_size=PAIRS,
+            max_steps=8,
+            bf16=GPU,
+            use_cpu=not GPU,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=100,
+            remove_unused_columns=False,
+            max_length=None,
+            **PEERS[options.part],
+        ),
+        train_dataset=data,
+        processing_class=processor,
+        peft_config=LoraConfig(
+            r=options.rank,
+            lora_alpha=2 * options.rank,
+            target_modules=rf".*language_model.*\.({linear})",
+            task_type="CAUSAL_LM",
+        ),
+        data_collator=lambda _: dict(batch),
+        callbacks=[Clock()],
+    )
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+    return {"pairs_per_s": round(PAIRS / sorted(seconds[2:])[len(seconds[2:]) // 2], 2), "peak_gib": peak()}
+
+
+if __name__ == "__main__":
+    main()

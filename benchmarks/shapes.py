@@ -1,0 +1,226 @@
+"""What the benchmarks share: LLaVA-1.5-7B's shape with random weights, data of usual sizes, the card's own speed.
+
+Speed does not depend on the weights. Two rows of lm_head are made long, so that first answer tokens are Yes or No, as
+a trained model's are.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile, schedule
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from relook.data.ahead import ahead
+from relook.evaluate.pope import SPLITS, question_text
+from relook.files import write_json
+from relook.toyworld.build import make_processor
+from relook.toyworld.speech import vocabulary
+from relook.train.trainer import RelookTrainer
+
+GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if GPU else torch.float32
+LLAVA_7B = {
+    "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "vocabulary": 32064,
+    "image_size": 336,
+}
+TINY = {
+    "vision": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "vocabulary": 320,
+    "image_size": 56,
+}
+RESPONSE = 109  # words of a description, which </s> ends
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def sync() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def peak() -> float:
+    return round(torch.cuda.max_memory_allocated() / 2**30, 1) if GPU else 0.0
+
+
+def write_model(folder: Path, shape: dict[str, Any], answers: bool = True) -> Path:
+    """A llava-hf folder with random weights and toyworld's words.
+
+    Args:
+        answers: whether its first words are Yes or No, which a language-model loss does not bear.
+    """
+    if (folder / "processor_config.json").exists():
+        return folder
+    processor = make_processor()
+    side = {"height": shape["image_size"], "width": shape["image_size"]}
+    processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": shape["image_size"]}, crop_size=side)
+    processor.patch_size = 14
+    token = processor.tokenizer.convert_tokens_to_ids
+    ids = {f"{name}_token_id": token(text) for name, text in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**shape["vision"], image_size=shape["image_size"], patch_size=14),
+        text_config=LlamaConfig(**shape["text"], vocab_size=shape["vocabulary"], max_position_embeddings=4096, **ids),
+        image_token_index=token("<image>"),
+        image_seq_length=(shape["image_size"] // 14) ** 2,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(DTYPE)
+    with torch.device("cuda" if GPU else "cpu"):
+        model = LlavaForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    if answers:
+        with torch.no_grad():
+            long = 3000 * torch.randn_like(model.lm_head.weight[0])
+            model.lm_head.weight[token("▁Yes")], model.lm_head.weight[token("▁No")] = long, -long
+    for name, id in ids.items():
+        setattr(model.generation_config, name, id)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def write_images(paths: list[Path]) -> None:
+    """JPEG files of Visual Genome's usual size."""
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for _ in ahead(_write_image, paths):
+        pass
+
+
+def _write_image(path: Path) -> None:
+    small = Image.frombytes("RGB", (25, 19), random.Random(path.name).randbytes(25 * 19 * 3))
+    small.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def write_pairs(folder: Path, images: int, descriptions: int, questions: int) -> None:
+    """HA-DPO's files over Visual Genome's layout: one description pair, or some question pairs, an image."""
+    if (folder / "desc_data.json").exists():
+        return
+    rng, words = random.Random(1), [word for word in vocabulary() if word.isalpha()]
+    text = lambda count: " ".join(rng.choice(words) for _ in range(count))  # noqa: E731
+    names = [f"{number}.jpg" for number in range(1, images + 1)]
+    write_images([folder / "VG_100K" / name for name in names])
+    urls = [{"image_id": n, "url": f"https://x/VG_100K/{name}"} for n, name in enumerate(names, 1)]
+    write_json(folder / "image_data.json", urls)
+    described = {str(n): {"chosen": [text(RESPONSE)], "rejected": [text(RESPONSE)]} for n in range(1, descriptions + 1)}
+    write_json(folder / "desc_data.json", described)
+    asked = [
+        {
+            "image_id": descriptions + 1 + n % max(1, images - descriptions),
+            "question": f"{question_text(rng.choice(words))} {n}",
+            "chosen": f"No, {text(9)}.",
+            "reject": f"Yes, {text(9)}.",
+            "answer": "no",
+            "correct": False,
+        }
+        for n in range(questions)
+    ]
+    write_json(folder / "pope_data.json", asked)
+
+
+def write_pope(folder: Path, images: int) -> None:
+    """Three splits of six questions an image; the yes-questions are the same in all, as in the original files."""
+    if (folder / "pope").exists():
+        return
+    names = [f"COCO_val2014_{number:012d}.jpg" for number in range(images)]
+    write_images([folder / "val2014" / name for name in names])
+    for s, split in enumerate(SPLITS):
+        lines = []
+        for name in names:
+            for k in range(6):
+                thing = f"thing {k}" if k % 2 == 0 else f"thing {k} of {s}"
+                label = "yes" if k % 2 == 0 else "no"
+                record = {"question_id": len(lines) + 1, "image": name, "text": question_text(thing), "label": label}
+                lines.append(json.dumps(record))
+        path = folder / "pope" / f"coco_pope_{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines))
+
+
+def matmul() -> dict[str, float]:
+    """TFLOP/s of a large matrix product: the best of many, and over two seconds, when the card is warm from work."""
+    size = 8192 if GPU else 512
+    a, b = (torch.randn(size, size, dtype=DTYPE, device="cuda" if GPU else "cpu") for _ in range(2))
+    times = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < 2:
+        sync()
+        started = time.perf_counter()
+        a @ b
+        sync()
+        times.append(time.perf_counter() - started)
+    flops = 2 * size**3 / 1e12
+    return {"best_tflops": round(flops / min(times), 3), "sustained_tflops": round(flops * len(times) / sum(times), 3)}
+
+
+def flops_of_pair(shape: dict[str, Any], prompt: int, response: int, both: bool) -> float:
+    """Useful TFLOP of one trunk pass over a pair: 2 a parameter of every matrix product and token, and attention.
+
+    Args:
+        both: each response with a prompt of its own; else both share one, which is what there is to compute.
+    """
+    text, vision = shape["text"], shape["vision"]
+    tokens = 2 * (prompt + response) if both else prompt + 2 * response
+    seen = prompt * prompt / 2 + 2 * response * (prompt + response / 2)  # pairs of positions that see each other
+    D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
+    V, W, N = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"] - 1
+    patches = (shape["image_size"] // 14) ** 2 + 1
+    language = 2 * tokens * L * (4 * D * D + 3 * D * M) + 4 * D * L * seen
+    tower = 2 * patches * N * (4 * V * V + 2 * V * W) + 4 * V * N * patches**2
+    return (language + tower + 2 * patches * (V * D + D * D)) / 1e12
+
+
+def pair_tokens(shape: dict[str, Any]) -> tuple[int, int]:
+    """Positions of a pair's prompt, 50 and the image's, and of each of its answers."""
+    return 50 + (shape["image_size"] // 14) ** 2, RESPONSE + 1
+
+
+def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int) -> float:
+    """Useful TFLOP of a LoRA step on a pair whose answers share their prompt: the trunk forward, the gradients of its
+    activations, and lm_head both ways. The adapters' own products, 5 % of it at rank 128, are not counted."""
+    head = 2 * 2 * 2 * response * shape["vocabulary"] * shape["text"]["hidden_size"] / 1e12
+    text, vision = shape["text"], dict(shape["vision"], num_hidden_layers=1)
+    backward = flops_of_pair({**shape, "text": text, "vision": vision}, prompt, response, both=False)
+    return flops_of_pair(shape, prompt, response, both=False) + backward + head
+
+
+@contextmanager
+def profiled(out: Path, skip: int) -> Iterator[None]:
+    """Three steps of a training inside, after `skip` others, as a table of their kernels."""
+
+    def write(found: Any) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        key = "self_cuda_time_total" if GPU else "self_cpu_time_total"
+        out.write_text(found.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90))
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+    profiler = profile(activities=kinds, schedule=schedule(wait=skip, warmup=1, active=3), on_trace_ready=write)
+    step = RelookTrainer.training_step
+
+    def training_step(*arguments: Any, **more: Any) -> Any:
+        made = step(*arguments, **more)
+        profiler.step()
+        return made
+
+    RelookTrainer.training_step = training_step  # type: ignore[method-assign]
+    try:
+        with profiler:
+            yield
+    finally:
+        RelookTrainer.training_step = step  # type: ignore[method-assign]
