@@ -68,6 +68,29 @@ def train(
 
 
 @app.command(context_settings=EXTRA)
+def estimate(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")],
+    gpus: Annotated[int, typer.Option(help="How many train.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="Of each, in GiB.")] = 80.0,
+    prompt_tokens: Annotated[int, typer.Option(help="Where the data is not there: a prompt's text.")] = 50,
+    response_tokens: Annotated[int, typer.Option(help="Where the data is not there: an answer.")] = 110,
+    samples: Annotated[int, typer.Option(help="Where the data is not there: how many.")] = 1000,
+    tflops: Annotated[float, typer.Option(help="TFLOP/s that a GPU reaches, for times.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")] = False,
+) -> None:
+    """Predict a recipe's memory on each GPU, its trunk cache and its work; any of its keys may follow."""
+    from relook.estimate import Assumed, estimate_command, print_estimate
+
+    assumed = Assumed(prompt_tokens, response_tokens, samples)
+    found = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        print_estimate(found)
+
+
+@app.command(context_settings=EXTRA)
 def sweep(
     context: typer.Context, file: Annotated[str, typer.Argument(help="A .yaml file or a shipped sweep's name.")]
 ) -> None:

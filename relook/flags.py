@@ -6,10 +6,10 @@ not. Every other flag that would change nothing is an error that says what to us
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from relook.errors import RecipeError
+from relook.errors import RecipeError, some
 
 # What relook does; a recipe may say so, and cannot say otherwise.
 FIXED: dict[str, Any] = {"lazy_preprocess": True, "is_multimodal": True, "remove_unused_columns": False}
@@ -63,7 +63,95 @@ INSTEAD = {
     "liger_kernel_config": "relook computes logits at the answers only; leave it out.",
     "neftune_noise_alpha": "The reference would not have the noise; leave it out.",
     "include_num_input_tokens_seen": "Leave it out.",
+    "do_eval": "Use eval_fraction and eval_strategy.",
+    "use_cache": "Training needs no generation cache; leave it out.",
+    "local_rank": "torchrun says it by LOCAL_RANK; start DeepSpeed's launcher with --no_local_rank.",
+    "optim_target_modules": "GaLore and APOLLO are not supported; leave it out.",
+    **dict.fromkeys(
+        (
+            *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+            "hub_revision",
+        ),
+        "Use relook export and then hf upload.",
+    ),
 }
+
+WORDS = {"feature_cache": "off", **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")}
+"""Values that YAML reads as false where they are not quoted."""
+
+# transformers' keys that another one switches on: what is missing, whether it is there, and the keys. A recipe's values
+# are looked at with relook's defaults under them.
+DEFAULTS = {"save_strategy": "no", "logging_strategy": "steps", "report_to": "none"}
+SWITCHED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], tuple[str, ...]], ...] = (
+    (
+        "without gradient_checkpointing",
+        lambda said: said.get("gradient_checkpointing") or said.get("activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ),
+    (
+        "without eval_fraction: nothing is held out",
+        lambda said: said.get("eval_fraction"),
+        (
+            *("per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+            "load_best_model_at_end",
+        ),
+    ),
+    ("without eval_strategy steps", lambda said: said.get("eval_strategy") == "steps", ("eval_steps",)),
+    (
+        "where no best step is looked for (load_best_model_at_end, save_strategy best)",
+        lambda said: (
+            said.get("load_best_model_at_end")
+            or said["save_strategy"] == "best"
+            or said.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+        ),
+        ("metric_for_best_model", "greater_is_better"),
+    ),
+    ("without save_strategy steps", lambda said: said["save_strategy"] == "steps", ("save_steps",)),
+    (
+        "without a save_strategy",
+        lambda said: said["save_strategy"] != "no",
+        ("save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
+    ),
+    ("without logging_strategy steps", lambda said: said["logging_strategy"] == "steps", ("logging_steps",)),
+    (
+        "without report_to",
+        lambda said: said["report_to"] not in ("none", ["none"], []),
+        ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    ),
+    (
+        "without dataloader_num_workers",
+        lambda said: said.get("dataloader_num_workers"),
+        (
+            *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"),
+            "dataloader_in_order",
+        ),
+    ),
+    ("without fsdp", lambda said: said.get("fsdp"), ("fsdp_config",)),
+    (
+        "with an optimizer that is no Adam or Lion",
+        lambda said: any(word in str(said.get("optim", "adamw")) for word in ("adam", "lion", "adema")),
+        ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    ),
+    (
+        "with group_by_modality_length, which takes seed",
+        lambda said: not said.get("group_by_modality_length"),
+        ("data_seed",),
+    ),
+)
+# Of those, the ones whose false says what is so anyway.
+OFF = {
+    *("eval_on_start", "load_best_model_at_end", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
+    "dataloader_persistent_workers",
+}
+
+
+def check_switched(said: Mapping[str, Any]) -> None:
+    """Raise a RecipeError where a key of transformers says something that the other keys leave without effect."""
+    given = {**DEFAULTS, **said}
+    for where, on, keys in SWITCHED:
+        idle = [key for key in keys if said.get(key) not in (None, "no") and not (key in OFF and not said[key])]
+        if idle and not on(given):
+            raise RecipeError(f"{some(idle)} would have no effect {where}.", "Change that, or leave it out.")
 
 
 def check_fixed(key: str, value: Any) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from relook.errors import RecipeError, some
 from relook.files import read_text, write_text
-from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, check_fixed
+from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, WORDS, check_fixed, check_switched
 from relook.model.post_decoder import PostDecoderSettings
 
 CHOICES = {
@@ -194,6 +194,8 @@ class Recipe:
             raise RecipeError(
                 "feature_cache and feature_cache_dir would have no effect: the trunk trains.", "Leave them out."
             )
+        # How many workers there are by default depends on the device, and is looked at when a run begins.
+        check_switched({"dataloader_num_workers": not self.cached_trunk, **self.said})
         if recomputed and self.cached_trunk:
             raise RecipeError(
                 f"{recomputed[0]} would have no effect: the trunk's states are cached.",
@@ -238,6 +240,12 @@ class Recipe:
     def frozen_trunk(self) -> bool:
         """Nothing before the post decoder trains, so the trunk's states may be computed once."""
         return not (self.full or self.lora_enable or self.tune_mm_mlp_adapter)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """transformers' keys, and relook's that switch some of them on."""
+        names = ("eval_fraction", "group_by_modality_length")
+        return {**self.training, **{name: getattr(self, name) for name in names}}
 
     def to_yaml(self) -> str:
         values = dataclasses.asdict(self)
@@ -310,6 +318,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     training: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for key, value in values.items():
+        value = WORDS.get(key, value) if value is False else value
         head, _, rest = str(key).partition(".")
         if head == "post_decoder":
             settings.update({rest: value} if rest else _mapping(head, value))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from relook import load_model
 from relook.errors import RecipeError
-from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, check_model
+from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, OFF, SWITCHED, check_model
 from relook.model.formats import llava_settings, read_config
 from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides
+from relook.train.run import training_arguments
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
@@ -43,10 +47,22 @@ out --num_train_epochs 1 --per_device_train_batch_size 16 --per_device_eval_batc
 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True --report_to wandb --run_name
 llava-v1.5 --beta 0.1
 """
+# Arguments of transformers that do something whenever they are given, some of them under several processes only.
+EFFECTIVE = """
+per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
+optim optim_args weight_decay gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+gradient_checkpointing torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+auto_find_batch_size logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter log_level
+log_level_replica report_to save_strategy ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed
+use_cpu accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
+deepspeed debug skip_memory_metrics
+"""
 
 
 def test_hadpos_command_is_taken() -> None:
-    words = [word.replace("evaluation_strategy", "eval_strategy") for word in COMMAND.split()]
+    taken = COMMAND.replace("evaluation_strategy", "eval_strategy").replace("--per_device_eval_batch_size 4 ", "")
+    words = taken.split()
     recipe = load_recipe("hadpo-lora", parse_overrides(words))
     shipped = load_recipe("hadpo-lora", {**DPO, "desc_data_path": "desc_data.json", "pope_data_path": "pope_data.json"})
     given = set(parse_overrides(words)) - {"model_name_or_path", "output_dir", "vg_path", "vision_tower"}
@@ -62,8 +78,65 @@ def test_hadpos_command_is_taken() -> None:
         ):  # there the script's own default, warmup_ratio 0.03, counts
             assert recipe.training[key] == value
     assert recipe.of_the_model.keys() < OF_THE_MODEL.keys()
+    here = {key: value for key, value in recipe.training.items() if key not in ("deepspeed", "tf32", "report_to")}
+    assert training_arguments(replace(recipe, training={**here, "run_name": None}), Path("out")).save_steps == 50000
     with pytest.raises(RecipeError, match="transformers calls it eval_strategy"):
         load_recipe("hadpo-lora", parse_overrides(COMMAND.split()))
+    with pytest.raises(RecipeError, match="per_device_eval_batch_size would have no effect without eval_fraction"):
+        load_recipe("hadpo-lora", parse_overrides([*words, "--per_device_eval_batch_size", "4"]))
+
+
+def test_every_argument_of_transformers_has_its_class() -> None:
+    """A version with a new one needs a decision: does it do anything here?"""
+    classes = (INSTEAD, FIXED, EFFECTIVE.split(), {key for _, _, keys in SWITCHED for key in keys}, {"output_dir"})
+    for field in dataclasses.fields(TrainingArguments):
+        assert sum(field.name in members for members in classes) == 1, field.name
+
+
+THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+@pytest.mark.parametrize(
+    ("where", "key"), [(where, key) for where, _, keys in SWITCHED for key in keys if key in THEIRS]
+)
+def test_what_another_key_switches_on(where: str, key: str) -> None:
+    value: Any = True if key in (*OFF, "greater_is_better", "dataloader_in_order") else 1
+    keys: dict[str, Any] = {"lora_enable": True, key: value}
+    keys |= {
+        "with an optimizer that is no Adam or Lion": {"optim": "sgd"},
+        "with group_by_modality_length, which takes seed": {"group_by_modality_length": True},
+        "without logging_strategy steps": {"logging_strategy": "epoch"},
+        "without eval_strategy steps": {"eval_fraction": 0.5},
+        "without dataloader_num_workers": {"dataloader_num_workers": 0},
+    }.get(where, {})
+    with pytest.raises(RecipeError, match=f"{key} would have no effect {re.escape(where)}"):
+        build_recipe({**DPO, **keys})
+
+
+def test_what_is_switched_on_is_taken() -> None:
+    keys: dict[str, Any] = {"eval_fraction": 0.5, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    keys |= {"load_best_model_at_end": True, "metric_for_best_model": "nll", "save_steps": 2, "save_total_limit": 1}
+    keys |= {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2, "report_to": "wandb", "run_name": "a"}
+    keys |= {"fsdp": True, "fsdp_config": {"cpu_offload": True}, "lora_enable": True, "gradient_checkpointing": True}
+    keys |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "adam_beta2": 0.95, "data_seed": 3}
+    keys |= {"dataloader_persistent_workers": False}
+    assert build_recipe({**DPO, **keys}).training.keys() >= keys.keys() - {"eval_fraction", "lora_enable"}
+
+
+def test_workers_are_there_by_default_where_a_device_is() -> None:
+    """A recipe for a GPU may rely on them; on a CPU the run is refused when it begins."""
+    recipe = build_recipe({**DPO, "lora_enable": True, "dataloader_prefetch_factor": 4})
+    if not torch.accelerator.is_available():
+        with pytest.raises(RecipeError, match="dataloader_prefetch_factor would have no effect without dataloader_num"):
+            training_arguments(recipe, Path("out"))
+    with pytest.raises(RecipeError, match="dataloader_prefetch_factor would have no effect"):
+        build_recipe({**DPO, "tune_lm_head": True, "dataloader_prefetch_factor": 4})
+
+
+def test_words_that_yaml_reads_as_false() -> None:
+    words = ["--feature_cache", "off", "--save_strategy", "no", "--tune_lm_head", "true"]
+    recipe = build_recipe({**DPO, **parse_overrides(words)})
+    assert (recipe.feature_cache, recipe.training["save_strategy"]) == ("off", "no")
 
 
 def test_every_flag_has_its_place_and_its_line_in_the_page() -> None:

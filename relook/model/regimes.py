@@ -18,24 +18,29 @@ PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' name for it
 
 
 def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
-    """Add the modules that the recipe trains and freeze all others, in place.
+    """Add the modules that the recipe trains and freeze all others, in place."""
+    loaded.model = with_regime(loaded.model, recipe)
+
+
+def with_regime(model: Any, recipe: Recipe) -> Any:
+    """A model with the modules that the recipe trains, wrapped by peft for LoRA; all others are frozen.
 
     The vision tower never trains: its unused last layer would get no gradient, and every regime of the originals
     keeps it frozen.
     """
     seed = int(recipe.training.get("seed", 42))
-    _check_post_decoder(loaded.model.config, recipe)
-    if recipe.tune_post_decoder and not has_post_decoder(loaded.model.config):
+    _check_post_decoder(model.config, recipe)
+    if recipe.tune_post_decoder and not has_post_decoder(model.config):
         generator = torch.Generator().manual_seed(seed)
-        loaded.model = add_post_decoder(loaded.model, dict(recipe.post_decoder), generator, recipe.post_decoder_init)
+        model = add_post_decoder(model, dict(recipe.post_decoder), generator, recipe.post_decoder_init)
     if recipe.tune_lm_head:
-        untie_head(loaded.model)
-    loaded.model.requires_grad_(False)
+        untie_head(model)
+    model.requires_grad_(False)
     if recipe.bits == 4:
-        _keep_unpacked(loaded.model)
+        _keep_unpacked(model)
+    core = model
     if recipe.lora_enable:
-        loaded.model = _with_lora(loaded.model, recipe, seed)
-    core = loaded.core
+        model = _with_lora(model, recipe, seed)
     parts = {
         "post_decoder": (recipe.tune_post_decoder, lambda: core.model.post_decoder),
         "lm_head": (recipe.tune_lm_head or recipe.full, lambda: core.lm_head),
@@ -45,7 +50,7 @@ def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
     for wanted, part in parts.values():
         if wanted:
             part().requires_grad_(True)
-    training = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not training:
         raise RecipeError(
             "Nothing would train.", "Set lora_enable, tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter."
@@ -53,6 +58,7 @@ def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
     for parameter in training:
         # A bf16 weight has 8 bits: steps of the usual learning rates (2e-6) would be rounded away.
         parameter.data = parameter.data.float()
+    return model
 
 
 def _keep_unpacked(model: nn.Module) -> None:

@@ -159,11 +159,12 @@ class ModelSource:
         )
 
 
-def open_model(path: Path, vision_tower: str | Path | None = None) -> ModelSource:
+def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool = True) -> ModelSource:
     """Open a model folder of any format.
 
     Args:
         vision_tower: folder of the vision tower, instead of what `mm_vision_tower` in a liuhaotian config names.
+        weights: False opens its config alone: there need not be weights, nor a tokenizer.
 
     Raises:
         CheckpointError: it is no model folder, its files are broken, or its tower is not to be found.
@@ -175,12 +176,12 @@ def open_model(path: Path, vision_tower: str | Path | None = None) -> ModelSourc
         )
     raw = read_config(path)
     if kind == "llava":
-        return _open_llava(path, raw, vision_tower)
+        return _open_llava(path, raw, vision_tower, weights)
     if vision_tower is not None:
         raise CheckpointError(f"{path} has a vision tower of its own.", "Leave vision_tower out.")
     trunk = MODEL_TYPES[raw["model_type"]]
     config_class = trunk.relook_config if kind == "relook" else trunk.config
-    tensors = _renamed(read_folder(path), FROM_HF)
+    tensors = _renamed(read_folder(path), FROM_HF) if weights else {}
     return ModelSource(path, kind, _valid(path, config_class.from_dict, raw), tensors, default_template(raw))
 
 
@@ -197,7 +198,7 @@ def _renamed(tensors: Mapping[str, LazyTensor], renames: Renames) -> dict[str, L
     return {rename(name, renames): tensor for name, tensor in tensors.items() if not COMPUTED.search(name)}
 
 
-def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None) -> ModelSource:
+def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None, weights: bool) -> ModelSource:
     """A liuhaotian folder and its tower.
 
     The tower's weights are those of the model's file only where `unfreeze_mm_vision_tower` says that they were trained
@@ -208,6 +209,9 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
         raise CheckpointError(f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower.")
     vision: CLIPVisionConfig = _valid(tower, CLIPVisionConfig.from_dict, settings.get("vision_config", settings))
+    if not weights:  # the id of <image>, which only the tokenizer knows, shapes nothing
+        config = _valid(path, from_llava_config, path, raw, vision, 0)
+        return ModelSource(path, "llava", config, {}, default_template(raw), tower)
     tensors = _renamed(read_folder(path), FROM_LLAVA)
     trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
     if weight_files(tower) and not trained:

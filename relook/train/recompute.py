@@ -23,3 +23,7 @@ def renamed(training: Mapping[str, Any]) -> dict[str, Any]:
 def enable(model: PreTrainedModel, **kwargs: Any) -> None:
     """Let a model recompute its layers; keyword arguments are those of the Trainer's call."""
     getattr(model, f"{NAME}_enable")(**kwargs)
+    if not (kwargs.get(f"{NAME}_kwargs") or {}).get("use_reentrant"):
+        # For reentrant recomputation transformers lets embeddings require gradients. Those of the frozen vision tower,
+        # too: its layers would be kept and computed again for nothing.
+        model.disable_input_require_grads()

@@ -25,7 +25,7 @@ from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_text, takes, write_json
-from relook.flags import check_model
+from relook.flags import check_model, check_switched
 from relook.model.above_trunk import AboveTrunk
 from relook.model.changes import read_change
 from relook.model.formats import kind_of, llava_settings
@@ -157,6 +157,7 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "dataloader_num_workers": 2 if gpu and not recipe.cached_trunk else 0,
         "ddp_find_unused_parameters": False,  # every batch uses all that trains (see Collator)
     }
+    check_switched({"dataloader_num_workers": defaults["dataloader_num_workers"], **recipe.said})
     given = dict(recipe.training)
     if given.get("deepspeed"):
         given["deepspeed"] = sharding.deepspeed_config(given["deepspeed"])
@@ -170,8 +171,6 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         raise RecipeError("fsdp needs several processes.", "Start it by torchrun; docs/clusters.md has the commands.")
     # While this is set, transformers shards a model under ZeRO-3 as it is loaded; references need it whole.
     unset_hf_deepspeed_config()
-    if arguments.do_eval and not recipe.eval_fraction:
-        raise RecipeError("The recipe asks for evaluation, but holds nothing out.", "Set eval_fraction, e.g. 0.05.")
     return arguments
 
 

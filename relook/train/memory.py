@@ -1,0 +1,359 @@
+"""The memory of a GPU during a run, by part and by the way in which several GPUs share it: sums over shapes.
+
+A step's peak is at one of a few moments; see `_moments`. What DeepSpeed and FSDP2 share out and keep follows their own
+rules (ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054), with the settings that ship with relook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from relook.model.trunks import feature_size
+from relook.recipe import Recipe
+from relook.train import activations
+from relook.train.activations import Counts, Kept
+from relook.train.plan import SHARD_BYTES
+from relook.train.policy import Policy
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "workspace")
+LIBRARIES = 64 << 20  # cuBLAS and cuBLASLt take 32 MiB each on a Hopper GPU
+CONTEXT = 512 << 20  # what CUDA itself takes of a GPU, and torch's counters do not see
+# Bytes of an optimizer's state for each number that trains. Others are counted as AdamW's two moments.
+ADAMW = 8
+STATE = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "lion_32bit": 4, "paged_lion_32bit": 4, "ademamix": 12}
+STATE |= dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2)
+STATE |= dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1)
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's defaults: numbers of a reduce bucket; live ones under ZeRO-3
+DEEPSPEED = {
+    "zero2": "ZeRO-2",
+    "zero2_offload": "ZeRO-2, offload",
+    "zero3": "ZeRO-3",
+    "zero3_offload": "ZeRO-3, offload",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe's run on paper.
+
+    Args:
+        policy: as training has it, without memory; `whole` is the same with its trunk.
+        batch: the largest batch of a step.
+        reading: a batch of what comes before: the pass over the trunk, or reference log-probs.
+        cache: bytes of states and features on the GPU.
+        one_type: FSDP and DeepSpeed compute in copies of one type, so that nothing is cast; see `activations`.
+    """
+
+    recipe: Recipe
+    policy: Policy
+    whole: Policy
+    batch: Counts
+    reading: Counts
+    cache: int
+    one_type: bool
+
+    @property
+    def low(self) -> int:
+        return self.policy.dtype.itemsize
+
+    @property
+    def mixed(self) -> bool:
+        return self.low < 4 and not self.one_type
+
+    @property
+    def text(self) -> Any:
+        return self.policy.config.text_config
+
+    @property
+    def width(self) -> int:
+        return int(self.text.hidden_size)
+
+    @cached_property
+    def trained(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+
+    @cached_property
+    def frozen(self) -> int:
+        """Bytes of the weights that do not train. The projector's are there beside cached states, too."""
+        return _frozen(self.policy, self.recipe) + (_projector_bytes(self.whole) if self.recipe.cached_trunk else 0)
+
+    @property
+    def layers(self) -> Any:
+        return self.whole.core.model.language_model.layers
+
+    @cached_property
+    def layer(self) -> Kept:
+        """What a decoder layer keeps, where gradients flow through the trunk."""
+        return activations.decoder_layer(
+            self.layers[0],
+            self.text,
+            self.batch.row,
+            self.policy.trunk_pass,
+            self.low,
+            self.mixed,
+            self.recipe.lora_dropout,
+        )
+
+    @property
+    def recomputed(self) -> int:
+        """How many decoder layers are computed again in the backward pass."""
+        said = self.recipe.training
+        names = ("gradient_checkpointing", "activation_checkpointing")
+        if self.recipe.frozen_trunk or not any(said.get(name) for name in names):
+            return 0
+        arguments = {key: value for name in names for key, value in (said.get(f"{name}_kwargs") or {}).items()}
+        return -(-len(self.layers) // int(arguments.get("every_n_layers", 1)))
+
+    @property
+    def recomputed_share(self) -> float:
+        return self.recomputed / len(self.layers)
+
+    @cached_property
+    def one_layer(self) -> int:
+        """Bytes that one decoder layer keeps where nothing is computed again."""
+        return 0 if self.recipe.frozen_trunk else self.layer.of(self.batch.positions)
+
+    @cached_property
+    def kept_layer(self) -> int:
+        """Bytes that it keeps under the recipe's `activation_memory_budget`."""
+        if self.recipe.frozen_trunk:
+            return 0
+        return self.layer.within(self.policy.activation_memory_budget, self.batch.positions, self.layer_input)
+
+    @property
+    def layer_input(self) -> int:
+        stream = 4 if self.recipe.full and self.mixed else self.low
+        return self.batch.positions * self.width * stream
+
+    @cached_property
+    def kept_below(self) -> int:
+        """Bytes that the trunk and the projector keep for the backward pass."""
+        low, batch, total = self.low, self.batch, 0
+        if not self.recipe.frozen_trunk:
+            total += (len(self.layers) - self.recomputed) * self.kept_layer + self.recomputed * self.layer_input
+            total += batch.positions * (4 * self.width + 4)  # the last norm
+        if self.recipe.tune_mm_mlp_adapter or self.recipe.full:
+            projector = activations.projector(self.policy.config, low, self.mixed)
+            total += projector.each * batch.features + projector.fixed
+        return total
+
+    @cached_property
+    def kept_above(self) -> tuple[int, int]:
+        """The same of what stands above the trunk, logits aside: of the text, and of the images."""
+        head, decoder = self.policy.core.lm_head.weight, self.policy.post_decoder
+        flows = self.recipe.tune_post_decoder or not self.recipe.frozen_trunk
+        text = images = 0
+        if decoder is not None and flows:
+            text, images = activations.post_decoder(decoder, self.batch, self.low, self.mixed)
+        if head.requires_grad:
+            text += self.batch.targets * self.width * self.low
+            text += head.numel() * self.low if flows and self.mixed else 0  # cast for the gradient of its input
+        return text, images
+
+    @property
+    def kept(self) -> int:
+        """All bytes kept at the beginning of the backward pass, without logits."""
+        return self.kept_below + sum(self.kept_above)
+
+    @cached_property
+    def waiting(self) -> int:
+        """Bytes of the batch, and of the next one, which accelerate has ready on the GPU."""
+        batch, side = self.batch, int(self.policy.config.vision_config.image_size)
+        if self.recipe.cached_trunk:
+            states = 2 * batch.slots * self.width
+            looked_at = batch.padded_features * feature_size(self.policy.config) if self.policy.reads_image else 0
+            return (states + looked_at) * self.low
+        return 2 * self.pictures(batch) * 3 * side**2 * 4
+
+    def pictures(self, counts: Counts) -> int:
+        """Images, or the tiles that they are cut into."""
+        vision = self.whole.config.vision_config
+        return counts.features // int(vision.image_size // vision.patch_size) ** 2
+
+    @cached_property
+    def backward(self) -> int:
+        """The most bytes that the backward pass of a decoder layer has beside what is kept."""
+        if self.recipe.frozen_trunk:
+            return 0
+        largest: int = max(p.numel() for name, p in self.layers[0].named_parameters() if "lora_" not in name)
+        # A quantised weight is unpacked whole; the gradient of one that trains exists in both types.
+        matrix = largest * (self.low if self.recipe.bits != 16 else self.low + 4 if self.recipe.full else 0)
+        if self.recipe.use_dora:  # peft sends an identity matrix through LoRA, for the norms of base and LoRA together
+            matrix += (int(self.text.intermediate_size) ** 2 + 2 * largest) * self.low
+        return self.layer.workspace * self.batch.positions + matrix
+
+    @cached_property
+    def before(self) -> int:
+        """Bytes of what comes before training: the whole model reads a batch without gradients."""
+        total = LIBRARIES + _frozen(self.whole, self.recipe)
+        total += 4 * sum(p.numel() for p in self.whole.parameters() if p.requires_grad)
+        if self.recipe.cached_trunk:  # what trains is loaded already, and two shards wait to be stored
+            total += self.frozen + 4 * self.trained + 2 * SHARD_BYTES
+        elif not self.recipe.needs_reference:
+            return total
+        counts, vision, D, F = self.reading, self.whole.config.vision_config, self.width, self.text.intermediate_size
+        cast = 4 if self.recipe.lora_enable and self.mixed and self.policy.trunk_pass != "compiled" else 0
+        # Some states of the residual stream, and the MLP's three wide ones; the tower gives those of all its layers.
+        reading = counts.positions * ((3 * self.low + cast) * F + 6 * self.low * D)
+        patches = (vision.image_size // vision.patch_size) ** 2 + 1
+        seeing = self.pictures(counts) * patches * vision.hidden_size * (vision.num_hidden_layers + 1)
+        return total + int(reading + seeing * self.low)
+
+    @property
+    def state(self) -> int:
+        """Bytes of the optimizer's state for each number that trains."""
+        name = str(self.recipe.training.get("optim", "adamw_torch_fused"))
+        if name == "sgd" and "momentum" in str(self.recipe.training.get("optim_args", "")):
+            return 4
+        return STATE.get(name, ADAMW)
+
+    @property
+    def accumulates(self) -> bool:
+        return int(self.recipe.training.get("gradient_accumulation_steps", 1)) > 1
+
+
+@dataclass(frozen=True)
+class Way:
+    """What one GPU holds, in bytes.
+
+    Args:
+        parts: at the peak of a step.
+        largest: the most of each part, at whatever moment.
+        before: before training.
+        processor: a process's memory outside the GPU, for what is offloaded.
+    """
+
+    name: str
+    parts: dict[str, int]
+    largest: dict[str, int]
+    before: int
+    processor: int = 0
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    def fits(self, memory: float) -> bool:
+        """Whether a GPU of so many bytes has room for it, CUDA's own part aside."""
+        return max(self.peak, self.before) + CONTEXT <= memory
+
+
+def ways(job: Job, apart: Job, gpus: int) -> list[Way]:
+    """A run on some GPUs, in each way that they can share it; the recipe's own one first.
+
+    Args:
+        job: as one GPU, or DDP, has it; `apart` as FSDP and DeepSpeed have it.
+    """
+    frozen, trained = job.frozen, 4 * job.trained
+    optimizer, N = job.state * job.trained, gpus
+    found = [_way("DDP" if N > 1 else "one GPU", job, frozen + trained, trained, optimizer, trained if N > 1 else 0)]
+    if job.recipe.bits == 16:  # quantised weights are not taken apart
+        found += [_fsdp(apart, N)] if N > 1 else []
+        found += [_deepspeed(name, apart, N) for name in DEEPSPEED if N > 1 or name.endswith("offload")]
+    said = job.recipe.training
+    own = "FSDP2" if said.get("fsdp") else DEEPSPEED.get(Path(str(said.get("deepspeed"))).stem, found[0].name)
+    return sorted(found, key=lambda way: way.name != own)
+
+
+def _fsdp(job: Job, N: int) -> Way:
+    """FSDP2 as `processes.prepare_fsdp` sets it up: what trains in float32, gathered in the type of the products."""
+    # Whole at a time: what stands around the layers, one layer, and the next one on its way.
+    core = job.policy.core
+    layer = sum(p.numel() for p in job.layers[0].parameters()) if not job.recipe.cached_trunk else 0
+    blocks = [m for m in core.modules() if type(m).__name__ in job.policy._no_split_modules]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    around = sum(p.numel() for p in core.parameters() if id(p) not in inside)
+    weights = (job.frozen + 4 * job.trained) // N
+    gathered = (around + 2 * layer) * job.low
+    return _way("FSDP2", job, weights, 4 * job.trained // N, job.state * job.trained // N, gathered)
+
+
+def _deepspeed(name: str, job: Job, N: int) -> Way:
+    """DeepSpeed: all weights in the type of the products, and a float32 copy of what trains with its optimizer."""
+    stage, offload = int(name[4]), name.endswith("offload")
+    everything = job.frozen + job.low * job.trained
+    copy = (4 + job.state) * job.trained // N
+    gradients = job.low * job.trained // N
+    buckets = (2 if stage == 2 else 1) * BUCKET * job.low  # with overlap_comm stage 2 fills one while another is sent
+    weights = everything if stage == 2 else everything // N
+    live = 0 if stage == 2 else min(LIVE * job.low, everything)
+    processor = 0
+    if offload:
+        processor = copy + 4 * job.trained // N + (weights if stage == 3 else 0)
+        copy, gradients, weights = 0, 0 if stage == 2 else gradients, 0 if stage == 3 else weights
+    else:
+        gradients += 4 * job.trained // N  # in float32 for the step
+    return _way(DEEPSPEED[name], job, weights, gradients, copy, buckets + live, processor)
+
+
+def _way(name: str, job: Job, weights: int, gradients: int, optimizer: int, workspace: int, processor: int = 0) -> Way:
+    """Everything at the moment of a step when there is most."""
+    always = {"weights": weights, "optimizer": optimizer, "cache": job.cache}
+    base = workspace + LIBRARIES + job.waiting
+    moments = [{**always, **moment, "workspace": base + moment["workspace"]} for moment in _moments(job, gradients)]
+    most = max(moments, key=lambda parts: sum(parts.values()))
+    largest = {part: max(moment.get(part, 0) for moment in moments) for part in PARTS}
+    return Way(name, {part: most.get(part, 0) for part in PARTS}, largest, job.before, processor)
+
+
+def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
+    """The moments of a step that may be its peak.
+
+    looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # of keys and values
+    layer, goes back, when nothing before it has; the first decoder layer does, when all gradients are there; the
+    optimizer steps.
+    """
+    compiled = job.policy.trunk_pass == "compiled"
+    logits, rows = activations.logits(job.text.vocab_size, job.batch.targets, job.low, compiled)
+    held = gradients if job.accumulates else 0  # from the micro-batches before
+    head, above = _share(job, job.policy.core.lm_head), _share(job, job.policy.post_decoder)
+    images = job.kept_above[1]
+    looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # gradients of keys and values
+    layer = job.kept_below + job.one_layer - (0 if job.recomputed else job.kept_layer)  # with what is computed again
+    casts = round(head * job.trained) * job.low  # of lm_head's gradient, before it is float32
+    after_head = max(held, round(head * gradients))
+    after_all = max(held, round((head + above) * gradients))
+    return [
+        {"activations": job.kept, "logits": logits, "gradients": held, "workspace": rows},
+        {"activations": job.kept, "logits": logits // 2, "gradients": after_head, "workspace": casts},
+        {"activations": job.kept_below + images, "gradients": after_all, "workspace": looking},
+        {"activations": layer, "gradients": after_all, "workspace": job.backward},
+        {"activations": job.one_layer, "gradients": gradients, "workspace": job.backward},
+        {"gradients": gradients, "workspace": 0},
+    ]
+
+
+def _share(job: Job, module: nn.Module | None) -> float:
+    """Of all that trains."""
+    parameters = [] if module is None else list(module.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad) / job.trained
+
+
+def _projector_bytes(whole: Policy) -> int:
+    projector = whole.core.model.multi_modal_projector
+    return sum(p.numel() * p.element_size() for p in projector.parameters())
+
+
+def _frozen(policy: Policy, recipe: Recipe) -> int:
+    """Bytes of the weights that do not train, the language model's linear layers in the recipe's bits."""
+    total = 0.0
+    for name, parameter in policy.core.named_parameters():
+        if not parameter.requires_grad:
+            quantised = recipe.bits != 16 and "language_model.layers." in name and parameter.ndim == 2
+            total += parameter.numel() * (_quantised(recipe) if quantised else parameter.element_size())
+    return round(total)
+
+
+def _quantised(recipe: Recipe) -> float:
+    """Bytes of a number under bitsandbytes: 8 bits and a scale for each row, which is little; 4 bits and a scale for
+    64 of them, in float32 or, with double_quant, in 8 bits with a float32 for 256 (arXiv:2305.14314, section 3)."""
+    if recipe.bits == 8:
+        return 1.0
+    return 0.5 + ((1 + 4 / 256) / 64 if recipe.double_quant else 4 / 64)
