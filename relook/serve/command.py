@@ -1,0 +1,136 @@
+"""`relook serve`: models into memory, a port, and the end of both."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h11
+import torch
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from relook.console import say
+from relook.errors import RelookError
+from relook.model.load import LoadedModel, Loading
+from relook.serve.api import Policy, make_app
+from relook.serve.engine import Engine
+from relook.serve.request import Limits
+
+HEAD_SECONDS = 10.0  # for the head of a request to arrive
+READ_SECONDS = 60.0  # for a client to take what it was sent
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Where a server listens, and how it ends.
+
+    Args:
+        port: 0 takes a free one.
+        stop_seconds: that answers may still take once the server is told to stop.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    stop_seconds: int = 30
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which waits for ever for a request's head and for a client that does not read."""
+
+    waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._within(HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._cancel()
+        elif self.waiting is None:
+            self._within(HEAD_SECONDS)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._cancel()
+        self._within(READ_SECONDS)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(exc)
+
+    def _within(self, seconds: float) -> None:
+        self.waiting = self.loop.call_later(seconds, self.transport.abort)
+
+    def _cancel(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
+
+def serve(
+    models: Mapping[str, LoadedModel], serving: Serving, limits: Limits, policy: Policy, template: str = ""
+) -> None:
+    """Answer over HTTP until a signal says to stop."""
+    listening = listen(serving.host, serving.port)
+    engines = {name: Engine(loaded, limits, template) for name, loaded in models.items()}
+    config = uvicorn.Config(
+        make_app(engines, policy),
+        http=Protocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=serving.stop_seconds,
+    )
+    host, port = listening.getsockname()[:2]
+    say(f"Serving {', '.join(models)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
+        say("No --api-key: whoever reaches this port may use it.", style="yellow")
+    # uvicorn finishes the running answers, then raises the signal that it was sent again.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
+    for engine in engines.values():
+        engine.stop()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise RelookError(f"Cannot listen on {host}, port {port}: {error}.", "Choose another --port.") from None
+
+
+def load_models(model: Path, loading: Loading, base: Path | None) -> dict[str, LoadedModel]:
+    """The models to be served, by name: a folder's name, or its place for those that share one."""
+    loaded = {model: loading.load(model)}
+    if base is not None:
+        loaded[base] = replace(loading, adapter=None).load(base)
+        share_equal_tensors(loaded[base].core, loaded[model].core)
+    names = [path.resolve().name for path in loaded]
+    if len(set(names)) < len(names):
+        names[1] += "-base"
+    return dict(zip(names, loaded.values(), strict=True))
+
+
+@torch.no_grad()
+def share_equal_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Let a model use another's tensors where they are equal, so that memory holds what was trained twice only."""
+    others = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        same = others.get(name)
+        if same is not None and type(same) is type(parameter) is torch.nn.Parameter and torch.equal(same, parameter):
+            parameter.data = same.data
