@@ -226,6 +226,9 @@ def mine(
 def serve(
     model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
     base: Annotated[Path | None, typer.Option(help="Another model to compare with, served beside it.")] = None,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Serve the model with its change switched off beside it.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     api_key: Annotated[str, typer.Option(envvar="RELOOK_API_KEY", help="Key that clients must send.")] = "",
@@ -261,7 +264,7 @@ def serve(
 
     sources = Sources(int(max_image_mb * 1e6), allow_http, media_root)
     run.serve(
-        run.load_models(model, Loading(adapter, vision_tower, dtype, bits, device), base),
+        run.load_models(model, Loading(adapter, vision_tower, dtype, bits, device), base, with_base),
         run.Serving(host, port, stop_timeout),
         Limits(slots, queue, max_length, cache_gb, seconds=timeout),
         Policy(api_key, sources, max_images, int(max_body_mb * 1e6)),

@@ -23,7 +23,7 @@ from relook.serve.media import Sources
 from relook.serve.metrics import Metrics
 from relook.serve.schemas import ChatRequest, Completion, ErrorBody, Health, Model, Models
 
-READERS = 4  # threads that read requests: each may hold a decoded image
+READERS = 16  # threads that read requests: each may hold an image file, or wait for one
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
@@ -54,6 +54,7 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
         api_key=policy.api_key,
         max_body=policy.max_body,
         max_held=8 * policy.max_body,
+        max_requests=READERS + sum(engine.limits.slots + engine.limits.waiting for engine in engines.values()),
         seconds=policy.body_seconds,
     )
     app.add_exception_handler(APIError, _api_error)
@@ -71,6 +72,8 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
     async def chat(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation about texts and images, whole or as server-sent events."""
         engine, started = engine_of(body.model), time.monotonic()
+        if engine.full:  # before anything is read
+            raise APIError(429, "Too many requests are waiting already.", "busy")
         status = "cancelled"
         try:
             requests = await anyio.to_thread.run_sync(
@@ -160,6 +163,7 @@ async def _api_error(request: Request, error: Any) -> Response:
 async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
+    where = where[:200].encode(errors="backslashreplace").decode()  # names of fields are the client's
     message = f"{where}: {first['msg']}" if where else first["msg"]
     return await _api_error(request, APIError(400, message, first["type"], where or None))
 

@@ -17,7 +17,7 @@ from relook.serve.answer import Answer
 from relook.serve.engine import Engine
 from relook.serve.errors import APIError
 from relook.serve.media import Sources
-from relook.serve.request import Busy, Event, Request, Said, TooLong
+from relook.serve.request import Busy, Event, ReadImage, Request, Said, TooLong
 from relook.serve.schemas import (
     ChatRequest,
     Choice,
@@ -48,8 +48,12 @@ def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images
     turns, urls = read_turns(body.messages)
     if len(urls) > max_images:
         raise APIError(400, f"The conversation has {len(urls)} images, more than {max_images}.", "too_many_images")
+    images: list[ReadImage] = []
     try:
-        images = tuple(engine.image(sources.read(url)) for url in urls)
+        for url in urls:
+            images.append(engine.image(sources.read(url)))
+            if sum(image.positions for image in images) >= engine.length:  # before more of them are decoded
+                raise TooLong("The images take more positions than the model has.", "Send fewer.")
         ids = engine.prompt(turns, images)
     except TooLong as error:
         raise APIError(400, str(error), "context_length_exceeded", "messages") from None
@@ -59,7 +63,7 @@ def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images
     stop = body.stop or ()
     first = Request(
         ids,
-        images,
+        tuple(images),
         body.max_completion_tokens or body.max_tokens or engine.length,
         temperature if temperature >= GREEDY_BELOW else 0.0,
         1.0 if body.top_p is None else body.top_p,

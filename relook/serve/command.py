@@ -18,7 +18,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from relook.console import say
 from relook.errors import RelookError
-from relook.model.load import LoadedModel, Loading
+from relook.model.changes import read_change
+from relook.model.formats import kind_of
+from relook.model.load import LoadedModel, Loading, without_post_decoder
+from relook.model.trunks import has_post_decoder
 from relook.serve.api import Policy, make_app
 from relook.serve.engine import Engine
 from relook.serve.request import Limits
@@ -85,15 +88,6 @@ def serve(
     """Answer over HTTP until a signal says to stop."""
     listening = listen(serving.host, serving.port)
     engines = {name: Engine(loaded, limits, template) for name, loaded in models.items()}
-    config = uvicorn.Config(
-        make_app(engines, policy),
-        http=Protocol,
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=serving.stop_seconds,
-    )
     host, port = listening.getsockname()[:2]
     say(f"Serving {', '.join(models)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
@@ -101,9 +95,22 @@ def serve(
     # uvicorn finishes the running answers, then raises the signal that it was sent again.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
+        make_server(engines, policy, serving.stop_seconds).run(sockets=[listening])
     for engine in engines.values():
         engine.stop()
+
+
+def make_server(engines: Mapping[str, Engine], policy: Policy, stop_seconds: int) -> uvicorn.Server:
+    config = uvicorn.Config(
+        make_app(engines, policy),
+        http=Protocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=stop_seconds,
+    )
+    return uvicorn.Server(config)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -114,16 +121,45 @@ def listen(host: str, port: int) -> socket.socket:
         raise RelookError(f"Cannot listen on {host}, port {port}: {error}.", "Choose another --port.") from None
 
 
-def load_models(model: Path, loading: Loading, base: Path | None) -> dict[str, LoadedModel]:
-    """The models to be served, by name: a folder's name, or its place for those that share one."""
-    loaded = {model: loading.load(model)}
+def load_models(model: Path, loading: Loading, base: Path | None, with_base: bool) -> dict[str, LoadedModel]:
+    """The models to be served, by name: the folder's name, and for what it is compared with, that folder's or
+    NAME-base.
+
+    Args:
+        base: a model to compare with.
+        with_base: compare with the model itself, its change switched off.
+    """
+    loaded, name = loading.load(model), model.resolve().name
+    models = {name: loaded}
+    if with_base:
+        models[f"{name}-base"] = switched_off(loaded, model, loading)
     if base is not None:
-        loaded[base] = replace(loading, adapter=None).load(base)
-        share_equal_tensors(loaded[base].core, loaded[model].core)
-    names = [path.resolve().name for path in loaded]
-    if len(set(names)) < len(names):
-        names[1] += "-base"
-    return dict(zip(names, loaded.values(), strict=True))
+        models[base.resolve().name if base.resolve().name != name else f"{name}-base"] = _beside(loaded, base, loading)
+    return models
+
+
+def switched_off(loaded: LoadedModel, model: Path, loading: Loading) -> LoadedModel:
+    """The model without what was trained on it: without its adapter, a run's base, or without its post decoder.
+
+    Raises:
+        RelookError: there is nothing to switch off.
+    """
+    if loading.adapter is not None:
+        return _beside(loaded, model, loading)
+    if kind_of(model) == "run":
+        change = read_change(model)
+        under = change.earlier[-1] if change.earlier else change.base
+        assert under is not None, "a run names its base"
+        return _beside(loaded, under, loading)
+    if not has_post_decoder(loaded.core.config):
+        raise RelookError(f"{model} has nothing that could be switched off.", "Give a base to compare with: --base.")
+    return replace(loaded, model=without_post_decoder(loaded.core))
+
+
+def _beside(loaded: LoadedModel, path: Path, loading: Loading) -> LoadedModel:
+    other = replace(loading, adapter=None).load(path)
+    share_equal_tensors(other.core, loaded.core)
+    return other
 
 
 @torch.no_grad()

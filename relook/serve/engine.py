@@ -35,6 +35,7 @@ from relook.serve.batch import Batch
 from relook.serve.request import Busy, Event, Limits, ReadImage, Request, TooLong
 
 CHARACTERS = 64  # of a text for each position: more are not even cut into tokens
+DECODERS = 2  # images at a time, which are hundreds of megabytes at worst
 READ_IMAGES = 1 << 28  # bytes of decoded images that are remembered
 
 
@@ -61,6 +62,7 @@ class Engine:
         self.ends, self.stops = _endings(loaded, get_template(template or loaded.template).stop)
         self.batch = Batch(loaded, limits, self.length)
         self._images: Recent[ReadImage] = Recent(READ_IMAGES, lambda image: image.nbytes)
+        self._decoding = threading.Semaphore(DECODERS)
         self._waiting: deque[Answer] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -76,8 +78,9 @@ class Engine:
         key = hashlib.sha256(data).hexdigest()
         found = self._images.get(key)
         if found is None:
-            picture = image_from_bytes(data, self.limits.max_pixels)
-            inputs = {name: t[0] for name, t in self.loaded.images.batch([picture]).items()}
+            with self._decoding:
+                picture = image_from_bytes(data, self.limits.max_pixels)
+                inputs = {name: t[0] for name, t in self.loaded.images.batch([picture]).items()}
             positions = self.loaded.image_positions
             found = ReadImage(key, inputs, positions if isinstance(positions, int) else positions(picture))
             self._images.put(key, found)
@@ -123,7 +126,7 @@ class Engine:
         with self._wake:
             if self._stopping:
                 raise Busy("The server is stopping.")
-            if len(self._waiting) >= self.limits.waiting:
+            if self.full:
                 raise Busy(f"{len(self._waiting)} requests are waiting already.", "Try again later.")
             self._waiting.append(answer)
             self._wake.notify()
@@ -150,6 +153,11 @@ class Engine:
     def waiting(self) -> int:
         """Requests that wait for a slot."""
         return len(self._waiting)
+
+    @property
+    def full(self) -> bool:
+        """Whether one more would be refused."""
+        return len(self._waiting) >= self.limits.waiting
 
     @property
     def running(self) -> int:

@@ -30,6 +30,7 @@ class Gate:
         api_key: that each request must carry as a bearer token; empty for none.
         max_body: bytes of one body.
         max_held: bytes of the bodies of all requests that are being answered.
+        max_requests: that are being received or answered.
         seconds: for a body to arrive.
     """
 
@@ -37,28 +38,37 @@ class Gate:
     api_key: str = ""
     max_body: int = 50_000_000
     max_held: int = 400_000_000
+    max_requests: int = 1024
     seconds: float = 30.0
     held: int = 0
+    requests: int = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        self.requests += 1
+        body = b""
         try:
             headers = dict(scope["headers"])
-            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            if scope["path"] not in OPEN:
+                self._check(headers.get(b"authorization", b""))
             body = await self._body(headers, receive)
         except APIError as error:
-            return await self._refuse(error, receive, send)
-        try:
-            return await self.app(scope, _replay(body, receive), send)
+            await self._refuse(error, receive, send)
+        else:
+            await self.app(scope, _replay(body, receive), send)
         finally:
             self.held -= len(body)
+            self.requests -= 1
+        return None
 
-    def _check_key(self, path: str, said: bytes) -> None:
-        if self.api_key and path not in OPEN:
-            scheme, _, key = said.partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
-                raise APIError(401, "The API key is missing or wrong.", "invalid_api_key")
+    def _check(self, authorization: bytes) -> None:
+        scheme, _, key = authorization.partition(b" ")
+        known = scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key.encode())
+        if self.api_key and not known:
+            raise APIError(401, "The API key is missing or wrong.", "invalid_api_key")
+        if self.requests > self.max_requests:
+            raise APIError(429, "The server holds as many requests as it can.", "busy")
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body, counted as it comes."""
@@ -90,7 +100,7 @@ class Gate:
         if size > self.max_body:
             raise APIError(413, f"The request has more than {self.max_body:,} bytes.")
         if self.held + new > self.max_held:
-            raise APIError(429, "The server holds as many requests as it can.")
+            raise APIError(429, "The server holds as many requests as it can.", "busy")
 
     async def _refuse(self, error: APIError, receive: Receive, send: Send) -> None:
         """Answer, and close. A client that is still sending would not see the answer if it were closed at once: what

@@ -38,10 +38,10 @@ class Metrics:
     def collect(self) -> Iterator[Any]:
         running = GaugeMetricFamily("relook_running", "Answers in slots.", labels=["model"])
         waiting = GaugeMetricFamily("relook_waiting", "Requests that wait for a slot.", labels=["model"])
-        yield from (running, waiting)
         for name, engine in self.engines.items():
             running.add_metric([name], engine.running)
             waiting.add_metric([name], engine.waiting)
+        yield from (running, waiting)
         for key, text in {
             "prompt_tokens": "Positions of prompts.",
             "reused_tokens": "Positions of prompts that were in memory already.",

@@ -12,7 +12,7 @@ MAX_TOP = 20  # most likely tokens at a place, as at OpenAI
 class _Strict(BaseModel):
     """A field that nothing reads is an error, not a silence."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ImageURL(_Strict):
