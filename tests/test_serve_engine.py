@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from serving import NEW, PICTURES, Held, png, until
 from test_answer import MODELS, TEXTS, as_loaded
 from test_llava_next import as_loaded as as_loaded_next
 from test_llava_next import picture as next_picture
@@ -28,25 +28,11 @@ from relook.errors import CheckpointError, DataError, RelookError
 from relook.serve.answer import AnswerText
 from relook.serve.engine import Engine
 from relook.serve.request import Busy, Event, Limits, Request, TooLong
-from relook.toyworld.build import IMAGE_SIZE, make_processor
+from relook.toyworld.build import make_processor
 
-NEW = 10
 Question = tuple[tuple[bytes, ...], str]
 
 
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def noise(seed: int, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> bytes:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
-    return png(Image.fromarray(pixels.numpy()))
-
-
-PICTURES = [noise(seed) for seed in range(3)]
 QUESTIONS: list[Question] = [
     *(((picture,), text) for picture in PICTURES for text in TEXTS),
     *(((), text) for text in (*TEXTS, "A")),
@@ -264,28 +250,6 @@ def test_log_probs_are_those_of_the_model(base: Path, bits: int, tolerance: floa
 
 
 # --- limits, and those who leave
-
-
-class Held:
-    """A model that waits before each step until it is let go."""
-
-    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go, self.inside = threading.Event(), threading.Event()
-        step = engine.batch.step
-
-        def slow() -> None:
-            self.inside.set()
-            assert self.go.wait(30)
-            step()
-
-        monkeypatch.setattr(engine.batch, "step", slow)
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_a_full_queue_refuses_and_who_leaves_frees_a_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,11 @@ def open_image(path: Path) -> Image.Image:
     return _opened(path, _decoded)
 
 
-def image_from_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], None]) -> Image.Image:
     """Decode an image that a stranger sent, to RGB as `open_image` does; of the usual formats only.
+
+    Args:
+        check: of width and height, before anything is decoded; what it raises goes on.
 
     Raises:
         DataError: what is wrong with it.
@@ -73,7 +76,10 @@ def image_from_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with Image.open(BytesIO(data), formats=FROM_STRANGERS) as image:
             if image.width * image.height <= max_pixels:  # not by Pillow's warning, whose filter threads share
+                check(image.width, image.height)
                 return image.convert("RGB")
+    except DataError:
+        raise
     except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError):
         pass
     except Exception:  # Pillow's readers raise errors of many kinds for broken bytes
@@ -165,6 +171,13 @@ class ImageLoader:
         """
         return pad_sequence([self._process(image, who)["pixel_values"] for image in images], batch_first=True)
 
+    def check_shape(self, width: int, height: int, who: str = "The image") -> None:
+        """Raises DataError as `preprocess` does."""
+        target = self.image_processor.size.get("shortest_edge") or 0
+        short, long = sorted((width, height))
+        if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
+            raise DataError(f"{who} is too long and thin: {width} x {height} pixels.", "Crop it.")
+
     def _inputs(self, image: Picture) -> dict[str, Tensor]:
         if isinstance(image, Image.Image):
             return self._process(image.convert("RGB"), "An image")
@@ -178,10 +191,7 @@ class ImageLoader:
         return inputs
 
     def _process(self, image: Image.Image, who: str) -> dict[str, Tensor]:
-        target = self.image_processor.size.get("shortest_edge") or 0
-        short, long = sorted(image.size)
-        if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
-            raise DataError(f"{who} is too long and thin: {image.width} x {image.height} pixels.", "Crop it.")
+        self.check_shape(*image.size, who)
         if self.aspect_ratio == "pad":
             red, green, blue = (int(255 * channel) for channel in self.image_processor.image_mean)
             image = pad_to_square(image, (red, green, blue))

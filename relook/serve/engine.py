@@ -79,7 +79,7 @@ class Engine:
         found = self._images.get(key)
         if found is None:
             with self._decoding:
-                picture = image_from_bytes(data, self.limits.max_pixels)
+                picture = image_from_bytes(data, self.limits.max_pixels, self.loaded.images.check_shape)
                 inputs = {name: t[0] for name, t in self.loaded.images.batch([picture]).items()}
             positions = self.loaded.image_positions
             found = ReadImage(key, inputs, positions if isinstance(positions, int) else positions(picture))

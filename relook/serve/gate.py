@@ -18,7 +18,7 @@ from relook.serve.errors import APIError
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-LINGER = 1.0  # seconds
+LINGER, LINGER_BYTES = 1.0, 64_000_000  # seconds, and bytes, that a refused client may go on sending
 OPEN = ("/health",)  # asked by balancers, which have no key
 
 
@@ -112,8 +112,10 @@ class Gate:
         await send({"type": "http.response.body", "body": content, "more_body": True})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER):
-                while (await receive()).get("more_body", False):
-                    pass
+                thrown, more = 0, True
+                while more and thrown < LINGER_BYTES:
+                    message = await receive()
+                    thrown, more = thrown + len(message.get("body", b"")), message.get("more_body", False)
         await send({"type": "http.response.body", "body": b""})
 
 
