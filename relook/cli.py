@@ -263,12 +263,12 @@ def serve(
     from relook.serve.request import Limits
 
     sources = Sources(int(max_image_mb * 1e6), allow_http, media_root)
+    loading = Loading(adapter, vision_tower, dtype, bits, device)
     run.serve(
-        run.load_models(model, Loading(adapter, vision_tower, dtype, bits, device), base, with_base),
-        run.Serving(host, port, stop_timeout),
+        run.Serving(host, port, stop_timeout, version),
         Limits(slots, queue, max_length, cache_gb, seconds=timeout),
         Policy(api_key, sources, max_images, int(max_body_mb * 1e6)),
-        version,
+        lambda: run.load_models(model, loading, base, with_base),
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from relook.serve.api import Policy
-from relook.serve.command import listen, make_server
+from relook.serve.command import make_server, take_port
 from relook.serve.engine import Engine
 from relook.toyworld.build import IMAGE_SIZE
 
@@ -94,12 +94,12 @@ class Served:
 
 @contextmanager
 def serving(engines: dict[str, Engine], policy: Policy) -> Iterator[Served]:
-    listening = listen("127.0.0.1", 0)
+    taken = take_port("127.0.0.1", 0)
     server = make_server(engines, policy, 5)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
     thread.start()
     until(lambda: server.started)
-    yield Served(listening.getsockname()[1], engines)
+    yield Served(taken.getsockname()[1], engines)
     server.should_exit = True
     thread.join()
     for engine in engines.values():

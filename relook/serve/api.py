@@ -68,7 +68,12 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
             raise APIError(404, f"There is no model of that name. There is {', '.join(engines)}.", "model_not_found")
         return engines[name]
 
-    @app.post("/v1/chat/completions", response_model=Completion, response_model_exclude_none=True)
+    @app.post(
+        "/v1/chat/completions",
+        response_model=Completion,
+        response_model_exclude_none=True,
+        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    )
     async def chat(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation about texts and images, whole or as server-sent events."""
         engine, started = engine_of(body.model), time.monotonic()

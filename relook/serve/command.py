@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,13 @@ class Serving:
     Args:
         port: 0 takes a free one.
         stop_seconds: that answers may still take once the server is told to stop.
+        template: of conversations; empty for the model's own.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     stop_seconds: int = 30
+    template: str = ""
 
 
 class Protocol(H11Protocol):
@@ -82,20 +84,22 @@ class Protocol(H11Protocol):
             self.waiting = None
 
 
-def serve(
-    models: Mapping[str, LoadedModel], serving: Serving, limits: Limits, policy: Policy, template: str = ""
-) -> None:
-    """Answer over HTTP until a signal says to stop."""
-    listening = listen(serving.host, serving.port)
-    engines = {name: Engine(loaded, limits, template) for name, loaded in models.items()}
-    host, port = listening.getsockname()[:2]
-    say(f"Serving {', '.join(models)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], Mapping[str, LoadedModel]]) -> None:
+    """Answer over HTTP until a signal says to stop.
+
+    Args:
+        load: the models by name; called once the port is there, for it may take minutes.
+    """
+    taken = take_port(serving.host, serving.port)
+    engines = {name: Engine(loaded, limits, serving.template) for name, loaded in load().items()}
+    host, port = taken.getsockname()[:2]
+    say(f"Serving {', '.join(engines)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
         say("No --api-key: whoever reaches this port may use it.", style="yellow")
     # uvicorn finishes the running answers, then raises the signal that it was sent again.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
-        make_server(engines, policy, serving.stop_seconds).run(sockets=[listening])
+        make_server(engines, policy, serving.stop_seconds).run(sockets=[taken])
     for engine in engines.values():
         engine.stop()
 
@@ -113,12 +117,16 @@ def make_server(engines: Mapping[str, Engine], policy: Policy, stop_seconds: int
     return uvicorn.Server(config)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def take_port(host: str, port: int) -> socket.socket:
+    """A socket with that address. It does not listen yet: until the models are there, balancers are refused."""
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        taken.bind((host, port))
     except (OSError, OverflowError) as error:
+        taken.close()
         raise RelookError(f"Cannot listen on {host}, port {port}: {error}.", "Choose another --port.") from None
+    return taken
 
 
 def load_models(model: Path, loading: Loading, base: Path | None, with_base: bool) -> dict[str, LoadedModel]:

@@ -55,6 +55,8 @@ class Gate:
             body = await self._body(headers, receive)
         except APIError as error:
             await self._refuse(error, receive, send)
+        except asyncio.CancelledError:  # the server stops; what comes half is thrown away
+            await _answer(send, APIError(503, "The server is stopping."))
         else:
             await self.app(scope, _replay(body, receive), send)
         finally:
@@ -105,11 +107,7 @@ class Gate:
     async def _refuse(self, error: APIError, receive: Receive, send: Send) -> None:
         """Answer, and close. A client that is still sending would not see the answer if it were closed at once: what
         it sends meanwhile is read and thrown away, for a moment."""
-        content = json.dumps(error.body).encode()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), "Connection": "close"}
-        pairs = [(name.lower().encode(), value.encode()) for name, value in {**headers, **error.headers}.items()]
-        await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-        await send({"type": "http.response.body", "body": content, "more_body": True})
+        await _answer(send, error, more=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER):
                 thrown, more = 0, True
@@ -117,6 +115,14 @@ class Gate:
                     message = await receive()
                     thrown, more = thrown + len(message.get("body", b"")), message.get("more_body", False)
         await send({"type": "http.response.body", "body": b""})
+
+
+async def _answer(send: Send, error: APIError, more: bool = False) -> None:
+    content = json.dumps(error.body).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), "Connection": "close"}
+    pairs = [(name.lower().encode(), value.encode()) for name, value in {**headers, **error.headers}.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": content, "more_body": more})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
