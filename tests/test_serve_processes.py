@@ -48,6 +48,14 @@ def client(port: int) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
 
+def count(port: int, *names: str) -> float:
+    """Some of a server's metrics, summed up."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    found = tuple(f"relook_{name}{{" for name in names)
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(found))
+
+
 def asked(port: int, name: str, seed: int = 0) -> str:
     reply = client(port).chat.completions.create(
         model=name,
@@ -72,7 +80,8 @@ def test_a_signal_lets_running_answers_end(base: Path, sent: signal.Signals) -> 
         threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(12)]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
+        until(lambda: count(port, "requests_total", "running", "waiting") == 24)
+        assert count(port, "running") > 0
         running.send_signal(sent)
         for thread in threads:
             thread.join()
@@ -137,19 +146,13 @@ def test_two_replicas_behind_a_balancer(base: Path) -> None:
         for thread in threads:
             thread.start()
         time.sleep(2)
-        assert all(_requests(port) for port in ports)
+        assert all(count(port, "requests_total") > 8 for port in ports)
         servers[0][0].send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
         assert servers[0][0].wait(30) == 0
         assert not wrong
         assert asked(balancer.port, base.name, 3) == expected[3]
-
-
-def _requests(port: int) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        text = answer.read().decode()
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("relook_requests_total"))
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
         "/v1/chat/completions",
         response_model=Completion,
         response_model_exclude_none=True,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/event-stream": {}}}},
     )
     async def chat(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation about texts and images, whole or as server-sent events."""
