@@ -235,7 +235,9 @@ def serve(
     slots: Annotated[int, typer.Option(help="Answers at the same time.")] = 16,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused (429).")] = 128,
     max_length: Annotated[int, typer.Option(help="Positions of prompt and answer; 0: the language model's own.")] = 0,
-    cache_gb: Annotated[float, typer.Option(help="Memory for the keys and values of all slots.")] = 8.0,
+    cache_gb: Annotated[
+        float, typer.Option(help="Memory for keys and values of all slots of a model; 0: half of what is free.")
+    ] = 0.0,
     timeout: Annotated[float, typer.Option(help="Seconds from a request to the end of its answer.")] = 300.0,
     stop_timeout: Annotated[int, typer.Option(help="Seconds for running answers once the server stops.")] = 30,
     max_image_mb: Annotated[float, typer.Option(help="Largest image file.")] = 20.0,

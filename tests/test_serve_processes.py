@@ -26,7 +26,7 @@ def process(base: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], in
     command = [sys.executable, "-m", "relook", "serve", str(base), "--port", "0", "--device", "cpu", *flags]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert running.stderr is not None
-    line = next(line for line in running.stderr if "Serving" in line)
+    line = next(line for line in running.stderr if line.startswith("Serving "))
     port = int(line.rsplit(":", 1)[1].removesuffix("/v1\n"))
     until(lambda: healthy(port))
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import h11
+import psutil
 import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -28,6 +29,7 @@ from relook.serve.request import Limits
 
 HEAD_SECONDS = 10.0  # for the head of a request to arrive
 READ_SECONDS = 60.0  # for a client to take what it was sent
+CACHE_SHARE = 0.5  # of the free memory
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,17 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
     """Answer over HTTP until a signal says to stop.
 
     Args:
+        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are there.
         load: the models by name; called once the port is there, for it may take minutes.
     """
     taken = take_port(serving.host, serving.port)
-    engines = {name: Engine(loaded, limits, serving.template) for name, loaded in load().items()}
+    models = load()
+    if not limits.cache_gb:
+        device = next(iter(models.values())).core.device
+        limits = replace(limits, cache_gb=CACHE_SHARE * free_bytes(device) / 1e9 / len(models))
+    engines = {name: Engine(loaded, limits, serving.template) for name, loaded in models.items()}
+    for name, engine in engines.items():
+        say(f"{name}: {limits.slots} slots of {engine.length:,} positions")
     host, port = taken.getsockname()[:2]
     say(f"Serving {', '.join(engines)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
@@ -127,6 +136,10 @@ def take_port(host: str, port: int) -> socket.socket:
         taken.close()
         raise RelookError(f"Cannot listen on {host}, port {port}: {error}.", "Choose another --port.") from None
     return taken
+
+
+def free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def load_models(model: Path, loading: Loading, base: Path | None, with_base: bool) -> dict[str, LoadedModel]:
