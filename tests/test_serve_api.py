@@ -35,7 +35,7 @@ from relook import load_model
 from relook.errors import RelookError
 from relook.model.load import Loading
 from relook.serve.api import Policy
-from relook.serve.command import load_models
+from relook.serve.command import load_models, take_port
 from relook.serve.engine import Engine
 from relook.serve.request import Limits
 
@@ -219,3 +219,12 @@ def test_a_model_and_itself_with_its_change_switched_off(tmp_path: Path) -> None
     assert both[0].data_ptr() == both[1].data_ptr()
     with pytest.raises(RelookError, match="nothing that could be switched off"):
         load_models(plain, Loading(), None, with_base=True)
+
+
+def test_a_port_is_taken_or_the_user_is_told() -> None:
+    with take_port("127.0.0.1", 0) as taken:
+        assert taken.proto == socket.IPPROTO_TCP  # else asyncio leaves small pieces waiting for 40 ms
+        taken.listen()
+        for port in (taken.getsockname()[1], 70_000):
+            with pytest.raises(RelookError, match="--port"):
+                take_port("127.0.0.1", port)
