@@ -6,9 +6,13 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from serving import Served
 
 # Models this small gain nothing from threads, and threads that wait for each other on a busy machine lose minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,6 +61,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import write_world
 
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of which the server below takes files."""
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="session")
+def served(media: Path) -> Iterator[Served]:
+    """A server of two models, "tuned" and "base", with small limits."""
+    from serving import KEY, serving
+    from test_answer import as_loaded
+    from tiny import tiny_relook
+
+    from relook.serve.api import Policy
+    from relook.serve.engine import Engine
+    from relook.serve.media import Sources
+    from relook.serve.request import Limits
+
+    models = {"tuned": as_loaded(tiny_relook()), "base": as_loaded(tiny_relook(seed=1))}
+    engines = {name: Engine(loaded, Limits(slots=4)) for name, loaded in models.items()}
+    sources = Sources(max_bytes=200_000, web=True, root=media, seconds=2)
+    with serving(engines, Policy(KEY, sources, max_images=3, max_body=1_000_000, body_seconds=1)) as server:
+        yield server
 
 
 @pytest.fixture

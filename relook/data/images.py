@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from relook.errors import DataError
+from relook.recent import Recent
 
 T = TypeVar("T")
-_LOCK = threading.Lock()  # of all loaders' memories; the module's, so that a loader can be sent to another process
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: beyond it an image is taken for a decompression bomb
+FROM_STRANGERS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # formats of which no reader runs a program or fetches a file
 CROP_SHARE = (0.01, 0.2)  # of a picture's area, that a `Crop` shows
 
 
@@ -60,6 +60,31 @@ def open_image(path: Path) -> Image.Image:
         DataError: what is wrong with the file, by name.
     """
     return _opened(path, _decoded)
+
+
+def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], None]) -> Image.Image:
+    """Decode an image that a stranger sent, to RGB as `open_image` does; of the usual formats only.
+
+    Args:
+        check: of width and height, before anything is decoded; what it raises goes on.
+
+    Raises:
+        DataError: what is wrong with it.
+    """
+
+    fix = f"Send a PNG, JPEG, WebP, GIF or BMP of at most {max_pixels:,} pixels."
+    try:
+        with Image.open(BytesIO(data), formats=FROM_STRANGERS) as image:
+            if image.width * image.height <= max_pixels:  # not by Pillow's warning, whose filter threads share
+                check(image.width, image.height)
+                return image.convert("RGB")
+    except DataError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError):
+        pass
+    except Exception:  # Pillow's readers raise errors of many kinds for broken bytes
+        raise DataError("The image cannot be decoded.", fix) from None
+    raise DataError("The image is none, or too large.", fix)
 
 
 def _decoded(image: Image.Image) -> Image.Image:
@@ -118,9 +143,8 @@ class ImageLoader:
     """
 
     def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
-        self.image_processor, self.aspect_ratio, self.cache_bytes = image_processor, aspect_ratio, cache_bytes
-        self._kept: OrderedDict[Path | Crop, dict[str, Tensor]] = OrderedDict()
-        self._bytes = 0
+        self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
+        self._kept: Recent[dict[str, Tensor]] = Recent(cache_bytes, nbytes)
 
     def __call__(self, path: Path) -> Tensor:
         """Pixel values of one file, float32: (3, H, W), or (tiles, 3, H, W) where the processor cuts images up."""
@@ -129,8 +153,7 @@ class ImageLoader:
     def batch(self, images: Sequence[Picture]) -> dict[str, Tensor]:
         """What a model takes for some images, in order: pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with
         image_sizes (I, 2), the heights and widths that say how many tiles of each count."""
-        each = [self._inputs(image) for image in images]
-        return {name: pad_sequence([one[name] for one in each], batch_first=True) for name in each[0]}
+        return stack([self._inputs(image) for image in images])
 
     def size(self, image: Picture) -> tuple[int, int]:
         """Height and width of the picture that the processor is given; of a file only the head is read."""
@@ -148,29 +171,27 @@ class ImageLoader:
         """
         return pad_sequence([self._process(image, who)["pixel_values"] for image in images], batch_first=True)
 
+    def check_shape(self, width: int, height: int, who: str = "The image") -> None:
+        """Raises DataError as `preprocess` does."""
+        target = self.image_processor.size.get("shortest_edge") or 0
+        short, long = sorted((width, height))
+        if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
+            raise DataError(f"{who} is too long and thin: {width} x {height} pixels.", "Crop it.")
+
     def _inputs(self, image: Picture) -> dict[str, Tensor]:
         if isinstance(image, Image.Image):
             return self._process(image.convert("RGB"), "An image")
         file = image if isinstance(image, Crop) else Path(image)
-        with _LOCK:
-            if file in self._kept:
-                self._kept.move_to_end(file)
-                return self._kept[file]
+        kept = self._kept.get(file)
+        if kept is not None:
+            return kept
         opened = file.open() if isinstance(file, Crop) else open_image(file)
         inputs = self._process(opened, f"The image {image.path if isinstance(image, Crop) else file}")
-        with _LOCK:
-            if file not in self._kept:  # else another thread was faster
-                self._kept[file] = inputs
-                self._bytes += _nbytes(inputs)
-            while self._bytes > self.cache_bytes:
-                self._bytes -= _nbytes(self._kept.popitem(last=False)[1])
+        self._kept.put(file, inputs)
         return inputs
 
     def _process(self, image: Image.Image, who: str) -> dict[str, Tensor]:
-        target = self.image_processor.size.get("shortest_edge") or 0
-        short, long = sorted(image.size)
-        if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
-            raise DataError(f"{who} is too long and thin: {image.width} x {image.height} pixels.", "Crop it.")
+        self.check_shape(*image.size, who)
         if self.aspect_ratio == "pad":
             red, green, blue = (int(255 * channel) for channel in self.image_processor.image_mean)
             image = pad_to_square(image, (red, green, blue))
@@ -179,5 +200,10 @@ class ImageLoader:
         return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
 
 
-def _nbytes(inputs: dict[str, Tensor]) -> int:
+def stack(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What a model takes for some images, from what it takes for each of them."""
+    return {name: pad_sequence([one[name] for one in each], batch_first=True) for name in each[0]}
+
+
+def nbytes(inputs: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in inputs.values())

@@ -77,13 +77,9 @@ class Rule:
             generate: keyword arguments of `generate`.
             longest: positions of the longest prompt with its answer.
         """
-        settings = copy.deepcopy(loaded.core.generation_config)
-        if settings.update(**generate) or not sees_everything(loaded.core.config.text_config, longest):
+        settings = settings_followed(loaded, generate, longest)
+        if settings is None:
             return None
-        idle = IDLE if settings.do_sample else IDLE | SAMPLING
-        for name, value in settings.to_diff_dict().items():
-            if name not in FOLLOWED | idle and value not in (None, False, NEUTRAL.get(name)):
-                return None
         stop = loaded.stopping(template)
         criterion = StopStringCriteria(stop["tokenizer"], stop["stop_strings"]) if stop else None
         return Rule(settings, loaded.pad_id, criterion, seed, loaded.core.device)
@@ -92,11 +88,7 @@ class Rule:
         """(n, tokens) uniform numbers, one for each token of each numbered question; None where nothing is drawn."""
         if not self.samples:
             return None
-        rows = []
-        for number in numbers:
-            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + number) % 2**32)
-            rows.append(torch.rand(tokens, generator=generator, dtype=torch.float64))
-        return torch.stack(rows)
+        return torch.stack([uniform(self.seed, number, tokens) for number in numbers])
 
     def choose(self, logits_NV: Tensor, draws_N: Tensor | None, first: bool) -> Tensor:
         """The next tokens, (N,)."""
@@ -118,6 +110,24 @@ class Rule:
         if self.stop is not None:
             ends |= self.stop(said_NT, None)
         return ends
+
+
+def uniform(seed: int, number: int, tokens: int) -> Tensor:
+    """(tokens,) uniform numbers in [0, 1), which depend on seed and number alone."""
+    generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32)
+    return torch.rand(tokens, generator=generator, dtype=torch.float64)
+
+
+def settings_followed(loaded: LoadedModel, generate: dict[str, Any], longest: int) -> GenerationConfig | None:
+    """A model's settings of generation with the caller's laid on them; None where a rule cannot follow them all."""
+    settings = copy.deepcopy(loaded.core.generation_config)
+    if settings.update(**generate) or not sees_everything(loaded.core.config.text_config, longest):
+        return None
+    idle = IDLE if settings.do_sample else IDLE | SAMPLING
+    for name, value in settings.to_diff_dict().items():
+        if name not in FOLLOWED | idle and value not in (None, False, NEUTRAL.get(name)):
+            return None
+    return settings
 
 
 def sees_everything(text_config: Any, longest: int) -> bool:

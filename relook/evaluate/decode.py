@@ -146,7 +146,7 @@ class Growth:
         sees = mine | (self.owner == _PREFIX)[:, None, :]
         hidden: Tensor = self.core.model(
             input_ids=ids,
-            attention_mask=_additive(sees, self.core.dtype),
+            attention_mask=additive(sees, self.core.dtype),
             position_ids=place,
             past_key_values=self.cache,
             use_cache=True,
@@ -184,8 +184,8 @@ class Growth:
             self.cache.relook_image = context.select(rows)
 
 
-def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as attention adds it, (R, 1, Q, L), made once for all layers.
+def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask (R, Q, L) bool as attention adds it, (R, 1, Q, L), made once for all layers.
 
     Rows start at multiples of eight elements: CUDA's kernels would copy the mask for that in each layer.
     """

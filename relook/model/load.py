@@ -310,6 +310,24 @@ def add_post_decoder(
     return new
 
 
+def without_post_decoder(model: Any) -> Any:
+    """The same model with its post decoder switched off, on the same weights: none is copied."""
+    family = trunk_of(model.config)
+    values = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "post_decoder")
+    }
+    config = family.config(**values)
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        plain: Any = family.model(config)
+    for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
+        if name != "post_decoder":
+            setattr(plain.model, name, part)
+    plain.lm_head = model.lm_head
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy named tensors into a model; each must exist there with the same shape."""
     parameters = dict(model.named_parameters())

@@ -1,0 +1,274 @@
+"""Serving: many clients of `relook serve` at once, and the engine's tokens a second beside plain `generate`.
+
+    python benchmarks/serving.py clients --seconds 60 --out serving.json   # toyworld's base, two cores, over HTTP
+    python benchmarks/serving.py tokens --out tokens.json                  # LLaVA-1.5-7B's shape, one GPU, no HTTP
+    python benchmarks/serving.py tokens --tiny                             # the same on a CPU, in seconds
+
+`clients` starts the server as a user does and asks about pictures whose answers the answering engine gave beforehand:
+an answer that is not the one of its picture is counted. It is measured three times: 64 clients, 64 clients of a server
+with one slot (what answers one at a time), and one client. Weights of `tokens` are random: speed does not depend on
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from relook import load_model
+from relook.data.prompts import with_image
+from relook.data.samples import Turn
+from relook.evaluate.answer import Asking, Prompt, answer, generate_batch
+from relook.evaluate.pope import question_text
+from relook.files import write_json
+from relook.model.load import LoadedModel
+from relook.serve.engine import Engine
+from relook.serve.request import Limits, Request
+from relook.toyworld.draw import draw
+from relook.toyworld.shipped import shipped_base
+from relook.toyworld.world import sample_scenes
+
+DESCRIBE = "Describe this image in detail."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ways = parser.add_subparsers(required=True)
+    clients = ways.add_parser("clients")
+    clients.set_defaults(measure=measure_clients)
+    clients.add_argument("--clients", type=int, default=64)
+    clients.add_argument("--seconds", type=float, default=60)
+    clients.add_argument("--pictures", type=int, default=200)
+    clients.add_argument("--slots", type=int, default=64)
+    tokens = ways.add_parser("tokens")
+    tokens.set_defaults(measure=measure_tokens)
+    tokens.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
+    tokens.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 32])
+    tokens.add_argument("--new-tokens", type=int, default=128)
+    tokens.add_argument("--rounds", type=int, default=2, help="requests of each client")
+    tokens.add_argument("--post-decoder", type=int, default=1, help="blocks; 0 for none")
+    for parsed in (clients, tokens):
+        parsed.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    result = options.measure(options)
+    result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps(result, indent=1))
+    if options.out:
+        write_json(options.out, result)
+
+
+# --- many clients over HTTP
+
+
+@dataclass
+class Tally:
+    """What clients saw."""
+
+    seconds: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    wrong: int = 0
+    tokens: int = 0
+
+    def summary(self, wall: float) -> dict[str, Any]:
+        times = sorted(self.seconds)
+        return {
+            "answers": len(times),
+            "errors": len(self.errors),
+            "first_errors": self.errors[:3],
+            "wrong_answers": self.wrong,
+            "answers_per_s": round(len(times) / wall, 1),
+            "tokens_per_s": round(self.tokens / wall),
+            "median_s": round(statistics.median(times), 4),
+            "p95_s": round(times[int(0.95 * len(times))], 4),
+        }
+
+
+def measure_clients(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = questions(Path(folder), options.pictures)
+    result: dict[str, Any] = {"clients": options.clients, "seconds": options.seconds, "cores": os.cpu_count()}
+    for name, slots, clients in (
+        ("together", options.slots, options.clients),
+        ("one slot", 1, options.clients),
+        ("one client", options.slots, 1),
+    ):
+        with server(slots) as port:
+            asyncio.run(ask_all(port, rows, clients, min(5.0, options.seconds)))  # warm-up
+            tally, wall = asyncio.run(ask_all(port, rows, clients, options.seconds))
+        result[name] = tally.summary(wall)
+        print(name, result[name], file=sys.stderr, flush=True)
+    for name in ("one slot", "one client"):
+        result[f"times {name}"] = round(result["together"]["answers_per_s"] / result[name]["answers_per_s"], 2)
+    return result
+
+
+def questions(folder: Path, pictures: int) -> list[tuple[bytes, str]]:
+    """Requests as bytes, each with the answer that the answering engine gives."""
+    asked = []
+    for i, scene in enumerate(sample_scenes(5, "test", pictures)):
+        path = folder / f"{i}.png"
+        draw(scene).save(path)
+        asked += [(path, DESCRIBE), (path, question_text(scene.names[0]))]
+    loaded = load_model(shipped_base())
+    said = dict(answer(loaded, asked, Asking(max_new_tokens=64), lambda *_: None))
+    rows = []
+    for i, (path, text) in enumerate(asked):
+        url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        message = {"role": "user", "content": content}
+        body = json.dumps({"model": "base", "messages": [message], "temperature": 0, "max_tokens": 64}).encode()
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        rows.append((head.encode() + body, said[i]))
+    return rows
+
+
+@contextmanager
+def server(slots: int) -> Any:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "relook", "serve", str(shipped_base()), "--port", str(port), "--slots", str(slots)]
+    process = subprocess.Popen(command)
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.2)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def ask_all(port: int, rows: Sequence[tuple[bytes, str]], clients: int, seconds: float) -> tuple[Tally, float]:
+    tally, started = Tally(), time.perf_counter()
+    await asyncio.gather(*(client(port, rows, i, started + seconds, tally) for i in range(clients)))
+    return tally, time.perf_counter() - started
+
+
+async def client(port: int, rows: Sequence[tuple[bytes, str]], number: int, until: float, tally: Tally) -> None:
+    """One after the other, on one connection; each client begins elsewhere."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    at = number * 37
+    while time.perf_counter() < until:
+        request, expected = rows[at % len(rows)]
+        at += 1
+        started = time.perf_counter()
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+        reply = json.loads(await reader.readexactly(length))
+        tally.seconds.append(time.perf_counter() - started)
+        if b" 200 " not in head[:20]:
+            tally.errors.append(str(reply))
+            continue
+        tally.tokens += reply["usage"]["completion_tokens"]
+        tally.wrong += reply["choices"][0]["message"]["content"] != expected
+    writer.close()
+
+
+# --- tokens a second of the engine
+
+
+def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
+    import answering  # benchmarks/answering.py: the same random model
+
+    shape = ["answering.py", "--post-decoder", str(options.post_decoder), *["--tiny"] * options.tiny]
+    sys.argv, kept = shape, sys.argv
+    built = answering.arguments()
+    sys.argv = kept
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = answering.build(built, device)
+    result: dict[str, Any] = {"device": answering.device_name(device), "new_tokens": options.new_tokens}
+    with tempfile.TemporaryDirectory() as folder:
+        built.images, built.questions = max(options.at_once) * options.rounds, 1
+        rows = answering.questions(built, answering.draw(Path(folder), built))
+        for count in options.at_once:
+            some = rows[: count * options.rounds]
+            served = engine_speed(loaded, some, count, options.new_tokens)
+            plain = generate_speed(loaded, some, count, options.new_tokens)
+            result[str(count)] = {"engine": served, "generate": plain}
+            print(count, result[str(count)], file=sys.stderr, flush=True)
+        one = result[str(options.at_once[0])]["generate"]["tokens_per_s"]
+        result["times generate at batch 1"] = {
+            count: round(result[str(count)]["engine"]["tokens_per_s"] / one, 2) for count in map(str, options.at_once)
+        }
+    return result
+
+
+def engine_speed(loaded: LoadedModel, rows: Sequence[tuple[Path, str]], count: int, new: int) -> dict[str, Any]:
+    """So many clients, each with a request of its own running at any time, streamed."""
+    engine = Engine(loaded, Limits(slots=count, waiting=len(rows), cache_gb=40))
+    requests = []
+    for path, text in rows:
+        image = engine.image(path.read_bytes())
+        requests.append(Request(engine.prompt([Turn(with_image(text), "")], [image]), (image,), new))
+    list(engine.stream(Request(requests[0].ids[:8], (), 4)))  # warm-up
+    firsts: list[float] = []
+
+    def run(own: Sequence[Request]) -> None:
+        for request in own:
+            started, first = time.perf_counter(), True
+            for event in engine.stream(request):
+                if first and event.tokens:
+                    firsts.append(time.perf_counter() - started)
+                    first = False
+
+    said = engine.batch.counts.new_tokens
+    started = time.perf_counter()
+    threads = [threading.Thread(target=run, args=(requests[i::count],)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - started
+    said = engine.batch.counts.new_tokens - said
+    engine.stop()
+    return {
+        "tokens_per_s": round(said / wall, 1),
+        "first_token_s": round(statistics.median(firsts), 3),
+        "seconds": round(wall, 2),
+    }
+
+
+def generate_speed(loaded: LoadedModel, rows: Sequence[tuple[Path, str]], count: int, new: int) -> dict[str, Any]:
+    """transformers' `generate`, the same requests in batches of as many."""
+    encoder, asking = loaded.encoder(), Asking(max_new_tokens=new)
+    prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text) in enumerate(rows)]
+    generate_batch(loaded, prompts[:1], Asking(max_new_tokens=2))  # warm-up
+    for prompt in prompts:
+        loaded.images(prompt.images[0])  # the engine's images are read beforehand too
+    started = time.perf_counter()
+    for start in range(0, len(prompts), count):
+        generate_batch(loaded, prompts[start : start + count], asking)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - started
+    return {"tokens_per_s": round(len(rows) * new / wall, 1), "seconds": round(wall, 2)}
+
+
+if __name__ == "__main__":
+    main()

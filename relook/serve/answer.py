@@ -1,0 +1,104 @@
+"""One answer while it grows: its tokens, when it ends, and which of its characters may be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from relook.serve.request import Event, Request, Said
+
+UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
+
+
+@dataclass
+class AnswerText:
+    """The text of an answer; joined, the pieces of it are what `LoadedModel.decode` makes of the whole.
+
+    Args:
+        stops: texts that end an answer, and are not part of it.
+    """
+
+    tokenizer: Any
+    stops: Sequence[str] = ()
+    count: int = field(default=0, init=False)
+    shown: int = field(default=0, init=False)
+    text: str = field(default="", init=False)
+    stopped: bool = field(default=False, init=False)
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Take the tokens so far."""
+        if len(ids) == self.count:
+            return
+        self.count = len(ids)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        ends = [at for at in map(text.find, self.stops) if at >= 0]
+        self.stopped = bool(ends)
+        self.text = (text[: min(ends)] if ends else text).lstrip()
+
+    def more(self, whole: bool) -> str:
+        """The characters that can be shown and have not been. Before the end, whatever may still change is held back:
+        space at the end, half a character, the beginning of a stop."""
+        safe = self.text
+        if not whole:
+            held = max((_overlap(safe, stop) for stop in self.stops), default=0)
+            safe = safe[: len(safe) - held].rstrip().rstrip(UNFINISHED)
+        more = safe.rstrip()[self.shown :]
+        self.shown += len(more)
+        return more
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text a stop may begin with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Answer:
+    """A request on its way. The engine's thread owns it; `cancel` may be called from any.
+
+    Args:
+        emit: takes the events, and must not wait.
+        ends: tokens that end it.
+        most: tokens that it may have.
+        draws: a uniform number for each of them; empty where the most likely token is taken.
+        until: when it must be whole, by the monotonic clock.
+    """
+
+    request: Request
+    emit: Callable[[Event], None]
+    text: AnswerText
+    ends: frozenset[int]
+    most: int
+    draws: Sequence[float]
+    until: float
+    reused: int = 0
+    said: list[Said] = field(default_factory=list)
+    reported: int = 0
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def over(self, now: float) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled or now > self.until
+
+    def add(self, said: Said) -> str:
+        """Take the next token: why the answer ends with it, if it does."""
+        self.said.append(said)
+        if said.id in self.ends:
+            return "stop"
+        if self.text.stops:
+            self.text.read([said.id for said in self.said])
+            if self.text.stopped:
+                return "stop"
+        return "length" if len(self.said) == self.most else ""
+
+    def report(self, finish: str = "") -> None:
+        """Tell what is new."""
+        self.text.read([said.id for said in self.said])
+        shown = len(self.said) - (finish == "stop" and self.said[-1].id in self.ends)
+        tokens = tuple(self.said[self.reported : shown])
+        self.reported = shown
+        self.emit(Event(self.text.more(bool(finish)), tokens, finish, self.reused))

@@ -1,0 +1,170 @@
+"""Where the bytes of an image come from: data URLs, and only where the server allows it, the web and a folder.
+
+A client chooses the URL, so it must not lead into the server's own network or beyond the folder: a name is looked up
+once, every address of it must be public, the connection goes to that very address, and each redirect is checked alike.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+from relook.errors import DataError
+
+DATA_URL = re.compile(r"data:[\w.+/;=-]*,", re.ASCII)
+REDIRECTS = 3
+CHUNK = 1 << 16
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What images a server takes.
+
+    Args:
+        max_bytes: of an image file.
+        web: whether http and https URLs are followed.
+        root: the folder below which file URLs may lie; None for no files.
+        seconds: for a download, from its first lookup to its last byte.
+    """
+
+    max_bytes: int = 20_000_000
+    web: bool = False
+    root: Path | None = None
+    seconds: float = 10.0
+
+    def read(self, url: str) -> bytes:
+        """The bytes that a URL leads to.
+
+        Raises:
+            DataError: it is not allowed, too large, or leads to nothing. The reason says nothing of the server.
+        """
+        scheme = url[:8].partition(":")[0].lower()
+        if scheme == "data":
+            return self._data(url)
+        if scheme in ("http", "https") and self.web:
+            return self._download(url)
+        if scheme == "file" and self.root is not None:
+            return self._file(url, self.root)
+        raise DataError("This server does not take images from such a URL.", f"Send {self._taken()}.")
+
+    def _taken(self) -> str:
+        taken = ["a data: URL with the image in base64"]
+        taken += ["an http or https URL"] * self.web + ["a file: URL below its media root"] * (self.root is not None)
+        return " or ".join(taken)
+
+    def _sized(self, data: bytes) -> bytes:
+        if len(data) > self.max_bytes:
+            raise DataError(f"The image has more than {self.max_bytes:,} bytes.", "Scale it down.")
+        return data
+
+    def _data(self, url: str) -> bytes:
+        head = DATA_URL.match(url, 0, 200)
+        if head is None or not head[0].endswith(";base64,"):
+            raise DataError("The data: URL is not base64.", "Write data:image/png;base64,...")
+        if len(url) - head.end() > self.max_bytes * 4 // 3 + 4:
+            raise DataError(f"The image has more than {self.max_bytes:,} bytes.", "Scale it down.")
+        try:
+            return self._sized(base64.b64decode(url[head.end() :].encode("ascii"), validate=True))
+        except (binascii.Error, UnicodeEncodeError):
+            raise DataError("The data: URL is not base64.", "Write data:image/png;base64,...") from None
+
+    def _file(self, url: str, root: Path) -> bytes:
+        """A file below the root, whatever links or dots its path has."""
+        parts = urlsplit(url)
+        try:
+            path = Path(unquote(parts.path, errors="strict")).resolve(strict=True)
+            if parts.netloc in ("", "localhost") and path.is_relative_to(root.resolve()) and path.is_file():
+                with path.open("rb") as file:
+                    return self._sized(file.read(self.max_bytes + 1))
+        except (OSError, ValueError, RuntimeError):  # nothing there, a NUL byte, links in a circle
+            pass
+        raise DataError("There is no such file below the media root.", "Give file:///PATH of a file in it.")
+
+    def _download(self, url: str) -> bytes:
+        until = time.monotonic() + self.seconds
+        try:
+            for _ in range(REDIRECTS + 1):
+                with _Connection(url, until) as connection:
+                    answer = connection.ask()
+                    place = answer.headers.get("Location")
+                    if answer.status in (301, 302, 303, 307, 308) and place:
+                        url = urljoin(url, place)
+                        continue
+                    if answer.status != 200:
+                        raise DataError(f"The image's server answered {answer.status}.", "Check the URL.")
+                    return self._body(answer, until)
+        except (OSError, ValueError, http.client.HTTPException):
+            raise DataError("The image could not be fetched.", "Check the URL.") from None
+        raise DataError("The image's URL redirects too often.", "Give the URL that it ends at.")
+
+    def _body(self, answer: http.client.HTTPResponse, until: float) -> bytes:
+        data = b""
+        while chunk := answer.read1(CHUNK):
+            data = self._sized(data + chunk)
+            if time.monotonic() > until:
+                raise TimeoutError
+        return data
+
+
+class _Connection:
+    """One request to an address that was looked up once and found public."""
+
+    def __init__(self, url: str, until: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise DataError("The image's URL leads to no web server.", "Give an http or https URL.")
+        self.host, secure = parts.hostname, parts.scheme == "https"
+        port = parts.port or (443 if secure else 80)
+        self.path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        left = max(0.1, until - time.monotonic())
+        address = public_address(self.host, port)
+        self.http = http.client.HTTPConnection(self.host, port, timeout=left)
+        plain = socket.create_connection((address, port), timeout=left)
+        # The name is checked against the certificate, though the connection goes to the address.
+        self.http.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host) if secure else plain
+
+    def ask(self) -> http.client.HTTPResponse:
+        self.http.request("GET", self.path, headers={"Accept": "image/*", "User-Agent": "relook"})
+        return self.http.getresponse()
+
+    def __enter__(self) -> _Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+
+
+def public_address(host: str, port: int) -> str:
+    """The first address of a host, all of whose addresses are public.
+
+    Raises:
+        DataError: it has an address in a private, local or special network.
+        OSError: it has none.
+    """
+    found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not all(is_public(ipaddress.ip_address(str(address).partition("%")[0])) for address in found):
+        raise DataError("The image's URL leads into a private network.", "Give a public URL.")
+    return str(found[0])
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is one of the public internet, also once what is wrapped in it is taken out."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
+        if address in NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner:
+            return is_public(inner)
+    return address.is_global and not address.is_multicast

@@ -1,0 +1,230 @@
+"""The HTTP API, asked by OpenAI's own client and by raw requests."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+from serving import (
+    KEY,
+    NEW,
+    PICTURES,
+    Held,
+    Served,
+    assert_refused,
+    assert_well,
+    expected,
+    serving,
+    until,
+    user,
+    with_picture,
+)
+from test_answer import TEXTS, as_loaded
+from tiny import save_tiny, tiny_relook
+
+from relook import load_model
+from relook.errors import RelookError
+from relook.model.load import Loading
+from relook.serve.api import Policy
+from relook.serve.command import load_models, take_port
+from relook.serve.engine import Engine
+from relook.serve.request import Limits
+
+# --- OpenAI's client
+
+
+def test_openais_client_gets_the_models_texts(served: Served) -> None:
+    client = served.client
+    assert [model.id for model in client.models.list()] == ["tuned", "base"]
+    assert client.models.retrieve("base").id == "base"
+    for model in ("tuned", "base"):
+        messages: Any = [user(with_picture(TEXTS[0], PICTURES[0]))]
+        reply = client.chat.completions.create(model=model, messages=messages, max_tokens=NEW, temperature=0)
+        assert reply.choices[0].message.content == expected(served, TEXTS[0], PICTURES[0], model=model)
+        assert reply.usage is not None
+        assert reply.usage.completion_tokens <= NEW
+        assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+def test_openais_client_streams(served: Served) -> None:
+    stream = served.client.chat.completions.create(
+        model="tuned",
+        messages=[user(TEXTS[1])],  # type: ignore[list-item]
+        max_completion_tokens=NEW,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=True,
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == expected(served, TEXTS[1])
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    said = [
+        token for c in chunks if c.choices and c.choices[0].logprobs for token in c.choices[0].logprobs.content or []
+    ]
+    assert "".join(token.token for token in said).strip() == text
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == len(said)
+
+
+def test_n_seed_stop_and_log_probs(served: Served) -> None:
+    ask = lambda **how: served.client.chat.completions.create(  # noqa: E731
+        model="tuned", messages=[user(TEXTS[0])], max_tokens=NEW, **how
+    )
+    several = ask(n=4, seed=5, temperature=1.5)
+    texts = [choice.message.content for choice in several.choices]
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert len(set(texts)) > 1
+    assert [choice.message.content for choice in ask(n=4, seed=5, temperature=1.5).choices] == texts
+    assert ask(seed=6, temperature=1.5).choices[0].message.content == texts[1]
+    whole = expected(served, TEXTS[0])
+    stopped = ask(temperature=0, stop=[whole[5:9]], logprobs=True, top_logprobs=2).choices[0]
+    assert stopped.message.content == whole[:5].strip()
+    assert stopped.finish_reason == "stop"
+    assert stopped.logprobs is not None
+    assert all(len(token.top_logprobs) == 2 for token in stopped.logprobs.content or [])
+
+
+def test_openais_client_raises_its_own_errors(served: Served) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        served.client.with_options(api_key="wrong").models.list()
+    with pytest.raises(openai.NotFoundError, match="There is tuned, base"):
+        served.client.chat.completions.create(model="none", messages=[user("A")])  # type: ignore[list-item]
+    tool: Any = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        served.client.chat.completions.create(model="tuned", messages=[user("A")], tools=[tool])  # type: ignore[list-item]
+
+
+def test_a_conversation_with_system_text_and_a_later_picture(served: Served) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        user(with_picture("One.", PICTURES[0])),
+        {"role": "assistant", "content": "Yes."},
+        user("And?"),
+        user(with_picture("Two.", PICTURES[1])),
+    ]
+    status, reply = served.chat(messages)
+    assert status == 200
+    loaded = served.engines["tuned"].loaded
+    texts = "USER: <image>\nBe brief.\nOne. ASSISTANT: Yes.</s>USER: <image>\nAnd?\nTwo. ASSISTANT:"
+    tokens = (
+        1
+        + 2 * 36
+        + sum(
+            len(loaded.processor.tokenizer.backend_tokenizer.encode(part, add_special_tokens=False).ids)
+            for part in texts.split("<image>")
+        )
+    )
+    assert reply["usage"]["prompt_tokens"] == tokens
+
+
+def test_health_and_metrics(served: Served) -> None:
+    assert_well(served)
+    assert served.send("GET", "/health", key="") == (200, b'{"status":"ok"}')
+    assert_refused(served.send("GET", "/metrics", key=""), 401)
+    status, text = served.send("GET", "/metrics")
+    assert status == 200
+    values = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
+    assert float(values['relook_requests_total{model="tuned",status="200"}']) >= 1
+    assert float(values['relook_new_tokens_total{model="tuned"}']) >= NEW
+    assert values['relook_running{model="tuned"}'] == "0.0"
+
+
+# --- those who leave, and too many
+
+
+def test_a_client_that_goes_away_frees_its_slot(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = served.engines["tuned"]
+    held, steps = Held(engine, monkeypatch), engine.batch.counts.steps
+    for stream in (False, True):
+        body = {"model": "tuned", "messages": [user("A")], "max_tokens": 400, "stream": stream}
+        connection = http.client.HTTPConnection("127.0.0.1", served.port)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        assert held.inside.wait(30)
+        assert connection.sock is not None
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+        time.sleep(0.1)  # until the server has noticed
+        held.go.set()
+        until(lambda: engine.running == 0)
+        assert engine.batch.counts.steps - steps < 400
+        held.go.clear()
+        held.inside.clear()
+    held.go.set()
+    assert_well(served)
+
+
+def test_too_many_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(as_loaded(tiny_relook()), Limits(slots=1, waiting=1))
+    with serving({"tuned": engine}, Policy()) as served:
+        held, statuses = Held(engine, monkeypatch), []
+        threads = [threading.Thread(target=lambda: statuses.append(served.chat(TEXTS[0])[0])) for _ in range(2)]
+        threads[0].start()
+        assert held.inside.wait(30)
+        threads[1].start()
+        until(lambda: engine.waiting == 1)
+        assert_refused(served.chat(TEXTS[0]), 429, "waiting")
+        with pytest.raises(openai.RateLimitError):
+            served.client.chat.completions.create(model="tuned", messages=[user("A")])  # type: ignore[list-item]
+        held.go.set()
+        for thread in threads:
+            thread.join()
+        assert statuses == [200, 200]
+
+
+def test_a_failing_step_is_a_short_error(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("/work/secret/path.py")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engines["tuned"].batch, "_read", failing)
+        assert_refused(served.chat("A"), 500, "failed")
+        body = json.dumps({"model": "tuned", "messages": [user("A")], "stream": True}).encode()
+        _, events = served.send("POST", "/v1/chat/completions", body)
+        assert b'"error"' in events
+        assert b"secret" not in events
+    assert_well(served)
+
+
+# --- two models from folders
+
+
+def test_a_model_and_itself_with_its_change_switched_off(tmp_path: Path) -> None:
+    """From one folder with a post decoder: the same weights stand behind both."""
+    model = tiny_relook()
+    model.save_pretrained(tmp_path / "pd")
+    as_loaded(model).processor.save_pretrained(tmp_path / "pd")
+    models = load_models(tmp_path / "pd", Loading(), None, with_base=True)
+    assert list(models) == ["pd", "pd-base"]
+    plain = save_tiny(tmp_path / "plain")
+    image = Image.open(io.BytesIO(PICTURES[0]))
+    texts = {name: loaded.generate([image], TEXTS[0], max_new_tokens=NEW) for name, loaded in models.items()}
+    assert texts["pd-base"] == load_model(plain).generate([image], TEXTS[0], max_new_tokens=NEW) != texts["pd"]
+    both = [loaded.core.model.language_model.embed_tokens.weight for loaded in models.values()]
+    assert both[0].data_ptr() == both[1].data_ptr()
+    beside = load_models(tmp_path / "pd", Loading(), plain, with_base=False)
+    assert list(beside) == ["pd", "plain"]
+    both = [loaded.core.model.language_model.embed_tokens.weight for loaded in beside.values()]
+    assert both[0].data_ptr() == both[1].data_ptr()
+    with pytest.raises(RelookError, match="nothing that could be switched off"):
+        load_models(plain, Loading(), None, with_base=True)
+
+
+def test_a_port_is_taken_or_the_user_is_told() -> None:
+    with take_port("127.0.0.1", 0) as taken:
+        assert taken.proto == socket.IPPROTO_TCP  # else asyncio leaves small pieces waiting for 40 ms
+        taken.listen()
+        for port in (taken.getsockname()[1], 70_000):
+            with pytest.raises(RelookError, match="--port"):
+                take_port("127.0.0.1", port)

@@ -1,0 +1,331 @@
+"""The serving engine: the text of transformers' `generate` at batch 1, whatever else is being answered."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from serving import NEW, PICTURES, Held, png, until
+from test_answer import MODELS, TEXTS, as_loaded
+from test_llava_next import as_loaded as as_loaded_next
+from test_llava_next import picture as next_picture
+from test_llava_next import tiny_next, with_decoder
+from tiny import tiny_llava, tiny_relook
+
+from relook import LoadedModel, load_model
+from relook.data.prompts import TEMPLATES, Template, with_image
+from relook.data.samples import Turn
+from relook.errors import CheckpointError, DataError, RelookError
+from relook.serve.answer import AnswerText
+from relook.serve.engine import Engine
+from relook.serve.request import Busy, Event, Limits, Request, TooLong
+from relook.toyworld.build import make_processor
+
+Question = tuple[tuple[bytes, ...], str]
+
+
+QUESTIONS: list[Question] = [
+    *(((picture,), text) for picture in PICTURES for text in TEXTS),
+    *(((), text) for text in (*TEXTS, "A")),
+    *((tuple(PICTURES[:2]), text) for text in TEXTS[:2]),
+    ((PICTURES[0],), TEXTS[0] * 5),
+]
+
+
+@contextmanager
+def engine_of(loaded: LoadedModel, template: str = "", **limits: Any) -> Iterator[Engine]:
+    engine = Engine(loaded, Limits(**{"slots": 4, **limits}), template)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def asked(engine: Engine, images: Sequence[bytes], *texts: str, **how: Any) -> Request:
+    """A request of a conversation: texts of user and model in turns, all images in the first."""
+    read = tuple(map(engine.image, images))
+    first = with_image(texts[0], len(images)) if images else texts[0]
+    words = [first, *texts[1:], ""]
+    turns = [Turn(*words[i : i + 2]) for i in range(0, len(words), 2)]
+    return Request(engine.prompt(turns, read), read, **{"max_new_tokens": NEW, **how})
+
+
+def text_of(events: Iterator[Event]) -> str:
+    return "".join(event.text for event in events)
+
+
+def at_once(engine: Engine, questions: Sequence[Question], **how: Any) -> list[str]:
+    """The answers to many questions that are asked at the same time, every second one streamed."""
+    said = [""] * len(questions)
+
+    def ask(i: int) -> None:
+        images, text = questions[i]
+        said[i] = text_of(engine.stream(asked(engine, images, text, stream=i % 2 == 0, **how)))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said
+
+
+def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -> list[str]:
+    return [
+        loaded.generate([Image.open(io.BytesIO(image)) for image in images], text, **{"max_new_tokens": NEW, **how})
+        for images, text in questions
+    ]
+
+
+# --- the text of `generate`
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_many_at_once_each_get_the_text_of_generate(name: str) -> None:
+    loaded = as_loaded(MODELS[name]())
+    expected = one_by_one(loaded, QUESTIONS)
+    assert len(set(expected)) > 6
+    with engine_of(loaded) as engine:
+        assert at_once(engine, QUESTIONS) == expected
+        assert at_once(engine, QUESTIONS[6::-1]) == expected[6::-1]  # with all slots full of earlier ones
+        until(lambda: engine.running == engine.waiting == 0)
+        assert engine.batch.counts.images == len(PICTURES)
+
+
+@pytest.mark.parametrize("make", [tiny_next, with_decoder], ids=["plain", "post decoder"])
+def test_llava_next(make: Callable[[], Any]) -> None:
+    """Images of different sizes take different numbers of positions, and of tiles."""
+    loaded = as_loaded_next(make())
+    pictures = [png(next_picture(size, i)) for i, size in enumerate([(40, 90), (90, 40), (64, 64), (200, 60)])]
+    questions: list[Question] = [((picture,), text) for picture in pictures for text in TEXTS[:2]]
+    questions += [((pictures[0], pictures[1]), TEXTS[0]), ((), TEXTS[1])]
+    with engine_of(loaded) as engine:
+        assert at_once(engine, questions, max_new_tokens=8) == one_by_one(loaded, questions, max_new_tokens=8)
+
+
+def test_four_bits(base: Path) -> None:
+    loaded = load_model(base, bits=4)
+    expected = one_by_one(loaded, QUESTIONS[:6])
+    assert expected != one_by_one(load_model(base), QUESTIONS[:6])
+    with engine_of(loaded) as engine:
+        assert at_once(engine, QUESTIONS[:6]) == expected
+
+
+def test_a_conversation_goes_on_from_its_earlier_turns() -> None:
+    loaded = as_loaded(tiny_relook())
+    first = (TEXTS[0],)
+    with engine_of(loaded) as engine:
+        said = text_of(engine.stream(asked(engine, PICTURES[:1], *first)))
+        at_once(engine, QUESTIONS[4:6])  # others come between
+        again = asked(engine, PICTURES[:1], *first, said, TEXTS[1])
+        events = list(engine.stream(again))
+        assert events[-1].reused >= len(asked(engine, PICTURES[:1], *first).ids)
+        images = engine.batch.counts.images
+        with_another = asked(engine, PICTURES[:2], *first, said, TEXTS[1])
+        other = list(engine.stream(with_another))
+        assert other[-1].reused == 0  # the post decoder looks at both pictures from the first word on
+        assert engine.batch.counts.images <= images + 1
+    with engine_of(loaded) as fresh:
+        assert "".join(event.text for event in events) == text_of(fresh.stream(again))
+        assert "".join(event.text for event in other) == text_of(fresh.stream(with_another))
+
+
+def test_equal_prompts_are_read_once() -> None:
+    with engine_of(as_loaded(tiny_relook()), slots=8) as engine:
+        length = len(asked(engine, *QUESTIONS[0]).ids)
+        assert len(set(at_once(engine, QUESTIONS[:1] * 8))) == 1
+        assert engine.batch.counts.prompt_tokens - engine.batch.counts.reused_tokens == length + 7
+
+
+def test_answers_end_where_the_template_says(tiny: Path, tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a text, which may begin in the middle of a token."""
+    loaded = load_model(tiny / "ckpt_safetensors", vision_tower=tower)
+    plain = one_by_one(loaded, QUESTIONS[:4])
+    for end in (plain[0][4:7], plain[1][9:11]):
+        monkeypatch.setitem(TEMPLATES, "short", Template("short", "USER: ", "USER: ", " ASSISTANT:", " ", end))
+        expected = one_by_one(loaded, QUESTIONS[:4], template="short")
+        assert expected != plain
+        with engine_of(loaded, "short") as engine:
+            assert at_once(engine, QUESTIONS[:4]) == expected
+
+
+def test_a_special_token_that_ends_the_template_ends_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded text leaves it out."""
+    loaded = as_loaded(tiny_llava())
+    tokenizer = loaded.processor.tokenizer
+    with engine_of(loaded) as engine:
+        words = text_of(engine.stream(asked(engine, *QUESTIONS[0]))).split()
+    word = "▁" + words[2]
+    tokenizer.add_special_tokens({"additional_special_tokens": [word]})
+    monkeypatch.setitem(TEMPLATES, "short", Template("short", "USER: ", "USER: ", " ASSISTANT:", " ", word))
+    with engine_of(loaded, "short") as engine:
+        assert text_of(engine.stream(asked(engine, *QUESTIONS[0]))) == " ".join(words[: words.index(words[2])])
+
+
+# --- sampling, stops, log-probs
+
+
+def test_a_seed_draws_the_same_answer_whatever_else_is_being_answered() -> None:
+    how = {"temperature": 1.5, "top_p": 0.9}
+    with engine_of(as_loaded(tiny_llava())) as engine:
+        alone = [text_of(engine.stream(asked(engine, *QUESTIONS[0], seed=seed, **how))) for seed in range(6)]
+        assert len(set(alone)) > 3
+        together: list[str] = [""] * 6
+
+        def ask(seed: int) -> None:
+            together[seed] = text_of(engine.stream(asked(engine, *QUESTIONS[0], seed=seed, **how)))
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        at_once(engine, QUESTIONS)  # greedy ones beside
+        for thread in threads:
+            thread.join()
+        assert together == alone
+
+
+def test_stop_texts_end_an_answer_and_are_not_part_of_it() -> None:
+    with engine_of(as_loaded(tiny_llava())) as engine:
+        whole = text_of(engine.stream(asked(engine, *QUESTIONS[0])))
+        stop = whole[7:12]
+        for stream in (True, False):
+            events = list(engine.stream(asked(engine, *QUESTIONS[0], stop=("never said", stop), stream=stream)))
+            assert "".join(event.text for event in events) == whole[: whole.index(stop)].strip()
+            assert events[-1].finish == "stop"
+
+
+@given(st.lists(st.integers(0, 89), max_size=12), st.lists(st.text("abc .", min_size=1, max_size=4), max_size=3))
+def test_pieces_of_a_text_are_the_whole(ids: list[int], stops: list[str]) -> None:
+    tokenizer = make_processor().tokenizer
+    text, pieces = AnswerText(tokenizer, stops), []
+    for n in range(1, len(ids) + 1):
+        text.read(ids[:n])
+        pieces.append(text.more(text.stopped or n == len(ids)))
+        if text.stopped:
+            break
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    cut = min([whole.index(stop) for stop in stops if stop in whole], default=len(whole))
+    assert "".join(pieces) == whole[:cut].strip()
+
+
+def test_characters_of_several_tokens_come_whole(tiny: Path) -> None:
+    from relook.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny / "ckpt_safetensors")
+    ids = tokenizer("ça 狗!", add_special_tokens=False)["input_ids"]
+    text = AnswerText(tokenizer)
+    pieces = []
+    for n in range(1, len(ids) + 1):
+        text.read(ids[:n])
+        pieces.append(text.more(n == len(ids)))
+    assert "".join(pieces) == "ça 狗!"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(16, 1e-4), (8, 5e-2), (4, 1e-4)])
+def test_log_probs_are_those_of_the_model(base: Path, bits: int, tolerance: float) -> None:
+    """With 8 bits activations are rounded, too."""
+    loaded = load_model(base, bits=bits)
+    with engine_of(loaded) as engine:
+        request = asked(engine, *QUESTIONS[0], logprobs=True, top=3)
+        said = [token for event in engine.stream(request) for token in event.tokens]
+    inputs = loaded.encode([Image.open(io.BytesIO(PICTURES[0]))], TEXTS[0])
+    prompt = inputs["input_ids"].shape[1]
+    ids = torch.tensor([[*request.ids, *(token.id for token in said)]])
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.inference_mode():
+        log_probs = loaded.model(**inputs).logits[0, prompt - 1 : -1].log_softmax(-1)
+    for token, row in zip(said, log_probs, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=tolerance)
+        assert [value for _, value in token.top] == pytest.approx(row.topk(3).values.tolist(), abs=tolerance)
+
+
+# --- limits, and those who leave
+
+
+def test_a_full_queue_refuses_and_who_leaves_frees_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine_of(as_loaded(tiny_llava()), slots=1, waiting=1) as engine:
+        held, events = Held(engine, monkeypatch), []
+        request = asked(engine, *QUESTIONS[0])
+        running = engine.submit(request, events.append)
+        assert held.inside.wait(30)
+        waiting = engine.submit(request, events.append)
+        with pytest.raises(Busy):
+            engine.submit(request, events.append)
+        running.cancel()
+        waiting.cancel()
+        held.go.set()
+        until(lambda: engine.running == engine.waiting == 0)
+        assert [event.finish for event in events if event.finish] == ["timeout", "timeout"]
+        assert text_of(engine.stream(request))
+
+
+def test_leaving_a_stream_frees_its_slot() -> None:
+    with engine_of(as_loaded(tiny_llava()), slots=1) as engine:
+        engine.loaded.core.generation_config.eos_token_id = None
+        for event in engine.stream(asked(engine, *QUESTIONS[0], max_new_tokens=400)):
+            if event.text:
+                break
+        until(lambda: engine.running == 0)
+
+
+def test_an_answer_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine_of(as_loaded(tiny_llava()), seconds=0.05) as engine:
+        held = Held(engine, monkeypatch)
+        threading.Timer(0.1, held.go.set).start()
+        assert list(engine.stream(asked(engine, *QUESTIONS[0], max_new_tokens=400)))[-1].finish == "timeout"
+
+
+def test_a_step_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = as_loaded(tiny_relook())
+    with engine_of(loaded) as engine:
+        expected = text_of(engine.stream(asked(engine, *QUESTIONS[0])))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.batch, "_read", lambda *_: 1 / 0)
+            assert [event.finish for event in engine.stream(asked(engine, *QUESTIONS[0]))] == ["error"]
+        assert engine.alive
+        assert text_of(engine.stream(asked(engine, *QUESTIONS[0]))) == expected
+
+
+def test_stopping_finishes_what_runs_and_takes_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(as_loaded(tiny_llava()), Limits(slots=1))
+    expected = text_of(engine.stream(asked(engine, *QUESTIONS[0])))
+    held, events = Held(engine, monkeypatch), []
+    engine.submit(asked(engine, *QUESTIONS[0]), events.append)
+    assert held.inside.wait(30)
+    stopping = threading.Thread(target=engine.stop, args=(30,))
+    stopping.start()
+    until(lambda: engine._stopping)
+    with pytest.raises(Busy, match="stopping"):
+        engine.submit(asked(engine, *QUESTIONS[1]), events.append)
+    held.go.set()
+    stopping.join()
+    assert text_of(iter(events)) == expected
+    assert not engine.alive
+
+
+def test_what_does_not_fit_is_said() -> None:
+    loaded = as_loaded(tiny_llava())
+    with engine_of(loaded, length=60) as engine:
+        with pytest.raises(TooLong, match=r"takes 6. positions"):
+            asked(engine, PICTURES[:1], TEXTS[0] * 4)
+        with pytest.raises(TooLong, match="characters"):
+            asked(engine, (), "a " * 10_000)
+        events = list(engine.stream(asked(engine, *QUESTIONS[0], max_new_tokens=400)))
+        assert events[-1].finish in ("length", "stop")
+        with pytest.raises(DataError, match="is none"):
+            engine.image(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
+    with pytest.raises(RelookError, match="16 slots do not fit"):
+        Engine(loaded, Limits(cache_gb=1e-6))
+    loaded.core.generation_config.repetition_penalty = 1.3
+    with pytest.raises(CheckpointError, match="only `generate` follows"):
+        Engine(loaded, Limits())
