@@ -37,6 +37,7 @@ from relook.train.memory import PARTS, Job, Way, ways
 from relook.train.plan import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, Plan
 from relook.train.policy import Policy
 from relook.train.run import RUN_FILE, read_samples
+from relook.train.tree_pass import BUDGET
 from relook.tree import Row, Tree
 
 GIB = 2**30
@@ -162,8 +163,7 @@ def whole_policy(recipe: Recipe, source: ModelSource, sharded: bool) -> Policy:
         # The post decoder is there already; a start from the projector's weights changes no shape.
         model = with_regime(on_paper(recipe, source), replace(recipe, post_decoder_init="random"))
     how = auto if recipe.trunk_pass == "auto" else recipe.trunk_pass
-    budget = 1.0 if sharded else recipe.activation_memory_budget  # there layers are not compiled
-    return Policy(model, dtype_of(recipe), how, activation_memory_budget=budget)
+    return Policy(model, dtype_of(recipe), how, sharded, BUDGET if sharded else recipe.activation_memory_budget)
 
 
 def numbers(policy: Policy, trained: bool) -> int:

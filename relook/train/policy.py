@@ -79,7 +79,7 @@ class Policy(nn.Module):
         self.model = model
         self.dtype = dtype
         self.trunk_pass = resolve(trunk_pass, self.core.device.type, sharded, activation_memory_budget)
-        self.activation_memory_budget = activation_memory_budget
+        self.activation_memory_budget = activation_memory_budget if self.trunk_pass == "compiled" else 1.0
 
     @cached_property
     def _tree_pass(self) -> TreePass:
