@@ -1,0 +1,76 @@
+"""The commands on dataset folders, `relook data ...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+data_app = typer.Typer(help="Check, repair and convert dataset folders.", no_args_is_help=True)
+LayoutName = Annotated[str, typer.Option(help="hadpo, llava, pope, shr or amber.")]
+Images = Annotated[
+    Path | None, typer.Option(help="Root of the images, where it is elsewhere (Visual Genome, val2014, ...).")
+]
+Workers = Annotated[int, typer.Option(help="Processes; 0: one for each processor.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
+
+
+@data_app.command(name="check")
+def data_check(
+    folder: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    layout: LayoutName,
+    images: Images = None,
+    named_only: Annotated[bool, typer.Option("--named-only", help="Leave out images that no record names.")] = False,
+    workers: Workers = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What is there, what is missing, and every defect of records and images. Status 0: clean, 1: defects."""
+    from relook.data.check import check, print_report
+
+    found = check(layout, folder, images, named_only, workers)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        print_report(found)
+    if not found.clean:
+        sys.exit(1)
+
+
+@data_app.command(name="fix")
+def data_fix(
+    folder: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    layout: LayoutName,
+    out: Annotated[Path | None, typer.Option(help="A new folder; run again to go on there.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Change the folder itself.")] = False,
+    images: Images = None,
+    broken: Annotated[str, typer.Option(help="drop leaves records that cannot be used out, list names them.")] = "drop",
+    copy: Annotated[bool, typer.Option("--copy", help="Copy sound images instead of linking them.")] = False,
+    workers: Workers = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write images of a wrong format or mode again, and an index without the records that cannot be used."""
+    from relook.console import say
+    from relook.data.fix import fix, summary
+
+    done = fix(layout, folder, out, in_place=in_place, images=images, broken=broken, copy=copy, workers=workers)
+    if as_json:
+        typer.echo(json.dumps(done, indent=1))
+    else:
+        say(f"{summary(done)} {(out or folder) / 'relook-fix.json'} names them.")
+
+
+@data_app.command(name="convert")
+def data_convert(
+    source: Annotated[Path, typer.Argument(help="A folder of HA-DPO's files, a parquet file, or a folder of some.")],
+    out: Annotated[Path, typer.Argument(help="A new folder (hadpo), or a new .parquet file (the others).")],
+    to: Annotated[str, typer.Option(help="hadpo, trl, rlhfv or rlaifv.")],
+    images: Images = None,
+) -> None:
+    """Preference pairs from one layout to another; what a layout cannot hold is kept by name or refused."""
+    from relook.console import say
+    from relook.data.convert import convert
+
+    say(f"{convert(source, out, to, images):,} pairs in {out}")
