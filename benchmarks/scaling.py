@@ -234,18 +234,18 @@ def pope(options: argparse.Namespace) -> dict[str, Any]:
     from relook.model.load import Loading
 
     data, seconds = options.work / f"pope{world()}", list[float]()
-    ask = evaluation.ask_pope
+    ask = evaluation._ask
 
     def timed(*arguments: Any) -> None:
         sync()
-        processes.wait()
+        processes.wait("the models")
         started = time.perf_counter()
         ask(*arguments)
         sync()
-        processes.wait()
+        processes.wait("the answers")
         seconds.append(time.perf_counter() - started)
 
-    evaluation.BENCHMARKS["pope"] = evaluation.Benchmark(timed, evaluation.finish_pope)
+    evaluation._ask = timed
     # torchrun gives each process its number; relook takes the GPU of that number.
     loading = Loading(None, None, "bfloat16" if GPU else "float32", 16, "")
     base = options.work / "base"

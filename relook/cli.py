@@ -357,7 +357,7 @@ def report(
     data: Annotated[Path | None, typer.Option(help="The evaluations' data folder, where it has moved.")] = None,
 ) -> None:
     """Two evaluations side by side in one HTML file; or the report of a demo or a sweep again, from its files."""
-    from relook.demo import write_reports
+    from relook.report.write import write_reports
 
     for page in write_reports(folders, out, data):
         typer.echo(str(page))

@@ -7,7 +7,7 @@ after Ctrl-C or a kill.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,21 @@ from typing import Any
 from relook.console import progress, say
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
-from relook.evaluate.provenance import EVAL_FILE, versions
+from relook.evaluate.provenance import versions
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import read_scores
 from relook.files import read_json, takes, write_json
 from relook.mine import mine_visual_genome
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
-from relook.sweep_recipe import SWEEP_FILE
+from relook.report.write import RESULTS_FILE, write_report
 from relook.toyworld import layouts
 from relook.toyworld.shipped import mining_settings, shipped_base
 from relook.train.run import train
 
 REGIMES = ("post_decoder", "nll_control", "post_decoder_head", "head", "lora")
 PAIR_SCENES, TEST_SCENES = 1000, 300
-DEMO_FILE, RESULTS_FILE, REPORT_FILE = "demo.json", "results.json", "report.html"
+DEMO_FILE, REPORT_FILE = "demo.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -163,29 +163,6 @@ def collect_results(places: Places, model: Path, seed: int) -> dict[str, Any]:
             "versions": versions(),
         },
     }
-
-
-def write_report(out: Path) -> Path:
-    """Write `report.html` from a demo's files, or a sweep's."""
-    from relook.report import page, sweep_page
-
-    if not (out / RESULTS_FILE).exists():
-        raise RecipeError(f"{out} holds no finished demo.", f"Run `relook demo --out {out}` first.")
-    if (out / SWEEP_FILE).exists():
-        return sweep_page.write_page(out)
-    return page.write_page(out)
-
-
-def write_reports(folders: Sequence[Path], out: Path | None = None, data: Path | None = None) -> list[Path]:
-    """The report of two `relook eval` folders side by side, or that of each demo and sweep."""
-    from relook.report.two_models import write_comparison
-
-    evaluations = [(folder / EVAL_FILE).exists() for folder in folders]
-    if not any(evaluations):
-        return [write_report(folder) for folder in folders]
-    if evaluations != [True, True]:
-        raise RecipeError("Evaluations are compared two at a time.", "Give two output folders of `relook eval`.")
-    return [write_comparison(folders[0], folders[1], out, data)]
 
 
 class _Clock:

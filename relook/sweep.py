@@ -27,11 +27,11 @@ from relook.evaluate.statistics import holm
 from relook.files import read_json, read_records, takes, write_json, write_text
 from relook.model.load import model_hash
 from relook.recipe import Recipe, parse_overrides, read_shipped
+from relook.report.write import RESULTS_FILE
 from relook.sweep_recipe import BASE, SWEEP_FILE, Row, Sweep, build_sweep
 from relook.train import run as training
 from relook.train.run import Encoded, encode_samples, read_samples, train, training_arguments
 
-RESULTS_FILE = "results.json"
 # What the examples of a row depend on, besides the base.
 DATA_KEYS = (
     *("task", "vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder", "on_bad"),

@@ -18,7 +18,6 @@ from tiny import dpo_keys
 from torch import Tensor
 
 from relook import cli, load_model, sweep
-from relook.demo import write_report
 from relook.errors import RecipeError, RelookError
 from relook.evaluate import cached
 from relook.evaluate.cached import FIRST_FILE, CachedPope, States, shares_trunk
@@ -28,6 +27,7 @@ from relook.evaluate.run import evaluate_model
 from relook.files import read_json, read_records
 from relook.model.load import Loading
 from relook.recipe import build_recipe, read_shipped, shipped
+from relook.report.write import write_report
 from relook.sweep import sweep_command
 from relook.sweep_recipe import build_sweep, expand, names
 from relook.toyworld.shipped import shipped_base

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from relook.data.coco import read_coco
-from relook.demo import write_reports
 from relook.errors import DataError, RecipeError
 from relook.evaluate.pope import SPLITS, read_questions
 from relook.files import read_json, write_json, write_jsonl
 from relook.report import two_models
 from relook.report.two_models import write_comparison
+from relook.report.write import write_reports
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)> No"
 

@@ -71,9 +71,16 @@ def _read_coco(path: Path, *_: int) -> Annotations:
 def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     """Read a `captions_*.json` file: what people said, by image file name (CHAIR's truth needs it).
 
+    One that has not changed since is read once in a process.
+
     Raises:
         DataError: a part or a field is missing, or a caption names an unknown image.
     """
+    return _read_captions(path, *(state_of(path) if path.exists() else ()))
+
+
+@lru_cache(1)  # COCO's own has 200,000 of them
+def _read_captions(path: Path, *_: int) -> dict[str, tuple[str, ...]]:
     data = _parts(path, "images", "annotations")
     try:
         names = {image["id"]: str(image["file_name"]) for image in data["images"]}

@@ -17,7 +17,7 @@ from typing import Any
 from relook.data.samples import Question
 from relook.errors import DataError, some
 from relook.evaluate.chair import plural
-from relook.evaluate.statistics import Interval, paired_interval, ratio_interval
+from relook.evaluate.statistics import Interval, paired_interval, ratio, ratio_interval
 from relook.files import file_hash, read_object, read_records, read_text
 
 SOURCE = "It comes from github.com/junyangwang0410/AMBER; see docs/shr-amber-mmhal.md."
@@ -220,7 +220,7 @@ def generative(rows: Sequence[Made]) -> dict[str, Any]:
         "hal": ([int(r.made_up > 0) for r in rows], [1] * len(rows)),
         "cog": ([r.tempted for r in rows], [r.temptations for r in rows]),
     }
-    rates = {name: _ratio(sum(top), sum(bottom)) for name, (top, bottom) in pairs.items()}
+    rates = {name: ratio(sum(top), sum(bottom)) for name, (top, bottom) in pairs.items()}
     return rates | {f"{n}_ci": ratio_interval(*pair) for n, pair in pairs.items()} | {"n": len(rows)}
 
 
@@ -228,15 +228,15 @@ def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequen
     """Accuracy, and precision, recall and F1 of "no"."""
     right = [(said == "no") == truth and said != "" for _, _, truth, said in answers]
     hits = [said == "no" and truth for _, _, truth, said in answers]
-    precision = _ratio(sum(hits), sum(said == "no" for *_, said in answers))
-    recall = _ratio(sum(hits), sum(truth for _, _, truth, _ in answers))
+    precision = ratio(sum(hits), sum(said == "no" for *_, said in answers))
+    recall = ratio(sum(hits), sum(truth for _, _, truth, _ in answers))
     per_image = _per_image([(a[0], [int(r), 1]) for a, r in zip(answers, right, strict=True)], images)
     return {
-        "accuracy": _ratio(sum(right), len(right)),
+        "accuracy": ratio(sum(right), len(right)),
         "accuracy_ci": ratio_interval(*per_image),
         "precision": precision,
         "recall": recall,
-        "f1": _ratio(2 * precision * recall, precision + recall),
+        "f1": ratio(2 * precision * recall, precision + recall),
         "f1_ci": ratio_interval(*_f1_counts(answers, images)),
         "neither": sum(said == "" for *_, said in answers),
         "n": len(answers),
@@ -271,7 +271,3 @@ def _f1_minus_chair(
 def _near_hash(data: Path) -> str:
     path = data / "amber" / "data" / "near_synonyms.txt"
     return file_hash(path) if path.exists() else "none"
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0

@@ -138,6 +138,9 @@ def score_command(
     """
     (benchmark,) = known([name])
     first = answers[0]
+    names = [path.name for path in answers]
+    if len(answers) > 1 and (any(path.is_dir() for path in answers) or len(set(names)) < len(names)):
+        raise RecipeError(f"{some(names)}: several --answers are files of different names.", "Give a folder alone.")
     if name in RESULTS:
         if len(answers) > 1:
             raise RecipeError(f"{name} is scored by one answer file.", "Give --answers once.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from relook.data.coco import Annotations
 from relook.errors import DataError, some
-from relook.evaluate.statistics import Ratio
+from relook.evaluate.statistics import Ratio, ratio
 
 _WORD = re.compile(r"\w+(?:-\w+)*")  # a hyphen belongs to its word, as in "man-made"
 # Phrases whose words would name an object, though the phrase does not: an animal is no baby and a jet no passenger.
@@ -172,27 +172,27 @@ class ChairScore:
     @property
     def chair_i(self) -> float:
         """Mentions of absent objects / mentions."""
-        return _ratio(sum(self.hallucinated), sum(self.mentioned))
+        return ratio(sum(self.hallucinated), sum(self.mentioned))
 
     @property
     def chair_s(self) -> float:
         """Captions that mention an absent object / captions."""
-        return _ratio(sum(count > 0 for count in self.hallucinated), self.n)
+        return ratio(sum(count > 0 for count in self.hallucinated), self.n)
 
     @property
     def recall(self) -> float:
         """Distinct present objects that were named / distinct present objects, summed over images."""
-        return _ratio(sum(self.found), sum(self.present))
+        return ratio(sum(self.found), sum(self.present))
 
     @property
     def length(self) -> float:
         """Mean number of words."""
-        return _ratio(sum(self.words), self.n)
+        return ratio(sum(self.words), self.n)
 
     @property
     def empty(self) -> float:
         """Captions without any mention / captions."""
-        return _ratio(sum(count == 0 for count in self.mentioned), self.n)
+        return ratio(sum(count == 0 for count in self.mentioned), self.n)
 
     def ratios(self) -> dict[str, Ratio]:
         """Each rate's (numerator, denominator), one per image."""
@@ -205,10 +205,6 @@ class ChairScore:
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("chair_i", "chair_s", "recall", "length", "empty", "n")}
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
 
 
 def score(captions: Mapping[str, str], truth: Mapping[str, Collection[str]], vocabulary: Vocabulary) -> ChairScore:

@@ -10,13 +10,13 @@ from typing import Any
 
 from relook.errors import DataError, some
 from relook.evaluate import pope
-from relook.evaluate.chair import ChairScore, mentions, score, vocabulary_of
+from relook.evaluate.chair import ChairScore, mentions, vocabulary_of
 from relook.evaluate.pope import SPLITS, PopeRow
-from relook.evaluate.score import BENCHMARKS, data_truth, pope_questions, read_descriptions
+from relook.evaluate.score import COMPARED, chair_counts, data_truth, pope_questions, read_descriptions
 from relook.evaluate.statistics import Ratio, columns, mcnemar, paired_interval, right_alone
 
 
-def compare(data: Path, first: Path, second: Path, benchmarks: Sequence[str] = BENCHMARKS) -> dict[str, Any]:
+def compare(data: Path, first: Path, second: Path, benchmarks: Sequence[str] = COMPARED) -> dict[str, Any]:
     """Differences second - first of two `relook eval` folders over the same data.
 
     Returns:
@@ -30,7 +30,7 @@ def compare(data: Path, first: Path, second: Path, benchmarks: Sequence[str] = B
     return compare_pooled([(data, first, second)], benchmarks)
 
 
-def compare_pooled(runs: Sequence[tuple[Path, Path, Path]], benchmarks: Sequence[str] = BENCHMARKS) -> dict[str, Any]:
+def compare_pooled(runs: Sequence[tuple[Path, Path, Path]], benchmarks: Sequence[str] = COMPARED) -> dict[str, Any]:
     """As `compare`, over the images of several (data, first, second) taken together: for tables over seeds."""
     result: dict[str, Any] = {}
     if "pope" in benchmarks:
@@ -121,5 +121,4 @@ def _pope_rows(data: Path, folder: Path) -> dict[str, list[PopeRow]]:
 def _chair_scores(data: Path, first: Path, second: Path) -> list[ChairScore]:
     said = _same_images(first, second)
     annotations = data_truth(data, list(said[0]))
-    truth, vocabulary = {i: annotations.objects[i] for i in said[0]}, vocabulary_of(annotations)
-    return [score({i: side[i] for i in said[0]}, truth, vocabulary) for side in said]
+    return [chair_counts({image: side[image] for image in said[0]}, annotations) for side in said]

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from relook.console import Report, progress
-from relook.errors import DataError, RecipeError, RelookError
+from relook.errors import DataError, RecipeError, RelookError, some
 from relook.evaluate.answer_file import AnswerFile
 from relook.files import file_hash, read_text, text_hash
 
@@ -77,7 +77,7 @@ def judge_settings(
         return None
     if not url or not model:
         raise RecipeError("A judge is an address and a model.", "Give both --judge-url and --judge-model.")
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+    if not _is_address(url):
         raise RecipeError(f"{url} is no address of a judge.", "Give one as https://api.openai.com/v1.")
     try:
         fields = json.loads(request)
@@ -85,7 +85,17 @@ def judge_settings(
         fields = None
     if not isinstance(fields, dict):
         raise RecipeError(f"--judge-request {request!r} is not a JSON object.", """Give one as '{"seed": 1}'.""")
+    if own := sorted(fields.keys() & {"model", "messages", "stream"}):
+        raise RecipeError(f"--judge-request sets {some(own)}, which relook says itself.", "Leave that out.")
     return JudgeSettings(url, model, key_variable, price, workers, request=fields)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        place = urlsplit(url)
+        return place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+    except ValueError:  # half a bracket, or a port that is no number
+        return False
 
 
 @dataclass(frozen=True)
@@ -231,7 +241,7 @@ class _Asking:
             try:
                 async with asyncio.timeout(longest):
                     raw = await client.chat.completions.with_raw_response.create(
-                        model=self.settings.model, messages=[message], **self.fields
+                        model=self.settings.model, messages=[message], extra_body=self.fields
                     )
                 reply = read_reply(raw.http_response.text)
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:

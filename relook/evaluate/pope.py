@@ -13,7 +13,7 @@ from typing import Any
 
 from relook.data.samples import Question
 from relook.errors import DataError, some
-from relook.evaluate.statistics import Ratio
+from relook.evaluate.statistics import Ratio, ratio
 from relook.files import read_records
 
 SPLITS = ("random", "popular", "adversarial")
@@ -152,31 +152,27 @@ class PopeScore:
 
     @property
     def accuracy(self) -> float:
-        return _ratio(self.tp + self.tn, self.n)
+        return ratio(self.tp + self.tn, self.n)
 
     @property
     def precision(self) -> float:
-        return _ratio(self.tp, self.tp + self.fp)
+        return ratio(self.tp, self.tp + self.fp)
 
     @property
     def recall(self) -> float:
-        return _ratio(self.tp, self.tp + self.fn)
+        return ratio(self.tp, self.tp + self.fn)
 
     @property
     def f1(self) -> float:
-        return _ratio(2 * self.precision * self.recall, self.precision + self.recall)
+        return ratio(2 * self.precision * self.recall, self.precision + self.recall)
 
     @property
     def yes_ratio(self) -> float:
-        return _ratio(self.tp + self.fp, self.n)
+        return ratio(self.tp + self.fp, self.n)
 
     def to_json(self) -> dict[str, Any]:
         rates = {name: getattr(self, name) for name in ("accuracy", "precision", "recall", "f1", "yes_ratio", "n")}
         return asdict(self) | rates
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
 
 
 @dataclass(frozen=True)

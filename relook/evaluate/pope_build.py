@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -94,10 +93,8 @@ def read_objects(path: Path) -> tuple[dict[str, list[str]], list[str]]:
 def _is_list_of_objects(path: Path) -> bool:
     """Whether a file is in POPE's layout, as JSON lines or an array; COCO's is one object."""
     text = read_text(path).lstrip()
-    try:
-        return text[:1] == "[" or "objects" in json.loads(text.split("\n", 1)[0])
-    except ValueError:
-        return False
+    first = text.split("\n", 1)[0]
+    return text[:1] == "[" or ('"objects"' in first and '"categories"' not in first)
 
 
 def build_splits(

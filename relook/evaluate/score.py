@@ -90,9 +90,14 @@ def _score_rows(rows: Sequence[pope.PopeRow], parser: str) -> dict[str, Any]:
 
 def score_chair(captions: Mapping[str, str], annotations: Annotations) -> dict[str, Any]:
     """CHAIR with 95 % intervals over images; the image list is identified by its hash."""
-    truth = {image: annotations.objects[image] for image in captions if image in annotations.objects}
-    scored = chair.score(captions, truth, chair.vocabulary_of(annotations))
+    scored = chair_counts(captions, annotations)
     return scored.to_json() | _intervals(scored.ratios()) | {"image_list": text_hash(*captions)}
+
+
+def chair_counts(captions: Mapping[str, str], annotations: Annotations) -> chair.ChairScore:
+    """CHAIR's counts. Raises DataError where a caption's image has no annotations."""
+    truth = {image: annotations.objects[image] for image in captions if image in annotations.objects}
+    return chair.score(captions, truth, chair.vocabulary_of(annotations))
 
 
 def _intervals(ratios: Mapping[str, Ratio]) -> dict[str, Any]:
@@ -162,10 +167,10 @@ def read_descriptions(path: Path, annotations: Annotations | None = None) -> dic
 
 
 RESULTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"pope": pope_results, "chair": chair_results}
-BENCHMARKS = tuple(RESULTS)
+COMPARED = tuple(RESULTS)  # the benchmarks by which two models are compared
 
 
-def read_scores(out: Path, benchmarks: Sequence[str] = BENCHMARKS) -> dict[str, dict[str, Any]]:
+def read_scores(out: Path, benchmarks: Sequence[str] = COMPARED) -> dict[str, dict[str, Any]]:
     """The scores alone, for tables that say once where all of theirs come from."""
     found = {name: read_object(out / f"{name}.json") for name in benchmarks}
     return {name: {key: v for key, v in scores.items() if key != "provenance"} for name, scores in found.items()}

@@ -18,7 +18,7 @@ from relook.data.vg import read_image_paths, read_regions, read_sizes
 from relook.errors import DataError, some
 from relook.evaluate.chair import Vocabulary, mentions
 from relook.evaluate.judge import Judge, Judged, Task, fill, official_template
-from relook.evaluate.statistics import ratio_interval
+from relook.evaluate.statistics import ratio, ratio_interval
 from relook.files import read_object, read_records, read_text, text_hash
 
 PROMPT = "Describe this image in detail."
@@ -234,14 +234,14 @@ def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> d
         n: [g for g in (distinct(text, n) for text in descriptions.values()) if g is not None] for n in range(1, 5)
     }
     return {
-        "shr": _ratio(total["hal_sents"], total["judged_sents"]),
+        "shr": ratio(total["hal_sents"], total["judged_sents"]),
         "shr_ci": ratio_interval(columns["hal_sents"], columns["judged_sents"]),
-        "hal_words_ratio": _ratio(total["hal_words"], total["judged_words"]),
+        "hal_words_ratio": ratio(total["hal_words"], total["judged_words"]),
         "hal_words_ratio_ci": ratio_interval(columns["hal_words"], columns["judged_words"]),
-        "hal_sents_per_image": _ratio(total["hal_sents"], whole),
-        "hal_words_per_image": _ratio(total["hal_words"], whole),
-        "sents_per_image": _ratio(total["sents"], images),
-        "words_per_image": _ratio(total["words"], images),
+        "hal_sents_per_image": ratio(total["hal_sents"], whole),
+        "hal_words_per_image": ratio(total["hal_words"], whole),
+        "sents_per_image": ratio(total["sents"], images),
+        "words_per_image": ratio(total["words"], images),
         **{f"distinct_{n}": _mean([share for share in shares if share is not None]) for n, shares in grams.items()},
         "sentences": total["sents"],
         "cannot_judge": total["open"],
@@ -270,8 +270,4 @@ def _counts(one: Described, labels: Labels | None) -> tuple[int, ...]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return _ratio(sum(values), len(values))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+    return ratio(sum(values), len(values))

@@ -19,6 +19,11 @@ Floats = NDArray[np.float64]
 Ratio = Sequence[tuple[int, int]]  # a rate's (numerator, denominator), one per image
 
 
+def ratio(part: float, whole: float) -> float:
+    """A rate; 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
 def columns(ratio: Ratio) -> tuple[list[int], list[int]]:
     """Numerators and denominators."""
     return [top for top, _ in ratio], [bottom for _, bottom in ratio]

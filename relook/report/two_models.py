@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relook.data.coco import read_coco
 from relook.errors import RecipeError
 from relook.evaluate.chair import vocabulary_of
 from relook.evaluate.compare import compare, differing_answers, differing_captions
 from relook.evaluate.pope import SPLITS
-from relook.evaluate.score import RESULTS, data_of, data_truth
+from relook.evaluate.score import RESULTS, annotation_file, data_of
 from relook.files import takes, write_json, write_text
 from relook.report.parts import document, marked, number, percent, table, thumbnail
 
@@ -130,8 +131,7 @@ def pope_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Pa
 
 def chair_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> list[str]:
     """The pictures of which the two name absent objects differently, and both captions."""
-    truth = data_truth(data, [row["image"] for row in rows])
-    vocabulary, cards = vocabulary_of(truth), []
+    vocabulary, cards = vocabulary_of(read_coco(annotation_file(data))), []
     for row in rows[:PICTURES]:
         lines = [f"<p><b>there is</b>{html.escape(', '.join(row['objects']))}</p>"]
         for name, caption in zip(names, row["captions"], strict=True):

@@ -263,7 +263,7 @@ def ways(job: Job, apart: Job, gpus: int) -> list[Way]:
 
 
 def _fsdp(job: Job, N: int) -> Way:
-    """FSDP2 as `processes.prepare_fsdp` sets it up: what trains in float32, gathered in the type of the products."""
+    """FSDP2 as `sharding.prepare_fsdp` sets it up: what trains in float32, gathered in the type of the products."""
     # Whole at a time: what stands around the layers, one layer, and the next one on its way.
     core = job.policy.core
     layer = sum(p.numel() for p in job.layers[0].parameters()) if not job.recipe.cached_trunk else 0
