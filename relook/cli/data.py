@@ -1,4 +1,4 @@
-"""The commands on dataset folders, `relook data ...`."""
+"""Commands that make and mend data: `relook mine` and `relook data ...`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Annotated
 
 import typer
 
+from relook.cli.options import Adapter, AsJson, Bits, Device, Dtype, Tower, Version
+
+app = typer.Typer()
 data_app = typer.Typer(help="Check, repair and convert dataset folders.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 LayoutName = Annotated[str, typer.Option(help="hadpo, llava, pope, shr or amber.")]
 Images = Annotated[
     Path | None, typer.Option(help="Root of the images, where it is elsewhere (Visual Genome, val2014, ...).")
 ]
 Workers = Annotated[int, typer.Option(help="Processes; 0: one for each processor.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
 
 
 @data_app.command(name="check")
@@ -74,3 +77,34 @@ def data_convert(
     from relook.data.convert import convert
 
     say(f"{convert(source, out, to, images):,} pairs in {out}")
+
+
+@app.command()
+def mine(
+    model: Annotated[Path, typer.Option(help="The model whose mistakes are corrected.")],
+    vg_path: Annotated[Path, typer.Option(help="Visual Genome folder: image_data.json, objects.json and images.")],
+    out: Annotated[Path, typer.Option(help="Folder for desc_data.json and pope_data.json.")],
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    questions: Annotated[int, typer.Option(help="Yes/no questions an image.")] = 6,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.")] = 64,
+    version: Version = "",
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    dtype: Dtype = "float32",
+    bits: Bits = 16,
+    device: Device = "",
+) -> None:
+    """Mine preference pairs from a model's own descriptions and answers on annotated images."""
+    from relook.console import say
+    from relook.mine import Mining, mine_visual_genome
+    from relook.model.load import Loading
+
+    found = mine_visual_genome(
+        model,
+        vg_path,
+        out,
+        Mining(seed=seed, questions=questions, max_new_tokens=max_new_tokens, batch_size=batch_size, template=version),
+        loading=Loading(adapter, vision_tower, dtype, bits, device),
+    )
+    say(f"{found.description_pairs} description pairs and {found.question_pairs} question pairs in {out}")

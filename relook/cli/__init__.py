@@ -1,0 +1,46 @@
+"""The `relook` command: one command, one function call. What a command needs is imported when it is called."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+import typer
+
+from relook.cli import data, evaluate, machine, models, serve, train
+from relook.errors import RelookError
+
+app = typer.Typer(
+    help="Train, evaluate and serve vision-language models that name fewer things which are not in the picture.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for room in (train, evaluate, models, data, serve, machine):
+    app.add_typer(room.app)
+
+
+def main() -> None:
+    """Entry point. A mistake of the user's ends in one line and status 2, Ctrl-C in one line and status 130."""
+    # The libraries' own bars and notices would stand between relook's lines; what a user has set is kept.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        app()
+    except RelookError as error:
+        line = " ".join(map(str.strip, str(error).splitlines()))  # a library's reason in it may have several
+        sys.stderr.write(f"relook: {line}\n")
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"relook: {error.filename}: {error.strerror}. Check the path, and who may write there.\n")
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            sys.stderr.write("relook: stopped. Run the same command again to go on from here.\n")
+        raise

@@ -1,0 +1,127 @@
+"""Commands that measure models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relook.cli.options import (
+    Adapter,
+    Bits,
+    Device,
+    Dtype,
+    JudgeKey,
+    JudgeModel,
+    JudgePrice,
+    JudgeRequest,
+    JudgeUrl,
+    JudgeWorkers,
+    Tower,
+    Version,
+)
+
+app = typer.Typer()
+BENCHMARKS_HELP = "pope, chair, shr, amber, mmhal"
+
+
+@app.command(name="eval")
+def evaluate(
+    benchmarks: Annotated[list[str], typer.Argument(help=BENCHMARKS_HELP)],
+    model: Annotated[Path, typer.Option(help="A model folder, or the output folder of a training run.")],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmarks' files (docs/evaluation.md).")],
+    out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
+    version: Version = "",
+    batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 512,
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    dtype: Dtype = "float32",
+    bits: Bits = 16,
+    device: Device = "",
+    judge_url: JudgeUrl = "",
+    judge_model: JudgeModel = "",
+    judge_price: JudgePrice = (0.0, 0.0),
+    judge_key: JudgeKey = "OPENAI_API_KEY",
+    judge_workers: JudgeWorkers = 8,
+    judge_request: JudgeRequest = "{}",
+) -> None:
+    """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share."""
+    from relook import processes
+    from relook.evaluate.judge import judge_settings
+    from relook.evaluate.run import evaluate_model
+    from relook.model.load import Loading
+
+    judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
+
+    loading = Loading(adapter, vision_tower, dtype, bits, device)
+    results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading, judge)
+    if processes.first():
+        typer.echo(json.dumps(results, indent=1))
+
+
+@app.command()
+def score(
+    benchmark: Annotated[str, typer.Argument(help=BENCHMARKS_HELP)],
+    answers: Annotated[
+        list[Path], typer.Option(help="Answer file of any program (AMBER: or two), or a folder of `relook eval`.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="Folder with the benchmark's files.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="POPE question file; or LLaVA's, with --annotations.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="chair: COCO's instances file. pope: folder of the labels to LLaVA's questions.")
+    ] = None,
+    captions: Annotated[Path | None, typer.Option(help="chair: COCO's captions file; its objects count, too.")] = None,
+    images: Annotated[Path | None, typer.Option(help="chair: file that lists the images, one name a line.")] = None,
+    parser: Annotated[str, typer.Option(help="pope: official, llava or lmms-eval.")] = "official",
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.")] = None,
+    judge_url: JudgeUrl = "",
+    judge_model: JudgeModel = "",
+    judge_price: JudgePrice = (0.0, 0.0),
+    judge_key: JudgeKey = "OPENAI_API_KEY",
+    judge_workers: JudgeWorkers = 8,
+    judge_request: JudgeRequest = "{}",
+) -> None:
+    """Score existing answers; no model is loaded. A judge's replies are kept beside them, in judge.jsonl."""
+    from relook.evaluate.benchmarks import score_command
+    from relook.evaluate.judge import judge_settings
+    from relook.evaluate.score import Given
+
+    judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
+    given = Given(data, questions, annotations, captions, images)
+    result = score_command(benchmark, answers, given, parser, judge)
+    if json_out is not None:
+        from relook.files import write_json
+
+        write_json(json_out, result)
+    typer.echo(json.dumps(result, indent=1))
+
+
+@app.command(name="build-pope")
+def build_pope(
+    annotations: Annotated[Path, typer.Option(help='COCO\'s instances file, or {"image", "objects"} records.')],
+    out: Annotated[Path, typer.Option(help="Folder for the question files of the three splits.")],
+    images: Annotated[int, typer.Option(help="How many images are asked about.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn images and objects.")] = 0,
+) -> None:
+    """Build POPE's random, popular and adversarial questions from annotations."""
+    from relook.evaluate.pope_build import build_pope
+
+    typer.echo(json.dumps(build_pope(annotations, out, images, seed), indent=1))
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Two folders of `relook eval`, or folders of `relook demo` or `relook sweep`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for a comparison; else beside the first.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The evaluations' data folder, where it has moved.")] = None,
+) -> None:
+    """Two evaluations side by side in one HTML file; or the report of a demo or a sweep again, from its files."""
+    from relook.report.write import write_reports
+
+    for page in write_reports(folders, out, data):
+        typer.echo(str(page))

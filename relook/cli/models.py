@@ -1,0 +1,91 @@
+"""Commands on model folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relook.cli.options import Adapter, AsJson, Device, Dtype, Tower
+
+app = typer.Typer()
+Force = Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")]
+ShardSize = Annotated[float, typer.Option("--max-shard-gb", help="Largest weight file in GB.")]
+Check = Annotated[bool, typer.Option(help="Compare the logits of source and result on a small input.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A model folder.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    to: Annotated[str, typer.Option(help="hf (transformers) or llava (liuhaotian's format).")],
+    force: Force = False,
+    max_shard_gb: ShardSize = 4.0,
+    check: Check = True,
+    vision_tower: Tower = None,
+) -> None:
+    """Write a model in another format."""
+    from relook.model.convert import Writing, convert
+
+    convert(source, out, to, Writing(force, max_shard_gb, check, vision_tower))
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="A model folder.")],
+    change: Annotated[Path, typer.Argument(help="A training run, a LoRA folder, or a file of trained tensors.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    stage: Annotated[
+        int | None,
+        typer.Option(
+            help="0 adds the post decoder and replaces the head; 1 adds or replaces the post decoder only; 2 replaces "
+            "both in a model that has one. Without it the whole change is taken."
+        ),
+    ] = None,
+    force: Force = False,
+    max_shard_gb: ShardSize = 4.0,
+    check: Check = True,
+    vision_tower: Tower = None,
+) -> None:
+    """Write a base model with what was trained on it."""
+    from relook.model.convert import Writing, merge
+
+    merge(base, change, out, stage, Writing(force, max_shard_gb, check, vision_tower))
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A model folder or a training run.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    force: Force = False,
+    max_shard_gb: ShardSize = 4.0,
+    check: Check = True,
+    vision_tower: Tower = None,
+) -> None:
+    """Write a whole model that transformers loads where relook is not installed."""
+    from relook.model.convert import Writing, export
+
+    export(source, out, Writing(force, max_shard_gb, check, vision_tower))
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
+    image: Annotated[Path | None, typer.Option(help="An image: shows the tensors on their way.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is asked; alone, an example without an image.")] = None,
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    dtype: Dtype = "float32",
+    device: Device = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's modules, what would train in each regime, and the tensors of an example on their way."""
+    from relook.model.inspect import inspect, print_tables
+
+    found = inspect(model, image, prompt, adapter, vision_tower, dtype, device)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        print_tables(found)

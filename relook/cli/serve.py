@@ -1,0 +1,64 @@
+"""Commands that answer people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relook.cli.options import Adapter, Bits, Device, Dtype, Tower, Version
+
+app = typer.Typer()
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
+    base: Annotated[Path | None, typer.Option(help="Another model to compare with, served beside it.")] = None,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Serve the model with its change switched off beside it.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_key: Annotated[str, typer.Option(envvar="RELOOK_API_KEY", help="Key that clients must send.")] = "",
+    slots: Annotated[int, typer.Option(help="Answers at the same time.")] = 16,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused (429).")] = 128,
+    max_length: Annotated[int, typer.Option(help="Positions of prompt and answer; 0: the language model's own.")] = 0,
+    cache_gb: Annotated[
+        float, typer.Option(help="Memory for keys and values of all slots of a model; 0: half of what is free.")
+    ] = 0.0,
+    timeout: Annotated[float, typer.Option(help="Seconds from a request to the end of its answer.")] = 300.0,
+    stop_timeout: Annotated[int, typer.Option(help="Seconds for running answers once the server stops.")] = 30,
+    max_image_mb: Annotated[float, typer.Option(help="Largest image file.")] = 20.0,
+    max_body_mb: Annotated[float, typer.Option(help="Largest request.")] = 50.0,
+    max_images: Annotated[int, typer.Option(help="Most images of a conversation.")] = 16,
+    allow_http: Annotated[
+        bool, typer.Option("--allow-http", help="Fetch http(s) image URLs, of public hosts.")
+    ] = False,
+    media_root: Annotated[Path | None, typer.Option(help="Folder below which file: URLs may lie.")] = None,
+    version: Version = "",
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    dtype: Dtype = "float32",
+    bits: Bits = 16,
+    device: Device = "",
+) -> None:
+    """Serve a model over HTTP, as OpenAI's chat API does."""
+    from relook.serve import check_installed
+
+    check_installed()
+    from relook.model.load import Loading
+    from relook.serve import command as run
+    from relook.serve.api import Policy
+    from relook.serve.media import Sources
+    from relook.serve.request import Limits
+
+    sources = Sources(int(max_image_mb * 1e6), allow_http, media_root)
+    loading = Loading(adapter, vision_tower, dtype, bits, device)
+    run.serve(
+        run.Serving(host, port, stop_timeout, version),
+        Limits(slots, queue, max_length, cache_gb, seconds=timeout),
+        Policy(api_key, sources, max_images, int(max_body_mb * 1e6)),
+        lambda: run.load_models(model, loading, base, with_base),
+    )
