@@ -44,7 +44,7 @@ ALONE = {"ddp": {}, "flex": {"trunk_pass": "flex"}} if GPU else {"ddp": {}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for model, data and runs")
-    parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--out", type=Path, help="JSON of all figures; jobs that it has are not run again")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--gpus", default="1,2")
     parser.add_argument("--jobs", default=",".join([*(f"lora_{name}" for name in STRATEGIES), "cache", "pope", "tp"]))
@@ -67,7 +67,8 @@ def main() -> None:
         write_pope(options.work / f"pope{count}", count * options.pope_images)
     if GPU:
         torch.cuda.empty_cache()
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if GPU else "cpu", "versions": versions()}
+    before = read_json(options.out) if options.out and options.out.exists() else {}
+    found: dict[str, Any] = {**before, "device": torch.cuda.get_device_name() if GPU else "cpu", "versions": versions()}
     for count in counts:
         for job in options.jobs.split(","):
             run(job, count, options, found)
@@ -84,6 +85,8 @@ def run(job: str, count: int, options: argparse.Namespace, found: dict[str, Any]
     if count == 1 and job.removeprefix("lora_") in STRATEGIES and job != "lora_ddp":
         return
     if job == "lora_flex" and not GPU:
+        return
+    if "rate" in found.get(f"{job} x{count}", {}):
         return
     name, out = f"{job} x{count}", options.work / "figures" / f"{job}-{count}.json"
     for old in ("runs", "first", "second", "answers"):  # what is there would not be made again
