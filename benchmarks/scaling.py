@@ -39,6 +39,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero3_offload": {"deepspeed": "zero3_offload"},
 }
 ALONE = {"ddp": {}, "flex": {"trunk_pass": "flex"}} if GPU else {"ddp": {}}
+JOBS = [*(f"lora_{name}" for name in (*STRATEGIES, "flex")), "cache", "pope", "tp"]
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON of all figures; jobs that it has are not run again")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--gpus", default="1,2")
-    parser.add_argument("--jobs", default=",".join([*(f"lora_{name}" for name in STRATEGIES), "cache", "pope", "tp"]))
+    parser.add_argument("--jobs", default=",".join(JOBS))
     parser.add_argument("--steps", type=int, default=12, help="of a LoRA run; the last half counts")
     parser.add_argument("--cache-pairs", type=int, default=600, help="a GPU")
     parser.add_argument("--pope-images", type=int, default=128, help="a GPU")
@@ -70,10 +71,8 @@ def main() -> None:
     before = read_json(options.out) if options.out and options.out.exists() else {}
     found: dict[str, Any] = {**before, "device": torch.cuda.get_device_name() if GPU else "cpu", "versions": versions()}
     for count in counts:
-        for job in options.jobs.split(","):
+        for job in filter(None, options.jobs.split(",")):
             run(job, count, options, found)
-    if 1 in counts:
-        run("lora_flex", 1, options, found)
     efficiencies(found, counts)
     print(json.dumps(found.get("efficiency"), indent=1))
     if options.out:
@@ -82,9 +81,7 @@ def main() -> None:
 
 def run(job: str, count: int, options: argparse.Namespace, found: dict[str, Any]) -> None:
     """One job on some GPUs; a failure is a result too."""
-    if count == 1 and job.removeprefix("lora_") in STRATEGIES and job != "lora_ddp":
-        return
-    if job == "lora_flex" and not GPU:
+    if job.startswith("lora_") and job.removeprefix("lora_") not in (ALONE if count == 1 else STRATEGIES):
         return
     if "rate" in found.get(f"{job} x{count}", {}):
         return
