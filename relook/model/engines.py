@@ -116,6 +116,7 @@ def _write_speech(source: ModelSource, folder: Path, processor: Any) -> None:
     special = tokenizer.pop("extra_special_tokens", [])
     kept = {key: value for key, value in tokenizer.items() if key not in ("backend", "is_local", "local_files_only")}
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": special}
+    named["model_input_names"] = ["input_ids", "attention_mask"]  # else version 4 adds token_type_ids
     write_json(folder / "tokenizer_config.json", kept | named)
     _write_generation(source, folder, processor.tokenizer)
 
