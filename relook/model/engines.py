@@ -123,7 +123,7 @@ def _write_speech(source: ModelSource, folder: Path, processor: Any) -> None:
 
 def _write_generation(source: ModelSource, folder: Path, tokenizer: Any) -> None:
     settings, stop = source.generation_config(), get_template(source.template).stop
-    if stop and tokenizer.convert_tokens_to_ids(stop) in tokenizer.all_special_ids:
+    if stop in tokenizer.get_added_vocab():
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         settings.eos_token_id = sorted({*ends, tokenizer.convert_tokens_to_ids(stop)} - {None})
     elif stop:
