@@ -7,7 +7,7 @@
 `clients` starts the server as a user does and asks about pictures whose answers the answering engine gave beforehand:
 an answer that is not the one of its picture is counted. It is measured three times: 64 clients, 64 clients of a server
 with one slot (what answers one at a time), and one client. Weights of `tokens` are random: speed does not depend on
-them.
+them (`shapes.py`). It sends 1, 8 and 32 requests at a time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from shapes import LLAVA_7B, TINY, Question, device_name, endless_model, sync, versions, write_questions
 
 from relook import load_model
 from relook.data.prompts import with_image
@@ -69,7 +68,7 @@ def main() -> None:
         parsed.add_argument("--out", type=Path)
     options = parser.parse_args()
     result = options.measure(options)
-    result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    result["versions"] = versions()
     print(json.dumps(result, indent=1))
     if options.out:
         write_json(options.out, result)
@@ -194,39 +193,35 @@ async def client(port: int, rows: Sequence[tuple[bytes, str]], number: int, unti
 
 
 def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
-    import answering  # benchmarks/answering.py: the same random model
-
-    shape = ["answering.py", "--post-decoder", str(options.post_decoder), *["--tiny"] * options.tiny]
-    sys.argv, kept = shape, sys.argv
-    built = answering.arguments()
-    sys.argv = kept
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = answering.build(built, device)
-    result: dict[str, Any] = {"device": answering.device_name(device), "new_tokens": options.new_tokens}
+    loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder)
+    result: dict[str, Any] = {"device": device_name(), "new_tokens": options.new_tokens, "rounds": options.rounds}
     with tempfile.TemporaryDirectory() as folder:
-        built.images, built.questions = max(options.at_once) * options.rounds, 1
-        rows = answering.questions(built, answering.draw(Path(folder), built))
+        pictures = 1 + max(options.at_once) * options.rounds
+        warm, *rows = write_questions(Path(folder), loaded.processor, pictures, each=1, tokens=25)
         for count in options.at_once:
             some = rows[: count * options.rounds]
-            served = engine_speed(loaded, some, count, options.new_tokens)
-            plain = generate_speed(loaded, some, count, options.new_tokens)
-            result[str(count)] = {"engine": served, "generate": plain}
+            served = engine_speed(loaded, warm, some, count, options.new_tokens)
+            plain = generate_speed(loaded, warm, some, count, options.new_tokens)
+            times = round(served["tokens_per_s"] / plain["tokens_per_s"], 2)
+            result[str(count)] = {"engine": served, "generate": plain, "times": times}
             print(count, result[str(count)], file=sys.stderr, flush=True)
-        one = result[str(options.at_once[0])]["generate"]["tokens_per_s"]
-        result["times generate at batch 1"] = {
-            count: round(result[str(count)]["engine"]["tokens_per_s"] / one, 2) for count in map(str, options.at_once)
-        }
+    one = result[str(options.at_once[0])]["generate"]["tokens_per_s"]
+    result["times generate one after the other"] = {
+        count: round(result[str(count)]["engine"]["tokens_per_s"] / one, 2) for count in map(str, options.at_once)
+    }
     return result
 
 
-def engine_speed(loaded: LoadedModel, rows: Sequence[tuple[Path, str]], count: int, new: int) -> dict[str, Any]:
+def engine_speed(loaded: LoadedModel, warm: Question, rows: Sequence[Question], count: int, new: int) -> dict[str, Any]:
     """So many clients, each with a request of its own running at any time, streamed."""
     engine = Engine(loaded, Limits(slots=count, waiting=len(rows), cache_gb=40))
-    requests = []
-    for path, text in rows:
-        image = engine.image(path.read_bytes())
-        requests.append(Request(engine.prompt([Turn(with_image(text), "")], [image]), (image,), new))
-    list(engine.stream(Request(requests[0].ids[:8], (), 4)))  # warm-up
+
+    def request(row: Question, new: int) -> Request:
+        image = engine.image(row[0].read_bytes())
+        return Request(engine.prompt([Turn(with_image(row[1]), "")], [image]), (image,), new)
+
+    list(engine.stream(request(warm, 4)))
+    requests = [request(row, new) for row in rows]
     firsts: list[float] = []
 
     def run(own: Sequence[Request]) -> None:
@@ -254,18 +249,19 @@ def engine_speed(loaded: LoadedModel, rows: Sequence[tuple[Path, str]], count: i
     }
 
 
-def generate_speed(loaded: LoadedModel, rows: Sequence[tuple[Path, str]], count: int, new: int) -> dict[str, Any]:
+def generate_speed(
+    loaded: LoadedModel, warm: Question, rows: Sequence[Question], count: int, new: int
+) -> dict[str, Any]:
     """transformers' `generate`, the same requests in batches of as many."""
     encoder, asking = loaded.encoder(), Asking(max_new_tokens=new)
-    prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text) in enumerate(rows)]
-    generate_batch(loaded, prompts[:1], Asking(max_new_tokens=2))  # warm-up
+    first, *prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text) in enumerate([warm, *rows])]
+    generate_batch(loaded, [first] * count, Asking(max_new_tokens=4))
     for prompt in prompts:
         loaded.images(prompt.images[0])  # the engine's images are read beforehand too
     started = time.perf_counter()
     for start in range(0, len(prompts), count):
         generate_batch(loaded, prompts[start : start + count], asking)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    sync()
     wall = time.perf_counter() - started
     return {"tokens_per_s": round(len(rows) * new / wall, 1), "seconds": round(wall, 2)}
 

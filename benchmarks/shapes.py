@@ -17,18 +17,21 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from tokenizers.models import WordLevel
 from torch.profiler import ProfilerActivity, profile, schedule
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from relook.data.ahead import ahead
 from relook.evaluate.pope import SPLITS, question_text
 from relook.files import write_json
+from relook.model.load import LoadedModel, add_post_decoder
 from relook.toyworld.build import make_processor
 from relook.toyworld.speech import vocabulary
 from relook.train.trainer import RelookTrainer
 
 GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 LLAVA_7B = {
     "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
@@ -42,11 +45,16 @@ TINY = {
     "vocabulary": 320,
     "image_size": 56,
 }
+Question = tuple[Path, str]
 RESPONSE = 109  # words of a description, which </s> ends
 
 
 def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if GPU else "cpu"
 
 
 def sync() -> None:
@@ -58,18 +66,15 @@ def peak() -> float:
     return round(torch.cuda.max_memory_allocated() / 2**30, 1) if GPU else 0.0
 
 
-def write_model(folder: Path, shape: dict[str, Any], answers: bool = True) -> Path:
-    """A llava-hf folder with random weights and toyworld's words.
+def random_model(
+    shape: dict[str, Any], answers: bool = True, dtype: torch.dtype = DTYPE
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA with random weights, made where it runs, and its processor.
 
     Args:
         answers: whether its first words are Yes or No, which a language-model loss does not bear.
     """
-    if (folder / "processor_config.json").exists():
-        return folder
-    processor = make_processor()
-    side = {"height": shape["image_size"], "width": shape["image_size"]}
-    processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": shape["image_size"]}, crop_size=side)
-    processor.patch_size = 14
+    processor = processor_of(shape)
     token = processor.tokenizer.convert_tokens_to_ids
     ids = {f"{name}_token_id": token(text) for name, text in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
     config = LlavaConfig(
@@ -80,9 +85,10 @@ def write_model(folder: Path, shape: dict[str, Any], answers: bool = True) -> Pa
         vision_feature_layer=-2,
         tie_word_embeddings=False,
     )
+    config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    torch.set_default_dtype(DTYPE)
-    with torch.device("cuda" if GPU else "cpu"):
+    torch.set_default_dtype(dtype)
+    with torch.device(DEVICE):
         model = LlavaForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     if answers:
@@ -91,8 +97,41 @@ def write_model(folder: Path, shape: dict[str, Any], answers: bool = True) -> Pa
             model.lm_head.weight[token("▁Yes")], model.lm_head.weight[token("▁No")] = long, -long
     for name, id in ids.items():
         setattr(model.generation_config, name, id)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    return model.eval(), processor
+
+
+def processor_of(shape: dict[str, Any]) -> LlavaProcessor:
+    """Toyworld's processor at a shape's image size, with words w0, w1, ... up to the size of its vocabulary."""
+    processor = make_processor()
+    side = {"height": shape["image_size"], "width": shape["image_size"]}
+    processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": shape["image_size"]}, crop_size=side)
+    processor.patch_size = 14
+    ids = processor.tokenizer.get_vocab()
+    ids |= {f"▁w{i}": id for i, id in enumerate(range(len(ids), shape["vocabulary"]))}
+    processor.tokenizer.backend_tokenizer.model = WordLevel(ids, unk_token="<unk>")
+    return processor
+
+
+def endless_model(shape: dict[str, Any], post_decoder: int = 0, dtype: torch.dtype = DTYPE) -> LoadedModel:
+    """A random model whose answers no token ends, so that each has as many tokens as were asked for.
+
+    Args:
+        post_decoder: its blocks; 0 for none.
+    """
+    model: Any
+    model, processor = random_model(shape, answers=False, dtype=dtype)
+    if post_decoder:
+        model = add_post_decoder(model, {"depth": post_decoder}, None)
+    model.generation_config.eos_token_id = None
+    return LoadedModel(model.eval(), processor, Path(), "pad")
+
+
+def write_model(folder: Path, shape: dict[str, Any], answers: bool = True) -> Path:
+    """A `random_model` as a llava-hf folder."""
+    if not (folder / "processor_config.json").exists():
+        model, processor = random_model(shape, answers)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     return folder
 
 
@@ -106,6 +145,14 @@ def write_images(paths: list[Path]) -> None:
 def _write_image(path: Path) -> None:
     small = Image.frombytes("RGB", (25, 19), random.Random(path.name).randbytes(25 * 19 * 3))
     small.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def write_questions(folder: Path, processor: LlavaProcessor, images: int, each: int, tokens: int) -> list[Question]:
+    """Questions of so many random tokens on each of new images, no two alike: of a prompt only the image is shared."""
+    rng, words = random.Random(0), sorted(word[1:] for word in processor.tokenizer.get_vocab() if word.startswith("▁"))
+    paths = [folder / f"{number}.jpg" for number in range(images)]
+    write_images(paths)
+    return [(path, " ".join(rng.choices(words, k=tokens))) for path in paths for _ in range(each)]
 
 
 def write_pairs(folder: Path, images: int, descriptions: int, questions: int) -> None:
@@ -156,7 +203,7 @@ def write_pope(folder: Path, images: int) -> None:
 def matmul() -> dict[str, float]:
     """TFLOP/s of a large matrix product: the best of many, and over two seconds, when the card is warm from work."""
     size = 8192 if GPU else 512
-    a, b = (torch.randn(size, size, dtype=DTYPE, device="cuda" if GPU else "cpu") for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=DTYPE, device=DEVICE) for _ in range(2))
     times = []
     began = time.perf_counter()
     while time.perf_counter() - began < 2:

@@ -228,3 +228,14 @@ def test_a_port_is_taken_or_the_user_is_told() -> None:
         for port in (taken.getsockname()[1], 70_000):
             with pytest.raises(RelookError, match="--port"):
                 take_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_says_over_http_what_it_says_in_python(bits: int, base: Path) -> None:
+    (model,) = load_models(base, Loading(bits=bits, device="cpu"), None, False).values()
+    with serving({"tuned": Engine(model, Limits(slots=2))}, Policy()) as quantised:
+        status, reply = quantised.chat(with_picture(TEXTS[0], PICTURES[0]))
+        assert status == 200
+        again = load_model(base, bits=bits)
+        picture = Image.open(io.BytesIO(PICTURES[0]))
+        assert reply["choices"][0]["message"]["content"] == again.generate([picture], TEXTS[0], max_new_tokens=NEW)

@@ -59,6 +59,9 @@ def merge(
 def export(
     source: Annotated[Path, typer.Argument(help="A model folder or a training run.")],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
+    engine: Annotated[
+        str | None, typer.Option("--for", help="vllm, sglang or transformers-serve: a folder that it loads.")
+    ] = None,
     force: Force = False,
     max_shard_gb: ShardSize = 4.0,
     check: Check = True,
@@ -66,8 +69,13 @@ def export(
 ) -> None:
     """Write a whole model that transformers loads where relook is not installed."""
     from relook.model.convert import Writing, export
+    from relook.model.engines import export_for
 
-    export(source, out, Writing(force, max_shard_gb, check, vision_tower))
+    how = Writing(force, max_shard_gb, check, vision_tower)
+    if engine is None:
+        export(source, out, how)
+    else:
+        export_for(source, out, engine, how)
 
 
 @app.command()

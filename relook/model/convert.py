@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,6 +29,7 @@ from relook.model.load import LoadedModel, build, open_source
 from relook.model.source import ModelSource, open_model
 from relook.model.trunks import has_post_decoder
 
+Writer = Callable[[ModelSource, Path, int], None]
 TOWER_FOLDER = "vision_tower"
 SENTENCEPIECE = ("tokenizer.model", "added_tokens.json", "special_tokens_map.json")
 TOLERANCE = {torch.float32: 1e-4}  # of logits; half precision rounds at 1e-2
@@ -66,7 +67,9 @@ def convert(source: Path, out: Path, to: str, how: Writing = Writing()) -> float
     """
     if to not in ("hf", "llava"):
         raise CheckpointError(f"There is no format {to!r}.", "Use hf or llava.")
-    return write_model(open_source(source, vision_tower=how.vision_tower), out, to, how)
+    return write_model(
+        open_source(source, vision_tower=how.vision_tower), out, write_hf if to == "hf" else write_llava, how
+    )
 
 
 def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Writing = Writing()) -> float | None:
@@ -83,20 +86,24 @@ def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Wr
             say(f"  stage {stage} leaves out {len(left)} tensors of {change}: {some(left)}")
     merged = trained.lay_on(source)
     merged.check()
-    return write_model(merged, out, "hf", how)
+    return write_model(merged, out, write_hf, how)
 
 
 def export(source: Path, out: Path, how: Writing = Writing()) -> float | None:
     """Write a model or a training run as a whole folder that transformers loads where relook is not installed."""
-    return write_model(open_source(source, vision_tower=how.vision_tower), out, "hf", how)
+    return write_model(open_source(source, vision_tower=how.vision_tower), out, write_hf, how)
 
 
-def write_model(source: ModelSource, out: Path, to: str, how: Writing) -> float | None:
-    """Write a source under a name that appears only when all is written and checked."""
+def write_model(source: ModelSource, out: Path, write: Writer, how: Writing) -> float | None:
+    """Write a source under a name that appears only when all is written and checked.
+
+    Args:
+        write: writes it into a folder, in files of so many bytes at most.
+    """
     _claim(source, out, how)
     difference = None
     with whole_folder(out.resolve()) as folder:  # a link to a folder stays a link
-        (_write_llava if to == "llava" else _write_hf)(source, folder, int(how.shard_gb * 1e9))
+        write(source, folder, int(how.shard_gb * 1e9))
         if how.check:
             difference = logit_difference(source, open_source(folder))
             if not difference <= TOLERANCE.get(source.dtype, 5e-2):  # NaN fails too
@@ -128,7 +135,7 @@ def _stream(source: ModelSource, renames: Any, tower: bool) -> Iterator[tuple[st
             yield rename(name, renames), tensor.read()
 
 
-def _write_hf(source: ModelSource, folder: Path, shard_bytes: int) -> None:
+def write_hf(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     """transformers' format: llava-hf's names, or with a post decoder the module tree's own, and the code with them."""
     own = has_post_decoder(source.config)
     renames = () if own else TO_HF
@@ -153,7 +160,7 @@ def _write_hf(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     _copy_sentencepiece(source.path, folder)
 
 
-def _write_llava(source: ModelSource, folder: Path, shard_bytes: int) -> None:
+def write_llava(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     """liuhaotian's format, its vision tower as a CLIP folder inside.
 
     The original program looks for `mm_vision_tower` from its working directory: start it in this folder, or write the

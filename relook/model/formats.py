@@ -198,20 +198,27 @@ def to_llava_config(config: LlavaConfig, dtype: str, tower: str) -> dict[str, An
             f"It has one layer, and a projector of {', '.join(PROJECTORS.values())}.",
         )
     text = config.text_config.to_dict()
-    rope = dict(text.get("rope_parameters") or {})
-    scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
         **{key: text[key] for key in TEXT if text.get(key) is not None},
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "rope_scaling": None if scaling.get("type", "default") == "default" else scaling,
+        **rope_settings(text),
         "torch_dtype": dtype,
         "mm_vision_tower": tower,
         "mm_hidden_size": config.vision_config.hidden_size,
         "use_mm_proj": True,
         **{key: getattr(config, key) for key in KEPT if hasattr(config, key)},
         **llava_settings(config),
+    }
+
+
+def rope_settings(text: dict[str, Any]) -> dict[str, Any]:
+    """A text config's rotary embeddings as transformers 4 and liuhaotian's configs call them."""
+    rope = dict(text.get("rope_parameters") or {})
+    scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": None if scaling.get("type", "default") == "default" else scaling,
     }
 
 

@@ -175,6 +175,11 @@ def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool
             f"{path} holds a change to a model, not a model.", "Pass its base as path, and this as adapter."
         )
     raw = read_config(path)
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            f"The weights in {path} are quantised already.",
+            "Give the model as it was before: --bits quantises while it is loaded.",
+        )
     if kind == "llava":
         return _open_llava(path, raw, vision_tower, weights)
     if vision_tower is not None:
