@@ -144,6 +144,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def some_records(path: Path, source: str) -> list[dict[str, Any]]:
+    """As `read_records`, of a file that somebody else publishes and that cannot be missing or empty.
+
+    Args:
+        source: where it comes from, for the error.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist.", source)
+    records = read_records(path)
+    if not records:
+        raise DataError(f"{path} is empty.", source)
+    return records
+
+
 def takes(folder: Path, settings: str, option: str) -> bool:
     """Whether a job may take a folder as new; False where it holds the settings file of one that is under way.
 

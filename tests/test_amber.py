@@ -198,6 +198,10 @@ def test_odd_files_are_refused(data: Path) -> None:
         write_json(folder / "query" / "query_all.json", odd)
         with pytest.raises(DataError, match=message):
             read_questions("amber", data)
+    for name in ("query/query_all.json", "annotations.json"):
+        (folder / name).write_text("")
+        with pytest.raises(DataError, match=rf"{name} is empty.*junyangwang0410/AMBER"):
+            read_questions("amber", data)
     (folder / "near_synonyms.txt").write_text("cat dog\n\nman\n")
     with pytest.raises(DataError, match="not two words: man"):
         amber.read_lists(data)

@@ -18,7 +18,7 @@ from relook.data.samples import Question
 from relook.errors import DataError, some
 from relook.evaluate.chair import plural
 from relook.evaluate.statistics import Interval, paired_interval, ratio, ratio_interval
-from relook.files import file_hash, read_object, read_records, read_text
+from relook.files import file_hash, read_object, read_text, some_records
 
 SOURCE = "It comes from github.com/junyangwang0410/AMBER; see docs/shr-amber-mmhal.md."
 PARSER = "first word"
@@ -91,13 +91,13 @@ def questions(data: Path) -> tuple[list[Question], list[Question]]:
     """The generative and the discriminative questions of `query/query_all.json`, with images in `data/amber/image`.
 
     Raises:
-        DataError: a file is missing, a record lacks a field, or a question has no annotation.
+        DataError: a file is missing or empty, a record lacks a field, or a question has no annotation.
     """
     path, annotations = place(data, "query/query_all.json"), read_annotations(data)
     try:
         found = [
             Question(str(record["id"]), data / "amber" / "image" / str(record["image"]), str(record["query"]))
-            for record in read_records(path)
+            for record in some_records(path, SOURCE)
         ]
     except KeyError as error:
         raise DataError(f"{path} has a record without {error}.", SOURCE) from None
@@ -113,7 +113,7 @@ def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
     """What is true of each question, by its id."""
     path = place(data, "annotations.json")
     try:
-        entries = {str(record["id"]): record for record in read_records(path)}
+        entries = {str(record["id"]): record for record in some_records(path, SOURCE)}
         for entry in entries.values():
             needed = ("truth", "hallu") if entry["type"] == GENERATIVE else ("truth",)
             for key in needed:

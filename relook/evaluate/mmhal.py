@@ -14,7 +14,7 @@ from relook.data.samples import Question
 from relook.errors import DataError
 from relook.evaluate.judge import Judge, Task, fill, official_template
 from relook.evaluate.statistics import ratio_interval
-from relook.files import read_records, text_hash
+from relook.files import read_records, some_records, text_hash
 
 SOURCE = "It comes with Shengcao1006/MMHal-Bench on Hugging Face; see docs/shr-amber-mmhal.md."
 FIELDS = ("question_type", "image_src", "image_content", "question", "gt_answer")
@@ -50,9 +50,7 @@ def read_entries(data: Path) -> list[dict[str, Any]]:
         DataError: the file is missing, empty, or a record lacks a field.
     """
     path = data / "mmhal" / "response_template.json"
-    if not path.exists():
-        raise DataError(f"{path} does not exist.", SOURCE)
-    records = read_records(path)
+    records = some_records(path, SOURCE)
     for number, record in enumerate(records, 1):
         missing = [key for key in FIELDS if key not in record]
         if missing:

@@ -19,7 +19,7 @@ from relook.errors import DataError, some
 from relook.evaluate.chair import Vocabulary, mentions
 from relook.evaluate.judge import Judge, Judged, Task, fill, official_template
 from relook.evaluate.statistics import ratio, ratio_interval
-from relook.files import read_object, read_records, read_text, text_hash
+from relook.files import read_object, read_records, read_text, some_records, text_hash
 
 PROMPT = "Describe this image in detail."
 HALLUCINATION, CORRECT, CANNOT_JUDGE = "hallucination", "correct", "cannot judge"
@@ -67,13 +67,13 @@ def questions(data: Path) -> list[Question]:
     """One question an image of `data/shr/val_images_final.json`; the images are Visual Genome's, below `data/vg`.
 
     Raises:
-        DataError: a file is missing, an image is listed twice or is not Visual Genome's.
+        DataError: a file is missing, the list is empty, an image is listed twice or is not Visual Genome's.
     """
-    for name in (IMAGES, *FACTS):
+    for name in FACTS:
         if not (data / "shr" / name).exists():
             raise DataError(f"{data / 'shr' / name} does not exist.", SOURCE)
     try:
-        ids = [str(record["image_id"]) for record in read_records(data / "shr" / IMAGES)]
+        ids = [str(record["image_id"]) for record in some_records(data / "shr" / IMAGES, SOURCE)]
     except KeyError:
         raise DataError(f"{data / 'shr' / IMAGES} has a record without image_id.", "Give SHR's own file.") from None
     paths = read_image_paths(data / "vg")
