@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def questions(data: Path) -> list[Question]:
         raise DataError(f"{data / 'shr' / IMAGES} has a record without image_id.", "Give SHR's own file.") from None
     paths = read_image_paths(data / "vg")
     faults = {
-        "lists images twice": [i for i in dict.fromkeys(ids) if ids.count(i) > 1],
+        "lists images twice": [i for i, count in Counter(ids).items() if count > 1],
         "lists images that data/vg/image_data.json has not": [i for i in ids if i not in paths],
     }
     for what, found in faults.items():
