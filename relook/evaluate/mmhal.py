@@ -12,9 +12,9 @@ from typing import Any
 
 from relook.data.samples import Question
 from relook.errors import DataError
-from relook.evaluate.judge import Judge, Task, fill, official_template
+from relook.evaluate.judge import Judge, Task, fill, prompt_template
 from relook.evaluate.statistics import ratio_interval
-from relook.files import read_records, some_records, text_hash
+from relook.files import read_records, some_records
 
 SOURCE = "It comes with Shengcao1006/MMHal-Bench on Hugging Face; see docs/shr-amber-mmhal.md."
 FIELDS = ("question_type", "image_src", "image_content", "question", "gt_answer")
@@ -87,8 +87,7 @@ def score(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any
     Args:
         answers: by question id.
     """
-    official = official_template(data / "mmhal" / "eval_gpt4.py", "template")
-    template = official or TEMPLATE
+    template, prompt = prompt_template(data / "mmhal" / "eval_gpt4.py", "template", TEMPLATE)
     entries = {str(number): entry for number, entry in enumerate(read_entries(data))}
     judged = judge.ask([_task(template, entries[i], text) for i, text in answers.items()], REQUEST, "MMHal judge")
     rated = [(entries[i], r) for i, r in zip(answers, judged.verdicts, strict=True) if r is not None]
@@ -103,11 +102,7 @@ def score(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any
         "by_type": {kind: _mean(ratings) for kind, ratings in by_kind.items()},
         "not_judged": len(answers) - len(rated),
         "n": len(answers),
-        "judge": {
-            **judged.to_json(),
-            "prompt": "official" if official else "relook",
-            "prompt_hash": text_hash(template),
-        },
+        "judge": {**judged.to_json(), **prompt},
     }
 
 

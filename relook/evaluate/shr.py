@@ -18,9 +18,9 @@ from relook.data.samples import Question
 from relook.data.vg import read_image_paths, read_regions, read_sizes
 from relook.errors import DataError, some
 from relook.evaluate.chair import Vocabulary, mentions
-from relook.evaluate.judge import Judge, Judged, Task, fill, official_template
+from relook.evaluate.judge import Judge, Judged, Task, fill, prompt_template
 from relook.evaluate.statistics import ratio, ratio_interval
-from relook.files import read_object, read_records, read_text, some_records, text_hash
+from relook.files import read_object, read_records, read_text, some_records
 
 PROMPT = "Describe this image in detail."
 HALLUCINATION, CORRECT, CANNOT_JUDGE = "hallucination", "correct", "cannot judge"
@@ -138,13 +138,11 @@ class KnowledgeJudge:
     data: Path
 
     def label(self, described: Sequence[Described]) -> Judged[Labels]:
-        official = official_template(self.data / "shr" / "gpt_utils.py", "GPT_JUDGE_PROMPT")
-        template = official or TEMPLATE
+        template, prompt = prompt_template(self.data / "shr" / "gpt_utils.py", "GPT_JUDGE_PROMPT", TEMPLATE)
         knowledge = read_knowledge(self.data, [one.image for one in described])
         judged = self.judge.ask(
             [_task(template, one, *knowledge[one.image]) for one in described], REQUEST, "SHR judge"
         )
-        prompt = {"prompt": "official" if official else "relook", "prompt_hash": text_hash(template)}
         return Judged(judged.verdicts, judged.about | prompt, judged.unjudged)
 
 
