@@ -13,7 +13,7 @@ from typing import Any
 from relook.data.samples import Question
 from relook.errors import DataError
 from relook.evaluate.judge import Judge, Task, fill, prompt_template
-from relook.evaluate.statistics import ratio_interval
+from relook.evaluate.statistics import Interval, by_image, mean, ratio_interval
 from relook.files import read_records, some_records
 
 SOURCE = "It comes with Shengcao1006/MMHal-Bench on Hugging Face; see docs/shr-amber-mmhal.md."
@@ -95,11 +95,11 @@ def score(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any
     by_kind = {kind: [r for entry, r in rated if str(entry["question_type"]) == kind] for kind in kinds}
     false = [(entry, int(r < HALLUCINATED_BELOW)) for entry, r in rated]
     return {
-        "score": _mean([r for _, r in rated]),
+        "score": mean([r for _, r in rated]),
         "score_ci": _interval(rated),
-        "hallucination_rate": _mean([f for _, f in false]),
+        "hallucination_rate": mean([f for _, f in false]),
         "hallucination_rate_ci": _interval(false),
-        "by_type": {kind: _mean(ratings) for kind, ratings in by_kind.items()},
+        "by_type": {kind: mean(ratings) for kind, ratings in by_kind.items()},
         "not_judged": len(answers) - len(rated),
         "n": len(answers),
         "judge": {**judged.to_json(), **prompt},
@@ -111,14 +111,5 @@ def _task(template: str, entry: Mapping[str, Any], answer: str) -> Task[int]:
     return Task(fill(template, content, str(entry["question"]), str(entry["gt_answer"]), answer), read_rating)
 
 
-def _interval(rows: Sequence[tuple[Mapping[str, Any], int]]) -> list[float]:
-    sums: dict[str, list[int]] = {}
-    for entry, value in rows:
-        image = sums.setdefault(str(entry["image_src"]), [0, 0])
-        image[0] += value
-        image[1] += 1
-    return ratio_interval([total for total, _ in sums.values()], [count for _, count in sums.values()])
-
-
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _interval(rows: Sequence[tuple[Mapping[str, Any], int]]) -> Interval:
+    return ratio_interval(*by_image((str(entry["image_src"]), value, 1) for entry, value in rows))

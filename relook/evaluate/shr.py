@@ -19,7 +19,7 @@ from relook.data.vg import read_image_paths, read_regions, read_sizes
 from relook.errors import DataError, some
 from relook.evaluate.chair import Vocabulary, mentions
 from relook.evaluate.judge import Judge, Judged, Task, fill, prompt_template
-from relook.evaluate.statistics import ratio, ratio_interval
+from relook.evaluate.statistics import mean, ratio, ratio_interval
 from relook.files import read_object, read_records, read_text, some_records
 
 PROMPT = "Describe this image in detail."
@@ -241,7 +241,7 @@ def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> d
         "hal_words_per_image": ratio(total["hal_words"], whole),
         "sents_per_image": ratio(total["sents"], images),
         "words_per_image": ratio(total["words"], images),
-        **{f"distinct_{n}": _mean([share for share in shares if share is not None]) for n, shares in grams.items()},
+        **{f"distinct_{n}": mean(shares) for n, shares in grams.items()},
         "sentences": total["sents"],
         "cannot_judge": total["open"],
         "not_judged": total["sents"] - total["judged_sents"],
@@ -266,7 +266,3 @@ def _counts(one: Described, labels: Labels | None) -> tuple[int, ...]:
         sum(w for w, f in zip(words, false, strict=False) if f),
         sum(label == CANNOT_JUDGE for label in labels or ()),
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return ratio(sum(values), len(values))
