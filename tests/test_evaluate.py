@@ -24,6 +24,7 @@ from relook.errors import DataError, RecipeError
 from relook.evaluate import answer as answering
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
+from relook.evaluate.benchmarks import score_command
 from relook.evaluate.compare import compare, differing_answers
 from relook.evaluate.pope import SPLITS, match, official_parse, read_questions
 from relook.evaluate.run import evaluate_model, keep
@@ -412,8 +413,8 @@ def test_scores_of_an_answer_file(tmp_path: Path) -> None:
     assert {key: result[key] for key in ("tp", "fn", "tn", "fp", "n")} == {"tp": 2, "fn": 1, "tn": 3, "fp": 1, "n": 7}
     expected = {"accuracy": 5 / 7, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 7}
     assert {key: result[key] for key in expected} == pytest.approx(expected)
-    with pytest.raises(RecipeError, match=r"does not know 'mme'.*pope, chair"):
-        score_answers("mme", tmp_path / "a.json", Given())
+    with pytest.raises(RecipeError, match=r"no benchmark mme.*pope, chair"):
+        score_command("mme", [tmp_path / "a.json"], Given(), "official", None)
 
 
 # --- two models
