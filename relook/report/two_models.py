@@ -15,7 +15,7 @@ from relook.evaluate.compare import compare, differing_answers, differing_captio
 from relook.evaluate.pope import SPLITS
 from relook.evaluate.score import RESULTS, annotation_file, data_of
 from relook.files import read_object, takes, write_json, write_text
-from relook.report.parts import document, marked, number, percent, table, thumbnail
+from relook.report.parts import card, described, document, number, percent, table, thumbnail
 
 RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
@@ -47,17 +47,18 @@ def write_comparison(first: Path, second: Path, out: Path | None = None, data: P
     takes(out, RESULTS_FILE, "--out")
     results = collect(first, second, data)
     write_json(out / RESULTS_FILE, results)
-    names = [html.escape(name) for name in results["models"]]
-    sections = [f"<h1>{names[0]} and {names[1]}</h1>", f"<p>{NOTE}</p>"]
+    names, differing = results["models"], results["differing"]
+    title = " and ".join(names)
+    sections = [f"<h1>{html.escape(title)}</h1>", f"<p>{NOTE}</p>"]
     if "pope" in results["paired"]:
-        sections += ["<h2>POPE</h2>", pope_table(results), *pope_cards(results["differing"]["pope"], names, data)]
+        sections += ["<h2>POPE</h2>", pope_table(results), *pope_cards(differing["pope"], names, data)]
     if "chair" in results["paired"]:
-        sections += ["<h2>CHAIR</h2>", chair_table(results), *chair_cards(results["differing"]["chair"], names, data)]
+        sections += ["<h2>CHAIR</h2>", chair_table(results), *chair_cards(differing["chair"], names, data)]
     for name in results["scores"][0]:
         if name not in results["paired"]:
             sections += [f"<h2>{name.upper()}</h2>", "<p>Side by side, not paired.</p>", side_by_side(results, name)]
     sections += ["<h2>Where the numbers come from</h2>", f"<div class=wrap>{provenance_table(results)}</div>"]
-    write_text(out / REPORT_FILE, document(" and ".join(results["models"]), sections))
+    write_text(out / REPORT_FILE, document(title, sections))
     return out / REPORT_FILE
 
 
@@ -143,6 +144,7 @@ def _difference(found: Mapping[str, Any], scale: float = 100) -> list[str]:
 
 def pope_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> list[str]:
     """The pictures with the most questions on which the two differ, and these questions."""
+    names = [html.escape(name) for name in names]
     by_image: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_image.setdefault(row["image"], []).append(row)
@@ -169,10 +171,8 @@ def chair_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: P
     """The pictures of which the two name absent objects differently, and both captions."""
     vocabulary, cards = vocabulary_of(read_coco(annotation_file(data))), []
     for row in rows[:PICTURES]:
-        lines = [f"<p><b>there is</b>{html.escape(', '.join(row['objects']))}</p>"]
-        for name, caption in zip(names, row["captions"], strict=True):
-            lines.append(f"<p><b>{name}</b>{marked(caption[:LONGEST], row['objects'], vocabulary)}</p>")
-        cards.append(_card(data, row["image"], "".join(lines)))
+        said = [(name, caption[:LONGEST]) for name, caption in zip(names, row["captions"], strict=True)]
+        cards.append(_card(data, row["image"], described(row["objects"], said, vocabulary)))
     text = f"{len(rows)} pictures are described with other absent objects; their words are marked."
     return [f"<p>{text}{_bound(len(rows))}</p>", *cards]
 
@@ -183,7 +183,7 @@ def _bound(pictures: int) -> str:
 
 def _card(data: Path, image: str, content: str) -> str:
     picture = f"{thumbnail(data / 'val2014' / image)}<br><small>{html.escape(image)}</small>"
-    return f"<div class=card><div>{picture}</div><div>{content}</div></div>"
+    return card(picture, content)
 
 
 def _short(text: str) -> str:
