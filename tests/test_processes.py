@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from test_train import Bench, log_of
 from tiny import dpo_keys, scramble, sft_keys
 
+from relook import processes
 from relook.errors import RecipeError, RelookError
 from relook.files import write_json
 from relook.model import sharded
@@ -329,6 +331,28 @@ def test_the_old_checkpoint_goes_when_the_new_one_is_whole(
         train(recipe)
     assert seen == [{"checkpoint-1"}, {"checkpoint-1", "checkpoint-2"}, {"checkpoint-2", "checkpoint-3"}]
     assert {path.name for path in folder.iterdir()} == {"checkpoint-2"}
+
+
+def test_a_process_that_fails_leaves_the_checkpoint_to_the_others(
+    keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be writing into it. The same command goes on from the one before."""
+    recipe, several = saving(keys_of, "run"), SimpleNamespace(**vars(processes))
+    several.count, several.wait = lambda: 2, lambda what: None
+    folder = Path(recipe.output_dir) / "checkpoints"
+
+    def failing(self: Any, output_dir: str) -> None:
+        if output_dir.endswith("-2"):
+            raise OSError("the disk failed")
+
+    monkeypatch.setattr(trainer, "processes", several)
+    monkeypatch.setattr(trainer.RelookTrainer, "_save_rng_state", failing)
+    with pytest.raises(OSError, match="the disk failed"):
+        train(recipe)
+    left = {path.name: (path / COMPLETE).exists() for path in folder.iterdir()}
+    assert left == {"checkpoint-1": True, "checkpoint-2": False}
+    assert trainer.last_checkpoint(folder) == str(folder / "checkpoint-1")
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
 
 
 def test_the_part_held_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
