@@ -379,6 +379,24 @@ def test_two_processes_fill_one_cache(base: Path, world: Path, tmp_path: Path) -
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_missing_is_divided_not_what_there_is(
+    rank: int, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three shards are gone whose numbers are all odd: the first of two processes makes two of them, the other one."""
+    keys = of_dpo(base, world, tmp_path / "run", **CROSS)
+    prepared(keys)
+    gone = [path for number in (1, 3, 5) for path in (tmp_path / "trunk_cache").rglob(f"states-0000{number}-*")]
+    assert len(gone) == 3
+    for path in gone:
+        path.unlink()
+    monkeypatch.setattr(cache.processes, "shared", lambda values, make, what: make(values))
+    monkeypatch.setattr(cache.processes, "mine", lambda values: values[rank::2])
+    with pytest.raises(RelookError, match=rf"lacks {(1, 2)[rank]} shards that other processes made"):
+        prepared(keys)
+    assert [path.exists() for path in gone] == [[True, False, True], [False, True, False]][rank]
+
+
 def test_shards_that_other_processes_should_have_made(tmp_path: Path) -> None:
     """On machines that do not share the folder, each finds only its own."""
     folder = shards.ShardFolder(tmp_path / "cache")
