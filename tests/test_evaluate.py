@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import forked
+from several import command
 from tiny import save_tiny
 
 from relook import load_model
@@ -299,7 +298,7 @@ def test_sampling_is_repeatable_and_leaves_torchs_generator_alone(base: Path, wo
 
 
 def test_processes_that_share_an_evaluation_lose_no_row(finished: Path, world: Path, tmp_path: Path) -> None:
-    """torchrun over gloo; the images do not divide, and a part is left of a killed run of more processes."""
+    """Over gloo; the images do not divide, and a part is left of a killed run of more processes."""
     out, part = tmp_path / "out", tmp_path / "out" / "chair.3.jsonl"
     out.mkdir()
     shutil.copy(finished / "eval.json", out)
@@ -311,16 +310,9 @@ def test_processes_that_share_an_evaluation_lose_no_row(finished: Path, world: P
     (data / "chair_images.txt").write_text("\n".join(names))
     settings = read_json(out / "eval.json") | {"data": str(data.resolve())}
     write_json(out / "eval.json", settings)
-    before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "relook"]
     keys = ["--model", shipped_base(), "--data", data, "--out", out, "--max-new-tokens", 40, "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, *before, "eval", "pope", "chair", *map(str, keys)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr
+    done = forked(command, "eval", "pope", "chair", *map(str, keys), count=2)
+    assert done.codes == [0, 0], done.stderr
     assert json.loads(done.stdout) == {name: read_json(out / f"{name}.json") for name in ("pope", "chair")}
     # Five images, one of them answered already; of the other four two are the first process's, which alone speaks.
     assert done.stderr.count("descriptions for CHAIR: 2 in") == 1
