@@ -37,7 +37,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if not _writes(left.name.split(".")[-2]):
+        if not runs(owner := left.name.split(".")[-2]) or owner == str(os.getpid()):
             shutil.rmtree(left, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     replaced = path.with_name(f".{path.name}.old.{os.getpid()}.part")
@@ -52,15 +52,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _writes(process: str) -> bool:
-    """Whether another process of that number runs."""
+def runs(process: str) -> bool:
+    """Whether a process of that number, as the names of half-written files have it, runs on this machine."""
     try:
         os.kill(int(process), 0)
     except (ValueError, OverflowError, ProcessLookupError):
         return False
-    except PermissionError:  # it runs under another user
+    except PermissionError:  # under another user
         return True
-    return int(process) != os.getpid()
+    return True
 
 
 def require_room(path: Path, needed: int, what: str, fix: str) -> None:
@@ -141,6 +141,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise DataError(f"{path}: record {number} is {type(record).__name__}, but a JSON object is expected.")
+    return records
+
+
+def some_records(path: Path, source: str) -> list[dict[str, Any]]:
+    """As `read_records`, of a file that somebody else publishes and that cannot be missing or empty.
+
+    Args:
+        source: where it comes from, for the error.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist.", source)
+    records = read_records(path)
+    if not records:
+        raise DataError(f"{path} is empty.", source)
     return records
 
 

@@ -104,7 +104,8 @@ def take(sweep: Sweep, values: Mapping[str, Any]) -> None:
     takes(sweep.out, SWEEP_FILE, "output_dir")  # a sweep may go on there, with rows more or fewer
     for row in sweep.rows:
         training_arguments(row.recipe, Path(row.recipe.output_dir))
-        for key in ("vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path"):
+        images = ["image_folder"] if row.recipe.task == "sft" else []  # beside pairs_path, it is written to
+        for key in ("vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", *images):
             path = getattr(row.recipe, key)
             if path and not Path(path).exists():
                 raise RecipeError(f"{key} {path} of {row.name} does not exist.", "Check the path.")

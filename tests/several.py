@@ -1,8 +1,4 @@
-"""Run by torchrun: carries out recipes, given as a JSON list of key mappings, one after the other.
-
-Each process leaves notes beside a run's folder: which of its batches had images, and what share of the parameters it
-held. A recipe with "kill" ends with all processes killed in the middle of writing that checkpoint.
-"""
+"""What tests do in processes of their own. Run by torchrun, it carries out recipes, given as a JSON list."""
 
 from __future__ import annotations
 
@@ -10,20 +6,41 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.tensor import DTensor
 
+from relook import processes
+from relook.cli import main
 from relook.files import write_json
 from relook.model.sharded import full_shape
 from relook.recipe import build_recipe
-from relook.train import run, trainer
+from relook.train import plan, run, shards, trainer
 from relook.train.batches import Collator
 
 notes: dict[str, Any] = {}
 collate, prepared, save_trained = Collator.__call__, trainer.RelookTrainer._prepare_for_training, trainer.save_trained
+write_bytes = Path.write_bytes
 kill = 0
+
+
+def train_all(recipes: Sequence[dict[str, Any]]) -> None:
+    """Carry out recipes, given as their keys, one after the other.
+
+    Each process leaves notes beside a run's folder: which of its batches had images, and what share of the parameters
+    it held. A recipe with "kill" ends with all processes killed in the middle of writing that checkpoint.
+    """
+    global kill
+    Collator.__call__ = noted_batch  # type: ignore[method-assign]
+    trainer.RelookTrainer._prepare_for_training = noted_shares
+    trainer.save_trained = killed_save
+    for keys in recipes:
+        kill = keys.pop("kill", 0)
+        notes["images"] = []
+        out = run.train(build_recipe(keys))
+        write_json(out.with_name(f"{out.name}-{processes.rank()}.json"), notes)
 
 
 def noted_batch(self: Collator, items: Any) -> dict[str, Any]:
@@ -43,15 +60,30 @@ def noted_shares(self: Any, *arguments: Any) -> Any:
 def killed_save(model: Any, path: Path, *rest: Any) -> None:
     save_trained(model, path, *rest)
     if kill and path.parent.name == f"checkpoint-{kill}":
+        if processes.first():
+            path.write_bytes(path.read_bytes()[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def fill_cache(keys: dict[str, Any], shard_bytes: int, positions: int, cut: str = "") -> None:
+    """Train on small shards; killed while it writes the shard `cut`."""
+
+    def cut_off(path: Path, data: bytes) -> int:
+        if cut and path.name.startswith(cut):
+            write_bytes(path, data[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write_bytes(path, data)
+
+    plan.SHARD_BYTES, plan.BATCH_POSITIONS = shard_bytes, positions
+    shards.Path.write_bytes = cut_off  # type: ignore[method-assign, assignment]
+    run.train(build_recipe(keys))
+
+
+def command(*words: str) -> None:
+    """`relook` with these words."""
+    sys.argv = ["relook", *words]
+    main()
+
+
 if __name__ == "__main__":
-    Collator.__call__ = noted_batch  # type: ignore[method-assign]
-    trainer.RelookTrainer._prepare_for_training = noted_shares
-    trainer.save_trained = killed_save
-    for keys in json.loads(sys.argv[1]):
-        kill = keys.pop("kill", 0)
-        notes["images"] = []
-        out = run.train(build_recipe(keys))
-        write_json(out.with_name(f"{out.name}-{os.environ['RANK']}.json"), notes)
+    train_all(json.loads(sys.argv[1]))

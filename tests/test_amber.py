@@ -198,6 +198,10 @@ def test_odd_files_are_refused(data: Path) -> None:
         write_json(folder / "query" / "query_all.json", odd)
         with pytest.raises(DataError, match=message):
             read_questions("amber", data)
+    for name in ("query/query_all.json", "annotations.json"):
+        (folder / name).write_text("")
+        with pytest.raises(DataError, match=rf"{name} is empty.*junyangwang0410/AMBER"):
+            read_questions("amber", data)
     (folder / "near_synonyms.txt").write_text("cat dog\n\nman\n")
     with pytest.raises(DataError, match="not two words: man"):
         amber.read_lists(data)
@@ -212,4 +216,14 @@ def test_from_a_model_to_scores(base: Path, data: Path, tmp_path: Path) -> None:
     assert first[0].keys() == {"id", "image", "query", "response"}
     again = rescore(None, [out])
     assert again == result
+    assert set(result["provenance"]["generation"]["max_new_tokens"].values()) == {4}
     assert len(result["near_synonyms"]) == 64
+
+
+def test_each_part_says_how_long_its_answers_could_be(data: Path, tmp_path: Path) -> None:
+    """Questions for yes or no are cut at 64 tokens, whatever the descriptions may take."""
+    write_json(tmp_path / "eval.json", {"data": str(data), "max_new_tokens": 512})
+    write_jsonl(tmp_path / "amber_generative.jsonl", OFFICIAL[:2])
+    write_jsonl(tmp_path / "amber_discriminative.jsonl", OFFICIAL[2:])
+    longest = {"amber_generative": 512, "amber_discriminative": 64}
+    assert rescore(None, [tmp_path])["provenance"]["generation"] == {"do_sample": False, "max_new_tokens": longest}

@@ -7,16 +7,16 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from several import fill_cache
 from tiny import dpo_keys, sft_keys
 
 from relook import load_model
@@ -35,14 +35,14 @@ pytestmark = pytest.mark.usefixtures("no_trunk_cache", "small_shards")
 ROOT = Path(__file__).parents[1]
 CROSS: dict[str, Any] = {"tune_post_decoder": True}
 SELF_CROSS: dict[str, Any] = {"tune_post_decoder": True, "post_decoder": {"attention": "self_cross"}}
-SMALL = 40_000
+SMALL = 40_000, 200  # bytes of a shard, positions of a batch
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six shards instead of one, and more than one batch in most of them."""
-    monkeypatch.setattr(plan, "SHARD_BYTES", SMALL)
-    monkeypatch.setattr(plan, "BATCH_POSITIONS", 200)
+    for name, value in zip(("SHARD_BYTES", "BATCH_POSITIONS"), SMALL, strict=True):
+        monkeypatch.setattr(plan, name, value)
 
 
 def prepared(keys: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Plan, list[Item], Collator]:
@@ -290,44 +290,14 @@ def test_what_does_not_matter_is_not_part_of_the_key(base: Path, world: Path, tm
 
 # --- kills, broken files, several processes
 
-FILL = f"""
-import json, os, signal, sys
-from relook.recipe import build_recipe
-from relook.train import cache, plan, shards
-from relook.train.run import train
-
-plan.SHARD_BYTES, plan.BATCH_POSITIONS = {SMALL}, 200
-whole = shards.Path.write_bytes
-
-def cut_off(path, data):
-    if path.name.startswith(sys.argv[2]):
-        whole(path, data[:1000])
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(path, data)
-
-if sys.argv[2]:
-    shards.Path.write_bytes = cut_off
-train(build_recipe(json.loads(sys.argv[1])))
-"""
-
-
-def fill_in_a_process(tmp_path: Path, keys: dict[str, Any], cut: str, *before: str) -> subprocess.CompletedProcess[str]:
-    """Train in a process that is killed while it writes the shard `cut`."""
-    script = tmp_path / "fill.py"
-    script.write_text(FILL)
-    values = json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in keys.items()})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, *before, str(script), values, cut]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
 
 def test_a_killed_pass_ends_in_the_same_files(
     base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared(of_dpo(base, world, tmp_path / "whole" / "run", **CROSS))
     keys = of_dpo(base, world, tmp_path / "killed" / "run", **CROSS)
-    killed = fill_in_a_process(tmp_path, keys, ".features-00004")  # of six
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = forked(fill_cache, keys, *SMALL, ".features-00004")  # of six
+    assert killed.codes == [-signal.SIGKILL], killed.stderr
     left = contents(tmp_path / "killed" / "trunk_cache")
     states = [name for name in left if "/states-" in name]
     assert len(states) == 5
@@ -366,17 +336,34 @@ def test_a_broken_shard_is_noticed_and_computed_again(
 
 
 def test_two_processes_fill_one_cache(base: Path, world: Path, tmp_path: Path) -> None:
-    """torchrun over gloo; the weights are those of one process with twice the batch."""
+    """Over gloo; the weights are those of one process with twice the batch."""
     keys = of_dpo(base, world, tmp_path / "two" / "run", **CROSS, optim="sgd", max_steps=2)
-    before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = fill_in_a_process(tmp_path, keys | {"per_device_train_batch_size": 2}, "", *before)
-    assert done.returncode == 0, done.stderr
+    done = forked(fill_cache, keys | {"per_device_train_batch_size": 2}, *SMALL, count=2)
+    assert done.codes == [0, 0], done.stderr
     assert done.stderr.count("trunk states: 24") == 0  # neither did it alone
     one = train(build_recipe(of_dpo(base, world, tmp_path / "one" / "run", **CROSS, optim="sgd", max_steps=2)))
     assert contents(tmp_path / "two" / "trunk_cache") == contents(tmp_path / "one" / "trunk_cache")
     found = load_file(tmp_path / "two" / "run" / TENSORS_FILE)
     for name, tensor in load_file(one / TENSORS_FILE).items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_missing_is_divided_not_what_there_is(
+    rank: int, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three shards are gone whose numbers are all odd: the first of two processes makes two of them, the other one."""
+    keys = of_dpo(base, world, tmp_path / "run", **CROSS)
+    prepared(keys)
+    gone = [path for number in (1, 3, 5) for path in (tmp_path / "trunk_cache").rglob(f"states-0000{number}-*")]
+    assert len(gone) == 3
+    for path in gone:
+        path.unlink()
+    monkeypatch.setattr(cache.processes, "shared", lambda values, make, what: make(values))
+    monkeypatch.setattr(cache.processes, "mine", lambda values: values[rank::2])
+    with pytest.raises(RelookError, match=rf"lacks {(1, 2)[rank]} shards that other processes made"):
+        prepared(keys)
+    assert [path.exists() for path in gone] == [[True, False, True], [False, True, False]][rank]
 
 
 def test_shards_that_other_processes_should_have_made(tmp_path: Path) -> None:

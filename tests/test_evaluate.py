@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import forked
+from several import command
 from tiny import save_tiny
 
 from relook import load_model
@@ -24,6 +23,7 @@ from relook.errors import DataError, RecipeError
 from relook.evaluate import answer as answering
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
+from relook.evaluate.benchmarks import score_command
 from relook.evaluate.compare import compare, differing_answers
 from relook.evaluate.pope import SPLITS, match, official_parse, read_questions
 from relook.evaluate.run import evaluate_model, keep
@@ -298,7 +298,7 @@ def test_sampling_is_repeatable_and_leaves_torchs_generator_alone(base: Path, wo
 
 
 def test_processes_that_share_an_evaluation_lose_no_row(finished: Path, world: Path, tmp_path: Path) -> None:
-    """torchrun over gloo; the images do not divide, and a part is left of a killed run of more processes."""
+    """Over gloo; the images do not divide, and a part is left of a killed run of more processes."""
     out, part = tmp_path / "out", tmp_path / "out" / "chair.3.jsonl"
     out.mkdir()
     shutil.copy(finished / "eval.json", out)
@@ -310,16 +310,9 @@ def test_processes_that_share_an_evaluation_lose_no_row(finished: Path, world: P
     (data / "chair_images.txt").write_text("\n".join(names))
     settings = read_json(out / "eval.json") | {"data": str(data.resolve())}
     write_json(out / "eval.json", settings)
-    before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "relook"]
     keys = ["--model", shipped_base(), "--data", data, "--out", out, "--max-new-tokens", 40, "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, *before, "eval", "pope", "chair", *map(str, keys)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr
+    done = forked(command, "eval", "pope", "chair", *map(str, keys), count=2)
+    assert done.codes == [0, 0], done.stderr
     assert json.loads(done.stdout) == {name: read_json(out / f"{name}.json") for name in ("pope", "chair")}
     # Five images, one of them answered already; of the other four two are the first process's, which alone speaks.
     assert done.stderr.count("descriptions for CHAIR: 2 in") == 1
@@ -412,8 +405,8 @@ def test_scores_of_an_answer_file(tmp_path: Path) -> None:
     assert {key: result[key] for key in ("tp", "fn", "tn", "fp", "n")} == {"tp": 2, "fn": 1, "tn": 3, "fp": 1, "n": 7}
     expected = {"accuracy": 5 / 7, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 7}
     assert {key: result[key] for key in expected} == pytest.approx(expected)
-    with pytest.raises(RecipeError, match=r"does not know 'mme'.*pope, chair"):
-        score_answers("mme", tmp_path / "a.json", Given())
+    with pytest.raises(RecipeError, match=r"no benchmark mme.*pope, chair"):
+        score_command("mme", [tmp_path / "a.json"], Given(), "official", None)
 
 
 # --- two models

@@ -28,7 +28,7 @@ from relook.evaluate.judge import (
     Task,
     fill,
     judge_settings,
-    official_template,
+    prompt_template,
     read_reply,
 )
 
@@ -275,13 +275,13 @@ def test_braces_in_what_is_filled_in_mean_nothing() -> None:
 
 def test_a_prompt_is_read_from_a_program_that_is_not_run(tmp_path: Path) -> None:
     program = tmp_path / "eval.py"
-    assert official_template(program, "template") is None
+    assert prompt_template(program, "template", "own")[0] == "own"
     program.write_text("import nowhere\nother = 3\ntemplate = '''Rate {}\nnow'''\nraise SystemExit(1)\n")
-    assert official_template(program, "template") == "Rate {}\nnow"
+    assert prompt_template(program, "template", "own")[0] == "Rate {}\nnow"
     for odd in ("template = 3", "template = open('x')", "def broken(", ""):
         program.write_text(odd)
         with pytest.raises(DataError, match="assigns no string to template"):
-            official_template(program, "template")
+            prompt_template(program, "template", "own")
 
 
 def test_a_judge_on_the_command_line() -> None:

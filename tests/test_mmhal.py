@@ -130,6 +130,10 @@ def test_files_that_do_not_fit_are_refused(data: Path, tmp_path: Path) -> None:
     write_json(template, [{"question": "What?"}])
     with pytest.raises(DataError, match="record 1 has no question_type, image_src"):
         mmhal.questions(data)
+    for nothing in ("", "[]"):
+        template.write_text(nothing)
+        with pytest.raises(DataError, match=r"response_template\.json is empty.*Shengcao1006/MMHal-Bench"):
+            mmhal.questions(data)
     template.unlink()
     with pytest.raises(DataError, match=r"response_template\.json does not exist.*Shengcao1006/MMHal-Bench"):
         mmhal.questions(data)

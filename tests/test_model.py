@@ -200,10 +200,10 @@ def test_every_parameter_of_every_block_counts(settings: dict[str, Any]) -> None
 @torch.no_grad()
 def test_flat_states_equal_padded_ones() -> None:
     """`Layout`: only attention needs the padded batch, and padding changes nothing."""
-    decoder = tiny_relook(depth=2).model.post_decoder
-    features = torch.randn(3, 36, 128)
+    decoder = tiny_relook(depth=2).model.post_decoder.double()
+    features = torch.randn(3, 36, 128, dtype=torch.float64)
     context = decoder.look(features, [1, 2])
-    padded = torch.randn(2, 5, 128)
+    padded = torch.randn(2, 5, 128, dtype=torch.float64)
     row, slot = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 2, 0, 1, 4])
     flat = decoder(padded[row, slot], context, layout=Layout(row, slot, (2, 5)))
     torch.testing.assert_close(flat, decoder(padded, context)[row, slot])

@@ -10,16 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from forked import forked
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from several import train_all
 from test_train import Bench, log_of
 from tiny import dpo_keys, scramble, sft_keys
 
+from relook import processes
 from relook.errors import RecipeError, RelookError
 from relook.files import write_json
 from relook.model import sharded
@@ -124,13 +128,17 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     names: list[str], keys_of: Callable[..., Keys], tmp_path: Path
 ) -> None:
     """And the last of their runs, which is killed, goes on to the weights of one that was not."""
+
+    def both(runs: list[Keys]) -> Any:
+        return torchrun(runs) if "live" in names else forked(train_all, runs, count=2)
+
     ways = {name: WAYS[name] for name in names}
     ones = {name: train(build_recipe(keys_of(f"one {name}", keys))) for name, keys in ways.items()}
     ones["best"] = train(build_recipe(keys_of("one best", BEST, max_steps=3)))
     runs = [keys_of(f"ddp {name}", keys, per_device_train_batch_size=2) for name, keys in ways.items()]
     runs += [keys_of(f"fsdp {name}", keys, per_device_train_batch_size=2, fsdp=True) for name, keys in ways.items()]
     runs.append(keys_of("fsdp best", BEST, max_steps=3, per_device_train_batch_size=2, fsdp=True))
-    done = torchrun([*runs, keys_of("whole", KILLED, fsdp=True), keys_of("killed", KILLED, fsdp=True, kill=5)])
+    done = both([*runs, keys_of("whole", KILLED, fsdp=True), keys_of("killed", KILLED, fsdp=True, kill=5)])
     checkpoints = tmp_path / "killed" / "run" / "checkpoints"
     assert checkpoints.exists(), done.stderr
     whole = {path.name: (path / COMPLETE).exists() for path in checkpoints.iterdir()}
@@ -145,8 +153,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(
         first, second = notes(tmp_path / f"ddp {name}" / "run", "images")
         assert any(a != b for a, b in zip(first, second, strict=True))  # else the mix shows nothing
 
-    done = torchrun([keys_of("killed", KILLED, fsdp=True)])
-    assert done.returncode == 0, done.stderr
+    done = both([keys_of("killed", KILLED, fsdp=True)])
+    assert (tmp_path / "killed" / "run" / "run.json").exists(), done.stderr
     same_bytes(tmp_path)
 
 
@@ -329,6 +337,28 @@ def test_the_old_checkpoint_goes_when_the_new_one_is_whole(
         train(recipe)
     assert seen == [{"checkpoint-1"}, {"checkpoint-1", "checkpoint-2"}, {"checkpoint-2", "checkpoint-3"}]
     assert {path.name for path in folder.iterdir()} == {"checkpoint-2"}
+
+
+def test_a_process_that_fails_leaves_the_checkpoint_to_the_others(
+    keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be writing into it. The same command goes on from the one before."""
+    recipe, several = saving(keys_of, "run"), SimpleNamespace(**vars(processes))
+    several.count, several.wait = lambda: 2, lambda what: None
+    folder = Path(recipe.output_dir) / "checkpoints"
+
+    def failing(self: Any, output_dir: str) -> None:
+        if output_dir.endswith("-2"):
+            raise OSError("the disk failed")
+
+    monkeypatch.setattr(trainer, "processes", several)
+    monkeypatch.setattr(trainer.RelookTrainer, "_save_rng_state", failing)
+    with pytest.raises(OSError, match="the disk failed"):
+        train(recipe)
+    left = {path.name: (path / COMPLETE).exists() for path in folder.iterdir()}
+    assert left == {"checkpoint-1": True, "checkpoint-2": False}
+    assert trainer.last_checkpoint(folder) == str(folder / "checkpoint-1")
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
 
 
 def test_the_part_held_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:

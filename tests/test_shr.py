@@ -156,6 +156,9 @@ def test_odd_image_lists_are_refused(data: Path) -> None:
         write_json(data / "shr" / "val_images_final.json", [{"image_id": i} for i in ids])
         with pytest.raises(DataError, match=message):
             shr.questions(data)
+    (data / "shr" / "val_images_final.json").write_text("[]")
+    with pytest.raises(DataError, match=r"val_images_final.json is empty.*juliozhao/SHR"):
+        shr.questions(data)
 
 
 def rescore(data: Path | None, answers: list[Path], judge: JudgeSettings | None) -> dict[str, Any]:

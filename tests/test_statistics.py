@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relook.evaluate.statistics import holm, mcnemar, paired_interval, ratio_interval, right_alone
+from relook.evaluate.statistics import by_image, holm, mcnemar, paired_interval, ratio_interval, right_alone
 
 
 def test_interval_of_a_mean_is_the_normal_one() -> None:
@@ -30,6 +30,13 @@ def test_interval_of_a_ratio_is_the_delta_methods() -> None:
     half = 1.96 * np.sqrt(((y - ratio * x) ** 2).sum()) / x.sum()
     low, high = ratio_interval(y.tolist(), x.tolist(), seed=1)
     assert (low, high) == (pytest.approx(ratio - half, abs=half / 6), pytest.approx(ratio + half, abs=half / 6))
+
+
+def test_rows_are_summed_over_their_images() -> None:
+    rows = [("b", 1, 2), ("a", 3, 4), ("b", 5, 6)]
+    assert by_image(rows) == ([6, 3], [8, 4])
+    assert by_image(rows, ["c", "a"]) == ([0, 3, 6], [0, 4, 8])
+    assert by_image([]) == ([], [])
 
 
 def test_interval_of_two_images_by_enumeration() -> None:

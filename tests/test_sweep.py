@@ -112,6 +112,24 @@ def test_mistakes_are_found_before_anything_runs(
         sweep.run_sweep(keys_of(world, tmp_path / "out", **keys))
 
 
+def test_what_a_row_reads_must_be_there(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of SFT its images, too; of parquet pairs the image folder is where they are written."""
+    monkeypatch.setattr(CachedPope, "evaluate", lambda *_: pytest.fail("asked"))
+    common = {
+        "recipe": "toyworld-base",
+        "model_name_or_path": shipped_base(),
+        "data": world / "test",
+        "image_folder": tmp_path / "lost",
+    }
+    data = world / "llava" / "toyworld_mix.json"
+    with pytest.raises(RecipeError, match=r"image_folder .*lost of run does not exist"):
+        sweep.run_sweep({**common, "data_path": data, "output_dir": tmp_path / "sft"})
+    values = {**keys_of(world, tmp_path / "pairs"), "image_folder": tmp_path / "new", "pairs_path": tmp_path}
+    for key in ("vg_path", "desc_data_path", "pope_data_path"):
+        del values[key]
+    sweep.take(build_sweep(values), values)
+
+
 def test_a_folder_of_something_else_is_refused(world: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RecipeError, match="something else"):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import forked
 from peft import PeftModel
 from safetensors.torch import load_file
+from several import train_all
 from tiny import dpo_keys, sft_keys, tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -571,38 +570,15 @@ def test_text_only_conversations_train_beside_others(base: Path, world: Path, tm
 
 # --- kills
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from relook.recipe import build_recipe
-from relook.train import trainer
-from relook.train.run import train
-
-whole = trainer.save_trained
-
-def cut_off(model, path, *rest):
-    whole(model, path, *rest)
-    if path.parent.name == "checkpoint-3":
-        path.write_bytes(path.read_bytes()[:1000])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-trainer.save_trained = cut_off
-train(build_recipe(json.loads(sys.argv[1])))
-"""
-
 
 def test_a_killed_run_goes_on_to_the_same_weights(base: Path, world: Path, tmp_path: Path) -> None:
     """Killed in the middle of writing its third checkpoint, with dropout, momentum and a schedule to be restored."""
     keys = {"tune_post_decoder": True, "lora_enable": True, "lora_r": 4, "lora_dropout": 0.2, "nll_weight": 0.1,
             "save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "cosine"}  # fmt: skip
     out = tmp_path / "run"
-    values = {key: str(v) if isinstance(v, Path) else v for key, v in dpo_keys(base, world, out, **keys).items()}
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", KILLED, json.dumps(values)]
-    # Two processes must add up numbers in the same order to agree bit for bit.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, cwd=root, env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    values = dpo_keys(base, world, out, **keys)
+    killed = forked(train_all, [{**values, "kill": 3}])
+    assert killed.codes == [-signal.SIGKILL], killed.stderr
     checkpoints = {p.name: (p / COMPLETE).exists() for p in (out / "checkpoints").iterdir()}
     assert checkpoints == {"checkpoint-1": True, "checkpoint-2": True, "checkpoint-3": False}
     shutil.copytree(out, tmp_path / "copy")

@@ -146,7 +146,7 @@ def test_what_cannot_be_compared(pair: tuple[Path, Path], data: Path, tmp_path: 
         write_comparison(first, second)
     for name in ("pope.json", "chair.json"):
         (second / name).unlink()
-    with pytest.raises(RecipeError, match="no finished benchmark in common"):
+    with pytest.raises(RecipeError, match=r"no finished benchmark in common.*pope, chair, shr, amber, mmhal in both"):
         write_comparison(first, second)
     assert not (tmp_path / "first-second").exists()
     (tmp_path / "notes").mkdir()
@@ -163,3 +163,24 @@ def test_one_benchmark_in_common_is_enough(pair: tuple[Path, Path], data: Path, 
     found = json.loads((tmp_path / "page" / "comparison.json").read_text())
     assert found["paired"].keys() == {"chair"}
     assert "POPE" not in page.read_text()
+
+
+def test_benchmarks_without_a_paired_test_stand_side_by_side(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder, score, f1 in zip(pair, (2.5, 3.25), (0.5, 0.75), strict=True):
+        for name in ("pope", "chair"):
+            (folder / f"{name}.json").unlink()
+        about = {"provenance": {"image_list": "a"}}
+        judge = {"model": f"judge of {folder.name}", "prompt_hash": "b", "replies": 4}
+        rating = {"score": score, "score_ci": [1, 4], "by_type": {"other": 1.0}, "judge": judge, "n": 4}
+        write_json(folder / "mmhal.json", rating | about)
+        write_json(folder / "amber.json", {"discriminative": {"f1": f1, "f1_ci": [0.25, 1], "n": 2}, **about})
+    page = write_comparison(*pair)
+    assert read_json(page.with_name("comparison.json"))["paired"] == {}
+    text = page.read_text()
+    for row in (
+        "<td>score</td><td>2.5 <small>[1.0, 4.0]</small></td><td>3.2 <small>[1.0, 4.0]</small></td>",
+        "<td>discriminative, f1</td><td>50.0 <small>[25.0, 100.0]</small></td><td>75.0 <small>",
+        "<td>mmhal: judge model</td><td><b>judge of first</b></td><td><b>judge of second</b></td>",
+        "<td>mmhal: image_list</td><td>a</td><td>a</td>",
+    ):
+        assert row in text

@@ -17,8 +17,8 @@ from typing import Any
 from relook.data.samples import Question
 from relook.errors import DataError, some
 from relook.evaluate.chair import plural
-from relook.evaluate.statistics import Interval, paired_interval, ratio, ratio_interval
-from relook.files import file_hash, read_object, read_records, read_text
+from relook.evaluate.statistics import Columns, Interval, by_image, paired_interval, ratio, ratio_interval
+from relook.files import file_hash, read_object, read_text, some_records
 
 SOURCE = "It comes from github.com/junyangwang0410/AMBER; see docs/shr-amber-mmhal.md."
 PARSER = "first word"
@@ -91,13 +91,13 @@ def questions(data: Path) -> tuple[list[Question], list[Question]]:
     """The generative and the discriminative questions of `query/query_all.json`, with images in `data/amber/image`.
 
     Raises:
-        DataError: a file is missing, a record lacks a field, or a question has no annotation.
+        DataError: a file is missing or empty, a record lacks a field, or a question has no annotation.
     """
     path, annotations = place(data, "query/query_all.json"), read_annotations(data)
     try:
         found = [
             Question(str(record["id"]), data / "amber" / "image" / str(record["image"]), str(record["query"]))
-            for record in read_records(path)
+            for record in some_records(path, SOURCE)
         ]
     except KeyError as error:
         raise DataError(f"{path} has a record without {error}.", SOURCE) from None
@@ -113,7 +113,7 @@ def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
     """What is true of each question, by its id."""
     path = place(data, "annotations.json")
     try:
-        entries = {str(record["id"]): record for record in read_records(path)}
+        entries = {str(record["id"]): record for record in some_records(path, SOURCE)}
         for entry in entries.values():
             needed = ("truth", "hallu") if entry["type"] == GENERATIVE else ("truth",)
             for key in needed:
@@ -230,7 +230,7 @@ def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequen
     hits = [said == "no" and truth for _, _, truth, said in answers]
     precision = ratio(sum(hits), sum(said == "no" for *_, said in answers))
     recall = ratio(sum(hits), sum(truth for _, _, truth, _ in answers))
-    per_image = _per_image([(a[0], [int(r), 1]) for a, r in zip(answers, right, strict=True)], images)
+    per_image = by_image(((a[0], int(r), 1) for a, r in zip(answers, right, strict=True)), images)
     return {
         "accuracy": ratio(sum(right), len(right)),
         "accuracy_ci": ratio_interval(*per_image),
@@ -243,28 +243,17 @@ def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequen
     }
 
 
-Columns = tuple[list[float], list[float]]
-
-
 def _f1_counts(answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]) -> Columns:
     """F1 as one ratio: twice the hits / (said "no" + true "no"), by image."""
-    rows = [(image, [2 * (said == "no" and truth), (said == "no") + truth]) for image, _, truth, said in answers]
-    return _per_image(rows, images)
-
-
-def _per_image(rows: Sequence[tuple[str, Sequence[float]]], images: Sequence[str]) -> Columns:
-    sums = {image: [0.0, 0.0] for image in images}
-    for image, (top, bottom) in rows:
-        sums[image][0] += top
-        sums[image][1] += bottom
-    return [top for top, _ in sums.values()], [bottom for _, bottom in sums.values()]
+    rows = ((image, 2 * (said == "no" and truth), (said == "no") + truth) for image, _, truth, said in answers)
+    return by_image(rows, images)
 
 
 def _f1_minus_chair(
     made: Mapping[str, Made], answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]
 ) -> Interval:
     """The interval of F1 - CHAIR, each resample taking the same images for both."""
-    chair = _per_image([(image, [m.made_up, m.nouns]) for image, m in made.items()], images)
+    chair = by_image(((image, m.made_up, m.nouns) for image, m in made.items()), images)
     return paired_interval(chair, _f1_counts(answers, images))
 
 

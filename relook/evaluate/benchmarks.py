@@ -16,7 +16,7 @@ from relook.data.samples import Question
 from relook.errors import DataError, RecipeError, some
 from relook.evaluate import amber, mmhal, shr
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
-from relook.evaluate.pope import SPLITS
+from relook.evaluate.pope import LONGEST_ANSWER, SPLITS
 from relook.evaluate.provenance import provenance
 from relook.evaluate.score import (
     RESULTS,
@@ -218,7 +218,13 @@ def _amber_questions(data: Path) -> Asked:
 
 def _score_amber(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
     result = amber.score(data, [q for stem in answers for q in asked[stem]], AMBER.texts(answers))
-    return result | _from(place, asked, answers)
+    about = _from(place, asked, answers)
+    generation = about["provenance"].get("generation", {})
+    if longest := generation.get("max_new_tokens"):  # as `relook eval` asks: questions for a word less than others
+        generation["max_new_tokens"] = {
+            stem: min(longest, LONGEST_ANSWER) if stem in AMBER.yes_or_no else longest for stem in answers
+        }
+    return result | about
 
 
 def _score_mmhal(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:

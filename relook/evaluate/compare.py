@@ -13,7 +13,7 @@ from relook.evaluate import pope
 from relook.evaluate.chair import ChairScore, mentions, vocabulary_of
 from relook.evaluate.pope import SPLITS, PopeRow
 from relook.evaluate.score import COMPARED, chair_counts, data_truth, pope_questions, read_descriptions
-from relook.evaluate.statistics import Ratio, columns, mcnemar, paired_interval, right_alone
+from relook.evaluate.statistics import Ratio, columns, mcnemar, paired_interval, ratio, right_alone
 
 
 def compare(data: Path, first: Path, second: Path, benchmarks: Sequence[str] = COMPARED) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _compare_chair(sides: Sequence[Sequence[ChairScore]]) -> dict[str, Any]:
 
 def _difference(first: Sequence[Ratio], second: Sequence[Ratio]) -> dict[str, Any]:
     pooled = [columns([pair for run in side for pair in run]) for side in (first, second)]
-    ratios = [sum(top) / sum(bottom) if sum(bottom) else 0.0 for top, bottom in pooled]
+    ratios = [ratio(sum(top), sum(bottom)) for top, bottom in pooled]
     return {"difference": ratios[1] - ratios[0], "ci": paired_interval(pooled[0], pooled[1])}
 
 

@@ -302,23 +302,29 @@ def _short(error: Exception) -> str:
     return "".join(c for c in " ".join(str(error).split())[:200] if c.isprintable()).rstrip(".")
 
 
-def official_template(program: Path, name: str) -> str | None:
-    """A benchmark's own prompt, from its program where that lies in the data folder: the string assigned to `name`.
+def prompt_template(program: Path, name: str, own: str) -> tuple[str, dict[str, str]]:
+    """A benchmark's prompt, and what results say of it: the official one where its program lies in the data folder.
 
-    The program is read, never run.
+    Args:
+        program: is read, never run: the prompt is the string assigned to `name`.
+        own: relook's prompt, where there is no program.
 
     Raises:
         DataError: the file is there, and is no Python or has no such string.
     """
-    if not program.exists():
-        return None
+    official = program.exists()
+    template = _assigned(program, name) if official else own
+    return template, {"prompt": "official" if official else "relook", "prompt_hash": text_hash(template)}
+
+
+def _assigned(program: Path, name: str) -> str:
     try:
         for node in ast.parse(read_text(program)).body:
             if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
                 value = ast.literal_eval(node.value)
                 if isinstance(value, str):
                     return value
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError):
         pass
     raise DataError(f"{program} assigns no string to {name}.", "Take the benchmark's own file, or remove this one.")
 

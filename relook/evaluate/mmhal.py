@@ -12,9 +12,9 @@ from typing import Any
 
 from relook.data.samples import Question
 from relook.errors import DataError
-from relook.evaluate.judge import Judge, Task, fill, official_template
-from relook.evaluate.statistics import ratio_interval
-from relook.files import read_records, text_hash
+from relook.evaluate.judge import Judge, Task, fill, prompt_template
+from relook.evaluate.statistics import Interval, by_image, mean, ratio_interval
+from relook.files import read_records, some_records
 
 SOURCE = "It comes with Shengcao1006/MMHal-Bench on Hugging Face; see docs/shr-amber-mmhal.md."
 FIELDS = ("question_type", "image_src", "image_content", "question", "gt_answer")
@@ -50,9 +50,7 @@ def read_entries(data: Path) -> list[dict[str, Any]]:
         DataError: the file is missing, empty, or a record lacks a field.
     """
     path = data / "mmhal" / "response_template.json"
-    if not path.exists():
-        raise DataError(f"{path} does not exist.", SOURCE)
-    records = read_records(path)
+    records = some_records(path, SOURCE)
     for number, record in enumerate(records, 1):
         missing = [key for key in FIELDS if key not in record]
         if missing:
@@ -89,8 +87,7 @@ def score(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any
     Args:
         answers: by question id.
     """
-    official = official_template(data / "mmhal" / "eval_gpt4.py", "template")
-    template = official or TEMPLATE
+    template, prompt = prompt_template(data / "mmhal" / "eval_gpt4.py", "template", TEMPLATE)
     entries = {str(number): entry for number, entry in enumerate(read_entries(data))}
     judged = judge.ask([_task(template, entries[i], text) for i, text in answers.items()], REQUEST, "MMHal judge")
     rated = [(entries[i], r) for i, r in zip(answers, judged.verdicts, strict=True) if r is not None]
@@ -98,18 +95,14 @@ def score(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any
     by_kind = {kind: [r for entry, r in rated if str(entry["question_type"]) == kind] for kind in kinds}
     false = [(entry, int(r < HALLUCINATED_BELOW)) for entry, r in rated]
     return {
-        "score": _mean([r for _, r in rated]),
+        "score": mean([r for _, r in rated]),
         "score_ci": _interval(rated),
-        "hallucination_rate": _mean([f for _, f in false]),
+        "hallucination_rate": mean([f for _, f in false]),
         "hallucination_rate_ci": _interval(false),
-        "by_type": {kind: _mean(ratings) for kind, ratings in by_kind.items()},
+        "by_type": {kind: mean(ratings) for kind, ratings in by_kind.items()},
         "not_judged": len(answers) - len(rated),
         "n": len(answers),
-        "judge": {
-            **judged.to_json(),
-            "prompt": "official" if official else "relook",
-            "prompt_hash": text_hash(template),
-        },
+        "judge": {**judged.to_json(), **prompt},
     }
 
 
@@ -118,14 +111,5 @@ def _task(template: str, entry: Mapping[str, Any], answer: str) -> Task[int]:
     return Task(fill(template, content, str(entry["question"]), str(entry["gt_answer"]), answer), read_rating)
 
 
-def _interval(rows: Sequence[tuple[Mapping[str, Any], int]]) -> list[float]:
-    sums: dict[str, list[int]] = {}
-    for entry, value in rows:
-        image = sums.setdefault(str(entry["image_src"]), [0, 0])
-        image[0] += value
-        image[1] += 1
-    return ratio_interval([total for total, _ in sums.values()], [count for _, count in sums.values()])
-
-
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _interval(rows: Sequence[tuple[Mapping[str, Any], int]]) -> Interval:
+    return ratio_interval(*by_image((str(entry["image_src"]), value, 1) for entry, value in rows))

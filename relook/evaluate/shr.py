@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from relook.data.samples import Question
 from relook.data.vg import read_image_paths, read_regions, read_sizes
 from relook.errors import DataError, some
 from relook.evaluate.chair import Vocabulary, mentions
-from relook.evaluate.judge import Judge, Judged, Task, fill, official_template
-from relook.evaluate.statistics import ratio, ratio_interval
-from relook.files import read_object, read_records, read_text, text_hash
+from relook.evaluate.judge import Judge, Judged, Task, fill, prompt_template
+from relook.evaluate.statistics import mean, ratio, ratio_interval
+from relook.files import read_object, read_records, read_text, some_records
 
 PROMPT = "Describe this image in detail."
 HALLUCINATION, CORRECT, CANNOT_JUDGE = "hallucination", "correct", "cannot judge"
@@ -67,18 +68,18 @@ def questions(data: Path) -> list[Question]:
     """One question an image of `data/shr/val_images_final.json`; the images are Visual Genome's, below `data/vg`.
 
     Raises:
-        DataError: a file is missing, an image is listed twice or is not Visual Genome's.
+        DataError: a file is missing, the list is empty, an image is listed twice or is not Visual Genome's.
     """
-    for name in (IMAGES, *FACTS):
+    for name in FACTS:
         if not (data / "shr" / name).exists():
             raise DataError(f"{data / 'shr' / name} does not exist.", SOURCE)
     try:
-        ids = [str(record["image_id"]) for record in read_records(data / "shr" / IMAGES)]
+        ids = [str(record["image_id"]) for record in some_records(data / "shr" / IMAGES, SOURCE)]
     except KeyError:
         raise DataError(f"{data / 'shr' / IMAGES} has a record without image_id.", "Give SHR's own file.") from None
     paths = read_image_paths(data / "vg")
     faults = {
-        "lists images twice": [i for i in dict.fromkeys(ids) if ids.count(i) > 1],
+        "lists images twice": [i for i, count in Counter(ids).items() if count > 1],
         "lists images that data/vg/image_data.json has not": [i for i in ids if i not in paths],
     }
     for what, found in faults.items():
@@ -137,13 +138,11 @@ class KnowledgeJudge:
     data: Path
 
     def label(self, described: Sequence[Described]) -> Judged[Labels]:
-        official = official_template(self.data / "shr" / "gpt_utils.py", "GPT_JUDGE_PROMPT")
-        template = official or TEMPLATE
+        template, prompt = prompt_template(self.data / "shr" / "gpt_utils.py", "GPT_JUDGE_PROMPT", TEMPLATE)
         knowledge = read_knowledge(self.data, [one.image for one in described])
         judged = self.judge.ask(
             [_task(template, one, *knowledge[one.image]) for one in described], REQUEST, "SHR judge"
         )
-        prompt = {"prompt": "official" if official else "relook", "prompt_hash": text_hash(template)}
         return Judged(judged.verdicts, judged.about | prompt, judged.unjudged)
 
 
@@ -242,7 +241,7 @@ def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> d
         "hal_words_per_image": ratio(total["hal_words"], whole),
         "sents_per_image": ratio(total["sents"], images),
         "words_per_image": ratio(total["words"], images),
-        **{f"distinct_{n}": _mean([share for share in shares if share is not None]) for n, shares in grams.items()},
+        **{f"distinct_{n}": mean(shares) for n, shares in grams.items()},
         "sentences": total["sents"],
         "cannot_judge": total["open"],
         "not_judged": total["sents"] - total["judged_sents"],
@@ -267,7 +266,3 @@ def _counts(one: Described, labels: Labels | None) -> tuple[int, ...]:
         sum(w for w, f in zip(words, false, strict=False) if f),
         sum(label == CANNOT_JUDGE for label in labels or ()),
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return ratio(sum(values), len(values))

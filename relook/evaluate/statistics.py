@@ -6,7 +6,7 @@ Rows of one image depend on each other (POPE asks six questions on each), so ima
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +17,7 @@ LEVELS = (2.5, 97.5)  # percentiles of a 95 % interval
 Interval = list[float]  # low, high: a list, because results are JSON
 Floats = NDArray[np.float64]
 Ratio = Sequence[tuple[int, int]]  # a rate's (numerator, denominator), one per image
+Columns = tuple[list[int], list[int]]  # the same as (numerators, denominators)
 
 
 def ratio(part: float, whole: float) -> float:
@@ -24,9 +25,27 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def columns(ratio: Ratio) -> tuple[list[int], list[int]]:
+def mean(values: Sequence[float]) -> float:
+    """Of numbers; 0 of none."""
+    return ratio(sum(values), len(values))
+
+
+def columns(ratio: Ratio) -> Columns:
     """Numerators and denominators."""
     return [top for top, _ in ratio], [bottom for _, bottom in ratio]
+
+
+def by_image(rows: Iterable[tuple[str, int, int]], images: Iterable[str] = ()) -> Columns:
+    """Numerators and denominators of rows (image, numerator, denominator), summed over each image.
+
+    Args:
+        images: come first and in this order; one without rows has 0 of 0.
+    """
+    sums = dict.fromkeys(images, (0, 0))
+    for image, top, bottom in rows:
+        tops, bottoms = sums.get(image, (0, 0))
+        sums[image] = tops + top, bottoms + bottom
+    return columns(list(sums.values()))
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:

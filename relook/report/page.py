@@ -17,7 +17,7 @@ from relook.evaluate.score import annotation_file
 from relook.files import read_json, write_text
 from relook.model.load import load_model
 from relook.report.attention import attention_before
-from relook.report.parts import document, marked, percent, table
+from relook.report.parts import card, described, document, percent, table
 from relook.report.plots import curves
 
 PICTURES = 12
@@ -92,14 +92,13 @@ def gallery(out: Path, data: Path, runs: Sequence[str]) -> str:
         path = data / "val2014" / image
         maps = attention_before(looking, path, CHAIR_PROMPT, text, [mention.start for mention in wrong])
         there = annotations.objects[image]
-        lines = [f"<p><b>there is</b>{html.escape(', '.join(sorted(there)))}</p>"]
-        lines += [f"<p><b>{name}</b>{marked(said[name][image], there, vocabulary)}</p>" for name in said]
+        lines = described(there, [(name, texts[image]) for name, texts in said.items()], vocabulary)
         figures = "".join(
             f"<figure>{picture(path, grid)}<figcaption>before “{html.escape(text[m.start : m.end])}”</figcaption>"
             "</figure>"
             for m, grid in zip(wrong, maps, strict=False)
         )
-        cards.append(f"<div class=card>{picture(path)}<div>{''.join(lines)}<div class=maps>{figures}</div></div></div>")
+        cards.append(card(picture(path), f"{lines}<div class=maps>{figures}</div>"))
         if len(cards) == PICTURES:
             break
     return "".join(cards)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from relook.data.images import open_image
@@ -68,6 +68,18 @@ def marked(text: str, there: Collection[str], vocabulary: Vocabulary) -> str:
             ]
             last = mention.end
     return "".join(parts) + html.escape(text[last:])
+
+
+def card(picture: str, content: str) -> str:
+    """A picture and what is said of it, both HTML, side by side."""
+    return f"<div class=card><div>{picture}</div><div>{content}</div></div>"
+
+
+def described(there: Collection[str], captions: Iterable[tuple[str, str]], vocabulary: Vocabulary) -> str:
+    """What is on a picture, and what each model, by name, says of it, words for absent objects marked, as HTML."""
+    lines = [("there is", html.escape(", ".join(sorted(there))))]
+    lines += [(html.escape(name), marked(text, there, vocabulary)) for name, text in captions]
+    return "".join(f"<p><b>{name}</b>{line}</p>" for name, line in lines)
 
 
 def thumbnail(path: Path) -> str:

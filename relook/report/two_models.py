@@ -9,17 +9,19 @@ from typing import Any
 
 from relook.data.coco import read_coco
 from relook.errors import RecipeError
+from relook.evaluate.benchmarks import BENCHMARKS
 from relook.evaluate.chair import vocabulary_of
 from relook.evaluate.compare import compare, differing_answers, differing_captions
 from relook.evaluate.pope import SPLITS
 from relook.evaluate.score import RESULTS, annotation_file, data_of
-from relook.files import takes, write_json, write_text
-from relook.report.parts import document, marked, number, percent, table, thumbnail
+from relook.files import read_object, takes, write_json, write_text
+from relook.report.parts import card, described, document, number, percent, table, thumbnail
 
 RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
 LONGEST = 2000  # characters of an answer that are shown
 RATES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio"}
+RATINGS = ("score",)  # rates that are no fractions: MMHal-Bench's mean rating
 CHAIR_RATES = {"chair_i": "CHAIR<sub>i</sub>", "chair_s": "CHAIR<sub>s</sub>", "recall": "recall", "length": "words"}
 NOTE = (
     "Percent; in brackets 95 % intervals from a bootstrap over images, paired for differences, which are bold where 0 "
@@ -45,30 +47,46 @@ def write_comparison(first: Path, second: Path, out: Path | None = None, data: P
     takes(out, RESULTS_FILE, "--out")
     results = collect(first, second, data)
     write_json(out / RESULTS_FILE, results)
-    names = [html.escape(name) for name in results["models"]]
-    sections = [f"<h1>{names[0]} and {names[1]}</h1>", f"<p>{NOTE}</p>"]
+    names, differing = results["models"], results["differing"]
+    title = " and ".join(names)
+    sections = [f"<h1>{html.escape(title)}</h1>", f"<p>{NOTE}</p>"]
     if "pope" in results["paired"]:
-        sections += ["<h2>POPE</h2>", pope_table(results), *pope_cards(results["differing"]["pope"], names, data)]
+        sections += ["<h2>POPE</h2>", pope_table(results), *pope_cards(differing["pope"], names, data)]
     if "chair" in results["paired"]:
-        sections += ["<h2>CHAIR</h2>", chair_table(results), *chair_cards(results["differing"]["chair"], names, data)]
+        sections += ["<h2>CHAIR</h2>", chair_table(results), *chair_cards(differing["chair"], names, data)]
+    for name in results["scores"][0]:
+        if name not in results["paired"]:
+            sections += [f"<h2>{name.upper()}</h2>", "<p>Side by side, not paired.</p>", side_by_side(results, name)]
     sections += ["<h2>Where the numbers come from</h2>", f"<div class=wrap>{provenance_table(results)}</div>"]
-    write_text(out / REPORT_FILE, document(" and ".join(results["models"]), sections))
+    write_text(out / REPORT_FILE, document(title, sections))
     return out / REPORT_FILE
 
 
 def collect(first: Path, second: Path, data: Path) -> dict[str, Any]:
-    """What `comparison.json` says: scores, differences (second - first), and the rows on which the two differ."""
+    """What `comparison.json` says: scores, differences (second - first), and the rows on which the two differ.
+
+    POPE and CHAIR are scored from the answers and paired; of other benchmarks the finished scores are taken.
+    """
     folders = [first, second]
-    both = [name for name in RESULTS if all((folder / f"{name}.json").exists() for folder in folders)]
+    both = [name for name in BENCHMARKS if all((folder / f"{name}.json").exists() for folder in folders)]
     if not both:
-        raise RecipeError(f"{first} and {second} have no finished benchmark in common.", "Finish `relook eval` there.")
+        known = ", ".join(BENCHMARKS)
+        raise RecipeError(
+            f"{first} and {second} have no finished benchmark in common.",
+            f"Finish one of {known} in both, by `relook eval`.",
+        )
     differing = {"pope": differing_answers, "chair": differing_captions}
+    paired = [name for name in both if name in differing]
     return {
         "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
-        "scores": [{name: RESULTS[name](data, folder) for name in both} for folder in folders],
-        "paired": compare(data, first, second, both),
-        "differing": {name: differing[name](data, first, second) for name in both},
+        "scores": [{name: _scores(name, data, folder) for name in both} for folder in folders],
+        "paired": compare(data, first, second, paired),
+        "differing": {name: differing[name](data, first, second) for name in paired},
     }
+
+
+def _scores(name: str, data: Path, folder: Path) -> dict[str, Any]:
+    return RESULTS[name](data, folder) if name in RESULTS else read_object(folder / f"{name}.json")
 
 
 def pope_table(results: Mapping[str, Any]) -> str:
@@ -94,6 +112,25 @@ def chair_table(results: Mapping[str, Any]) -> str:
     return table(cells)
 
 
+def side_by_side(results: Mapping[str, Any], name: str) -> str:
+    """A line per rate with an interval, of a benchmark and its parts."""
+    sides = [_rates(scores[name]) for scores in results["scores"]]
+    cells = [_heads(results)[:3]]
+    for rate in dict.fromkeys(rate for side in sides for rate in side):
+        cells.append([html.escape(rate), *(side.get(rate, "") for side in sides)])
+    return table(cells)
+
+
+def _rates(scores: Mapping[str, Any], part: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in scores.items():
+        if isinstance(value, dict):
+            found |= _rates(value, f"{part}{key}, ")
+        elif f"{key}_ci" in scores:
+            found[part + key] = number(value, scores[f"{key}_ci"], 1 if key in RATINGS else 100)
+    return found
+
+
 def _heads(results: Mapping[str, Any]) -> list[str]:
     return ["", *(html.escape(name) for name in results["models"]), "difference", "p"]
 
@@ -107,6 +144,7 @@ def _difference(found: Mapping[str, Any], scale: float = 100) -> list[str]:
 
 def pope_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> list[str]:
     """The pictures with the most questions on which the two differ, and these questions."""
+    names = [html.escape(name) for name in names]
     by_image: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_image.setdefault(row["image"], []).append(row)
@@ -133,10 +171,8 @@ def chair_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: P
     """The pictures of which the two name absent objects differently, and both captions."""
     vocabulary, cards = vocabulary_of(read_coco(annotation_file(data))), []
     for row in rows[:PICTURES]:
-        lines = [f"<p><b>there is</b>{html.escape(', '.join(row['objects']))}</p>"]
-        for name, caption in zip(names, row["captions"], strict=True):
-            lines.append(f"<p><b>{name}</b>{marked(caption[:LONGEST], row['objects'], vocabulary)}</p>")
-        cards.append(_card(data, row["image"], "".join(lines)))
+        said = [(name, caption[:LONGEST]) for name, caption in zip(names, row["captions"], strict=True)]
+        cards.append(_card(data, row["image"], described(row["objects"], said, vocabulary)))
     text = f"{len(rows)} pictures are described with other absent objects; their words are marked."
     return [f"<p>{text}{_bound(len(rows))}</p>", *cards]
 
@@ -147,7 +183,7 @@ def _bound(pictures: int) -> str:
 
 def _card(data: Path, image: str, content: str) -> str:
     picture = f"{thumbnail(data / 'val2014' / image)}<br><small>{html.escape(image)}</small>"
-    return f"<div class=card><div>{picture}</div><div>{content}</div></div>"
+    return card(picture, content)
 
 
 def _short(text: str) -> str:
@@ -157,14 +193,19 @@ def _short(text: str) -> str:
 def provenance_table(results: Mapping[str, Any]) -> str:
     """What each number depends on; lines on which the two differ are bold."""
     cells = [["", *(html.escape(name) for name in results["models"])]]
-    for benchmark in results["paired"]:
-        sides = [side[benchmark]["provenance"] for side in results["scores"]]
+    for benchmark in results["scores"][0]:
+        sides = [_sources(side[benchmark]) for side in results["scores"]]
         for key in dict.fromkeys(key for side in sides for key in side):
             values = [html.escape(_plain(side.get(key, ""))) for side in sides]
             if values[0] != values[1]:
                 values = [f"<b>{value}</b>" for value in values]
             cells.append([f"{benchmark}: {html.escape(key)}", *values])
     return table(cells)
+
+
+def _sources(result: Mapping[str, Any]) -> dict[str, Any]:
+    judge = result.get("judge", {})
+    return {**result["provenance"], **{f"judge {key}": judge[key] for key in ("model", "prompt_hash") if key in judge}}
 
 
 def _plain(value: Any) -> str:

@@ -8,7 +8,7 @@ alone, so that a pass that was killed, or was shared by several processes, leave
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -207,33 +207,56 @@ def fill(
     collator: Collator,
     whole: Callable[[], Policy],
 ) -> None:
-    """Compute the shards that are missing. On disk each process makes its own ones, and all wait for the last.
+    """Compute the shards that are missing. On disk each process makes a share of them, and all wait for the last.
 
     Raises:
         RelookError: see `cached_items`.
     """
     store, plan = cache.store, cache.plan
-    on_disk = isinstance(store, ShardFolder)
-    mine = processes.mine(plan.shards) if on_disk else plan.shards
-    missing = plan.missing(store, parts, mine)
+    missing = _missing(store, plan, parts)
     if isinstance(store, ShardFolder):
-        _claim(store, source, plan, parts)
+        _claim(store, source, plan, parts, missing)
         # All have looked at the free space before one of them takes of it.
         processes.wait("a look at the free space")
-    elif any(missing.values()):
+    elif missing:
         say(f"  trunk cache: {readable_size(plan.size(parts))} in memory")
-    if any(missing[part] for part in parts if part != REFERENCE):
-        _fill_trunk(store, plan, missing, whole(), collator)
-    _wait(store, plan, [part for part in parts if part != REFERENCE])
+    share = processes.mine if isinstance(store, ShardFolder) else list
+    trunk = [part for part in parts if part != REFERENCE]
+    wanted = {s: lacking for s, gone in missing.items() if (lacking := [p for p in gone if p != REFERENCE])}
+    if mine := share(list(wanted)):
+        _fill_trunk(store, plan, {shard: wanted[shard] for shard in mine}, whole(), collator)
+    _wait(store, plan, trunk)
     if REFERENCE in parts:
-        _fill_reference(cache, missing[REFERENCE], policy, collator)
+        _fill_reference(cache, share([s for s, gone in missing.items() if REFERENCE in gone]), policy, collator)
         _wait(store, plan, [REFERENCE])
 
 
-def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], policy: Policy, collator: Collator) -> None:
-    """Images are read, and finished shards are stored, while the trunk goes on with other batches."""
+def _missing(store: Store, plan: Plan, parts: Sequence[str]) -> dict[Shard, list[str]]:
+    """The shards of which parts are not there, and which: the same in all processes that share a folder.
+
+    Each reads a share of the files; what is missing is then divided anew, or one process might have most of it to make.
+    """
+
+    def look(shards: Sequence[Shard]) -> list[list[str]]:
+        return [plan.missing(store, parts, shard) for shard in shards]
+
+    if isinstance(store, ShardFolder):
+        found = processes.shared(plan.shards, look, "a look at the trunk cache")
+        store.look()  # what others found broken is gone
+    else:
+        found = look(plan.shards)
+    return {shard: gone for shard, gone in zip(plan.shards, found, strict=True) if gone}
+
+
+def _fill_trunk(
+    store: Store, plan: Plan, wanted: Mapping[Shard, Sequence[str]], policy: Policy, collator: Collator
+) -> None:
+    """Images are read, and finished shards are stored, while the trunk goes on with other batches.
+
+    Args:
+        wanted: which of STATES and FEATURES are computed of which shards.
+    """
     policy.eval()
-    wanted = {s: [p for p in (STATES, FEATURES) if s in missing.get(p, ())] for s in plan.shards}
     work = [(shard, indices) for shard, parts in wanted.items() for indices in _batches(plan, shard, parts)]
     gpu = policy.core.device.type == "cuda"
 
@@ -242,7 +265,7 @@ def _fill_trunk(store: Store, plan: Plan, missing: dict[str, list[Shard]], polic
         return batch.pin_memory() if gpu else batch
 
     batches = ahead(read, work)
-    total, done = sum(len(shard.examples) for shard, parts in wanted.items() if parts), 0
+    total, done = sum(len(shard.examples) for shard in wanted), 0
     stored: Future[None] | None = None
     with progress("trunk states") as report, ThreadPoolExecutor(1) as writer:
         for shard, group in groupby(zip(work, batches, strict=True), lambda one: one[0][0]):
@@ -353,9 +376,11 @@ def _store(recipe: Recipe, key: str, plan: Plan, parts: Sequence[str]) -> Store:
     return ShardFolder(folder)
 
 
-def _claim(store: ShardFolder, source: dict[str, str], plan: Plan, parts: Sequence[str]) -> None:
+def _claim(
+    store: ShardFolder, source: dict[str, str], plan: Plan, parts: Sequence[str], missing: Mapping[Shard, Sequence[str]]
+) -> None:
     """Before anything is computed: is there room on the disk? The first process says what will be done."""
-    lacking = [(part, shard) for part in parts for shard in plan.shards if not store.has(shard.name(part))]
+    lacking = [(part, shard) for shard, gone in missing.items() for part in gone]
     needed = sum(sum(plan.rows(part, shard)) * plan.row_bytes(part) for part, shard in lacking)
     if not needed:
         return

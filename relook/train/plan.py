@@ -138,6 +138,6 @@ class Plan:
         """The shards that have a part: one without images of its own has no features."""
         return [shard for shard in self.shards if part != FEATURES or shard.images]
 
-    def missing(self, store: Store, parts: Sequence[str], shards: Sequence[Shard]) -> dict[str, list[Shard]]:
-        """Of each part, those of some shards that a store does not have."""
-        return {p: [s for s in self.having(p) if s in shards and s.name(p) not in store] for p in parts}
+    def missing(self, store: Store, parts: Sequence[str], shard: Shard) -> list[str]:
+        """Of these parts of a shard, those that a store does not have."""
+        return [p for p in parts if (p != FEATURES or shard.images) and shard.name(p) not in store]

@@ -31,7 +31,8 @@ def shard(training: Mapping[str, Any]) -> bool:
 
 def deepspeed_names() -> list[str]:
     """The DeepSpeed settings that ship with relook."""
-    return sorted(item.name.removesuffix(".json") for item in _deepspeed_files() if item.name.endswith(".json"))
+    files = (resources.files("relook") / "deepspeed").iterdir()
+    return sorted(item.name.removesuffix(".json") for item in files if item.name.endswith(".json"))
 
 
 def deepspeed_config(given: Any) -> Any:
@@ -49,10 +50,6 @@ def deepspeed_config(given: Any) -> Any:
             f"There is no DeepSpeed file {given!r}.", f"Give its path or one of {', '.join(deepspeed_names())}."
         )
     return str(resources.files("relook") / "deepspeed" / f"{given}.json")
-
-
-def _deepspeed_files() -> list[Any]:
-    return list((resources.files("relook") / "deepspeed").iterdir())
 
 
 # --- FSDP2

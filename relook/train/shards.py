@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from safetensors import safe_open
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from relook.console import say
 from relook.errors import RelookError
-from relook.files import file_hash, whole_file
+from relook.files import file_hash, runs, whole_file
 
 ENDING = ".safetensors"
 DATA = "data"  # the one tensor's name inside its file
@@ -65,21 +64,10 @@ class ShardFolder:
 
     def tidy(self) -> None:
         """Remove what killed processes of this machine left half written."""
-        for path in self.folder.glob(".*.part"):
-            owner = path.suffixes[-2].removeprefix(".")
-            if owner.isdigit() and not _alive(int(owner)):
+        for path in self.folder.glob(f".*{ENDING}.*.part"):
+            if not runs(path.name.split(".")[-2]):
                 path.unlink(missing_ok=True)
 
 
 def _file_name(name: str, content: str) -> str:
     return f"{name}-{content[:16]}{ENDING}"
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -189,7 +189,7 @@ class RelookTrainer(Trainer):
         self._load_from_checkpoint(str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's; older ones go when the new one is whole, and what a failure left of it goes at once."""
+        """As the Trainer's; older ones go when the new one is whole, what a failure left is not resumed from."""
         with self._meter.paused():
             self._check_tensors()
             self._save_whole(model, trial)
@@ -204,7 +204,8 @@ class RelookTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             processes.wait("the checkpoint's files")
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if processes.count() == 1:  # others may be writing there: what they leave goes when the run goes on
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             self.args.save_total_limit = kept
