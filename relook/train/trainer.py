@@ -69,6 +69,10 @@ class RelookTrainer(Trainer):
         targets = _targets(inputs["batch"])
         return preference_loss(self.recipe, log_probs, targets, inputs.get("reference"), inputs["weight"], share)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """The Trainer would round reference log-probs under DeepSpeed, which moves a sum of -1,000 by up to 4."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Tensor:
         self._meter.start()
         if not self._first.done:
