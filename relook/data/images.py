@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +49,30 @@ class Crop:
         return image.resize(image.size, Image.Resampling.BICUBIC, box=part)
 
 
-Picture = Path | Crop | Image.Image  # a file, a part of one, or a picture in memory
+@dataclass(frozen=True)
+class Held:
+    """A picture in memory, known by what it shows: equal pictures are equal, so that questions on them share it.
+
+    Args:
+        key: of its pixels.
+        image: in RGB.
+    """
+
+    key: str
+    image: Image.Image = field(compare=False, repr=False)
+
+    @staticmethod
+    def of(image: Image.Image) -> Held:
+        """The picture in RGB, by Pillow's own conversion as `open_image` has it."""
+        rgb = image.convert("RGB")
+        return Held(hashlib.sha256(b"%d %d " % rgb.size + rgb.tobytes()).hexdigest(), rgb)
+
+    def open(self) -> Image.Image:
+        return self.image
+
+
+Shown = Path | Crop | Held  # a picture that can be recognised, so that what is asked about it is asked together
+Picture = Shown | Image.Image  # or one in memory, as it is
 
 
 def open_image(path: Path) -> Image.Image:
@@ -146,9 +170,9 @@ class ImageLoader:
         self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
         self._kept: Recent[dict[str, Tensor]] = Recent(cache_bytes, nbytes)
 
-    def __call__(self, path: Path) -> Tensor:
-        """Pixel values of one file, float32: (3, H, W), or (tiles, 3, H, W) where the processor cuts images up."""
-        return self._inputs(path)["pixel_values"]
+    def __call__(self, image: Picture) -> Tensor:
+        """Pixel values of one picture, float32: (3, H, W), or (tiles, 3, H, W) where the processor cuts images up."""
+        return self._inputs(image)["pixel_values"]
 
     def batch(self, images: Sequence[Picture]) -> dict[str, Tensor]:
         """What a model takes for some images, in order: pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with
@@ -159,6 +183,8 @@ class ImageLoader:
         """Height and width of the picture that the processor is given; of a file only the head is read."""
         if isinstance(image, Crop):
             image = image.path
+        elif isinstance(image, Held):
+            image = image.image
         width, height = _opened(Path(image), _size) if isinstance(image, (str, Path)) else image.size
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
@@ -181,13 +207,14 @@ class ImageLoader:
     def _inputs(self, image: Picture) -> dict[str, Tensor]:
         if isinstance(image, Image.Image):
             return self._process(image.convert("RGB"), "An image")
-        file = image if isinstance(image, Crop) else Path(image)
-        kept = self._kept.get(file)
+        key = image.key if isinstance(image, Held) else image if isinstance(image, Crop) else Path(image)
+        kept = self._kept.get(key)
         if kept is not None:
             return kept
-        opened = file.open() if isinstance(file, Crop) else open_image(file)
-        inputs = self._process(opened, f"The image {image.path if isinstance(image, Crop) else file}")
-        self._kept.put(file, inputs)
+        opened = image.open() if isinstance(image, (Crop, Held)) else open_image(Path(image))
+        who = "An image" if isinstance(image, Held) else f"The image {image.path if isinstance(image, Crop) else image}"
+        inputs = self._process(opened, who)
+        self._kept.put(key, inputs)
         return inputs
 
     def _process(self, image: Image.Image, who: str) -> dict[str, Tensor]:
