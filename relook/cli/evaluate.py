@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -22,17 +23,22 @@ from relook.cli.options import (
     Tower,
     Version,
 )
+from relook.errors import RecipeError, some
 
+T = TypeVar("T")
 app = typer.Typer()
 BENCHMARKS_HELP = "pope, chair, shr, amber, mmhal"
+ASKED_HELP = f"{BENCHMARKS_HELP}; or lmms, or llava, by itself"
 
 
 @app.command(name="eval")
 def evaluate(
-    benchmarks: Annotated[list[str], typer.Argument(help=BENCHMARKS_HELP)],
+    benchmarks: Annotated[list[str], typer.Argument(help=ASKED_HELP)],
     model: Annotated[Path, typer.Option(help="A model folder, or the output folder of a training run.")],
-    data: Annotated[Path, typer.Option(help="Folder with the benchmarks' files (docs/evaluation.md).")],
     out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the benchmarks' files (docs/evaluation.md); llava: of the images.")
+    ] = None,
     version: Version = "",
     batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 512,
@@ -47,19 +53,57 @@ def evaluate(
     judge_key: JudgeKey = "OPENAI_API_KEY",
     judge_workers: JudgeWorkers = 8,
     judge_request: JudgeRequest = "{}",
+    tasks: Annotated[str, typer.Option(help="lmms: tasks of lmms-eval, as mme,gqa.")] = "",
+    limit: Annotated[int | None, typer.Option(help="lmms: documents of each task.", min=1)] = None,
+    include_path: Annotated[Path | None, typer.Option(help="lmms: folder of further tasks (YAML files).")] = None,
+    questions: Annotated[Path | None, typer.Option(help="llava: question file in one of LLaVA's layouts.")] = None,
 ) -> None:
-    """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share."""
+    """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share.
+
+    `lmms` asks tasks of lmms-eval, `llava` a question file of LLaVA's, for `relook submission`.
+    """
     from relook import processes
     from relook.evaluate.judge import judge_settings
-    from relook.evaluate.run import evaluate_model
     from relook.model.load import Loading
 
-    judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-
     loading = Loading(adapter, vision_tower, dtype, bits, device)
-    results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading, judge)
+    how = (out, version, batch_size, max_new_tokens)
+    alone = benchmarks[0] if len(benchmarks) == 1 else ""
+    only = {"lmms": {"tasks": tasks, "limit": limit, "include-path": include_path}, "llava": {"questions": questions}}
+    _refuse_others({**only, "others": {"judge-url": judge_url}}, alone if alone in only else "others")
+    results: Any
+    if alone == "lmms":
+        from relook.evaluate.lmms import evaluate_tasks
+
+        results = evaluate_tasks(model, _required(tasks, "--tasks").split(","), *how, limit, include_path, loading)
+    elif alone == "llava":
+        from relook.evaluate.llava import answer_questions
+
+        results = answer_questions(model, _required(questions, "--questions"), data, *how, loading)
+    else:
+        from relook.evaluate.run import evaluate_model
+
+        judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
+        results = evaluate_model(model, benchmarks, _required(data, "--data"), *how, loading, judge)
     if processes.first():
         typer.echo(json.dumps(results, indent=1))
+
+
+def _required(value: T | None, option: str) -> T:
+    if not value:
+        raise RecipeError(f"{option} is missing.", "Give it.")
+    return value
+
+
+def _refuse_others(options: Mapping[str, Mapping[str, object]], kind: str) -> None:
+    """Options that belong to another kind of benchmark would do nothing.
+
+    Raises:
+        RecipeError: one is given.
+    """
+    idle = [f"--{name}" for other, given in options.items() if other != kind for name, value in given.items() if value]
+    if idle:
+        raise RecipeError(f"{some(idle)} does nothing here.", "Leave it out, or ask lmms or llava by itself.")
 
 
 @app.command()
