@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -28,6 +28,8 @@ from relook.errors import RecipeError, some
 T = TypeVar("T")
 app = typer.Typer()
 BENCHMARKS_HELP = "pope, chair, shr, amber, mmhal"
+# Options that only some benchmarks have, by those that are asked by themselves, and for all others.
+USED = {"lmms": ["tasks", "limit", "include-path"], "llava": ["questions", "data"], "": ["data", "judge-url"]}
 ASKED_HELP = f"{BENCHMARKS_HELP}; or lmms, or llava, by itself"
 
 
@@ -69,8 +71,8 @@ def evaluate(
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     how = (out, version, batch_size, max_new_tokens)
     alone = benchmarks[0] if len(benchmarks) == 1 else ""
-    only = {"lmms": {"tasks": tasks, "limit": limit, "include-path": include_path}, "llava": {"questions": questions}}
-    _refuse_others({**only, "others": {"judge-url": judge_url}}, alone if alone in only else "others")
+    given = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
+    _refuse_idle({**given, "judge-url": judge_url}, USED.get(alone, USED[""]))
     results: Any
     if alone == "lmms":
         from relook.evaluate.lmms import evaluate_tasks
@@ -95,13 +97,13 @@ def _required(value: T | None, option: str) -> T:
     return value
 
 
-def _refuse_others(options: Mapping[str, Mapping[str, object]], kind: str) -> None:
+def _refuse_idle(given: Mapping[str, object], used: Collection[str]) -> None:
     """Options that belong to another kind of benchmark would do nothing.
 
     Raises:
         RecipeError: one is given.
     """
-    idle = [f"--{name}" for other, given in options.items() if other != kind for name, value in given.items() if value]
+    idle = [f"--{name}" for name, value in given.items() if value and name not in used]
     if idle:
         raise RecipeError(f"{some(idle)} does nothing here.", "Leave it out, or ask lmms or llava by itself.")
 
@@ -141,6 +143,19 @@ def score(
 
         write_json(json_out, result)
     typer.echo(json.dumps(result, indent=1))
+
+
+@app.command()
+def submission(
+    benchmark: Annotated[str, typer.Argument(help="vqav2, vizwiz, gqa, mmbench, mmbench-cn, seed, mm-vet or mme.")],
+    answers: Annotated[Path, typer.Option(help="Answer file in LLaVA's layout, as `relook eval llava` writes.")],
+    out: Annotated[Path, typer.Option(help="What is written: a file, .xlsx or .tsv of a table; mme: a folder.")],
+    questions: Annotated[Path | None, typer.Option(help="The benchmark's own file (docs/lmms-eval.md).")] = None,
+) -> None:
+    """Write answers in the form that a benchmark's server or official script takes."""
+    from relook.evaluate.submission import write_submission
+
+    typer.echo(json.dumps(write_submission(benchmark, answers, out, questions), indent=1))
 
 
 @app.command(name="build-pope")

@@ -71,7 +71,23 @@ class Held:
         return self.image
 
 
-Shown = Path | Crop | Held  # a picture that can be recognised, so that what is asked about it is asked together
+@dataclass(frozen=True)
+class Encoded:
+    """An image file's bytes, as tables of questions hold them; equal bytes are equal.
+
+    Args:
+        name: of it in errors.
+    """
+
+    data: bytes = field(repr=False)
+    name: str = field(compare=False)
+
+    def open(self) -> Image.Image:
+        """Decoded, in RGB. Raises DataError as `open_image` does."""
+        return _opened(BytesIO(self.data), _decoded, self.name)
+
+
+Shown = Path | Crop | Held | Encoded  # can be recognised, so that what is asked about one is asked together
 Picture = Shown | Image.Image  # or one in memory, as it is
 
 
@@ -83,7 +99,7 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: what is wrong with the file, by name.
     """
-    return _opened(path, _decoded)
+    return _opened(path, _decoded, str(path))
 
 
 def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], None]) -> Image.Image:
@@ -119,25 +135,25 @@ def _size(image: Image.Image) -> tuple[int, int]:
     return image.size
 
 
-def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
-    """What `use` makes of an opened file, which is closed again."""
+def _opened(file: Path | BytesIO, use: Callable[[Image.Image], T], name: str) -> T:
+    """What `use` makes of an opened file, which is closed again; errors call it `name`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Palette images with transparency: their alpha is not wanted.
             warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 return use(image)
     except FileNotFoundError:
-        raise DataError(f"The image {path} does not exist.", "Check the image folder.") from None
+        raise DataError(f"The image {name} does not exist.", "Check the image folder.") from None
     except IsADirectoryError:
-        raise DataError(f"The image {path} is a folder.", "Give the path of a file.") from None
+        raise DataError(f"The image {name} is a folder.", "Give the path of a file.") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(f"The image {path} has more than {MAX_PIXELS:,} pixels.", "Scale it down.") from None
+        raise DataError(f"The image {name} has more than {MAX_PIXELS:,} pixels.", "Scale it down.") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image file.", "Download it again.") from None
+        raise DataError(f"{name} is not an image file.", "Download it again.") from None
     except Exception as error:  # Pillow's readers raise errors of many kinds for broken bytes
-        raise DataError(f"The image {path} cannot be decoded: {error}.", "Download or re-encode it.") from None
+        raise DataError(f"The image {name} cannot be decoded: {error}.", "Download or re-encode it.") from None
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
@@ -181,11 +197,13 @@ class ImageLoader:
 
     def size(self, image: Picture) -> tuple[int, int]:
         """Height and width of the picture that the processor is given; of a file only the head is read."""
-        if isinstance(image, Crop):
-            image = image.path
-        elif isinstance(image, Held):
-            image = image.image
-        width, height = _opened(Path(image), _size) if isinstance(image, (str, Path)) else image.size
+        if isinstance(image, Encoded):
+            width, height = _opened(BytesIO(image.data), _size, image.name)
+        elif isinstance(image, (Held, Image.Image)):
+            width, height = (image.image if isinstance(image, Held) else image).size
+        else:
+            path = Path(image.path if isinstance(image, Crop) else image)
+            width, height = _opened(path, _size, str(path))
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
     def preprocess(self, images: Sequence[Image.Image], who: str = "An image") -> Tensor:
@@ -207,13 +225,12 @@ class ImageLoader:
     def _inputs(self, image: Picture) -> dict[str, Tensor]:
         if isinstance(image, Image.Image):
             return self._process(image.convert("RGB"), "An image")
-        key = image.key if isinstance(image, Held) else image if isinstance(image, Crop) else Path(image)
+        key = image.key if isinstance(image, Held) else image  # a memory of pixel values need not hold the picture
         kept = self._kept.get(key)
         if kept is not None:
             return kept
-        opened = image.open() if isinstance(image, (Crop, Held)) else open_image(Path(image))
-        who = "An image" if isinstance(image, Held) else f"The image {image.path if isinstance(image, Crop) else image}"
-        inputs = self._process(opened, who)
+        opened = open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
+        inputs = self._process(opened, f"The image {image}" if isinstance(image, (str, Path)) else "An image")
         self._kept.put(key, inputs)
         return inputs
 
