@@ -131,7 +131,6 @@ def _result(found: Any, out: Path) -> dict[str, Any]:
             "scores": {key: value for key, value in scores.items() if key != "alias" and _says(value)},
             **({"n": found["n-samples"][task]["effective"]} if task in found["n-samples"] else {}),
             **({"data": configs[task].get("dataset_path")} if task in configs else {}),
-            "version": found["versions"].get(task),
         }
         for task, scores in found["results"].items()
     }
