@@ -105,7 +105,7 @@ def _refuse_idle(given: Mapping[str, object], used: Collection[str]) -> None:
     """
     idle = [f"--{name}" for name, value in given.items() if value and name not in used]
     if idle:
-        raise RecipeError(f"{some(idle)} does nothing here.", "Leave it out, or ask lmms or llava by itself.")
+        raise RecipeError(f"{some(idle)} would do nothing here.", "Leave it out, or ask lmms or llava by itself.")
 
 
 @app.command()
