@@ -65,7 +65,7 @@ def likelihoods(
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i][0]))  # so that little is padding
     size = max(1, batch_size // max(map(len, answers), default=1))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    policy = Policy(loaded.model, loaded.core.dtype)
+    policy = Policy(loaded.model, loaded.core.dtype, "dense")  # batches of many lengths are not worth compiling for
     made = partial(live_batch, policy, loaded.images, loaded.pad_id)
     done = 0
     for batch, live in zip(batches, ahead(made, ([trees[i] for i in batch] for batch in batches)), strict=True):
@@ -75,7 +75,7 @@ def likelihoods(
         report(done, len(weighed))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _weigh(policy: Policy, batch: LiveBatch) -> list[Likelihood]:
     """The likelihoods of all branches, in order."""
     head, targets = policy.core.lm_head, batch.packed.targets

@@ -246,12 +246,14 @@ def _windows(wanted: Sequence[Wanted]) -> Iterator[tuple[list[Wanted], list[tupl
     window: list[Wanted] = []
     pictures: list[tuple[Held, ...]] = []
     known: dict[Held, Held] = {}
+    size = 0
     for one, shown in zip(wanted, ahead(_shown, wanted), strict=True):
         window.append(one)
+        size += sum(3 * held.image.width * held.image.height for held in shown if held not in known)
         pictures.append(tuple(known.setdefault(held, held) for held in shown))
-        if sum(3 * held.image.width * held.image.height for held in known) > WINDOW:
+        if size > WINDOW:
             yield window, pictures
-            window, pictures, known = [], [], {}
+            window, pictures, known, size = [], [], {}, 0
     if window:
         yield window, pictures
 
