@@ -33,6 +33,11 @@ def count() -> int:
     return int(_state().num_processes)
 
 
+def device() -> Any:
+    """Where this process's collectives work."""
+    return _state().device
+
+
 def first() -> bool:
     """Whether this process writes what all share."""
     return rank() == 0
@@ -84,5 +89,11 @@ def shared(values: Sequence[T], make: Callable[[Sequence[T]], list[Any]], what: 
     """
     made = list(zip(mine(range(len(values))), make(mine(values)), strict=True))
     wait(what)
-    found = dict(gather_object(made))
+    found = dict(gathered(made))
     return [found[i] for i in range(len(values))]
+
+
+def gathered(values: list[T]) -> list[T]:
+    """The values of all processes, in every one of them."""
+    found: list[T] = gather_object(values)
+    return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -22,17 +23,24 @@ from relook.cli.options import (
     Tower,
     Version,
 )
+from relook.errors import RecipeError, some
 
+T = TypeVar("T")
 app = typer.Typer()
 BENCHMARKS_HELP = "pope, chair, shr, amber, mmhal"
+# Options that only some benchmarks have, by those that are asked by themselves, and for all others.
+USED = {"lmms": ["tasks", "limit", "include-path"], "llava": ["questions", "data"], "": ["data", "judge-url"]}
+ASKED_HELP = f"{BENCHMARKS_HELP}; or lmms, or llava, by itself"
 
 
 @app.command(name="eval")
 def evaluate(
-    benchmarks: Annotated[list[str], typer.Argument(help=BENCHMARKS_HELP)],
+    benchmarks: Annotated[list[str], typer.Argument(help=ASKED_HELP)],
     model: Annotated[Path, typer.Option(help="A model folder, or the output folder of a training run.")],
-    data: Annotated[Path, typer.Option(help="Folder with the benchmarks' files (docs/evaluation.md).")],
     out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the benchmarks' files (docs/evaluation.md); llava: of the images.")
+    ] = None,
     version: Version = "",
     batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 512,
@@ -47,19 +55,57 @@ def evaluate(
     judge_key: JudgeKey = "OPENAI_API_KEY",
     judge_workers: JudgeWorkers = 8,
     judge_request: JudgeRequest = "{}",
+    tasks: Annotated[str, typer.Option(help="lmms: tasks of lmms-eval, as mme,gqa.")] = "",
+    limit: Annotated[int | None, typer.Option(help="lmms: documents of each task.", min=1)] = None,
+    include_path: Annotated[Path | None, typer.Option(help="lmms: folder of further tasks (YAML files).")] = None,
+    questions: Annotated[Path | None, typer.Option(help="llava: question file in one of LLaVA's layouts.")] = None,
 ) -> None:
-    """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share."""
+    """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share.
+
+    `lmms` asks tasks of lmms-eval, `llava` a question file of LLaVA's, for `relook submission`.
+    """
     from relook import processes
     from relook.evaluate.judge import judge_settings
-    from relook.evaluate.run import evaluate_model
     from relook.model.load import Loading
 
-    judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-
     loading = Loading(adapter, vision_tower, dtype, bits, device)
-    results = evaluate_model(model, benchmarks, data, out, version, batch_size, max_new_tokens, loading, judge)
+    how = (out, version, batch_size, max_new_tokens)
+    alone = benchmarks[0] if len(benchmarks) == 1 else ""
+    given = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
+    _refuse_idle({**given, "judge-url": judge_url}, USED.get(alone, USED[""]))
+    results: Any
+    if alone == "lmms":
+        from relook.evaluate.lmms import evaluate_tasks
+
+        results = evaluate_tasks(model, _required(tasks, "--tasks").split(","), *how, limit, include_path, loading)
+    elif alone == "llava":
+        from relook.evaluate.llava import answer_questions
+
+        results = answer_questions(model, _required(questions, "--questions"), data, *how, loading)
+    else:
+        from relook.evaluate.run import evaluate_model
+
+        judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
+        results = evaluate_model(model, benchmarks, _required(data, "--data"), *how, loading, judge)
     if processes.first():
         typer.echo(json.dumps(results, indent=1))
+
+
+def _required(value: T | None, option: str) -> T:
+    if not value:
+        raise RecipeError(f"{option} is missing.", "Give it.")
+    return value
+
+
+def _refuse_idle(given: Mapping[str, object], used: Collection[str]) -> None:
+    """Options that belong to another kind of benchmark would do nothing.
+
+    Raises:
+        RecipeError: one is given.
+    """
+    idle = [f"--{name}" for name, value in given.items() if value and name not in used]
+    if idle:
+        raise RecipeError(f"{some(idle)} would do nothing here.", "Leave it out, or ask lmms or llava by itself.")
 
 
 @app.command()
@@ -97,6 +143,19 @@ def score(
 
         write_json(json_out, result)
     typer.echo(json.dumps(result, indent=1))
+
+
+@app.command()
+def submission(
+    benchmark: Annotated[str, typer.Argument(help="vqav2, vizwiz, gqa, mmbench, mmbench-cn, seed, mm-vet or mme.")],
+    answers: Annotated[Path, typer.Option(help="Answer file in LLaVA's layout, as `relook eval llava` writes.")],
+    out: Annotated[Path, typer.Option(help="What is written: a file, .xlsx or .tsv of a table; mme: a folder.")],
+    questions: Annotated[Path | None, typer.Option(help="The benchmark's own file (docs/lmms-eval.md).")] = None,
+) -> None:
+    """Write answers in the form that a benchmark's server or official script takes."""
+    from relook.evaluate.submission import write_submission
+
+    typer.echo(json.dumps(write_submission(benchmark, answers, out, questions), indent=1))
 
 
 @app.command(name="build-pope")

@@ -141,11 +141,23 @@ class Encoder:
                 a placeholder, they are put before the first one's text.
             history: the turns before this one.
         """
+        pieces, positions = self._asked(text, images, history)
+        return self.row(pieces, positions).ids
+
+    def answered(self, text: str, response: str, images: int | Sequence[Picture] = 1) -> Row:
+        """The prompt that `prompt` makes, with a given answer, and what ends it, as the supervised tokens."""
+        pieces, positions = self._asked(text, images)
+        template = self.template
+        return self.row([*pieces, Piece(f"{template.lead}{response}{template.end}", True)], positions, "answer")
+
+    def _asked(
+        self, text: str, images: int | Sequence[Picture], history: Sequence[Turn] = ()
+    ) -> tuple[list[Piece], list[int]]:
         turns, positions = [*history, Turn(text, "")], self.positions(images)
         if positions and not any(IMAGE in turn.prompt for turn in turns):
             turns[0] = replace(turns[0], prompt=with_image(turns[0].prompt, len(positions)))
         self._check_images(turns, len(positions), "The prompt")
-        return self.row(self.template.render(self._marked(turns), open_end=True), positions).ids
+        return self.template.render(self._marked(turns), open_end=True), positions
 
     def pair(self, pair: PreferencePair) -> Example:
         """A preference pair as a tree with two branches: chosen, then rejected.

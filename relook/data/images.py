@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +49,46 @@ class Crop:
         return image.resize(image.size, Image.Resampling.BICUBIC, box=part)
 
 
-Picture = Path | Crop | Image.Image  # a file, a part of one, or a picture in memory
+@dataclass(frozen=True)
+class Held:
+    """A picture in memory, known by what it shows: equal pictures are equal, so that questions on them share it.
+
+    Args:
+        key: of its pixels.
+        image: in RGB.
+    """
+
+    key: str
+    image: Image.Image = field(compare=False, repr=False)
+
+    @staticmethod
+    def of(image: Image.Image) -> Held:
+        """The picture in RGB, by Pillow's own conversion as `open_image` has it."""
+        rgb = image.convert("RGB")
+        return Held(hashlib.sha256(b"%d %d " % rgb.size + rgb.tobytes()).hexdigest(), rgb)
+
+    def open(self) -> Image.Image:
+        return self.image
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image file's bytes, as tables of questions hold them; equal bytes are equal.
+
+    Args:
+        name: of it in errors.
+    """
+
+    data: bytes = field(repr=False)
+    name: str = field(compare=False)
+
+    def open(self) -> Image.Image:
+        """Decoded, in RGB. Raises DataError as `open_image` does."""
+        return _opened(BytesIO(self.data), _decoded, self.name)
+
+
+Shown = Path | Crop | Held | Encoded  # can be recognised, so that what is asked about one is asked together
+Picture = Shown | Image.Image  # or one in memory, as it is
 
 
 def open_image(path: Path) -> Image.Image:
@@ -59,7 +99,7 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: what is wrong with the file, by name.
     """
-    return _opened(path, _decoded)
+    return _opened(path, _decoded, str(path))
 
 
 def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], None]) -> Image.Image:
@@ -95,25 +135,25 @@ def _size(image: Image.Image) -> tuple[int, int]:
     return image.size
 
 
-def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
-    """What `use` makes of an opened file, which is closed again."""
+def _opened(file: Path | BytesIO, use: Callable[[Image.Image], T], name: str) -> T:
+    """What `use` makes of an opened file, which is closed again; errors call it `name`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Palette images with transparency: their alpha is not wanted.
             warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 return use(image)
     except FileNotFoundError:
-        raise DataError(f"The image {path} does not exist.", "Check the image folder.") from None
+        raise DataError(f"The image {name} does not exist.", "Check the image folder.") from None
     except IsADirectoryError:
-        raise DataError(f"The image {path} is a folder.", "Give the path of a file.") from None
+        raise DataError(f"The image {name} is a folder.", "Give the path of a file.") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(f"The image {path} has more than {MAX_PIXELS:,} pixels.", "Scale it down.") from None
+        raise DataError(f"The image {name} has more than {MAX_PIXELS:,} pixels.", "Scale it down.") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image file.", "Download it again.") from None
+        raise DataError(f"{name} is not an image file.", "Download it again.") from None
     except Exception as error:  # Pillow's readers raise errors of many kinds for broken bytes
-        raise DataError(f"The image {path} cannot be decoded: {error}.", "Download or re-encode it.") from None
+        raise DataError(f"The image {name} cannot be decoded: {error}.", "Download or re-encode it.") from None
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
@@ -146,9 +186,9 @@ class ImageLoader:
         self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
         self._kept: Recent[dict[str, Tensor]] = Recent(cache_bytes, nbytes)
 
-    def __call__(self, path: Path) -> Tensor:
-        """Pixel values of one file, float32: (3, H, W), or (tiles, 3, H, W) where the processor cuts images up."""
-        return self._inputs(path)["pixel_values"]
+    def __call__(self, image: Picture) -> Tensor:
+        """Pixel values of one picture, float32: (3, H, W), or (tiles, 3, H, W) where the processor cuts images up."""
+        return self._inputs(image)["pixel_values"]
 
     def batch(self, images: Sequence[Picture]) -> dict[str, Tensor]:
         """What a model takes for some images, in order: pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with
@@ -157,9 +197,13 @@ class ImageLoader:
 
     def size(self, image: Picture) -> tuple[int, int]:
         """Height and width of the picture that the processor is given; of a file only the head is read."""
-        if isinstance(image, Crop):
-            image = image.path
-        width, height = _opened(Path(image), _size) if isinstance(image, (str, Path)) else image.size
+        if isinstance(image, Encoded):
+            width, height = _opened(BytesIO(image.data), _size, image.name)
+        elif isinstance(image, (Held, Image.Image)):
+            width, height = (image.image if isinstance(image, Held) else image).size
+        else:
+            path = Path(image.path if isinstance(image, Crop) else image)
+            width, height = _opened(path, _size, str(path))
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
     def preprocess(self, images: Sequence[Image.Image], who: str = "An image") -> Tensor:
@@ -181,13 +225,13 @@ class ImageLoader:
     def _inputs(self, image: Picture) -> dict[str, Tensor]:
         if isinstance(image, Image.Image):
             return self._process(image.convert("RGB"), "An image")
-        file = image if isinstance(image, Crop) else Path(image)
-        kept = self._kept.get(file)
+        key = image.key if isinstance(image, Held) else image  # a memory of pixel values need not hold the picture
+        kept = self._kept.get(key)
         if kept is not None:
             return kept
-        opened = file.open() if isinstance(file, Crop) else open_image(file)
-        inputs = self._process(opened, f"The image {image.path if isinstance(image, Crop) else file}")
-        self._kept.put(file, inputs)
+        opened = open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
+        inputs = self._process(opened, f"The image {image}" if isinstance(image, (str, Path)) else "An image")
+        self._kept.put(key, inputs)
         return inputs
 
     def _process(self, image: Image.Image, who: str) -> dict[str, Tensor]:

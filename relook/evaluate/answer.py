@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from relook.console import Report
 from relook.data.ahead import ahead
-from relook.data.images import ImageLoader
+from relook.data.images import ImageLoader, Shown
 from relook.evaluate.choose import Rule
 from relook.evaluate.decode import PromptTree, decode
 from relook.model.load import LoadedModel
 
-Question = tuple[Path | tuple[Path, ...], str]  # one image, or any number of them, and a text
+Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Prompt:
     """A distinct question as the model reads it; `number` is its place among the distinct ones."""
 
     number: int
-    images: tuple[Path, ...]
+    images: tuple[Shown, ...]
     ids: tuple[int, ...]
 
 
@@ -64,7 +63,7 @@ def answer(
 
     Prompts of similar length share a batch, so the order of yields is not that of the questions.
     """
-    distinct: dict[tuple[tuple[Path, ...], str], list[int]] = {}
+    distinct: dict[tuple[tuple[Shown, ...], str], list[int]] = {}
     for index, (images, text) in enumerate(questions):
         distinct.setdefault((images if isinstance(images, tuple) else (images,), text), []).append(index)
     encoder = loaded.encoder(how.template)
@@ -98,7 +97,7 @@ def alone(prompts: Sequence[Prompt], batch_size: int) -> list[Batch]:
 def shared(prompts: Sequence[Prompt], how: Asking, longest: int, image_token: int) -> list[Batch]:
     """Batches of groups over the same images, long ones first; no group, nor batch, takes more positions than
     `batch_size` prompts of length `longest`."""
-    by_start: dict[tuple[tuple[Path, ...], tuple[int, ...]], list[Prompt]] = {}
+    by_start: dict[tuple[tuple[Shown, ...], tuple[int, ...]], list[Prompt]] = {}
     for prompt in prompts:
         start = len(prompt.ids) - prompt.ids[::-1].index(image_token) if prompt.images else 0
         by_start.setdefault((prompt.images, prompt.ids[:start]), []).append(prompt)
@@ -137,7 +136,7 @@ def answer_batch(loaded: LoadedModel, batch: Batch, how: Asking, rule: Rule | No
     return [loaded.decode(ids, how.template) for ids in said]
 
 
-def _images(loaded: LoadedModel, paths: Sequence[Path]) -> dict[str, torch.Tensor]:
+def _images(loaded: LoadedModel, paths: Sequence[Shown]) -> dict[str, torch.Tensor]:
     core = loaded.core
     inputs = loaded.images.batch(paths) if paths else {}
     return {n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in inputs.items()}

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from relook import processes
 from relook.console import progress
@@ -32,6 +32,8 @@ from relook.evaluate.pope import LONGEST_ANSWER
 from relook.evaluate.provenance import EVAL_FILE, now, versions
 from relook.files import read_json, takes, write_json
 from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
+
+Said = TypeVar("Said")
 
 
 def evaluate_model(
@@ -61,11 +63,7 @@ def evaluate_model(
     template = template or default_template(model)
     get_template(template)
     as_device(loading.device)
-    if processes.first():
-        claim(out, model, data, template, max_new_tokens, loading)
-    processes.wait("the output folder")
-    if not processes.first():
-        claim(out, model, data, template, max_new_tokens, loading)
+    claim_together(out, model, data, template, max_new_tokens, loading)
     left = [name for name in benchmarks if not (out / f"{name}.json").exists()]
     for name in benchmarks:
         if name not in left:
@@ -101,18 +99,34 @@ def share(images: Iterable[Any]) -> set[Any]:
     return set(processes.mine(list(dict.fromkeys(images))))
 
 
-def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int, loading: Loading) -> None:
-    """Take an output folder for one model, data and way of asking; refuse one that holds other answers."""
+def claim_together(*arguments: Any, **asked: Any) -> None:
+    """`claim` in each of several processes, the first one before the others."""
+    if processes.first():
+        claim(*arguments, **asked)
+    processes.wait("the output folder")
+    if not processes.first():
+        claim(*arguments, **asked)
+
+
+def claim(
+    out: Path, model: Path, data: Path | None, template: str, max_new_tokens: int, loading: Loading, **asked: Any
+) -> None:
+    """Take an output folder for one model, data and way of asking; refuse one that holds other answers.
+
+    Args:
+        asked: what else the answers depend on.
+    """
     for folder, what in ((model, "model"), (data, "data")):
-        if not folder.is_dir():
+        if folder is not None and not folder.is_dir():
             raise DataError(f"There is no {what} folder {folder}.", f"Check --{what}.")
     settings = {
         "model": str(model.resolve()),
         "model_hash": model_hash(model),
         **{key: value and str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
-        "data": str(data.resolve()),
+        "data": data and str(data.resolve()),
         "template": template,
         "max_new_tokens": max_new_tokens,
+        **asked,
         "versions": versions(),
     }
     held = out / EVAL_FILE
@@ -126,8 +140,8 @@ def claim(out: Path, model: Path, data: Path, template: str, max_new_tokens: int
 
 
 def keep(
-    answers: Iterable[tuple[int, str]],
-    record: Callable[[int, str], tuple[AnswerFile, dict[str, Any]]],
+    answers: Iterable[tuple[int, Said]],
+    record: Callable[[int, Said], tuple[AnswerFile, dict[str, Any]]],
     files: Iterable[AnswerFile],
     size: int,
 ) -> None:

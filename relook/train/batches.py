@@ -93,16 +93,7 @@ class Collator:
 
     def live(self, items: Sequence[Item]) -> LiveBatch:
         """Packed trees and pixels."""
-        trees = [item.example.tree for item in items]
-        pictures = [picture for item in items for picture in item.pictures]
-        inputs = self.images.batch(pictures) if pictures else {}
-        everything = self.policy.keeps_everything
-        if packs(self.policy.trunk_pass):
-            packed = pack(trees, self.pad_id, everything, row_length=sum(map(len, trees)), round_up=bucket)
-        else:
-            packed = pack(trees, self.pad_id, everything, row_length=max(map(len, trees)))
-        counts = [len(item.example.images) for item in items]
-        return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"))
+        return live_batch(self.policy, self.images, self.pad_id, [(item.example.tree, item.pictures) for item in items])
 
     def cached(self, items: Sequence[Item]) -> TrunkStates:
         targets = join_targets([item.targets for item in items if item.targets is not None])
@@ -136,6 +127,22 @@ class Collator:
             len(targets.id),
             live=isinstance(made, LiveBatch),
         )
+
+
+def live_batch(
+    policy: Policy, images: ImageLoader, pad_id: int, items: Sequence[tuple[Tree, Sequence[Picture]]]
+) -> LiveBatch:
+    """Trees, long ones first, each with the pictures of its prefix: packed as the policy reads them, and pixels."""
+    trees = [tree for tree, _ in items]
+    pictures = [picture for _, shown in items for picture in shown]
+    inputs = images.batch(pictures) if pictures else {}
+    everything = policy.keeps_everything
+    if packs(policy.trunk_pass):
+        packed = pack(trees, pad_id, everything, row_length=sum(map(len, trees)), round_up=bucket)
+    else:
+        packed = pack(trees, pad_id, everything, row_length=max(map(len, trees)))
+    counts = [len(shown) for _, shown in items]
+    return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"))
 
 
 class Items(Dataset[Item]):

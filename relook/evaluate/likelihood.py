@@ -1,0 +1,93 @@
+"""How likely a model finds given answers: for benchmarks that offer choices instead of asking for a text.
+
+Answers to one question are the branches of a tree, and trees go through the policy as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from relook.console import Report
+from relook.data.ahead import ahead
+from relook.data.images import Shown
+from relook.model.load import LoadedModel
+from relook.train.batches import live_batch
+from relook.train.log_probs import log_prob
+from relook.train.policy import LOGITS_BYTES, LiveBatch, Policy, predicting_states
+from relook.tree import Tree
+
+Weighed = tuple[tuple[Shown, ...], str, str]  # images, a question, and an answer to it
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model makes of an answer.
+
+    Args:
+        log_probs: of each token that it would have to write: the answer's, and what ends an answer.
+        greedy: whether it would have written exactly these.
+    """
+
+    log_probs: tuple[float, ...]
+    greedy: bool
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-probability of a token."""
+        return -sum(self.log_probs) / len(self.log_probs)
+
+
+def likelihoods(
+    loaded: LoadedModel, weighed: Sequence[Weighed], template: str, batch_size: int, report: Report
+) -> Iterator[tuple[int, Likelihood]]:
+    """Yield (index of the answer, its likelihood), batch by batch. Answers to the same question share it.
+
+    Args:
+        template: conversation template; empty for the model's own.
+        batch_size: answers a batch, and more where one question has more.
+
+    Raises:
+        DataError: an answer, or a picture, that cannot be encoded.
+    """
+    asked: dict[tuple[tuple[Shown, ...], str], list[int]] = {}
+    for index, (images, text, _) in enumerate(weighed):
+        asked.setdefault((images, text), []).append(index)
+    encoder, answers = loaded.encoder(template), list(asked.values())
+    trees = []
+    for (images, text), indices in zip(asked, answers, strict=True):
+        rows = [encoder.answered(text, weighed[index][2].strip(), images) for index in indices]
+        trees.append((Tree.of(rows), images))
+    order = sorted(range(len(trees)), key=lambda i: -len(trees[i][0]))  # so that little is padding
+    size = max(1, batch_size // max(map(len, answers), default=1))
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    policy = Policy(loaded.model, loaded.core.dtype, "dense")  # batches of many lengths are not worth compiling for
+    made = partial(live_batch, policy, loaded.images, loaded.pad_id)
+    done = 0
+    for batch, live in zip(batches, ahead(made, ([trees[i] for i in batch] for batch in batches)), strict=True):
+        found = _weigh(policy, live.to(policy.core.device))
+        done += len(found)
+        yield from zip((index for i in batch for index in answers[i]), found, strict=True)
+        report(done, len(weighed))
+
+
+@torch.no_grad()
+def _weigh(policy: Policy, batch: LiveBatch) -> list[Likelihood]:
+    """The likelihoods of all branches, in order."""
+    head, targets = policy.core.lm_head, batch.packed.targets
+    size = max(1, LOGITS_BYTES // (4 * head.out_features))
+    log_probs: list[float] = []
+    chosen: list[bool] = []
+    with policy.autocast():
+        states = predicting_states(policy.post_decoder, policy.trunk(batch))
+        for part, ids in zip(states.split(size), targets.id.split(size), strict=True):
+            logits = head(part)
+            log_probs += log_prob(logits, ids).tolist()
+            chosen += (logits.argmax(-1) == ids).tolist()
+    ends = targets.branch.bincount(minlength=targets.branches).cumsum(0).tolist()
+    spans = [slice(start, end) for start, end in pairwise([0, *ends])]
+    return [Likelihood(tuple(log_probs[span]), all(chosen[span])) for span in spans]

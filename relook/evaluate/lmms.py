@@ -1,0 +1,149 @@
+"""`relook eval lmms`: the tasks of lmms-eval, which brings their data and scores; relook answers (`lmms_model.py`)."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from PIL import ImageFile
+
+from relook import processes
+from relook.data.prompts import get_template
+from relook.errors import DataError, RecipeError, RelookError
+from relook.evaluate.answer import Asking
+from relook.evaluate.provenance import provenance
+from relook.evaluate.run import claim_together
+from relook.files import read_json, write_json
+from relook.model.load import Loading, as_device, default_template
+
+INSTALL = "Run: pip install 'relook[lmms]' && pip install --no-deps lmms-eval==0.7.3"
+
+
+def manifest() -> Any:
+    """What lmms-eval's own command learns of relook, by the entry point `lmms_eval.models`."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest("relook", simple_class_path="relook.evaluate.lmms_model.RelookModel")
+
+
+def evaluate_tasks(
+    model: Path,
+    tasks: Sequence[str],
+    out: Path,
+    template: str = "",
+    batch_size: int = 64,
+    max_new_tokens: int = 512,
+    limit: int | None = None,
+    include_path: Path | None = None,
+    loading: Loading = Loading(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Answer and score tasks of lmms-eval, one after the other; what is there already is not asked again.
+
+    Args:
+        tasks: names of tasks, or of groups of them.
+        max_new_tokens: of answers to tasks that name no length.
+        limit: documents of each task, from its start.
+        include_path: folder of further tasks, as YAML files.
+
+    Returns:
+        One entry per name, as written to `out/<name>.json`.
+
+    Raises:
+        RelookError: lmms-eval is missing, a task is unknown or cannot be loaded, or the output folder holds other
+            answers.
+    """
+    manager = _task_manager(tasks, include_path)
+    template = template or default_template(model)
+    get_template(template)
+    as_device(loading.device)
+    asked = {"tasks_from": include_path and str(include_path.resolve()), "limit": limit}
+    claim_together(out, model, None, template, max_new_tokens, loading, **asked)
+    left = [name for name in tasks if not (out / f"{name}.json").exists()]
+    if left:
+        from relook.evaluate.lmms_model import RelookModel
+
+        relook = RelookModel(lambda: loading.load(model), Asking(template, max_new_tokens, batch_size), out)
+        for name in left:
+            found = _evaluate(relook, name, manager, limit, out)
+            relook.finish()
+            if processes.first():
+                write_json(out / f"{name}.json", json.loads(json.dumps(_result(found, out), default=_plain)))
+            processes.wait(f"the scores of {name}")
+    return {name: read_json(out / f"{name}.json") for name in tasks}
+
+
+def _task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
+    """lmms-eval's index of tasks, with every name in it."""
+    truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        from lmms_eval.evaluator import simple_evaluate  # noqa: F401 (as later on)
+        from lmms_eval.tasks import TaskManager
+        from loguru import logger
+    except ImportError as error:
+        raise RecipeError(f"lmms-eval is not there, or not whole: {error}.", INSTALL) from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = truncated  # lmms-eval lets half pictures through, in the whole process
+    logger.remove()  # it speaks on standard output, which is kept for results
+    logger.add(sys.stderr, level="ERROR", format="lmms-eval: {message}")
+    if include_path is not None and not include_path.is_dir():
+        raise DataError(f"There is no folder {include_path}.", "Check --include-path.")
+    manager = TaskManager("ERROR", str(include_path) if include_path else None)
+    for name in tasks:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, 5)
+            raise RecipeError(f"lmms-eval has no task {name!r}.", f"Like it: {', '.join(close) or 'none'}.")
+    return manager
+
+
+def _evaluate(relook: Any, name: str, manager: Any, limit: int | None, out: Path) -> Any:
+    """lmms-eval's results; None in processes other than the first."""
+    from lmms_eval.evaluator import simple_evaluate
+
+    options = SimpleNamespace(output_path=str(out), process_with_media=False)  # tasks write submission files there
+    try:
+        with redirect_stdout(sys.stderr):
+            return simple_evaluate(
+                relook, tasks=[name], task_manager=manager, limit=limit, log_samples=False, cli_args=options
+            )
+    except RelookError:
+        raise
+    except Exception as error:  # of a task's own code, of the hub, of a missing key
+        last = getattr(error, "last_attempt", None)  # behind lmms-eval's retries
+        reason = (last and last.exception()) or error
+        raise RelookError(
+            f"lmms-eval stopped in task {name}: {type(reason).__name__}: {reason}".rstrip(".") + ".",
+            "The answers so far are kept; its data, packages and keys are the task's own.",
+        ) from error
+
+
+def _result(found: Any, out: Path) -> dict[str, Any]:
+    """Scores of each task under lmms-eval's names, and what they depend on."""
+    configs = found["configs"]
+    tasks = {
+        task: {
+            "scores": {key: value for key, value in scores.items() if key != "alias" and _says(value)},
+            **({"n": found["n-samples"][task]["effective"]} if task in found["n-samples"] else {}),
+            **({"data": configs[task].get("dataset_path")} if task in configs else {}),
+        }
+        for task, scores in found["results"].items()
+    }
+    generation = {task: config.get("generation_kwargs") for task, config in configs.items()}
+    libraries = {name: version(name) for name in ("lmms-eval", "datasets")}
+    return {"tasks": tasks, "provenance": provenance(out, generation=generation, harness=libraries)}
+
+
+def _says(value: Any) -> bool:
+    """Whether a score is one; of those that cannot be computed lmms-eval says so."""
+    return not isinstance(value, (str, list)) or value not in ([], "N/A", " ", "")
+
+
+def _plain(value: Any) -> Any:
+    """Of numpy's numbers, and what else a task returns, something that JSON has."""
+    return value.item() if hasattr(value, "item") else str(value)
