@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.coco import read_coco
+from relook.data.prompts import with_image
+from relook.data.samples import Turn
 from relook.evaluate.benchmarks import CHAIR_PROMPT
 from relook.evaluate.chair import mentions, vocabulary_of
 from relook.evaluate.compare import captions
@@ -90,7 +92,8 @@ def gallery(out: Path, data: Path, runs: Sequence[str]) -> str:
         if not wrong:
             continue
         path = data / "val2014" / image
-        maps = attention_before(looking, path, CHAIR_PROMPT, text, [mention.start for mention in wrong])
+        turns = [Turn(with_image(CHAIR_PROMPT), text)]
+        maps = attention_before(looking, path, turns, [mention.start for mention in wrong])
         there = annotations.objects[image]
         lines = [f"<p><b>there is</b>{html.escape(', '.join(sorted(there)))}</p>"]
         lines += [f"<p><b>{name}</b>{marked(said[name][image], there, vocabulary)}</p>" for name in said]
