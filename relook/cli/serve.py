@@ -62,3 +62,31 @@ def serve(
         Policy(api_key, sources, max_images, int(max_body_mb * 1e6)),
         lambda: run.load_models(model, loading, base, with_base),
     )
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
+    base: Annotated[Path | None, typer.Option(help="What /base asks; else the model without its change.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture to talk about; /image FILE shows another.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0, max=2)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="The smallest set of tokens that is as likely.", min=0, max=1)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    version: Version = "",
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    dtype: Dtype = "float32",
+    bits: Bits = 16,
+    device: Device = "",
+) -> None:
+    """Talk with a model about a picture; /base asks again without what was trained."""
+    from relook.serve import check_installed
+
+    check_installed()
+    from relook.model.load import Loading
+    from relook.serve.request import Request
+    from relook.serve.terminal import converse
+
+    how = Request((), (), max_tokens, temperature, top_p, seed)
+    converse(model, Loading(adapter, vision_tower, dtype, bits, device), base, image, how, version)

@@ -90,15 +90,11 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
     """Answer over HTTP until a signal says to stop.
 
     Args:
-        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are there.
+        limits: as `start_engines` takes them.
         load: the models by name; called once the port is there, for it may take minutes.
     """
     taken = take_port(serving.host, serving.port)
-    models = load()
-    if not limits.cache_gb:
-        device = next(iter(models.values())).core.device
-        limits = replace(limits, cache_gb=CACHE_SHARE * free_bytes(device) / 1e9 / len(models))
-    engines = {name: Engine(loaded, limits, serving.template) for name, loaded in models.items()}
+    engines = start_engines(load(), limits, serving.template)
     for name, engine in engines.items():
         say(f"{name}: {limits.slots} slots of {engine.length:,} positions")
     host, port = taken.getsockname()[:2]
@@ -111,6 +107,19 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
         make_server(engines, policy, serving.stop_seconds).run(sockets=[taken])
     for engine in engines.values():
         engine.stop()
+
+
+def start_engines(models: Mapping[str, LoadedModel], limits: Limits, template: str = "") -> dict[str, Engine]:
+    """An engine for each model.
+
+    Args:
+        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are there.
+        template: of conversations; empty for the models' own.
+    """
+    if not limits.cache_gb:
+        device = next(iter(models.values())).core.device
+        limits = replace(limits, cache_gb=CACHE_SHARE * free_bytes(device) / 1e9 / len(models))
+    return {name: Engine(loaded, limits, template) for name, loaded in models.items()}
 
 
 def make_server(engines: Mapping[str, Engine], policy: Policy, stop_seconds: int) -> uvicorn.Server:
@@ -157,7 +166,7 @@ def load_models(model: Path, loading: Loading, base: Path | None, with_base: boo
     if with_base:
         models[f"{name}-base"] = switched_off(loaded, model, loading)
     if base is not None:
-        models[base.resolve().name if base.resolve().name != name else f"{name}-base"] = _beside(loaded, base, loading)
+        models[base.resolve().name if base.resolve().name != name else f"{name}-base"] = beside(loaded, base, loading)
     return models
 
 
@@ -168,18 +177,19 @@ def switched_off(loaded: LoadedModel, model: Path, loading: Loading) -> LoadedMo
         RelookError: there is nothing to switch off.
     """
     if loading.adapter is not None:
-        return _beside(loaded, model, loading)
+        return beside(loaded, model, loading)
     if kind_of(model) == "run":
         change = read_change(model)
         under = change.earlier[-1] if change.earlier else change.base
         assert under is not None, "a run names its base"
-        return _beside(loaded, under, loading)
+        return beside(loaded, under, loading)
     if not has_post_decoder(loaded.core.config):
         raise RelookError(f"{model} has nothing that could be switched off.", "Give a base to compare with: --base.")
     return replace(loaded, model=without_post_decoder(loaded.core))
 
 
-def _beside(loaded: LoadedModel, path: Path, loading: Loading) -> LoadedModel:
+def beside(loaded: LoadedModel, path: Path, loading: Loading) -> LoadedModel:
+    """Another model, which shares what is equal with one that is loaded."""
     other = replace(loading, adapter=None).load(path)
     share_equal_tensors(other.core, loaded.core)
     return other
