@@ -37,6 +37,9 @@ def serve(
         bool, typer.Option("--allow-http", help="Fetch http(s) image URLs, of public hosts.")
     ] = False,
     media_root: Annotated[Path | None, typer.Option(help="Folder below which file: URLs may lie.")] = None,
+    page: Annotated[
+        bool | None, typer.Option("--page/--no-page", help="A page for people at /; there where gradio is installed.")
+    ] = None,
     version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,
@@ -50,14 +53,17 @@ def serve(
     check_installed()
     from relook.model.load import Loading
     from relook.serve import command as run
+    from relook.serve import page as pages
     from relook.serve.api import Policy
     from relook.serve.media import Sources
     from relook.serve.request import Limits
 
     sources = Sources(int(max_image_mb * 1e6), allow_http, media_root)
+    if page:
+        pages.check_installed()
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     run.serve(
-        run.Serving(host, port, stop_timeout, version),
+        run.Serving(host, port, stop_timeout, version, pages.installed() if page is None else page),
         Limits(slots, queue, max_length, cache_gb, seconds=timeout),
         Policy(api_key, sources, max_images, int(max_body_mb * 1e6)),
         lambda: run.load_models(model, loading, base, with_base),

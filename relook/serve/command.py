@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from relook.model.load import LoadedModel, Loading, without_post_decoder
 from relook.model.trunks import has_post_decoder
 from relook.serve.api import Policy, make_app
 from relook.serve.engine import Engine
+from relook.serve.gate import App
 from relook.serve.request import Limits
 
 HEAD_SECONDS = 10.0  # for the head of a request to arrive
@@ -40,12 +42,14 @@ class Serving:
         port: 0 takes a free one.
         stop_seconds: that answers may still take once the server is told to stop.
         template: of conversations; empty for the model's own.
+        page: whether there is a page for people at `/`.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     stop_seconds: int = 30
     template: str = ""
+    page: bool = False
 
 
 class Protocol(H11Protocol):
@@ -98,13 +102,14 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
     for name, engine in engines.items():
         say(f"{name}: {limits.slots} slots of {engine.length:,} positions")
     host, port = taken.getsockname()[:2]
-    say(f"Serving {', '.join(engines)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
     if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
         say("No --api-key: whoever reaches this port may use it.", style="yellow")
     # uvicorn finishes the running answers, then raises the signal that it was sent again.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    with contextlib.suppress(KeyboardInterrupt):
-        make_server(engines, policy, serving.stop_seconds).run(sockets=[taken])
+    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="relook-page-") as uploads:
+        make_server(engines, policy, serving.stop_seconds, Path(uploads) if serving.page else None).run(sockets=[taken])
     for engine in engines.values():
         engine.stop()
 
@@ -122,9 +127,17 @@ def start_engines(models: Mapping[str, LoadedModel], limits: Limits, template: s
     return {name: Engine(loaded, limits, template) for name, loaded in models.items()}
 
 
-def make_server(engines: Mapping[str, Engine], policy: Policy, stop_seconds: int) -> uvicorn.Server:
+def make_server(
+    engines: Mapping[str, Engine], policy: Policy, stop_seconds: int, uploads: Path | None = None
+) -> uvicorn.Server:
+    """A server that is not started yet; with a folder for uploads, the page is part of it."""
+    app: App = make_app(engines, policy)
+    if uploads is not None:
+        from relook.serve.page.mount import with_page
+
+        app = with_page(app, engines, policy, uploads)
     config = uvicorn.Config(
-        make_app(engines, policy),
+        app,
         http=Protocol,
         ws="none",
         log_level="warning",
