@@ -187,10 +187,11 @@ class Page:
             index: of the word's piece.
 
         Raises:
-            APIError: there is no picture, or the conversation is not one that the model could have had.
+            APIError: the picture is gone, or the conversation is not one that the model could have had.
         """
-        if name not in self.engines or not turns or not place:
-            raise APIError(400, ENGLISH["no_picture"], "no_picture")
+        nothing = f"<p>{html.escape(say(language, 'no_map', model=name))}</p>"
+        if not turns or not place:
+            return nothing
         pieces, engine = self.pieces(turns[-1].response), self.engines[name]
         if not 0 <= index < len(pieces) or not pieces[index].word:
             return ""
@@ -206,7 +207,7 @@ class Page:
         except Busy as error:
             raise APIError(503, str(error), "busy") from None
         if not maps:
-            return f"<p>{html.escape(say(language, 'no_map', model=name))}</p>"
+            return nothing
         buffer = io.BytesIO()
         loaded.images.seen(image).save(buffer, "PNG")
         caption = html.escape(say(language, "before", model=name, word=pieces[index].text))

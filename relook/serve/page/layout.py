@@ -23,8 +23,7 @@ KEPT_SECONDS = 3600  # how long an upload stays
 SESSIONS = 256  # whose components' values Gradio remembers
 CSS = """
 .gradio-container{max-width:1400px!important}
-.relook-map svg{width:100%;max-width:420px;aspect-ratio:1;image-rendering:pixelated}
-.relook-words .textspan{cursor:pointer}
+#map svg{width:100%;max-width:420px;aspect-ratio:1;image-rendering:pixelated}
 """
 LANGUAGES = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"]})
 
@@ -33,8 +32,7 @@ Raw = Any  # what the browser sends for a component
 
 def build(page: Page) -> gr.Blocks:
     """The page of these models."""
-    t = LANGUAGES
-    names = list(page.engines)
+    t, names = LANGUAGES, list(page.engines)
     with gr.Blocks(title="relook", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -49,27 +47,6 @@ def build(page: Page) -> gr.Blocks:
                 )
                 facts = gr.HTML(elem_id="facts")
                 gr.Examples([[str(path)] for path in page.draw_examples()], [picture], label=t("examples"))
-                shown = gr.HTML(
-                    label=t("map"), show_label=True, container=True, elem_id="map", elem_classes="relook-map"
-                )
-            with gr.Column(scale=2, min_width=300):
-                with gr.Row():
-                    chats, answers = [], []
-                    for name in names:
-                        with gr.Column(min_width=300):
-                            chats.append(_chatbot(name))
-                            answers.append(
-                                gr.HighlightedText(
-                                    label=t("words"),
-                                    color_map={text["absent"]: "red" for text in TEXTS.values()},
-                                    elem_classes="relook-words",
-                                )
-                            )
-                question = gr.Textbox(label=t("question"), placeholder=t("ask_here"), elem_id="question", max_lines=6)
-                with gr.Row():
-                    ask = gr.Button(t("ask"), variant="primary", elem_id="ask", min_width=80)
-                    stop = gr.Button(t("stop"), elem_id="stop", min_width=80)
-                    clear = gr.Button(t("clear"), elem_id="clear", min_width=80)
                 with gr.Accordion(t("settings"), open=False):
                     sampling = [
                         gr.Slider(0, 2, 0, step=0.05, label=t("temperature")),
@@ -77,6 +54,16 @@ def build(page: Page) -> gr.Blocks:
                         gr.Number(512, label=t("max_tokens"), precision=0, minimum=1),
                         gr.Number(None, label=t("seed"), precision=0),
                     ]
+            with gr.Column(scale=2, min_width=300):
+                question = gr.Textbox(label=t("question"), placeholder=t("ask_here"), elem_id="question", max_lines=6)
+                with gr.Row():
+                    ask = gr.Button(t("ask"), variant="primary", elem_id="ask", min_width=80)
+                    stop = gr.Button(t("stop"), elem_id="stop", min_width=80)
+                    clear = gr.Button(t("clear"), elem_id="clear", min_width=80)
+                with gr.Row():
+                    sides = [_side(name) for name in names]
+                shown = gr.HTML(label=t("map"), show_label=True, container=True, elem_id="map")
+        chats, answers = [chat for chat, _ in sides], [answer for _, answer in sides]
         do = partial(gr.on, preprocess=False, api_visibility="private", show_progress="hidden")
         everything = [*chats, *answers, shown]
         asking = do(
@@ -87,7 +74,7 @@ def build(page: Page) -> gr.Blocks:
             concurrency_limit=min(engine.limits.slots for engine in page.engines.values()),
         )
         stop.click(None, cancels=[asking])
-        do([clear.click], lambda: _nothing(names), None, everything, cancels=[asking])
+        do([clear.click, *(chat.clear for chat in chats)], lambda: _nothing(names), None, everything, cancels=[asking])
         do([picture.change], _shower(page), [picture], [facts, *everything], cancels=[asking])
         for name, chat, answer in zip(names, chats, answers, strict=True):
             do([answer.select], _looker(page, name), [picture, chat], [shown], concurrency_limit=2)
@@ -96,17 +83,21 @@ def build(page: Page) -> gr.Blocks:
     return blocks.queue(max_size=waiting, api_open=False)
 
 
-def _chatbot(name: str) -> gr.Chatbot:
-    """A conversation as plain text: what a model says is no HTML, and loads nothing."""
-    return gr.Chatbot(
-        label=name,
-        render_markdown=False,
-        buttons=["copy"],
-        feedback_options=None,
-        allow_file_downloads=False,
-        height=360,
-        elem_classes="relook-chat",
-    )
+def _side(name: str) -> tuple[gr.Chatbot, gr.HighlightedText]:
+    """A model's conversation, and its last answer in words."""
+    colors = {text["absent"]: "red" for text in TEXTS.values()}
+    with gr.Column(min_width=300):
+        # As plain text: what a model says is no HTML, and loads nothing.
+        chat = gr.Chatbot(
+            label=name,
+            render_markdown=False,
+            buttons=["copy"],
+            feedback_options=None,
+            allow_file_downloads=False,
+            height=360,
+            elem_classes="chat",
+        )
+        return chat, gr.HighlightedText(label=LANGUAGES("words"), color_map=colors, elem_classes="words")
 
 
 def _nothing(names: Sequence[str]) -> list[Any]:
@@ -162,7 +153,8 @@ def _told(language: str) -> Iterator[None]:
     try:
         yield
     except APIError as error:
-        raise gr.Error(html.escape(explain(language, error)), title="", print_exception=False) from None
+        message = html.escape(explain(language, error))
+        raise gr.Error(message, title=say(language, "wrong"), print_exception=False) from None
 
 
 def _language(request: gr.Request) -> str:
