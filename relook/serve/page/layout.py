@@ -23,7 +23,7 @@ KEPT_SECONDS = 3600  # how long an upload stays
 SESSIONS = 256  # whose components' values Gradio remembers
 CSS = """
 .gradio-container{max-width:1400px!important}
-#map svg{width:100%;max-width:420px;aspect-ratio:1;image-rendering:pixelated}
+#map svg.picture{width:100%;max-width:420px;aspect-ratio:1;image-rendering:pixelated}
 """
 LANGUAGES = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"]})
 
@@ -46,7 +46,9 @@ def build(page: Page) -> gr.Blocks:
                     buttons=[],
                 )
                 facts = gr.HTML(elem_id="facts")
-                gr.Examples([[str(path)] for path in page.draw_examples()], [picture], label=t("examples"))
+                paths = [str(path) for path in page.draw_examples()]
+                # Not `Examples`, which calls the server past the queue, by a route that the page has closed.
+                examples = gr.Dataset(components=[picture], samples=[[path] for path in paths], label=t("examples"))
                 with gr.Accordion(t("settings"), open=False):
                     sampling = [
                         gr.Slider(0, 2, 0, step=0.05, label=t("temperature")),
@@ -75,6 +77,7 @@ def build(page: Page) -> gr.Blocks:
         )
         stop.click(None, cancels=[asking])
         do([clear.click, *(chat.clear for chat in chats)], lambda: _nothing(names), None, everything, cancels=[asking])
+        do([examples.click], lambda index: paths[index], [examples], [picture])
         do([picture.change], _shower(page), [picture], [facts, *everything], cancels=[asking])
         for name, chat, answer in zip(names, chats, answers, strict=True):
             do([answer.select], _looker(page, name), [picture, chat], [shown], concurrency_limit=2)
@@ -111,7 +114,7 @@ def _asker(page: Page) -> Callable[..., AsyncIterator[list[Any]]]:
             histories = [_turns(chat) for chat in before]
             place = _place(picture)
             there = page.there(place)
-            async for texts in page.ask(place, question or "", histories, _sampling(*rest[:4])):
+            async for texts in page.ask(place, str(question or ""), histories, _sampling(*rest[:4])):
                 chats = [
                     _messages([*turns, Turn(question, text)]) for turns, text in zip(histories, texts, strict=True)
                 ]
@@ -153,8 +156,7 @@ def _told(language: str) -> Iterator[None]:
     try:
         yield
     except APIError as error:
-        message = html.escape(explain(language, error))
-        raise gr.Error(message, title=say(language, "wrong"), print_exception=False) from None
+        raise gr.Error(html.escape(explain(language, error)), print_exception=False) from None
 
 
 def _language(request: gr.Request) -> str:
@@ -167,7 +169,7 @@ def _place(picture: Raw) -> str:
 
 
 def _sampling(temperature: Raw, top_p: Raw, max_tokens: Raw, seed: Raw) -> Sampling:
-    whole = [int(value) if isinstance(value, (int, float)) else value for value in (max_tokens, seed)]
+    whole = [int(n) if isinstance(n, float) and n.is_integer() else n for n in (max_tokens, seed)]
     return Sampling(temperature, top_p, *whole)
 
 

@@ -23,7 +23,6 @@ ENGLISH = {
     "there_is": "On this picture: {names}. Words for other objects are marked in the answers.",
     "before": "{model}, before “{word}”. Brighter: more attention. The picture is shown as the model gets it.",
     "no_map": "There is nothing to show: {model} has no post decoder that looks at a picture here.",
-    "wrong": "That did not work",
     "no_question": "Write a question first.",
     "no_picture": "The picture is not on the server any more. Upload it again.",
 }
@@ -46,7 +45,6 @@ CHINESE = {
     "there_is": "图中有：{names}。回答中提到的其他物体会被标出。",
     "before": "{model}，在“{word}”之前。越亮表示关注越多。图片按模型看到的样子显示。",
     "no_map": "没有可显示的内容：{model} 在这里没有看图的后解码器。",
-    "wrong": "出错了",
     "no_question": "请先写一个问题。",
     "no_picture": "图片已不在服务器上，请重新上传。",
 }
