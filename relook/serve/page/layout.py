@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -23,6 +22,7 @@ KEPT_SECONDS = 3600  # how long an upload stays
 SESSIONS = 256  # whose components' values Gradio remembers
 CSS = """
 .gradio-container{max-width:1400px!important}
+#map .prose{padding-top:1.8em}
 #map svg.picture{width:100%;max-width:420px;aspect-ratio:1;image-rendering:pixelated}
 """
 LANGUAGES = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"]})
@@ -66,21 +66,24 @@ def build(page: Page) -> gr.Blocks:
                     sides = [_side(name) for name in names]
                 shown = gr.HTML(label=t("map"), show_label=True, container=True, elem_id="map")
         chats, answers = [chat for chat, _ in sides], [answer for _, answer in sides]
-        do = partial(gr.on, preprocess=False, api_visibility="private", show_progress="hidden")
+        how: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
         everything = [*chats, *answers, shown]
-        asking = do(
+        asking = gr.on(
             [question.submit, ask.click],
             _asker(page),
             [picture, question, *sampling, *chats],
             [question, *everything],
             concurrency_limit=min(engine.limits.slots for engine in page.engines.values()),
+            **how,
         )
         stop.click(None, cancels=[asking])
-        do([clear.click, *(chat.clear for chat in chats)], lambda: _nothing(names), None, everything, cancels=[asking])
-        do([examples.click], lambda index: paths[index], [examples], [picture])
-        do([picture.change], _shower(page), [picture], [facts, *everything], cancels=[asking])
+        # First the answer ends, then it goes: what is on its way when both are asked at once would come back.
+        ended = gr.on([clear.click, *(chat.clear for chat in chats)], None, cancels=[asking])
+        ended.then(lambda: _nothing(names), None, everything, **how)
+        examples.click(lambda index: paths[index], [examples], [picture], **how)
+        picture.change(None, cancels=[asking]).then(_shower(page), [picture], [facts, *everything], **how)
         for name, chat, answer in zip(names, chats, answers, strict=True):
-            do([answer.select], _looker(page, name), [picture, chat], [shown], concurrency_limit=2)
+            answer.select(_looker(page, name), [picture, chat], [shown], concurrency_limit=2, **how)
     waiting = sum(engine.limits.waiting for engine in page.engines.values())
     blocks.state_session_capacity = SESSIONS
     return blocks.queue(max_size=waiting, api_open=False)
