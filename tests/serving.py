@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -94,9 +95,10 @@ class Served:
 
 
 @contextmanager
-def serving(engines: dict[str, Engine], policy: Policy) -> Iterator[Served]:
+def serving(engines: dict[str, Engine], policy: Policy, uploads: Path | None = None) -> Iterator[Served]:
+    """With a folder for uploads, the page is served too."""
     taken = take_port("127.0.0.1", 0)
-    server = make_server(engines, policy, 5)
+    server = make_server(engines, policy, 5, uploads)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
     thread.start()
     until(lambda: server.started)

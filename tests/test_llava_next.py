@@ -18,7 +18,7 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, Lla
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from relook import LoadedModel, load_model
-from relook.data.samples import PreferencePair
+from relook.data.samples import PreferencePair, Turn
 from relook.errors import RelookError
 from relook.evaluate.answer import Asking, answer
 from relook.model.convert import convert, export
@@ -264,7 +264,9 @@ def test_answers_in_a_batch_are_those_of_each_question(odd_world: Path) -> None:
 
 def test_no_square_map_is_drawn_of_tiles(odd_world: Path) -> None:
     path = min((odd_world / "vg").rglob("*.jpg"))
-    assert attention_before(as_loaded(with_decoder()), path, "Describe this image.", "There is a cup.", [11]) == []
+    assert (
+        attention_before(as_loaded(with_decoder()), path, [Turn("<image>\nDescribe.", "There is a cup.")], [11]) == []
+    )
 
 
 # --- training

@@ -50,6 +50,28 @@ def engine_of(loaded: LoadedModel, template: str = "", **limits: Any) -> Iterato
         engine.stop()
 
 
+def test_a_function_runs_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the engine's thread, while an answer goes on; what it raises goes to who asked, and the engine lives on."""
+    with engine_of(as_loaded(tiny_relook())) as engine:
+        held = Held(engine, monkeypatch)
+        events: list[Event] = []
+        engine.submit(asked(engine, (), TEXTS[0]), events.append)
+        assert held.inside.wait(30)
+        names: list[str] = []
+        waiting = threading.Thread(target=lambda: names.append(engine.run(lambda: threading.current_thread().name)))
+        waiting.start()
+        held.go.set()
+        waiting.join()
+        assert names == ["engine"]
+        until(lambda: bool(events and events[-1].finish))
+        assert "".join(event.text for event in events) == engine.loaded.generate((), TEXTS[0], max_new_tokens=NEW)
+        with pytest.raises(ZeroDivisionError):
+            engine.run(lambda: 1 / 0)
+        assert engine.run(lambda: 1) == 1
+    with pytest.raises(Busy):
+        engine.run(lambda: 1)
+
+
 def asked(engine: Engine, images: Sequence[bytes], *texts: str, **how: Any) -> Request:
     """A request of a conversation: texts of user and model in turns, all images in the first."""
     read = tuple(map(engine.image, images))

@@ -37,6 +37,9 @@ def serve(
         bool, typer.Option("--allow-http", help="Fetch http(s) image URLs, of public hosts.")
     ] = False,
     media_root: Annotated[Path | None, typer.Option(help="Folder below which file: URLs may lie.")] = None,
+    page: Annotated[
+        bool | None, typer.Option("--page/--no-page", help="A page for people at /; there where gradio is installed.")
+    ] = None,
     version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,
@@ -50,15 +53,46 @@ def serve(
     check_installed()
     from relook.model.load import Loading
     from relook.serve import command as run
+    from relook.serve import page as pages
     from relook.serve.api import Policy
     from relook.serve.media import Sources
     from relook.serve.request import Limits
 
     sources = Sources(int(max_image_mb * 1e6), allow_http, media_root)
+    if page:
+        pages.check_installed()
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     run.serve(
-        run.Serving(host, port, stop_timeout, version),
+        run.Serving(host, port, stop_timeout, version, pages.installed() if page is None else page),
         Limits(slots, queue, max_length, cache_gb, seconds=timeout),
         Policy(api_key, sources, max_images, int(max_body_mb * 1e6)),
         lambda: run.load_models(model, loading, base, with_base),
     )
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
+    base: Annotated[Path | None, typer.Option(help="What /base asks; else the model without its change.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture to talk about; /image FILE shows another.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0, max=2)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="The smallest set of tokens that is as likely.", min=0, max=1)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    version: Version = "",
+    adapter: Adapter = None,
+    vision_tower: Tower = None,
+    dtype: Dtype = "float32",
+    bits: Bits = 16,
+    device: Device = "",
+) -> None:
+    """Talk with a model about a picture; /base asks again without what was trained."""
+    from relook.serve import check_installed
+
+    check_installed()
+    from relook.model.load import Loading
+    from relook.serve.request import Request
+    from relook.serve.terminal import converse
+
+    how = Request((), (), max_tokens, temperature, top_p, seed)
+    converse(model, Loading(adapter, vision_tower, dtype, bits, device), base, image, how, version)

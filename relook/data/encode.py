@@ -167,7 +167,7 @@ class Encoder:
         """
         prompt = with_image(pair.prompt)
         rows = [
-            self._learned([Turn(prompt, response)], (pair.image,), pair.id) for response in (pair.chosen, pair.rejected)
+            self.learned([Turn(prompt, response)], (pair.image,), pair.id) for response in (pair.chosen, pair.rejected)
         ]
         if rows[0] == rows[1]:
             raise DataError(f"Pair {pair.id}: chosen and rejected have the same tokens.", "Remove the pair.")
@@ -214,10 +214,10 @@ class Encoder:
         return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in shared]
 
     def _conversation_row(self, sample: Conversation) -> Row:
-        return self._learned(sample.turns, sample.images, sample.id)
+        return self.learned(sample.turns, sample.images, sample.id)
 
-    def _learned(self, turns: Sequence[Turn], images: Sequence[Path], id: str) -> Row:
-        """The row of a sample to be learned from."""
+    def learned(self, turns: Sequence[Turn], images: Sequence[Picture], id: str) -> Row:
+        """The row of a sample to be learned from. Raises DataError as `conversation` does."""
         self._check_images(turns, len(images), f"Sample {id}")
         turns = [replace(turn, prompt=image_first(turn.prompt)) for turn in turns]
         self._check_learnable(turns, id)

@@ -206,6 +206,19 @@ class ImageLoader:
             width, height = _opened(path, _size, str(path))
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
+    def seen(self, image: Picture) -> Image.Image:
+        """A picture as the model is given it: laid on a square or cut, and scaled; not of models with tiles.
+
+        Raises:
+            DataError: as `preprocess` does.
+        """
+        pixels = self._inputs(image)["pixel_values"]
+        mean, std = (
+            torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
+        )
+        whole = (255 * (pixels * std + mean)).round().clamp(0, 255).to(torch.uint8)
+        return Image.fromarray(whole.permute(1, 2, 0).numpy())
+
     def preprocess(self, images: Sequence[Image.Image], who: str = "An image") -> Tensor:
         """Pixel values of RGB images, (n, 3, H, W) float32.
 

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from relook.data.encode import Example
-from relook.data.prompts import with_image
-from relook.data.samples import Conversation, Turn
+from relook.data.images import Picture
+from relook.data.samples import Turn
 from relook.model.load import LoadedModel
-from relook.train.batches import Collator, Item
-from relook.train.policy import Policy
+from relook.train.policy import LiveBatch, Policy
+from relook.tree import Tree, pack
 
 
 @torch.inference_mode()
 def attention_before(
-    loaded: LoadedModel, image: Path, prompt: str, text: str, starts: Sequence[int]
+    loaded: LoadedModel, image: Picture, turns: Sequence[Turn], starts: Sequence[int], template: str = ""
 ) -> list[list[list[float]]]:
     """Attention of the post decoder's last block over the image, averaged over heads, at the states that predict words.
 
     Args:
-        text: a description of the image, by whichever model.
-        starts: character offsets in `text` where words begin.
+        turns: a conversation about the image, whose `<image>` is in its first prompt. The last answer, by whichever
+            model, is the one that is looked at.
+        starts: character offsets in that answer where words begin.
+        template: of the conversation; empty for the model's own.
 
     Returns:
         For each word a square grid of weights that sum to 1; empty where the model has no cross-attention, or looks at
         more than one square grid of features (the tiles of LLaVA-NeXT).
+
+    Raises:
+        DataError: the conversation is none that could be trained on: too long, an empty answer, marks of the template.
     """
-    policy = Policy(loaded.model.eval())
+    # One conversation is not worth the compilation of layers.
+    policy = Policy(loaded.model.eval(), trunk_pass="dense")
     if not policy.reads_image or policy.keeps_everything or policy.post_decoder is None:
         return []
-    encoder = loaded.encoder()
-    example: Example = encoder.conversation(Conversation("look", (image,), (Turn(with_image(prompt), text),)))
-    collator = Collator(policy, loaded.images, loaded.pad_id)
-    trunk = policy.trunk(collator.live([Item(example)]).to(loaded.core.device))
+    encoder = loaded.encoder(template)
+    row = encoder.learned(turns, [image], "look")
+    inputs = loaded.images.batch([image])
+    packed = pack([Tree.of([row])], loaded.pad_id, row_length=len(row.ids))
+    trunk = policy.trunk(
+        LiveBatch(packed, inputs["pixel_values"], [1], inputs.get("image_sizes")).to(loaded.core.device)
+    )
     if trunk.features is None:
         return []
     context = policy.post_decoder.look(trunk.features, trunk.images)
@@ -46,7 +54,10 @@ def attention_before(
     side = vision.image_size // vision.patch_size
     if maps.shape[-1] != side * side:
         return []
+    # The targets are the tokens of all answers; those of the last one are what is supervised up to the row's end.
+    first = sum(row.supervised) - sum(1 for _ in itertools.takewhile(bool, reversed(row.supervised)))
+    text = turns[-1].response
     tokens = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     # A token's offsets may begin with the space before the word, so the word's token is the one that ends after it.
     places = [next(i for i, (_, end) in enumerate(tokens) if end > start) for start in starts]
-    return [maps[int(trunk.targets.slot[place])].view(side, side).tolist() for place in places]
+    return [maps[int(trunk.targets.slot[first + place])].view(side, side).tolist() for place in places]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relook.data.coco import read_coco
+from relook.data.prompts import with_image
+from relook.data.samples import Turn
 from relook.evaluate.benchmarks import CHAIR_PROMPT
 from relook.evaluate.chair import mentions, vocabulary_of
 from relook.evaluate.compare import captions
@@ -17,7 +18,7 @@ from relook.evaluate.score import annotation_file
 from relook.files import read_json, write_text
 from relook.model.load import load_model
 from relook.report.attention import attention_before
-from relook.report.parts import card, described, document, percent, table
+from relook.report.parts import card, described, document, percent, picture, table
 from relook.report.plots import curves
 
 PICTURES = 12
@@ -78,9 +79,9 @@ def differences(results: Mapping[str, Any]) -> str:
     return table(rows)
 
 
-def gallery(out: Path, data: Path, runs: Sequence[str]) -> str:
+def gallery(out: Path, folder: Path, runs: Sequence[str]) -> str:
     """Pictures with the captions of base and runs, hallucinated words marked, and where the post decoder looked."""
-    annotations = read_coco(annotation_file(data))
+    annotations = read_coco(annotation_file(folder))
     vocabulary = vocabulary_of(annotations)
     said = {name: captions(out / "eval" / "test" / name) for name in ("base", *runs)}
     looking = load_model(out / "runs" / LOOKING)
@@ -89,34 +90,18 @@ def gallery(out: Path, data: Path, runs: Sequence[str]) -> str:
         wrong = [m for m in mentions(text, vocabulary) if m.object not in annotations.objects[image]]
         if not wrong:
             continue
-        path = data / "val2014" / image
-        maps = attention_before(looking, path, CHAIR_PROMPT, text, [mention.start for mention in wrong])
+        path = folder / "val2014" / image
+        data = path.read_bytes()
+        turns = [Turn(with_image(CHAIR_PROMPT), text)]
+        maps = attention_before(looking, path, turns, [mention.start for mention in wrong])
         there = annotations.objects[image]
         lines = described(there, [(name, texts[image]) for name, texts in said.items()], vocabulary)
         figures = "".join(
-            f"<figure>{picture(path, grid)}<figcaption>before “{html.escape(text[m.start : m.end])}”</figcaption>"
+            f"<figure>{picture(data, grid)}<figcaption>before “{html.escape(text[m.start : m.end])}”</figcaption>"
             "</figure>"
             for m, grid in zip(wrong, maps, strict=False)
         )
-        cards.append(card(picture(path), f"{lines}<div class=maps>{figures}</div>"))
+        cards.append(card(picture(data), f"{lines}<div class=maps>{figures}</div>"))
         if len(cards) == PICTURES:
             break
     return "".join(cards)
-
-
-def picture(path: Path, grid: Sequence[Sequence[float]] | None = None) -> str:
-    """An image file as an inline SVG, with an attention grid laid over it."""
-    source = base64.b64encode(path.read_bytes()).decode()
-    cells = ""
-    if grid:
-        most, side = max(map(max, grid)), len(grid)
-        cells = "<rect width=1 height=1 fill=#000 opacity=.35 />" + "".join(
-            f'<rect x="{x / side:.4f}" y="{y / side:.4f}" width="{1 / side:.4f}" height="{1 / side:.4f}" '
-            f'fill="#ffb000" opacity="{0.75 * weight / most:.2f}"/>'
-            for y, line in enumerate(grid)
-            for x, weight in enumerate(line)
-        )
-    return (
-        '<svg class=picture viewBox="0 0 1 1"><image width="1" height="1" preserveAspectRatio="none" '
-        f'href="data:image/jpeg;base64,{source}"/>{cells}</svg>'
-    )

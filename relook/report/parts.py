@@ -92,3 +92,21 @@ def thumbnail(path: Path) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def picture(data: bytes, grid: Sequence[Sequence[float]] | None = None, kind: str = "jpeg") -> str:
+    """An image file's bytes as an inline SVG, with an attention grid laid over it."""
+    source = base64.b64encode(data).decode()
+    cells = ""
+    if grid:
+        most, side = max(map(max, grid)), len(grid)
+        cells = "<rect width=1 height=1 fill=#000 opacity=.35 />" + "".join(
+            f'<rect x="{x / side:.4f}" y="{y / side:.4f}" width="{1 / side:.4f}" height="{1 / side:.4f}" '
+            f'fill="#ffb000" opacity="{0.75 * weight / most:.2f}"/>'
+            for y, line in enumerate(grid)
+            for x, weight in enumerate(line)
+        )
+    return (
+        '<svg class=picture viewBox="0 0 1 1"><image width="1" height="1" preserveAspectRatio="none" '
+        f'href="data:image/{kind};base64,{source}"/>{cells}</svg>'
+    )

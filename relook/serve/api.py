@@ -84,7 +84,8 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
             requests = await anyio.to_thread.run_sync(
                 read_request, engine, body, policy.sources, policy.max_images, limiter=readers
             )
-            answers, writer = Answers(engine, requests), Writer(engine, body, requests)
+            answers = Answers([(engine, request) for request in requests])
+            writer = Writer(engine, body, requests)
             if body.stream:
                 status = "stream"
                 events = _events(writer, answers, metrics, started)

@@ -111,10 +111,9 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[str]]:
 
 
 class Answers:
-    """The answers to one chat request, as an asynchronous stream of (index, event)."""
+    """The answers to requests, of one engine or several, as an asynchronous stream of (index, event)."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self.engine, self.requests = engine, requests
+    def __init__(self, asked: Sequence[tuple[Engine, Request]]) -> None:
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -127,7 +126,7 @@ class Answers:
 
         self.answers: list[Answer] = []
         try:
-            for i, request in enumerate(requests):
+            for i, (engine, request) in enumerate(asked):
                 self.answers.append(engine.submit(request, emit_as(i)))
         except Busy as error:
             self.cancel()

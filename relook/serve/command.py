@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from relook.model.load import LoadedModel, Loading, without_post_decoder
 from relook.model.trunks import has_post_decoder
 from relook.serve.api import Policy, make_app
 from relook.serve.engine import Engine
+from relook.serve.gate import App
 from relook.serve.request import Limits
 
 HEAD_SECONDS = 10.0  # for the head of a request to arrive
@@ -40,12 +42,14 @@ class Serving:
         port: 0 takes a free one.
         stop_seconds: that answers may still take once the server is told to stop.
         template: of conversations; empty for the model's own.
+        page: whether there is a page for people at `/`.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     stop_seconds: int = 30
     template: str = ""
+    page: bool = False
 
 
 class Protocol(H11Protocol):
@@ -90,32 +94,50 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
     """Answer over HTTP until a signal says to stop.
 
     Args:
-        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are there.
+        limits: as `start_engines` takes them.
         load: the models by name; called once the port is there, for it may take minutes.
     """
     taken = take_port(serving.host, serving.port)
-    models = load()
-    if not limits.cache_gb:
-        device = next(iter(models.values())).core.device
-        limits = replace(limits, cache_gb=CACHE_SHARE * free_bytes(device) / 1e9 / len(models))
-    engines = {name: Engine(loaded, limits, serving.template) for name, loaded in models.items()}
+    engines = start_engines(load(), limits, serving.template)
     for name, engine in engines.items():
         say(f"{name}: {limits.slots} slots of {engine.length:,} positions")
     host, port = taken.getsockname()[:2]
-    say(f"Serving {', '.join(engines)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
     if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
         say("No --api-key: whoever reaches this port may use it.", style="yellow")
     # uvicorn finishes the running answers, then raises the signal that it was sent again.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    with contextlib.suppress(KeyboardInterrupt):
-        make_server(engines, policy, serving.stop_seconds).run(sockets=[taken])
+    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="relook-page-") as uploads:
+        make_server(engines, policy, serving.stop_seconds, Path(uploads) if serving.page else None).run(sockets=[taken])
     for engine in engines.values():
         engine.stop()
 
 
-def make_server(engines: Mapping[str, Engine], policy: Policy, stop_seconds: int) -> uvicorn.Server:
+def start_engines(models: Mapping[str, LoadedModel], limits: Limits, template: str = "") -> dict[str, Engine]:
+    """An engine for each model.
+
+    Args:
+        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are there.
+        template: of conversations; empty for the models' own.
+    """
+    if not limits.cache_gb:
+        device = next(iter(models.values())).core.device
+        limits = replace(limits, cache_gb=CACHE_SHARE * free_bytes(device) / 1e9 / len(models))
+    return {name: Engine(loaded, limits, template) for name, loaded in models.items()}
+
+
+def make_server(
+    engines: Mapping[str, Engine], policy: Policy, stop_seconds: int, uploads: Path | None = None
+) -> uvicorn.Server:
+    """A server that is not started yet; with a folder for uploads, the page is part of it."""
+    app: App = make_app(engines, policy)
+    if uploads is not None:
+        from relook.serve.page.mount import with_page
+
+        app = with_page(app, engines, policy, uploads)
     config = uvicorn.Config(
-        make_app(engines, policy),
+        app,
         http=Protocol,
         ws="none",
         log_level="warning",
@@ -157,7 +179,7 @@ def load_models(model: Path, loading: Loading, base: Path | None, with_base: boo
     if with_base:
         models[f"{name}-base"] = switched_off(loaded, model, loading)
     if base is not None:
-        models[base.resolve().name if base.resolve().name != name else f"{name}-base"] = _beside(loaded, base, loading)
+        models[base.resolve().name if base.resolve().name != name else f"{name}-base"] = beside(loaded, base, loading)
     return models
 
 
@@ -168,18 +190,19 @@ def switched_off(loaded: LoadedModel, model: Path, loading: Loading) -> LoadedMo
         RelookError: there is nothing to switch off.
     """
     if loading.adapter is not None:
-        return _beside(loaded, model, loading)
+        return beside(loaded, model, loading)
     if kind_of(model) == "run":
         change = read_change(model)
         under = change.earlier[-1] if change.earlier else change.base
         assert under is not None, "a run names its base"
-        return _beside(loaded, under, loading)
+        return beside(loaded, under, loading)
     if not has_post_decoder(loaded.core.config):
         raise RelookError(f"{model} has nothing that could be switched off.", "Give a base to compare with: --base.")
     return replace(loaded, model=without_post_decoder(loaded.core))
 
 
-def _beside(loaded: LoadedModel, path: Path, loading: Loading) -> LoadedModel:
+def beside(loaded: LoadedModel, path: Path, loading: Loading) -> LoadedModel:
+    """Another model, which shares what is equal with one that is loaded."""
     other = replace(loading, adapter=None).load(path)
     share_equal_tensors(other.core, loaded.core)
     return other

@@ -17,8 +17,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +35,7 @@ from relook.serve.answer import Answer, AnswerText
 from relook.serve.batch import Batch
 from relook.serve.request import Busy, Event, Limits, ReadImage, Request, TooLong
 
+Made = TypeVar("Made")
 CHARACTERS = 64  # of a text for each position: more are not even cut into tokens
 DECODERS = 2  # images at a time, which are hundreds of megabytes at worst
 READ_IMAGES = 1 << 28  # bytes of decoded images that are remembered
@@ -64,6 +66,7 @@ class Engine:
         self._images: Recent[ReadImage] = Recent(READ_IMAGES, lambda image: image.nbytes)
         self._decoding = threading.Semaphore(DECODERS)
         self._waiting: deque[Answer] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -149,6 +152,28 @@ class Engine:
         finally:
             answer.cancel()
 
+    def run(self, work: Callable[[], Made]) -> Made:
+        """What a function makes of the model. It is called on the engine's thread, between two steps.
+
+        Raises:
+            Busy: the engine stops.
+            Exception: whatever the function raises.
+        """
+        done: Future[Made] = Future()
+
+        def call() -> None:
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
+        with self._wake:
+            if self._stopping:
+                raise Busy("The server is stopping.")
+            self._calls.append(call)
+            self._wake.notify()
+        return done.result()
+
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot."""
@@ -185,17 +210,23 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._waiting and not self.batch.live and not self._stopping:
+                while not self._busy and not self._stopping:
                     self._wake.wait()
-                if self._stopping and not self._waiting and not self.batch.live:
+                if not self._busy:
                     return
             try:
                 self._turn()
             except Exception as error:  # whatever it was, the next request deserves an answer
                 say(f"relook serve: a step failed: {type(error).__name__}: {error}", style="red")
 
+    @property
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._calls or self.batch.live)
+
     def _turn(self) -> None:
         """Let go of who is gone, take in who waits, and take one step."""
+        while self._calls:
+            self._calls.popleft()()
         now = time.monotonic()
         self.batch.leave(now)
         with self._wake:

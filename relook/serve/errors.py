@@ -28,7 +28,5 @@ class APIError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to come back; how to say who one is."""
-        if self.status == 401:
-            return {"WWW-Authenticate": "Bearer"}
+        """When to come back."""
         return {"Retry-After": "1"} if self.status in (429, 503) else {}

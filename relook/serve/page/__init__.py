@@ -1,0 +1,21 @@
+"""The page on the server: a chat about a picture, models side by side, and where the post decoder looked.
+
+Gradio changes from release to release: `layout.py` alone knows its components and `mount.py` its routes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from relook.errors import RelookError
+
+
+def installed() -> bool:
+    """Whether the page's packages are there."""
+    return importlib.util.find_spec("gradio") is not None
+
+
+def check_installed() -> None:
+    """Raises RelookError where they are not."""
+    if not installed():
+        raise RelookError("The page needs gradio.", "Run: pip install 'relook[page]'")

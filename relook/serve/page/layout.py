@@ -1,0 +1,200 @@
+"""The page's components and what happens when they are used: the only module that knows Gradio's components.
+
+Every event takes the browser's values as they are (`preprocess=False`): Gradio would open pictures with all of Pillow's
+readers, and they are to be opened by `Page` alone.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+
+from relook.data.samples import Turn
+from relook.serve.errors import APIError
+from relook.serve.page.actions import Page, Piece, Sampling
+from relook.serve.page.texts import TEXTS, explain, language_of, say
+
+KEPT_SECONDS = 3600  # how long an upload stays
+SESSIONS = 256  # whose components' values Gradio remembers
+CSS = """
+.gradio-container{max-width:1400px!important}
+#map .prose{padding-top:1.8em}
+#map svg.picture{width:100%;max-width:420px;aspect-ratio:1;image-rendering:pixelated}
+"""
+LANGUAGES = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"]})
+
+Raw = Any  # what the browser sends for a component
+
+
+def build(page: Page) -> gr.Blocks:
+    """The page of these models."""
+    t, names = LANGUAGES, list(page.engines)
+    with gr.Blocks(title="relook", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as blocks:
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                picture = gr.Image(
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    label=t("picture"),
+                    height=320,
+                    elem_id="picture",
+                    buttons=[],
+                )
+                facts = gr.HTML(elem_id="facts")
+                paths = [str(path) for path in page.draw_examples()]
+                # Not `Examples`, which calls the server past the queue, by a route that the page has closed.
+                examples = gr.Dataset(components=[picture], samples=[[path] for path in paths], label=t("examples"))
+                with gr.Accordion(t("settings"), open=False):
+                    sampling = [
+                        gr.Slider(0, 2, 0, step=0.05, label=t("temperature")),
+                        gr.Slider(0, 1, 1, step=0.01, label=t("top_p")),
+                        gr.Number(512, label=t("max_tokens"), precision=0, minimum=1),
+                        gr.Number(None, label=t("seed"), precision=0),
+                    ]
+            with gr.Column(scale=2, min_width=300):
+                question = gr.Textbox(label=t("question"), placeholder=t("ask_here"), elem_id="question", max_lines=6)
+                with gr.Row():
+                    ask = gr.Button(t("ask"), variant="primary", elem_id="ask", min_width=80)
+                    stop = gr.Button(t("stop"), elem_id="stop", min_width=80)
+                    clear = gr.Button(t("clear"), elem_id="clear", min_width=80)
+                with gr.Row():
+                    sides = [_side(name) for name in names]
+                shown = gr.HTML(label=t("map"), show_label=True, container=True, elem_id="map")
+        chats, answers = [chat for chat, _ in sides], [answer for _, answer in sides]
+        how: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
+        everything = [*chats, *answers, shown]
+        asking = gr.on(
+            [question.submit, ask.click],
+            _asker(page),
+            [picture, question, *sampling, *chats],
+            [question, *everything],
+            concurrency_limit=min(engine.limits.slots for engine in page.engines.values()),
+            **how,
+        )
+        stop.click(None, cancels=[asking])
+        # First the answer ends, then it goes: what is on its way when both are asked at once would come back.
+        ended = gr.on([clear.click, *(chat.clear for chat in chats)], None, cancels=[asking])
+        ended.then(lambda: _nothing(names), None, everything, **how)
+        examples.click(lambda index: paths[index], [examples], [picture], **how)
+        picture.change(None, cancels=[asking]).then(_shower(page), [picture], [facts, *everything], **how)
+        for name, chat, answer in zip(names, chats, answers, strict=True):
+            answer.select(_looker(page, name), [picture, chat], [shown], concurrency_limit=2, **how)
+    waiting = sum(engine.limits.waiting for engine in page.engines.values())
+    blocks.state_session_capacity = SESSIONS
+    return blocks.queue(max_size=waiting, api_open=False)
+
+
+def _side(name: str) -> tuple[gr.Chatbot, gr.HighlightedText]:
+    """A model's conversation, and its last answer in words."""
+    colors = {text["absent"]: "red" for text in TEXTS.values()}
+    with gr.Column(min_width=300):
+        # As plain text: what a model says is no HTML, and loads nothing.
+        chat = gr.Chatbot(
+            label=name,
+            render_markdown=False,
+            buttons=["copy"],
+            feedback_options=None,
+            allow_file_downloads=False,
+            height=360,
+            elem_classes="chat",
+        )
+        return chat, gr.HighlightedText(label=LANGUAGES("words"), color_map=colors, elem_classes="words")
+
+
+def _nothing(names: Sequence[str]) -> list[Any]:
+    return [*([] for _ in names), *([] for _ in names), ""]
+
+
+def _asker(page: Page) -> Callable[..., AsyncIterator[list[Any]]]:
+    async def ask(request: gr.Request, picture: Raw, question: str, *rest: Raw) -> AsyncIterator[list[Any]]:
+        language, before = _language(request), list(rest[4:])
+        with _told(language):
+            histories = [_turns(chat) for chat in before]
+            place = _place(picture)
+            there = page.there(place)
+            async for texts in page.ask(place, str(question or ""), histories, _sampling(*rest[:4])):
+                chats = [
+                    _messages([*turns, Turn(question, text)]) for turns, text in zip(histories, texts, strict=True)
+                ]
+                words = [_marked(page.pieces(text, there), language) for text in texts]
+                yield ["", *chats, *words, ""]
+
+    return ask
+
+
+def _shower(page: Page) -> Callable[..., list[Any]]:
+    def show(request: gr.Request, picture: Raw) -> list[Any]:
+        language, place, facts = _language(request), _place(picture), ""
+        with _told(language):
+            if place:
+                page.check(place)
+                there = page.there(place)
+                facts = "" if there is None else say(language, "there_is", names=", ".join(sorted(there)))
+        return [html.escape(facts), *_nothing(list(page.engines))]
+
+    return show
+
+
+def _looker(page: Page, name: str) -> Callable[..., str]:
+    def look(request: gr.Request, event: gr.SelectData, picture: Raw, chat: Raw) -> str:
+        language = _language(request)
+        index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
+        with _told(language):
+            return page.look(name, _place(picture), _turns(chat), int(index), language)
+
+    return look
+
+
+# --- what the browser sends, and what it is sent
+
+
+@contextmanager
+def _told(language: str) -> Iterator[None]:
+    """Show an error of the API to whoever sits at the page."""
+    try:
+        yield
+    except APIError as error:
+        raise gr.Error(html.escape(explain(language, error)), print_exception=False) from None
+
+
+def _language(request: gr.Request) -> str:
+    return language_of(request.headers.get("accept-language", ""))
+
+
+def _place(picture: Raw) -> str:
+    """The path of an uploaded picture; empty where there is none."""
+    return str(picture.get("path") or "") if isinstance(picture, Mapping) else ""
+
+
+def _sampling(temperature: Raw, top_p: Raw, max_tokens: Raw, seed: Raw) -> Sampling:
+    whole = [int(n) if isinstance(n, float) and n.is_integer() else n for n in (max_tokens, seed)]
+    return Sampling(temperature, top_p, *whole)
+
+
+def _turns(chat: Raw) -> list[Turn]:
+    """A chatbot's messages: a question and its answer in turns."""
+    said = [_text(message.get("content")) for message in chat or [] if isinstance(message, Mapping)]
+    return [Turn(*said[i : i + 2]) for i in range(0, len(said) - 1, 2)]
+
+
+def _text(content: Raw) -> str:
+    """A message's content: a text, or a list of parts with texts."""
+    parts = content if isinstance(content, list) else [content]
+    return "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part or "") for part in parts)
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in (("user", turn.prompt), ("assistant", turn.response))
+    ]
+
+
+def _marked(pieces: Sequence[Piece], language: str) -> list[tuple[str, str | None]]:
+    return [(piece.text, say(language, "absent") if piece.absent else None) for piece in pieces]

@@ -1,0 +1,162 @@
+"""`relook chat`: a conversation about a picture in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from relook.console import say
+from relook.data.samples import Turn
+from relook.errors import DataError, RelookError
+from relook.model.load import LoadedModel, Loading
+from relook.serve.command import beside, load_models, start_engines, switched_off
+from relook.serve.engine import Engine
+from relook.serve.request import Limits, ReadImage, Request
+
+HELP = """/image FILE   talk about another picture
+/reset        forget what was said
+/base         ask the last question again without what was trained (or --base), and go on so
+/tuned        ask it again with it, and go on so
+/help, /quit  or Ctrl-D; Ctrl-C stops an answer"""
+
+
+@dataclass
+class Chat:
+    """A conversation with a model and, once it is asked for, with the same model without what was trained.
+
+    Args:
+        tuned: the model's engine.
+        make_base: starts that of the model without its change; raises RelookError where it has none.
+        how: the request of every question, but its prompt and images.
+        write: takes pieces of answers.
+    """
+
+    tuned: Engine
+    make_base: Callable[[], Engine]
+    how: Request
+    write: Callable[[str], object]
+    images: tuple[ReadImage, ...] = ()
+    turns: list[Turn] = field(default_factory=list)
+    base: Engine | None = None
+    on_base: bool = False
+
+    def line(self, line: str) -> None:
+        """Do what a line says: a command, or a question.
+
+        Raises:
+            RelookError: what is wrong with it.
+            EOFError: it ends the conversation.
+        """
+        command, _, rest = line.strip().partition(" ")
+        if not command.startswith("/"):
+            if line.strip():
+                self.ask(line.strip())
+        elif command == "/image":
+            self.show(Path(rest.strip()).expanduser())
+        elif command == "/reset":
+            self.turns.clear()
+        elif command in ("/base", "/tuned"):
+            self.switch(command == "/base")
+        elif command == "/quit":
+            raise EOFError
+        elif command == "/help":
+            say(HELP)
+        else:
+            raise RelookError(f"There is no command {command}.", "/help names them.")
+
+    def show(self, path: Path) -> None:
+        """Talk about a picture; what was said about another is forgotten."""
+        try:
+            self.images = (self.tuned.image(path.read_bytes()),)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.", "Give the path of an image.") from None
+        self.turns.clear()
+
+    def switch(self, to_base: bool) -> None:
+        """Go on with the other model, which is asked the last question again."""
+        if to_base and self.base is None:
+            self.base = self.make_base()
+        self.on_base = to_base
+        say("base:" if to_base else "tuned:", style="bold")
+        if self.turns:
+            self.ask(self.turns.pop().prompt)
+
+    def ask(self, question: str) -> None:
+        """Write the answer as it grows. After Ctrl-C, what came of it is the answer."""
+        engine = self.base if self.on_base and self.base is not None else self.tuned
+        ids = engine.prompt([*self.turns, Turn(question, "")], self.images)
+        said, finish = "", ""
+        with contextlib.suppress(KeyboardInterrupt):
+            for event in engine.stream(replace(self.how, ids=ids, images=self.images)):
+                said, finish = said + event.text, event.finish
+                self.write(_printable(event.text))
+        self.write("\n")
+        self.turns.append(Turn(question, said))
+        if finish == "length":
+            say(f"[cut at {self.how.max_new_tokens} tokens: --max-tokens]", style="dim")
+        if finish == "error":
+            raise RelookError("The model failed on this question.", "Ask again, or /reset.")
+
+
+def _printable(text: str) -> str:
+    """Without characters that would command the terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
+def converse(
+    model: Path, loading: Loading, base: Path | None, image: Path | None, how: Request, template: str = ""
+) -> None:
+    """Talk until the input ends. Answers go to standard output, all else to standard error.
+
+    Args:
+        base: the model that /base asks; None for the model itself without what was trained.
+        how: the request of every question, but its prompt and images.
+        template: of conversations; empty for the model's own.
+
+    Raises:
+        RelookError: a line cannot be followed, and nobody sits at a terminal to mend it.
+    """
+
+    started = contextlib.ExitStack()
+
+    def start(loaded: LoadedModel) -> Engine:
+        [engine] = start_engines({"": loaded}, Limits(slots=1, seconds=math.inf), template).values()
+        started.callback(engine.stop)
+        return engine
+
+    def start_base() -> Engine:
+        return start(beside(loaded, base, loading) if base is not None else switched_off(loaded, model, loading))
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    [loaded] = load_models(model, loading, None, False).values()
+    with started, contextlib.suppress(EOFError, KeyboardInterrupt):
+        chat = Chat(start(loaded), start_base, how, write)
+        if image is not None:
+            chat.show(image)
+        for line in _lines():
+            try:
+                chat.line(line)
+            except RelookError as error:
+                if not sys.stdin.isatty():
+                    raise
+                say(str(error), style="red")
+
+
+def _lines() -> Iterator[str]:
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # of systems without it
+            import readline  # noqa: F401  (lines that are edited, and earlier ones)
+        say("/help names the commands.", style="dim")
+        while True:
+            yield input("> ")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the encoder says what is wrong with such a text
+    yield from sys.stdin

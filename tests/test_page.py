@@ -1,0 +1,289 @@
+"""What the page does, without a browser: its actions, and what its routes let through."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import KEY, NEW, PICTURES, Served, assert_refused, noise, serving, until
+from test_answer import TEXTS, as_loaded
+from tiny import tiny_llava, tiny_relook
+
+from relook.data.images import image_from_bytes
+from relook.data.prompts import with_image
+from relook.data.samples import Turn
+from relook.report.attention import attention_before
+from relook.serve.api import Policy
+from relook.serve.engine import Engine
+from relook.serve.errors import APIError
+from relook.serve.media import Sources
+from relook.serve.page.actions import Page, Sampling
+from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, explain, language_of
+from relook.serve.request import Limits
+from relook.toyworld.world import sample_scenes
+
+POLICY = Policy(KEY, Sources(max_bytes=200_000), max_body=1_000_000, body_seconds=1)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """Of a model with a post decoder and one without."""
+    models = {"tuned": as_loaded(tiny_relook()), "base": as_loaded(tiny_llava())}
+    engines = {name: Engine(loaded, Limits(slots=2)) for name, loaded in models.items()}
+    page = Page(engines, POLICY, tmp_path_factory.mktemp("uploads"))
+    (page.folder / "picture.png").write_bytes(PICTURES[0])
+    yield page
+    for engine in engines.values():
+        engine.stop()
+
+
+@pytest.fixture
+def place(page: Page) -> str:
+    return str(page.folder / "picture.png")
+
+
+def ask(
+    page: Page, place: str, question: str, histories: Sequence[Sequence[Turn]] = ((), ()), **how: Any
+) -> list[tuple[str, ...]]:
+    """All that is shown, one after the other."""
+
+    async def shown() -> list[tuple[str, ...]]:
+        sampling = Sampling(**{"temperature": 0, "max_tokens": NEW, **how})
+        return [texts async for texts in page.ask(place, question, histories, sampling)]
+
+    return asyncio.run(shown())
+
+
+def refused(page: Page, place: str, question: str = "What is this?", **how: Any) -> APIError:
+    with pytest.raises(APIError) as found:
+        ask(page, place, question, **how)
+    return found.value
+
+
+def test_both_models_answer_as_they_would_alone(page: Page, place: str) -> None:
+    shown = ask(page, place, TEXTS[3])
+    for i, engine in enumerate(page.engines.values()):
+        picture = image_from_bytes(PICTURES[0], 10**6, lambda *_: None)
+        expected = engine.loaded.generate([picture], TEXTS[3], max_new_tokens=NEW)
+        assert shown[-1][i] == expected
+        assert all(expected.startswith(texts[i]) for texts in shown)
+    assert len(shown) > 2
+
+
+def test_each_model_goes_on_in_its_own_conversation(page: Page, place: str) -> None:
+    histories = [[Turn(TEXTS[0], text)] for text in ask(page, place, TEXTS[0])[-1]]
+    [*_, last] = ask(page, place, TEXTS[1], histories)
+    for (turn,), engine, text in zip(histories, page.engines.values(), last, strict=True):
+        turns = [Turn(with_image(turn.prompt), turn.response), Turn(TEXTS[1], "")]
+        image = engine.image(PICTURES[0])
+        request = asked(engine, turns, image)
+        assert "".join(event.text for event in engine.stream(request)) == text
+
+
+def asked(engine: Engine, turns: Sequence[Turn], image: Any) -> Any:
+    from relook.serve.request import Request
+
+    return Request(engine.prompt(turns, [image]), (image,), NEW)
+
+
+def test_a_seed_draws_the_same_again(page: Page, place: str) -> None:
+    how = {"temperature": 1.5, "top_p": 0.95, "seed": 3}
+    assert ask(page, place, TEXTS[3], **how)[-1] == ask(page, place, TEXTS[3], **how)[-1]
+    assert ask(page, "", TEXTS[3], temperature=1.5)  # no seed, no picture
+
+
+def test_leaving_early_frees_the_slots(page: Page, place: str) -> None:
+    async def first() -> None:
+        answers = page.ask(place, TEXTS[3], [(), ()], Sampling(0, max_tokens=400))
+        async for _ in answers:
+            break
+        await answers.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(first())
+    until(lambda: not any(engine.running for engine in page.engines.values()))
+
+
+def test_what_cannot_be_asked(page: Page, place: str, tmp_path: Path) -> None:
+    """The checks are the API's, and no file but an upload is read."""
+    (tmp_path / "secret.png").write_bytes(PICTURES[0])
+    (page.folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (page.folder / "text.png").write_bytes(b"no picture")
+    (page.folder / "large.png").write_bytes(noise(0, (500, 500)))
+    (page.folder / "page.svg").write_bytes(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
+    assert refused(page, place, " \n").code == "no_question"
+    for name, code, what in (
+        ("text.png", "invalid_message", "PNG, JPEG"),
+        ("page.svg", "invalid_message", "PNG, JPEG"),
+        ("large.png", "invalid_message", "200,000 bytes"),
+        ("gone.png", "no_picture", ""),
+        ("link.png", "invalid_message", "no such file"),
+        (str(tmp_path / "secret.png"), "invalid_message", "no such file"),
+        (f"../{tmp_path.name}/secret.png", "", "no such file"),
+        ("a\0b", "", "no such file"),
+        ("http://127.0.0.1/a.png", "", "no such file"),
+    ):
+        error = refused(page, str(page.folder / name) if "://" not in name else name)
+        assert code in (error.code, ""), name
+        assert what in error.message, name
+        with pytest.raises(APIError):
+            page.look("tuned", str(page.folder / name), [Turn("What?", "A cup.")], 0)
+    assert refused(page, "relative.png").code == "no_picture"
+    assert "temperature" in refused(page, place, temperature=3).message
+    assert "max_tokens" in refused(page, place, max_tokens=0).message
+    assert "<image>" in refused(page, place, "<image>").message
+    assert refused(page, place, "a b " * 3000).code == "context_length_exceeded"
+
+
+def test_words_join_to_the_answer_and_what_is_not_there_is_marked(page: Page) -> None:
+    text = "There is a mug, two dogs and a well-known cup. 图里有猫!"
+    pieces = page.pieces(text, frozenset({"cup"}))
+    assert "".join(piece.text for piece in pieces) == text
+    assert [text[piece.start :][: len(piece.text)] for piece in pieces] == [piece.text for piece in pieces]
+    assert [piece.text for piece in pieces if piece.absent] == ["dogs"]
+    words = [piece.text for piece in pieces if piece.word]
+    assert words[-6:] == ["well-known", "cup", "图", "里", "有", "猫"]
+    assert not any(piece.absent for piece in page.pieces(text))
+    assert page.pieces("") == []
+
+
+def test_examples_are_known(page: Page, place: str) -> None:
+    paths = page.draw_examples()
+    for path, scene in zip(paths, sample_scenes(0, "test", len(paths)), strict=True):
+        assert page.there(str(path)) == set(scene.names)
+    assert page.there(place) is None
+    assert page.there("") is None
+
+
+def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> None:
+    turns = [Turn(TEXTS[0], "No."), Turn(TEXTS[3], "There is a <cup>.")]
+    pieces = page.pieces(turns[-1].response)
+    index = next(i for i, piece in enumerate(pieces) if piece.text == "cup")
+    shown = page.look("tuned", place, turns, index)
+    loaded = page.engines["tuned"].loaded
+    image = image_from_bytes(PICTURES[0], 10**6, lambda *_: None)
+    marked = [Turn(with_image(TEXTS[0]), "No."), turns[1]]
+    [grid] = attention_before(loaded, image, marked, [pieces[index].start])
+    assert shown.count("<rect x=") == sum(map(len, grid))
+    most = max(map(max, grid))
+    assert f'opacity="{0.75 * grid[0][0] / most:.2f}"' in shown
+    assert "cup" in shown
+    assert page.look("tuned", place, turns, index + 1) == ""  # between words
+    assert page.look("tuned", place, turns, 99) == ""
+    assert "post decoder" in page.look("base", place, turns, index)
+    assert "后解码器" in page.look("tuned", "", turns, index, "zh")
+
+
+def test_both_languages_say_everything() -> None:
+    assert set(ENGLISH) == set(CHINESE)
+    for key, text in ENGLISH.items():
+        assert text.count("{") == CHINESE[key].count("{")
+    assert [language_of(accepted) for accepted in ("zh-CN,zh;q=0.9", "en-US,zh", "", "ZH")] == ["zh", "en", "en", "zh"]
+    error = APIError(429, "Too many.", "busy")
+    assert explain("en", error) == "Too many."
+    assert explain("zh", error) == f"{CHINESE_ERRORS['busy']} Too many."
+    assert explain("zh", APIError(400, ENGLISH["no_question"], "no_question")) == CHINESE["no_question"]
+
+
+# --- the page's routes, beside the API's
+
+
+@pytest.fixture(scope="module")
+def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    engines = {"tuned": Engine(as_loaded(tiny_relook()), Limits(slots=2))}
+    with serving(engines, POLICY, tmp_path_factory.mktemp("uploads")) as served:
+        yield served
+
+
+def password(key: str = KEY) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"anyone:{key}".encode()).decode()}
+
+
+def upload(served: Served, data: bytes, name: str = "a.png", **headers: str) -> tuple[int, bytes]:
+    body = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    return served.send(
+        "POST", "/gradio_api/upload", body + data + b"\r\n--x--\r\n", **kind, **{**password(), **headers}
+    )
+
+
+def test_every_route_of_the_page_needs_the_key(paged: Served) -> None:
+    for path in ("/", "/config", "/gradio_api/info", "/gradio_api/queue/data?session_hash=a", "/favicon.ico"):
+        for headers in ({"Authorization": ""}, password("wrong"), {"Authorization": "Basic !"}):
+            assert_refused(paged.send("GET", path, **headers), 401)
+    for path in ("/gradio_api/upload", "/gradio_api/queue/join"):
+        assert_refused(paged.send("POST", path, b"{}", **password("wrong")), 401)
+    assert paged.send("GET", "/", **password())[0] == 200
+    assert paged.send("GET", "/health", Authorization="")[0] == 200
+    assert_refused(paged.send("GET", "/v1/models", **password()), 401)  # the API's key is a bearer token
+    assert paged.send("GET", "/v1/models")[0] == 200
+
+
+def test_the_apis_routes_are_as_without_the_page(paged: Served) -> None:
+    assert_refused(paged.send("GET", "/v1/nothing"), 404)
+    assert_refused(paged.send("DELETE", "/v1/models"), 405)
+    assert paged.send("GET", "/metrics")[0] == 200
+
+
+def test_the_page_loads_nothing_from_elsewhere(paged: Served) -> None:
+    status, page = paged.send("GET", "/", **password())
+    assert status == 200
+    assert b"googleapis" not in page
+    assert json.loads(paged.send("GET", "/config", **password())[1])["analytics_enabled"] is False
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd", "/gradio_api/file=http://127.0.0.1/", "/gradio_api/proxy=http://127.0.0.1/",
+        "/gradio_api/run/ask", "/gradio_api/heartbeat/a", "/gradio_api/vibe-code", "/monitoring", "/login", "/runs",
+        "/gradio_api/mcp", "/static/../../../../etc/passwd", "/static/%2e%2e/%2e%2e/routes.py", "/assets/..%2fa.py",
+    ],
+)  # fmt: skip
+def test_routes_that_the_page_does_not_need(paged: Served, path: str) -> None:
+    assert paged.send("GET", path, **password())[0] in (403, 404)
+    assert paged.send("POST", path, b"{}", **password())[0] == 404
+
+
+def test_uploads_are_limited(paged: Served) -> None:
+    status, paths = upload(paged, PICTURES[0])
+    assert status == 200
+    assert Path(json.loads(paths)[0]).read_bytes() == PICTURES[0]
+    assert upload(paged, b"a" * 300_000)[0] == 413  # of one image file
+    assert_refused(upload(paged, b"a" * 1_100_000), 413, "1,000,000 bytes")  # of a request
+    assert_refused(upload(paged, PICTURES[0], **{"Sec-Fetch-Site": "cross-site"}), 403)
+    status, paths = upload(paged, PICTURES[0], name="../../../escape.png")
+    assert status != 200 or Path(json.loads(paths)[0]).is_relative_to(Path(json.loads(paths)[0]).parents[1])
+
+
+def test_files_that_a_request_may_name(paged: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else Gradio would copy them among the uploads, or fetch them."""
+    import gradio.processing_utils
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was looked at")
+
+    monkeypatch.setattr(gradio.processing_utils, "async_move_files_to_cache", never)
+    file = {"meta": {"_type": "gradio.FileData"}}
+    for path in ("/etc/passwd", "http://127.0.0.1/a.png", "data:,", 3, ["/etc"], "a\0", "../secret"):
+        body = {"data": [{"deep": [{"path": path, **file}]}], "fn_index": 0, "session_hash": "a"}
+        answer = paged.send("POST", "/gradio_api/queue/join", json.dumps(body).encode(), **password())
+        assert_refused(answer, 400, "uploaded pictures only")
+    for body in (b"", b"\xff", b"[" * 100_000):
+        assert_refused(paged.send("POST", "/gradio_api/queue/join", body, **password()), 400)
+
+
+def test_without_gradio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from relook.errors import RelookError
+    from relook.serve import page as pages
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not pages.installed()
+    with pytest.raises(RelookError, match=r"pip install 'relook\[page\]'"):
+        pages.check_installed()
