@@ -9,6 +9,7 @@ import ast
 import asyncio
 import base64
 import json
+import mimetypes
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -291,9 +292,9 @@ def read_reply(body: str) -> Reply | None:
 def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
     if task.image is None:
         return task.prompt
-    kind = "png" if task.image.suffix.lower() == ".png" else "jpeg"
+    kind = mimetypes.guess_type(task.image.name)[0] or "image/jpeg"
     data = base64.b64encode(task.image.read_bytes()).decode("ascii")
-    image = {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}}
+    image = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
     return [{"type": "text", "text": task.prompt}, image]
 
 

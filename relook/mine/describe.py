@@ -129,6 +129,6 @@ def _by_judge(pictures: Sequence[Picture], texts: Sequence[Sequence[str]], judge
             found.checked[picture.id] = verdict
             if verdict.corrected != text.strip():
                 found.hallucinated += 1
-                pairs[picture.id] = Pair(picture, verdict.corrected, text)
+                pairs[picture.id] = Pair(picture, verdict.corrected, text.strip())
     found.pairs = [pairs[picture.id] for picture in pictures if picture.id in pairs]
     return found

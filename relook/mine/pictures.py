@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from relook.data.examine import FORMATS
 from relook.data.vg import read_aliases, read_image_paths, read_image_records, read_objects, read_regions
@@ -136,9 +137,14 @@ def _visual_genome(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NE
     for image, found in objects.items():
         if image in paths:
             there = frozenset(map(same, found & known)) | said.get(image, frozenset())
-            called = also_called(paths[image].name) | {f"id:{image}", f"coco:{records[image].get('coco_id')}"}
-            pictures.append(Picture(image, paths[image], called, there))
+            pictures.append(Picture(image, paths[image], _called(image, records[image], paths[image]), there))
     return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
+
+
+def _called(image: str, record: Mapping[str, Any], path: Path) -> frozenset[str]:
+    """Half of Visual Genome's images are COCO's."""
+    coco = record.get("coco_id")
+    return also_called(path.name) | {f"id:{image}"} | ({f"coco:{coco}"} if coco else set())
 
 
 def _named_in_regions(images: Path, vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
@@ -183,4 +189,7 @@ def _with(vocabulary: Vocabulary, synonyms: Synonyms) -> Vocabulary:
 
 def _saying_nothing(lines: Iterable[str], vocabulary: Vocabulary) -> tuple[str, ...]:
     """The sentences that name no object: "light" is one of Visual Genome's."""
-    return tuple(line for line in lines if not mentions(line, vocabulary))
+    left = tuple(line for line in lines if not mentions(line, vocabulary))
+    if not left:
+        raise DataError("Every neutral sentence names an annotated object.", 'Check --synonyms for words as "it".')
+    return left

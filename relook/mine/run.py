@@ -60,6 +60,8 @@ def mine(
     """
     if place.annotations == "none" and judge is None:
         raise RecipeError("Without annotations nothing finds the mistakes.", "Give --judge URL and --judge-model.")
+    if out.resolve().is_relative_to(place.images.resolve()):
+        raise RecipeError(f"{out} lies in the image folder.", "Choose another --out.")
     if how.parquet:
         pyarrow()
     how = dataclasses.replace(how, template=how.template or default_template(model))

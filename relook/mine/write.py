@@ -89,6 +89,7 @@ def _readme(card: Mapping[str, Any]) -> str:
         *_rows("yes/no questions asked", asked["asked"], {}),
         *_rows("of them answered wrong", asked["wrong"], {}),
         *_rows("**question pairs**, half of them with answer yes", asked["pairs"], {}),
+        *(row for one in card["judge"] for row in _rows("replies of the judge", one["replies"], one["unjudged"])),
         "",
         "| description pairs, words | chosen | rejected |",
         "|---|---|---|",
