@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +210,10 @@ def save(path: Path, index: int, size: int = 0, quality: int = 95) -> Path:
     return path
 
 
-def reasons(folder: Path, listed: Sequence[str] = (), shown: Sequence[Path] = ()) -> dict[str, str]:
+def reasons(folder: Path, listed: Collection[str] = (), shown: Sequence[Path] = ()) -> dict[str, str]:
     pictures = read_pictures(folder, "none").pictures
     seen = {picture.id: apart.look_at(picture.id, picture.path) for picture in pictures}
-    return apart.left_out(pictures, seen, listed, [apart.look_at("", path) for path in shown])
+    return apart.Apart(seen, frozenset(listed), [apart.look_at("", path) for path in shown]).left_out(pictures)
 
 
 def test_pictures_that_are_left_out(tmp_path: Path) -> None:

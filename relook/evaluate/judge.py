@@ -76,10 +76,10 @@ def judge_settings(
     """
     if not url and not model:
         return None
-    if not url or not model:
-        raise RecipeError("A judge is an address and a model.", "Give both --judge-url and --judge-model.")
-    if not _is_address(url):
+    if url and not _is_address(url):
         raise RecipeError(f"{url} is no address of a judge.", "Give one as https://api.openai.com/v1.")
+    if not url or not model:
+        raise RecipeError("A judge is an address and a model.", "Give its address and --judge-model, both.")
     try:
         fields = json.loads(request)
     except ValueError:
@@ -248,7 +248,7 @@ class _Asking:
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise RelookError(
                     f"The judge at {self.settings.address} refuses: {_short(error)}.",
-                    f"Check --judge-url, --judge-model and the key in {self.settings.key_variable}.",
+                    f"Check its address, --judge-model and the key in {self.settings.key_variable}.",
                 ) from None
             except TimeoutError:
                 self.last = f"nothing whole within {longest:.0f} s"

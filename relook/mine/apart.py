@@ -22,7 +22,8 @@ from relook.mine.pictures import Picture, also_called
 
 NEAR = 3  # of 64 places
 BANDS = 4  # of 16 places; two hashes that differ in fewer places than there are bands agree in one whole band
-UNREADABLE, LISTED, SHOWN, LOOKS_SHOWN = "unreadable", "listed as evaluation image", "evaluation image", "near one"
+UNREADABLE, LISTED, SHOWN = "unreadable", "listed as evaluation image", "evaluation image"
+LOOKS_SHOWN = "near-duplicate of an evaluation image"
 TWICE, LOOKS_TWICE = "duplicate", "near-duplicate"
 
 
@@ -116,34 +117,37 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
-def left_out(
-    pictures: Sequence[Picture],
-    seen: Mapping[str, Mapping[str, Any]],
-    listed: Iterable[str],
-    shown: Iterable[Mapping[str, Any]],
-) -> dict[str, str]:
-    """Why pictures are not mined, by id; of pictures that are the same, the first stays.
+@dataclass(frozen=True)
+class Apart:
+    """What decides which pictures are left out.
 
     Args:
-        seen: what `look_at` found, by id.
+        seen: what `look_at` found, by a picture's id.
         listed: names of evaluation images.
         shown: what `look_at` found in folders of evaluation images.
     """
-    evaluated, earlier, names = Seen(), Seen(), frozenset(listed)
-    for record in shown:
-        if "fault" not in record:
-            evaluated.add(record)
-    reasons: dict[str, str] = {}
-    for picture in pictures:
-        record = seen[picture.id]
-        reason = UNREADABLE if "fault" in record else LISTED if names & picture.names else ""
-        for held, same, near in ((evaluated, SHOWN, LOOKS_SHOWN), (earlier, TWICE, LOOKS_TWICE)):
-            if not reason and record["content"] in held.contents:
-                reason = same
-            if not reason and held.looks.near(int(record["look"], 16)):
-                reason = near
-        if reason:
-            reasons[picture.id] = reason
-        else:
-            earlier.add(record)
-    return reasons
+
+    seen: Mapping[str, Mapping[str, Any]]
+    listed: frozenset[str] = frozenset()
+    shown: Sequence[Mapping[str, Any]] = ()
+
+    def left_out(self, pictures: Iterable[Picture]) -> dict[str, str]:
+        """Why pictures are not mined, by id; of pictures that are the same, the first stays."""
+        evaluated, earlier = Seen(), Seen()
+        for record in self.shown:
+            if "fault" not in record:
+                evaluated.add(record)
+        reasons: dict[str, str] = {}
+        for picture in pictures:
+            record = self.seen[picture.id]
+            reason = UNREADABLE if "fault" in record else LISTED if self.listed & picture.names else ""
+            for held, same, near in ((evaluated, SHOWN, LOOKS_SHOWN), (earlier, TWICE, LOOKS_TWICE)):
+                if not reason and record["content"] in held.contents:
+                    reason = same
+                if not reason and held.looks.near(int(record["look"], 16)):
+                    reason = near
+            if reason:
+                reasons[picture.id] = reason
+            else:
+                earlier.add(record)
+        return reasons

@@ -86,6 +86,11 @@ def records(asked: Sequence[Asked], answers: Sequence[str]) -> list[dict[str, An
     ]
 
 
+def summary(asked: Sequence[Mapping[str, Any]], kept: Sequence[object]) -> dict[str, int]:
+    """Counts for the data card."""
+    return {"asked": len(asked), "wrong": sum(one["origin"] == "model" for one in asked), "pairs": len(kept)}
+
+
 def co_occurrence(objects: Sequence[Collection[str]]) -> dict[str, Counter[str]]:
     """How often two names stand on the same image."""
     counts: dict[str, Counter[str]] = {}

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from relook.evaluate.pope import LONGEST_ANSWER
 from relook.evaluate.provenance import versions
 from relook.files import read_json, read_text, takes, text_hash, write_json
 from relook.mine import match, questions, write
-from relook.mine.apart import image_files, left_out, names_in
+from relook.mine.apart import Apart, image_files, names_in
 from relook.mine.describe import Described, describe, find_pairs
-from relook.mine.grow import Record, ask_all, look_at_all
+from relook.mine.grow import ask_all, look_at_all
 from relook.mine.match import Pair
 from relook.mine.page import write_page
 from relook.mine.pictures import Picture, read_pictures
@@ -58,15 +58,7 @@ def mine(
         RelookError: settings that contradict each other, data that cannot be used, a judge that does not answer, or a
             folder with other pairs.
     """
-    if place.annotations == "none" and judge is None:
-        raise RecipeError("Without annotations nothing finds the mistakes.", "Give --judge URL and --judge-model.")
-    if out.resolve().is_relative_to(place.images.resolve()):
-        raise RecipeError(f"{out} lies in the image folder.", "Choose another --out.")
-    if how.parquet:
-        pyarrow()
-    how = dataclasses.replace(how, template=how.template or default_template(model))
-    get_template(how.template)
-    as_device(loading.device)
+    how = _checked(model, place, out, how, judge, loading)
     annotated = read_pictures(place.images, place.annotations, place.synonyms)
     listed = frozenset[str]().union(*(names_in(path) for path in place.exclude if not path.is_dir()))
     if processes.first():
@@ -74,52 +66,66 @@ def mine(
     processes.wait("the output folder")
     if (out / write.CARD).exists():
         return dict(read_json(out / write.CARD))
-    work = out / WORK
-    load = functools.cache(lambda: loading.load(model))
-    seen = look_at_all(work / "pictures.jsonl", [(p.id, p.path) for p in annotated.pictures], "pictures")
-    folders = [path for path in place.exclude if path.is_dir()]
-    shown = look_at_all(
-        work / "excluded.jsonl", [(str(p), p) for folder in folders for p in image_files(folder)], "evaluation images"
-    )
-    why = left_out(annotated.pictures, seen, listed, shown.values())
-    pictures = [picture for picture in annotated.pictures if picture.id not in why]
+    work, load = out / WORK, functools.cache(lambda: loading.load(model))
+    apart = _look(place, annotated.pictures, listed, work)
+    reasons = apart.left_out(annotated.pictures)
+    pictures = [picture for picture in annotated.pictures if picture.id not in reasons]
+    counts = dict(sorted(Counter(reasons.values()).items()))
     if not pictures:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(why.values()).items())
-        raise DataError(f"No picture of {place.images} is left: {reasons}.", "Check --images and --exclude.")
+        named = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        raise DataError(f"No picture of {place.images} is left: {named}.", "Check --images and --exclude.")
     texts = describe(pictures, how, load, work)
     endpoint = Judge(judge, work / JUDGE_CACHE) if judge and processes.first() else None
     found = find_pairs(pictures, texts, annotated, how, endpoint) if processes.first() else None
     processes.wait("pairs of descriptions")
     rng = random.Random(f"{how.seed}/ask")
-    asked = processes.of_the_first(lambda: _choose(pictures, found, how, rng))
+    asked = processes.of_the_first(lambda: _choose(pictures, found, place, how, rng))
     asking = Asking(how.template, min(how.max_new_tokens, LONGEST_ANSWER), how.batch_size)
     prompts = [(one.key, (one.picture.path, one.text)) for one in asked]
     answers = ask_all(work / "answers.jsonl", load, prompts, asking, "yes/no questions")
     if found is not None:
         records = questions.records(asked, answers)
         kept = questions.balance(records, rng)
-        finish(out, pictures, annotated.vocabulary, found.pairs, kept, seen, how.parquet)
-        require_apart(out, pictures, lambda used: left_out(used, seen, listed, shown.values()))
-        wrong = sum(record["origin"] == "model" for record in records)
+        finish(out, pictures, annotated.vocabulary, found.pairs, kept, apart, how.parquet)
         card = {
             "model": model.name,
             "model_hash": model_hash(model),
             "annotations": place.annotations,
             **dataclasses.asdict(how),
-            "pictures": {
-                "found": len(annotated.pictures),
-                "left_out": dict(sorted(Counter(why.values()).items())),
-                "mined": len(pictures),
-            },
-            "apart": {"given": [path.name for path in place.exclude], "names": len(listed), "images": len(shown)},
+            "pictures": {"found": len(annotated.pictures), "left_out": counts, "mined": len(pictures)},
+            "apart": {"given": [path.name for path in place.exclude], "names": len(listed), "images": len(apart.shown)},
             "descriptions": found.to_json(),
-            "questions": {"asked": len(records), "wrong": wrong, "pairs": len(kept)},
+            "questions": questions.summary(records, kept),
             "lengths": match.lengths([(pair.chosen, pair.rejected) for pair in found.pairs]),
             "judge": found.judge,
         }
         write.write_card(out, card)
     processes.wait("the pairs")
     return dict(read_json(out / write.CARD))
+
+
+def _checked(
+    model: Path, place: Place, out: Path, how: Mining, judge: JudgeSettings | None, loading: Loading
+) -> Mining:
+    """The settings with the model's own template in them, once nothing contradicts."""
+    if place.annotations == "none" and judge is None:
+        raise RecipeError("Without annotations nothing finds the mistakes.", "Give --judge URL and --judge-model.")
+    if out.resolve().is_relative_to(place.images.resolve()):
+        raise RecipeError(f"{out} lies in the image folder.", "Choose another --out.")
+    if how.parquet:
+        pyarrow()
+    as_device(loading.device)
+    how = dataclasses.replace(how, template=how.template or default_template(model))
+    get_template(how.template)
+    return how
+
+
+def _look(place: Place, pictures: Sequence[Picture], listed: frozenset[str], work: Path) -> Apart:
+    """Look at every image file, mined or of an evaluation."""
+    seen = look_at_all(work / "pictures.jsonl", [(p.id, p.path) for p in pictures], "pictures")
+    files = [path for folder in place.exclude if folder.is_dir() for path in image_files(folder)]
+    shown = look_at_all(work / "excluded.jsonl", [(str(path), path) for path in files], "evaluation images")
+    return Apart(seen, listed, [shown[str(path)] for path in files])
 
 
 def _settings(
@@ -159,9 +165,11 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         raise RecipeError(f"{out} holds pairs made with another {', '.join(changed)}.", "Choose another --out.")
 
 
-def _choose(pictures: Sequence[Picture], found: Described | None, how: Mining, rng: random.Random) -> list[Asked]:
+def _choose(
+    pictures: Sequence[Picture], found: Described | None, place: Place, how: Mining, rng: random.Random
+) -> list[Asked]:
     assert found is not None, "only the first process chooses"
-    if found.checked:
+    if place.annotations == "none":
         return questions.choose_checked(pictures, found.checked, how.questions, rng)
     return questions.choose(pictures, how.questions, rng)
 
@@ -172,22 +180,15 @@ def finish(
     vocabulary: Vocabulary | None,
     pairs: Sequence[Pair],
     records: Sequence[Mapping[str, Any]],
-    seen: Mapping[str, Record],
+    apart: Apart,
     parquet: bool,
 ) -> None:
-    """All files but the card, with which the folder is complete."""
-    used = {pair.picture.id for pair in pairs} | {record["image_id"] for record in records}
+    """All files but the card, with which the folder is complete; no picture in them may be one that is left out."""
     write.write_pairs(out, pairs, records)
-    write.write_images(out, [p for p in pictures if p.id in used], {image: seen[image]["content"] for image in used})
+    names = {*read_json(out / DESC), *(record["image_id"] for record in read_json(out / POPE))}
+    used = {picture.id: picture for picture in pictures if picture.id in names}
+    assert not apart.left_out(used.values()), "an evaluation image, or one twice, got into the pairs"
+    write.write_images(out, used.values(), {image: apart.seen[image]["content"] for image in used})
     if parquet:
         write.write_parquet(out)
-    write_page(out, pairs, records, {picture.id: picture for picture in pictures}, vocabulary)
-
-
-def require_apart(
-    out: Path, pictures: Sequence[Picture], left_out: Callable[[Sequence[Picture]], Mapping[str, str]]
-) -> None:
-    """Check the finished files once more: no image of theirs is an evaluation image, or there twice."""
-    used = {*read_json(out / DESC), *(record["image_id"] for record in read_json(out / POPE))}
-    wrong = left_out([picture for picture in pictures if picture.id in used])
-    assert not wrong, f"these pictures should have been left out: {wrong}"
+    write_page(out, pairs, records, used, vocabulary)
