@@ -71,6 +71,7 @@ class Served:
 
     port: int
     engines: dict[str, Engine]
+    uploads: Path | None = None
     known: str = ""  # the answer that `assert_well` asks for
 
     @property
@@ -78,13 +79,20 @@ class Served:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0)
 
     def send(self, method: str, path: str, body: bytes = b"", key: str = KEY, **headers: str) -> tuple[int, bytes]:
+        status, _, content = self.send_for_all(method, path, body, key, **headers)
+        return status, content
+
+    def send_for_all(
+        self, method: str, path: str, body: bytes = b"", key: str = KEY, **headers: str
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """With the answer's headers."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         plain = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         connection.request(method, path, body, {**plain, **headers})
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
-        return answer.status, content
+        return answer.status, answer.headers, content
 
     def chat(self, content: Any, **how: Any) -> tuple[int, dict[str, Any]]:
         """A raw chat request: the user's content, or a list of messages."""
@@ -102,7 +110,7 @@ def serving(engines: dict[str, Engine], policy: Policy, uploads: Path | None = N
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
     thread.start()
     until(lambda: server.started)
-    yield Served(taken.getsockname()[1], engines)
+    yield Served(taken.getsockname()[1], engines, uploads)
     server.should_exit = True
     thread.join()
     for engine in engines.values():

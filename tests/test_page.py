@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ from relook.serve.api import Policy
 from relook.serve.engine import Engine
 from relook.serve.errors import APIError
 from relook.serve.media import Sources
+from relook.serve.page import uploads
 from relook.serve.page.actions import Page, Sampling
+from relook.serve.page.mount import MOST_ASKED
 from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, explain, language_of
 from relook.serve.request import Limits
 from relook.toyworld.world import sample_scenes
 
-POLICY = Policy(KEY, Sources(max_bytes=200_000), max_body=1_000_000, body_seconds=1)
+POLICY = Policy(KEY, Sources(max_bytes=200_000), max_body=1_100_000, body_seconds=1)
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +234,10 @@ def test_the_apis_routes_are_as_without_the_page(paged: Served) -> None:
 
 
 def test_the_page_loads_nothing_from_elsewhere(paged: Served) -> None:
-    status, page = paged.send("GET", "/", **password())
+    status, headers, page = paged.send_for_all("GET", "/", **password())
     assert status == 200
+    assert "default-src 'self'" in headers["Content-Security-Policy"]
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
     assert b"googleapis" not in page
     assert json.loads(paged.send("GET", "/config", **password())[1])["analytics_enabled"] is False
 
@@ -240,24 +246,71 @@ def test_the_page_loads_nothing_from_elsewhere(paged: Served) -> None:
     "path",
     [
         "/gradio_api/file=/etc/passwd", "/gradio_api/file=http://127.0.0.1/", "/gradio_api/proxy=http://127.0.0.1/",
+        "/gradio_api/file=http:/127.0.0.1/", "/gradio_api/file=a%00", "/gradio_api/file=",
         "/gradio_api/run/ask", "/gradio_api/heartbeat/a", "/gradio_api/vibe-code", "/monitoring", "/login", "/runs",
         "/gradio_api/mcp", "/static/../../../../etc/passwd", "/static/%2e%2e/%2e%2e/routes.py", "/assets/..%2fa.py",
     ],
 )  # fmt: skip
 def test_routes_that_the_page_does_not_need(paged: Served, path: str) -> None:
-    assert paged.send("GET", path, **password())[0] in (403, 404)
+    assert paged.send("GET", path, **password())[0] == 404
     assert paged.send("POST", path, b"{}", **password())[0] == 404
 
 
-def test_uploads_are_limited(paged: Served) -> None:
+def test_uploads_are_limited(paged: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     status, paths = upload(paged, PICTURES[0])
     assert status == 200
     assert Path(json.loads(paths)[0]).read_bytes() == PICTURES[0]
     assert upload(paged, b"a" * 300_000)[0] == 413  # of one image file
-    assert_refused(upload(paged, b"a" * 1_100_000), 413, "1,000,000 bytes")  # of a request
-    assert_refused(upload(paged, PICTURES[0], **{"Sec-Fetch-Site": "cross-site"}), 403)
-    status, paths = upload(paged, PICTURES[0], name="../../../escape.png")
-    assert status != 200 or Path(json.loads(paths)[0]).is_relative_to(Path(json.loads(paths)[0]).parents[1])
+    assert_refused(upload(paged, b"a" * 1_200_000), 413, "1,100,000 bytes")  # of a request
+    _, paths = upload(paged, PICTURES[0], name="../../../escape.png")
+    [path] = json.loads(paths)
+    assert paged.uploads is not None
+    assert (Path(path).parent.parent, Path(path).name) == (paged.uploads, "escape.png")
+    assert upload(paged, PICTURES[0], name="..")[0] == 400
+    monkeypatch.setattr(uploads, "MOST_FILES", 3)
+    assert_refused(upload(paged, PICTURES[0]), 429, "Too many pictures")
+
+
+@pytest.mark.parametrize(
+    ("headers", "ours"),
+    [
+        ({}, True),  # no browser
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://public.example"}, True),  # a proxy that keeps no Host
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://10.0.0.5:8000"}, False),
+        ({"Sec-Fetch-Site": "same-site"}, False),
+        # Over http browsers say no more than this.
+        ({"Origin": "http://10.0.0.5:8000"}, True),
+        ({"Origin": "http://10.0.0.5:8001"}, False),
+        ({"Origin": "http://other.example"}, False),
+        ({"Origin": "null"}, False),
+    ],
+)
+def test_other_sites_can_neither_ask_nor_read(paged: Served, headers: dict[str, str], ours: bool) -> None:
+    headers = {"Host": "10.0.0.5:8000", **headers}
+    status = upload(paged, PICTURES[0], **headers)[0]
+    assert status == (200 if ours else 403)
+    status, answered, _ = paged.send_for_all("GET", "/config", **password(), **headers)
+    assert status == (403 if "Origin" in headers and not ours else 200)
+    assert ours or "Access-Control-Allow-Origin" not in answered
+
+
+def test_no_upload_stays(tmp_path: Path) -> None:
+    """Whatever Gradio leaves of it; but what lay there at the start does."""
+    (tmp_path / "own.png").write_bytes(b"own")
+    lying = uploads.Uploads(tmp_path)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        for file in (tmp_path / name / "a.png", tmp_path / f"{name}.tmp"):
+            file.write_bytes(b"picture")
+    (tmp_path / "empty").mkdir()
+    long_ago = time.time() - 2 * uploads.KEPT_SECONDS
+    for path in ("own.png", "old/a.png", "old.tmp", "old", "empty"):
+        os.utime(tmp_path / path, (long_ago, long_ago))
+    assert lying.sweep() == (3, len(b"ownpicturepicture"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.tmp", "old", "own.png"]
+    os.utime(tmp_path / "old", (long_ago, long_ago))  # removing its file has changed it
+    lying.sweep()
+    assert not (tmp_path / "old").exists()
 
 
 def test_files_that_a_request_may_name(paged: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +328,8 @@ def test_files_that_a_request_may_name(paged: Served, monkeypatch: pytest.Monkey
         assert_refused(answer, 400, "uploaded pictures only")
     for body in (b"", b"\xff", b"[" * 100_000):
         assert_refused(paged.send("POST", "/gradio_api/queue/join", body, **password()), 400)
+    long = json.dumps({"data": ["a" * MOST_ASKED], "fn_index": 0, "session_hash": "a"}).encode()
+    assert_refused(paged.send("POST", "/gradio_api/queue/join", long, **password()), 413)
 
 
 def test_without_gradio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from relook.serve.api import Policy
 from relook.serve.chat import Answers, read_request
 from relook.serve.engine import Engine
 from relook.serve.errors import APIError
+from relook.serve.media import Sources
 from relook.serve.page.texts import ENGLISH, say
 from relook.serve.request import Busy, Request
 from relook.serve.schemas import ChatRequest
@@ -76,6 +77,11 @@ class Page:
     vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary.of(OBJECTS, SYNONYMS))
     truth: dict[str, frozenset[str]] = field(default_factory=dict)  # by hash of the file
 
+    @property
+    def sources(self) -> Sources:
+        """Uploads alone, whatever the API takes."""
+        return replace(self.policy.sources, web=False, root=self.folder)
+
     def draw_examples(self) -> list[Path]:
         """Draw toyworld's first test pictures, and remember what is on them."""
         paths = []
@@ -93,7 +99,7 @@ class Page:
             APIError: it is not there, or larger than may be.
         """
         try:
-            return replace(self.policy.sources, web=False, root=self.folder).read(_url(place))
+            return self.sources.read(_url(place))
         except DataError as error:
             gone = not Path(place).is_file()
             raise APIError(400, str(error), "no_picture" if gone else "invalid_message") from None
@@ -160,8 +166,7 @@ class Page:
         except ValidationError as error:
             wrong = error.errors()[0]
             raise APIError(400, f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
-        sources = replace(self.policy.sources, web=False, root=self.folder)
-        return read_request(engine, body, sources, self.policy.max_images)[0]
+        return read_request(engine, body, self.sources, self.policy.max_images)[0]
 
     def pieces(self, text: str, there: frozenset[str] | None = None) -> list[Piece]:
         """An answer cut into words and what stands between them; joined, they are the answer.

@@ -11,14 +11,15 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import anyio.to_thread
 import gradio as gr
 
 from relook.data.samples import Turn
 from relook.serve.errors import APIError
 from relook.serve.page.actions import Page, Piece, Sampling
 from relook.serve.page.texts import TEXTS, explain, language_of, say
+from relook.serve.page.uploads import EVERY_SECONDS, KEPT_SECONDS
 
-KEPT_SECONDS = 3600  # how long an upload stays
 SESSIONS = 256  # whose components' values Gradio remembers
 CSS = """
 .gradio-container{max-width:1400px!important}
@@ -33,7 +34,7 @@ Raw = Any  # what the browser sends for a component
 def build(page: Page) -> gr.Blocks:
     """The page of these models."""
     t, names = LANGUAGES, list(page.engines)
-    with gr.Blocks(title="relook", analytics_enabled=False, delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as blocks:
+    with gr.Blocks(title="relook", analytics_enabled=False, delete_cache=(EVERY_SECONDS, KEPT_SECONDS)) as blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 picture = gr.Image(
@@ -116,7 +117,7 @@ def _asker(page: Page) -> Callable[..., AsyncIterator[list[Any]]]:
         with _told(language):
             histories = [_turns(chat) for chat in before]
             place = _place(picture)
-            there = page.there(place)
+            there = await anyio.to_thread.run_sync(page.there, place)
             async for texts in page.ask(place, str(question or ""), histories, _sampling(*rest[:4])):
                 chats = [
                     _messages([*turns, Turn(question, text)]) for turns, text in zip(histories, texts, strict=True)
