@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def process(base: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], in
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert running.stderr is not None
     line = next(line for line in running.stderr if line.startswith("Serving "))
-    port = int(line.rsplit(":", 1)[1].removesuffix("/v1\n"))
+    [port] = map(int, re.findall(r":(\d+)/v1", line))
     until(lambda: healthy(port))
     try:
         yield running, port

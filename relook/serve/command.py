@@ -101,15 +101,20 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
     engines = start_engines(load(), limits, serving.template)
     for name, engine in engines.items():
         say(f"{name}: {limits.slots} slots of {engine.length:,} positions")
-    host, port = taken.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    say(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
-    if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
-        say("No --api-key: whoever reaches this port may use it.", style="yellow")
-    # uvicorn finishes the running answers, then raises the signal that it was sent again.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="relook-page-") as uploads:
-        make_server(engines, policy, serving.stop_seconds, Path(uploads) if serving.page else None).run(sockets=[taken])
+    # uvicorn finishes the running answers, then raises the signal that it was sent again; before it runs, making the
+    # page takes seconds. Either signal ends it all the same way.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as until_end:
+        uploads = None
+        if serving.page:
+            uploads = Path(until_end.enter_context(tempfile.TemporaryDirectory(prefix="relook-page-")))
+        server = make_server(engines, policy, serving.stop_seconds, uploads)
+        host, port = taken.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        say(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
+        if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
+            say("No --api-key: whoever reaches this port may use it.", style="yellow")
+        server.run(sockets=[taken])
     for engine in engines.values():
         engine.stop()
 
