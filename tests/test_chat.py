@@ -22,7 +22,7 @@ from relook.errors import RelookError
 from relook.model.load import without_post_decoder
 from relook.serve.engine import Engine
 from relook.serve.request import Limits, Request
-from relook.serve.terminal import Chat
+from relook.serve.terminal import Chat, _lines
 from relook.toyworld.build import make_processor
 
 
@@ -158,6 +158,31 @@ def test_nothing_that_a_model_says_commands_the_terminal(
         engines[0].loaded.processor.tokenizer, "decode", lambda *a, **k: "\x1b[2J\x07" + decode(*a, **k).lstrip()
     )
     assert set(talk(TEXTS[3])).isdisjoint("\x1b\x07")
+
+
+def test_a_question_that_the_model_failed_on_is_not_in_the_conversation(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = Talk(engines)
+    answer = talk(TEXTS[0])
+    with monkeypatch.context() as failing:
+        failing.setattr(engines[0].batch, "admit", lambda waiting: waiting.popleft().report("error"))
+        with pytest.raises(RelookError, match="failed on this question"):
+            talk(TEXTS[1])
+    assert talk.chat.turns == [Turn(TEXTS[0], answer)]
+    assert talk(TEXTS[1])
+
+
+def test_answers_alone_go_to_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though somebody writes the questions at a terminal."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Is there a cup?\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    lines = _lines()
+    assert next(lines) == "Is there a cup?"
+    with pytest.raises(EOFError):
+        next(lines)
+    out, err = capsys.readouterr()
+    assert (out, err.count("> ")) == ("", 2)
 
 
 @pytest.mark.slow

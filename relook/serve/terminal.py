@@ -96,11 +96,11 @@ class Chat:
                 said, finish = said + event.text, event.finish
                 self.write(_printable(event.text))
         self.write("\n")
+        if finish == "error":
+            raise RelookError("The model failed on this question.", "Ask again, or /reset.")
         self.turns.append(Turn(question, said))
         if finish == "length":
             say(f"[cut at {self.how.max_new_tokens} tokens: --max-tokens]", style="dim")
-        if finish == "error":
-            raise RelookError("The model failed on this question.", "Ask again, or /reset.")
 
 
 def _printable(text: str) -> str:
@@ -156,7 +156,12 @@ def _lines() -> Iterator[str]:
             import readline  # noqa: F401  (lines that are edited, and earlier ones)
         say("/help names the commands.", style="dim")
         while True:
-            yield input("> ")
+            if sys.stdout.isatty():
+                yield input("> ")
+            else:  # `input` would write it among the answers
+                sys.stderr.write("> ")
+                sys.stderr.flush()
+                yield input()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # the encoder says what is wrong with such a text
     yield from sys.stdin
