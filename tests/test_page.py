@@ -182,6 +182,18 @@ def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> 
     assert "后解码器" in page.look("tuned", "", turns, index, "zh")
 
 
+def test_a_conversation_comes_back_from_the_browser_as_it_was_said() -> None:
+    """And nothing of it is HTML on the way."""
+    from gradio import Chatbot
+
+    from relook.serve.page import layout
+
+    turns = [Turn(" a <b>bold</b> & &lt;\n  question ", "\n<img src=x> $$x$$\n"), Turn("b", "")]
+    shown = Chatbot().postprocess(layout._messages(turns)).model_dump()
+    assert layout._turns(shown) == turns
+    assert "<" not in json.dumps(shown)
+
+
 def test_both_languages_say_everything() -> None:
     assert set(ENGLISH) == set(CHINESE)
     for key, text in ENGLISH.items():

@@ -229,6 +229,15 @@ def test_mistakes_are_told(chromium: Any, served: Served, shots: Path, locale: s
     tab.context.close()
 
 
+def test_what_is_said_is_no_html(chromium: Any, served: Served, shots: Path) -> None:
+    tab = Tab(chromium, served, shots)
+    text = "Is <img src=x> & <b>this</b> $$x$$ a &lt;cup&gt;?"
+    tab.ask(text)
+    tab.whole()
+    assert tab.page.locator(".chat").first.locator("[data-testid=user]").inner_text().strip() == text
+    tab.context.close()
+
+
 def test_starting_again_while_an_answer_comes(chromium: Any, served: Served, shots: Path) -> None:
     """Nothing of it comes back."""
     tab = Tab(chromium, served, shots)

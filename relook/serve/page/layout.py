@@ -94,11 +94,12 @@ def _side(name: str) -> tuple[gr.Chatbot, gr.HighlightedText]:
     """A model's conversation, and its last answer in words."""
     colors = {text["absent"]: "red" for text in TEXTS.values()}
     with gr.Column(min_width=300):
-        # As plain text: what a model says is no HTML, and loads nothing.
+        # No Markdown; HTML it shows all the same (sanitised), so messages come escaped.
         chat = gr.Chatbot(
             label=name,
             render_markdown=False,
-            buttons=["copy"],
+            latex_delimiters=[],
+            buttons=[],  # "copy" would copy them as they are escaped
             feedback_options=None,
             allow_file_downloads=False,
             height=360,
@@ -184,14 +185,17 @@ def _turns(chat: Raw) -> list[Turn]:
 
 
 def _text(content: Raw) -> str:
-    """A message's content: a text, or a list of parts with texts."""
+    """A message's content: a text, or a list of parts with texts; as `_messages` wrote it, escaped."""
     parts = content if isinstance(content, list) else [content]
-    return "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part or "") for part in parts)
+    texts = (part.get("text") if isinstance(part, Mapping) else part for part in parts)
+    return html.unescape("".join(str(text or "") for text in texts))
 
 
-def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Escaped, for what is said is no HTML: it neither vanishes nor loads anything. As parts, which Gradio does not
+    strip: what it sends back must be what was said."""
     return [
-        {"role": role, "content": text}
+        {"role": role, "content": {"type": "text", "text": html.escape(text, quote=False)}}
         for turn in turns
         for role, text in (("user", turn.prompt), ("assistant", turn.response))
     ]
