@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -84,6 +85,21 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(lora, out / "adapter_model.safetensors")
     write_json(out / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
     write_json(out / CHANGE_FILE, {"base": str(base), "post_decoder": None, "lora": True})
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base as a folder of transformers' format."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    export(base, out, FAST)
+    return out
+
+
+def told(plain: Path, out: Path, **settings: Any) -> Path:
+    """A copy whose configuration says something else."""
+    shutil.copytree(plain, out)
+    write_json(out / "config.json", {**read_json(out / "config.json"), **settings})
     return out
 
 
@@ -208,16 +224,13 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize("name", ["v1", "llava_hf", "mistral", "llama_2", "v0"])
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_prompts_are_those_of_relook_serve(
-    name: str, engine: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, engine: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    export(base, tmp_path / "source", FAST)
-    config = read_json(tmp_path / "source/config.json")
-    write_json(tmp_path / "source/config.json", {**config, "conversation_template": name})
-    export_for(tmp_path / "source", out, engine, FAST)
+    export_for(told(plain, tmp_path / "source", conversation_template=name), out, engine, FAST)
     assert ("no token: requests must send it" in capsys.readouterr().err.replace("\n", " ")) == (name == "v0")
     processor = AutoProcessor.from_pretrained(out)
-    encoder = Encoder(processor.tokenizer, get_template(name), config["image_token_index"], 1)
+    encoder = Encoder(processor.tokenizer, get_template(name), read_json(out / "config.json")["image_token_index"], 1)
     for messages in CONVERSATIONS.values():
         turns, urls = read_turns([Message.model_validate(message) for message in messages])
         expected = encoder.prompt(turns[-1].prompt, len(urls), turns[:-1])
@@ -228,44 +241,39 @@ def test_prompts_are_those_of_relook_serve(
         assert tuple(ids) == expected
 
 
-def test_a_token_that_ends_answers_is_in_the_settings_of_generation(base: Path, tmp_path: Path) -> None:
-    export(base, tmp_path / "source", FAST)
-    tokens = read_json(tmp_path / "source/tokenizer.json")
+def test_a_token_that_ends_answers_is_in_the_settings_of_generation(plain: Path, tmp_path: Path) -> None:
+    source = told(plain, tmp_path / "source", conversation_template="chatml")
+    tokens = read_json(source / "tokenizer.json")
     mark = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokens["added_tokens"].append({"id": 89, "content": "<|im_end|>", **mark, "special": True})
     tokens["model"]["vocab"] = {word: id for word, id in tokens["model"]["vocab"].items() if id != 89}
-    write_json(tmp_path / "source/tokenizer.json", tokens)
-    config = read_json(tmp_path / "source/config.json")
-    write_json(tmp_path / "source/config.json", {**config, "conversation_template": "chatml"})
-    export_for(tmp_path / "source", tmp_path / "out", "vllm", FAST)
+    write_json(source / "tokenizer.json", tokens)
+    export_for(source, tmp_path / "out", "vllm", FAST)
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 89]
 
 
-@pytest.mark.parametrize("engine", WRITERS)
-def test_a_post_decoder_is_refused_with_the_reason(engine: str, base: Path, tmp_path: Path) -> None:
+def test_a_post_decoder_is_refused_with_the_reason(base: Path, tmp_path: Path) -> None:
     pd = decoder_run(base, tmp_path / "pd")
-    done = CliRunner().invoke(app, ["export", str(pd), str(tmp_path / "out"), "--for", engine])
-    assert isinstance(done.exception, RelookError)
-    assert "at every token" in str(done.exception)
-    assert "relook serve" in done.exception.fix
-    assert not (tmp_path / "out").exists()
+    for engine in WRITERS:
+        done = CliRunner().invoke(app, ["export", str(pd), str(tmp_path / "out"), "--for", engine])
+        assert isinstance(done.exception, RelookError), engine
+        assert "at every token" in str(done.exception)
+        assert "relook serve" in done.exception.fix
+        assert not (tmp_path / "out").exists()
 
 
-def test_what_an_engine_cannot_run_is_refused(base: Path, tmp_path: Path) -> None:
+def test_what_an_engine_cannot_run_is_refused(plain: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(RelookError, match="Known ones: vllm, sglang, transformers-serve"):
         export_for(base, tmp_path / "out", "tgi", FAST)
     tiny_next().save_pretrained(tmp_path / "next")
     next_processor().save_pretrained(tmp_path / "next")
     with pytest.raises(RelookError, match=r"is llava_next over llama\. Use --for vllm"):
         export_for(tmp_path / "next", tmp_path / "out", "sglang", FAST)
-    export(base, tmp_path / "odd", FAST)
-    config = read_json(tmp_path / "odd/config.json")
-    write_json(tmp_path / "odd/config.json", {**config, "projector_hidden_act": "linear"})
     with pytest.raises(RelookError, match="projector has a gelu"):
-        export_for(tmp_path / "odd", tmp_path / "out", "sglang", FAST)
-    write_json(tmp_path / "odd/config.json", {**config, "quantization_config": {"load_in_4bit": True}})
+        export_for(told(plain, tmp_path / "odd", projector_hidden_act="linear"), tmp_path / "out", "sglang", FAST)
+    quantised = told(plain, tmp_path / "quantised", quantization_config={"load_in_4bit": True})
     with pytest.raises(RelookError, match="quantised already"):
-        export_for(tmp_path / "odd", tmp_path / "out", "vllm", FAST)
+        export_for(quantised, tmp_path / "out", "vllm", FAST)
     assert not (tmp_path / "out").exists()
 
 
