@@ -243,6 +243,8 @@ class Batch:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
+        if min(counts) == longest:
+            return hidden[:, -1]
         return hidden[torch.arange(len(new), device=device), torch.tensor(counts, device=device) - 1]
 
 
