@@ -25,7 +25,7 @@ AT_FIRST = 128  # places of a slot
 class Room:
     """Keys and values, (C, H, P, D) each: made when they are first written, made longer where that is too short.
 
-    In memory heads lie behind places: `flat` is the same as (C * P, H, D), and what a pass writes are rows of that.
+    In memory heads lie behind places: `flat` is the same as (C * P, H, 1, D), rows of which are what a step writes.
     What is not written yet is zero: attention multiplies what a mask hides by 0, and 0 times a NaN is no 0.
     """
 
@@ -41,7 +41,7 @@ class Room:
         new = (keys_RHSD, values_RHSD)
         rooms = tuple(side.new_zeros(self.slots, places, side.shape[1], side.shape[3]) for side in new)
         old, self.pair = self.pair, tuple(room.transpose(1, 2) for room in rooms)
-        self.flat = tuple(room.flatten(0, 1) for room in rooms)
+        self.flat = tuple(room.flatten(0, 1).unsqueeze(2) for room in rooms)
         for side, before in zip(self.pair, old, strict=False):
             side[:, :, : before.shape[2]] = before
 
@@ -89,7 +89,8 @@ class _SlotLayer(DynamicLayer):
         window = self.cache.window
         self.room.fit(key_states, value_states, window.room)
         for side, new in zip(self.room.flat, (key_states, value_states), strict=True):
-            side.index_copy_(0, window.places, new.transpose(1, 2).flatten(0, 1))
+            rows = new if window.new == 1 else new.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+            side.index_copy_(0, window.places, rows)
         if not window.end:
             return key_states, value_states
         return self.room.read(window.first, len(key_states), window.end)
