@@ -25,6 +25,7 @@ from relook import LoadedModel, load_model
 from relook.data.prompts import TEMPLATES, Template, with_image
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, DataError, RelookError
+from relook.model.regimes import untie_head
 from relook.serve.answer import AnswerText
 from relook.serve.engine import Engine
 from relook.serve.request import Busy, Event, Limits, Request, TooLong
@@ -191,6 +192,36 @@ def test_a_special_token_that_ends_the_template_ends_an_answer(monkeypatch: pyte
     monkeypatch.setitem(TEMPLATES, "short", Template("short", "USER: ", "USER: ", " ASSISTANT:", " ", word))
     with engine_of(loaded, "short") as engine:
         assert text_of(engine.stream(asked(engine, *QUESTIONS[0]))) == " ".join(words[: words.index(words[2])])
+
+
+def test_a_stop_that_the_tokenizer_does_not_know_is_not_the_unknown_token() -> None:
+    """v0 ends with ###, which toyworld's tokenizer has no token for, so that transformers' search for it fails."""
+    model = tiny_llava()
+    untie_head(model)
+    loaded = as_loaded(model)
+    tokenizer, head = loaded.processor.tokenizer, model.lm_head
+    loaded.core.generation_config.suppress_tokens = None
+    how = {"template": "v0", "stop_strings": None}
+    word = tokenizer.convert_tokens_to_ids("▁" + one_by_one(loaded, QUESTIONS[:1], **how)[0].split()[0])
+    with torch.no_grad():
+        head.weight[[word, tokenizer.unk_token_id]] = head.weight[[tokenizer.unk_token_id, word]]
+    expected = one_by_one(loaded, QUESTIONS[:4], **how)
+    with engine_of(loaded, "v0") as engine:
+        assert at_once(engine, QUESTIONS[:4]) == expected
+        tokens = [token.id for event in engine.stream(asked(engine, *QUESTIONS[0])) for token in event.tokens]
+    assert len(tokens) == NEW
+    assert tokenizer.unk_token_id in tokens[:-1]
+
+
+def test_attention_makes_no_plan_for_each_length_while_texts_grow() -> None:
+    loaded = as_loaded(tiny_relook())
+    planning = []
+    loaded.core.model.register_forward_pre_hook(lambda *_: planning.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    with engine_of(loaded) as engine:
+        text_of(engine.stream(asked(engine, *QUESTIONS[0])))
+    assert planning
+    assert not any(planning)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # --- sampling, stops, log-probs

@@ -13,7 +13,7 @@ from relook.console import Report
 from relook.data.ahead import ahead
 from relook.data.images import ImageLoader, Shown
 from relook.evaluate.choose import Rule
-from relook.evaluate.decode import PromptTree, decode
+from relook.evaluate.decode import PromptTree, any_length, decode
 from relook.model.load import LoadedModel
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
@@ -126,6 +126,7 @@ def read(loader: ImageLoader, batch: Batch) -> Batch:
     return batch
 
 
+@any_length()
 def answer_batch(loaded: LoadedModel, batch: Batch, how: Asking, rule: Rule | None) -> list[str]:
     """Answers to a batch's prompts, in order: by a rule as trees, without one by `generate`."""
     if rule is None:

@@ -11,7 +11,8 @@ positions in the cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +193,21 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     R, Q, L = sees.shape
     mask = torch.full((R, 1, Q, L + -L % 8), -torch.inf, dtype=dtype, device=sees.device)[..., :L]
     return mask.masked_fill_(sees[:, None], 0)
+
+
+@contextmanager
+def any_length() -> Iterator[None]:
+    """Attention by kernels that take a text of any length at once; also a decorator. The setting is the process's.
+
+    cuDNN's, torch's first choice on Hopper and Blackwell since 2.11, make a plan, in tens of milliseconds, for each
+    number of rows and length that a thread has not seen (pytorch's MHA.cpp), and texts that grow have new ones always.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @torch.inference_mode()

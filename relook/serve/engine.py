@@ -29,6 +29,7 @@ from relook.data.prompts import get_template
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, RelookError
 from relook.evaluate.choose import settings_followed, uniform
+from relook.evaluate.decode import any_length
 from relook.model.load import LoadedModel
 from relook.recent import Recent
 from relook.serve.answer import Answer, AnswerText
@@ -206,6 +207,7 @@ class Engine:
                     answer.cancel()
         self._thread.join()
 
+    @any_length()
     @torch.inference_mode()
     def _run(self) -> None:
         while True:
@@ -258,10 +260,9 @@ def _positions(image: Any) -> int:
 
 
 def _endings(loaded: LoadedModel, stop: str) -> tuple[frozenset[int], tuple[str, ...]]:
-    """The tokens and the texts that end an answer. A text that is one special token is not seen in decoded text."""
+    """The tokens and the texts that end an answer. A text that is a special token is not seen in decoded text."""
     ends = loaded.core.generation_config.eos_token_id
     ids = {ends} if isinstance(ends, int) else set(ends or ())
-    tokenizer = loaded.processor.tokenizer
-    if stop and tokenizer.convert_tokens_to_ids(stop) in tokenizer.all_special_ids:
-        ids.add(tokenizer.convert_tokens_to_ids(stop))
+    added = loaded.processor.tokenizer.added_tokens_decoder.items()
+    ids |= {id for id, token in added if token.special and token.content == stop}
     return frozenset(ids), (stop,) if stop else ()
