@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from serving import NEW, PICTURES, Held, png, until
@@ -256,8 +256,18 @@ def test_stop_texts_end_an_answer_and_are_not_part_of_it() -> None:
             assert events[-1].finish == "stop"
 
 
-@given(st.lists(st.integers(0, 89), max_size=12), st.lists(st.text("abc .", min_size=1, max_size=4), max_size=3))
-def test_pieces_of_a_text_are_the_whole(ids: list[int], stops: list[str]) -> None:
+@pytest.fixture(params=[1, 3, 32], ids="window {}".format)
+def window(request: pytest.FixtureRequest) -> Iterator[int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relook.serve.answer.WINDOW", request.param)
+        yield request.param
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ids=st.lists(st.integers(0, 89), max_size=20), stops=st.lists(st.text("abc .", min_size=1, max_size=4), max_size=3)
+)
+def test_pieces_of_a_text_are_the_whole(window: int, ids: list[int], stops: list[str]) -> None:
     tokenizer = make_processor().tokenizer
     text, pieces = AnswerText(tokenizer, stops), []
     for n in range(1, len(ids) + 1):
@@ -270,17 +280,19 @@ def test_pieces_of_a_text_are_the_whole(ids: list[int], stops: list[str]) -> Non
     assert "".join(pieces) == whole[:cut].strip()
 
 
-def test_characters_of_several_tokens_come_whole(tiny: Path) -> None:
+def test_characters_of_several_tokens_come_whole(tiny: Path, window: int) -> None:
     from relook.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny / "ckpt_safetensors")
-    ids = tokenizer("ça 狗!", add_special_tokens=False)["input_ids"]
+    said = " ".join(["ça 狗!"] * 20)
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
     text = AnswerText(tokenizer)
     pieces = []
     for n in range(1, len(ids) + 1):
         text.read(ids[:n])
         pieces.append(text.more(n == len(ids)))
-    assert "".join(pieces) == "ça 狗!"
+    assert "".join(pieces) == said
+    assert len(ids) - text.start < 2 * max(window, 6)  # six bytes a word are more than a window of one
     assert not any("\ufffd" in piece for piece in pieces)
 
 
