@@ -287,6 +287,9 @@ def web(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterator[tuple
         def do_GET(self) -> None:
             asked.append(self.path)
             status, headers, body = answers[self.path]
+            for _ in range(15 if self.path == "/drip" else 0):
+                self.wfile.write(b"H")
+                time.sleep(0.2)
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -368,6 +371,7 @@ def test_a_picture_of_the_web_comes_from_the_address_that_was_checked(monkeypatc
         "/none": (404, {}, b"a secret"),
         "/large": (200, {}, b"a" * 300_000),
         "/slow": (200, {}, PICTURES[0]),
+        "/drip": (200, {}, PICTURES[0]),
     }
     with web(answers) as (port, asked):
         looked_up, reached = resolve(monkeypatch, names), connect_to(monkeypatch, port)
@@ -385,9 +389,12 @@ def test_a_picture_of_the_web_comes_from_the_address_that_was_checked(monkeypatc
             "/none": "answered 404",
             "/large": "200,000 bytes",
             "/slow": "could not be fetched",
+            "/drip": "could not be fetched",
         }.items():
+            started = time.monotonic()
             with pytest.raises(DataError, match=said) as error:
                 sources.read(f"http://a.example{path}")
+            assert time.monotonic() < started + 2
             assert "secret" not in str(error.value)
         assert asked.count("/again") == 4
         for host in ("mixed.example", "home.example"):
