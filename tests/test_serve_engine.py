@@ -25,6 +25,7 @@ from relook import LoadedModel, load_model
 from relook.data.prompts import TEMPLATES, Template, with_image
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, DataError, RelookError
+from relook.evaluate.decode import AnyLength
 from relook.model.regimes import untie_head
 from relook.serve.answer import AnswerText
 from relook.serve.engine import Engine
@@ -221,7 +222,12 @@ def test_attention_makes_no_plan_for_each_length_while_texts_grow() -> None:
         text_of(engine.stream(asked(engine, *QUESTIONS[0])))
     assert planning
     assert not any(planning)
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+    before, any_length = torch.backends.cuda.cudnn_sdp_enabled(), AnyLength()
+    with any_length:
+        with any_length:
+            pass
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 # --- sampling, stops, log-probs

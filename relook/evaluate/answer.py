@@ -126,7 +126,7 @@ def read(loader: ImageLoader, batch: Batch) -> Batch:
     return batch
 
 
-@any_length()
+@any_length
 def answer_batch(loaded: LoadedModel, batch: Batch, how: Asking, rule: Rule | None) -> list[str]:
     """Answers to a batch's prompts, in order: by a rule as trees, without one by `generate`."""
     if rule is None:
