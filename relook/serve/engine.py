@@ -12,6 +12,7 @@ Greedy text is that of transformers' `generate` at batch 1 in float32, whatever 
 from __future__ import annotations
 
 import hashlib
+import math
 import queue
 import threading
 import time
@@ -69,7 +70,7 @@ class Engine:
         self._waiting: deque[Answer] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._ending = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -200,14 +201,10 @@ class Engine:
             self._stopping = True
             self._wake.notify()
         self._thread.join(seconds)
-        self.limits = replace(self.limits, seconds=0.0)
-        with self._wake:
-            for answer in [*self._waiting, *(slot.answer for slot in self.batch.slots)]:
-                if answer is not None:
-                    answer.cancel()
+        self._ending = True
         self._thread.join()
 
-    @any_length()
+    @any_length
     @torch.inference_mode()
     def _run(self) -> None:
         while True:
@@ -229,7 +226,7 @@ class Engine:
         """Let go of who is gone, take in who waits, and take one step."""
         while self._calls:
             self._calls.popleft()()
-        now = time.monotonic()
+        now = math.inf if self._ending else time.monotonic()
         self.batch.leave(now)
         with self._wake:
             over = [answer for answer in self._waiting if answer.over(now)]
