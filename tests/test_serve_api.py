@@ -137,7 +137,8 @@ def test_health_and_metrics(served: Served) -> None:
     assert status == 200
     values = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
     assert float(values['relook_requests_total{model="tuned",status="200"}']) >= 1
-    assert float(values['relook_new_tokens_total{model="tuned"}']) == served.engines["tuned"].batch.counts.new_tokens > 1
+    new_tokens = served.engines["tuned"].batch.counts.new_tokens
+    assert float(values['relook_new_tokens_total{model="tuned"}']) == new_tokens > 1
     assert values['relook_running{model="tuned"}'] == "0.0"
 
 

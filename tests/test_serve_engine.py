@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,18 @@ from test_llava_next import as_loaded as as_loaded_next
 from test_llava_next import picture as next_picture
 from test_llava_next import tiny_next, with_decoder
 from tiny import tiny_llava, tiny_relook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from relook import LoadedModel, load_model
+from relook.data.images import Encoded
 from relook.data.prompts import TEMPLATES, Template, with_image
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, DataError, RelookError
+from relook.evaluate.answer import Asking, Prompt, generate_batch
 from relook.evaluate.decode import AnyLength
 from relook.model.regimes import untie_head
-from relook.serve.answer import AnswerText
+from relook.serve.answer import Answer, AnswerText
+from relook.serve.batch import Batch
 from relook.serve.engine import Engine
 from relook.serve.request import Busy, Event, Limits, Request, TooLong
 from relook.toyworld.build import make_processor
@@ -228,6 +235,56 @@ def test_attention_makes_no_plan_for_each_length_while_texts_grow() -> None:
             pass
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what would be kernels on a GPU: operations that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **kwargs or {})
+
+
+def kernels_a_step(loaded: LoadedModel, run: Callable[[], object]) -> int:
+    """Between two passes of the model in the middle of some work."""
+    at: list[int] = []
+    with Kernels() as kernels:
+        hook = loaded.core.model.register_forward_pre_hook(lambda *_: at.append(kernels.count))
+        run()
+        hook.remove()
+    return at[5] - at[4]
+
+
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS[:1] * 3, TEXTS], ids=["one", "of one length", "of several"])
+def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -> None:
+    model = tiny_relook()
+    language_model = model.model.language_model
+    layers = language_model.layers
+    for i in range(len(layers), 12):  # so that what is done in each layer counts
+        layers.append(copy.deepcopy(layers[0]))
+        layers[i].self_attn.layer_idx = i
+    model.config.text_config.num_hidden_layers = language_model.config.num_hidden_layers = 12
+    loaded = as_loaded(model)
+    model.generation_config.eos_token_id = None
+    picture, encoder = Encoded(PICTURES[0], "a picture"), loaded.encoder()
+    prompts = [Prompt(i, (picture,), encoder.prompt(text, [picture])) for i, text in enumerate(texts)]
+    plain = kernels_a_step(loaded, lambda: generate_batch(loaded, prompts, Asking(max_new_tokens=NEW)))
+    with engine_of(loaded) as engine:
+        requests = [asked(engine, PICTURES[:1], text) for text in texts]
+
+    def answer() -> None:  # on this thread, where operations are counted
+        batch = Batch(loaded, Limits(slots=4), 400)
+        tokenizer = loaded.processor.tokenizer
+        waiting = deque(Answer(r, [].append, AnswerText(tokenizer), frozenset(), NEW, (), inf) for r in requests)
+        with torch.inference_mode():
+            while waiting:
+                batch.admit(waiting)
+            while batch.live:
+                batch.step()
+
+    assert kernels_a_step(loaded, answer) <= plain
 
 
 # --- sampling, stops, log-probs
