@@ -119,6 +119,8 @@ def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 9}, "stop"),
         ({"top_logprobs": 1000}, "top_logprobs"),
+        ({"top_logprobs": 2}, "without logprobs"),
+        ({"stream_options": {"include_usage": True}}, "without stream"),
         ({"frequency_penalty": 1}, "frequency_penalty"),
         ({"logit_bias": {"1": 100}}, "logit_bias"),
         ({"unknown": 1}, "unknown"),

@@ -45,6 +45,9 @@ def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images
     Raises:
         APIError: what is wrong with the request.
     """
+    for name, needed in (("top_logprobs", "logprobs"), ("stream_options", "stream")):
+        if getattr(body, name) and not getattr(body, needed):
+            raise APIError(400, f"{name} is of no use without {needed}.", param=name)
     turns, urls = read_turns(body.messages)
     if len(urls) > max_images:
         raise APIError(400, f"The conversation has {len(urls)} images, more than {max_images}.", "too_many_images")
