@@ -118,6 +118,7 @@ def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 9}, "stop"),
+        ({"stop": "a" * 10_000}, "stop"),
         ({"top_logprobs": 1000}, "top_logprobs"),
         ({"top_logprobs": 2}, "without logprobs"),
         ({"stream_options": {"include_usage": True}}, "without stream"),
