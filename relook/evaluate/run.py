@@ -60,10 +60,7 @@ def evaluate_model(
             answer, or an output folder with another model's answers.
     """
     known(benchmarks)
-    template = template or default_template(model)
-    get_template(template)
-    as_device(loading.device)
-    claim_together(out, model, data, template, max_new_tokens, loading)
+    template = begin(out, model, data, template, max_new_tokens, loading)
     left = [name for name in benchmarks if not (out / f"{name}.json").exists()]
     for name in benchmarks:
         if name not in left:
@@ -99,13 +96,23 @@ def share(images: Iterable[Any]) -> set[Any]:
     return set(processes.mine(list(dict.fromkeys(images))))
 
 
-def claim_together(*arguments: Any, **asked: Any) -> None:
-    """`claim` in each of several processes, the first one before the others."""
+def begin(
+    out: Path, model: Path, data: Path | None, template: str, max_new_tokens: int, loading: Loading, **asked: Any
+) -> str:
+    """Look at how a model is to be asked, and `claim` the output folder, the first of several processes before the others.
+
+    Returns:
+        The conversation template: the model's own where none is given.
+    """
+    template = template or default_template(model)
+    get_template(template)
+    as_device(loading.device)
     if processes.first():
-        claim(*arguments, **asked)
+        claim(out, model, data, template, max_new_tokens, loading, **asked)
     processes.wait("the output folder")
     if not processes.first():
-        claim(*arguments, **asked)
+        claim(out, model, data, template, max_new_tokens, loading, **asked)
+    return template
 
 
 def claim(
