@@ -14,10 +14,8 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from relook.console import readable_size
+from relook.console import output, plain_table, readable_size
 from relook.data.encode import Example
 from relook.data.images import Picture
 from relook.errors import DataError, RecipeError, RelookError
@@ -317,16 +315,13 @@ def estimate_command(
 
 def print_estimate(found: Mapping[str, Any]) -> None:
     """What `estimate` found, on standard output; a pipe gets wide lines."""
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 200
+    console = output()
+    console.soft_wrap = True
     trained, everything = (found["parameters"][key] / 1e9 for key in ("trained", "all"))
     console.print(f"{found['model']}: {everything:.3f}e9 parameters, {trained:.3f}e9 of them train")
     console.print(f"lengths: {found['lengths']}")
-    columns = ("GiB of each GPU", *PARTS, "training", "before", "fits", "CPU")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
+    columns = (*PARTS, "training", "before", "fits", "CPU")
+    table = plain_table("GiB of each GPU", *columns, right=columns)
     for name, way in found["ways"].items():
         sizes = [*(way["parts"][part] for part in PARTS), way["peak"], way["before"]]
         fits = "yes" if way["fits"] else "no"

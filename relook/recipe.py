@@ -298,10 +298,6 @@ def read_shipped(name: str, kind: str) -> dict[str, Any]:
     return values
 
 
-def shipped_recipes() -> list[str]:
-    return shipped("recipe")
-
-
 def shipped(kind: str) -> list[str]:
     """Names of the recipes or sweeps that ship with relook."""
     folder = resources.files("relook") / f"{kind}s"

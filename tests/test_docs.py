@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from relook.cli import app
 from relook.model.post_decoder import PostDecoderSettings
-from relook.recipe import Recipe, shipped, shipped_recipes
+from relook.recipe import Recipe, shipped
 from relook.sweep_recipe import OWN
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_the_readmes_show_the_same_numbers() -> None:
 def test_documents_name_recipes_that_exist() -> None:
     text = "".join((ROOT / name).read_text(encoding="utf-8") for name in (*READMES, "docs/real-data.md"))
     named = set(re.findall(r"relook train ([\w-]+)", text)) - {"RECIPE"}
-    assert named <= {*shipped_recipes()}
+    assert named <= {*shipped("recipe")}
 
 
 @pytest.mark.parametrize("document", [*READMES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

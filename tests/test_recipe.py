@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from relook.errors import RecipeError
-from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides, shipped_recipes
+from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides, shipped
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped("recipe"))
 def test_shipped_recipes_load_with_the_users_paths(name: str) -> None:
     recipe = load_recipe(name, SFT if name == "toyworld-base" else DPO)
     assert (recipe.model_name_or_path, recipe.output_dir) == ("m", "o")

@@ -12,7 +12,7 @@ itself before the first full stop ("Yes, there is no dog"). All others are gener
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,7 @@ class CachedPope:
         if model == self.base:
             loading: Callable[[], LoadedModel] = lambda: self.loaded  # noqa: E731
         else:
-            loading = cache(lambda: Loading(None, None, self.loading.dtype, 16, self.loading.device).load(model))
+            loading = cache(lambda: replace(self.loading, vision_tower=None).load(model))  # a run names its own
         records = self._first_tokens(model, loading)
         waiting = [index for index, record in enumerate(records) if record["generated"]]
         if waiting:

@@ -99,7 +99,7 @@ def share(images: Iterable[Any]) -> set[Any]:
 def begin(
     out: Path, model: Path, data: Path | None, template: str, max_new_tokens: int, loading: Loading, **asked: Any
 ) -> str:
-    """Look at how a model is to be asked, and `claim` the output folder, the first of several processes before the others.
+    """Look at how a model is to be asked, and `claim` the output folder: the first process before the others.
 
     Returns:
         The conversation template: the model's own where none is given.

@@ -120,7 +120,7 @@ class Collator:
             features = sum(feature_rows(self.policy.config, (height, width)) for height, width in sizes)
         tokens, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
         return Work(
-            pairs if trees and items[0].weight is not None else answers,
+            pairs if items[0].weight is not None else answers,
             tokens,
             features,
             tokens if self.policy.keeps_everything else len(targets.id),
