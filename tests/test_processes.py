@@ -203,10 +203,13 @@ def test_deepspeed_leaves_the_model_what_it_was_in_bf16(name: str, keys_of: Call
 
     The same run without DeepSpeed is 2e-5 away from ln 2: references come from batches of another composition.
     """
-    keys = keys_of(f"bf16 {name}", {**LORA, "max_steps": 1, "learning_rate": 1e-3}, deepspeed=name, bf16=True)
+    more = {"mdpo_conditional_weight": 0.5, "eval_fraction": 0.34, "eval_on_start": True, "save_strategy": "epoch"}
+    keys = keys_of(f"bf16 {name}", {**LORA, **more, "max_steps": 1, "learning_rate": 1e-3}, deepspeed=name, bf16=True)
     done = torchrun([keys], DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr
-    assert log_of(Path(keys["output_dir"]), "loss")[0] == pytest.approx(math.log(2), abs=3e-4)
+    out = Path(keys["output_dir"])
+    for field in ("loss", "eval_loss"):
+        assert log_of(out, field)[0] == pytest.approx(1.5 * math.log(2), abs=5e-4)
 
 
 def as_under_deepspeed(**more: Any) -> trainer.RelookTrainer:

@@ -218,8 +218,8 @@ class RelookTrainer(Trainer):
     def _checkpoint_bytes(self) -> int:
         """Size of a checkpoint: what trains and the optimizer's state, of all processes together."""
         sizes = [full_shape(p).numel() for p in self.model.parameters() if p.requires_grad]
-        if self.is_deepspeed_enabled:  # it writes two moments and a float32 copy beside what trains
-            return 16 * sum(sizes)
+        if self.is_deepspeed_enabled:  # two moments, a float32 copy and, but for ZeRO-3, the model's own beside it
+            return 20 * sum(sizes)
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return 4 * sum(sizes) + sum(t.numel() * t.element_size() for t in moments)
 
