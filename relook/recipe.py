@@ -33,6 +33,11 @@ REFERENCE_FREE = ("simpo", "orpo")  # losses that compare with no reference mode
 LENGTH_NORMALISED = ("ipo", *REFERENCE_FREE)  # losses of means over a response's tokens, not of sums
 MDPO_WEIGHTS = ("mdpo_conditional_weight", "mdpo_anchored_weight")
 WEIGHTS = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
+RATES = ("learning_rate", "post_decoder_lr", "lm_head_lr", "mm_projector_lr")
+COUNTS = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),  # transformers'
+    *("model_max_length", "conversations_per_tree"),
+)
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
 HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")
@@ -123,6 +128,7 @@ class Recipe:
             raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
         if not 0 < self.activation_memory_budget <= 1:
             raise RecipeError(f"activation_memory_budget is {self.activation_memory_budget}.", "Give above 0 to 1.")
+        self._check_numbers()
         self._check_loss()
         self._check_what_trains()
         try:
@@ -130,6 +136,16 @@ class Recipe:
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
         self._check_idle()
+
+    def _check_numbers(self) -> None:
+        """What libraries find out late, or never: torch looks at the first of several learning rates alone."""
+        given = {name: value for name, value in {**vars(self), **self.training}.items() if value is not None}
+        for names, least in ((COUNTS, 1), (RATES, 0)):
+            for name in names:
+                if given.get(name, least) < least:
+                    raise RecipeError(f"{name} is {given[name]}.", f"Give {least} or more.")
+        if not 0 <= given.get("seed", 0) < 2**32:
+            raise RecipeError(f"seed is {given['seed']}.", "Give 0 to below 2^32.")
 
     def _check_what_trains(self) -> None:
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):
