@@ -20,13 +20,14 @@ from relook.data.encode import Example
 from relook.data.images import Picture
 from relook.errors import DataError, RecipeError, RelookError
 from relook.files import read_object
+from relook.keys import parse_overrides, read_shipped
 from relook.model.above_trunk import AboveTrunk
 from relook.model.formats import CHANGE_FILE
 from relook.model.load import LoadedModel
 from relook.model.regimes import with_regime
 from relook.model.source import ModelSource, open_model
 from relook.model.trunks import feature_rows, has_post_decoder, trunk_of, with_post_decoder
-from relook.recipe import Recipe, build_recipe, parse_overrides, read_shipped
+from relook.recipe import Recipe, build_recipe
 from relook.train.activations import Counts
 from relook.train.batches import Item, corrupted
 from relook.train.cache import FOLDER

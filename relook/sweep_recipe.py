@@ -16,8 +16,9 @@ from typing import Any
 
 from relook.errors import RecipeError, some
 from relook.files import text_hash
+from relook.keys import fit
 from relook.model.load import Loading, as_dtype, default_template
-from relook.recipe import Recipe, fit, load_recipe
+from relook.recipe import Recipe, load_recipe
 
 SWEEP_FILE = "sweep.yaml"
 BASE = "base"  # how the base is called among the rows

@@ -10,8 +10,9 @@ import pytest
 from typer.main import get_command
 
 from relook.cli import app
+from relook.keys import shipped
 from relook.model.post_decoder import PostDecoderSettings
-from relook.recipe import Recipe, shipped
+from relook.recipe import Recipe
 from relook.sweep_recipe import OWN
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from relook.errors import RecipeError
-from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides, shipped
+from relook.keys import parse_overrides, shipped
+from relook.recipe import Recipe, build_recipe, load_recipe
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}

@@ -25,8 +25,9 @@ from relook.evaluate.divergence import by_divergence, divergence
 from relook.evaluate.pope import SPLITS
 from relook.evaluate.run import evaluate_model
 from relook.files import read_json, read_records
+from relook.keys import read_shipped, shipped
 from relook.model.load import Loading
-from relook.recipe import build_recipe, read_shipped, shipped
+from relook.recipe import build_recipe
 from relook.report.write import write_report
 from relook.sweep import sweep_command
 from relook.sweep_recipe import build_sweep, expand, names

@@ -40,7 +40,7 @@ from relook.model.changes import read_change
 from relook.model.load import LoadedModel, Loading, add_post_decoder, as_device, as_dtype, load_model
 from relook.model.trunks import has_post_decoder
 from relook.train.batches import Collator, Item
-from relook.train.cache import key_of, made_from
+from relook.train.cache_key import key_of, made_from
 from relook.train.policy import Policy, TrunkStates, predicting_states
 from relook.tree import Row, Tree, targets_of
 

@@ -27,12 +27,13 @@ from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_text, takes, write_json
 from relook.flags import check_model, check_switched
+from relook.keys import parse_overrides
 from relook.model.above_trunk import AboveTrunk
 from relook.model.changes import read_change
 from relook.model.formats import kind_of, llava_settings
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
 from relook.model.regimes import apply_regime
-from relook.recipe import Recipe, load_recipe, parse_overrides
+from relook.recipe import Recipe, load_recipe
 from relook.train import recompute, sharding
 from relook.train.batches import (
     Collator,
