@@ -59,6 +59,13 @@ class Assumed:
     response_tokens: int = 110
     samples: int = 1000
 
+    def __post_init__(self) -> None:
+        if min(self.prompt_tokens, self.response_tokens, self.samples) < 1:
+            raise RecipeError(
+                f"{self.samples} samples of {self.prompt_tokens} and {self.response_tokens} tokens.",
+                "Give 1 or more of each.",
+            )
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -88,8 +95,9 @@ def estimate(
     Raises:
         RelookError: the model's config is not there, or the recipe does not fit it.
     """
-    if gpus < 1 or gpu_memory <= 0:
-        raise RecipeError(f"{gpus} GPUs with {gpu_memory} GiB.", "Give one GPU at least, and a size above 0.")
+    if gpus < 1 or gpu_memory <= 0 or tflops < 0:
+        said = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
+        raise RecipeError(said, "Give one GPU at least, and sizes above 0.")
     source = open_on_paper(recipe)
     lengths = read_lengths(recipe, source, assumed)
     whole = whole_policy(recipe, source, sharded=False)
@@ -107,7 +115,7 @@ def estimate(
         "predicted_gib": round(max(found[0].peak, found[0].before) / GIB, 2),
         "measured_gib": measured(Path(recipe.output_dir)),
         "trunk_cache": trunk_cache(recipe, whole, lengths, gpus) if recipe.cached_trunk else None,
-        "work": work(job, lengths, gpus * tflops),
+        "work": work(job, lengths, gpus, tflops),
     }
 
 
@@ -267,7 +275,7 @@ def trunk_cache(recipe: Recipe, whole: Policy, lengths: Lengths, gpus: int) -> d
 # --- work
 
 
-def work(job: Job, lengths: Lengths, tflops: float) -> dict[str, Any]:
+def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]:
     """TFLOP of a pair (sft: of a tree) in a step and before training; seconds of all where `tflops` is given.
 
     As in the log, products of linear layers count; what is computed again under gradient_checkpointing is in it here.
@@ -292,10 +300,18 @@ def work(job: Job, lengths: Lengths, tflops: float) -> dict[str, Any]:
     samples = len(lengths.examples)
     each = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}
     if tflops:
-        epochs = float(job.recipe.training.get("num_train_epochs", 3))
-        each["before_seconds"] = each["before_tflop"] * lengths.total / tflops
-        each["training_seconds"] = each["step_tflop"] * lengths.total * epochs / tflops
+        each["before_seconds"] = each["before_tflop"] * lengths.total / tflops / gpus
+        each["training_seconds"] = each["step_tflop"] * _drawn(job, lengths, gpus) / tflops / gpus
     return {name: float(f"{value:.4g}") for name, value in each.items()} | {"samples": lengths.total}
+
+
+def _drawn(job: Job, lengths: Lengths, gpus: int) -> float:
+    """How many samples all steps together have."""
+    said = job.recipe.training
+    if int(said.get("max_steps", -1)) > 0:  # goes before epochs
+        batches = gpus * int(said.get("gradient_accumulation_steps", 1))
+        return float(said["max_steps"] * batches * int(said.get("per_device_train_batch_size", 8)))
+    return lengths.total * float(said.get("num_train_epochs", 3))
 
 
 # --- the command

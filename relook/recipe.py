@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,22 @@ REFERENCE_FREE = ("simpo", "orpo")  # losses that compare with no reference mode
 LENGTH_NORMALISED = ("ipo", *REFERENCE_FREE)  # losses of means over a response's tokens, not of sums
 MDPO_WEIGHTS = ("mdpo_conditional_weight", "mdpo_anchored_weight")
 WEIGHTS = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
-RATES = ("learning_rate", "post_decoder_lr", "lm_head_lr", "mm_projector_lr")
-COUNTS = (
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),  # transformers'
-    *("model_max_length", "conversations_per_tree"),
-)
+# Bounds of numbers that libraries find out late, or never: torch looks at the first of several learning rates alone.
+BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("model_max_length", "conversations_per_tree"),
+        ),
+        (lambda n: n >= 1, "1 or more"),
+    ),
+    **dict.fromkeys(
+        ("learning_rate", "post_decoder_lr", "lm_head_lr", "mm_projector_lr"), (lambda n: n >= 0, "0 or more")
+    ),
+    **dict.fromkeys(("num_train_epochs", "save_steps", "eval_steps"), (lambda n: n > 0, "a number above 0")),
+    "max_steps": (lambda n: n >= 1 or n == -1, "1 or more, or leave it out for whole epochs"),
+    "seed": (lambda n: 0 <= n < 2**32, "0 to below 2^32"),
+}
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
 HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")
@@ -138,14 +149,10 @@ class Recipe:
         self._check_idle()
 
     def _check_numbers(self) -> None:
-        """What libraries find out late, or never: torch looks at the first of several learning rates alone."""
-        given = {name: value for name, value in {**vars(self), **self.training}.items() if value is not None}
-        for names, least in ((COUNTS, 1), (RATES, 0)):
-            for name in names:
-                if given.get(name, least) < least:
-                    raise RecipeError(f"{name} is {given[name]}.", f"Give {least} or more.")
-        if not 0 <= given.get("seed", 0) < 2**32:
-            raise RecipeError(f"seed is {given['seed']}.", "Give 0 to below 2^32.")
+        given = {**vars(self), **self.training}
+        for name, (fits, wanted) in BOUNDS.items():
+            if given.get(name) is not None and not fits(given[name]):
+                raise RecipeError(f"{name} is {given[name]}.", f"Give {wanted}.")
 
     def _check_what_trains(self) -> None:
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):

@@ -360,6 +360,14 @@ def test_another_models_answers_are_refused(finished: Path, world: Path, base: P
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+def test_answers_have_a_token_and_batches_a_prompt(world: Path, tmp_path: Path) -> None:
+    """Empty answers would be scored as yes."""
+    for name in ("max_new_tokens", "batch_size"):
+        with pytest.raises(RecipeError, match=f"{name} is 0. Give 1 or more"):
+            pope(world, tmp_path / "out", **{name: 0})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_changed_on_disk_is_another_one(world: Path, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     pope(world, tmp_path / "out", model, max_new_tokens=1)

@@ -100,6 +100,8 @@ def test_names_tell_rows_apart() -> None:
         ({"grid": {"pope_data_path": ["lost.json"]}}, "lost.json"),
         ({"data": "nowhere"}, "nowhere"),
         ({"dtype": "float17"}, "float17"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"recipe": ""}, "recipe"),
     ],
     ids=str,

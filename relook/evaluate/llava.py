@@ -87,14 +87,15 @@ def answer_questions(
         RelookError: a question file that cannot be used, a missing image, or an output folder with other answers.
     """
     asked = read_questions(questions, data)
-    template = begin(out, model, data, template, max_new_tokens, loading, questions=file_hash(questions))
+    how = Asking(template, max_new_tokens, batch_size)
+    how = begin(out, model, data, how, loading, questions=file_hash(questions))
     result = out / f"{NAME}.json"
     if not result.exists():
         file = AnswerFile(out / f"{NAME}.jsonl", "answer_id", processes.rank())
         mine = share(question.images for question in asked)
         left = [q for q in asked if q.images in mine and q.key not in file.records]
         if left:
-            loaded, how = loading.load(model), Asking(template, max_new_tokens, batch_size)
+            loaded = loading.load(model)
             with progress(questions.name) as report:
                 said = answer(loaded, [(question.images, question.text) for question in left], how, report)
                 keep(said, lambda i, text: (file, left[i].answered(text, model.name)), [file], batch_size)

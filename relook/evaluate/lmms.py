@@ -60,12 +60,12 @@ def evaluate_tasks(
     """
     manager = _task_manager(tasks, include_path)
     asked = {"tasks_from": include_path and str(include_path.resolve()), "limit": limit}
-    template = begin(out, model, None, template, max_new_tokens, loading, **asked)
+    how = begin(out, model, None, Asking(template, max_new_tokens, batch_size), loading, **asked)
     left = [name for name in tasks if not (out / f"{name}.json").exists()]
     if left:
         from relook.evaluate.lmms_model import RelookModel
 
-        relook = RelookModel(lambda: loading.load(model), Asking(template, max_new_tokens, batch_size), out)
+        relook = RelookModel(lambda: loading.load(model), how, out)
         for name in left:
             found = _evaluate(relook, name, manager, limit, out)
             relook.finish()
