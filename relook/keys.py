@@ -35,9 +35,9 @@ def read_shipped(name: str, kind: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not valid YAML: {error}.") from None
+        raise RecipeError(f"{name} is not valid YAML: {error}.", "Correct it there.") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{name} is not a mapping of keys to values.")
+        raise RecipeError(f"{name} is not a mapping of keys to values.", "Write key: value, one a line.")
     return values
 
 

@@ -90,7 +90,8 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
             evaluate(sweep, row.name, run, engine)
     done = [row for row in sweep.rows if row.name not in failed]
     if not done:
-        raise RelookError(f"No row of the sweep could be trained: {next(iter(failed.values()))}")
+        why = next(iter(failed.values()))
+        raise RelookError(f"No row of the sweep could be trained: {why}", "Mend that, and run the same command again.")
     write_json(sweep.out / RESULTS_FILE, {**collect(sweep, done), "failed": failed})
     from relook.report.sweep_page import write_page
 

@@ -167,7 +167,8 @@ def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) 
     lost = {path: [example.id for example in bad if path in example.images] for path in faults}
     named = [f"{fault} Its samples: {', '.join(lost[path])}." for path, fault in faults.items()]
     if bad and on_bad == "error":
-        raise DataError(f"{len(bad)} samples have unusable images: {some(named, 3)}")
+        what = f"{len(bad)} samples have unusable images: {some(named, 3)}"
+        raise DataError(what, "Repair them (relook data fix), or set on_bad drop to go on without.")
     return [example for example in examples if not faults.keys() & set(example.images)], named
 
 
