@@ -19,12 +19,13 @@ from relook.evaluate.provenance import versions
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import read_scores
 from relook.files import read_json, takes, write_json
-from relook.mine import mine_visual_genome
+from relook.mine.run import mine
+from relook.mine.settings import Mining, Place
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
 from relook.report.write import RESULTS_FILE, write_report
 from relook.toyworld import layouts
-from relook.toyworld.shipped import mining_settings, shipped_base
+from relook.toyworld.shipped import shipped_base
 from relook.train.run import train
 
 REGIMES = ("post_decoder", "nll_control", "post_decoder_head", "head", "lora")
@@ -123,8 +124,14 @@ def evaluate(model: Path, places: Places, name: str, split: str = "test") -> dic
 
 
 def mine_pairs(model: Path, places: Places, seed: int) -> None:
-    if not (places.pairs / "card.json").exists():
-        mine_visual_genome(model, places.world / "vg", places.pairs, mining_settings(seed))
+    """Pairs of the scenes that no evaluation has."""
+    place = Place(places.world / "vg", "toyworld", exclude=[places.world / "test"])
+    mine(model, place, places.pairs, mining_settings(seed))
+
+
+def mining_settings(seed: int) -> Mining:
+    """Toyworld's; it speaks in set phrases, so that texts alike are no duplicates."""
+    return Mining(seed, questions=4, max_new_tokens=64, batch_size=100, near_texts=0, parquet=False)
 
 
 def train_regime(

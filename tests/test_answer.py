@@ -230,6 +230,8 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(questions: list[Question]
     how = sampling(temperature=1.5, top_k=0)
     drawn = answers(loaded, questions, 1, seed=3, **how)
     assert drawn == answers(loaded, questions, 4, seed=3, **how) == answers(loaded, questions, 64, seed=3, **how)
+    parts = [answers(loaded, questions[i : i + 2], seed=3, first=i, **how) for i in range(0, len(questions), 2)]
+    assert drawn == [text for part in parts for text in part]
     other = answers(loaded, questions, 64, seed=4, **how)
     assert sum(a != b for a, b in zip(drawn, other, strict=True)) > len(questions) // 2
     assert answers(loaded, questions, **sampling(top_k=1)) == answers(loaded, questions)

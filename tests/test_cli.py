@@ -246,8 +246,9 @@ def test_files_that_cannot_be_scored(relook: Command, tmp_path: Path) -> None:
 
 
 def test_mistakes_of_mine_and_report(relook: Command, tmp_path: Path, base: Path, notes: Path, world: Path) -> None:
-    relook("mine", "--model", base, "--vg-path", "nowhere", "--out", tmp_path / "p").mistake("nowhere")
-    relook("mine", "--model", "nowhere", "--vg-path", world / "vg", "--out", tmp_path / "p").mistake("no model folder")
+    mined = ("--annotations", "vg", "--out", tmp_path / "p")
+    relook("mine", "--model", base, "--images", "nowhere", *mined).mistake("nowhere")
+    relook("mine", "--model", "nowhere", "--images", world / "vg", *mined).mistake("no model folder")
     relook("report", notes).mistake("no finished demo")
     assert untouched(notes)
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from relook import cli, demo, mine
+from relook import cli, demo
 from relook.evaluate import answer as answering
 from relook.evaluate.pope import SPLITS
+from relook.mine import write as mining
 from relook.model.load import TENSORS_FILE
 from relook.toyworld import layouts
 from relook.train import run as training
@@ -139,7 +140,7 @@ def test_an_interrupted_demo_ends_with_the_same_results(whole: Path, small: Any,
     places: list[tuple[Any, str, int]] = [
         (layouts, "draw", 11),
         (answering, "answer_batch", 2),
-        (mine, "write_json", 2),
+        (mining, "write_json", 2),
         (trainer, "compute_loss", 3),
         (training, "save", 1),
         (answering, "answer_batch", 1),

@@ -1,38 +1,48 @@
-"""Mining: corrections are true, small and of the same length; questions fall where models err; files are HA-DPO's."""
+"""Mining: corrections are true, small and of the same length; pairs are apart from evaluations and from each other;
+stopped anywhere and run again, the files are the same; a judge's replies count as a whole or not at all."""
 
 from __future__ import annotations
 
-import json
+import itertools
+import os
 import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint import Answer, Request, endpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from relook import mine as mining
+from relook.data.check import check
+from relook.data.convert import convert
 from relook.data.hadpo import DESCRIBE_PROMPTS, read_hadpo
-from relook.errors import DataError
-from relook.evaluate.chair import Vocabulary
+from relook.data.pairs import read_pairs
+from relook.demo import mining_settings
+from relook.errors import DataError, RecipeError
+from relook.evaluate.answer_file import AnswerFile
+from relook.evaluate.chair import Mention, Vocabulary, coco_vocabulary, mentions
+from relook.evaluate.judge import JudgeSettings
 from relook.evaluate.pope import official_parse, question_text
-from relook.mine import (
-    NEUTRAL,
-    Mining,
-    balance,
-    co_occurrence,
-    correct,
-    exchange,
-    hallucinations,
-    mine,
-    mine_visual_genome,
-    weighted_sample,
-)
-from relook.toyworld.shipped import mining_settings, shipped_base
+from relook.files import read_json, write_json
+from relook.mine import apart, grow, judged, match, write
+from relook.mine.correct import NEUTRAL, correct, exchange, hallucinations
+from relook.mine.match import Pair, length, lengths, near_duplicates, same_length, shingles
+from relook.mine.pictures import Picture, read_pictures
+from relook.mine.questions import balance, co_occurrence, weighted_sample
+from relook.mine.run import mine
+from relook.mine.settings import Mining, Place
+from relook.toyworld.shipped import shipped_base
 from relook.toyworld.speech import FILLERS, SYNONYMS, describe, words
-from relook.toyworld.world import OBJECTS, SETTINGS
+from relook.toyworld.world import OBJECTS, SETTINGS, sample_scene
 
 VOCABULARY = Vocabulary.of(OBJECTS, SYNONYMS)
 names = st.lists(st.sampled_from(OBJECTS), max_size=8)
@@ -73,6 +83,22 @@ def test_corrections_by_hand() -> None:
     assert len(set(replaced)) == 2
 
 
+def test_what_is_said_again_is_exchanged_for_the_same() -> None:
+    assert fixed("A dog runs. The dog is big.", ["cup", "bed"]) in (
+        "A cup runs. The cup is big.",
+        "A bed runs. The bed is big.",
+    )
+    assert set(words(fixed("There is a dog. There is a dog.", ["cup", "bed"]))) >= {"cup", "bed"}
+
+
+def test_a_neutral_sentence_is_about_as_long_and_names_nothing() -> None:
+    long = "There is a dog that lies in the corner and sleeps the whole day long."
+    chosen = correct(long, [], VOCABULARY, NEUTRAL, random.Random(0))
+    assert abs(len(chosen.split()) - len(long.split())) <= 2
+    assert not any(mentions(line, coco_vocabulary()) for line in NEUTRAL)
+    assert NEUTRAL[: len(FILLERS)] == FILLERS
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -98,22 +124,24 @@ def test_a_neutral_sentence_stays_cut_off_too() -> None:
         ("A cup lies there.", "cup", "apple", "An apple lies there."),
         ("The red cup", "cup", "apple", "The red apple"),
         ("cup", "cup", "apple", "apple"),
+        ("Two dogs run.", "dogs", "bus", "Two buses run."),
+        ("Dogs run.", "Dogs", "cup", "Cups run."),
     ],
 )
-def test_exchanged_nouns_take_their_article_along(sentence: str, noun: str, name: str, expected: str) -> None:
+def test_exchanged_nouns_take_article_and_number_along(sentence: str, noun: str, name: str, expected: str) -> None:
     start = sentence.index(noun)
-    assert exchange(sentence, start, start + len(noun), name) == expected
+    assert exchange(sentence, Mention("", start, start + len(noun)), name, VOCABULARY) == expected
 
 
 # --- which questions
 
 
-@given(st.dictionaries(st.integers(0, 99).map(lambda i: Path(f"{i}.jpg")), st.frozensets(st.sampled_from("abcde"))))
-def test_co_occurrence_is_a_count_over_images(objects: dict[Path, frozenset[str]]) -> None:
+@given(st.lists(st.frozensets(st.sampled_from("abcde"))))
+def test_co_occurrence_is_a_count_over_images(objects: list[frozenset[str]]) -> None:
     together = co_occurrence(objects)
     for first in "abcde":
         for second in "abcde":
-            both = sum(first in found and second in found for found in objects.values())
+            both = sum(first in found and second in found for found in objects)
             assert together.get(first, Counter())[second] == (both if first != second else 0)
 
 
@@ -137,14 +165,177 @@ def test_balance_keeps_as_many_of_each(kinds: list[str], rng: random.Random) -> 
     assert [record["number"] for record in kept] == sorted(record["number"] for record in kept)
 
 
+# --- lengths and repetitions
+
+texts = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=12).map(" ".join)
+NOWHERE = Picture("", Path(), frozenset())
+
+
+@given(st.lists(st.tuples(texts, texts), max_size=20))
+def test_means_are_alike_and_no_more_is_dropped_than_needs_be(sides: list[tuple[str, str]]) -> None:
+    pairs = [Pair(NOWHERE, *side) for side in sides]
+    kept, dropped = same_length(pairs)
+    assert len(kept) + sum(dropped.values()) == len(pairs)
+    assert all(abs(pair.longer) <= match.MOST_APART * max(map(length, (pair.chosen, pair.rejected))) for pair in kept)
+    found = lengths([(pair.chosen, pair.rejected) for pair in kept])
+    assert found["means_differ"] <= match.MEANS_APART
+    assert found["chosen_longer"] + found["chosen_shorter"] + found["same_length"] == len(kept)
+    assert same_length(kept) == (kept, {})
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=12),
+    st.sampled_from([0.5, 0.7, 0.9, 1]),
+)
+def test_near_duplicates_are_those_of_all_comparisons(texts: list[str], similarity: float) -> None:
+    expected: set[int] = set()
+    for place, text in enumerate(texts):
+        earlier = [shingles(other) for n, other in enumerate(texts[:place]) if n not in expected]
+        one = shingles(text)
+        if any(len(one & other) / len(one | other) >= similarity - 1e-12 for other in earlier):
+            expected.add(place)
+    assert near_duplicates(texts, similarity) == expected
+
+
+# --- pictures
+
+
+def save(path: Path, index: int, size: int = 0, quality: int = 95) -> Path:
+    """A smooth picture, so that its hash does not hang on noise; the same for the same index."""
+    rng = random.Random(index)
+    image = Image.new("RGB", (9, 8))
+    image.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(72)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((96, 96) if not size else (size, size), Image.Resampling.BICUBIC).save(path, quality=quality)
+    return path
+
+
+def reasons(folder: Path, listed: Collection[str] = (), shown: Sequence[Path] = ()) -> dict[str, str]:
+    pictures = read_pictures(folder, "none").pictures
+    seen = {picture.id: apart.look_at(picture.id, picture.path) for picture in pictures}
+    return apart.Apart(seen, frozenset(listed), [apart.look_at("", path) for path in shown]).left_out(pictures)
+
+
+def test_pictures_that_are_left_out(tmp_path: Path) -> None:
+    folder, other = tmp_path / "d", tmp_path / "e"
+    for number in range(6):
+        save(folder / f"{number}.jpg", number)
+    shutil.copy(folder / "0.jpg", folder / "again.jpg")
+    save(folder / "smaller.jpg", 0, size=70, quality=60)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "broken.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("1.jpg")
+    shown = [save(other / "x.jpg", 2), save(other / "y.jpg", 3, size=50, quality=50)]
+    assert reasons(folder, apart.names_in(folder / "notes.txt"), shown) == {
+        "1.jpg": apart.LISTED,
+        "2.jpg": apart.SHOWN,
+        "3.jpg": apart.LOOKS_SHOWN,
+        "again.jpg": apart.TWICE,
+        "smaller.jpg": apart.LOOKS_TWICE,
+        "sub/broken.png": apart.UNREADABLE,
+    }
+
+
+def test_hashes_of_scenes_do_not_meet_and_all_that_are_near_are_found() -> None:
+    looks = apart.Looks()
+    rng = random.Random(0)
+    held = [rng.getrandbits(64) for _ in range(50)]
+    for look in held:
+        looks.add(look)
+    for look in held:
+        bits = rng.sample(range(64), apart.NEAR + 1)
+        near = look ^ sum(1 << bit for bit in bits[1:])
+        assert looks.near(near)
+        assert not looks.near(near ^ (1 << bits[0]))
+
+
+THIRD = {"id:3", "000000000003.jpg", "coco:3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        (
+            "q.json",
+            '{"image": "COCO_val2014_000000000042.jpg", "text": "?"}\n',
+            {"COCO_val2014_000000000042.jpg", "coco:42"},
+        ),
+        ("a.jsonl", '{"image_id": 7}\n{"image_id": "8"}\n', {"id:7", "id:8"}),
+        ("l.txt", "sub/cat.png\n\n12\n", {"cat.png", "id:12"}),
+        ("i.json", '{"images": [{"id": 3, "file_name": "a/000000000003.jpg"}]}', THIRD),
+        ("d.json", '{"17": {"chosen": []}}', {"id:17"}),
+        ("s.json", '[{"image_id": 5}, 6, "e.jpg"]', {"id:5", "id:6", "e.jpg"}),
+    ],
+)
+def test_names_of_evaluation_images(tmp_path: Path, name: str, text: str, found: set[str]) -> None:
+    (tmp_path / name).write_text(text)
+    assert apart.names_in(tmp_path / name) == found
+
+
+def test_a_picture_of_cocos_is_known_under_visual_genomes_name(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "vg", tmp_path / "vg")
+    records = read_json(tmp_path / "vg" / "image_data.json")
+    records[0]["coco_id"] = 42
+    write_json(tmp_path / "vg" / "image_data.json", records)
+    (tmp_path / "pope.json").write_text('{"image": "COCO_val2014_000000000042.jpg"}')
+    first = read_pictures(tmp_path / "vg", "vg").pictures[0]
+    assert first.names & apart.names_in(tmp_path / "pope.json") == {"coco:42"}
+
+
+def test_layouts_agree_about_what_is_there(world: Path) -> None:
+    """Toyworld's folders as what they look like; the truth is the scenes'."""
+    for folder, kind, split, other in (
+        ("vg", "vg", "pairs", "toyworld"),
+        ("test", "coco", "test", "toyworld"),
+        ("test/val2014", "coco", "test", "coco"),
+    ):
+        for name in (kind, other):
+            found = read_pictures(world / folder, name)
+            assert [picture.objects for picture in found.pictures] == [
+                frozenset(sample_scene(0, split, index).names) for index in range(6)
+            ]
+            assert all(picture.path.is_file() for picture in found.pictures)
+            assert found.neutral[: len(FILLERS)] == FILLERS
+
+
+def test_visual_genomes_plurals_aliases_and_regions(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "vg"
+    shutil.copytree(world / "vg", folder)
+    objects = read_json(folder / "objects.json")[:3]
+    for record, names in zip(objects, (["tree", "light"], ["Trees"], ["lorry"]), strict=True):
+        record["objects"] = [{"names": [name]} for name in names]
+    objects[0]["objects"].append({"names": ["truck"]})
+    write_json(folder / "objects.json", objects)
+    regions = read_json(folder / "region_descriptions.json")[:3]
+    for record, phrase in zip(regions, ("", "two vans", ""), strict=True):
+        record["regions"] = [{"phrase": phrase, "x": 0, "y": 0, "width": 1, "height": 1}]
+    write_json(folder / "region_descriptions.json", regions)
+    (folder / "object_alias.txt").write_text("truck,lorry,van\n")
+    found = read_pictures(folder, "vg")
+    assert [picture.objects for picture in found.pictures] == [{"tree", "light", "truck"}, {"tree", "truck"}, {"truck"}]
+    assert "The light is soft." in NEUTRAL
+    assert "The light is soft." not in found.neutral
+    (tmp_path / "more.json").write_text('{"tree": ["oak"]}')
+    more = read_pictures(folder, "vg", tmp_path / "more.json")
+    assert hallucinations("An oak and a lorry.", ["tree"], more.vocabulary) == ["truck"]  # type: ignore[arg-type]
+
+
 # --- the whole, with answers written beforehand
 
-SCENES = {
-    Path("vg/1.jpg"): {"cup", "pot"},
-    Path("vg/2.jpg"): {"cup", "pot", "plate"},
-    Path("vg/3.jpg"): {"bed"},
-    Path("vg/4.jpg"): {"dog", "cup"},
-}
+SCENES = {"1": ("cup", "pot"), "2": ("cup", "pot", "plate"), "3": ("bed",), "4": ("dog", "cup")}
+
+
+@pytest.fixture
+def kitchen(tmp_path: Path) -> Path:
+    """Four annotated pictures in Visual Genome's layout."""
+    folder = tmp_path / "vg"
+    for image in SCENES:
+        save(folder / "VG_100K" / f"{image}.jpg", int(image))
+    data = [{"image_id": int(i), "url": f"https://x/VG_100K/{i}.jpg", "coco_id": None} for i in SCENES]
+    write_json(folder / "image_data.json", data)
+    objects = [{"image_id": int(i), "objects": [{"names": [n]} for n in names]} for i, names in SCENES.items()]
+    write_json(folder / "objects.json", objects)
+    return folder
 
 
 @pytest.fixture
@@ -158,52 +349,329 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
         for index in reversed(range(len(questions))):  # answers come in an order of their own
             yield index, "There is a cup. There is a dog." if questions[index][1] in DESCRIBE_PROMPTS else "Yes."
 
-    monkeypatch.setattr(mining, "answer", answer)
+    monkeypatch.setattr(grow, "answer", answer)
     return asked
 
 
-def test_what_is_mined_from_known_answers(said: list[tuple[Path, str]], tmp_path: Path) -> None:
-    found = mine(None, SCENES, VOCABULARY, tmp_path, Mining(questions=2, samples=1))  # type: ignore[arg-type]
-    assert (found.images, found.described, found.hallucinated, found.description_pairs) == (4, 8, 6, 3)
-    pairs = json.loads((tmp_path / "desc_data.json").read_text())
+def test_what_is_mined_from_known_answers(said: list[tuple[Path, str]], kitchen: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    card = mine(shipped_base(), Place(kitchen, "vg"), out, Mining(questions=2, near_texts=0))
+    assert card["descriptions"] == {"made": 8, "hallucinated": 6, "found": 3, "dropped": {}, "pairs": 3}
+    pairs = read_json(out / "desc_data.json")
     assert pairs.keys() == {"1", "2", "3"}
     assert all(pair["rejected"] == ["There is a cup. There is a dog."] for pair in pairs.values())
     assert pairs["1"]["chosen"] == ["There is a cup. There is a pot."]
     assert pairs["3"]["chosen"][0].startswith("There is a bed.") != pairs["3"]["chosen"][0].endswith("There is a bed.")
     assert any(line in pairs["3"]["chosen"][0] for line in NEUTRAL)
 
-    assert (found.asked, found.wrong, found.question_pairs) == (8, 4, 8)
-    records = json.loads((tmp_path / "pope_data.json").read_text())
+    assert card["questions"] == {"asked": 8, "wrong": 4, "pairs": 8}
+    records = read_json(out / "pope_data.json")
     questions = {question_text(name): name for name in OBJECTS}
     for record in records:
-        there = questions[record["question"]] in SCENES[Path(f"vg/{record['image_id']}.jpg")]
+        there = questions[record["question"]] in SCENES[record["image_id"]]
         assert official_parse(record["chosen"]) == there
         assert official_parse(record["reject"]) != there
         assert record["origin"] == ("contrast" if there else "model")
         assert record["answer"] == "Yes."
-    descriptions, asked = said[:8], said[8:]
-    assert [image for image, _ in descriptions] == [*SCENES, *SCENES]
-    assert len(set(asked)) == len(asked) == 8
+    assert [image.stem for image, _ in said[:8]] == [*SCENES, *SCENES]
+    assert len(set(said[8:])) == len(said[8:]) == 8
+    page = (out / "pairs.html").read_text()
+    assert page.count("<div class=card>") == 3 + 8
+    assert page.count("<mark>dog</mark>") == 3
+    assert page.count("data:image/jpeg;base64,") == 3 + 8
 
 
-def test_no_annotated_image_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no annotated images"):
-        mine(None, {}, VOCABULARY, tmp_path, Mining())  # type: ignore[arg-type]
+def test_repeated_texts_and_evaluation_images(said: list[tuple[Path, str]], kitchen: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("2\n")
+    place = Place(kitchen, "vg", exclude=[tmp_path / "list.txt"])
+    card = mine(shipped_base(), place, tmp_path / "out", Mining(questions=2, near_texts=0.2, parquet=False))
+    assert card["pictures"] == {"found": 4, "left_out": {apart.LISTED: 1}, "mined": 3}
+    assert card["descriptions"]["dropped"] == {"near-duplicate": 1}
+    assert card["apart"] == {"given": ["list.txt"], "names": 1, "images": 0}
+    assert not (tmp_path / "out" / "pairs.parquet").exists()
+    assert "| not used: listed as evaluation image | 1 |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_mined_files_are_read_as_hadpos(world: Path, tmp_path: Path) -> None:
-    """The shipped base on toyworld, twice: the same bytes, and nothing for the reader to drop."""
-    outs = [tmp_path / "1", tmp_path / "2"]
-    found = [mine_visual_genome(shipped_base(), world / "vg", out, mining_settings(0), SYNONYMS) for out in outs]
-    for name in ("desc_data.json", "pope_data.json", "card.json"):
-        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
-    pairs, report = read_hadpo(world / "vg", outs[0] / "desc_data.json", outs[0] / "pope_data.json", on_bad="error")
-    assert len(pairs) == found[0].question_pairs + 2 * found[0].description_pairs
-    assert found[0].description_pairs > 0
-    assert found[0].question_pairs > 0
+def test_mistakes_of_a_user(kitchen: Path, tmp_path: Path, said: object) -> None:
+    out = tmp_path / "out"
+    how = Mining(questions=2, parquet=False)
+    wrong: list[tuple[Place, str]] = [
+        (Place(kitchen, "none"), "nothing finds the mistakes"),
+        (Place(kitchen, "voc"), "coco, vg, toyworld, none"),
+        (Place(kitchen, "toyworld"), "no folder of toyworld"),
+        (Place(kitchen, "coco"), "0 splits"),
+        (Place(tmp_path / "nowhere", "vg"), "no image folder"),
+        (Place(tmp_path, "vg"), "lies in the image folder"),
+        (Place(kitchen, "vg", exclude=[kitchen]), "No picture of .* is left: 4 evaluation image"),
+        (Place(kitchen, "vg", exclude=[tmp_path / "none.txt"]), "does not exist"),
+    ]
+    for place, message in wrong:
+        with pytest.raises((DataError, RecipeError), match=message):
+            mine(shipped_base(), place, tmp_path / "never", how)
+        shutil.rmtree(tmp_path / "never", ignore_errors=True)
+    mine(shipped_base(), Place(kitchen, "vg"), out, how)
+    with pytest.raises(RecipeError, match="another seed"):
+        mine(shipped_base(), Place(kitchen, "vg"), out, Mining(seed=1, questions=2, parquet=False))
+    (tmp_path / "synonyms.json").write_text('{"unicorn": ["horse"]}')
+    with pytest.raises(DataError, match="unicorn"):
+        read_pictures(kitchen, "vg", tmp_path / "synonyms.json")
+
+
+# --- the shipped base on toyworld
+
+FILES = ("desc_data.json", "pope_data.json", "image_data.json", "pairs.parquet", "pairs.html", "README.md", "card.json")
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    files = [*(out / name for name in FILES), *(out / write.FOLDER).iterdir()]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def toys(world: Path) -> tuple[Path, Place, Mining]:
+    how = Mining(questions=4, max_new_tokens=40, batch_size=1, near_texts=0.0)  # parts of four
+    return shipped_base(), Place(world / "vg", "toyworld", exclude=[world / "test"]), how
+
+
+@pytest.fixture(scope="module")
+def mined(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mined") / "out"
+    model, place, how = toys(world)
+    mine(model, place, out, how)
+    return out
+
+
+def test_mined_files_are_read_by_every_reader(mined: Path) -> None:
+    pairs, report = read_hadpo(mined, mined / "desc_data.json", mined / "pope_data.json", on_bad="error")
+    card = read_json(mined / "card.json")
+    assert len(pairs) == card["questions"]["pairs"] + 2 * card["descriptions"]["pairs"]
+    assert card["descriptions"]["pairs"] > 0
+    assert card["questions"]["pairs"] > 0
     assert not report.dropped
     assert not report.skipped
-    card = json.loads((outs[0] / "card.json").read_text())
-    assert (card["images"], card["described"]) == (6, 12)
+    assert check("hadpo", mined).clean
     for pair in pairs:
         assert len(words(pair.chosen)) == len(words(pair.rejected))
+    assert (
+        Counter(pair.chosen for pair in pairs if pair.chosen in ("Yes.", "No."))["No."] * 2
+        == card["questions"]["pairs"]
+    )
+    rows, report = read_pairs(mined / "pairs.parquet", mined.parent / "rows", on_bad="error")
+    assert len(rows) == card["questions"]["pairs"] + card["descriptions"]["pairs"]
+    asked = {(pair.prompt, pair.chosen, pair.rejected, pair.image.read_bytes()) for pair in pairs}  # type: ignore[union-attr]
+    assert {(row.prompt, row.chosen, row.rejected, row.image.read_bytes()) for row in rows} == asked  # type: ignore[union-attr]
+
+
+def test_parquet_goes_back_to_hadpo(mined: Path, tmp_path: Path) -> None:
+    convert(mined / "pairs.parquet", tmp_path / "back", "hadpo")
+    for name in ("desc_data.json", "pope_data.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (mined / name).read_bytes()
+
+
+class Stopped(BaseException):
+    """As Ctrl-C, at a moment that a test chooses."""
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
+    """The `at`-th call of a function does not come to its end."""
+    whole, calls = getattr(owner, name), itertools.count(1)
+
+    def stopped(*arguments: Any, **more: Any) -> Any:
+        if next(calls) == at:
+            raise Stopped
+        return whole(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, stopped)
+
+
+def test_stopped_anywhere_it_ends_in_the_same_files(
+    mined: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    model, place, how = toys(world)
+    moments: list[tuple[Any, str, int]] = [
+        (apart, "open_image", 3),
+        (grow, "answer", 2),
+        (AnswerFile, "finish", 1),
+        (grow, "answer", 3),
+        (grow, "answer", 5),
+        *((write, name, 1) for name in ("write_pairs", "_link", "write_parquet", "write_card")),
+        (write, "write_json", 2),
+        (write, "write_json", 4),
+    ]
+    for owner, name, at in moments:
+        with monkeypatch.context() as patch:
+            stopping(patch, owner, name, at)
+            with pytest.raises(Stopped):
+                mine(model, place, out, how)
+        assert not (out / "card.json").exists()
+        for file in (out / "work").glob("*.jsonl"):
+            if file.name.startswith("answers"):  # a kill cuts the last line
+                file.write_bytes(file.read_bytes() + b'{"key": "half')
+    mine(model, place, out, how)
+    assert contents(out) == contents(mined)
+
+
+def test_the_demos_settings_are_the_same_mining(world: Path, tmp_path: Path) -> None:
+    how = mining_settings(0)
+    card = mine(shipped_base(), Place(world / "vg", "toyworld"), tmp_path / "out", how)
+    assert (card["pictures"]["mined"], card["descriptions"]["made"]) == (6, 12)
+    assert card["near_texts"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_killed_for_good_and_over_processes_the_files_are_the_same(
+    mined: Path, world: Path, tmp_path: Path, count: int
+) -> None:
+    """kill -9 as soon as a phase has left something, phase by phase, then let alone."""
+    out = tmp_path / "out"
+    model, place, _ = toys(world)
+    command = [sys.executable, "-m", "relook", "mine", "--model", model, "--images", place.images, "--out", out]
+    command += ["--annotations", "toyworld", "--exclude", place.exclude[0], "--questions", "4", "--near-texts", "0"]
+    command += ["--max-new-tokens", "40", "--batch-size", "1"]
+
+    def start() -> list[subprocess.Popen[bytes]]:
+        with socket.socket() as probe:  # as torchrun does, but so that a kill reaches them
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        more = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        ranks = [{**os.environ, **more, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+        return [subprocess.Popen(list(map(str, command)), env=rank) for rank in ranks]
+
+    for name in ("pictures", "descriptions_0", "descriptions_1", "answers", "desc_data.json", "pairs.parquet"):
+        file = out / name if "." in name else out / "work" / f"{name}.jsonl"
+        jobs = start()
+        while not file.exists() and any(job.poll() is None for job in jobs):
+            time.sleep(0.005)
+        for job in jobs:
+            job.kill()
+            job.wait()
+        assert file.exists()
+    assert [job.wait() for job in start()] == [0] * count
+    assert contents(out) == contents(mined)
+
+
+# --- a judge
+
+
+def judging(url: str) -> JudgeSettings:
+    return JudgeSettings(url, "judge", retries=0)
+
+
+def seeing(scenes: dict[str, Sequence[str]]) -> Callable[[Request, int], Answer]:
+    """A judge that knows toyworld's scenes by their images' bytes."""
+
+    def answer(request: Request, number: int) -> Answer:
+        text, image = request["messages"][0]["content"]
+        there = scenes[image["image_url"]["url"].split(",")[1]]
+        said = text["text"].split("Sentences:\n")[1].split("\nAnswer")[0].splitlines()
+        lines, named = [], []
+        for line in said:
+            number_, sentence = line.split(". ", 1)
+            found = [m.object for m in mentions(sentence, VOCABULARY)]
+            named += found
+            wrong = [name for name in found if name not in there]
+            verdict = f"wrong: There is a {there[0]} here." if wrong else "right" if found else "cannot judge"
+            lines.append(f"{number_}. {verdict}")
+        absent = [name for name in named if name not in there] or ["unicorn"]
+        lists = [f"In the image: {', '.join(there)}", f"Not in the image: {', '.join(absent)}"]
+        return Answer("\n".join(lines + lists))
+
+    return answer
+
+
+def test_without_annotations_a_judge_finds_and_corrects(world: Path, tmp_path: Path) -> None:
+    import base64
+
+    pictures = read_pictures(world / "vg", "toyworld").pictures
+    scenes = {base64.b64encode(p.path.read_bytes()).decode(): sorted(p.objects) for p in pictures}
+    place, how = Place(world / "vg", "none"), Mining(questions=4, max_new_tokens=40, near_texts=0)
+    with endpoint(seeing(scenes)) as there:
+        card = mine(shipped_base(), place, tmp_path / "out", how, judging(there.url))
+        asked = len(there.requests)
+    truth = {f"{p.path.parent.name}/{p.path.name}": p.objects for p in pictures}
+    pairs = read_json(tmp_path / "out" / "desc_data.json")
+    assert card["descriptions"]["pairs"] == len(pairs) > 0
+    for image, pair in pairs.items():
+        assert hallucinations(pair["rejected"][0], truth[image], VOCABULARY)
+        assert not hallucinations(pair["chosen"][0], truth[image], VOCABULARY)
+        assert len(judged.sentences_apart(pair["chosen"][0])) == len(judged.sentences_apart(pair["rejected"][0]))
+    records = read_json(tmp_path / "out" / "pope_data.json")
+    for record in records:
+        name = next((name for name in OBJECTS if question_text(name) == record["question"]), "unicorn")
+        assert (record["chosen"] == "Yes.") == (name in truth[record["image_id"]])
+    assert Counter(r["chosen"] for r in records)["Yes."] * 2 == len(records) > 0
+    assert sum(one["replies"] for one in card["judge"]) == asked == card["descriptions"]["made"]
+    assert "<mark>" in (tmp_path / "out" / "pairs.html").read_text()
+    assert "a judge (judge) that saw the pictures" in (tmp_path / "out" / "README.md").read_text()
+
+
+TEXT = "There is a cup. It is calm"
+LISTS = "In the image: cup, Red dog.\nNot in the image: pot, cup, fork-lift, 7 dwarfs"
+
+
+@pytest.mark.parametrize(
+    ("reply", "corrected"),
+    [
+        (f"1. right\n2. cannot judge\n{LISTS}", TEXT),
+        (f"1. wrong: There is a pot!\n\n2) Right.\n{LISTS}", "There is a pot. It is calm"),
+        (f"1. right\n2. wrong: It is loud.\n{LISTS}", "There is a cup. It is loud"),
+        (f"1. right\n{LISTS}", None),
+        (f"1. right\n3. right\n{LISTS}", None),
+        (f"1. wrong\n2. right\n{LISTS}", None),
+        (f"1. wrong: There is a cup.\n2. right\n{LISTS}", None),
+        (f"1. wrong: One. Two.\n2. right\n{LISTS}", None),
+        (f"1. wrong: There is \x1b[2J.\n2. right\n{LISTS}", None),
+        (f"1. wrong: {'very ' * 50} long\n2. right\n{LISTS}", None),
+        ("1. right\n2. right\nIn the image: cup", None),
+        ("1. right\n2. right", None),
+        (f"Sure! Here it is:\n1. right\n2. right\n{LISTS}", None),
+    ],
+)
+def test_a_judges_reply_counts_whole_or_not_at_all(reply: str, corrected: str | None) -> None:
+    found = judged.read_check(TEXT, reply)
+    assert (found and found.corrected) == corrected
+    if found:
+        assert (found.present, found.absent) == (("red dog",), ("pot", "fork-lift"))
+
+
+@given(st.text(max_size=200), st.text(max_size=60))
+def test_any_reply_is_read_without_an_error(reply: str, text: str) -> None:
+    judged.read_check(text, reply)
+    judged.read_style(Pair(NOWHERE, "a cup", "a pot"), VOCABULARY, reply)
+
+
+PAIR = Pair(Picture("1", Path(), frozenset({"cup"}), frozenset({"cup"})), "There is a cup.", "There is a dog.")
+
+
+@pytest.mark.parametrize(
+    ("reply", "taken"),
+    [
+        ("A: One sees a mug.\nB: One sees a dog.", True),
+        ("A: One sees a cup.\nB: One sees a cup.", False),  # the mistake is gone
+        ("A: One sees a pot.\nB: One sees a dog.", False),  # a new one
+        ("A: One sees a cup.\nB: One sees, at a very great distance, a dog.", False),
+        ("A: One sees a cup. It is red.\nB: One sees a dog and it is red.", False),
+        ("A: One sees a cup.", False),
+        ("A: One sees a cup.\nB: One sees a dog.\nC: no", False),
+    ],
+)
+def test_a_new_style_keeps_what_is_said(reply: str, taken: bool) -> None:
+    assert (judged.read_style(PAIR, VOCABULARY, reply) is not None) == taken
+
+
+def test_with_annotations_a_judge_gives_both_sides_one_style(kitchen: Path, said: object, tmp_path: Path) -> None:
+    def rewrite(request: Request, number: int) -> Answer:
+        text = request["messages"][0]["content"]
+        lines = [line for line in text.splitlines() if line.startswith(("A: There", "B: There"))]
+        if "bed" in text:
+            return Answer("I would rather not.")
+        return Answer("\n".join(line.replace("There is", "Look,") for line in lines))
+
+    with endpoint(rewrite) as there:
+        how = Mining(questions=2, near_texts=0)
+        card = mine(shipped_base(), Place(kitchen, "vg"), tmp_path / "out", how, judging(there.url))
+    pairs = read_json(tmp_path / "out" / "desc_data.json")
+    assert pairs["1"] == {"chosen": ["Look, a cup. Look, a pot."], "rejected": ["Look, a cup. Look, a dog."]}
+    assert pairs["3"]["rejected"] == ["There is a cup. There is a dog."]
+    assert card["judge"][0]["unjudged"] == {"nonsense": 1}

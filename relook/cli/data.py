@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from relook.cli.options import Adapter, AsJson, Bits, Device, Dtype, Tower, Version
+from relook.cli.options import (
+    Adapter,
+    AsJson,
+    Bits,
+    Device,
+    Dtype,
+    JudgeKey,
+    JudgeModel,
+    JudgePrice,
+    JudgeRequest,
+    JudgeWorkers,
+    Tower,
+    Version,
+)
 
 app = typer.Typer()
 data_app = typer.Typer(help="Check, repair and convert dataset folders.", no_args_is_help=True)
@@ -82,29 +95,49 @@ def data_convert(
 @app.command()
 def mine(
     model: Annotated[Path, typer.Option(help="The model whose mistakes are corrected.")],
-    vg_path: Annotated[Path, typer.Option(help="Visual Genome folder: image_data.json, objects.json and images.")],
-    out: Annotated[Path, typer.Option(help="Folder for desc_data.json and pope_data.json.")],
+    images: Annotated[Path, typer.Option(help="Folder of the images: of Visual Genome, of a split of COCO's, or any.")],
+    annotations: Annotated[str, typer.Option(help="What says what is on them: coco, vg, toyworld or none.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
+    judge: Annotated[str, typer.Option(help="exact: annotations alone; or a judge's endpoint.")] = "exact",
+    judge_model: JudgeModel = "",
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="Evaluation images: a file that names them, or a folder of them. Repeat.")
+    ] = None,
+    synonyms: Annotated[Path | None, typer.Option(help='JSON: further words for objects, as {"cup": ["mug"]}.')] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    questions: Annotated[int, typer.Option(help="Yes/no questions an image.")] = 6,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.")] = 64,
+    samples: Annotated[int, typer.Option(help="Sampled descriptions an image, besides the greedy one.", min=0)] = 1,
+    temperature: Annotated[float, typer.Option(help="Of the sampled descriptions.")] = 1.0,
+    questions: Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)] = 6,
+    near_texts: Annotated[
+        float, typer.Option(help="Similarity from which a description was said before; 0 keeps all.", min=0, max=1)
+    ] = 0.9,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.", min=1)] = 64,
     version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,
     dtype: Dtype = "float32",
     bits: Bits = 16,
     device: Device = "",
+    judge_price: JudgePrice = (0.0, 0.0),
+    judge_key: JudgeKey = "OPENAI_API_KEY",
+    judge_workers: JudgeWorkers = 8,
+    judge_request: JudgeRequest = "{}",
 ) -> None:
-    """Mine preference pairs from a model's own descriptions and answers on annotated images."""
+    """Preference pairs from a model's own mistakes; torchrun (`-m relook mine ...`) shares the work."""
     from relook.console import say
-    from relook.mine import Mining, mine_visual_genome
+    from relook.evaluate.judge import judge_settings
+    from relook.mine.run import mine
+    from relook.mine.settings import Mining, Place
     from relook.model.load import Loading
 
-    found = mine_visual_genome(
-        model,
-        vg_path,
-        out,
-        Mining(seed=seed, questions=questions, max_new_tokens=max_new_tokens, batch_size=batch_size, template=version),
-        loading=Loading(adapter, vision_tower, dtype, bits, device),
+    url = "" if judge == "exact" else judge
+    endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
+    how = Mining(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts)
+    place = Place(images, annotations, synonyms, exclude or ())
+    card = mine(model, place, out, how, endpoint, Loading(adapter, vision_tower, dtype, bits, device))
+    pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
+    say(
+        f"{pairs[0]:,} description pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "
+        "pairs.html shows some."
     )
-    say(f"{found.description_pairs} description pairs and {found.question_pairs} question pairs in {out}")

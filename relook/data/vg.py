@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from relook.errors import DataError
-from relook.files import read_json
+from relook.files import read_json, read_text
 
 T = TypeVar("T")
 Box = tuple[float, float, float, float]
@@ -63,6 +63,17 @@ def read_objects(vg_path: Path) -> dict[str, frozenset[str]]:
         "image_id",
         lambda record: frozenset(str(n).strip().lower() for item in record["objects"] for n in item["names"]),
     )
+
+
+def read_aliases(vg_path: Path) -> dict[str, str]:
+    """Other words for an object, in lower case, to its name, from `object_alias.txt`; empty where it is not there.
+
+    A line of the file is a name and its aliases, with commas between.
+    """
+    path = vg_path / "object_alias.txt"
+    lines = read_text(path).splitlines() if path.exists() else []
+    groups = [[word for part in line.split(",") if (word := part.strip().lower())] for line in lines]
+    return {word: group[0] for group in groups for word in group[1:]}
 
 
 def read_regions(vg_path: Path) -> dict[str, tuple[Region, ...]]:

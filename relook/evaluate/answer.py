@@ -31,6 +31,7 @@ class Asking:
         generate: keyword arguments of transformers' `generate`, e.g. do_sample, temperature, num_beams.
         seed: of sampling. A question's draws depend on it and on the question's place among the distinct ones; with
             settings that only `generate` itself follows, on the batches too.
+        first: place of the first distinct question, where these are a part of a longer list that is asked in parts.
     """
 
     template: str = ""
@@ -38,6 +39,7 @@ class Asking:
     batch_size: int = 64
     generate: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
+    first: int = 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def answer(
     for index, (images, text) in enumerate(questions):
         distinct.setdefault((images if isinstance(images, tuple) else (images,), text), []).append(index)
     encoder = loaded.encoder(how.template)
-    prompts = [Prompt(n, images, encoder.prompt(text, images)) for n, (images, text) in enumerate(distinct)]
+    prompts = [Prompt(n, images, encoder.prompt(text, images)) for n, (images, text) in enumerate(distinct, how.first)]
     if not prompts:
         return
     indices, done = list(distinct.values()), 0
@@ -90,7 +92,7 @@ def answer(
             texts = answer_batch(loaded, batch, how, rule)
             done += len(texts)
             for prompt, text in zip((prompt for group in batch for prompt in group), texts, strict=True):
-                for index in indices[prompt.number]:
+                for index in indices[prompt.number - how.first]:
                     yield index, text
             report(done, len(prompts))
 

@@ -52,6 +52,11 @@ class Vocabulary:
         """Words in the longest phrase."""
         return max((len(_WORD.findall(phrase)) for phrase in self.phrases), default=0)
 
+    @cached_property
+    def plurals(self) -> frozenset[str]:
+        """The phrases that are plurals of others, and not the same."""
+        return frozenset(plural(phrase) for phrase in self.phrases if plural(phrase) != phrase) & self.phrases.keys()
+
     @staticmethod
     def of(names: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> Vocabulary:
         """From object names and other words for them. A name goes before a synonym, and either before a plural."""

@@ -9,6 +9,7 @@ import ast
 import asyncio
 import base64
 import json
+import mimetypes
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -75,10 +76,10 @@ def judge_settings(
     """
     if not url and not model:
         return None
-    if not url or not model:
-        raise RecipeError("A judge is an address and a model.", "Give both --judge-url and --judge-model.")
-    if not _is_address(url):
+    if url and not _is_address(url):
         raise RecipeError(f"{url} is no address of a judge.", "Give one as https://api.openai.com/v1.")
+    if not url or not model:
+        raise RecipeError("A judge is an address and a model.", "Give its address and --judge-model, both.")
     try:
         fields = json.loads(request)
     except ValueError:
@@ -247,7 +248,7 @@ class _Asking:
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise RelookError(
                     f"The judge at {self.settings.address} refuses: {_short(error)}.",
-                    f"Check --judge-url, --judge-model and the key in {self.settings.key_variable}.",
+                    f"Check its address, --judge-model and the key in {self.settings.key_variable}.",
                 ) from None
             except TimeoutError:
                 self.last = f"nothing whole within {longest:.0f} s"
@@ -291,9 +292,9 @@ def read_reply(body: str) -> Reply | None:
 def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
     if task.image is None:
         return task.prompt
-    kind = "png" if task.image.suffix.lower() == ".png" else "jpeg"
+    kind = mimetypes.guess_type(task.image.name)[0] or "image/jpeg"
     data = base64.b64encode(task.image.read_bytes()).decode("ascii")
-    image = {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}}
+    image = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
     return [{"type": "text", "text": task.prompt}, image]
 
 

@@ -1,4 +1,4 @@
-"""The base model that ships with relook, and how toyworld's pairs are mined."""
+"""The base model that ships with relook."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 
 from relook.errors import CheckpointError
 from relook.files import read_json
-from relook.mine import Mining
 from relook.model.load import model_hash
-from relook.toyworld.speech import FILLERS
 
 
 def shipped_base() -> Path:
@@ -20,7 +18,3 @@ def shipped_base() -> Path:
     if model_hash(folder) != read_json(folder / "gate.json")["model_hash"]:
         raise CheckpointError(f"The base model in {folder} is not the one that was shipped.", "Install relook again.")
     return folder
-
-
-def mining_settings(seed: int) -> Mining:
-    return Mining(seed=seed, samples=1, questions=4, max_new_tokens=64, batch_size=100, neutral=FILLERS)

@@ -1,0 +1,134 @@
+"""Descriptions of pictures, and pairs of those with mistakes, which annotations find or a judge that sees them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from relook.data.hadpo import DESCRIBE_PROMPTS
+from relook.evaluate.answer import Asking
+from relook.evaluate.judge import Judge
+from relook.mine import judged
+from relook.mine.correct import correct, hallucinations
+from relook.mine.grow import ask_all
+from relook.mine.judged import Checked
+from relook.mine.match import Pair, near_duplicates, same_length
+from relook.mine.pictures import Annotated, Picture
+from relook.mine.settings import Mining
+from relook.model.load import LoadedModel
+
+
+@dataclass
+class Described:
+    """What came of the descriptions.
+
+    Args:
+        made: descriptions that were looked at; `hallucinated` of them have mistakes.
+        dropped: pairs by reason.
+        checked: what a judge said, by picture; of the last description it was shown.
+        judge: the judge and its tokens, as the card has them.
+    """
+
+    pairs: list[Pair]
+    made: int
+    hallucinated: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    checked: dict[str, Checked] = field(default_factory=dict)
+    judge: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        pairs = len(self.pairs)
+        found = pairs + sum(self.dropped.values())
+        return {
+            "made": self.made,
+            "hallucinated": self.hallucinated,
+            "found": found,
+            "dropped": self.dropped,
+            "pairs": pairs,
+        }
+
+
+def describe(pictures: Sequence[Picture], how: Mining, load: Callable[[], LoadedModel], work: Path) -> list[list[str]]:
+    """Texts of each picture: a greedy one, then sampled ones."""
+    prompts = draw_prompts(pictures, _random(how))
+    rounds = []
+    for number in range(1 + how.samples):
+        sampling = (("do_sample", True), ("temperature", how.temperature), ("top_k", 0)) if number else ()
+        asking = Asking(how.template, how.max_new_tokens, how.batch_size, sampling, how.seed + number)
+        asked = [(picture.id, (picture.path, prompt)) for picture, prompt in zip(pictures, prompts, strict=True)]
+        title = f"descriptions, sampled ({number})" if number else "descriptions, greedy"
+        rounds.append(ask_all(work / f"descriptions_{number}.jsonl", load, asked, asking, title))
+    return [list(texts) for texts in zip(*rounds, strict=True)]
+
+
+def draw_prompts(pictures: Sequence[Picture], rng: random.Random) -> list[str]:
+    """One of HA-DPO's four prompts for each picture."""
+    return [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
+
+
+def _random(how: Mining) -> random.Random:
+    return random.Random(f"{how.seed}/describe")
+
+
+def find_pairs(
+    pictures: Sequence[Picture], texts: Sequence[Sequence[str]], annotated: Annotated, how: Mining, judge: Judge | None
+) -> Described:
+    """Pairs of the first text with a mistake of each picture, without near-duplicates, of one style and length."""
+    if annotated.vocabulary is None:
+        assert judge is not None, "somebody must find the mistakes"
+        found = _by_judge(pictures, texts, judge)
+    else:
+        found = _by_annotations(pictures, texts, annotated, how)
+    if how.near_texts:
+        repeated = near_duplicates([f"{pair.chosen} {pair.rejected}" for pair in found.pairs], how.near_texts)
+        found.pairs = [pair for place, pair in enumerate(found.pairs) if place not in repeated]
+        found.dropped |= {"near-duplicate": len(repeated)} if repeated else {}
+    if judge and annotated.vocabulary:
+        styled = judged.style(judge, found.pairs, annotated.vocabulary)
+        found.pairs = [new or old for new, old in zip(styled.verdicts, found.pairs, strict=True)]
+        found.judge.append(styled.to_json())
+    found.pairs, dropped = same_length(found.pairs)
+    found.dropped |= dropped
+    return found
+
+
+def _by_annotations(
+    pictures: Sequence[Picture], texts: Sequence[Sequence[str]], annotated: Annotated, how: Mining
+) -> Described:
+    vocabulary = annotated.vocabulary
+    assert vocabulary is not None
+    rng = _random(how)
+    draw_prompts(pictures, rng)  # what follows is drawn after them
+    found = Described([], sum(map(len, texts)), 0)
+    for picture, said in zip(pictures, texts, strict=True):
+        wrong = [text for text in said if hallucinations(text, picture.objects, vocabulary)]
+        found.hallucinated += len(wrong)
+        if wrong:
+            chosen = correct(wrong[0], picture.objects, vocabulary, annotated.neutral, rng)
+            found.pairs.append(Pair(picture, chosen, wrong[0]))
+    return found
+
+
+def _by_judge(pictures: Sequence[Picture], texts: Sequence[Sequence[str]], judge: Judge) -> Described:
+    """A judge sees the sampled descriptions of those pictures alone whose earlier ones have no mistakes."""
+    found = Described([], 0, 0)
+    pairs: dict[str, Pair] = {}
+    for said in zip(*texts, strict=True):
+        shown = [(p, text) for p, text in zip(pictures, said, strict=True) if p.id not in pairs and text.strip()]
+        if not shown:
+            continue
+        verdicts = judged.check(judge, shown)
+        found.made += len(shown)
+        found.judge.append(verdicts.to_json())
+        for (picture, text), verdict in zip(shown, verdicts.verdicts, strict=True):
+            if verdict is None:
+                continue
+            found.checked[picture.id] = verdict
+            if verdict.corrected != text.strip():
+                found.hallucinated += 1
+                pairs[picture.id] = Pair(picture, verdict.corrected, text.strip())
+    found.pairs = [pairs[picture.id] for picture in pictures if picture.id in pairs]
+    return found

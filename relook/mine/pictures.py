@@ -1,0 +1,195 @@
+"""Which pictures are mined, and what is on each: COCO's, Visual Genome's and toyworld's annotations, or none."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relook.data.examine import FORMATS
+from relook.data.vg import read_aliases, read_image_paths, read_image_records, read_objects, read_regions
+from relook.errors import DataError, RecipeError, some
+from relook.evaluate.chair import Vocabulary, mentions, plural, vocabulary_of
+from relook.evaluate.score import read_truth
+from relook.files import read_object
+from relook.mine.correct import NEUTRAL
+from relook.toyworld.layouts import MARKER
+from relook.toyworld.speech import FILLERS, SYNONYMS
+from relook.toyworld.world import OBJECTS
+
+RARE = 1000  # a name of Visual Genome's counts where at least one picture in as many has it: the others are noise
+_COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d+_)?(\d{12})\.\w+")
+Synonyms = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file.
+
+    Args:
+        id: in the pairs' files: Visual Genome's or COCO's number, or the path below the folder.
+        names: under which lists of evaluation images may have it (`also_called`).
+        objects: what is there; nothing is known where there are no annotations.
+    """
+
+    id: str
+    path: Path
+    names: frozenset[str]
+    objects: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Pictures, the words for what is on them (none without annotations), and sentences that name nothing."""
+
+    pictures: tuple[Picture, ...]
+    vocabulary: Vocabulary | None
+    neutral: tuple[str, ...]
+
+
+def read_pictures(images: Path, kind: str, synonyms: Path | None = None) -> Annotated:
+    """The pictures of a folder in one of the layouts `KINDS`.
+
+    Args:
+        synonyms: JSON, `{name: [other word, ...]}`, over those that the annotations have.
+
+    Raises:
+        RecipeError: there is no such kind, or synonyms are given where nothing is named.
+        DataError: the folder is not in that layout, or holds no picture.
+    """
+    if kind not in KINDS:
+        raise RecipeError(f"There are no annotations of kind {kind!r}.", f"Known ones: {', '.join(KINDS)}.")
+    if synonyms and kind == "none":
+        raise RecipeError("Synonyms belong to annotations, and there are none.", "Leave --synonyms out.")
+    if not images.is_dir():
+        raise DataError(f"There is no image folder {images}.", "Check --images.")
+    found = KINDS[kind](images, _read_synonyms(synonyms) if synonyms else {})
+    if not found.pictures:
+        raise DataError(f"{images} holds no {'' if kind == 'none' else 'annotated '}images to mine.", "Check --images.")
+    if twice := [name for name, count in Counter(p.id for p in found.pictures).items() if count > 1]:
+        raise DataError(f"{images} has images of one id: {some(twice)}.", "Give each an id of its own.")
+    return found
+
+
+def also_called(name: str) -> frozenset[str]:
+    """A file's name, and COCO's number where it is a name of COCO's: train2014 and train2017 name a picture apart."""
+    name = name.replace("\\", "/").rsplit("/", 1)[-1]
+    number = _COCO_NAME.fullmatch(name)
+    return frozenset({name, f"coco:{int(number[1])}"} if number else {name})
+
+
+def _read_synonyms(path: Path) -> dict[str, list[str]]:
+    held = read_object(path)
+    if not all(isinstance(words, list) and all(isinstance(w, str) for w in words) for words in held.values()):
+        raise DataError(f"{path} is no list of synonyms.", 'Give it as {"cup": ["mug"]}.')
+    return held
+
+
+def _plain(images: Path, _: Synonyms) -> Annotated:
+    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in FORMATS and not p.name.startswith("."))
+    pictures = (Picture(path.relative_to(images).as_posix(), path, also_called(path.name)) for path in files)
+    return Annotated(tuple(pictures), None, NEUTRAL)
+
+
+def _coco(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) -> Annotated:
+    """`images` is the folder of one split, or COCO's folder where it has one split only."""
+    root = images if (images / "annotations").is_dir() else images.parent
+    files = sorted((root / "annotations").glob("instances_*.json"))
+    splits = {file.stem.removeprefix("instances_"): file for file in files}
+    here = [split for split in splits if root / split == images or (root == images and (root / split).is_dir())]
+    if len(here) != 1:
+        raise DataError(
+            f"{images} and {root / 'annotations'} have {len(here)} splits of COCO's that match.",
+            "Give the folder of one split, as coco/train2017, with annotations/instances_train2017.json beside it.",
+        )
+    captions = root / "annotations" / f"captions_{here[0]}.json"
+    truth = read_truth(splits[here[0]], captions if captions.exists() else None)
+    vocabulary = _with(vocabulary_of(truth), synonyms)
+    numbers = {name: str(number) for number, name in truth.ids.items()}
+    pictures = (
+        Picture(numbers[name], root / here[0] / name, also_called(name) | {f"id:{numbers[name]}"}, truth.objects[name])
+        for name in truth.images
+    )
+    return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
+
+
+def _visual_genome(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) -> Annotated:
+    """Names that are plurals or aliases (`object_alias.txt`) of others are these; regions' phrases count as well."""
+    paths, records, objects = read_image_paths(images), read_image_records(images), read_objects(images)
+    counts = Counter(name for names in objects.values() for name in names)
+    known = {name for name, count in counts.items() if count * RARE >= len(objects)}
+    singular, alias = {plural(name): name for name in known}, read_aliases(images)
+
+    def same(name: str) -> str:
+        name = singular.get(name, name)
+        return alias.get(name, name)
+
+    words: dict[str, set[str]] = {same(name): set() for name in sorted(known)}
+    for word in (*known, *alias):
+        if same(word) in words:
+            words[same(word)].add(word)
+    vocabulary = _with(Vocabulary.of(list(words), {name: sorted(words[name]) for name in words}), synonyms)
+    said = _named_in_regions(images, vocabulary)
+    pictures = []
+    for image, found in objects.items():
+        if image in paths:
+            there = frozenset(map(same, found & known)) | said.get(image, frozenset())
+            pictures.append(Picture(image, paths[image], _called(image, records[image], paths[image]), there))
+    return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
+
+
+def _called(image: str, record: Mapping[str, Any], path: Path) -> frozenset[str]:
+    """Half of Visual Genome's images are COCO's."""
+    coco = record.get("coco_id")
+    return also_called(path.name) | {f"id:{image}"} | ({f"coco:{coco}"} if coco else set())
+
+
+def _named_in_regions(images: Path, vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
+    if not (images / "region_descriptions.json").exists():
+        return {}
+    return {
+        image: frozenset(m.object for region in regions for m in mentions(region.phrase, vocabulary))
+        for image, regions in read_regions(images).items()
+    }
+
+
+def _toyworld(images: Path, synonyms: Synonyms) -> Annotated:
+    """One of toyworld's folders: `vg`, or an evaluation folder."""
+    if not (images / MARKER).exists():
+        raise DataError(f"{images} is no folder of toyworld's.", "Choose other --annotations.")
+    read = _visual_genome if (images / "objects.json").exists() else _coco
+    found = read(images, {}, FILLERS)
+    vocabulary = _with(Vocabulary.of(OBJECTS, SYNONYMS), synonyms)
+    return Annotated(found.pictures, vocabulary, FILLERS)
+
+
+KINDS: Mapping[str, Callable[[Path, Synonyms], Annotated]] = {
+    "coco": _coco,
+    "vg": _visual_genome,
+    "toyworld": _toyworld,
+    "none": _plain,
+}
+
+
+def _with(vocabulary: Vocabulary, synonyms: Synonyms) -> Vocabulary:
+    """A vocabulary with further words for its objects.
+
+    Raises:
+        DataError: they are for objects that it does not have.
+    """
+    names = set(vocabulary.phrases.values())
+    if unknown := sorted(synonyms.keys() - names):
+        raise DataError(f"Synonyms are given for {some(unknown)}, which the annotations do not name.", "Remove them.")
+    more = Vocabulary.of(list(synonyms), synonyms) if synonyms else Vocabulary({})
+    return Vocabulary({**more.phrases, **vocabulary.phrases}, vocabulary.hidden_by)
+
+
+def _saying_nothing(lines: Iterable[str], vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The sentences that name no object: "light" is one of Visual Genome's."""
+    left = tuple(line for line in lines if not mentions(line, vocabulary))
+    if not left:
+        raise DataError("Every neutral sentence names an annotated object.", 'Check --synonyms for words as "it".')
+    return left

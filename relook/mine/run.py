@@ -1,0 +1,194 @@
+"""`relook mine`: preference pairs from a model's own mistakes.
+
+The model describes pictures and answers yes/no questions; annotations or a judge find what is wrong; each wrong text is
+corrected with the least change and kept at the same length and style, so that training cannot learn length. Everything
+that takes long grows in `out/work`, and under torchrun each process takes a share; the first one makes the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from relook import processes
+from relook.data.convert import DESC, POPE
+from relook.data.prompts import get_template
+from relook.data.rows import pyarrow
+from relook.errors import DataError, RecipeError
+from relook.evaluate.answer import Asking
+from relook.evaluate.chair import Vocabulary
+from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
+from relook.evaluate.pope import LONGEST_ANSWER
+from relook.evaluate.provenance import versions
+from relook.files import read_json, read_text, takes, text_hash, write_json
+from relook.mine import match, questions, write
+from relook.mine.apart import Apart, image_files, names_in
+from relook.mine.describe import Described, describe, find_pairs
+from relook.mine.grow import ask_all, look_at_all
+from relook.mine.match import Pair
+from relook.mine.page import write_page
+from relook.mine.pictures import Picture, read_pictures
+from relook.mine.questions import Asked
+from relook.mine.settings import Mining, Place
+from relook.model.load import Loading, as_device, default_template, model_hash
+
+SETTINGS, WORK = "mine.json", "work"
+
+
+def mine(
+    model: Path,
+    place: Place,
+    out: Path,
+    how: Mining,
+    judge: JudgeSettings | None = None,
+    loading: Loading = Loading(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Mine pairs into a folder, or what is left to do there; returns the data card (`out/card.json`).
+
+    Args:
+        judge: finds and corrects mistakes where there are no annotations; where there are, it gives both texts of a
+            pair one style. Its replies are kept in `out/work/judge.jsonl`.
+
+    Raises:
+        RelookError: settings that contradict each other, data that cannot be used, a judge that does not answer, or a
+            folder with other pairs.
+    """
+    how = _checked(model, place, out, how, judge, loading)
+    annotated = read_pictures(place.images, place.annotations, place.synonyms)
+    listed = frozenset[str]().union(*(names_in(path) for path in place.exclude if not path.is_dir()))
+    if processes.first():
+        claim(out, _settings(model, place, annotated.pictures, listed, how, judge, loading))
+    processes.wait("the output folder")
+    if (out / write.CARD).exists():
+        return dict(read_json(out / write.CARD))
+    work, load = out / WORK, functools.cache(lambda: loading.load(model))
+    apart = _look(place, annotated.pictures, listed, work)
+    reasons = apart.left_out(annotated.pictures)
+    pictures = [picture for picture in annotated.pictures if picture.id not in reasons]
+    counts = dict(sorted(Counter(reasons.values()).items()))
+    if not pictures:
+        named = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        raise DataError(f"No picture of {place.images} is left: {named}.", "Check --images and --exclude.")
+    texts = describe(pictures, how, load, work)
+    endpoint = Judge(judge, work / JUDGE_CACHE) if judge and processes.first() else None
+    found = find_pairs(pictures, texts, annotated, how, endpoint) if processes.first() else None
+    processes.wait("pairs of descriptions")
+    rng = random.Random(f"{how.seed}/ask")
+    asked = processes.of_the_first(lambda: _choose(pictures, found, place, how, rng))
+    asking = Asking(how.template, min(how.max_new_tokens, LONGEST_ANSWER), how.batch_size)
+    prompts = [(one.key, (one.picture.path, one.text)) for one in asked]
+    answers = ask_all(work / "answers.jsonl", load, prompts, asking, "yes/no questions")
+    if found is not None:
+        records = questions.records(asked, answers)
+        kept = questions.balance(records, rng)
+        finish(out, pictures, annotated.vocabulary, found.pairs, kept, apart, how.parquet)
+        card = {
+            "model": model.name,
+            "model_hash": model_hash(model),
+            "annotations": place.annotations,
+            **dataclasses.asdict(how),
+            "pictures": {"found": len(annotated.pictures), "left_out": counts, "mined": len(pictures)},
+            "apart": {"given": [path.name for path in place.exclude], "names": len(listed), "images": len(apart.shown)},
+            "descriptions": found.to_json(),
+            "questions": questions.summary(records, kept),
+            "lengths": match.lengths([(pair.chosen, pair.rejected) for pair in found.pairs]),
+            "judge": found.judge,
+        }
+        write.write_card(out, card)
+    processes.wait("the pairs")
+    return dict(read_json(out / write.CARD))
+
+
+def _checked(
+    model: Path, place: Place, out: Path, how: Mining, judge: JudgeSettings | None, loading: Loading
+) -> Mining:
+    """The settings with the model's own template in them, once nothing contradicts."""
+    if place.annotations == "none" and judge is None:
+        raise RecipeError("Without annotations nothing finds the mistakes.", "Give --judge URL and --judge-model.")
+    if out.resolve().is_relative_to(place.images.resolve()):
+        raise RecipeError(f"{out} lies in the image folder.", "Choose another --out.")
+    if how.parquet:
+        pyarrow()
+    as_device(loading.device)
+    how = dataclasses.replace(how, template=how.template or default_template(model))
+    get_template(how.template)
+    return how
+
+
+def _look(place: Place, pictures: Sequence[Picture], listed: frozenset[str], work: Path) -> Apart:
+    """Look at every image file, mined or of an evaluation."""
+    seen = look_at_all(work / "pictures.jsonl", [(p.id, p.path) for p in pictures], "pictures")
+    files = [path for folder in place.exclude if folder.is_dir() for path in image_files(folder)]
+    shown = look_at_all(work / "excluded.jsonl", [(str(path), path) for path in files], "evaluation images")
+    return Apart(seen, listed, [shown[str(path)] for path in files])
+
+
+def _settings(
+    model: Path,
+    place: Place,
+    pictures: Sequence[Picture],
+    listed: Collection[str],
+    how: Mining,
+    judge: JudgeSettings | None,
+    loading: Loading,
+) -> dict[str, Any]:
+    """All that the pairs depend on."""
+    known = [f"{picture.id}: {', '.join(sorted(picture.objects))}" for picture in pictures]
+    return {
+        "model": str(model.resolve()),
+        "model_hash": model_hash(model),
+        **{key: value and str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
+        "images": str(place.images.resolve()),
+        "annotations": place.annotations,
+        "annotations_hash": text_hash(*known),
+        "synonyms": place.synonyms and text_hash(read_text(place.synonyms)),
+        "exclude": [str(path.resolve()) for path in place.exclude],
+        "exclude_hash": text_hash(*sorted(listed)),
+        "judge": judge and [judge.address, judge.model, dict(judge.request)],
+        **dataclasses.asdict(how),
+        "versions": versions(),
+    }
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Take an output folder; refuse one that holds pairs made in another way."""
+    if takes(out, SETTINGS, "--out"):
+        write_json(out / SETTINGS, settings)
+        return
+    old = read_json(out / SETTINGS)
+    if changed := [key for key in settings if old.get(key) != settings[key]]:
+        raise RecipeError(f"{out} holds pairs made with another {', '.join(changed)}.", "Choose another --out.")
+
+
+def _choose(
+    pictures: Sequence[Picture], found: Described | None, place: Place, how: Mining, rng: random.Random
+) -> list[Asked]:
+    assert found is not None, "only the first process chooses"
+    if place.annotations == "none":
+        return questions.choose_checked(pictures, found.checked, how.questions, rng)
+    return questions.choose(pictures, how.questions, rng)
+
+
+def finish(
+    out: Path,
+    pictures: Sequence[Picture],
+    vocabulary: Vocabulary | None,
+    pairs: Sequence[Pair],
+    records: Sequence[Mapping[str, Any]],
+    apart: Apart,
+    parquet: bool,
+) -> None:
+    """All files but the card, with which the folder is complete; no picture in them may be one that is left out."""
+    write.write_pairs(out, pairs, records)
+    names = {*read_json(out / DESC), *(record["image_id"] for record in read_json(out / POPE))}
+    used = {picture.id: picture for picture in pictures if picture.id in names}
+    assert not apart.left_out(used.values()), "an evaluation image, or one twice, got into the pairs"
+    write.write_images(out, used.values(), {image: apart.seen[image]["content"] for image in used})
+    if parquet:
+        write.write_parquet(out)
+    write_page(out, pairs, records, used, vocabulary)
