@@ -2,11 +2,12 @@
 
     python benchmarks/answering.py --out answering.json     # LLaVA-1.5-7B's shape, 500 images x 18 questions, one GPU
     python benchmarks/answering.py --tiny                   # the same on a CPU, float32, in seconds
+    python benchmarks/answering.py --trained                # toyworld's base in bf16: how many rows are equal
 
 Every answer has --new-tokens tokens: no token ends one. Speed does not depend on the weights (`shapes.py`). Which
 tokens are said does: the logits of random weights lie closer together than a trained model's, so that the order in
 which bf16 numbers are added decides more often. The share of equal rows is therefore printed for `generate` against
-itself too.
+itself too, and --trained asks a model that has learned something: POPE's questions and descriptions of drawn scenes.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ import torch
 from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, peak, sync, versions, write_questions
 
 from relook.evaluate.answer import Asking, Prompt, answer, generate_batch
+from relook.evaluate.benchmarks import CHAIR_PROMPT
+from relook.evaluate.pope import SPLITS, read_questions
 from relook.files import write_json
-from relook.model.load import as_dtype
+from relook.model.load import LoadedModel, as_dtype, load_model
+from relook.toyworld.layouts import write_eval
+from relook.toyworld.shipped import shipped_base
 
+TRAINED = {"images": 300, "new_tokens": 64, "single": 6000, "batched": 6000}
 SMALL = {"images": 12, "single": 40, "batched": 80, "dtype": "float32"}
 
 
 def main() -> None:
     options = arguments()
-    shape = TINY if options.tiny else LLAVA_7B
-    loaded = endless_model(shape, options.post_decoder, as_dtype(options.dtype))
-    asking = Asking("llava_hf", options.new_tokens, options.batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        asked = options.images, options.questions, options.question_tokens
-        rows = write_questions(Path(folder), loaded.processor, *asked)
+        loaded, rows = trained(options, Path(folder)) if options.trained else untrained(options, Path(folder))
+        asking = Asking("" if options.trained else "llava_hf", options.new_tokens, options.batch_size)
         result: dict[str, Any] = {"options": {**vars(options), "out": str(options.out)}, "device": device_name()}
         result["versions"] = versions()
         said: dict[str, list[str]] = {}
@@ -45,7 +48,7 @@ def main() -> None:
             return [found[i] for i in range(len(some))]
 
         def generate(size: int) -> Callable[[Sequence[Question]], list[str]]:
-            encoder = loaded.encoder("llava_hf")
+            encoder = loaded.encoder(asking.template)
             prompt = lambda row: Prompt(0, (row[0],), encoder.prompt(row[1], [row[0]]))  # noqa: E731
             return lambda some: [
                 text
@@ -72,9 +75,27 @@ def main() -> None:
         write_json(options.out, result)
 
 
+def untrained(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, list[Question]]:
+    """Random weights, and questions that share nothing but their images."""
+    loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder, as_dtype(options.dtype))
+    asked = options.images, options.questions, options.question_tokens
+    return loaded, write_questions(folder, loaded.processor, *asked)
+
+
+def trained(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, list[Question]]:
+    """Toyworld's shipped base, and POPE's three splits and a description of each of its scenes."""
+    data = write_eval(folder, "test", 0, options.images)
+    files = [data / "pope" / f"coco_pope_{split}.json" for split in SPLITS]
+    questions = [question for file in files for question in read_questions(file, data / "val2014")]
+    asked = [(question.image, question.text) for question in questions]
+    asked += [(image, CHAIR_PROMPT) for image in dict.fromkeys(image for image, _ in asked)]
+    return load_model(shipped_base(), dtype=options.dtype), asked
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
+    parser.add_argument("--trained", action="store_true", help="toyworld's base instead of random weights")
     parser.add_argument("--out", type=Path)
     numbers = {
         "images": 500,
@@ -89,8 +110,8 @@ def arguments() -> argparse.Namespace:
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--dtype", default="bfloat16")
-    if parser.parse_known_args()[0].tiny:
-        parser.set_defaults(**SMALL)
+    given = parser.parse_known_args()[0]
+    parser.set_defaults(**(TRAINED if given.trained else SMALL if given.tiny else {}))
     return parser.parse_args()
 
 

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from shapes import (
+    DEVICE,
     DTYPE,
     GPU,
     LLAVA_7B,
     RESPONSE,
     TINY,
+    device_name,
     flops_of_pair,
     matmul,
     peak,
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="pairs a step from cached states")
     options = parser.parse_args()
     parts, shape = options.parts.split(","), TINY if options.tiny else LLAVA_7B
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if GPU else "cpu", "versions": versions()}
+    found: dict[str, Any] = {"device": device_name(), "versions": versions()}
 
     def say(name: str, **figures: Any) -> None:
         found[name] = figures
@@ -103,17 +105,16 @@ def timed(work: Callable[[], Any], say: Callable[..., None], name: str) -> Any:
 
 def peer(base: Path, shape: dict[str, Any]) -> dict[str, float]:
     """The HA-DPO way, by transformers alone, at the shape of `fixed`."""
-    device = "cuda" if GPU else "cpu"
-    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=DTYPE, attn_implementation="sdpa").to(device)
+    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=DTYPE, attn_implementation="sdpa").to(DEVICE)
     model.requires_grad_(False)
     head = model.lm_head.weight.requires_grad_(True)
     image, patches = model.config.image_token_id, (shape["image_size"] // 14) ** 2
     generator = torch.Generator().manual_seed(0)
     draw = lambda count: torch.randint(5, 60, (PEER_BATCH, count), generator=generator)  # noqa: E731
     prompt = torch.cat([draw(36), torch.full((PEER_BATCH, patches), image), draw(14)], 1)
-    ids = torch.cat([torch.cat([prompt, draw(RESPONSE + 1)], 1) for _ in range(2)]).to(device)
+    ids = torch.cat([torch.cat([prompt, draw(RESPONSE + 1)], 1) for _ in range(2)]).to(DEVICE)
     side = shape["image_size"]
-    pixels = torch.randn(PEER_BATCH, 3, side, side, generator=generator).to(device, DTYPE).repeat(2, 1, 1, 1)
+    pixels = torch.randn(PEER_BATCH, 3, side, side, generator=generator).to(DEVICE, DTYPE).repeat(2, 1, 1, 1)
 
     def log_probs() -> Tensor:
         logits = model(input_ids=ids, pixel_values=pixels).logits[:, :-1].float().log_softmax(-1)
@@ -165,9 +166,8 @@ def cache_pass(
 ) -> dict[str, float]:
     """Filling the cache for a post decoder that reads the image, twice: the first pass also compiles."""
     recipe = recipe_of(base, options, "cache", tune_post_decoder=True)
-    device = "cuda" if GPU else "cpu"
     started = time.perf_counter()
-    loaded = load(recipe, DTYPE, device)
+    loaded = load(recipe, DTYPE, DEVICE)
     loading = time.perf_counter() - started
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
     encoding = time.perf_counter() - started - loading

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from PIL import Image
 from shapes import (
+    DEVICE,
     DTYPE,
     GPU,
     LLAVA_7B,
     RESPONSE,
     TINY,
+    device_name,
     matmul,
     pair_tokens,
     peak,
@@ -75,7 +77,7 @@ def main() -> None:
         made = peer(options, shape) if options.part in PEERS else ours(options, shape)
         print(json.dumps(made))
         return
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if GPU else "cpu", "versions": versions()}
+    found: dict[str, Any] = {"device": device_name(), "versions": versions()}
     write_model(options.work / "plain", shape, answers=False)
     write_pairs(options.work / "lora_fixed", PAIRS * options.steps, PAIRS * options.steps, 0)
     third = PAIRS * options.steps // 3
@@ -156,7 +158,7 @@ def peer(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     from trl import DPOConfig, DPOTrainer
 
     model = LlavaForConditionalGeneration.from_pretrained(
-        options.work / "plain", dtype=DTYPE, attn_implementation="sdpa", device_map="cuda" if GPU else "cpu"
+        options.work / "plain", dtype=DTYPE, attn_implementation="sdpa", device_map=DEVICE
     )
     processor = AutoProcessor.from_pretrained(options.work / "plain", use_fast=False)
     prompt, _ = pair_tokens(shape)

@@ -25,7 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import GPU, LLAVA_7B, TINY, peak, sync, versions, write_model, write_pairs, write_pope
+from shapes import (
+    DEVICE,
+    DTYPE,
+    GPU,
+    LLAVA_7B,
+    TINY,
+    device_name,
+    peak,
+    sync,
+    versions,
+    write_model,
+    write_pairs,
+    write_pope,
+)
 
 from relook.files import read_json, write_json
 from relook.recipe import build_recipe
@@ -69,7 +82,7 @@ def main() -> None:
     if GPU:
         torch.cuda.empty_cache()
     before = read_json(options.out) if options.out and options.out.exists() else {}
-    found: dict[str, Any] = {**before, "device": torch.cuda.get_device_name() if GPU else "cpu", "versions": versions()}
+    found: dict[str, Any] = {**before, "device": device_name(), "versions": versions()}
     for count in counts:
         for job in filter(None, options.jobs.split(",")):
             run(job, count, options, found)
@@ -215,10 +228,9 @@ def cache_pass(options: argparse.Namespace) -> dict[str, Any]:
             }
         )
         arguments = training_arguments(recipe, Path(recipe.output_dir))
-        dtype = torch.bfloat16 if GPU else torch.float32
         if first is None:
-            loaded = load(recipe, dtype, str(arguments.device))
-            policy = first = policy_of(recipe, loaded, dtype)
+            loaded = load(recipe, DTYPE, str(arguments.device))
+            policy = first = policy_of(recipe, loaded, DTYPE)
             examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
             collator = Collator(policy, loaded.images, loaded.pad_id)
         cache.TrunkCache.last = None
@@ -260,9 +272,8 @@ def tensor_parallel(options: argparse.Namespace) -> dict[str, Any]:
     """transformers' `generate` with its own tensor parallelism: tokens a second of one sequence and of 16."""
     from transformers import LlavaForConditionalGeneration
 
-    several = {"tp_plan": "auto"} if world() > 1 else {"device_map": "cuda" if GPU else "cpu"}
-    dtype = torch.bfloat16 if GPU else torch.float32
-    model = LlavaForConditionalGeneration.from_pretrained(options.work / "plain", dtype=dtype, **several)
+    several = {"tp_plan": "auto"} if world() > 1 else {"device_map": DEVICE}
+    model = LlavaForConditionalGeneration.from_pretrained(options.work / "plain", dtype=DTYPE, **several)
     shape, config = TINY if options.tiny else LLAVA_7B, model.config
     patches, side = (shape["image_size"] // 14) ** 2, shape["image_size"]
     generator, figures = torch.Generator().manual_seed(0), dict[str, Any]()
@@ -270,7 +281,7 @@ def tensor_parallel(options: argparse.Namespace) -> dict[str, Any]:
         words = torch.randint(5, 60, (rows, 40), generator=generator)
         ids = torch.cat([words[:, :5], torch.full((rows, patches), config.image_token_id), words[:, 5:]], 1)
         pixels = torch.randn(rows, 3, side, side, generator=generator)
-        inputs = {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, dtype)}
+        inputs = {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, DTYPE)}
         for _ in range(2):
             sync()
             started = time.perf_counter()

@@ -155,6 +155,8 @@ def server(slots: int) -> Any:
                 socket.create_connection(("127.0.0.1", port)).close()
                 break
             except ConnectionRefusedError:
+                if process.poll() is not None:
+                    raise SystemExit("The server did not start.") from None
                 time.sleep(0.2)
         yield port
     finally:
@@ -205,10 +207,11 @@ def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
             times = round(served["tokens_per_s"] / plain["tokens_per_s"], 2)
             result[str(count)] = {"engine": served, "generate": plain, "times": times}
             print(count, result[str(count)], file=sys.stderr, flush=True)
-    one = result[str(options.at_once[0])]["generate"]["tokens_per_s"]
-    result["times generate one after the other"] = {
-        count: round(result[str(count)]["engine"]["tokens_per_s"] / one, 2) for count in map(str, options.at_once)
-    }
+    if 1 in options.at_once:
+        one = result["1"]["generate"]["tokens_per_s"]
+        result["times generate one after the other"] = {
+            count: round(result[str(count)]["engine"]["tokens_per_s"] / one, 2) for count in map(str, options.at_once)
+        }
     return result
 
 

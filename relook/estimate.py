@@ -14,21 +14,20 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from relook.console import readable_size
+from relook.console import output, plain_table, readable_size
 from relook.data.encode import Example
 from relook.data.images import Picture
 from relook.errors import DataError, RecipeError, RelookError
 from relook.files import read_object
+from relook.keys import parse_overrides, read_shipped
 from relook.model.above_trunk import AboveTrunk
 from relook.model.formats import CHANGE_FILE
 from relook.model.load import LoadedModel
 from relook.model.regimes import with_regime
 from relook.model.source import ModelSource, open_model
 from relook.model.trunks import feature_rows, has_post_decoder, trunk_of, with_post_decoder
-from relook.recipe import Recipe, build_recipe, parse_overrides, read_shipped
+from relook.recipe import Recipe, build_recipe
 from relook.train.activations import Counts
 from relook.train.batches import Item, corrupted
 from relook.train.cache import FOLDER
@@ -60,6 +59,13 @@ class Assumed:
     response_tokens: int = 110
     samples: int = 1000
 
+    def __post_init__(self) -> None:
+        if min(self.prompt_tokens, self.response_tokens, self.samples) < 1:
+            raise RecipeError(
+                f"{self.samples} samples of {self.prompt_tokens} and {self.response_tokens} tokens.",
+                "Give 1 or more of each.",
+            )
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -89,8 +95,9 @@ def estimate(
     Raises:
         RelookError: the model's config is not there, or the recipe does not fit it.
     """
-    if gpus < 1 or gpu_memory <= 0:
-        raise RecipeError(f"{gpus} GPUs with {gpu_memory} GiB.", "Give one GPU at least, and a size above 0.")
+    if gpus < 1 or gpu_memory <= 0 or tflops < 0:
+        said = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
+        raise RecipeError(said, "Give one GPU at least, and sizes above 0.")
     source = open_on_paper(recipe)
     lengths = read_lengths(recipe, source, assumed)
     whole = whole_policy(recipe, source, sharded=False)
@@ -108,7 +115,7 @@ def estimate(
         "predicted_gib": round(max(found[0].peak, found[0].before) / GIB, 2),
         "measured_gib": measured(Path(recipe.output_dir)),
         "trunk_cache": trunk_cache(recipe, whole, lengths, gpus) if recipe.cached_trunk else None,
-        "work": work(job, lengths, gpus * tflops),
+        "work": work(job, lengths, gpus, tflops),
     }
 
 
@@ -268,7 +275,7 @@ def trunk_cache(recipe: Recipe, whole: Policy, lengths: Lengths, gpus: int) -> d
 # --- work
 
 
-def work(job: Job, lengths: Lengths, tflops: float) -> dict[str, Any]:
+def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]:
     """TFLOP of a pair (sft: of a tree) in a step and before training; seconds of all where `tflops` is given.
 
     As in the log, products of linear layers count; what is computed again under gradient_checkpointing is in it here.
@@ -293,10 +300,18 @@ def work(job: Job, lengths: Lengths, tflops: float) -> dict[str, Any]:
     samples = len(lengths.examples)
     each = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}
     if tflops:
-        epochs = float(job.recipe.training.get("num_train_epochs", 3))
-        each["before_seconds"] = each["before_tflop"] * lengths.total / tflops
-        each["training_seconds"] = each["step_tflop"] * lengths.total * epochs / tflops
+        each["before_seconds"] = each["before_tflop"] * lengths.total / tflops / gpus
+        each["training_seconds"] = each["step_tflop"] * _drawn(job, lengths, gpus) / tflops / gpus
     return {name: float(f"{value:.4g}") for name, value in each.items()} | {"samples": lengths.total}
+
+
+def _drawn(job: Job, lengths: Lengths, gpus: int) -> float:
+    """How many samples all steps together have."""
+    said = job.recipe.training
+    if int(said.get("max_steps", -1)) > 0:  # goes before epochs
+        batches = gpus * int(said.get("gradient_accumulation_steps", 1))
+        return float(said["max_steps"] * batches * int(said.get("per_device_train_batch_size", 8)))
+    return lengths.total * float(said.get("num_train_epochs", 3))
 
 
 # --- the command
@@ -317,16 +332,13 @@ def estimate_command(
 
 def print_estimate(found: Mapping[str, Any]) -> None:
     """What `estimate` found, on standard output; a pipe gets wide lines."""
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 200
+    console = output()
+    console.soft_wrap = True
     trained, everything = (found["parameters"][key] / 1e9 for key in ("trained", "all"))
     console.print(f"{found['model']}: {everything:.3f}e9 parameters, {trained:.3f}e9 of them train")
     console.print(f"lengths: {found['lengths']}")
-    columns = ("GiB of each GPU", *PARTS, "training", "before", "fits", "CPU")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
+    columns = (*PARTS, "training", "before", "fits", "CPU")
+    table = plain_table("GiB of each GPU", *columns, right=columns)
     for name, way in found["ways"].items():
         sizes = [*(way["parts"][part] for part in PARTS), way["peak"], way["before"]]
         fits = "yes" if way["fits"] else "no"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from relook.errors import RecipeError, some
-from relook.files import read_text, write_text
+from relook.files import write_text
 from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, WORDS, check_fixed, check_switched
+from relook.keys import fit, read_shipped
 from relook.model.post_decoder import PostDecoderSettings
 
 CHOICES = {
@@ -33,6 +33,22 @@ REFERENCE_FREE = ("simpo", "orpo")  # losses that compare with no reference mode
 LENGTH_NORMALISED = ("ipo", *REFERENCE_FREE)  # losses of means over a response's tokens, not of sums
 MDPO_WEIGHTS = ("mdpo_conditional_weight", "mdpo_anchored_weight")
 WEIGHTS = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
+# Bounds of numbers that libraries find out late, or never: torch looks at the first of several learning rates alone.
+BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("model_max_length", "conversations_per_tree"),
+        ),
+        (lambda n: n >= 1, "1 or more"),
+    ),
+    **dict.fromkeys(
+        ("learning_rate", "post_decoder_lr", "lm_head_lr", "mm_projector_lr"), (lambda n: n >= 0, "0 or more")
+    ),
+    **dict.fromkeys(("num_train_epochs", "save_steps", "eval_steps"), (lambda n: n > 0, "a number above 0")),
+    "max_steps": (lambda n: n >= 1 or n == -1, "1 or more, or leave it out for whole epochs"),
+    "seed": (lambda n: 0 <= n < 2**32, "0 to below 2^32"),
+}
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
 HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")
@@ -123,6 +139,7 @@ class Recipe:
             raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
         if not 0 < self.activation_memory_budget <= 1:
             raise RecipeError(f"activation_memory_budget is {self.activation_memory_budget}.", "Give above 0 to 1.")
+        self._check_numbers()
         self._check_loss()
         self._check_what_trains()
         try:
@@ -130,6 +147,12 @@ class Recipe:
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
         self._check_idle()
+
+    def _check_numbers(self) -> None:
+        given = {**vars(self), **self.training}
+        for name, (fits, wanted) in BOUNDS.items():
+            if given.get(name) is not None and not fits(given[name]):
+                raise RecipeError(f"{name} is {given[name]}.", f"Give {wanted}.")
 
     def _check_what_trains(self) -> None:
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):
@@ -271,43 +294,6 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     return build_recipe({**read_shipped(name, "recipe"), **(overrides or {})})
 
 
-def read_shipped(name: str, kind: str) -> dict[str, Any]:
-    """The keys of a YAML file, or of one that ships with relook.
-
-    Args:
-        kind: "recipe" or "sweep".
-    """
-    path = Path(name)
-    known = shipped(kind)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise RecipeError(f"There is no {kind} file {path}.", f"Shipped {kind}s: {', '.join(known)}.")
-        text = read_text(path)
-    elif name in known:
-        text = (resources.files("relook") / f"{kind}s" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"Did you mean {close[0]}?" if close else f"Give a .yaml file or one of {', '.join(known)}."
-        raise RecipeError(f"There is no {kind} {name!r}.", hint)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not valid YAML: {error}.") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{name} is not a mapping of keys to values.")
-    return values
-
-
-def shipped_recipes() -> list[str]:
-    return shipped("recipe")
-
-
-def shipped(kind: str) -> list[str]:
-    """Names of the recipes or sweeps that ship with relook."""
-    folder = resources.files("relook") / f"{kind}s"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
-
-
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from flat keys; `a.b` reaches into the mapping `a`. Unknown keys are an error."""
     nested = ("training", "of_the_model", "post_decoder")
@@ -360,53 +346,3 @@ def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings_keys() -> str:
     return ", ".join(PostDecoderSettings.names())
-
-
-def fit(key: str, value: Any, annotation: Any) -> Any:
-    """Check a value against the annotation of its field; YAML reads 2e-6 as a string, so numbers are converted."""
-    if isinstance(value, Path):
-        value = str(value)
-    # Annotations are strings in relook's dataclasses and types in transformers'.
-    kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    kinds = {part.strip() for part in kind.split("|")}
-    if not kinds & {"bool", "int", "float", "str"} or kinds - {"bool", "int", "float", "str", "None"}:
-        return value
-    if value is None:
-        if "None" in kinds:
-            return value
-    elif isinstance(value, bool):
-        if "bool" in kinds:
-            return value
-    elif isinstance(value, (int, float, str)):
-        for name, convert in (("int", int), ("float", float)):
-            if name in kinds:
-                try:
-                    number = convert(value)
-                except (ValueError, OverflowError):
-                    continue
-                if name == "float" or float(value) == number:
-                    return number
-        if "str" in kinds:
-            return str(value)
-    expected = " or ".join(sorted(kinds - {"None"}))
-    raise RecipeError(f"{key} is {value!r}, but must be of type {expected}.", "Correct the value.")
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs, values read as YAML; `--key` alone is an error that says so."""
-    overrides: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise RecipeError(f"{word!r} is neither a key nor the value of one.", "Write --key value.")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise RecipeError(f"--{key} has no value.", f"Write --{key} VALUE, e.g. --{key} true.")
-            value = rest.pop(0)
-        try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            overrides[key] = value
-    return overrides

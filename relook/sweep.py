@@ -25,8 +25,9 @@ from relook.evaluate.run import claim, evaluate_model
 from relook.evaluate.score import annotation_file, read_scores
 from relook.evaluate.statistics import holm
 from relook.files import read_json, read_records, takes, write_json, write_text
+from relook.keys import parse_overrides, read_shipped
 from relook.model.load import model_hash
-from relook.recipe import Recipe, parse_overrides, read_shipped
+from relook.recipe import Recipe
 from relook.report.write import RESULTS_FILE
 from relook.sweep_recipe import BASE, SWEEP_FILE, Row, Sweep, build_sweep
 from relook.train import run as training
@@ -89,7 +90,8 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
             evaluate(sweep, row.name, run, engine)
     done = [row for row in sweep.rows if row.name not in failed]
     if not done:
-        raise RelookError(f"No row of the sweep could be trained: {next(iter(failed.values()))}")
+        why = next(iter(failed.values()))
+        raise RelookError(f"No row of the sweep could be trained: {why}", "Mend that, and run the same command again.")
     write_json(sweep.out / RESULTS_FILE, {**collect(sweep, done), "failed": failed})
     from relook.report.sweep_page import write_page
 

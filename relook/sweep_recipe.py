@@ -16,8 +16,9 @@ from typing import Any
 
 from relook.errors import RecipeError, some
 from relook.files import text_hash
+from relook.keys import fit
 from relook.model.load import Loading, as_dtype, default_template
-from relook.recipe import Recipe, fit, load_recipe
+from relook.recipe import Recipe, load_recipe
 
 SWEEP_FILE = "sweep.yaml"
 BASE = "base"  # how the base is called among the rows
@@ -101,6 +102,9 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
         raise RecipeError(f"The sweep sets no {', '.join(missing)}.", f"Give it in the file or as --{missing[0]}.")
     own = {key: fit(key, values[key], kind) for key, kind in OWN.items() if key in values}
     as_dtype(own.get("dtype", "float32"))
+    for key in ("batch_size", "max_new_tokens"):
+        if own.get(key, 1) < 1:
+            raise RecipeError(f"{key} is {own[key]}.", "Give 1 or more.")
     common = {key: value for key, value in values.items() if key not in (*OWN, "rows", "grid")}
     rows = expand(values.get("rows") or [], values.get("grid") or {})
     labels = names(rows)

@@ -336,6 +336,10 @@ def test_a_card_of_24_gib(seven_billion: Path) -> None:
     assert way["fits"]
     work = quantised["work"]
     assert work["training_seconds"] == pytest.approx(work["step_tflop"] * 1000 / 100, rel=1e-3)
+    # Ten steps of 8 pairs, accumulated twice, on each of 4 GPUs, at the speed of 4.
+    short = shown("hadpo-lora", *model, "--tflops", "100", "--gpus", "4", "--max_steps", "10",
+                  "--gradient_accumulation_steps", "2")["work"]  # fmt: skip
+    assert short["training_seconds"] == pytest.approx(short["step_tflop"] * 10 * 8 * 2 / 100, rel=1e-3)
     kept = shown("hadpo-lora", *model, "--bits", "4", "--gradient_checkpointing", "false")
     assert not kept["ways"]["one GPU"]["fits"]
     assert kept["work"]["step_tflop"] < work["step_tflop"]  # without what is computed again
@@ -383,6 +387,8 @@ def test_a_run_and_what_it_measured(base: Path, world: Path, tmp_path: Path) -> 
     [
         (["--model_name_or_path", "nowhere"], "There is no model folder nowhere"),
         (["--gpus", "0", "--model_name_or_path", "x"], "Give one GPU at least"),
+        (["--tflops", "-1", "--model_name_or_path", "x"], "sizes above 0"),
+        (["--samples", "0", "--model_name_or_path", "x"], "0 samples of 50 and 110 tokens. Give 1 or more"),
         (["--lora_rank", "3", "--model_name_or_path", "x"], "no recipe key 'lora_rank'"),
         ([], "sets no model_name_or_path"),
     ],

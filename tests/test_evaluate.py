@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tomllib
 from collections.abc import Iterator
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from forked import forked
 from several import command
 from tiny import save_tiny
 
+import relook
 from relook import load_model
 from relook.data.coco import read_coco
 from relook.data.prompts import TEMPLATES, get_template
 from relook.errors import DataError, RecipeError
 from relook.evaluate import answer as answering
+from relook.evaluate import provenance
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.benchmarks import score_command
@@ -99,6 +103,21 @@ def test_a_result_says_where_it_comes_from(finished: Path, world: Path) -> None:
     assert len(set(pope_from["questions"].values())) == 3
     images = read_coco(world / "test" / "annotations" / "instances_val2014.json").images
     assert chair_from["image_list"] == text_hash(*images)
+
+
+def test_relook_runs_from_its_sources_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> str:
+        if name == "relook":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(provenance, "version", not_installed)
+    assert provenance.versions()["relook"] == relook.__version__
+
+
+def test_the_version_stands_in_two_files_and_is_one() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["version"] == relook.__version__
 
 
 def test_an_evaluation_is_scored_again_without_its_model(finished: Path, world: Path, tmp_path: Path) -> None:
@@ -339,6 +358,14 @@ def test_another_models_answers_are_refused(finished: Path, world: Path, base: P
         evaluate_model(shipped_base(), ["pope"], world / "test", out, template="v1", max_new_tokens=40)
     for path in finished.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_answers_have_a_token_and_batches_a_prompt(world: Path, tmp_path: Path) -> None:
+    """Empty answers would be scored as yes."""
+    for name in ("max_new_tokens", "batch_size"):
+        with pytest.raises(RecipeError, match=f"{name} is 0. Give 1 or more"):
+            pope(world, tmp_path / "out", **{name: 0})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_changed_on_disk_is_another_one(world: Path, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
 
 from relook import load_model
 from relook.errors import RecipeError
 from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, OFF, SWITCHED, check_model
+from relook.keys import parse_overrides
 from relook.model.formats import llava_settings, read_config
-from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides
+from relook.recipe import Recipe, build_recipe, load_recipe
 from relook.train.run import training_arguments
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
@@ -131,6 +133,25 @@ def test_workers_are_there_by_default_where_a_device_is() -> None:
             training_arguments(recipe, Path("out"))
     with pytest.raises(RecipeError, match="dataloader_prefetch_factor would have no effect"):
         build_recipe({**DPO, "tune_lm_head": True, "dataloader_prefetch_factor": 4})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"report_to": "wandb"}, "wandb to be installed"),
+        ({"report_to": "nobody"}, "nobody is not supported"),
+        ({"optim": "schedule_free_adamw"}, "schedulefree"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr or min_lr_rate should be set"),
+        ({"lr_scheduler_type": "sometimes"}, "sometimes is not a valid SchedulerType"),
+    ],
+)
+def test_what_the_trainer_would_miss_is_said_before_anything_runs(
+    keys: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes loggers, optimizer and schedule after the pass over the trunk and the references."""
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    with pytest.raises(RecipeError, match=f"(?s)arguments do not fit together: .*{message}.* Correct them"):
+        training_arguments(build_recipe({**DPO, "tune_lm_head": True, **keys}), Path("out"))
 
 
 def test_words_that_yaml_reads_as_false() -> None:

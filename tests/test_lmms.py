@@ -314,6 +314,8 @@ def test_lmms_evals_own_command_finds_relook(tmp_path: Path, loaded: LoadedModel
     assert (tmp_path / "toy.jsonl").exists()
     with pytest.raises(RecipeError, match=r"do not have pretrained. Known ones: model, adapter"):
         kind.create_from_arg_string("pretrained=x")
+    with pytest.raises(RecipeError, match="bits is 'eight', but must be of type int"):
+        kind.create_from_arg_string("model=x,bits=eight")
 
 
 def test_pictures_come_in_windows_and_equal_ones_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,10 +203,41 @@ def test_deepspeed_leaves_the_model_what_it_was_in_bf16(name: str, keys_of: Call
 
     The same run without DeepSpeed is 2e-5 away from ln 2: references come from batches of another composition.
     """
-    keys = keys_of(f"bf16 {name}", {**LORA, "max_steps": 1, "learning_rate": 1e-3}, deepspeed=name, bf16=True)
+    more = {"mdpo_conditional_weight": 0.5, "eval_fraction": 0.34, "eval_on_start": True, "save_strategy": "epoch"}
+    keys = keys_of(f"bf16 {name}", {**LORA, **more, "max_steps": 1, "learning_rate": 1e-3}, deepspeed=name, bf16=True)
     done = torchrun([keys], DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr
-    assert log_of(Path(keys["output_dir"]), "loss")[0] == pytest.approx(math.log(2), abs=3e-4)
+    out = Path(keys["output_dir"])
+    for field in ("loss", "eval_loss"):
+        assert log_of(out, field)[0] == pytest.approx(1.5 * math.log(2), abs=5e-4)
+
+
+def as_under_deepspeed(**more: Any) -> trainer.RelookTrainer:
+    """As much of a trainer as `_prepare_inputs` and resuming look at."""
+    made = object.__new__(trainer.RelookTrainer)
+    vars(made).update(args=SimpleNamespace(device=torch.device("cpu")), is_deepspeed_enabled=True, **more)
+    return made
+
+
+def test_deepspeed_rounds_nothing_of_a_batch(keys_of: Callable[..., Keys]) -> None:
+    """The Trainer would ask DeepSpeed's settings for a type, and there are none here."""
+    keys = {**LORA, "mdpo_conditional_weight": 0.5, "nll_weight": 0.5, "lora_dropout": 0.0}
+    bench = Bench(build_recipe(keys_of("run", keys)))
+    given = {**bench.collator(bench.items[:2]), "share": torch.tensor(2 / 3)}
+    assert {"batch", "reference", "weight", "work"} < given.keys()
+    found = as_under_deepspeed()._prepare_inputs(given)
+    assert found["work"] == given["work"]
+    for name in ("reference", "weight", "share"):
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], given[name])
+    assert torch.equal(found["batch"].pixel_values, given["batch"].pixel_values)
+
+
+def test_a_checkpoint_that_deepspeed_cannot_read_is_said() -> None:
+    """`load_checkpoint` only warns, and gives no path back."""
+    engine = SimpleNamespace(load_checkpoint=lambda folder, load_module_strict: (None, None))
+    with pytest.raises(RelookError, match=r"DeepSpeed cannot read its part of run/checkpoint-2\. Remove"):
+        as_under_deepspeed(model_wrapped=engine)._load_optimizer_and_scheduler("run/checkpoint-2")
 
 
 # --- what a step's loss is

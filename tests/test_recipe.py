@@ -10,13 +10,14 @@ import pytest
 import yaml
 
 from relook.errors import RecipeError
-from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides, shipped_recipes
+from relook.keys import parse_overrides, shipped
+from relook.recipe import Recipe, build_recipe, load_recipe
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped("recipe"))
 def test_shipped_recipes_load_with_the_users_paths(name: str) -> None:
     recipe = load_recipe(name, SFT if name == "toyworld-base" else DPO)
     assert (recipe.model_name_or_path, recipe.output_dir) == ("m", "o")
@@ -149,6 +150,16 @@ def test_a_value_of_the_wrong_type(key: str, value: Any, kind: str) -> None:
         ({"mdpo_conditional_weight": 1, "tune_lm_head": True}, "trunk cache has no states of corrupted images"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor would have no effect. Use loss_type robust"),
         ({"beta": 0.0}, "beta is 0.0"),
+        ({"learning_rate": -1e-5}, "learning_rate is -1e-05. Give 0 or more"),
+        ({"tune_lm_head": True, "lm_head_lr": -0.1}, "lm_head_lr is -0.1. Give 0 or more"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0. Give 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"model_max_length": -1}, "model_max_length is -1"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0.0. Give a number above 0"),
+        ({"max_steps": 0}, "max_steps is 0. Give 1 or more, or leave it out"),
+        ({"save_strategy": "steps", "save_steps": 0}, "save_steps is 0"),
+        ({"seed": -1}, "seed is -1. Give 0 to below 2"),
+        ({"seed": 2**32}, "seed is 4294967296"),
         ({"freeze_backbone": True}, "nothing else trains"),
         ({"freeze_backbone": True, "lora_enable": True, "tune_lm_head": True}, "contradict"),
         ({"post_decoder": {"depht": 2}}, "Its keys are depth"),

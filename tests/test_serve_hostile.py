@@ -118,7 +118,10 @@ def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 9}, "stop"),
+        ({"stop": "a" * 10_000}, "stop"),
         ({"top_logprobs": 1000}, "top_logprobs"),
+        ({"top_logprobs": 2}, "without logprobs"),
+        ({"stream_options": {"include_usage": True}}, "without stream"),
         ({"frequency_penalty": 1}, "frequency_penalty"),
         ({"logit_bias": {"1": 100}}, "logit_bias"),
         ({"unknown": 1}, "unknown"),
@@ -287,6 +290,9 @@ def web(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterator[tuple
         def do_GET(self) -> None:
             asked.append(self.path)
             status, headers, body = answers[self.path]
+            for _ in range(15 if self.path == "/drip" else 0):
+                self.wfile.write(b"H")
+                time.sleep(0.2)
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -368,6 +374,7 @@ def test_a_picture_of_the_web_comes_from_the_address_that_was_checked(monkeypatc
         "/none": (404, {}, b"a secret"),
         "/large": (200, {}, b"a" * 300_000),
         "/slow": (200, {}, PICTURES[0]),
+        "/drip": (200, {}, PICTURES[0]),
     }
     with web(answers) as (port, asked):
         looked_up, reached = resolve(monkeypatch, names), connect_to(monkeypatch, port)
@@ -385,9 +392,12 @@ def test_a_picture_of_the_web_comes_from_the_address_that_was_checked(monkeypatc
             "/none": "answered 404",
             "/large": "200,000 bytes",
             "/slow": "could not be fetched",
+            "/drip": "could not be fetched",
         }.items():
+            started = time.monotonic()
             with pytest.raises(DataError, match=said) as error:
                 sources.read(f"http://a.example{path}")
+            assert time.monotonic() < started + 2
             assert "secret" not in str(error.value)
         assert asked.count("/again") == 4
         for host in ("mixed.example", "home.example"):

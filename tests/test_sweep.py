@@ -25,8 +25,9 @@ from relook.evaluate.divergence import by_divergence, divergence
 from relook.evaluate.pope import SPLITS
 from relook.evaluate.run import evaluate_model
 from relook.files import read_json, read_records
+from relook.keys import read_shipped, shipped
 from relook.model.load import Loading
-from relook.recipe import build_recipe, read_shipped, shipped
+from relook.recipe import build_recipe
 from relook.report.write import write_report
 from relook.sweep import sweep_command
 from relook.sweep_recipe import build_sweep, expand, names
@@ -99,6 +100,8 @@ def test_names_tell_rows_apart() -> None:
         ({"grid": {"pope_data_path": ["lost.json"]}}, "lost.json"),
         ({"data": "nowhere"}, "nowhere"),
         ({"dtype": "float17"}, "float17"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"recipe": ""}, "recipe"),
     ],
     ids=str,

@@ -515,6 +515,12 @@ def test_evaluation_needs_something_held_out(base: Path, world: Path, tmp_path: 
             train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True, **keys))
 
 
+def test_the_best_step_by_what_nobody_measures(base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {"eval_fraction": 0.34, "save_strategy": "best", "metric_for_best_model": "rewards/margin"}
+    with pytest.raises(RecipeError, match=r"eval_rewards/margin is not measured.*one of eval_loss, eval_rewards/ch"):
+        train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True, **keys))
+
+
 def test_measuring_changes_nothing(base: Path, world: Path, tmp_path: Path) -> None:
     keys = {"tune_post_decoder": True, "lora_enable": True, "lora_r": 4, "lora_dropout": 0.2, "eval_fraction": 0.5}
     outs = [

@@ -12,8 +12,9 @@ import torch
 from relook.console import Report
 from relook.data.ahead import ahead
 from relook.data.images import ImageLoader, Shown
+from relook.errors import RecipeError
 from relook.evaluate.choose import Rule
-from relook.evaluate.decode import PromptTree, decode
+from relook.evaluate.decode import PromptTree, any_length, decode
 from relook.model.load import LoadedModel
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
@@ -44,6 +45,12 @@ class Asking:
     def settings(self) -> dict[str, Any]:
         """For `generate`: greedy unless said otherwise, whatever the model's own settings are."""
         return {"do_sample": False, **dict(self.generate)}
+
+    def __post_init__(self) -> None:
+        """Raise a RecipeError where a batch holds no prompt, or an answer no token."""
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}.", "Give 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,7 @@ def read(loader: ImageLoader, batch: Batch) -> Batch:
     return batch
 
 
+@any_length
 def answer_batch(loaded: LoadedModel, batch: Batch, how: Asking, rule: Rule | None) -> list[str]:
     """Answers to a batch's prompts, in order: by a rule as trees, without one by `generate`."""
     if rule is None:

@@ -12,7 +12,7 @@ itself before the first full stop ("Yes, there is no dog"). All others are gener
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from relook.model.changes import read_change
 from relook.model.load import LoadedModel, Loading, add_post_decoder, as_device, as_dtype, load_model
 from relook.model.trunks import has_post_decoder
 from relook.train.batches import Collator, Item
-from relook.train.cache import key_of, made_from
+from relook.train.cache_key import key_of, made_from
 from relook.train.policy import Policy, TrunkStates, predicting_states
 from relook.tree import Row, Tree, targets_of
 
@@ -240,7 +240,7 @@ class CachedPope:
         if model == self.base:
             loading: Callable[[], LoadedModel] = lambda: self.loaded  # noqa: E731
         else:
-            loading = cache(lambda: Loading(None, None, self.loading.dtype, 16, self.loading.device).load(model))
+            loading = cache(lambda: replace(self.loading, vision_tower=None).load(model))  # a run names its own
         records = self._first_tokens(model, loading)
         waiting = [index for index, record in enumerate(records) if record["generated"]]
         if waiting:

@@ -11,7 +11,9 @@ positions in the cache, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import ContextDecorator
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +194,34 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     R, Q, L = sees.shape
     mask = torch.full((R, 1, Q, L + -L % 8), -torch.inf, dtype=dtype, device=sees.device)[..., :L]
     return mask.masked_fill_(sees[:, None], 0)
+
+
+class AnyLength(ContextDecorator):
+    """Attention by kernels that take a text of any length at once. The setting is the process's: it is as it was before
+    when the last of those who are inside, on whatever thread, is out.
+
+    cuDNN's, torch's first choice on Hopper and Blackwell since 2.11, make a plan, in tens of milliseconds, for each
+    number of rows and length that a thread has not seen (pytorch's MHA.cpp), and texts that grow have new ones always.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                torch.backends.cuda.enable_cudnn_sdp(self.before)
+
+
+any_length = AnyLength()
 
 
 @torch.inference_mode()

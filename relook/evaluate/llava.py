@@ -20,14 +20,14 @@ from typing import Any
 from relook import processes
 from relook.console import progress
 from relook.data.images import Encoded, Shown
-from relook.data.prompts import IMAGE, get_template
+from relook.data.prompts import IMAGE
 from relook.errors import DataError, some
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.provenance import provenance
-from relook.evaluate.run import claim_together, keep, share
+from relook.evaluate.run import begin, keep, share
 from relook.files import file_hash, read_json, read_records, read_text, text_hash, write_json
-from relook.model.load import Loading, as_device, default_template
+from relook.model.load import Loading
 
 NAME = "llava"  # of the answer file and of the result
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -87,17 +87,15 @@ def answer_questions(
         RelookError: a question file that cannot be used, a missing image, or an output folder with other answers.
     """
     asked = read_questions(questions, data)
-    template = template or default_template(model)
-    get_template(template)
-    as_device(loading.device)
-    claim_together(out, model, data, template, max_new_tokens, loading, questions=file_hash(questions))
+    how = Asking(template, max_new_tokens, batch_size)
+    how = begin(out, model, data, how, loading, questions=file_hash(questions))
     result = out / f"{NAME}.json"
     if not result.exists():
         file = AnswerFile(out / f"{NAME}.jsonl", "answer_id", processes.rank())
         mine = share(question.images for question in asked)
         left = [q for q in asked if q.images in mine and q.key not in file.records]
         if left:
-            loaded, how = loading.load(model), Asking(template, max_new_tokens, batch_size)
+            loaded = loading.load(model)
             with progress(questions.name) as report:
                 said = answer(loaded, [(question.images, question.text) for question in left], how, report)
                 keep(said, lambda i, text: (file, left[i].answered(text, model.name)), [file], batch_size)

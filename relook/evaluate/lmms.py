@@ -15,13 +15,12 @@ from typing import Any
 from PIL import ImageFile
 
 from relook import processes
-from relook.data.prompts import get_template
 from relook.errors import DataError, RecipeError, RelookError
 from relook.evaluate.answer import Asking
 from relook.evaluate.provenance import provenance
-from relook.evaluate.run import claim_together
+from relook.evaluate.run import begin
 from relook.files import read_json, write_json
-from relook.model.load import Loading, as_device, default_template
+from relook.model.load import Loading
 
 INSTALL = "Run: pip install 'relook[lmms]' && pip install --no-deps lmms-eval==0.7.3"
 
@@ -60,16 +59,13 @@ def evaluate_tasks(
             answers.
     """
     manager = _task_manager(tasks, include_path)
-    template = template or default_template(model)
-    get_template(template)
-    as_device(loading.device)
     asked = {"tasks_from": include_path and str(include_path.resolve()), "limit": limit}
-    claim_together(out, model, None, template, max_new_tokens, loading, **asked)
+    how = begin(out, model, None, Asking(template, max_new_tokens, batch_size), loading, **asked)
     left = [name for name in tasks if not (out / f"{name}.json").exists()]
     if left:
         from relook.evaluate.lmms_model import RelookModel
 
-        relook = RelookModel(lambda: loading.load(model), Asking(template, max_new_tokens, batch_size), out)
+        relook = RelookModel(lambda: loading.load(model), how, out)
         for name in left:
             found = _evaluate(relook, name, manager, limit, out)
             relook.finish()

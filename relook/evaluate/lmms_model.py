@@ -28,6 +28,7 @@ from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.likelihood import Likelihood, likelihoods
 from relook.evaluate.run import keep
 from relook.files import text_hash
+from relook.keys import fit
 from relook.model.load import LoadedModel, Loading
 
 WINDOW = 1 << 28  # bytes of pictures that are in memory at a time: about 300 of COCO's
@@ -95,10 +96,12 @@ class RelookModel(lmms):
             path("adapter"),
             path("vision_tower"),
             given.get("dtype", "float32"),
-            int(given.get("bits", 16)),
+            fit("bits", given.get("bits", 16), int),
             given.get("device", ""),
         )
-        how = Asking(given.get("version", ""), int(given.get("max_new_tokens", 512)), int(given.get("batch_size", 64)))
+        sizes = {"max_new_tokens": 512, "batch_size": 64}
+        numbers = (fit(name, given.get(name, usual), int) for name, usual in sizes.items())
+        how = Asking(given.get("version", ""), *numbers)
         out = path("out") or Path(tempfile.mkdtemp(prefix="relook-lmms-"))
         return cls(lambda: loading.load(Path(given["model"])), how, out)
 

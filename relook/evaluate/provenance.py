@@ -8,15 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from relook import __version__
 from relook.files import file_hash, read_object
 
 EVAL_FILE = "eval.json"  # what `relook eval` notes beside its answers
-LIBRARIES = ("relook", "torch", "transformers", "tokenizers", "Pillow", "numpy")
+LIBRARIES = ("torch", "transformers", "tokenizers", "Pillow", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Library versions that a number may depend on; none of them is imported."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    """Versions that a number may depend on; no library is imported. relook's is that of the code that runs: it need
+    not be installed, nor be the one that is."""
+    own = {"python": platform.python_version(), "relook": __version__}
+    return own | {name: version(name) for name in LIBRARIES}
 
 
 def now() -> str:

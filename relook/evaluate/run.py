@@ -60,10 +60,7 @@ def evaluate_model(
             answer, or an output folder with another model's answers.
     """
     known(benchmarks)
-    template = template or default_template(model)
-    get_template(template)
-    as_device(loading.device)
-    claim_together(out, model, data, template, max_new_tokens, loading)
+    how = begin(out, model, data, Asking(template, max_new_tokens, batch_size), loading)
     left = [name for name in benchmarks if not (out / f"{name}.json").exists()]
     for name in benchmarks:
         if name not in left:
@@ -74,7 +71,7 @@ def evaluate_model(
         require_judge(name, data, judge)
     load = functools.cache(lambda: loading.load(model))
     for name in left:
-        ask(name, asked[name], load, out, Asking(template, max_new_tokens, batch_size))
+        ask(name, asked[name], load, out, how)
         processes.wait(f"the answers to {name}")
         if processes.first():
             endpoint = Judge(judge, out / JUDGE_CACHE) if judge else None
@@ -99,13 +96,22 @@ def share(images: Iterable[Any]) -> set[Any]:
     return set(processes.mine(list(dict.fromkeys(images))))
 
 
-def claim_together(*arguments: Any, **asked: Any) -> None:
-    """`claim` in each of several processes, the first one before the others."""
+def begin(out: Path, model: Path, data: Path | None, how: Asking, loading: Loading, **asked: Any) -> Asking:
+    """Look at how a model is to be asked, and `claim` the output folder: the first process before the others.
+
+    Returns:
+        `how` with the model's own template where it names none.
+    """
+    how = dataclasses.replace(how, template=how.template or default_template(model))
+    get_template(how.template)
+    as_device(loading.device)
+    taken = (out, model, data, how.template, how.max_new_tokens, loading)
     if processes.first():
-        claim(*arguments, **asked)
+        claim(*taken, **asked)
     processes.wait("the output folder")
     if not processes.first():
-        claim(*arguments, **asked)
+        claim(*taken, **asked)
+    return how
 
 
 def claim(

@@ -242,7 +242,8 @@ def _chair_file(answers: Path, given: Given) -> dict[str, Any]:
     if given.images is not None:
         names = chair_images(annotations, given.images)
         if missing := [name for name in names if name not in captions]:
-            raise DataError(f"{len(missing)} images of {given.images} have no caption: {some(missing)}.")
+            what = f"{len(missing)} images of {given.images} have no caption: {some(missing)}."
+            raise DataError(what, "Describe them, too, or take them off the list.")
         captions = {name: captions[name] for name in names}
     result = score_chair(captions, read_truth(file, given.captions, list(captions)))
     return {**result, "provenance": provenance(answers, **_truth(result, given.captions))}

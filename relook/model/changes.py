@@ -155,7 +155,8 @@ class Change:
             raise CheckpointError(f"{source.path} {has} post decoder.", f"Use stage {2 if has_decoder else 0}.")
         absent = [part.strip(".") for part in parts if not any(name.startswith(part) for name in self.replaced)]
         if absent:
-            raise CheckpointError(f"{self.path} has no {' and no '.join(absent)}, which stage {stage} takes from it.")
+            what = f"{self.path} has no {' and no '.join(absent)}, which stage {stage} takes from it."
+            raise CheckpointError(what, "Choose another stage, or leave it out to take the whole change.")
         taken = {name: tensor for name, tensor in self.replaced.items() if name.startswith(parts)}
         left = sorted((self.replaced.keys() - taken.keys()) | self.lora.keys())
         return replace(self, replaced=taken, lora={}), left
@@ -228,7 +229,8 @@ def _change(
             replaced[name] = tensor
     odd = [name for name, found in halves.items() if found.keys() not in HALVES]
     if odd:
-        raise CheckpointError(f"{path} holds half of a LoRA pair, or another kind of adapter: {some(odd)}.")
+        what = f"{path} holds half of a LoRA pair, or another kind of adapter: {some(odd)}."
+        raise CheckpointError(what, "Download it again, or give an adapter of LoRA or DoRA.")
     lora = {name: Lora(found["A"], found["B"], found.get("magnitude_vector")) for name, found in halves.items()}
     return Change(path, replaced, lora, _lora_scale(folder, lora) if lora else 1.0, settings, base)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from relook.console import say
 from relook.errors import CheckpointError, some
-from relook.files import read_object, whole_folder, write_json
+from relook.files import read_object, require_room, whole_folder, write_json
 from relook.model import modeling_relook, post_decoder
 from relook.model.changes import read_change
 from relook.model.checkpoint import write_tensors
@@ -107,7 +107,10 @@ def write_model(source: ModelSource, out: Path, write: Writer, how: Writing) -> 
         if how.check:
             difference = logit_difference(source, open_source(folder))
             if not difference <= TOLERANCE.get(source.dtype, 5e-2):  # NaN fails too
-                raise CheckpointError(f"The logits of the result differ by {difference:.2e}; {out} was not written.")
+                raise CheckpointError(
+                    f"The logits of the result differ by {difference:.2e}; {out} was not written.",
+                    "Look at the source with relook inspect; --no-check writes it all the same.",
+                )
     checked = "not checked" if difference is None else f"largest difference of logits {difference:.1e}"
     say(f"{out}: {len(source.tensors)} tensors, {checked}")
     return difference
@@ -123,10 +126,7 @@ def _claim(source: ModelSource, out: Path, how: Writing) -> None:
     if out.exists() and not (out / "config.json").is_file():
         raise CheckpointError(f"{out} is no model folder and is not replaced.", "Choose another folder.")
     needed = sum(prod(tensor.shape) for tensor in source.tensors.values()) * source.dtype.itemsize
-    room = next(parent for parent in target.parents if parent.exists())
-    free = shutil.disk_usage(room).free
-    if free < needed:
-        raise CheckpointError(f"{room} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed.")
+    require_room(target, needed, str(out), "Make room there, or choose a folder on another disk.")
 
 
 def _stream(source: ModelSource, renames: Any, tower: bool) -> Iterator[tuple[str, Tensor]]:

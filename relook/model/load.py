@@ -223,7 +223,8 @@ def build(
     )
     wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
     if wrong:
-        raise CheckpointError(f"transformers did not take all tensors of {source.path}: {some(wrong)}.")
+        what = f"transformers did not take all tensors of {source.path}: {some(wrong)}."
+        raise CheckpointError(what, "Check that its config.json belongs to its weights.")
     model.generation_config = source.generation_config()
     model.name_or_path = str(source.path)  # peft asks the hub about models without a path
     if not quantisation:

@@ -212,7 +212,8 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     tower = _tower_folder(path, raw.get("mm_vision_tower") or raw.get("vision_tower"), vision_tower)
     settings = read_config(tower)
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
-        raise CheckpointError(f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower.")
+        what = f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower."
+        raise CheckpointError(what, "Give the tower's own folder.")
     vision: CLIPVisionConfig = _valid(tower, CLIPVisionConfig.from_dict, settings.get("vision_config", settings))
     if not weights:  # the id of <image>, which only the tokenizer knows, shapes nothing
         config = _valid(path, from_llava_config, path, raw, vision, 0)

@@ -9,6 +9,7 @@ from typing import Any
 from relook.serve.request import Event, Request, Said
 
 UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
+WINDOW = 32  # the last tokens, whose text may still change: the text before them is not made again
 
 
 @dataclass
@@ -25,16 +26,30 @@ class AnswerText:
     shown: int = field(default=0, init=False)
     text: str = field(default="", init=False)
     stopped: bool = field(default=False, init=False)
+    settled: str = field(default="", init=False)  # the text of the tokens before `start`
+    start: int = field(default=0, init=False)
 
-    def read(self, ids: Sequence[int]) -> None:
-        """Take the tokens so far."""
-        if len(ids) == self.count:
+    def read(self, ids: Sequence[int], whole: bool = False) -> None:
+        """Take the tokens so far. `whole` makes all of their text again."""
+        if len(ids) == self.count and not whole:
             return
         self.count = len(ids)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._decode(ids) if whole else self.settled + self._decode(ids[self.start :])
+        if len(ids) - self.start >= 2 * WINDOW:
+            self._settle(text, ids)
         ends = [at for at in map(text.find, self.stops) if at >= 0]
         self.stopped = bool(ends)
         self.text = (text[: min(ends)] if ends else text).lstrip()
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _settle(self, text: str, ids: Sequence[int]) -> None:
+        """Go on from the last tokens, where the text ends in what they say by themselves."""
+        last = self._decode(ids[-WINDOW:])
+        if last and last[-1] != UNFINISHED and text.endswith(last):
+            self.settled, self.start = text[: len(text) - len(last)], len(ids) - WINDOW
 
     def more(self, whole: bool) -> str:
         """The characters that can be shown and have not been. Before the end, whatever may still change is held back:
@@ -74,6 +89,7 @@ class Answer:
     until: float
     reused: int = 0
     said: list[Said] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     reported: int = 0
     cancelled: bool = False
 
@@ -87,17 +103,18 @@ class Answer:
     def add(self, said: Said) -> str:
         """Take the next token: why the answer ends with it, if it does."""
         self.said.append(said)
+        self.ids.append(said.id)
         if said.id in self.ends:
             return "stop"
         if self.text.stops:
-            self.text.read([said.id for said in self.said])
+            self.text.read(self.ids)
             if self.text.stopped:
                 return "stop"
         return "length" if len(self.said) == self.most else ""
 
     def report(self, finish: str = "") -> None:
         """Tell what is new."""
-        self.text.read([said.id for said in self.said])
+        self.text.read(self.ids, whole=bool(finish))
         shown = len(self.said) - (finish == "stop" and self.said[-1].id in self.ends)
         tokens = tuple(self.said[self.reported : shown])
         self.reported = shown

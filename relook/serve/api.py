@@ -77,10 +77,10 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
     async def chat(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation about texts and images, whole or as server-sent events."""
         engine, started = engine_of(body.model), time.monotonic()
-        if engine.full:  # before anything is read
-            raise APIError(429, "Too many requests are waiting already.", "busy")
         status = "cancelled"
         try:
+            if engine.full:  # before anything is read
+                raise APIError(429, "Too many requests are waiting already.", "busy")
             requests = await anyio.to_thread.run_sync(
                 read_request, engine, body, policy.sources, policy.max_images, limiter=readers
             )

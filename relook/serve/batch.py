@@ -12,7 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from relook.serve.slots import ImageSides, SlotCache
 from relook.tree import common_start
 
 WORTH_WAITING = 32  # positions: a prompt that shares as many with one that is just being read comes a step later
+RULES = 256  # ways of sampling that are remembered; clients choose them
 AT_ONCE = 4096  # positions of prompts that are read between two steps, unless one alone has more
 
 Features = tuple[Tensor, Tensor | None]  # of an image: projected (P, D), and what the post decoder looks at (M, V)
@@ -74,7 +75,7 @@ class Batch:
         self.live = 0
         self.counts = Counts()
         self._features: Recent[Features] = Recent(int(limits.image_gb * 1e9), _size)
-        self._rule = cache(self._make_rule)
+        self._rule = lru_cache(RULES)(self._make_rule)
 
     def _make_rule(self, temperature: float, top_p: float) -> Rule:
         how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -243,6 +244,8 @@ class Batch:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
+        if min(counts) == longest:
+            return hidden[:, -1]
         return hidden[torch.arange(len(new), device=device), torch.tensor(counts, device=device) - 1]
 
 

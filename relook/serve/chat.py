@@ -45,6 +45,9 @@ def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images
     Raises:
         APIError: what is wrong with the request.
     """
+    for name, needed in (("top_logprobs", "logprobs"), ("stream_options", "stream")):
+        if getattr(body, name) and not getattr(body, needed):
+            raise APIError(400, f"{name} is of no use without {needed}.", param=name)
     turns, urls = read_turns(body.messages)
     if len(urls) > max_images:
         raise APIError(400, f"The conversation has {len(urls)} images, more than {max_images}.", "too_many_images")
@@ -86,6 +89,10 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[str]]:
     urls: list[str] = []
     asked: list[str] = []
     pictures = 0
+
+    def prompt() -> str:
+        return with_image("\n".join(asked), pictures)
+
     for message in messages:
         parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
         text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
@@ -97,7 +104,7 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[str]]:
         if message.role == "assistant":
             if new or not asked:
                 raise APIError(400, "An assistant's message is a text that answers one of the user.", param="messages")
-            turns.append(Turn(with_image("\n".join(asked), pictures) if pictures else "\n".join(asked), text))
+            turns.append(Turn(prompt(), text))
             asked, pictures = [], 0
             continue
         if new and message.role != "user":
@@ -107,7 +114,7 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[str]]:
         pictures += len(new)
     if not asked or messages[-1].role != "user":
         raise APIError(400, "The last message must be the user's.", param="messages")
-    return [*turns, Turn(with_image("\n".join(asked), pictures) if pictures else "\n".join(asked), "")], urls
+    return [*turns, Turn(prompt(), "")], urls
 
 
 class Answers:

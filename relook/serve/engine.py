@@ -12,6 +12,7 @@ Greedy text is that of transformers' `generate` at batch 1 in float32, whatever 
 from __future__ import annotations
 
 import hashlib
+import math
 import queue
 import threading
 import time
@@ -29,6 +30,7 @@ from relook.data.prompts import get_template
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, RelookError
 from relook.evaluate.choose import settings_followed, uniform
+from relook.evaluate.decode import any_length
 from relook.model.load import LoadedModel
 from relook.recent import Recent
 from relook.serve.answer import Answer, AnswerText
@@ -68,7 +70,7 @@ class Engine:
         self._waiting: deque[Answer] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._ending = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -199,13 +201,10 @@ class Engine:
             self._stopping = True
             self._wake.notify()
         self._thread.join(seconds)
-        self.limits = replace(self.limits, seconds=0.0)
-        with self._wake:
-            for answer in [*self._waiting, *(slot.answer for slot in self.batch.slots)]:
-                if answer is not None:
-                    answer.cancel()
+        self._ending = True
         self._thread.join()
 
+    @any_length
     @torch.inference_mode()
     def _run(self) -> None:
         while True:
@@ -227,7 +226,7 @@ class Engine:
         """Let go of who is gone, take in who waits, and take one step."""
         while self._calls:
             self._calls.popleft()()
-        now = time.monotonic()
+        now = math.inf if self._ending else time.monotonic()
         self.batch.leave(now)
         with self._wake:
             over = [answer for answer in self._waiting if answer.over(now)]
@@ -258,10 +257,9 @@ def _positions(image: Any) -> int:
 
 
 def _endings(loaded: LoadedModel, stop: str) -> tuple[frozenset[int], tuple[str, ...]]:
-    """The tokens and the texts that end an answer. A text that is one special token is not seen in decoded text."""
+    """The tokens and the texts that end an answer. A text that is a special token is not seen in decoded text."""
     ends = loaded.core.generation_config.eos_token_id
     ids = {ends} if isinstance(ends, int) else set(ends or ())
-    tokenizer = loaded.processor.tokenizer
-    if stop and tokenizer.convert_tokens_to_ids(stop) in tokenizer.all_special_ids:
-        ids.add(tokenizer.convert_tokens_to_ids(stop))
+    added = loaded.processor.tokenizer.added_tokens_decoder.items()
+    ids |= {id for id, token in added if token.special and token.content == stop}
     return frozenset(ids), (stop,) if stop else ()

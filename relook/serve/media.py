@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import http.client
 import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,13 +115,14 @@ class Sources:
         data = b""
         while chunk := answer.read1(CHUNK):
             data = self._sized(data + chunk)
-            if time.monotonic() > until:
-                raise TimeoutError
+        if time.monotonic() > until:  # it was cut, which looks like its end
+            raise TimeoutError
         return data
 
 
 class _Connection:
-    """One request to an address that was looked up once and found public."""
+    """One request to an address that was looked up once and found public, cut when its time is over: a socket's own
+    timeout begins again with each byte."""
 
     def __init__(self, url: str, until: float) -> None:
         parts = urlsplit(url)
@@ -133,7 +136,14 @@ class _Connection:
         self.http = http.client.HTTPConnection(self.host, port, timeout=left)
         plain = socket.create_connection((address, port), timeout=left)
         # The name is checked against the certificate, though the connection goes to the address.
-        self.http.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host) if secure else plain
+        self.socket = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host) if secure else plain
+        self.http.sock = self.socket
+        self.cut = threading.Timer(until - time.monotonic(), self._cut)
+        self.cut.start()
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed already
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def ask(self) -> http.client.HTTPResponse:
         self.http.request("GET", self.path, headers={"Accept": "image/*", "User-Agent": "relook"})
@@ -143,6 +153,7 @@ class _Connection:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.cut.cancel()
         self.http.close()
 
 

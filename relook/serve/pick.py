@@ -22,15 +22,17 @@ def pick(logits_RV: Tensor, answers: Sequence[Answer], rule: Callable[[float, fl
     for i, answer in enumerate(answers):
         how = (answer.request.temperature, answer.request.top_p) if answer.draws else (0.0, 1.0)
         groups.setdefault((*how, not answer.said), []).append(i)
-    tokens = [0] * len(answers)
+    chosen: list[Tensor] = []
     for (temperature, top_p, first), members in groups.items():
         draws = None
         if temperature:
             drawn = [answers[i].draws[len(answers[i].said)] for i in members]
             draws = torch.tensor(drawn, dtype=torch.float64, device=logits_RV.device)
-        chosen = rule(temperature, top_p).choose(logits_RV[members], draws, first)
-        for i, token in zip(members, chosen.tolist(), strict=True):
-            tokens[i] = token
+        logits = logits_RV if len(groups) == 1 else logits_RV[members]
+        chosen.append(rule(temperature, top_p).choose(logits, draws, first))
+    places = [i for members in groups.values() for i in members]
+    by_place = dict(zip(places, torch.cat(chosen).tolist(), strict=True))  # the one wait for the device
+    tokens = [by_place[i] for i in range(len(answers))]
     likely = _log_probs(logits_RV, answers, tokens)
     return [likely.get(i) or Said(token) for i, token in enumerate(tokens)]
 

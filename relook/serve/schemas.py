@@ -30,6 +30,8 @@ class ImagePart(_Strict):
     image_url: ImageURL
 
 
+# Each new token is compared with all that a stop may begin with.
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
@@ -54,11 +56,7 @@ class ChatRequest(_Strict):
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
     n: Annotated[int | None, Field(ge=1, le=16)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=8)]
-        | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None

@@ -3,7 +3,8 @@
 A slot is a row: what it has read stays there until another request takes it, so the next turn of a conversation finds
 its earlier ones. Slots that are being answered come first, so that a step reads a slice and copies nothing.
 
-Shape letters: C slots, R rows of a pass, H heads, S new positions of a row, L places that are read, D head size.
+Shape letters: C slots, P places of a slot, R rows of a pass, H heads, S new positions of a row, L places that are read,
+D head size.
 """
 
 from __future__ import annotations
@@ -22,36 +23,39 @@ AT_FIRST = 128  # places of a slot
 
 
 class Room:
-    """Keys and values, (C, H, places, D) each: made when they are first written, made longer where that is too short.
+    """Keys and values, (C, H, P, D) each: made when they are first written, made longer where that is too short.
 
+    In memory heads lie behind places: `flat` is the same as (C * P, H, 1, D), rows of which are what a step writes.
     What is not written yet is zero: attention multiplies what a mask hides by 0, and 0 times a NaN is no 0.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.pair: tuple[Tensor, Tensor] | None = None
+        self.pair: tuple[Tensor, ...] = ()
+        self.flat: tuple[Tensor, ...] = ()
 
-    def fit(self, keys_RHSD: Tensor, values_RHSD: Tensor, places: int) -> tuple[Tensor, Tensor]:
-        """The room, with at least that many places."""
-        have = 0 if self.pair is None else self.pair[0].shape[2]
-        if places > have:
-            old = self.pair or (None, None)
-            self.pair = (self._longer(old[0], keys_RHSD, places), self._longer(old[1], values_RHSD, places))
-        assert self.pair is not None
-        return self.pair
+    def fit(self, keys_RHSD: Tensor, values_RHSD: Tensor, places: int) -> None:
+        """Have at least that many places."""
+        if self.pair and places <= self.pair[0].shape[2]:
+            return
+        new = (keys_RHSD, values_RHSD)
+        rooms = tuple(side.new_zeros(self.slots, places, side.shape[1], side.shape[3]) for side in new)
+        old, self.pair = self.pair, tuple(room.transpose(1, 2) for room in rooms)
+        self.flat = tuple(room.flatten(0, 1).unsqueeze(2) for room in rooms)
+        for side, before in zip(self.pair, old, strict=False):
+            side[:, :, : before.shape[2]] = before
 
-    def _longer(self, old: Tensor | None, like: Tensor, places: int) -> Tensor:
-        room = like.new_zeros(self.slots, like.shape[1], places, like.shape[3])
-        if old is not None:
-            room[:, :, : old.shape[2]] = old
-        return room
+    def read(self, first: int, rows: int, places: int) -> tuple[Tensor, Tensor]:
+        """What neighbouring slots begin with: views, (R, H, L, D) each."""
+        keys, values = self.pair
+        return keys[first : first + rows, :, :places], values[first : first + rows, :, :places]
 
     def swap(self, a: int, b: int) -> None:
-        for side in self.pair or ():
+        for side in self.pair:
             side[[a, b]] = side[[b, a]]
 
     def copy(self, source: int, target: int, places: int) -> None:
-        for side in self.pair or ():
+        for side in self.pair:
             side[target, :, :places] = side[source, :, :places]
 
 
@@ -61,19 +65,21 @@ class Window:
 
     Args:
         first: slot of its first row; the others follow.
-        places: (R, S) where the new positions of each row are written.
+        places: (R * S,) where the new positions are written, counted over all slots.
+        new: S.
         end: L; 0 where no row has anything yet, so that the new positions are all there is.
         room: places that the layers need to have.
     """
 
     first: int
     places: Tensor
+    new: int
     end: int
     room: int
 
 
 class _SlotLayer(DynamicLayer):
-    """One layer of the cache, under transformers' interface."""
+    """One layer of the cache, under transformers' interface. What can be done once a pass is in the window."""
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
@@ -81,17 +87,16 @@ class _SlotLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         window = self.cache.window
-        rows = torch.arange(len(key_states), device=key_states.device)[:, None] + window.first
-        sides = self.room.fit(key_states, value_states, window.room)
-        for side, new in zip(sides, (key_states, value_states), strict=True):
-            side[rows, :, window.places] = new.transpose(1, 2)
+        self.room.fit(key_states, value_states, window.room)
+        for side, new in zip(self.room.flat, (key_states, value_states), strict=True):
+            rows = new if window.new == 1 else new.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+            side.index_copy_(0, window.places, rows)
         if not window.end:
             return key_states, value_states
-        keys, values = (side[window.first : window.first + len(rows), :, : window.end] for side in sides)
-        return keys, values
+        return self.room.read(window.first, len(key_states), window.end)
 
     def get_seq_length(self) -> int:
-        return max(0, self.cache.window.end - self.cache.window.places.shape[1])
+        return max(0, self.cache.window.end - self.cache.window.new)
 
 
 class SlotCache(Cache):
@@ -115,19 +120,24 @@ class SlotCache(Cache):
         """Prepare a pass over neighbouring slots, each of which holds `starts` positions and gets `counts` new ones.
 
         Returns:
-            The new positions' numbers, (R, S), and who sees what, (R, S, L) bool; None where causality says it all.
+            The new positions' numbers, (R, S), and who sees what, (R, S, L) bool; None where all see all that causality
+            lets them: without a mask attention has faster kernels.
         """
-        start, count = torch.tensor([starts, counts], device=device)
-        steps = torch.arange(max(counts), device=device)
-        numbers = start[:, None] + steps
+        rows, new = len(starts), max(counts)
         end = max(a + b for a, b in zip(starts, counts, strict=True))
         if end >= self.room:
             self.room = min(max(AT_FIRST, 2 * self.room, end + end // 4), self.length) + 1
-        # The last place of the room is a bin: what fills up shorter rows is written there, and nobody looks.
-        places = torch.where(steps < count[:, None], numbers, self.room - 1)
+        steps = torch.arange(new)
+        numbers = torch.tensor(starts)[:, None] + steps
+        # The last place of a slot is a bin: what fills up shorter rows is written there, and nobody looks.
+        places = torch.where(steps < torch.tensor(counts)[:, None], numbers, self.room - 1)
+        places += self.room * torch.arange(first, first + rows)[:, None]
+        numbers, places = torch.stack([numbers, places]).to(device)  # one copy to the device
         fresh = not any(starts)
-        self.window = Window(first, places, 0 if fresh else end, self.room)
-        return numbers, None if fresh else torch.arange(end, device=device) <= numbers[..., None]
+        self.window = Window(first, places.flatten(), new, 0 if fresh else end, self.room)
+        if fresh or (new == 1 and min(starts) == end - 1):
+            return numbers, None
+        return numbers, torch.arange(end, device=device) <= numbers[..., None]
 
     def swap(self, a: int, b: int) -> None:
         for layer in self.layers:
@@ -151,7 +161,8 @@ class ImageSides:
         if context is None:
             return
         for room, keys, values in zip(self.rooms, context.keys, context.values, strict=True):
-            for side, new in zip(room.fit(keys, values, self.lengths[slot]), (keys, values), strict=True):
+            room.fit(keys, values, self.lengths[slot])
+            for side, new in zip(room.pair, (keys, values), strict=True):
                 side[slot, :, : self.lengths[slot]] = new[0]
 
     def view(self, first: int, rows: int) -> ImageContext | None:
@@ -160,8 +171,8 @@ class ImageSides:
         most = max(lengths)
         if not most:
             return None
-        pairs = [room.pair for room in self.rooms if room.pair is not None]
-        keys, values = ([pair[side][first : first + rows, :, :most] for pair in pairs] for side in (0, 1))
+        pairs = [room.read(first, rows, most) for room in self.rooms]
+        keys, values = ([pair[side] for pair in pairs] for side in (0, 1))
         if min(lengths) == most:
             return ImageContext(keys, values, None)
         device = keys[0].device

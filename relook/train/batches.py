@@ -120,7 +120,7 @@ class Collator:
             features = sum(feature_rows(self.policy.config, (height, width)) for height, width in sizes)
         tokens, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
         return Work(
-            pairs if trees and items[0].weight is not None else answers,
+            pairs if items[0].weight is not None else answers,
             tokens,
             features,
             tokens if self.policy.keeps_everything else len(targets.id),
@@ -167,7 +167,8 @@ def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) 
     lost = {path: [example.id for example in bad if path in example.images] for path in faults}
     named = [f"{fault} Its samples: {', '.join(lost[path])}." for path, fault in faults.items()]
     if bad and on_bad == "error":
-        raise DataError(f"{len(bad)} samples have unusable images: {some(named, 3)}")
+        what = f"{len(bad)} samples have unusable images: {some(named, 3)}"
+        raise DataError(what, "Repair them (relook data fix), or set on_bad drop to go on without.")
     return [example for example in examples if not faults.keys() & set(example.images)], named
 
 

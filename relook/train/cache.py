@@ -7,38 +7,33 @@ alone, so that a pass that was killed, or was shared by several processes, leave
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
 
 import psutil
 import torch
-import transformers
 from torch import Tensor
 
 from relook import processes
 from relook.console import progress, readable_size, say
 from relook.data.ahead import ahead
 from relook.data.encode import Example
-from relook.data.images import ImageLoader
-from relook.errors import DataError, RelookError
-from relook.files import file_hash, read_json, require_room, text_hash, write_json
-from relook.model.load import model_hash, open_source
+from relook.errors import RelookError
+from relook.files import require_room, write_json
 from relook.recipe import Recipe
 from relook.train.batches import Collator, Item, reference_log_probs
+from relook.train.cache_key import INDEX_FILE, key_of, made_from, others
 from relook.train.plan import FEATURES, REFERENCE, STATES, Plan, Shard, Store
 from relook.train.policy import LiveBatch, Policy
 from relook.train.shards import ShardFolder
 from relook.tree import TreeTargets
 
-FORMAT = 1  # of the files; part of the key
-INDEX_FILE = "index.json"
 FOLDER = "trunk_cache"  # beside the runs' folders
 
 
@@ -142,61 +137,6 @@ def cached_items(
             kept.move_to(policy.core.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
     collator.features = kept.features() if policy.reads_image else None
     return kept.items(recipe.needs_reference)
-
-
-def made_from(
-    model: Path,
-    vision_tower: Path | str | None,
-    policy: Policy,
-    weights: torch.dtype,
-    examples: Sequence[Example],
-    images: ImageLoader,
-    adapter: str = "",
-    bits: str = "16",
-) -> dict[str, str]:
-    """Everything that determines what the trunk says: weights, tokens, pictures by content, precision, versions.
-
-    An untrained post decoder changes no logit, so the reference log-probs depend on nothing else.
-
-    Args:
-        model: the folder that the policy was loaded from, with this vision tower where it has none of its own.
-        weights: dtype of the trunk in memory.
-        adapter: the change that was laid on it.
-        bits: how its linear layers are quantised.
-    """
-    tower = open_source(model, vision_tower=vision_tower).tower
-    pictures = hashlib.sha256()
-    for example in examples:
-        for image in example.images:
-            pictures.update(file_hash(image).encode())
-    return {
-        "format": str(FORMAT),
-        "model": model_hash(model),
-        "adapter": model_hash(Path(adapter)) if adapter else "",
-        "bits": bits,
-        "vision tower": model_hash(tower) if tower else "",
-        "tokens": _tokens_hash(tuple(examples)),
-        "images": pictures.hexdigest(),
-        "preprocessing": text_hash(repr(images.image_processor), images.aspect_ratio),
-        "precision": f"{policy.dtype}, weights {weights}",
-        "trunk pass": policy.trunk_pass,
-        "positions": "all" if policy.keeps_everything else "supervised",
-        "device": policy.core.device.type,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-    }
-
-
-@lru_cache(maxsize=2)  # the runs of a sweep share their examples
-def _tokens_hash(examples: tuple[Example, ...]) -> str:
-    data = hashlib.sha256()
-    for example in examples:
-        data.update(repr(example.tree).encode())
-        data.update(f"{len(example.images)};".encode())
-    return data.hexdigest()
-
-
-def key_of(source: dict[str, str]) -> str:
-    return text_hash(*(f"{name}={value}" for name, value in source.items()))
 
 
 def fill(
@@ -394,19 +334,3 @@ def _claim(
         store.tidy()
         shards = [{"examples": len(shard.examples), "images": len(shard.images)} for shard in plan.shards]
         write_json(store.folder / INDEX_FILE, {"made_from": source, "widths": plan.widths, "shards": shards})
-
-
-def others(folder: Path, key: str, source: dict[str, str]) -> list[str]:
-    """A line for each cache in a folder that was made from something else: its size, and what differs."""
-    lines = []
-    for index in sorted(folder.glob(f"*/{INDEX_FILE}")):
-        if index.parent.name == key:
-            continue
-        try:
-            old = read_json(index)["made_from"]
-            differs = ", ".join(name for name in source if old.get(name) != source[name])
-        except (DataError, KeyError, TypeError, AttributeError):
-            differs = "nobody knows what"
-        size = readable_size(sum(file.stat().st_size for file in index.parent.iterdir()))
-        lines.append(f"{index.parent} ({size}) does not serve here (it differs in {differs}): left as it is")
-    return lines

@@ -306,9 +306,9 @@ def _way(name: str, job: Job, weights: int, gradients: int, optimizer: int, work
 def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
     """The moments of a step that may be its peak.
 
-    looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # of keys and values
-    layer, goes back, when nothing before it has; the first decoder layer does, when all gradients are there; the
-    optimizer steps.
+    The gradient of the logits is made; that of lm_head is; the post decoder's image side, or the last decoder layer,
+    goes back, when nothing before it has; the first decoder layer does, when all gradients are there; the optimizer
+    steps.
     """
     compiled = job.policy.trunk_pass == "compiled"
     logits, rows = activations.logits(job.text.vocab_size, job.batch.targets, job.low, compiled)

@@ -53,7 +53,7 @@ def preference_loss(
         reference_sums = targets.sum_by_branch(reference * weight)
         ratio = policy_sums - reference_sums
     normalised = ratio / lengths if recipe.loss_type in LENGTH_NORMALISED else ratio
-    chosen, rejected = _sides(ratio, pairs)
+    chosen, _ = _sides(ratio, pairs)
     loss = log_probs.new_zeros(())
     if recipe.dpo_weight:
         loss = loss + recipe.dpo_weight * pair_loss(recipe, *_sides(normalised, pairs)).mean()
@@ -70,20 +70,10 @@ def preference_loss(
     with torch.no_grad():
         # Rewards are what the loss compares; ipo's, as TRL logs them, are sums like those of its kin.
         rewards = recipe.beta * (normalised if recipe.loss_type in REFERENCE_FREE else ratio)
-        chosen, rejected = _sides(rewards, pairs)
-        fields = {
-            "rewards/chosen": chosen.mean(),
-            "rewards/rejected": rejected.mean(),
-            "rewards/accuracies": (chosen > rejected).float().mean(),
-            "rewards/margins": (chosen - rejected).mean(),
-            **_by_side("policy_logps", policy_sums, pairs),
-            **(_by_side("reference_logps", reference_sums, pairs) if reference_sums is not None else {}),
-            "nll": nll,
-        }
-        if recipe.mdpo_conditional_weight:
-            corrupted = rewards[2 * pairs :]
-            fields["rewards/corrupted"] = corrupted.mean()
-            fields["rewards/corrupted_accuracies"] = (chosen > corrupted).float().mean()
+        fields = {**_of_rewards(rewards, pairs), **_by_side("policy_logps", policy_sums, pairs)}
+        if reference_sums is not None:
+            fields |= _by_side("reference_logps", reference_sums, pairs)
+        fields["nll"] = nll
     return loss, fields
 
 
@@ -101,6 +91,22 @@ def pair_loss(recipe: Recipe, chosen: Tensor, rejected: Tensor) -> Tensor:
     if recipe.loss_type == "orpo":
         return losses.orpo(chosen, rejected, beta)
     return losses.dpo_sigmoid(chosen, rejected, beta)
+
+
+def _of_rewards(rewards: Tensor, pairs: int) -> dict[str, Tensor]:
+    """How often and how far the chosen answers are above the rejected, and above themselves on corrupted images."""
+    chosen, rejected = _sides(rewards, pairs)
+    fields = {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/accuracies": (chosen > rejected).float().mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+    }
+    corrupted = rewards[2 * pairs :]
+    if len(corrupted):
+        fields["rewards/corrupted"] = corrupted.mean()
+        fields["rewards/corrupted_accuracies"] = (chosen > corrupted).float().mean()
+    return fields
 
 
 def _sides(by_branch: Tensor, pairs: int) -> tuple[Tensor, Tensor]:

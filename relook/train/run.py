@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from relook import processes
@@ -26,12 +27,13 @@ from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_text, takes, write_json
 from relook.flags import check_model, check_switched
+from relook.keys import parse_overrides
 from relook.model.above_trunk import AboveTrunk
 from relook.model.changes import read_change
 from relook.model.formats import kind_of, llava_settings
 from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
 from relook.model.regimes import apply_regime
-from relook.recipe import Recipe, load_recipe, parse_overrides
+from relook.recipe import Recipe, load_recipe
 from relook.train import recompute, sharding
 from relook.train.batches import (
     Collator,
@@ -165,13 +167,32 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     try:
         told = recompute.renamed(given)
         arguments = TrainingArguments(**{**defaults, **told, "output_dir": str(out / CHECKPOINTS)})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"The training arguments do not fit together: {error}.") from None
+        _rehearse(arguments)
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        raise RecipeError(
+            f"The training arguments do not fit together: {str(error).rstrip('.')}.",
+            "Correct them; transformers' documents of TrainingArguments have their values.",
+        ) from None
     if arguments.fsdp and arguments.world_size == 1:
         raise RecipeError("fsdp needs several processes.", "Start it by torchrun; docs/clusters.md has the commands.")
     # While this is set, transformers shards a model under ZeRO-3 as it is loaded; references need it whole.
     unset_hf_deepspeed_config()
     return arguments
+
+
+def _rehearse(arguments: TrainingArguments) -> None:
+    """Make once, of nothing, what the Trainer makes when all that comes before training is done: hours may lie there.
+
+    Raises:
+        ImportError, RuntimeError, ValueError, TypeError: a library is missing, or a value is none.
+    """
+    for callback in get_reporting_integration_callbacks(arguments.report_to):
+        callback()
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = kind([torch.zeros(1, requires_grad=True)], **settings)
+    steps = 10**6
+    warmup, more = arguments.get_warmup_steps(steps), arguments.lr_scheduler_kwargs
+    get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, more)
 
 
 def read_samples(recipe: Recipe) -> tuple[Sequence[PreferencePair | Conversation], ReadReport]:

@@ -70,8 +70,9 @@ class RelookTrainer(Trainer):
         return preference_loss(self.recipe, log_probs, targets, inputs.get("reference"), inputs["weight"], share)
 
     def _prepare_input(self, data: Any) -> Any:
-        """The Trainer would round reference log-probs under DeepSpeed, which moves a sum of -1,000 by up to 4."""
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+        """To the device, and as it is. Under DeepSpeed the Trainer would round all that floats to bf16: a sum of
+        reference log-probs of -1,000 moves by up to 4, and a micro-batch's share of the loss by 0.4 %."""
+        return data.to(self.args.device) if hasattr(data, "to") else super()._prepare_input(data)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Tensor:
         self._meter.start()
@@ -146,19 +147,19 @@ class RelookTrainer(Trainer):
         self.model.eval()
         with self._meter.paused():
             for start in range(0, len(items), size):
-                inputs = self._to_device(self.data_collator(items[start : start + size]))
+                inputs = self._prepare_inputs(self.data_collator(items[start : start + size]))
                 loss, fields = self._loss(self.model(inputs["batch"]), inputs)
                 work = inputs["work"]
                 count = work.targets if self.recipe.task == "sft" else work.pairs
                 meter.add({"loss": loss, **fields}, work, self.state.global_step, count)
             lay_down(self.model)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.read().items()}
+        best = f"{metric_key_prefix}_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if best not in metrics:
+            raise RecipeError(f"metric_for_best_model {best} is not measured.", f"Choose one of {', '.join(metrics)}.")
         super().log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: v.to(self.args.device) if hasattr(v, "to") else v for name, v in inputs.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's line with relook's fields; the one place where a step's numbers leave the device."""
@@ -220,8 +221,8 @@ class RelookTrainer(Trainer):
     def _checkpoint_bytes(self) -> int:
         """Size of a checkpoint: what trains and the optimizer's state, of all processes together."""
         sizes = [full_shape(p).numel() for p in self.model.parameters() if p.requires_grad]
-        if self.is_deepspeed_enabled:  # it writes two moments and a float32 copy beside what trains
-            return 16 * sum(sizes)
+        if self.is_deepspeed_enabled:  # two moments, a float32 copy and, but for ZeRO-3, the model's own beside it
+            return 20 * sum(sizes)
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return 4 * sum(sizes) + sum(t.numel() * t.element_size() for t in moments)
 
@@ -244,7 +245,12 @@ class RelookTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         if self.is_deepspeed_enabled:
-            self.model_wrapped.load_checkpoint(checkpoint, load_module_strict=False)
+            found, _ = self.model_wrapped.load_checkpoint(checkpoint, load_module_strict=False)
+            if found is None:  # it only warns, and would go on from the start
+                raise RelookError(
+                    f"DeepSpeed cannot read its part of {checkpoint}.",
+                    "Remove the checkpoint, and run the same command again.",
+                )
         else:
             path = Path(checkpoint) / OPTIMIZER_FILE
             put_state(self._inner_optimizer, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
