@@ -35,8 +35,9 @@ from relook.evaluate.pope import official_parse, question_text
 from relook.files import read_json, write_json
 from relook.mine import apart, grow, judged, match, write
 from relook.mine.correct import NEUTRAL, correct, exchange, hallucinations
+from relook.mine.describe import STILL_FALSE, find_pairs
 from relook.mine.match import Pair, length, lengths, near_duplicates, same_length, shingles
-from relook.mine.pictures import Picture, read_pictures
+from relook.mine.pictures import Annotated, Picture, read_pictures
 from relook.mine.questions import balance, co_occurrence, weighted_sample
 from relook.mine.run import mine
 from relook.mine.settings import Mining, Place
@@ -133,6 +134,17 @@ def test_exchanged_nouns_take_article_and_number_along(sentence: str, noun: str,
     assert exchange(sentence, Mention("", start, start + len(noun)), name, VOCABULARY) == expected
 
 
+def test_a_new_word_that_makes_another_object_drops_the_pair(tmp_path: Path) -> None:
+    vocabulary = coco_vocabulary()
+    texts = ["There is a toilet with a seat.", "A teddy dog lies there.", "There is a dog.", "There is a cup."]
+    there = [frozenset(names) for names in (["cup"], ["bear"], ["cup"], ["cup"])]
+    pictures = [Picture(str(i), tmp_path, frozenset(), objects) for i, objects in enumerate(there)]
+    annotated = Annotated(tuple(pictures), vocabulary, NEUTRAL)
+    found = find_pairs(pictures, [[text] for text in texts], annotated, Mining(near_texts=0), None)
+    assert [(pair.picture.id, pair.chosen) for pair in found.pairs] == [("2", "There is a cup.")]
+    assert found.dropped == {STILL_FALSE: 2}
+
+
 # --- which questions
 
 
@@ -181,6 +193,15 @@ def test_means_are_alike_and_no_more_is_dropped_than_needs_be(sides: list[tuple[
     assert found["means_differ"] <= match.MEANS_APART
     assert found["chosen_longer"] + found["chosen_shorter"] + found["same_length"] == len(kept)
     assert same_length(kept) == (kept, {})
+
+
+def test_pairs_that_pull_the_means_together_stay() -> None:
+    """Once the longest is gone the others' sum is on the other side: those that are too short go, and not the rest."""
+    sides = [(125, 100), *[(11, 10)] * 3, *[(9, 12)] * 5]
+    pairs = [Pair(NOWHERE, "a " * chosen, "b " * rejected) for chosen, rejected in sides]
+    kept, dropped = same_length(pairs)
+    assert kept == pairs[1:4] + pairs[-1:]
+    assert dropped == {"mean lengths would differ": 5}
 
 
 @given(
@@ -623,6 +644,8 @@ LISTS = "In the image: cup, Red dog.\nNot in the image: pot, cup, fork-lift, 7 d
         (f"1. wrong: One. Two.\n2. right\n{LISTS}", None),
         (f"1. wrong: There is \x1b[2J.\n2. right\n{LISTS}", None),
         (f"1. wrong: {'very ' * 50} long\n2. right\n{LISTS}", None),
+        (f"1. wrong: There is <image>.\n2. right\n{LISTS}", None),
+        (f"{'1' * 5000}. right\n2. right\n{LISTS}", None),  # more digits than Python makes a number of
         ("1. right\n2. right\nIn the image: cup", None),
         ("1. right\n2. right", None),
         (f"Sure! Here it is:\n1. right\n2. right\n{LISTS}", None),
@@ -654,6 +677,8 @@ PAIR = Pair(Picture("1", Path(), frozenset({"cup"}), frozenset({"cup"})), "There
         ("A: One sees a cup. It is red.\nB: One sees a dog and it is red.", False),
         ("A: One sees a cup.", False),
         ("A: One sees a cup.\nB: One sees a dog.\nC: no", False),
+        ("A: One sees a cup</s>.\nB: One sees a dog</s>.", False),
+        (f"A: {'Well, ' * 9} a cup.\nB: {'Well, ' * 9} a dog.", False),
     ],
 )
 def test_a_new_style_keeps_what_is_said(reply: str, taken: bool) -> None:
