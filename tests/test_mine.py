@@ -299,8 +299,25 @@ def test_a_picture_of_cocos_is_known_under_visual_genomes_name(world: Path, tmp_
     records[0]["coco_id"] = 42
     write_json(tmp_path / "vg" / "image_data.json", records)
     (tmp_path / "pope.json").write_text('{"image": "COCO_val2014_000000000042.jpg"}')
+    (tmp_path / "captions.json").write_text('[{"image_id": 42, "caption": "A cup."}]')
     first = read_pictures(tmp_path / "vg", "vg").pictures[0]
     assert first.names & apart.names_in(tmp_path / "pope.json") == {"coco:42"}
+    assert first.names & apart.names_in(tmp_path / "captions.json") == {"id:42"}
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("COCO_train2014_000000000042.jpg", {"COCO_train2014_000000000042.jpg", "coco:42", "id:42"}),
+        ("2345.jpg", {"2345.jpg", "id:2345"}),
+        ("cat.png", {"cat.png"}),
+    ],
+)
+def test_a_number_alone_finds_pictures_that_have_it_in_their_name(name: str, called: set[str], tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    (tmp_path / f".{name}").touch()
+    (picture,) = read_pictures(tmp_path, "none").pictures
+    assert picture.names == called
 
 
 def test_layouts_agree_about_what_is_there(world: Path) -> None:
@@ -431,6 +448,9 @@ def test_mistakes_of_a_user(kitchen: Path, tmp_path: Path, said: object) -> None
             mine(shipped_base(), place, tmp_path / "never", how)
         shutil.rmtree(tmp_path / "never", ignore_errors=True)
     mine(shipped_base(), Place(kitchen, "vg"), out, how)
+    with pytest.raises(RecipeError, match="temperature 0"):
+        mine(shipped_base(), Place(kitchen, "vg"), tmp_path / "never", Mining(temperature=0))
+    assert not (tmp_path / "never").exists()
     with pytest.raises(RecipeError, match="another seed"):
         mine(shipped_base(), Place(kitchen, "vg"), out, Mining(seed=1, questions=2, parquet=False))
     (tmp_path / "synonyms.json").write_text('{"unicorn": ["horse"]}')
