@@ -678,10 +678,15 @@ def test_a_judges_reply_counts_whole_or_not_at_all(reply: str, corrected: str | 
         assert (found.present, found.absent) == (("red dog",), ("pot", "fork-lift"))
 
 
-@given(st.text(max_size=200), st.text(max_size=60))
-def test_any_reply_is_read_without_an_error(reply: str, text: str) -> None:
-    judged.read_check(text, reply)
-    judged.read_style(Pair(NOWHERE, "a cup", "a pot"), VOCABULARY, reply)
+LINES = ["1. right", "1) wrong: ", "2. Wrong: a pot", "² right", "9" * 5000 + ". right", "A:", "B: a pot", LISTS, ""]
+PIECES = st.sampled_from([*LINES, "\n", ", ", " ", ".", "İ", "\x1c", "\ud800"])
+
+
+@given(st.lists(PIECES, max_size=9), st.lists(st.sampled_from(["a cup", ".", " ", "\n", "!", "\x1c"]), max_size=6))
+def test_any_reply_is_read_without_an_error(reply: list[str], text: list[str]) -> None:
+    for between in ("", "\n"):
+        judged.read_check("".join(text) or "a cup", between.join(reply))
+        judged.read_style(Pair(NOWHERE, "a cup", "a pot"), VOCABULARY, between.join(reply))
 
 
 PAIR = Pair(Picture("1", Path(), frozenset({"cup"}), frozenset({"cup"})), "There is a cup.", "There is a dog.")
