@@ -453,6 +453,12 @@ def test_mistakes_of_a_user(kitchen: Path, tmp_path: Path, said: object) -> None
     assert not (tmp_path / "never").exists()
     with pytest.raises(RecipeError, match="another seed"):
         mine(shipped_base(), Place(kitchen, "vg"), out, Mining(seed=1, questions=2, parquet=False))
+    shown = save(tmp_path / "shown" / "a.jpg", 9)
+    apart_from = Place(kitchen, "vg", exclude=[shown.parent])
+    mine(shipped_base(), apart_from, tmp_path / "apart", how)
+    save(tmp_path / "shown" / "b.jpg", 2)
+    with pytest.raises(RecipeError, match="another exclude_hash"):
+        mine(shipped_base(), apart_from, tmp_path / "apart", how)
     (tmp_path / "synonyms.json").write_text('{"unicorn": ["horse"]}')
     with pytest.raises(DataError, match="unicorn"):
         read_pictures(kitchen, "vg", tmp_path / "synonyms.json")

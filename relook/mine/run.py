@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,15 @@ def mine(
     how = _checked(model, place, out, how, judge, loading)
     annotated = read_pictures(place.images, place.annotations, place.synonyms)
     listed = frozenset[str]().union(*(names_in(path) for path in place.exclude if not path.is_dir()))
+    shown = [path for folder in place.exclude if folder.is_dir() for path in evaluation_files(folder)]
     if processes.first():
-        claim_folder(out, SETTINGS, _settings(model, place, annotated.pictures, listed, how, judge, loading), "pairs")
+        excluded = [*sorted(listed), *(str(path.resolve()) for path in shown)]
+        claim_folder(out, SETTINGS, _settings(model, place, annotated.pictures, excluded, how, judge, loading), "pairs")
     processes.wait("the output folder")
     if (out / write.CARD).exists():
         return dict(read_json(out / write.CARD))
     work, load = out / WORK, functools.cache(lambda: loading.load(model))
-    apart = _look(place, annotated.pictures, listed, work)
+    apart = _look(annotated.pictures, listed, shown, work)
     pictures, left_out = _mined(place, annotated.pictures, apart)
     texts = describe(pictures, how, load, work)
     endpoint = Judge(judge, work / JUDGE_CACHE) if judge and processes.first() else None
@@ -117,12 +119,11 @@ def _checked(
     return how
 
 
-def _look(place: Place, pictures: Sequence[Picture], listed: frozenset[str], work: Path) -> Apart:
+def _look(pictures: Sequence[Picture], listed: frozenset[str], shown: Sequence[Path], work: Path) -> Apart:
     """Look at every image file, mined or of an evaluation."""
     seen = look_at_all(work / "pictures.jsonl", [(p.id, p.path) for p in pictures], "pictures")
-    files = [path for folder in place.exclude if folder.is_dir() for path in evaluation_files(folder)]
-    shown = look_at_all(work / "excluded.jsonl", [(str(path), path) for path in files], "evaluation images")
-    return Apart(seen, listed, [shown[str(path)] for path in files])
+    held = look_at_all(work / "excluded.jsonl", [(str(path), path) for path in shown], "evaluation images")
+    return Apart(seen, listed, [held[str(path)] for path in shown])
 
 
 def _mined(place: Place, pictures: Sequence[Picture], apart: Apart) -> tuple[list[Picture], dict[str, int]]:
@@ -139,7 +140,7 @@ def _settings(
     model: Path,
     place: Place,
     pictures: Sequence[Picture],
-    listed: Collection[str],
+    excluded: Sequence[str],
     how: Mining,
     judge: JudgeSettings | None,
     loading: Loading,
@@ -153,7 +154,7 @@ def _settings(
         "annotations_hash": text_hash(*known),
         "synonyms": place.synonyms and text_hash(read_text(place.synonyms)),
         "exclude": [str(path.resolve()) for path in place.exclude],
-        "exclude_hash": text_hash(*sorted(listed)),
+        "exclude_hash": text_hash(*excluded),
         "judge": judge and [judge.address, judge.model, dict(judge.request)],
         **dataclasses.asdict(how),
         "versions": versions(),
