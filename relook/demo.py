@@ -18,7 +18,7 @@ from relook.evaluate.compare import compare
 from relook.evaluate.provenance import versions
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import read_scores
-from relook.files import read_json, takes, write_json
+from relook.files import claim_folder, read_json, write_json
 from relook.mine.run import mine
 from relook.mine.settings import Mining, Place
 from relook.model.load import model_hash
@@ -63,7 +63,8 @@ def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None 
     if base is not None and not base.is_dir():
         raise RecipeError(f"There is no model folder {base}.", "Check --base.")
     places = Places(out)
-    claim(out, {"seed": seed, "rebuild": rebuild, "base": str(base.resolve()) if base else "shipped"})
+    settings = {"seed": seed, "rebuild": rebuild, "base": str(base.resolve()) if base else "shipped"}
+    claim_folder(out, DEMO_FILE, settings, "a demo")
     report = out / REPORT_FILE
     if report.exists():
         say(f"{out} is finished: see {report}")
@@ -89,14 +90,6 @@ def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None 
     write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
     say(f"{report} and {out / RESULTS_FILE}, {sum(clock.seconds.values()):.0f} s in all")
     return report
-
-
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    held = out / DEMO_FILE
-    if takes(out, DEMO_FILE, "--out"):
-        write_json(held, settings)
-    elif read_json(held) != settings:
-        raise RecipeError(f"{out} holds a demo with other settings ({read_json(held)}).", "Choose another --out.")
 
 
 def draw_world(places: Places, seed: int) -> None:

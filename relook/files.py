@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -175,6 +175,24 @@ def takes(folder: Path, settings: str, option: str) -> bool:
     if not (folder / settings).exists():
         raise RecipeError(f"{folder} holds something else.", f"Choose another {option}.")
     return False
+
+
+def claim_folder(folder: Path, name: str, settings: Mapping[str, Any], what: str, **noted: Any) -> None:
+    """Take an output folder for a job, by a file of its settings; refuse one whose settings are others.
+
+    Args:
+        what: lies in such a folder, for the error.
+        noted: goes into the file, too, and may differ.
+
+    Raises:
+        RecipeError: the folder is of another job, or holds something else.
+    """
+    if takes(folder, name, "--out"):
+        write_json(folder / name, {**settings, **noted})
+        return
+    old = read_object(folder / name)
+    if changed := [key for key in settings if old.get(key) != settings[key]]:
+        raise RecipeError(f"{folder} holds {what} made with another {', '.join(changed)}.", "Choose another --out.")
 
 
 def file_hash(path: Path) -> str:

@@ -256,7 +256,7 @@ def test_mistakes_of_mine_and_report(relook: Command, tmp_path: Path, base: Path
 def test_a_demo_with_other_settings_is_refused(relook: Command, tmp_path: Path) -> None:
     write_json(tmp_path / "demo" / "demo.json", {"seed": 1, "rebuild": False, "base": "shipped"})
     (tmp_path / "demo" / "world").mkdir()
-    relook("demo", "--out", tmp_path / "demo", "--seed", "2").mistake("demo with other settings", "another --out")
+    relook("demo", "--out", tmp_path / "demo", "--seed", "2").mistake("a demo made with another seed", "another --out")
     relook("demo", "--out", tmp_path / "new", "--base", "nowhere").mistake("nowhere")
 
 

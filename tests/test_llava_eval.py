@@ -105,7 +105,7 @@ def table(pictures: list[Path], tmp_path: Path) -> Path:
     rows = [
         ["241", "What is it?", "A hint.\nTwo lines.", "cup", "dog", "", "", "A", "x", a, "s", "y"],
         ["1000241", "What is it?", "nan", "dog", "cup", "none", "boat", "B", "x", "241", "s", "y"],
-        ["9", "这是什么？", "", "杯子", "狗", "船", "3", "C", "x", b, "s", "y"],
+        ["9", "这是什么？", "", "杯子", "Na", "船", "3", "C", "x", b, "s", "y"],
     ]
     with (tmp_path / "mmbench.tsv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(
@@ -119,14 +119,14 @@ def test_mmbenchs_table_is_asked_and_handed_in(table: Path, pictures: list[Path]
     assert first.prompt == "A hint.\nTwo lines.\nWhat is it?\nA. cup\nB. dog"
     assert (first.text, first.id) == (f"{first.prompt}\n{LETTER}", 241)
     assert second.prompt == "What is it?\nA. dog\nB. cup"  # LLaVA stops at the first option that says nothing
-    assert third.text == f"这是什么？\nA. 杯子\nB. 狗\nC. 船\nD. 3\n{LETTER_CN}"
+    assert third.text == f"这是什么？\nA. 杯子\nB. Na\nC. 船\nD. 3\n{LETTER_CN}"
     assert first.images == second.images == (Encoded(pictures[0].read_bytes(), "x"),)
     assert first.images[0].open() == open_image(pictures[0])
     answer_questions(shipped_base(), table, None, tmp_path / "out", max_new_tokens=4)
     answers = read_records(tmp_path / "out" / "llava.jsonl")
     assert [said["question_id"] for said in answers] == [241, 1000241, 9]
     assert (answers[2]["options"], answers[2]["option_char"], answers[2]["round_id"]) == (
-        ["杯子", "狗", "船", "3"],
+        ["杯子", "Na", "船", "3"],
         ["A", "B", "C", "D"],
         0,
     )
@@ -140,7 +140,7 @@ def test_mmbenchs_table_is_asked_and_handed_in(table: Path, pictures: list[Path]
         ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split"),
         (241, "What is it?", "cup", "dog", None, None, said[0], "A", "dev"),
         (1000241, "What is it?", "dog", "cup", None, "boat", "=1+1", "B", "dev"),
-        (9, "这是什么？", "杯子", "狗", "船", "3", said[2], "C", "dev"),
+        (9, "这是什么？", "杯子", "Na", "船", "3", said[2], "C", "dev"),
     ]
     write_submission("mmbench-cn", tmp_path / "answers.jsonl", tmp_path / "up.tsv", table)
     assert (tmp_path / "up.tsv").read_text().splitlines()[0].split("\t") == [cell.value for cell in sheet[1]]
@@ -221,6 +221,9 @@ def test_mme_gets_a_file_for_each_category(tmp_path: Path) -> None:
         "1.txt\tIs it? Please answer yes or no.\tNo\tNo. It is not.\n",
         "posters.txt": "tt1.txt\tIs it a film? Please answer yes or no.\tYes\tyes\n",
     }
+    write_jsonl(tmp_path / "answers.jsonl", answers[1:])
+    with pytest.raises(DataError, match=r"1 questions have no answer \(OCR 1.txt Is it red\?"):
+        write_submission("mme", tmp_path / "answers.jsonl", tmp_path / "more", tmp_path / "MME")
     write_jsonl(tmp_path / "answers.jsonl", [answers[0] | {"prompt": "Is it blue?"}])
     with pytest.raises(DataError, match=r"MME does not ask 'Is it blue\? Please"):
         write_submission("mme", tmp_path / "answers.jsonl", tmp_path / "more", tmp_path / "MME")
@@ -243,6 +246,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     refused("vqav2", [{"question_id": 1}], "answer 1 has not both question_id and text")
     refused("vqav2", [good], "vqav2 needs --questions", None)
     refused("gqa", [good], "gqa reads no --questions")
+    refused("gqa", [], "is empty", None)
     refused("vqa", [good], "no submission 'vqa'")
     for name in NO_NEED:
         refused(name, [good], "as they are")
@@ -262,8 +266,8 @@ def test_question_files_that_cannot_be_used(tmp_path: Path, pictures: list[Path]
             read_questions(file, images)
 
     refused("", "holds no question")
-    refused('{"question": 1}', "none of LLaVA's question layouts")
-    refused('{"id": 1, "conversations": []}', "none of LLaVA's question layouts")
+    refused('{"question_id": 1, "text": "?"}\n{"question": 1}', "question 2 is in none of LLaVA's layouts")
+    refused('{"id": 1, "conversations": []}', "question 1 is in none of LLaVA's layouts")
     refused('{"question_id": 1, "image": "a", "text": "?"}', "Give their folder as --data")
     refused('{"question_id": 1, "image": "a", "text": "?"}', "1 images do not exist", pictures[0].parent)
     head = "index\tquestion\timage\tA\tB\n"
@@ -308,7 +312,7 @@ def test_the_commands(questions: Path, pictures: list[Path], tmp_path: Path) -> 
         (["eval", "pope"], "--data is missing"),
         (["eval", "lmms", "--tasks", "mme", *where], "--questions, --data would do nothing here"),
         (["eval", "pope", "--limit", "3", *where], "--limit, --questions would do nothing here"),
-        (["eval", "llava", "pope", "--data", str(tmp_path)], "no benchmark llava"),
+        (["eval", "llava", "pope", "--data", str(tmp_path)], "by themselves"),
     ):
         refused = CliRunner().invoke(app, [*arguments, *model])
         assert isinstance(refused.exception, RecipeError)

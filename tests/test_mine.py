@@ -35,8 +35,9 @@ from relook.evaluate.pope import official_parse, question_text
 from relook.files import read_json, write_json
 from relook.mine import apart, grow, judged, match, write
 from relook.mine.correct import NEUTRAL, correct, exchange, hallucinations
+from relook.mine.describe import STILL_FALSE, find_pairs
 from relook.mine.match import Pair, length, lengths, near_duplicates, same_length, shingles
-from relook.mine.pictures import Picture, read_pictures
+from relook.mine.pictures import Annotated, Picture, read_pictures
 from relook.mine.questions import balance, co_occurrence, weighted_sample
 from relook.mine.run import mine
 from relook.mine.settings import Mining, Place
@@ -133,6 +134,17 @@ def test_exchanged_nouns_take_article_and_number_along(sentence: str, noun: str,
     assert exchange(sentence, Mention("", start, start + len(noun)), name, VOCABULARY) == expected
 
 
+def test_a_new_word_that_makes_another_object_drops_the_pair(tmp_path: Path) -> None:
+    vocabulary = coco_vocabulary()
+    texts = ["There is a toilet with a seat.", "A teddy dog lies there.", "There is a dog.", "There is a cup."]
+    there = [frozenset(names) for names in (["cup"], ["bear"], ["cup"], ["cup"])]
+    pictures = [Picture(str(i), tmp_path, frozenset(), objects) for i, objects in enumerate(there)]
+    annotated = Annotated(tuple(pictures), vocabulary, NEUTRAL)
+    found = find_pairs(pictures, [[text] for text in texts], annotated, Mining(near_texts=0), None)
+    assert [(pair.picture.id, pair.chosen) for pair in found.pairs] == [("2", "There is a cup.")]
+    assert found.dropped == {STILL_FALSE: 2}
+
+
 # --- which questions
 
 
@@ -181,6 +193,15 @@ def test_means_are_alike_and_no_more_is_dropped_than_needs_be(sides: list[tuple[
     assert found["means_differ"] <= match.MEANS_APART
     assert found["chosen_longer"] + found["chosen_shorter"] + found["same_length"] == len(kept)
     assert same_length(kept) == (kept, {})
+
+
+def test_pairs_that_pull_the_means_together_stay() -> None:
+    """Once the longest is gone the others' sum is on the other side: those that are too short go, and not the rest."""
+    sides = [(125, 100), *[(11, 10)] * 3, *[(9, 12)] * 5]
+    pairs = [Pair(NOWHERE, "a " * chosen, "b " * rejected) for chosen, rejected in sides]
+    kept, dropped = same_length(pairs)
+    assert kept == pairs[1:4] + pairs[-1:]
+    assert dropped == {"mean lengths would differ": 5}
 
 
 @given(
@@ -278,8 +299,25 @@ def test_a_picture_of_cocos_is_known_under_visual_genomes_name(world: Path, tmp_
     records[0]["coco_id"] = 42
     write_json(tmp_path / "vg" / "image_data.json", records)
     (tmp_path / "pope.json").write_text('{"image": "COCO_val2014_000000000042.jpg"}')
+    (tmp_path / "captions.json").write_text('[{"image_id": 42, "caption": "A cup."}]')
     first = read_pictures(tmp_path / "vg", "vg").pictures[0]
     assert first.names & apart.names_in(tmp_path / "pope.json") == {"coco:42"}
+    assert first.names & apart.names_in(tmp_path / "captions.json") == {"id:42"}
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("COCO_train2014_000000000042.jpg", {"COCO_train2014_000000000042.jpg", "coco:42", "id:42"}),
+        ("2345.jpg", {"2345.jpg", "id:2345"}),
+        ("cat.png", {"cat.png"}),
+    ],
+)
+def test_a_number_alone_finds_pictures_that_have_it_in_their_name(name: str, called: set[str], tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    (tmp_path / f".{name}").touch()
+    (picture,) = read_pictures(tmp_path, "none").pictures
+    assert picture.names == called
 
 
 def test_layouts_agree_about_what_is_there(world: Path) -> None:
@@ -410,8 +448,17 @@ def test_mistakes_of_a_user(kitchen: Path, tmp_path: Path, said: object) -> None
             mine(shipped_base(), place, tmp_path / "never", how)
         shutil.rmtree(tmp_path / "never", ignore_errors=True)
     mine(shipped_base(), Place(kitchen, "vg"), out, how)
+    with pytest.raises(RecipeError, match="temperature 0"):
+        mine(shipped_base(), Place(kitchen, "vg"), tmp_path / "never", Mining(temperature=0))
+    assert not (tmp_path / "never").exists()
     with pytest.raises(RecipeError, match="another seed"):
         mine(shipped_base(), Place(kitchen, "vg"), out, Mining(seed=1, questions=2, parquet=False))
+    shown = save(tmp_path / "shown" / "a.jpg", 9)
+    apart_from = Place(kitchen, "vg", exclude=[shown.parent])
+    mine(shipped_base(), apart_from, tmp_path / "apart", how)
+    save(tmp_path / "shown" / "b.jpg", 2)
+    with pytest.raises(RecipeError, match="another exclude_hash"):
+        mine(shipped_base(), apart_from, tmp_path / "apart", how)
     (tmp_path / "synonyms.json").write_text('{"unicorn": ["horse"]}')
     with pytest.raises(DataError, match="unicorn"):
         read_pictures(kitchen, "vg", tmp_path / "synonyms.json")
@@ -623,6 +670,8 @@ LISTS = "In the image: cup, Red dog.\nNot in the image: pot, cup, fork-lift, 7 d
         (f"1. wrong: One. Two.\n2. right\n{LISTS}", None),
         (f"1. wrong: There is \x1b[2J.\n2. right\n{LISTS}", None),
         (f"1. wrong: {'very ' * 50} long\n2. right\n{LISTS}", None),
+        (f"1. wrong: There is <image>.\n2. right\n{LISTS}", None),
+        (f"{'1' * 5000}. right\n2. right\n{LISTS}", None),  # more digits than Python makes a number of
         ("1. right\n2. right\nIn the image: cup", None),
         ("1. right\n2. right", None),
         (f"Sure! Here it is:\n1. right\n2. right\n{LISTS}", None),
@@ -635,10 +684,15 @@ def test_a_judges_reply_counts_whole_or_not_at_all(reply: str, corrected: str | 
         assert (found.present, found.absent) == (("red dog",), ("pot", "fork-lift"))
 
 
-@given(st.text(max_size=200), st.text(max_size=60))
-def test_any_reply_is_read_without_an_error(reply: str, text: str) -> None:
-    judged.read_check(text, reply)
-    judged.read_style(Pair(NOWHERE, "a cup", "a pot"), VOCABULARY, reply)
+LINES = ["1. right", "1) wrong: ", "2. Wrong: a pot", "² right", "9" * 5000 + ". right", "A:", "B: a pot", LISTS, ""]
+PIECES = st.sampled_from([*LINES, "\n", ", ", " ", ".", "İ", "\x1c", "\ud800"])
+
+
+@given(st.lists(PIECES, max_size=9), st.lists(st.sampled_from(["a cup", ".", " ", "\n", "!", "\x1c"]), max_size=6))
+def test_any_reply_is_read_without_an_error(reply: list[str], text: list[str]) -> None:
+    for between in ("", "\n"):
+        judged.read_check("".join(text) or "a cup", between.join(reply))
+        judged.read_style(Pair(NOWHERE, "a cup", "a pot"), VOCABULARY, between.join(reply))
 
 
 PAIR = Pair(Picture("1", Path(), frozenset({"cup"}), frozenset({"cup"})), "There is a cup.", "There is a dog.")
@@ -654,6 +708,8 @@ PAIR = Pair(Picture("1", Path(), frozenset({"cup"}), frozenset({"cup"})), "There
         ("A: One sees a cup. It is red.\nB: One sees a dog and it is red.", False),
         ("A: One sees a cup.", False),
         ("A: One sees a cup.\nB: One sees a dog.\nC: no", False),
+        ("A: One sees a cup</s>.\nB: One sees a dog</s>.", False),
+        (f"A: {'Well, ' * 9} a cup.\nB: {'Well, ' * 9} a dog.", False),
     ],
 )
 def test_a_new_style_keeps_what_is_said(reply: str, taken: bool) -> None:

@@ -389,6 +389,6 @@ def test_questions_of_other_settings_are_not_replaced(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.json", records)
     build_pope(file, tmp_path / "out", 3)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(RecipeError, match="made with other settings"):
+    with pytest.raises(RecipeError, match="questions made with another images, image_list"):
         build_pope(file, tmp_path / "out", 4)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -71,13 +71,16 @@ def evaluate(
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     how = (out, version, batch_size, max_new_tokens)
     alone = benchmarks[0] if len(benchmarks) == 1 else ""
+    if not alone and USED.keys() & set(benchmarks):
+        raise RecipeError("lmms and llava are asked by themselves.", "Give one of them alone.")
     given = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
     _refuse_idle({**given, "judge-url": judge_url}, USED.get(alone, USED[""]))
     results: Any
     if alone == "lmms":
         from relook.evaluate.lmms import evaluate_tasks
 
-        results = evaluate_tasks(model, _required(tasks, "--tasks").split(","), *how, limit, include_path, loading)
+        named = [name.strip() for name in _required(tasks, "--tasks").split(",")]
+        results = evaluate_tasks(model, named, *how, limit, include_path, loading)
     elif alone == "llava":
         from relook.evaluate.llava import answer_questions
 

@@ -243,7 +243,7 @@ class ImageLoader:
         if kept is not None:
             return kept
         opened = open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
-        inputs = self._process(opened, f"The image {image}" if isinstance(image, (str, Path)) else "An image")
+        inputs = self._process(opened, _who(image))
         self._kept.put(key, inputs)
         return inputs
 
@@ -255,6 +255,13 @@ class ImageLoader:
         made = self.image_processor(images=[image], return_tensors="pt")
         inputs = {name: made[name][0] for name in self.image_processor.model_input_names}
         return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
+
+
+def _who(image: Shown) -> str:
+    """A picture in errors."""
+    if isinstance(image, Held):
+        return "An image"
+    return f"The image {image.path if isinstance(image, Crop) else image.name if isinstance(image, Encoded) else image}"
 
 
 def stack(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -33,8 +33,9 @@ NAME = "llava"  # of the answer file and of the result
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CN = "请直接回答选项字母。"
 OPTIONS = "ABCD"
-# What pandas, which LLaVA reads MMBench's tables with, takes for no value; and LLaVA itself.
-NO_VALUE = {"", "nan", "none", "null", "na", "n/a", "<na>", "#n/a", "-nan", "#na", "1.#ind", "1.#qnan", "-1.#ind"}
+# What pandas, which LLaVA reads MMBench's tables with, takes for no value. "Na" is one: sodium.
+NO_VALUE = {"", "N/A", "n/a", "NA", "<NA>", "NULL", "null", "NaN", "nan", "-NaN", "-nan", "None"}
+NO_VALUE |= {"#N/A", "#N/A N/A", "#NA", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,7 @@ def read_questions(path: Path, images: Path | None) -> list[LlavaQuestion]:
         pictures = {row["index"]: row["image"] for row in rows}  # one may name another's row instead
         asked = [_of_row({**row, "image": pictures.get(row["image"], row["image"])}) for row in rows]
     else:
-        records = read_records(path)
-        try:
-            asked = [(_of_conversation if "conversations" in one else _of_line)(one, images) for one in records]
-        except (KeyError, TypeError, IndexError, AttributeError):
-            raise DataError(f"{path} is in none of LLaVA's question layouts.", "See docs/lmms-eval.md.") from None
+        asked = [_of_record(one, images, f"{path}: question {n}") for n, one in enumerate(read_records(path), 1)]
     if not asked:
         raise DataError(f"{path} holds no question.", "Give a question file.")
     seen: Counter[str] = Counter()
@@ -136,6 +133,13 @@ def read_questions(path: Path, images: Path | None) -> list[LlavaQuestion]:
     if missing:
         raise DataError(f"{len(missing)} images do not exist: {some(missing, 2)}.", "Check --data.")
     return asked
+
+
+def _of_record(record: Mapping[str, Any], images: Path | None, who: str) -> LlavaQuestion:
+    try:
+        return (_of_conversation if "conversations" in record else _of_line)(record, images)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise DataError(f"{who} is in none of LLaVA's layouts.", "See docs/lmms-eval.md.") from None
 
 
 def _of_line(record: Mapping[str, Any], images: Path | None) -> LlavaQuestion:
@@ -181,7 +185,7 @@ def read_table(text: str, name: str) -> list[dict[str, str]]:
 
 def _of_row(row: Mapping[str, str]) -> LlavaQuestion:
     """A row of MMBench: hint, question and options; a Chinese question is answered in Chinese."""
-    index = int(row["index"]) if row["index"].isdigit() else row["index"]
+    index = int(row["index"]) if row["index"].isdecimal() else row["index"]
     options = []
     for letter in OPTIONS:
         if not has_value(row.get(letter, "")):
@@ -200,5 +204,5 @@ def _of_row(row: Mapping[str, str]) -> LlavaQuestion:
 
 
 def has_value(text: str) -> bool:
-    """Whether a cell of a table says something."""
-    return text.lower() not in NO_VALUE
+    """Whether a cell of a table says something, to pandas and to LLaVA."""
+    return text not in NO_VALUE and text.lower() not in ("nan", "none")

@@ -184,6 +184,9 @@ class RelookModel(lmms):
             weights = {"loss": likelihood.loss, "greedy": likelihood.greedy}
             yield index, {"choice": window[index].weighed, **weights}
 
+    def clean(self) -> None:
+        """After a task: the next one asks the same model, so nothing is given back."""
+
     def finish(self) -> None:
         """Make each task's answers one file, in the order of its documents; what no longer is asked is left out."""
         keys = processes.gathered([(task, key) for task, keys in self.asked.items() for key in keys])

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.coco import read_coco
-from relook.errors import DataError, RecipeError, some
+from relook.errors import DataError, some
 from relook.evaluate.pope import SPLITS, question_text
 from relook.files import (
+    claim_folder,
     file_hash,
-    read_json,
     read_records,
     read_text,
-    takes,
     text_hash,
-    write_json,
     write_jsonl,
     write_text,
 )
@@ -57,10 +55,7 @@ def build_pope(annotations: Path, out: Path, images: int = 500, seed: int = 0, p
         "positives": positives,
         "image_list": text_hash(*chosen),
     }
-    if takes(out, CARD_FILE, "--out"):
-        write_json(out / CARD_FILE, card)
-    elif read_json(out / CARD_FILE) != card:
-        raise RecipeError(f"{out} holds questions made with other settings.", "Choose another --out.")
+    claim_folder(out, CARD_FILE, card, "questions")
     write_text(out / IMAGES_FILE, "".join(f"{image}\n" for image in chosen))
     for split, records in build_splits({i: objects[i] for i in chosen}, categories, seed, positives).items():
         write_jsonl(out / f"coco_pope_{split}.json", records)

@@ -30,8 +30,8 @@ from relook.evaluate.benchmarks import (
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.pope import LONGEST_ANSWER
 from relook.evaluate.provenance import EVAL_FILE, now, versions
-from relook.files import read_json, takes, write_json
-from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
+from relook.files import claim_folder, read_json, write_json
+from relook.model.load import LoadedModel, Loading, as_device, default_template
 
 Said = TypeVar("Said")
 
@@ -126,23 +126,14 @@ def claim(
         if folder is not None and not folder.is_dir():
             raise DataError(f"There is no {what} folder {folder}.", f"Check --{what}.")
     settings = {
-        "model": str(model.resolve()),
-        "model_hash": model_hash(model),
-        **{key: value and str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
+        **loading.identity(model),
         "data": data and str(data.resolve()),
         "template": template,
         "max_new_tokens": max_new_tokens,
         **asked,
         "versions": versions(),
     }
-    held = out / EVAL_FILE
-    if takes(out, held.name, "--out"):
-        write_json(held, {**settings, "date": now()})
-    else:
-        old = read_json(held)
-        changed = [key for key in settings if old.get(key) != settings[key]]
-        if changed:
-            raise RecipeError(f"{out} holds answers made with another {', '.join(changed)}.", "Choose another --out.")
+    claim_folder(out, EVAL_FILE, settings, "answers", date=now())
 
 
 def keep(

@@ -18,7 +18,7 @@ from typing import Any
 from relook.errors import DataError, RecipeError, some
 from relook.evaluate.llava import has_value, read_table
 from relook.evaluate.vqa_answer import vqa_answer
-from relook.files import read_object, read_records, read_text, whole_file, whole_folder, write_text
+from relook.files import read_object, read_records, read_text, some_records, whole_file, whole_folder, write_text
 
 Answers = Sequence[Mapping[str, Any]]  # in LLaVA's layout: question_id, prompt, text
 Table = list[list[Any]]  # rows, the first one of column names
@@ -61,7 +61,7 @@ def write_submission(name: str, answers: Path, out: Path, questions: Path | None
     if bool(questions) != bool(submission.questions):
         wanted = f"Give {submission.questions}." if submission.questions else "Leave it out."
         raise RecipeError(f"{name} {'needs' if submission.questions else 'reads no'} --questions.", wanted)
-    records = read_records(answers)
+    records = some_records(answers, "Give LLaVA's answers.")
     for number, record in enumerate(records, 1):
         if "question_id" not in record or not isinstance(record.get("text"), str):
             raise DataError(f"{answers}: answer {number} has not both question_id and text.", "Give LLaVA's layout.")
@@ -151,7 +151,7 @@ def _mmbench(answers: Answers, questions: Path) -> Table:
 
 
 def _cell(column: str, text: str) -> Any:
-    if column == "index" and text.isdigit():
+    if column == "index" and text.isdecimal():
         return int(text)
     return text if column == "prediction" or has_value(text) else None
 
@@ -165,17 +165,22 @@ def _mme(answers: Answers, questions: Path) -> dict[str, str]:
             question, _, truth = line.strip().partition("\t")
             truths[category, file.name, " ".join(question.split())] = (question, truth)
     lines: dict[str, list[str]] = {}
+    answered = set()
     for answer in answers:
         id = str(answer["question_id"])
         category, name = id.split("/")[0], f"{id.split('/')[-1].split('.')[0]}.txt"
         asked = str(answer.get("prompt", "")).replace("Answer the question using a single word or phrase.", "").strip()
         if "Please answer yes or no." not in asked:
             asked += " Please answer yes or no."
-        found = truths.get((category, name, " ".join(asked.split())))  # some of MME's questions have two spaces
-        if found is None:
+        key = (category, name, " ".join(asked.split()))  # some of MME's questions have two spaces
+        if key not in truths:
             raise DataError(f"MME does not ask {asked!r} about {id}.", "Check --questions and the answers.")
+        answered.add(key)
         said = " ".join(answer["text"].split())  # a line is an answer
-        lines.setdefault(f"{category}.txt", []).append("\t".join((name, *found, said)) + "\n")
+        lines.setdefault(f"{category}.txt", []).append("\t".join((name, *truths[key], said)) + "\n")
+    missing = [" ".join(key) for key in truths if f"{key[0]}.txt" in lines and key not in answered]
+    if missing:  # calculation.py takes two in a row for those of one picture
+        raise DataError(f"{len(missing)} questions have no answer ({some(missing)}).", "Answer them all first.")
     return {name: "".join(said) for name, said in lines.items()}
 
 

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from relook.data.examine import FORMATS
 from relook.data.images import open_image
 from relook.errors import DataError
 from relook.files import file_hash, read_json, read_records, read_text
-from relook.mine.pictures import Picture, also_called
+from relook.mine.pictures import Picture, also_called, image_files
 
 NEAR = 3  # of 64 places
 BANDS = 4  # of 16 places; two hashes that differ in fewer places than there are bands agree in one whole band
@@ -105,13 +104,13 @@ def _names(value: str) -> frozenset[str]:
     return frozenset({f"id:{int(value)}"}) if value.isdecimal() else also_called(value)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder and those below it.
+def evaluation_files(folder: Path) -> list[Path]:
+    """The image files of a folder of evaluation images.
 
     Raises:
         DataError: there are none.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS and path.is_file())
+    found = image_files(folder)
     if not found:
         raise DataError(f"{folder} holds no images.", "Check --exclude.")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from relook.mine.pictures import Annotated, Picture
 from relook.mine.settings import Mining
 from relook.model.load import LoadedModel
 
+# A new word can make another object of the words beside it, as "hot" and "dog", or of what it hid: a toilet's seat.
+STILL_FALSE = "not corrected by another word"
+
 
 @dataclass
 class Described:
@@ -35,7 +39,7 @@ class Described:
     pairs: list[Pair]
     made: int
     hallucinated: int
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
     checked: dict[str, Checked] = field(default_factory=dict)
     judge: list[dict[str, Any]] = field(default_factory=list)
 
@@ -85,13 +89,13 @@ def find_pairs(
     if how.near_texts:
         repeated = near_duplicates([f"{pair.chosen} {pair.rejected}" for pair in found.pairs], how.near_texts)
         found.pairs = [pair for place, pair in enumerate(found.pairs) if place not in repeated]
-        found.dropped |= {"near-duplicate": len(repeated)} if repeated else {}
+        found.dropped += Counter({"near-duplicate": len(repeated)})
     if judge and annotated.vocabulary:
         styled = judged.style(judge, found.pairs, annotated.vocabulary)
         found.pairs = [new or old for new, old in zip(styled.verdicts, found.pairs, strict=True)]
         found.judge.append(styled.to_json())
     found.pairs, dropped = same_length(found.pairs)
-    found.dropped |= dropped
+    found.dropped += dropped
     return found
 
 
@@ -108,7 +112,10 @@ def _by_annotations(
         found.hallucinated += len(wrong)
         if wrong:
             chosen = correct(wrong[0], picture.objects, vocabulary, annotated.neutral, rng)
-            found.pairs.append(Pair(picture, chosen, wrong[0]))
+            if hallucinations(chosen, picture.objects, vocabulary):
+                found.dropped[STILL_FALSE] += 1
+            else:
+                found.pairs.append(Pair(picture, chosen, wrong[0]))
     return found
 
 

@@ -18,7 +18,7 @@ from relook.mine.pictures import Picture
 
 REQUEST = {"temperature": 0.0, "max_tokens": 1500}
 NAMES = 20  # objects that a reply may list of each kind
-LONGER, MORE = 1.5, 4  # a corrected sentence has at most that many times the words, and that many more
+LONGER, MORE = 1.5, 4  # what a judge writes has at most that many times the words of the old text, and that many more
 CHECK = """You see an image, and numbered sentences that describe it. Check each sentence against the image:
 - right: what it says is there;
 - wrong: it names something that is not there, or says something of it that is not so. Write the sentence again with the
@@ -47,10 +47,10 @@ Answer in this form and nothing else, each description in one line:
 A: the first description
 B: the second description
 """
-_LINE = re.compile(r"(\d+)[.)]\s*(right|wrong|cannot judge)\b\s*[:.]?\s*(.*)", re.IGNORECASE)
+_LINE = re.compile(r"(\d{1,4})[.)]\s*(right|wrong|cannot judge)\b\s*[:.]?\s*(.*)", re.IGNORECASE)
 _LIST = re.compile(r"(not )?in the image:(.*)", re.IGNORECASE)
 _NAME = re.compile(r"[a-z]+(?:[ -][a-z]+){0,2}")
-_STYLED = re.compile(r"\s*A:([^\n]+)\n\s*B:([^\n]+)\s*")
+_STYLED = re.compile(r"A:([^\n]+)\n\s*B:([^\n]+)")
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,16 @@ def read_check(text: str, reply: str) -> Checked | None:
 def _corrects(old: str, new: str) -> bool:
     """Whether a corrected sentence can stand for the old one."""
     return (
-        new.isprintable()
+        _replaces(new, old)
         and bool(re.search(r"\w", new))
         and len(sentences_apart(new)) == 1
-        and length(new) <= LONGER * length(old) + MORE
         and _as_ended(new, old) != old
     )
+
+
+def _replaces(new: str, old: str) -> bool:
+    """Whether a judge's text may stand in an old one's place: about as long, without tokens as <image> or </s>."""
+    return new.isprintable() and not {*"<>"} & {*new} and length(new) <= LONGER * length(old) + MORE
 
 
 def _as_ended(sentence: str, old: str) -> str:
@@ -136,12 +140,12 @@ def _in_line(text: str) -> str:
 
 def read_style(pair: Pair, vocabulary: Vocabulary, reply: str) -> Pair | None:
     """The rewritten pair; None unless both texts name what they named, and are of one length and as many sentences."""
-    found = _STYLED.fullmatch(reply)
-    if found is None or not all(text.strip().isprintable() for text in found.groups()):
+    found = _STYLED.fullmatch(reply.strip())
+    if found is None:
         return None
     new = Pair(pair.picture, found[1].strip(), found[2].strip())
     same = all(
-        _named(old, vocabulary) == _named(text, vocabulary)
+        _replaces(text, old) and _named(old, vocabulary) == _named(text, vocabulary)
         for old, text in ((pair.chosen, new.chosen), (pair.rejected, new.rejected))
     )
     alike = abs(new.longer) <= MOST_APART * length(new.rejected) and new.chosen != new.rejected

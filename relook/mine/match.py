@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,24 +36,21 @@ def length(text: str) -> int:
     return len(text.split())
 
 
-def same_length(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, int]]:
+def same_length(pairs: Sequence[Pair]) -> tuple[list[Pair], Counter[str]]:
     """The pairs that training cannot tell by length, in order, and how many were dropped by reason.
 
     Pairs whose own lengths differ much go first, then those that pull the means of both sides apart, the worst first.
     """
     close = [p for p in pairs if abs(p.longer) <= MOST_APART * max(length(p.chosen), length(p.rejected))]
     total, rejected = sum(p.longer for p in close), sum(length(p.rejected) for p in close)
-    sign = 1 if total > 0 else -1
-    worst = sorted(range(len(close)), key=lambda i: (-sign * close[i].longer, i))
-    pulling = set()
-    for place in worst:
-        if abs(total) <= MEANS_APART * rejected:
-            break
-        pulling.add(place)
-        total, rejected = total - close[place].longer, rejected - length(close[place].rejected)
-    kept = [pair for place, pair in enumerate(close) if place not in pulling]
-    dropped = {"lengths differ": len(pairs) - len(close), "mean lengths would differ": len(pulling)}
-    return kept, {reason: count for reason, count in dropped.items() if count}
+    left = deque(sorted(range(len(close)), key=lambda i: close[i].longer))
+    while abs(total) > MEANS_APART * rejected:
+        worst = close[left.pop() if total > 0 else left.popleft()]
+        total, rejected = total - worst.longer, rejected - length(worst.rejected)
+    kept = [close[i] for i in sorted(left)]
+    return kept, +Counter(
+        {"lengths differ": len(pairs) - len(close), "mean lengths would differ": len(close) - len(kept)}
+    )
 
 
 def lengths(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:

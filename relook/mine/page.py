@@ -13,7 +13,7 @@ from relook.evaluate.chair import Vocabulary
 from relook.files import write_text
 from relook.mine.match import Pair
 from relook.mine.pictures import Picture
-from relook.report.parts import document, marked, thumbnail
+from relook.report.parts import card, described, document, lines, thumbnail
 
 PAGE, CARDS = "pairs.html", 20
 DESCRIBED = 15  # of them description pairs, where there are as many
@@ -32,12 +32,12 @@ def write_page(
         vocabulary: of the annotations; without one the words in which the texts differ are marked.
     """
     asked = _spread(records, CARDS - min(len(pairs), DESCRIBED))
-    described = _spread(pairs, CARDS - len(asked))
-    cards = [_card(pair.picture.path, _described(pair, vocabulary)) for pair in described]
-    cards += [_card(pictures[record["image_id"]].path, _asked(record)) for record in asked]
+    shown = _spread(pairs, CARDS - len(asked))
+    cards = [card(thumbnail(pair.picture.path), _described(pair, vocabulary)) for pair in shown]
+    cards += [card(thumbnail(pictures[record["image_id"]].path), _asked(record)) for record in asked]
     heads = [
         "<h1>Preference pairs from the model's own mistakes</h1>",
-        f"<p>{len(described)} of {len(pairs):,} pairs of descriptions, {len(asked)} of {len(records):,} of answers</p>",
+        f"<p>{len(shown)} of {len(pairs):,} pairs of descriptions, {len(asked)} of {len(records):,} of answers</p>",
     ]
     write_text(out / PAGE, document("relook mine", [*heads, *cards]))
 
@@ -48,23 +48,18 @@ def _spread(values: Sequence[Any], count: int) -> list[Any]:
     return [values[i * len(values) // count] for i in range(count)]
 
 
-def _card(path: Path, lines: Sequence[tuple[str, str]]) -> str:
-    said = "".join(f"<p><b>{name}</b>{text}</p>" for name, text in lines)
-    return f"<div class=card>{thumbnail(path)}<div>{said}</div></div>"
-
-
-def _described(pair: Pair, vocabulary: Vocabulary | None) -> list[tuple[str, str]]:
+def _described(pair: Pair, vocabulary: Vocabulary | None) -> str:
     if vocabulary is None:
-        return [("chosen", html.escape(pair.chosen)), ("rejected", differing(pair.rejected, pair.chosen))]
-    there = pair.picture.objects
-    texts = [(side, marked(getattr(pair, side), there, vocabulary)) for side in ("chosen", "rejected")]
-    return [("there is", html.escape(", ".join(sorted(there)))), *texts]
+        return lines([("chosen", html.escape(pair.chosen)), ("rejected", differing(pair.rejected, pair.chosen))])
+    return described(pair.picture.objects, [("chosen", pair.chosen), ("rejected", pair.rejected)], vocabulary)
 
 
-def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    wrong = f"<mark>{html.escape(record['reject'])}</mark>"
-    said = ("the model said", html.escape(record["answer"]))
-    return [("question", html.escape(record["question"])), ("chosen", record["chosen"]), ("rejected", wrong), said]
+def _asked(record: Mapping[str, Any]) -> str:
+    said = {name: html.escape(record[name]) for name in ("question", "chosen", "reject", "answer")}
+    wrong = ("rejected", f"<mark>{said['reject']}</mark>")
+    return lines(
+        [("question", said["question"]), ("chosen", said["chosen"]), wrong, ("the model said", said["answer"])]
+    )
 
 
 def differing(text: str, other: str) -> str:

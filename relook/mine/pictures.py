@@ -21,6 +21,7 @@ from relook.toyworld.speech import FILLERS, SYNONYMS
 from relook.toyworld.world import OBJECTS
 
 RARE = 1000  # a name of Visual Genome's counts where at least one picture in as many has it: the others are noise
+_NUMBER = re.compile(r"[0-9]+$")  # at the end of a file's name, as both number their pictures
 _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d+_)?(\d{12})\.\w+")
 Synonyms = Mapping[str, Sequence[str]]
 
@@ -74,11 +75,23 @@ def read_pictures(images: Path, kind: str, synonyms: Path | None = None) -> Anno
     return found
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The image files of a folder and those below it; not what systems hide beside them."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and p.name[0] != "." and p.is_file())
+
+
 def also_called(name: str) -> frozenset[str]:
     """A file's name, and COCO's number where it is a name of COCO's: train2014 and train2017 name a picture apart."""
     name = name.replace("\\", "/").rsplit("/", 1)[-1]
     number = _COCO_NAME.fullmatch(name)
     return frozenset({name, f"coco:{int(number[1])}"} if number else {name})
+
+
+def _called(path: Path, *numbers: object) -> frozenset[str]:
+    """A picture's names. A bare number in a list may be COCO's or Visual Genome's: it is taken for either."""
+    in_name = _NUMBER.search(path.stem)
+    known = {*map(str, numbers), *([str(int(in_name[0]))] if in_name else [])}
+    return also_called(path.name) | {f"id:{number}" for number in known}
 
 
 def _read_synonyms(path: Path) -> dict[str, list[str]]:
@@ -89,8 +102,7 @@ def _read_synonyms(path: Path) -> dict[str, list[str]]:
 
 
 def _plain(images: Path, _: Synonyms) -> Annotated:
-    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in FORMATS and not p.name.startswith("."))
-    pictures = (Picture(path.relative_to(images).as_posix(), path, also_called(path.name)) for path in files)
+    pictures = (Picture(path.relative_to(images).as_posix(), path, _called(path)) for path in image_files(images))
     return Annotated(tuple(pictures), None, NEUTRAL)
 
 
@@ -110,7 +122,7 @@ def _coco(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) ->
     vocabulary = _with(vocabulary_of(truth), synonyms)
     numbers = {name: str(number) for number, name in truth.ids.items()}
     pictures = (
-        Picture(numbers[name], root / here[0] / name, also_called(name) | {f"id:{numbers[name]}"}, truth.objects[name])
+        Picture(numbers[name], root / here[0] / name, _called(Path(name), numbers[name]), truth.objects[name])
         for name in truth.images
     )
     return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
@@ -137,14 +149,14 @@ def _visual_genome(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NE
     for image, found in objects.items():
         if image in paths:
             there = frozenset(map(same, found & known)) | said.get(image, frozenset())
-            pictures.append(Picture(image, paths[image], _called(image, records[image], paths[image]), there))
+            pictures.append(Picture(image, paths[image], _called_by_both(image, records[image], paths[image]), there))
     return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
 
 
-def _called(image: str, record: Mapping[str, Any], path: Path) -> frozenset[str]:
+def _called_by_both(image: str, record: Mapping[str, Any], path: Path) -> frozenset[str]:
     """Half of Visual Genome's images are COCO's."""
     coco = record.get("coco_id")
-    return also_called(path.name) | {f"id:{image}"} | ({f"coco:{coco}"} if coco else set())
+    return _called(path, image, coco) | {f"coco:{coco}"} if coco else _called(path, image)
 
 
 def _named_in_regions(images: Path, vocabulary: Vocabulary) -> dict[str, frozenset[str]]:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from relook.evaluate.chair import Vocabulary
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.pope import LONGEST_ANSWER
 from relook.evaluate.provenance import versions
-from relook.files import read_json, read_text, takes, text_hash, write_json
+from relook.files import claim_folder, read_json, read_text, text_hash
 from relook.mine import match, questions, write
-from relook.mine.apart import Apart, image_files, names_in
+from relook.mine.apart import Apart, evaluation_files, names_in
 from relook.mine.describe import Described, describe, find_pairs
 from relook.mine.grow import ask_all, look_at_all
 from relook.mine.match import Pair
@@ -61,19 +61,16 @@ def mine(
     how = _checked(model, place, out, how, judge, loading)
     annotated = read_pictures(place.images, place.annotations, place.synonyms)
     listed = frozenset[str]().union(*(names_in(path) for path in place.exclude if not path.is_dir()))
+    shown = [path for folder in place.exclude if folder.is_dir() for path in evaluation_files(folder)]
     if processes.first():
-        claim(out, _settings(model, place, annotated.pictures, listed, how, judge, loading))
+        excluded = [*sorted(listed), *(str(path.resolve()) for path in shown)]
+        claim_folder(out, SETTINGS, _settings(model, place, annotated.pictures, excluded, how, judge, loading), "pairs")
     processes.wait("the output folder")
     if (out / write.CARD).exists():
         return dict(read_json(out / write.CARD))
     work, load = out / WORK, functools.cache(lambda: loading.load(model))
-    apart = _look(place, annotated.pictures, listed, work)
-    reasons = apart.left_out(annotated.pictures)
-    pictures = [picture for picture in annotated.pictures if picture.id not in reasons]
-    counts = dict(sorted(Counter(reasons.values()).items()))
-    if not pictures:
-        named = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        raise DataError(f"No picture of {place.images} is left: {named}.", "Check --images and --exclude.")
+    apart = _look(annotated.pictures, listed, shown, work)
+    pictures, left_out = _mined(place, annotated.pictures, apart)
     texts = describe(pictures, how, load, work)
     endpoint = Judge(judge, work / JUDGE_CACHE) if judge and processes.first() else None
     found = find_pairs(pictures, texts, annotated, how, endpoint) if processes.first() else None
@@ -92,7 +89,7 @@ def mine(
             "model_hash": model_hash(model),
             "annotations": place.annotations,
             **dataclasses.asdict(how),
-            "pictures": {"found": len(annotated.pictures), "left_out": counts, "mined": len(pictures)},
+            "pictures": {"found": len(annotated.pictures), "left_out": left_out, "mined": len(pictures)},
             "apart": {"given": [path.name for path in place.exclude], "names": len(listed), "images": len(apart.shown)},
             "descriptions": found.to_json(),
             "questions": questions.summary(records, kept),
@@ -114,25 +111,36 @@ def _checked(
         raise RecipeError(f"{out} lies in the image folder.", "Choose another --out.")
     if how.parquet:
         pyarrow()
+    if how.samples and how.temperature <= 0:
+        raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
     as_device(loading.device)
     how = dataclasses.replace(how, template=how.template or default_template(model))
     get_template(how.template)
     return how
 
 
-def _look(place: Place, pictures: Sequence[Picture], listed: frozenset[str], work: Path) -> Apart:
+def _look(pictures: Sequence[Picture], listed: frozenset[str], shown: Sequence[Path], work: Path) -> Apart:
     """Look at every image file, mined or of an evaluation."""
     seen = look_at_all(work / "pictures.jsonl", [(p.id, p.path) for p in pictures], "pictures")
-    files = [path for folder in place.exclude if folder.is_dir() for path in image_files(folder)]
-    shown = look_at_all(work / "excluded.jsonl", [(str(path), path) for path in files], "evaluation images")
-    return Apart(seen, listed, [shown[str(path)] for path in files])
+    held = look_at_all(work / "excluded.jsonl", [(str(path), path) for path in shown], "evaluation images")
+    return Apart(seen, listed, [held[str(path)] for path in shown])
+
+
+def _mined(place: Place, pictures: Sequence[Picture], apart: Apart) -> tuple[list[Picture], dict[str, int]]:
+    """The pictures that are mined, and how many are not, by reason."""
+    reasons = apart.left_out(pictures)
+    counts = dict(sorted(Counter(reasons.values()).items()))
+    if len(reasons) == len(pictures):
+        named = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        raise DataError(f"No picture of {place.images} is left: {named}.", "Check --images and --exclude.")
+    return [picture for picture in pictures if picture.id not in reasons], counts
 
 
 def _settings(
     model: Path,
     place: Place,
     pictures: Sequence[Picture],
-    listed: Collection[str],
+    excluded: Sequence[str],
     how: Mining,
     judge: JudgeSettings | None,
     loading: Loading,
@@ -140,29 +148,17 @@ def _settings(
     """All that the pairs depend on."""
     known = [f"{picture.id}: {', '.join(sorted(picture.objects))}" for picture in pictures]
     return {
-        "model": str(model.resolve()),
-        "model_hash": model_hash(model),
-        **{key: value and str(value) for key, value in dataclasses.asdict(loading).items() if key != "device"},
+        **loading.identity(model),
         "images": str(place.images.resolve()),
         "annotations": place.annotations,
         "annotations_hash": text_hash(*known),
         "synonyms": place.synonyms and text_hash(read_text(place.synonyms)),
         "exclude": [str(path.resolve()) for path in place.exclude],
-        "exclude_hash": text_hash(*sorted(listed)),
+        "exclude_hash": text_hash(*excluded),
         "judge": judge and [judge.address, judge.model, dict(judge.request)],
         **dataclasses.asdict(how),
         "versions": versions(),
     }
-
-
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Take an output folder; refuse one that holds pairs made in another way."""
-    if takes(out, SETTINGS, "--out"):
-        write_json(out / SETTINGS, settings)
-        return
-    old = read_json(out / SETTINGS)
-    if changed := [key for key in settings if old.get(key) != settings[key]]:
-        raise RecipeError(f"{out} holds pairs made with another {', '.join(changed)}.", "Choose another --out.")
 
 
 def _choose(

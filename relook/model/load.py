@@ -10,7 +10,7 @@ import copy
 import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,11 @@ class Loading:
     dtype: str = "float32"
     bits: int = 16
     device: str = ""
+
+    def identity(self, model: Path) -> dict[str, Any]:
+        """What answers depend on: the model, by path and hash, and how it is loaded; not the device."""
+        how = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
+        return {"model": str(model.resolve()), "model_hash": model_hash(model), **how}
 
     def load(self, path: Path) -> LoadedModel:
         return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, self.device)

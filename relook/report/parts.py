@@ -77,9 +77,13 @@ def card(picture: str, content: str) -> str:
 
 def described(there: Collection[str], captions: Iterable[tuple[str, str]], vocabulary: Vocabulary) -> str:
     """What is on a picture, and what each model, by name, says of it, words for absent objects marked, as HTML."""
-    lines = [("there is", html.escape(", ".join(sorted(there))))]
-    lines += [(html.escape(name), marked(text, there, vocabulary)) for name, text in captions]
-    return "".join(f"<p><b>{name}</b>{line}</p>" for name, line in lines)
+    said = [(name, marked(text, there, vocabulary)) for name, text in captions]
+    return lines([("there is", html.escape(", ".join(sorted(there)))), *said])
+
+
+def lines(named: Iterable[tuple[str, str]]) -> str:
+    """Lines of HTML, each under the name of what it is."""
+    return "".join(f"<p><b>{html.escape(name)}</b>{line}</p>" for name, line in named)
 
 
 def thumbnail(path: Path) -> str:
