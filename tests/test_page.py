@@ -178,6 +178,7 @@ def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> 
     assert "cup" in shown
     assert page.look("tuned", place, turns, index + 1) == ""  # between words
     assert page.look("tuned", place, turns, 99) == ""
+    assert [page.looks(name) for name in ("tuned", "base")] == [True, False]
     assert "post decoder" in page.look("base", place, turns, index)
     assert "后解码器" in page.look("tuned", "", turns, index, "zh")
 

@@ -64,7 +64,7 @@ def build(page: Page) -> gr.Blocks:
                     stop = gr.Button(t("stop"), elem_id="stop", min_width=80)
                     clear = gr.Button(t("clear"), elem_id="clear", min_width=80)
                 with gr.Row():
-                    sides = [_side(name) for name in names]
+                    sides = [_side(name, page.looks(name)) for name in names]
                 shown = gr.HTML(label=t("map"), show_label=True, container=True, elem_id="map")
         chats, answers = [chat for chat, _ in sides], [answer for _, answer in sides]
         how: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
@@ -90,7 +90,7 @@ def build(page: Page) -> gr.Blocks:
     return blocks.queue(max_size=waiting, api_open=False)
 
 
-def _side(name: str) -> tuple[gr.Chatbot, gr.HighlightedText]:
+def _side(name: str, looks: bool) -> tuple[gr.Chatbot, gr.HighlightedText]:
     """A model's conversation, and its last answer in words."""
     colors = {text["absent"]: "red" for text in TEXTS.values()}
     with gr.Column(min_width=300):
@@ -105,7 +105,9 @@ def _side(name: str) -> tuple[gr.Chatbot, gr.HighlightedText]:
             height=360,
             elem_classes="chat",
         )
-        return chat, gr.HighlightedText(label=LANGUAGES("words"), color_map=colors, elem_classes="words")
+        return chat, gr.HighlightedText(
+            label=LANGUAGES("words" if looks else "last"), color_map=colors, elem_classes="words"
+        )
 
 
 def _nothing(names: Sequence[str]) -> list[Any]:
