@@ -203,13 +203,14 @@ def test_a_special_token_that_ends_the_template_ends_an_answer(monkeypatch: pyte
 
 
 def test_a_stop_that_the_tokenizer_does_not_know_is_not_the_unknown_token() -> None:
-    """v0 ends with ###, which toyworld's tokenizer has no token for, so that transformers' search for it fails."""
+    """v0 ends with ###, which toyworld's tokenizer cannot write: no answer holds it, and `generate` need not look."""
     model = tiny_llava()
     untie_head(model)
     loaded = as_loaded(model)
     tokenizer, head = loaded.processor.tokenizer, model.lm_head
     loaded.core.generation_config.suppress_tokens = None
-    how = {"template": "v0", "stop_strings": None}
+    how = {"template": "v0"}
+    assert not loaded.stopping("v0")
     word = tokenizer.convert_tokens_to_ids("▁" + one_by_one(loaded, QUESTIONS[:1], **how)[0].split()[0])
     with torch.no_grad():
         head.weight[[word, tokenizer.unk_token_id]] = head.weight[[tokenizer.unk_token_id, word]]

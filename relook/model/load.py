@@ -109,9 +109,14 @@ class LoadedModel:
         return self.decode(output[0, inputs["input_ids"].shape[1] :], template)
 
     def stopping(self, template: str = "") -> dict[str, Any]:
-        """What `generate` needs to end an answer where the template does, besides the end-of-text token."""
-        stop = get_template(template or self.template).stop
-        return {"stop_strings": [stop], "tokenizer": self.processor.tokenizer} if stop else {}
+        """What `generate` needs to end an answer where the template does, besides the end-of-text token.
+
+        That is nothing where the tokenizer cannot write the template's stop text: no answer holds it.
+        """
+        stop, tokenizer = get_template(template or self.template).stop, self.processor.tokenizer
+        if not stop or stop not in tokenizer.decode(tokenizer.encode(stop, add_special_tokens=False)):
+            return {}
+        return {"stop_strings": [stop], "tokenizer": tokenizer}
 
     def decode(self, ids: Tensor | Sequence[int], template: str = "") -> str:
         """Generated ids as an answer, without what ends it."""
