@@ -185,6 +185,12 @@ def test_answers_alone_go_to_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert (out, err.count("> ")) == ("", 2)
 
 
+def test_a_closed_input_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(RelookError, match="closed"):
+        next(_lines())
+
+
 @pytest.mark.slow
 def test_at_a_terminal(tuned: Path) -> None:
     """Ctrl-C stops an answer, and the conversation goes on; at the prompt it ends, with nothing else said."""

@@ -151,6 +151,8 @@ def converse(
 
 
 def _lines() -> Iterator[str]:
+    if sys.stdin is None:  # closed by whoever started this
+        raise RelookError("Standard input is closed.", "Start the chat in a terminal, or pipe questions into it.")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # of systems without it
             import readline  # noqa: F401  (lines that are edited, and earlier ones)
