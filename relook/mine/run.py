@@ -91,10 +91,7 @@ def mine(
             **dataclasses.asdict(how),
             "pictures": {"found": len(annotated.pictures), "left_out": left_out, "mined": len(pictures)},
             "apart": {"given": [path.name for path in place.exclude], "names": len(listed), "images": len(apart.shown)},
-            "descriptions": found.to_json(),
-            "questions": questions.summary(records, kept),
-            "lengths": match.lengths([(pair.chosen, pair.rejected) for pair in found.pairs]),
-            "judge": found.judge,
+            **_card_of_pairs(found, records, kept),
         }
         write.write_card(out, card)
     processes.wait("the pairs")
@@ -168,6 +165,18 @@ def _choose(
     if place.annotations == "none":
         return questions.choose_checked(pictures, found.checked, how.questions, rng)
     return questions.choose(pictures, how.questions, rng)
+
+
+def _card_of_pairs(
+    found: Described, records: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the data card says of the pairs, and of the questions that were asked for them."""
+    return {
+        "descriptions": found.to_json(),
+        "questions": questions.summary(records, kept),
+        "lengths": match.lengths([(pair.chosen, pair.rejected) for pair in found.pairs]),
+        "judge": found.judge,
+    }
 
 
 def finish(
