@@ -140,7 +140,7 @@ def test_a_new_word_that_makes_another_object_drops_the_pair(tmp_path: Path) -> 
     there = [frozenset(names) for names in (["cup"], ["bear"], ["cup"], ["cup"])]
     pictures = [Picture(str(i), tmp_path, frozenset(), objects) for i, objects in enumerate(there)]
     annotated = Annotated(tuple(pictures), vocabulary, NEUTRAL)
-    found = find_pairs(pictures, [[text] for text in texts], annotated, Mining(near_texts=0), None)
+    found = find_pairs(pictures, [[text] for text in texts], annotated, 0, None, random.Random(0))
     assert [(pair.picture.id, pair.chosen) for pair in found.pairs] == [("2", "There is a cup.")]
     assert found.dropped == {STILL_FALSE: 2}
 

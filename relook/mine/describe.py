@@ -55,9 +55,11 @@ class Described:
         }
 
 
-def describe(pictures: Sequence[Picture], how: Mining, load: Callable[[], LoadedModel], work: Path) -> list[list[str]]:
-    """Texts of each picture: a greedy one, then sampled ones."""
-    prompts = draw_prompts(pictures, _random(how))
+def describe(
+    pictures: Sequence[Picture], how: Mining, load: Callable[[], LoadedModel], work: Path, rng: random.Random
+) -> list[list[str]]:
+    """Texts of each picture, asked for by one of HA-DPO's four prompts: a greedy one, then sampled ones."""
+    prompts = [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
     rounds = []
     for number in range(1 + how.samples):
         sampling = (("do_sample", True), ("temperature", how.temperature), ("top_k", 0)) if number else ()
@@ -68,26 +70,22 @@ def describe(pictures: Sequence[Picture], how: Mining, load: Callable[[], Loaded
     return [list(texts) for texts in zip(*rounds, strict=True)]
 
 
-def draw_prompts(pictures: Sequence[Picture], rng: random.Random) -> list[str]:
-    """One of HA-DPO's four prompts for each picture."""
-    return [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
-
-
-def _random(how: Mining) -> random.Random:
-    return random.Random(f"{how.seed}/describe")
-
-
 def find_pairs(
-    pictures: Sequence[Picture], texts: Sequence[Sequence[str]], annotated: Annotated, how: Mining, judge: Judge | None
+    pictures: Sequence[Picture],
+    texts: Sequence[Sequence[str]],
+    annotated: Annotated,
+    near_texts: float,
+    judge: Judge | None,
+    rng: random.Random,
 ) -> Described:
     """Pairs of the first text with a mistake of each picture, without near-duplicates, of one style and length."""
     if annotated.vocabulary is None:
         assert judge is not None, "somebody must find the mistakes"
         found = _by_judge(pictures, texts, judge)
     else:
-        found = _by_annotations(pictures, texts, annotated, how)
-    if how.near_texts:
-        repeated = near_duplicates([f"{pair.chosen} {pair.rejected}" for pair in found.pairs], how.near_texts)
+        found = _by_annotations(pictures, texts, annotated, rng)
+    if near_texts:
+        repeated = near_duplicates([f"{pair.chosen} {pair.rejected}" for pair in found.pairs], near_texts)
         found.pairs = [pair for place, pair in enumerate(found.pairs) if place not in repeated]
         found.dropped += Counter({"near-duplicate": len(repeated)})
     if judge and annotated.vocabulary:
@@ -100,12 +98,10 @@ def find_pairs(
 
 
 def _by_annotations(
-    pictures: Sequence[Picture], texts: Sequence[Sequence[str]], annotated: Annotated, how: Mining
+    pictures: Sequence[Picture], texts: Sequence[Sequence[str]], annotated: Annotated, rng: random.Random
 ) -> Described:
     vocabulary = annotated.vocabulary
     assert vocabulary is not None
-    rng = _random(how)
-    draw_prompts(pictures, rng)  # what follows is drawn after them
     found = Described([], sum(map(len, texts)), 0)
     for picture, said in zip(pictures, texts, strict=True):
         wrong = [text for text in said if hallucinations(text, picture.objects, vocabulary)]

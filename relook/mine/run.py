@@ -71,18 +71,20 @@ def mine(
     work, load = out / WORK, functools.cache(lambda: loading.load(model))
     apart = _look(annotated.pictures, listed, shown, work)
     pictures, left_out = _mined(place, annotated.pictures, apart)
-    texts = describe(pictures, how, load, work)
+    describing, choosing = (random.Random(f"{how.seed}/{what}") for what in ("describe", "ask"))
+    texts = describe(pictures, how, load, work, describing)
     endpoint = Judge(judge, work / JUDGE_CACHE) if judge and processes.first() else None
-    found = find_pairs(pictures, texts, annotated, how, endpoint) if processes.first() else None
+    found = None
+    if processes.first():
+        found = find_pairs(pictures, texts, annotated, how.near_texts, endpoint, describing)
     processes.wait("pairs of descriptions")
-    rng = random.Random(f"{how.seed}/ask")
-    asked = processes.of_the_first(lambda: _choose(pictures, found, place, how, rng))
+    asked = processes.of_the_first(lambda: _choose(pictures, found, place, how, choosing))
     asking = Asking(how.template, min(how.max_new_tokens, LONGEST_ANSWER), how.batch_size)
     prompts = [(one.key, (one.picture.path, one.text)) for one in asked]
     answers = ask_all(work / "answers.jsonl", load, prompts, asking, "yes/no questions")
     if found is not None:
         records = questions.records(asked, answers)
-        kept = questions.balance(records, rng)
+        kept = questions.balance(records, choosing)
         finish(out, pictures, annotated.vocabulary, found.pairs, kept, apart, how.parquet)
         card = {
             "model": model.name,
