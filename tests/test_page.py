@@ -19,7 +19,7 @@ from tiny import tiny_llava, tiny_relook
 from relook.data.images import image_from_bytes
 from relook.data.prompts import with_image
 from relook.data.samples import Turn
-from relook.report.attention import attention_before
+from relook.report.attention import attention_before, has_maps
 from relook.serve.api import Policy
 from relook.serve.engine import Engine
 from relook.serve.errors import APIError
@@ -178,7 +178,7 @@ def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> 
     assert "cup" in shown
     assert page.look("tuned", place, turns, index + 1) == ""  # between words
     assert page.look("tuned", place, turns, 99) == ""
-    assert [page.looks(name) for name in ("tuned", "base")] == [True, False]
+    assert [has_maps(page.engines[name].loaded) for name in ("tuned", "base")] == [True, False]
     assert "post decoder" in page.look("base", place, turns, index)
     assert "后解码器" in page.look("tuned", "", turns, index, "zh")
 

@@ -10,8 +10,23 @@ import torch
 from relook.data.images import Picture
 from relook.data.samples import Turn
 from relook.model.load import LoadedModel
-from relook.train.policy import LiveBatch, Policy
-from relook.tree import Tree, pack
+from relook.train.batches import live_batch
+from relook.train.policy import Policy
+from relook.tree import Tree
+
+
+def has_maps(loaded: LoadedModel) -> bool:
+    """Whether a model has a post decoder whose attention over an image can be shown."""
+    return _looks(_policy(loaded))
+
+
+def _policy(loaded: LoadedModel) -> Policy:
+    """One conversation is not worth the compilation of layers."""
+    return Policy(loaded.model.eval(), trunk_pass="dense")
+
+
+def _looks(policy: Policy) -> bool:
+    return policy.reads_image and not policy.keeps_everything
 
 
 @torch.inference_mode()
@@ -33,17 +48,13 @@ def attention_before(
     Raises:
         DataError: the conversation is none that could be trained on: too long, an empty answer, marks of the template.
     """
-    # One conversation is not worth the compilation of layers.
-    policy = Policy(loaded.model.eval(), trunk_pass="dense")
-    if not policy.reads_image or policy.keeps_everything or policy.post_decoder is None:
+    policy = _policy(loaded)
+    if not _looks(policy) or policy.post_decoder is None:
         return []
     encoder = loaded.encoder(template)
     row = encoder.learned(turns, [image], "look")
-    inputs = loaded.images.batch([image])
-    packed = pack([Tree.of([row])], loaded.pad_id, row_length=len(row.ids))
-    trunk = policy.trunk(
-        LiveBatch(packed, inputs["pixel_values"], [1], inputs.get("image_sizes")).to(loaded.core.device)
-    )
+    batch = live_batch(policy, loaded.images, loaded.pad_id, [(Tree.of([row]), [image])])
+    trunk = policy.trunk(batch.to(loaded.core.device))
     if trunk.features is None:
         return []
     context = policy.post_decoder.look(trunk.features, trunk.images)

@@ -185,11 +185,6 @@ class Page:
             last = found.end()
         return [*pieces, Piece(text[last:], last, False)] if last < len(text) else pieces
 
-    def looks(self, name: str) -> bool:
-        """Whether a model has a post decoder that looks at the picture."""
-        post_decoder = getattr(self.engines[name].loaded.core.model, "post_decoder", None)
-        return post_decoder is not None and post_decoder.align is not None
-
     def look(self, name: str, place: str, turns: Sequence[Turn], index: int, language: str = "en") -> str:
         """Where a model's post decoder looked before a word of the last answer, as HTML; empty between words.
 

@@ -15,6 +15,7 @@ import anyio.to_thread
 import gradio as gr
 
 from relook.data.samples import Turn
+from relook.report.attention import has_maps
 from relook.serve.errors import APIError
 from relook.serve.page.actions import Page, Piece, Sampling
 from relook.serve.page.texts import TEXTS, explain, language_of, say
@@ -64,7 +65,7 @@ def build(page: Page) -> gr.Blocks:
                     stop = gr.Button(t("stop"), elem_id="stop", min_width=80)
                     clear = gr.Button(t("clear"), elem_id="clear", min_width=80)
                 with gr.Row():
-                    sides = [_side(name, page.looks(name)) for name in names]
+                    sides = [_side(name, has_maps(page.engines[name].loaded)) for name in names]
                 shown = gr.HTML(label=t("map"), show_label=True, container=True, elem_id="map")
         chats, answers = [chat for chat, _ in sides], [answer for _, answer in sides]
         how: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}

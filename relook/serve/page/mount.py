@@ -40,9 +40,8 @@ SECURITY = (
 )
 HEADERS = [(b"content-security-policy", SECURITY), (b"referrer-policy", b"no-referrer")]
 MOST_REQUESTS = 256  # of the page at a time: files, uploads, answers that are being shown
-MOST_ASKED = (
-    1_000_000  # bytes of a question with its conversations, which wait in Gradio's queue beyond the gate's count
-)
+# Bytes of a question with its conversations, which wait in Gradio's queue beyond the gate's count.
+MOST_ASKED = 1_000_000
 
 
 @dataclass(frozen=True)
