@@ -85,7 +85,7 @@ def main() -> None:
     found["matmul"] = matmul()
     if GPU:
         torch.cuda.empty_cache()
-    flops = training_flops_of_pair(shape, *pair_tokens(shape))
+    flops = training_flops_of_pair(shape, *pair_tokens(shape), options.rank)
     for part in options.parts.split(","):
         run = subprocess.run([sys.executable, *sys.argv, "--part", part], stdout=subprocess.PIPE, text=True)
         last = run.stdout.strip().splitlines()[-1:]

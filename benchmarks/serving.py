@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shapes import LLAVA_7B, TINY, Question, device_name, endless_model, sync, versions, write_questions
+import torch
+from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, sync, versions, write_questions
 
 from relook import load_model
 from relook.data.prompts import with_image
@@ -63,6 +64,7 @@ def main() -> None:
     tokens.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 32])
     tokens.add_argument("--new-tokens", type=int, default=128)
     tokens.add_argument("--rounds", type=int, default=2, help="requests of each client")
+    tokens.add_argument("--bits", type=int, default=16, help="8 or 4: quantised by bitsandbytes")
     tokens.add_argument("--post-decoder", type=int, default=1, help="blocks; 0 for none")
     for parsed in (clients, tokens):
         parsed.add_argument("--out", type=Path)
@@ -195,8 +197,9 @@ async def client(port: int, rows: Sequence[tuple[bytes, str]], number: int, unti
 
 
 def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
-    loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder)
-    result: dict[str, Any] = {"device": device_name(), "new_tokens": options.new_tokens, "rounds": options.rounds}
+    loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder, bits=options.bits)
+    result: dict[str, Any] = {"device": device_name(), "bits": options.bits, "new_tokens": options.new_tokens}
+    result |= {"rounds": options.rounds, "loaded_gib": round(torch.cuda.memory_allocated() / 2**30, 1) if GPU else 0}
     with tempfile.TemporaryDirectory() as folder:
         pictures = 1 + max(options.at_once) * options.rounds
         warm, *rows = write_questions(Path(folder), loaded.processor, pictures, each=1, tokens=25)

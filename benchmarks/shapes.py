@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from relook.data.ahead import ahead
 from relook.evaluate.pope import SPLITS, question_text
 from relook.files import write_json
-from relook.model.load import LoadedModel, add_post_decoder
+from relook.model.load import LoadedModel, add_post_decoder, load_model
 from relook.toyworld.build import make_processor
 from relook.toyworld.speech import vocabulary
 from relook.train.trainer import RelookTrainer
@@ -112,18 +113,28 @@ def processor_of(shape: dict[str, Any]) -> LlavaProcessor:
     return processor
 
 
-def endless_model(shape: dict[str, Any], post_decoder: int = 0, dtype: torch.dtype = DTYPE) -> LoadedModel:
+def endless_model(
+    shape: dict[str, Any], post_decoder: int = 0, dtype: torch.dtype = DTYPE, bits: int = 16
+) -> LoadedModel:
     """A random model whose answers no token ends, so that each has as many tokens as were asked for.
 
     Args:
         post_decoder: its blocks; 0 for none.
+        bits: below 16, its language model's linears are quantised: it is written and loaded as a user's is.
     """
     model: Any
     model, processor = random_model(shape, answers=False, dtype=dtype)
     if post_decoder:
         model = add_post_decoder(model, {"depth": post_decoder}, None)
-    model.generation_config.eos_token_id = None
-    return LoadedModel(model.eval(), processor, Path(), "pad")
+    loaded = LoadedModel(model.eval(), processor, Path(), "pad")
+    if bits < 16:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            del model, loaded.model
+            loaded = load_model(folder, dtype=dtype, bits=bits, device=DEVICE)
+    loaded.model.generation_config.eos_token_id = None
+    return loaded
 
 
 def write_model(folder: Path, shape: dict[str, Any], answers: bool = True) -> Path:
@@ -238,13 +249,15 @@ def pair_tokens(shape: dict[str, Any]) -> tuple[int, int]:
     return 50 + (shape["image_size"] // 14) ** 2, RESPONSE + 1
 
 
-def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int) -> float:
+def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int, rank: int) -> float:
     """Useful TFLOP of a LoRA step on a pair whose answers share their prompt: the trunk forward, the gradients of its
-    activations, and lm_head both ways. The adapters' own products, 5 % of it at rank 128, are not counted."""
+    activations, lm_head both ways, and the adapters of all linear layers three times (their own gradients, too)."""
     head = 2 * 2 * 2 * response * shape["vocabulary"] * shape["text"]["hidden_size"] / 1e12
     text, vision = shape["text"], dict(shape["vision"], num_hidden_layers=1)
+    D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
+    adapters = 3 * 2 * (prompt + 2 * response) * L * rank * (4 * 2 * D + 3 * (D + M)) / 1e12
     backward = flops_of_pair({**shape, "text": text, "vision": vision}, prompt, response, both=False)
-    return flops_of_pair(shape, prompt, response, both=False) + backward + head
+    return flops_of_pair(shape, prompt, response, both=False) + backward + head + adapters
 
 
 @contextmanager

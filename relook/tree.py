@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 PREFIX = 0  # branch number of the shared prefix; branches count from 1
 PADDING = -1  # tree and branch number of a position that belongs to nothing
 BLOCK = 128  # positions of a block of FlexAttention's mask
+STAGING_BYTES = 32 << 20  # of pinned memory that a copy from a GPU passes
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,23 @@ def to_device(value: T_, device: torch.device | str) -> T_:
 def pinned(value: T_) -> T_:
     """The same in memory that a GPU copies from by itself; what is on a GPU already stays there."""
     return _with_tensors(value, lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """The same in ordinary memory. From a GPU it passes a pinned buffer, on the current stream.
+
+    The driver's own copy into ordinary memory is slow, and no other thread launches work meanwhile.
+    """
+    if tensor.device.type == "cpu":
+        return tensor
+    held = torch.empty_like(tensor, device="cpu")
+    rows = max(1, STAGING_BYTES // max(1, tensor[:1].nbytes))
+    buffer = torch.empty_like(tensor[:rows], device="cpu", pin_memory=True)
+    for to, part in zip(held.split(rows), tensor.split(rows), strict=True):
+        staged = buffer[: len(part)].copy_(part, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+        to.copy_(staged)
+    return held
 
 
 def _with_tensors(value: T_, work: Callable[[Tensor], Tensor]) -> T_:
@@ -225,13 +243,9 @@ def targets_of(trees: Sequence[Tree], everything: bool = False) -> Targets:
     return join_targets([TreeTargets.of(tree, everything) for tree in trees])
 
 
-def bucket(length: int) -> int:
-    """The row length that FlexAttention's kernels, and compiled layers, are made for: at most 1/16 more than `length`.
-
-    A multiple of BLOCK, and one of 16 lengths between a power of two and the next, so that few are ever compiled.
-    """
-    step = max(BLOCK, (1 << (length - 1).bit_length()) // 32)
-    return -(-length // step) * step
+def whole_blocks(length: int) -> int:
+    """`length` rounded up to blocks of FlexAttention's mask."""
+    return -(-length // BLOCK) * BLOCK
 
 
 def pack(

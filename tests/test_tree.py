@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from relook.train.tree_pass import TreePass, block_mask
-from relook.tree import PADDING, PREFIX, PackedTrees, Row, Tree, bucket, pack, targets_of, to_device
+from relook.tree import PADDING, PREFIX, PackedTrees, Row, Tree, pack, targets_of, to_device, whole_blocks
 
 PAD = 3
 LANGUAGE_MODEL = tiny_llava().model.language_model
@@ -204,7 +204,7 @@ def test_states_are_those_of_separate_rows(trees: list[Tree], spare: int | None)
 @given(TREES, st.sampled_from(["flex", "compiled"]), st.sampled_from([20, 1000]))
 def test_flex_attention_gives_the_same_states(trees: list[Tree], how: str, row_length: int) -> None:
     with uncompiled():
-        check_states(trees, pack(trees, PAD, True, row_length, bucket), how)
+        check_states(trees, pack(trees, PAD, True, row_length, whole_blocks), how)
 
 
 @pytest.mark.slow
@@ -214,14 +214,14 @@ def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for word in ("abcDEF", "abCDE"):
             trees = [Tree.of([row(word), row("abXYZ")])] * 9
-            check_states(trees, pack(trees, PAD, True, 1000, bucket), how)
+            check_states(trees, pack(trees, PAD, True, 1000, whole_blocks), how)
 
 
 @settings(max_examples=30)
 @given(TREES, st.integers(1, 80), st.sampled_from([20, 300, 10_000]))
 def test_the_block_mask_is_the_dense_one(trees: list[Tree], times: int, row_length: int) -> None:
     """Against torch's own way from the same rule to blocks; trees repeated, so that there are several blocks."""
-    packed = pack(trees * times, PAD, True, row_length, bucket)
+    packed = pack(trees * times, PAD, True, row_length, whole_blocks)
     dense = packed.mask()
     R, _, L, _ = dense.shape
     made = block_mask(packed)
@@ -243,23 +243,9 @@ def test_after_a_pass_the_model_is_as_it_was() -> None:
     trees = [Tree.of([row("abC")])]
     before = list(LANGUAGE_MODEL.layers)
     with uncompiled():
-        check_states(trees, pack(trees, PAD, True, 1000, bucket), "compiled")
+        check_states(trees, pack(trees, PAD, True, 1000, whole_blocks), "compiled")
     assert LANGUAGE_MODEL.config._attn_implementation == "sdpa"
     assert all(now is then for now, then in zip(LANGUAGE_MODEL.layers, before, strict=True))
-
-
-@given(st.integers(1, 40_000))
-def test_buckets_are_few_and_close(length: int) -> None:
-    found = bucket(length)
-    assert found >= length
-    assert found % 128 == 0
-    assert found - length < max(128, length / 16 + 1)
-    assert bucket(found) == found
-
-
-def test_sixteen_buckets_in_a_doubling() -> None:
-    assert len({bucket(length) for length in range(8193, 16385)}) == 16
-    assert {bucket(length) for length in range(1, 257)} == {128, 256}
 
 
 def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +258,7 @@ def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(monk
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", as_sdpa)
     trees = [Tree.of([row("abcDEF"), row("abcGH")]), Tree.of([row("abC")])]
-    packed = pack(trees, PAD, True, 1000, bucket)
+    packed = pack(trees, PAD, True, 1000, whole_blocks)
     gradients = []
     for how in ("dense", "flex"):
         model = tiny_llava().model.language_model.train()

@@ -23,7 +23,7 @@ from relook.model.trunks import feature_size
 from relook.train.log_probs import ROWS
 from relook.train.policy import LOGITS_BYTES
 from relook.train.tree_pass import packs
-from relook.tree import arrange, bucket, kept_positions
+from relook.tree import arrange, kept_positions, whole_blocks
 
 ATTENTION_INPUTS, MLP_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -63,7 +63,7 @@ class Counts:
         """
         trees = [example.tree for example in examples]
         lengths = sorted((len(tree) for tree in trees), reverse=True)
-        row = bucket(sum(lengths)) if packs(how) else lengths[0]
+        row = whole_blocks(sum(lengths)) if packs(how) else lengths[0]
         return Counts(
             positions=row if packs(how) else row * len(arrange(lengths, row)),
             row=row,

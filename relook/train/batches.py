@@ -22,7 +22,7 @@ from relook.model.trunks import feature_rows
 from relook.train.logs import Work
 from relook.train.policy import LiveBatch, Policy, TrunkStates
 from relook.train.tree_pass import packs
-from relook.tree import Tree, TreeTargets, bucket, join_targets, pack
+from relook.tree import Tree, TreeTargets, join_targets, pack, whole_blocks
 
 Progress = Callable[[int, int], None]
 
@@ -91,9 +91,10 @@ class Collator:
         blank = self.images.batch([Image.new("RGB", (32, 32))])
         return replace(batch, pixel_values=blank["pixel_values"], image_sizes=blank.get("image_sizes"))
 
-    def live(self, items: Sequence[Item]) -> LiveBatch:
-        """Packed trees and pixels."""
-        return live_batch(self.policy, self.images, self.pad_id, [(item.example.tree, item.pictures) for item in items])
+    def live(self, items: Sequence[Item], row_length: int = 0) -> LiveBatch:
+        """Packed trees and pixels; see `live_batch`."""
+        shown = [(item.example.tree, item.pictures) for item in items]
+        return live_batch(self.policy, self.images, self.pad_id, shown, row_length)
 
     def cached(self, items: Sequence[Item]) -> TrunkStates:
         targets = join_targets([item.targets for item in items if item.targets is not None])
@@ -130,15 +131,24 @@ class Collator:
 
 
 def live_batch(
-    policy: Policy, images: ImageLoader, pad_id: int, items: Sequence[tuple[Tree, Sequence[Picture]]]
+    policy: Policy,
+    images: ImageLoader,
+    pad_id: int,
+    items: Sequence[tuple[Tree, Sequence[Picture]]],
+    row_length: int = 0,
 ) -> LiveBatch:
-    """Trees, long ones first, each with the pictures of its prefix: packed as the policy reads them, and pixels."""
+    """Trees, long ones first, each with the pictures of its prefix: packed as the policy reads them, and pixels.
+
+    Args:
+        row_length: that a row of many trees has at least.
+    """
     trees = [tree for tree, _ in items]
     pictures = [picture for _, shown in items for picture in shown]
     inputs = images.batch(pictures) if pictures else {}
     everything = policy.keeps_everything
     if packs(policy.trunk_pass):
-        packed = pack(trees, pad_id, everything, row_length=sum(map(len, trees)), round_up=bucket)
+        at_least = lambda needed: whole_blocks(max(needed, row_length))  # noqa: E731
+        packed = pack(trees, pad_id, everything, row_length=sum(map(len, trees)), round_up=at_least)
     else:
         packed = pack(trees, pad_id, everything, row_length=max(map(len, trees)))
     counts = [len(shown) for _, shown in items]

@@ -32,7 +32,7 @@ from relook.train.cache_key import INDEX_FILE, key_of, made_from, others
 from relook.train.plan import FEATURES, REFERENCE, STATES, Plan, Shard, Store
 from relook.train.policy import LiveBatch, Policy
 from relook.train.shards import ShardFolder
-from relook.tree import TreeTargets
+from relook.tree import TreeTargets, to_host
 
 FOLDER = "trunk_cache"  # beside the runs' folders
 
@@ -201,7 +201,7 @@ def _fill_trunk(
     gpu = policy.core.device.type == "cuda"
 
     def read(one: tuple[Shard, Sequence[int]]) -> LiveBatch:
-        batch = collator.live([Item(plan.examples[i]) for i in one[1]])
+        batch = collator.live([Item(plan.examples[i]) for i in one[1]], plan.batch_positions)
         return batch.pin_memory() if gpu else batch
 
     batches = ahead(read, work)
@@ -229,7 +229,7 @@ def _put(store: Store, shard: Shard, made: dict[str, Tensor], ready: torch.cuda.
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
             ready.wait()
         for part, tensor in made.items():
-            store[shard.name(part)] = tensor.cpu()
+            store[shard.name(part)] = to_host(tensor)
 
 
 def _batches(plan: Plan, shard: Shard, parts: Sequence[str]) -> Iterator[Sequence[int]]:

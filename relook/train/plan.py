@@ -20,8 +20,9 @@ from relook.tree import arrange, kept_positions
 
 SHARD_BYTES = 256 << 20
 # Of the trunk's pass, with a row for each tree or all in one. Only trunk_pass, which is part of the key, decides
-# between them: nothing else changes the bits of what is stored. Products of 16,384 rows run as fast as larger ones.
-BATCH_POSITIONS, PACKED_POSITIONS = 4096, 16384
+# between them: nothing else changes the bits of what is stored. The one row is always that long, so that layers are
+# compiled once; trees of LLaVA's usual lengths leave one or two in a hundred of its positions empty.
+BATCH_POSITIONS, PACKED_POSITIONS = 4096, 32768
 STATES, FEATURES, REFERENCE = "states", "features", "reference"  # the parts
 
 
@@ -100,7 +101,7 @@ class Plan:
     def batches(self) -> list[list[int]]:
         """The examples, longest tree first, in batches of at most `batch_positions`, or of one example.
 
-        They are filled before shards are cut, so that packed rows have two or three lengths to be compiled for.
+        They are filled before shards are cut, so that packed rows are full.
         """
         order = sorted(range(len(self.examples)), key=lambda i: -len(self.examples[i].tree))
         filled = arrange([len(self.examples[i].tree) for i in order], self.batch_positions)

@@ -1,7 +1,7 @@
 """The language model over packed trees: FlexAttention with a block mask on a GPU, SDPA with a dense mask elsewhere.
 
-FlexAttention skips the blocks of the mask that are empty, so that many trees can share one long row without padding;
-its kernels, and compiled layers, are made for one row length, so lengths are rounded up to a few (`tree.bucket`).
+FlexAttention skips the blocks of the mask that are empty, so that many trees can share one long row without padding.
+Layers are compiled for the first length of a row that they see, and where another one comes, once more for any length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from relook.errors import RecipeError, RelookError
 from relook.tree import BLOCK, PREFIX, PackedTrees
 
 BUDGET = 0.8  # on an H100 as fast as 1, with 10 GiB less in a LoRA step of 8 pairs at 7B
-LENGTHS = 64  # of rows that layers are compiled for: 16 in a doubling, see `tree.bucket`
+KINDS = 64  # of passes that one layer's code is compiled for: models of a process, with and without gradients, lengths
 
 
 def resolve(how: str, device: str, sharded: bool = False, activation_memory_budget: float = BUDGET) -> str:
@@ -116,8 +116,8 @@ class TreePass:
             RelookError: the layers cannot be compiled here.
         """
         mask = block_mask(packed) if self.packs else packed.mask()
-        # Above torch's own limit of 8 lengths it would go on uncompiled, and only warn.
-        limit = torch._dynamo.config.patch(recompile_limit=LENGTHS)
+        # Above torch's own limit of 8 kinds it would go on uncompiled, and only warn.
+        limit = torch._dynamo.config.patch(recompile_limit=KINDS)
         budget = torch._functorch.config.patch(activation_memory_budget=self.budget)
         with limit, budget, _attention(self.model.config, "flex_attention" if self.packs else None):
             try:
@@ -135,13 +135,15 @@ class TreePass:
 def _with_compiled_layers(language_model: Any) -> Any:
     """The same modules under a shell of their own, so that `generate`, with its many lengths, stays uncompiled.
 
-    One layer is compiled, not the whole model: all layers share its code.
+    One layer is compiled, not the whole model: all layers share its code. On a CPU for each length anew: the C++ that
+    torch 2.13 makes of FlexAttention for any length has errors.
     """
     shell = copy.copy(language_model)
     shell._modules = dict(language_model._modules)
     shell.layers = nn.ModuleList()
+    dynamic = None if language_model.device.type == "cuda" else False
     shell.layers._modules = {
-        n: torch.compile(layer, dynamic=False) for n, layer in language_model.layers._modules.items()
+        n: torch.compile(layer, dynamic=dynamic) for n, layer in language_model.layers._modules.items()
     }
     return shell
 

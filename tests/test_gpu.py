@@ -1,0 +1,124 @@
+"""What only a GPU shows: `python -m pytest -m gpu`. The reference is the same work on the CPU, in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_tree import PAD, row
+from tiny import dpo_keys, tiny_llava, write_world
+from torch import Tensor
+
+from relook import load_model, tree
+from relook.data.prompts import with_image
+from relook.data.samples import Turn
+from relook.doctor import OK, examine
+from relook.evaluate.answer import Asking, Prompt, generate_batch
+from relook.evaluate.pope import question_text
+from relook.recipe import build_recipe
+from relook.serve.engine import Engine
+from relook.serve.request import Limits, Request
+from relook.toyworld.draw import draw
+from relook.toyworld.shipped import shipped_base
+from relook.toyworld.world import Scene, sample_scenes
+from relook.train.run import train
+from relook.train.tree_pass import TreePass
+from relook.tree import Tree, pack, to_device, to_host
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_trunk_cache")]
+REGIMES: dict[str, dict[str, Any]] = {
+    "post decoder, cached": {"tune_post_decoder": True, "feature_cache": "disk"},
+    "post decoder, live": {"tune_post_decoder": True, "feature_cache": "off"},
+    "lora": {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(0, 4), (1, 4), (1000, 33), (7,)], ids=str)
+def test_a_copy_to_the_host_is_the_same(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree, "STAGING_BYTES", 5000)
+    values = (1000 * torch.randn(*shape, device="cuda")).to(dtype)
+    found = to_host(values)
+    assert not found.is_pinned()
+    assert torch.equal(found, values.cpu())
+
+
+def trees(times: int) -> list[Tree]:
+    return [Tree.of([row("abcDEFG"), row("abcGH")]), Tree.of([row("abXYZ")])] * times
+
+
+@pytest.mark.parametrize("how", ["compiled", "flex"])
+def test_packed_states_and_gradients_are_those_of_the_cpu(how: str) -> None:
+    """Rows of several lengths, one after the other. Once layers are compiled for any, they are not compiled again."""
+    here, there = (tiny_llava().model.language_model.to(device) for device in ("cpu", "cuda"))
+    reads = TreePass(there, how)
+    for number, times in enumerate((5, 60, 30, 5, 100)):
+        packed = pack(trees(times), PAD, True, 10_000, tree.whole_blocks)
+        found: list[tuple[Tensor, Tensor]] = []
+        for model, work in ((here, TreePass(here, "dense")), (there, reads)):
+            placed = to_device(packed, model.device)
+            embeds = model.embed_tokens(placed.ids).detach().requires_grad_(True)
+            with torch._dynamo.config.patch(error_on_recompile=how == "compiled" and number > 1):
+                states = work(embeds, placed).flatten(0, 1)[placed.keep]
+                states.square().mean().backward()
+            assert embeds.grad is not None
+            found.append((states.detach().cpu(), embeds.grad.cpu()))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keys", list(REGIMES.values()), ids=list(REGIMES))
+def test_training_is_that_of_the_cpu(keys: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    """Pairs of mixed lengths, so that rows are, too. Over a few steps: on a GPU sums have another order."""
+    world, losses = write_world(tmp_path / "world"), {}
+    for device, cpu in (("cpu", True), ("cuda", False)):
+        more = {**keys, "use_cpu": cpu, "optim": "sgd", "learning_rate": 0.05, "max_steps": 6}
+        out = train(build_recipe(dpo_keys(base, world, tmp_path / device / "run", **more)))
+        losses[device] = [line["loss"] for line in json.loads((out / "run.json").read_text())["log"] if "loss" in line]
+    assert len(losses["cpu"]) == 6
+    assert losses["cpu"][0] != losses["cpu"][-1]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-4)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Scene]]:
+    folder, made = tmp_path_factory.mktemp("pictures"), []
+    for number, scene in enumerate(sample_scenes(3, "test", 20)):
+        path = folder / f"{number}.png"
+        draw(scene).save(path)
+        made.append((path, scene))
+    return made
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_answers(bits: int, pictures: list[tuple[Path, Scene]]) -> None:
+    """The shipped base knows what is in a picture, in 8 and in 4 bits too; the engine says what `generate` does."""
+    loaded = load_model(shipped_base(), dtype="bfloat16", bits=bits, device="cuda")
+    layer = loaded.model.model.language_model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == {8: "Linear8bitLt", 4: "Linear4bit"}[bits]
+    encoder = loaded.encoder()
+    asked = [(path, question_text(name), "Yes") for path, scene in pictures for name in scene.names[:1]]
+    prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text, _) in enumerate(asked)]
+    said = [text for prompt in prompts for text in generate_batch(loaded, [prompt], Asking(max_new_tokens=8))]
+    right = sum(text.startswith(truth) for text, (_, _, truth) in zip(said, asked, strict=True))
+    assert right >= 0.8 * len(asked)
+    engine = Engine(loaded, Limits(slots=4))
+    try:
+        answers = []
+        for path, text, _ in asked:
+            image = engine.image(path.read_bytes())
+            prompt = engine.prompt([Turn(with_image(text), "")], [image])
+            answers.append("".join(event.text for event in engine.stream(Request(prompt, (image,), 8))))
+    finally:
+        engine.stop()
+    assert sum(a.strip() == b.strip() for a, b in zip(answers, said, strict=True)) >= 0.9 * len(asked)
+
+
+def test_the_doctor_finds_a_gpu_that_works() -> None:
+    states = {one.check: one.state for one in examine()}
+    assert (states["FlexAttention"], states["bf16"]) == (OK, OK)
+    assert any(name.startswith("GPU 0") for name in states)
