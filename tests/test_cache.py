@@ -84,6 +84,21 @@ def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("the trunk ran")
 
 
+def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path: Path) -> None:
+    """However much they hold: layers are compiled once. What does not fit gets whole blocks of 128 positions."""
+    recipe = build_recipe(of_dpo(base, world, tmp_path / "run", **CROSS))
+    loaded = load_model(base)
+    examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
+    collator = Collator(Policy(loaded.model, trunk_pass="flex"), loaded.images, 3)
+    for count, least, positions in ((1, 1024, 1024), (3, 1024, 1024), (5, 128, None), (5, 0, None)):
+        items = [Item(example) for example in examples[:count]]
+        found = collator.live(items, least).packed
+        needed = sum(len(item.example.tree) for item in items)
+        assert needed > (128 if count == 5 else 0)
+        assert found.ids.shape == (1, positions or 128 * -(-needed // 128))
+        assert (found.tree >= 0).sum() == needed
+
+
 # --- the same training
 
 
