@@ -23,7 +23,7 @@ from relook.serve.engine import Engine
 from relook.serve.request import Limits, Request
 from relook.toyworld.draw import draw
 from relook.toyworld.shipped import shipped_base
-from relook.toyworld.world import Scene, sample_scenes
+from relook.toyworld.world import OBJECTS, Scene, sample_scenes
 from relook.train.run import train
 from relook.train.tree_pass import TreePass
 from relook.tree import Tree, pack, to_device, to_host
@@ -101,7 +101,10 @@ def test_a_quantised_model_answers(bits: int, pictures: list[tuple[Path, Scene]]
     layer = loaded.model.model.language_model.layers[0].mlp.up_proj
     assert type(layer).__name__ == {8: "Linear8bitLt", 4: "Linear4bit"}[bits]
     encoder = loaded.encoder()
-    asked = [(path, question_text(name), "Yes") for path, scene in pictures for name in scene.names[:1]]
+    asked = []
+    for path, scene in pictures:
+        absent = next(name for name in OBJECTS if name not in scene.names)
+        asked += [(path, question_text(scene.names[0]), "Yes"), (path, question_text(absent), "No")]
     prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text, _) in enumerate(asked)]
     said = [text for prompt in prompts for text in generate_batch(loaded, [prompt], Asking(max_new_tokens=8))]
     right = sum(text.startswith(truth) for text, (_, _, truth) in zip(said, asked, strict=True))
