@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupted import interrupt
 
 from relook import cli, demo
 from relook.evaluate import answer as answering
@@ -120,19 +120,6 @@ def test_the_report_can_be_written_again(whole: Path, monkeypatch: pytest.Monkey
     assert len((whole / "report.html").read_bytes()) == pytest.approx(len(page), rel=0.01)
 
 
-def stop_at(count: int, whole: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is interrupted at its `count`-th call, once."""
-    calls = [0]
-
-    def stopped(*arguments: Any, **more: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == count:
-            raise KeyboardInterrupt
-        return whole(*arguments, **more)
-
-    return stopped
-
-
 def test_an_interrupted_demo_ends_with_the_same_results(whole: Path, small: Any, tmp_path: Path) -> None:
     """Ctrl-C while drawing, answering, mining, at a training step, before saving and in the report; then again."""
     out = tmp_path / "out"
@@ -148,7 +135,7 @@ def test_an_interrupted_demo_ends_with_the_same_results(whole: Path, small: Any,
     ]
     for owner, name, count in places:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, name, stop_at(count, getattr(owner, name)))
+            interrupt(patch, owner, name, count)
             with pytest.raises(KeyboardInterrupt):
                 demo.run_demo(out, SEED)
         assert not (out / "report.html").exists()

@@ -3,7 +3,6 @@ stopped anywhere and run again, the files are the same; a judge's replies count 
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import shutil
@@ -20,6 +19,7 @@ import pytest
 from endpoint import Answer, Request, endpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupted import interrupt
 from PIL import Image
 
 from relook.data.check import check
@@ -514,22 +514,6 @@ def test_parquet_goes_back_to_hadpo(mined: Path, tmp_path: Path) -> None:
         assert (tmp_path / "back" / name).read_bytes() == (mined / name).read_bytes()
 
 
-class Stopped(BaseException):
-    """As Ctrl-C, at a moment that a test chooses."""
-
-
-def stopping(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
-    """The `at`-th call of a function does not come to its end."""
-    whole, calls = getattr(owner, name), itertools.count(1)
-
-    def stopped(*arguments: Any, **more: Any) -> Any:
-        if next(calls) == at:
-            raise Stopped
-        return whole(*arguments, **more)
-
-    monkeypatch.setattr(owner, name, stopped)
-
-
 def test_stopped_anywhere_it_ends_in_the_same_files(
     mined: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,8 +531,8 @@ def test_stopped_anywhere_it_ends_in_the_same_files(
     ]
     for owner, name, at in moments:
         with monkeypatch.context() as patch:
-            stopping(patch, owner, name, at)
-            with pytest.raises(Stopped):
+            interrupt(patch, owner, name, at)
+            with pytest.raises(KeyboardInterrupt):
                 mine(model, place, out, how)
         assert not (out / "card.json").exists()
         for file in (out / "work").glob("*.jsonl"):
