@@ -3,9 +3,10 @@
     python benchmarks/lora.py --work DIR --out lora.json     # one GPU with 80 GB, 16 GB of disk, trl and liger-kernel
     python benchmarks/lora.py --work DIR --tiny              # the same code on a CPU, in a minute
 
-A pair is an image, 50 tokens of prompt and two answers of 110 tokens; 8 pairs a step; LoRA of rank 128 on all linear
-layers of the language model, no dropout, bf16 with adapters in float32, AdamW. TRL gets batches that lie ready; relook
-reads JPEG files, as it does for its users. Each part runs in a process of its own, so that its peak memory is its own.
+A pair is an image, 50 tokens of prompt and two answers of 110 tokens; 8 pairs a step, at once or in micro-batches of
+two; LoRA of rank 128 on all linear layers of the language model, no dropout, bf16 with adapters in float32, AdamW. TRL
+gets batches that lie ready; relook reads JPEG files, as it does for its users. Each part runs in a process of its own,
+so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -45,13 +46,16 @@ from relook.recipe import build_recipe
 from relook.train.run import train
 
 PAIRS = 8  # a step
-PEERS = {
+TWO_AT_A_TIME = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": PAIRS // 2}
+PEERS: dict[str, dict[str, Any]] = {
     "trl": {"gradient_checkpointing": True},
     "trl_liger": {"gradient_checkpointing": True, "use_liger_kernel": True},
     "trl_liger_kept": {"gradient_checkpointing": False, "use_liger_kernel": True},
+    "trl_liger_kept_by_two": {"gradient_checkpointing": False, "use_liger_kernel": True, **TWO_AT_A_TIME},
 }
 RUNS: dict[str, dict[str, Any]] = {
     "relook": {},
+    "relook_by_two": TWO_AT_A_TIME,
     "relook_1.0": {"activation_memory_budget": 1.0},
     "relook_0.6": {"activation_memory_budget": 0.6},
     "relook_0.4": {"activation_memory_budget": 0.4},
@@ -165,13 +169,14 @@ def peer(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     patches = (shape["image_size"] // 14) ** 2
     image, generator = model.config.image_token_id, torch.Generator().manual_seed(0)
     draw = lambda rows, count: torch.randint(5, 60, (rows, count), generator=generator)  # noqa: E731
-    start = torch.cat([draw(PAIRS, 5), torch.full((PAIRS, patches), image), draw(PAIRS, prompt - patches - 5)], 1)
-    ids = torch.cat([start.repeat(2, 1), draw(2 * PAIRS, RESPONSE + 1)], 1)
+    pairs = PEERS[options.part].get("per_device_train_batch_size", PAIRS)
+    start = torch.cat([draw(pairs, 5), torch.full((pairs, patches), image), draw(pairs, prompt - patches - 5)], 1)
+    ids = torch.cat([start.repeat(2, 1), draw(2 * pairs, RESPONSE + 1)], 1)
     mask = torch.ones_like(ids)
     completion = mask.clone()
     completion[:, :prompt] = 0
     side = shape["image_size"]
-    pixels = torch.randn(PAIRS, 3, side, side, generator=generator).repeat(2, 1, 1, 1)
+    pixels = torch.randn(pairs, 3, side, side, generator=generator).repeat(2, 1, 1, 1)
     batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion, "pixel_values": pixels}
     rows = 64 * PAIRS
     texts = {"prompt": ["<image> a"] * rows, "chosen": ["b"] * rows, "rejected": ["c"] * rows}
@@ -192,7 +197,6 @@ def peer(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
         model=model,
         args=DPOConfig(
             output_dir=str(options.work / "trl"),
-            per_device_train_batch_size=PAIRS,
             max_steps=8,
             bf16=GPU,
             use_cpu=not GPU,
@@ -201,7 +205,7 @@ def peer(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
             logging_steps=100,
             remove_unused_columns=False,
             max_length=None,
-            **PEERS[options.part],
+            **{"per_device_train_batch_size": PAIRS, **PEERS[options.part]},
         ),
         train_dataset=data,
         processing_class=processor,

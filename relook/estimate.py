@@ -36,8 +36,8 @@ from relook.train.memory import PARTS, Job, Way, ways
 from relook.train.plan import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, Plan
 from relook.train.policy import Policy
 from relook.train.run import RUN_FILE, read_samples
-from relook.train.tree_pass import BUDGET
-from relook.tree import Row, Tree
+from relook.train.tree_pass import BUDGET, packs
+from relook.tree import Row, Tree, common_root, kept_positions
 
 GIB = 2**30
 SAMPLES = 2000  # of the data that lengths are taken from
@@ -201,7 +201,10 @@ def read_lengths(recipe: Recipe, source: ModelSource, assumed: Assumed) -> Lengt
     positions = trunk_of(model.config).positions(model)
     image = positions if isinstance(positions, int) else positions(SIZE)
     answer = Row((1,) * assumed.response_tokens, (True,) * assumed.response_tokens)
-    tree = Tree((1,) * (image + assumed.prompt_tokens), (answer,) * (2 if recipe.task == "dpo" else 1))
+    tree = Tree(
+        (model.config.image_token_id,) * image + (1,) * assumed.prompt_tokens,
+        (answer,) * (2 if recipe.task == "dpo" else 1),
+    )
     examples = [Example(str(i), tree, (Path(str(i)),)) for i in range(assumed.samples)]
     said = f"{image} positions of an image, {assumed.prompt_tokens} of a prompt, {assumed.response_tokens} of an answer"
     return Lengths(examples, assumed.samples, f"assumed: {said}. {reason}", lambda image: SIZE)
@@ -220,7 +223,7 @@ def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, s
 
     def counts(chosen: Sequence[int]) -> Counts:
         trees, times = seen(recipe, [examples[i] for i in chosen]), 2 if recipe.mdpo_conditional_weight else 1
-        return Counts.of(trees, [rows[i] for i in chosen] * times, whole.trunk_pass, whole.keeps_everything)
+        return Counts.of(trees, [rows[i] for i in chosen] * times, whole)
 
     size = int(recipe.training.get("per_device_train_batch_size", 8))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
@@ -228,14 +231,17 @@ def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, s
     batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
     batch = max(batches, key=lambda chosen: sum(len(examples[i].tree) for i in chosen))
     longest = max(range(len(examples)), key=lambda i: len(examples[i].tree))
+    reading = counts(batch)
+    if recipe.cached_trunk:
+        reading = counts([longest] * max(1, PACKED_POSITIONS // len(examples[longest].tree)))
+        if packs(whole.trunk_pass):  # rows are always full ones
+            reading = replace(reading, positions=max(reading.positions, PACKED_POSITIONS))
     return Job(
         recipe,
         Policy(AboveTrunk(whole.core), whole.dtype, whole.trunk_pass) if recipe.cached_trunk else whole,
         whole,
         batch=counts(batch),
-        reading=counts([longest] * max(1, PACKED_POSITIONS // len(examples[longest].tree)))
-        if recipe.cached_trunk
-        else counts(batch),
+        reading=reading,
         cache=on_gpu(recipe, whole, lengths, gpu_memory) if recipe.cached_trunk else 0,
         one_type=sharded,
     )
@@ -282,10 +288,14 @@ def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]
     """
     examples, whole = seen(job.recipe, lengths.examples), job.whole
     trees = [example.tree for example in examples]
-    tokens, targets = sum(map(len, trees)), sum(sum(branch.supervised) for tree in trees for branch in tree.branches)
+    states, targets = sum(map(len, trees)), sum(sum(branch.supervised) for tree in trees for branch in tree.branches)
+    shared = common_root(trees, whole.config.image_token_id) * (len(trees) - -(-len(trees) // job.batch.trees))
+    tokens = ends = states - shared
+    if whole.ends_at_kept and not whole.keeps_everything:
+        ends = sum(len(kept_positions(tree, False)) for tree in trees)
     features = sum(feature_rows(whole.config, lengths.size(image)) for example in examples for image in example.images)
-    states = tokens if whole.keeps_everything else targets
-    done = Work(len(trees), tokens, features, states, targets, live=not job.recipe.cached_trunk)
+    states = states if whole.keeps_everything else targets
+    done = Work(len(trees), tokens, ends, features, states, targets, live=not job.recipe.cached_trunk)
     step = Costs.of(job.policy).flops(done)
     trains = [p for p in whole.core.parameters() if p.requires_grad]
     for parameter in trains:
@@ -296,7 +306,7 @@ def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]
     before = 0.0
     if job.recipe.cached_trunk or job.recipe.needs_reference:
         before = forward.flops(replace(done, live=True))
-    step += forward.reading * tokens * job.recomputed_share
+    step += (forward.reading * tokens + forward.ending * ends) * job.recomputed_share
     samples = len(lengths.examples)
     each = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}
     if tflops:

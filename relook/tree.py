@@ -4,6 +4,8 @@ In a causal trunk the positions of image and prompt do not see the response. A p
 image, therefore share them: the prefix is computed once, every branch sees the prefix and itself, and positions restart
 at the prefix's end. The states are those of separate rows, up to the order of additions.
 
+All prompts of a template begin alike, too, before their image. Trees that share a row have that once, as its root.
+
 Shape letters used below: R rows, L positions of a row, T trees, S kept slots of a tree, N supervised targets.
 """
 
@@ -19,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 PREFIX = 0  # branch number of the shared prefix; branches count from 1
 PADDING = -1  # tree and branch number of a position that belongs to nothing
+ROOT = -2  # tree number of a position that belongs to every tree of its row
 BLOCK = 128  # positions of a block of FlexAttention's mask
 STAGING_BYTES = 32 << 20  # of pinned memory that a copy from a GPU passes
 
@@ -140,18 +143,18 @@ class PackedTrees:
 
     ids: Tensor  # (R, L)
     positions: Tensor  # (R, L)
-    tree: Tensor  # (R, L) index of the tree, PADDING outside
+    tree: Tensor  # (R, L) index of the tree, ROOT of all of a row, PADDING outside
     branch: Tensor  # (R, L) PREFIX, 1, 2, ... or PADDING
     keep: Tensor  # (T, S) flat index r * L + l of the positions whose states are kept
     targets: Targets
 
     def mask(self) -> Tensor:
-        """Dense attention mask, (R, 1, L, L) bool: causal, within a tree, prefix or own branch only."""
+        """Dense attention mask, (R, 1, L, L) bool: causal; the root, and within a tree prefix or own branch only."""
         L = self.ids.shape[1]
         causal = torch.ones(L, L, dtype=torch.bool, device=self.ids.device).tril()
-        same_tree = self.tree[:, :, None] == self.tree[:, None, :]
+        root, same_tree = self.tree[:, None, :] == ROOT, self.tree[:, :, None] == self.tree[:, None, :]
         q, k = self.branch[:, :, None], self.branch[:, None, :]
-        return (causal & same_tree & ((k == PREFIX) | (k == q)))[:, None]
+        return (causal & (root | same_tree & ((k == PREFIX) | (k == q))))[:, None]
 
 
 def arrange(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
@@ -243,6 +246,13 @@ def targets_of(trees: Sequence[Tree], everything: bool = False) -> Targets:
     return join_targets([TreeTargets.of(tree, everything) for tree in trees])
 
 
+def common_root(trees: Sequence[Tree], image_token_id: int) -> int:
+    """How many first tokens, before any image, all trees have in common; each keeps one of its prefix for itself."""
+    length = common_start([tree.prefix for tree in trees], min(len(tree.prefix) for tree in trees) - 1)
+    beginning = trees[0].prefix[:length]
+    return beginning.index(image_token_id) if image_token_id in beginning else length
+
+
 def whole_blocks(length: int) -> int:
     """`length` rounded up to blocks of FlexAttention's mask."""
     return -(-length // BLOCK) * BLOCK
@@ -254,31 +264,39 @@ def pack(
     everything: bool = False,
     row_length: int | None = None,
     round_up: Callable[[int], int] = int,
+    root: int = 0,
 ) -> PackedTrees:
     """Lay trees out in rows. With `row_length`, several trees share a row as long as they fit; else one tree a row.
 
     Args:
         round_up: from the positions that the longest row needs to those it gets.
+        root: first tokens that a row has once for all of its trees; see `common_root`.
     """
-    rows = arrange([len(tree) for tree in trees], row_length)
-    L = round_up(max(sum(len(trees[t]) for t in row) for row in rows))
+    lengths = [len(tree) - root for tree in trees]
+    rows = arrange(lengths, None if row_length is None else row_length - root)
+    L = round_up(root + max(sum(lengths[t] for t in row) for row in rows))
     shape = (len(rows), L)
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
     tree_RL, branch_RL = torch.full(shape, PADDING), torch.full(shape, PADDING)
     targets = targets_of(trees, everything)
     keep = torch.zeros(targets.kept_branch.shape, dtype=torch.long)
     for r, row in enumerate(rows):
-        start = 0
+        shared = slice(0, root)
+        ids[r, shared] = torch.tensor(trees[row[0]].prefix[:root], dtype=torch.long)
+        positions[r, shared] = torch.arange(root)
+        tree_RL[r, shared], branch_RL[r, shared] = ROOT, PREFIX
+        start = root
         for t in row:
             tree = trees[t]
-            here = slice(start, start + len(tree))
-            ids[r, here] = torch.tensor([*tree.prefix, *(token for branch in tree.branches for token in branch.ids)])
-            positions[r, here] = torch.tensor(_positions(tree))
+            here = slice(start, start + lengths[t])
+            tokens = [*tree.prefix, *(token for branch in tree.branches for token in branch.ids)]
+            ids[r, here] = torch.tensor(tokens[root:])
+            positions[r, here] = torch.tensor(_positions(tree)[root:])
             tree_RL[r, here] = t
-            branch_RL[r, here] = torch.tensor(_branch_numbers(tree))
+            branch_RL[r, here] = torch.tensor(_branch_numbers(tree)[root:])
             kept = torch.tensor(kept_positions(tree, everything))
-            keep[t, : len(kept)] = r * L + start + kept
-            start += len(tree)
+            keep[t, : len(kept)] = r * L + torch.where(kept < root, kept, start - root + kept)
+            start += lengths[t]
     # A padding position must see something, or its softmax is 0/0: the mask lets equal trees (PADDING) and equal
     # branches (PADDING) see each other, which covers it.
     return PackedTrees(ids, positions, tree_RL, branch_RL, keep, targets)

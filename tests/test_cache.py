@@ -30,12 +30,12 @@ from relook.train.cache import TrunkCache, cached_items
 from relook.train.plan import Plan
 from relook.train.policy import Policy
 from relook.train.run import encode_samples, read_samples, train
+from relook.tree import PADDING, ROOT
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache", "small_shards")
-ROOT = Path(__file__).parents[1]
 CROSS: dict[str, Any] = {"tune_post_decoder": True}
 SELF_CROSS: dict[str, Any] = {"tune_post_decoder": True, "post_decoder": {"attention": "self_cross"}}
-SMALL = 40_000, 200  # bytes of a shard, positions of a batch
+SMALL = 40_000, 150  # bytes of a shard, positions of a batch
 
 
 @pytest.fixture
@@ -93,10 +93,12 @@ def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path
     for count, least, positions in ((1, 1024, 1024), (3, 1024, 1024), (5, 128, None), (5, 0, None)):
         items = [Item(example) for example in examples[:count]]
         found = collator.live(items, least).packed
-        needed = sum(len(item.example.tree) for item in items)
+        root = int((found.tree == ROOT).sum())  # what all prompts begin with
+        needed = sum(len(item.example.tree) - root for item in items) + root
+        assert root >= 1
         assert needed > (128 if count == 5 else 0)
         assert found.ids.shape == (1, positions or 128 * -(-needed // 128))
-        assert (found.tree >= 0).sum() == needed
+        assert (found.tree != PADDING).sum() == needed
 
 
 # --- the same training
@@ -386,7 +388,7 @@ def test_shards_that_other_processes_should_have_made(tmp_path: Path) -> None:
     folder = shards.ShardFolder(tmp_path / "cache")
     folder["states-00000"] = torch.zeros(2, 3)
     example = plan.Shard(0, ((0,),), ())
-    made = Plan([], [2, 2], [1, 1], {}, {"states": 3}, torch.float32, False, 200)
+    made = Plan([], [2, 2], [1, 1], {}, {"states": 3}, torch.float32, False, 200, 0)
     made.__dict__["shards"] = [example, plan.Shard(1, ((1,),), ())]
     with pytest.raises(RelookError, match=r"lacks 1 shards.*states-00001.*all machines share"):
         cache._wait(folder, made, ["states"])

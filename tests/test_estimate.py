@@ -26,7 +26,7 @@ from relook.estimate import GIB, Assumed, estimate, job_of, open_on_paper, read_
 from relook.files import write_json
 from relook.model.above_trunk import AboveTrunk
 from relook.recipe import Recipe, build_recipe
-from relook.train.activations import ATTENTION_INPUTS, MLP_INPUTS, Counts, decoder_layer
+from relook.train.activations import ATTENTION_INPUTS, MLP_INPUTS, Counts, decoder_layer, within
 from relook.train.batches import Collator
 from relook.train.memory import Job
 from relook.train.run import encode_samples, load, policy_of, prepare, read_samples, train
@@ -131,10 +131,10 @@ NO_ATTENTION = {"target_modules": ["gate_proj", "down_proj"]}
 )
 def test_a_layer_keeps_what_is_said(dtype: torch.dtype, kind: str, kv_heads: int, lora: dict[str, Any]) -> None:
     model, low = language_model(1, kind, dtype, kv_heads, lora), dtype.itemsize
-    kept = decoder_layer(model.layers[0], model.config, ROW, "dense", low, mixed=low < 4, dropout=0.0)
+    attention, mlp = decoder_layer(model.layers[0], model.config, ROW, "dense", low, mixed=low < 4, dropout=0.0)
     real = kept_by_a_layer(kind, dtype, kv_heads, lora)
     tolerance = 0.05 if lora.get("use_dora") else 0.005  # DoRA's norms and scales, (out,) each, are left out
-    assert kept.of(ROW) == pytest.approx(real, rel=tolerance)
+    assert attention.of(ROW) + mlp.of(ROW) == pytest.approx(real, rel=tolerance)
 
 
 @pytest.mark.slow  # torch compiles: half a minute
@@ -155,12 +155,12 @@ def test_a_compiled_layer_keeps_what_is_said(kind: str, lora: dict[str, Any]) ->
     """By the partitioner that Inductor uses, and on budgets."""
     model, row = language_model(1, kind, torch.bfloat16, 4, lora), 512
     dropout = lora.get("lora_dropout", 0.0)
-    kept = decoder_layer(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=dropout)
+    attention, mlp = decoder_layer(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=dropout)
     real = kept_by_a_layer(kind, torch.bfloat16, 4, lora, PARTITIONED, row)
     # Inductor sees that casting the attention's output to float32 and back changes nothing; this backend does not.
     copied = WIDTH * 2 if kind == "lora" and not dropout and "o_proj" in lora.get("target_modules", NAMES) else 0
     tolerance = 0.15 if lora.get("use_dora") else 0.01
-    assert kept.of(row) == pytest.approx(real - copied * row, rel=tolerance)
+    assert attention.of(row) + mlp.of(row) == pytest.approx(real - copied * row, rel=tolerance)
 
 
 @pytest.mark.slow
@@ -168,11 +168,11 @@ def test_a_compiled_layer_keeps_what_is_said(kind: str, lora: dict[str, Any]) ->
 @pytest.mark.parametrize(("kind", "lora"), [("lora", {}), ("full", {})], ids=str)
 def test_a_budget_is_kept(kind: str, lora: dict[str, Any], budget: float) -> None:
     model, row = language_model(1, kind, torch.bfloat16, 4, lora), 1024
-    kept = decoder_layer(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=0.0)
+    attention, mlp = decoder_layer(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=0.0)
     with torch._functorch.config.patch(activation_memory_budget=budget):
         real = kept_by_a_layer(kind, torch.bfloat16, 4, lora, PARTITIONED, row)
-    said = kept.within(budget, row, given=row * WIDTH * (4 if kind == "full" else 2))
-    assert said == pytest.approx(real, abs=0.07 * kept.of(row))  # a tensor is kept or not
+    said = within(budget, row * WIDTH * (4 if kind == "full" else 2), (attention, row), (mlp, row))
+    assert said == pytest.approx(real, abs=0.07 * (attention.of(row) + mlp.of(row)))  # a tensor is kept or not
 
 
 # --- a step
@@ -228,7 +228,7 @@ def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regi
     real = size(found) - len(log_probs) * WORDS * dtype.itemsize  # the logits are counted by themselves
 
     rows = [PATCHES * len(item.example.images) for item in items]
-    counts = Counts.of([item.example for item in items], rows, "dense", policy.keeps_everything)
+    counts = Counts.of([item.example for item in items], rows, policy)
     # What is not said are indices (8 bytes a target), and in the first layer that nothing before it trains.
     assert replace(on_paper(recipe), batch=counts).kept == pytest.approx(real, rel=0.05)
 

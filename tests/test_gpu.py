@@ -52,19 +52,20 @@ def trees(times: int) -> list[Tree]:
     return [Tree.of([row("abcDEFG"), row("abcGH")]), Tree.of([row("abXYZ")])] * times
 
 
+@pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("how", ["compiled", "flex"])
-def test_packed_states_and_gradients_are_those_of_the_cpu(how: str) -> None:
+def test_packed_states_and_gradients_are_those_of_the_cpu(how: str, everything: bool) -> None:
     """Rows of several lengths, one after the other. Once layers are compiled for any, they are not compiled again."""
     here, there = (tiny_llava().model.language_model.to(device) for device in ("cpu", "cuda"))
     reads = TreePass(there, how)
     for number, times in enumerate((5, 60, 30, 5, 100)):
-        packed = pack(trees(times), PAD, True, 10_000, tree.whole_blocks)
+        packed = pack(trees(times), PAD, everything, 10_000, tree.whole_blocks, root=1)
         found: list[tuple[Tensor, Tensor]] = []
         for model, work in ((here, TreePass(here, "dense")), (there, reads)):
             placed = to_device(packed, model.device)
             embeds = model.embed_tokens(placed.ids).detach().requires_grad_(True)
             with torch._dynamo.config.patch(error_on_recompile=how == "compiled" and number > 1):
-                states = work(embeds, placed).flatten(0, 1)[placed.keep]
+                states = work(embeds, placed)
                 states.square().mean().backward()
             assert embeds.grad is not None
             found.append((states.detach().cpu(), embeds.grad.cpu()))

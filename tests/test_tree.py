@@ -18,7 +18,19 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from relook.train.tree_pass import TreePass, block_mask
-from relook.tree import PADDING, PREFIX, PackedTrees, Row, Tree, pack, targets_of, to_device, whole_blocks
+from relook.tree import (
+    PADDING,
+    PREFIX,
+    ROOT,
+    PackedTrees,
+    Row,
+    Tree,
+    common_root,
+    pack,
+    targets_of,
+    to_device,
+    whole_blocks,
+)
 
 PAD = 3
 LANGUAGE_MODEL = tiny_llava().model.language_model
@@ -46,6 +58,12 @@ TREES = st.lists(
     min_size=1,
     max_size=5,
 )
+ROOTS = st.lists(st.integers(5, 89), max_size=4).map(tuple)
+
+
+def under(root: tuple[int, ...], trees: list[Tree]) -> list[Tree]:
+    """Trees that all begin with it."""
+    return [Tree((*root, *tree.prefix), tree.branches) for tree in trees]
 
 
 # --- Tree.of
@@ -90,22 +108,25 @@ def test_a_tree_holds_exactly_its_rows(rests: list[Row], prefix: list[int]) -> N
 # --- structure of a batch, against a plain path-by-path account
 
 
-@given(TREES, st.booleans(), st.sampled_from([None, 0, 8, 1000]))
-def test_packed_structure(trees: list[Tree], everything: bool, spare: int | None) -> None:
+@given(TREES, ROOTS, st.booleans(), st.sampled_from([None, 0, 8, 1000]))
+def test_packed_structure(trees: list[Tree], beginning: tuple[int, ...], everything: bool, spare: int | None) -> None:
+    trees, root = under(beginning, trees), len(beginning)
     row_length = None if spare is None else max(map(len, trees)) + spare
-    packed = pack(trees, PAD, everything, row_length)
+    packed = pack(trees, PAD, everything, row_length, root=root)
     R, L = packed.ids.shape
     mask = packed.mask()[:, 0]
     flat = {name: getattr(packed, name).flatten().tolist() for name in ("ids", "positions", "tree", "branch")}
     longest = max(map(len, trees))
     assert longest == L if row_length is None else longest <= L <= row_length
-    assert [t for t in dict.fromkeys(flat["tree"]) if t != PADDING] == list(range(len(trees)))
+    assert [t for t in dict.fromkeys(flat["tree"]) if t >= 0] == list(range(len(trees)))
+    assert flat["tree"].count(ROOT) == R * root
 
     expected: list[tuple[int, int, int, int]] = []  # tree, flat place of the predecessor, id, branch
     seen_places: set[int] = set()
     branch_count = 0
     for t, tree in enumerate(trees):
         places = [place for place, owner in enumerate(flat["tree"]) if owner == t]
+        places = [*range(places[0] // L * L, places[0] // L * L + root), *places]
         assert len(places) == len(tree)
         assert places[-1] // L == places[0] // L
         shared = places[: len(tree.prefix)]
@@ -135,9 +156,10 @@ def test_packed_structure(trees: list[Tree], everything: bool, spare: int | None
     assert mask.any(-1).all()  # a query that sees nothing would be 0/0
 
 
-@given(TREES, st.booleans())
-def test_kept_slots(trees: list[Tree], everything: bool) -> None:
-    packed, targets = pack(trees, PAD, everything), targets_of(trees, everything)
+@given(TREES, ROOTS, st.booleans())
+def test_kept_slots(trees: list[Tree], beginning: tuple[int, ...], everything: bool) -> None:
+    trees = under(beginning, trees)
+    packed, targets = pack(trees, PAD, everything, root=len(beginning)), targets_of(trees, everything)
     branch = packed.branch.flatten()
     seen = packed.mask()[:, 0]
     allowed = targets.kept_mask()
@@ -162,6 +184,22 @@ def test_sums_by_branch(trees: list[Tree]) -> None:
     assert sums.tolist() == [sum(branch.supervised) for tree in trees for branch in tree.branches]
 
 
+@given(TREES, ROOTS, st.integers(0, 6))
+def test_the_root_ends_where_trees_part_or_an_image_begins(
+    trees: list[Tree], beginning: tuple[int, ...], image: int
+) -> None:
+    trees = under((*beginning, *([1] * image)), trees)
+    root = common_root(trees, image_token_id=1)
+    starts = [tree.prefix[:root] for tree in trees]
+    assert len(set(starts)) == 1
+    assert 1 not in starts[0]
+    assert root >= len(beginning)
+    assert all(len(tree.prefix) > root for tree in trees)
+    longer = [tree.prefix[root] for tree in trees]
+    ends = any(len(tree.prefix) == root + 1 for tree in trees)
+    assert ends or len(set(longer)) > 1 or longer[0] == 1
+
+
 def test_moving_a_batch_moves_its_targets_too() -> None:
     packed = to_device(pack([Tree.of([row("abC"), row("abD")])], PAD), "meta")
     assert {packed.ids.device.type, packed.keep.device.type, packed.targets.kept_branch.device.type} == {"meta"}
@@ -181,30 +219,45 @@ def uncompiled() -> Iterator[None]:
 def check_states(trees: list[Tree], packed: PackedTrees, how: str) -> None:
     """Against transformers' own forward over each path alone: no mask, no positions given, no padding."""
     with torch.no_grad():
-        embeds = LANGUAGE_MODEL.embed_tokens(packed.ids)
-        states = TreePass(LANGUAGE_MODEL, how)(embeds, packed).flatten(0, 1)
+        states = TreePass(LANGUAGE_MODEL, how)(LANGUAGE_MODEL.embed_tokens(packed.ids), packed)
         assert states.isfinite().all()
-        for t, tree in enumerate(trees):
-            places = packed.keep[t, : len(tree)]
-            start = len(tree.prefix)
-            for branch in tree.branches:
-                path = torch.cat([places[: len(tree.prefix)], places[start : start + len(branch.ids)]])
-                start += len(branch.ids)
+        assert states.shape[:2] == packed.keep.shape
+        for tree, kept, numbers in zip(trees, states, packed.targets.kept_branch, strict=True):
+            for number, branch in enumerate(tree.branches, 1):
                 alone = LANGUAGE_MODEL(input_ids=torch.tensor([[*tree.prefix, *branch.ids]])).last_hidden_state[0]
-                torch.testing.assert_close(states[path], alone, rtol=1e-5, atol=1e-5)
+                fork = len(tree.prefix) - 1
+                mine = kept[numbers == number]
+                if len(mine) == len(branch.ids):  # the states of all positions are kept
+                    torch.testing.assert_close(kept[: fork + 1], alone[: fork + 1], rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(mine, alone[fork + 1 :], rtol=1e-5, atol=1e-5)
+                    continue
+                sources = [i - 1 for i, supervised in enumerate(branch.supervised) if supervised]
+                wanted = alone[[fork + 1 + i for i in sources if i >= 0]]
+                used = [i for i, _ in enumerate(branch.ids) if i in sources]
+                assert len(mine) == len(used)
+                torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+                if -1 in sources:
+                    torch.testing.assert_close(kept[numbers == PREFIX][-1], alone[fork], rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=20)
-@given(TREES, st.sampled_from([None, 0, 20]))
-def test_states_are_those_of_separate_rows(trees: list[Tree], spare: int | None) -> None:
-    check_states(trees, pack(trees, PAD, True, None if spare is None else max(map(len, trees)) + spare), "dense")
+@settings(max_examples=30)
+@given(TREES, ROOTS, st.booleans(), st.sampled_from([None, 0, 20]))
+def test_states_are_those_of_separate_rows(
+    trees: list[Tree], beginning: tuple[int, ...], everything: bool, spare: int | None
+) -> None:
+    trees = under(beginning, trees)
+    row_length = None if spare is None else max(map(len, trees)) + spare
+    check_states(trees, pack(trees, PAD, everything, row_length, root=len(beginning)), "dense")
 
 
 @settings(max_examples=10)
-@given(TREES, st.sampled_from(["flex", "compiled"]), st.sampled_from([20, 1000]))
-def test_flex_attention_gives_the_same_states(trees: list[Tree], how: str, row_length: int) -> None:
+@given(TREES, ROOTS, st.booleans(), st.sampled_from(["flex", "compiled"]), st.sampled_from([30, 1000]))
+def test_flex_attention_gives_the_same_states(
+    trees: list[Tree], beginning: tuple[int, ...], everything: bool, how: str, row_length: int
+) -> None:
+    trees = under(beginning, trees)
     with uncompiled():
-        check_states(trees, pack(trees, PAD, True, row_length, whole_blocks), how)
+        check_states(trees, pack(trees, PAD, everything, row_length, whole_blocks, len(beginning)), how)
 
 
 @pytest.mark.slow
@@ -214,14 +267,21 @@ def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for word in ("abcDEF", "abCDE"):
             trees = [Tree.of([row(word), row("abXYZ")])] * 9
-            check_states(trees, pack(trees, PAD, True, 1000, whole_blocks), how)
+            check_states(trees, pack(trees, PAD, True, 1000, whole_blocks, root=2), how)
 
 
 @settings(max_examples=30)
-@given(TREES, st.integers(1, 80), st.sampled_from([20, 300, 10_000]))
-def test_the_block_mask_is_the_dense_one(trees: list[Tree], times: int, row_length: int) -> None:
-    """Against torch's own way from the same rule to blocks; trees repeated, so that there are several blocks."""
-    packed = pack(trees * times, PAD, True, row_length, whole_blocks)
+@given(TREES, ROOTS, st.integers(1, 80), st.sampled_from([1, 30]), st.sampled_from([20, 300, 10_000]))
+def test_the_block_mask_is_the_dense_one(
+    trees: list[Tree], beginning: tuple[int, ...], times: int, stretch: int, row_length: int
+) -> None:
+    """Against torch's own way from the same rule to blocks; trees repeated, so that there are several blocks.
+
+    Stretched trees fill blocks of their own.
+    """
+    beginning = beginning * stretch
+    trees = under(beginning, [Tree(tree.prefix * stretch, tree.branches) for tree in trees] * (times // stretch + 1))
+    packed = pack(trees, PAD, True, row_length + len(beginning), whole_blocks, len(beginning))
     dense = packed.mask()
     R, _, L, _ = dense.shape
     made = block_mask(packed)

@@ -21,9 +21,9 @@ from relook.data.encode import Example
 from relook.model.post_decoder import PostDecoder
 from relook.model.trunks import feature_size
 from relook.train.log_probs import ROWS
-from relook.train.policy import LOGITS_BYTES
+from relook.train.policy import LOGITS_BYTES, Policy
 from relook.train.tree_pass import packs
-from relook.tree import arrange, kept_positions, whole_blocks
+from relook.tree import arrange, common_root, kept_positions, whole_blocks
 
 ATTENTION_INPUTS, MLP_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -39,7 +39,7 @@ class Counts:
         targets: of the loss.
         images, features: images, and rows of their vision features.
         padded_features: those rows with each tree padded to the most that one has.
-        trees, tokens: trees, and their positions without padding.
+        trees: trees.
     """
 
     positions: int
@@ -50,30 +50,28 @@ class Counts:
     features: int
     padded_features: int
     trees: int
-    tokens: int
 
     @staticmethod
-    def of(examples: Sequence[Example], rows: Sequence[int], how: str, everything: bool) -> Counts:
+    def of(examples: Sequence[Example], rows: Sequence[int], policy: Policy) -> Counts:
         """The batch that `Collator` makes of examples.
 
         Args:
             rows: vision features of each example's images together.
-            how: `Policy.trunk_pass`.
-            everything: whether the states of all positions are kept.
         """
         trees = [example.tree for example in examples]
-        lengths = sorted((len(tree) for tree in trees), reverse=True)
-        row = whole_blocks(sum(lengths)) if packs(how) else lengths[0]
+        root = common_root(trees, policy.config.image_token_id)
+        lengths = sorted((len(tree) - root for tree in trees), reverse=True)
+        packed = packs(policy.trunk_pass)
+        row = whole_blocks(root + sum(lengths)) if packed else root + lengths[0]
         return Counts(
-            positions=row if packs(how) else row * len(arrange(lengths, row)),
+            positions=row if packed else row * len(arrange(lengths, lengths[0])),
             row=row,
-            slots=len(trees) * max(len(kept_positions(tree, everything)) for tree in trees),
+            slots=len(trees) * max(len(kept_positions(tree, policy.keeps_everything)) for tree in trees),
             targets=sum(sum(branch.supervised) for tree in trees for branch in tree.branches),
             images=sum(len(example.images) for example in examples),
             features=sum(rows),
             padded_features=len(trees) * max(rows),
             trees=len(trees),
-            tokens=sum(lengths),
         )
 
 
@@ -97,18 +95,25 @@ class Kept:
         """All of it."""
         return self.each * positions + self.fixed
 
-    def within(self, budget: float, positions: int, given: int) -> int:
-        """What a compiled layer keeps under torch's `activation_memory_budget`, of which `given` bytes are its input.
 
-        Below 1, torch first does without all that is cheap, then chooses what fits a share of the rest.
-        """
-        if budget == 1:
-            return self.of(positions)
-        return min((self.each - self.cheap) * positions, round(given + budget * (self.of(positions) - given)))
+def within(budget: float, given: int, *parts: tuple[Kept, int]) -> int:
+    """Bytes that a layer keeps of its parts, each with its number of positions, under torch's
+    `activation_memory_budget`, where it is compiled. `given` bytes are its input.
+
+    Below 1, torch first does without all that is cheap, then chooses what fits a share of the rest.
+    """
+    everything = sum(part.of(positions) for part, positions in parts)
+    if budget == 1:
+        return everything
+    dear = sum((part.each - part.cheap) * positions for part, positions in parts)
+    return min(dear, round(given + budget * (everything - given)))
 
 
-def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mixed: bool, dropout: float) -> Kept:
-    """A decoder layer of the language model, with or without LoRA: pre-norm attention and gated MLP.
+def decoder_layer(
+    layer: nn.Module, text: Any, row: int, how: str, low: int, mixed: bool, dropout: float
+) -> tuple[Kept, Kept]:
+    """A decoder layer of the language model, with or without LoRA: its attention and its gated MLP, each with the norm
+    before it.
 
     Args:
         layer: as training has it; its weights are not looked at.
@@ -128,37 +133,47 @@ def decoder_layer(layer: nn.Module, text: Any, row: int, how: str, low: int, mix
     dense, compiled = how == "dense", how == "compiled" and not dora
     stream = 4 if trains and mixed else low  # bytes of a number in the residual stream
 
-    # Attention: queries, keys, values, output, and the softmax's log-sum in float32. SDPA has its mask as numbers,
-    # and keys and values once for each query head.
-    each = (2 * A + 2 * (A if dense else K)) * low + 4 * H + (row * low if dense else 0)
-    # RMSNorm, twice: its input, in float32 unless a compiled layer casts it again (and adds up the second one from the
+    # Queries, keys, values, output, and the softmax's log-sum in float32. SDPA has its mask as numbers, and keys and
+    # values once for each query head.
+    attention = (2 * A + 2 * (A if dense else K)) * low + 4 * H + (row * low if dense else 0)
+    # Gate, its activation (computed again where compiled), and up.
+    mlp = (2 if compiled else 3) * F * low
+    # RMSNorm: its input, in float32 unless a compiled layer casts it again (and adds up the second one from the
     # attention's output), and 1 / its root mean square.
-    each += D * (stream + low if compiled else 8) + 8
-    if trains and not compiled:
-        each += 2 * D * stream  # the normalised states, for the gradient of the norms' weights
-    # MLP: gate, its activation (computed again where compiled), and up.
-    each += (2 if compiled else 3) * F * low
+    attention += D * (stream if compiled else 4) + 4
+    mlp += D * (low if compiled else 4) + 4
+    if trains and not compiled:  # the normalised states, for the gradient of the norms' weights
+        attention += D * stream
+        mlp += D * stream
 
-    # What linear layers are given, for the gradients of their weights.
     inputs = {**dict.fromkeys((*ATTENTION_INPUTS, *MLP_INPUTS), D), "o_proj": A, "down_proj": F}
     wanted = list(adapters) if adapters else list(inputs) if trains else []
-    if adapters and dropout:  # each its own, and the mask in bytes
-        given = sum(inputs[name] for name in wanted) * low
-        each += sum(inputs[name] for name in wanted)
-    elif mixed and not compiled:  # each its own cast; but without LoRA the attention's output needs none
-        given = sum(inputs[name] for name in wanted if adapters or name != "o_proj") * low
-    else:  # one of each group side by side; the output projection's is the attention's output, which is there already
-        groups = [group for group in (ATTENTION_INPUTS, MLP_INPUTS, ("down_proj",)) if set(group) & set(wanted)]
-        given = sum(inputs[group[0]] for group in groups) * low
-    each += given
 
-    for module in adapters.values():
-        each += module.lora_A["default"].out_features * low  # between A and B
-        each += 2 * module.out_features * low if dora else 0  # its scale multiplies the outputs of base and LoRA
-    fixed = sum(p.numel() for p in layer.parameters() if p.requires_grad and p.ndim > 1) * low if mixed else 0
+    def part(each: int, names: Sequence[str], workspace: int = 0) -> Kept:
+        """With what its linear layers are given, for the gradients of their weights."""
+        here = [name for name in names if name in wanted]
+        if adapters and dropout:  # each its own, and the mask in bytes
+            given = sum(inputs[name] for name in here) * low
+            each += sum(inputs[name] for name in here)
+        elif mixed and not compiled:  # each its own cast; but without LoRA the attention's output needs none
+            given = sum(inputs[name] for name in here if adapters or name != "o_proj") * low
+        else:  # one side by side; the output projection's is the attention's output, which is there already
+            groups = [group for group in (ATTENTION_INPUTS, MLP_INPUTS, ("down_proj",)) if set(group) & set(here)]
+            given = sum(inputs[group[0]] for group in groups) * low
+        for module in (adapters[name] for name in here if adapters):
+            each += module.lora_A["default"].out_features * low  # between A and B
+            each += 2 * module.out_features * low if dora else 0  # its scale multiplies the outputs of base and LoRA
+        weights = (p for name, p in layer.named_parameters() if p.requires_grad and p.ndim > 1 and _of(name, names))
+        fixed = sum(p.numel() for p in weights) * low if mixed else 0
+        return Kept(each + given, fixed, given if compiled else 0, workspace)
+
     # Gradients of the MLP's three wide tensors and of the residual stream; peft's casts make one of them float32.
     workspace = 3 * F * low + 4 * D * stream + (F * 4 if adapters and mixed and not compiled else 0)
-    return Kept(each, fixed, given if compiled else 0, workspace)
+    return part(attention, (*ATTENTION_INPUTS, "o_proj")), part(mlp, (*MLP_INPUTS, "down_proj"), workspace)
+
+
+def _of(parameter: str, modules: Sequence[str]) -> bool:
+    return bool(set(parameter.split(".")) & set(modules))
 
 
 def projector(config: Any, low: int, mixed: bool) -> Kept:

@@ -21,8 +21,8 @@ from relook.errors import DataError, RecipeError, some
 from relook.model.trunks import feature_rows
 from relook.train.logs import Work
 from relook.train.policy import LiveBatch, Policy, TrunkStates
-from relook.train.tree_pass import packs
-from relook.tree import Tree, TreeTargets, join_targets, pack, whole_blocks
+from relook.train.tree_pass import keeps_fewer, packs
+from relook.tree import PADDING, Tree, TreeTargets, common_root, join_targets, pack, whole_blocks
 
 Progress = Callable[[int, int], None]
 
@@ -113,18 +113,23 @@ class Collator:
     def work(self, items: Sequence[Item], made: LiveBatch | TrunkStates, pairs: int) -> Work:
         """How much there is to do; `pairs` of the items are not a corrupted half."""
         trees = [item.example.tree for item in items]
+        tokens, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
+        states, ends = tokens, 0
         if isinstance(made, TrunkStates):
             targets, features = made.targets, sum(len(one) for one in made.features or [])
         else:
+            packed, targets = made.packed, made.packed.targets
             sizes = made.image_sizes.tolist() if made.image_sizes is not None else [(0, 0)] * sum(made.images)
-            targets = made.packed.targets
             features = sum(feature_rows(self.policy.config, (height, width)) for height, width in sizes)
-        tokens, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
+            tokens = ends = int((packed.tree != PADDING).sum())
+            if self.policy.ends_at_kept and keeps_fewer(packed):
+                ends = int((targets.kept_branch != PADDING).sum())
         return Work(
             pairs if items[0].weight is not None else answers,
             tokens,
+            ends,
             features,
-            tokens if self.policy.keeps_everything else len(targets.id),
+            states if self.policy.keeps_everything else len(targets.id),
             len(targets.id),
             live=isinstance(made, LiveBatch),
         )
@@ -145,12 +150,12 @@ def live_batch(
     trees = [tree for tree, _ in items]
     pictures = [picture for _, shown in items for picture in shown]
     inputs = images.batch(pictures) if pictures else {}
-    everything = policy.keeps_everything
+    everything, root = policy.keeps_everything, common_root(trees, policy.config.image_token_id)
     if packs(policy.trunk_pass):
         at_least = lambda needed: whole_blocks(max(needed, row_length))  # noqa: E731
-        packed = pack(trees, pad_id, everything, row_length=sum(map(len, trees)), round_up=at_least)
+        packed = pack(trees, pad_id, everything, sum(map(len, trees)), at_least, root)
     else:
-        packed = pack(trees, pad_id, everything, row_length=max(map(len, trees)))
+        packed = pack(trees, pad_id, everything, max(map(len, trees)), root=root)
     counts = [len(shown) for _, shown in items]
     return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"))
 

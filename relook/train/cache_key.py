@@ -18,7 +18,7 @@ from relook.files import file_hash, read_json, text_hash
 from relook.model.load import model_hash, open_source
 from relook.train.policy import Policy
 
-FORMAT = 2  # of the files, and of the numbers by which `plan` cuts them; part of the key
+FORMAT = 3  # of the files, and of the numbers by which `plan` cuts them; part of the key
 INDEX_FILE = "index.json"
 
 

@@ -21,7 +21,9 @@ class Work:
 
     Args:
         pairs: preference pairs, or conversations for SFT.
-        tokens: positions of the trees, images included; a prefix that branches share counts once, padding not at all.
+        tokens: positions that the trunk reads, images included; what branches, or trees, share counts once, padding not
+            at all.
+        ends: of these, those that its last layer's MLP reads.
         features: rows of vision features, over all images.
         states: positions that the post decoder changes.
         targets: positions that lm_head reads.
@@ -30,6 +32,7 @@ class Work:
 
     pairs: int
     tokens: int
+    ends: int
     features: int
     states: int
     targets: int
@@ -48,11 +51,12 @@ def linear_flops(parameters: int, trained: bool, flows: bool) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """Useful operations of one step: for a row of vision features, a token of the trunk, a state of the post decoder,
-    and a target of lm_head."""
+    """Useful operations of one step: for a row of vision features, a token of the trunk, an end of it, a state of the
+    post decoder, and a target of lm_head."""
 
     seeing: int
     reading: int  # the trunk's part for each token
+    ending: int  # its last layer's MLP
     looking: int  # the post decoder's image side, for each row of vision features
     deciding: int
     saying: int
@@ -63,7 +67,8 @@ class Costs:
 
         Layers side by side are taken one after the other, which adds a little in the first block that trains.
         """
-        base, found = policy.core.model, dict.fromkeys(("seeing", "reading", "looking", "deciding", "saying"), 0)
+        base = policy.core.model
+        found = dict.fromkeys(("seeing", "reading", "ending", "looking", "deciding", "saying"), 0)
         # Where training reads cached states, the trunk is not there.
         parts = {
             "seeing": [getattr(base, name, None) for name in ("vision_tower", "multi_modal_projector")],
@@ -71,20 +76,21 @@ class Costs:
             "deciding": [policy.post_decoder],
             "saying": [policy.core.lm_head],
         }
-        flows = False
+        flows, last = False, f"layers.{policy.config.text_config.num_hidden_layers - 1}.mlp."
         for part, modules in parts.items():
             for name, module in (pair for root in modules if root is not None for pair in root.named_modules()):
                 if isinstance(module, nn.Linear):
                     trained = module.weight.requires_grad
                     image_side = part == "deciding" and ("align." in name or _cross_keys(name))
+                    ending = part == "reading" and name.startswith(last)
                     cost = linear_flops(module.in_features * module.out_features, trained, flows)
-                    found["looking" if image_side else part] += cost
+                    found["looking" if image_side else "ending" if ending else part] += cost
                 flows = flows or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         return Costs(**found)
 
     def flops(self, work: Work) -> float:
         """Useful operations of one step on a batch."""
-        trunk = self.seeing * work.features + self.reading * work.tokens if work.live else 0
+        trunk = self.seeing * work.features + self.reading * work.tokens + self.ending * work.ends if work.live else 0
         after = self.looking * work.features + self.deciding * work.states + self.saying * work.targets
         return float(trunk + after)
 

@@ -89,8 +89,8 @@ class Job:
         return self.whole.core.model.language_model.layers
 
     @cached_property
-    def layer(self) -> Kept:
-        """What a decoder layer keeps, where gradients flow through the trunk."""
+    def layer(self) -> tuple[Kept, Kept]:
+        """What a decoder layer keeps, where gradients flow through the trunk: its attention and its MLP."""
         return activations.decoder_layer(
             self.layers[0],
             self.text,
@@ -100,6 +100,12 @@ class Job:
             self.mixed,
             self.recipe.lora_dropout,
         )
+
+    @property
+    def last_positions(self) -> int:
+        """Positions of which the last layer's MLP and the last norm are computed; see `LastLayer`."""
+        whole, chosen = self.batch.positions, self.batch.slots
+        return chosen if chosen < whole and self.policy.ends_at_kept else whole
 
     @property
     def recomputed(self) -> int:
@@ -118,14 +124,23 @@ class Job:
     @cached_property
     def one_layer(self) -> int:
         """Bytes that one decoder layer keeps where nothing is computed again."""
-        return 0 if self.recipe.frozen_trunk else self.layer.of(self.batch.positions)
+        return 0 if self.recipe.frozen_trunk else sum(part.of(self.batch.positions) for part in self.layer)
 
-    @cached_property
-    def kept_layer(self) -> int:
-        """Bytes that it keeps under the recipe's `activation_memory_budget`."""
+    def kept_layer(self, positions: int) -> int:
+        """Bytes that it keeps under the recipe's `activation_memory_budget`.
+
+        Args:
+            positions: that its MLP is computed of.
+        """
         if self.recipe.frozen_trunk:
             return 0
-        return self.layer.within(self.policy.activation_memory_budget, self.batch.positions, self.layer_input)
+        parts = zip(self.layer, (self.batch.positions, positions), strict=True)
+        return activations.within(self.policy.activation_memory_budget, self.layer_input, *parts)
+
+    @property
+    def again(self) -> int:
+        """Bytes that the backward pass of a decoder layer computes again before it begins."""
+        return self.one_layer - (0 if self.recomputed else self.kept_layer(self.batch.positions))
 
     @property
     def layer_input(self) -> int:
@@ -137,8 +152,11 @@ class Job:
         """Bytes that the trunk and the projector keep for the backward pass."""
         low, batch, total = self.low, self.batch, 0
         if not self.recipe.frozen_trunk:
-            total += (len(self.layers) - self.recomputed) * self.kept_layer + self.recomputed * self.layer_input
-            total += batch.positions * (4 * self.width + 4)  # the last norm
+            whole = len(self.layers) - self.recomputed
+            if whole:
+                total += (whole - 1) * self.kept_layer(batch.positions) + self.kept_layer(self.last_positions)
+            total += self.recomputed * self.layer_input
+            total += self.last_positions * (4 * self.width + 4)  # the last norm
         if self.recipe.tune_mm_mlp_adapter or self.recipe.full:
             projector = activations.projector(self.policy.config, low, self.mixed)
             total += projector.each * batch.features + projector.fixed
@@ -187,7 +205,7 @@ class Job:
         matrix = largest * (self.low if self.recipe.bits != 16 else self.low + 4 if self.recipe.full else 0)
         if self.recipe.use_dora:  # peft sends an identity matrix through LoRA, for the norms of base and LoRA together
             matrix += (int(self.text.intermediate_size) ** 2 + 2 * largest) * self.low
-        return self.layer.workspace * self.batch.positions + matrix
+        return self.layer[1].workspace * self.batch.positions + matrix
 
     @cached_property
     def before(self) -> int:
@@ -316,7 +334,7 @@ def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
     head, above = _share(job, job.policy.core.lm_head), _share(job, job.policy.post_decoder)
     images = job.kept_above[1]
     looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # gradients of keys and values
-    layer = job.kept_below + job.one_layer - (0 if job.recomputed else job.kept_layer)  # with what is computed again
+    layer = job.kept_below + job.again
     casts = round(head * job.trained) * job.low  # of lm_head's gradient, before it is float32
     after_head = max(held, round(head * gradients))
     after_all = max(held, round((head + above) * gradients))

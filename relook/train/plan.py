@@ -16,7 +16,7 @@ from relook.data.images import ImageLoader
 from relook.model.trunks import feature_rows, feature_size
 from relook.train.policy import Policy
 from relook.train.tree_pass import packs
-from relook.tree import arrange, kept_positions
+from relook.tree import arrange, common_root, kept_positions
 
 SHARD_BYTES = 256 << 20
 # Of the trunk's pass, with a row for each tree or all in one. Only trunk_pass, which is part of the key, decides
@@ -61,6 +61,7 @@ class Plan:
         dtype: of states and features; reference log-probs are float32.
         everything: whether the states of all positions are kept.
         batch_positions: of the trunk's pass.
+        root: first tokens that all trees share, and a batch has once.
     """
 
     examples: Sequence[Example]
@@ -71,6 +72,7 @@ class Plan:
     dtype: torch.dtype
     everything: bool
     batch_positions: int
+    root: int
 
     @staticmethod
     def of(policy: Policy, examples: Sequence[Example], images: ImageLoader) -> Plan:
@@ -87,6 +89,7 @@ class Plan:
             policy.dtype,
             policy.keeps_everything,
             PACKED_POSITIONS if packs(policy.trunk_pass) else BATCH_POSITIONS,
+            common_root(trees, policy.config.image_token_id) if trees else 0,
         )
 
     def row_bytes(self, part: str) -> int:
@@ -104,7 +107,8 @@ class Plan:
         They are filled before shards are cut, so that packed rows are full.
         """
         order = sorted(range(len(self.examples)), key=lambda i: -len(self.examples[i].tree))
-        filled = arrange([len(self.examples[i].tree) for i in order], self.batch_positions)
+        lengths = [len(self.examples[i].tree) - self.root for i in order]
+        filled = arrange(lengths, self.batch_positions - self.root)
         return [[order[place] for place in batch] for batch in filled]
 
     @cached_property

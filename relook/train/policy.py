@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from relook.model.post_decoder import Layout, PostDecoder
 from relook.train import recompute
 from relook.train.log_probs import log_prob
-from relook.train.tree_pass import BUDGET, TreePass, resolve
+from relook.train.tree_pass import BUDGET, TreePass, ends_at_kept, resolve
 from relook.tree import PackedTrees, Targets, pinned, to_device
 
 LOGITS_BYTES = 2**31  # of logits at a time, were they float32: about 16,000 targets at a vocabulary of 32,000
@@ -78,12 +78,19 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.dtype = dtype
+        self.sharded = sharded
         self.trunk_pass = resolve(trunk_pass, self.core.device.type, sharded, activation_memory_budget)
         self.activation_memory_budget = activation_memory_budget if self.trunk_pass == "compiled" else 1.0
 
     @cached_property
     def _tree_pass(self) -> TreePass:
-        return TreePass(self.core.model.language_model, self.trunk_pass, self.activation_memory_budget)
+        model = self.core.model.language_model
+        return TreePass(model, self.trunk_pass, self.activation_memory_budget, self.sharded)
+
+    @property
+    def ends_at_kept(self) -> bool:
+        """Whether the trunk's last MLP runs at kept positions only, where those are fewer; see `tree_pass`."""
+        return not self.sharded and ends_at_kept(self.core.model.language_model, self.trunk_pass)
 
     @property
     def core(self) -> Any:
@@ -164,9 +171,7 @@ class Policy(nn.Module):
             features = image.vision_features if self.reads_image else None
             where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(where, torch.cat(list(image.pooler_output)).to(embeds.dtype))
-        hidden = self._tree_pass(embeds, packed)
-        kept = hidden.flatten(0, 1)[packed.keep]
-        return TrunkStates(kept, features, batch.images, packed.targets)
+        return TrunkStates(self._tree_pass(embeds, packed), features, batch.images, packed.targets)
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Log-probability of each supervised token, (N,) float32."""

@@ -1,6 +1,7 @@
 """The language model over packed trees: FlexAttention with a block mask on a GPU, SDPA with a dense mask elsewhere.
 
 FlexAttention skips the blocks of the mask that are empty, so that many trees can share one long row without padding.
+The last layer's MLP runs at the kept positions only.
 Layers are compiled for the first length of a row that they see, and where another one comes, once more for any length.
 """
 
@@ -9,14 +10,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from relook.errors import RecipeError, RelookError
-from relook.tree import BLOCK, PREFIX, PackedTrees
+from relook.tree import BLOCK, PREFIX, ROOT, PackedTrees
 
 BUDGET = 0.8  # on an H100 as fast as 1, with 10 GiB less in a LoRA step of 8 pairs at 7B
 KINDS = 64  # of passes that one layer's code is compiled for: models of a process, with and without gradients, lengths
@@ -46,11 +51,12 @@ def packs(how: str) -> bool:
     return how != "dense"
 
 
-def visible(packed: PackedTrees) -> tuple[Tensor, Tensor, Tensor]:
-    """What `PackedTrees.mask` allows as two intervals: position q sees [start, fork) and [own, q], each (R, L).
+def visible(packed: PackedTrees) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `PackedTrees.mask` allows as intervals without overlap: position q sees [0, root), [start, fork) and
+    [own, q], each (R, L).
 
-    [start, fork) is the prefix of q's tree, [own, q] the part of its own branch that is behind it. Where q itself lies
-    in a prefix, or is padding, the first interval is empty and the second one is all it sees.
+    [start, fork) is the prefix of q's tree behind the root, [own, q] the part of its own branch that is behind it.
+    Where q itself lies in a prefix the second interval is empty; where it lies in the root the first one is, too.
     """
     tree, branch = packed.tree, packed.branch
     index = torch.arange(tree.shape[1], device=tree.device)
@@ -59,7 +65,8 @@ def visible(packed: PackedTrees) -> tuple[Tensor, Tensor, Tensor]:
     latest = lambda where: torch.where(where, index, 0).cummax(1).values  # noqa: E731
     start, own = latest(begins & (branch == PREFIX)), latest(begins)
     fork = torch.where(branch > PREFIX, latest(begins & (branch == PREFIX + 1)), start)
-    return start, fork, own
+    root = torch.where(tree != ROOT, (tree == ROOT).sum(1, keepdim=True), 0)
+    return root, start, fork, own
 
 
 def block_mask(packed: PackedTrees) -> BlockMask:
@@ -68,20 +75,21 @@ def block_mask(packed: PackedTrees) -> BlockMask:
     Made from intervals: torch's `create_block_mask` works through all L x L pairs, which takes 25 ms for 16,384
     positions on an H100, and compiled for some lengths it keeps ptxas busy for minutes.
     """
-    start, fork, own = visible(packed)
+    root, start, fork, own = visible(packed)
     L = start.shape[1]
     index = torch.arange(L, device=start.device)
     low = torch.arange(0, L, BLOCK, device=start.device)
-    high = low + BLOCK
-    near = own[..., None] < high
-    some = ((start[..., None] < high) & (fork[..., None] > low)) | (near & (index[:, None] >= low))
-    every = ((start[..., None] <= low) & (fork[..., None] >= high)) | (
-        (own[..., None] <= low) & (index[:, None] >= high - 1)
-    )
-    some, every = some.unflatten(1, (-1, BLOCK)).any(2), every.unflatten(1, (-1, BLOCK)).all(2)
+
+    def inside(first: Tensor, end: Tensor) -> Tensor:
+        """How many positions of each block lie in [first, end), (R, L, blocks)."""
+        return (end[..., None].clamp(max=low + BLOCK) - first[..., None].clamp(min=low)).clamp(min=0)
+
+    seen = inside(torch.zeros_like(root), root) + inside(start, fork) + inside(own, (index + 1).expand_as(own))
+    seen = seen.unflatten(1, (-1, BLOCK))
+    some, every = (seen > 0).any(2), (seen == BLOCK).all(2)
 
     def allowed(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return ((k >= start[r, q]) & (k < fork[r, q])) | ((k >= own[r, q]) & (k <= q))
+        return (k < root[r, q]) | ((k >= start[r, q]) & (k < fork[r, q])) | ((k >= own[r, q]) & (k <= q))
 
     partly, full = _listed(some & ~every), _listed(every)
     return BlockMask.from_kv_blocks(*partly, *full, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(L, L))
@@ -102,20 +110,31 @@ class TreePass:
         how: "compiled" (FlexAttention, layers compiled), "flex" (FlexAttention) or "dense" (SDPA).
         activation_memory_budget: share of a compiled layer's activations that are kept for its backward pass; torch
             computes the others again, those first that cost least time for their memory.
+        sharded: whether FSDP or DeepSpeed take the model apart, which know its own layers only.
     """
 
-    def __init__(self, language_model: Any, how: str, activation_memory_budget: float = BUDGET) -> None:
+    def __init__(
+        self, language_model: Any, how: str, activation_memory_budget: float = BUDGET, sharded: bool = False
+    ) -> None:
         self.packs = packs(how)
         self.budget = activation_memory_budget
-        self.model = _with_compiled_layers(language_model) if how == "compiled" else language_model
+        self.model = language_model
+        self.last: LastLayer | None = None
+        if not sharded:
+            self.model, self.last = _shell(language_model, how == "compiled", ends_at_kept(language_model, how))
 
     def __call__(self, embeds: Tensor, packed: PackedTrees) -> Tensor:
-        """Last hidden states, (R, L, D), of embedded trees (R, L, D).
+        """Last hidden states at the kept positions, (T, S, D), of embedded trees (R, L, D).
 
         Raises:
             RelookError: the layers cannot be compiled here.
         """
         mask = block_mask(packed) if self.packs else packed.mask()
+        chosen = self.last is not None and keeps_fewer(packed)
+        if self.last is not None:
+            self.last.keep = packed.keep.flatten() if chosen else None
+            if chosen:  # how many there are differs from batch to batch
+                torch._dynamo.maybe_mark_dynamic(self.last.keep, 0)
         # Above torch's own limit of 8 kinds it would go on uncompiled, and only warn.
         limit = torch._dynamo.config.patch(recompile_limit=KINDS)
         budget = torch._functorch.config.patch(activation_memory_budget=self.budget)
@@ -129,23 +148,82 @@ class TreePass:
                     f"torch cannot compile the trunk here: {str(error).splitlines()[0]}",
                     "Install a C compiler (triton needs one), or set trunk_pass dense.",
                 ) from error
-        return states
+        return states.unflatten(0, packed.keep.shape) if chosen else states.flatten(0, 1)[packed.keep]
 
 
-def _with_compiled_layers(language_model: Any) -> Any:
-    """The same modules under a shell of their own, so that `generate`, with its many lengths, stays uncompiled.
+def _shell(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, LastLayer | None]:
+    """The same modules under a shell with layers of its own, so that `generate` has those that it had.
 
-    One layer is compiled, not the whole model: all layers share its code. On a CPU for each length anew: the C++ that
-    torch 2.13 makes of FlexAttention for any length has errors.
+    One layer is compiled, not the whole model: all layers but the last share its code. On a CPU for each length anew:
+    the C++ that torch 2.13 makes of FlexAttention for any length has errors.
     """
+    dynamic = None if language_model.device.type == "cuda" else False
+    make = partial(torch.compile, dynamic=dynamic) if compiled else lambda layer: layer
+    layers = dict(language_model.layers._modules)
+    name, layer = layers.popitem()
+    last = LastLayer(make(_keeping(layer))) if apart else None  # type: ignore[arg-type]  # as compile has it
     shell = copy.copy(language_model)
     shell._modules = dict(language_model._modules)
     shell.layers = nn.ModuleList()
-    dynamic = None if language_model.device.type == "cuda" else False
-    shell.layers._modules = {
-        n: torch.compile(layer, dynamic=dynamic) for n, layer in language_model.layers._modules.items()
-    }
-    return shell
+    shell.layers._modules = {**{n: make(each) for n, each in layers.items()}, name: last or make(layer)}
+    return shell, last
+
+
+# --- the last layer
+
+PRE_NORM = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)  # h += attention(norm(h)); h += mlp(norm(h))
+
+
+def ends_at_kept(language_model: Any, how: str) -> bool:
+    """Whether what comes after the last layer's attention is computed at the kept positions only.
+
+    It must be known what that is, and nobody may have put another `forward` on the layer. FSDP and DeepSpeed, which
+    take models apart, are not asked about here. Compiled on a CPU, each number of kept positions would be compiled for.
+    """
+    layer = language_model.layers[-1]
+    ours = type(layer) in PRE_NORM and "forward" not in vars(layer)
+    return ours and not (how == "compiled" and language_model.device.type == "cpu")
+
+
+def keeps_fewer(packed: PackedTrees) -> bool:
+    """Whether fewer positions are kept, with the padding among them, than are read."""
+    return packed.keep.numel() < packed.ids.numel()
+
+
+class LastLayer(nn.Module):
+    """A language model's last decoder layer: nothing reads it at positions that are not kept.
+
+    Its keys and values are needed everywhere, its MLP, two thirds of its work, at the kept positions only.
+    """
+
+    keep: Tensor | None = None  # (N,) indices into all rows' positions; None for all
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, **more: Any) -> Tensor:
+        """(R, L, D) to (N, D), or to (R, L, D) without `keep`."""
+        made: Tensor = self.layer(hidden_states, keep=self.keep, **more)
+        return made
+
+
+def _keeping(layer: nn.Module) -> nn.Module:
+    """The same layer, one of PRE_NORM, with a `forward` that is told what to keep."""
+
+    class Keeping(type(layer)):  # type: ignore[misc]
+        """A subclass, so that transformers' recomputation of layers wraps this `forward`, too."""
+
+        def forward(self, hidden_states: Tensor, keep: Tensor | None = None, **more: Any) -> Any:
+            if keep is None:
+                return super().forward(hidden_states, **more)
+            attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
+            kept = (hidden_states + attended).flatten(0, 1)[keep]
+            return kept + self.mlp(self.post_attention_layernorm(kept))
+
+    same: nn.Module = object.__new__(Keeping)
+    same.__dict__ = layer.__dict__  # shared: a mode that is set later holds for both
+    return same
 
 
 @contextmanager
