@@ -29,7 +29,7 @@ from relook.model.source import ModelSource, open_model
 from relook.model.trunks import feature_rows, has_post_decoder, trunk_of, with_post_decoder
 from relook.recipe import Recipe, build_recipe
 from relook.train.activations import Counts
-from relook.train.batches import Item, corrupted
+from relook.train.batches import SHARING, Item, corrupted
 from relook.train.cache import FOLDER
 from relook.train.logs import Costs, Work
 from relook.train.memory import PARTS, Job, Way, ways
@@ -289,7 +289,8 @@ def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]
     examples, whole = seen(job.recipe, lengths.examples), job.whole
     trees = [example.tree for example in examples]
     states, targets = sum(map(len, trees)), sum(sum(branch.supervised) for tree in trees for branch in tree.branches)
-    shared = common_root(trees, whole.config.image_token_id) * (len(trees) - -(-len(trees) // job.batch.trees))
+    sharing = SHARING if packs(whole.trunk_pass) and not job.recipe.cached_trunk else job.batch.trees
+    shared = common_root(trees, whole.config.image_token_id) * (len(trees) - -(-len(trees) // sharing))
     tokens = ends = states - shared
     if whole.ends_at_kept and not whole.keeps_everything:
         ends = sum(len(kept_positions(tree, False)) for tree in trees)

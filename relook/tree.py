@@ -4,7 +4,8 @@ In a causal trunk the positions of image and prompt do not see the response. A p
 image, therefore share them: the prefix is computed once, every branch sees the prefix and itself, and positions restart
 at the prefix's end. The states are those of separate rows, up to the order of additions.
 
-All prompts of a template begin alike, too, before their image. Trees that share a row have that once, as its root.
+All prompts of a template begin alike, too, before their image. Trees that share a row may have that once, as a root
+before them.
 
 Shape letters used below: R rows, L positions of a row, T trees, S kept slots of a tree, N supervised targets.
 """
@@ -21,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 PREFIX = 0  # branch number of the shared prefix; branches count from 1
 PADDING = -1  # tree and branch number of a position that belongs to nothing
-ROOT = -2  # tree number of a position that belongs to every tree of its row
+ROOT = -2  # tree number of a position that several trees share
 BLOCK = 128  # positions of a block of FlexAttention's mask
 STAGING_BYTES = 32 << 20  # of pinned memory that a copy from a GPU passes
 
@@ -143,16 +144,26 @@ class PackedTrees:
 
     ids: Tensor  # (R, L)
     positions: Tensor  # (R, L)
-    tree: Tensor  # (R, L) index of the tree, ROOT of all of a row, PADDING outside
+    tree: Tensor  # (R, L) index of the tree, ROOT where those that follow share it, PADDING outside
     branch: Tensor  # (R, L) PREFIX, 1, 2, ... or PADDING
     keep: Tensor  # (T, S) flat index r * L + l of the positions whose states are kept
     targets: Targets
+
+    def begins(self) -> Tensor:
+        """Where a root, a prefix or a branch begins, (R, L) bool."""
+        begins = torch.ones_like(self.tree, dtype=torch.bool)
+        begins[:, 1:] = (self.tree[:, 1:] != self.tree[:, :-1]) | (self.branch[:, 1:] != self.branch[:, :-1])
+        return begins
 
     def mask(self) -> Tensor:
         """Dense attention mask, (R, 1, L, L) bool: causal; the root, and within a tree prefix or own branch only."""
         L = self.ids.shape[1]
         causal = torch.ones(L, L, dtype=torch.bool, device=self.ids.device).tril()
-        root, same_tree = self.tree[:, None, :] == ROOT, self.tree[:, :, None] == self.tree[:, None, :]
+        rooted = self.tree == ROOT
+        roots = (self.begins() & rooted).cumsum(1)
+        # Whoever stands behind a root, up to the next one, sees it; a root sees no other.
+        root = rooted[:, None, :] & (roots[:, :, None] == roots[:, None, :])
+        same_tree = ~rooted[:, None, :] & (self.tree[:, :, None] == self.tree[:, None, :])
         q, k = self.branch[:, :, None], self.branch[:, None, :]
         return (causal & (root | same_tree & ((k == PREFIX) | (k == q))))[:, None]
 
@@ -265,38 +276,41 @@ def pack(
     row_length: int | None = None,
     round_up: Callable[[int], int] = int,
     root: int = 0,
+    sharing: int | None = None,
 ) -> PackedTrees:
     """Lay trees out in rows. With `row_length`, several trees share a row as long as they fit; else one tree a row.
 
     Args:
         round_up: from the positions that the longest row needs to those it gets.
-        root: first tokens that a row has once for all of its trees; see `common_root`.
+        root: first tokens that the trees of a row have once; see `common_root`.
+        sharing: how many trees share a root at most; the next ones then have another one before them.
     """
-    lengths = [len(tree) - root for tree in trees]
-    rows = arrange(lengths, None if row_length is None else row_length - root)
-    L = round_up(root + max(sum(lengths[t] for t in row) for row in rows))
+    each = sharing or len(trees)
+    once = root if each == len(trees) else 0  # else every tree is counted with its root: none shares it for sure
+    rows = arrange([len(tree) - once for tree in trees], None if row_length is None else row_length - once)
+    L = round_up(max(root * -(-len(row) // each) + sum(len(trees[t]) - root for t in row) for row in rows))
     shape = (len(rows), L)
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
     tree_RL, branch_RL = torch.full(shape, PADDING), torch.full(shape, PADDING)
     targets = targets_of(trees, everything)
     keep = torch.zeros(targets.kept_branch.shape, dtype=torch.long)
     for r, row in enumerate(rows):
-        shared = slice(0, root)
-        ids[r, shared] = torch.tensor(trees[row[0]].prefix[:root], dtype=torch.long)
-        positions[r, shared] = torch.arange(root)
-        tree_RL[r, shared], branch_RL[r, shared] = ROOT, PREFIX
-        start = root
-        for t in row:
+        start = shared = 0
+        for number, t in enumerate(row):
             tree = trees[t]
-            here = slice(start, start + lengths[t])
             tokens = [*tree.prefix, *(token for branch in tree.branches for token in branch.ids)]
-            ids[r, here] = torch.tensor(tokens[root:])
-            positions[r, here] = torch.tensor(_positions(tree)[root:])
+            skipped = root if number % each else 0  # what an earlier tree brought
+            here = slice(start, start + len(tree) - skipped)
+            ids[r, here] = torch.tensor(tokens[skipped:])
+            positions[r, here] = torch.tensor(_positions(tree)[skipped:])
             tree_RL[r, here] = t
-            branch_RL[r, here] = torch.tensor(_branch_numbers(tree)[root:])
+            branch_RL[r, here] = torch.tensor(_branch_numbers(tree)[skipped:])
+            if not skipped:
+                shared = start
+                tree_RL[r, start : start + root] = ROOT
             kept = torch.tensor(kept_positions(tree, everything))
-            keep[t, : len(kept)] = r * L + torch.where(kept < root, kept, start - root + kept)
-            start += lengths[t]
+            keep[t, : len(kept)] = r * L + kept + torch.where(kept < root, shared, start - skipped)
+            start = here.stop
     # A padding position must see something, or its softmax is 0/0: the mask lets equal trees (PADDING) and equal
     # branches (PADDING) see each other, which covers it.
     return PackedTrees(ids, positions, tree_RL, branch_RL, keep, targets)

@@ -59,6 +59,7 @@ TREES = st.lists(
     max_size=5,
 )
 ROOTS = st.lists(st.integers(5, 89), max_size=4).map(tuple)
+SHARING = st.sampled_from([None, 1, 2, 3])
 
 
 def under(root: tuple[int, ...], trees: list[Tree]) -> list[Tree]:
@@ -108,25 +109,29 @@ def test_a_tree_holds_exactly_its_rows(rests: list[Row], prefix: list[int]) -> N
 # --- structure of a batch, against a plain path-by-path account
 
 
-@given(TREES, ROOTS, st.booleans(), st.sampled_from([None, 0, 8, 1000]))
-def test_packed_structure(trees: list[Tree], beginning: tuple[int, ...], everything: bool, spare: int | None) -> None:
+@given(TREES, ROOTS, SHARING, st.booleans(), st.sampled_from([None, 0, 8, 1000]))
+def test_packed_structure(
+    trees: list[Tree], beginning: tuple[int, ...], sharing: int | None, everything: bool, spare: int | None
+) -> None:
     trees, root = under(beginning, trees), len(beginning)
     row_length = None if spare is None else max(map(len, trees)) + spare
-    packed = pack(trees, PAD, everything, row_length, root=root)
+    packed = pack(trees, PAD, everything, row_length, root=root, sharing=sharing)
     R, L = packed.ids.shape
     mask = packed.mask()[:, 0]
     flat = {name: getattr(packed, name).flatten().tolist() for name in ("ids", "positions", "tree", "branch")}
     longest = max(map(len, trees))
     assert longest == L if row_length is None else longest <= L <= row_length
     assert [t for t in dict.fromkeys(flat["tree"]) if t >= 0] == list(range(len(trees)))
-    assert flat["tree"].count(ROOT) == R * root
+    in_rows = [len({t for t in row.tolist() if t >= 0}) for row in packed.tree]
+    assert flat["tree"].count(ROOT) == root * sum(-(-count // (sharing or count)) for count in in_rows)
 
     expected: list[tuple[int, int, int, int]] = []  # tree, flat place of the predecessor, id, branch
     seen_places: set[int] = set()
     branch_count = 0
     for t, tree in enumerate(trees):
         places = [place for place, owner in enumerate(flat["tree"]) if owner == t]
-        places = [*range(places[0] // L * L, places[0] // L * L + root), *places]
+        before = range(places[0] // L * L, places[0])
+        places = [*[place for place in before if flat["tree"][place] == ROOT][-root or len(before) :], *places]
         assert len(places) == len(tree)
         assert places[-1] // L == places[0] // L
         shared = places[: len(tree.prefix)]
@@ -156,10 +161,11 @@ def test_packed_structure(trees: list[Tree], beginning: tuple[int, ...], everyth
     assert mask.any(-1).all()  # a query that sees nothing would be 0/0
 
 
-@given(TREES, ROOTS, st.booleans())
-def test_kept_slots(trees: list[Tree], beginning: tuple[int, ...], everything: bool) -> None:
+@given(TREES, ROOTS, SHARING, st.booleans())
+def test_kept_slots(trees: list[Tree], beginning: tuple[int, ...], sharing: int | None, everything: bool) -> None:
     trees = under(beginning, trees)
-    packed, targets = pack(trees, PAD, everything, root=len(beginning)), targets_of(trees, everything)
+    packed = pack(trees, PAD, everything, root=len(beginning), sharing=sharing)
+    targets = targets_of(trees, everything)
     branch = packed.branch.flatten()
     seen = packed.mask()[:, 0]
     allowed = targets.kept_mask()
@@ -241,23 +247,23 @@ def check_states(trees: list[Tree], packed: PackedTrees, how: str) -> None:
 
 
 @settings(max_examples=30)
-@given(TREES, ROOTS, st.booleans(), st.sampled_from([None, 0, 20]))
+@given(TREES, ROOTS, SHARING, st.booleans(), st.sampled_from([None, 0, 20]))
 def test_states_are_those_of_separate_rows(
-    trees: list[Tree], beginning: tuple[int, ...], everything: bool, spare: int | None
+    trees: list[Tree], beginning: tuple[int, ...], sharing: int | None, everything: bool, spare: int | None
 ) -> None:
-    trees = under(beginning, trees)
+    trees, root = under(beginning, trees), len(beginning)
     row_length = None if spare is None else max(map(len, trees)) + spare
-    check_states(trees, pack(trees, PAD, everything, row_length, root=len(beginning)), "dense")
+    check_states(trees, pack(trees, PAD, everything, row_length, root=root, sharing=sharing), "dense")
 
 
 @settings(max_examples=10)
-@given(TREES, ROOTS, st.booleans(), st.sampled_from(["flex", "compiled"]), st.sampled_from([30, 1000]))
+@given(TREES, ROOTS, SHARING, st.booleans(), st.sampled_from(["flex", "compiled"]), st.sampled_from([30, 1000]))
 def test_flex_attention_gives_the_same_states(
-    trees: list[Tree], beginning: tuple[int, ...], everything: bool, how: str, row_length: int
+    trees: list[Tree], beginning: tuple[int, ...], sharing: int | None, everything: bool, how: str, row_length: int
 ) -> None:
-    trees = under(beginning, trees)
+    trees, root = under(beginning, trees), len(beginning)
     with uncompiled():
-        check_states(trees, pack(trees, PAD, everything, row_length, whole_blocks, len(beginning)), how)
+        check_states(trees, pack(trees, PAD, everything, row_length, whole_blocks, root, sharing), how)
 
 
 @pytest.mark.slow
@@ -271,9 +277,9 @@ def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:
 
 
 @settings(max_examples=30)
-@given(TREES, ROOTS, st.integers(1, 80), st.sampled_from([1, 30]), st.sampled_from([20, 300, 10_000]))
+@given(TREES, ROOTS, SHARING, st.integers(1, 80), st.sampled_from([1, 30]), st.sampled_from([20, 300, 10_000]))
 def test_the_block_mask_is_the_dense_one(
-    trees: list[Tree], beginning: tuple[int, ...], times: int, stretch: int, row_length: int
+    trees: list[Tree], beginning: tuple[int, ...], sharing: int | None, times: int, stretch: int, row_length: int
 ) -> None:
     """Against torch's own way from the same rule to blocks; trees repeated, so that there are several blocks.
 
@@ -281,7 +287,7 @@ def test_the_block_mask_is_the_dense_one(
     """
     beginning = beginning * stretch
     trees = under(beginning, [Tree(tree.prefix * stretch, tree.branches) for tree in trees] * (times // stretch + 1))
-    packed = pack(trees, PAD, True, row_length + len(beginning), whole_blocks, len(beginning))
+    packed = pack(trees, PAD, True, row_length + len(beginning), whole_blocks, len(beginning), sharing)
     dense = packed.mask()
     R, _, L, _ = dense.shape
     made = block_mask(packed)

@@ -20,6 +20,7 @@ from torch import nn
 from relook.data.encode import Example
 from relook.model.post_decoder import PostDecoder
 from relook.model.trunks import feature_size
+from relook.train.batches import SHARING
 from relook.train.log_probs import ROWS
 from relook.train.policy import LOGITS_BYTES, Policy
 from relook.train.tree_pass import packs
@@ -62,7 +63,7 @@ class Counts:
         root = common_root(trees, policy.config.image_token_id)
         lengths = sorted((len(tree) - root for tree in trees), reverse=True)
         packed = packs(policy.trunk_pass)
-        row = whole_blocks(root + sum(lengths)) if packed else root + lengths[0]
+        row = whole_blocks(root * -(-len(trees) // SHARING) + sum(lengths)) if packed else root + lengths[0]
         return Counts(
             positions=row if packed else row * len(arrange(lengths, lengths[0])),
             row=row,

@@ -6,6 +6,7 @@ done beforehand (`TrunkStates`), when nothing in it trains.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -138,12 +139,19 @@ class Policy(nn.Module):
         device = self.core.device.type
         return torch.autocast(device, dtype=self.dtype, enabled=wanted and self.dtype != torch.float32)
 
-    @cached_property
-    def _mixed_trunk(self) -> bool:
-        """Whether the trunk holds other floating-point weights than those it computes in, as where it trains."""
-        named = self.core.model.named_parameters()
+    def _mixed(self, named: Iterable[tuple[str, Tensor]]) -> bool:
+        """Whether a part of the trunk holds other floating-point weights than it computes in, as where it trains."""
         held = {p.dtype for name, p in named if p.is_floating_point() and not name.startswith("post_decoder.")}
         return held != {self.dtype}
+
+    @cached_property
+    def _mixed_trunk(self) -> bool:
+        return self._mixed(self.core.model.named_parameters())
+
+    @cached_property
+    def _mixed_sight(self) -> bool:
+        base = self.core.model
+        return any(self._mixed(part.named_parameters()) for part in (base.vision_tower, base.multi_modal_projector))
 
     def trunk(self, batch: LiveBatch) -> TrunkStates:
         """Vision tower, projector and language model over packed trees."""
@@ -152,15 +160,15 @@ class Policy(nn.Module):
 
     def vision_features(self, batch: LiveBatch) -> list[Tensor] | None:
         """The vision tower alone: what `trunk` gives as features, (M, V) of each image."""
-        with self.autocast(self._mixed_trunk):
-            return self._images(batch).vision_features if batch.pixel_values is not None else None
+        return self._images(batch).vision_features if batch.pixel_values is not None else None
 
     def _images(self, batch: LiveBatch) -> Any:
         base = self.core.model
         assert batch.pixel_values is not None
         sizes = {} if batch.image_sizes is None else {"image_sizes": batch.image_sizes}
         pixels = batch.pixel_values.to(base.get_input_embeddings().weight.dtype)
-        return base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
+        with self.autocast(self._mixed_sight):  # adapters of the language model do not make the tower wider
+            return base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
 
     def _trunk(self, batch: LiveBatch) -> TrunkStates:
         base, packed = self.core.model, batch.packed
