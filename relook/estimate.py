@@ -296,7 +296,8 @@ def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]
         ends = sum(len(kept_positions(tree, False)) for tree in trees)
     features = sum(feature_rows(whole.config, lengths.size(image)) for example in examples for image in example.images)
     states = states if whole.keeps_everything else targets
-    done = Work(len(trees), tokens, ends, features, states, targets, live=not job.recipe.cached_trunk)
+    fresh = 0 if job.recipe.sees_once else features
+    done = Work(len(trees), tokens, ends, features, fresh, states, targets, live=not job.recipe.cached_trunk)
     step = Costs.of(job.policy).flops(done)
     trains = [p for p in whole.core.parameters() if p.requires_grad]
     for parameter in trains:
@@ -304,9 +305,9 @@ def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]
     forward = Costs.of(whole)
     for parameter in trains:
         parameter.requires_grad_(True)
-    before = 0.0
+    before = float(forward.seeing * features) if job.recipe.sees_once else 0.0
     if job.recipe.cached_trunk or job.recipe.needs_reference:
-        before = forward.flops(replace(done, live=True))
+        before = forward.flops(replace(done, fresh=features, live=True))
     step += (forward.reading * tokens + forward.ending * ends) * job.recomputed_share
     samples = len(lengths.examples)
     each = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}

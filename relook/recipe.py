@@ -213,9 +213,10 @@ class Recipe:
             found = [key for key in keys if getattr(self, key) not in allowed[key]]
             if idle and found:
                 raise RecipeError(f"{some(found)} would have no effect {where}.", "Change that, or leave it out.")
-        if not self.frozen_trunk and (self.feature_cache in ("memory", "disk") or self.feature_cache_dir):
+        if not self.frozen_trunk and (self.feature_cache == "disk" or self.feature_cache_dir):
             raise RecipeError(
-                "feature_cache and feature_cache_dir would have no effect: the trunk trains.", "Leave them out."
+                "feature_cache disk would have no effect: the trunk trains, and vision features are kept in memory.",
+                "Set feature_cache memory, or leave it and feature_cache_dir out.",
             )
         # How many workers there are by default depends on the device, and is looked at when a run begins.
         check_switched({"dataloader_num_workers": not self.cached_trunk, **self.said})
@@ -238,9 +239,10 @@ class Recipe:
             raise RecipeError(f"{', '.join(WEIGHTS)} are all 0: there is no loss.", "Set one of them.")
         if self.loss_type == "orpo" and self.dpo_weight and not self.nll_weight:
             raise RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
-        if self.mdpo_conditional_weight and self.frozen_trunk and self.feature_cache != "off":
+        wanted = self.feature_cache != "off" if self.frozen_trunk else self.feature_cache == "memory"
+        if self.mdpo_conditional_weight and wanted:
             raise RecipeError(
-                "The trunk cache has no states of corrupted images, which mdpo_conditional_weight needs.",
+                "The trunk cache has no states of corrupted images, nor features, which mdpo_conditional_weight needs.",
                 "Set feature_cache off, or mdpo_conditional_weight 0.",
             )
 
@@ -258,6 +260,11 @@ class Recipe:
     def cached_trunk(self) -> bool:
         """Training reads cached trunk states, and the trunk itself is needed only to fill the cache."""
         return self.frozen_trunk and self.feature_cache != "off"
+
+    @property
+    def sees_once(self) -> bool:
+        """The trunk trains, and what its frozen vision tower says of each image may be computed once."""
+        return not self.frozen_trunk and self.feature_cache != "off" and not self.mdpo_conditional_weight
 
     @property
     def frozen_trunk(self) -> bool:

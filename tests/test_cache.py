@@ -25,7 +25,7 @@ from relook.model.load import TENSORS_FILE
 from relook.model.regimes import apply_regime
 from relook.recipe import build_recipe
 from relook.train import cache, plan, shards
-from relook.train.batches import Collator, Item
+from relook.train.batches import SHARING, Collator, Item
 from relook.train.cache import TrunkCache, cached_items
 from relook.train.plan import Plan
 from relook.train.policy import Policy
@@ -93,8 +93,9 @@ def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path
     for count, least, positions in ((1, 1024, 1024), (3, 1024, 1024), (5, 128, None), (5, 0, None)):
         items = [Item(example) for example in examples[:count]]
         found = collator.live(items, least).packed
-        root = int((found.tree == ROOT).sum())  # what all prompts begin with
-        needed = sum(len(item.example.tree) - root for item in items) + root
+        roots = 1 if least else -(-count // SHARING)
+        root = int((found.tree == ROOT).sum()) // roots  # what all prompts begin with
+        needed = sum(len(item.example.tree) - root for item in items) + roots * root
         assert root >= 1
         assert needed > (128 if count == 5 else 0)
         assert found.ids.shape == (1, positions or 128 * -(-needed // 128))

@@ -43,6 +43,7 @@ class Trunk:
             function of its size.
         tiles: from a model's config and an image's size to the number of rows of pixels that the image is cut into.
         pads_to_square: `do_pad` of the family's image processor means a square canvas, which relook lays itself.
+        projects_rows: the projector's output of an image's features, as it is, stands at its positions.
     """
 
     config: Any
@@ -52,6 +53,7 @@ class Trunk:
     positions: Callable[[Any], int | Callable[[Size], int]]
     tiles: Callable[[Any, Size], int]
     pads_to_square: bool
+    projects_rows: bool
 
 
 def _features_per_row(config: Any) -> int:
@@ -95,6 +97,7 @@ TRUNKS = {
         _llava_positions,
         lambda config, size: 1,
         pads_to_square=True,
+        projects_rows=True,
     ),
     "llava_next": Trunk(
         LlavaNextConfig,
@@ -104,6 +107,7 @@ TRUNKS = {
         _llava_next_positions,
         _llava_next_tiles,
         pads_to_square=False,
+        projects_rows=False,
     ),
 }
 MODEL_TYPES = {**TRUNKS, **{trunk.relook_config.model_type: trunk for trunk in TRUNKS.values()}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,13 +67,13 @@ class Collator:
     policy: Policy
     images: ImageLoader
     pad_id: int
-    features: dict[Path, Tensor] | None = None  # vision features by image, for cached items
+    features: Mapping[Path, Tensor] | None = None  # vision features by image, where they are computed once
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
         pairs = len(items)
         items += [item.corrupted for item in items if item.corrupted is not None]
-        made = self.cached(items) if items[0].states is not None else self.live(items)
+        made = self.cached(items) if items[0].states is not None else self.live(items, features=self.features)
         work = self.work(items, made, pairs)
         batch: dict[str, Any] = {"batch": made if any(made.images) else self.with_blank(made), "work": work}
         for name in ("reference", "weight"):
@@ -95,10 +95,12 @@ class Collator:
         blank = self.images.batch([Image.new("RGB", (32, 32))])
         return replace(batch, pixel_values=blank["pixel_values"], image_sizes=blank.get("image_sizes"))
 
-    def live(self, items: Sequence[Item], row_length: int = 0) -> LiveBatch:
-        """Packed trees and pixels; see `live_batch`."""
+    def live(
+        self, items: Sequence[Item], row_length: int = 0, features: Mapping[Path, Tensor] | None = None
+    ) -> LiveBatch:
+        """Packed trees and pixels, or what the tower made of them; see `live_batch`."""
         shown = [(item.example.tree, item.pictures) for item in items]
-        return live_batch(self.policy, self.images, self.pad_id, shown, row_length)
+        return live_batch(self.policy, self.images, self.pad_id, shown, row_length, features)
 
     def cached(self, items: Sequence[Item]) -> TrunkStates:
         targets = join_targets([item.targets for item in items if item.targets is not None])
@@ -118,13 +120,14 @@ class Collator:
         """How much there is to do; `pairs` of the items are not a corrupted half."""
         trees = [item.example.tree for item in items]
         tokens, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
-        states, ends = tokens, 0
+        states, ends, fresh = tokens, 0, 0
         if isinstance(made, TrunkStates):
             targets, features = made.targets, sum(len(one) for one in made.features or [])
         else:
             packed, targets = made.packed, made.packed.targets
             sizes = made.image_sizes.tolist() if made.image_sizes is not None else [(0, 0)] * sum(made.images)
             features = sum(feature_rows(self.policy.config, (height, width)) for height, width in sizes)
+            fresh = features if made.features is None else 0
             tokens = ends = int((packed.tree != PADDING).sum())
             if self.policy.ends_at_kept and keeps_fewer(packed):
                 ends = int((targets.kept_branch != PADDING).sum())
@@ -133,6 +136,7 @@ class Collator:
             tokens,
             ends,
             features,
+            fresh,
             states if self.policy.keeps_everything else len(targets.id),
             len(targets.id),
             live=isinstance(made, LiveBatch),
@@ -145,15 +149,19 @@ def live_batch(
     pad_id: int,
     items: Sequence[tuple[Tree, Sequence[Picture]]],
     row_length: int = 0,
+    features: Mapping[Path, Tensor] | None = None,
 ) -> LiveBatch:
     """Trees, long ones first, each with the pictures of its prefix: packed as the policy reads them, and pixels.
 
     Args:
         row_length: that a row of many trees has at least; given where no gradients follow.
+        features: of images by path; taken instead of pixels where they are those of all pictures.
     """
     trees = [tree for tree, _ in items]
     pictures = [picture for _, shown in items for picture in shown]
-    inputs = images.batch(pictures) if pictures else {}
+    known = [features.get(picture) for picture in pictures if isinstance(picture, Path)] if features else []
+    seen = [one for one in known if one is not None]
+    inputs = images.batch(pictures) if len(seen) < len(pictures) else {}
     everything, root = policy.keeps_everything, common_root(trees, policy.config.image_token_id)
     if packs(policy.trunk_pass):
         at_least = lambda needed: whole_blocks(max(needed, row_length))  # noqa: E731
@@ -162,7 +170,9 @@ def live_batch(
     else:
         packed = pack(trees, pad_id, everything, max(map(len, trees)), root=root)
     counts = [len(shown) for _, shown in items]
-    return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"))
+    # A copy: what a worker sends would take all that its storage holds along.
+    stored = torch.stack(seen) if pictures and not inputs else None
+    return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"), stored)
 
 
 class Items(Dataset[Item]):

@@ -261,7 +261,9 @@ def trunk_pass(
             filled = (batch.packed.targets.kept_branch >= 0).flatten().nonzero().squeeze(1)
             made[STATES].append(trunk.states.flatten(0, 1)[filled.to(live.packed.ids.device)].to(plan.dtype))
         else:
-            features = policy.vision_features(live)
+            features = None
+            if live.pixel_values is not None:
+                features = policy.vision_features(live.pixel_values, live.image_sizes)
         paths = [path for i in indices for path in plan.examples[i].images]
         for path, one in zip(paths, features or [], strict=features is not None):
             if path in waiting:

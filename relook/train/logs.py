@@ -25,6 +25,7 @@ class Work:
             at all.
         ends: of these, those that its last layer's MLP reads.
         features: rows of vision features, over all images.
+        fresh: of these, those that the tower computes.
         states: positions that the post decoder changes.
         targets: positions that lm_head reads.
         live: whether the trunk runs, or its states are cached.
@@ -34,6 +35,7 @@ class Work:
     tokens: int
     ends: int
     features: int
+    fresh: int
     states: int
     targets: int
     live: bool
@@ -51,10 +53,11 @@ def linear_flops(parameters: int, trained: bool, flows: bool) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """Useful operations of one step: for a row of vision features, a token of the trunk, an end of it, a state of the
-    post decoder, and a target of lm_head."""
+    """Useful operations of one step: for a row of vision features, in the tower and in the projector, a token of the
+    trunk, an end of it, a state of the post decoder, and a target of lm_head."""
 
     seeing: int
+    projecting: int
     reading: int  # the trunk's part for each token
     ending: int  # its last layer's MLP
     looking: int  # the post decoder's image side, for each row of vision features
@@ -68,10 +71,12 @@ class Costs:
         Layers side by side are taken one after the other, which adds a little in the first block that trains.
         """
         base = policy.core.model
-        found = dict.fromkeys(("seeing", "reading", "ending", "looking", "deciding", "saying"), 0)
+        names = ("seeing", "projecting", "reading", "ending", "looking", "deciding", "saying")
+        found = dict.fromkeys(names, 0)
         # Where training reads cached states, the trunk is not there.
         parts = {
-            "seeing": [getattr(base, name, None) for name in ("vision_tower", "multi_modal_projector")],
+            "seeing": [getattr(base, "vision_tower", None)],
+            "projecting": [getattr(base, "multi_modal_projector", None)],
             "reading": [getattr(base, "language_model", None)],
             "deciding": [policy.post_decoder],
             "saying": [policy.core.lm_head],
@@ -90,7 +95,10 @@ class Costs:
 
     def flops(self, work: Work) -> float:
         """Useful operations of one step on a batch."""
-        trunk = self.seeing * work.features + self.reading * work.tokens + self.ending * work.ends if work.live else 0
+        trunk = 0
+        if work.live:
+            trunk = self.seeing * work.fresh + self.projecting * work.features
+            trunk += self.reading * work.tokens + self.ending * work.ends
         after = self.looking * work.features + self.deciding * work.states + self.saying * work.targets
         return float(trunk + after)
 

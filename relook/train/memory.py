@@ -20,6 +20,7 @@ from relook.train import activations
 from relook.train.activations import Counts, Kept
 from relook.train.plan import SHARD_BYTES
 from relook.train.policy import Policy
+from relook.train.sight import IMAGES
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "workspace")
 LIBRARIES = 64 << 20  # cuBLAS and cuBLASLt take 32 MiB each on a Hopper GPU
@@ -184,11 +185,14 @@ class Job:
     def waiting(self) -> int:
         """Bytes of the batch, and of the next one, which accelerate has ready on the GPU."""
         batch, side = self.batch, int(self.policy.config.vision_config.image_size)
+        width = feature_size(self.policy.config)
         if self.recipe.cached_trunk:
             states = 2 * batch.slots * self.width
-            looked_at = batch.padded_features * feature_size(self.policy.config) if self.policy.reads_image else 0
+            looked_at = batch.padded_features * width if self.policy.reads_image else 0
             return (states + looked_at) * self.low
-        return 2 * self.pictures(batch) * 3 * side**2 * 4
+        return 2 * (
+            batch.features * width * self.low if self.recipe.sees_once else self.pictures(batch) * 3 * side**2 * 4
+        )
 
     def pictures(self, counts: Counts) -> int:
         """Images, or the tiles that they are cut into."""
@@ -214,15 +218,17 @@ class Job:
         total += 4 * sum(p.numel() for p in self.whole.parameters() if p.requires_grad)
         if self.recipe.cached_trunk:  # what trains is loaded already, and two shards wait to be stored
             total += self.frozen + 4 * self.trained + 2 * SHARD_BYTES
-        elif not self.recipe.needs_reference:
-            return total
         counts, vision, D, F = self.reading, self.whole.config.vision_config, self.width, self.text.intermediate_size
-        cast = 4 if self.recipe.lora_enable and self.mixed and self.policy.trunk_pass != "compiled" else 0
-        # Some states of the residual stream, and the MLP's three wide ones; the tower gives those of all its layers.
-        reading = counts.positions * ((3 * self.low + cast) * F + 6 * self.low * D)
+        # The tower gives the states of all its layers.
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
-        seeing = self.pictures(counts) * patches * vision.hidden_size * (vision.num_hidden_layers + 1)
-        return total + int(reading + seeing * self.low)
+        seeing = patches * vision.hidden_size * (vision.num_hidden_layers + 1) * self.low
+        moments = [seeing * IMAGES if self.recipe.sees_once else 0]
+        if self.recipe.cached_trunk or self.recipe.needs_reference:
+            cast = 4 if self.recipe.lora_enable and self.mixed and self.policy.trunk_pass != "compiled" else 0
+            # Some states of the residual stream, and the MLP's three wide ones.
+            reading = counts.positions * ((3 * self.low + cast) * F + 6 * self.low * D)
+            moments.append(reading + (0 if self.recipe.sees_once else seeing * self.pictures(counts)))
+        return total + int(max(moments))
 
     @property
     def state(self) -> int:

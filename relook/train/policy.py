@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from relook.model.modeling_relook import selected_features
 from relook.model.post_decoder import Layout, PostDecoder
+from relook.model.trunks import trunk_of
 from relook.train import recompute
 from relook.train.log_probs import log_prob
 from relook.train.tree_pass import BUDGET, TreePass, ends_at_kept, resolve
@@ -32,6 +34,7 @@ class LiveBatch:
     pixel_values: Tensor | None  # (I, 3, H, W) or (I, tiles, 3, H, W)
     images: list[int]
     image_sizes: Tensor | None = None  # (I, 2) height and width, for models that cut images into tiles
+    features: Tensor | None = None  # (I, M, V) vision features, where the tower has seen the images before
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
         return to_device(self, device)
@@ -158,27 +161,40 @@ class Policy(nn.Module):
         with self.autocast(self._mixed_trunk):
             return self._trunk(batch)
 
-    def vision_features(self, batch: LiveBatch) -> list[Tensor] | None:
+    def vision_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
         """The vision tower alone: what `trunk` gives as features, (M, V) of each image."""
-        return self._images(batch).vision_features if batch.pixel_values is not None else None
+        base, image = self.core.model, self._images(pixel_values, image_sizes)
+        if hasattr(image, "vision_features"):  # a post decoder reads them
+            return list(image.vision_features)
+        selected = selected_features(self.config, image.hidden_states)
+        by_image = trunk_of(self.config).relook_model.trunk_class.features_by_image
+        return list(by_image(base, selected, image_sizes))
 
-    def _images(self, batch: LiveBatch) -> Any:
+    def _images(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Any:
         base = self.core.model
-        assert batch.pixel_values is not None
-        sizes = {} if batch.image_sizes is None else {"image_sizes": batch.image_sizes}
-        pixels = batch.pixel_values.to(base.get_input_embeddings().weight.dtype)
+        sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
+        pixels = pixel_values.to(base.get_input_embeddings().weight.dtype)
         with self.autocast(self._mixed_sight):  # adapters of the language model do not make the tower wider
             return base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
 
+    def _seen(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None]:
+        """Vision features of each image, where the post decoder reads them, and what stands at image positions."""
+        if batch.features is not None:
+            with self.autocast(self._mixed_sight):
+                projected = self.core.model.multi_modal_projector(batch.features)
+            return list(batch.features) if self.reads_image else None, projected.flatten(0, 1)
+        if batch.pixel_values is None:
+            return None, None
+        image = self._images(batch.pixel_values, batch.image_sizes)
+        return image.vision_features if self.reads_image else None, torch.cat(list(image.pooler_output))
+
     def _trunk(self, batch: LiveBatch) -> TrunkStates:
-        base, packed = self.core.model, batch.packed
-        embeds = base.get_input_embeddings()(packed.ids)
-        features = None
-        if batch.pixel_values is not None:
-            image = self._images(batch)
-            features = image.vision_features if self.reads_image else None
+        packed = batch.packed
+        embeds = self.core.model.get_input_embeddings()(packed.ids)
+        features, projected = self._seen(batch)
+        if projected is not None:
             where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
-            embeds = embeds.masked_scatter(where, torch.cat(list(image.pooler_output)).to(embeds.dtype))
+            embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
         return TrunkStates(self._tree_pass(embeds, packed), features, batch.images, packed.targets)
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:

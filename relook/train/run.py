@@ -47,6 +47,7 @@ from relook.train.batches import (
 )
 from relook.train.cache import cached_items
 from relook.train.policy import Policy
+from relook.train.sight import features_once
 from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained, whole_tensors
 
 RUN_FILE = "run.json"  # written last: a run that has it is finished
@@ -276,6 +277,8 @@ def prepare(
     if recipe.cached_trunk:
         items = cached_items(recipe, policy, distinct, collator, whole)
     else:
+        if recipe.sees_once:
+            collator.features = features_once(recipe, policy, distinct, collator.images)
         items = [Item(example) for example in distinct]
         if recipe.mdpo_conditional_weight:
             seed = int(recipe.training.get("seed", 42))

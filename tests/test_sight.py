@@ -1,0 +1,133 @@
+"""Vision features computed once where the trunk trains: the same training, without the tower in its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import dpo_keys, sft_keys
+from torch import Tensor
+
+from relook import load_model, processes
+from relook.errors import RecipeError
+from relook.recipe import build_recipe
+from relook.train import sight
+from relook.train.batches import Collator, Item
+from relook.train.policy import Policy
+from relook.train.run import encode_samples, read_samples, train
+from relook.train.sight import features_once
+
+pytestmark = pytest.mark.usefixtures("no_trunk_cache")
+LORA: dict[str, Any] = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0}
+SHORT: dict[str, Any] = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
+REGIMES: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
+    "lora": (dpo_keys, LORA),
+    "lora, a worker": (dpo_keys, {**LORA, "dataloader_num_workers": 1}),
+    "projector": (dpo_keys, {"tune_mm_mlp_adapter": True}),
+    "lora and post decoder": (dpo_keys, {**LORA, "tune_post_decoder": True, "tune_mm_mlp_adapter": True}),
+    "full, sft": (sft_keys, {}),
+    "lora, sft, held out": (sft_keys, {**LORA, "eval_fraction": 0.3, "eval_strategy": "steps", "eval_steps": 2}),
+}
+
+
+def trained(out: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_training_is_the_same_and_does_without_the_tower(
+    regime: str, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, keys = REGIMES[regime]
+    monkeypatch.setattr(sight, "IMAGES", 4)
+    seen: list[int] = []
+    whole = Policy._images
+    monkeypatch.setattr(Policy, "_images", lambda self, *of: seen.append(len(of[0])) or whole(self, *of))
+    found, looked = {}, {}
+    for cache in ("off", "memory"):
+        seen.clear()
+        out = train(build_recipe(of(base, world, tmp_path / cache, **SHORT, **keys, feature_cache=cache)))
+        found[cache], looked[cache] = trained(out), list(seen)
+    assert found["memory"].keys() == found["off"].keys()
+    for name, tensor in found["off"].items():
+        torch.testing.assert_close(found["memory"][name], tensor, rtol=1e-4, atol=1e-5)
+    assert looked["memory"] == [4, 2]  # the world's six pictures
+    assert len(looked["off"]) > 2
+
+
+def prepared(base: Path, world: Path, tmp_path: Path, **keys: Any) -> tuple[Any, Policy, list[Any], Collator]:
+    recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", **{**LORA, **keys}))
+    loaded = load_model(base)
+    examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
+    policy = Policy(loaded.model)
+    return recipe, policy, examples, Collator(policy, loaded.images, 3)
+
+
+def test_features_are_the_towers(base: Path, world: Path, tmp_path: Path) -> None:
+    """By transformers alone: the layer before the last one, without the class token."""
+    recipe, policy, examples, collator = prepared(base, world, tmp_path)
+    found = features_once(recipe, policy, examples, collator.images)
+    assert found is not None
+    assert found.keys() == {path for example in examples for path in example.images}
+    for path, features in found.items():
+        with torch.no_grad():
+            pixels = collator.images(path)[None]
+            hidden = policy.core.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(features, hidden[-2][0, 1:], rtol=1e-5, atol=1e-5)
+    collator.features = found
+    items = [Item(example) for example in examples[:3]]
+    batch = collator(items)["batch"]
+    assert batch.pixel_values is None
+    assert batch.features.shape[0] == 3
+    assert batch.features.untyped_storage().nbytes() == batch.features.nbytes  # nothing else goes along to a process
+    assert collator(items)["work"].fresh == 0
+    collator.features = None
+    given = collator(items)
+    assert (given["batch"].features, given["work"].fresh) == (None, given["work"].features)
+    with torch.no_grad():
+        torch.testing.assert_close(policy(batch), policy(given["batch"]), rtol=1e-5, atol=1e-5)
+
+
+def test_where_each_step_computes_its_own(
+    base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, policy, examples, collator = prepared(base, world, tmp_path)
+    wanted = build_recipe(dpo_keys(base, world, tmp_path / "wanted", **LORA, feature_cache="memory"))
+    take = lambda recipe: features_once(recipe, policy, examples, collator.images)  # noqa: E731
+    assert take(recipe) is not None
+    with monkeypatch.context() as several:
+        several.setattr(processes, "count", lambda: 2)
+        assert take(recipe) is None
+        assert take(wanted) is not None
+    with monkeypatch.context() as small:
+        size = sum(tensor.nbytes for tensor in (take(recipe) or {}).values())
+        small.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size - 2))
+        assert take(recipe) is None
+        assert take(wanted) is not None
+        small.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size + 2))
+        assert take(recipe) is not None
+    with monkeypatch.context() as tiles:
+        tiles.setattr(sight, "trunk_of", lambda config: SimpleNamespace(projects_rows=False))
+        assert take(recipe) is None
+        with pytest.raises(RecipeError, match="cuts images into tiles"):
+            take(wanted)
+    assert features_once(wanted, policy, [], collator.images) is None
+
+
+def test_recipes_say_where_there_is_nothing_to_keep(base: Path, world: Path, tmp_path: Path) -> None:
+    keys = dpo_keys(base, world, tmp_path / "run", **LORA)
+    assert build_recipe(keys).sees_once
+    assert not build_recipe({**keys, "feature_cache": "off"}).sees_once
+    assert not build_recipe({**keys, "mdpo_conditional_weight": 1.0}).sees_once  # its crops are new at every step
+    with pytest.raises(RecipeError, match="corrupted images"):
+        build_recipe({**keys, "mdpo_conditional_weight": 1.0, "feature_cache": "memory"})
+    for more in ({"feature_cache": "disk"}, {"feature_cache_dir": "x"}):
+        with pytest.raises(RecipeError, match="vision features are kept in memory"):
+            build_recipe({**keys, **more})
+    assert not build_recipe(dpo_keys(base, world, tmp_path / "run", tune_lm_head=True)).sees_once  # a cache holds more
