@@ -5,8 +5,8 @@
 
 A pair is an image, 50 tokens of prompt and two answers of 110 tokens; 8 pairs a step, at once or in micro-batches of
 two; LoRA of rank 128 on all linear layers of the language model, no dropout, bf16 with adapters in float32, AdamW. TRL
-gets batches that lie ready; relook reads JPEG files, as it does for its users. Each part runs in a process of its own,
-so that its peak memory is its own.
+gets batches that lie ready; relook reads JPEG files, and keeps what the frozen tower says of them, as it does for its
+users. Each part runs in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "relook": {},
+    "relook_tower_in_steps": {"feature_cache": "off"},
     "relook_by_two": TWO_AT_A_TIME,
     "relook_1.0": {"activation_memory_budget": 1.0},
     "relook_0.6": {"activation_memory_budget": 0.6},

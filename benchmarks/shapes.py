@@ -250,14 +250,14 @@ def pair_tokens(shape: dict[str, Any]) -> tuple[int, int]:
 
 
 def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int, rank: int) -> float:
-    """Useful TFLOP of a LoRA step on a pair whose answers share their prompt: the trunk forward, the gradients of its
-    activations, lm_head both ways, and the adapters of all linear layers three times (their own gradients, too)."""
+    """Useful TFLOP of a LoRA step on a pair whose answers share their prompt: the language model forward, the gradients
+    of its activations, lm_head both ways, and the adapters of all linear layers three times (their own gradients,
+    too). Not the vision tower, which is frozen and need not run in a step."""
     head = 2 * 2 * 2 * response * shape["vocabulary"] * shape["text"]["hidden_size"] / 1e12
     text, vision = shape["text"], dict(shape["vision"], num_hidden_layers=1)
     D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
     adapters = 3 * 2 * (prompt + 2 * response) * L * rank * (4 * 2 * D + 3 * (D + M)) / 1e12
-    backward = flops_of_pair({**shape, "text": text, "vision": vision}, prompt, response, both=False)
-    return flops_of_pair(shape, prompt, response, both=False) + backward + head + adapters
+    return 2 * flops_of_pair({**shape, "vision": vision}, prompt, response, both=False) + head + adapters
 
 
 @contextmanager
