@@ -34,7 +34,7 @@ from relook.train import run as training
 from relook.train.batches import Collator, hold_out
 from relook.train.cache import TrunkCache, trunk_pass
 from relook.train.policy import Policy
-from relook.train.preference import preference_loss
+from relook.train.preference import measures, preference_loss
 from relook.train.run import encode_samples, prepare, read_samples, train
 from relook.train.trainer import COMPLETE
 
@@ -515,10 +515,30 @@ def test_evaluation_needs_something_held_out(base: Path, world: Path, tmp_path: 
             train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True, **keys))
 
 
-def test_the_best_step_by_what_nobody_measures(base: Path, world: Path, tmp_path: Path) -> None:
+def test_the_best_step_by_what_nobody_measures_is_refused_before_anything_is_read(base: Path, tmp_path: Path) -> None:
     keys = {"eval_fraction": 0.34, "save_strategy": "best", "metric_for_best_model": "rewards/margin"}
     with pytest.raises(RecipeError, match=r"eval_rewards/margin is not measured.*one of eval_loss, eval_rewards/ch"):
-        train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True, **keys))
+        train(recipe_for(base, tmp_path / "nothing", tmp_path / "run", tune_lm_head=True, **keys))
+
+
+@pytest.mark.parametrize(
+    ("of", "keys"),
+    [
+        (dpo_keys, {}),
+        (dpo_keys, {"loss_type": "simpo", "beta": 2.0}),
+        (dpo_keys, {"mdpo_conditional_weight": 1.0, "feature_cache": "off"}),
+        (sft_keys, {}),
+    ],
+    ids=["dpo", "simpo", "mdpo", "sft"],
+)
+def test_what_is_known_beforehand_is_what_an_evaluation_measures(
+    of: Callable[..., dict[str, Any]], keys: dict[str, Any], base: Path, world: Path, tmp_path: Path
+) -> None:
+    keys = {"tune_lm_head": True, "eval_fraction": 0.34, "max_steps": 1, **keys}
+    recipe = build_recipe(of(base, world, tmp_path / "run", **keys))
+    log = json.loads((train(recipe) / "run.json").read_text())["log"]
+    measured = next(line for line in log if "eval_loss" in line)
+    assert [name.removeprefix("eval_") for name in measured if name.startswith("eval_")] == measures(recipe)
 
 
 def test_measuring_changes_nothing(base: Path, world: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from relook.model.trunks import has_post_decoder
 from relook.train.batches import Collator, Item
 from relook.train.cache_key import key_of, made_from
 from relook.train.policy import Policy, TrunkStates, predicting_states
-from relook.tree import Row, Tree, targets_of
+from relook.tree import Row, Tree, targets_of, to_host
 
 FIRST_FILE = "first_tokens.jsonl"
 DECIDED = ("Yes", "yes", "No", "no")
@@ -181,8 +181,8 @@ class CachedPope:
         features: list[Tensor] = []
         for trunk in self._passes(policy, "trunk states of the questions"):
             counts = (trunk.targets.kept_branch >= 0).sum(1).tolist()
-            states += [kept[:count].cpu().clone() for kept, count in zip(trunk.states, counts, strict=True)]
-            features += [kept.cpu().clone() for kept in trunk.features or []]
+            states += [kept[:count].clone() for kept, count in zip(to_host(trunk.states), counts, strict=True)]
+            features += [to_host(kept).clone() for kept in trunk.features or []]
         return States(states, features or None)
 
     @torch.inference_mode()

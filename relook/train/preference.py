@@ -7,7 +7,7 @@ from torch import Tensor
 
 from relook.recipe import LENGTH_NORMALISED, REFERENCE_FREE, Recipe
 from relook.train import losses
-from relook.tree import Targets
+from relook.tree import Row, Targets, Tree, targets_of
 
 
 def answer_tokens(recipe: Recipe, targets: Targets) -> Tensor | int:
@@ -75,6 +75,18 @@ def preference_loss(
             fields |= _by_side("reference_logps", reference_sums, pairs)
         fields["nll"] = nll
     return loss, fields
+
+
+def measures(recipe: Recipe) -> list[str]:
+    """The fields that an evaluation of the recipe's loss has: those of a pair of one token each."""
+    if recipe.task == "sft":
+        return ["loss"]
+    token = Row((0,), (True,))
+    trees = [Tree((0,), (token, token)), *([Tree((0,), (token,))] if recipe.mdpo_conditional_weight else [])]
+    targets = targets_of(trees)
+    each = torch.ones(len(targets.id))
+    _, fields = preference_loss(recipe, -each, targets, -each if recipe.needs_reference else None, each)
+    return ["loss", *fields]
 
 
 def pair_loss(recipe: Recipe, chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ from relook.train.batches import (
 )
 from relook.train.cache import cached_items
 from relook.train.policy import Policy
+from relook.train.preference import measures
 from relook.train.sight import features_once
 from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained, whole_tensors
 
@@ -174,6 +175,9 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
             f"The training arguments do not fit together: {str(error).rstrip('.')}.",
             "Correct them; transformers' documents of TrainingArguments have their values.",
         ) from None
+    best = "eval_" + (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in (names := [f"eval_{name}" for name in measures(recipe)]):
+        raise RecipeError(f"metric_for_best_model {best} is not measured.", f"Choose one of {', '.join(names)}.")
     if arguments.fsdp and arguments.world_size == 1:
         raise RecipeError("fsdp needs several processes.", "Start it by torchrun; docs/clusters.md has the commands.")
     # While this is set, transformers shards a model under ZeRO-3 as it is loaded; references need it whole.

@@ -154,9 +154,6 @@ class RelookTrainer(Trainer):
                 meter.add({"loss": loss, **fields}, work, self.state.global_step, count)
             lay_down(self.model)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.read().items()}
-        best = f"{metric_key_prefix}_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-        if best not in metrics:
-            raise RecipeError(f"metric_for_best_model {best} is not measured.", f"Choose one of {', '.join(metrics)}.")
         super().log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
