@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from relook.train import tree_pass
 from relook.train.tree_pass import TreePass, block_mask
 from relook.tree import (
     PADDING,
@@ -274,6 +275,27 @@ def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:
         for word in ("abcDEF", "abCDE"):
             trees = [Tree.of([row(word), row("abXYZ")])] * 9
             check_states(trees, pack(trees, PAD, True, 1000, whole_blocks, root=2), how)
+
+
+def test_models_share_compiled_code_whatever_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kind of layer, and the last one: not anew for a second model, or for another number of kept positions."""
+    made: list[Any] = []
+    whole = torch.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(inputs)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: whole(layer, backend=backend))
+    monkeypatch.setattr(tree_pass, "ends_at_kept", lambda *_: True)
+    models = [tiny_llava(seed).model.language_model for seed in (0, 1)]
+    passes = [TreePass(model, "compiled") for model in models]
+    with torch.no_grad():
+        for number, times, word in ((0, 3, "abcDEF"), (1, 3, "abcDEFG"), (1, 2, "abcDEFGH"), (0, 4, "abcDE")):
+            trees = [Tree.of([row(word), row("abXYZ")])] * times
+            packed = pack(trees, PAD, False, 1000, lambda _: 256, 1)
+            passes[number](models[number].embed_tokens(packed.ids), packed)
+    assert len(made) == 2
 
 
 @settings(max_examples=30)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -210,8 +210,15 @@ class LastLayer(nn.Module):
 
 def _keeping(layer: nn.Module) -> nn.Module:
     """The same layer, one of PRE_NORM, with a `forward` that is told what to keep."""
+    kind: Any = type(layer)
+    same: nn.Module = object.__new__(_keeping_class(kind))
+    same.__dict__ = layer.__dict__  # shared: a mode that is set later holds for both
+    return same
 
-    class Keeping(type(layer)):  # type: ignore[misc]
+
+@cache  # for a class of its own a layer would be compiled anew with every model
+def _keeping_class(kind: Any) -> Any:
+    class Keeping(kind):
         """A subclass, so that transformers' recomputation of layers wraps this `forward`, too."""
 
         def forward(self, hidden_states: Tensor, keep: Tensor | None = None, **more: Any) -> Any:
@@ -221,9 +228,7 @@ def _keeping(layer: nn.Module) -> nn.Module:
             kept = (hidden_states + attended).flatten(0, 1)[keep]
             return kept + self.mlp(self.post_attention_layernorm(kept))
 
-    same: nn.Module = object.__new__(Keeping)
-    same.__dict__ = layer.__dict__  # shared: a mode that is set later holds for both
-    return same
+    return Keeping
 
 
 @contextmanager
