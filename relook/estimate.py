@@ -36,6 +36,7 @@ from relook.train.memory import PARTS, Job, Way, ways
 from relook.train.plan import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, Plan
 from relook.train.policy import Policy
 from relook.train.run import RUN_FILE, read_samples
+from relook.train.sight import keeps_features
 from relook.train.tree_pass import BUDGET, packs
 from relook.tree import Row, Tree, common_root, kept_positions
 
@@ -101,8 +102,8 @@ def estimate(
     source = open_on_paper(recipe)
     lengths = read_lengths(recipe, source, assumed)
     whole = whole_policy(recipe, source, sharded=False)
-    job = job_of(recipe, whole, lengths, gpu_memory, sharded=False)
-    apart = job_of(recipe, whole_policy(recipe, source, sharded=True), lengths, gpu_memory, sharded=True)
+    job = job_of(recipe, whole, lengths, gpu_memory, gpus, sharded=False)
+    apart = job_of(recipe, whole_policy(recipe, source, sharded=True), lengths, gpu_memory, gpus, sharded=True)
     found = ways(job, apart, gpus)
     return {
         "model": source.model_class.__name__,
@@ -216,7 +217,7 @@ def seen(recipe: Recipe, examples: Sequence[Example]) -> list[Example]:
     return [*examples, *again]
 
 
-def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, sharded: bool) -> Job:
+def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, gpus: int, sharded: bool) -> Job:
     """The recipe's run on paper, with the largest batch of an epoch in random order."""
     examples = lengths.examples
     rows = [sum(feature_rows(whole.config, lengths.size(image)) for image in example.images) for example in examples]
@@ -243,6 +244,7 @@ def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, s
         batch=counts(batch),
         reading=reading,
         cache=on_gpu(recipe, whole, lengths, gpu_memory) if recipe.cached_trunk else 0,
+        keeps_features=keeps_features(recipe, whole.config, gpus),
         one_type=sharded,
     )
 
@@ -289,15 +291,24 @@ def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]
     examples, whole = seen(job.recipe, lengths.examples), job.whole
     trees = [example.tree for example in examples]
     states, targets = sum(map(len, trees)), sum(sum(branch.supervised) for tree in trees for branch in tree.branches)
-    sharing = SHARING if packs(whole.trunk_pass) and not job.recipe.cached_trunk else job.batch.trees
+    packed = packs(whole.trunk_pass) and not job.recipe.cached_trunk
+    sharing = min(SHARING, job.batch.trees) if packed else job.batch.trees
     shared = common_root(trees, whole.config.image_token_id) * (len(trees) - -(-len(trees) // sharing))
-    tokens = ends = states - shared
-    if whole.ends_at_kept and not whole.keeps_everything:
-        ends = sum(len(kept_positions(tree, False)) for tree in trees)
+    tokens = last_mlp = states - shared
+    if whole.last_mlp_at_kept(job.batch.slots, job.batch.positions):
+        last_mlp = sum(len(kept_positions(tree, whole.keeps_everything)) for tree in trees)
     features = sum(feature_rows(whole.config, lengths.size(image)) for example in examples for image in example.images)
     states = states if whole.keeps_everything else targets
-    fresh = 0 if job.recipe.sees_once else features
-    done = Work(len(trees), tokens, ends, features, fresh, states, targets, live=not job.recipe.cached_trunk)
+    done = Work(
+        pairs=len(trees),
+        tokens=tokens,
+        last_mlp=last_mlp,
+        features=features,
+        encoded=0 if job.keeps_features else features,
+        states=states,
+        targets=targets,
+        live=not job.recipe.cached_trunk,
+    )
     step = Costs.of(job.policy).flops(done)
     trains = [p for p in whole.core.parameters() if p.requires_grad]
     for parameter in trains:
@@ -305,10 +316,10 @@ def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]
     forward = Costs.of(whole)
     for parameter in trains:
         parameter.requires_grad_(True)
-    before = float(forward.seeing * features) if job.recipe.sees_once else 0.0
+    before = float(forward.seeing * features) if job.keeps_features else 0.0
     if job.recipe.cached_trunk or job.recipe.needs_reference:
-        before = forward.flops(replace(done, fresh=features, live=True))
-    step += (forward.reading * tokens + forward.ending * ends) * job.recomputed_share
+        before = forward.flops(replace(done, encoded=features, live=True))
+    step += (forward.reading * tokens + forward.last_mlp * last_mlp) * job.recomputed_share
     samples = len(lengths.examples)
     each = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}
     if tflops:

@@ -214,9 +214,10 @@ class Recipe:
             if idle and found:
                 raise RecipeError(f"{some(found)} would have no effect {where}.", "Change that, or leave it out.")
         if not self.frozen_trunk and (self.feature_cache == "disk" or self.feature_cache_dir):
+            given = "feature_cache disk" if self.feature_cache == "disk" else "feature_cache_dir"
             raise RecipeError(
-                "feature_cache disk would have no effect: the trunk trains, and vision features are kept in memory.",
-                "Set feature_cache memory, or leave it and feature_cache_dir out.",
+                f"{given} would have no effect: the trunk trains, and there are no states of it to keep.",
+                "Leave it out.",
             )
         # How many workers there are by default depends on the device, and is looked at when a run begins.
         check_switched({"dataloader_num_workers": not self.cached_trunk, **self.said})
@@ -241,8 +242,9 @@ class Recipe:
             raise RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
         wanted = self.feature_cache != "off" if self.frozen_trunk else self.feature_cache == "memory"
         if self.mdpo_conditional_weight and wanted:
+            what = "The trunk cache has no states" if self.frozen_trunk else "No vision features are kept"
             raise RecipeError(
-                "The trunk cache has no states of corrupted images, nor features, which mdpo_conditional_weight needs.",
+                f"{what} of corrupted images, which mdpo_conditional_weight needs.",
                 "Set feature_cache off, or mdpo_conditional_weight 0.",
             )
 

@@ -27,9 +27,11 @@ from relook.files import write_json
 from relook.model.above_trunk import AboveTrunk
 from relook.recipe import Recipe, build_recipe
 from relook.train.activations import ATTENTION_INPUTS, MLP_INPUTS, Counts, decoder_layer, within
-from relook.train.batches import Collator
+from relook.train.batches import Collator, Item
+from relook.train.logs import Costs
 from relook.train.memory import Job
 from relook.train.run import encode_samples, load, policy_of, prepare, read_samples, train
+from relook.train.sight import features_once
 
 NAMES = (*ATTENTION_INPUTS, "o_proj", *MLP_INPUTS, "down_proj")
 WIDTH, INNER, ROW = 32, 80, 48  # of the layers below
@@ -181,7 +183,7 @@ def test_a_budget_is_kept(kind: str, lora: dict[str, Any], budget: float) -> Non
 def on_paper(recipe: Recipe) -> Job:
     source = open_on_paper(recipe)
     whole = whole_policy(recipe, source, sharded=False)
-    return job_of(recipe, whole, read_lengths(recipe, source, Assumed()), 80, sharded=False)
+    return job_of(recipe, whole, read_lengths(recipe, source, Assumed()), 80, 1, sharded=False)
 
 
 REGIMES: dict[str, dict[str, Any]] = {
@@ -231,6 +233,26 @@ def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regi
     counts = Counts.of([item.example for item in items], rows, policy)
     # What is not said are indices (8 bytes a target), and in the first layer that nothing before it trains.
     assert replace(on_paper(recipe), batch=counts).kept == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("keys", [{}, {"feature_cache": "off"}, {"tune_post_decoder": True}], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Path, world: Path, tmp_path: Path) -> None:
+    keys = {**REGIMES["lora"], **keys, "trunk_pass": "flex", "per_device_train_batch_size": size}
+    recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", **keys))
+    loaded = load(recipe, torch.float32, "cpu")
+    examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
+    policy = policy_of(recipe, loaded, torch.float32)
+    collator = Collator(policy, loaded.images, loaded.pad_id)
+    collator.features = features_once(recipe, policy, examples, loaded.images)
+    items, costs = [Item(example) for example in examples], Costs.of(policy)
+    real = sum(costs.flops(collator(items[start : start + size])["work"]) for start in range(0, len(items), size))
+    said = estimate(recipe)["work"]
+    assert said["step_tflop"] == pytest.approx(real / len(items) / 1e12, rel=2e-3)
+    tower = costs.seeing * PATCHES / 1e12
+    alone = build_recipe({**dpo_keys(base, world, tmp_path / "run", **keys), "loss_type": "simpo", "beta": 2.0})
+    before = estimate(alone)["work"]["before_tflop"]  # no reference: the tower at most
+    assert before == (0 if "feature_cache" in keys else pytest.approx(tower, rel=1e-3))
 
 
 # --- what a run holds

@@ -41,10 +41,10 @@ def test_operations_by_hand() -> None:
     assert linear_flops(100, trained=True, flows=False) == 400  # and the weights' gradient
     assert linear_flops(100, trained=False, flows=True) == 400  # and the input's
     assert linear_flops(100, trained=True, flows=True) == 600
-    work = Work(pairs=1, tokens=7, ends=6, features=5, fresh=4, states=3, targets=2, live=True)
+    work = Work(pairs=1, tokens=7, last_mlp=6, features=5, encoded=4, states=3, targets=2, live=True)
     costs = Costs(1, 10, 100, 1000, 10**4, 10**5, 10**6)
     assert costs.flops(work) == 4 + 50 + 700 + 6000 + 50_000 + 300_000 + 2_000_000
-    cached = Work(pairs=1, tokens=7, ends=6, features=5, fresh=4, states=3, targets=2, live=False)
+    cached = Work(pairs=1, tokens=7, last_mlp=6, features=5, encoded=4, states=3, targets=2, live=False)
     assert costs.flops(cached) == 50_000 + 300_000 + 2_000_000
 
 

@@ -424,6 +424,17 @@ def projector(model: Any) -> list[tuple[str, Tensor]]:
     return [(name, p) for name, p in model.named_parameters() if "multi_modal_projector" in name]
 
 
+@pytest.mark.slow
+def test_a_trainer_that_compiles_the_policy(base: Path, world: Path, tmp_path: Path) -> None:
+    """transformers' own torch_compile, around all that relook does."""
+    keys = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+    found = []
+    for name, more in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "aot_eager"})):
+        out = train(build_recipe(dpo_keys(base, world, tmp_path / name, **keys, **more)))
+        found.append([line["loss"] for line in json.loads((out / "run.json").read_text())["log"] if "loss" in line])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 # --- HA-DPO's recipe
 
 

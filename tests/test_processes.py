@@ -51,6 +51,14 @@ WAYS: dict[str, Keys] = {
     "live": {**POST, **ALL, "learning_rate": 0.05, "feature_cache": "off"},
     "mdpo": {**LORA, **ALL, "learning_rate": 0.1, "nll_weight": 0.5, "mdpo_conditional_weight": 0.5},
     "sft": {"task": "sft", **ALL, "learning_rate": 0.02, "conversations_per_tree": 1},
+    "kept": {
+        "task": "sft",
+        **LORA,
+        **ALL,
+        "learning_rate": 0.1,
+        "conversations_per_tree": 1,
+        "feature_cache": "memory",
+    },
     "post": {"task": "sft", **ALL, "tune_post_decoder": True, "learning_rate": 0.02, "conversations_per_tree": 1},
 }
 BEST = {**POST, "optim": "sgd", "learning_rate": 30.0, "eval_fraction": 0.34, "eval_strategy": "steps", "eval_steps": 1,
@@ -122,7 +130,9 @@ def same_training(two: Path, one: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["lora", "cached", "post"], pytest.param(["live", "mdpo", "sft"], marks=pytest.mark.slow)], ids=str
+    "names",
+    [["lora", "cached", "kept", "post"], pytest.param(["live", "mdpo", "sft"], marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_two_processes_train_as_one_with_twice_the_batch(
     names: list[str], keys_of: Callable[..., Keys], tmp_path: Path

@@ -20,7 +20,7 @@ from relook.recipe import build_recipe
 from relook.train import sight
 from relook.train.batches import Collator, Item
 from relook.train.policy import Policy
-from relook.train.run import encode_samples, read_samples, train
+from relook.train.run import encode_samples, load, policy_of, read_samples, train
 from relook.train.sight import features_once
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
@@ -86,12 +86,31 @@ def test_features_are_the_towers(base: Path, world: Path, tmp_path: Path) -> Non
     assert batch.pixel_values is None
     assert batch.features.shape[0] == 3
     assert batch.features.untyped_storage().nbytes() == batch.features.nbytes  # nothing else goes along to a process
-    assert collator(items)["work"].fresh == 0
+    assert collator(items)["work"].encoded == 0
     collator.features = None
     given = collator(items)
-    assert (given["batch"].features, given["work"].fresh) == (None, given["work"].features)
+    assert (given["batch"].features, given["work"].encoded) == (None, given["work"].features)
     with torch.no_grad():
         torch.testing.assert_close(policy(batch), policy(given["batch"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("keys", "wider"), [(LORA, False), ({"tune_mm_mlp_adapter": True}, True)], ids=str)
+def test_adapters_of_the_language_model_do_not_make_the_tower_wider(
+    keys: dict[str, Any], wider: bool, base: Path, world: Path, tmp_path: Path
+) -> None:
+    """What trains is in float32, and autocast makes norms and residuals beside it so: not those of a frozen tower."""
+    recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", **keys, bf16=True))
+    loaded = load(recipe, torch.bfloat16, "cpu")
+    examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
+    policy = policy_of(recipe, loaded, torch.bfloat16)
+    seen: list[bool] = []
+    note = lambda *_: seen.append(torch.is_autocast_enabled("cpu"))  # noqa: E731
+    policy.core.model.vision_tower.register_forward_pre_hook(note)
+    policy.core.model.language_model.register_forward_pre_hook(note)
+    batch = Collator(policy, loaded.images, 3)([Item(examples[0])])["batch"]
+    with torch.no_grad(), policy.autocast():
+        policy.trunk(batch)
+    assert seen == [wider, True]
 
 
 def test_where_each_step_computes_its_own(
@@ -124,10 +143,10 @@ def test_recipes_say_where_there_is_nothing_to_keep(base: Path, world: Path, tmp
     keys = dpo_keys(base, world, tmp_path / "run", **LORA)
     assert build_recipe(keys).sees_once
     assert not build_recipe({**keys, "feature_cache": "off"}).sees_once
-    assert not build_recipe({**keys, "mdpo_conditional_weight": 1.0}).sees_once  # its crops are new at every step
+    assert not build_recipe({**keys, "mdpo_conditional_weight": 1.0}).sees_once  # nothing keeps those of its crops
     with pytest.raises(RecipeError, match="corrupted images"):
         build_recipe({**keys, "mdpo_conditional_weight": 1.0, "feature_cache": "memory"})
     for more in ({"feature_cache": "disk"}, {"feature_cache_dir": "x"}):
-        with pytest.raises(RecipeError, match="vision features are kept in memory"):
+        with pytest.raises(RecipeError, match="the trunk trains, and there are no states"):
             build_recipe({**keys, **more})
     assert not build_recipe(dpo_keys(base, world, tmp_path / "run", tune_lm_head=True)).sees_once  # a cache holds more

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import tiny_llava
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
-from transformers import AttentionInterface
+from transformers import AttentionInterface, GemmaConfig, GemmaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from relook.train import tree_pass
@@ -287,7 +287,7 @@ def test_models_share_compiled_code_whatever_is_kept(monkeypatch: pytest.MonkeyP
         return graph
 
     monkeypatch.setattr(torch, "compile", lambda layer, dynamic: whole(layer, backend=backend))
-    monkeypatch.setattr(tree_pass, "ends_at_kept", lambda *_: True)
+    monkeypatch.setattr(tree_pass, "last_mlp_at_kept", lambda *_: True)
     models = [tiny_llava(seed).model.language_model for seed in (0, 1)]
     passes = [TreePass(model, "compiled") for model in models]
     with torch.no_grad():
@@ -326,6 +326,26 @@ def test_the_block_mask_is_the_dense_one(
         assert torch.equal(getattr(made, indices)[inside], getattr(expected, indices)[inside])
 
 
+def test_a_last_layer_that_is_not_known_runs_whole() -> None:
+    """Gemma's has another order; and one whose `forward` somebody replaced may do anything."""
+    packed = pack([Tree.of([row("abC"), row("abD")])] * 3, PAD)
+    config = GemmaConfig(vocab_size=95, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=2, head_dim=16)  # fmt: skip
+    gemma, patched = GemmaModel(config).eval(), tiny_llava().model.language_model
+    calls: list[int] = []
+    plain = patched.layers[-1].forward
+    patched.layers[-1].forward = lambda *of, **more: calls.append(len(of)) or plain(*of, **more)
+    for model in (gemma, patched):
+        assert not tree_pass.last_mlp_at_kept(model, "dense")
+        assert TreePass(model, "dense").last is None
+    assert tree_pass.last_mlp_at_kept(LANGUAGE_MODEL, "dense")
+    with torch.no_grad():
+        embeds = LANGUAGE_MODEL.embed_tokens(packed.ids)
+        found, expected = TreePass(patched, "dense")(embeds, packed), TreePass(LANGUAGE_MODEL, "dense")(embeds, packed)
+    assert calls
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_after_a_pass_the_model_is_as_it_was() -> None:
     """`generate` runs on the same modules: their attention is SDPA again, and they are not compiled."""
     trees = [Tree.of([row("abC")])]
@@ -336,7 +356,10 @@ def test_after_a_pass_the_model_is_as_it_was() -> None:
     assert all(now is then for now, then in zip(LANGUAGE_MODEL.layers, before, strict=True))
 
 
-def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("everything", [False, True])
+def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(
+    everything: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FlexAttention has no backward pass on a CPU: SDPA stands in for it, with the block mask's own rule."""
 
     def as_sdpa(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
@@ -346,12 +369,12 @@ def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(monk
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", as_sdpa)
     trees = [Tree.of([row("abcDEF"), row("abcGH")]), Tree.of([row("abC")])]
-    packed = pack(trees, PAD, True, 1000, whole_blocks)
+    packed = pack(trees, PAD, everything, 1000, whole_blocks, 1)
     gradients = []
     for how in ("dense", "flex"):
         model = tiny_llava().model.language_model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         embeds = model.embed_tokens(packed.ids).detach().requires_grad_(True)
-        TreePass(model, how)(embeds, packed).flatten(0, 1)[packed.keep].square().sum().backward()
+        TreePass(model, how)(embeds, packed)[packed.targets.kept_branch != PADDING].square().sum().backward()
         gradients.append(embeds.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)

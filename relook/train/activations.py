@@ -106,8 +106,8 @@ def within(budget: float, given: int, *parts: tuple[Kept, int]) -> int:
     everything = sum(part.of(positions) for part, positions in parts)
     if budget == 1:
         return everything
-    dear = sum((part.each - part.cheap) * positions for part, positions in parts)
-    return min(dear, round(given + budget * (everything - given)))
+    expensive = sum((part.each - part.cheap) * positions for part, positions in parts)
+    return min(expensive, round(given + budget * (everything - given)))
 
 
 def decoder_layer(

@@ -21,13 +21,13 @@ from relook.errors import DataError, RecipeError, some
 from relook.model.trunks import feature_rows
 from relook.train.logs import Work
 from relook.train.policy import LiveBatch, Policy, TrunkStates
-from relook.train.tree_pass import keeps_fewer, packs
+from relook.train.tree_pass import packs
 from relook.tree import PADDING, Tree, TreeTargets, common_root, join_targets, pack, whole_blocks
 
 Progress = Callable[[int, int], None]
-# Trees of a packed row in training that share a root. The backward pass of FlexAttention goes through all that see a
-# block in one piece, and a piece for very many is what a layer ends up waiting for: on an H200, for 8 pairs at 7B,
-# 1.11 ms a layer with one root, 0.94 with two. A pass that only reads has one a row.
+# Trees of a packed row that share a root. The backward pass of FlexAttention goes through all that see a block in one
+# piece, and a piece for very many is what a layer ends up waiting for: on an H200, for 8 pairs at 7B, 1.11 ms a layer
+# with one root, 0.94 with two. The pass that fills the trunk cache, where no gradients follow, has one a row.
 SHARING = 4
 
 
@@ -92,6 +92,9 @@ class Collator:
         if isinstance(batch, TrunkStates):
             width = self.policy.vision_width
             return batch if width is None else replace(batch, features=[batch.states.new_zeros(1, width)])
+        if self.features:  # the tower is not called for other batches, nor for this one
+            unseen = torch.zeros_like(next(iter(self.features.values())))
+            return replace(batch, features=unseen[None])
         blank = self.images.batch([Image.new("RGB", (32, 32))])
         return replace(batch, pixel_values=blank["pixel_values"], image_sizes=blank.get("image_sizes"))
 
@@ -119,26 +122,26 @@ class Collator:
     def work(self, items: Sequence[Item], made: LiveBatch | TrunkStates, pairs: int) -> Work:
         """How much there is to do; `pairs` of the items are not a corrupted half."""
         trees = [item.example.tree for item in items]
-        tokens, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
-        states, ends, fresh = tokens, 0, 0
+        everything, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
+        tokens, last_mlp, encoded = everything, 0, 0
         if isinstance(made, TrunkStates):
             targets, features = made.targets, sum(len(one) for one in made.features or [])
         else:
             packed, targets = made.packed, made.packed.targets
             sizes = made.image_sizes.tolist() if made.image_sizes is not None else [(0, 0)] * sum(made.images)
             features = sum(feature_rows(self.policy.config, (height, width)) for height, width in sizes)
-            fresh = features if made.features is None else 0
-            tokens = ends = int((packed.tree != PADDING).sum())
-            if self.policy.ends_at_kept and keeps_fewer(packed):
-                ends = int((targets.kept_branch != PADDING).sum())
+            encoded = features if made.features is None else 0
+            tokens = last_mlp = int((packed.tree != PADDING).sum())
+            if self.policy.last_mlp_at_kept(packed.keep.numel(), packed.ids.numel()):
+                last_mlp = int((targets.kept_branch != PADDING).sum())
         return Work(
-            pairs if items[0].weight is not None else answers,
-            tokens,
-            ends,
-            features,
-            fresh,
-            states if self.policy.keeps_everything else len(targets.id),
-            len(targets.id),
+            pairs=pairs if items[0].weight is not None else answers,
+            tokens=tokens,
+            last_mlp=last_mlp,
+            features=features,
+            encoded=encoded,
+            states=everything if self.policy.keeps_everything else len(targets.id),
+            targets=len(targets.id),
             live=isinstance(made, LiveBatch),
         )
 

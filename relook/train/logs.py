@@ -23,9 +23,9 @@ class Work:
         pairs: preference pairs, or conversations for SFT.
         tokens: positions that the trunk reads, images included; what branches, or trees, share counts once, padding not
             at all.
-        ends: of these, those that its last layer's MLP reads.
+        last_mlp: positions that its last layer's MLP reads.
         features: rows of vision features, over all images.
-        fresh: of these, those that the tower computes.
+        encoded: of these, those that the tower computes.
         states: positions that the post decoder changes.
         targets: positions that lm_head reads.
         live: whether the trunk runs, or its states are cached.
@@ -33,9 +33,9 @@ class Work:
 
     pairs: int
     tokens: int
-    ends: int
+    last_mlp: int
     features: int
-    fresh: int
+    encoded: int
     states: int
     targets: int
     live: bool
@@ -54,12 +54,12 @@ def linear_flops(parameters: int, trained: bool, flows: bool) -> int:
 @dataclass(frozen=True)
 class Costs:
     """Useful operations of one step: for a row of vision features, in the tower and in the projector, a token of the
-    trunk, an end of it, a state of the post decoder, and a target of lm_head."""
+    trunk, a position of its last MLP, a state of the post decoder, and a target of lm_head."""
 
     seeing: int
     projecting: int
     reading: int  # the trunk's part for each token
-    ending: int  # its last layer's MLP
+    last_mlp: int
     looking: int  # the post decoder's image side, for each row of vision features
     deciding: int
     saying: int
@@ -71,7 +71,7 @@ class Costs:
         Layers side by side are taken one after the other, which adds a little in the first block that trains.
         """
         base = policy.core.model
-        names = ("seeing", "projecting", "reading", "ending", "looking", "deciding", "saying")
+        names = ("seeing", "projecting", "reading", "last_mlp", "looking", "deciding", "saying")
         found = dict.fromkeys(names, 0)
         # Where training reads cached states, the trunk is not there.
         parts = {
@@ -87,9 +87,9 @@ class Costs:
                 if isinstance(module, nn.Linear):
                     trained = module.weight.requires_grad
                     image_side = part == "deciding" and ("align." in name or _cross_keys(name))
-                    ending = part == "reading" and name.startswith(last)
+                    last_mlp = part == "reading" and name.startswith(last)
                     cost = linear_flops(module.in_features * module.out_features, trained, flows)
-                    found["looking" if image_side else "ending" if ending else part] += cost
+                    found["looking" if image_side else "last_mlp" if last_mlp else part] += cost
                 flows = flows or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         return Costs(**found)
 
@@ -97,8 +97,8 @@ class Costs:
         """Useful operations of one step on a batch."""
         trunk = 0
         if work.live:
-            trunk = self.seeing * work.fresh + self.projecting * work.features
-            trunk += self.reading * work.tokens + self.ending * work.ends
+            trunk = self.seeing * work.encoded + self.projecting * work.features
+            trunk += self.reading * work.tokens + self.last_mlp * work.last_mlp
         after = self.looking * work.features + self.deciding * work.states + self.saying * work.targets
         return float(trunk + after)
 

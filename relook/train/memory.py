@@ -48,6 +48,7 @@ class Job:
         batch: the largest batch of a step.
         reading: a batch of what comes before: the pass over the trunk, or reference log-probs.
         cache: bytes of states and features on the GPU.
+        keeps_features: whether the vision tower's features are computed before training; see `sight`.
         one_type: FSDP and DeepSpeed compute in copies of one type, so that nothing is cast; see `activations`.
     """
 
@@ -57,6 +58,7 @@ class Job:
     batch: Counts
     reading: Counts
     cache: int
+    keeps_features: bool
     one_type: bool
 
     @property
@@ -106,7 +108,7 @@ class Job:
     def last_positions(self) -> int:
         """Positions of which the last layer's MLP and the last norm are computed; see `LastLayer`."""
         whole, chosen = self.batch.positions, self.batch.slots
-        return chosen if chosen < whole and self.policy.ends_at_kept else whole
+        return chosen if self.policy.last_mlp_at_kept(chosen, whole) else whole
 
     @property
     def recomputed(self) -> int:
@@ -191,7 +193,7 @@ class Job:
             looked_at = batch.padded_features * width if self.policy.reads_image else 0
             return (states + looked_at) * self.low
         return 2 * (
-            batch.features * width * self.low if self.recipe.sees_once else self.pictures(batch) * 3 * side**2 * 4
+            batch.features * width * self.low if self.keeps_features else self.pictures(batch) * 3 * side**2 * 4
         )
 
     def pictures(self, counts: Counts) -> int:
@@ -222,12 +224,12 @@ class Job:
         # The tower gives the states of all its layers.
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
         seeing = patches * vision.hidden_size * (vision.num_hidden_layers + 1) * self.low
-        moments = [seeing * IMAGES if self.recipe.sees_once else 0]
+        moments = [seeing * IMAGES if self.keeps_features else 0]
         if self.recipe.cached_trunk or self.recipe.needs_reference:
             cast = 4 if self.recipe.lora_enable and self.mixed and self.policy.trunk_pass != "compiled" else 0
             # Some states of the residual stream, and the MLP's three wide ones.
             reading = counts.positions * ((3 * self.low + cast) * F + 6 * self.low * D)
-            moments.append(reading + (0 if self.recipe.sees_once else seeing * self.pictures(counts)))
+            moments.append(reading + (0 if self.keeps_features else seeing * self.pictures(counts)))
         return total + int(max(moments))
 
     @property

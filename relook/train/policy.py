@@ -17,10 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from relook.model.modeling_relook import selected_features
 from relook.model.post_decoder import Layout, PostDecoder
-from relook.model.trunks import trunk_of
 from relook.train import recompute
 from relook.train.log_probs import log_prob
-from relook.train.tree_pass import BUDGET, TreePass, ends_at_kept, resolve
+from relook.train.tree_pass import BUDGET, TreePass, last_mlp_at_kept, resolve
 from relook.tree import PackedTrees, Targets, pinned, to_device
 
 LOGITS_BYTES = 2**31  # of logits at a time, were they float32: about 16,000 targets at a vocabulary of 32,000
@@ -91,10 +90,10 @@ class Policy(nn.Module):
         model = self.core.model.language_model
         return TreePass(model, self.trunk_pass, self.activation_memory_budget, self.sharded)
 
-    @property
-    def ends_at_kept(self) -> bool:
-        """Whether the trunk's last MLP runs at kept positions only, where those are fewer; see `tree_pass`."""
-        return not self.sharded and ends_at_kept(self.core.model.language_model, self.trunk_pass)
+    def last_mlp_at_kept(self, kept: int, positions: int) -> bool:
+        """Whether the trunk's last MLP runs at the kept positions only, of all that are read; both with padding."""
+        at_kept = not self.sharded and last_mlp_at_kept(self.core.model.language_model, self.trunk_pass)
+        return at_kept and kept < positions
 
     @property
     def core(self) -> Any:
@@ -162,13 +161,13 @@ class Policy(nn.Module):
             return self._trunk(batch)
 
     def vision_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
-        """The vision tower alone: what `trunk` gives as features, (M, V) of each image."""
-        base, image = self.core.model, self._images(pixel_values, image_sizes)
-        if hasattr(image, "vision_features"):  # a post decoder reads them
-            return list(image.vision_features)
-        selected = selected_features(self.config, image.hidden_states)
-        by_image = trunk_of(self.config).relook_model.trunk_class.features_by_image
-        return list(by_image(base, selected, image_sizes))
+        """Without the language model: what `trunk` gives as features, (M, V) of each image.
+
+        Where no post decoder puts tiles together, an image is one row of pixels.
+        """
+        image = self._images(pixel_values, image_sizes)
+        found = getattr(image, "vision_features", None)
+        return list(selected_features(self.config, image.hidden_states) if found is None else found)
 
     def _images(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Any:
         base = self.core.model

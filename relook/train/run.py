@@ -281,8 +281,7 @@ def prepare(
     if recipe.cached_trunk:
         items = cached_items(recipe, policy, distinct, collator, whole)
     else:
-        if recipe.sees_once:
-            collator.features = features_once(recipe, policy, distinct, collator.images)
+        collator.features = features_once(recipe, policy, distinct, collator.images)
         items = [Item(example) for example in distinct]
         if recipe.mdpo_conditional_weight:
             seed = int(recipe.training.get("seed", 42))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -27,30 +28,39 @@ from relook.tree import to_host
 IMAGES = 32  # at a time
 
 
+def keeps_features(recipe: Recipe, config: Any, count: int) -> bool:
+    """Whether a recipe keeps vision features, where there is memory for them; `count` processes would each hold them.
+
+    Raises:
+        RecipeError: they are wanted of a model that cuts images into tiles, whose features the projector's rows are not
+            yet.
+    """
+    wanted = recipe.feature_cache == "memory"
+    if not recipe.sees_once or not (wanted or count == 1):
+        return False
+    if not trunk_of(config).projects_rows and wanted:
+        raise RecipeError("feature_cache memory: this model cuts images into tiles.", "Set feature_cache off.")
+    return trunk_of(config).projects_rows
+
+
 @torch.no_grad()
 def features_once(
     recipe: Recipe, policy: Policy, examples: Sequence[Example], images: ImageLoader
 ) -> dict[Path, Tensor] | None:
     """Vision features (M, V) by image; None where each step computes its own.
 
-    That is where they would take more than half of the free memory, where several processes would each hold them, and
-    where a model cuts images into tiles, whose features are more than their pixels. `feature_cache memory` takes no
-    no for an answer.
+    That is where they are not to be kept (`keeps_features`), and under `feature_cache auto` where they would take more
+    than half of the free memory.
 
     Raises:
-        RecipeError: they are wanted of a model that cuts images into tiles.
+        RecipeError: see `keeps_features`.
     """
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
-    if not paths:
-        return None
-    wanted = recipe.feature_cache == "memory"
-    if not trunk_of(policy.config).projects_rows:
-        if wanted:
-            raise RecipeError("feature_cache memory: this model cuts images into tiles.", "Set feature_cache off.")
+    if not paths or not keeps_features(recipe, policy.config, processes.count()):
         return None
     rows = feature_rows(policy.config, images.size(paths[0]))
     size = len(paths) * rows * feature_size(policy.config) * policy.dtype.itemsize
-    if not wanted and (processes.count() > 1 or size > psutil.virtual_memory().available // 2):
+    if recipe.feature_cache == "auto" and size > psutil.virtual_memory().available // 2:
         return None
     say(f"  vision features: {readable_size(size)} in memory")
     found: dict[Path, Tensor] = {}

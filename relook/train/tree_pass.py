@@ -121,7 +121,7 @@ class TreePass:
         self.model = language_model
         self.last: LastLayer | None = None
         if not sharded:
-            self.model, self.last = _shell(language_model, how == "compiled", ends_at_kept(language_model, how))
+            self.model, self.last = _shell(language_model, how == "compiled", last_mlp_at_kept(language_model, how))
 
     def __call__(self, embeds: Tensor, packed: PackedTrees) -> Tensor:
         """Last hidden states at the kept positions, (T, S, D), of embedded trees (R, L, D).
@@ -130,10 +130,10 @@ class TreePass:
             RelookError: the layers cannot be compiled here.
         """
         mask = block_mask(packed) if self.packs else packed.mask()
-        chosen = self.last is not None and keeps_fewer(packed)
+        chosen = self.last is not None and packed.keep.numel() < packed.ids.numel()
         if self.last is not None:
             self.last.keep = packed.keep.flatten() if chosen else None
-            if chosen:  # how many there are differs from batch to batch
+            if chosen and not torch.compiler.is_compiling():  # how many there are differs from batch to batch
                 torch._dynamo.maybe_mark_dynamic(self.last.keep, 0)
         # Above torch's own limit of 8 kinds it would go on uncompiled, and only warn.
         limit = torch._dynamo.config.patch(recompile_limit=KINDS)
@@ -174,7 +174,7 @@ def _shell(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, LastL
 PRE_NORM = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)  # h += attention(norm(h)); h += mlp(norm(h))
 
 
-def ends_at_kept(language_model: Any, how: str) -> bool:
+def last_mlp_at_kept(language_model: Any, how: str) -> bool:
     """Whether what comes after the last layer's attention is computed at the kept positions only.
 
     It must be known what that is, and nobody may have put another `forward` on the layer. FSDP and DeepSpeed, which
@@ -183,11 +183,6 @@ def ends_at_kept(language_model: Any, how: str) -> bool:
     layer = language_model.layers[-1]
     ours = type(layer) in PRE_NORM and "forward" not in vars(layer)
     return ours and not (how == "compiled" and language_model.device.type == "cpu")
-
-
-def keeps_fewer(packed: PackedTrees) -> bool:
-    """Whether fewer positions are kept, with the padding among them, than are read."""
-    return packed.keep.numel() < packed.ids.numel()
 
 
 class LastLayer(nn.Module):
