@@ -235,8 +235,9 @@ def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regi
     assert replace(on_paper(recipe), batch=counts).kept == pytest.approx(real, rel=0.05)
 
 
-@pytest.mark.parametrize("keys", [{}, {"feature_cache": "off"}, {"tune_post_decoder": True}], ids=str)
-@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("size", "keys"), [(1, {}), (2, {"feature_cache": "off"}), (8, {"tune_post_decoder": True})], ids=str
+)
 def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Path, world: Path, tmp_path: Path) -> None:
     keys = {**REGIMES["lora"], **keys, "trunk_pass": "flex", "per_device_train_batch_size": size}
     recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", **keys))

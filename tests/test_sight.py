@@ -29,8 +29,7 @@ SHORT: dict[str, Any] = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "
 REGIMES: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
     "lora": (dpo_keys, LORA),
     "lora, a worker": (dpo_keys, {**LORA, "dataloader_num_workers": 1}),
-    "projector": (dpo_keys, {"tune_mm_mlp_adapter": True}),
-    "lora and post decoder": (dpo_keys, {**LORA, "tune_post_decoder": True, "tune_mm_mlp_adapter": True}),
+    "lora, projector and post decoder": (dpo_keys, {**LORA, "tune_post_decoder": True, "tune_mm_mlp_adapter": True}),
     "full, sft": (sft_keys, {}),
     "lora, sft, held out": (sft_keys, {**LORA, "eval_fraction": 0.3, "eval_strategy": "steps", "eval_steps": 2}),
 }

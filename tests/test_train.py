@@ -524,12 +524,11 @@ def test_the_best_step_by_what_nobody_measures_is_refused_before_anything_is_rea
 @pytest.mark.parametrize(
     ("of", "keys"),
     [
-        (dpo_keys, {}),
         (dpo_keys, {"loss_type": "simpo", "beta": 2.0}),
         (dpo_keys, {"mdpo_conditional_weight": 1.0, "feature_cache": "off"}),
         (sft_keys, {}),
     ],
-    ids=["dpo", "simpo", "mdpo", "sft"],
+    ids=["simpo", "mdpo", "sft"],
 )
 def test_what_is_known_beforehand_is_what_an_evaluation_measures(
     of: Callable[..., dict[str, Any]], keys: dict[str, Any], base: Path, world: Path, tmp_path: Path
