@@ -306,7 +306,7 @@ def web(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterator[tuple
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server.server_address[1], asked
     server.shutdown()
 
