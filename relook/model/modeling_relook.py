@@ -65,6 +65,23 @@ def images_per_row(lengths: list[int], taken: list[int]) -> list[int]:
     return counts
 
 
+def for_each_beam(image: Any, taken: list[int]) -> None:
+    """Repeat projected features as beam search has repeated the rows: those of a row's images, then again.
+
+    Args:
+        image: the images' outputs, of rows that were not repeated; or of all, which are left alone.
+        taken: placeholders in each row.
+    """
+    lengths = [len(projected) for projected in image.pooler_output]
+    beams = sum(taken) // sum(lengths)
+    if beams > 1:
+        pictures, repeated = iter(image.pooler_output), []
+        for count in images_per_row(lengths, taken[::beams]):
+            row = [next(pictures) for _ in range(count)]
+            repeated += row * beams
+        image.pooler_output = repeated
+
+
 class PostDecoderModel(PreTrainedModel):
     """Mixin over a transformers base model: its last hidden states pass the post decoder."""
 
@@ -128,12 +145,12 @@ class PostDecoderModel(PreTrainedModel):
         if image is None and pixel_values is not None:
             image = self.get_image_features(pixel_values, image_sizes)
         if image is not None:
+            if input_ids is not None:
+                where = (input_ids == self.config.image_token_id).unsqueeze(-1)
+                for_each_beam(image, where.flatten(1).sum(1).tolist())
             projected = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            where = (
-                (input_ids == self.config.image_token_id).unsqueeze(-1)
-                if input_ids is not None
-                else self.get_placeholder_mask(None, inputs_embeds, projected)
-            )
+            if input_ids is None:
+                where = self.get_placeholder_mask(None, inputs_embeds, projected)
             inputs_embeds = inputs_embeds.masked_scatter(where, projected)
             context = self._context(image, where)
             if past_key_values is not None:
@@ -191,6 +208,16 @@ class PostDecoderForGeneration(PreTrainedModel):
         self.model = self.trunk_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does for beams, but for pixels: see `for_each_beam`.
+
+        Some versions, 5.17 among them, repeat each picture where they repeat rows: a row of two pictures would be given
+        the first one twice.
+        """
+        kept = {name: kwargs.pop(name) for name in ("pixel_values", "image_sizes") if name in kwargs}
+        input_ids, more = super()._expand_inputs_for_generation(*args, **kwargs)
+        return input_ids, {**more, **kept}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
