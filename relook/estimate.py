@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
 
 from relook.console import output, plain_table, readable_size
@@ -33,7 +32,7 @@ from relook.train.batches import SHARING, Item, corrupted
 from relook.train.cache import FOLDER
 from relook.train.logs import Costs, Work
 from relook.train.memory import PARTS, Job, Way, ways
-from relook.train.plan import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, Plan
+from relook.train.plan import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, Plan, half_of_memory_takes
 from relook.train.policy import Policy
 from relook.train.run import RUN_FILE, read_samples
 from relook.train.sight import keeps_features
@@ -231,9 +230,9 @@ def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, g
     order *= -(-size // len(order))
     batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
     batch = max(batches, key=lambda chosen: sum(len(examples[i].tree) for i in chosen))
-    longest = max(range(len(examples)), key=lambda i: len(examples[i].tree))
-    reading = counts(batch)
+    largest = reading = counts(batch)
     if recipe.cached_trunk:
+        longest = max(range(len(examples)), key=lambda i: len(examples[i].tree))
         reading = counts([longest] * max(1, PACKED_POSITIONS // len(examples[longest].tree)))
         if packs(whole.trunk_pass):  # rows are always full ones
             reading = replace(reading, positions=max(reading.positions, PACKED_POSITIONS))
@@ -241,7 +240,7 @@ def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, g
         recipe,
         Policy(AboveTrunk(whole.core), whole.dtype, whole.trunk_pass) if recipe.cached_trunk else whole,
         whole,
-        batch=counts(batch),
+        batch=largest,
         reading=reading,
         cache=on_gpu(recipe, whole, lengths, gpu_memory) if recipe.cached_trunk else 0,
         keeps_features=keeps_features(recipe, whole.config, gpus),
@@ -274,7 +273,7 @@ def trunk_cache(recipe: Recipe, whole: Policy, lengths: Lengths, gpus: int) -> d
     parts = [STATES, *([FEATURES] if whole.reads_image else []), *([REFERENCE] if recipe.needs_reference else [])]
     sizes = {part: round(times * plan.size([part])) for part in parts}
     size = sum(sizes.values())
-    small = size <= psutil.virtual_memory().available // 2 and gpus == 1
+    small = half_of_memory_takes(size) and gpus == 1
     in_memory = recipe.feature_cache == "memory" or (recipe.feature_cache == "auto" and small)
     folder = Path(recipe.feature_cache_dir or Path(recipe.output_dir).parent / FOLDER)
     return {"bytes": size, "parts": sizes, "where": "memory" if in_memory else str(folder)}
@@ -290,22 +289,22 @@ def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]
     """
     examples, whole = seen(job.recipe, lengths.examples), job.whole
     trees = [example.tree for example in examples]
-    states, targets = sum(map(len, trees)), sum(sum(branch.supervised) for tree in trees for branch in tree.branches)
+    everything = sum(map(len, trees))
+    targets = sum(sum(branch.supervised) for tree in trees for branch in tree.branches)
     packed = packs(whole.trunk_pass) and not job.recipe.cached_trunk
     sharing = min(SHARING, job.batch.trees) if packed else job.batch.trees
     shared = common_root(trees, whole.config.image_token_id) * (len(trees) - -(-len(trees) // sharing))
-    tokens = last_mlp = states - shared
+    tokens = last_mlp = everything - shared
     if whole.last_mlp_at_kept(job.batch.slots, job.batch.positions):
         last_mlp = sum(len(kept_positions(tree, whole.keeps_everything)) for tree in trees)
     features = sum(feature_rows(whole.config, lengths.size(image)) for example in examples for image in example.images)
-    states = states if whole.keeps_everything else targets
     done = Work(
         pairs=len(trees),
         tokens=tokens,
         last_mlp=last_mlp,
         features=features,
         encoded=0 if job.keeps_features else features,
-        states=states,
+        states=everything if whole.keeps_everything else targets,
         targets=targets,
         live=not job.recipe.cached_trunk,
     )

@@ -286,7 +286,7 @@ def pack(
         sharing: how many trees share a root at most; the next ones then have another one before them.
     """
     each = sharing or len(trees)
-    once = root if each == len(trees) else 0  # else every tree is counted with its root: none shares it for sure
+    once = 0 if sharing else root  # where several roots may stand in a row, each tree is counted with one
     rows = arrange([len(tree) - once for tree in trees], None if row_length is None else row_length - once)
     L = round_up(max(root * -(-len(row) // each) + sum(len(trees[t]) - root for t in row) for row in rows))
     shape = (len(rows), L)

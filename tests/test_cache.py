@@ -208,7 +208,7 @@ def test_auto_takes_memory_where_there_is_enough(
     class Free:
         available = 2**40
 
-    monkeypatch.setattr(cache.psutil, "virtual_memory", lambda: Free)
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: Free)
     keys = dpo_keys(base, world, tmp_path / "run", **CROSS)
     size = prepared(keys)[0].size(["states", "features", "reference"])
     assert not (tmp_path / "trunk_cache").exists()

@@ -105,14 +105,22 @@ class PostDecoderModel(PreTrainedModel):
         outputs.vision_features = self.features_by_image(selected, image_sizes)
         return outputs
 
-    def _context(self, image: Any, where: Tensor) -> ImageContext | None:
-        """The image side for rows whose image placeholders are at `where` (B, S, 1).
+    def _placeholders(self, input_ids: Tensor | None, embeds: Tensor) -> Tensor:
+        """Where rows have room for images, (B, S, 1) bool."""
+        token = self.config.image_token_id
+        if input_ids is not None:
+            return torch.eq(input_ids, token).unsqueeze(-1)
+        placeholder = self.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+        return torch.eq(embeds, placeholder).all(-1, keepdim=True)
+
+    def _context(self, image: Any, taken: list[int]) -> ImageContext | None:
+        """The image side for rows that have `taken` placeholders each.
 
         Beams repeat rows and projected features, not those of the tower: the image side is computed once per image and
         then repeated.
         """
         features, lengths = image.vision_features, [len(projected) for projected in image.pooler_output]
-        per_row = images_per_row(lengths, where.flatten(1).sum(1).tolist())
+        per_row = images_per_row(lengths, taken)
         beams = len(lengths) // len(features)
         context = self.post_decoder.look(features, per_row[::beams])
         return context.repeat(beams) if context is not None and beams > 1 else context
@@ -145,14 +153,12 @@ class PostDecoderModel(PreTrainedModel):
         if image is None and pixel_values is not None:
             image = self.get_image_features(pixel_values, image_sizes)
         if image is not None:
-            if input_ids is not None:
-                where = (input_ids == self.config.image_token_id).unsqueeze(-1)
-                for_each_beam(image, where.flatten(1).sum(1).tolist())
+            where = self._placeholders(input_ids, inputs_embeds)
+            taken = where.flatten(1).sum(1).tolist()
+            for_each_beam(image, taken)
+            context = self._context(image, taken)  # says so where images and placeholders do not fit
             projected = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            if input_ids is None:
-                where = self.get_placeholder_mask(None, inputs_embeds, projected)
             inputs_embeds = inputs_embeds.masked_scatter(where, projected)
-            context = self._context(image, where)
             if past_key_values is not None:
                 past_key_values.relook_image = context
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0

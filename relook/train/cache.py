@@ -16,7 +16,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from relook.files import require_room, write_json
 from relook.recipe import Recipe
 from relook.train.batches import Collator, Item, reference_log_probs
 from relook.train.cache_key import INDEX_FILE, key_of, made_from, others
-from relook.train.plan import FEATURES, REFERENCE, STATES, Plan, Shard, Store
+from relook.train.plan import FEATURES, REFERENCE, STATES, Plan, Shard, Store, half_of_memory_takes
 from relook.train.policy import LiveBatch, Policy
 from relook.train.shards import ShardFolder
 from relook.tree import TreeTargets, to_host
@@ -309,7 +308,7 @@ def _store(recipe: Recipe, key: str, plan: Plan, parts: Sequence[str]) -> Store:
     Not with several processes, each of which would compute and hold everything, nor where the disk has it already.
     """
     folder = Path(recipe.feature_cache_dir or Path(recipe.output_dir).parent / FOLDER) / key
-    fits = plan.size(parts) <= psutil.virtual_memory().available // 2
+    fits = half_of_memory_takes(plan.size(parts))
     alone = processes.count() == 1
     small = fits and alone and not (folder / INDEX_FILE).exists()
     if recipe.feature_cache == "memory" or (recipe.feature_cache == "auto" and small):

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -24,6 +25,11 @@ SHARD_BYTES = 256 << 20
 # compiled once; trees of LLaVA's usual lengths leave one or two in a hundred of its positions empty.
 BATCH_POSITIONS, PACKED_POSITIONS = 4096, 32768
 STATES, FEATURES, REFERENCE = "states", "features", "reference"  # the parts
+
+
+def half_of_memory_takes(size: int) -> bool:
+    """Whether so many bytes fit half of the memory that is free now: what `feature_cache auto` goes by."""
+    return bool(size <= psutil.virtual_memory().available // 2)
 
 
 class Store(Protocol):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from relook.data.images import ImageLoader
 from relook.errors import RecipeError
 from relook.model.trunks import feature_rows, feature_size, trunk_of
 from relook.recipe import Recipe
+from relook.train.plan import half_of_memory_takes
 from relook.train.policy import Policy
 from relook.tree import to_host
 
@@ -60,16 +60,15 @@ def features_once(
         return None
     rows = feature_rows(policy.config, images.size(paths[0]))
     size = len(paths) * rows * feature_size(policy.config) * policy.dtype.itemsize
-    if recipe.feature_cache == "auto" and size > psutil.virtual_memory().available // 2:
+    if recipe.feature_cache == "auto" and not half_of_memory_takes(size):
         return None
     say(f"  vision features: {readable_size(size)} in memory")
     found: dict[Path, Tensor] = {}
     policy.eval()
     batches = [paths[start : start + IMAGES] for start in range(0, len(paths), IMAGES)]
+    read = ahead(lambda batch: images.batch(batch)["pixel_values"], batches)
     with progress("vision features") as report:
-        for batch, pixels in zip(
-            batches, ahead(lambda batch: images.batch(batch)["pixel_values"], batches), strict=True
-        ):
+        for batch, pixels in zip(batches, read, strict=True):
             features = policy.vision_features(pixels.to(policy.core.device))
             found.update(zip(batch, to_host(torch.stack(features).to(policy.dtype)), strict=True))
             report(len(found), len(paths))
