@@ -47,6 +47,7 @@ from relook.train.run import train
 
 PAIRS = 8  # a step
 TWO_AT_A_TIME = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": PAIRS // 2}
+FOUR_AT_A_TIME = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": PAIRS // 4}
 PEERS: dict[str, dict[str, Any]] = {
     "trl": {"gradient_checkpointing": True},
     "trl_liger": {"gradient_checkpointing": True, "use_liger_kernel": True},
@@ -57,6 +58,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "relook": {},
     "relook_tower_in_steps": {"feature_cache": "off"},
     "relook_by_two": TWO_AT_A_TIME,
+    "relook_by_four": FOUR_AT_A_TIME,
+    "relook_offloading": {**FOUR_AT_A_TIME, "activation_offloading": 0.4},
     "relook_1.0": {"activation_memory_budget": 1.0},
     "relook_0.6": {"activation_memory_budget": 0.6},
     "relook_0.4": {"activation_memory_budget": 0.4},

@@ -170,7 +170,9 @@ def whole_policy(recipe: Recipe, source: ModelSource, sharded: bool) -> Policy:
         # The post decoder is there already; a start from the projector's weights changes no shape.
         model = with_regime(on_paper(recipe, source), replace(recipe, post_decoder_init="random"))
     how = auto if recipe.trunk_pass == "auto" else recipe.trunk_pass
-    return Policy(model, dtype_of(recipe), how, sharded, BUDGET if sharded else recipe.activation_memory_budget)
+    # What is taken apart takes neither.
+    budget, away = (BUDGET, 0) if sharded else (recipe.activation_memory_budget, recipe.activation_offloading)
+    return Policy(model, dtype_of(recipe), how, sharded, budget, away)
 
 
 def numbers(policy: Policy, trained: bool) -> int:

@@ -48,12 +48,14 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("num_train_epochs", "save_steps", "eval_steps"), (lambda n: n > 0, "a number above 0")),
     "max_steps": (lambda n: n >= 1 or n == -1, "1 or more, or leave it out for whole epochs"),
     "seed": (lambda n: 0 <= n < 2**32, "0 to below 2^32"),
+    "activation_offloading": (lambda n: 0 <= n <= 1, "0 to 1, a share of the layers"),
 }
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
 HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")
 DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", *WEIGHTS)
 SFT_KEYS = ("data_path", "conversations_per_tree")
+KEPT_KEYS = ("activation_memory_budget", "activation_offloading")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Recipe:
     feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
     trunk_pass: str = "auto"  # how the language model reads packed trees
     activation_memory_budget: float = 0.8  # share of a compiled layer's activations that is kept, not computed again
+    activation_offloading: float = 0.0  # share of the layers whose activations leave the GPU until the backward pass
     of_the_model: Mapping[str, Any] = field(default_factory=dict)  # what its config must say; see `flags`
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -194,8 +197,9 @@ class Recipe:
             (not (self.tune_mm_mlp_adapter or self.full), "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
             (not dpo or self.loss_type != "robust", "without loss_type robust and a dpo_weight", ("label_smoothing",)),
             (not dpo or self.loss_type != "simpo", "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
-            (self.cached_trunk, "with cached trunk states", ("activation_memory_budget",)),
-            (bool(recomputed), f"beside {' '.join(recomputed)}", ("activation_memory_budget",)),
+            (self.cached_trunk, "with cached trunk states", KEPT_KEYS),
+            (bool(recomputed), f"beside {' '.join(recomputed)}", KEPT_KEYS),
+            (self.frozen_trunk, "where no gradient flows through the trunk", ("activation_offloading",)),
             (not self.mdpo_anchored_weight, "without mdpo_anchored_weight", ("mdpo_anchor",)),
             (
                 self.loss_type in LENGTH_NORMALISED,

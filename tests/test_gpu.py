@@ -11,6 +11,7 @@ import torch
 from test_tree import PAD, row
 from tiny import dpo_keys, tiny_llava, write_world
 from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
 
 from relook import load_model, tree
 from relook.data.prompts import with_image
@@ -24,6 +25,7 @@ from relook.serve.request import Limits, Request
 from relook.toyworld.draw import draw
 from relook.toyworld.shipped import shipped_base
 from relook.toyworld.world import OBJECTS, Scene, sample_scenes
+from relook.train import offload
 from relook.train.run import train
 from relook.train.tree_pass import TreePass
 from relook.tree import Tree, pack, to_device, to_host
@@ -33,6 +35,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "post decoder, cached": {"tune_post_decoder": True, "feature_cache": "disk"},
     "post decoder, live": {"tune_post_decoder": True, "feature_cache": "off"},
     "lora": {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0},
+    "lora, activations leave": {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0, "activation_offloading": 1.0},
 }
 
 
@@ -73,16 +76,50 @@ def test_packed_states_and_gradients_are_those_of_the_cpu(how: str, everything: 
 
 
 @pytest.mark.parametrize("keys", list(REGIMES.values()), ids=list(REGIMES))
-def test_training_is_that_of_the_cpu(keys: dict[str, Any], base: Path, tmp_path: Path) -> None:
+def test_training_is_that_of_the_cpu(
+    keys: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pairs of mixed lengths, so that rows are, too. Over a few steps: on a GPU sums have another order."""
+    monkeypatch.setattr(offload, "LEAST", 1)
     world, losses = write_world(tmp_path / "world"), {}
     for device, cpu in (("cpu", True), ("cuda", False)):
         more = {**keys, "use_cpu": cpu, "optim": "sgd", "learning_rate": 0.05, "max_steps": 6}
+        if cpu:
+            more.pop("activation_offloading", None)
         out = train(build_recipe(dpo_keys(base, world, tmp_path / device / "run", **more)))
         losses[device] = [line["loss"] for line in json.loads((out / "run.json").read_text())["log"] if "loss" in line]
     assert len(losses["cpu"]) == 6
     assert losses["cpu"][0] != losses["cpu"][-1]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-4)
+
+
+@pytest.mark.parametrize("how", ["compiled", "flex"])
+def test_activations_that_leave_come_back_and_lend_their_memory(how: str) -> None:
+    """Several passes, so that pinned memory is used again; the last share leaves two layers on the GPU."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 12}
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaModel(LlamaConfig(vocab_size=128, **sizes)).train()
+    packed = to_device(pack(trees(400), PAD, False, 10_000, tree.whole_blocks, root=1), model.device)
+    embeds = model.embed_tokens(packed.ids).detach()
+    peaks, gradients = [], []
+    for share in (0, 0.5, 1):
+        reads = TreePass(model, how, activation_offloading=share)
+        for _ in range(4):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            states = reads(embeds, packed)
+            # What is above the trunk gives memory free in the backward pass, which others take at once.
+            (states * torch.ones_like(states)).square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for found in gradients[1:]:
+        torch.testing.assert_close(found, gradients[0], rtol=1e-4, atol=1e-6)
+    weights = sum(g.nbytes for g in gradients[0])
+    all_, half, two = (peak - weights for peak in peaks)
+    assert half < 0.65 * all_
+    assert two < 0.35 * all_
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ def reference_log_probs(
     found: dict[int, Tensor] = {}
     for indices in chunks(items, size):
         batch = collator([items[i] for i in indices])["batch"]
-        log_probs = policy(batch.to(policy.core.device)).cpu()
+        log_probs = policy(batch.to(policy.device)).cpu()
         counts = [sum(sum(b.supervised) for b in items[i].example.tree.branches) for i in indices]
         found.update(zip(indices, log_probs.split(counts), strict=True))
         report(len(found), len(items))

@@ -130,10 +130,10 @@ def cached_items(
     TrunkCache.last = kept
     if recipe.training.get("dataloader_num_workers"):
         kept.on_device.clear()  # other processes cannot read a GPU's memory
-    elif policy.core.device.type == "cuda":
+    elif policy.device.type == "cuda":
         torch.cuda.empty_cache()
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
-            kept.move_to(policy.core.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
+            kept.move_to(policy.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
     collator.features = kept.features() if policy.reads_image else None
     return kept.items(recipe.needs_reference)
 
@@ -197,7 +197,7 @@ def _fill_trunk(
     """
     policy.eval()
     work = [(shard, indices) for shard, parts in wanted.items() for indices in _batches(plan, shard, parts)]
-    gpu = policy.core.device.type == "cuda"
+    gpu = policy.device.type == "cuda"
 
     def read(one: tuple[Shard, Sequence[int]]) -> LiveBatch:
         batch = collator.live([Item(plan.examples[i]) for i in one[1]], plan.batch_positions)
@@ -252,7 +252,7 @@ def trunk_pass(
     made: dict[str, list[Tensor]] = {part: [] for part in parts}
     waiting = set(shard.images) if FEATURES in parts else set()
     for indices, batch in batches:
-        live = batch.to(policy.core.device)
+        live = batch.to(policy.device)
         if STATES in parts:
             trunk = policy.trunk(live)
             features = trunk.features

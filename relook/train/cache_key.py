@@ -59,7 +59,7 @@ def made_from(
         "precision": f"{policy.dtype}, weights {weights}",
         "trunk pass": policy.trunk_pass,
         "positions": "all" if policy.keeps_everything else "supervised",
-        "device": policy.core.device.type,
+        "device": policy.device.type,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
 

@@ -18,6 +18,7 @@ from relook.model.trunks import feature_size
 from relook.recipe import Recipe
 from relook.train import activations
 from relook.train.activations import Counts, Kept
+from relook.train.offload import staying
 from relook.train.plan import SHARD_BYTES
 from relook.train.policy import Policy
 from relook.train.sight import IMAGES
@@ -121,6 +122,16 @@ class Job:
         return -(-len(self.layers) // int(arguments.get("every_n_layers", 1)))
 
     @property
+    def leaving(self) -> int:
+        """How many decoder layers' activations are not on the GPU at the beginning of the backward pass."""
+        return len(self.layers) - staying(len(self.layers), self.policy.activation_offloading)
+
+    @property
+    def tower(self) -> int:
+        """Bytes of the vision tower."""
+        return sum(p.numel() * p.element_size() for p in self.whole.core.model.vision_tower.parameters())
+
+    @property
     def recomputed_share(self) -> float:
         return self.recomputed / len(self.layers)
 
@@ -128,6 +139,11 @@ class Job:
     def one_layer(self) -> int:
         """Bytes that one decoder layer keeps where nothing is computed again."""
         return 0 if self.recipe.frozen_trunk else sum(part.of(self.batch.positions) for part in self.layer)
+
+    @property
+    def one_kept(self) -> int:
+        """Bytes that a decoder layer keeps, the last one aside."""
+        return self.kept_layer(self.batch.positions)
 
     def kept_layer(self, positions: int) -> int:
         """Bytes that it keeps under the recipe's `activation_memory_budget`.
@@ -143,7 +159,7 @@ class Job:
     @property
     def again(self) -> int:
         """Bytes that the backward pass of a decoder layer computes again before it begins."""
-        return self.one_layer - (0 if self.recomputed else self.kept_layer(self.batch.positions))
+        return self.one_layer - (0 if self.recomputed else self.one_kept)
 
     @property
     def layer_input(self) -> int:
@@ -155,9 +171,9 @@ class Job:
         """Bytes that the trunk and the projector keep for the backward pass."""
         low, batch, total = self.low, self.batch, 0
         if not self.recipe.frozen_trunk:
-            whole = len(self.layers) - self.recomputed
+            whole = len(self.layers) - self.recomputed - self.leaving
             if whole:
-                total += (whole - 1) * self.kept_layer(batch.positions) + self.kept_layer(self.last_positions)
+                total += (whole - 1) * self.one_kept + self.kept_layer(self.last_positions)
             total += self.recomputed * self.layer_input
             total += self.last_positions * (4 * self.width + 4)  # the last norm
         if self.recipe.tune_mm_mlp_adapter or self.recipe.full:
@@ -279,7 +295,10 @@ def ways(job: Job, apart: Job, gpus: int) -> list[Way]:
     """
     frozen, trained = job.frozen, 4 * job.trained
     optimizer, N = job.state * job.trained, gpus
-    found = [_way("DDP" if N > 1 else "one GPU", job, frozen + trained, trained, optimizer, trained if N > 1 else 0)]
+    if N == 1 and job.keeps_features:
+        frozen -= job.tower  # `Policy.rest_tower`
+    name, buckets, away = "DDP" if N > 1 else "one GPU", trained if N > 1 else 0, job.leaving * job.one_kept
+    found = [_way(name, job, frozen + trained, trained, optimizer, buckets, away)]
     if job.recipe.bits == 16:  # quantised weights are not taken apart
         found += [_fsdp(apart, N)] if N > 1 else []
         found += [_deepspeed(name, apart, N) for name in DEEPSPEED if N > 1 or name.endswith("offload")]

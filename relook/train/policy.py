@@ -68,6 +68,7 @@ class Policy(nn.Module):
         trunk_pass: how the language model reads packed trees; see `TreePass`.
         sharded: whether FSDP or DeepSpeed will take the model apart.
         activation_memory_budget: of compiled layers; see `TreePass`.
+        activation_offloading: see `TreePass`.
     """
 
     def __init__(
@@ -77,18 +78,22 @@ class Policy(nn.Module):
         trunk_pass: str = "auto",
         sharded: bool = False,
         activation_memory_budget: float = BUDGET,
+        activation_offloading: float = 0,
     ) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.sharded = sharded
-        self.trunk_pass = resolve(trunk_pass, self.core.device.type, sharded, activation_memory_budget)
+        place = self.device.type
+        self.trunk_pass = resolve(trunk_pass, place, sharded, activation_memory_budget, activation_offloading)
+        self.activation_offloading = activation_offloading
         self.activation_memory_budget = activation_memory_budget if self.trunk_pass == "compiled" else 1.0
 
     @cached_property
     def _tree_pass(self) -> TreePass:
         model = self.core.model.language_model
-        return TreePass(model, self.trunk_pass, self.activation_memory_budget, self.sharded)
+        budget, away = self.activation_memory_budget, self.activation_offloading
+        return TreePass(model, self.trunk_pass, budget, self.sharded, away)
 
     def last_mlp_at_kept(self, kept: int, positions: int) -> bool:
         """Whether the trunk's last MLP runs at the kept positions only, of all that are read; both with padding."""
@@ -102,6 +107,16 @@ class Policy(nn.Module):
     @property
     def config(self) -> Any:
         return self.core.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is; the vision tower may be elsewhere (`rest_tower`)."""
+        found: torch.device = self.core.lm_head.weight.device
+        return found
+
+    def rest_tower(self) -> None:
+        """Give the device's memory of a vision tower free that no step runs."""
+        self.core.model.vision_tower.to("cpu")
 
     @property
     def post_decoder(self) -> PostDecoder | None:
@@ -138,7 +153,7 @@ class Policy(nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable  # what the Trainer calls before transformers 5.23
 
     def autocast(self, wanted: bool = True) -> torch.autocast:
-        device = self.core.device.type
+        device = self.device.type
         return torch.autocast(device, dtype=self.dtype, enabled=wanted and self.dtype != torch.float32)
 
     def _mixed(self, named: Iterable[tuple[str, Tensor]]) -> bool:

@@ -255,7 +255,8 @@ def policy_of(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy
     trunk = not loaded.core.get_input_embeddings().weight.is_meta
     sharded = sharding.shard(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
     model = loaded.model if trunk else AboveTrunk(loaded.model)
-    return Policy(model, dtype, recipe.trunk_pass, sharded, recipe.activation_memory_budget)
+    budget, away = recipe.activation_memory_budget, recipe.activation_offloading
+    return Policy(model, dtype, recipe.trunk_pass, sharded, budget, away)
 
 
 def whole_policy(recipe: Recipe, dtype: torch.dtype, device: str) -> Policy:

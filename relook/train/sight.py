@@ -69,7 +69,7 @@ def features_once(
     read = ahead(lambda batch: images.batch(batch)["pixel_values"], batches)
     with progress("vision features") as report:
         for batch, pixels in zip(batches, read, strict=True):
-            features = policy.vision_features(pixels.to(policy.core.device))
+            features = policy.vision_features(pixels.to(policy.device))
             found.update(zip(batch, to_host(torch.stack(features).to(policy.dtype)), strict=True))
             report(len(found), len(paths))
     return found

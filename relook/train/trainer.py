@@ -255,7 +255,11 @@ class RelookTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            # Not before: accelerate puts the whole model on the device.
+            if self.recipe.sees_once and self.data_collator.features is not None and processes.count() == 1:
+                self.model.rest_tower()
+            return prepared
         # DeepSpeed rounds buffers too: to bf16, rotary frequencies are wrong by radians at position 700.
         exact = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         # The Trainer has DeepSpeed load strictly, and its checkpoints lack what is frozen.

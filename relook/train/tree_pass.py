@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -21,19 +21,29 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from relook.errors import RecipeError, RelookError
+from relook.train.offload import Lane, Numbered, Offload, staying
 from relook.tree import BLOCK, PREFIX, ROOT, PackedTrees
 
 BUDGET = 0.8  # on an H100 as fast as 1, with 10 GiB less in a LoRA step of 8 pairs at 7B
 KINDS = 64  # of passes that one layer's code is compiled for: models of a process, with and without gradients, lengths
 
 
-def resolve(how: str, device: str, sharded: bool = False, activation_memory_budget: float = BUDGET) -> str:
+def resolve(
+    how: str,
+    device: str,
+    sharded: bool = False,
+    activation_memory_budget: float = BUDGET,
+    activation_offloading: float = 0,
+) -> str:
     """What "auto" means on a device: compiled on a GPU, or "flex" there if `sharded`; dense elsewhere.
 
     Raises:
-        RecipeError: compiled layers of a model that FSDP or DeepSpeed takes apart, which swap their parameters; or a
-            budget for layers that are not compiled.
+        RecipeError: compiled layers of a model that FSDP or DeepSpeed takes apart, which swap their parameters; a
+            budget for layers that are not compiled; activations to leave a CPU, or layers that are taken apart.
     """
+    if activation_offloading and (sharded or device == "cpu"):
+        where = "FSDP or DeepSpeed, which have ways of their own" if sharded else "a CPU, whose memory they are in"
+        raise RecipeError(f"activation_offloading does not go with {where}.", "Leave it out.")
     if how == "compiled" and sharded:
         raise RecipeError("trunk_pass compiled does not go with FSDP or DeepSpeed.", "Set trunk_pass flex.")
     if how == "auto":
@@ -110,17 +120,30 @@ class TreePass:
         activation_memory_budget: share of a compiled layer's activations that are kept for its backward pass; torch
             computes the others again, those first that cost least time for their memory.
         sharded: whether FSDP or DeepSpeed take the model apart, which know its own layers only.
+        activation_offloading: share of the layers whose activations leave the device until the backward pass.
     """
 
     def __init__(
-        self, language_model: Any, how: str, activation_memory_budget: float = BUDGET, sharded: bool = False
+        self,
+        language_model: Any,
+        how: str,
+        activation_memory_budget: float = BUDGET,
+        sharded: bool = False,
+        activation_offloading: float = 0,
     ) -> None:
         self.packs = packs(how)
         self.budget = activation_memory_budget
         self.model = language_model
         self.last: LastLayer | None = None
+        self.layers = len(language_model.layers)
+        self.staying = staying(self.layers, activation_offloading)
+        self.offload: Offload | None = None
         if not sharded:
             self.model, self.last = _shell(language_model, how == "compiled", last_mlp_at_kept(language_model, how))
+        if self.staying < self.layers:
+            self.lane = Lane(language_model.device)
+            layers = self.model.layers._modules
+            layers.update({name: Numbered(layer, int(name), lambda: self.offload) for name, layer in layers.items()})
 
     def __call__(self, embeds: Tensor, packed: PackedTrees) -> Tensor:
         """Last hidden states at the kept positions, (T, S, D), of embedded trees (R, L, D).
@@ -137,7 +160,7 @@ class TreePass:
         # Above torch's own limit of 8 kinds it would go on uncompiled, and only warn.
         limit = torch._dynamo.config.patch(recompile_limit=KINDS)
         budget = torch._functorch.config.patch(activation_memory_budget=self.budget)
-        with limit, budget, _attention(self.model.config, "flex_attention" if self.packs else None):
+        with limit, budget, self._offloads(), _attention(self.model.config, "flex_attention" if self.packs else None):
             try:
                 states: Tensor = self.model(
                     inputs_embeds=embeds, attention_mask=mask, position_ids=packed.positions, use_cache=False
@@ -148,6 +171,24 @@ class TreePass:
                     "Install a C compiler (triton needs one), or set trunk_pass dense.",
                 ) from error
         return states.unflatten(0, packed.keep.shape) if chosen else states.flatten(0, 1)[packed.keep]
+
+    @cached_property  # going through all modules takes as long as some layers do
+    def _resident(self) -> frozenset[int]:
+        """Addresses of what holds the weights; asked for when they are where training has them."""
+        held = (*self.model.parameters(), *self.model.buffers())
+        return frozenset(tensor.untyped_storage().data_ptr() for tensor in held)
+
+    @contextmanager
+    def _offloads(self) -> Iterator[None]:
+        """What the first layers save inside leaves the device, if it is wanted and there is a backward pass."""
+        if self.staying == self.layers or not torch.is_grad_enabled():
+            yield
+            return
+        self.offload = Offload(self.layers, self.staying, self._resident, self.lane)
+        try:
+            yield
+        finally:
+            self.offload = None
 
 
 def _shell(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, LastLayer | None]:
