@@ -59,7 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "relook_tower_in_steps": {"feature_cache": "off"},
     "relook_by_two": TWO_AT_A_TIME,
     "relook_by_four": FOUR_AT_A_TIME,
-    "relook_offloading": {**FOUR_AT_A_TIME, "activation_offloading": 0.45},
+    "relook_offloading": {**FOUR_AT_A_TIME, "activation_offloading": 0.43},
     "relook_1.0": {"activation_memory_budget": 1.0},
     "relook_0.6": {"activation_memory_budget": 0.6},
     "relook_0.4": {"activation_memory_budget": 0.4},

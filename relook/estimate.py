@@ -1,7 +1,7 @@
 """`relook estimate`: what a recipe needs of GPU memory, disk and time, from configs alone.
 
 No weights are read and no model is put on a device: parameters are counted on a model without memory (torch's meta
-device), lengths come from the recipe's data where it is there, and `train/memory.py` does the sums.
+device), lengths come from the recipe's data where it is there, and `train/memory.py` and `train/ways.py` do the sums.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from relook.train.activations import Counts
 from relook.train.batches import SHARING, Item, corrupted
 from relook.train.cache import FOLDER
 from relook.train.logs import Costs, Work
-from relook.train.memory import PARTS, Job, Way, ways
+from relook.train.memory import Job
 from relook.train.plan import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, Plan, half_of_memory_takes
 from relook.train.policy import Policy
 from relook.train.run import RUN_FILE, read_samples
 from relook.train.sight import keeps_features
 from relook.train.tree_pass import BUDGET, packs
+from relook.train.ways import PARTS, Way, ways
 from relook.tree import Row, Tree, common_root, kept_positions
 
 GIB = 2**30
@@ -245,7 +246,7 @@ def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, g
         batch=largest,
         reading=reading,
         cache=on_gpu(recipe, whole, lengths, gpu_memory) if recipe.cached_trunk else 0,
-        keeps_features=keeps_features(recipe, whole.config, gpus),
+        keeps_features=keeps_features(recipe, whole.config, gpus) and any(rows),
         one_type=sharded,
     )
 

@@ -181,6 +181,7 @@ class Recipe:
         plain = {item.name: item.default for item in dataclasses.fields(self)} | {"post_decoder": {}}
         dpo = self.dpo_weight > 0
         recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
+        elsewhere = [key for key in ("fsdp", "deepspeed", "use_cpu") if self.training.get(key)]  # else see `resolve`
         for idle, where, keys in (
             (self.task != "dpo", "without task dpo", DPO_KEYS),
             (bool(self.pairs_path), "beside pairs_path", HADPO_KEYS),
@@ -200,6 +201,7 @@ class Recipe:
             (self.cached_trunk, "with cached trunk states", KEPT_KEYS),
             (bool(recomputed), f"beside {' '.join(recomputed)}", KEPT_KEYS),
             (self.frozen_trunk, "where no gradient flows through the trunk", ("activation_offloading",)),
+            (bool(elsewhere), f"with {' '.join(elsewhere)}", ("activation_offloading",)),
             (not self.mdpo_anchored_weight, "without mdpo_anchored_weight", ("mdpo_anchor",)),
             (
                 self.loss_type in LENGTH_NORMALISED,

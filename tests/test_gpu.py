@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_tree import PAD, row
-from tiny import dpo_keys, tiny_llava, write_world
+from tiny import dpo_keys, save_tiny, tiny_llava, write_world
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
@@ -19,13 +19,16 @@ from relook.data.samples import Turn
 from relook.doctor import OK, examine
 from relook.evaluate.answer import Asking, Prompt, generate_batch
 from relook.evaluate.pope import question_text
+from relook.files import read_object
 from relook.recipe import build_recipe
 from relook.serve.engine import Engine
 from relook.serve.request import Limits, Request
+from relook.toyworld import build
 from relook.toyworld.draw import draw
 from relook.toyworld.shipped import shipped_base
 from relook.toyworld.world import OBJECTS, Scene, sample_scenes
 from relook.train import offload
+from relook.train.offload import Offload
 from relook.train.run import train
 from relook.train.tree_pass import TreePass
 from relook.tree import Tree, pack, to_device, to_host
@@ -35,7 +38,6 @@ REGIMES: dict[str, dict[str, Any]] = {
     "post decoder, cached": {"tune_post_decoder": True, "feature_cache": "disk"},
     "post decoder, live": {"tune_post_decoder": True, "feature_cache": "off"},
     "lora": {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0},
-    "lora, activations leave": {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0, "activation_offloading": 1.0},
 }
 
 
@@ -76,21 +78,39 @@ def test_packed_states_and_gradients_are_those_of_the_cpu(how: str, everything: 
 
 
 @pytest.mark.parametrize("keys", list(REGIMES.values()), ids=list(REGIMES))
-def test_training_is_that_of_the_cpu(
-    keys: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_is_that_of_the_cpu(keys: dict[str, Any], base: Path, tmp_path: Path) -> None:
     """Pairs of mixed lengths, so that rows are, too. Over a few steps: on a GPU sums have another order."""
-    monkeypatch.setattr(offload, "LEAST", 1)
     world, losses = write_world(tmp_path / "world"), {}
     for device, cpu in (("cpu", True), ("cuda", False)):
         more = {**keys, "use_cpu": cpu, "optim": "sgd", "learning_rate": 0.05, "max_steps": 6}
-        if cpu:
-            more.pop("activation_offloading", None)
         out = train(build_recipe(dpo_keys(base, world, tmp_path / device / "run", **more)))
         losses[device] = [line["loss"] for line in json.loads((out / "run.json").read_text())["log"] if "loss" in line]
     assert len(losses["cpu"]) == 6
     assert losses["cpu"][0] != losses["cpu"][-1]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-4)
+
+
+def test_training_with_activations_that_leave_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed lengths, micro-batches, and measuring in between."""
+    monkeypatch.setattr(offload, "LEAST", 1)
+    monkeypatch.setattr(build, "LAYERS", 6)
+    base, world = save_tiny(tmp_path / "base"), write_world(tmp_path / "world")
+    fetched, fetch = list[int](), Offload._fetch
+    monkeypatch.setattr(Offload, "_fetch", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved))
+    more = {**REGIMES["lora"], "trunk_pass": "flex", "optim": "sgd", "learning_rate": 0.05, "max_steps": 4}
+    more |= {
+        "gradient_accumulation_steps": 2,
+        "eval_fraction": 0.3,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "use_cpu": False,
+    }
+    losses = []
+    for share in (0.0, 1.0):
+        out = train(build_recipe(dpo_keys(base, world, tmp_path / str(share), activation_offloading=share, **more)))
+        losses.append([line.get("loss", line.get("eval_loss")) for line in read_object(out / "run.json")["log"]])
+        assert bool(fetched) == (share > 0)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("how", ["compiled", "flex"])

@@ -10,15 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_tree import PAD, row
-from tiny import dpo_keys, write_world
+from tiny import dpo_keys, save_tiny, write_world
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from relook.errors import RecipeError
 from relook.recipe import build_recipe
-from relook.train import offload
+from relook.toyworld import build
+from relook.train import offload, policy
 from relook.train.offload import Lane, Offload, Saved, staying
+from relook.train.policy import Policy
 from relook.train.run import train
 from relook.train.tree_pass import TreePass, resolve
 from relook.tree import Tree, pack
@@ -33,7 +36,7 @@ def small_ones_leave_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("layers", "share", "expected"),
-    [(32, 0, 32), (32, 0.4, 19), (32, 0.5, 16), (32, 1, 2), (8, 0.9, 2), (2, 1, 2), (1, 1, 1)],
+    [(32, 0, 32), (32, 0.01, 31), (32, 0.4, 19), (32, 0.5, 16), (32, 1, 2), (8, 0.9, 2), (2, 1, 2), (1, 1, 1)],
 )
 def test_a_share_of_layers_leaves_and_two_stay_at_least(layers: int, share: float, expected: int) -> None:
     assert staying(layers, share) == expected
@@ -165,6 +168,40 @@ def test_a_tree_pass_has_the_same_gradients(share: float, times: int) -> None:
         assert torch.equal(one, other)
 
 
+def test_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches of mixed lengths, measuring in between, and a tower that must not be called; on a CPU, against the
+    rule."""
+    monkeypatch.setattr(build, "LAYERS", 5)
+    monkeypatch.setattr(policy, "resolve", lambda *_: "dense")
+    monkeypatch.setattr(Policy, "rest_tower", lambda self: setattr(self.core.model, "vision_tower", None))
+    fetched, fetch = list[int](), Offload._fetch
+    monkeypatch.setattr(Offload, "_fetch", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved))
+    base, world = save_tiny(tmp_path / "base"), write_world(tmp_path / "world")
+    more = {"lora_enable": True, "lora_r": 4, "use_cpu": False, "max_steps": 3, "gradient_accumulation_steps": 2}
+    more |= {"eval_fraction": 0.3, "eval_strategy": "steps", "eval_steps": 1}
+    trained = []
+    for share in (0.0, 1.0):
+        run = build_recipe(dpo_keys(base, world, tmp_path / f"{share}" / "run", activation_offloading=share, **more))
+        trained.append(load_file(train(run) / "adapter_model.safetensors"))
+        assert bool(fetched) == (share > 0)
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(trained[1][name], tensor) for name, tensor in trained[0].items())
+
+
+def test_two_layers_have_none_to_send_away() -> None:
+    model = LlamaModel(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=1, num_hidden_layers=2))
+    with pytest.raises(RecipeError, match="no layer to take of 2"):
+        TreePass(model, "dense", activation_offloading=1)
+
+
+def test_what_all_layers_share_stays() -> None:
+    table, mask = torch.randn(4, 4), torch.randn(4, 4)
+    work = Offload(3, 2, frozenset(), Lane(CPU))
+    given = torch.ones(3, requires_grad=True)
+    work.forward(0, lambda x, **_: Saves.apply(x, [mask, table.T], []), given, mask=mask, more=(table, None))
+    assert not work.leaving[0]
+
+
 def test_nothing_is_kept_of_a_pass_without_gradients() -> None:
     model = Model()
     reads = TreePass(model.language_model, "dense", activation_offloading=1)
@@ -177,13 +214,15 @@ def test_what_has_no_other_memory_or_ways_of_its_own_refuses(base: Path, tmp_pat
     for device, sharded, said in (("cpu", False, "CPU"), ("cuda", True, "FSDP")):
         with pytest.raises(RecipeError, match=said):
             resolve("auto", device, sharded, activation_offloading=0.5)
-    keys = dpo_keys(base, write_world(tmp_path / "world"), tmp_path / "run")
+    keys = dpo_keys(base, write_world(tmp_path / "world"), tmp_path / "run", use_cpu=False)
     with pytest.raises(RecipeError, match="CPU"):
         train(build_recipe({**keys, "lora_enable": True, "activation_offloading": 0.5}))
     for more, said in (
         ({"lora_enable": True, "gradient_checkpointing": True}, "beside gradient_checkpointing"),
         ({"tune_post_decoder": True}, "cached trunk states"),
         ({"tune_post_decoder": True, "feature_cache": "off"}, "no gradient flows"),
+        ({"lora_enable": True, "deepspeed": "zero3"}, "with deepspeed"),
+        ({"lora_enable": True, "use_cpu": True}, "with use_cpu"),
         ({"lora_enable": True, "activation_offloading": 1.5}, "0 to 1"),
         ({"lora_enable": True, "activation_offloading": True}, "type float"),
     ):

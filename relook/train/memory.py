@@ -1,18 +1,10 @@
-"""The memory of a GPU during a run, by part and by the way in which several GPUs share it: sums over shapes.
-
-A step's peak is at one of a few moments; see `_moments`. What DeepSpeed and FSDP2 share out and keep follows their own
-rules (ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054), with the settings that ship with relook.
-"""
+"""The memory that a run's parts take, as one process has them: sums over shapes. `ways` shares them out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from relook.model.trunks import feature_size
 from relook.recipe import Recipe
@@ -23,21 +15,12 @@ from relook.train.plan import SHARD_BYTES
 from relook.train.policy import Policy
 from relook.train.sight import IMAGES
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "workspace")
 LIBRARIES = 64 << 20  # cuBLAS and cuBLASLt take 32 MiB each on a Hopper GPU
-CONTEXT = 512 << 20  # what CUDA itself takes of a GPU, and torch's counters do not see
 # Bytes of an optimizer's state for each number that trains. Others are counted as AdamW's two moments.
 ADAMW = 8
 STATE = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "lion_32bit": 4, "paged_lion_32bit": 4, "ademamix": 12}
 STATE |= dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2)
 STATE |= dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1)
-BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's defaults: numbers of a reduce bucket; live ones under ZeRO-3
-DEEPSPEED = {
-    "zero2": "ZeRO-2",
-    "zero2_offload": "ZeRO-2, offload",
-    "zero3": "ZeRO-3",
-    "zero3_offload": "ZeRO-3, offload",
-}
 
 
 @dataclass(frozen=True)
@@ -259,126 +242,6 @@ class Job:
     @property
     def accumulates(self) -> bool:
         return int(self.recipe.training.get("gradient_accumulation_steps", 1)) > 1
-
-
-@dataclass(frozen=True)
-class Way:
-    """What one GPU holds, in bytes.
-
-    Args:
-        parts: at the peak of a step.
-        largest: the most of each part, at whatever moment.
-        before: before training.
-        processor: a process's memory outside the GPU, for what is offloaded.
-    """
-
-    name: str
-    parts: dict[str, int]
-    largest: dict[str, int]
-    before: int
-    processor: int = 0
-
-    @property
-    def peak(self) -> int:
-        return sum(self.parts.values())
-
-    def fits(self, memory: float) -> bool:
-        """Whether a GPU of so many bytes has room for it, CUDA's own part aside."""
-        return max(self.peak, self.before) + CONTEXT <= memory
-
-
-def ways(job: Job, apart: Job, gpus: int) -> list[Way]:
-    """A run on some GPUs, in each way that they can share it; the recipe's own one first.
-
-    Args:
-        job: as one GPU, or DDP, has it; `apart` as FSDP and DeepSpeed have it.
-    """
-    frozen, trained = job.frozen, 4 * job.trained
-    optimizer, N = job.state * job.trained, gpus
-    if N == 1 and job.keeps_features:
-        frozen -= job.tower  # `Policy.rest_tower`
-    name, buckets, away = "DDP" if N > 1 else "one GPU", trained if N > 1 else 0, job.leaving * job.one_kept
-    found = [_way(name, job, frozen + trained, trained, optimizer, buckets, away)]
-    if job.recipe.bits == 16:  # quantised weights are not taken apart
-        found += [_fsdp(apart, N)] if N > 1 else []
-        found += [_deepspeed(name, apart, N) for name in DEEPSPEED if N > 1 or name.endswith("offload")]
-    said = job.recipe.training
-    own = "FSDP2" if said.get("fsdp") else DEEPSPEED.get(Path(str(said.get("deepspeed"))).stem, found[0].name)
-    return sorted(found, key=lambda way: way.name != own)
-
-
-def _fsdp(job: Job, N: int) -> Way:
-    """FSDP2 as `sharding.prepare_fsdp` sets it up: what trains in float32, gathered in the type of the products."""
-    # Whole at a time: what stands around the layers, one layer, and the next one on its way.
-    core = job.policy.core
-    layer = sum(p.numel() for p in job.layers[0].parameters()) if not job.recipe.cached_trunk else 0
-    blocks = [m for m in core.modules() if type(m).__name__ in job.policy._no_split_modules]
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    around = sum(p.numel() for p in core.parameters() if id(p) not in inside)
-    weights = (job.frozen + 4 * job.trained) // N
-    gathered = (around + 2 * layer) * job.low
-    return _way("FSDP2", job, weights, 4 * job.trained // N, job.state * job.trained // N, gathered)
-
-
-def _deepspeed(name: str, job: Job, N: int) -> Way:
-    """DeepSpeed: all weights in the type of the products, and a float32 copy of what trains with its optimizer."""
-    stage, offload = int(name[4]), name.endswith("offload")
-    everything = job.frozen + job.low * job.trained
-    copy = (4 + job.state) * job.trained // N
-    gradients = job.low * job.trained // N
-    buckets = (2 if stage == 2 else 1) * BUCKET * job.low  # with overlap_comm stage 2 fills one while another is sent
-    weights = everything if stage == 2 else everything // N
-    live = 0 if stage == 2 else min(LIVE * job.low, everything)
-    processor = 0
-    if offload:
-        processor = copy + 4 * job.trained // N + (weights if stage == 3 else 0)
-        copy, gradients, weights = 0, 0 if stage == 2 else gradients, 0 if stage == 3 else weights
-    else:
-        gradients += 4 * job.trained // N  # in float32 for the step
-    return _way(DEEPSPEED[name], job, weights, gradients, copy, buckets + live, processor)
-
-
-def _way(name: str, job: Job, weights: int, gradients: int, optimizer: int, workspace: int, processor: int = 0) -> Way:
-    """Everything at the moment of a step when there is most."""
-    always = {"weights": weights, "optimizer": optimizer, "cache": job.cache}
-    base = workspace + LIBRARIES + job.waiting
-    moments = [{**always, **moment, "workspace": base + moment["workspace"]} for moment in _moments(job, gradients)]
-    most = max(moments, key=lambda parts: sum(parts.values()))
-    largest = {part: max(moment.get(part, 0) for moment in moments) for part in PARTS}
-    return Way(name, {part: most.get(part, 0) for part in PARTS}, largest, job.before, processor)
-
-
-def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
-    """The moments of a step that may be its peak.
-
-    The gradient of the logits is made; that of lm_head is; the post decoder's image side, or the last decoder layer,
-    goes back, when nothing before it has; the first decoder layer does, when all gradients are there; the optimizer
-    steps.
-    """
-    compiled = job.policy.trunk_pass == "compiled"
-    logits, rows = activations.logits(job.text.vocab_size, job.batch.targets, job.low, compiled)
-    held = gradients if job.accumulates else 0  # from the micro-batches before
-    head, above = _share(job, job.policy.core.lm_head), _share(job, job.policy.post_decoder)
-    images = job.kept_above[1]
-    looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # gradients of keys and values
-    layer = job.kept_below + job.again
-    casts = round(head * job.trained) * job.low  # of lm_head's gradient, before it is float32
-    after_head = max(held, round(head * gradients))
-    after_all = max(held, round((head + above) * gradients))
-    return [
-        {"activations": job.kept, "logits": logits, "gradients": held, "workspace": rows},
-        {"activations": job.kept, "logits": logits // 2, "gradients": after_head, "workspace": casts},
-        {"activations": job.kept_below + images, "gradients": after_all, "workspace": looking},
-        {"activations": layer, "gradients": after_all, "workspace": job.backward},
-        {"activations": job.one_layer, "gradients": gradients, "workspace": job.backward},
-        {"gradients": gradients, "workspace": 0},
-    ]
-
-
-def _share(job: Job, module: nn.Module | None) -> float:
-    """Of all that trains."""
-    parameters = [] if module is None else list(module.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad) / job.trained
 
 
 def _projector_bytes(whole: Policy) -> int:

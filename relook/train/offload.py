@@ -8,6 +8,7 @@ speed: products wait for them where they must.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ AT_LEAST = 2  # layers on the device: one at work, one on its way
 
 def staying(layers: int, share: float) -> int:
     """Of so many layers, how many have their activations on the device at a time if a share of them is to leave."""
-    return min(layers, max(AT_LEAST, layers - round(share * layers)))
+    return min(layers, max(AT_LEAST, layers - math.ceil(share * layers)))
 
 
 @dataclass(eq=False)
@@ -74,7 +75,7 @@ class Offload:
 
     Args:
         kept: the most layers whose activations are on the device at a time, see `staying`.
-        resident: addresses of storages that stay, weights above all.
+        resident: addresses of storages that stay, weights above all; what all layers are given by name stays, too.
     """
 
     def __init__(self, layers: int, kept: int, resident: frozenset[int], lane: Lane) -> None:
@@ -87,6 +88,8 @@ class Offload:
 
     def forward(self, number: int, layer: Callable[..., Tensor], *given: Any, **more: Any) -> Tensor:
         """A layer's forward pass; `number` counts from 0."""
+        if number == 0:
+            self.resident |= _addresses(more.values())
         if number >= self.kept:
             self.lane.await_(self.left[number - self.kept])
             self._forget(number - self.kept)
@@ -162,6 +165,12 @@ class Offload:
                 assert saved.here is not None
                 saved.here.copy_(saved.host, non_blocking=True)
         return self.lane.mark()
+
+
+def _addresses(given: Iterable[Any]) -> frozenset[int]:
+    """Of the storages of tensors, also of those in tuples."""
+    flat = [tensor for each in given for tensor in (each if isinstance(each, tuple) else (each,))]
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in flat if isinstance(tensor, Tensor))
 
 
 class Numbered(nn.Module):

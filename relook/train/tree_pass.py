@@ -138,6 +138,9 @@ class TreePass:
         self.layers = len(language_model.layers)
         self.staying = staying(self.layers, activation_offloading)
         self.offload: Offload | None = None
+        if activation_offloading and self.staying == self.layers:
+            said = f"activation_offloading has no layer to take of {self.layers}: {self.staying} stay."
+            raise RecipeError(said, "Leave it out.")
         if not sharded:
             self.model, self.last = _shell(language_model, how == "compiled", last_mlp_at_kept(language_model, how))
         if self.staying < self.layers:
