@@ -100,11 +100,11 @@ def estimate(
         said = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
         raise RecipeError(said, "Give one GPU at least, and sizes above 0.")
     source = open_on_paper(recipe)
-    lengths = read_lengths(recipe, source, assumed)
-    whole = whole_policy(recipe, source, sharded=False)
+    model = on_paper(recipe, source)
+    whole, cut = (policy_on_paper(recipe, model, sharded) for sharded in (False, True))
+    lengths = read_lengths(recipe, source, whole.core, assumed)
     job = job_of(recipe, whole, lengths, gpu_memory, gpus, sharded=False)
-    apart = job_of(recipe, whole_policy(recipe, source, sharded=True), lengths, gpu_memory, gpus, sharded=True)
-    found = ways(job, apart, gpus)
+    found = ways(job, job_of(recipe, cut, lengths, gpu_memory, gpus, sharded=True), gpus)
     return {
         "model": source.model_class.__name__,
         "lengths": lengths.source,
@@ -151,12 +151,14 @@ def open_on_paper(recipe: Recipe) -> ModelSource:
 
 
 def on_paper(recipe: Recipe, source: ModelSource) -> Any:
-    """The recipe's model without memory, in the type that training holds it in; `with_regime` is still to come."""
+    """The recipe's model without memory, in the types that training holds it in."""
     config = type(source.config).from_dict(source.config.to_dict())  # a regime may change it
     if recipe.tune_post_decoder and not has_post_decoder(config):
         config = with_post_decoder(config, dict(recipe.post_decoder))
     with torch.device("meta"):
-        return replace(source, config=config).model_class(config).to(dtype_of(recipe))
+        model = replace(source, config=config).model_class(config).to(dtype_of(recipe))
+        # The post decoder is there already; a start from the projector's weights changes no shape.
+        return with_regime(model, replace(recipe, post_decoder_init="random"))
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -164,12 +166,9 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     return next((kind for key, kind in types.items() if recipe.training.get(key)), torch.float32)
 
 
-def whole_policy(recipe: Recipe, source: ModelSource, sharded: bool) -> Policy:
+def policy_on_paper(recipe: Recipe, model: Any, sharded: bool) -> Policy:
     """The recipe's policy with its trunk, as it would be on a GPU."""
     auto = "flex" if sharded else "compiled"
-    with torch.device("meta"):
-        # The post decoder is there already; a start from the projector's weights changes no shape.
-        model = with_regime(on_paper(recipe, source), replace(recipe, post_decoder_init="random"))
     how = auto if recipe.trunk_pass == "auto" else recipe.trunk_pass
     # What is taken apart takes neither.
     budget, away = (BUDGET, 0) if sharded else (recipe.activation_memory_budget, recipe.activation_offloading)
@@ -180,9 +179,8 @@ def numbers(policy: Policy, trained: bool) -> int:
     return sum(p.numel() for p in policy.core.parameters() if p.requires_grad or not trained)
 
 
-def read_lengths(recipe: Recipe, source: ModelSource, assumed: Assumed) -> Lengths:
+def read_lengths(recipe: Recipe, source: ModelSource, model: Any, assumed: Assumed) -> Lengths:
     """The trees of the recipe's data, at most SAMPLES of them; of what is assumed where it cannot be read."""
-    model = on_paper(recipe, source)
     try:
         samples, report = read_samples(recipe)
         loaded = LoadedModel(model, source.processor(), source.path, recipe.image_aspect_ratio, source.template)

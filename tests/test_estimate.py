@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from relook.cli import app
 from relook.errors import RelookError
-from relook.estimate import GIB, Assumed, estimate, job_of, open_on_paper, read_lengths, whole_policy
+from relook.estimate import GIB, Assumed, estimate, job_of, on_paper, open_on_paper, policy_on_paper, read_lengths
 from relook.files import write_json
 from relook.model.above_trunk import AboveTrunk
 from relook.recipe import Recipe, build_recipe
@@ -180,10 +180,10 @@ def test_a_budget_is_kept(kind: str, lora: dict[str, Any], budget: float) -> Non
 # --- a step
 
 
-def on_paper(recipe: Recipe) -> Job:
+def planned(recipe: Recipe) -> Job:
     source = open_on_paper(recipe)
-    whole = whole_policy(recipe, source, sharded=False)
-    return job_of(recipe, whole, read_lengths(recipe, source, Assumed()), 80, 1, sharded=False)
+    whole = policy_on_paper(recipe, on_paper(recipe, source), sharded=False)
+    return job_of(recipe, whole, read_lengths(recipe, source, whole.core, Assumed()), 80, 1, sharded=False)
 
 
 REGIMES: dict[str, dict[str, Any]] = {
@@ -232,7 +232,7 @@ def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regi
     rows = [PATCHES * len(item.example.images) for item in items]
     counts = Counts.of([item.example for item in items], rows, policy)
     # What is not said are indices (8 bytes a target), and in the first layer that nothing before it trains.
-    assert replace(on_paper(recipe), batch=counts).kept == pytest.approx(real, rel=0.05)
+    assert replace(planned(recipe), batch=counts).kept == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize(
