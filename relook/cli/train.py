@@ -9,9 +9,16 @@ from typing import Annotated
 import typer
 
 from relook.cli.options import AsJson
+from relook.keys import parse_overrides, read_shipped
 
 app = typer.Typer()
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def look_at(name: str, keys: list[str], kind: str = "recipe") -> None:
+    """Find a wrong name, or a key without a value, before libraries are loaded, which takes seconds."""
+    read_shipped(name, kind)
+    parse_overrides(keys)
 
 
 @app.command()
@@ -36,6 +43,7 @@ def train(
     context: typer.Context, recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")]
 ) -> None:
     """Train by a recipe; any of its keys, or of transformers' TrainingArguments, may follow as --key value."""
+    look_at(recipe, context.args)
     from relook.train.run import train_command
 
     train_command([recipe, *context.args])
@@ -54,6 +62,7 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Predict a recipe's memory on each GPU, its trunk cache and its work; any of its keys may follow."""
+    look_at(recipe, context.args)
     from relook.estimate import Assumed, estimate_command, print_estimate
 
     assumed = Assumed(prompt_tokens, response_tokens, samples)
@@ -69,6 +78,7 @@ def sweep(
     context: typer.Context, file: Annotated[str, typer.Argument(help="A .yaml file or a shipped sweep's name.")]
 ) -> None:
     """Train and evaluate many variants on one trunk cache; any key of the file or of a recipe may follow."""
+    look_at(file, context.args, "sweep")
     from relook.sweep import sweep_command
 
     sweep_command([file, *context.args])
