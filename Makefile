@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test check env clean
+.PHONY: demo test check older env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/relook demo --out $(OUT) --seed $(SEED)
@@ -18,6 +18,11 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto
+
+# The same tests under an older transformers, that of the GPU machines where relook is measured.
+older: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/older transformers==5.17.0 huggingface-hub==1.33.0
+	PYTHONPATH=$(VENV)/older $(BIN)/python -m pytest -n auto
 
 env: $(VENV)/.ready
 
