@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_offload import counted_returns
 from test_tree import PAD, row
 from tiny import dpo_keys, save_tiny, tiny_llava, write_world
 from torch import Tensor
@@ -28,7 +29,6 @@ from relook.toyworld.draw import draw
 from relook.toyworld.shipped import shipped_base
 from relook.toyworld.world import OBJECTS, Scene, sample_scenes
 from relook.train import offload
-from relook.train.offload import Offload
 from relook.train.run import train
 from relook.train.tree_pass import TreePass
 from relook.tree import Tree, pack, to_device, to_host
@@ -95,8 +95,7 @@ def test_training_with_activations_that_leave_is_the_same(tmp_path: Path, monkey
     monkeypatch.setattr(offload, "LEAST", 1)
     monkeypatch.setattr(build, "LAYERS", 6)
     base, world = save_tiny(tmp_path / "base"), write_world(tmp_path / "world")
-    fetched, fetch = list[int](), Offload._fetch
-    monkeypatch.setattr(Offload, "_fetch", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved))
+    fetched = counted_returns(monkeypatch)
     more = {**REGIMES["lora"], "trunk_pass": "flex", "optim": "sgd", "learning_rate": 0.05, "max_steps": 4}
     more |= {
         "gradient_accumulation_steps": 2,

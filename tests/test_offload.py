@@ -34,6 +34,13 @@ def small_ones_leave_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "LEAST", 1)
 
 
+def counted_returns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tensors come back at a time, as they do."""
+    fetched, fetch = list[int](), Offload._fetch
+    monkeypatch.setattr(Offload, "_fetch", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved))
+    return fetched
+
+
 @pytest.mark.parametrize(
     ("layers", "share", "expected"),
     [(32, 0, 32), (32, 0.01, 31), (32, 0.4, 19), (32, 0.5, 16), (32, 1, 2), (8, 0.9, 2), (2, 1, 2), (1, 1, 1)],
@@ -174,8 +181,7 @@ def test_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(build, "LAYERS", 5)
     monkeypatch.setattr(policy, "resolve", lambda *_: "dense")
     monkeypatch.setattr(Policy, "rest_tower", lambda self: setattr(self.core.model, "vision_tower", None))
-    fetched, fetch = list[int](), Offload._fetch
-    monkeypatch.setattr(Offload, "_fetch", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved))
+    fetched = counted_returns(monkeypatch)
     base, world = save_tiny(tmp_path / "base"), write_world(tmp_path / "world")
     more = {"lora_enable": True, "lora_r": 4, "use_cpu": False, "max_steps": 3, "gradient_accumulation_steps": 2}
     more |= {"eval_fraction": 0.3, "eval_strategy": "steps", "eval_steps": 1}

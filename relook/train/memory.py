@@ -69,7 +69,9 @@ class Job:
     @cached_property
     def frozen(self) -> int:
         """Bytes of the weights that do not train. The projector's are there beside cached states, too."""
-        return _frozen(self.policy, self.recipe) + (_projector_bytes(self.whole) if self.recipe.cached_trunk else 0)
+        return _frozen(self.policy, self.recipe) + (
+            _held(self.whole, "multi_modal_projector") if self.recipe.cached_trunk else 0
+        )
 
     @property
     def layers(self) -> Any:
@@ -112,7 +114,7 @@ class Job:
     @property
     def tower(self) -> int:
         """Bytes of the vision tower."""
-        return sum(p.numel() * p.element_size() for p in self.whole.core.model.vision_tower.parameters())
+        return _held(self.whole, "vision_tower")
 
     @property
     def recomputed_share(self) -> float:
@@ -244,9 +246,9 @@ class Job:
         return int(self.recipe.training.get("gradient_accumulation_steps", 1)) > 1
 
 
-def _projector_bytes(whole: Policy) -> int:
-    projector = whole.core.model.multi_modal_projector
-    return sum(p.numel() * p.element_size() for p in projector.parameters())
+def _held(whole: Policy, part: str) -> int:
+    """Bytes of the weights of a part of the base model."""
+    return sum(p.nbytes for p in getattr(whole.core.model, part).parameters())
 
 
 def _frozen(policy: Policy, recipe: Recipe) -> int:
