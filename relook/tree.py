@@ -140,32 +140,23 @@ class Targets:
 
 @dataclass(frozen=True)
 class PackedTrees:
-    """A batch of trees laid out in rows, as the trunk reads it."""
+    """A batch of trees laid out in rows, as the trunk reads it.
+
+    A root is followed by the trees that share it, a prefix by its branches. So those that see a position stand behind
+    it without a gap, and one number says who they are: position q sees k if k <= q <= last[k].
+    """
 
     ids: Tensor  # (R, L)
     positions: Tensor  # (R, L)
     tree: Tensor  # (R, L) index of the tree, ROOT where those that follow share it, PADDING outside
-    branch: Tensor  # (R, L) PREFIX, 1, 2, ... or PADDING
+    last: Tensor  # (R, L) int32, the last place of the row that sees this one; padding sees itself only
     keep: Tensor  # (T, S) flat index r * L + l of the positions whose states are kept
     targets: Targets
 
-    def begins(self) -> Tensor:
-        """Where a root, a prefix or a branch begins, (R, L) bool."""
-        begins = torch.ones_like(self.tree, dtype=torch.bool)
-        begins[:, 1:] = (self.tree[:, 1:] != self.tree[:, :-1]) | (self.branch[:, 1:] != self.branch[:, :-1])
-        return begins
-
     def mask(self) -> Tensor:
-        """Dense attention mask, (R, 1, L, L) bool: causal; the root, and within a tree prefix or own branch only."""
-        L = self.ids.shape[1]
-        causal = torch.ones(L, L, dtype=torch.bool, device=self.ids.device).tril()
-        rooted = self.tree == ROOT
-        roots = (self.begins() & rooted).cumsum(1)
-        # Whoever stands behind a root, up to the next one, sees it; a root sees no other.
-        root = rooted[:, None, :] & (roots[:, :, None] == roots[:, None, :])
-        same_tree = ~rooted[:, None, :] & (self.tree[:, :, None] == self.tree[:, None, :])
-        q, k = self.branch[:, :, None], self.branch[:, None, :]
-        return (causal & (root | same_tree & ((k == PREFIX) | (k == q))))[:, None]
+        """Dense attention mask, (R, 1, L, L) bool: causal; the root, and within a tree prefix and own branch only."""
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return ((place[:, None] >= place) & (place[:, None] <= self.last[:, None]))[:, None]
 
 
 def arrange(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
@@ -207,6 +198,14 @@ def _branch_numbers(tree: Tree) -> list[int]:
     for number, branch in enumerate(tree.branches, 1):
         numbers += [number] * len(branch.ids)
     return numbers
+
+
+def _last_places(tree: Tree) -> list[int]:
+    """For every position of a tree, counted from its start, the last one that sees it."""
+    places = [len(tree) - 1] * len(tree.prefix)
+    for branch in tree.branches:
+        places += [len(places) + len(branch.ids) - 1] * len(branch.ids)
+    return places
 
 
 def _positions(tree: Tree) -> list[int]:
@@ -291,7 +290,8 @@ def pack(
     L = round_up(max(root * -(-len(row) // each) + sum(len(trees[t]) - root for t in row) for row in rows))
     shape = (len(rows), L)
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
-    tree_RL, branch_RL = torch.full(shape, PADDING), torch.full(shape, PADDING)
+    tree_RL = torch.full(shape, PADDING)
+    last = torch.arange(L, dtype=torch.int32).repeat(len(rows), 1)
     targets = targets_of(trees, everything)
     keep = torch.zeros(targets.kept_branch.shape, dtype=torch.long)
     for r, row in enumerate(rows):
@@ -304,13 +304,12 @@ def pack(
             ids[r, here] = torch.tensor(tokens[skipped:])
             positions[r, here] = torch.tensor(_positions(tree)[skipped:])
             tree_RL[r, here] = t
-            branch_RL[r, here] = torch.tensor(_branch_numbers(tree)[skipped:])
+            last[r, here] = start - skipped + torch.tensor(_last_places(tree)[skipped:], dtype=torch.int32)
             if not skipped:
                 shared = start
                 tree_RL[r, start : start + root] = ROOT
+            last[r, shared : shared + root] = here.stop - 1
             kept = torch.tensor(kept_positions(tree, everything))
             keep[t, : len(kept)] = r * L + kept + torch.where(kept < root, shared, start - skipped)
             start = here.stop
-    # A padding position must see something, or its softmax is 0/0: the mask lets equal trees (PADDING) and equal
-    # branches (PADDING) see each other, which covers it.
-    return PackedTrees(ids, positions, tree_RL, branch_RL, keep, targets)
+    return PackedTrees(ids, positions, tree_RL, last, keep, targets)

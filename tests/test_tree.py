@@ -119,7 +119,7 @@ def test_packed_structure(
     packed = pack(trees, PAD, everything, row_length, root=root, sharing=sharing)
     R, L = packed.ids.shape
     mask = packed.mask()[:, 0]
-    flat = {name: getattr(packed, name).flatten().tolist() for name in ("ids", "positions", "tree", "branch")}
+    flat = {name: getattr(packed, name).flatten().tolist() for name in ("ids", "positions", "tree")}
     longest = max(map(len, trees))
     assert longest == L if row_length is None else longest <= L <= row_length
     assert [t for t in dict.fromkeys(flat["tree"]) if t >= 0] == list(range(len(trees)))
@@ -137,13 +137,12 @@ def test_packed_structure(
         assert places[-1] // L == places[0] // L
         shared = places[: len(tree.prefix)]
         start = len(tree.prefix)
-        for number, branch in enumerate(tree.branches, 1):
+        for branch in tree.branches:
             own = places[start : start + len(branch.ids)]
             start += len(own)
             path = [*shared, *own]
             assert [flat["ids"][place] for place in path] == [*tree.prefix, *branch.ids]
             assert [flat["positions"][place] for place in path] == list(range(len(path)))
-            assert [flat["branch"][place] for place in path] == [PREFIX] * len(shared) + [number] * len(own)
             for i, place in enumerate(path):
                 sees = mask[place // L, place % L].nonzero().flatten().tolist()
                 assert sees == [other % L for other in path[: i + 1]]
@@ -158,7 +157,7 @@ def test_packed_structure(
     assert [tuple(map(int, entry)) for entry in found] == expected
     assert targets.branches == branch_count
     padding = [place for place in range(R * L) if place not in seen_places]
-    assert all(flat["ids"][place] == PAD and flat["branch"][place] == PADDING for place in padding)
+    assert all(flat["ids"][place] == PAD and flat["tree"][place] == PADDING for place in padding)
     assert mask.any(-1).all()  # a query that sees nothing would be 0/0
 
 
@@ -167,13 +166,11 @@ def test_kept_slots(trees: list[Tree], beginning: tuple[int, ...], sharing: int 
     trees = under(beginning, trees)
     packed = pack(trees, PAD, everything, root=len(beginning), sharing=sharing)
     targets = targets_of(trees, everything)
-    branch = packed.branch.flatten()
     seen = packed.mask()[:, 0]
     allowed = targets.kept_mask()
     for t, tree in enumerate(trees):
         filled = int((targets.kept_branch[t] != PADDING).sum())
         places = packed.keep[t, :filled]
-        assert torch.equal(targets.kept_branch[t, :filled], branch[places])
         assert (targets.kept_branch[t, filled:] == PADDING).all()
         assert (places.diff() > 0).all()
         used = {int(slot) for slot in targets.slot[targets.tree == t]}

@@ -22,7 +22,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from relook.errors import RecipeError, RelookError
 from relook.train.offload import Lane, Numbered, Offload, staying
-from relook.tree import BLOCK, PREFIX, ROOT, PackedTrees
+from relook.tree import BLOCK, PackedTrees
 
 BUDGET = 0.8  # on an H100 as fast as 1, with 10 GiB less in a LoRA step of 8 pairs at 7B
 KINDS = 64  # of passes that one layer's code is compiled for: models of a process, with and without gradients, lengths
@@ -61,44 +61,23 @@ def packs(how: str) -> bool:
     return how != "dense"
 
 
-def visible(packed: PackedTrees) -> tuple[tuple[Tensor, Tensor], ...]:
-    """What `PackedTrees.mask` allows as intervals without overlap, each a first position and the one after its end.
-
-    Position q sees its root, the prefix of its tree behind that, and what is before it of its own branch: three pairs
-    of (R, L) int32. Where q itself lies in a prefix the second one is empty; where in a root, the first one is, too.
-    """
-    tree, branch = packed.tree, packed.branch
-    index = torch.arange(tree.shape[1], device=tree.device)
-    begins, rooted = packed.begins(), tree == ROOT
-    latest = lambda where: torch.where(where, index, 0).cummax(1).values  # noqa: E731
-    start, own = latest(begins & (branch == PREFIX)), latest(begins)
-    fork = torch.where(branch > PREFIX, latest(begins & (branch == PREFIX + 1)), start)
-    root = latest(begins & rooted)
-    end = torch.where(rooted, root, latest(rooted) + (rooted.cumsum(1) > 0))
-    pairs = ((root, end), (start, fork), (own, (index + 1).expand_as(own)))
-    return tuple((first.int(), after.int()) for first, after in pairs)  # the mask's arithmetic is faster than in int64
-
-
 def block_mask(packed: PackedTrees) -> BlockMask:
     """The mask of `PackedTrees.mask` in FlexAttention's form, (R, 1, L, L); L must be a multiple of BLOCK.
 
-    Made from intervals: torch's `create_block_mask` works through all L x L pairs, which takes 25 ms for 16,384
+    Made from `last`: torch's `create_block_mask` works through all L x L pairs, which takes 25 ms for 16,384
     positions on an H100, and compiled for some lengths it keeps ptxas busy for minutes.
     """
-    (root, end), (start, fork), (own, here) = visible(packed)
-    L = own.shape[1]
-    low = torch.arange(0, L, BLOCK, device=own.device, dtype=torch.int32)
-
-    def inside(first: Tensor, after: Tensor) -> Tensor:
-        """How many positions of each block lie in [first, after), (R, L, blocks)."""
-        return (after[..., None].clamp(max=low + BLOCK) - first[..., None].clamp(min=low)).clamp(min=0)
-
-    seen = (inside(root, end) + inside(start, fork) + inside(own, here)).unflatten(1, (-1, BLOCK))
-    some, every = (seen > 0).any(2), (seen == BLOCK).all(2)
+    last, L = packed.last, packed.last.shape[1]
+    place = torch.arange(L, device=last.device, dtype=torch.int32)
+    low = place[::BLOCK]
+    # Which blocks of queries see each key, (R, L, blocks): with one of theirs, and with all.
+    one = (place[:, None] < low + BLOCK) & (last[..., None] >= low)
+    whole = (place[:, None] <= low) & (last[..., None] >= low + BLOCK - 1)
+    some = one.unflatten(1, (-1, BLOCK)).any(2).mT  # (R, blocks of queries, blocks of keys)
+    every = whole.unflatten(1, (-1, BLOCK)).all(2).mT
 
     def allowed(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        of_root = (k >= root[r, q]) & (k < end[r, q])
-        return of_root | ((k >= start[r, q]) & (k < fork[r, q])) | ((k >= own[r, q]) & (k <= q))
+        return (q >= k) & (q <= last[r, k])
 
     partly, full = _listed(some & ~every), _listed(every)
     return BlockMask.from_kv_blocks(*partly, *full, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(L, L))
