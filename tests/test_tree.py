@@ -321,6 +321,11 @@ def test_the_block_mask_is_the_dense_one(
         count = getattr(made, number)[..., None]
         inside = torch.arange(L // 128) < count
         assert torch.equal(getattr(made, indices)[inside], getattr(expected, indices)[inside])
+    # What the kernels take for granted: read with other strides, the same numbers name other blocks.
+    lists = [
+        f"{full}{side}_{what}" for full in ("", "full_") for side in ["kv", "q"] for what in ("num_blocks", "indices")
+    ]
+    assert all(getattr(made, name).is_contiguous() for name in lists)
 
 
 def test_a_last_layer_that_is_not_known_runs_whole() -> None:

@@ -69,12 +69,11 @@ def block_mask(packed: PackedTrees) -> BlockMask:
     """
     last, L = packed.last, packed.last.shape[1]
     place = torch.arange(L, device=last.device, dtype=torch.int32)
-    low = place[::BLOCK]
-    # Which blocks of queries see each key, (R, L, blocks): with one of theirs, and with all.
-    one = (place[:, None] < low + BLOCK) & (last[..., None] >= low)
-    whole = (place[:, None] <= low) & (last[..., None] >= low + BLOCK - 1)
-    some = one.unflatten(1, (-1, BLOCK)).any(2).mT  # (R, blocks of queries, blocks of keys)
-    every = whole.unflatten(1, (-1, BLOCK)).all(2).mT
+    # Which blocks of queries see each key, (R, blocks, L): with one of theirs, and with all.
+    low = place[::BLOCK, None]
+    one = (place < low + BLOCK) & (last[:, None] >= low)
+    whole = (place <= low) & (last[:, None] >= low + BLOCK - 1)
+    some, every = one.unflatten(2, (-1, BLOCK)).any(3), whole.unflatten(2, (-1, BLOCK)).all(3)
 
     def allowed(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (q <= last[r, k])
@@ -86,8 +85,9 @@ def block_mask(packed: PackedTrees) -> BlockMask:
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """From which blocks are meant, (R, rows, columns), to how many they are and their columns first, with a head."""
     count = blocks.sum(-1, dtype=torch.int32)
-    columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return count[:, None], columns[:, None]
+    columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    # FlexAttention's kernels read both without asking for their last stride.
+    return count[:, None].contiguous(), columns[:, None].to(torch.int32, memory_format=torch.contiguous_format)
 
 
 class TreePass:
