@@ -29,6 +29,7 @@ from relook.recipe import Recipe, build_recipe
 from relook.train.activations import ATTENTION_INPUTS, MLP_INPUTS, Counts, decoder_layer, within
 from relook.train.batches import Collator, Item
 from relook.train.logs import Costs
+from relook.train.lora_products import narrow
 from relook.train.memory import Job
 from relook.train.run import encode_samples, load, policy_of, prepare, read_samples, train
 from relook.train.sight import features_once
@@ -100,6 +101,7 @@ def kept_by_a_layer(
     for layers in (2, 3):
         model = language_model(layers, kind, dtype, kv_heads, lora)
         if backend:
+            narrow(model.layers)
             for i, layer in enumerate(model.layers):
                 model.layers[i] = torch.compile(layer, backend=backend, dynamic=False)
         embeds = torch.randn(1, row, WIDTH, dtype=torch.float32 if kind == "full" else dtype)

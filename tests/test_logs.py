@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from relook import load_model
 from relook.errors import RecipeError, RelookError
 from relook.model.load import TENSORS_FILE
 from relook.recipe import build_recipe
+from relook.train import run
 from relook.train.batches import Collator, Item
 from relook.train.logs import Costs, Meter, Work, linear_flops
 from relook.train.policy import Policy
@@ -205,6 +207,19 @@ def test_a_warm_up_longer_than_the_run_is_no_training(
     with pytest.raises(RelookError, match=r"equal after all 1 steps: no step had a learning rate above 0.*warm-up"):
         train(build_recipe(made(base, world, tmp_path / "run", **keys)))
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(("off", "low"), [(0.02, False), (0.4, True), (math.nan, False)])
+def test_a_policy_that_is_not_its_reference_stops_the_run(
+    off: float, low: bool, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one of the two passes goes through a wrong mask; in a lower precision only what is no rounding."""
+    right = run.reference_log_probs
+    wrong = lambda *given: [log_probs + off for log_probs in right(*given)]  # noqa: E731
+    monkeypatch.setattr(run, "reference_log_probs", wrong)
+    keys = {"lora_enable": True, "lora_r": 2, "bf16": low, "lora_dropout": 0.5}
+    with pytest.raises(RelookError, match=rf"differ by {off:.1g}.* a token.*trunk_pass dense.*relook doctor"):
+        train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
 
 
 def test_a_warm_up_that_starts_at_zero_is_no_alarm(base: Path, world: Path, tmp_path: Path) -> None:

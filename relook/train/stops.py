@@ -1,4 +1,4 @@
-"""When a run must not go on: a number that is none, or a first step that changes nothing."""
+"""When a run must not go on: a number that is none, a policy that is not its reference, a first step without effect."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ CAUSES = (
     "Likely causes: a learning rate of 0 or far too small, a warm-up longer than the run, or frozen tensors, where the "
     "output depends on nothing that trains."
 )
+# Nats a token, on average over a batch. Rounding to bf16 makes some hundredths at most, a wrong mask one and more.
+APART_EXACT, APART = 0.01, 0.25
 
 
 @torch.no_grad()
@@ -26,7 +28,11 @@ def broken_tensors(parameters: Iterable[nn.Parameter], device: torch.device) -> 
 
 
 class FirstStep(TrainerCallback):
-    """Stops a run when the policy still is the reference after the first optimizer step that should move it.
+    """Stops a run when the policy is not the reference before the first optimizer step that should move it, or still is
+    the reference after that.
+
+    Before it the reference's log-probs, computed once and in other batches, must be the policy's but for rounding: what
+    differs is not the model but one of the two ways through it.
 
     That is the first step with a learning rate above 0. The log-probs of its batch before and after it, both without
     dropout, are compared bit for bit: it is the same computation, so any change of a weight that matters shows. In a
@@ -44,11 +50,30 @@ class FirstStep(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.done = state.global_step > 0  # a resumed run has passed
 
-    def look(self, model: nn.Module, batch: Any, optimizer: Any) -> None:
-        """Before a step: keep what the policy says on its batch."""
+    def look(self, model: nn.Module, batch: Any, reference: Tensor | None, optimizer: Any) -> None:
+        """Before a step: keep what the policy says on its batch.
+
+        Args:
+            reference: what the reference says on it, (N,), where the loss has one.
+
+        Raises:
+            RelookError: the two differ.
+        """
         if not self.done and self.before is None and any(group["lr"] > 0 for group in optimizer.param_groups):
             self.model, self.batch = model, batch
             self.before = self._says()
+            if reference is not None:
+                self._compare(self.before, reference)
+
+    def _compare(self, policy: Tensor, reference: Tensor) -> None:
+        apart = (policy - reference).abs().mean()
+        far = ~(apart <= (APART_EXACT if self.exact else APART))  # also where it is no number
+        if self.accelerator.reduce(far.long(), "sum").item():
+            raise RelookError(
+                f"Before the first step policy and reference are the same model, but their log-probs differ by "
+                f"{apart.item():.3g} a token: one of the two passes through it is wrong here.",
+                "Set trunk_pass dense to go on, and please report this with what `relook doctor` says.",
+            )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if self.done or self.before is None or self.accelerator.optimizer_step_was_skipped:

@@ -78,7 +78,7 @@ class RelookTrainer(Trainer):
         self._meter.start()
         if not self._first.done:
             inputs = self._prepare_inputs(inputs)
-            self._first.look(model, inputs["batch"], self.optimizer)
+            self._first.look(model, inputs["batch"], inputs.get("reference"), self.optimizer)
         loss: Tensor = super().training_step(model, inputs, *rest, **more)
         return loss
 

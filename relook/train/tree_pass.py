@@ -21,6 +21,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from relook.errors import RecipeError, RelookError
+from relook.train.lora_products import narrow
 from relook.train.offload import Lane, Numbered, Offload, staying
 from relook.tree import BLOCK, PackedTrees
 
@@ -120,6 +121,8 @@ class TreePass:
         if activation_offloading and self.staying == self.layers:
             said = f"activation_offloading has no layer to take of {self.layers}: {self.staying} stay."
             raise RecipeError(said, "Leave it out.")
+        if how == "compiled":
+            narrow(language_model.layers)
         if not sharded:
             self.model, self.last = _shell(language_model, how == "compiled", last_mlp_at_kept(language_model, how))
         if self.staying < self.layers:
