@@ -47,7 +47,11 @@ def against_rate(panels: Mapping[str, Points], base: Mapping[str, float]) -> str
         for name, points in lines.items():
             panel.plot(*zip(*points, strict=True), label=name, marker="o", markersize=3, linewidth=1.2)
         panel.axhline(base[title], color="#888", linestyle="--", linewidth=1, label="base")
+        rates = sorted({rate for points in lines.values() for rate, _ in points})
         panel.set_xscale("log")
+        named = rates[:: -(-len(rates) // 6)]  # more would run into each other
+        panel.set_xticks(named, [f"{rate:g}" for rate in named])
+        panel.minorticks_off()
         _label(panel, title, "learning rate")
     axes[0].legend(fontsize=8 if len(lines) < 8 else 5)
     return _svg(plt, figure)
