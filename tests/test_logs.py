@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import dpo_keys, sft_keys, tiny_llava, tiny_relook
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from relook import load_model
@@ -25,6 +25,7 @@ from relook.train.batches import Collator, Item
 from relook.train.logs import Costs, Meter, Work, linear_flops
 from relook.train.policy import Policy
 from relook.train.run import encode_samples, read_samples, train
+from relook.train.stops import FirstStep
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 HEAD: dict[str, Any] = {"tune_lm_head": True, "optim": "sgd", "max_grad_norm": 0.0}
@@ -209,17 +210,39 @@ def test_a_warm_up_longer_than_the_run_is_no_training(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-@pytest.mark.parametrize(("off", "low"), [(0.02, False), (0.4, True), (math.nan, False)])
+@pytest.mark.parametrize(
+    ("off", "low", "message"),
+    [
+        (0.02, False, r"differ by 0\.02 a token.*Please report this with what `relook doctor`"),
+        (0.7, True, r"differ by 0\.7.* a token"),
+        (math.nan, False, r"log-probs of the reference are not finite.*broken weights"),
+    ],
+)
 def test_a_policy_that_is_not_its_reference_stops_the_run(
-    off: float, low: bool, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    off: float, low: bool, message: str, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where one of the two passes goes through a wrong mask; in a lower precision only what is no rounding."""
     right = run.reference_log_probs
     wrong = lambda *given: [log_probs + off for log_probs in right(*given)]  # noqa: E731
     monkeypatch.setattr(run, "reference_log_probs", wrong)
     keys = {"lora_enable": True, "lora_r": 2, "bf16": low, "lora_dropout": 0.5}
-    with pytest.raises(RelookError, match=rf"differ by {off:.1g}.* a token.*trunk_pass dense.*relook doctor"):
+    with pytest.raises(RelookError, match=message):
         train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_process_that_is_furthest_off_is_named(place: int) -> None:
+    """By its own numbers another process would have nothing to say, or another sum."""
+    rows = [[1.0, 1.0, 1e-6], [1.0, 1.0, 3.0]]
+
+    class Two:
+        def gather(self, mine: Tensor) -> Tensor:
+            assert mine.shape == (1, 3)
+            return torch.tensor(rows[place:] + rows[:place])
+
+    first = FirstStep(Two(), exact=True, trunk_pass="compiled")
+    with pytest.raises(RelookError, match=r"differ by 3 a token.*Set trunk_pass dense"):
+        first._compare(torch.zeros(4), torch.zeros(4))
 
 
 def test_a_warm_up_that_starts_at_zero_is_no_alarm(base: Path, world: Path, tmp_path: Path) -> None:

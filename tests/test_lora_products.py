@@ -12,27 +12,45 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
+from torch._functorch.aot_autograd import aot_module_simplified
 from transformers import LlamaConfig, LlamaModel
 
-from relook.train.lora_products import NarrowLinear, narrow
+from relook.train import recompute
+from relook.train.lora_products import Beside, NarrowLinear, narrow
+from relook.train.tree_pass import TreePass
 
 WIDTH = 32
+CONFIG = LlamaConfig(hidden_size=WIDTH, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=8)
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+@pytest.fixture(autouse=True)
+def from_the_start() -> None:
+    torch._dynamo.reset()  # else it gives up after some models
 
 
 def with_lora(**lora: Any) -> tuple[PeftModel, PeftModel]:
     """Two models of the same weights, the second one with narrow products."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=8
-    )
-    model = get_peft_model(LlamaModel(config), LoraConfig(**{"r": 4, "target_modules": "all-linear", **lora}))
+    model = get_peft_model(LlamaModel(CONFIG), LoraConfig(**{"r": 4, "target_modules": "all-linear", **lora}))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # 0 at first: then nothing of A would show
             torch.nn.init.normal_(parameter, std=0.1)
     other = copy.deepcopy(model)
     narrow(other.get_base_model().layers)
     return model, other
+
+
+def compiled(model: PeftModel, backend: Any = "eager") -> PeftModel:
+    """The same model, its layers in one piece each."""
+    layers = model.get_base_model().layers
+    for name, layer in layers.named_children():
+        layers._modules[name] = torch.compile(layer, backend=backend, fullgraph=True)
+    return model
+
+
+def groups(model: PeftModel) -> list[Beside]:
+    return [m.beside for m in model.modules() if isinstance(m, NarrowLinear) and m.beside is not None]
 
 
 def states_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
@@ -59,8 +77,12 @@ def states_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
 def test_states_and_gradients_are_pefts(lora: dict[str, Any]) -> None:
     model, other = (one.eval() for one in with_lora(**lora))
     states = torch.randn(2, 9, WIDTH)
-    for found, expected in zip(*(states_and_gradients(one, states) for one in (other, model)), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    expected, alone = (states_and_gradients(one, states) for one in (model, other))
+    together = states_and_gradients(compiled(other), states)
+    for right, *found in zip(expected, alone, together, strict=True):
+        for one in found:
+            torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
+    assert not [group for group in groups(other) if group.read is not None or group.waiting]  # memory is given free
     assert sum(isinstance(module, NarrowLinear) for module in other.modules()) == sum(
         isinstance(module, LoraLayer) for module in model.modules()
     )
@@ -76,17 +98,19 @@ def test_dropout_is_pefts() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_under_autocast_as_near_as_pefts() -> None:
+@pytest.mark.parametrize("autocast", [True, False])
+def test_in_a_lower_precision_as_near_as_pefts(autocast: bool) -> None:
     """bf16 beside float32 adapters: both differ from exact numbers by rounding, neither by more."""
     model, other = with_lora()
     exact = states_and_gradients(model, states := torch.randn(2, 9, WIDTH))
     errors = []
-    for one in (model, other):
+    for one in (model, compiled(other)):
         for name, parameter in one.named_parameters():
             parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             made = states_and_gradients(one, states.bfloat16())
-        errors.append([float((a.float() - b).norm() / b.norm()) for a, b in zip(made, exact, strict=True)])
+        assert made[0].dtype == torch.bfloat16
+        errors.append([float((a.float() - b).detach().norm() / b.norm()) for a, b in zip(made, exact, strict=True)])
     assert all(mine < 1.3 * pefts + 1e-3 for pefts, mine in zip(*errors, strict=True))
 
 
@@ -102,6 +126,8 @@ def test_no_adapters_other_adapters_and_merged_ones_are_pefts_business() -> None
         one.set_adapter("second")
     with torch.no_grad():
         assert torch.equal(look(other), look(model))
+        names = {"inputs_embeds": states.expand(2, -1, -1), "adapter_names": ["second", "default"], "use_cache": False}
+        assert torch.equal(*(one(**names).last_hidden_state for one in (other.eval(), model.eval())))
         for one in (model, other):
             one.set_adapter("default")
             one.merge_adapter()
@@ -112,39 +138,61 @@ def test_layers_in_any_order() -> None:
     """What was made for layers that never asked is not given out for other states."""
     model, other = with_lora()
     mine, theirs = (one.get_base_model().layers[0].self_attn for one in (other, model))
-    first, second = torch.randn(2, 3, WIDTH).unbind(0)
-    for name, states in (
-        ("k_proj", first),
-        ("q_proj", second),
-        ("q_proj", second),
-        ("v_proj", second),
-        ("k_proj", first),
-    ):
-        torch.testing.assert_close(getattr(mine, name)(states), getattr(theirs, name)(states), rtol=1e-5, atol=1e-5)
+    order = ("k_proj", 0), ("q_proj", 1), ("q_proj", 1), ("v_proj", 1), ("k_proj", 0)
+    both = torch.randn(2, 3, WIDTH)
+
+    def work(attention: Any, states: Tensor) -> list[Tensor]:
+        read = states.unbind(0)
+        return [getattr(attention, name)(read[which]) for name, which in order]
+
+    found = torch.compile(work, backend="eager", fullgraph=True)(mine, both)
+    torch.testing.assert_close(found, work(theirs, both), rtol=1e-5, atol=1e-5)
+
+
+def traced_products(kept: list[Any]) -> Any:
+    """A backend that keeps what is to be computed going forward."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def forward(traced: Any, _: Any) -> Any:
+            kept.append(traced)
+            return traced
+
+        return aot_module_simplified(graph, inputs, fw_compiler=forward, bw_compiler=lambda traced, _: traced)
+
+    return backend
 
 
 def test_a_layer_compiles_in_one_piece_and_once_for_all() -> None:
     """Of 7 layers' products with A four are left: those that read the same states are one."""
     _, other = with_lora()
     graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        from torch._functorch.aot_autograd import aot_module_simplified
-
-        def kept(traced: Any, _: Any) -> Any:
-            graphs.append(traced)
-            return traced
-
-        return aot_module_simplified(graph, inputs, fw_compiler=kept)
-
-    core = other.get_base_model()
-    for name, layer in core.layers.named_children():
-        core.layers._modules[name] = torch.compile(layer, backend=backend, fullgraph=True)  # type: ignore[assignment]
-    with torch.no_grad():
-        core(inputs_embeds=torch.randn(1, 5, WIDTH), use_cache=False)
+    states_and_gradients(compiled(other, traced_products(graphs)), torch.randn(1, 5, WIDTH))
     assert len(graphs) == 1
     weights = [node.args[1].meta["val"].shape[1] for node in graphs[0].graph.nodes if node.target in PRODUCTS]
     assert sorted(weights)[:4] == [4, 4, 2 * 4, 3 * 4]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_run_again_compile_in_one_piece_too(reentrant: bool) -> None:
+    """Dynamo refuses what a layer would leave behind there."""
+    model, other = with_lora()
+    graphs: list[Any] = []
+    for one in (model, other):
+        again = {f"{recompute.NAME}_kwargs": {"use_reentrant": reentrant}}
+        recompute.enable(one.get_base_model(), **again)
+        one.train()
+    states = torch.randn(1, 5, WIDTH)
+    expected, found = (states_and_gradients(one, states) for one in (model, compiled(other, traced_products(graphs))))
+    assert graphs
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_trunk_has_it() -> None:
+    for how in ("dense", "flex", "compiled"):
+        model = get_peft_model(LlamaModel(CONFIG), LoraConfig(r=4, target_modules="all-linear"))
+        TreePass(model.get_base_model(), how)
+        assert bool(groups(model)) == (how == "compiled")
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}], ids=str)
@@ -155,9 +203,10 @@ def test_what_is_not_pefts_plain_layer_stays_its_own(lora: dict[str, Any]) -> No
 
 def test_once_is_enough() -> None:
     _, plain = with_lora()
-    before = [vars(module) for module in plain.modules() if isinstance(module, NarrowLinear)]
+    before = groups(plain)
     narrow(plain.get_base_model().layers)
-    assert before == [vars(module) for module in plain.modules() if isinstance(module, NarrowLinear)]
+    assert before
+    assert list(map(id, groups(plain))) == list(map(id, before))
 
 
 def test_models_with_it_are_copied_and_sent() -> None:

@@ -16,8 +16,8 @@ CAUSES = (
     "Likely causes: a learning rate of 0 or far too small, a warm-up longer than the run, or frozen tensors, where the "
     "output depends on nothing that trains."
 )
-# Nats a token, on average over a batch. Rounding to bf16 makes some hundredths at most, a wrong mask one and more.
-APART_EXACT, APART = 0.01, 0.25
+# Nats a token, on average over a batch: what rounding stays far below, be it to bf16 or 8 bits. A wrong mask made one.
+APART_EXACT, APART = 0.01, 0.5
 
 
 @torch.no_grad()
@@ -29,19 +29,22 @@ def broken_tensors(parameters: Iterable[nn.Parameter], device: torch.device) -> 
 
 class FirstStep(TrainerCallback):
     """Stops a run when the policy is not the reference before the first optimizer step that should move it, or still is
-    the reference after that.
+    the reference after that step: the first one with a learning rate above 0.
 
-    Before it the reference's log-probs, computed once and in other batches, must be the policy's but for rounding: what
-    differs is not the model but one of the two ways through it.
+    The log-probs of the step's batch before and after it, both without dropout, are compared bit for bit: it is the
+    same computation, so any change of a weight that matters shows. In a lower precision the tiny steps of a warm-up may
+    be rounded away, so there it looks again at each step until the learning rate has reached its height.
 
-    That is the first step with a learning rate above 0. The log-probs of its batch before and after it, both without
-    dropout, are compared bit for bit: it is the same computation, so any change of a weight that matters shows. In a
-    lower precision the tiny steps of a warm-up may be rounded away, so there it looks again at each step until the
-    learning rate has reached its height.
+    Before it the reference's log-probs must be the policy's but for rounding. They come from other batches, which finds
+    what goes wrong with the layout of some; at one sample a batch, or from cached states, both are one computation.
+
+    Args:
+        exact: whether nothing is rounded: neither activations nor, by quantisation, weights.
+        trunk_pass: as the policy has it.
     """
 
-    def __init__(self, accelerator: Any, exact: bool) -> None:
-        self.accelerator, self.exact = accelerator, exact
+    def __init__(self, accelerator: Any, exact: bool, trunk_pass: str) -> None:
+        self.accelerator, self.exact, self.trunk_pass = accelerator, exact, trunk_pass
         self.model: Any = None
         self.batch: Any = None
         self.before: Tensor | None = None
@@ -66,13 +69,22 @@ class FirstStep(TrainerCallback):
                 self._compare(self.before, reference)
 
     def _compare(self, policy: Tensor, reference: Tensor) -> None:
-        apart = (policy - reference).abs().mean()
-        far = ~(apart <= (APART_EXACT if self.exact else APART))  # also where it is no number
-        if self.accelerator.reduce(far.long(), "sum").item():
+        finite = torch.stack([policy.isfinite().all(), reference.isfinite().all()]).float()
+        found = torch.cat([finite, (policy - reference).abs().mean().float()[None]])
+        of_all = self.accelerator.gather(found[None])  # one row for each process
+        if not of_all[:, :2].all():
+            who = "reference" if not of_all[:, 1].all() else "policy"
+            raise RelookError(
+                f"Some log-probs of the {who} are not finite before the first step.",
+                "Look for broken weights; where fp16 overflows, use bf16.",
+            )
+        apart = of_all[:, 2].max().item()
+        if apart > (APART_EXACT if self.exact else APART):
+            around = "" if self.trunk_pass == "dense" else "Set trunk_pass dense to go on, and please "
             raise RelookError(
                 f"Before the first step policy and reference are the same model, but their log-probs differ by "
-                f"{apart.item():.3g} a token: one of the two passes through it is wrong here.",
-                "Set trunk_pass dense to go on, and please report this with what `relook doctor` says.",
+                f"{apart:.3g} a token: one of the two passes through it is wrong here.",
+                f"{around or 'Please '}report this with what `relook doctor` says.",
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:

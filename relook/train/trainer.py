@@ -49,7 +49,8 @@ class RelookTrainer(Trainer):
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
         self._meter = Meter(Costs.of(policy))
-        self._first = FirstStep(self.accelerator, exact=policy.dtype == torch.float32)
+        exact = policy.dtype == torch.float32 and recipe.bits == 16
+        self._first = FirstStep(self.accelerator, exact, policy.trunk_pass)
         self.add_callback(self._first)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
