@@ -11,13 +11,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
+from test_tree import PAD, row
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified
-from transformers import LlamaConfig, LlamaModel
+from transformers import AttentionInterface, LlamaConfig, LlamaModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from relook.train import recompute
 from relook.train.lora_products import Beside, NarrowLinear, narrow
 from relook.train.tree_pass import TreePass
+from relook.tree import Tree, pack, whole_blocks
 
 WIDTH = 32
 CONFIG = LlamaConfig(hidden_size=WIDTH, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=8)
@@ -172,27 +175,42 @@ def test_a_layer_compiles_in_one_piece_and_once_for_all() -> None:
     assert sorted(weights)[:4] == [4, 4, 2 * 4, 3 * 4]
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_layers_that_run_again_compile_in_one_piece_too(reentrant: bool) -> None:
-    """Dynamo refuses what a layer would leave behind there."""
-    model, other = with_lora()
-    graphs: list[Any] = []
-    for one in (model, other):
-        again = {f"{recompute.NAME}_kwargs": {"use_reentrant": reentrant}}
-        recompute.enable(one.get_base_model(), **again)
-        one.train()
-    states = torch.randn(1, 5, WIDTH)
-    expected, found = (states_and_gradients(one, states) for one in (model, compiled(other, traced_products(graphs))))
-    assert graphs
-    for mine, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("again", [{}, {"use_reentrant": False}], ids=str)
+def test_a_compiled_trunk_says_what_another_one_does(again: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several lengths, with layers that run again in the backward pass, for which dynamo refuses state, and
+    without: compiled once and once more for any length, to the numbers of layers that are not. SDPA stands in for
+    FlexAttention, which has no backward pass on a CPU."""
+    _, model = with_lora()
+    trunk, masks, whole = model.train().get_base_model(), [], torch.compile
+    dense = lambda module, q, k, v, mask, **more: sdpa_attention_forward(module, q, k, v, masks[-1], **more)  # noqa: E731
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", dense)
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: whole(layer, backend="aot_eager"))
+    if again:
+        recompute.enable(trunk, **{f"{recompute.NAME}_kwargs": again})
+    plain, reads = TreePass(trunk, "dense"), TreePass(trunk, "compiled")
+    torch._dynamo.utils.counters.clear()
+    for times in (2, 9):
+        trees = [Tree.of([row("abcDEFG"), row("abcGH")]), Tree.of([row("abXYZ")])] * times
+        packed = pack(trees, PAD, False, 10_000, whole_blocks, root=1)
+        masks.append(packed.mask())
+        states, found = torch.randn(*packed.ids.shape, WIDTH), []
+        for work in (plain, reads):
+            model.zero_grad()
+            embeds = states.clone().requires_grad_()
+            work(embeds, packed).square().sum().backward()
+            found.append([embeds.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        for right, mine in zip(*found, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_a_compiled_trunk_has_it() -> None:
+def test_only_compiled_layers_have_it() -> None:
     for how in ("dense", "flex", "compiled"):
         model = get_peft_model(LlamaModel(CONFIG), LoraConfig(r=4, target_modules="all-linear"))
         TreePass(model.get_base_model(), how)
-        assert bool(groups(model)) == (how == "compiled")
+        assert len(set(groups(model))) == (4 if how == "compiled" else 0)
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}], ids=str)
