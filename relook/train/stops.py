@@ -80,11 +80,11 @@ class FirstStep(TrainerCallback):
             )
         apart = of_all[:, 2].max().item()
         if apart > (APART_EXACT if self.exact else APART):
-            around = "" if self.trunk_pass == "dense" else "Set trunk_pass dense to go on, and please "
+            please = "Please" if self.trunk_pass == "dense" else "Set trunk_pass dense to go on, and please"
             raise RelookError(
-                f"Before the first step policy and reference are the same model, but their log-probs differ by "
+                "Before the first step policy and reference are the same model, but their log-probs differ by "
                 f"{apart:.3g} a token: one of the two passes through it is wrong here.",
-                f"{around or 'Please '}report this with what `relook doctor` says.",
+                f"{please} report this with what `relook doctor` says.",
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
