@@ -132,6 +132,7 @@ def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
             "per_device_train_batch_size": PAIRS,
             "max_steps": options.steps,
             "logging_steps": max(1, options.steps // 2),  # the GPU waits at each line
+            "logging_first_step": True,
             "bf16": GPU,
             "dataloader_num_workers": options.workers,
             "model_name_or_path": options.work / "plain",
@@ -141,7 +142,7 @@ def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
             **RUNS[options.part],
         }
     )
-    last = [line for line in read_json(train(recipe) / "run.json")["log"] if "pairs_per_second" in line][-1]
+    first, *_, last = [line for line in read_json(train(recipe) / "run.json")["log"] if "pairs_per_second" in line]
     most = peak()
     if options.profile:
         with profiled(options.profile / f"{options.part}.txt", skip=options.steps // 2):
@@ -150,6 +151,7 @@ def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
         "pairs_per_s": round(last["pairs_per_second"], 2),
         "tokens_per_s": round(last["tokens_per_second"]),
         "peak_gib": most,
+        "first_loss": round(first["loss"], 4),  # ln 2 but for rounding: policy and reference are one model then
         "loss": round(last["loss"], 4),
     }
 
