@@ -26,10 +26,10 @@ from relook.estimate import GIB, Assumed, estimate, job_of, on_paper, open_on_pa
 from relook.files import write_json
 from relook.model.above_trunk import AboveTrunk
 from relook.recipe import Recipe, build_recipe
-from relook.train.activations import ATTENTION_INPUTS, MLP_INPUTS, Counts, decoder_layer, within
+from relook.train.activations import Counts, decoder_layer, within
 from relook.train.batches import Collator, Item
 from relook.train.logs import Costs
-from relook.train.lora_products import narrow
+from relook.train.lora_products import ATTENTION_INPUTS, MLP_INPUTS, narrow
 from relook.train.memory import Job
 from relook.train.run import encode_samples, load, policy_of, prepare, read_samples, train
 from relook.train.sight import features_once

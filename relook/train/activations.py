@@ -22,11 +22,10 @@ from relook.model.post_decoder import PostDecoder
 from relook.model.trunks import feature_size
 from relook.train.batches import SHARING
 from relook.train.log_probs import ROWS
+from relook.train.lora_products import ADAPTER, ATTENTION_INPUTS, MLP_INPUTS
 from relook.train.policy import LOGITS_BYTES, Policy
 from relook.train.tree_pass import packs
 from relook.tree import arrange, common_root, kept_positions, whole_blocks
-
-ATTENTION_INPUTS, MLP_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def decoder_layer(
             groups = [group for group in (ATTENTION_INPUTS, MLP_INPUTS, ("down_proj",)) if set(group) & set(here)]
             given = sum(inputs[group[0]] for group in groups) * low
         for module in (adapters[name] for name in here if adapters):
-            each += module.lora_A["default"].out_features * low  # between A and B
+            each += module.lora_A[ADAPTER].out_features * low  # between A and B
             each += 2 * module.out_features * low if dora else 0  # its scale multiplies the outputs of base and LoRA
         weights = (p for name, p in layer.named_parameters() if p.requires_grad and p.ndim > 1 and _of(name, names))
         fixed = sum(p.numel() for p in weights) * low if mixed else 0

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-SAME_STATES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+ATTENTION_INPUTS, MLP_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # each reads the same states
 ADAPTER = "default"  # peft's name for the one that there is
 
 
@@ -83,7 +83,7 @@ def narrow(layers: nn.Module) -> None:
             found: dict[str, Any] = {name: child for name, child in module.named_children() if _plain(child)}
             for child in found.values():
                 child.__class__, child.beside = NarrowLinear, None
-            for names in SAME_STATES:
+            for names in (ATTENTION_INPUTS, MLP_INPUTS):
                 group = [found[name] for name in names if name in found]
                 if len(group) > 1 and all(isinstance(child.lora_dropout[ADAPTER], nn.Identity) for child in group):
                     beside = Beside(group, layer)
