@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_offload import counted_returns
 from test_tree import PAD, row
-from tiny import dpo_keys, save_tiny, tiny_llava, write_world
+from tiny import dpo_keys, save_tiny, tilted, tiny_llava, write_world
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
@@ -71,7 +71,7 @@ def test_packed_states_and_gradients_are_those_of_the_cpu(how: str, everything: 
             embeds = model.embed_tokens(placed.ids).detach().requires_grad_(True)
             with torch._dynamo.config.patch(error_on_recompile=how == "compiled" and number > 1):
                 states = work(embeds, placed)
-                states.square().mean().backward()
+                tilted(states).square().mean().backward()
             assert embeds.grad is not None
             found.append((states.detach().cpu(), embeds.grad.cpu()))
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
@@ -132,7 +132,7 @@ def test_activations_that_leave_come_back_and_lend_their_memory(how: str) -> Non
             before = torch.cuda.memory_allocated()
             states = reads(embeds, packed)
             # What is above the trunk gives memory free in the backward pass, which others take at once.
-            (states * torch.ones_like(states)).square().mean().backward()
+            tilted(states).square().mean().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for found in gradients[1:]:

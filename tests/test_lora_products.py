@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
-from test_tree import PAD, row
+from test_tree import PAD, flex_attention_by_sdpa, row
+from tiny import tilted
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified
-from transformers import AttentionInterface, LlamaConfig, LlamaModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import LlamaConfig, LlamaModel
 
 from relook.train import recompute
 from relook.train.lora_products import Beside, NarrowLinear, narrow
@@ -61,7 +61,7 @@ def states_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
     states = states.clone().requires_grad_()
     model.zero_grad()
     last = model(inputs_embeds=states, use_cache=False).last_hidden_state
-    last.float().square().sum().backward()
+    tilted(last).square().sum().backward()
     return [last, states.grad, *(p.grad for p in model.parameters() if p.requires_grad)]  # type: ignore[list-item]
 
 
@@ -178,26 +178,25 @@ def test_a_layer_compiles_in_one_piece_and_once_for_all() -> None:
 @pytest.mark.parametrize("again", [{}, {"use_reentrant": False}], ids=str)
 def test_a_compiled_trunk_says_what_another_one_does(again: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several lengths, with layers that run again in the backward pass, for which dynamo refuses state, and
-    without: compiled once and once more for any length, to the numbers of layers that are not. SDPA stands in for
-    FlexAttention, which has no backward pass on a CPU."""
-    _, model = with_lora()
-    trunk, masks, whole = model.train().get_base_model(), [], torch.compile
-    dense = lambda module, q, k, v, mask, **more: sdpa_attention_forward(module, q, k, v, masks[-1], **more)  # noqa: E731
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", dense)
+    without: compiled once and once more for any length, to the numbers of layers that are not."""
+    whole = torch.compile
+    flex_attention_by_sdpa(monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda layer, dynamic: whole(layer, backend="aot_eager"))
-    if again:
-        recompute.enable(trunk, **{f"{recompute.NAME}_kwargs": again})
-    plain, reads = TreePass(trunk, "dense"), TreePass(trunk, "compiled")
+    passes = []
+    for model, how in zip(with_lora(), ("dense", "compiled"), strict=True):
+        trunk = model.train().get_base_model()
+        if again:
+            recompute.enable(trunk, **{f"{recompute.NAME}_kwargs": again})
+        passes.append((model, TreePass(trunk, how)))
     torch._dynamo.utils.counters.clear()
-    for times in (2, 9):
+    for times in (2, 30):
         trees = [Tree.of([row("abcDEFG"), row("abcGH")]), Tree.of([row("abXYZ")])] * times
         packed = pack(trees, PAD, False, 10_000, whole_blocks, root=1)
-        masks.append(packed.mask())
         states, found = torch.randn(*packed.ids.shape, WIDTH), []
-        for work in (plain, reads):
+        for model, reads in passes:
             model.zero_grad()
             embeds = states.clone().requires_grad_()
-            work(embeds, packed).square().sum().backward()
+            tilted(reads(embeds, packed)).square().sum().backward()
             found.append([embeds.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
         for right, mine in zip(*found, strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)

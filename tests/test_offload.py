@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_tree import PAD, row
-from tiny import dpo_keys, save_tiny, write_world
+from tiny import dpo_keys, save_tiny, tilted, write_world
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -160,7 +160,7 @@ class Model:
         embeds = model.embed_tokens(packed.ids).detach()
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = sum((reads(embeds * (1 + n), packed).float().square().sum() for n in range(times)), torch.zeros(()))
+            loss = sum((tilted(reads(embeds * (1 + n), packed)).square().sum() for n in range(times)), torch.zeros(()))
         loss.backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_llava
+from tiny import tilted, tiny_llava
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import AttentionInterface, GemmaConfig, GemmaModel
@@ -358,18 +358,22 @@ def test_after_a_pass_the_model_is_as_it_was() -> None:
     assert all(now is then for now, then in zip(LANGUAGE_MODEL.layers, before, strict=True))
 
 
-@pytest.mark.parametrize("everything", [False, True])
-def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(
-    everything: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def flex_attention_by_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention has no backward pass on a CPU: SDPA stands in for it, with the block mask's own rule."""
 
     def as_sdpa(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
         assert isinstance(mask, BlockMask)
-        dense = create_mask(mask.mask_mod, *(q.shape[0], 1, q.shape[2], q.shape[2]), device="cpu")
-        return sdpa_attention_forward(module, q, k, v, dense, **more)
+        rows, places = torch.arange(q.shape[0])[:, None, None, None], torch.arange(q.shape[2])
+        return sdpa_attention_forward(module, q, k, v, mask.mask_mod(rows, rows, places[:, None], places), **more)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", as_sdpa)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(
+    everything: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flex_attention_by_sdpa(monkeypatch)
     trees = [Tree.of([row("abcDEF"), row("abcGH")]), Tree.of([row("abC")])]
     packed = pack(trees, PAD, everything, 1000, whole_blocks, 1)
     gradients = []
@@ -377,6 +381,7 @@ def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(
         model = tiny_llava().model.language_model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         embeds = model.embed_tokens(packed.ids).detach().requires_grad_(True)
-        TreePass(model, how)(embeds, packed)[packed.targets.kept_branch != PADDING].square().sum().backward()
+        states = TreePass(model, how)(embeds, packed)[packed.targets.kept_branch != PADDING]
+        tilted(states).square().sum().backward()
         gradients.append(embeds.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
