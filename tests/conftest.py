@@ -25,6 +25,13 @@ settings.register_profile("relook", deadline=None, derandomize=True)
 settings.load_profile("relook")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """The Trainer collects garbage at its end: it need not walk through all that is loaded by then each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def refdata() -> Path:
     """Outputs of the original programs: `../shared/refdata` beside the repository, or the folder in RELOOK_REFDATA."""
@@ -51,7 +58,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA folder with random weights and a real processor; lm_head is its own, as in real LLaVA models."""
     from tiny import save_tiny
 
-    gc.freeze()  # the Trainer collects garbage at its end: it need not walk through the libraries each time
     return save_tiny(tmp_path_factory.mktemp("base"))
 
 

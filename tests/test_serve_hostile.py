@@ -170,14 +170,15 @@ def test_methods_that_are_not_there(served: Served) -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few kilobytes with so many white pixels."""
+    """A PNG of a few kilobytes that says it has so many white pixels, and holds up to 5 MB of them."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
-    row = b"\x00" + b"\xff" * (width // 8)
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(row * min(height, 2000))) + chunk(b"IEND", b"")
+    row = b"\x00" + b"\xff" * min(width // 8, 4_999_999)
+    rows = row * min(height, 5_000_000 // len(row))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
