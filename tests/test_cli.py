@@ -172,7 +172,7 @@ def test_mistakes_of_eval(relook: Command, world: Path, tmp_path: Path, base: Pa
     out = ("--out", tmp_path / "out")
     model, data = ("--model", base), ("--data", world / "test")
     relook("eval", "mmlu", *model, *data, *out).mistake("no benchmark mmlu", "pope, chair")
-    relook("eval", "pope", "--model", "nowhere", *data, *out).mistake("no model folder nowhere")
+    relook("eval", "pope", "--model", "nowhere", *data, *out).mistake("nowhere does not exist")
     relook("eval", "pope", *model, "--data", "nowhere", *out).mistake("nowhere")
     relook("eval", "pope", *model, *data, *out, "--dtype", "float13").mistake("'float13' is not a dtype")
     relook("eval", "pope", *model, *data, *out, "--device", "abacus").mistake("'abacus' is not a device")
@@ -248,7 +248,7 @@ def test_files_that_cannot_be_scored(relook: Command, tmp_path: Path) -> None:
 def test_mistakes_of_mine_and_report(relook: Command, tmp_path: Path, base: Path, notes: Path, world: Path) -> None:
     mined = ("--annotations", "vg", "--out", tmp_path / "p")
     relook("mine", "--model", base, "--images", "nowhere", *mined).mistake("nowhere")
-    relook("mine", "--model", "nowhere", "--images", world / "vg", *mined).mistake("no model folder")
+    relook("mine", "--model", "nowhere", "--images", world / "vg", *mined).mistake("nowhere does not exist")
     relook("report", notes).mistake("no finished demo")
     assert untouched(notes)
 

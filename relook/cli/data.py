@@ -22,6 +22,8 @@ from relook.cli.options import (
     JudgeWorkers,
     Tower,
     Version,
+    input_argument,
+    input_option,
 )
 
 app = typer.Typer()
@@ -29,14 +31,14 @@ data_app = typer.Typer(help="Check, repair and convert dataset folders.", no_arg
 app.add_typer(data_app, name="data")
 LayoutName = Annotated[str, typer.Option(help="hadpo, llava, pope, shr or amber.")]
 Images = Annotated[
-    Path | None, typer.Option(help="Root of the images, where it is elsewhere (Visual Genome, val2014, ...).")
+    Path | None, input_option("Root of the images, where it is elsewhere (Visual Genome, val2014, ...).")
 ]
 Workers = Annotated[int, typer.Option(help="Processes; 0: one for each processor.")]
 
 
 @data_app.command(name="check")
 def data_check(
-    folder: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    folder: Annotated[Path, input_argument("The dataset's folder.")],
     layout: LayoutName,
     images: Images = None,
     named_only: Annotated[bool, typer.Option("--named-only", help="Leave out images that no record names.")] = False,
@@ -57,7 +59,7 @@ def data_check(
 
 @data_app.command(name="fix")
 def data_fix(
-    folder: Annotated[Path, typer.Argument(help="The dataset's folder.")],
+    folder: Annotated[Path, input_argument("The dataset's folder.")],
     layout: LayoutName,
     out: Annotated[Path | None, typer.Option(help="A new folder; run again to go on there.")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Change the folder itself.")] = False,
@@ -80,7 +82,7 @@ def data_fix(
 
 @data_app.command(name="convert")
 def data_convert(
-    source: Annotated[Path, typer.Argument(help="A folder of HA-DPO's files, a parquet file, or a folder of some.")],
+    source: Annotated[Path, input_argument("A folder of HA-DPO's files, a parquet file, or a folder of some.")],
     out: Annotated[Path, typer.Argument(help="A new folder (hadpo), or a new .parquet file (the others).")],
     to: Annotated[str, typer.Option(help="hadpo, trl, rlhfv or rlaifv.")],
     images: Images = None,
@@ -94,16 +96,16 @@ def data_convert(
 
 @app.command()
 def mine(
-    model: Annotated[Path, typer.Option(help="The model whose mistakes are corrected.")],
-    images: Annotated[Path, typer.Option(help="Folder of the images: of Visual Genome, of a split of COCO's, or any.")],
+    model: Annotated[Path, input_option("The model whose mistakes are corrected.")],
+    images: Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")],
     annotations: Annotated[str, typer.Option(help="What says what is on them: coco, vg, toyworld or none.")],
     out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
     judge: Annotated[str, typer.Option(help="exact: annotations alone; or a judge's endpoint.")] = "exact",
     judge_model: JudgeModel = "",
     exclude: Annotated[
-        list[Path] | None, typer.Option(help="Evaluation images: a file that names them, or a folder of them. Repeat.")
+        list[Path] | None, input_option("Evaluation images: a file that names them, or a folder of them. Repeat.")
     ] = None,
-    synonyms: Annotated[Path | None, typer.Option(help='JSON: further words for objects, as {"cup": ["mug"]}.')] = None,
+    synonyms: Annotated[Path | None, input_option('JSON: further words for objects, as {"cup": ["mug"]}.')] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     samples: Annotated[int, typer.Option(help="Sampled descriptions an image, besides the greedy one.", min=0)] = 1,
     temperature: Annotated[float, typer.Option(help="Of the sampled descriptions.")] = 1.0,

@@ -22,6 +22,8 @@ from relook.cli.options import (
     JudgeWorkers,
     Tower,
     Version,
+    input_argument,
+    input_option,
 )
 from relook.errors import RecipeError, some
 
@@ -36,10 +38,10 @@ ASKED_HELP = f"{BENCHMARKS_HELP}; or lmms, or llava, by itself"
 @app.command(name="eval")
 def evaluate(
     benchmarks: Annotated[list[str], typer.Argument(help=ASKED_HELP)],
-    model: Annotated[Path, typer.Option(help="A model folder, or the output folder of a training run.")],
+    model: Annotated[Path, input_option("A model folder, or the output folder of a training run.")],
     out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
     data: Annotated[
-        Path | None, typer.Option(help="Folder with the benchmarks' files (docs/evaluation.md); llava: of the images.")
+        Path | None, input_option("Folder with the benchmarks' files (docs/evaluation.md); llava: of the images.")
     ] = None,
     version: Version = "",
     batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.")] = 64,
@@ -57,8 +59,8 @@ def evaluate(
     judge_request: JudgeRequest = "{}",
     tasks: Annotated[str, typer.Option(help="lmms: tasks of lmms-eval, as mme,gqa.")] = "",
     limit: Annotated[int | None, typer.Option(help="lmms: documents of each task.", min=1)] = None,
-    include_path: Annotated[Path | None, typer.Option(help="lmms: folder of further tasks (YAML files).")] = None,
-    questions: Annotated[Path | None, typer.Option(help="llava: question file in one of LLaVA's layouts.")] = None,
+    include_path: Annotated[Path | None, input_option("lmms: folder of further tasks (YAML files).")] = None,
+    questions: Annotated[Path | None, input_option("llava: question file in one of LLaVA's layouts.")] = None,
 ) -> None:
     """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share.
 
@@ -115,15 +117,15 @@ def _refuse_idle(given: Mapping[str, object], used: Collection[str]) -> None:
 def score(
     benchmark: Annotated[str, typer.Argument(help=BENCHMARKS_HELP)],
     answers: Annotated[
-        list[Path], typer.Option(help="Answer file of any program (AMBER: or two), or a folder of `relook eval`.")
+        list[Path], input_option("Answer file of any program (AMBER: or two), or a folder of `relook eval`.")
     ],
-    data: Annotated[Path | None, typer.Option(help="Folder with the benchmark's files.")] = None,
-    questions: Annotated[Path | None, typer.Option(help="POPE question file; or LLaVA's, with --annotations.")] = None,
+    data: Annotated[Path | None, input_option("Folder with the benchmark's files.")] = None,
+    questions: Annotated[Path | None, input_option("POPE question file; or LLaVA's, with --annotations.")] = None,
     annotations: Annotated[
-        Path | None, typer.Option(help="chair: COCO's instances file. pope: folder of the labels to LLaVA's questions.")
+        Path | None, input_option("chair: COCO's instances file. pope: folder of the labels to LLaVA's questions.")
     ] = None,
-    captions: Annotated[Path | None, typer.Option(help="chair: COCO's captions file; its objects count, too.")] = None,
-    images: Annotated[Path | None, typer.Option(help="chair: file that lists the images, one name a line.")] = None,
+    captions: Annotated[Path | None, input_option("chair: COCO's captions file; its objects count, too.")] = None,
+    images: Annotated[Path | None, input_option("chair: file that lists the images, one name a line.")] = None,
     parser: Annotated[str, typer.Option(help="pope: official, llava or lmms-eval.")] = "official",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.")] = None,
     judge_url: JudgeUrl = "",
@@ -151,9 +153,9 @@ def score(
 @app.command()
 def submission(
     benchmark: Annotated[str, typer.Argument(help="vqav2, vizwiz, gqa, mmbench, mmbench-cn, seed, mm-vet or mme.")],
-    answers: Annotated[Path, typer.Option(help="Answer file in LLaVA's layout, as `relook eval llava` writes.")],
+    answers: Annotated[Path, input_option("Answer file in LLaVA's layout, as `relook eval llava` writes.")],
     out: Annotated[Path, typer.Option(help="What is written: a file, .xlsx or .tsv of a table; mme: a folder.")],
-    questions: Annotated[Path | None, typer.Option(help="The benchmark's own file (docs/lmms-eval.md).")] = None,
+    questions: Annotated[Path | None, input_option("The benchmark's own file (docs/lmms-eval.md).")] = None,
 ) -> None:
     """Write answers in the form that a benchmark's server or official script takes."""
     from relook.evaluate.submission import write_submission
@@ -163,7 +165,7 @@ def submission(
 
 @app.command(name="build-pope")
 def build_pope(
-    annotations: Annotated[Path, typer.Option(help='COCO\'s instances file, or {"image", "objects"} records.')],
+    annotations: Annotated[Path, input_option('COCO\'s instances file, or {"image", "objects"} records.')],
     out: Annotated[Path, typer.Option(help="Folder for the question files of the three splits.")],
     images: Annotated[int, typer.Option(help="How many images are asked about.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the drawn images and objects.")] = 0,
@@ -177,10 +179,10 @@ def build_pope(
 @app.command()
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(help="Two folders of `relook eval`, or folders of `relook demo` or `relook sweep`.")
+        list[Path], input_argument("Two folders of `relook eval`, or folders of `relook demo` or `relook sweep`.")
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for a comparison; else beside the first.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The evaluations' data folder, where it has moved.")] = None,
+    data: Annotated[Path | None, input_option("The evaluations' data folder, where it has moved.")] = None,
 ) -> None:
     """Two evaluations side by side in one HTML file; or the report of a demo or a sweep again, from its files."""
     from relook.report.write import write_reports

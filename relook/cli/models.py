@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from relook.cli.options import Adapter, AsJson, Device, Dtype, Tower
+from relook.cli.options import Adapter, AsJson, Device, Dtype, Tower, input_argument, input_option
 
 app = typer.Typer()
 Force = Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")]
@@ -18,7 +18,7 @@ Check = Annotated[bool, typer.Option(help="Compare the logits of source and resu
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A model folder.")],
+    source: Annotated[Path, input_argument("A model folder.")],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     to: Annotated[str, typer.Option(help="hf (transformers) or llava (liuhaotian's format).")],
     force: Force = False,
@@ -34,8 +34,8 @@ def convert(
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(help="A model folder.")],
-    change: Annotated[Path, typer.Argument(help="A training run, a LoRA folder, or a file of trained tensors.")],
+    base: Annotated[Path, input_argument("A model folder.")],
+    change: Annotated[Path, input_argument("A training run, a LoRA folder, or a file of trained tensors.")],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     stage: Annotated[
         int | None,
@@ -57,7 +57,7 @@ def merge(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="A model folder or a training run.")],
+    source: Annotated[Path, input_argument("A model folder or a training run.")],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     engine: Annotated[
         str | None, typer.Option("--for", help="vllm, sglang or transformers-serve: a folder that it loads.")
@@ -80,8 +80,8 @@ def export(
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
-    image: Annotated[Path | None, typer.Option(help="An image: shows the tensors on their way.")] = None,
+    model: Annotated[Path, input_argument("A model folder, or the output folder of a training run.")],
+    image: Annotated[Path | None, input_option("An image: shows the tensors on their way.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What is asked; alone, an example without an image.")] = None,
     adapter: Adapter = None,
     vision_tower: Tower = None,

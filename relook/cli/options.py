@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from relook.errors import DataError
+
+
+def _there(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Said here, a wrong path takes none of the seconds in which a command imports what it needs."""
+    for path in value if isinstance(value, list) else [value]:
+        if path is not None and not path.exists():
+            raise DataError(f"{path} does not exist.", "Check the path.")
+    return value
+
+
+def input_option(text: str) -> Any:
+    """A path that is read, as an option."""
+    return typer.Option(help=text, callback=_there)
+
+
+def input_argument(text: str) -> Any:
+    """A path that is read, as an argument."""
+    return typer.Argument(help=text, callback=_there)
+
+
 Tower = Annotated[
-    Path | None, typer.Option(help="Folder of the vision tower, where the model's config does not lead there.")
+    Path | None, input_option("Folder of the vision tower, where the model's config does not lead there.")
 ]
-Adapter = Annotated[Path | None, typer.Option(help="A change that is laid on the model.")]
+Adapter = Annotated[Path | None, input_option("A change that is laid on the model.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Bits = Annotated[int, typer.Option(help="8 or 4 quantise the language model (needs relook[quant]).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")]

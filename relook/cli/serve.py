@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from relook.cli.options import Adapter, Bits, Device, Dtype, Tower, Version
+from relook.cli.options import Adapter, Bits, Device, Dtype, Tower, Version, input_argument, input_option
 
 app = typer.Typer()
 
 
 @app.command()
 def serve(
-    model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
-    base: Annotated[Path | None, typer.Option(help="Another model to compare with, served beside it.")] = None,
+    model: Annotated[Path, input_argument("A model folder, or the output folder of a training run.")],
+    base: Annotated[Path | None, input_option("Another model to compare with, served beside it.")] = None,
     with_base: Annotated[
         bool, typer.Option("--with-base", help="Serve the model with its change switched off beside it.")
     ] = False,
@@ -36,7 +36,7 @@ def serve(
     allow_http: Annotated[
         bool, typer.Option("--allow-http", help="Fetch http(s) image URLs, of public hosts.")
     ] = False,
-    media_root: Annotated[Path | None, typer.Option(help="Folder below which file: URLs may lie.")] = None,
+    media_root: Annotated[Path | None, input_option("Folder below which file: URLs may lie.")] = None,
     page: Annotated[
         bool | None, typer.Option("--page/--no-page", help="A page for people at /; there where gradio is installed.")
     ] = None,
@@ -72,9 +72,9 @@ def serve(
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A model folder, or the output folder of a training run.")],
-    base: Annotated[Path | None, typer.Option(help="What /base asks; else the model without its change.")] = None,
-    image: Annotated[Path | None, typer.Option(help="The picture to talk about; /image FILE shows another.")] = None,
+    model: Annotated[Path, input_argument("A model folder, or the output folder of a training run.")],
+    base: Annotated[Path | None, input_option("What /base asks; else the model without its change.")] = None,
+    image: Annotated[Path | None, input_option("The picture to talk about; /image FILE shows another.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0, max=2)] = 0.0,
     top_p: Annotated[float, typer.Option(help="The smallest set of tokens that is as likely.", min=0, max=1)] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from relook.cli.options import AsJson
+from relook.cli.options import AsJson, input_option
 from relook.keys import parse_overrides, read_shipped
 
 app = typer.Typer()
@@ -30,7 +30,7 @@ def demo(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Train the base model instead of taking the shipped one.")
     ] = False,
-    base: Annotated[Path | None, typer.Option(help="Another base model made by --rebuild.")] = None,
+    base: Annotated[Path | None, input_option("Another base model made by --rebuild.")] = None,
 ) -> None:
     """Toyworld end to end: base model, mined pairs, five trainings, POPE and CHAIR of each, a report."""
     from relook.demo import run_demo
