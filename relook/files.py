@@ -20,6 +20,8 @@ from relook.errors import DataError, RecipeError, RelookError
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the final name, on any failure it is removed."""
+    if path.is_dir():
+        raise RelookError(f"{path} is a folder.", "Give a file's name.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

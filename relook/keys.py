@@ -22,7 +22,7 @@ def read_shipped(name: str, kind: str) -> dict[str, Any]:
     """
     path = Path(name)
     known = shipped(kind)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():  # a run's folder may be called as its recipe
         if not path.is_file():
             raise RecipeError(f"There is no {kind} file {path}.", f"Shipped {kind}s: {', '.join(known)}.")
         text = read_text(path)
@@ -48,7 +48,7 @@ def shipped(kind: str) -> list[str]:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs, values read as YAML; `--key` alone is an error that says so."""
+    """`--key value` and `--key=value` pairs, values read as YAML (`_value`); `--key` alone is an error that says so."""
     overrides: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -60,11 +60,19 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest or rest[0].startswith("--"):
                 raise RecipeError(f"--{key} has no value.", f"Write --{key} VALUE, e.g. --{key} true.")
             value = rest.pop(0)
-        try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            overrides[key] = value
+        overrides[key] = _value(value)
     return overrides
+
+
+def _value(text: str) -> Any:
+    """As YAML reads it; but as it stands what that would change without being asked to: paths such as `a #2`, 0123."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    asked = value is None or isinstance(value, (bool, list, dict)) or text.startswith(("'", '"'))
+    number = isinstance(value, (int, float)) and str(value) == text
+    return value if asked or number else text
 
 
 def fit(key: str, value: Any, annotation: Any) -> Any:

@@ -260,6 +260,22 @@ def test_a_demo_with_other_settings_is_refused(relook: Command, tmp_path: Path) 
     relook("demo", "--out", tmp_path / "new", "--base", "nowhere").mistake("nowhere")
 
 
+def test_a_vision_tower_may_be_a_name_in_the_cache(
+    relook: Command, tiny: Path, tower: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("relook.model.source.snapshot_download", lambda name, **_: asked.append(name) or str(tower))
+    ended = relook("inspect", tiny / "ckpt_safetensors", "--vision-tower", "openai/tower")
+    assert (ended.status, asked) == (0, ["openai/tower"]), ended.err
+
+
+def test_what_is_written_may_not_be_a_folder(relook: Command, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "q.json", QUESTIONS)
+    write_jsonl(tmp_path / "a.jsonl", ANSWERS)
+    files = ("--questions", tmp_path / "q.json", "--answers", tmp_path / "a.jsonl", "--json", tmp_path)
+    relook("score", "pope", *files).mistake(f"{tmp_path} is a folder")
+
+
 # --- endings
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from relook.errors import RecipeError
-from relook.keys import parse_overrides, shipped
+from relook.keys import parse_overrides, read_shipped, shipped
 from relook.recipe import Recipe, build_recipe, load_recipe
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
@@ -230,6 +230,20 @@ def test_overrides_are_read_as_yaml() -> None:
     assert recipe.training == {"learning_rate": 2e-6, "optim": "sgd"}
     assert (recipe.beta, recipe.tune_post_decoder, recipe.output_dir) == (0.3, True, "a=b")
     assert recipe.post_decoder == {"depth": 2}
+
+
+@pytest.mark.parametrize("path", ["0123", "12:30", "runs/a #2", "2026-11-29", "1_000", "a b", "'on'"])
+def test_a_path_that_yaml_would_change_is_kept(path: str) -> None:
+    recipe = build_recipe({**DPO, **parse_overrides(["--output_dir", path, "--max_steps", "010", "--beta", "0.10"])})
+    assert recipe.output_dir == path.strip("'")
+    assert (recipe.training["max_steps"], recipe.beta) == (10, 0.1)
+
+
+def test_a_folder_of_a_recipes_name_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = read_shipped("head", "recipe")
+    (tmp_path / "head").mkdir()
+    assert read_shipped("head", "recipe") == here
 
 
 def test_a_nested_override_keeps_the_recipes_other_settings() -> None:

@@ -33,7 +33,7 @@ LayoutName = Annotated[str, typer.Option(help="hadpo, llava, pope, shr or amber.
 Images = Annotated[
     Path | None, input_option("Root of the images, where it is elsewhere (Visual Genome, val2014, ...).")
 ]
-Workers = Annotated[int, typer.Option(help="Processes; 0: one for each processor.")]
+Workers = Annotated[int, typer.Option(help="Processes; 0: one for each processor.", min=0)]
 
 
 @data_app.command(name="check")

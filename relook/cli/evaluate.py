@@ -167,7 +167,7 @@ def submission(
 def build_pope(
     annotations: Annotated[Path, input_option('COCO\'s instances file, or {"image", "objects"} records.')],
     out: Annotated[Path, typer.Option(help="Folder for the question files of the three splits.")],
-    images: Annotated[int, typer.Option(help="How many images are asked about.")] = 500,
+    images: Annotated[int, typer.Option(help="How many images are asked about.", min=1)] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the drawn images and objects.")] = 0,
 ) -> None:
     """Build POPE's random, popular and adversarial questions from annotations."""

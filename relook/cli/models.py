@@ -12,7 +12,7 @@ from relook.cli.options import Adapter, AsJson, Device, Dtype, Tower, input_argu
 
 app = typer.Typer()
 Force = Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")]
-ShardSize = Annotated[float, typer.Option("--max-shard-gb", help="Largest weight file in GB.")]
+ShardSize = Annotated[float, typer.Option("--max-shard-gb", help="Largest weight file in GB.", min=0.001)]
 Check = Annotated[bool, typer.Option(help="Compare the logits of source and result on a small input.")]
 
 

@@ -28,12 +28,12 @@ def input_argument(text: str) -> Any:
     return typer.Argument(help=text, callback=_there)
 
 
-Tower = Annotated[
-    Path | None, input_option("Folder of the vision tower, where the model's config does not lead there.")
+Tower = Annotated[  # or its name in Hugging Face's cache
+    Path | None, typer.Option(help="Folder of the vision tower, where the model's config does not lead there.")
 ]
 Adapter = Annotated[Path | None, input_option("A change that is laid on the model.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Bits = Annotated[int, typer.Option(help="8 or 4 quantise the language model (needs relook[quant]).")]
+Bits = Annotated[int, typer.Option(help="8 or 4 quantise the language model (needs relook\\[quant]).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")]
 Version = Annotated[str, typer.Option(help="Conversation template; empty: the model's own.")]
 JudgeUrl = Annotated[str, typer.Option(help="OpenAI-compatible endpoint of a judge, as https://api.openai.com/v1.")]

@@ -20,19 +20,21 @@ def serve(
         bool, typer.Option("--with-base", help="Serve the model with its change switched off beside it.")
     ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[str, typer.Option(envvar="RELOOK_API_KEY", help="Key that clients must send.")] = "",
-    slots: Annotated[int, typer.Option(help="Answers at the same time.")] = 16,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused (429).")] = 128,
-    max_length: Annotated[int, typer.Option(help="Positions of prompt and answer; 0: the language model's own.")] = 0,
+    slots: Annotated[int, typer.Option(help="Answers at the same time.", min=1)] = 16,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused (429).", min=0)] = 128,
+    max_length: Annotated[
+        int, typer.Option(help="Positions of prompt and answer; 0: the language model's own.", min=0)
+    ] = 0,
     cache_gb: Annotated[
-        float, typer.Option(help="Memory for keys and values of all slots of a model; 0: half of what is free.")
+        float, typer.Option(help="Memory for keys and values of all slots of a model; 0: half of what is free.", min=0)
     ] = 0.0,
-    timeout: Annotated[float, typer.Option(help="Seconds from a request to the end of its answer.")] = 300.0,
-    stop_timeout: Annotated[int, typer.Option(help="Seconds for running answers once the server stops.")] = 30,
-    max_image_mb: Annotated[float, typer.Option(help="Largest image file.")] = 20.0,
-    max_body_mb: Annotated[float, typer.Option(help="Largest request.")] = 50.0,
-    max_images: Annotated[int, typer.Option(help="Most images of a conversation.")] = 16,
+    timeout: Annotated[float, typer.Option(help="Seconds from a request to the end of its answer.", min=0.1)] = 300.0,
+    stop_timeout: Annotated[int, typer.Option(help="Seconds for running answers once the server stops.", min=0)] = 30,
+    max_image_mb: Annotated[float, typer.Option(help="Largest image file.", min=0.001)] = 20.0,
+    max_body_mb: Annotated[float, typer.Option(help="Largest request.", min=0.001)] = 50.0,
+    max_images: Annotated[int, typer.Option(help="Most images of a conversation.", min=0)] = 16,
     allow_http: Annotated[
         bool, typer.Option("--allow-http", help="Fetch http(s) image URLs, of public hosts.")
     ] = False,

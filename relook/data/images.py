@@ -113,6 +113,7 @@ def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], N
     """
 
     fix = f"Send a PNG, JPEG, WebP, GIF or BMP of at most {max_pixels:,} pixels."
+    what = "The image has too many pixels."
     try:
         with Image.open(BytesIO(data), formats=FROM_STRANGERS) as image:
             if image.width * image.height <= max_pixels:  # not by Pillow's warning, whose filter threads share
@@ -120,11 +121,13 @@ def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], N
                 return image.convert("RGB")
     except DataError:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except UnidentifiedImageError:
+        what = "The image is none of a known format."
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         pass
     except Exception:  # Pillow's readers raise errors of many kinds for broken bytes
         raise DataError("The image cannot be decoded.", fix) from None
-    raise DataError("The image is none, or too large.", fix)
+    raise DataError(what, fix)
 
 
 def _decoded(image: Image.Image) -> Image.Image:

@@ -45,7 +45,7 @@ def build_pope(annotations: Path, out: Path, images: int = 500, seed: int = 0, p
     if not 0 < images <= len(usable):
         raise DataError(
             f"{len(usable)} images of {annotations} have {positives} objects or more; {images} are wanted.",
-            f"Set --images to at most {len(usable)}." if usable else "Give annotations of more objects.",
+            f"Set --images to 1 to {len(usable)}." if usable else "Give annotations of more objects.",
         )
     chosen = random.Random(f"pope/{seed}/images").sample(usable, images)
     card = {

@@ -75,6 +75,8 @@ class Chat:
             self.images = (self.tuned.image(path.read_bytes()),)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.", "Give the path of an image.") from None
+        except DataError as error:
+            raise DataError(f"{path}: {error.what}", error.fix) from None
         self.turns.clear()
 
     def switch(self, to_base: bool) -> None:

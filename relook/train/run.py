@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -63,7 +64,8 @@ def train_command(arguments: Sequence[str]) -> Path:
     name, *keys = arguments
     recipe = load_recipe(name, parse_overrides(keys))
     out = train(recipe)
-    say(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {out} --data DATA --out OUT")
+    model = shlex.quote(str(out))
+    say(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {model} --data DATA --out OUT")
     return out
 
 
