@@ -28,8 +28,9 @@ def input_argument(text: str) -> Any:
     return typer.Argument(help=text, callback=_there)
 
 
-Tower = Annotated[  # or its name in Hugging Face's cache
-    Path | None, typer.Option(help="Folder of the vision tower, where the model's config does not lead there.")
+Tower = Annotated[
+    Path | None,
+    typer.Option(help="The vision tower's folder, or name in Hugging Face's cache, if the model's config lacks it."),
 ]
 Adapter = Annotated[Path | None, input_option("A change that is laid on the model.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
