@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 OUT ?= demo
 SEED ?= 0
 
@@ -11,18 +12,18 @@ demo: $(VENV)/.ready
 	$(BIN)/relook demo --out $(OUT) --seed $(SEED)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST)
 
 # The same tests under an older transformers, that of the GPU machines where relook is measured.
 older: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/older transformers==5.17.0 huggingface-hub==1.33.0
-	PYTHONPATH=$(VENV)/older $(BIN)/python -m pytest -n auto --dist worksteal
+	PYTHONPATH=$(VENV)/older $(PYTEST)
 
 env: $(VENV)/.ready
 

@@ -22,12 +22,12 @@ def read_shipped(name: str, kind: str) -> dict[str, Any]:
     """
     path = Path(name)
     known = shipped(kind)
-    if path.suffix in (".yaml", ".yml") or path.is_file():  # a run's folder may be called as its recipe
-        if not path.is_file():
-            raise RecipeError(f"There is no {kind} file {path}.", f"Shipped {kind}s: {', '.join(known)}.")
+    if path.is_file():  # a run's folder may be called as its recipe
         text = read_text(path)
     elif name in known:
         text = (resources.files("relook") / f"{kind}s" / f"{name}.yaml").read_text(encoding="utf-8")
+    elif path.suffix in (".yaml", ".yml"):
+        raise RecipeError(f"There is no {kind} file {path}.", f"Shipped {kind}s: {', '.join(known)}.")
     else:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"Did you mean {close[0]}?" if close else f"Give a .yaml file or one of {', '.join(known)}."

@@ -113,7 +113,6 @@ def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], N
     """
 
     fix = f"Send a PNG, JPEG, WebP, GIF or BMP of at most {max_pixels:,} pixels."
-    what = "The image has too many pixels."
     try:
         with Image.open(BytesIO(data), formats=FROM_STRANGERS) as image:
             if image.width * image.height <= max_pixels:  # not by Pillow's warning, whose filter threads share
@@ -122,12 +121,12 @@ def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], N
     except DataError:
         raise
     except UnidentifiedImageError:
-        what = "The image is none of a known format."
+        raise DataError("The image is none of a known format.", fix) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         pass
     except Exception:  # Pillow's readers raise errors of many kinds for broken bytes
         raise DataError("The image cannot be decoded.", fix) from None
-    raise DataError(what, fix)
+    raise DataError("The image has too many pixels.", fix)
 
 
 def _decoded(image: Image.Image) -> Image.Image:
