@@ -1,8 +1,8 @@
 """AMBER (Wang et al. 2023, arXiv:2311.07397): what a description makes up, and yes/no questions, without a judge.
 
 The arithmetic is that of junyangwang0410/AMBER inference.py. It finds nouns by a tagger and near synonyms by word
-vectors; here words are looked up in the benchmark's own list, and near synonyms in a file: docs/shr-amber-mmhal.md says
-what differs. Rates are fractions, not rounded, and no small numbers are added to denominators.
+vectors; here `nouns` has rules for the words of the benchmark's own list, and a file near synonyms:
+docs/shr-amber-mmhal.md says what differs. Rates are fractions, not rounded, and no small numbers are added to denominators.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 from relook.data.samples import Question
 from relook.errors import DataError, some
 from relook.evaluate.chair import plural
+from relook.evaluate.nouns import is_noun, tokens
 from relook.evaluate.statistics import Columns, Interval, by_image, paired_interval, ratio, ratio_interval
 from relook.files import file_hash, read_object, read_text, some_records
 
 SOURCE = "It comes from github.com/junyangwang0410/AMBER; see docs/shr-amber-mmhal.md."
 PARSER = "first word"
 GENERATIVE = "generative"
-_WORD = re.compile(r"\w+(?:-\w+)*")
 # The original looks up lemmas in WordNet, which leads these plurals to another word or nowhere ("men" is a noun of its
 # own there, "leaves" belongs to "leaf"), and these words of its list to their singulars: it never counts them.
 _NOT_COUNTED = {"men", "leaves", "vases", "sunglasses", "slippers", "chopsticks", "earrings"}
@@ -61,8 +61,10 @@ class Lists:
         return {form: word for form, word in forms.items() if form not in _NOT_COUNTED}
 
     def nouns(self, text: str) -> list[str]:
-        """The listed words that a text says, in order."""
-        return [self.forms[word] for word in _WORD.findall(text) if word in self.forms]
+        """The listed words that a text uses as nouns, in order."""
+        words = tokens(text)
+        listed = [(i, self.forms[word]) for i, word in enumerate(words) if word in self.forms]
+        return [noun for i, noun in listed if is_noun(words, i, noun)]
 
     def close(self, first: str, second: str) -> bool:
         return first == second or frozenset((first, second)) in self.near

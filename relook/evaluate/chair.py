@@ -17,7 +17,9 @@ from relook.data.coco import Annotations
 from relook.errors import DataError, some
 from relook.evaluate.statistics import Ratio, ratio
 
-_WORD = re.compile(r"\w+(?:-\w+)*")  # a hyphen belongs to its word, as in "man-made"
+# A hyphen belongs to its word, as in "man-made", and so does an apostrophe, as in "o'clock", that ends no verb or noun.
+WORD = r"\w+(?:-\w+|['’](?!(?:s|d|m|t|ll|re|ve)\b)\w+)*"
+_WORD = re.compile(WORD)
 # Phrases whose words would name an object, though the phrase does not: an animal is no baby and a jet no passenger.
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
 _NO_OBJECT = ("baby animal", "adult animal", "baby cub", "adult cub", "home plate", "train track")
@@ -94,7 +96,10 @@ def _surface(phrase: str) -> str:
 
 
 def _with_plurals(phrases: Mapping[str, str]) -> dict[str, str]:
-    return {plural(phrase): name for phrase, name in phrases.items()} | dict(phrases)
+    """Add plurals. The original takes -s and -es off any word, so "persons", "buffaloes" and "womans" count as well."""
+    regular = {phrase + "s": name for phrase, name in phrases.items() if not phrase.endswith("s")}
+    regular |= {phrase + "es": name for phrase, name in phrases.items() if phrase.endswith("o")}
+    return regular | {plural(phrase): name for phrase, name in phrases.items()} | dict(phrases)
 
 
 def plural(phrase: str) -> str:
