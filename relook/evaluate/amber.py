@@ -2,7 +2,8 @@
 
 The arithmetic is that of junyangwang0410/AMBER inference.py. It finds nouns by a tagger and near synonyms by word
 vectors; here `nouns` has rules for the words of the benchmark's own list, and a file near synonyms:
-docs/shr-amber-mmhal.md says what differs. Rates are fractions, not rounded, and no small numbers are added to denominators.
+docs/shr-amber-mmhal.md says what differs. Rates are fractions, not rounded, and no small numbers are added to
+denominators.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from relook.data.samples import Question
 from relook.errors import DataError, some
-from relook.evaluate.chair import plural
+from relook.evaluate.chair import plurals
 from relook.evaluate.nouns import is_noun, tokens
 from relook.evaluate.statistics import Columns, Interval, by_image, paired_interval, ratio, ratio_interval
 from relook.files import file_hash, read_object, read_text, some_records
@@ -28,7 +29,6 @@ GENERATIVE = "generative"
 # own there, "leaves" belongs to "leaf"), and these words of its list to their singulars: it never counts them.
 _NOT_COUNTED = {"men", "leaves", "vases", "sunglasses", "slippers", "chopsticks", "earrings"}
 _NOT_COUNTED |= {"streetlamps", "bedsheets", "paragliders", "kiwifruits", "cooktops", "ebooks", "e-books", "sanitizers"}
-_PLURALS = {"potato": "potatoes", "tomato": "tomatoes"}
 KINDS = {
     "existence": ("discriminative-hallucination",),
     "attribute": tuple(f"discriminative-attribute-{kind}" for kind in ("state", "number", "action")),
@@ -57,7 +57,7 @@ class Lists:
     def forms(self) -> dict[str, str]:
         """Surface form, case counts, to a word of the list."""
         listed = {*self.association, *(word for words in self.association.values() for word in words)}
-        forms = {_PLURALS.get(word, plural(word)): word for word in sorted(listed)} | {word: word for word in listed}
+        forms = {many: word for word in sorted(listed) for many in plurals(word)} | {word: word for word in listed}
         return {form: word for form, word in forms.items() if form not in _NOT_COUNTED}
 
     def nouns(self, text: str) -> list[str]:

@@ -57,7 +57,10 @@ class Vocabulary:
     @cached_property
     def plurals(self) -> frozenset[str]:
         """The phrases that are plurals of others, and not the same."""
-        return frozenset(plural(phrase) for phrase in self.phrases if plural(phrase) != phrase) & self.phrases.keys()
+        return (
+            frozenset(many for phrase in self.phrases for many in plurals(phrase) if many != phrase)
+            & self.phrases.keys()
+        )
 
     @staticmethod
     def of(names: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> Vocabulary:
@@ -96,10 +99,20 @@ def _surface(phrase: str) -> str:
 
 
 def _with_plurals(phrases: Mapping[str, str]) -> dict[str, str]:
-    """Add plurals. The original takes -s and -es off any word, so "persons", "buffaloes" and "womans" count as well."""
-    regular = {phrase + "s": name for phrase, name in phrases.items() if not phrase.endswith("s")}
-    regular |= {phrase + "es": name for phrase, name in phrases.items() if phrase.endswith("o")}
+    regular = {many: name for phrase, name in phrases.items() for many in plurals(phrase)[1:]}
     return regular | {plural(phrase): name for phrase, name in phrases.items()} | dict(phrases)
+
+
+def plurals(phrase: str) -> list[str]:
+    """Return the plural of a noun or phrase, then regular ones that people write as well: persons, buffaloes, mouses.
+
+    The original takes -s and -es off any word, so it counts these too, right or wrong.
+    """
+    return [
+        plural(phrase),
+        *([] if phrase.endswith("s") else [phrase + "s"]),
+        *([phrase + "es"] * phrase.endswith("o")),
+    ]
 
 
 def plural(phrase: str) -> str:

@@ -19,8 +19,9 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_BEFORE_BASE = _words("can could will would may might must shall should cannot t to i you we they who others")  # "don't"
-_BEFORE_S = _words("he she it who")
+# Before a verb's base form, and before one with -s; the "t" is that of "don't".
+_BEFORE_BASE = _words("can could will would may might must shall should cannot t to i you we they who others")
+_BEFORE_S = _words("he she it who that which")
 _LINKS = _words("and or that which")
 _BE = _words("is are was were")
 _OBJECTS = _words("a an the my your his her its our their me us him them it")  # what stands after a verb, not a noun
@@ -39,18 +40,19 @@ _SEEM = _words("appears looks seems suggests next")
 
 # Words of the list that are English verbs as well, less those that the tagger never takes for verbs ("table", "board").
 _VERBS = _words(
-    "bag bat bear book bottle box bridge brush cage cash cook core court cushion desert drain drink duck fence file fish"
-    " flag floor flower fork glove grill hose house ice juice leave light line lock lounge milk mirror monitor net note"
-    " pack pad paddle paper pen phone pipe plate plug pole rack range ring rock rope sail sand scoop screen shell ship"
-    " shoe shore shovel sign signal sink skate ski snack snow soap sound spray sponge stage star stone support switch"
-    " tank tap tape tie tire towel toy track train wall watch wire"
+    "bag bat bear book bottle box bridge brush cage cash cook core court cushion desert drain drink duck fence file"
+    " fish flag floor flower fork glove grill hose house ice juice leave light line lock lounge milk mirror monitor net"
+    " note pack pad paddle paper pen phone pipe plate plug pole rack range ring rock rope sail sand scoop screen shell"
+    " ship shoe shore shovel sign signal sink skate ski snack snow soap sound spray sponge stage star stone support"
+    " switch tank tap tape tie tire towel toy track train wall watch wire"
 )
 # Never nouns to the tagger: "can" is the modal also in "a trash can", "hot" an adjective also of a dog.
 _NEVER = _words("can hot sled urinal geese")
 # Rare in newspapers: adjectives where another word for the noun may follow ("a ski slope", "the laptop appears").
 _ADJECTIVES = _words(
-    "air-conditioning armrest baconic cafe cheese couch drawing e-book elephant fish forest goose hose individual insect"
-    " laptop leave light napkin necktie net oven paddle pear pen quilt railing saddle sheep signal ski snow umbrellas"
+    "air-conditioning armrest baconic cafe cheese couch drawing e-book elephant fish forest goose hose individual"
+    " insect laptop leave light napkin necktie net oven paddle pear pen quilt railing saddle sheep signal ski snow"
+    " umbrellas"
 )
 _ALSO_SECOND = _words("air-conditioning couch individual laptop napkin")  # even after another adjective
 _ALSO_LAST = _ADJECTIVES - _words(
