@@ -126,6 +126,11 @@ def test_near_synonyms_are_no_inventions_and_still_temptations() -> None:
         (" YES!", "yes"),
         ("Nothing", ""),
         ("Not", ""),
+        ("**No**", "no"),
+        ("Yes and no.", ""),
+        ("Yes/No", ""),
+        ("Nope", ""),
+        ("没有", ""),
         ("", ""),
     ],
 )

@@ -126,11 +126,11 @@ def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def yes_or_no(answer: str) -> str:
-    """ "yes" or "no" by an answer's first word, whatever its case; "" where it is another word.
+    """ "yes" or "no" by an answer's first word, whatever its case; "" where it is another word, and for "yes and no".
 
     The original wants answers that are exactly "Yes" or "No", and so does this to what is before punctuation.
     """
-    first = re.match(r"\W*(\w+)", answer)
+    first = re.match(r"\W*(\w+)\b(?!\W*(?:and|or|/)\W*(?:yes|no)\b)", answer, re.IGNORECASE)
     word = first[1].lower() if first else ""
     return word if word in ("yes", "no") else ""
 
