@@ -193,6 +193,43 @@ def test_answers_that_are_neither_count_as_lmms_eval_counts_them() -> None:
     assert found.parser == "lmms-eval"
 
 
+@pytest.mark.parametrize(
+    ("answer", "clear"),
+    [
+        ("Yes", True),
+        ("**Yes**", True),
+        ("No, there is not.", True),
+        ("There is no dog in the image.", True),
+        ("There are two dogs.", True),
+        ("Yes. No other dogs are there.", True),
+        ("", False),
+        ("Nope", False),  # taken for yes
+        ("**No**", False),
+        ("NO", False),
+        ('"No"', False),
+        ("There isn't a dog.", False),
+        ("Yes and no", False),
+        ("Yes. No, wait.", False),
+        ("I am not sure", False),  # taken for no
+        ("I don't know.", False),
+        ("是", False),
+        ("没有", False),
+        ("Non", False),
+        ("The image shows a street.", False),
+    ],
+)
+def test_answers_that_do_not_say_what_they_are_taken_for_are_unclear(answer: str, clear: bool) -> None:
+    """They stay what the official program makes of them, and are counted beside."""
+    found = score(asked(["yes"]), answered([answer]))
+    assert found.unclear == (not clear)
+    assert bool(found.tp) == official_parse(answer)
+
+
+def test_an_exact_parser_finds_unclear_what_it_takes_for_neither() -> None:
+    found = score(asked(["yes", "no", "yes"]), answered(["Yes", "no", "Yes."]), "lmms-eval")
+    assert (found.neither, found.unclear) == (1, 1)
+
+
 # Files
 
 

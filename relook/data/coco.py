@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,8 @@ class Annotations:
         images: file names, in the file's order.
         categories: names, in the file's order.
         objects: the categories on each image; empty for images without an annotation.
-        boxes: (category, (x, y, width, height) in pixels) of each annotation, in the file's order.
+        boxes: (category, (x, y, width, height) in pixels) of each annotation, in the file's order; None for a box that
+            the file does not have.
         ids: COCO's number of each image to its file name.
         synonyms: other words for a category, where it has a key `synonyms` (an addition of relook's to COCO's layout).
     """
@@ -30,7 +31,7 @@ class Annotations:
     images: tuple[str, ...]
     categories: tuple[str, ...]
     objects: Mapping[str, frozenset[str]]
-    boxes: Mapping[str, tuple[tuple[str, Box], ...]]
+    boxes: Mapping[str, tuple[tuple[str, Box | None], ...]]
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ids: Mapping[Any, str] = field(default_factory=dict)
 
@@ -51,12 +52,11 @@ def _read_coco(path: Path, *_: int) -> Annotations:
         names = {image["id"]: str(image["file_name"]) for image in data["images"]}
         categories = {category["id"]: str(category["name"]) for category in data["categories"]}
         synonyms = {str(c["name"]): tuple(c["synonyms"]) for c in data["categories"] if c.get("synonyms")}
-        boxes: dict[str, list[tuple[str, Box]]] = {name: [] for name in names.values()}
+        boxes: dict[str, list[tuple[str, Box | None]]] = {name: [] for name in names.values()}
         for annotation in data["annotations"]:
-            x, y, width, height = annotation["bbox"]
             category = categories[annotation["category_id"]]
-            boxes[names[annotation["image_id"]]].append((category, (x, y, width, height)))
-    except (KeyError, TypeError, ValueError) as error:
+            boxes[names[annotation["image_id"]]].append((category, _box(annotation.get("bbox"))))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _odd(path, error) from None
     return Annotations(
         images=tuple(names.values()),
@@ -66,6 +66,13 @@ def _read_coco(path: Path, *_: int) -> Annotations:
         synonyms=synonyms,
         ids=names,
     )
+
+
+def _box(numbers: Sequence[float] | None) -> Box | None:
+    if not numbers:
+        return None
+    x, y, width, height = numbers
+    return x, y, width, height
 
 
 def read_captions(path: Path) -> dict[str, tuple[str, ...]]:

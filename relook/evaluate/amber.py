@@ -1,8 +1,9 @@
 """AMBER (Wang et al. 2023, arXiv:2311.07397): what a description makes up, and yes/no questions, without a judge.
 
 The arithmetic is that of junyangwang0410/AMBER inference.py. It finds nouns by a tagger and near synonyms by word
-vectors; here words are looked up in the benchmark's own list, and near synonyms in a file: docs/shr-amber-mmhal.md says
-what differs. Rates are fractions, not rounded, and no small numbers are added to denominators.
+vectors; here `nouns` has rules for the words of the benchmark's own list, and a file near synonyms:
+docs/shr-amber-mmhal.md says what differs. Rates are fractions, not rounded, and no small numbers are added to
+denominators.
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ from typing import Any
 
 from relook.data.samples import Question
 from relook.errors import DataError, some
-from relook.evaluate.chair import plural
+from relook.evaluate.chair import plurals
+from relook.evaluate.nouns import is_noun, tokens
 from relook.evaluate.statistics import Columns, Interval, by_image, paired_interval, ratio, ratio_interval
 from relook.files import file_hash, read_object, read_text, some_records
 
 SOURCE = "It comes from github.com/junyangwang0410/AMBER; see docs/shr-amber-mmhal.md."
 PARSER = "first word"
 GENERATIVE = "generative"
-_WORD = re.compile(r"\w+(?:-\w+)*")
 # The original looks up lemmas in WordNet, which leads these plurals to another word or nowhere ("men" is a noun of its
 # own there, "leaves" belongs to "leaf"), and these words of its list to their singulars: it never counts them.
 _NOT_COUNTED = {"men", "leaves", "vases", "sunglasses", "slippers", "chopsticks", "earrings"}
 _NOT_COUNTED |= {"streetlamps", "bedsheets", "paragliders", "kiwifruits", "cooktops", "ebooks", "e-books", "sanitizers"}
-_PLURALS = {"potato": "potatoes", "tomato": "tomatoes"}
 KINDS = {
     "existence": ("discriminative-hallucination",),
     "attribute": tuple(f"discriminative-attribute-{kind}" for kind in ("state", "number", "action")),
@@ -57,12 +57,14 @@ class Lists:
     def forms(self) -> dict[str, str]:
         """Surface form, case counts, to a word of the list."""
         listed = {*self.association, *(word for words in self.association.values() for word in words)}
-        forms = {_PLURALS.get(word, plural(word)): word for word in sorted(listed)} | {word: word for word in listed}
+        forms = {many: word for word in sorted(listed) for many in plurals(word)} | {word: word for word in listed}
         return {form: word for form, word in forms.items() if form not in _NOT_COUNTED}
 
     def nouns(self, text: str) -> list[str]:
-        """The listed words that a text says, in order."""
-        return [self.forms[word] for word in _WORD.findall(text) if word in self.forms]
+        """The listed words that a text uses as nouns, in order."""
+        words = tokens(text)
+        listed = [(i, self.forms[word]) for i, word in enumerate(words) if word in self.forms]
+        return [noun for i, noun in listed if is_noun(words, i, noun)]
 
     def close(self, first: str, second: str) -> bool:
         return first == second or frozenset((first, second)) in self.near
@@ -124,11 +126,11 @@ def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def yes_or_no(answer: str) -> str:
-    """ "yes" or "no" by an answer's first word, whatever its case; "" where it is another word.
+    """ "yes" or "no" by an answer's first word, whatever its case; "" where it is another word, and for "yes and no".
 
     The original wants answers that are exactly "Yes" or "No", and so does this to what is before punctuation.
     """
-    first = re.match(r"\W*(\w+)", answer)
+    first = re.match(r"\W*(\w+)\b(?!\W*(?:and|or|/)\W*(?:yes|no)\b)", answer, re.IGNORECASE)
     word = first[1].lower() if first else ""
     return word if word in ("yes", "no") else ""
 

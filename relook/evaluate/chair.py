@@ -17,7 +17,9 @@ from relook.data.coco import Annotations
 from relook.errors import DataError, some
 from relook.evaluate.statistics import Ratio, ratio
 
-_WORD = re.compile(r"\w+(?:-\w+)*")  # a hyphen belongs to its word, as in "man-made"
+# A hyphen belongs to its word, as in "man-made", and so does an apostrophe, as in "o'clock", that ends no verb or noun.
+WORD = r"\w+(?:-\w+|['’](?!(?:s|d|m|t|ll|re|ve)\b)\w+)*"
+_WORD = re.compile(WORD)
 # Phrases whose words would name an object, though the phrase does not: an animal is no baby and a jet no passenger.
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
 _NO_OBJECT = ("baby animal", "adult animal", "baby cub", "adult cub", "home plate", "train track")
@@ -55,7 +57,10 @@ class Vocabulary:
     @cached_property
     def plurals(self) -> frozenset[str]:
         """The phrases that are plurals of others, and not the same."""
-        return frozenset(plural(phrase) for phrase in self.phrases if plural(phrase) != phrase) & self.phrases.keys()
+        return (
+            frozenset(many for phrase in self.phrases for many in plurals(phrase) if many != phrase)
+            & self.phrases.keys()
+        )
 
     @staticmethod
     def of(names: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> Vocabulary:
@@ -94,7 +99,20 @@ def _surface(phrase: str) -> str:
 
 
 def _with_plurals(phrases: Mapping[str, str]) -> dict[str, str]:
-    return {plural(phrase): name for phrase, name in phrases.items()} | dict(phrases)
+    regular = {many: name for phrase, name in phrases.items() for many in plurals(phrase)[1:]}
+    return regular | {plural(phrase): name for phrase, name in phrases.items()} | dict(phrases)
+
+
+def plurals(phrase: str) -> list[str]:
+    """Return the plural of a noun or phrase, then regular ones that people write as well: persons, buffaloes, mouses.
+
+    The original takes -s and -es off any word, so it counts these too, right or wrong.
+    """
+    return [
+        plural(phrase),
+        *([] if phrase.endswith("s") else [phrase + "s"]),
+        *([phrase + "es"] * phrase.endswith("o")),
+    ]
 
 
 def plural(phrase: str) -> str:

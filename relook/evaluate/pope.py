@@ -5,6 +5,7 @@ The official program is RUCAIBox/POPE evaluate.py. `pope_build` makes the questi
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -123,6 +124,35 @@ def exact_parse(answer: str) -> bool | None:
     return {"yes": True, "no": False}.get(answer.lower().strip())
 
 
+_YES = re.compile(r"\b(?:yes|yeah|yep|yup)\b")
+_NO = re.compile(r"\b(?:no|not|none|nothing|nope|nah)\b|n['’]t\b")
+_UNSURE = re.compile(r"(?:\bno|\bnot|n['’]t) (?:sure|certain|clear|possible|able|know|tell|say|idea|way)\b")
+_THERE_IS = re.compile(r"\W*there(?: is| are|['’]s)\b")
+_RECONSIDERED = re.compile(r"\W*(yes|no)\W*(?:,|$)")
+
+
+def stated(answer: str) -> bool | None:
+    """Return what an answer says to a reader: True for yes, False for no, None for neither or both.
+
+    The first sentence decides, in any case and whatever marks stand around it: "**No**" is a no, as "Nope" is. A later
+    sentence counts where it takes that back ("Yes. No, wait."). Languages other than English are not read.
+    """
+    first, *later = [text for text in re.split(r"[.!?\n]+", answer.lower()) if re.search(r"\w", text)] or [""]
+    said = _stated(first)
+    takes_back = [match[1] == "yes" for text in later if (match := _RECONSIDERED.match(text))]
+    return None if (not said) in takes_back else said
+
+
+def _stated(sentence: str) -> bool | None:
+    known = _UNSURE.sub("", sentence)
+    yes, no = bool(_YES.search(known)), bool(_NO.search(known))
+    if yes and no:
+        return None
+    if yes or no:
+        return yes
+    return True if known == sentence and _THERE_IS.match(sentence) else None
+
+
 PARSERS: dict[str, Callable[[str], bool | None]] = {
     "official": official_parse,
     "llava": official_parse,  # llava/eval/eval_pope.py has the same rule
@@ -136,7 +166,8 @@ class PopeScore:
 
     A rate whose denominator is zero is 0.0, where the official program stops with ZeroDivisionError. Answers that a
     parser takes for neither yes nor no are `neither`: wrong in the accuracy, and in no other count, as in lmms-eval.
-    (Its "yes ratio" is that of the labels; here it is always that of the answers.)
+    (Its "yes ratio" is that of the labels; here it is always that of the answers.) `unclear` counts the answers that do
+    not say what the parser takes them for: see `stated`. They are among the other counts.
     """
 
     tp: int
@@ -145,6 +176,7 @@ class PopeScore:
     fn: int
     neither: int = 0
     parser: str = "official"
+    unclear: int = 0
 
     @property
     def n(self) -> int:
@@ -192,6 +224,12 @@ class PopeRow:
     @property
     def right(self) -> bool:
         return self.prediction == self.label
+
+    @property
+    def unclear(self) -> bool:
+        """Whether the answer does not say what it was taken for."""
+        said = stated(self.answer)
+        return said is None or said != self.prediction
 
 
 def match(
@@ -241,6 +279,7 @@ def count(rows: Sequence[PopeRow], parser: str = "official") -> PopeScore:
         fn=found[False, True],
         neither=found[None, True] + found[None, False],
         parser=parser,
+        unclear=sum(row.unclear for row in rows),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relook.evaluate.pope import official_parse, question_text
+from relook.evaluate.pope import question_text, stated
 from relook.mine.judged import Checked
 from relook.mine.pictures import Picture
 
@@ -79,7 +79,7 @@ def records(asked: Sequence[Asked], answers: Sequence[str]) -> list[dict[str, An
             "chosen": "Yes." if one.there else "No.",
             "reject": "No." if one.there else "Yes.",
             "answer": text,
-            "origin": "contrast" if official_parse(text) == one.there else "model",
+            "origin": "model" if stated(text) is (not one.there) else "contrast",
             "correct": False,  # HA-DPO's word for a rejected answer that is right, which leaves nothing to learn
         }
         for one, text in zip(asked, answers, strict=True)

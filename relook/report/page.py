@@ -53,16 +53,30 @@ def write_page(out: Path) -> Path:
 def scores(results: Mapping[str, Any]) -> str:
     """POPE and CHAIR of the base and of every run."""
     heads = ["", *(f"POPE {split}<br>accuracy" for split in SPLITS), "yes ratio,<br>adversarial"]
-    heads += ["CHAIR<sub>i</sub>", "CHAIR<sub>s</sub>", "recall", "length,<br>words", "no mention"]
+    heads += [
+        "unclear<br>answers",
+        "CHAIR<sub>i</sub>",
+        "CHAIR<sub>s</sub>",
+        "recall",
+        "length,<br>words",
+        "no mention",
+    ]
     rows = [heads]
     for name, found in {"base": results["base"], **results["runs"]}.items():
         pope, chair = found["pope"], found["chair"]
         cells = [percent(pope[split]["accuracy"], pope[split]["accuracy_ci"]) for split in SPLITS]
-        cells += [percent(pope["adversarial"]["yes_ratio"]), percent(chair["chair_i"], chair["chair_i_ci"])]
+        cells += [percent(pope["adversarial"]["yes_ratio"]), _unclear(pope)]
+        cells.append(percent(chair["chair_i"], chair["chair_i_ci"]))
         cells += [percent(chair["chair_s"]), percent(chair["recall"], chair["recall_ci"])]
         cells += [f"{chair['length']:.1f}", percent(chair["empty"])]
         rows.append([name, *cells])
     return table(rows)
+
+
+def _unclear(pope: Mapping[str, Any]) -> str:
+    """Unclear answers of all splits; empty for results of earlier versions, which did not count them."""
+    counts = [pope[split].get("unclear") for split in SPLITS]
+    return "" if None in counts else str(sum(counts))
 
 
 def differences(results: Mapping[str, Any]) -> str:

@@ -70,11 +70,12 @@ def about(results: Mapping[str, Any], row: Mapping[str, Any] | None) -> list[str
 
 def pope_table(results: Mapping[str, Any]) -> Cells:
     """One line per row and split."""
-    lines: Cells = [[*HEADS, "Split", *RATES.values(), "− base", "p (Holm)"]]
+    lines: Cells = [[*HEADS, "Split", *RATES.values(), "Unclear", "− base", "p (Holm)"]]
     for row in (None, *results["rows"]):
         for split in SPLITS:
             scores = (row or results["base"])["pope"][split]
-            line = [*about(results, row), split, *(percent(scores[rate]) for rate in RATES), "", ""]
+            unclear = str(scores.get("unclear", ""))  # rows of earlier versions have no count
+            line = [*about(results, row), split, *(percent(scores[rate]) for rate in RATES), unclear, "", ""]
             if row is not None:
                 paired = row["paired"]["pope"][split]
                 low, high = (f"{100 * end:+.2f}" for end in paired["ci"])

@@ -99,6 +99,7 @@ def pope_table(results: Mapping[str, Any]) -> str:
             cells.append([f"{split}, {title}", *shown, *_difference(paired if rate == "accuracy" else paired[rate])])
         counts = [" / ".join(str(side[key]) for key in ("tp", "fp", "tn", "fn")) for side in sides]
         cells.append([f"{split}, TP / FP / TN / FN", *counts, "", ""])
+        cells.append([f"{split}, unclear answers", *(str(side["unclear"]) for side in sides), "", ""])
     return table(cells)
 
 
