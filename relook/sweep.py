@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from relook.console import say
-from relook.errors import RecipeError, RelookError
+from relook.errors import Faults, RelookError
 from relook.evaluate.cached import FIRST_FILE, CachedPope
 from relook.evaluate.compare import compare
 from relook.evaluate.divergence import by_divergence
@@ -31,7 +31,7 @@ from relook.recipe import Recipe
 from relook.report.write import RESULTS_FILE
 from relook.sweep_recipe import BASE, SWEEP_FILE, Row, Sweep, build_sweep
 from relook.train import run as training
-from relook.train.run import Encoded, encode_samples, read_samples, train, training_arguments
+from relook.train.run import Encoded, encode_samples, missing, read_samples, train, training_arguments
 
 # What the examples of a row depend on, besides the base.
 DATA_KEYS = (
@@ -70,6 +70,7 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
         sweep.template,
         sweep.loading,
         sweep.batch_size,
+        sweep.max_new_tokens,
     )
     if sweep.chair:
         read_json(annotation_file(Path(sweep.data)))
@@ -104,13 +105,14 @@ def take(sweep: Sweep, values: Mapping[str, Any]) -> None:
     """Take the output folder; each row takes its run folder, so that one of another recipe is refused now."""
     held = sweep.out / SWEEP_FILE
     takes(sweep.out, SWEEP_FILE, "output_dir")  # a sweep may go on there, with rows more or fewer
+    faults, lost = Faults(), dict[str, RelookError]()
     for row in sweep.rows:
-        training_arguments(row.recipe, Path(row.recipe.output_dir))
-        images = ["image_folder"] if row.recipe.task == "sft" else []  # beside pairs_path, it is written to
-        for key in ("vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", *images):
-            path = getattr(row.recipe, key)
-            if path and not Path(path).exists():
-                raise RecipeError(f"{key} {path} of {row.name} does not exist.", "Check the path.")
+        with faults:
+            training_arguments(row.recipe, Path(row.recipe.output_dir))
+        for key, error in missing(row.recipe, f" of {row.name}").items():
+            lost.setdefault(str(getattr(row.recipe, key)), error)
+    faults.errors += lost.values()
+    faults.check()
     plain = yaml.safe_load(yaml.safe_dump({key: _plain(value) for key, value in values.items()}))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     if not held.exists():
