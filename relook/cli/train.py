@@ -34,12 +34,14 @@ def look_at(name: str, keys: list[str], kind: str = "recipe") -> None:
     faults.errors += odd.errors
     if faults.errors and kind == "recipe":
         from relook.recipe import build_recipe, sort_keys
+        from relook.train.run import missing
 
         with faults:
             if file:
                 build_recipe({**file, **values})
             else:
                 sort_keys(values).faults.check()
+        faults.errors += missing({**file, **values}).values()
     faults.check()
 
 

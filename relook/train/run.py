@@ -31,7 +31,7 @@ from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, Faults, RecipeError, some
 from relook.files import file_hash, read_object, read_text, takes, text_hash, write_json
 from relook.flags import check_model, idle_keys
-from relook.keys import parse_overrides
+from relook.keys import parse_overrides, read_shipped
 from relook.model.above_trunk import AboveTrunk
 from relook.model.changes import read_change
 from relook.model.formats import kind_of, llava_settings
@@ -71,7 +71,12 @@ Encoded = tuple[list[Example], dict[str, Any]]  # examples, and what was dropped
 def train_command(arguments: Sequence[str]) -> Path:
     """`relook train RECIPE [--key value ...]`."""
     name, *keys = arguments
-    recipe = load_recipe(name, parse_overrides(keys))
+    values, faults = parse_overrides(keys), Faults()
+    with faults:
+        recipe = load_recipe(name, values)
+    if faults.errors:
+        faults.errors += missing({**read_shipped(name, "recipe"), **values}).values()
+    faults.check()
     out = train(recipe)
     model = shlex.quote(str(out))
     say(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {model} --data DATA --out OUT")
@@ -149,7 +154,7 @@ def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArgumen
     samples: Samples = ([], ReadReport("", 0))
     with faults:
         arguments = training_arguments(recipe, out)
-    lost = missing(recipe)
+    lost = missing(vars(recipe))
     faults.errors += lost.values()
     with faults:
         if recipe.version:
@@ -167,8 +172,8 @@ def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArgumen
     return arguments, samples
 
 
-def missing(recipe: Recipe, of: str = "") -> dict[str, RecipeError]:
-    """Find the keys whose files and folders are not there, and say so.
+def missing(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
+    """Find the keys of a recipe whose files and folders are not there.
 
     Args:
         of: whose recipe it is, for the errors.
@@ -178,12 +183,12 @@ def missing(recipe: Recipe, of: str = "") -> dict[str, RecipeError]:
         "adapter_name_or_path": "adapter",
         "vg_path": "Visual Genome folder",
         **dict.fromkeys(("desc_data_path", "pope_data_path", "pairs_path", "data_path"), ""),
-        **({"image_folder": ""} if recipe.task == "sft" else {}),  # beside pairs_path, it is written to
+        **({"image_folder": ""} if values.get("task") == "sft" else {}),  # beside pairs_path, it is written to
     }
     found = {}
     for key, what in wanted.items():
-        path = getattr(recipe, key)
-        if path and not Path(path).exists():
+        path = values.get(key)
+        if path and not Path(str(path)).exists():
             fault = f"{key}{of}: there is no {what} {path}." if what else f"{key} {path}{of} does not exist."
             hub = " relook downloads nothing: hf download does." if key in MODEL_KEYS else ""
             found[key] = RecipeError(fault, f"Check the path.{hub}")
@@ -349,7 +354,8 @@ def steps_of(arguments: TrainingArguments, samples: int) -> int:
     whole = math.floor if arguments.dataloader_drop_last else math.ceil
     batches = whole(whole(samples / arguments.train_batch_size) / arguments.world_size)
     a_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    return math.ceil(float(arguments.num_train_epochs) * a_epoch)
+    steps: int = math.ceil(arguments.num_train_epochs * a_epoch)
+    return steps
 
 
 def check_schedule(arguments: TrainingArguments, samples: int) -> None:
@@ -398,6 +404,8 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     faults += image_faults
     if not examples:
         raise DataError("No sample can be used.", f"{report.summary()} {' '.join(faults[:3])}")
+    if report.note:
+        say(f"  {report.note}")
     if report.dropped or faults:
         named = f" {some(faults, 3)}" if faults else ""
         say(f"  dropped: {report.summary()} {len(faults)} faults in encoding and decoding.{named}")

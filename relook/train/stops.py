@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from relook.console import say
 from relook.errors import RelookError
 from relook.model.sharded import held, lay_down
 
 CAUSES = (
-    "Likely causes: a learning rate far too small, so that its steps are rounded away, or frozen tensors, where the "
-    "output depends on nothing that trains."
+    "Likely causes: a learning rate so small that its steps are rounded away, even in the float32 in which trained "
+    "tensors are kept beside bf16, or frozen tensors, where the output depends on nothing that trains."
 )
 # Nats a token, on average over a batch: what rounding stays far below, be it to bf16 or 8 bits. A wrong mask made one.
 APART_EXACT, APART = 0.01, 0.5
@@ -68,7 +69,7 @@ class FirstStep(TrainerCallback):
         """
         if not self.done and self.before is None and any(group["lr"] > 0 for group in optimizer.param_groups):
             self.model, self.batch = model, batch
-            self.before, self.weights = self._says(), self._sums()
+            self.before, self.weights = self._says(), None if self.exact else self._sums()
             if reference is not None:
                 self._compare(self.before, reference)
 
@@ -94,28 +95,44 @@ class FirstStep(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if self.done or self.before is None or self.accelerator.optimizer_step_was_skipped:
             return
-        changed = (self._says() != self.before).any() | self._moved()
-        if self.accelerator.reduce(changed.long(), "sum").item():
-            self.done, self.model, self.batch, self.before, self.weights = True, None, None, None, None
-        elif self.exact or not any(group["lr"] < group.get("initial_lr", 0) for group in optimizer.param_groups):
+        warms_up = any(group["lr"] < group.get("initial_lr", 0) for group in optimizer.param_groups)
+        if self._in_any((self._says() != self.before).any()):
+            self._finish()
+        elif self.exact or not warms_up:
             rate = max(group["lr"] for group in optimizer.param_groups)
-            raise RelookError(
-                f"{self.unmoved} after step {state.global_step + 1}, the first one that should have changed the model "
-                f"(learning rate {rate:g}): nothing is learned.",
-                CAUSES,
+            self._require_moved(
+                f"after step {state.global_step + 1}, the first one that should have changed the model (learning rate "
+                f"{rate:g}): nothing is learned."
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.done and state.global_step:
-            why = "no step had a learning rate above 0" if self.before is None else "no step was large enough to show"
-            raise RelookError(f"{self.unmoved} after all {state.global_step} steps: {why}.", CAUSES)
+            after = f"after all {state.global_step} steps"
+            if self.before is None:
+                raise RelookError(f"{self.unmoved} {after}: no step had a learning rate above 0.", CAUSES)
+            self._require_moved(f"{after}: no step was large enough to show.")
+
+    def _require_moved(self, when: str) -> None:
+        """Raise where what the model says is equal to the last bit and trained tensors, which are float32, are, too."""
+        if self.exact or not self._in_any(self._moved()):
+            raise RelookError(f"{self.unmoved} {when}", CAUSES)
+        say(
+            "  the first steps do not show in what the model says: the rounding of bf16, fp16 or quantised weights is "
+            "coarser. They add up in float32; if the loss stays where it is, raise learning_rate"
+        )
+        self._finish()
+
+    def _finish(self) -> None:
+        self.done, self.model, self.batch, self.before, self.weights = True, None, None, None, None
+
+    def _in_any(self, flag: Tensor) -> bool:
+        """Whether a flag () is set in any process."""
+        return bool(self.accelerator.reduce(flag.long(), "sum").item())
 
     def _moved(self) -> Tensor:
-        """Whether a trained tensor has a gradient and moved, where rounding may hide that in what the model says."""
-        sums = self._sums()
-        if self.exact:
-            return torch.zeros((), dtype=torch.bool, device=sums.device)
-        moved: Tensor = (sums != self.weights).any()
+        """Whether a trained tensor has moved, by a gradient where that can be seen."""
+        assert self.weights is not None
+        moved: Tensor = (self._sums() != self.weights).any()
         gradients = [held(p.grad).any() for p in self._trained() if p.grad is not None]
         return moved & torch.stack(gradients).any() if gradients else moved  # DeepSpeed keeps them to itself
 
