@@ -98,7 +98,7 @@ ALREADY: dict[str, Callable[[Any, Values], Any]] = {
     **dict.fromkeys(("do_train", "average_tokens_across_devices"), lambda value, _: value is True),
     **dict.fromkeys(
         ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
-        lambda value, values: not value or not values.get("push_to_hub", "hub_model_id" in values),
+        lambda value, values: not value or not values.get("push_to_hub"),
     ),
     "resume_from_checkpoint": lambda value, _: value in (None, True),
     "train_sampling_strategy": lambda value, _: value == "random",
