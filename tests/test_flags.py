@@ -15,7 +15,7 @@ from transformers.integrations import integration_utils
 
 from relook import load_model
 from relook.errors import Mistakes, RecipeError
-from relook.flags import INSTEAD, OF_THE_MODEL, OFF, PASSED, RENAMED, SWITCHED, WANTED, check_model
+from relook.flags import ALREADY, INSTEAD, OF_THE_MODEL, OFF, PASSED, RENAMED, SWITCHED, WANTED, check_model
 from relook.keys import parse_overrides
 from relook.model.formats import llava_settings, read_config
 from relook.recipe import Recipe, build_recipe, load_recipe
