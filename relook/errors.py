@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import TracebackType
 
 
 class RelookError(Exception):
@@ -28,6 +29,36 @@ class RecipeError(RelookError):
 
 class CheckpointError(RelookError):
     """Model files that are missing, incomplete or do not fit."""
+
+
+class Mistakes(RecipeError):
+    """Several mistakes of one command; the command prints a line for each."""
+
+    def __init__(self, errors: Sequence[RelookError]) -> None:
+        self.errors = errors
+        super().__init__("\n".join(map(str, errors)))
+
+
+class Faults:
+    """Collect the errors that are raised in `with` blocks, to name all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[RelookError] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if not isinstance(error, RelookError):
+            return False
+        self.errors += error.errors if isinstance(error, Mistakes) else [error]
+        return True
+
+    def check(self) -> None:
+        """Raise what was collected, equal ones once: the only error itself, several as `Mistakes`."""
+        errors = list({str(error): error for error in self.errors}.values())
+        if errors:
+            raise errors[0] if len(errors) == 1 else Mistakes(errors)
 
 
 def some(names: Sequence[object], limit: int = 5) -> str:

@@ -1,18 +1,50 @@
 """Flags of HA-DPO's and LLaVA's command lines, and of transformers', that are no settings of a relook run.
 
-A flag that says what relook does anyway, or what it reads from the model, is taken if it says the same and refused if
-not. Every other flag that would change nothing is an error that says what to use.
+A flag that changes nothing, in a command that was pasted or because what it is about is switched off, is taken, and the
+run says so. One that asks for what does not happen is an error that says what to use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from relook.errors import RecipeError, some
 
-# What relook does; a recipe may say so, and cannot say otherwise.
-FIXED: dict[str, Any] = {"lazy_preprocess": True, "is_multimodal": True, "remove_unused_columns": False}
+Values = Mapping[str, Any]
+
+# Other names of keys: transformers' before version 5, and HA-DPO's.
+RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "optimizer_type": "optim"}
+
+_SCORES = "relook logs its own fields over the held-out pairs"
+_SAME_LOGITS = "relook computes logits at the answers only"
+_SAME_PRECISION = "held-out pairs are measured in the precision of training"
+# Flags without effect, whatever they say, and why.
+PASSED = {
+    # LLaVA's and HA-DPO's
+    "lazy_preprocess": "images are read when they are needed",
+    "is_multimodal": "a sample with an image has one",
+    "mpt_attn_impl": "it is of MPT models",
+    "ignore_bias_buffers": "there are no such buffers",
+    "log_freq": "the original does not use it, either: logging_steps decides",
+    # transformers'
+    "local_rank": "launchers say it by the environment",
+    "remove_unused_columns": "there are no such columns",
+    "label_names": "there are no such columns",
+    "length_column_name": "lengths are counted in tokens",
+    "disable_tqdm": "relook's own bar shows on a terminal only",
+    "use_cache": "training needs no generation cache",
+    "use_liger_kernel": _SAME_LOGITS,
+    "liger_kernel_config": _SAME_LOGITS,
+    **dict.fromkeys(
+        (
+            *("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_accumulation_steps"),
+            *("eval_do_concat_batches", "eval_use_gather_object"),
+        ),
+        _SCORES,
+    ),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), _SAME_PRECISION),
+}
 
 # What the model's config says (`formats.llava_settings`); a recipe may say so, and is refused where they differ.
 OF_THE_MODEL = {
@@ -23,7 +55,6 @@ OF_THE_MODEL = {
     "mm_use_im_patch_token": "bool",
 }
 
-_SCORES = "relook logs its own fields over the held-out pairs; leave it out."
 INSTEAD = {
     # LLaVA's and HA-DPO's
     "pretrain_mm_mlp_adapter": "Use adapter_name_or_path: it takes an mm_projector.bin.",
@@ -31,41 +62,19 @@ INSTEAD = {
     "freeze_mm_mlp_adapter": "It trains with tune_mm_mlp_adapter, and in a full run, where mm_projector_lr 0 holds it.",
     "mm_vision_tower": "Use vision_tower.",
     "image_grid_pinpoints": "They are read from the model's config; leave it out.",
-    "mpt_attn_impl": "MPT models are not supported; leave it out.",
     "cache_dir": "Set HF_HOME, and give folders: relook downloads nothing.",
-    "optimizer_type": "Use optim.",
     "max_prompt_length": "Use model_max_length: it bounds the whole row, and nothing is cut.",
     "max_length": "Use model_max_length: it bounds the whole row, and nothing is cut.",
-    "log_freq": "Use logging_steps.",
-    "ignore_bias_buffers": "There are no such buffers; leave it out.",
-    # transformers', renamed since
-    "evaluation_strategy": "transformers calls it eval_strategy.",
-    "warmup_ratio": "transformers takes it as warmup_steps: a number below 1 is a share of all steps.",
     # transformers', without effect on relook's trainer
     "label_smoothing_factor": "Use loss_type robust and label_smoothing.",
     "average_tokens_across_devices": "A mean over tokens is one over those of all processes; leave it out.",
     "resume_from_checkpoint": "A run that is started again goes on from its last checkpoint; leave it out.",
     "train_sampling_strategy": "Use group_by_modality_length.",
-    "length_column_name": "Lengths are counted in tokens; leave it out.",
-    "label_names": "Leave it out.",
     "do_train": "relook train trains; leave it out.",
+    "do_eval": "Use eval_fraction and eval_strategy.",
     "do_predict": "Use relook eval.",
-    "prediction_loss_only": _SCORES,
-    "include_for_metrics": _SCORES,
-    "batch_eval_metrics": _SCORES,
-    "eval_accumulation_steps": _SCORES,
-    "eval_do_concat_batches": _SCORES,
-    "eval_use_gather_object": _SCORES,
-    "bf16_full_eval": "The held-out pairs are measured in the precision of training; leave it out.",
-    "fp16_full_eval": "The held-out pairs are measured in the precision of training; leave it out.",
-    "disable_tqdm": "relook has a bar of its own, which shows on a terminal only; leave it out.",
-    "use_liger_kernel": "relook computes logits at the answers only; leave it out.",
-    "liger_kernel_config": "relook computes logits at the answers only; leave it out.",
     "neftune_noise_alpha": "The reference would not have the noise; leave it out.",
     "include_num_input_tokens_seen": "Leave it out.",
-    "do_eval": "Use eval_fraction and eval_strategy.",
-    "use_cache": "Training needs no generation cache; leave it out.",
-    "local_rank": "torchrun says it by LOCAL_RANK; start DeepSpeed's launcher with --no_local_rank.",
     "optim_target_modules": "GaLore and APOLLO are not supported; leave it out.",
     **dict.fromkeys(
         (
@@ -76,13 +85,44 @@ INSTEAD = {
     ),
 }
 
+# Of those, what says only what is so anyway: a test of the value, given all values.
+_REGIMES = ("lora_enable", "tune_post_decoder", "tune_lm_head")
+ALREADY: dict[str, Callable[[Any, Values], Any]] = {
+    **dict.fromkeys(
+        (
+            *("pretrain_mm_mlp_adapter", "lora_weight_path", "image_grid_pinpoints", "cache_dir", "do_eval"),
+            *("do_predict", "push_to_hub", "neftune_noise_alpha", "optim_target_modules", "label_smoothing_factor"),
+        ),
+        lambda value, _: not value,
+    ),
+    **dict.fromkeys(("do_train", "average_tokens_across_devices"), lambda value, _: value is True),
+    **dict.fromkeys(
+        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        lambda value, values: not value or not values.get("push_to_hub"),
+    ),
+    "resume_from_checkpoint": lambda value, _: value in (None, True),
+    "train_sampling_strategy": lambda value, _: value == "random",
+    "include_num_input_tokens_seen": lambda value, _: value in (False, "no"),
+    "freeze_mm_mlp_adapter": lambda value, values: (
+        not value or (any(map(values.get, _REGIMES)) and not values.get("tune_mm_mlp_adapter"))
+    ),
+}
+
 WORDS = {"feature_cache": "off", **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")}
 """Values that YAML reads as false where they are not quoted."""
 
 # transformers' keys that another one switches on: what is missing, whether it is there, and the keys. A recipe's values
 # are looked at with relook's defaults under them.
 DEFAULTS = {"save_strategy": "no", "logging_strategy": "steps", "report_to": "none"}
-SWITCHED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], tuple[str, ...]], ...] = (
+SWITCHED: tuple[tuple[str, Callable[[Values], Any], tuple[str, ...]], ...] = (
+    (
+        "with cached trunk states",
+        lambda said: not said.get("cached_trunk"),
+        (
+            *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+            *("activation_checkpointing", "activation_checkpointing_kwargs"),
+        ),
+    ),
     (
         "without gradient_checkpointing",
         lambda said: said.get("gradient_checkpointing") or said.get("activation_checkpointing"),
@@ -141,23 +181,59 @@ SWITCHED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], tuple[str, ...]],
 # Of those, the ones whose false says what is so anyway.
 OFF = {
     *("eval_on_start", "load_best_model_at_end", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
-    "dataloader_persistent_workers",
+    *("dataloader_persistent_workers", "gradient_checkpointing", "activation_checkpointing"),
 }
+# And the ones that ask for what would not happen; the others say only how.
+WANTED = {"eval_strategy", "eval_on_start", "load_best_model_at_end", "data_seed"}
 
 
-def check_switched(said: Mapping[str, Any]) -> None:
-    """Raise a RecipeError where a key of transformers says something that the other keys leave without effect."""
+def idle_keys(said: Values) -> dict[str, str]:
+    """Find the keys of transformers that the other keys leave without effect, and where that is."""
     given = {**DEFAULTS, **said}
+    found: dict[str, str] = {}
     for where, on, keys in SWITCHED:
-        idle = [key for key in keys if said.get(key) not in (None, "no") and not (key in OFF and not said[key])]
-        if idle and not on(given):
-            raise RecipeError(f"{some(idle)} would have no effect {where}.", "Change that, or leave it out.")
+        if not on(given):
+            for key in keys:
+                if said.get(key) not in (None, "no") and not (key in OFF and not said[key]):
+                    found.setdefault(key, where)
+    return found
 
 
-def check_fixed(key: str, value: Any) -> None:
-    """Raise a RecipeError where a flag asks for another thing than relook does."""
-    if value != FIXED[key]:
-        raise RecipeError(f"{key} is {value!r}, but relook does as {FIXED[key]} says.", "Leave it out.")
+def refused(said: Values) -> Iterator[RecipeError]:
+    """Yield an error for the idle keys that ask for what would not happen."""
+    wanted = {*WANTED, *(() if "save_strategy" in said else ("save_steps",))}  # transformers' default is to save
+    by_reason: dict[str, list[str]] = {}
+    for key, where in idle_keys(said).items():
+        if key in wanted:
+            by_reason.setdefault(where, []).append(key)
+    for where, keys in by_reason.items():
+        yield RecipeError(f"{some(keys)} would have no effect {where}.", "Change that, or leave it out.")
+
+
+def renamed(values: Values) -> dict[str, Any]:
+    """Put values under today's names.
+
+    Raises:
+        RecipeError: a key stands there under both its names with different values, or a share of the steps is none.
+    """
+    new = {key: value for key, value in values.items() if key not in RENAMED}
+    for key, name in RENAMED.items():
+        if key not in values:
+            continue
+        value = values[key]
+        if key == "warmup_ratio" and not _is_share(value):
+            raise RecipeError(f"warmup_ratio is {value!r}, not a share of the steps.", "Give 0 to below 1.")
+        if (new.get(name) or value) != value:  # of warmup_steps 0 transformers takes warmup_ratio
+            raise RecipeError(f"{key} is {value!r}, {name} is {new[name]!r}: one setting.", "Leave one of them out.")
+        new[name] = value
+    return new
+
+
+def _is_share(value: Any) -> bool:
+    try:
+        return 0 <= float(value) < 1
+    except (TypeError, ValueError):
+        return False
 
 
 def check_model(said: Mapping[str, Any], found: Mapping[str, Any]) -> None:

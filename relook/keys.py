@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from relook.errors import RecipeError
+from relook.errors import Faults, RecipeError
 from relook.files import read_text
 
 
@@ -48,20 +48,33 @@ def shipped(kind: str) -> list[str]:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs, values read as YAML (`_value`); `--key` alone is an error that says so."""
+    """Read `--key value` and `--key=value` pairs, values as YAML (`_value`).
+
+    Raises:
+        RecipeError: all words that are neither, and all keys without a value.
+    """
+    overrides, faults = read_overrides(arguments)
+    faults.check()
+    return overrides
+
+
+def read_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], Faults]:
+    """As `parse_overrides`, with the faults beside what could be read."""
     overrides: dict[str, Any] = {}
+    faults = Faults()
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
-            raise RecipeError(f"{word!r} is neither a key nor the value of one.", "Write --key value.")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise RecipeError(f"--{key} has no value.", f"Write --{key} VALUE, e.g. --{key} true.")
-            value = rest.pop(0)
-        overrides[key] = _value(value)
-    return overrides
+        with faults:
+            if not word.startswith("--"):
+                raise RecipeError(f"{word!r} is neither a key nor the value of one.", "Write --key value.")
+            key, equals, value = word[2:].partition("=")
+            if not equals:
+                if not rest or rest[0].startswith("--"):
+                    raise RecipeError(f"--{key} has no value.", f"Write --{key} VALUE, e.g. --{key} true.")
+                value = rest.pop(0)
+            overrides[key] = _value(value)
+    return overrides, faults
 
 
 def _value(text: str) -> Any:

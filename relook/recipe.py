@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from relook.errors import RecipeError, some
+from relook.errors import Faults, RecipeError, some
 from relook.files import write_text
-from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, WORDS, check_fixed, check_switched
+from relook.flags import ALREADY, INSTEAD, OF_THE_MODEL, PASSED, WORDS, idle_keys, refused, renamed
 from relook.keys import fit, read_shipped
 from relook.model.post_decoder import PostDecoderSettings
 
@@ -123,60 +123,71 @@ class Recipe:
     activation_offloading: float = 0.0  # share of the layers whose activations leave the GPU until the backward pass
     of_the_model: Mapping[str, Any] = field(default_factory=dict)  # what its config must say; see `flags`
     training: Mapping[str, Any] = field(default_factory=dict)
+    idle: Mapping[str, str] = field(default_factory=dict, compare=False)  # keys without effect that were taken, and why
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise RecipeError(
-                    f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(map(str, allowed))}."
-                )
-        needed = ["data_path", "image_folder"] if self.task == "sft" else [] if self.pairs_path else ["vg_path"]
-        for name in ["model_name_or_path", "output_dir", *needed]:
-            if not getattr(self, name):
-                raise RecipeError(f"The recipe sets no {name}.", f"Give it in the recipe or as --{name}.")
-        if self.task == "dpo" and not (self.desc_data_path or self.pope_data_path or self.pairs_path):
-            raise RecipeError(
-                "The recipe names no preference pairs.", "Set desc_data_path, pope_data_path or both, or pairs_path."
-            )
-        if not 0 <= self.eval_fraction < 1:
-            raise RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
-        if not 0 < self.activation_memory_budget <= 1:
-            raise RecipeError(f"activation_memory_budget is {self.activation_memory_budget}.", "Give above 0 to 1.")
-        self._check_numbers()
-        self._check_loss()
-        self._check_what_trains()
+        faults = Faults()
+        faults.errors += self._choices()
+        if not faults.errors:  # what other keys have no effect depends on them
+            faults.errors += refused(self._context)
+            unused = idle_keys(self._context)
+            object.__setattr__(self, "training", {k: v for k, v in self.training.items() if k not in unused})
+            object.__setattr__(self, "idle", {**self.idle, **unused})
+            faults.errors += self._unused()
+        faults.errors += (*self._needed(), *self._numbers(), *self._loss(), *self._what_trains())
         try:
             PostDecoderSettings(**self.post_decoder)
         except (TypeError, ValueError) as error:
-            raise RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}.") from None
-        self._check_idle()
+            faults.errors.append(RecipeError(f"{error}.", f"The keys of post_decoder are {_settings_keys()}."))
+        faults.check()
 
-    def _check_numbers(self) -> None:
+    def _choices(self) -> Iterator[RecipeError]:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                yield RecipeError(
+                    f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(map(str, allowed))}."
+                )
+
+    def _needed(self) -> Iterator[RecipeError]:
+        needed = ["data_path", "image_folder"] if self.task == "sft" else [] if self.pairs_path else ["vg_path"]
+        for name in ["model_name_or_path", "output_dir", *needed]:
+            if not getattr(self, name):
+                yield RecipeError(f"The recipe sets no {name}.", f"Give it in the recipe or as --{name}.")
+        if self.task == "dpo" and not (self.desc_data_path or self.pope_data_path or self.pairs_path):
+            yield RecipeError(
+                "The recipe names no preference pairs.", "Set desc_data_path, pope_data_path or both, or pairs_path."
+            )
+        if not 0 <= self.eval_fraction < 1:
+            yield RecipeError(f"eval_fraction is {self.eval_fraction}, a share of the images.", "Give 0 to below 1.")
+        if not 0 < self.activation_memory_budget <= 1:
+            yield RecipeError(f"activation_memory_budget is {self.activation_memory_budget}.", "Give above 0 to 1.")
+
+    def _numbers(self) -> Iterator[RecipeError]:
         given = {**vars(self), **self.training}
         for name, (fits, wanted) in BOUNDS.items():
             if given.get(name) is not None and not fits(given[name]):
-                raise RecipeError(f"{name} is {given[name]}.", f"Give {wanted}.")
+                yield RecipeError(f"{name} is {given[name]}.", f"Give {wanted}.")
 
-    def _check_what_trains(self) -> None:
+    def _what_trains(self) -> Iterator[RecipeError]:
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):
-            raise RecipeError(
+            yield RecipeError(
                 "freeze_backbone is set and nothing else trains.",
                 "Set tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter.",
             )
         if self.freeze_backbone and self.lora_enable:
-            raise RecipeError("freeze_backbone and lora_enable contradict each other.", "Remove one of them.")
+            yield RecipeError("freeze_backbone and lora_enable contradict each other.", "Remove one of them.")
         if self.full and self.bits != 16:
-            raise RecipeError(f"Weights of {self.bits} bits cannot train.", "Set lora_enable, or bits 16.")
+            yield RecipeError(f"Weights of {self.bits} bits cannot train.", "Set lora_enable, or bits 16.")
         if self.lora_enable and not (self.lora_r > 0 and self.lora_alpha > 0 and 0 <= self.lora_dropout < 1):
             said = f"lora_r {self.lora_r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}"
-            raise RecipeError(f"{said} make no LoRA.", "Give a rank and an alpha above 0, a dropout from 0 to below 1.")
+            yield RecipeError(f"{said} make no LoRA.", "Give a rank and an alpha above 0, a dropout from 0 to below 1.")
         names = self.lora_target_modules
         if names != ALL_LINEAR and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-            raise RecipeError(
+            yield RecipeError(
                 f"lora_target_modules is {names!r}.", f"Give {ALL_LINEAR}, or a list of names such as [q_proj, v_proj]."
             )
 
-    def _check_idle(self) -> None:
+    def _unused(self) -> Iterator[RecipeError]:
         """A key must say nothing but its default where nothing reads it: it would be ignored."""
         plain = {item.name: item.default for item in dataclasses.fields(self)} | {"post_decoder": {}}
         dpo = self.dpo_weight > 0
@@ -218,38 +229,31 @@ class Recipe:
             allowed = {key: (plain[key], 0) if key.endswith("_lr") else (plain[key],) for key in keys}
             found = [key for key in keys if getattr(self, key) not in allowed[key]]
             if idle and found:
-                raise RecipeError(f"{some(found)} would have no effect {where}.", "Change that, or leave it out.")
+                yield RecipeError(f"{some(found)} would have no effect {where}.", "Change that, or leave it out.")
         if not self.frozen_trunk and (self.feature_cache == "disk" or self.feature_cache_dir):
             given = "feature_cache disk" if self.feature_cache == "disk" else "feature_cache_dir"
-            raise RecipeError(
+            yield RecipeError(
                 f"{given} would have no effect: the trunk trains, and there are no states of it to keep.",
                 "Leave it out.",
             )
-        # How many workers there are by default depends on the device, and is looked at when a run begins.
-        check_switched({"dataloader_num_workers": not self.cached_trunk, **self.said})
-        if recomputed and self.cached_trunk:
-            raise RecipeError(
-                f"{recomputed[0]} would have no effect: the trunk's states are cached.",
-                "Leave it out, or set feature_cache off.",
-            )
 
-    def _check_loss(self) -> None:
+    def _loss(self) -> Iterator[RecipeError]:
         """Values that fit, and fit together."""
         if self.beta <= 0:
-            raise RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
+            yield RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
         if not 0 <= self.label_smoothing < 0.5:
-            raise RecipeError(f"label_smoothing is {self.label_smoothing}, a share of pairs.", "Give 0 to below 0.5.")
+            yield RecipeError(f"label_smoothing is {self.label_smoothing}, a share of pairs.", "Give 0 to below 0.5.")
         for name in WEIGHTS:
             if getattr(self, name) < 0:
-                raise RecipeError(f"{name} is {getattr(self, name)}.", "A weight must not be below 0.")
+                yield RecipeError(f"{name} is {getattr(self, name)}.", "A weight must not be below 0.")
         if self.task == "dpo" and not any(getattr(self, name) for name in WEIGHTS):
-            raise RecipeError(f"{', '.join(WEIGHTS)} are all 0: there is no loss.", "Set one of them.")
+            yield RecipeError(f"{', '.join(WEIGHTS)} are all 0: there is no loss.", "Set one of them.")
         if self.loss_type == "orpo" and self.dpo_weight and not self.nll_weight:
-            raise RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
+            yield RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
         wanted = self.feature_cache != "off" if self.frozen_trunk else self.feature_cache == "memory"
         if self.mdpo_conditional_weight and wanted:
             what = "The trunk cache has no states" if self.frozen_trunk else "No vision features are kept"
-            raise RecipeError(
+            yield RecipeError(
                 f"{what} of corrupted images, which mdpo_conditional_weight needs.",
                 "Set feature_cache off, or mdpo_conditional_weight 0.",
             )
@@ -282,11 +286,17 @@ class Recipe:
     @property
     def said(self) -> dict[str, Any]:
         """transformers' keys, and relook's that switch some of them on."""
-        names = ("eval_fraction", "group_by_modality_length")
+        names = ("eval_fraction", "group_by_modality_length", "cached_trunk")
         return {**self.training, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def _context(self) -> dict[str, Any]:
+        """The same, with workers: how many there are by default depends on the device, known when a run begins."""
+        return {"dataloader_num_workers": not self.cached_trunk, **self.said}
 
     def to_yaml(self) -> str:
         values = dataclasses.asdict(self)
+        del values["idle"]
         flat = {**values.pop("of_the_model"), **values.pop("training")}
         return yaml.safe_dump({**values, **flat}, sort_keys=False, allow_unicode=True)
 
@@ -306,43 +316,77 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     Raises:
         RecipeError: no such recipe, not YAML, an unknown key, or a value that does not fit.
     """
-    return build_recipe({**read_shipped(name, "recipe"), **(overrides or {})})
+    return build_recipe({**renamed(read_shipped(name, "recipe")), **renamed(overrides or {})})
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from flat keys; `a.b` reaches into the mapping `a`. Unknown keys are an error."""
-    nested = ("training", "of_the_model", "post_decoder")
+    """Make a recipe from flat keys; `a.b` reaches into the mapping `a`.
+
+    Raises:
+        RecipeError: all that is wrong with keys and values, unknown keys too.
+    """
+    keys = sort_keys(values)
+    own = keys.own
+    missing = [name for name in ("task", "model_name_or_path", "output_dir") if name not in own]
+    if missing:
+        what = f"The recipe sets no {', '.join(missing)}."
+        keys.faults.errors.append(RecipeError(what, f"Give it in the recipe or as --{missing[0]}."))
+        if "task" in missing:  # all else depends on it
+            keys.faults.check()
+    nested = {name: getattr(keys, name) for name in ("post_decoder", "of_the_model", "training", "idle")}
+    with keys.faults:
+        recipe = Recipe(**{**dict.fromkeys(missing, "not given"), **own}, **nested)
+    keys.faults.check()
+    return recipe
+
+
+@dataclass
+class Keys:
+    """A recipe's flat keys by where they belong, and the faults of those that belong nowhere."""
+
+    own: dict[str, Any] = field(default_factory=dict)
+    post_decoder: dict[str, Any] = field(default_factory=dict)
+    of_the_model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    idle: dict[str, str] = field(default_factory=dict)
+    faults: Faults = field(default_factory=Faults)
+
+
+def sort_keys(values: Mapping[str, Any]) -> Keys:
+    """Sort a recipe's flat keys, and check the type of each value."""
+    nested = ("training", "of_the_model", "post_decoder", "idle")
     own = {item.name: item.type for item in dataclasses.fields(Recipe) if item.name not in nested}
     training_keys = _training_keys()
-    arguments: dict[str, Any] = {}
-    of_the_model: dict[str, Any] = {}
-    training: dict[str, Any] = {}
+    keys = Keys()
     settings: dict[str, Any] = {}
+    with keys.faults:
+        values = renamed(values)
     for key, value in values.items():
         value = WORDS.get(key, value) if value is False else value
         head, _, rest = str(key).partition(".")
-        if head == "post_decoder":
-            settings.update({rest: value} if rest else _mapping(head, value))
-        elif key in own:
-            arguments[key] = fit(key, value, own[key])
-        elif key in INSTEAD:
-            raise RecipeError(f"{key} would have no effect.", INSTEAD[key])
-        elif key in FIXED:
-            check_fixed(key, value)
-        elif key in OF_THE_MODEL:
-            of_the_model[key] = fit(key, value, OF_THE_MODEL[key])
-        elif key in training_keys:
-            # transformers declares fsdp as a string, and asks for true.
-            training[key] = value if key == "fsdp" else fit(key, value, training_keys[key])
-        else:
-            close = difflib.get_close_matches(str(key), [*own, "post_decoder", *training_keys], 1)
-            hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."
-            raise RecipeError(f"There is no recipe key {key!r}.", hint)
-    missing = [name for name in ("task", "model_name_or_path", "output_dir") if name not in arguments]
-    if missing:
-        raise RecipeError(f"The recipe sets no {', '.join(missing)}.", f"Give it in the recipe or as --{missing[0]}.")
-    settings = _fit_settings(settings)
-    return Recipe(**arguments, post_decoder=settings, of_the_model=of_the_model, training=training)
+        with keys.faults:
+            if head == "post_decoder":
+                settings.update({rest: value} if rest else _mapping(head, value))
+            elif key in own:
+                keys.own[key] = fit(key, value, own[key])
+            elif key in PASSED:
+                keys.idle[key] = PASSED[key]
+            elif key in INSTEAD:
+                if key not in ALREADY or not ALREADY[key](value, values):
+                    raise RecipeError(f"{key} would have no effect.", INSTEAD[key])
+                keys.idle[key] = "it is so anyway"
+            elif key in OF_THE_MODEL:
+                keys.of_the_model[key] = fit(key, value, OF_THE_MODEL[key])
+            elif key in training_keys:
+                # transformers declares fsdp as a string, and asks for true.
+                keys.training[key] = value if key == "fsdp" else fit(key, value, training_keys[key])
+            else:
+                close = difflib.get_close_matches(str(key), [*own, "post_decoder", *training_keys], 1)
+                hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."
+                raise RecipeError(f"There is no recipe key {key!r}.", hint)
+    with keys.faults:
+        keys.post_decoder = _fit_settings(settings)
+    return keys
 
 
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:

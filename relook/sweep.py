@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from relook.console import say
-from relook.errors import RecipeError, RelookError
+from relook.errors import Faults, RelookError
 from relook.evaluate.cached import FIRST_FILE, CachedPope
 from relook.evaluate.compare import compare
 from relook.evaluate.divergence import by_divergence
@@ -31,7 +31,16 @@ from relook.recipe import Recipe
 from relook.report.write import RESULTS_FILE
 from relook.sweep_recipe import BASE, SWEEP_FILE, Row, Sweep, build_sweep
 from relook.train import run as training
-from relook.train.run import Encoded, encode_samples, read_samples, train, training_arguments
+from relook.train.run import (
+    Encoded,
+    Samples,
+    check_schedule,
+    encode_samples,
+    missing,
+    read_samples,
+    train,
+    training_arguments,
+)
 
 # What the examples of a row depend on, besides the base.
 DATA_KEYS = (
@@ -70,14 +79,16 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
         sweep.template,
         sweep.loading,
         sweep.batch_size,
+        sweep.max_new_tokens,
     )
     if sweep.chair:
         read_json(annotation_file(Path(sweep.data)))
     failed: dict[str, str] = {}
     waiting = [row for row in sweep.rows if not _finished(sweep, row.name)]
+    samples = read(waiting)
     evaluate(sweep, BASE, sweep.base, engine)
     if waiting:
-        encoded = encode(sweep, waiting, engine)
+        encoded = encode(waiting, samples, engine)
         engine.release()
         for number, row in enumerate(sorted(waiting, key=_order), 1):
             say(f"{row.name} ({number} of {len(waiting)})", style="bold")
@@ -104,13 +115,14 @@ def take(sweep: Sweep, values: Mapping[str, Any]) -> None:
     """Take the output folder; each row takes its run folder, so that one of another recipe is refused now."""
     held = sweep.out / SWEEP_FILE
     takes(sweep.out, SWEEP_FILE, "output_dir")  # a sweep may go on there, with rows more or fewer
+    faults, lost = Faults(), dict[str, RelookError]()
     for row in sweep.rows:
-        training_arguments(row.recipe, Path(row.recipe.output_dir))
-        images = ["image_folder"] if row.recipe.task == "sft" else []  # beside pairs_path, it is written to
-        for key in ("vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", *images):
-            path = getattr(row.recipe, key)
-            if path and not Path(path).exists():
-                raise RecipeError(f"{key} {path} of {row.name} does not exist.", "Check the path.")
+        with faults:
+            training_arguments(row.recipe, Path(row.recipe.output_dir))
+        for key, error in missing(vars(row.recipe), f" of {row.name}").items():
+            lost.setdefault(str(getattr(row.recipe, key)), error)
+    faults.errors += lost.values()
+    faults.check()
     plain = yaml.safe_load(yaml.safe_dump({key: _plain(value) for key, value in values.items()}))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     if not held.exists():
@@ -146,14 +158,34 @@ def _order(row: Row) -> tuple[Any, ...]:
     return (not recipe.frozen_trunk, attention == "self_cross", str(_data_key(row)), attention == "none")
 
 
-def encode(sweep: Sweep, rows: Sequence[Row], engine: CachedPope) -> dict[tuple[Any, ...], Encoded]:
+def read(rows: Sequence[Row]) -> dict[tuple[Any, ...], Samples]:
+    """Read every distinct set of data among the rows, and look whether each row's run would learn from it.
+
+    Raises:
+        RelookError: all files that cannot be read, and rows of which no step has a learning rate above 0.
+    """
+    samples: dict[tuple[Any, ...], Samples] = {}
+    faults = Faults()
+    for row in rows:
+        with faults:
+            if _data_key(row) not in samples:
+                samples[_data_key(row)] = read_samples(row.recipe)
+            arguments = training_arguments(row.recipe, Path(row.recipe.output_dir))
+            check_schedule(arguments, len(samples[_data_key(row)][0]))
+    faults.check()
+    return samples
+
+
+def encode(
+    rows: Sequence[Row], samples: Mapping[tuple[Any, ...], Samples], engine: CachedPope
+) -> dict[tuple[Any, ...], Encoded]:
     """The examples of every distinct set of data among the rows."""
     found: dict[tuple[Any, ...], Encoded] = {}
     for row in rows:
         if _data_key(row) not in found:
             loaded = dataclasses.replace(engine.loaded)  # with an image loader of its own
             loaded.images.aspect_ratio = row.recipe.image_aspect_ratio or loaded.aspect_ratio
-            found[_data_key(row)] = encode_samples(row.recipe, loaded, *read_samples(row.recipe))
+            found[_data_key(row)] = encode_samples(row.recipe, loaded, *samples[_data_key(row)])
     return found
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.errors import RecipeError, some
+from relook.errors import Faults, RecipeError, some
 from relook.files import text_hash
 from relook.keys import fit
 from relook.model.load import Loading, as_dtype, default_template
@@ -51,7 +51,7 @@ class Sweep:
         chair: describe the images, too.
         dtype: of the models that answer.
         batch_size: prompts a batch where answers are generated.
-        max_new_tokens: longest description.
+        max_new_tokens: longest description, and longest of POPE's answers where that is below 64.
     """
 
     data: str
@@ -107,11 +107,16 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
             raise RecipeError(f"{key} is {own[key]}.", "Give 1 or more.")
     common = {key: value for key, value in values.items() if key not in (*OWN, "rows", "grid")}
     rows = expand(values.get("rows") or [], values.get("grid") or {})
+    if not rows:
+        raise RecipeError(
+            "The sweep has no rows.", "Give rows: [{key: value}, ...], grid: {key: [value, ...]}, or both."
+        )
     labels = names(rows)
     twice = [name for name, count in Counter(name.lower() for name, _ in labels).items() if count > 1 or name == BASE]
     if twice:
         raise RecipeError(f"Rows of the sweep are called {some(twice)} twice.", "Give the rows of `rows` other names.")
     built = []
+    faults = Faults()
     for (name, variant), row in zip(labels, rows, strict=True):
         keys = {**common, **row, "output_dir": str(Path(own["output_dir"]) / "runs" / name)}
         if keys.get("model_name_or_path") == "shipped":
@@ -119,8 +124,10 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
 
             keys["model_name_or_path"] = shipped_base()
         keys.pop("name", None)
-        recipe = load_recipe(str(keys.pop("recipe")), keys)
-        built.append(Row(name, variant, {key: value for key, value in row.items() if key != "name"}, recipe))
+        with faults:
+            recipe = load_recipe(str(keys.pop("recipe")), keys)
+            built.append(Row(name, variant, {key: value for key, value in row.items() if key != "name"}, recipe))
+    faults.check()
     for key in SHARED:
         found = {str(getattr(row.recipe, key)) for row in built}
         if len(found) > 1:
@@ -129,11 +136,17 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
 
 
 def expand(rows: Any, grid: Any) -> list[dict[str, Any]]:
-    """Every row with every combination of the grid's values, the last key of the grid running fastest."""
+    """Combine every row with every combination of the grid's values, the last key of the grid running fastest."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RecipeError("rows must be a list of mappings.", "Write rows: [{key: value, ...}, ...].")
-    if not isinstance(grid, dict) or not all(isinstance(choices, list) and choices for choices in grid.values()):
+    if not isinstance(grid, dict):
         raise RecipeError("grid must map keys to lists of values.", "Write grid: {key: [value, ...], ...}.")
+    faults = Faults()
+    for key, choices in grid.items():
+        if not isinstance(choices, list) or not choices:
+            what = f"grid.{key} is {choices!r}, but grid must map keys to lists of values, of one at least."
+            faults.errors.append(RecipeError(what, f"Write {key}: [value, ...], or leave it out."))
+    faults.check()
     reserved = {"output_dir", *OWN, *(("name",) if "name" in grid else ())}
     used = set(grid).union(*rows)
     if used & reserved:
@@ -142,7 +155,7 @@ def expand(rows: Any, grid: Any) -> list[dict[str, Any]]:
     if both:
         raise RecipeError(f"{some(sorted(both))} stands in rows and in grid.", "Keep one of them.")
     combinations = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
-    return [{**row, **chosen} for row in rows or [{}] for chosen in combinations]
+    return [{**row, **chosen} for row in rows or ([{}] if grid else []) for chosen in combinations]
 
 
 def names(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

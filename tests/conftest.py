@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from command import Command
     from serving import Served
 
 # Models this small gain nothing from threads, and threads that wait for each other on a busy machine lose minutes.
@@ -102,3 +104,23 @@ def no_trunk_cache() -> Iterator[None]:
     TrunkCache.last = None
     yield
     TrunkCache.last = None
+
+
+@pytest.fixture
+def relook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command in this process."""
+    from command import Ended
+
+    from relook import cli
+
+    def run(*words: Any) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["relook", *map(str, words)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Ended(status, *capsys.readouterr())
+
+    return run

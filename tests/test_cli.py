@@ -7,58 +7,18 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from command import Command, Ended
 from tiny import dpo_keys
 
-from relook import cli
 from relook.files import write_json, write_jsonl
 from relook.toyworld.shipped import shipped_base
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-    def mistake(self, *said: str) -> None:
-        """Assert that it ended as a user's mistake has to."""
-        assert self.status == 2, self.err
-        assert self.out == ""
-        assert self.err.startswith("relook: ")
-        assert self.err.count("\n") == 1, self.err
-        for text in said:
-            assert text in self.err
-
-
-Command = Callable[..., Ended]
-
-
-@pytest.fixture
-def relook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process."""
-
-    def run(*words: Any) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["relook", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Ended(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 
 from relook import load_model
-from relook.errors import RecipeError
-from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, OFF, SWITCHED, check_model
+from relook.errors import Mistakes, RecipeError
+from relook.flags import ALREADY, INSTEAD, OF_THE_MODEL, OFF, PASSED, RENAMED, SWITCHED, WANTED, check_model
 from relook.keys import parse_overrides
 from relook.model.formats import llava_settings, read_config
 from relook.recipe import Recipe, build_recipe, load_recipe
-from relook.train.run import training_arguments
+from relook.train.run import acting, training_arguments
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
@@ -52,8 +52,8 @@ llava-v1.5 --beta 0.1
 # Arguments of transformers that do something whenever they are given, some of them under several processes only.
 EFFECTIVE = """
 per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
-optim optim_args weight_decay gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
-gradient_checkpointing torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+optim optim_args weight_decay gradient_accumulation_steps max_grad_norm bf16 fp16 tf32
+torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
 auto_find_batch_size logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter log_level
 log_level_replica report_to save_strategy ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed
 use_cpu accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
@@ -63,8 +63,7 @@ deepspeed debug skip_memory_metrics
 
 
 def test_hadpos_command_is_taken() -> None:
-    taken = COMMAND.replace("evaluation_strategy", "eval_strategy").replace("--per_device_eval_batch_size 4 ", "")
-    words = taken.split()
+    words = COMMAND.split()
     recipe = load_recipe("hadpo-lora", parse_overrides(words))
     shipped = load_recipe("hadpo-lora", {**DPO, "desc_data_path": "desc_data.json", "pope_data_path": "pope_data.json"})
     given = set(parse_overrides(words)) - {"model_name_or_path", "output_dir", "vg_path", "vision_tower"}
@@ -80,17 +79,73 @@ def test_hadpos_command_is_taken() -> None:
         ):  # there the script's own default, warmup_ratio 0.03, counts
             assert recipe.training[key] == value
     assert recipe.of_the_model.keys() < OF_THE_MODEL.keys()
-    here = {key: value for key, value in recipe.training.items() if key not in ("deepspeed", "tf32", "report_to")}
-    assert training_arguments(replace(recipe, training={**here, "run_name": None}), Path("out")).save_steps == 50000
-    with pytest.raises(RecipeError, match="transformers calls it eval_strategy"):
-        load_recipe("hadpo-lora", parse_overrides(COMMAND.split()))
-    with pytest.raises(RecipeError, match="per_device_eval_batch_size would have no effect without eval_fraction"):
-        load_recipe("hadpo-lora", parse_overrides([*words, "--per_device_eval_batch_size", "4"]))
+    assert recipe.idle.keys() == {"lazy_preprocess", "per_device_eval_batch_size"}
+    assert "per_device_eval_batch_size" not in recipe.to_yaml()
+    here = {key: value for key, value in recipe.training.items() if key not in ("deepspeed", "report_to")}
+    assert training_arguments(replace(recipe, training=here), Path("out")).save_steps == 50000  # tf32 or not
+    with pytest.raises(RecipeError, match="eval_strategy would have no effect without eval_fraction"):
+        load_recipe("hadpo-lora", parse_overrides([*words, "--evaluation_strategy", "steps"]))
+
+
+def test_all_faults_of_a_command_are_named_at_once() -> None:
+    odd = ["--learning_rat", "1", "--max_length", "7", "--seed", "x", "--evaluation_strategy", "steps", "--beta", "-1"]
+    with pytest.raises(Mistakes) as caught:
+        load_recipe("hadpo-lora", parse_overrides([*COMMAND.split(), *odd]))
+    named = [error.what for error in caught.value.errors]
+    for what in ("'learning_rat'", "max_length would", "seed is 'x'", "eval_strategy would", "beta is -1"):
+        assert sum(what in line for line in named) == 1, named
+    assert len(named) == 5
+
+
+@pytest.mark.parametrize("flag", PASSED)
+@pytest.mark.parametrize("value", [True, False, 3, "x"])
+def test_what_changes_nothing_is_taken_and_named(flag: str, value: Any) -> None:
+    recipe = build_recipe({**DPO, flag: value})
+    assert recipe == build_recipe(DPO)
+    assert recipe.idle == {flag: PASSED[flag]}
+    assert flag not in recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("keys", "fine"),
+    [
+        ({"push_to_hub": False, "hub_strategy": "every_save"}, True),
+        ({"push_to_hub": True, "hub_strategy": "every_save"}, False),
+        ({"do_train": True, "do_eval": False, "do_predict": False}, True),
+        ({"do_train": False}, False),
+        ({"label_smoothing_factor": 0.0, "neftune_noise_alpha": None}, True),
+        ({"label_smoothing_factor": 0.1}, False),
+        ({"resume_from_checkpoint": True}, True),
+        ({"resume_from_checkpoint": "checkpoint-3"}, False),
+        ({"tune_lm_head": True, "freeze_mm_mlp_adapter": True}, True),
+        ({"freeze_mm_mlp_adapter": True}, False),  # in a full run it would train
+        ({"lora_weight_path": ""}, True),
+    ],
+    ids=str,
+)
+def test_what_is_so_anyway_may_be_said(keys: dict[str, Any], fine: bool) -> None:
+    if fine:
+        assert build_recipe({**DPO, **keys}).idle.keys() >= keys.keys() - {"tune_lm_head"}
+    else:
+        with pytest.raises(RecipeError, match="would have no effect"):
+            build_recipe({**DPO, **keys})
+
+
+def test_keys_under_their_old_names() -> None:
+    """transformers 4's and HA-DPO's, over a recipe that has the new ones."""
+    recipe = load_recipe("head", {**DPO, "warmup_ratio": 0.1, "optimizer_type": "adamw_torch"})
+    assert (recipe.training["warmup_steps"], recipe.training["optim"]) == (0.1, "adamw_torch")
+    # As transformers 4 had it: of no warm-up steps the share counts.
+    assert build_recipe({**DPO, "warmup_steps": 0, "warmup_ratio": 0.1}).training["warmup_steps"] == 0.1
+    with pytest.raises(RecipeError, match=r"warmup_ratio is 0\.1, warmup_steps is 5: one setting"):
+        build_recipe({**DPO, "warmup_steps": 5, "warmup_ratio": 0.1})
+    with pytest.raises(RecipeError, match="warmup_ratio is 3, not a share"):
+        build_recipe({**DPO, "warmup_ratio": 3})
 
 
 def test_every_argument_of_transformers_has_its_class() -> None:
     """A version with a new one needs a decision: does it do anything here?"""
-    classes = (INSTEAD, FIXED, EFFECTIVE.split(), {key for _, _, keys in SWITCHED for key in keys}, {"output_dir"})
+    classes = (INSTEAD, PASSED, EFFECTIVE.split(), {key for _, _, keys in SWITCHED for key in keys}, {"output_dir"})
     for field in dataclasses.fields(TrainingArguments):
         assert sum(field.name in members for members in classes) == 1, field.name
 
@@ -102,6 +157,7 @@ THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
     ("where", "key"), [(where, key) for where, _, keys in SWITCHED for key in keys if key in THEIRS]
 )
 def test_what_another_key_switches_on(where: str, key: str) -> None:
+    """A key that says how is taken and named; one that asks for what would not happen is refused."""
     value: Any = True if key in (*OFF, "greater_is_better", "dataloader_in_order") else 1
     keys: dict[str, Any] = {"lora_enable": True, key: value}
     keys |= {
@@ -110,9 +166,20 @@ def test_what_another_key_switches_on(where: str, key: str) -> None:
         "without logging_strategy steps": {"logging_strategy": "epoch"},
         "without eval_strategy steps": {"eval_fraction": 0.5},
         "without dataloader_num_workers": {"dataloader_num_workers": 0},
+        "with cached trunk states": {"lora_enable": False, "tune_lm_head": True},
     }.get(where, {})
-    with pytest.raises(RecipeError, match=f"{key} would have no effect {re.escape(where)}"):
-        build_recipe({**DPO, **keys})
+    if key in WANTED or key == "save_steps":
+        with pytest.raises(RecipeError, match=f"{key} would have no effect {re.escape(where)}"):
+            build_recipe({**DPO, **keys})
+    else:
+        recipe = build_recipe({**DPO, **keys})
+        assert recipe.idle == {key: where}
+        assert key not in recipe.training
+
+
+def test_steps_that_are_not_saved() -> None:
+    """transformers saves by default, relook does not: that must be said."""
+    assert "save_steps" in build_recipe({**DPO, "save_strategy": "no", "save_steps": 5}).idle
 
 
 def test_what_is_switched_on_is_taken() -> None:
@@ -126,13 +193,13 @@ def test_what_is_switched_on_is_taken() -> None:
 
 
 def test_workers_are_there_by_default_where_a_device_is() -> None:
-    """A recipe for a GPU may rely on them; on a CPU the run is refused when it begins."""
+    """A recipe for a GPU may rely on them; on a CPU they say nothing."""
     recipe = build_recipe({**DPO, "lora_enable": True, "dataloader_prefetch_factor": 4})
-    if not torch.accelerator.is_available():
-        with pytest.raises(RecipeError, match="dataloader_prefetch_factor would have no effect without dataloader_num"):
-            training_arguments(recipe, Path("out"))
-    with pytest.raises(RecipeError, match="dataloader_prefetch_factor would have no effect"):
-        build_recipe({**DPO, "tune_lm_head": True, "dataloader_prefetch_factor": 4})
+    assert recipe.training["dataloader_prefetch_factor"] == 4
+    assert ("dataloader_prefetch_factor" in acting(recipe)[1]) == (not torch.accelerator.is_available())
+    training_arguments(recipe, Path("out"))
+    cached = build_recipe({**DPO, "tune_lm_head": True, "dataloader_prefetch_factor": 4})
+    assert "dataloader_prefetch_factor" in cached.idle
 
 
 @pytest.mark.parametrize(
@@ -165,28 +232,21 @@ def test_every_flag_has_its_place_and_its_line_in_the_page() -> None:
     ours = {field.name for field in dataclasses.fields(Recipe)}
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     for flag in ORIGINAL.split():
-        places = [flag in ours, flag in FIXED, flag in OF_THE_MODEL, flag in INSTEAD]
+        places = [flag in ours, flag in PASSED, flag in OF_THE_MODEL, flag in INSTEAD, flag in RENAMED]
         assert sum(places) == 1 or (sum(places) == 0 and flag in theirs), flag
         assert f"`{flag}`" in page, flag
         assert ("error" in next(line for line in page.splitlines() if f"`{flag}`" in line and line[0] == "|")) or (
             flag not in INSTEAD
         ), flag
-    assert not ours & (INSTEAD.keys() | FIXED.keys() | OF_THE_MODEL.keys())
+    assert not ours & (INSTEAD.keys() | PASSED.keys() | OF_THE_MODEL.keys() | RENAMED.keys())
 
 
-@pytest.mark.parametrize("flag", INSTEAD)
+@pytest.mark.parametrize("flag", [key for key in INSTEAD if not (key in ALREADY and ALREADY[key]("x", {}))])
 def test_flags_without_effect_say_what_to_use(flag: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        build_recipe({**DPO, flag: 1})
+        build_recipe({**DPO, flag: "x"})
     assert caught.value.what == f"{flag} would have no effect."
     assert caught.value.fix == INSTEAD[flag]
-
-
-@pytest.mark.parametrize("flag", FIXED)
-def test_what_relook_does_anyway_may_be_said(flag: str) -> None:
-    assert build_recipe({**DPO, flag: FIXED[flag]}) == build_recipe(DPO)
-    with pytest.raises(RecipeError, match=f"{flag} is {not FIXED[flag]}"):
-        build_recipe({**DPO, flag: not FIXED[flag]})
 
 
 def test_what_the_model_says_is_checked(base: Path, tiny: Path) -> None:
@@ -227,7 +287,6 @@ def test_what_is_said_of_the_model_is_saved(tmp_path: Path) -> None:
         ({"post_decoder.depth": 2}, "post_decoder would have no effect without tune_post_decoder"),
         ({"lora_enable": True, "mm_projector_lr": 1e-5}, "mm_projector_lr would have no effect without tune_mm_mlp"),
         ({"lora_enable": True, "lm_head_lr": 1e-5}, "lm_head_lr would have no effect without tune_lm_head"),
-        ({"tune_lm_head": True, "gradient_checkpointing": True}, "states are cached. .* feature_cache off"),
         ({"image_folder": "x"}, "image_folder would have no effect without task sft"),
         (
             {"lora_enable": True, "gradient_checkpointing": True, "activation_memory_budget": 0.5},

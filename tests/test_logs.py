@@ -202,10 +202,12 @@ def test_a_learning_rate_of_zero_is_refused(base: Path, world: Path, tmp_path: P
 
 @pytest.mark.parametrize("made", [dpo_keys, sft_keys])
 def test_a_warm_up_longer_than_the_run_is_no_training(
-    made: Callable[..., dict[str, Any]], base: Path, world: Path, tmp_path: Path
+    made: Callable[..., dict[str, Any]], base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is refused before the model is loaded."""
     keys = {"tune_lm_head": True, "warmup_steps": 5, "max_steps": 1}
-    with pytest.raises(RelookError, match=r"equal after all 1 steps: no step had a learning rate above 0.*warm-up"):
+    monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(RecipeError, match=r"No step would have a learning rate above 0: .* 1 for \d+ .*warm-up of 5"):
         train(build_recipe(made(base, world, tmp_path / "run", **keys)))
     assert not (tmp_path / "run" / "run.json").exists()
 
@@ -240,7 +242,7 @@ def test_the_process_that_is_furthest_off_is_named(place: int) -> None:
             assert mine.shape == (1, 3)
             return torch.tensor(rows[place:] + rows[:place])
 
-    first = FirstStep(Two(), exact=True, trunk_pass="compiled")
+    first = FirstStep(Two(), exact=True, trunk_pass="compiled", compares=True)
     with pytest.raises(RelookError, match=r"differ by 3 a token.*Set trunk_pass dense"):
         first._compare(torch.zeros(4), torch.zeros(4))
 
@@ -249,6 +251,48 @@ def test_a_warm_up_that_starts_at_zero_is_no_alarm(base: Path, world: Path, tmp_
     keys = {"tune_lm_head": True, "warmup_steps": 2, "max_steps": 3, "lora_enable": True, "lora_dropout": 0.3}
     log = log_of(train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys))))
     assert next(entry["learning_rate"] for entry in log if "loss" in entry) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("more", "steps"),
+    [
+        ({}, 6),
+        ({"gradient_accumulation_steps": 4}, 2),
+        ({"num_train_epochs": 1.5}, 9),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 5}, 4),
+        ({"eval_fraction": 0.5}, 3),
+        ({"max_steps": 2}, 2),
+    ],
+    ids=str,
+)
+def test_steps_are_counted_as_the_trainer_does(
+    more: dict[str, Any], steps: int, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 pairs, four a batch."""
+    counted: list[int] = []
+    whole = run.steps_of
+    monkeypatch.setattr(run, "steps_of", lambda *given: counted.append(whole(*given)) or counted[-1])
+    log = log_of(train(build_recipe(dpo_keys(base, world, tmp_path / "run", **HEAD, **more))))
+    assert counted[-1] == steps == max(entry["step"] for entry in log)
+
+
+def test_sft_names_no_reference(base: Path, world: Path, tmp_path: Path) -> None:
+    keys = sft_keys(base, world, tmp_path / "run", tune_lm_head=True, learning_rate=1e-30, max_steps=1)
+    with pytest.raises(RelookError, match=r"^The model says what it said before training, after step 1"):
+        train(build_recipe(keys))
+
+
+def test_steps_that_bf16_rounds_away_add_up(
+    base: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They move the float32 tensors; where not even those move, nothing is learned."""
+    keys = {**HEAD, "bf16": True, "max_steps": 2}
+    out = train(build_recipe(dpo_keys(base, world, tmp_path / "run", **{**keys, "learning_rate": 1e-8})))
+    assert "the rounding of bf16" in capsys.readouterr().err
+    head = load_file(out / "trained.safetensors")["lm_head.weight"]
+    assert 0 < (head - load_model(base, dtype="bfloat16").model.lm_head.weight.float()).abs().max() < 1e-6
+    with pytest.raises(RelookError, match="nothing is learned"):
+        train(build_recipe(dpo_keys(base, world, tmp_path / "none", **{**keys, "learning_rate": 1e-30})))
 
 
 def test_a_step_that_changes_nothing_stops_the_run(base: Path, world: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ COUNTS = ("tp", "fp", "tn", "fn")
 def keys_of(world: Path, out: Path, **keys: Any) -> dict[str, Any]:
     """A sweep over that world's pairs, two steps a row."""
     recipe = dpo_keys(shipped_base(), world, out, max_steps=2, learning_rate=5e-3)
-    common = {"recipe": "toyworld-post-decoder", "data": world / "test", "max_new_tokens": 30}
+    common = {"recipe": "toyworld-post-decoder", "data": world / "test", "max_new_tokens": 30, "rows": [{}]}
     return {**{key: value for key, value in recipe.items() if key != "task"}, **common, **keys}
 
 
@@ -60,7 +60,8 @@ def test_every_row_with_every_combination() -> None:
     ]
     assert expand([], {"a": [1, 2], "b": ["x", "y"]}) == [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
     assert expand([{"a": 1}], {}) == [{"a": 1}]
-    assert expand([], {}) == [{}]
+    assert expand([{}], {}) == [{}]
+    assert expand([], {}) == []
 
 
 def test_names_tell_rows_apart() -> None:
@@ -89,7 +90,11 @@ def test_names_tell_rows_apart() -> None:
         ({"grid": {"learning_rate": ["fast"]}}, "'fast'"),
         ({"grid": {"post_decoder.attention": ["none", "crosss"]}}, "crosss"),
         ({"grid": {"lr_scheduler_type": ["cosinus"]}}, "cosinus"),
-        ({"grid": {"learning_rate": 1e-3}}, "lists of values"),
+        ({"grid": {"learning_rate": 1e-3}}, "grid.learning_rate is 0.001, but .* lists of values"),
+        ({"grid": {"seed": []}}, r"grid.seed is \[\]"),
+        ({"rows": []}, "no rows"),
+        ({"rows": [], "grid": {}}, "no rows"),
+        ({"rows": [{"max_steps": 1}]}, "No step would have a learning rate above 0"),
         ({"rows": {"seed": 1}}, "list of mappings"),
         ({"rows": [{"seed": 1}], "grid": {"seed": [1, 2]}}, "rows and in grid"),
         ({"rows": [{"seed": 1}, {"seed": 1}]}, "twice"),
@@ -123,6 +128,7 @@ def test_what_a_row_reads_must_be_there(world: Path, tmp_path: Path, monkeypatch
         "model_name_or_path": shipped_base(),
         "data": world / "test",
         "image_folder": tmp_path / "lost",
+        "rows": [{}],
     }
     data = world / "llava" / "toyworld_mix.json"
     with pytest.raises(RecipeError, match=r"image_folder .*lost of run does not exist"):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 
 import typer
 
 from relook.cli import data, evaluate, machine, models, serve, train
-from relook.errors import RelookError
+from relook.errors import Mistakes, RelookError
 
 app = typer.Typer(
     help="Train, evaluate and serve vision-language models that name fewer things which are not in the picture.",
@@ -22,8 +23,13 @@ for room in (train, evaluate, models, data, serve, machine):
     app.add_typer(room.app)
 
 
+# What DeepSpeed's launcher and older ones of torch put before a program's own arguments; the environment says it, too.
+LAUNCHERS_WORD = re.compile(r"--local[-_]rank=-?\d+")
+
+
 def main() -> None:
-    """Entry point. A mistake of the user's ends in one line and status 2, Ctrl-C in one line and status 130."""
+    """Entry point. Each mistake of the user's ends in a line, all in status 2; Ctrl-C in one line and status 130."""
+    sys.argv[1:] = [word for word in sys.argv[1:] if not LAUNCHERS_WORD.fullmatch(word)]
     # The libraries' own bars and notices would stand between relook's lines; what a user has set is kept.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -36,8 +42,9 @@ def main() -> None:
     try:
         app()
     except RelookError as error:
-        line = " ".join(map(str.strip, str(error).splitlines()))  # a library's reason in it may have several
-        sys.stderr.write(f"relook: {line}\n")
+        for mistake in error.errors if isinstance(error, Mistakes) else [error]:
+            line = " ".join(map(str.strip, str(mistake).splitlines()))  # a library's reason in it may have several
+            sys.stderr.write(f"relook: {line}\n")
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from relook.cli.options import AsJson, input_option
-from relook.keys import parse_overrides, read_shipped
+from relook.errors import Faults, RecipeError
+from relook.keys import read_overrides, read_shipped, shipped
 
 app = typer.Typer()
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def look_at(name: str, keys: list[str], kind: str = "recipe") -> None:
-    """Find a wrong name, or a key without a value, before libraries are loaded, which takes seconds."""
-    read_shipped(name, kind)
-    parse_overrides(keys)
+    """Find a wrong name, or a word that is no key, before libraries are loaded, which takes seconds.
+
+    Raises:
+        RecipeError: all of them, and where there are some all that is wrong with the other keys.
+    """
+    faults, file = Faults(), dict[str, Any]()
+    if name.startswith("--"):
+        what = f"The command names no {kind} before {name}."
+        faults.errors.append(RecipeError(what, f"Give a .yaml file or one of {', '.join(shipped(kind))}."))
+        keys = [name, *keys]
+    else:
+        with faults:
+            file = read_shipped(name, kind)
+    values, odd = read_overrides(keys)
+    faults.errors += odd.errors
+    if faults.errors and kind == "recipe":
+        from relook.recipe import build_recipe, sort_keys
+        from relook.train.run import missing
+
+        with faults:
+            if file:
+                build_recipe({**file, **values})
+            else:
+                sort_keys(values).faults.check()
+        faults.errors += missing({**file, **values}).values()
+    faults.check()
 
 
 @app.command()

@@ -56,7 +56,12 @@ def convert(source: Path, target: Path, to: str, images: Path | None = None) -> 
     folder = source.is_dir() and any((source / name).exists() for name in (DESC, POPE))
     opened = open_hadpo(source, images or source) if folder else open_parquet(source, images)
     rows = _pairs(opened, to)
-    return write_hadpo(target, opened, rows) if to == "hadpo" else write_parquet(target, to, opened, rows)
+    if to == "hadpo":
+        return write_hadpo(target, opened, rows)
+    count = write_parquet(target, to, opened, rows)
+    if folder and (source / DESC).exists():
+        say("  a description pair stands there once; a run on HA-DPO's files takes it twice an epoch, as the original")
+    return count
 
 
 def _pairs(source: Source, to: str) -> Iterator[Row]:

@@ -55,11 +55,14 @@ def read_hadpo(
     sieve = Sieve(" + ".join(str(path) for path in (desc_data_path, pope_data_path) if path), on_bad)
     paths = read_image_paths(vg_path)
     pairs: list[PreferencePair] = []
+    note = ""
     if pope_data_path is not None:
         pairs += _questions(_typed(pope_data_path, list), paths, sieve)
     if desc_data_path is not None:
-        pairs += _descriptions(_typed(desc_data_path, dict), paths, random.Random(seed), sieve) * DESCRIPTION_REPEATS
-    return pairs, sieve.report(len(pairs))
+        described = _descriptions(_typed(desc_data_path, dict), paths, random.Random(seed), sieve)
+        note = f"each of {len(described):,} description pairs is taken twice an epoch, as in HA-DPO's training"
+        pairs += described * DESCRIPTION_REPEATS
+    return pairs, sieve.report(len(pairs), note)
 
 
 def _typed(path: Path, kind: type) -> Any:

@@ -20,12 +20,14 @@ class ReadReport:
         kept: samples returned.
         reasons: why samples could not be used, and the names of those samples.
         skipped: records that the format itself leaves out, counted by reason. They are no fault.
+        note: what else a user may wonder at.
     """
 
     source: str
     kept: int
     reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
+    note: str = field(default="", compare=False)
 
     @property
     def dropped(self) -> int:
@@ -72,6 +74,6 @@ class Sieve:
         """Note a sound record that the format leaves out."""
         self._skipped[reason] += 1
 
-    def report(self, kept: int) -> ReadReport:
+    def report(self, kept: int, note: str = "") -> ReadReport:
         reasons = {reason: tuple(names) for reason, names in self._reasons.items()}
-        return ReadReport(self._source, kept, reasons, dict(self._skipped))
+        return ReadReport(self._source, kept, reasons, dict(self._skipped), note)

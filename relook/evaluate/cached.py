@@ -120,14 +120,22 @@ class CachedPope:
         states: the file that keeps the base's trunk states.
         template: conversation template.
         loading: how models come into memory.
+        max_new_tokens: of answers that are generated in full, LONGEST_ANSWER at most.
     """
 
     def __init__(
-        self, base: Path, data: Path, states: Path, template: str, loading: Loading, batch_size: int = 64
+        self,
+        base: Path,
+        data: Path,
+        states: Path,
+        template: str,
+        loading: Loading,
+        batch_size: int = 64,
+        max_new_tokens: int = LONGEST_ANSWER,
     ) -> None:
         self.base, self.file, self.loading = base, states, loading
         self.dtype, self.device = as_dtype(loading.dtype), as_device(loading.device)
-        self.how = Asking(template, LONGEST_ANSWER, batch_size)
+        self.how = Asking(template, min(max_new_tokens, LONGEST_ANSWER), batch_size)
         self.images = max(1, batch_size // 8)  # trees a batch: each holds up to 18 questions
         self.data, self.splits = data, pope_questions(data)
 

@@ -92,6 +92,10 @@ class Change:
     vision_tower: Path | None = None
     earlier: tuple[Path, ...] = ()
 
+    def tower_for(self, base: Path) -> Path | None:
+        """The vision tower that this was trained with, where a base has none of its own."""
+        return self.vision_tower if kind_of(base) == "llava" else None
+
     def lay_on(self, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:
         """The base with this change, and before it those that it was trained on.
 
@@ -137,29 +141,46 @@ class Change:
         return with_post_decoder(source.config, settings)
 
     def at_stage(self, stage: int, source: ModelSource) -> tuple[Change, list[str]]:
-        """What a stage takes from this change, and the names of what it leaves out.
+        """What a stage takes from this change and those that it was trained on, and the names of what it leaves out.
 
         Stage 0 adds the post decoder and replaces the head; stage 1 adds or replaces the post decoder only; stage 2
         replaces head and post decoder of a model that has one already.
         """
         if stage not in STAGES:
             raise CheckpointError(f"There is no stage {stage}.", f"Known ones: {', '.join(map(str, STAGES))}.")
-        if self.earlier:
-            raise CheckpointError(
-                f"{self.path} was trained on {some(self.earlier)}, of which a stage takes nothing.", "Leave stage out."
-            )
         parts, needs_decoder = STAGES[stage]
         has_decoder = has_post_decoder(source.config)
         if needs_decoder is not None and needs_decoder != has_decoder:
             has = "already has a" if has_decoder else "has no"
             raise CheckpointError(f"{source.path} {has} post decoder.", f"Use stage {2 if has_decoder else 0}.")
-        absent = [part.strip(".") for part in parts if not any(name.startswith(part) for name in self.replaced)]
+        whole = self._with_earlier()
+        absent = [part.strip(".") for part in parts if not any(name.startswith(part) for name in whole.replaced)]
         if absent:
             what = f"{self.path} has no {' and no '.join(absent)}, which stage {stage} takes from it."
             raise CheckpointError(what, "Choose another stage, or leave it out to take the whole change.")
-        taken = {name: tensor for name, tensor in self.replaced.items() if name.startswith(parts)}
-        left = sorted((self.replaced.keys() - taken.keys()) | self.lora.keys())
-        return replace(self, replaced=taken, lora={}), left
+        taken = {name: tensor for name, tensor in whole.replaced.items() if name.startswith(parts)}
+        left = sorted((whole.replaced.keys() - taken.keys()) | whole.lora.keys())
+        return replace(whole, replaced=taken, lora={}), left
+
+    def _with_earlier(self) -> Change:
+        """Put this change and those that it was trained on in one; of LoRA only the names count: no stage takes it."""
+        replaced: dict[str, LazyTensor] = {}
+        lora: dict[str, Lora] = {}
+        settings = None
+        for change in (*map(read_change, self.earlier), self):
+            if any(name.startswith(DECODER) for name in change.replaced):  # which is a whole one
+                replaced = {name: tensor for name, tensor in replaced.items() if not name.startswith(DECODER)}
+                settings = change.post_decoder
+            replaced |= change.replaced
+            lora |= change.lora
+        return replace(self, replaced=replaced, lora=lora, post_decoder=settings, earlier=())
+
+    def after(self, base: Path) -> Change:
+        """This change without those that a run, as its base, has in it already."""
+        present = [*(path.resolve() for path in read_change(base).earlier), base.resolve()]
+        if [path.resolve() for path in self.earlier[: len(present)]] == present:
+            return replace(self, earlier=self.earlier[len(present) :])
+        return self
 
 
 def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:

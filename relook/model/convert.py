@@ -24,9 +24,9 @@ from relook.files import read_object, require_room, whole_folder, write_json
 from relook.model import modeling_relook, post_decoder
 from relook.model.changes import read_change
 from relook.model.checkpoint import write_tensors
-from relook.model.formats import PROJECTOR, TO_HF, TO_LLAVA, TOWER, rename, to_llava_config
+from relook.model.formats import PROJECTOR, TO_HF, TO_LLAVA, TOWER, kind_of, rename, to_llava_config
 from relook.model.load import LoadedModel, build, open_source
-from relook.model.source import ModelSource, open_model
+from relook.model.source import ModelSource
 from relook.model.trunks import has_post_decoder
 
 Writer = Callable[[ModelSource, Path, int], None]
@@ -76,10 +76,14 @@ def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Wr
     """Write a base with a change laid on it, in transformers' format; a post decoder brings its code along.
 
     Args:
+        base: a model folder, or a training run, which stands for its base with what was trained.
         change: what `load_model` takes as adapter.
         stage: take a part of the change only, as replace_bin's stages did (see `Change.at_stage`); None takes all.
     """
-    source, trained = open_model(base, how.vision_tower), read_change(change)
+    trained = read_change(change)
+    if kind_of(base) == "run":
+        trained = trained.after(base)
+    source = open_source(base, vision_tower=how.vision_tower or trained.tower_for(base))
     if stage is not None:
         trained, left = trained.at_stage(stage, source)
         if left:

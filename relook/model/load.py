@@ -173,7 +173,9 @@ class Loading:
     def identity(self, model: Path) -> dict[str, Any]:
         """What answers depend on: the model, by path and hash, and how it is loaded; not the device."""
         how = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
-        return {"model": str(model.resolve()), "model_hash": model_hash(model), **how}
+        parts = {"model": model, "adapter": self.adapter, "vision_tower": tower_of(model, self.vision_tower)}
+        hashes = {f"{name}_hash": model_hash(path) for name, path in parts.items() if path is not None}
+        return {**how, "model": str(model.resolve()), **hashes}
 
     def load(self, path: Path) -> LoadedModel:
         return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, self.device)
@@ -202,12 +204,26 @@ def open_source(
                 f"The base of the run {path}, {change.base}, is not there.",
                 "Give the base by itself: `relook merge BASE RUN OUT`, or load_model(base, adapter=run).",
             )
-        path, adapter, vision_tower = change.base, path, vision_tower or change.vision_tower
-    source = open_model(path, vision_tower)
-    if adapter is not None:
-        source = read_change(Path(adapter)).lay_on(source, dtype)
+        path, adapter = change.base, path
+    if adapter is None:
+        source = open_model(path, vision_tower)
+    else:
+        change = read_change(Path(adapter))
+        source = change.lay_on(open_model(path, vision_tower or change.tower_for(path)), dtype)
     source.check()
     return source
+
+
+def tower_of(path: Path, vision_tower: str | Path | None = None) -> Path | None:
+    """Find the folder of the vision tower that lies beside a model, or beside a run's base; None where it has its own.
+
+    Raises:
+        CheckpointError: there is no such model, or its tower is not to be found.
+    """
+    if (path / CHANGE_FILE).exists():
+        change = read_change(path)
+        path, vision_tower = change.base or path, vision_tower or change.vision_tower
+    return open_model(path, vision_tower, weights=False).tower
 
 
 def build(
@@ -359,7 +375,10 @@ HASHED = (
 
 
 def model_hash(path: Path) -> str:
-    """A short hash of a folder's weights and settings, of all that it lies on too: what a result names as its model."""
+    """Hash a folder's weights and settings, and all that a run lies on: what a result names as its model.
+
+    The folder may hold any part of a model, a vision tower or an adapter too.
+    """
     if path.is_file():
         return file_hash(path)[:16]  # of a change's tensors
     if not path.is_dir():
@@ -368,7 +387,7 @@ def model_hash(path: Path) -> str:
     for file in sorted(path.iterdir()):
         if file.suffix in (".safetensors", ".bin") or file.name in HASHED:
             digest.update(f"{file.name}:{file_hash(file)}\n".encode())
-    if formats.kind_of(path) == "run":
+    if (path / CHANGE_FILE).exists():
         change = read_change(path)
         for below in (change.base, *change.earlier):
             if below is not None:

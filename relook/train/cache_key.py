@@ -15,7 +15,7 @@ from relook.data.encode import Example
 from relook.data.images import ImageLoader
 from relook.errors import DataError
 from relook.files import file_hash, read_json, text_hash
-from relook.model.load import model_hash, open_source
+from relook.model.load import model_hash, tower_of
 from relook.train.policy import Policy
 
 FORMAT = 3  # of the files, and of the numbers by which `plan` cuts them; part of the key
@@ -42,11 +42,7 @@ def made_from(
         adapter: the change that was laid on it.
         bits: how its linear layers are quantised.
     """
-    tower = open_source(model, vision_tower=vision_tower).tower
-    pictures = hashlib.sha256()
-    for example in examples:
-        for image in example.images:
-            pictures.update(file_hash(image).encode())
+    tower = tower_of(model, vision_tower)
     return {
         "format": str(FORMAT),
         "model": model_hash(model),
@@ -54,7 +50,7 @@ def made_from(
         "bits": bits,
         "vision tower": model_hash(tower) if tower else "",
         "tokens": _tokens_hash(tuple(examples)),
-        "images": pictures.hexdigest(),
+        "images": images_hash(examples),
         "preprocessing": text_hash(repr(images.image_processor), images.aspect_ratio),
         "precision": f"{policy.dtype}, weights {weights}",
         "trunk pass": policy.trunk_pass,
@@ -62,6 +58,15 @@ def made_from(
         "device": policy.device.type,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+
+
+def images_hash(examples: Sequence[Example]) -> str:
+    """Hash the examples' image files, in their order."""
+    pictures = hashlib.sha256()
+    for example in examples:
+        for image in example.images:
+            pictures.update(file_hash(image).encode())
+    return pictures.hexdigest()
 
 
 @lru_cache(maxsize=2)  # the runs of a sweep share their examples

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import is_torch_tf32_available
 
 from relook import processes
 from relook.console import progress, say
@@ -23,16 +25,17 @@ from relook.data.encode import Example
 from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
 from relook.data.pairs import read_pairs
+from relook.data.prompts import get_template
 from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
-from relook.errors import DataError, RecipeError, some
-from relook.files import read_text, takes, write_json
-from relook.flags import check_model, check_switched
-from relook.keys import parse_overrides
+from relook.errors import DataError, Faults, RecipeError, some
+from relook.files import file_hash, read_object, read_text, takes, text_hash, write_json
+from relook.flags import check_model, idle_keys
+from relook.keys import parse_overrides, read_shipped
 from relook.model.above_trunk import AboveTrunk
 from relook.model.changes import read_change
 from relook.model.formats import kind_of, llava_settings
-from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
+from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model, tower_of
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe
 from relook.train import recompute, sharding
@@ -47,22 +50,33 @@ from relook.train.batches import (
     reference_log_probs,
 )
 from relook.train.cache import cached_items
+from relook.train.cache_key import images_hash
 from relook.train.policy import Policy
 from relook.train.preference import measures
 from relook.train.sight import features_once
-from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained, whole_tensors
+from relook.train.trainer import COMPLETE, RelookTrainer, last_checkpoint, save_trained, whole_tensors
 
 RUN_FILE = "run.json"  # written last: a run that has it is finished
 RECIPE_FILE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
+DATA_FILE = "data.json"  # hashes of what it trains on, written when training begins
 
+MODEL_KEYS = {"model_name_or_path", "adapter_name_or_path"}
+DATA_KEYS = {"vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder"}
+
+Samples = tuple[Sequence[PreferencePair | Conversation], ReadReport]
 Encoded = tuple[list[Example], dict[str, Any]]  # examples, and what was dropped
 
 
 def train_command(arguments: Sequence[str]) -> Path:
     """`relook train RECIPE [--key value ...]`."""
     name, *keys = arguments
-    recipe = load_recipe(name, parse_overrides(keys))
+    values, faults = parse_overrides(keys), Faults()
+    with faults:
+        recipe = load_recipe(name, values)
+    if faults.errors:
+        faults.errors += missing({**read_shipped(name, "recipe"), **values}).values()
+    faults.check()
     out = train(recipe)
     model = shlex.quote(str(out))
     say(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {model} --data DATA --out OUT")
@@ -83,13 +97,15 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
         say(f"  {out} is finished: nothing to do")
         return out
     started = time.monotonic()
-    arguments = training_arguments(recipe, out)
+    arguments, read = check(recipe, out, read=encoded is None)
+    if unused := {**recipe.idle, **acting(recipe)[1]}:
+        say(f"  without effect here: {', '.join(f'{key} ({why})' for key, why in unused.items())}")
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    if encoded is None:
-        read = read_samples(recipe)  # before the model: a wrong path shows at once
     place = device or str(arguments.device)
     loaded = load(recipe, dtype, place, trunk=not recipe.cached_trunk)
     examples, dropped = encode_samples(recipe, loaded, *read) if encoded is None else encoded
+    check_schedule(arguments, len(hold_out([Item(example) for example in examples], recipe.eval_fraction)[0]))
+    keep_data(out, recipe, examples)
     policy = policy_of(recipe, loaded, dtype)
     collator = Collator(policy, loaded.images, loaded.pad_id)
     whole = partial(whole_policy, recipe, dtype, place)
@@ -122,11 +138,68 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
     return out
 
 
+def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArguments, Samples]:
+    """Look at all that a run needs before anything of size is loaded.
+
+    Args:
+        read: whether the samples are to be read.
+
+    Returns:
+        transformers' arguments and the samples.
+
+    Raises:
+        RelookError: all that is wrong, at once.
+    """
+    faults, arguments = Faults(), None
+    samples: Samples = ([], ReadReport("", 0))
+    with faults:
+        arguments = training_arguments(recipe, out)
+    lost = missing(vars(recipe))
+    faults.errors += lost.values()
+    with faults:
+        if recipe.version:
+            get_template(recipe.version)
+    with faults:
+        if not lost.keys() & MODEL_KEYS:
+            tower_of(Path(recipe.model_name_or_path), recipe.vision_tower or None)
+    with faults:
+        if read and not lost.keys() & DATA_KEYS:
+            samples = read_samples(recipe)
+            if arguments:
+                check_schedule(arguments, len(samples[0]))
+    faults.check()
+    assert arguments is not None
+    return arguments, samples
+
+
+def missing(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
+    """Find the keys of a recipe whose files and folders are not there.
+
+    Args:
+        of: whose recipe it is, for the errors.
+    """
+    wanted = {
+        "model_name_or_path": "model folder",
+        "adapter_name_or_path": "adapter",
+        "vg_path": "Visual Genome folder",
+        **dict.fromkeys(("desc_data_path", "pope_data_path", "pairs_path", "data_path"), ""),
+        **({"image_folder": ""} if values.get("task") == "sft" else {}),  # beside pairs_path, it is written to
+    }
+    found = {}
+    for key, what in wanted.items():
+        path = values.get(key)
+        if path and not Path(str(path)).exists():
+            fault = f"{key}{of}: there is no {what} {path}." if what else f"{key} {path}{of} does not exist."
+            hub = " relook downloads nothing: hf download does." if key in MODEL_KEYS else ""
+            found[key] = RecipeError(fault, f"Check the path.{hub}")
+    return found
+
+
 def claim(out: Path, recipe: Recipe) -> bool:
     """Take an output folder for a recipe. True if this very run is already finished there.
 
     Raises:
-        RecipeError: the folder holds something else, or a run of another recipe.
+        RecipeError: the folder holds something else, a run of another recipe, or one on other data.
     """
     held = out / RECIPE_FILE
     if takes(out, RECIPE_FILE, "output_dir"):
@@ -139,7 +212,59 @@ def claim(out: Path, recipe: Recipe) -> bool:
             f"{out} holds a run of another recipe (it differs in {', '.join(changed)}).",
             "Choose another output_dir, or remove the folder.",
         )
+    refuse_other_data(out, data_hashes(recipe))
     return (out / RUN_FILE).exists()
+
+
+def keep_data(out: Path, recipe: Recipe, examples: Sequence[Example]) -> None:
+    """Note what a run trains on, by content; refuse to go on with other images than it began with.
+
+    Raises:
+        RecipeError: they have changed.
+    """
+
+    def note() -> RecipeError | None:
+        hashes = {**data_hashes(recipe), "images": images_hash(examples)}
+        try:
+            refuse_other_data(out, hashes)
+        except RecipeError as error:
+            return error
+        write_json(out / DATA_FILE, hashes)
+        return None
+
+    error = processes.of_the_first(note)
+    if error is not None:
+        raise error
+
+
+def data_hashes(recipe: Recipe) -> dict[str, str]:
+    """Hash the data files that a recipe names and that are there, by its keys."""
+    files = {
+        "vg_path": [Path(recipe.vg_path, "image_data.json")],
+        **{key: [Path(getattr(recipe, key))] for key in ("desc_data_path", "pope_data_path", "data_path")},
+        "pairs_path": [path] if (path := Path(recipe.pairs_path)).is_file() else sorted(path.glob("*.parquet")),
+    }
+    return {
+        key: text_hash(*map(file_hash, paths))
+        for key, paths in files.items()
+        if getattr(recipe, key) and paths and all(map(Path.is_file, paths))
+    }
+
+
+def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
+    """Refuse to go on with a run, or to take it for this one, whose data were others.
+
+    Raises:
+        RecipeError: what has changed, by the keys that name it.
+    """
+    if not (out / RUN_FILE).exists() and not any((out / CHECKPOINTS).glob(f"*/{COMPLETE}")):
+        return  # it begins anew
+    old = read_object(out / DATA_FILE, optional=True)
+    if changed := [key for key, value in hashes.items() if old.get(key, value) != value]:
+        raise RecipeError(
+            f"{out} holds a run on other data: what {', '.join(changed)} names has changed since.",
+            "Choose another output_dir, or remove the folder.",
+        )
 
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
@@ -160,11 +285,10 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "eval_strategy": "epoch" if recipe.eval_fraction else "no",
         "use_cpu": not gpu,  # else bf16 is refused there
         # Cached states are at hand; images are read while a GPU works. A CPU has no cores to spare for it.
-        "dataloader_num_workers": 2 if gpu and not recipe.cached_trunk else 0,
+        "dataloader_num_workers": workers(recipe),
         "ddp_find_unused_parameters": False,  # every batch uses all that trains (see Collator)
     }
-    check_switched({"dataloader_num_workers": defaults["dataloader_num_workers"], **recipe.said})
-    given = dict(recipe.training)
+    given = acting(recipe)[0]
     if given.get("deepspeed"):
         given["deepspeed"] = sharding.deepspeed_config(given["deepspeed"])
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
@@ -187,6 +311,19 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     return arguments
 
 
+def workers(recipe: Recipe) -> int:
+    """Count the processes that read images, where the recipe does not say."""
+    return 2 if torch.accelerator.is_available() and not recipe.cached_trunk else 0
+
+
+def acting(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
+    """Split the recipe's arguments for transformers into those that act on this machine, and why the others do not."""
+    unused = idle_keys({"dataloader_num_workers": workers(recipe), **recipe.said})
+    if recipe.training.get("tf32") and not is_torch_tf32_available():
+        unused["tf32"] = "without a GPU that has it"
+    return {key: value for key, value in recipe.training.items() if key not in unused}, unused
+
+
 def _rehearse(arguments: TrainingArguments) -> None:
     """Make once, of nothing, what the Trainer makes when all that comes before training is done: hours may lie there.
 
@@ -195,14 +332,54 @@ def _rehearse(arguments: TrainingArguments) -> None:
     """
     for callback in get_reporting_integration_callbacks(arguments.report_to):
         callback()
-    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    optimizer = kind([torch.zeros(1, requires_grad=True)], **settings)
-    steps = 10**6
+    _schedule(arguments, 10**6)
+
+
+def _schedule(arguments: TrainingArguments, steps: int, **settings: Any) -> tuple[torch.optim.Optimizer, Any]:
+    """Make an optimizer of one number, and the schedule of its learning rate over a run of so many steps.
+
+    Args:
+        settings: of the optimizer, instead of those that the arguments say.
+    """
+    kind, said = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = kind([torch.zeros(1, requires_grad=True)], **{**said, **settings})
     warmup, more = arguments.get_warmup_steps(steps), arguments.lr_scheduler_kwargs
-    get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, more)
+    return optimizer, get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, more)
 
 
-def read_samples(recipe: Recipe) -> tuple[Sequence[PreferencePair | Conversation], ReadReport]:
+def steps_of(arguments: TrainingArguments, samples: int) -> int:
+    """Count the optimizer's steps of a run over so many samples, as the Trainer does."""
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    whole = math.floor if arguments.dataloader_drop_last else math.ceil
+    batches = whole(whole(samples / arguments.train_batch_size) / arguments.world_size)
+    a_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps: int = math.ceil(arguments.num_train_epochs * a_epoch)
+    return steps
+
+
+def check_schedule(arguments: TrainingArguments, samples: int) -> None:
+    """Refuse a run over so many samples of which no step has a learning rate above 0.
+
+    Raises:
+        RecipeError: the warm-up, which begins at 0, is as long as the run.
+    """
+    steps = steps_of(arguments, samples)
+    optimizer, schedule = _schedule(arguments, steps, lr=1.0)  # groups may have rates of their own
+    for _ in range(steps):
+        if optimizer.param_groups[0]["lr"] > 0:
+            return
+        optimizer.step()
+        schedule.step()
+    warmup = arguments.get_warmup_steps(steps)
+    raise RecipeError(
+        f"No step would have a learning rate above 0: the run has {steps} for {samples} samples, and a warm-up of "
+        f"{warmup}, which begins at 0.",
+        "Give more steps (num_train_epochs, max_steps, a smaller batch), or warmup_steps 0.",
+    )
+
+
+def read_samples(recipe: Recipe) -> Samples:
     """The samples of the recipe's files, and what the reader left out."""
     if recipe.pairs_path:
         folder = Path(recipe.image_folder) if recipe.image_folder else None
@@ -227,6 +404,8 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     faults += image_faults
     if not examples:
         raise DataError("No sample can be used.", f"{report.summary()} {' '.join(faults[:3])}")
+    if report.note:
+        say(f"  {report.note}")
     if report.dropped or faults:
         named = f" {some(faults, 3)}" if faults else ""
         say(f"  dropped: {report.summary()} {len(faults)} faults in encoding and decoding.{named}")

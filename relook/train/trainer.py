@@ -50,7 +50,7 @@ class RelookTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
         self._meter = Meter(Costs.of(policy))
         exact = policy.dtype == torch.float32 and recipe.bits == 16
-        self._first = FirstStep(self.accelerator, exact, policy.trunk_pass)
+        self._first = FirstStep(self.accelerator, exact, policy.trunk_pass, recipe.needs_reference)
         self.add_callback(self._first)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
