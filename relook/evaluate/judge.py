@@ -280,8 +280,9 @@ class _Asking:
         raise NoVerdict(reason)
 
     def _redirected(self, location: str) -> RelookError:
+        away = _short(location.partition("?")[0].rpartition("@")[2])  # without a password or a key
         return RelookError(
-            f"The judge at {self.settings.address} redirects to {_short(location)}, and prompts go to no other server.",
+            f"The judge at {self.settings.address} redirects to {away}, and prompts are not sent on.",
             "Give that address, if it is the judge's.",
         )
 

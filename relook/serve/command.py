@@ -175,7 +175,11 @@ def own_hosts(host: str, address: str, policy: Policy) -> frozenset[str]:
 
 def check_names(policy: Policy) -> None:
     """Raises RelookError where a policy names hosts or origins that no browser sends."""
-    wrong = [f"--allow-host {name}" for name in policy.hosts if host_name(bracketed(name)) != bracketed(name).lower()]
+    wrong = [
+        f"--allow-host {name}"
+        for name in policy.hosts
+        if not name or host_name(bracketed(name)) != bracketed(name).lower()
+    ]
     wrong += [f"--cors-origin {origin}" for origin in policy.origins if not ORIGIN.fullmatch(origin)]
     if wrong:
         fix = "Give hosts as relook.example.org, and origins as https://relook.example.org, without a path."
