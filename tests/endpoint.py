@@ -20,6 +20,7 @@ class Answer:
 
     Args:
         body: of the response; None for a chat completion with `text`.
+        data: of the response instead, as it is.
         short: bytes that are announced and never sent.
         delay: seconds before the response.
     """
@@ -28,6 +29,7 @@ class Answer:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: str | None = None
+    data: bytes = b""
     short: int = 0
     delay: float = 0.0
 
@@ -64,7 +66,7 @@ def endpoint(answer: Callable[[Request, int], Answer]) -> Iterator[Endpoint]:
                 keys.append(self.headers.get("Authorization", ""))
             said = answer(request, number)
             time.sleep(said.delay)
-            body = (completion(said.text) if said.body is None else said.body).encode()
+            body = said.data or (completion(said.text) if said.body is None else said.body).encode()
             try:
                 self.send_response(said.status)
                 for name, value in said.headers.items():

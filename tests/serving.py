@@ -103,10 +103,12 @@ class Served:
 
 
 @contextmanager
-def serving(engines: dict[str, Engine], policy: Policy, uploads: Path | None = None) -> Iterator[Served]:
+def serving(
+    engines: dict[str, Engine], policy: Policy, uploads: Path | None = None, stop_seconds: int = 5
+) -> Iterator[Served]:
     """With a folder for uploads, the page is served too."""
     taken = take_port("127.0.0.1", 0)
-    server = make_server(engines, policy, 5, uploads)
+    server = make_server(engines, policy, stop_seconds, uploads)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
     thread.start()
     until(lambda: server.started)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint import Answer, Request, endpoint
+from endpoint import Answer, Request, completion, endpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relook.errors import DataError, RecipeError, RelookError
+from relook.evaluate.bounded import LONGEST_BODY, REDIRECTS
 from relook.evaluate.judge import (
     LONGEST_PROMPT,
     LONGEST_REPLY,
@@ -199,6 +203,72 @@ def test_long_prompts_are_not_sent_and_long_replies_are_cut(tmp_path: Path) -> N
         found = ask(server.url, tmp_path / "c.jsonl", ["a" * (LONGEST_PROMPT + 1), "b"], parse=len)
     assert (found.verdicts, found.unjudged) == ([None, LONGEST_REPLY], {"too_long": 1})
     assert len(server.requests) == 1
+
+
+def packed(text: str) -> Answer:
+    return Answer(headers={"Content-Encoding": "gzip"}, data=gzip.compress(completion(text).encode()))
+
+
+def test_a_reply_may_be_packed(tmp_path: Path) -> None:
+    with endpoint(lambda *_: packed("7")) as server:
+        assert ask(server.url, tmp_path / "c.jsonl", ["a"]).verdicts == [7]
+
+
+LONG = completion("a" * 30_000_000).encode()
+PACKED = gzip.compress(LONG, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding", "status"),
+    [
+        (LONG, "identity", 200),
+        (PACKED, "gzip", 200),
+        (PACKED, "gzip", 400),
+        (gzip.compress(PACKED), "gzip, gzip", 200),
+        (b"\x1f\x8b" + bytes(1000), "gzip", 200),
+        (zlib.compress(LONG, 1), "deflate", 200),
+    ],
+    ids=["plain", "gzip", "error", "gzip in gzip", "no gzip", "deflate"],
+)
+def test_a_reply_is_read_up_to_a_limit(data: bytes, encoding: str, status: int, tmp_path: Path) -> None:
+    """Once it is unpacked, too."""
+    tracemalloc.start()
+    with endpoint(lambda *_: Answer(status=status, headers={"Content-Encoding": encoding}, data=data)) as server:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        too_long = encoding in ("identity", "gzip") and len(data) > 2000
+        said = "Error code: 400" if status == 400 else "more than 4,000,000 bytes" if too_long else "not a chat"
+        with pytest.raises(RelookError, match=said):
+            ask(server.url, tmp_path / "c.jsonl", ["a"], retries=0, tries=1)
+        peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert peak < 6 * LONGEST_BODY
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_prompt_is_not_sent_on_to_another_server(status: int, tmp_path: Path) -> None:
+    with endpoint(length) as other:
+        away = {"Location": other.url.replace("//", "//user:password@") + "/chat/completions?key=secret"}
+        with endpoint(lambda *_: Answer(status=status, headers=away, body="")) as server:
+            with pytest.raises(RelookError, match=r"redirects to 127\.0\.0\.1:\d+/v1/chat/completions,") as caught:
+                ask(server.url, tmp_path / "c.jsonl", ["a"])
+            assert len(server.requests) == 1
+    assert other.requests == []
+    assert "password" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_redirect_within_a_server_is_followed_a_few_times(tmp_path: Path) -> None:
+    def moved(_: Request, number: int) -> Answer:
+        return Answer("7") if number == 2 else Answer(status=307, headers={"Location": f"/v1/{number}"}, body="")
+
+    with endpoint(moved) as server:
+        assert ask(server.url, tmp_path / "c.jsonl", ["a"]).verdicts == [7]
+        assert server.prompts == ["a"] * 3
+    with endpoint(lambda *_: Answer(status=308, headers={"Location": "/v1/again"}, body="")) as server:
+        with pytest.raises(RelookError, match="redirects to /v1/again"):
+            ask(server.url, tmp_path / "other.jsonl", ["a"])
+        assert len(server.requests) == 1 + REDIRECTS
 
 
 def test_an_image_goes_with_its_prompt(tmp_path: Path) -> None:

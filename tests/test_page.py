@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def test_both_languages_say_everything() -> None:
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     engines = {"tuned": Engine(as_loaded(tiny_relook()), Limits(slots=2))}
-    with serving(engines, POLICY, tmp_path_factory.mktemp("uploads")) as served:
+    policy = replace(POLICY, hosts=frozenset({"127.0.0.1", "10.0.0.5"}))
+    with serving(engines, policy, tmp_path_factory.mktemp("uploads")) as served:
         yield served
 
 
@@ -305,6 +307,20 @@ def test_other_sites_can_neither_ask_nor_read(paged: Served, headers: dict[str, 
     status, answered, _ = paged.send_for_all("GET", "/config", **password(), **headers)
     assert status == (403 if "Origin" in headers and not ours else 200)
     assert ours or "Access-Control-Allow-Origin" not in answered
+
+
+def test_the_page_is_for_the_servers_own_names(paged: Served) -> None:
+    """As the API is: another site's name may lead to this machine."""
+    evil = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000", **password()}
+    for path in ("/", "/config", "/theme.css", "/assets/x.js", "/gradio_api/info", "/gradio_api/queue/data"):
+        for method in ("GET", "HEAD", "OPTIONS"):
+            assert paged.send(method, path, **evil)[0] == 403, path
+    assert_refused(upload(paged, PICTURES[0], **evil), 403, "--allow-host")
+    assert_refused(paged.send("POST", "/gradio_api/queue/join", b"{}", **evil), 403, "--allow-host")
+
+
+def test_nginx_does_not_hold_the_pages_answers_back(paged: Served) -> None:
+    assert paged.send_for_all("GET", "/config", **password())[1]["X-Accel-Buffering"] == "no"
 
 
 def test_no_upload_stays(tmp_path: Path) -> None:

@@ -142,6 +142,62 @@ def test_health_and_metrics(served: Served) -> None:
     assert values['relook_running{model="tuned"}'] == "0.0"
 
 
+def test_head_is_get_without_a_body(served: Served) -> None:
+    for path in ("/health", "/v1/models", "/v1/models/tuned", "/v1/models/none", "/metrics", "/docs", "/openapi.json"):
+        status, headers, body = served.send_for_all("GET", path)
+        assert served.send("HEAD", path) == (status, b""), path
+        found = served.send_for_all("HEAD", path)[1]
+        assert (found["Content-Type"], body != b"") == (headers["Content-Type"], True)
+        assert path == "/metrics" or found["Content-Length"] == str(len(body))
+    assert served.send("HEAD", "/health", key="")[0] == 200
+    assert served.send("HEAD", "/v1/models", key="")[0] == 401
+    assert served.send("HEAD", "/v1/chat/completions")[0] == 405
+
+
+def test_a_stream_is_not_to_be_held_back(served: Served) -> None:
+    body = json.dumps({"model": "tuned", "messages": [user("A")], "max_tokens": 2, "stream": True}).encode()
+    headers = served.send_for_all("POST", "/v1/chat/completions", body)[1]
+    assert (headers["X-Accel-Buffering"], headers["Cache-Control"]) == ("no", "no-store")
+
+
+def test_a_context_that_is_too_long_is_said_in_openais_words(served: Served) -> None:
+    """LiteLLM and others know the error by them."""
+    length = served.engines["tuned"].length
+    said = f"this model's maximum context length is {length} tokens"
+    for content in ("word " * 100_000, "a b " * length):
+        status, reply = served.chat(content)
+        assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+        assert said in reply["error"]["message"]
+
+
+SITE = "https://site.example"
+ASKS = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type,x-a"}
+
+
+@pytest.mark.parametrize(("origins", "allowed"), [((SITE,), SITE), (("*",), "*"), (("https://a.example",), None)])
+def test_pages_of_the_sites_that_are_named_may_ask(origins: tuple[str, ...], allowed: str | None) -> None:
+    engine = Engine(as_loaded(tiny_relook()), Limits(slots=2))
+    with serving({"tuned": engine}, Policy(KEY, origins=origins)) as served:
+        # A browser asks without the key whether it may.
+        status, headers, _ = served.send_for_all("OPTIONS", "/v1/chat/completions", key="", Origin=SITE, **ASKS)
+        assert (status, headers["Access-Control-Allow-Origin"]) == (200 if allowed else 400, allowed)
+        if allowed:
+            assert "POST" in headers["Access-Control-Allow-Methods"]
+            assert "x-a" in headers["Access-Control-Allow-Headers"]
+        assert headers["Access-Control-Allow-Credentials"] is None
+        body = json.dumps({"model": "tuned", "messages": [user("A")], "max_tokens": 2}).encode()
+        for key, expected in ((KEY, 200), ("wrong", 401)):  # errors can be read, too
+            status, headers, _ = served.send_for_all("POST", "/v1/chat/completions", body, key=key, Origin=SITE)
+            assert (status, headers["Access-Control-Allow-Origin"]) == (expected, allowed)
+        assert served.send_for_all("GET", "/v1/models")[1]["Access-Control-Allow-Origin"] is None or allowed == "*"
+
+
+def test_no_site_is_named_by_itself(served: Served) -> None:
+    for path in ("/v1/chat/completions", "/v1/models", "/health", "/metrics"):
+        status, headers, _ = served.send_for_all("OPTIONS", path, Origin=SITE, **ASKS)
+        assert (status, headers["Access-Control-Allow-Origin"]) == (405, None)
+
+
 # --- those who leave, and too many
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.server
 import ipaddress
 import json
@@ -15,19 +16,28 @@ import urllib.parse
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from serving import KEY, PICTURES, Served, assert_refused, assert_well, data_url, image_part, png, until, user
+from serving import KEY, PICTURES, Served, assert_refused, assert_well, data_url, image_part, png, serving, until, user
 from serving import with_picture as asking_about
+from starlette.exceptions import HTTPException
+from test_answer import as_loaded
+from tiny import tiny_relook
 
-from relook.errors import DataError
-from relook.serve import command
+from relook.errors import DataError, RelookError
+from relook.serve import api, command, readers
 from relook.serve import media as media_module
+from relook.serve.api import Policy
+from relook.serve.engine import DECODERS, Engine
 from relook.serve.media import Sources, is_public
+from relook.serve.request import Limits, ReadImage
 
 ROUTE = "/v1/chat/completions"
 
@@ -447,3 +457,241 @@ def test_lines_that_are_no_http(served: Served) -> None:
                 client.sendall(line)
                 client.shutdown(socket.SHUT_WR)
             assert b" 5" not in _all_of(client)[:20]
+
+
+# --- many values, and work that takes long
+
+
+def count_tokens(value: Any) -> int:
+    """Strings, commas and brackets of a value as JSON."""
+    if isinstance(value, dict):
+        return 1 + max(0, len(value) - 1) + len(value) + sum(map(count_tokens, value.values()))
+    if isinstance(value, list):
+        return 1 + max(0, len(value) - 1) + sum(map(count_tokens, value))
+    return int(isinstance(value, str))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.text('"\\,[{', max_size=8),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.text('"\\', max_size=5), inner),
+)
+
+
+@settings(max_examples=50)
+@given(VALUES, st.booleans())
+def test_what_a_body_holds_is_counted_before_it_is_parsed(value: Any, ascii: bool) -> None:
+    body, tokens = json.dumps(value, ensure_ascii=ascii).encode("utf-8", "replace"), count_tokens(value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "JSON_TOKENS", tokens)
+        assert readers.read_json(body) == json.loads(body)
+        patch.setattr(readers, "JSON_TOKENS", tokens - 1)
+        with pytest.raises(HTTPException, match="too many messages"):
+            readers.read_json(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "tuned", "messages": [' + b'{"role":"user","content":"a"},' * 30_000,
+        b'{"model": "tuned", "messages": [{"role":"user","content":[' + b'{"type":"text","text":"a"},' * 30_000,
+        b'{"model": "tuned", "messages": [' + b"1," * 200_000,
+        b'{"model": "tuned", ' + b'"a":1,' * 100_000,
+        b'"' * 900_000,
+    ],
+    ids=["messages", "parts", "numbers", "keys", "strings"],
+)
+def test_bodies_of_too_many_values(served: Served, body: bytes) -> None:
+    assert_refused(served.send("POST", ROUTE, body), 400, "too many messages or parts")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"model": "tuned", "messages": [' + b"1," * 90_000 + b"1]}", 400),
+        (b'{"model": "tuned", "messages": [], "seed": ' + b"1" * 500_000 + b"}", 400),
+        (b'{"model": "tuned", "messages": [], "temperature": 1e' + b"9" * 500_000 + b"}", 400),
+        (json.dumps({"model": "tuned", "messages": [user("a")]}).encode("utf-16"), 400),
+        (gzip.compress(json.dumps({"model": "tuned", "messages": [user("a")]}).encode()), 400),
+        (b"\xef\xbb\xbf" + json.dumps({"model": "tuned", "messages": [user("a")], "max_tokens": 1}).encode(), 200),
+        (b'{"model": "x", "model": "tuned", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}', 200),
+    ],
+    ids=["numbers", "seed", "temperature", "utf-16", "gzip", "mark", "twice"],
+)
+def test_odd_bodies(served: Served, body: bytes, status: int) -> None:
+    assert served.send("POST", ROUTE, body)[0] == status
+
+
+def test_json_is_parsed_beside_the_event_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def noted(body: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return read_json(body)
+
+    read_json = readers.read_json
+    monkeypatch.setattr(api, "read_json", noted)
+    assert_well(served)
+    assert [name.partition("_")[0] for name in threads] == ["texts"]
+
+
+def test_only_json_is_read_as_json(served: Served) -> None:
+    """What another site's page may send without asking comes as plain text."""
+    body = json.dumps({"model": "tuned", "messages": [user("a")]}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        assert_refused(served.send("POST", ROUTE, body, **{"Content-Type": kind}), 400)
+
+
+@contextmanager
+def stuck(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Let images take as long as the block does; their threads."""
+    go, threads, image = threading.Event(), [], engine.image
+
+    def slow(data: bytes) -> ReadImage:
+        threads.append(threading.current_thread().name)
+        assert go.wait(30)
+        return image(data)
+
+    monkeypatch.setattr(engine, "image", slow)
+    yield threads
+    go.set()
+
+
+def test_texts_are_answered_while_images_are_read(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses: list[int] = []
+
+    def ask() -> None:
+        statuses.append(served.chat(asking_about("a", PICTURES[1]))[0])
+
+    asking = [threading.Thread(target=ask) for _ in range(20)]
+    with stuck(served.engines["tuned"], monkeypatch) as threads:
+        for thread in asking:
+            thread.start()
+        until(lambda: len(threads) == DECODERS)
+        assert served.chat("a")[0] == 200
+        assert statuses == []
+    for thread in asking:
+        thread.join()
+    assert statuses == [200] * 20
+
+
+def test_the_clock_runs_while_images_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(as_loaded(tiny_relook()), Limits(seconds=0.2))
+    with serving({"tuned": engine}, Policy()) as served, stuck(engine, monkeypatch) as threads:
+        for _ in range(4):  # more than can be read at a time
+            assert_refused(served.chat(asking_about("a", PICTURES[0])), 504, "in time")
+        assert len(threads) == DECODERS  # nobody waits for the others any more
+
+
+def test_an_image_of_a_client_that_went_away_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(as_loaded(tiny_relook()), Limits())
+    body = json.dumps({"model": "tuned", "messages": [user(asking_about("a", PICTURES[1]))]}).encode()
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serving({"tuned": engine}, Policy()) as served:
+
+        def left() -> int:
+            lines = served.send("GET", "/metrics")[1].decode().splitlines()
+            gone = [line for line in lines if line.startswith('relook_requests_total{model="tuned",status="400"}')]
+            return int(float(gone[0].split()[-1])) if gone else 0
+
+        with stuck(engine, monkeypatch) as threads:
+            for number in range(DECODERS + 3):
+                with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
+                    client.sendall(head.encode() + body)
+                    until(lambda: len(threads) == min(number + 1, DECODERS))  # noqa: B023
+                until(lambda: left() == number + 1)  # noqa: B023
+        assert len(threads) == DECODERS
+
+
+def test_a_server_that_stops_does_not_wait_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(as_loaded(tiny_relook()), Limits())
+    answers: list[Any] = []
+    with stuck(engine, monkeypatch) as threads:
+        with serving({"tuned": engine}, Policy(), stop_seconds=0) as served:
+            asking = [
+                threading.Thread(target=lambda: answers.append(served.chat(asking_about("a", PICTURES[0]))))
+                for _ in range(4)
+            ]
+            for thread in asking:
+                thread.start()
+            until(lambda: len(threads) == DECODERS)
+        for thread in asking:  # the server is gone, and the images are still being read
+            thread.join()
+    for answer in answers:
+        assert_refused(answer, 503, "stopping")
+    assert len(threads) == DECODERS
+
+
+# --- names of the server
+
+
+@pytest.fixture(scope="module")
+def unlocked() -> Iterator[Served]:
+    """A server without a key on this machine alone, as the command starts it."""
+    engines = {"tuned": Engine(as_loaded(tiny_relook()), Limits(slots=2))}
+    policy = Policy(hosts=frozenset({"relook.example", "fd00::1"}))
+    policy = replace(policy, hosts=command.own_hosts("localhost", "127.0.0.1", policy))
+    with serving(engines, policy) as server:
+        yield server
+
+
+PATHS = ("/v1/models", "/v1/models/tuned", "/health", "/metrics", "/docs", "/openapi.json")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost", "LocalHost:80", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:8000", "localhost:"),
+        *("relook.example", "RELOOK.example:443", "[fd00::1]:1"),
+    ],
+)
+def test_the_servers_own_names_are_answered(unlocked: Served, host: str) -> None:
+    for path in PATHS:
+        assert unlocked.send("GET", path, Host=host)[0] == 200, path
+    body = json.dumps({"model": "tuned", "messages": [user("a")], "max_tokens": 1}).encode()
+    assert unlocked.send("POST", ROUTE, body, Host=host)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "evil.example:8000", "localhost.evil.example", "evil.example/localhost", "127.0.0.1.nip.io"),
+        *("localhost@evil.example", "localhost:80@evil.example", "localhost:80:80", "localhost:x", "localhost evil"),
+        *("", ":80", "[::1", "::1", "[::1]x", "[evil.example]", "relook.example.", "a.relook.example", "*", "%6c"),
+        *("10.0.0.1", "0.0.0.0", "[::]", "127.0.0.1, evil.example"),
+    ],
+)
+def test_other_names_that_lead_here_are_not(unlocked: Served, host: str) -> None:
+    """As after DNS rebinding: for no method, and for no route."""
+    for path in (*PATHS, "/", "/none"):
+        assert_refused(unlocked.send("GET", path, Host=host), 403, "--allow-host")
+        for method in ("HEAD", "OPTIONS", "POST"):
+            assert unlocked.send(method, path, Host=host)[0] == 403
+    assert_refused(unlocked.send("POST", ROUTE, b"a" * 3_000_000, Host=host), 403, "--allow-host")
+
+
+def test_a_check_without_a_host_is_answered(unlocked: Served) -> None:
+    """Balancers ask so over HTTP/1.0; browsers cannot."""
+    with socket.create_connection(("127.0.0.1", unlocked.port), timeout=10) as client:
+        client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_which_names_a_server_has() -> None:
+    own, named = {"localhost", "127.0.0.1", "[::1]"}, Policy(hosts=frozenset({"A.example"}))
+    assert command.own_hosts("127.0.0.1", "127.0.0.1", Policy()) == own
+    assert command.own_hosts("::1", "::1", Policy()) == own
+    assert command.own_hosts("127.0.0.5", "127.0.0.5", Policy()) == own | {"127.0.0.5"}
+    assert command.own_hosts("my-machine", "127.0.0.1", Policy()) == own | {"my-machine"}
+    assert command.own_hosts("127.0.0.1", "127.0.0.1", Policy("a key")) == set()  # no page knows it
+    assert command.own_hosts("0.0.0.0", "0.0.0.0", Policy()) == set()
+    assert command.own_hosts("", "0.0.0.0", named) == own | {"a.example", "0.0.0.0"}
+
+
+def test_names_that_no_browser_sends_are_the_users_mistake() -> None:
+    hosts = {"https://a.example", "a.example:80", "a.example/", "*", "", "a b", "::1", "b.example", "[::1]"}
+    origins = ("a.example", "https://a.example/", "https://*.example", "https://b.example", "*", "http://[::1]:80")
+    with pytest.raises(RelookError) as caught:
+        command.check_names(Policy(hosts=frozenset(hosts), origins=origins))
+    wrong = str(caught.value).partition(": ")[2].partition(". Give")[0].split(", ")
+    expected = [f"--allow-host {host}" for host in hosts - {"::1", "b.example", "[::1]"}]
+    assert sorted(wrong) == sorted(expected + [f"--cors-origin {origin}" for origin in origins[:3]])

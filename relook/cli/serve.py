@@ -39,6 +39,14 @@ def serve(
         bool, typer.Option("--allow-http", help="Fetch http(s) image URLs, of public hosts.")
     ] = False,
     media_root: Annotated[Path | None, input_option("Folder below which file: URLs may lie.")] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name under which clients reach the server, besides localhost; may be repeated."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A site whose pages may use the API, as https://a.example, or * for any; may be repeated."),
+    ] = None,
     page: Annotated[
         bool | None, typer.Option("--page/--no-page", help="A page for people at /; there where gradio is installed.")
     ] = None,
@@ -67,7 +75,14 @@ def serve(
     run.serve(
         run.Serving(host, port, stop_timeout, version, pages.installed() if page is None else page),
         Limits(slots, queue, max_length, cache_gb, seconds=timeout),
-        Policy(api_key, sources, max_images, int(max_body_mb * 1e6)),
+        Policy(
+            api_key,
+            sources,
+            max_images,
+            int(max_body_mb * 1e6),
+            hosts=frozenset(allow_host or ()),
+            origins=tuple(cors_origin or ()),
+        ),
         lambda: run.load_models(model, loading, base, with_base),
     )
 

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from relook.data.structure import check_structure
 from relook.errors import DataError
 from relook.recent import Recent
 
@@ -113,6 +114,7 @@ def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], N
     """
 
     fix = f"Send a PNG, JPEG, WebP, GIF or BMP of at most {max_pixels:,} pixels."
+    check_structure(data, max_pixels)
     try:
         with Image.open(BytesIO(data), formats=FROM_STRANGERS) as image:
             if image.width * image.height <= max_pixels:  # not by Pillow's warning, whose filter threads share

@@ -188,12 +188,18 @@ class _Asking:
         """(verdict, replies, why there is no verdict) of each task."""
         try:
             from openai import AsyncOpenAI
+
+            from relook.evaluate.bounded import BoundedClient
         except ImportError:
             raise RelookError("Judging needs the openai library.", "pip install 'relook[judge]'.") from None
         key = os.environ.get(self.settings.key_variable) or "none"
         settings, gate = self.settings, asyncio.Semaphore(self.settings.workers)
         async with AsyncOpenAI(
-            api_key=key, base_url=settings.url, timeout=settings.timeout, max_retries=settings.retries
+            api_key=key,
+            base_url=settings.url,
+            timeout=settings.timeout,
+            max_retries=settings.retries,
+            http_client=BoundedClient(),
         ) as client:
 
             async def one(task: Task[T]) -> tuple[T | None, list[Reply], str]:
@@ -235,6 +241,8 @@ class _Asking:
         """A new reply; `NoVerdict` is raised where this prompt gets none, `RelookError` where no prompt gets one."""
         import openai
 
+        from relook.evaluate.bounded import LONGEST_BODY
+
         message = {"role": "user", "content": _content(task)}
         reason = NO_ANSWER
         longest = (self.settings.timeout + LONGEST_PAUSE) * (self.settings.retries + 1)  # a body may come in drops
@@ -255,6 +263,8 @@ class _Asking:
                 break
             except openai.APIError as error:
                 self.last = _short(error)
+                if isinstance(error, openai.APIStatusError) and error.response.is_redirect:
+                    raise self._redirected(error.response.headers.get("Location", "")) from None
                 client_fault = getattr(error, "status_code", 500) in (400, 413, 422)  # this prompt, not the endpoint
                 reason = REFUSED if client_fault else NO_ANSWER
                 break
@@ -262,10 +272,19 @@ class _Asking:
                 self.in_a_row = 0
                 return reply
             self.last = "the body of its response is not a chat completion"
+            if len(raw.http_response.content) > LONGEST_BODY:
+                self.last = f"the body of its response has more than {LONGEST_BODY:,} bytes"
         self.in_a_row += 1
         if self.in_a_row >= IN_A_ROW:
             raise self._down()
         raise NoVerdict(reason)
+
+    def _redirected(self, location: str) -> RelookError:
+        away = _short(location.partition("?")[0].rpartition("@")[2])  # without a password or a key
+        return RelookError(
+            f"The judge at {self.settings.address} redirects to {away}, and prompts are not sent on.",
+            "Give that address, if it is the judge's.",
+        )
 
     def _down(self) -> RelookError:
         return RelookError(
@@ -298,7 +317,7 @@ def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
     return [{"type": "text", "text": task.prompt}, image]
 
 
-def _short(error: Exception) -> str:
+def _short(error: Exception | str) -> str:
     """What an error says, on one line: an endpoint's words may hold anything, a terminal's commands, too."""
     return "".join(c for c in " ".join(str(error).split())[:200] if c.isprintable()).rstrip(".")
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from relook import __version__
 from relook.serve.chat import Answers, Writer, read_request
 from relook.serve.engine import Engine
 from relook.serve.errors import APIError
-from relook.serve.gate import Gate
+from relook.serve.gate import App, Gate, Receive, Scope, Send
 from relook.serve.media import Sources
 from relook.serve.metrics import Metrics
+from relook.serve.readers import Readers, on, read_json
 from relook.serve.schemas import ChatRequest, Completion, ErrorBody, Health, Model, Models
 
-READERS = 16  # threads that read requests: each may hold an image file, or wait for one
+READING = 16  # requests that may be read at a time, beyond those that are answered or wait
+# Proxies are to pass events on as they come; nginx is told so by its own header.
+STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
@@ -37,6 +41,8 @@ class Policy:
         max_images: of a conversation.
         max_body: bytes of a request.
         body_seconds: for a request to arrive.
+        hosts: names in `Host` that are answered; empty for any.
+        origins: of pages whose scripts may use the API; "*" for any.
     """
 
     api_key: str = ""
@@ -44,24 +50,64 @@ class Policy:
     max_images: int = 16
     max_body: int = 50_000_000
     body_seconds: float = 30.0
+    hosts: frozenset[str] = frozenset()
+    origins: tuple[str, ...] = ()
+
+
+class _Body(Request):
+    """A request whose JSON is parsed beside the event loop."""
+
+    async def json(self) -> Any:
+        return await on(self.app.state.readers.texts, read_json, await self.body())
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_body(request: Request) -> Response:
+            return await handle(_Body(request.scope, request.receive))
+
+        return handle_body
+
+
+@dataclass(frozen=True)
+class _HeadAsGet:
+    """ASGI middleware: HEAD goes where GET goes. The server leaves the body out."""
+
+    app: App
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
 
 
 def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
     """The application that serves these models by name."""
     app = FastAPI(title="relook", version=__version__, responses=ERRORS)
+    app.router.route_class = _Route
+    app.add_middleware(_HeadAsGet)
     app.add_middleware(
         Gate,
         api_key=policy.api_key,
         max_body=policy.max_body,
         max_held=8 * policy.max_body,
-        max_requests=READERS + sum(engine.limits.slots + engine.limits.waiting for engine in engines.values()),
+        max_requests=READING + sum(engine.limits.slots + engine.limits.waiting for engine in engines.values()),
         seconds=policy.body_seconds,
     )
+    if policy.origins:  # before the gate, for browsers ask without the key whether they may
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=policy.origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
-    metrics, readers, created = Metrics(engines), anyio.CapacityLimiter(READERS), int(time.time())
+    metrics, created = Metrics(engines), int(time.time())
+    readers = app.state.readers = Readers()
 
     def engine_of(name: str) -> Engine:
         if name not in engines:
@@ -76,21 +122,24 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
     )
     async def chat(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation about texts and images, whole or as server-sent events."""
-        engine, started = engine_of(body.model), time.monotonic()
+        engine, started = engine_of(body.model), request.state.arrived
         status = "cancelled"
         try:
             if engine.full:  # before anything is read
                 raise APIError(429, "Too many requests are waiting already.", "busy")
-            requests = await anyio.to_thread.run_sync(
-                read_request, engine, body, policy.sources, policy.max_images, limiter=readers
-            )
+            until = started + engine.limits.seconds
+            reading = read_request(engine, body, policy.sources, policy.max_images, until, readers)
+            requests = await _unless_gone(reading, request)
             answers = Answers([(engine, request) for request in requests])
             writer = Writer(engine, body, requests)
             if body.stream:
                 status = "stream"
                 events = _events(writer, answers, metrics, started)
-                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-            completion = await _unless_gone(writer.whole(answers), answers, request)
+                return StreamingResponse(events, media_type="text/event-stream", headers=STREAM)
+            try:
+                completion = await _unless_gone(writer.whole(answers), request)
+            finally:
+                answers.cancel()
             status = "200"
             metrics.seconds.labels(body.model).observe(time.monotonic() - started)
             return completion
@@ -143,7 +192,7 @@ async def _events(writer: Writer, answers: Answers, metrics: Metrics, started: f
     yield "data: [DONE]\n\n"
 
 
-async def _unless_gone(work: Any, answers: Answers, request: Request) -> Any:
+async def _unless_gone(work: Any, request: Request) -> Any:
     """What some work comes to; it ends when the client goes away."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
@@ -152,7 +201,6 @@ async def _unless_gone(work: Any, answers: Answers, request: Request) -> Any:
             raise APIError(400, "The client went away.")
         return working.result()
     finally:
-        answers.cancel()
         working.cancel()
         gone.cancel()
 

@@ -17,6 +17,7 @@ from relook.serve.answer import Answer
 from relook.serve.engine import Engine
 from relook.serve.errors import APIError
 from relook.serve.media import Sources
+from relook.serve.readers import Readers, on
 from relook.serve.request import Busy, Event, ReadImage, Request, Said, TooLong
 from relook.serve.schemas import (
     ChatRequest,
@@ -39,8 +40,13 @@ from relook.serve.schemas import (
 GREEDY_BELOW = 1e-4  # of temperatures: logits divided by less are no numbers any more
 
 
-def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images: int) -> list[Request]:
-    """What the engine is asked, one request for each of the `n` answers. Reads images: call it on a thread.
+async def read_request(
+    engine: Engine, body: ChatRequest, sources: Sources, max_images: int, until: float, readers: Readers
+) -> list[Request]:
+    """What the engine is asked, one request for each of the `n` answers.
+
+    Args:
+        until: when the answers must be whole, by the monotonic clock.
 
     Raises:
         APIError: what is wrong with the request.
@@ -48,16 +54,20 @@ def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images
     for name, needed in (("top_logprobs", "logprobs"), ("stream_options", "stream")):
         if getattr(body, name) and not getattr(body, needed):
             raise APIError(400, f"{name} is of no use without {needed}.", param=name)
-    turns, urls = read_turns(body.messages)
-    if len(urls) > max_images:
-        raise APIError(400, f"The conversation has {len(urls)} images, more than {max_images}.", "too_many_images")
     images: list[ReadImage] = []
     try:
-        for url in urls:
-            images.append(engine.image(sources.read(url)))
-            if sum(image.positions for image in images) >= engine.length:  # before more of them are decoded
-                raise TooLong("The images take more positions than the model has.", "Send fewer.")
-        ids = engine.prompt(turns, images)
+        async with asyncio.timeout(until - time.monotonic()):
+            turns, urls = await on(readers.texts, read_turns, body.messages)
+            if len(urls) > max_images:
+                error = f"The conversation has {len(urls)} images, more than {max_images}."
+                raise APIError(400, error, "too_many_images")
+            for url in urls:
+                data = await on(readers.fetches, sources.read, url)
+                images.append(await on(readers.decodes, engine.image, data))
+                engine.check_length(sum(image.positions for image in images))  # before more of them are decoded
+            ids = await on(readers.texts, engine.prompt, turns, images)
+    except TimeoutError:
+        raise APIError(504, "The answer was not ready in time.", "timeout") from None
     except TooLong as error:
         raise APIError(400, str(error), "context_length_exceeded", "messages") from None
     except DataError as error:
@@ -75,6 +85,7 @@ def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images
         bool(body.logprobs),
         body.top_logprobs or 0,
         bool(body.stream),
+        until,
     )
     return [replace(first, seed=first.seed + i) for i in range(body.n or 1)]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,14 @@ from relook.model.load import LoadedModel, Loading, without_post_decoder
 from relook.model.trunks import has_post_decoder
 from relook.serve.api import Policy, make_app
 from relook.serve.engine import Engine
-from relook.serve.gate import App
+from relook.serve.gate import App, OwnNames, host_name
 from relook.serve.request import Limits
 
 HEAD_SECONDS = 10.0  # for the head of a request to arrive
 READ_SECONDS = 60.0  # for a client to take what it was sent
 CACHE_SHARE = 0.5  # of the free memory
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+ORIGIN = re.compile(r"\*|https?://[a-z0-9._-]+(:\d+)?|https?://\[[0-9a-f:.]+\](:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,10 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
         limits: as `start_engines` takes them.
         load: the models by name; called once the port is there, for it may take minutes.
     """
+    check_names(policy)
     taken = take_port(serving.host, serving.port)
+    address, port = taken.getsockname()[:2]
+    policy = replace(policy, hosts=own_hosts(serving.host, address, policy))
     engines = start_engines(load(), limits, serving.template)
     for name, engine in engines.items():
         say(f"{name}: {limits.slots} slots of {engine.length:,} positions")
@@ -109,10 +116,9 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
         if serving.page:
             uploads = Path(until_end.enter_context(tempfile.TemporaryDirectory(prefix="relook-page-")))
         server = make_server(engines, policy, serving.stop_seconds, uploads)
-        host, port = taken.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = f"http://{bracketed(address)}:{port}"
         say(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
-        if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
+        if not policy.api_key and not ip_address(address).is_loopback:
             say("No --api-key: whoever reaches this port may use it.", style="yellow")
         server.run(sockets=[taken])
     for engine in engines.values():
@@ -141,6 +147,8 @@ def make_server(
         from relook.serve.page.mount import with_page
 
         app = with_page(app, engines, policy, uploads)
+    if policy.hosts:
+        app = OwnNames(app, policy.hosts)
     config = uvicorn.Config(
         app,
         http=Protocol,
@@ -151,6 +159,36 @@ def make_server(
         timeout_graceful_shutdown=stop_seconds,
     )
     return uvicorn.Server(config)
+
+
+def own_hosts(host: str, address: str, policy: Policy) -> frozenset[str]:
+    """The names under which a server is answered; empty for any, where a key or a network decides who asks.
+
+    Args:
+        host: that it was told to listen on; `address` is what that means.
+
+    """
+    if not policy.hosts and (policy.api_key or not ip_address(address).is_loopback):
+        return frozenset()
+    return frozenset(bracketed(name).lower() for name in {*LOOPBACK, *policy.hosts, host, address} - {""})
+
+
+def check_names(policy: Policy) -> None:
+    """Raises RelookError where a policy names hosts or origins that no browser sends."""
+    wrong = [
+        f"--allow-host {name}"
+        for name in policy.hosts
+        if not name or host_name(bracketed(name)) != bracketed(name).lower()
+    ]
+    wrong += [f"--cors-origin {origin}" for origin in policy.origins if not ORIGIN.fullmatch(origin)]
+    if wrong:
+        fix = "Give hosts as relook.example.org, and origins as https://relook.example.org, without a path."
+        raise RelookError(f"Not a name that browsers send: {', '.join(sorted(wrong))}.", fix)
+
+
+def bracketed(host: str) -> str:
+    """A host as URLs have it."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def take_port(host: str, port: int) -> socket.socket:

@@ -100,16 +100,24 @@ class Engine:
         """
         characters = sum(len(turn.prompt) + len(turn.response) for turn in turns)
         if characters > CHARACTERS * self.length:
-            raise TooLong(f"The conversation has {characters:,} characters.", "Shorten it.")
+            raise self._too_long(f"The conversation has {characters:,} characters")
         *history, last = turns
         pictures: Sequence[Any] = images
         ids = self.encoder.prompt(last.prompt, pictures, history)
-        if len(ids) >= self.length:
-            raise TooLong(
-                f"The conversation takes {len(ids)} positions, and with its answer {self.length} are the most.",
-                "Shorten it.",
-            )
+        self.check_length(len(ids))
         return ids
+
+    def check_length(self, positions: int) -> None:
+        """Raises TooLong where a conversation of so many positions leaves no room for an answer."""
+        if positions >= self.length:
+            raise self._too_long(f"The conversation takes {positions:,} positions")
+
+    def _too_long(self, size: str) -> TooLong:
+        """In OpenAI's words, by which proxies know the error."""
+        return TooLong(
+            f"{size}; this model's maximum context length is {self.length} tokens, the answer's included.",
+            "Shorten it.",
+        )
 
     def token_text(self, id: int) -> str:
         """A token as it stands inside a text: with the space before it, if it has one."""
@@ -126,7 +134,7 @@ class Engine:
         most = max(1, min(request.max_new_tokens, self.length - len(request.ids)))
         draws = uniform(request.seed, 0, most).tolist() if request.temperature else []
         text = AnswerText(self.loaded.processor.tokenizer, (*self.stops, *request.stop))
-        until = time.monotonic() + self.limits.seconds
+        until = request.until or time.monotonic() + self.limits.seconds
         answer = Answer(request, emit, text, self.ends, most, draws, until)
         with self._wake:
             if self._stopping:

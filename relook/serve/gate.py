@@ -11,6 +11,8 @@ import binascii
 import contextlib
 import hmac
 import json
+import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LINGER, LINGER_BYTES = 1.0, 64_000_000  # seconds, and bytes, that a refused client may go on sending
 OPEN = ("/health",)  # asked by balancers, which have no key
+HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d*)?", re.ASCII)
 
 
 @dataclass
@@ -54,18 +57,25 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         self.requests += 1
-        body = b""
+        body, answering = b"", False
+        scope.setdefault("state", {})["arrived"] = time.monotonic()
+
+        async def sent(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
         try:
             headers = dict(scope["headers"])
             if scope["path"] not in OPEN:
                 self._check(headers.get(b"authorization", b""))
             body = await self._body(headers, receive)
+            await self.app(scope, replay(body, receive), sent)
         except APIError as error:
-            await self._refuse(error, receive, send)
-        except asyncio.CancelledError:  # the server stops; what comes half is thrown away
-            await refuse(send, APIError(503, "The server is stopping."))
-        else:
-            await self.app(scope, replay(body, receive), send)
+            await turn_away(error, receive, send, {"WWW-Authenticate": self.challenge} if error.status == 401 else {})
+        except asyncio.CancelledError:  # the server stops; an answer that has begun is cut
+            if not answering:
+                await refuse(send, APIError(503, "The server is stopping."))
         finally:
             self.held -= len(body)
             self.requests -= 1
@@ -119,18 +129,46 @@ class Gate:
         if self.held + new > self.max_held:
             raise APIError(429, "The server holds as many requests as it can.", "busy")
 
-    async def _refuse(self, error: APIError, receive: Receive, send: Send) -> None:
-        """Answer, and close. A client that is still sending would not see the answer if it were closed at once: what
-        it sends meanwhile is read and thrown away, for a moment."""
-        challenge = {"WWW-Authenticate": self.challenge} if error.status == 401 else {}
-        await refuse(send, error, challenge, more=True)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER):
-                thrown, more = 0, True
-                while more and thrown < LINGER_BYTES:
-                    message = await receive()
-                    thrown, more = thrown + len(message.get("body", b"")), message.get("more_body", False)
-        await send({"type": "http.response.body", "body": b""})
+
+@dataclass(frozen=True)
+class OwnNames:
+    """ASGI middleware that answers to some hosts only. A page on the web can let its own name lead to this machine
+    (DNS rebinding), and browsers then take the server for that page's; but they send the name, as `Host`.
+
+    Args:
+        hosts: in lower case, without ports, IPv6 addresses in brackets.
+    """
+
+    app: App
+    hosts: frozenset[str]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = dict(scope.get("headers", ())).get(b"host")
+        if host is None or host_name(host.decode("latin-1")) in self.hosts:  # all browsers send it
+            return await self.app(scope, receive, send)
+        error = APIError(403, "The server is not known by this Host. Its owner can allow more: --allow-host NAME.")
+        return await turn_away(error, receive, send)
+
+
+def host_name(host: str) -> str:
+    """The name in a `Host` header: in lower case and without its port; empty where it is none."""
+    match = HOST.fullmatch(host.lower())
+    return match[1] if match else ""
+
+
+async def turn_away(
+    error: APIError, receive: Receive, send: Send, more_headers: Mapping[str, str] | None = None
+) -> None:
+    """Answer with an error, and close. A client that is still sending would not see the answer if it were closed at
+    once: what it sends meanwhile is read and thrown away, for a moment."""
+    await refuse(send, error, more_headers, more=True)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            thrown, more = 0, True
+            while more and thrown < LINGER_BYTES:
+                message = await receive()
+                thrown, more = thrown + len(message.get("body", b"")), message.get("more_body", False)
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def refuse(

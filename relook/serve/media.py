@@ -67,9 +67,12 @@ class Sources:
         return " or ".join(taken)
 
     def _sized(self, data: bytes) -> bytes:
-        if len(data) > self.max_bytes:
-            raise DataError(f"The image has more than {self.max_bytes:,} bytes.", "Scale it down.")
+        self._check_size(len(data))
         return data
+
+    def _check_size(self, size: int) -> None:
+        if size > self.max_bytes:
+            raise DataError(f"The image has more than {self.max_bytes:,} bytes.", "Scale it down.")
 
     def _data(self, url: str) -> bytes:
         head = DATA_URL.match(url, 0, 200)
@@ -112,12 +115,13 @@ class Sources:
         raise DataError("The image's URL redirects too often.", "Give the URL that it ends at.")
 
     def _body(self, answer: http.client.HTTPResponse, until: float) -> bytes:
-        data = b""
+        data = bytearray()
         while chunk := answer.read1(CHUNK):
-            data = self._sized(data + chunk)
+            data += chunk
+            self._check_size(len(data))
         if time.monotonic() > until:  # it was cut, which looks like its end
             raise TimeoutError
-        return data
+        return bytes(data)
 
 
 class _Connection:

@@ -42,6 +42,7 @@ class Request:
         stop: texts that end the answer, and are not part of it.
         logprobs: whether each token comes with its log-probability; `top` says with how many of the likeliest others.
         stream: events as the answer grows; else one, at its end.
+        until: when it must be whole, by the monotonic clock; 0 for the engine's `seconds` after it is queued.
     """
 
     ids: tuple[int, ...]
@@ -54,6 +55,7 @@ class Request:
     logprobs: bool = False
     top: int = 0
     stream: bool = True
+    until: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import html
 import io
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from relook.serve.engine import Engine
 from relook.serve.errors import APIError
 from relook.serve.media import Sources
 from relook.serve.page.texts import ENGLISH, say
+from relook.serve.readers import Readers
 from relook.serve.request import Busy, Request
 from relook.serve.schemas import ChatRequest
 from relook.toyworld.draw import draw
@@ -76,6 +78,7 @@ class Page:
     folder: Path
     vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary.of(OBJECTS, SYNONYMS))
     truth: dict[str, frozenset[str]] = field(default_factory=dict)  # by hash of the file
+    readers: Readers = field(default_factory=Readers)
 
     @property
     def sources(self) -> Sources:
@@ -137,14 +140,13 @@ class Page:
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))  # the same for all models
 
-        def requests() -> list[tuple[Engine, Request]]:
-            asked = zip(self.engines.items(), histories, strict=True)
-            return [
-                (engine, self._request(engine, name, place, [*turns, Turn(question, "")], sampling))
-                for (name, engine), turns in asked
+        arrived = time.monotonic()
+        answers = Answers(
+            [
+                (engine, await self._request(name, place, [*turns, Turn(question, "")], sampling, arrived))
+                for (name, engine), turns in zip(self.engines.items(), histories, strict=True)
             ]
-
-        answers = Answers(await anyio.to_thread.run_sync(requests))
+        )
         texts = [""] * len(self.engines)
         try:
             async for index, event in answers:
@@ -154,7 +156,10 @@ class Page:
         finally:
             answers.cancel()
 
-    def _request(self, engine: Engine, name: str, place: str, turns: Sequence[Turn], sampling: Sampling) -> Request:
+    async def _request(
+        self, name: str, place: str, turns: Sequence[Turn], sampling: Sampling, arrived: float
+    ) -> Request:
+        engine = self.engines[name]
         image = [{"type": "image_url", "image_url": {"url": _url(place)}}] if place else []
         messages: list[dict[str, Any]] = []
         for turn in turns:
@@ -166,7 +171,9 @@ class Page:
         except ValidationError as error:
             wrong = error.errors()[0]
             raise APIError(400, f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
-        return read_request(engine, body, self.sources, self.policy.max_images)[0]
+        until = arrived + engine.limits.seconds
+        [request] = await read_request(engine, body, self.sources, self.policy.max_images, until, self.readers)
+        return request
 
     def pieces(self, text: str, there: frozenset[str] | None = None) -> list[Piece]:
         """An answer cut into words and what stands between them; joined, they are the answer.

@@ -18,7 +18,7 @@ from typing import Any
 
 import anyio.to_thread
 
-from relook.serve.api import READERS, Policy
+from relook.serve.api import READING, Policy
 from relook.serve.engine import Engine
 from relook.serve.errors import APIError
 from relook.serve.gate import App, Gate, Message, Receive, Scope, Send, refuse, replay
@@ -39,6 +39,7 @@ SECURITY = (
     b"base-uri 'self'; object-src 'none'"
 )
 HEADERS = [(b"content-security-policy", SECURITY), (b"referrer-policy", b"no-referrer")]
+HEADERS += [(b"x-accel-buffering", b"no")]  # for nginx, which would hold a stream back
 MOST_REQUESTS = 256  # of the page at a time: files, uploads, answers that are being shown
 # Bytes of a question with its conversations, which wait in Gradio's queue beyond the gate's count.
 MOST_ASKED = 1_000_000
@@ -92,7 +93,7 @@ def with_page(api: App, engines: Mapping[str, Engine], policy: Policy, folder: P
         api_key=policy.api_key,
         max_body=policy.max_body,
         max_held=2 * policy.max_body,
-        max_requests=READERS + MOST_REQUESTS,
+        max_requests=READING + MOST_REQUESTS,
         seconds=policy.body_seconds,
         challenge='Basic realm="relook: any name, and the API key as password", charset="UTF-8"',
     )

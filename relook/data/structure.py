@@ -1,0 +1,99 @@
+"""What reading an image file would cost, told from its structure before anything is decoded.
+
+Pillow reads segments, chunks and comments in Python, some of them in quadratic time, and decodes every scan of a JPEG
+over all of its pixels: a small file can keep a processor busy for hours. The walks below follow the readers and stop
+at the first excess. What is broken they leave to Pillow's own errors.
+"""
+
+from __future__ import annotations
+
+import re
+
+from relook.errors import DataError
+
+JPEG_SCANS = 16  # over the most pixels; smaller pictures may have more. Encoders write about 10
+JPEG_SEGMENTS = 2_000  # a colour profile takes up to 255
+JPEG_FILL = 10_000  # bytes that belong to no segment
+PNG_CHUNKS = 20_000
+GIF_BLOCKS = 2_000  # of 255 bytes each, before the first picture
+SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that are followed by a size
+MARKER = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
+AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)  # restart markers are part of a scan
+
+
+def check_structure(data: bytes, max_pixels: int) -> None:
+    """Refuse a file that takes far more work to read than a picture of so many pixels should.
+
+    Raises:
+        DataError: which of its parts are too many.
+    """
+    try:
+        if data.startswith(b"\xff\xd8"):
+            _check_jpeg(data, max_pixels)
+        elif data.startswith(b"\x89PNG"):
+            _check_png(data)
+        elif data.startswith(b"GIF8"):
+            _check_gif(data)
+        elif data.startswith(b"BM") and data[14:18] != b"\x0c\x00\x00\x00" and data[30] in (1, 2):
+            raise DataError("The image is a run-length encoded BMP.", "Save it uncompressed, or as a PNG.")
+    except IndexError:  # it ends too early
+        pass
+
+
+def _check_jpeg(data: bytes, max_pixels: int) -> None:
+    at, scans, pixels, marker, fill = 2, 0, 0, 0, 0
+    for _ in range(JPEG_SEGMENTS):
+        # As libjpeg does, skip whatever stands before the next marker.
+        match = (AFTER_SCAN if marker == 0xDA else MARKER).search(data, at)
+        end = match.start() if match else len(data)
+        if marker != 0xDA:
+            fill += end - at
+        elif data.find(b"\xff" * JPEG_FILL, at, end + 1) >= 0:  # libjpeg begins a run again with each buffer
+            fill = JPEG_FILL + 1
+        if fill > JPEG_FILL:
+            raise DataError(f"The image has more than {JPEG_FILL:,} bytes of filling.", "Save it again.")
+        if match is None or data[end + 1] == 0xD9:
+            return
+        at, marker = end + 2, data[end + 1]
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without content
+            continue
+        if marker in SIZES:
+            pixels = max(pixels, _number(data[at + 3 : at + 5]) * _number(data[at + 5 : at + 7]))
+        scans += marker == 0xDA
+        if scans * pixels > JPEG_SCANS * max_pixels:
+            raise DataError(f"The image has more than {scans - 1} scans.", "Save it as a baseline JPEG.")
+        at += max(2, _number(data[at : at + 2]))
+    raise DataError(f"The image has more than {JPEG_SEGMENTS:,} segments.", "Save it without metadata.")
+
+
+def _check_png(data: bytes) -> None:
+    at = 8
+    for _ in range(PNG_CHUNKS):
+        if at >= len(data):
+            return
+        at += 12 + _number(data[at : at + 4])
+    raise DataError(f"The image has more than {PNG_CHUNKS:,} chunks.", "Save it again, without metadata.")
+
+
+def _check_gif(data: bytes) -> None:
+    at, in_extension = 13 + _palette(data[10]), False
+    for _ in range(GIF_BLOCKS):
+        if in_extension:  # blocks, each after its length, up to an empty one
+            in_extension = data[at] > 0
+            at += 1 + data[at]
+        elif data[at] == 0x21:  # and the kind of extension
+            in_extension, at = True, at + 2
+        elif data[at] in (0x2C, 0x3B):  # a picture, or the end
+            return
+        else:  # Pillow skips such a byte
+            at += 1
+    raise DataError(f"The image has more than {GIF_BLOCKS:,} blocks before its picture.", "Save it without comments.")
+
+
+def _palette(flags: int) -> int:
+    """Bytes of a GIF's palette."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "big")
