@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from relook.data.prompts import IMAGE, with_image
 from relook.data.samples import Turn
@@ -25,7 +24,6 @@ from relook.serve.schemas import (
     ChunkChoice,
     Completion,
     Delta,
-    ImagePart,
     Logprobs,
     Message,
     PromptDetails,
@@ -45,23 +43,28 @@ def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images
     Raises:
         APIError: what is wrong with the request.
     """
-    for name, needed in (("top_logprobs", "logprobs"), ("stream_options", "stream")):
-        if getattr(body, name) and not getattr(body, needed):
-            raise APIError(400, f"{name} is of no use without {needed}.", param=name)
+    for name, effective, needed in (
+        ("top_logprobs", body.top_logprobs, "logprobs"),
+        ("stream_options", body.stream_options and body.stream_options.include_usage, "stream"),
+    ):
+        if effective and not getattr(body, needed):
+            raise APIError(400, f"It is of no use without {needed}.", param=name)
     turns, urls = read_turns(body.messages)
     if len(urls) > max_images:
         raise APIError(400, f"The conversation has {len(urls)} images, more than {max_images}.", "too_many_images")
     images: list[ReadImage] = []
+    where = "messages"
     try:
-        for url in urls:
+        for where, url in urls:
             images.append(engine.image(sources.read(url)))
             if sum(image.positions for image in images) >= engine.length:  # before more of them are decoded
                 raise TooLong("The images take more positions than the model has.", "Send fewer.")
+        where = "messages"
         ids = engine.prompt(turns, images)
     except TooLong as error:
         raise APIError(400, str(error), "context_length_exceeded", "messages") from None
     except DataError as error:
-        raise APIError(400, str(error), "invalid_message", "messages") from None
+        raise APIError(400, str(error), "invalid_message", where) from None
     temperature = 1.0 if body.temperature is None else body.temperature
     stop = body.stop or ()
     first = Request(
@@ -79,41 +82,47 @@ def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images
     return [replace(first, seed=first.seed + i) for i in range(body.n or 1)]
 
 
-def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[str]]:
-    """The turns of a conversation and the URLs of its images, in order.
+def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str, str]]]:
+    """Read a conversation's turns, and its images in order: where each stands in the request, and its URL.
 
-    A system message stands before the first text of the user: the templates have a system text of their own, which the
-    model was tuned with. A turn's images stand before its text, as LLaVA was trained.
+    A turn's prompt is all that comes before an answer, a line for each text; it is empty before an answer that follows
+    nothing, such as a greeting. So a system message stands before the first text of the user: the templates have a
+    system text of their own, which the model was tuned with. A turn's images stand before its text, as LLaVA was
+    trained.
+
+    Raises:
+        APIError: a message that cannot be part of such a turn; it is named.
     """
     turns: list[Turn] = []
-    urls: list[str] = []
+    urls: list[tuple[str, str]] = []
     asked: list[str] = []
     pictures = 0
 
     def prompt() -> str:
         return with_image("\n".join(asked), pictures)
 
-    for message in messages:
-        parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
-        new = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
-        if IMAGE in text:
-            raise APIError(
-                400, f"A text may not hold {IMAGE}: send images as image_url.", "invalid_message", "messages"
-            )
+    for i, message in enumerate(messages):
+        texts = []
+        for j, part in enumerate(message.content):
+            where = f"messages.{i}.content" + f".{j}.{part.type}" * (len(message.content) > 1)
+            if isinstance(part, TextPart):
+                if IMAGE in part.text:
+                    wrong = f"A text may not hold {IMAGE}: send images as image_url."
+                    raise APIError(400, wrong, "invalid_message", where)
+                texts.append(part.text)
+            elif message.role != "user":
+                raise APIError(400, "Only the user's messages may hold images.", "invalid_message", where)
+            else:
+                urls.append((f"messages.{i}.content.{j}.image_url", part.image_url.url))
+                pictures += 1
+        text = "\n".join(texts)
         if message.role == "assistant":
-            if new or not asked:
-                raise APIError(400, "An assistant's message is a text that answers one of the user.", param="messages")
             turns.append(Turn(prompt(), text))
             asked, pictures = [], 0
-            continue
-        if new and message.role != "user":
-            raise APIError(400, "Only the user's messages may hold images.", param="messages")
-        asked.append(text)
-        urls += new
-        pictures += len(new)
-    if not asked or messages[-1].role != "user":
-        raise APIError(400, "The last message must be the user's.", param="messages")
+        else:
+            asked.append(text)
+    if not asked:
+        raise APIError(400, "The last message must not be the assistant's.", "invalid_message", "messages")
     return [*turns, Turn(prompt(), "")], urls
 
 
@@ -162,7 +171,6 @@ class Answers:
 class Writer:
     """Puts events into OpenAI's shapes."""
 
-    engine: Engine
     body: ChatRequest
     requests: Sequence[Request]
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
@@ -194,7 +202,7 @@ class Writer:
             yield self._chunk(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
         async for index, event in answers:
             self._count(event)
-            if not event.text and not event.finish and not self.body.logprobs:
+            if not event.text and not event.finish and not (event.tokens and self.body.logprobs):
                 continue
             yield self._chunk(
                 ChunkChoice(
@@ -230,10 +238,11 @@ class Writer:
             return None
         return Logprobs(content=[self._token(said) for said in tokens])
 
-    def _token(self, said: Said) -> TokenLogprob:
-        top = [TopLogprob(**self._named(id, value)) for id, value in said.top]
-        return TokenLogprob(**self._named(said.id, said.logprob), top_logprobs=top)
-
-    def _named(self, id: int, logprob: float) -> dict[str, Any]:
-        text = self.engine.token_text(id)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    @staticmethod
+    def _token(said: Said) -> TokenLogprob:
+        logprobs = (said.logprob, *(logprob for _, logprob in said.top))
+        own, *top = [
+            {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+            for (text, data), logprob in zip(said.written, logprobs, strict=True)
+        ]
+        return TokenLogprob(**own, top_logprobs=[TopLogprob(**other) for other in top])
