@@ -34,6 +34,7 @@ from relook.serve.schemas import (
     Usage,
 )
 
+CONTEXT = "context_length_exceeded"  # OpenAI's code
 GREEDY_BELOW = 1e-4  # of temperatures: logits divided by less are no numbers any more
 
 
@@ -53,18 +54,19 @@ def read_request(engine: Engine, body: ChatRequest, sources: Sources, max_images
     if len(urls) > max_images:
         raise APIError(400, f"The conversation has {len(urls)} images, more than {max_images}.", "too_many_images")
     images: list[ReadImage] = []
-    where = "messages"
-    try:
-        for where, url in urls:
+    for where, url in urls:
+        try:
             images.append(engine.image(sources.read(url)))
-            if sum(image.positions for image in images) >= engine.length:  # before more of them are decoded
-                raise TooLong("The images take more positions than the model has.", "Send fewer.")
-        where = "messages"
+        except DataError as error:
+            raise APIError(400, str(error), "invalid_message", where) from None
+        if sum(image.positions for image in images) >= engine.length:  # before more of them are decoded
+            raise APIError(400, "The images take more positions than the model has. Send fewer.", CONTEXT, "messages")
+    try:
         ids = engine.prompt(turns, images)
     except TooLong as error:
-        raise APIError(400, str(error), "context_length_exceeded", "messages") from None
+        raise APIError(400, str(error), CONTEXT, "messages") from None
     except DataError as error:
-        raise APIError(400, str(error), "invalid_message", where) from None
+        raise APIError(400, str(error), "invalid_message", "messages") from None
     temperature = 1.0 if body.temperature is None else body.temperature
     stop = body.stop or ()
     first = Request(
@@ -242,7 +244,7 @@ class Writer:
     def _token(said: Said) -> TokenLogprob:
         logprobs = (said.logprob, *(logprob for _, logprob in said.top))
         own, *top = [
-            {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+            TopLogprob(token=text, logprob=max(logprob, -9999.0), bytes=list(data))
             for (text, data), logprob in zip(said.written, logprobs, strict=True)
         ]
-        return TokenLogprob(**own, top_logprobs=[TopLogprob(**other) for other in top])
+        return TokenLogprob(**vars(own), top_logprobs=top)
