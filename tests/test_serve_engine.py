@@ -8,13 +8,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from serving import NEW, PICTURES, Held, png, until
@@ -33,10 +34,11 @@ from relook.errors import CheckpointError, DataError, RelookError
 from relook.evaluate.answer import Asking, Prompt, generate_batch
 from relook.evaluate.decode import AnyLength
 from relook.model.regimes import untie_head
+from relook.model.tokenizer import EACH_BYTE, load_tokenizer, token_bytes
 from relook.serve.answer import Answer, AnswerText
 from relook.serve.batch import Batch
 from relook.serve.engine import Engine
-from relook.serve.request import Busy, Event, Limits, Request, TooLong
+from relook.serve.request import Busy, Event, Limits, Request, Said, TooLong
 from relook.toyworld.build import make_processor
 
 Question = tuple[tuple[bytes, ...], str]
@@ -278,7 +280,10 @@ def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -
     def answer() -> None:  # on this thread, where operations are counted
         batch = Batch(loaded, Limits(slots=4), 400)
         tokenizer = loaded.processor.tokenizer
-        waiting = deque(Answer(r, [].append, AnswerText(tokenizer), frozenset(), NEW, (), inf) for r in requests)
+        waiting = deque(
+            Answer(r, [].append, AnswerText(partial(token_bytes, tokenizer)), frozenset(), NEW, (), inf)
+            for r in requests
+        )
         with torch.inference_mode():
             while waiting:
                 batch.admit(waiting)
@@ -320,44 +325,65 @@ def test_stop_texts_end_an_answer_and_are_not_part_of_it() -> None:
             assert events[-1].finish == "stop"
 
 
-@pytest.fixture(params=[1, 3, 32], ids="window {}".format)
-def window(request: pytest.FixtureRequest) -> Iterator[int]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relook.serve.answer.WINDOW", request.param)
-        yield request.param
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    ids=st.lists(st.integers(0, 89), max_size=20), stops=st.lists(st.text("abc .", min_size=1, max_size=4), max_size=3)
-)
-def test_pieces_of_a_text_are_the_whole(window: int, ids: list[int], stops: list[str]) -> None:
-    tokenizer = make_processor().tokenizer
-    text, pieces = AnswerText(tokenizer, stops), []
-    for n in range(1, len(ids) + 1):
-        text.read(ids[:n])
-        pieces.append(text.more(text.stopped or n == len(ids)))
-        if text.stopped:
+def grown(tokenizer: Any, ids: Sequence[int], stops: Sequence[str] = (), top: int = 0) -> list[Event]:
+    """What an answer of these tokens reports while it grows."""
+    events: list[Event] = []
+    text = AnswerText(partial(token_bytes, tokenizer), stops)
+    request = Request((), logprobs=True, top=top)
+    answer = Answer(request, events.append, text, frozenset(), len(ids), (), inf)
+    for id in ids:
+        finish = answer.add(Said(id, top=((id, 0.0),)))
+        answer.report(finish)
+        if finish:
             break
+    return events
+
+
+@given(
+    ids=st.lists(st.integers(0, 89), min_size=1, max_size=20),
+    stops=st.lists(st.text("abc .", min_size=1, max_size=4), max_size=3),
+)
+def test_pieces_of_a_text_are_the_whole(ids: list[int], stops: list[str]) -> None:
+    tokenizer = make_processor().tokenizer
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     cut = min([whole.index(stop) for stop in stops if stop in whole], default=len(whole))
-    assert "".join(pieces) == whole[:cut].strip()
+    assert "".join(event.text for event in grown(tokenizer, ids, stops)) == whole[:cut].strip()
 
 
-def test_characters_of_several_tokens_come_whole(tiny: Path, window: int) -> None:
-    from relook.model.tokenizer import load_tokenizer
-
+@given(ids=st.lists(st.integers(0, 1023), min_size=1, max_size=20), stop=st.text("aeit 狗", min_size=1, max_size=2))
+def test_tokens_join_to_the_text_that_came_with_them(ids: list[int], stop: str, tiny: Path) -> None:
+    """Llama's tokens in any order: bytes, halves of characters, spaces, special ones."""
     tokenizer = load_tokenizer(tiny / "ckpt_safetensors")
-    said = " ".join(["ça 狗!"] * 20)
+    for stops in ((), (stop,)):
+        events = grown(tokenizer, ids, stops)
+        text = "".join(event.text for event in events)
+        tokens = [token for event in events for token in event.tokens]
+        assert "".join(token.written[0][0] for token in tokens) == text
+        assert b"".join(token.written[0][1] for token in tokens).decode(errors=EACH_BYTE) == text
+        assert all(token.written[1] == token.written[0] for token in tokens)  # the same among the likeliest
+        assert [token.id for token in tokens] == ids[: len(tokens)]
+        if not stops:
+            assert len(tokens) == len(ids)
+        for n in range(1, len(events)):  # a token never comes before its text
+            seen = "".join(event.text for event in events[:n])
+            assert seen.startswith("".join(token.written[0][0] for event in events[:n] for token in event.tokens))
+
+
+def test_characters_of_several_tokens_come_whole(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny / "ckpt_safetensors")
+    said = " ".join(["ça 狗! 😀"] * 20)
     ids = tokenizer(said, add_special_tokens=False)["input_ids"]
-    text = AnswerText(tokenizer)
-    pieces = []
-    for n in range(1, len(ids) + 1):
-        text.read(ids[:n])
-        pieces.append(text.more(n == len(ids)))
-    assert "".join(pieces) == said
-    assert len(ids) - text.start < 2 * max(window, 6)  # six bytes a word are more than a window of one
-    assert not any("\ufffd" in piece for piece in pieces)
+    events = grown(tokenizer, ids)
+    assert "".join(event.text for event in events) == said
+    assert not any("\ufffd" in event.text for event in events)
+    emoji = next(event for event in events if "😀" in event.text)
+    assert [token.written[0] for token in emoji.tokens[-4:]] == [
+        ("", b"\xf0"), ("", b"\x9f"), ("", b"\x98"), ("😀", b"\x80")
+    ]  # fmt: skip
+    cut = grown(tokenizer, ids[:-1])  # within the last character
+    assert "".join(event.text for event in cut) == said[:-1] + 3 * "\ufffd"
+    stopped = grown(tokenizer, ids, ("😀",))
+    assert b"".join(token.written[0][1] for event in stopped for token in event.tokens).decode() == "ça 狗!"
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(16, 1e-4), (8, 5e-2), (4, 1e-4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gzip
 import http.server
@@ -10,11 +11,12 @@ import json
 import os
 import socket
 import struct
+import textwrap
 import threading
 import time
 import urllib.parse
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +50,10 @@ def still_well(served: Served) -> Iterator[None]:
     yield
     assert_well(served)
     until(lambda: all(engine.running == engine.waiting == 0 for engine in served.engines.values()))
+
+
+def text(content: Any) -> dict[str, Any]:
+    return {"type": "text", "text": content}
 
 
 def look_at(served: Served, url: str) -> tuple[int, dict[str, Any]]:
@@ -115,12 +121,45 @@ def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
     ("change", "said"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "assistant"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "must not be the assistant's"),
         ({"messages": [user("a"), {"role": "assistant", "content": "b"}]}, "last message"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
-        ({"messages": [user([{"type": "audio"}])]}, "content"),
-        ({"messages": [user("<image>")]}, "<image>"),
+        ({"messages": [{"role": "tool", "tool_call_id": "1", "content": "a"}]}, "messages.0.role: "),
+        ({"messages": [user("<image>")]}, "messages.0.content: A text may not hold <image>"),
+        ({"messages": [user([text("a"), text("<image>")])]}, "messages.0.content.1.text: A text may not"),
         ({"messages": [{"role": "system", "content": [image_part("data:,")]}, user("a")]}, "user's messages"),
+        # Faults inside a part are told by its place.
+        ({"messages": [user(None)]}, "messages.0.content: Input should be a string or a list"),
+        ({"messages": [user([])]}, "messages.0.content: Input should be a string or a list"),
+        ({"messages": [user({})]}, "messages.0.content: Input should be a string or a list"),
+        ({"messages": [user(5)]}, "messages.0.content: Input should be a string or a list"),
+        ({"messages": [user(["a"])]}, "messages.0.content.0: "),
+        ({"messages": [user([text("a"), {"type": "audio"}])]}, "messages.0.content.1: "),
+        ({"messages": [user([text("a"), {"text": "b"}])]}, "messages.0.content.1: "),
+        ({"messages": [user("a"), user([text(5)])]}, "messages.1.content.0.text: "),
+        ({"messages": [user([text("a"), {"type": "image_url"}])]}, "messages.0.content.1.image_url: Field required"),
+        ({"messages": [user([{"type": "image_url", "image_url": "a"}])]}, "messages.0.content.0.image_url: "),
+        ({"messages": [user([{"type": "image_url", "image_url": {}}])]}, "messages.0.content.0.image_url.url: "),
+        ({"messages": [user([text("a"), image_part("data:,")])]}, "messages.0.content.1.image_url: The data: URL"),
+        # What an answer would have to follow.
+        ({"messages": [user("a"), {"role": "assistant", "tool_calls": [{}]}, user("b")]}, "messages.1.tool_calls: "),
+        ({"messages": [user("a"), {"role": "assistant", "refusal": "No."}, user("b")]}, "messages.1.refusal: "),
+        ({"tools": [{}]}, "tools: This server does not follow it. Leave it out, or send []."),
+        ({"tool_choice": "required"}, "tool_choice: "),
+        ({"functions": [{"name": "f"}]}, "functions: "),
+        ({"response_format": {"type": "json_object"}}, "response_format: "),
+        ({"modalities": ["text", "audio"]}, "modalities: "),
+        ({"audio": {"voice": "a", "format": "wav"}}, "audio: "),
+        ({"web_search_options": {}}, "web_search_options: "),
+        ({"reasoning_effort": "high"}, "reasoning_effort: "),
+        ({"verbosity": "low"}, "verbosity: "),
+        ({"presence_penalty": True}, "presence_penalty: "),
+        ({"top_k": 5}, "top_k: This server does not follow it. Leave it out, or send -1 or 0."),
+        ({"min_p": 0.1}, "min_p: "),
+        ({"repetition_penalty": 1.1}, "repetition_penalty: "),
+        ({"stop_token_ids": [2]}, "stop_token_ids: "),
+        ({"ignore_eos": True}, "ignore_eos: "),
+        ({"continue_final_message": True}, "continue_final_message: "),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs: "),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 1.1}, "top_p"),
@@ -142,6 +181,54 @@ def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
 def test_requests_that_cannot_be_followed(served: Served, change: dict[str, Any], said: str) -> None:
     body = {"model": "tuned", "messages": [user("a")], **change}
     assert_refused(served.send("POST", ROUTE, json.dumps(body).encode()), 400, said)
+
+
+def test_nulls_and_values_that_ask_for_nothing(served: Served) -> None:
+    """Each alone and all together give the answer that none gives."""
+    neutral: dict[str, list[Any]] = {
+        **{name: [None] for name in ("n", "seed", "stop", "stream", "max_completion_tokens", "audio", "unknown")},
+        "stop": [None, []],
+        "stream_options": [None, {}, {"include_usage": False, "include_obfuscation": False}],
+        "logprobs": [False],
+        "top_logprobs": [0],
+        "frequency_penalty": [0, 0.0, -0.0],
+        "presence_penalty": [0.0],
+        "logit_bias": [{}, {"5": 0}],
+        "tools": [None, []],
+        "tool_choice": [None, "none", "auto"],
+        "functions": [[]],
+        "function_call": ["none"],
+        "parallel_tool_calls": [True, False],
+        "response_format": [None, {"type": "text"}],
+        "modalities": [["text"]],
+        "reasoning_effort": [None, "none"],
+        "verbosity": ["medium"],
+        "prediction": [None, {"type": "content", "content": "A cup."}],
+        "web_search_options": [None],
+        "service_tier": ["auto"],
+        "store": [True],
+        "metadata": [{"a": "b"}],
+        "user": ["u"],
+        "safety_identifier": ["u"],
+        "prompt_cache_key": ["u"],
+        "top_k": [-1, 0],
+        "min_p": [0, 0.0],
+        "min_tokens": [0],
+        "repetition_penalty": [1, 1.0],
+        "length_penalty": [1.0],
+        "stop_token_ids": [[]],
+        "ignore_eos": [False],
+        "skip_special_tokens": [True],
+        "spaces_between_special_tokens": [True],
+        "add_generation_prompt": [True],
+        "chat_template_kwargs": [{}],
+    }
+    _, plain = served.chat("Is there a cup?")
+    every = {name: values[-1] for name, values in neutral.items()}
+    for change in [*({name: value} for name, values in neutral.items() for value in values), every]:
+        status, reply = served.chat("Is there a cup?", **change)
+        assert status == 200, (change, reply)
+        assert reply["choices"] == plain["choices"]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +306,44 @@ def test_a_picture_file_that_is_too_large_and_too_many_pictures(served: Served) 
     noise = Image.frombytes("RGB", (300, 300), os.urandom(270_000))
     assert_refused(look_at(served, data_url(png(noise))), 400, "200,000 bytes")
     assert_refused(served.chat(asking_about("a", *PICTURES[:1] * 4)), 400, "more than 3")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda code: f"data:image/png;base64,{code}",
+        lambda code: f"DATA:image/PNG;charset=utf-8;BASE64,{code}",
+        lambda code: f"data:;base64,{code.rstrip('=')}",
+        lambda code: f"data:image/png;base64,{code}\n",
+        lambda code: "data:image/png;base64,\r\n" + "\r\n".join(textwrap.wrap(code, 76)),
+        lambda code: "data:image/png;base64," + code.replace("+", "-").replace("/", "_"),
+        lambda code: "data:image/png;base64," + urllib.parse.quote(code, safe=""),
+    ],
+    ids=["plain", "upper case", "no padding", "newline at the end", "lines", "for URLs", "escaped"],
+)
+def test_base64_as_it_is_written_everywhere(served: Served, written: Callable[[str], str]) -> None:
+    """Pictures of three lengths, so that each padding occurs; `data_url` is how the other tests send them."""
+    for extra in range(3):  # a PNG may have bytes behind its end
+        picture = PICTURES[0] + bytes(extra)
+        code = base64.b64encode(picture).decode()
+        assert "+" in code
+        assert "/" in code
+        status, reply = look_at(served, written(code))
+        assert status == 200, reply
+        assert reply["choices"] == look_at(served, data_url(PICTURES[0]))[1]["choices"]
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("data:image/png;base64,????", "a character that base64 does not have"),
+        ("data:image/png;base64,iVBO=Rw0", "a character that base64 does not have"),
+        ("data:image/png;base64,iVBOR", "cut off"),
+        ("data:image/png,abc", "does not say that it is base64"),
+    ],
+)
+def test_what_is_wrong_with_a_data_url(served: Served, url: str, said: str) -> None:
+    assert_refused(look_at(served, url), 400, said)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ids_around_images, reference_tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from relook.errors import CheckpointError, RelookError
-from relook.model.tokenizer import load_tokenizer, read_pieces
+from relook.model.tokenizer import decode_bytes, load_tokenizer, read_pieces, token_bytes
 
 VARIANTS = [f"llama_{v}/legacy_{legacy}" for v in ("cut_1024", "full_32000") for legacy in ("false", "true")]
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
@@ -120,6 +121,40 @@ def test_decodes_what_the_original_generated(refdata: Path, tokenizer: Any, vari
         assert tokenizer.decode(made["generated_ids"]) == made["generated_text_with_special"]
         text = tokenizer.decode(made["generated_ids"], skip_special_tokens=True)
         assert text == made["generated_text_skip_special"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS)
+def test_bytes_of_tokens_join_to_the_text(text: str, tokenizer: Any) -> None:
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    joined = b"".join(token_bytes(tokenizer, id) for id in ids).decode()
+    decoded = tokenizer.decode(ids, skip_special_tokens=True)
+    assert joined in (decoded, f" {decoded}")  # a decoder strips the first space
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:1], indirect=True)
+def test_a_half_character_leaves_the_others_whole(tokenizer: Any) -> None:
+    """sentencepiece 0.2.3's `decode` of the same pieces, run by hand."""
+    cases = {
+        b"\xf0\x9f\x98\x80\xf0\x9f": "😀\ufffd\ufffd",
+        b"\xc3@\x80": "\ufffd@\ufffd",
+        b"\xc3\xa9\xc3": "é\ufffd",
+        b"\xf0\x9fa": "\ufffd\ufffda",
+    }
+    for data, text in cases.items():
+        ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in data])
+        assert decode_bytes(tokenizer, ids) == text
+
+
+def test_bytes_of_a_byte_level_vocabulary() -> None:
+    """GPT-2's kind of tokenizer, made by the tokenizers library, with no merges: a token is a byte."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    text = "a 狗! 😀\n\x7f\xa0é"
+    ids = tokenizer(text).input_ids
+    assert [token_bytes(tokenizer, id) for id in ids] == [bytes([byte]) for byte in text.encode()]
 
 
 def test_saved_tokenizer_is_the_same_without_relook(tokenizer: Any, tmp_path: Path) -> None:

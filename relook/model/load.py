@@ -29,6 +29,7 @@ from relook.model.changes import TENSORS_FILE, read_change
 from relook.model.formats import CHANGE_FILE
 from relook.model.sharded import full_shape, put
 from relook.model.source import ModelSource, open_model
+from relook.model.tokenizer import UNFINISHED, decode_bytes
 from relook.model.trunks import trunk_of, with_post_decoder
 
 __all__ = ["CHANGE_FILE", "TENSORS_FILE", "LoadedModel", "add_post_decoder", "load_model", "load_tensors", "model_hash"]
@@ -120,7 +121,10 @@ class LoadedModel:
 
     def decode(self, ids: Tensor | Sequence[int], template: str = "") -> str:
         """Generated ids as an answer, without what ends it."""
-        text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        tokenizer = self.processor.tokenizer
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        if UNFINISHED in text:
+            text = decode_bytes(tokenizer, torch.as_tensor(ids).tolist())
         stop = get_template(template or self.template).stop
         return (text.partition(stop)[0] if stop else text).strip()  # a token may reach beyond the stop
 

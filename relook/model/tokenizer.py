@@ -8,8 +8,10 @@ puts before it. The tokenizer built here has neither.
 
 from __future__ import annotations
 
+import codecs
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,52 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # bare Exception is what the tokenizers library raises for a file that it cannot parse
         raise CheckpointError(f"The tokenizer of {folder} cannot be read: {error}.", "Copy it again.") from None
     return tokenizer
+
+
+def token_bytes(tokenizer: Any, id: int) -> bytes:
+    """Return the bytes that a token adds to a decoded text, its leading space included; none for a special token.
+
+    A character may take several tokens, whose bytes make it together: `UTF8` decodes them as they come.
+    """
+
+    def decode(*ids: int) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    text = decode(id, id)[len(decode(id)) :]  # a decoder may strip the space of the first token
+    if UNFINISHED not in text:
+        return text.encode()
+    piece = tokenizer.convert_ids_to_tokens(id)
+    if byte := FALLBACK.fullmatch(piece):
+        return bytes.fromhex(byte[1])
+    return bytes(BYTE_LEVEL[c] for c in piece) if BYTE_LEVEL.keys() >= set(piece) else text.encode()
+
+
+def decode_bytes(tokenizer: Any, ids: Iterable[int]) -> str:
+    """Decode tokens as sentencepiece does: a byte that is part of no character is one U+FFFD.
+
+    transformers' fast tokenizers write U+FFFD for all bytes of a run that one such byte is in, whole characters too.
+    """
+    return UTF8(EACH_BYTE).decode(b"".join(token_bytes(tokenizer, id) for id in ids), final=True)
+
+
+def _each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return UNFINISHED * (error.end - error.start), error.end
+
+
+def _byte_level() -> dict[str, int]:
+    """Map the characters that GPT-2's kind of vocabulary writes for bytes: printable ones stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+UNFINISHED = "\ufffd"  # what a tokenizer writes for bytes that are not a whole character
+FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's name of a byte
+BYTE_LEVEL = _byte_level()
+UTF8, EACH_BYTE = codecs.getincrementaldecoder("utf-8"), "relook.each_byte"
+codecs.register_error(EACH_BYTE, _each_byte)
 
 
 @dataclass(frozen=True)

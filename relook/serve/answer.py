@@ -2,65 +2,108 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
+from relook.model.tokenizer import EACH_BYTE, UTF8
 from relook.serve.request import Event, Request, Said
-
-UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
-WINDOW = 32  # the last tokens, whose text may still change: the text before them is not made again
 
 
 @dataclass
 class AnswerText:
-    """The text of an answer; joined, the pieces of it are what `LoadedModel.decode` makes of the whole.
+    """The text of an answer while it grows: its tokens' bytes as UTF-8, up to a stop, without white space around it.
 
     Args:
+        token_bytes: what a token adds, as `relook.model.tokenizer.token_bytes` gives it.
         stops: texts that end an answer, and are not part of it.
     """
 
-    tokenizer: Any
+    token_bytes: Callable[[int], bytes]
     stops: Sequence[str] = ()
-    count: int = field(default=0, init=False)
-    shown: int = field(default=0, init=False)
-    text: str = field(default="", init=False)
     stopped: bool = field(default=False, init=False)
-    settled: str = field(default="", init=False)  # the text of the tokens before `start`
-    start: int = field(default=0, init=False)
+    _raw: str = field(default="", init=False)
+    _ends: list[int] = field(default_factory=list, init=False)  # characters of `_raw` up to each token's end
+    _before: list[bytes] = field(default_factory=list, init=False)  # an unfinished character before each token
+    _begun: bool = field(default=False, init=False)
+    _shown: int = field(default=0, init=False)
+    _utf8: codecs.IncrementalDecoder = field(default_factory=lambda: UTF8(EACH_BYTE), init=False)
 
-    def read(self, ids: Sequence[int], whole: bool = False) -> None:
-        """Take the tokens so far. `whole` makes all of their text again."""
-        if len(ids) == self.count and not whole:
+    def add(self, id: int) -> None:
+        """Take the next token."""
+        data = self.token_bytes(id)
+        self._before.append(self._utf8.getstate()[0])
+        if not _continues(data):
+            self._give_up()
+        self._write(self._utf8.decode(data))
+        self._ends.append(len(self._raw))
+
+    def _give_up(self) -> None:
+        """Write a character that stays unfinished as U+FFFD, the text of its tokens."""
+        self._write(self._utf8.decode(b"", final=True))
+        if self._ends:
+            self._ends[-1] = len(self._raw)
+
+    def _write(self, new: str) -> None:
+        if self.stopped:
             return
-        self.count = len(ids)
-        text = self._decode(ids) if whole else self.settled + self._decode(ids[self.start :])
-        if len(ids) - self.start >= 2 * WINDOW:
-            self._settle(text, ids)
-        ends = [at for at in map(text.find, self.stops) if at >= 0]
-        self.stopped = bool(ends)
-        self.text = (text[: min(ends)] if ends else text).lstrip()
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-    def _settle(self, text: str, ids: Sequence[int]) -> None:
-        """Go on from the last tokens, where the text ends in what they say by themselves."""
-        last = self._decode(ids[-WINDOW:])
-        if last and last[-1] != UNFINISHED and text.endswith(last):
-            self.settled, self.start = text[: len(text) - len(last)], len(ids) - WINDOW
+        if new and not self._begun:  # as a tokenizer decodes it
+            new, self._begun = new.removeprefix(" "), True
+        old, self._raw = len(self._raw), self._raw + new
+        stops = [at for stop in self.stops if (at := self._raw.find(stop, max(0, old - len(stop) + 1))) >= 0]
+        if stops:
+            self._raw, self.stopped = self._raw[: min(stops)], True
 
     def more(self, whole: bool) -> str:
-        """The characters that can be shown and have not been. Before the end, whatever may still change is held back:
-        space at the end, half a character, the beginning of a stop."""
-        safe = self.text
-        if not whole:
-            held = max((_overlap(safe, stop) for stop in self.stops), default=0)
-            safe = safe[: len(safe) - held].rstrip().rstrip(UNFINISHED)
-        more = safe.rstrip()[self.shown :]
-        self.shown += len(more)
+        """Return the characters that can be shown and have not been. Before the end, whatever may still change is held
+        back: space at the end, half a character, the beginning of a stop."""
+        held = 0
+        if whole:
+            self._give_up()
+        else:
+            held = max((_overlap(self._raw, stop) for stop in self.stops), default=0)
+        more = self._raw[: len(self._raw) - held].strip()[self._shown :]
+        self._shown += len(more)
         return more
+
+    @property
+    def _lead(self) -> int:
+        """White space at the front, which is never shown."""
+        return len(self._raw) - len(self._raw.lstrip())
+
+    def settled(self, first: int) -> int:
+        """Count the tokens of which all is shown that will be; the first ones are known to be such."""
+        limit = self._lead + self._shown
+        # A token that ends with the shown text and wrote none of it may be the beginning of a character, or of a stop.
+        held = (i for i in range(first, len(self._ends)) if self._ends[i] > limit or self._start(i) == limit)
+        return next(held, len(self._ends))
+
+    def token(self, index: int, id: int) -> tuple[str, bytes]:
+        """Return the part of the shown text that a token wrote, and its bytes. Joined, both are the shown text."""
+        start, end, lead = self._start(index), self._ends[index], self._lead
+        limit = lead + self._shown
+        if start >= limit:  # a stop, or space at the end
+            return "", b""
+        text = self._raw[max(start, lead) : min(end, limit)]
+        written, data = self.instead(index, id)
+        return text, text.encode() if written.encode() == data else data
+
+    def instead(self, index: int, id: int) -> tuple[str, bytes]:
+        """Return the text that a token would have written at a place, and its bytes. Of a character's tokens, the last
+        writes it."""
+        data = self.token_bytes(id)
+        text = UTF8(EACH_BYTE).decode(self._before[index] + data if _continues(data) else data)
+        if self._start(index) > self._lead:
+            return text, data
+        return text.lstrip(), text.lstrip().encode() if text.encode() == data else data.lstrip()
+
+    def _start(self, index: int) -> int:
+        return self._ends[index - 1] if index else 0
+
+
+def _continues(data: bytes) -> bool:
+    """Whether bytes may belong to a character that began before them; no bytes at all change nothing."""
+    return not data or data[0] & 0xC0 == 0x80
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -89,7 +132,6 @@ class Answer:
     until: float
     reused: int = 0
     said: list[Said] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
     reported: int = 0
     cancelled: bool = False
 
@@ -103,19 +145,27 @@ class Answer:
     def add(self, said: Said) -> str:
         """Take the next token: why the answer ends with it, if it does."""
         self.said.append(said)
-        self.ids.append(said.id)
-        if said.id in self.ends:
+        self.text.add(said.id)
+        if said.id in self.ends or self.text.stopped:
             return "stop"
-        if self.text.stops:
-            self.text.read(self.ids)
-            if self.text.stopped:
-                return "stop"
         return "length" if len(self.said) == self.most else ""
 
     def report(self, finish: str = "") -> None:
-        """Tell what is new."""
-        self.text.read(self.ids, whole=bool(finish))
-        shown = len(self.said) - (finish == "stop" and self.said[-1].id in self.ends)
-        tokens = tuple(self.said[self.reported : shown])
-        self.reported = shown
-        self.emit(Event(self.text.more(bool(finish)), tokens, finish, self.reused))
+        """Tell what is new: text that can be shown, and the tokens that wrote it."""
+        text = self.text.more(bool(finish))
+        if finish:
+            settled = len(self.said) - (finish == "stop" and self.said[-1].id in self.ends)
+        else:
+            settled = self.text.settled(self.reported)
+        tokens = tuple(self._written(i) for i in range(self.reported, settled))
+        self.reported = settled
+        self.emit(Event(text, tokens, finish, self.reused))
+
+    def _written(self, index: int) -> Said:
+        """A token with its text, where log-probabilities are wanted."""
+        said = self.said[index]
+        if not self.request.logprobs:
+            return said
+        own = self.text.token(index, said.id)
+        others = (own if id == said.id else self.text.instead(index, id) for id, _ in said.top)
+        return replace(said, written=(own, *others))

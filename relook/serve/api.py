@@ -131,7 +131,7 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
             reading = read_request(engine, body, policy.sources, policy.max_images, until, readers)
             requests = await _unless_gone(reading, request)
             answers = Answers([(engine, request) for request in requests])
-            writer = Writer(engine, body, requests)
+            writer = Writer(body, requests)
             if body.stream:
                 status = "stream"
                 events = _events(writer, answers, metrics, started)
@@ -216,10 +216,11 @@ async def _api_error(request: Request, error: Any) -> Response:
 
 async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    where = where[:200].encode(errors="backslashreplace").decode()  # names of fields are the client's
-    message = f"{where}: {first['msg']}" if where else first["msg"]
-    return await _api_error(request, APIError(400, message, first["type"], where or None))
+    path = [str(key) for key in first["loc"] if key != "body"]
+    if path[2:3] == ["content"]:  # messages.0.content.1: next comes the part's type, by which pydantic chose its class
+        del path[4:5]
+    where = ".".join(path)[:200].encode(errors="backslashreplace").decode()  # names of fields are the client's
+    return await _api_error(request, APIError(400, first["msg"], first["type"], where or None))
 
 
 async def _http_error(request: Request, error: Any) -> Response:

@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from relook.data.prompts import IMAGE, with_image
 from relook.data.samples import Turn
@@ -26,7 +25,6 @@ from relook.serve.schemas import (
     ChunkChoice,
     Completion,
     Delta,
-    ImagePart,
     Logprobs,
     Message,
     PromptDetails,
@@ -37,6 +35,7 @@ from relook.serve.schemas import (
     Usage,
 )
 
+CONTEXT = "context_length_exceeded"  # OpenAI's code
 GREEDY_BELOW = 1e-4  # of temperatures: logits divided by less are no numbers any more
 
 
@@ -51,9 +50,12 @@ async def read_request(
     Raises:
         APIError: what is wrong with the request.
     """
-    for name, needed in (("top_logprobs", "logprobs"), ("stream_options", "stream")):
-        if getattr(body, name) and not getattr(body, needed):
-            raise APIError(400, f"{name} is of no use without {needed}.", param=name)
+    for name, effective, needed in (
+        ("top_logprobs", body.top_logprobs, "logprobs"),
+        ("stream_options", body.stream_options and body.stream_options.include_usage, "stream"),
+    ):
+        if effective and not getattr(body, needed):
+            raise APIError(400, f"It is of no use without {needed}.", param=name)
     images: list[ReadImage] = []
     try:
         async with asyncio.timeout(until - time.monotonic()):
@@ -61,15 +63,18 @@ async def read_request(
             if len(urls) > max_images:
                 error = f"The conversation has {len(urls)} images, more than {max_images}."
                 raise APIError(400, error, "too_many_images")
-            for url in urls:
-                data = await on(readers.fetches, sources.read, url)
-                images.append(await on(readers.decodes, engine.image, data))
+            for where, url in urls:
+                try:
+                    data = await on(readers.fetches, sources.read, url)
+                    images.append(await on(readers.decodes, engine.image, data))
+                except DataError as error:
+                    raise APIError(400, str(error), "invalid_message", where) from None
                 engine.check_length(sum(image.positions for image in images))  # before more of them are decoded
             ids = await on(readers.texts, engine.prompt, turns, images)
     except TimeoutError:
         raise APIError(504, "The answer was not ready in time.", "timeout") from None
     except TooLong as error:
-        raise APIError(400, str(error), "context_length_exceeded", "messages") from None
+        raise APIError(400, str(error), CONTEXT, "messages") from None
     except DataError as error:
         raise APIError(400, str(error), "invalid_message", "messages") from None
     temperature = 1.0 if body.temperature is None else body.temperature
@@ -90,41 +95,47 @@ async def read_request(
     return [replace(first, seed=first.seed + i) for i in range(body.n or 1)]
 
 
-def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[str]]:
-    """The turns of a conversation and the URLs of its images, in order.
+def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str, str]]]:
+    """Read a conversation's turns, and its images in order: where each stands in the request, and its URL.
 
-    A system message stands before the first text of the user: the templates have a system text of their own, which the
-    model was tuned with. A turn's images stand before its text, as LLaVA was trained.
+    A turn's prompt is all that comes before an answer, a line for each text; it is empty before an answer that follows
+    nothing, such as a greeting. So a system message stands before the first text of the user: the templates have a
+    system text of their own, which the model was tuned with. A turn's images stand before its text, as LLaVA was
+    trained.
+
+    Raises:
+        APIError: a message that cannot be part of such a turn; it is named.
     """
     turns: list[Turn] = []
-    urls: list[str] = []
+    urls: list[tuple[str, str]] = []
     asked: list[str] = []
     pictures = 0
 
     def prompt() -> str:
         return with_image("\n".join(asked), pictures)
 
-    for message in messages:
-        parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
-        new = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
-        if IMAGE in text:
-            raise APIError(
-                400, f"A text may not hold {IMAGE}: send images as image_url.", "invalid_message", "messages"
-            )
+    for i, message in enumerate(messages):
+        texts = []
+        for j, part in enumerate(message.content):
+            where = f"messages.{i}.content" + f".{j}.{part.type}" * (len(message.content) > 1)
+            if isinstance(part, TextPart):
+                if IMAGE in part.text:
+                    wrong = f"A text may not hold {IMAGE}: send images as image_url."
+                    raise APIError(400, wrong, "invalid_message", where)
+                texts.append(part.text)
+            elif message.role != "user":
+                raise APIError(400, "Only the user's messages may hold images.", "invalid_message", where)
+            else:
+                urls.append((f"messages.{i}.content.{j}.image_url", part.image_url.url))
+                pictures += 1
+        text = "\n".join(texts)
         if message.role == "assistant":
-            if new or not asked:
-                raise APIError(400, "An assistant's message is a text that answers one of the user.", param="messages")
             turns.append(Turn(prompt(), text))
             asked, pictures = [], 0
-            continue
-        if new and message.role != "user":
-            raise APIError(400, "Only the user's messages may hold images.", param="messages")
-        asked.append(text)
-        urls += new
-        pictures += len(new)
-    if not asked or messages[-1].role != "user":
-        raise APIError(400, "The last message must be the user's.", param="messages")
+        else:
+            asked.append(text)
+    if not asked:
+        raise APIError(400, "The last message must not be the assistant's.", "invalid_message", "messages")
     return [*turns, Turn(prompt(), "")], urls
 
 
@@ -173,7 +184,6 @@ class Answers:
 class Writer:
     """Puts events into OpenAI's shapes."""
 
-    engine: Engine
     body: ChatRequest
     requests: Sequence[Request]
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
@@ -205,7 +215,7 @@ class Writer:
             yield self._chunk(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
         async for index, event in answers:
             self._count(event)
-            if not event.text and not event.finish and not self.body.logprobs:
+            if not event.text and not event.finish and not (event.tokens and self.body.logprobs):
                 continue
             yield self._chunk(
                 ChunkChoice(
@@ -241,10 +251,11 @@ class Writer:
             return None
         return Logprobs(content=[self._token(said) for said in tokens])
 
-    def _token(self, said: Said) -> TokenLogprob:
-        top = [TopLogprob(**self._named(id, value)) for id, value in said.top]
-        return TokenLogprob(**self._named(said.id, said.logprob), top_logprobs=top)
-
-    def _named(self, id: int, logprob: float) -> dict[str, Any]:
-        text = self.engine.token_text(id)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    @staticmethod
+    def _token(said: Said) -> TokenLogprob:
+        logprobs = (said.logprob, *(logprob for _, logprob in said.top))
+        own, *top = [
+            TopLogprob(token=text, logprob=max(logprob, -9999.0), bytes=list(data))
+            for (text, data), logprob in zip(said.written, logprobs, strict=True)
+        ]
+        return TokenLogprob(**vars(own), top_logprobs=top)

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from relook.errors import CheckpointError, RelookError
 from relook.evaluate.choose import settings_followed, uniform
 from relook.evaluate.decode import any_length
 from relook.model.load import LoadedModel
+from relook.model.tokenizer import token_bytes
 from relook.recent import Recent
 from relook.serve.answer import Answer, AnswerText
 from relook.serve.batch import Batch
@@ -65,6 +67,7 @@ class Engine:
         self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_positions)
         self.ends, self.stops = _endings(loaded, get_template(template or loaded.template).stop)
         self.batch = Batch(loaded, limits, self.length)
+        self._token_bytes = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
         self._images: Recent[ReadImage] = Recent(READ_IMAGES, lambda image: image.nbytes)
         self._decoding = threading.Semaphore(DECODERS)
         self._waiting: deque[Answer] = deque()
@@ -119,12 +122,6 @@ class Engine:
             "Shorten it.",
         )
 
-    def token_text(self, id: int) -> str:
-        """A token as it stands inside a text: with the space before it, if it has one."""
-        decode = self.loaded.processor.tokenizer.decode
-        text: str = decode([id, id])
-        return text[len(decode([id])) :]
-
     def submit(self, request: Request, emit: Callable[[Event], None]) -> Answer:
         """Queue a request. `emit` is called on the engine's thread, and must not wait.
 
@@ -133,7 +130,7 @@ class Engine:
         """
         most = max(1, min(request.max_new_tokens, self.length - len(request.ids)))
         draws = uniform(request.seed, 0, most).tolist() if request.temperature else []
-        text = AnswerText(self.loaded.processor.tokenizer, (*self.stops, *request.stop))
+        text = AnswerText(self._token_bytes, (*self.stops, *request.stop))
         until = request.until or time.monotonic() + self.limits.seconds
         answer = Answer(request, emit, text, self.ends, most, draws, until)
         with self._wake:

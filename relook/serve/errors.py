@@ -15,7 +15,7 @@ TYPES = {
 
 
 class APIError(Exception):
-    """What a client is told."""
+    """What a client is told; `param` names the field of its request that is at fault."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -24,7 +24,8 @@ class APIError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message = f"{self.param}: {self.message}" if self.param else self.message
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:

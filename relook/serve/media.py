@@ -7,7 +7,6 @@ once, every address of it must be public, the connection goes to that very addre
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import http.client
 import ipaddress
@@ -18,11 +17,14 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urljoin, urlsplit
 
 from relook.errors import DataError
 
-DATA_URL = re.compile(r"data:[\w.+/;=-]*,", re.ASCII)
+DATA_URL = re.compile(r"data:[\w.+/;=-]*;base64,", re.ASCII | re.IGNORECASE)
+# base64's alphabet for URLs, and the spaces and line breaks of mail and of `base64` on the command line.
+URL_SAFE, BLANKS = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f"
+NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/]")
 REDIRECTS = 3
 CHUNK = 1 << 16
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -75,15 +77,21 @@ class Sources:
             raise DataError(f"The image has more than {self.max_bytes:,} bytes.", "Scale it down.")
 
     def _data(self, url: str) -> bytes:
+        """Decode base64 as browsers do: with line breaks, escapes (%2B), or without its padding."""
         head = DATA_URL.match(url, 0, 200)
-        if head is None or not head[0].endswith(";base64,"):
-            raise DataError("The data: URL is not base64.", "Write data:image/png;base64,...")
-        if len(url) - head.end() > self.max_bytes * 4 // 3 + 4:
+        if head is None:
+            raise DataError("The data: URL does not say that it is base64.", "Write data:image/png;base64,...")
+        encoded = url[head.end() :].encode(errors="replace")
+        if b"%" in encoded:
+            encoded = unquote_to_bytes(encoded)
+        encoded = encoded.translate(URL_SAFE, BLANKS).rstrip(b"=")
+        if len(encoded) > self.max_bytes * 4 // 3 + 4:
             raise DataError(f"The image has more than {self.max_bytes:,} bytes.", "Scale it down.")
-        try:
-            return self._sized(base64.b64decode(url[head.end() :].encode("ascii"), validate=True))
-        except (binascii.Error, UnicodeEncodeError):
-            raise DataError("The data: URL is not base64.", "Write data:image/png;base64,...") from None
+        if NOT_BASE64.search(encoded):
+            raise DataError("The data: URL has a character that base64 does not have.", "Encode the image again.")
+        if len(encoded) % 4 == 1:
+            raise DataError("The base64 of the data: URL is cut off.", "Send all of it.")
+        return self._sized(base64.b64decode(encoded + b"=" * (-len(encoded) % 4)))
 
     def _file(self, url: str, root: Path) -> bytes:
         """A file below the root, whatever links or dots its path has."""

@@ -60,11 +60,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Said:
-    """A token of an answer, with its log-probability before temperature and top_p, and the likeliest at its place."""
+    """A token of an answer, with its log-probability before temperature and top_p, and the likeliest at its place.
+
+    Args:
+        written: text and bytes that it added to the answer, then those that each of `top` would have added.
+    """
 
     id: int
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
+    written: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_TOP = 20  # most likely tokens at a place, as at OpenAI
 
 
 class _Strict(BaseModel):
-    """A field that nothing reads is an error, not a silence."""
+    """Refuse a field that nothing reads, unless it is null: clients write out what they do not set."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, fields: Any) -> Any:
+        return {key: value for key, value in fields.items() if value is not None} if type(fields) is dict else fields
+
+
+def _only(*values: Any) -> AfterValidator:
+    """Validate a field that is not followed: it may state what happens anyway.
+
+    Raises:
+        PydanticCustomError: it asks for something else.
+    """
+    no_effect = " or ".join(json.dumps(value) for value in values)
+
+    def check(value: Any) -> Any:
+        # In Python 0 == False and 1 == True.
+        if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values):
+            return value
+        raise PydanticCustomError(
+            "not_supported",
+            "This server does not follow it. Leave it out, or send {no_effect}.",
+            {"no_effect": no_effect},
+        )
+
+    return AfterValidator(check)
 
 
 class ImageURL(_Strict):
@@ -35,18 +63,37 @@ Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+def _as_parts(content: Any, info: ValidationInfo) -> Any:
+    """Write a message's content as a list of parts; only an assistant's may be missing, as after a refusal."""
+    if content is None and info.data.get("role") == "assistant":
+        return []
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not content:
+        raise PydanticCustomError("content_type", "Input should be a string or a list of parts that is not empty.")
+    return content
+
+
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)]
-    name: str | None = None
+    content: Annotated[list[Part], BeforeValidator(_as_parts), Field(validate_default=True, fail_fast=True)] = None  # type: ignore[assignment]
+    name: str | None = None  # changes no answer: the templates name nobody
+    tool_calls: Annotated[Any, _only([])] = None
+    annotations: Annotated[Any, _only([])] = None
 
 
 class StreamOptions(_Strict):
     include_usage: bool = False
+    include_obfuscation: Annotated[Any, _only(False)] = None
+    continuous_usage_stats: Annotated[Any, _only(False)] = None
 
 
 class ChatRequest(_Strict):
-    """What changes an answer is followed or refused; what changes none (`user`, `metadata`, ...) is taken and left."""
+    """A chat request with OpenAI's fields, and vLLM's.
+
+    What would change an answer is followed, or refused by name; what changes none (`user`, `metadata`, ...) is accepted
+    and ignored.
+    """
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
@@ -61,16 +108,55 @@ class ChatRequest(_Strict):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP)] = None
-    # Only where they ask for nothing.
-    frequency_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
-    presence_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
-    logit_bias: Annotated[dict[str, float] | None, Field(max_length=0)] = None
-    tools: Annotated[list[Any] | None, Field(max_length=0)] = None
+    # Not followed.
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    presence_penalty: Annotated[Any, _only(0)] = None
+    logit_bias: dict[str, Annotated[Any, _only(0)]] | None = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    reasoning_effort: Annotated[Any, _only("none")] = None
+    verbosity: Annotated[Any, _only("medium")] = None
+    # Not followed; vLLM's.
+    top_k: Annotated[Any, _only(-1, 0)] = None
+    min_p: Annotated[Any, _only(0)] = None
+    min_tokens: Annotated[Any, _only(0)] = None
+    repetition_penalty: Annotated[Any, _only(1)] = None
+    length_penalty: Annotated[Any, _only(1)] = None
+    best_of: Annotated[Any, _only(1)] = None
+    use_beam_search: Annotated[Any, _only(False)] = None
+    stop_token_ids: Annotated[Any, _only([])] = None
+    bad_words: Annotated[Any, _only([])] = None
+    allowed_token_ids: Annotated[Any, _only([])] = None
+    logits_processors: Annotated[Any, _only([])] = None
+    include_stop_str_in_output: Annotated[Any, _only(False)] = None
+    ignore_eos: Annotated[Any, _only(False)] = None
+    skip_special_tokens: Annotated[Any, _only(True)] = None
+    add_generation_prompt: Annotated[Any, _only(True)] = None
+    continue_final_message: Annotated[Any, _only(False)] = None
+    add_special_tokens: Annotated[Any, _only(False)] = None
+    echo: Annotated[Any, _only(False)] = None
+    documents: Annotated[Any, _only([])] = None
+    chat_template_kwargs: Annotated[Any, _only({})] = None
+    mm_processor_kwargs: Annotated[Any, _only({})] = None
+    return_tokens_as_token_ids: Annotated[Any, _only(False)] = None
+    return_token_ids: Annotated[Any, _only(False)] = None
+    priority: Annotated[Any, _only(0)] = None
     # Change no answer.
     user: str | None = None
+    safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = None  # speeds up an answer at OpenAI
+    parallel_tool_calls: bool | None = None  # there are no tools
+    include_reasoning: bool | None = None  # there is no reasoning
+    spaces_between_special_tokens: bool | None = None  # of which an answer shows none
 
 
 class TopLogprob(BaseModel):
