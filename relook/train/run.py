@@ -227,9 +227,9 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     faults += image_faults
     if not examples:
         raise DataError("No sample can be used.", f"{report.summary()} {' '.join(faults[:3])}")
-    if report.dropped or faults:
-        named = f" {some(faults, 3)}" if faults else ""
-        say(f"  dropped: {report.summary()} {len(faults)} faults in encoding and decoding.{named}")
+    if report.dropped or report.skipped or faults:
+        named = f" {len(faults):,} faults in encoding and decoding: {some(faults, 3)}" if faults else ""
+        say(f"  {report.summary()}{named}")
     return examples, {"reader": report.summary(), "reasons": dict(report.reasons), "faults": faults}
 
 
