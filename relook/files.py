@@ -108,10 +108,8 @@ def read_text(path: Path) -> str:
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, but a file is expected here.", "Give the path of the file.") from None
     except UnicodeDecodeError as error:
-        name = error.encoding.upper()
-        raise DataError(
-            f"{path} is not {name} text ({error.reason} at byte {error.start}).", "Save it as UTF-8."
-        ) from None
+        what = f"{path} is not {error.encoding.upper()} text ({error.reason} at byte {error.start})."
+        raise DataError(what, "Save it as UTF-8.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 

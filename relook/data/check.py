@@ -270,8 +270,8 @@ def print_report(report: FolderReport) -> None:
     for one in (parts, records, images):
         out.print(one)
     if turned := found["images"]["turned_by_exif"]:
-        first = some([f"{name} ({detail})" for name, detail in turned.items()], 3)
+        named = some([f"{name} ({detail})" for name, detail in turned.items()], 3)
         out.print(
-            f"{len(turned):,} images are turned by their EXIF orientation: {first}. Viewers, relook's server, chat and "
+            f"{len(turned):,} images are turned by their EXIF orientation: {named}. Viewers, relook's server, chat and "
             "page turn them; training and evaluation read them as they are stored, as LLaVA does."
         )

@@ -27,6 +27,6 @@ def same_stem(path: Path) -> Sequence[str]:
 @lru_cache(4)  # of hundreds of thousands of files each
 def _by_stem(folder: Path, _: int) -> Mapping[str, Sequence[str]]:
     names: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(os.listdir(folder)):  # noqa: PTH208 (names alone)
         names.setdefault(Path(name).stem, []).append(name)
     return names

@@ -150,9 +150,8 @@ def _visual_genome(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NE
     for image, found in objects.items():
         if image in paths:
             there = frozenset(map(same, found & known)) | said.get(image, frozenset())
-            pictures.append(
-                Picture(image, located(paths[image]), _called_by_both(image, records[image], paths[image]), there)
-            )
+            called = _called_by_both(image, records[image], paths[image])
+            pictures.append(Picture(image, located(paths[image]), called, there))
     return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
 
 

@@ -229,7 +229,7 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
         raise DataError("No sample can be used.", f"{report.summary()} {' '.join(faults[:3])}")
     if report.dropped or report.skipped or faults:
         named = f" {len(faults):,} faults in encoding and decoding: {some(faults, 3)}" if faults else ""
-        say(f"  {report.summary()}{named}")
+        say(f"  {'dropped' if report.dropped or faults else 'skipped'}: {report.summary()}{named}")
     return examples, {"reader": report.summary(), "reasons": dict(report.reasons), "faults": faults}
 
 
