@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -95,16 +96,34 @@ def write_jsonl(path: Path, records: Iterable[object]) -> None:
 
 
 def read_text(path: Path) -> str:
+    """Read a text file: UTF-8, or UTF-16 or UTF-32 as other systems' programs write it; without a byte order mark.
+
+    Raises:
+        DataError: it is not there, not a file, or not such a text.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return _text(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.", "Check the path.") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, but a file is expected here.", "Give the path of the file.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        what = f"{path} is not {error.encoding.upper()} text ({error.reason} at byte {error.start})."
+        raise DataError(what, "Save it as UTF-8.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _text(data: bytes) -> str:
+    """Decode a text whose encoding its first bytes tell, with every end of line as a newline."""
+    return io.TextIOWrapper(io.BytesIO(data), json.detect_encoding(data)).read()
+
+
+def opens_with(path: Path, mark: str) -> bool:
+    """Whether the first character of a text file that is no white space is this."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+    return head.decode(json.detect_encoding(head), "ignore").lstrip().startswith(mark)
 
 
 def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

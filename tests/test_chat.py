@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import NEW, PICTURES, until
 from test_answer import TEXTS, as_loaded
 from tiny import tiny_relook
@@ -109,6 +110,24 @@ def test_an_answer_knows_what_was_said(engines: tuple[Engine, Engine], tmp_path:
     assert talk("/reset") == ""
     assert (talk.chat.turns, len(talk.chat.images)) == ([], 1)
     assert talk(TEXTS[0]) == first
+
+
+def test_a_picture_is_shown_upright(engines: tuple[Engine, Engine], tmp_path: Path) -> None:
+    """A file that is stored lying, and says so, is to the model what it is to a viewer."""
+    with Image.open(io.BytesIO(PICTURES[0])) as picture:
+        lying = picture.convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "turned.png", exif=exif)
+    lying.save(tmp_path / "lying.png")
+    talk = Talk(engines)
+    shown = {}
+    for name in ("turned", "lying"):
+        talk(f"/image {tmp_path / name}.png")
+        shown[name] = talk.chat.images[0].inputs["pixel_values"]
+    upright = engines[0].image(PICTURES[0]).inputs["pixel_values"]
+    assert shown["turned"].equal(upright)
+    assert not shown["lying"].equal(upright)
 
 
 def test_a_mistake_changes_nothing(engines: tuple[Engine, Engine], tmp_path: Path) -> None:

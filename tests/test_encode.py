@@ -222,6 +222,31 @@ def test_images_and_placeholders_must_agree(tokenizers: dict[str, Any]) -> None:
         made.prompt("<image> Q", images=2)
 
 
+def test_conversations_share_a_tree_where_their_image_lies_in_its_prefix(tokenizers: dict[str, Any]) -> None:
+    """One image beside an answer, or behind another start, would stand in a branch, once for each of them."""
+    asked, said = ("<image>\nWhat?", "A cup."), ("Hello.", "Hi.")
+    samples = [
+        sample(said, asked, id="later"),
+        sample(asked, said, id="first"),
+        sample(said, ("<image>\nWhere?", "There."), id="later too"),
+        sample(("<image>\nWhere?", "There."), id="first too"),
+        sample(("Where? <image>", "Here."), id="moved to the front"),
+    ]
+    plain = encoder(tokenizers[TINY])
+    examples = plain.conversations(samples, 9)
+    assert [(example.id, len(example.tree.branches)) for example in examples] == [
+        ("first", 3),
+        ("later", 1),
+        ("later too", 1),
+    ]
+    for example in examples:
+        images = [row.ids.count(IMAGE_ID) for row in example.tree.branches]
+        assert example.tree.prefix.count(IMAGE_ID) + sum(images) == len(example.images)
+    alone = {id: rows(plain.conversation(one)) for id, one in ((one.id, one) for one in samples)}
+    together = [row for example in examples for row in rows(example)]
+    assert sorted(together) == sorted(row for found in alone.values() for row in found)
+
+
 def test_prompts_with_no_and_several_images(tokenizers: dict[str, Any]) -> None:
     made = encoder(tokenizers[TINY])
     assert made.prompt("Q") == made.prompt("<image>\nQ")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
-from relook.data.images import Crop, ImageLoader, open_image, pad_to_square
+from relook.data.examine import examine
+from relook.data.images import Crop, Held, ImageLoader, image_from_bytes, open_image, pad_to_square
 from relook.errors import DataError
 
 CLIP_MEAN = (122, 116, 104)
@@ -71,7 +74,6 @@ def saved(folder: Path, image: Image.Image, kind: str, **options: Any) -> Path:
         ("L", "PNG"),
         ("L", "JPEG"),
         ("LA", "PNG"),
-        ("I;16", "PNG"),
         ("P", "PNG"),
         ("P", "GIF"),
         ("RGB", "BMP"),
@@ -84,10 +86,7 @@ def saved(folder: Path, image: Image.Image, kind: str, **options: Any) -> Path:
 def test_every_mode_as_pillow_converts_it(tmp_path: Path, mode: str, kind: str) -> None:
     picture = PICTURE.convert("RGBA")
     picture.putalpha(Image.fromarray(RNG.integers(0, 255, (31, 48), dtype=np.uint8)))
-    if mode == "I;16":
-        image = Image.fromarray(RNG.integers(0, 2**16, (31, 48), dtype=np.uint16))
-    else:
-        image = (picture if "A" in mode else PICTURE).convert(mode)
+    image = (picture if "A" in mode else PICTURE).convert(mode)
     path = saved(tmp_path, image, kind)
     opened = open_image(path)
     assert (opened.mode, opened.size) == ("RGB", image.size)
@@ -108,10 +107,103 @@ def test_transparent_palette_and_animation(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(open_image(path)), np.asarray(frames[0]))
 
 
-def test_rotation_in_exif_is_left_alone(tmp_path: Path) -> None:
+def key_colours() -> dict[str, tuple[Image.Image, str, Any]]:
+    """Pictures, formats, and their transparent colour, palette entry or alphas: one on many pixels."""
+    palette, grey = PICTURE.convert("P"), PICTURE.convert("L")
+    entry = palette.getpixel((0, 0))
+    return {
+        "RGB PNG": (PICTURE, "PNG", PICTURE.getpixel((0, 0))),
+        "grey PNG": (grey, "PNG", grey.getpixel((0, 0))),
+        "1-bit PNG": (PICTURE.convert("1"), "PNG", 0),
+        "palette PNG": (palette, "PNG", entry),
+        "palette PNG with alphas": (palette, "PNG", bytes(range(0, 256, 2))),
+        "GIF": (palette, "GIF", entry),
+    }
+
+
+@pytest.mark.parametrize("kind", list(key_colours()))
+def test_a_transparent_colour_changes_no_pixel(processor: Any, tmp_path: Path, kind: str) -> None:
+    """LLaVA pads what `convert("RGB")` gives; transformers 5 lays a picture with a transparent colour on white."""
+    image, form, colour = key_colours()[kind]
+    with_key = tmp_path / "key.png"
+    image.save(with_key, form, transparency=colour)
+    with Image.open(with_key) as again:
+        assert again.info["transparency"] is not None  # the file has it
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(np.asarray(open_image(with_key)), expected)
+    square = image.resize((30, 30), Image.Resampling.NEAREST)  # no canvas is laid under it
+    square.save(with_key, form, transparency=colour)
+    square.save(tmp_path / "plain.png", form)
+    for aspect_ratio in ("pad", ""):
+        loader = ImageLoader(processor, aspect_ratio)
+        plain = loader(tmp_path / "plain.png")
+        assert loader(with_key).equal(plain)
+        with Image.open(with_key) as held:
+            assert loader(held).equal(plain)
+            assert loader(Held.of(held)).equal(plain)
+            assert loader.preprocess([held])[0].equal(plain)
+    sent = image_from_bytes(with_key.read_bytes(), 10**6, lambda *_: None)
+    assert ImageLoader(processor).preprocess([sent])[0].equal(ImageLoader(processor)(tmp_path / "plain.png"))
+
+
+def png_of_16_bits(values: Any) -> bytes:
+    """A PNG with 16 bits a channel, written by hand: Pillow writes no colour ones. Values (H, W) or (H, W, 3)."""
+    height, width = values.shape[:2]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2 if values.ndim == 3 else 0, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_16_bits_of_grey_are_those_of_colour_everywhere(tmp_path: Path) -> None:
+    """Pillow decodes 16-bit colour to 8 bits, and clips 16-bit grey to white."""
+    values = RNG.integers(0, 2**16, (31, 48), dtype=np.uint16)
+    values[0, :2] = 0, 2**16 - 1
+    (tmp_path / "colour.png").write_bytes(png_of_16_bits(np.stack([values] * 3, -1)))
+    (tmp_path / "grey.png").write_bytes(png_of_16_bits(values))
+    expected = np.asarray(open_image(tmp_path / "colour.png"))
+    assert expected[0, 0, 0] == 0
+    assert expected[0, 1, 0] == 255
+    Image.fromarray(values).save(tmp_path / "grey.tif")
+    Image.frombytes("I;16B", (48, 31), values.astype(">u2").tobytes()).save(tmp_path / "big.tif")
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "wide.tif")
+    (tmp_path / "grey.pgm").write_bytes(b"P5 48 31 65535\n" + values.astype(">u2").tobytes())
+    files = [tmp_path / name for name in ("grey.png", "grey.tif", "big.tif", "wide.tif", "grey.pgm")]
+    sent = image_from_bytes(files[0].read_bytes(), 10**6, lambda *_: None)
+    for image in (*map(open_image, files), sent, Held.of(Image.fromarray(values)).image):
+        assert np.array_equal(np.asarray(image), expected)
+
+
+@pytest.mark.parametrize("values", [np.linspace(0, 1, 9, dtype=np.float32), np.array([0, 70_000], np.int32)])
+def test_values_without_a_white_are_refused_by_name(processor: Any, tmp_path: Path, values: Any) -> None:
+    image = Image.fromarray(values[None])
+    image.save(tmp_path / "odd.tif")
+    with pytest.raises(DataError, match=r"odd\.tif cannot be decoded: its pixels are .* which is white"):
+        open_image(tmp_path / "odd.tif")
+    with pytest.raises(DataError, match="which is white"):
+        ImageLoader(processor)(image)
+    assert examine(tmp_path / "odd.tif")[0] == "unreadable"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_turns_what_is_served_and_nothing_else(tmp_path: Path, form: str, orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert open_image(saved(tmp_path, PICTURE, "JPEG", exif=exif)).size == PICTURE.size
+    exif[0x0112] = orientation
+    path = saved(tmp_path, PICTURE, form, exif=exif)
+    with Image.open(path) as image:
+        stored, turned = image.convert("RGB"), ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(stored))
+    sent = image_from_bytes(path.read_bytes(), 10**6, lambda *_: None)
+    assert np.array_equal(np.asarray(sent), np.asarray(turned))
+    assert (sent.size == PICTURE.size) == (orientation not in (5, 6, 7, 8))
+
+
+def test_broken_exif_is_ignored(tmp_path: Path) -> None:
+    path = saved(tmp_path, PICTURE, "PNG", exif=b"Exif\0\0MM\0*nonsense")
+    sent = image_from_bytes(path.read_bytes(), 10**6, lambda *_: None)
+    assert np.array_equal(np.asarray(sent), np.asarray(PICTURE))
 
 
 @pytest.mark.parametrize(

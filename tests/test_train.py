@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from damaged import talk
 from forked import forked
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -465,6 +466,25 @@ def test_a_full_run_is_a_model_of_its_own(base: Path, world: Path, tmp_path: Pat
     tower = [name for name in before if "vision_tower" in name]
     assert tower
     assert all(torch.equal(before[name], after[name]) == (name in tower) for name in before)
+
+
+@pytest.mark.parametrize("keys", [{"tune_post_decoder": True}, {"tune_mm_mlp_adapter": True}])
+def test_an_image_in_a_later_turn_trains_beside_others_on_it(
+    keys: dict[str, Any], base: Path, world: Path, tmp_path: Path
+) -> None:
+    """As each conversation alone does: from cached states, and through the trunk."""
+    name = next(one["image"] for one in json.loads((world / "llava/toyworld_mix.json").read_text()) if "image" in one)
+    asked, said = ("<image>\nWhat is this?", "There is a cup."), ("Hello there.", "Hi.")
+    mix = [
+        {"id": str(i), "image": name, "conversations": [m for turn in turns for m in talk(*turn)]}
+        for i, turns in enumerate([(said, asked), (asked, said), (said, ("<image>\nWhere?", "Here.")), (asked,)])
+    ]
+    write_json(tmp_path / "mix.json", mix)
+    losses = []
+    for branches in (1, 9):
+        more = {"conversations_per_tree": branches, "data_path": tmp_path / "mix.json", "num_train_epochs": 3, **keys}
+        losses.append(log_of(train(build_recipe(sft_keys(base, world, tmp_path / f"{branches}", **more))), "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # --- held-out images

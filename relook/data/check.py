@@ -18,7 +18,7 @@ from typing import Any
 
 from relook.console import output, plain_table, progress
 from relook.data.ahead import ahead
-from relook.data.examine import FORMATS, MISSING, OTHER_SUFFIX, REPAIRABLE, Found, examine_all
+from relook.data.examine import FORMATS, MISSING, OTHER_SUFFIX, REPAIRABLE, TURNED, Found, examine_all
 from relook.data.layouts import Index, Layout, find_layout
 from relook.errors import DataError, RelookError, some
 from relook.files import text_hash
@@ -51,12 +51,14 @@ class FolderReport:
     Args:
         images: every image that was examined, by name; whether a record names it.
         faults: what is wrong with some of them.
+        turned: those that viewers turn by their EXIF orientation, and it. Training and evaluation, as LLaVA's, do not.
     """
 
     layout: Layout
     indexes: tuple[IndexReport, ...]
     images: Mapping[str, bool]
     faults: Mapping[str, Found]
+    turned: Mapping[str, str]
 
     @property
     def clean(self) -> bool:
@@ -96,6 +98,7 @@ class FolderReport:
                 "on_disk": len(self.images) - absent,
                 "sound": len(self.images) - len(self.faults),
                 "faults": self.by_reason(),
+                "turned_by_exif": {readable(name): detail for name, detail in self.turned.items()},
             },
         }
 
@@ -127,8 +130,10 @@ def check(
     if not named_only:
         for found in _walk(layout):
             names.setdefault(found, False)
-    faults = dict(_faults(layout.image_root, names, workers))
-    return FolderReport(layout, tuple(_with_images(one, faults) for one in read), names, faults)
+    said = dict(_examined(layout.image_root, names, workers))
+    turned = {name: detail for name, (reason, detail) in said.items() if reason == TURNED}
+    faults = {name: fault for name, fault in said.items() if name not in turned}
+    return FolderReport(layout, tuple(_with_images(one, faults) for one in read), names, faults, turned)
 
 
 def _read(index: Index, names: dict[str, bool]) -> IndexReport:
@@ -195,8 +200,8 @@ def _walk(layout: Layout) -> Iterator[str]:
                     yield name if start == "." else f"{start}/{name}"
 
 
-def _faults(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tuple[str, Found]]:
-    """The images that something is wrong with, in order."""
+def _examined(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tuple[str, Found]]:
+    """The images of which there is something to say, in order."""
     workers = workers or os.cpu_count() or 1
     pool = None
     if workers > 1 and len(names) > ALONE:
@@ -264,3 +269,9 @@ def print_report(report: FolderReport) -> None:
         images.add_row(reason, f"{len(names):,}", some(first, 3))
     for one in (parts, records, images):
         out.print(one)
+    if turned := found["images"]["turned_by_exif"]:
+        named = some([f"{name} ({detail})" for name, detail in turned.items()], 3)
+        out.print(
+            f"{len(turned):,} images are turned by their EXIF orientation: {named}. Viewers, relook's server, chat and "
+            "page turn them; training and evaluation read them as they are stored, as LLaVA does."
+        )

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from relook.data.rules import as_id
 from relook.errors import DataError
 from relook.files import read_json, state_of
 
@@ -24,7 +25,7 @@ class Annotations:
         objects: the categories on each image; empty for images without an annotation.
         boxes: (category, (x, y, width, height) in pixels) of each annotation, in the file's order; None for a box that
             the file does not have.
-        ids: COCO's number of each image to its file name.
+        ids: COCO's number of each image, as `as_id` writes it, to its file name.
         synonyms: other words for a category, where it has a key `synonyms` (an addition of relook's to COCO's layout).
     """
 
@@ -33,7 +34,7 @@ class Annotations:
     objects: Mapping[str, frozenset[str]]
     boxes: Mapping[str, tuple[tuple[str, Box | None], ...]]
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    ids: Mapping[Any, str] = field(default_factory=dict)
+    ids: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_coco(path: Path) -> Annotations:
@@ -49,13 +50,13 @@ def read_coco(path: Path) -> Annotations:
 def _read_coco(path: Path, *_: int) -> Annotations:
     data = _parts(path, "images", "categories", "annotations")
     try:
-        names = {image["id"]: str(image["file_name"]) for image in data["images"]}
-        categories = {category["id"]: str(category["name"]) for category in data["categories"]}
+        names = {as_id(image["id"]): str(image["file_name"]) for image in data["images"]}
+        categories = {as_id(category["id"]): str(category["name"]) for category in data["categories"]}
         synonyms = {str(c["name"]): tuple(c["synonyms"]) for c in data["categories"] if c.get("synonyms")}
         boxes: dict[str, list[tuple[str, Box | None]]] = {name: [] for name in names.values()}
         for annotation in data["annotations"]:
-            category = categories[annotation["category_id"]]
-            boxes[names[annotation["image_id"]]].append((category, _box(annotation.get("bbox"))))
+            category = categories[as_id(annotation["category_id"])]
+            boxes[names[as_id(annotation["image_id"])]].append((category, _box(annotation.get("bbox"))))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _odd(path, error) from None
     return Annotations(
@@ -90,10 +91,10 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
 def _read_captions(path: Path, *_: int) -> dict[str, tuple[str, ...]]:
     data = _parts(path, "images", "annotations")
     try:
-        names = {image["id"]: str(image["file_name"]) for image in data["images"]}
+        names = {as_id(image["id"]): str(image["file_name"]) for image in data["images"]}
         captions: dict[str, list[str]] = {name: [] for name in names.values()}
         for annotation in data["annotations"]:
-            captions[names[annotation["image_id"]]].append(str(annotation["caption"]))
+            captions[names[as_id(annotation["image_id"])]].append(str(annotation["caption"]))
     except (KeyError, TypeError) as error:
         raise _odd(path, error) from None
     return {image: tuple(said) for image, said in captions.items()}
@@ -108,5 +109,5 @@ def _parts(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def _odd(path: Path, error: Exception) -> DataError:
-    what = f"an entry lacks or names the unknown {error}" if isinstance(error, KeyError) else str(error)
+    what = f"an entry lacks or names the unknown {error.args[0]}" if isinstance(error, KeyError) else str(error)
     return DataError(f"{path} is not in COCO's layout: {what}.", "Give one of COCO's annotation files.")

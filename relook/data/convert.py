@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from relook.console import progress, say
-from relook.data.hadpo import DESCRIBE_PROMPTS, draw
-from relook.data.parquet import COLUMNS, content_hash, kept, open_parquet, write_parquet
+from relook.data.hadpo import DESCRIBE_PROMPTS, answered_correctly, draw
+from relook.data.located import located
+from relook.data.parquet import COLUMNS, content_hash, hadpo_record, kept, open_parquet, write_parquet
 from relook.data.rows import BadRow, Embedded, Row, Source, pyarrow
+from relook.data.rules import BadRecord, as_id, check_pair
 from relook.data.vg import read_image_records
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_json, read_object, whole_folder, write_json
@@ -65,8 +67,12 @@ def convert(source: Path, target: Path, to: str, images: Path | None = None) -> 
 
 
 def _pairs(source: Source, to: str) -> Iterator[Row]:
-    """The rows that `to` can hold; at the end, an error that names the others, so that nothing is kept of the rest."""
+    """The rows that `to` can hold; at the end, an error that names the others, so that nothing is kept of the rest.
+
+    What is no pair to train on (`check_pair`) is left out, and named on screen.
+    """
     faults: dict[str, list[int]] = {}
+    useless: dict[str, list[int]] = {}
     with progress("pairs") as report:
         for number, row in enumerate(source.rows()):
             report(number + 1, source.count)
@@ -78,11 +84,25 @@ def _pairs(source: Source, to: str) -> Iterator[Row]:
             except BadRow as bad:
                 faults.setdefault(str(bad), []).append(number)
                 continue
-            if not faults:
+            if fault := _pair_fault(row):
+                useless.setdefault(fault, []).append(number)
+            elif not faults:
                 yield row
+    named, left_out = (
+        "; ".join(f"{reason}: {some(rows, 3)}" for reason, rows in found.items()) for found in (faults, useless)
+    )
     if faults:
-        named = "; ".join(f"{reason}: {some(rows, 3)}" for reason, rows in faults.items())
         raise DataError(f"Layout {to} cannot hold all rows ({named}).", "Repair or remove these, or choose another.")
+    if useless:
+        say(f"  {sum(map(len, useless.values())):,} rows are no pairs and were left out ({left_out})")
+
+
+def _pair_fault(row: Row) -> str:
+    """Say why a row is no pair; a record that the model answered correctly comes along, and need be none."""
+    try:
+        return "" if answered_correctly(hadpo_record(row)) else check_pair(row.prompt, row.chosen, row.rejected)
+    except BadRecord as bad:
+        return str(bad)
 
 
 # Reading HA-DPO's layout
@@ -108,18 +128,19 @@ def open_hadpo(folder: Path, vg_path: Path) -> Source:
     def entries() -> Iterator[tuple[str, str, Any, tuple[Any, Any, Any]]]:
         rng = random.Random(42)
         for key, record in described.items():
-            if not all(isinstance(record.get(name), list) and record[name] for name in ("chosen", "rejected")):
-                raise DataError(f"{folder / DESC}: {key} has no chosen or no rejected description.", REPAIR)
-            yield DESC, key, record, draw(record, rng)
+            try:
+                yield DESC, as_id(key), record, draw(record, rng)
+            except BadRecord as bad:
+                raise DataError(f"{folder / DESC}: {key} has {bad}.", REPAIR) from None
         for number, record in enumerate(asked):
             missing = [name for name in QUESTION[:4] if name not in record]
             if missing:
                 raise DataError(f"{folder / POPE}: record {number} has no {', '.join(missing)}.", REPAIR)
-            yield POPE, str(record["image_id"]), record, (record["question"], record["chosen"], record["reject"])
+            yield POPE, as_id(record["image_id"]), record, (record["question"], record["chosen"], record["reject"])
 
     def rows() -> Iterator[Row | BadRow]:
         for file, image_id, record, (prompt, chosen, rejected) in entries():
-            path = vg_path / image_place(known[image_id]) if image_id in known else None
+            path = located(vg_path / image_place(known[image_id])) if image_id in known else None
             if path is None or not path.is_file():
                 yield BadRow("image file missing" if path else "image id not in image_data.json")
                 continue
@@ -155,7 +176,8 @@ def _columns(notes: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _is_plain(record: Mapping[str, Any], columns: list[str]) -> bool:
-    return record.keys() == {*QUESTION, *columns} and record["answer"] == record["reject"] and not record["correct"]
+    written = record.keys() == {*QUESTION, *columns} and record["answer"] == record["reject"]
+    return written and record["correct"] is False
 
 
 def image_place(record: Mapping[str, Any]) -> Path:

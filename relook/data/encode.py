@@ -193,25 +193,33 @@ class Encoder:
     ) -> list[Example]:
         """Conversations on one image as branches of a tree, at most `branches` of them: the image is read once.
 
+        They share what stands before the image, too: one whose image comes in a later turn has a tree of its own.
+
         Args:
             faults: takes what is wrong with samples that cannot be used, which are then left out; without it, the
                 first one raises.
         """
-        groups: dict[tuple[Path, ...], list[list[tuple[str, Row]]]] = {}
+        groups: dict[tuple[tuple[Path, ...], tuple[int, ...]], list[list[tuple[str, Row]]]] = {}
         singles: list[tuple[tuple[Path, ...], list[tuple[str, Row]]]] = []
         for sample in samples:
             row = _or_fault(self._conversation_row, sample, faults)
             if row is None:
                 continue
-            if len(sample.images) != 1:
+            start = self._start(row) if len(sample.images) == 1 else ()
+            if not start:
                 singles.append((sample.images, [(sample.id, row)]))
                 continue
-            chunks = groups.setdefault(sample.images, [[]])
+            chunks = groups.setdefault((sample.images, start), [[]])
             if len(chunks[-1]) == branches:
                 chunks.append([])
             chunks[-1].append((sample.id, row))
-        shared = [(images, chunk) for images, chunks in groups.items() for chunk in chunks] + singles
+        shared = [(images, chunk) for (images, _), chunks in groups.items() for chunk in chunks] + singles
         return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in shared]
+
+    def _start(self, row: Row) -> tuple[int, ...]:
+        """Return a row's tokens up to the end of its image; none where an answer stands before that."""
+        end = len(row.ids) - row.ids[::-1].index(self.image_token_id)
+        return () if True in row.supervised[:end] else row.ids[:end]
 
     def _conversation_row(self, sample: Conversation) -> Row:
         return self.learned(sample.turns, sample.images, sample.id)

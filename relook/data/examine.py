@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from relook.data.located import same_stem
+from relook.data.rgb import as_rgb, orientation
 
 # Pillow's names of what a suffix promises. MPO is a JPEG with further pictures behind it, as cameras write them.
 FORMATS = {
@@ -31,6 +33,8 @@ EMPTY, NOT_IMAGE, TRUNCATED = "empty file", "not an image", "truncated"
 TOO_LARGE, UNREADABLE = "too many pixels", "unreadable"
 WRONG_SUFFIX, ODD_MODE = "wrong extension", "unusual mode"
 REPAIRABLE = (OTHER_SUFFIX, WRONG_SUFFIX, ODD_MODE)  # by writing the same picture again
+TURNED = "turned by EXIF"  # no fault, but viewers and servers show it otherwise than LLaVA trains on it
+SHOWN = ("", TURNED, *REPAIRABLE)  # what is said of files that show their picture
 Found = tuple[str, str]  # what is wrong, empty where nothing is, and a detail
 
 
@@ -74,20 +78,33 @@ def _examined(path: Path) -> Found:
             form, mode = str(image.format), image.mode
             image.draft(None, (1, 1))  # a JPEG is then read whole, but not computed at its full size
             image.load()
+            turn = orientation(image)
+            key = image.info.get("transparency") is not None
+            odd = mode not in PLAIN_MODES or key
+            if odd:
+                try:
+                    as_rgb(image)
+                except ValueError as error:
+                    return UNREADABLE, str(error)
     if form in ("JPEG", "MPO", "PNG") and not _ends(path.read_bytes(), form):
         return TRUNCATED, "its end is missing"
     allowed = FORMATS.get(path.suffix.lower())
     if allowed and form not in allowed:
         return WRONG_SUFFIX, f"{form} under {path.suffix}"
-    if mode not in PLAIN_MODES and form != "GIF":  # a GIF has a palette by its nature
-        return ODD_MODE, f"{form} in mode {mode}"
-    return "", ""
+    if odd and form != "GIF":  # a GIF has a palette by its nature
+        return ODD_MODE, f"{form} in mode {mode}" + " with a transparent colour" * (mode in PLAIN_MODES)
+    return (TURNED, f"orientation {turn}") if turn != 1 else ("", "")
 
 
 def _elsewhere(path: Path) -> Found:
-    for suffix in FORMATS:
-        if path.with_suffix(suffix).is_file():
-            return OTHER_SUFFIX, path.with_suffix(suffix).name
+    """Say what became of a file that is not there: the same name has another extension, or is nowhere; a file that is
+    there, but broken, is called so."""
+    order = [path.suffix.lower(), *FORMATS]
+    others = [other for name in same_stem(path) if (other := path.with_name(name)).suffix.lower() in order]
+    for other in sorted(others, key=lambda other: order.index(other.suffix.lower())):
+        if other.is_file():
+            reason, detail = examine(other)
+            return (OTHER_SUFFIX, other.name) if reason in SHOWN else (reason, f"{other.name}: {detail}")
     return MISSING, ""
 
 
@@ -103,22 +120,21 @@ def _ends(data: bytes, form: str) -> bool:
     return data.find(b"\xff\xd9", at) >= 0
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB as training reads it (transparency dropped, first frame), but 16 bits scaled, not clipped."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow also holds in 32
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
 def rewritten(path: Path, suffix: str) -> bytes:
-    """The picture of a file as bytes of the format that a suffix promises, in RGB; the camera's notes (EXIF) kept."""
+    """The picture of a file as bytes of the format that a suffix promises, in RGB; the camera's notes (EXIF) kept.
+
+    A file that is as it should be but for its name is passed on as it is.
+    """
+    if FORMATS.get(path.suffix.lower()) == FORMATS.get(suffix.lower()) and examine(path)[0] in ("", TURNED):
+        return path.read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:
             form = FORMATS.get(suffix.lower(), ("JPEG",))[0]
             how: dict[str, Any] = dict(QUALITY.get(form, {}))
+            rgb = as_rgb(image)  # first: a TIFF file is turned as it is decoded, and then says so no more
             if 0 < len(image.info.get("exif", b"")) < EXIF_BYTES and form in ("JPEG", "PNG", "WEBP"):
                 how["exif"] = image.info["exif"]
             made = io.BytesIO()
-            as_rgb(image).save(made, form, **how)
+            rgb.save(made, form, **how)
     return made.getvalue()

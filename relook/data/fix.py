@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,20 @@ def fix(
 
 
 def summary(done: Mapping[str, Any]) -> str:
-    """What a job did, in a sentence."""
+    """What a job did, in a sentence: numbers, and why."""
     kind = "dropped" if "records_dropped" in done else "listed"
-    records = sum(len(names) for faults in done[f"records_{kind}"].values() for names in faults.values())
-    again, lost = (sum(map(len, done[key].values())) for key in ("written_again", "images_left_out"))
-    return f"{again:,} images written again, {lost:,} missing or broken, {records:,} records {kind}."
+    records: Counter[str] = Counter()
+    for faults in done[f"records_{kind}"].values():
+        records.update({reason: len(names) for reason, names in faults.items()})
+    again, lost = (
+        {why: len(names) for why, names in done[key].items()} for key in ("written_again", "images_left_out")
+    )
+    whats = {"images written again": again, "images missing or broken": lost, f"records {kind}": records}
+    return ", ".join(f"{sum(counts.values()):,} {what}{_reasons(counts)}" for what, counts in whats.items()) + "."
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{reason}: {count:,}' for reason, count in counts.items())})" if counts else ""
 
 
 def _finished(place: Path, job: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from relook.data.located import located
 from relook.data.report import ReadReport, Sieve
+from relook.data.rules import BadRecord, as_bool, as_id, check_pair
 from relook.data.samples import PreferencePair
 from relook.data.vg import read_image_paths
 from relook.errors import DataError
@@ -81,50 +83,72 @@ def _descriptions(
     pairs = []
     for image_id, record in data.items():
         name = f"desc-{image_id}"
-        texts: list[Any] = [record.get(key) if isinstance(record, dict) else None for key in ("chosen", "rejected")]
-        if not all(isinstance(choices, list) and choices for choices in texts):
-            sieve.drop(name, "no chosen or no rejected description")
-            continue
-        # The draws come before any check: dropping a record must not change what is drawn for the next ones.
-        prompt, chosen, rejected = draw(record, rng)
-        pairs += _pair(name, image_id, prompt, chosen, rejected, paths, sieve)
+        try:
+            # The draws come before any check: dropping a record must not change what is drawn for the next ones.
+            pairs.append(_pair(name, image_id, *draw(record, rng), paths))
+        except BadRecord as bad:
+            sieve.drop(name, str(bad))
     return pairs
 
 
-def draw(record: Mapping[str, Any], rng: random.Random) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected of one description record, drawn in the original's order."""
-    chosen, rejected = rng.choice(record["chosen"]), rng.choice(record["rejected"])
+def choices(record: Any) -> tuple[list[Any], list[Any]]:
+    """Return the chosen and the rejected texts of a description record, of which one each is drawn.
+
+    Raises:
+        BadRecord: there are none.
+    """
+    chosen, rejected = (record.get(key) if isinstance(record, dict) else None for key in ("chosen", "rejected"))
+    if not (isinstance(chosen, list) and chosen and isinstance(rejected, list) and rejected):
+        raise BadRecord("no chosen or no rejected description")
+    return chosen, rejected
+
+
+def draw(record: Any, rng: random.Random) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected of one description record, drawn in the original's order.
+
+    Raises:
+        BadRecord: see `choices`.
+    """
+    chosen, rejected = map(rng.choice, choices(record))
     return rng.choice(DESCRIBE_PROMPTS), chosen, rejected
+
+
+def answered_correctly(record: Mapping[str, Any]) -> bool:
+    """Whether a question record says that the model's answer was right: there is nothing to prefer then.
+
+    Raises:
+        BadRecord: `correct` is no truth value.
+    """
+    correct = as_bool(record.get("correct"))
+    if correct is None:
+        raise BadRecord("correct is neither true nor false")
+    return correct
 
 
 def _questions(data: list[Any], paths: Mapping[str, Path], sieve: Sieve) -> list[PreferencePair]:
     pairs = []
     for number, record in enumerate(data):
         name = f"pope-{number}"
-        missing = [key for key in QUESTION_FIELDS if not isinstance(record, dict) or key not in record]
-        if missing:
-            sieve.drop(name, f"no {', '.join(missing)}")
-        elif record["correct"]:
-            sieve.skip("answered correctly")
-        else:
-            prompt, chosen, rejected = record["question"], record["chosen"], record["reject"]
-            pairs += _pair(name, str(record["image_id"]), prompt, chosen, rejected, paths, sieve)
+        try:
+            if missing := [key for key in QUESTION_FIELDS if not isinstance(record, dict) or key not in record]:
+                raise BadRecord(f"no {', '.join(missing)}")
+            if answered_correctly(record):
+                sieve.skip("answered correctly")
+                continue
+            texts = record["question"], record["chosen"], record["reject"]
+            pairs.append(_pair(name, record["image_id"], *texts, paths))
+        except BadRecord as bad:
+            sieve.drop(name, str(bad))
     return pairs
 
 
 def _pair(
-    name: str, image_id: str, prompt: Any, chosen: Any, rejected: Any, paths: Mapping[str, Path], sieve: Sieve
-) -> list[PreferencePair]:
-    """The pair, or nothing where it cannot be used."""
-    if not all(isinstance(text, str) and text.strip() for text in (prompt, chosen, rejected)):
-        fault = "empty text"
-    elif chosen.strip() == rejected.strip():
-        fault = "chosen equals rejected"
-    elif image_id not in paths:
-        fault = "image id not in image_data.json"
-    elif not paths[image_id].is_file():
-        fault = "image file missing"
-    else:
-        return [PreferencePair(name, paths[image_id], prompt, chosen, rejected)]
-    sieve.drop(name, fault)
-    return []
+    name: str, image_id: Any, prompt: Any, chosen: Any, rejected: Any, paths: Mapping[str, Path]
+) -> PreferencePair:
+    if fault := check_pair(prompt, chosen, rejected):
+        raise BadRecord(fault)
+    if (path := paths.get(as_id(image_id))) is None:
+        raise BadRecord("image id not in image_data.json")
+    if not (path := located(path)).is_file():
+        raise BadRecord("image file missing")
+    return PreferencePair(name, path, prompt, chosen, rejected)

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from relook.data.rgb import as_rgb, upright
 from relook.data.structure import check_structure
 from relook.errors import DataError
 from relook.recent import Recent
@@ -64,8 +65,8 @@ class Held:
 
     @staticmethod
     def of(image: Image.Image) -> Held:
-        """The picture in RGB, by Pillow's own conversion as `open_image` has it."""
-        rgb = image.convert("RGB")
+        """The picture in RGB as `open_image` has it. Raises ValueError as `as_rgb` does."""
+        rgb = as_rgb(image)
         return Held(hashlib.sha256(b"%d %d " % rgb.size + rgb.tobytes()).hexdigest(), rgb)
 
     def open(self) -> Image.Image:
@@ -85,7 +86,7 @@ class Encoded:
 
     def open(self) -> Image.Image:
         """Decoded, in RGB. Raises DataError as `open_image` does."""
-        return _opened(BytesIO(self.data), _decoded, self.name)
+        return _opened(BytesIO(self.data), as_rgb, self.name)
 
 
 Shown = Path | Crop | Held | Encoded  # can be recognised, so that what is asked about one is asked together
@@ -93,18 +94,16 @@ Picture = Shown | Image.Image  # or one in memory, as it is
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decode an image file to RGB by Pillow's own conversion, as the original programs do.
-
-    Transparency is dropped, of an animation the first frame is taken, and EXIF rotation is left alone.
+    """Decode an image file to RGB as the original programs do: see `as_rgb`. Of an animation the first frame is taken.
 
     Raises:
         DataError: what is wrong with the file, by name.
     """
-    return _opened(path, _decoded, str(path))
+    return _opened(path, as_rgb, str(path))
 
 
 def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], None]) -> Image.Image:
-    """Decode an image that a stranger sent, to RGB as `open_image` does; of the usual formats only.
+    """Decode an image that a stranger sent, to RGB and upright as viewers show it; of the usual formats only.
 
     Args:
         check: of width and height, before anything is decoded; what it raises goes on.
@@ -119,7 +118,7 @@ def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], N
         with Image.open(BytesIO(data), formats=FROM_STRANGERS) as image:
             if image.width * image.height <= max_pixels:  # not by Pillow's warning, whose filter threads share
                 check(image.width, image.height)
-                return image.convert("RGB")
+                return upright(image)
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -131,10 +130,6 @@ def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], N
     raise DataError("The image has too many pixels.", fix)
 
 
-def _decoded(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
-
-
 def _size(image: Image.Image) -> tuple[int, int]:
     return image.size
 
@@ -144,8 +139,6 @@ def _opened(file: Path | BytesIO, use: Callable[[Image.Image], T], name: str) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Palette images with transparency: their alpha is not wanted.
-            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             with Image.open(file) as image:
                 return use(image)
     except FileNotFoundError:
@@ -224,7 +217,7 @@ class ImageLoader:
         return Image.fromarray(whole.permute(1, 2, 0).numpy())
 
     def preprocess(self, images: Sequence[Image.Image], who: str = "An image") -> Tensor:
-        """Pixel values of RGB images, (n, 3, H, W) float32.
+        """Pixel values of images, (n, 3, H, W) float32.
 
         Raises:
             DataError: an image is so long and thin that its square canvas, or its long side once the short one has the
@@ -241,7 +234,7 @@ class ImageLoader:
 
     def _inputs(self, image: Picture) -> dict[str, Tensor]:
         if isinstance(image, Image.Image):
-            return self._process(image.convert("RGB"), "An image")
+            return self._process(image, "An image")
         key = image.key if isinstance(image, Held) else image  # a memory of pixel values need not hold the picture
         kept = self._kept.get(key)
         if kept is not None:
@@ -253,6 +246,10 @@ class ImageLoader:
 
     def _process(self, image: Image.Image, who: str) -> dict[str, Tensor]:
         self.check_shape(*image.size, who)
+        try:
+            image = as_rgb(image)
+        except ValueError as error:
+            raise DataError(f"{who} cannot be read: {error}.", "Convert it to 8 bits a channel.") from None
         if self.aspect_ratio == "pad":
             red, green, blue = (int(255 * channel) for channel in self.image_processor.image_mean)
             image = pad_to_square(image, (red, green, blue))

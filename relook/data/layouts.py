@@ -11,15 +11,27 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
-from relook.data.hadpo import QUESTION_FIELDS
-from relook.data.llava import BadRecord, conversation
+from relook.data.hadpo import DESCRIBE_PROMPTS, QUESTION_FIELDS, answered_correctly, choices
+from relook.data.llava import conversation
+from relook.data.places import (
+    amber_file,
+    amber_images,
+    coco_annotations,
+    coco_images,
+    first,
+    pope_file,
+    shr_file,
+    visual_genome,
+)
 from relook.data.rows import leads_out
+from relook.data.rules import BadRecord, as_id, check_pair
 from relook.data.vg import read_image_paths
 from relook.errors import DataError
-from relook.files import read_json, read_text
+from relook.files import opens_with, read_json, read_text
 
 VG_FOLDERS = ("VG_100K", "VG_100K_2")
 POPE_SPLITS = ("random", "popular", "adversarial")
@@ -154,11 +166,6 @@ def _line(text: str) -> Any:
         return NOT_JSON
 
 
-def _first(folder: Path, *places: str) -> Path:
-    """The first of some places in a folder that exists; the first of all where none does."""
-    return next((folder / place for place in places if (folder / place).exists()), folder / places[0])
-
-
 def _missing_fields(record: Any, *fields: str) -> str:
     if record is NOT_JSON:
         return "not valid JSON"
@@ -196,7 +203,7 @@ class _VisualGenome:
             there = (self.folder / "image_data.json").exists()
             paths = read_image_paths(self.folder) if there else {}
             self._names = {id: path.relative_to(self.folder).as_posix() for id, path in paths.items()}
-        return self._names.get(str(image_id))
+        return self._names.get(as_id(image_id))
 
     def judge(self, image_id: Any, fault: str, identity: str = "") -> Judged:
         name = self.name(image_id)
@@ -217,14 +224,14 @@ class _VisualGenome:
 
 
 def _vg_place(folder: Path, images: Path | None) -> _VisualGenome:
-    return _VisualGenome(images or _first(folder, "vg/image_data.json", "VG/image_data.json", "image_data.json").parent)
+    return _VisualGenome(images or visual_genome(folder))
 
 
 def _hadpo(folder: Path, images: Path | None) -> Layout:
     vg = _vg_place(folder, images)
     inside = ("", "hadpo/", "hadpo/llava-v1.5/", "llava-v1.5/")
     desc, pope = (
-        _first(folder, *(f"{place}{name}" for place in inside)) for name in ("desc_data.json", "pope_data.json")
+        first(folder, *(f"{place}{name}" for place in inside)) for name in ("desc_data.json", "pope_data.json")
     )
     known = (
         Index(desc, "desc-", "object", partial(_description, vg)),
@@ -237,13 +244,11 @@ def _hadpo(folder: Path, images: Path | None) -> Layout:
 
 def _description(vg: _VisualGenome, entry: tuple[str, Any]) -> Judged:
     image_id, record = entry
-    texts: list[Any] = [record.get(key) if isinstance(record, dict) else None for key in ("chosen", "rejected")]
-    if not all(isinstance(choices, list) and choices for choices in texts):
-        fault = "no chosen or no rejected description"
-    else:
-        fault = _text_fault(*texts[0], *texts[1])
-        if not fault and {text.strip() for text in texts[0]} & {text.strip() for text in texts[1]}:
-            fault = "chosen equals rejected"
+    try:
+        pairs = product(DESCRIBE_PROMPTS[:1], *choices(record))
+        fault = next(filter(None, starmap(check_pair, pairs)), "")
+    except BadRecord as bad:
+        fault = str(bad)
     return vg.judge(image_id, fault, image_id)
 
 
@@ -252,17 +257,20 @@ def _hadpo_question(vg: _VisualGenome, record: Any) -> Judged:
     if fault:
         image_id = record.get("image_id") if isinstance(record, dict) else None
         return Judged((), fault) if image_id is None else vg.judge(image_id, fault)
-    question, chosen, rejected = record["question"], record["chosen"], record["reject"]
-    fault = _text_fault(question, chosen, rejected)
-    if not fault and chosen.strip() == rejected.strip():
-        fault = "chosen equals rejected"
-    return vg.judge(record["image_id"], fault, f"{record['image_id']}\n{question}\n{chosen}\n{rejected}")
+    texts = record["question"], record["chosen"], record["reject"]
+    fault = ""
+    try:
+        if not answered_correctly(record):
+            fault = check_pair(*texts)
+    except BadRecord as bad:
+        fault = str(bad)
+    return vg.judge(record["image_id"], fault, json.dumps([as_id(record["image_id"]), *texts]))
 
 
 def _shr(folder: Path, images: Path | None) -> Layout:
     vg = _vg_place(folder, images)
     names = ("val_images_final.json", "shr_factual_part1.jsonl", "shr_factual_part2.jsonl")
-    val, *factual = (_first(folder, name, f"shr/{name}") for name in names)
+    val, *factual = (shr_file(folder, name) for name in names)
     facts = [Index(path, f"{path.stem.removeprefix('shr_')}-", "lines", _facts) for path in factual if path.exists()]
     known = [Index(val, "val-", "array", partial(_shr_image, vg))] if val.exists() else []
     regions = Part(vg.folder / "region_descriptions.json")
@@ -272,7 +280,7 @@ def _shr(folder: Path, images: Path | None) -> Layout:
 
 def _shr_image(vg: _VisualGenome, record: Any) -> Judged:
     fault = _missing_fields(record, "image_id")
-    return Judged((), fault) if fault else vg.judge(record["image_id"], "", str(record["image_id"]))
+    return Judged((), fault) if fault else vg.judge(record["image_id"], "", as_id(record["image_id"]))
 
 
 def _facts(record: Any) -> Judged:
@@ -289,17 +297,12 @@ def _facts(record: Any) -> Judged:
 
 
 def _llava(folder: Path, images: Path | None) -> Layout:
-    files = [path for path in sorted(folder.glob("*.json")) if _opens_with(path, "[")]
+    files = [path for path in sorted(folder.glob("*.json")) if opens_with(path, "[")]
     root = images or (folder / "images" if (folder / "images").is_dir() else folder)
     many = len(files) > 1
     indexes = tuple(Index(path, f"{path.stem}-" if many else "", "array", _llava_record) for path in files)
     parts = (*(Part(path) for path in files or [folder / "llava_v1_5_mix665k.json"]), Part(root))
     return Layout("llava", folder, parts, indexes, root, (root,))
-
-
-def _opens_with(path: Path, mark: str) -> bool:
-    with path.open("rb") as file:
-        return file.read(1024).lstrip().startswith(mark.encode())
 
 
 def _llava_record(record: Any) -> Judged:
@@ -316,17 +319,14 @@ def _llava_record(record: Any) -> Judged:
 
 
 def _pope(folder: Path, images: Path | None) -> Layout:
-    places = ("pope", "", "output/coco", "POPE/output/coco")
-    expected = [
-        _first(folder, *(f"{place}/coco_pope_{split}.json".lstrip("/") for place in places)) for split in POPE_SPLITS
-    ]
+    expected = [pope_file(folder, split) for split in POPE_SPLITS]
     files = {path for where in {path.parent for path in expected} for path in where.glob("*pope*.json")}
     indexes = tuple(
-        Index(path, f"{path.stem}-", "array" if _opens_with(path, "[") else "lines", _pope_question)
+        Index(path, f"{path.stem}-", "array" if opens_with(path, "[") else "lines", _pope_question)
         for path in sorted(files)
     )
-    root = images or _first(folder, "val2014", "coco2014/val2014", "images")
-    parts = (*(Part(path) for path in expected), Part(root), Part(folder / "annotations/instances_val2014.json", False))
+    root = images or coco_images(folder)
+    parts = (*(Part(path) for path in expected), Part(root), Part(coco_annotations(folder, "instances"), False))
     return Layout("pope", folder, parts, indexes, root, (root,))
 
 
@@ -342,9 +342,8 @@ def _pope_question(record: Any) -> Judged:
 
 
 def _amber(folder: Path, images: Path | None) -> Layout:
-    root = images or _first(folder, "image", "images", "data/image")
-    query = _first(folder, "data/query", "query")
-    annotations = _first(folder, "data/annotations.json", "annotations.json")
+    root = images or amber_images(folder)
+    query, annotations = amber_file(folder, "query"), amber_file(folder, "annotations.json")
     dimensions = [f"discriminative-{of}" for of in ("existence", "attribute", "relation")]
     files = [query / f"query_{kind}.json" for kind in ("all", "generative", "discriminative", *dimensions)]
     asked = [Index(path, f"{path.stem}-", "array", _amber_query) for path in files if path.exists()]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from relook.data.located import located
 from relook.data.prompts import IMAGE
 from relook.data.report import ReadReport, Sieve
+from relook.data.rules import BadRecord
 from relook.data.samples import Conversation, Turn
 from relook.errors import DataError
 from relook.files import read_json
-
-
-class BadRecord(Exception):
-    """Why one record cannot be used."""
 
 
 def read_llava(data_path: Path, image_folder: Path, on_bad: str = "drop") -> tuple[list[Conversation], ReadReport]:
@@ -43,8 +42,9 @@ def read_llava(data_path: Path, image_folder: Path, on_bad: str = "drop") -> tup
         except BadRecord as bad:
             sieve.drop(name, str(bad))
             continue
-        if all(image.is_file() for image in sample.images):
-            samples.append(sample)
+        images = tuple(map(located, sample.images))
+        if all(image.is_file() for image in images):
+            samples.append(replace(sample, images=images))
         else:
             sieve.drop(name, "image file missing")
     return samples, sieve.report(len(samples))
@@ -80,4 +80,6 @@ def _turns(messages: list[Any]) -> tuple[Turn, ...]:
         raise BadRecord("turns do not alternate between human and gpt")
     if not all(said["value"].strip() for said in messages[1::2]):
         raise BadRecord("empty answer")
+    if not all(asked["value"] for asked in messages[::2]):
+        raise BadRecord("empty question")
     return tuple(Turn(a["value"], s["value"]) for a, s in zip(messages[::2], messages[1::2], strict=True))

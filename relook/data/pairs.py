@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from relook.data.hadpo import answered_correctly
 from relook.data.parquet import content_hash, hadpo_record, open_parquet
 from relook.data.report import ReadReport, Sieve
 from relook.data.rows import BadRow, Embedded
+from relook.data.rules import BadRecord, check_pair
 from relook.data.samples import PreferencePair
 from relook.files import whole_file
 
@@ -32,18 +34,17 @@ def read_pairs(
     sieve, pairs = Sieve(str(path), on_bad), []
     for number, row in enumerate(open_parquet(path, folder).rows()):
         name = f"row-{number}"
-        if isinstance(row, BadRow):
-            sieve.drop(name, str(row))
-        elif hadpo_record(row).get("correct"):
-            sieve.skip("answered correctly")
-        elif not all(text.strip() for text in (row.prompt, row.chosen, row.rejected)):
-            sieve.drop(name, "empty text")
-        elif row.chosen.strip() == row.rejected.strip():
-            sieve.drop(name, "chosen equals rejected")
-        elif len(row.images) != 1:
-            sieve.drop(name, f"{len(row.images)} images")
-        else:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            if answered_correctly(hadpo_record(row)):
+                sieve.skip("answered correctly")
+                continue
+            if fault := check_pair(row.prompt, row.chosen, row.rejected):
+                raise BadRecord(fault)
             pairs.append(PreferencePair(name, _extracted(row.image, folder), row.prompt, row.chosen, row.rejected))
+        except BadRecord as bad:
+            sieve.drop(name, str(bad))
     return pairs, sieve.report(len(pairs))
 
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from relook.data.located import located
 from relook.data.rows import BadRow, Embedded, Row, Source, leads_out, pyarrow
 from relook.errors import DataError
 from relook.files import whole_file
@@ -200,7 +201,7 @@ def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
     if not data and name:
         if leads_out(name):
             raise BadRow("image path leads out of its folder")
-        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        found = next((file for folder in folders if (file := located(folder / name)).is_file()), None)
         if found is None:
             raise BadRow("image file missing")
         data = found.read_bytes()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from relook.data.rules import BadRecord
 from relook.errors import DataError
 
 MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
@@ -31,7 +32,7 @@ def leads_out(name: str) -> bool:
     return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
-class BadRow(Exception):
+class BadRow(BadRecord):
     """Why a row is no preference pair of one image, one prompt and two answers."""
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from relook.data.rules import as_id
 from relook.errors import DataError
 from relook.files import read_json, read_text
 
@@ -86,7 +87,8 @@ def read_regions(vg_path: Path) -> dict[str, tuple[Region, ...]]:
         vg_path / "region_descriptions.json",
         "id",
         lambda record: tuple(
-            Region(str(r["phrase"]), (r["x"], r["y"], r["width"], r["height"])) for r in record["regions"]
+            Region(str(r["phrase"]), (float(r["x"]), float(r["y"]), float(r["width"]), float(r["height"])))
+            for r in record["regions"]
         ),
     )
 
@@ -103,7 +105,7 @@ def _by_image(path: Path, key: str, value: Callable[[Any], T]) -> dict[str, T]:
     found = {}
     for number, record in enumerate(records, 1):
         try:
-            found[str(record[key])] = value(record)
+            found[as_id(record[key])] = value(record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{path}: record {number} is not in Visual Genome's layout ({type(error).__name__}: {error}).",

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from relook.data.located import located
+from relook.data.places import amber_file, amber_images
 from relook.data.samples import Question
 from relook.errors import DataError, some
 from relook.evaluate.chair import plurals
@@ -72,7 +74,7 @@ class Lists:
 
 def place(data: Path, name: str) -> Path:
     """One of the benchmark's files, `data/amber/data/...` as in its repository."""
-    path = data / "amber" / "data" / name
+    path = amber_file(data, name)
     if not path.exists():
         raise DataError(f"{path} does not exist.", SOURCE)
     return path
@@ -80,7 +82,7 @@ def place(data: Path, name: str) -> Path:
 
 def read_lists(data: Path) -> Lists:
     """The word lists below `data/amber/data`; `near_synonyms.txt` (two words a line) is optional."""
-    near = data / "amber" / "data" / "near_synonyms.txt"
+    near = amber_file(data, "near_synonyms.txt")
     pairs = [line.split() for line in read_text(near).splitlines() if line.strip()] if near.exists() else []
     odd = [" ".join(pair) for pair in pairs if len(pair) != 2]
     if odd:
@@ -95,10 +97,10 @@ def questions(data: Path) -> tuple[list[Question], list[Question]]:
     Raises:
         DataError: a file is missing or empty, a record lacks a field, or a question has no annotation.
     """
-    path, annotations = place(data, "query/query_all.json"), read_annotations(data)
+    path, annotations, images = place(data, "query/query_all.json"), read_annotations(data), amber_images(data)
     try:
         found = [
-            Question(str(record["id"]), data / "amber" / "image" / str(record["image"]), str(record["query"]))
+            Question(str(record["id"]), located(images / str(record["image"])), str(record["query"]))
             for record in some_records(path, SOURCE)
         ]
     except KeyError as error:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.coco import read_coco
+from relook.data.located import located
+from relook.data.places import coco_images
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError, some
 from relook.evaluate import amber, mmhal, shr
@@ -203,7 +205,8 @@ def _from(place: Path, asked: Asked, answers: Answers, **about: Any) -> dict[str
 def _chair_questions(data: Path) -> Asked:
     """Descriptions of the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
     names = chair_images(read_coco(annotation_file(data)), data / "chair_images.txt")
-    return {"chair": [Question(name, data / "val2014" / name, CHAIR_PROMPT) for name in names]}
+    images = coco_images(data)
+    return {"chair": [Question(name, located(images / name), CHAIR_PROMPT) for name in names]}
 
 
 def _score_shr(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:

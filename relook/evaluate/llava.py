@@ -20,6 +20,7 @@ from typing import Any
 from relook import processes
 from relook.console import progress
 from relook.data.images import Encoded, Shown
+from relook.data.located import located
 from relook.data.prompts import IMAGE
 from relook.errors import DataError, some
 from relook.evaluate.answer import Asking, answer
@@ -160,7 +161,7 @@ def _images(record: Mapping[str, Any], images: Path | None) -> tuple[Path, ...]:
         return ()
     if images is None:
         raise DataError("The questions are about images.", "Give their folder as --data.")
-    return (images / name,)
+    return (located(images / name),)
 
 
 def read_table(text: str, name: str) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relook.data.located import located
 from relook.data.samples import Question
 from relook.errors import DataError
 from relook.evaluate.judge import Judge, Task, fill, prompt_template
@@ -62,7 +63,7 @@ def questions(data: Path) -> list[Question]:
     """Questions with their place in the file as id; images are in `data/mmhal/images`, named as `image_src` ends."""
     images = data / "mmhal" / "images"
     return [
-        Question(str(number), images / str(entry["image_src"]).split("/")[-1], str(entry["question"]))
+        Question(str(number), located(images / str(entry["image_src"]).split("/")[-1]), str(entry["question"]))
         for number, entry in enumerate(read_entries(data))
     ]
 

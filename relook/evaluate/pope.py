@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from relook.data.located import located
 from relook.data.samples import Question
 from relook.errors import DataError, some
 from relook.evaluate.statistics import Ratio, ratio
@@ -41,7 +42,7 @@ def read_questions(path: Path, image_root: Path) -> list[Question]:
             raise DataError(f"{path}: record {number} has no {', '.join(missing)}.", "Give a POPE question file.")
         label = ("no" if record["label"] == "no" else "yes") if "label" in record else ""
         questions.append(
-            Question(str(record["question_id"]), image_root / str(record["image"]), str(record["text"]), label)
+            Question(str(record["question_id"]), located(image_root / str(record["image"])), str(record["text"]), label)
         )
     if not questions:
         raise DataError(f"{path} holds no question.", "Give a POPE question file.")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.coco import Annotations, read_captions, read_coco
+from relook.data.places import coco_annotations, coco_images, pope_file
+from relook.data.rules import as_id
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError, some
 from relook.evaluate import chair, pope
@@ -25,23 +27,23 @@ LLAVA_QUESTIONS = "llava_pope_test.jsonl"  # LLaVA's own name
 
 def pope_questions(data: Path) -> dict[str, list[Question]]:
     """A data folder's questions by split; with LLaVA's texts where its question file lies beside POPE's."""
-    folder, images = data / "pope", data / "val2014"
-    llava = folder / LLAVA_QUESTIONS
+    files, images = {split: pope_file(data, split) for split in SPLITS}, coco_images(data)
+    llava = files[SPLITS[0]].with_name(LLAVA_QUESTIONS)
     if not llava.exists():
-        return {split: pope.read_questions(folder / f"coco_pope_{split}.json", images) for split in SPLITS}
-    splits = pope.read_llava_questions(llava, folder, images)
+        return {split: pope.read_questions(file, images) for split, file in files.items()}
+    splits = pope.read_llava_questions(llava, llava.parent, images)
     if missing := [split for split in SPLITS if split not in splits]:
         raise DataError(f"{llava} has no questions of category {some(missing)}.", "Download it again.")
     return {split: splits[split] for split in SPLITS}
 
 
 def annotation_file(data: Path) -> Path:
-    return data / "annotations" / "instances_val2014.json"
+    return coco_annotations(data, "instances")
 
 
 def caption_file(data: Path) -> Path | None:
     """What people said of the images, where it is there."""
-    path = data / "annotations" / "captions_val2014.json"
+    path = coco_annotations(data, "captions")
     return path if path.exists() else None
 
 
@@ -152,7 +154,7 @@ def read_descriptions(path: Path, annotations: Annotations | None = None) -> dic
     found: dict[str, str] = {}
     for number, record in enumerate(read_records(path), 1):
         number_of, text = record.get("image_id"), record.get("caption", record.get("text"))
-        image = record.get("image", ids.get(number_of) if isinstance(number_of, int) else None)
+        image = record.get("image", ids.get(as_id(number_of)))
         if not isinstance(image, str) or not isinstance(text, str):
             raise DataError(
                 f"{path}: record {number} needs caption, and image or the image_id of an annotated image.",

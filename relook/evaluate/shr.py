@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from relook.data.located import located
+from relook.data.places import shr_file, visual_genome
+from relook.data.rules import as_id
 from relook.data.samples import Question
 from relook.data.vg import read_image_paths, read_regions, read_sizes
 from relook.errors import DataError, some
@@ -71,21 +74,22 @@ def questions(data: Path) -> list[Question]:
         DataError: a file is missing, the list is empty, an image is listed twice or is not Visual Genome's.
     """
     for name in FACTS:
-        if not (data / "shr" / name).exists():
-            raise DataError(f"{data / 'shr' / name} does not exist.", SOURCE)
+        if not (path := shr_file(data, name)).exists():
+            raise DataError(f"{path} does not exist.", SOURCE)
+    path, vg = shr_file(data, IMAGES), visual_genome(data)
     try:
-        ids = [str(record["image_id"]) for record in some_records(data / "shr" / IMAGES, SOURCE)]
+        ids = [as_id(record["image_id"]) for record in some_records(path, SOURCE)]
     except KeyError:
-        raise DataError(f"{data / 'shr' / IMAGES} has a record without image_id.", "Give SHR's own file.") from None
-    paths = read_image_paths(data / "vg")
+        raise DataError(f"{path} has a record without image_id.", "Give SHR's own file.") from None
+    paths = read_image_paths(vg)
     faults = {
         "lists images twice": [i for i, count in Counter(ids).items() if count > 1],
-        "lists images that data/vg/image_data.json has not": [i for i in ids if i not in paths],
+        f"lists images that {vg / 'image_data.json'} has not": [i for i in ids if i not in paths],
     }
     for what, found in faults.items():
         if found:
-            raise DataError(f"{data / 'shr' / IMAGES} {what}: {some(found)}.", "Give SHR's own file.")
-    return [Question(i, paths[i], PROMPT) for i in ids]
+            raise DataError(f"{path} {what}: {some(found)}.", "Give SHR's own file.")
+    return [Question(i, located(paths[i]), PROMPT) for i in ids]
 
 
 def read_descriptions(path: Path) -> list[dict[str, Any]]:
@@ -138,7 +142,7 @@ class KnowledgeJudge:
     data: Path
 
     def label(self, described: Sequence[Described]) -> Judged[Labels]:
-        template, prompt = prompt_template(self.data / "shr" / "gpt_utils.py", "GPT_JUDGE_PROMPT", TEMPLATE)
+        template, prompt = prompt_template(shr_file(self.data, "gpt_utils.py"), "GPT_JUDGE_PROMPT", TEMPLATE)
         knowledge = read_knowledge(self.data, [one.image for one in described])
         judged = self.judge.ask(
             [_task(template, one, *knowledge[one.image]) for one in described], REQUEST, "SHR judge"
@@ -155,12 +159,13 @@ def read_knowledge(data: Path, images: Sequence[str]) -> dict[str, tuple[str, st
     """What the judge is told about each image: its regions, with corners as fractions of the image, and its facts."""
     facts: dict[str, str] = {}
     for name in FACTS:
-        for record in read_records(data / "shr" / name):
-            facts |= {str(image): "".join(f"{fact}\n" for fact in said) for image, said in record.items()}
-    regions, sizes = read_regions(data / "vg"), read_sizes(data / "vg")
+        for record in read_records(shr_file(data, name)):
+            facts |= {as_id(image): "".join(f"{fact}\n" for fact in said) for image, said in record.items()}
+    vg = visual_genome(data)
+    regions, sizes = read_regions(vg), read_sizes(vg)
     unknown = [image for image in images if image not in regions]
     if unknown:
-        raise DataError(f"{data / 'vg' / 'region_descriptions.json'} has no {some(unknown)}.", "Give VG's own file.")
+        raise DataError(f"{vg / 'region_descriptions.json'} has no {some(unknown)}.", "Give VG's own file.")
     found = {}
     for image in images:
         width, height = sizes[image]
@@ -207,7 +212,7 @@ class ExactJudge:
 
 def needs_judge(data: Path) -> bool:
     """Whether the folder has no exact annotations to judge by."""
-    return not (data / "shr" / EXACT).exists()
+    return not shr_file(data, EXACT).exists()
 
 
 def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> dict[str, Any]:
@@ -222,7 +227,7 @@ def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> d
     """
     all_said = [Described(image, sentences_of(text)) for image, text in descriptions.items()]
     described = [one for one in all_said if one.sentences]
-    by: SentenceJudge = KnowledgeJudge(judge, data) if judge else ExactJudge(data / "shr" / EXACT)
+    by: SentenceJudge = KnowledgeJudge(judge, data) if judge else ExactJudge(shr_file(data, EXACT))
     judged = by.label(described)
     labels = {one.image: verdict for one, verdict in zip(described, judged.verdicts, strict=True)}
     rows = [_counts(one, labels.get(one.image, ())) for one in all_said]

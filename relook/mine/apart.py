@@ -77,7 +77,7 @@ def names_in(path: Path) -> frozenset[str]:
     Raises:
         DataError: it names none.
     """
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix.lower() in (".json", ".jsonl"):
         try:
             held = read_json(path)
         except DataError:

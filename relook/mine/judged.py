@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from relook.data.hadpo import DESCRIBE_PROMPTS
+from relook.data.rules import check_pair
 from relook.evaluate.chair import Vocabulary, mentions
 from relook.evaluate.judge import Judge, Judged, Task, fill
 from relook.mine.correct import hallucinations, sentences_apart
@@ -148,7 +150,8 @@ def read_style(pair: Pair, vocabulary: Vocabulary, reply: str) -> Pair | None:
         _replaces(text, old) and _named(old, vocabulary) == _named(text, vocabulary)
         for old, text in ((pair.chosen, new.chosen), (pair.rejected, new.rejected))
     )
-    alike = abs(new.longer) <= MOST_APART * length(new.rejected) and new.chosen != new.rejected
+    fault = check_pair(DESCRIBE_PROMPTS[0], new.chosen, new.rejected)
+    alike = abs(new.longer) <= MOST_APART * length(new.rejected) and not fault
     as_many = len(sentences_apart(new.chosen)) == len(sentences_apart(new.rejected))
     true = not hallucinations(new.chosen, pair.picture.objects, vocabulary)
     return new if same and alike and as_many and true else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.examine import FORMATS
+from relook.data.located import located
 from relook.data.vg import read_aliases, read_image_paths, read_image_records, read_objects, read_regions
 from relook.errors import DataError, RecipeError, some
 from relook.evaluate.chair import Vocabulary, mentions, plural, vocabulary_of
@@ -120,9 +121,9 @@ def _coco(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) ->
     captions = root / "annotations" / f"captions_{here[0]}.json"
     truth = read_truth(splits[here[0]], captions if captions.exists() else None)
     vocabulary = _with(vocabulary_of(truth), synonyms)
-    numbers = {name: str(number) for number, name in truth.ids.items()}
+    numbers = {name: number for number, name in truth.ids.items()}
     pictures = (
-        Picture(numbers[name], root / here[0] / name, _called(Path(name), numbers[name]), truth.objects[name])
+        Picture(numbers[name], located(root / here[0] / name), _called(Path(name), numbers[name]), truth.objects[name])
         for name in truth.images
     )
     return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
@@ -149,7 +150,8 @@ def _visual_genome(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NE
     for image, found in objects.items():
         if image in paths:
             there = frozenset(map(same, found & known)) | said.get(image, frozenset())
-            pictures.append(Picture(image, paths[image], _called_by_both(image, records[image], paths[image]), there))
+            called = _called_by_both(image, records[image], paths[image])
+            pictures.append(Picture(image, located(paths[image]), called, there))
     return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.coco import read_coco
+from relook.data.places import coco_images
 from relook.data.prompts import with_image
 from relook.data.samples import Turn
 from relook.evaluate.benchmarks import CHAIR_PROMPT
@@ -104,7 +105,7 @@ def gallery(out: Path, folder: Path, runs: Sequence[str]) -> str:
         wrong = [m for m in mentions(text, vocabulary) if m.object not in annotations.objects[image]]
         if not wrong:
             continue
-        path = folder / "val2014" / image
+        path = coco_images(folder) / image
         data = path.read_bytes()
         turns = [Turn(with_image(CHAIR_PROMPT), text)]
         maps = attention_before(looking, path, turns, [mention.start for mention in wrong])

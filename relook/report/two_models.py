@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.coco import read_coco
+from relook.data.located import located
+from relook.data.places import coco_images
 from relook.errors import RecipeError
 from relook.evaluate.benchmarks import BENCHMARKS
 from relook.evaluate.chair import vocabulary_of
@@ -183,7 +185,7 @@ def _bound(pictures: int) -> str:
 
 
 def _card(data: Path, image: str, content: str) -> str:
-    picture = f"{thumbnail(data / 'val2014' / image)}<br><small>{html.escape(image)}</small>"
+    picture = f"{thumbnail(located(coco_images(data) / image))}<br><small>{html.escape(image)}</small>"
     return card(picture, content)
 
 

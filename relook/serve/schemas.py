@@ -76,7 +76,9 @@ def _as_parts(content: Any, info: ValidationInfo) -> Any:
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_as_parts), Field(validate_default=True, fail_fast=True)] = None  # type: ignore[assignment]
+    content: Annotated[list[Part], Field(fail_fast=True), BeforeValidator(_as_parts), Field(validate_default=True)] = (
+        None  # type: ignore[assignment]
+    )
     name: str | None = None  # changes no answer: the templates name nobody
     tool_calls: Annotated[Any, _only([])] = None
     annotations: Annotated[Any, _only([])] = None

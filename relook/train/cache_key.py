@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import PIL
 import torch
 import transformers
 
@@ -18,7 +19,7 @@ from relook.files import file_hash, read_json, text_hash
 from relook.model.load import model_hash, tower_of
 from relook.train.policy import Policy
 
-FORMAT = 3  # of the files, and of the numbers by which `plan` cuts them; part of the key
+FORMAT = 4  # of the files, of the numbers by which `plan` cuts them, and of `as_rgb`; part of the key
 INDEX_FILE = "index.json"
 
 
@@ -56,7 +57,7 @@ def made_from(
         "trunk pass": policy.trunk_pass,
         "positions": "all" if policy.keeps_everything else "supervised",
         "device": policy.device.type,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, Pillow {PIL.__version__}",
     }
 
 

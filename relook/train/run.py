@@ -406,9 +406,9 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
         raise DataError("No sample can be used.", f"{report.summary()} {' '.join(faults[:3])}")
     if report.note:
         say(f"  {report.note}")
-    if report.dropped or faults:
-        named = f" {some(faults, 3)}" if faults else ""
-        say(f"  dropped: {report.summary()} {len(faults)} faults in encoding and decoding.{named}")
+    if report.dropped or report.skipped or faults:
+        named = f" {len(faults):,} faults in encoding and decoding: {some(faults, 3)}" if faults else ""
+        say(f"  {'dropped' if report.dropped or faults else 'skipped'}: {report.summary()}{named}")
     return examples, {"reader": report.summary(), "reasons": dict(report.reasons), "faults": faults}
 
 
