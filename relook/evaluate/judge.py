@@ -195,8 +195,8 @@ class Judge:
             say(f"  {title}: {sum(unjudged.values()):,} of {len(tasks):,} not judged ({reasons})")
         if tasks and not optional and sum(unjudged.values()) == len(tasks):
             raise RelookError(
-                f"The judge {self.settings.model} judged none of {len(tasks)} prompts ({reasons}), so there is no "
-                f"score.{asking.unread and f' Its last reply begins: {asking.unread!r}.'}",
+                f"The judge {self.settings.model} judged none of {len(tasks)} prompts ({reasons})."
+                f"{asking.unread and f' Its last reply begins: {asking.unread!r}.'}",
                 f"Check --judge-model and --judge-request; its replies are in {self.cache.path}, and the same command "
                 "asks again.",
             )
