@@ -16,9 +16,10 @@ import yaml
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import CONFIG_NAME
 
 from relook import processes
-from relook.console import progress, say
+from relook.console import progress, say, speaks
 from relook.data.encode import Example
 from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
@@ -26,7 +27,7 @@ from relook.data.pairs import read_pairs
 from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError, some
-from relook.files import read_text, takes, write_json
+from relook.files import hold, read_text, takes, write_json
 from relook.flags import check_model, check_switched
 from relook.keys import parse_overrides
 from relook.model.above_trunk import AboveTrunk
@@ -50,7 +51,7 @@ from relook.train.cache import cached_items
 from relook.train.policy import Policy
 from relook.train.preference import measures
 from relook.train.sight import features_once
-from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained, whole_tensors
+from relook.train.trainer import COMPLETE, RelookTrainer, last_checkpoint, save_trained, whole_tensors
 
 RUN_FILE = "run.json"  # written last: a run that has it is finished
 RECIPE_FILE = "recipe.yaml"
@@ -125,11 +126,15 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
 def claim(out: Path, recipe: Recipe) -> bool:
     """Take an output folder for a recipe. True if this very run is already finished there.
 
+    A run that left nothing to go on from makes room for one of another recipe, unless it still runs.
+
     Raises:
         RecipeError: the folder holds something else, or a run of another recipe.
     """
     held = out / RECIPE_FILE
-    if takes(out, RECIPE_FILE, "output_dir"):
+    new_folder = takes(out, RECIPE_FILE, "output_dir")
+    out.mkdir(parents=True, exist_ok=True)
+    if (new_folder or not begun(out)) and (not speaks() or hold(out)):
         recipe.save(held)
         return False
     old, new = yaml.safe_load(read_text(held)), yaml.safe_load(recipe.to_yaml())
@@ -140,6 +145,12 @@ def claim(out: Path, recipe: Recipe) -> bool:
             "Choose another output_dir, or remove the folder.",
         )
     return (out / RUN_FILE).exists()
+
+
+def begun(out: Path) -> bool:
+    """Whether a run's folder holds anything to go on from: a complete checkpoint, or what was trained."""
+    saved = (RUN_FILE, TENSORS_FILE, CONFIG_NAME)  # of a change, and of a whole model, the first file that is written
+    return any((out / name).exists() for name in saved) or any((out / CHECKPOINTS).glob(f"*/{COMPLETE}"))
 
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:

@@ -13,8 +13,10 @@ from relook.errors import RelookError
 from relook.model.sharded import held, lay_down
 
 CAUSES = (
-    "Likely causes: a learning rate of 0 or far too small, a warm-up longer than the run, or frozen tensors, where the "
-    "output depends on nothing that trains."
+    "Likely causes: a learning rate of 0 or so small that its steps are rounded away (bf16 keeps 8 bits of a number, "
+    "fp16 11, float32 24: what is below half of the last one does not show), a warm-up longer than the run, or frozen "
+    "tensors, where the output depends on nothing that trains. Raise learning_rate, or leave bf16 out: the same "
+    "command goes on in the same folder."
 )
 # Nats a token, on average over a batch: what rounding stays far below, be it to bf16 or 8 bits. A wrong mask made one.
 APART_EXACT, APART = 0.01, 0.5
