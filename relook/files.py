@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import io
@@ -214,6 +215,25 @@ def claim_folder(folder: Path, name: str, settings: Mapping[str, Any], what: str
     old = read_object(folder / name)
     if changed := [key for key in settings if old.get(key) != settings[key]]:
         raise RecipeError(f"{folder} holds {what} made with another {', '.join(changed)}.", "Choose another --out.")
+
+
+_HELD: dict[Path, int] = {}  # descriptors of the folders that this process holds
+
+
+def hold(folder: Path) -> bool:
+    """Keep a folder for this process until it ends; False where another process keeps it."""
+    folder = folder.resolve()
+    if folder not in _HELD:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:  # a file system without locks
+            pass
+        _HELD[folder] = descriptor
+    return True
 
 
 def file_hash(path: Path) -> str:

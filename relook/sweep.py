@@ -317,5 +317,9 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Of a rate over seeds; None where one of them has none."""
+    defined = [value for value in values if value is not None]
+    if len(defined) < len(values):
+        return {"mean": None, "sd": None}
+    return {"mean": statistics.fmean(defined), "sd": statistics.stdev(defined)}

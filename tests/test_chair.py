@@ -183,7 +183,7 @@ def test_score_by_hand() -> None:
 
 def test_silence_shows() -> None:
     found = score({"a": "", "b": "Nice."}, {"a": {"dog"}, "b": {"cat"}}, coco_vocabulary())
-    assert (found.chair_i, found.chair_s, found.recall, found.empty) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.chair_i, found.chair_s, found.recall, found.empty) == (None, 0.0, 0.0, 1.0)
     assert score({}, {}, coco_vocabulary()).n == 0
 
 

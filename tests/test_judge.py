@@ -29,6 +29,7 @@ from relook.evaluate.judge import (
     Judge,
     Judged,
     JudgeSettings,
+    NoVerdict,
     Task,
     fill,
     judge_settings,
@@ -192,10 +193,54 @@ def test_nonsense_is_asked_again_a_few_times_and_counted(tmp_path: Path) -> None
     with endpoint(lambda request, n: Answer("what?" if "odd" in request["messages"][0]["content"] else "7")) as server:
         found = ask(server.url, tmp_path / "c.jsonl", ["odd", "a"], tries=3)
         assert (found.verdicts, found.unjudged, found.about["replies"]) == ([None, 7], {"nonsense": 1}, 4)
-        assert ask(server.url, tmp_path / "c.jsonl", ["odd", "a"], tries=3).unjudged == {"nonsense": 1}
-        assert len(server.requests) == 4  # nonsense is kept, too
-        assert ask(server.url, tmp_path / "c.jsonl", ["odd"], tries=4).unjudged == {"nonsense": 1}
-        assert len(server.requests) == 5
+        with pytest.raises(RelookError, match=r"judged none of 1 prompts \(1 nonsense\).*begins: 'what\?'"):
+            ask(server.url, tmp_path / "c.jsonl", ["odd"], tries=2)
+
+
+def test_what_could_not_be_read_is_asked_again_by_the_next_command(tmp_path: Path) -> None:
+    """A mended judge is asked about it; a better reader reads what is there; a verdict is never asked for again."""
+    cache, prompts = tmp_path / "c.jsonl", ["odd", "a"]
+    with endpoint(lambda request, n: Answer("7" if n >= 4 or request["messages"][0]["content"] == "a" else "7!")) as s:
+        assert ask(s.url, cache, prompts, tries=3).unjudged == {"nonsense": 1}
+        better = ask(s.url, cache, prompts, lambda reply: int(reply.rstrip("!")), tries=3)
+        assert (better.verdicts, better.about["replies"], len(s.requests)) == ([7, 7], 2, 4)
+        mended = ask(s.url, cache, prompts, tries=3)
+        assert (mended.verdicts, mended.about["replies"], len(s.requests)) == ([7, 7], 2, 5)
+        assert ask(s.url, cache, prompts, tries=3).verdicts == [7, 7]
+        assert len(s.requests) == 5
+
+
+def test_replies_belong_to_the_judge_wherever_it_is(tmp_path: Path) -> None:
+    with endpoint(length) as server:
+        ask(server.url, tmp_path / "c.jsonl", ["a"])
+    assert ask("http://127.0.0.1:1/v1", tmp_path / "c.jsonl", ["a"]).verdicts == [1]
+
+
+def test_a_reply_may_say_itself_why_it_is_refused(tmp_path: Path) -> None:
+    def parse(reply: str) -> int:
+        raise NoVerdict("contradictory")
+
+    with endpoint(lambda *_: Answer("7")) as server:
+        judge = Judge(JudgeSettings(server.url, "tester", tries=2), tmp_path / "c.jsonl")
+        assert judge.ask([Task("a", parse)], {}, "judge", optional=True).unjudged == {"contradictory": 1}
+    assert len(server.requests) == 2
+
+
+def test_a_probe_is_one_request_that_leaves_nothing(tmp_path: Path) -> None:
+    def judge(url: str) -> Judge:
+        return Judge(JudgeSettings(url, "tester", retries=0), tmp_path / "c.jsonl")
+
+    with endpoint(lambda *_: Answer("I cannot help.")) as server:
+        judge(server.url).probe({"temperature": 0.5})
+    (request,) = server.requests
+    assert (request["model"], request["temperature"]) == ("tester", 0.5)
+    assert not (tmp_path / "c.jsonl").exists()
+    with pytest.raises(RelookError, match=r"does not answer.*Check its address"):
+        judge(server.url).probe({})
+    for status, message in ((404, "refuses.*Check its address"), (400, "does not answer: .*no such field")):
+        fault = Answer(status=status, body='{"error": {"message": "no such field"}}')
+        with endpoint(lambda *_, fault=fault: fault) as server, pytest.raises(RelookError, match=message):
+            judge(server.url).probe({})
 
 
 def test_long_prompts_are_not_sent_and_long_replies_are_cut(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import dpo_keys, sft_keys, tiny_llava, tiny_relook
@@ -298,8 +299,12 @@ def test_steps_that_bf16_rounds_away_add_up(
 def test_a_step_that_changes_nothing_stops_the_run(base: Path, world: Path, tmp_path: Path) -> None:
     """Too small for float32, which a learning rate of 1e-30 is."""
     keys = {**HEAD, "learning_rate": 1e-30}
-    with pytest.raises(RelookError, match=r"equal after step 1.*learning rate 1e-30.*Likely causes"):
+    with pytest.raises(RelookError, match=r"equal after step 1.*learning rate 1e-30.*Likely causes.*bf16"):
         train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
+    # Nothing is finished there: the same folder takes another rate.
+    again = train(build_recipe(dpo_keys(base, world, tmp_path / "run", **{**keys, "learning_rate": 1e-2})))
+    assert yaml.safe_load((again / "recipe.yaml").read_text())["learning_rate"] == 1e-2
+    assert (again / "run.json").exists()
 
 
 def test_what_trains_beside_the_output_stops_the_run(

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from relook.data.convert import convert
 from relook.data.hadpo import DESCRIBE_PROMPTS, read_hadpo
 from relook.data.pairs import read_pairs
 from relook.demo import mining_settings
-from relook.errors import DataError, RecipeError
+from relook.errors import DataError, RecipeError, RelookError
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.chair import Mention, Vocabulary, coco_vocabulary, mentions
-from relook.evaluate.judge import JudgeSettings
+from relook.evaluate.judge import JudgeSettings, NoVerdict
 from relook.evaluate.pope import official_parse, question_text
 from relook.files import read_json, write_json
 from relook.mine import apart, grow, judged, match, write
@@ -190,7 +191,7 @@ def test_means_are_alike_and_no_more_is_dropped_than_needs_be(sides: list[tuple[
     assert len(kept) + sum(dropped.values()) == len(pairs)
     assert all(abs(pair.longer) <= match.MOST_APART * max(map(length, (pair.chosen, pair.rejected))) for pair in kept)
     found = lengths([(pair.chosen, pair.rejected) for pair in kept])
-    assert found["means_differ"] <= match.MEANS_APART
+    assert (found["means_differ"] or 0) <= match.MEANS_APART  # of no pair there is no mean
     assert found["chosen_longer"] + found["chosen_shorter"] + found["same_length"] == len(kept)
     assert same_length(kept) == (kept, {})
 
@@ -594,6 +595,8 @@ def seeing(scenes: dict[str, Sequence[str]]) -> Callable[[Request, int], Answer]
 
     def answer(request: Request, number: int) -> Answer:
         text, image = request["messages"][0]["content"]
+        if "Sentences:" not in text["text"]:
+            return Answer("yes")  # the probe
         there = scenes[image["image_url"]["url"].split(",")[1]]
         said = text["text"].split("Sentences:\n")[1].split("\nAnswer")[0].splitlines()
         lines, named = [], []
@@ -632,20 +635,20 @@ def test_without_annotations_a_judge_finds_and_corrects(world: Path, tmp_path: P
         name = next((name for name in OBJECTS if question_text(name) == record["question"]), "unicorn")
         assert (record["chosen"] == "Yes.") == (name in truth[record["image_id"]])
     assert Counter(r["chosen"] for r in records)["Yes."] * 2 == len(records) > 0
-    assert sum(one["replies"] for one in card["judge"]) == asked == card["descriptions"]["made"]
+    assert sum(one["replies"] for one in card["judge"]) == asked - 1 == card["descriptions"]["made"]
     assert "<mark>" in (tmp_path / "out" / "pairs.html").read_text()
     assert "a judge (judge) that saw the pictures" in (tmp_path / "out" / "README.md").read_text()
 
 
 TEXT = "There is a cup. It is calm"
-LISTS = "In the image: cup, Red dog.\nNot in the image: pot, cup, fork-lift, 7 dwarfs"
+LISTS = "In the image: cup, Red dog.\nNot in the image: pan, fork-lift, 7 dwarfs"
 
 
 @pytest.mark.parametrize(
     ("reply", "corrected"),
     [
         (f"1. right\n2. cannot judge\n{LISTS}", TEXT),
-        (f"1. wrong: There is a pot!\n\n2) Right.\n{LISTS}", "There is a pot. It is calm"),
+        (f"1. wrong: There is a blue cup!\n\n2) Right.\n{LISTS}", "There is a blue cup. It is calm"),
         (f"1. right\n2. wrong: It is loud.\n{LISTS}", "There is a cup. It is loud"),
         (f"1. right\n{LISTS}", None),
         (f"1. right\n3. right\n{LISTS}", None),
@@ -665,7 +668,102 @@ def test_a_judges_reply_counts_whole_or_not_at_all(reply: str, corrected: str | 
     found = judged.read_check(TEXT, reply)
     assert (found and found.corrected) == corrected
     if found:
-        assert (found.present, found.absent) == (("red dog",), ("pot", "fork-lift"))
+        assert (found.present, found.absent) == (("cup", "red dog"), ("pan", "fork-lift"))
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "present", "absent"),
+    [
+        ("1. wrong: There is a star.\n2. right", "bed", "star"),
+        ("1. wrong: There are two stars.\n2. right", "bed", "star"),
+        ("1. right\n2. right", "bed", "cup"),  # a sentence that stays names what is not there
+        ("1. cannot judge\n2. right", "bed", "cup"),
+        ("1. right\n2. wrong: Stars shine", "cup", "Star"),
+        ("1. right\n2. right", "cup, bed", "star, bed"),
+        ("1. right\n2. right", "cup, beds", "bed"),
+        ("1. wrong: There is a bed.\n2. right", "cup, bed", "star"),  # the cup is there, and was wrong alone
+    ],
+)
+def test_a_reply_that_contradicts_itself_is_refused(verdicts: str, present: str, absent: str) -> None:
+    with pytest.raises(NoVerdict, match="contradictory"):
+        judged.read_check(TEXT, f"{verdicts}\nIn the image: {present}\nNot in the image: {absent}")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "present", "absent"),
+    [
+        ("1. wrong: There is no cup.\n2. right", "bed", "cup"),
+        ("1. wrong: There isn't a cup.\n2. right", "bed", "cup"),
+        ("1. wrong: There is a red cup.\n2. right", "cup", "star"),
+        ("1. wrong: There is a star cup.\n2. right", "star cup", "star, cup"),  # the longest name counts
+        ("1. wrong: There is a bed.\n2. right", "bed", "cup"),
+    ],
+)
+def test_a_reply_without_contradiction_counts(verdicts: str, present: str, absent: str) -> None:
+    assert judged.read_check(TEXT, f"{verdicts}\nIn the image: {present}\nNot in the image: {absent}")
+
+
+def test_contradictory_replies_leave_no_pair_and_are_counted(world: Path, tmp_path: Path) -> None:
+    """A judge that takes back what it corrects, on half of the pictures: no chosen text names what a pair denies."""
+
+    def answer(request: Request, number: int) -> Answer:
+        content = request["messages"][0]["content"]
+        if len(content) < 2 or "Sentences:" not in content[0]["text"]:
+            return Answer("yes")
+        sentences = content[0]["text"].split("Sentences:\n")[1].split("\nAnswer")[0].splitlines()
+        odd = sum(content[1]["image_url"]["url"].encode()) % 2
+        lines = [f"{n}. wrong: There is a unicorn." for n, _ in enumerate(sentences, 1)]
+        return Answer(
+            "\n".join([*lines, f"In the image: {'tree' if odd else 'unicorn'}"])
+            + f"\nNot in the image: {'unicorn' if odd else 'dragon'}"
+        )
+
+    place, how = Place(world / "vg", "none"), Mining(samples=0, questions=2, max_new_tokens=20, near_texts=0)
+    with endpoint(answer) as there:
+        card = mine(shipped_base(), place, tmp_path / "out", how, judging(there.url))
+    (told,) = card["judge"]
+    assert 0 < told["unjudged"]["contradictory"] < card["descriptions"]["made"]
+    assert "not used: contradictory" in (tmp_path / "out" / "README.md").read_text()
+    questions = {r["question"]: r["chosen"] for r in read_json(tmp_path / "out" / "pope_data.json")}
+    assert questions.get(question_text("unicorn"), "Yes.") == "Yes."
+
+
+def test_another_judge_goes_on_with_what_is_described_and_a_wrong_address_costs_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import base64
+
+    pictures = read_pictures(world / "vg", "toyworld").pictures
+    scenes = {base64.b64encode(p.path.read_bytes()).decode(): sorted(p.objects) for p in pictures}
+    answer = seeing(scenes)
+    place, how = Place(world / "vg", "none"), Mining(samples=0, questions=2, max_new_tokens=20, near_texts=0)
+    out, run = tmp_path / "out", lambda judge: mine(shipped_base(), place, tmp_path / "out", how, judge)
+    with pytest.raises(RelookError, match="does not answer"):  # before anything is generated
+        run(judging("http://127.0.0.1:1/v1"))
+    assert not list((out / "work").glob("descriptions*"))
+
+    def down_after_the_probe(request: Request, number: int) -> Answer:
+        return Answer("yes") if number == 0 else Answer(status=500, body="no")
+
+    with endpoint(down_after_the_probe) as there, pytest.raises(RelookError, match="does not answer"):
+        run(judging(there.url))
+    described = (out / "work" / "descriptions_0.jsonl").read_bytes()
+    with endpoint(answer) as there:  # another address, another model
+        other = JudgeSettings(there.url, "other", retries=0)
+        assert run(other)["descriptions"]["made"] == len(pictures)
+    assert (out / "work" / "descriptions_0.jsonl").read_bytes() == described
+    assert run(JudgeSettings("http://elsewhere.invalid/v1", "other"))  # finished: nothing is asked
+    with pytest.raises(RecipeError, match="made with another judge"):
+        run(judging("http://elsewhere.invalid/v1"))
+
+
+def test_a_picture_that_is_mended_is_looked_at_again(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"no image")
+    looked = tmp_path / "work" / "pictures.jsonl"
+    assert "fault" in grow.look_at_all(looked, [("a", picture)], "pictures")["a"]
+    Image.new("RGB", (9, 9)).save(picture)
+    assert "look" in grow.look_at_all(looked, [("a", picture)], "pictures")["a"]
 
 
 LINES = ["1. right", "1) wrong: ", "2. Wrong: a pot", "² right", "9" * 5000 + ". right", "A:", "B: a pot", LISTS, ""]
@@ -675,7 +773,8 @@ PIECES = st.sampled_from([*LINES, "\n", ", ", " ", ".", "İ", "\x1c", "\ud800"])
 @given(st.lists(PIECES, max_size=9), st.lists(st.sampled_from(["a cup", ".", " ", "\n", "!", "\x1c"]), max_size=6))
 def test_any_reply_is_read_without_an_error(reply: list[str], text: list[str]) -> None:
     for between in ("", "\n"):
-        judged.read_check("".join(text) or "a cup", between.join(reply))
+        with suppress(NoVerdict):
+            judged.read_check("".join(text) or "a cup", between.join(reply))
         judged.read_style(Pair(NOWHERE, "a cup", "a pot"), VOCABULARY, between.join(reply))
 
 

@@ -126,13 +126,20 @@ def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("labels", "texts"),
-    [(["yes", "no"], ["No", "No"]), (["no", "no"], ["Yes", "No"]), (["yes", "no"], ["No", "Yes"]), ([], [])],
+    ("labels", "texts", "rates"),
+    [
+        (["yes", "no"], ["No", "No"], (None, 0, 0)),
+        (["no", "no"], ["Yes", "No"], (0, None, 0)),
+        (["yes", "no"], ["No", "Yes"], (0, 0, 0)),
+        (["no", "no"], ["No", "No"], (None, None, None)),
+        ([], [], (None, None, None)),
+    ],
 )
-def test_rates_without_a_denominator_are_zero(labels: list[str], texts: list[str]) -> None:
+def test_rates_without_a_denominator_are_none(
+    labels: list[str], texts: list[str], rates: tuple[float | None, ...]
+) -> None:
     found = score(asked(labels), answered(texts))
-    assert found.f1 == 0.0
-    assert found.precision == 0.0 or found.recall == 0.0
+    assert (found.precision, found.recall, found.f1) == rates
 
 
 def test_rates_by_hand() -> None:
@@ -173,8 +180,9 @@ def test_any_file_scores_as_the_official_rule_says(rows: list[tuple[str, str]]) 
     places = {"tp": (True, True), "fp": (True, False), "tn": (False, False), "fn": (False, True)}
     assert {key: found[key] for key in places} == {key: expected[place] for key, place in places.items()}
     for rate in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
-        low, high = found[f"{rate}_ci"]
-        assert 0 <= low <= high <= 1
+        interval = found[f"{rate}_ci"]
+        assert (interval is None) == (found[rate] is None)
+        assert interval is None or 0 <= interval[0] <= interval[1] <= 1
 
 
 def test_parsers_by_name(refdata: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relook.data.vg import read_image_paths
-from relook.errors import DataError, RecipeError
+from relook.errors import DataError, RecipeError, RelookError
 from relook.evaluate import shr
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.judge import Judge, JudgeSettings
@@ -106,10 +106,10 @@ def test_scores_by_hand(data: Path) -> None:
     # "It" twice among nine words; a text of no words counts in no mean
     assert result["distinct_1"] == pytest.approx((8 / 9 + 4 / 4) / 2)
     assert (result["distinct_3"], result["distinct_4"]) == (1, 1)
-    counts = {"sentences": 5, "cannot_judge": 1, "not_judged": 0, "n": 3}
+    counts = {"sentences": 5, "cannot_judge": 1, "judged": 5, "not_judged": 0, "n": 3}
     assert {key: result[key] for key in counts} == counts
     low, high = result["shr_ci"]
-    assert low == pytest.approx(0)  # a resample of the image without sentences alone
+    assert low == pytest.approx(1 / 3)  # the image without sentences alone has no ratio, and adds nothing to others
     assert high == pytest.approx(1)
     assert result["judge"]["prompt"] == "relook"
 
@@ -127,6 +127,25 @@ def test_sentences_without_a_label_are_counted_and_left_out(data: Path) -> None:
     assert result["hal_sents_per_image"] == 1 / 2
     assert result["judge"]["unjudged"] == {"nonsense": 1}
     assert len(prompts) == 3
+
+
+def test_a_judge_that_judges_nothing_is_no_result(data: Path) -> None:
+    with pytest.raises(RelookError, match=r"judged none of 2 prompts \(2 nonsense\).*begins: 'I am sorry") as caught:
+        judged(data, lambda *_: Answer("I am sorry, I cannot help."))
+    assert "the same command asks again" in caught.value.fix
+    result, _ = judged(data, labels)
+    assert (result["shr"], result["judged"]) == (3 / 5, 5)
+
+
+def test_a_judge_that_cannot_judge_any_sentence_gives_no_rate(data: Path) -> None:
+    def open_about_all(request: Request, _: int) -> Answer:
+        count = 3 if "It flies high" in request["messages"][0]["content"] else 2
+        return Answer("Judgement:\n" + "".join(f"{n}. cannot judge: no\n" for n in range(1, count + 1)))
+
+    result, _ = judged(data, open_about_all)
+    rates = ("shr", "shr_ci", "hal_words_ratio", "hal_words_ratio_ci", "hal_sents_per_image", "hal_words_per_image")
+    assert [result[rate] for rate in rates] == [None] * len(rates)
+    assert (result["judged"], result["cannot_judge"], result["not_judged"]) == (5, 5, 0)
 
 
 def test_what_the_judge_is_told(data: Path) -> None:
@@ -223,12 +242,47 @@ def test_toyworld_from_pictures_to_scores(world: Path, tmp_path: Path) -> None:
 
     with endpoint(lambda request, _: Answer("Judgement:\nno idea")) as server:
         settings = JudgeSettings(server.url, "m", tries=1)
-        with pytest.raises(RecipeError, match="scored there, by exact annotations"):
+        with pytest.raises(RelookError, match="judged none"):
             evaluate_model(shipped_base(), ["shr"], data, out, judge=settings, **how)
-        (out / "shr.json").unlink()
-        asked = evaluate_model(shipped_base(), ["shr"], data, out, judge=settings, **how)["shr"]
-    assert asked["not_judged"] == asked["sentences"] == result["sentences"]
-    assert read_json(out / "shr.json") == asked
+    assert read_json(out / "shr.json") == result
+
+    mended, odd = False, ""
+
+    def most(request: Request, number: int) -> Answer:
+        nonlocal odd
+        prompt = request["messages"][0]["content"]
+        if "Sentences:" not in prompt:
+            return Answer("yes")
+        odd = odd or prompt
+        listed = prompt[prompt.rindex("Sentences:\n") :].split("\nAnswer in this form")[0].split("\n")[1:]
+        labels = "".join(f"{line.split('.')[0]}. hallucination: no\n" for line in listed if line)
+        return Answer("no idea" if prompt == odd and not mended else f"Judgement:\n{labels}")
+
+    with endpoint(most) as server:
+        settings = JudgeSettings(server.url, "m", tries=1, workers=1)
+        part = evaluate_model(shipped_base(), ["shr"], data, out, judge=settings, **how)["shr"]
+        assert part["judged"] + part["not_judged"] == part["sentences"] == result["sentences"]
+        assert part["not_judged"] > 0
+        before, mended = len(server.requests), True
+        assert evaluate_model(shipped_base(), ["shr"], data, out, **how)["shr"] == part  # without a judge it stays
+        whole = evaluate_model(shipped_base(), ["shr"], data, out, judge=settings, **how)["shr"]
+        assert server.prompts[before:] == [odd]  # what was not judged, and nothing else
+    assert (whole["judged"], whole["not_judged"], whole["shr"]) == (result["sentences"], 0, 1)
+    assert read_json(out / "shr.json") == whole
+
+
+def test_another_score_says_how_it_replaces_what_is_stored(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = world / "test", tmp_path / "out"
+    result = evaluate_model(shipped_base(), ["shr"], data, out, max_new_tokens=20)["shr"]
+    assert rescore(None, [out], None) == result
+    assert "holds another score" not in capsys.readouterr().err
+    write_json(out / "shr.json", {**result, "shr": 0.0})
+    assert rescore(None, [out], None) == result
+    assert f"{out / 'shr.json'} holds another score; --json" in " ".join(capsys.readouterr().err.split())
+    assert evaluate_model(shipped_base(), ["shr"], data, out, max_new_tokens=20)["shr"] == result
+    assert read_json(out / "shr.json") == result
 
 
 def test_a_missing_image_is_named_before_anything_is_asked(world: Path, tmp_path: Path) -> None:

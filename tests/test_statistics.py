@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relook.evaluate.statistics import by_image, holm, mcnemar, paired_interval, ratio_interval, right_alone
+from relook.evaluate.statistics import (
+    by_image,
+    holm,
+    mcnemar,
+    mean,
+    paired_interval,
+    ratio,
+    ratio_interval,
+    right_alone,
+)
 
 
 def test_interval_of_a_mean_is_the_normal_one() -> None:
@@ -46,6 +55,12 @@ def test_interval_of_two_images_by_enumeration() -> None:
     assert ratio_interval([0, 3], [1, 3]) == [0.0, 1.0]
 
 
+def test_resamples_of_nothing_are_left_out() -> None:
+    """Images (1 of 2) and (0 of 0): of the four resamples one has no ratio, the others have 1/2."""
+    assert ratio_interval([1, 0], [2, 0]) == [0.5, 0.5]
+    assert paired_interval(([1, 0], [2, 0]), ([2, 0], [2, 0])) == [0.5, 0.5]
+
+
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     covered = 0
@@ -77,9 +92,9 @@ def test_holm_by_hand() -> None:
 
 
 def test_edges() -> None:
-    assert ratio_interval([], []) == [0.0, 0.0]
-    assert paired_interval(([], []), ([], [])) == [0.0, 0.0]
-    assert ratio_interval([0, 0], [0, 0]) == [0.0, 0.0]
+    assert ratio_interval([], []) is ratio_interval([0, 0], [0, 0]) is None
+    assert paired_interval(([], []), ([], [])) is paired_interval(([1], [2]), ([0], [0])) is None
+    assert (ratio(0, 0), mean([]), ratio(0, 3)) == (None, None, 0)
     assert ratio_interval([2], [4]) == [0.5, 0.5]
     with pytest.raises(ValueError, match=r"same images .* \[2, 1\]"):
         ratio_interval([1, 1], [1])
@@ -94,6 +109,9 @@ counts = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, m
 def test_intervals_are_reproducible_bounded_and_antisymmetric(images: list[tuple[int, int]], seed: int) -> None:
     wrong, right = ([image[side] for image in images] for side in (0, 1))
     total = [w + r for w, r in images]
+    if not sum(total):
+        assert ratio_interval(wrong, total, seed) is paired_interval((wrong, total), (right, total), seed) is None
+        return
     low, high = ratio_interval(wrong, total, seed)
     assert 0 <= low <= high <= 1
     assert [low, high] == ratio_interval(wrong, total, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from tiny import dpo_keys, sft_keys, tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from relook import load_model
+from relook import files, load_model
 from relook.errors import CheckpointError, DataError, RecipeError, RelookError
 from relook.files import write_json
 from relook.model.load import TENSORS_FILE
@@ -36,7 +37,7 @@ from relook.train.batches import Collator, hold_out
 from relook.train.cache import TrunkCache, trunk_pass
 from relook.train.policy import Policy
 from relook.train.preference import measures, preference_loss
-from relook.train.run import encode_samples, prepare, read_samples, train
+from relook.train.run import claim, encode_samples, prepare, read_samples, train
 from relook.train.trainer import COMPLETE
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
@@ -367,6 +368,26 @@ def test_a_folder_with_another_run_is_refused(base: Path, world: Path, tmp_path:
     with pytest.raises(RecipeError, match=r"another recipe.*max_steps"):
         train(recipe_for(base, world, tmp_path / "run", tune_lm_head=True))
     assert (out / TENSORS_FILE).read_bytes() == before
+
+
+def test_a_folder_is_free_until_something_is_finished_there(base: Path, world: Path, tmp_path: Path) -> None:
+    """A run that still works keeps its folder; so does one with a complete checkpoint, or with what it trained."""
+    recipe, other = (recipe_for(base, world, tmp_path / "run", tune_lm_head=True, beta=beta) for beta in (0.1, 0.2))
+    out = tmp_path / "run"
+    assert not claim(out, recipe)
+    (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # cut off
+    assert not claim(out, other)
+    assert not claim(out, recipe)
+    held = files._HELD.pop(out.resolve())  # as if by another process: its lock is still there
+    with pytest.raises(RecipeError, match=r"another recipe.*beta"):
+        claim(out, other)
+    os.close(held)
+    assert not claim(out, other)
+    for left in (out / "checkpoints" / "checkpoint-1" / "complete", out / TENSORS_FILE):
+        left.touch()
+        with pytest.raises(RecipeError, match=r"another recipe.*beta"):
+            claim(out, recipe)
+        left.unlink()
 
 
 def test_somebody_elses_folder_is_refused(base: Path, world: Path, tmp_path: Path) -> None:

@@ -171,14 +171,34 @@ def test_benchmarks_without_a_paired_test_stand_side_by_side(pair: tuple[Path, P
             (folder / f"{name}.json").unlink()
         about = {"provenance": {"image_list": "a"}}
         judge = {"model": f"judge of {folder.name}", "prompt_hash": "b", "replies": 4}
-        rating = {"score": score, "score_ci": [1, 4], "by_type": {"other": 1.0}, "judge": judge, "n": 4}
+        rating = {
+            "score": score,
+            "score_ci": [1, 4],
+            "by_type": {"other": 1.0},
+            "judge": judge,
+            "n": 4,
+            "not_judged": 1,
+        }
         write_json(folder / "mmhal.json", rating | about)
+        described = {
+            "shr": None,
+            "shr_ci": None,
+            "sentences": 9,
+            "cannot_judge": 5,
+            "judged": 5,
+            "not_judged": 4,
+            "n": 3,
+        }
+        write_json(folder / "shr.json", described | about)
         write_json(folder / "amber.json", {"discriminative": {"f1": f1, "f1_ci": [0.25, 1], "n": 2}, **about})
     page = write_comparison(*pair)
     assert read_json(page.with_name("comparison.json"))["paired"] == {}
     text = page.read_text()
     for row in (
         "<td>score</td><td>2.5 <small>[1.0, 4.0]</small></td><td>3.2 <small>[1.0, 4.0]</small></td>",
+        "<td>judged / not judged</td><td>3 / 1</td><td>3 / 1</td>",  # as earlier versions wrote it
+        "<td>judged / not judged</td><td>5 / 4, 5 of them “cannot judge”</td>",
+        "<td>shr</td><td>–</td><td>–</td>",
         "<td>discriminative, f1</td><td>50.0 <small>[25.0, 100.0]</small></td><td>75.0 <small>",
         "<td>mmhal: judge model</td><td><b>judge of first</b></td><td><b>judge of second</b></td>",
         "<td>mmhal: image_list</td><td>a</td><td>a</td>",

@@ -187,7 +187,7 @@ def score(data: Path, asked: Sequence[Question], responses: Mapping[str, str]) -
     """Generative and discriminative scores, and the AMBER score, with 95 % intervals over images.
 
     "No" is the positive answer, as in the original. An answer that is neither yes nor no is wrong, and is counted in
-    `neither`. Scores of a part that was not asked are left out.
+    `neither`. Scores of a part that was not asked are left out; a rate of nothing is None.
     """
     annotations, lists = read_annotations(data), read_lists(data)
     images = list(dict.fromkeys(question.image.name for question in asked))
@@ -209,9 +209,10 @@ def score(data: Path, asked: Sequence[Question], responses: Mapping[str, str]) -
             result[name] = discriminative([a for a in answers if a[1] in kinds], images)
         result["relation"] = discriminative([a for a in answers if a[1] not in known], images)
     if made and answers:
-        low, high = _f1_minus_chair(made, answers, images)
-        result["amber_score"] = (1 - result["generative"]["chair"] + result["discriminative"]["f1"]) / 2
-        result["amber_score_ci"] = [(1 + low) / 2, (1 + high) / 2]
+        chair, f1 = result["generative"]["chair"], result["discriminative"]["f1"]
+        apart = _f1_minus_chair(made, answers, images)
+        result["amber_score"] = None if chair is None or f1 is None else (1 - chair + f1) / 2
+        result["amber_score_ci"] = apart and [(1 + end) / 2 for end in apart]
     return result
 
 
@@ -232,15 +233,14 @@ def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequen
     """Accuracy, and precision, recall and F1 of "no"."""
     right = [(said == "no") == truth and said != "" for _, _, truth, said in answers]
     hits = [said == "no" and truth for _, _, truth, said in answers]
-    precision = ratio(sum(hits), sum(said == "no" for *_, said in answers))
-    recall = ratio(sum(hits), sum(truth for _, _, truth, _ in answers))
+    said_no, truly_no = sum(said == "no" for *_, said in answers), sum(truth for _, _, truth, _ in answers)
     per_image = by_image(((a[0], int(r), 1) for a, r in zip(answers, right, strict=True)), images)
     return {
         "accuracy": ratio(sum(right), len(right)),
         "accuracy_ci": ratio_interval(*per_image),
-        "precision": precision,
-        "recall": recall,
-        "f1": ratio(2 * precision * recall, precision + recall),
+        "precision": ratio(sum(hits), said_no),
+        "recall": ratio(sum(hits), truly_no),
+        "f1": ratio(2 * sum(hits), said_no + truly_no),
         "f1_ci": ratio_interval(*_f1_counts(answers, images)),
         "neither": sum(said == "" for *_, said in answers),
         "n": len(answers),
@@ -255,7 +255,7 @@ def _f1_counts(answers: Sequence[tuple[str, str, bool, str]], images: Sequence[s
 
 def _f1_minus_chair(
     made: Mapping[str, Made], answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]
-) -> Interval:
+) -> Interval | None:
     """The interval of F1 - CHAIR, each resample taking the same images for both."""
     chair = by_image(((image, m.made_up, m.nouns) for image, m in made.items()), images)
     return paired_interval(chair, _f1_counts(answers, images))

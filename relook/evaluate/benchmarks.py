@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relook.console import say
 from relook.data.coco import read_coco
 from relook.data.located import located
 from relook.data.places import coco_images
@@ -31,7 +32,7 @@ from relook.evaluate.score import (
     pope_results,
     score_answers,
 )
-from relook.files import file_hash, read_records, text_hash
+from relook.files import file_hash, read_object, read_records, text_hash
 
 CHAIR_PROMPT = "Describe this image in detail."
 Asked = Mapping[str, Sequence[Question]]  # by the stem of the answer file
@@ -52,6 +53,7 @@ class Benchmark:
         yes_or_no: stems of files whose questions are answered by a word.
         generate: settings of transformers' `generate`.
         needs_judge: whether scores of a data folder need a judge.
+        judge_request: fields of the requests to a judge; None where none is asked.
         read: an existing answer file of any layout that the benchmark knows.
     """
 
@@ -65,6 +67,7 @@ class Benchmark:
     yes_or_no: Collection[str] = ()
     generate: tuple[tuple[str, Any], ...] = ()
     needs_judge: Callable[[Path], bool] = lambda data: False
+    judge_request: Mapping[str, Any] | None = None
     read: Callable[[Path], list[dict[str, Any]]] = read_records
 
     def record(self, question: Question, text: str) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def score_command(
     if name in RESULTS:
         if len(answers) > 1:
             raise RecipeError(f"{name} is scored by one answer file.", "Give --answers once.")
-        return score_answers(name, first, given, parser)
+        return _beside_stored(name, first, score_answers(name, first, given, parser))
     data = given.data or (data_of(first) if first.is_dir() else None)
     if data is None:
         raise RecipeError(f"{name} is scored by the benchmark's files.", "Give their folder as --data.")
@@ -158,7 +161,23 @@ def score_command(
     result = benchmark.score(data, asked, found, first, Judge(judge, cache) if judge else None)
     if len(answers) > 1:
         result["provenance"]["answers_sha256"] = {path.name: file_hash(path) for path in answers}
+    return _beside_stored(name, first, result)
+
+
+def _beside_stored(name: str, folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The result; says how it replaces another one that a folder of `relook eval` holds."""
+    stored = folder / f"{name}.json"
+    if folder.is_dir() and stored.exists() and not _holds(read_object(stored), result):
+        say(f"{stored} holds another score; --json {stored} replaces it, and so does `relook eval` there.")
     return result
+
+
+def _holds(stored: Any, result: Any) -> bool:
+    """Whether a stored result has all figures of another one, wherever they come from."""
+    if not isinstance(result, dict):
+        return bool(stored == result)
+    figures = result.keys() - {"provenance", "judge"}
+    return isinstance(stored, dict) and all(key in stored and _holds(stored[key], result[key]) for key in figures)
 
 
 def match(benchmark: Benchmark, asked: Asked, records: Sequence[Mapping[str, Any]]) -> Answers:
@@ -260,6 +279,7 @@ SHR = Benchmark(
     question_field="",
     generate=(("num_beams", 5),),
     needs_judge=shr.needs_judge,
+    judge_request=shr.REQUEST,
     read=shr.read_descriptions,
 )
 AMBER = Benchmark(
@@ -279,6 +299,7 @@ MMHAL = Benchmark(
     "question_id",
     "model_answer",
     needs_judge=lambda data: True,
+    judge_request=mmhal.REQUEST,
     read=mmhal.read_answers,
 )
 BENCHMARKS = {"pope": POPE, "chair": CHAIR, "shr": SHR, "amber": AMBER, "mmhal": MMHAL}

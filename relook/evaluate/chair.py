@@ -178,7 +178,7 @@ class ChairScore:
 
     Captions without any mention add nothing to `chair_i` and, as in the original, count as free of hallucination in
     `chair_s`. So that silence is not taken for sight, `empty` says how many there are, and they lower `recall`. Rates
-    are fractions; one whose denominator is zero is 0.0, so read `chair_i` with `empty`.
+    are fractions; one whose denominator is zero is None.
     """
 
     images: tuple[str, ...]
@@ -193,27 +193,27 @@ class ChairScore:
         return len(self.images)
 
     @property
-    def chair_i(self) -> float:
+    def chair_i(self) -> float | None:
         """Mentions of absent objects / mentions."""
         return ratio(sum(self.hallucinated), sum(self.mentioned))
 
     @property
-    def chair_s(self) -> float:
+    def chair_s(self) -> float | None:
         """Captions that mention an absent object / captions."""
         return ratio(sum(count > 0 for count in self.hallucinated), self.n)
 
     @property
-    def recall(self) -> float:
+    def recall(self) -> float | None:
         """Distinct present objects that were named / distinct present objects, summed over images."""
         return ratio(sum(self.found), sum(self.present))
 
     @property
-    def length(self) -> float:
+    def length(self) -> float | None:
         """Mean number of words."""
         return ratio(sum(self.words), self.n)
 
     @property
-    def empty(self) -> float:
+    def empty(self) -> float | None:
         """Captions without any mention / captions."""
         return ratio(sum(count == 0 for count in self.mentioned), self.n)
 

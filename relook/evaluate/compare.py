@@ -58,9 +58,11 @@ def _compare_chair(sides: Sequence[Sequence[ChairScore]]) -> dict[str, Any]:
 
 
 def _difference(first: Sequence[Ratio], second: Sequence[Ratio]) -> dict[str, Any]:
+    """A rate's difference and its interval; None where either rate is one of nothing."""
     pooled = [columns([pair for run in side for pair in run]) for side in (first, second)]
-    ratios = [ratio(sum(top), sum(bottom)) for top, bottom in pooled]
-    return {"difference": ratios[1] - ratios[0], "ci": paired_interval(pooled[0], pooled[1])}
+    one, other = (ratio(sum(top), sum(bottom)) for top, bottom in pooled)
+    difference = None if one is None or other is None else other - one
+    return {"difference": difference, "ci": paired_interval(pooled[0], pooled[1])}
 
 
 def differing_answers(data: Path, first: Path, second: Path) -> list[dict[str, Any]]:

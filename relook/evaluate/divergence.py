@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from relook.evaluate.pope import official_parse
+from relook.evaluate.statistics import ratio
 
 KL_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))  # nats
 
@@ -34,7 +35,7 @@ def by_divergence(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str
 
     Returns:
         For each bin [low, high) of KL_EDGES the number `n` of such questions, and the `rate` and `base_rate` at which
-        row and base answer yes (0 in an empty bin). `high` is None where the bin has no end.
+        row and base answer yes (None in an empty bin). `high` is None where the bin has no end.
     """
     bins = []
     for low, high in pairwise(KL_EDGES):
@@ -43,9 +44,9 @@ def by_divergence(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str
             for record, other in zip(tuned, base, strict=True)
             if record["label"] == "no" and low <= record["kl"] < high
         ]
-        rates = [sum(side) / len(inside) if inside else 0.0 for side in zip(*inside, strict=True)] or [0.0, 0.0]
+        row_rate, base_rate = (ratio(sum(pair[side] for pair in inside), len(inside)) for side in (0, 1))
         end = high if high < float("inf") else None
-        bins.append({"low": low, "high": end, "n": len(inside), "rate": rates[0], "base_rate": rates[1]})
+        bins.append({"low": low, "high": end, "n": len(inside), "rate": row_rate, "base_rate": base_rate})
     return bins
 
 

@@ -1,4 +1,5 @@
-"""A judge: a language model behind any OpenAI-compatible endpoint, asked with bounded patience and never twice.
+"""A judge: a language model behind any OpenAI-compatible endpoint, asked with bounded patience, never again about what
+it has judged.
 
 What comes back is untrusted text: it is bounded in length, kept, and means only what a strict parser reads in it.
 """
@@ -13,12 +14,12 @@ import mimetypes
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from relook.console import Report, progress
+from relook.console import Report, progress, say
 from relook.errors import DataError, RecipeError, RelookError, some
 from relook.evaluate.answer_file import AnswerFile
 from relook.files import file_hash, read_text, text_hash
@@ -30,6 +31,7 @@ LONGEST_REPLY = 20_000  # characters; what follows is dropped
 LONGEST_PAUSE = 120  # seconds between two requests, if the endpoint asks for it; the client waits no longer
 IN_A_ROW = 5  # prompts without an answer, one after the other, that mean the endpoint is down
 NO_ANSWER, REFUSED, NONSENSE, TOO_LONG = "no_answer", "refused", "nonsense", "too_long"
+PROBE = "Answer with one word: yes."
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,10 @@ def _is_address(url: str) -> bool:
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """A prompt, with an image where there is one, and what makes a verdict of a reply: None where it says nothing."""
+    """A prompt, with an image where there is one, and what makes a verdict of a reply: None where it says nothing.
+
+    `parse` may raise `NoVerdict` where it knows better than "nonsense" what is wrong with a reply.
+    """
 
     prompt: str
     parse: Callable[[str], T | None]
@@ -133,34 +138,68 @@ class Reply:
 
 
 class NoVerdict(Exception):
-    """A task that has no verdict: `str` of it is the reason."""
+    """A task, or a reply, that has no verdict: `str` of it is the reason."""
 
 
 class Judge:
     """An endpoint and a cache of its replies.
 
     Args:
-        cache: JSON lines of replies by model, request, prompt, image and number of the try. It grows as they come and
-            survives a kill; a reply in it is never asked for again.
+        cache: JSON lines of replies by model, request, prompt, image and number of the try, wherever the endpoint is.
+            It grows as they come and survives a kill. A prompt with a verdict in it is never asked again; one whose
+            replies all could not be read is, and the later line of a try counts.
     """
 
     def __init__(self, settings: JudgeSettings, cache: Path) -> None:
         self.settings = settings
         self.cache = AnswerFile(cache, "key")
 
-    def ask(self, tasks: Sequence[Task[T]], request: Mapping[str, Any], title: str) -> Judged[T]:
+    def probe(self, request: Mapping[str, Any], image: Path | None = None) -> None:
+        """Ask something short whose reply is not kept: a wrong address, key, model or field of a request shows before
+        hours of other work.
+
+        Args:
+            request: as in `ask`.
+            image: goes with the prompt, where the judge must see.
+
+        Raises:
+            RelookError: there is no reply.
+        """
+        settings = replace(self.settings, retries=min(self.settings.retries, 2))
+        asking = _Asking(settings, self.cache, self._fields(request), lambda *_: None)
+        asyncio.run(asking.probe(Task(PROBE, str, image)))
+
+    def _fields(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in {**request, **self.settings.request}.items() if v is not None}
+
+    def ask(
+        self, tasks: Sequence[Task[T]], request: Mapping[str, Any], title: str, optional: bool = False
+    ) -> Judged[T]:
         """Verdicts on all tasks, some at a time.
 
         Args:
             request: fields of a request besides model and messages, as temperature.
+            optional: whether the caller can do without a single verdict.
 
         Raises:
-            RelookError: the endpoint refuses the key or does not know the model, or it answers nothing; the replies so
-                far are kept.
+            RelookError: the endpoint refuses the key or does not know the model, it answers nothing, or no reply can be
+                read; the replies so far are kept.
         """
-        fields = {k: v for k, v in {**request, **self.settings.request}.items() if v is not None}
+        fields = self._fields(request)
         with progress(title) as report:
-            done = asyncio.run(_Asking(self.settings, self.cache, fields, report).all(tasks))
+            asking = _Asking(self.settings, self.cache, fields, report)
+            done = asyncio.run(asking.all(tasks))
+        unjudged = dict(Counter(why for _, _, why in done if why))
+        reasons = ", ".join(f"{count} {why}" for why, count in unjudged.items())
+        if unjudged:
+            say(f"  {title}: {sum(unjudged.values()):,} of {len(tasks):,} not judged ({reasons})")
+        if tasks and not optional and sum(unjudged.values()) == len(tasks):
+            raise RelookError(
+                f"The judge {self.settings.model} judged none of {len(tasks)} prompts ({reasons})."
+                f"{asking.unread and f' Its last reply begins: {asking.unread!r}.'}",
+                f"Check --judge-model and --judge-request; its replies are in {self.cache.path}, and the same command "
+                "asks again.",
+            )
         replies = [reply for _, used, _ in done for reply in used]
         tokens = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
         about: dict[str, Any] = {
@@ -173,7 +212,7 @@ class Judge:
         }
         if any(self.settings.price):
             about["dollars"] = round(sum(n * p for n, p in zip(tokens, self.settings.price, strict=True)) / 1e6, 6)
-        return Judged([v for v, _, _ in done], about, dict(Counter(why for _, _, why in done if why)))
+        return Judged([v for v, _, _ in done], about, unjudged)
 
 
 class _Asking:
@@ -183,24 +222,36 @@ class _Asking:
         self.settings, self.cache, self.fields, self.report = settings, cache, fields, report
         self.in_a_row = self.done = self.answered = 0
         self.last = ""  # why the last prompt without an answer has none
+        self.unread = ""  # how the last reply that could not be read begins
 
-    async def all(self, tasks: Sequence[Task[T]]) -> list[tuple[T | None, list[Reply], str]]:
-        """(verdict, replies, why there is no verdict) of each task."""
+    def _client(self) -> Any:
         try:
             from openai import AsyncOpenAI
 
             from relook.evaluate.bounded import BoundedClient
         except ImportError:
             raise RelookError("Judging needs the openai library.", "pip install 'relook[judge]'.") from None
-        key = os.environ.get(self.settings.key_variable) or "none"
-        settings, gate = self.settings, asyncio.Semaphore(self.settings.workers)
-        async with AsyncOpenAI(
+        settings = self.settings
+        key = os.environ.get(settings.key_variable) or "none"
+        return AsyncOpenAI(
             api_key=key,
             base_url=settings.url,
             timeout=settings.timeout,
             max_retries=settings.retries,
             http_client=BoundedClient(),
-        ) as client:
+        )
+
+    async def probe(self, task: Task[str]) -> None:
+        async with self._client() as client:
+            try:
+                await self._reply(client, task)
+            except NoVerdict:
+                raise self._down() from None
+
+    async def all(self, tasks: Sequence[Task[T]]) -> list[tuple[T | None, list[Reply], str]]:
+        """(verdict, replies, why there is no verdict) of each task."""
+        gate = asyncio.Semaphore(self.settings.workers)
+        async with self._client() as client:
 
             async def one(task: Task[T]) -> tuple[T | None, list[Reply], str]:
                 async with gate:
@@ -217,25 +268,44 @@ class _Asking:
 
     async def _judge(self, client: Any, task: Task[T]) -> tuple[T | None, list[Reply], str]:
         replies: list[Reply] = []
+        verdict: T | None
         if len(task.prompt) > LONGEST_PROMPT:
             return None, replies, TOO_LONG
-        for number in range(self.settings.tries):
-            image = file_hash(task.image) if task.image else ""
-            fields = json.dumps(self.fields, sort_keys=True)
-            key = text_hash(self.settings.model, fields, task.prompt, image, str(number))
-            if key not in self.cache.records:
-                try:
-                    reply = await self._reply(client, task)
-                except NoVerdict as reason:
-                    return None, replies, str(reason)
-                self.cache.append([{"key": key, "model": self.settings.model, **reply.__dict__}])
-            held = self.cache.records[key]
-            replies.append(Reply(held["text"], held["prompt_tokens"], held["completion_tokens"]))
-            self.answered += 1
-            verdict = task.parse(replies[-1].text)
+        image = file_hash(task.image) if task.image else ""
+        fields = json.dumps(self.fields, sort_keys=True)
+        keys = [
+            text_hash(self.settings.model, fields, task.prompt, image, str(number))
+            for number in range(self.settings.tries)
+        ]
+        for record in (self.cache.records[key] for key in keys if key in self.cache.records):
+            replies.append(Reply(record["text"], record["prompt_tokens"], record["completion_tokens"]))
+            verdict, _ = self._read(task.parse, replies[-1])
             if verdict is not None:
                 return verdict, replies, ""
-        return None, replies, NONSENSE
+        replies, reason = [], NONSENSE  # what could not be read may be read now, or be said better
+        for key in keys:
+            try:
+                replies.append(await self._reply(client, task))
+            except NoVerdict as fault:
+                return None, replies, str(fault)
+            self.answered += 1
+            self.cache.append([{"key": key, "model": self.settings.model, **replies[-1].__dict__}])
+            verdict, reason = self._read(task.parse, replies[-1])
+            if verdict is not None:
+                return verdict, replies, ""
+        return None, replies, reason
+
+    def _read(self, parse: Callable[[str], T | None], reply: Reply) -> tuple[T | None, str]:
+        """The verdict of a reply, or None and why there is none."""
+        try:
+            verdict, reason = parse(reply.text), NONSENSE
+        except NoVerdict as fault:
+            verdict, reason = None, str(fault)
+        if verdict is None:
+            self.unread = _short(reply.text)
+        else:
+            self.answered += 1
+        return verdict, reason
 
     async def _reply(self, client: Any, task: Task[T]) -> Reply:
         """A new reply; `NoVerdict` is raised where this prompt gets none, `RelookError` where no prompt gets one."""
@@ -289,6 +359,7 @@ class _Asking:
     def _down(self) -> RelookError:
         return RelookError(
             f"The judge at {self.settings.address} does not answer: {self.last}.",
+            "Check its address, --judge-model and --judge-request. "
             f"Its {len(self.cache.records)} replies so far are kept in {self.cache.path}: run the same command again.",
         )
 
@@ -318,7 +389,7 @@ def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
 
 
 def _short(error: Exception | str) -> str:
-    """What an error says, on one line: an endpoint's words may hold anything, a terminal's commands, too."""
+    """What an error or a reply says, on one line: an endpoint's words may hold anything, a terminal's commands, too."""
     return "".join(c for c in " ".join(str(error).split())[:200] if c.isprintable()).rstrip(".")
 
 

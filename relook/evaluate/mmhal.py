@@ -82,11 +82,15 @@ def read_rating(reply: str) -> int | None:
 def score(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any]:
     """Mean rating, hallucination rate, and the mean of each question type, with 95 % intervals over images.
 
-    Answers that were not judged are counted in `not_judged` and in nothing else; the original rates them 0.
+    Answers that were not judged are counted in `not_judged` and in nothing else; the original rates them 0. A type of
+    which none was judged has the mean None.
     The prompt is the original's where `data/mmhal/eval_gpt4.py` is the benchmark's file, else relook's own.
 
     Args:
         answers: by question id.
+
+    Raises:
+        RelookError: the judge rated no answer.
     """
     template, prompt = prompt_template(data / "mmhal" / "eval_gpt4.py", "template", TEMPLATE)
     entries = {str(number): entry for number, entry in enumerate(read_entries(data))}
@@ -101,6 +105,8 @@ def score(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any
         "hallucination_rate": mean([f for _, f in false]),
         "hallucination_rate_ci": _interval(false),
         "by_type": {kind: mean(ratings) for kind, ratings in by_kind.items()},
+        "judged_by_type": {kind: len(ratings) for kind, ratings in by_kind.items()},
+        "judged": len(rated),
         "not_judged": len(answers) - len(rated),
         "n": len(answers),
         "judge": {**judged.to_json(), **prompt},
@@ -112,5 +118,5 @@ def _task(template: str, entry: Mapping[str, Any], answer: str) -> Task[int]:
     return Task(fill(template, content, str(entry["question"]), str(entry["gt_answer"]), answer), read_rating)
 
 
-def _interval(rows: Sequence[tuple[Mapping[str, Any], int]]) -> Interval:
+def _interval(rows: Sequence[tuple[Mapping[str, Any], int]]) -> Interval | None:
     return ratio_interval(*by_image((str(entry["image_src"]), value, 1) for entry, value in rows))

@@ -165,7 +165,7 @@ PARSERS: dict[str, Callable[[str], bool | None]] = {
 class PopeScore:
     """Confusion counts with "yes" as positive, and the rates of evaluate.py as fractions.
 
-    A rate whose denominator is zero is 0.0, where the official program stops with ZeroDivisionError. Answers that a
+    A rate whose denominator is zero is None, where the official program stops with ZeroDivisionError. Answers that a
     parser takes for neither yes nor no are `neither`: wrong in the accuracy, and in no other count, as in lmms-eval.
     (Its "yes ratio" is that of the labels; here it is always that of the answers.) `unclear` counts the answers that do
     not say what the parser takes them for: see `stated`. They are among the other counts.
@@ -184,23 +184,23 @@ class PopeScore:
         return self.tp + self.fp + self.tn + self.fn + self.neither
 
     @property
-    def accuracy(self) -> float:
+    def accuracy(self) -> float | None:
         return ratio(self.tp + self.tn, self.n)
 
     @property
-    def precision(self) -> float:
+    def precision(self) -> float | None:
         return ratio(self.tp, self.tp + self.fp)
 
     @property
-    def recall(self) -> float:
+    def recall(self) -> float | None:
         return ratio(self.tp, self.tp + self.fn)
 
     @property
-    def f1(self) -> float:
-        return ratio(2 * self.precision * self.recall, self.precision + self.recall)
+    def f1(self) -> float | None:
+        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
 
     @property
-    def yes_ratio(self) -> float:
+    def yes_ratio(self) -> float | None:
         return ratio(self.tp + self.fp, self.n)
 
     def to_json(self) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from relook import processes
-from relook.console import progress
+from relook.console import progress, say
 from relook.data.prompts import get_template
 from relook.data.samples import Question
-from relook.errors import DataError, RecipeError
+from relook.errors import DataError
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.benchmarks import (
@@ -30,7 +30,7 @@ from relook.evaluate.benchmarks import (
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.pope import LONGEST_ANSWER
 from relook.evaluate.provenance import EVAL_FILE, now, versions
-from relook.files import claim_folder, read_json, write_json
+from relook.files import claim_folder, read_json, read_object, write_json
 from relook.model.load import LoadedModel, Loading, as_device, default_template
 
 Said = TypeVar("Said")
@@ -49,8 +49,12 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Answer and score benchmarks; answers that are there already are not asked again.
 
+    Scores are computed anew from the answers and the judge's replies, so that a result never outlives what it was made
+    of. Only a judge's result stays as it is where no judge is named.
+
     Args:
-        judge: for benchmarks whose scores need one. Its replies are kept in `out/judge.jsonl`.
+        judge: for benchmarks whose scores need one. Its replies are kept in `out/judge.jsonl`. It is asked something
+            short before anything is generated.
 
     Returns:
         One entry per benchmark, as written to `out/<benchmark>.json`.
@@ -61,15 +65,21 @@ def evaluate_model(
     """
     known(benchmarks)
     how = begin(out, model, data, Asking(template, max_new_tokens, batch_size), loading)
-    left = [name for name in benchmarks if not (out / f"{name}.json").exists()]
-    for name in benchmarks:
-        if name not in left:
-            require_same_judge(name, read_json(out / f"{name}.json"), judge)
+    scored = [name for name in benchmarks if (out / f"{name}.json").exists()]
+    left = [name for name in benchmarks if judge or name not in scored or not judged(out, name)]
     asked = {name: read_questions(name, data) for name in left}
     for name in left:
-        require_images(asked[name])
+        if name not in scored:
+            require_images(asked[name])
         require_judge(name, data, judge)
-    load = functools.cache(lambda: loading.load(model))
+    probes = [request for name in left if (request := BENCHMARKS[name].judge_request) is not None]
+
+    @functools.cache
+    def load() -> LoadedModel:
+        if judge and probes and processes.first():
+            Judge(judge, out / JUDGE_CACHE).probe(probes[0])
+        return loading.load(model)
+
     for name in left:
         ask(name, asked[name], load, out, how)
         processes.wait(f"the answers to {name}")
@@ -80,15 +90,14 @@ def evaluate_model(
     return {name: read_json(out / f"{name}.json") for name in benchmarks}
 
 
-def require_same_judge(name: str, result: Mapping[str, Any], judge: JudgeSettings | None) -> None:
-    """Refuse to pass another judge's verdicts off as this one's.
-
-    Raises:
-        RecipeError: the result that is there is of another judge.
-    """
-    held = result.get("judge", {}).get("model")
-    if judge and held and held != judge.model:
-        raise RecipeError(f"{name} is scored there, by {held}.", f"Judge again by `relook score {name}`.")
+def judged(out: Path, name: str) -> bool:
+    """Whether a result that is there is by a judge behind an endpoint; says so where it judged only a part."""
+    result = read_object(out / f"{name}.json")
+    if "url" not in result.get("judge", {}):
+        return False
+    if missing := result.get("not_judged"):
+        say(f"  {name}: {missing} were not judged; give --judge-url and --judge-model to ask again")
+    return True
 
 
 def share(images: Iterable[Any]) -> set[Any]:

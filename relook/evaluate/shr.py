@@ -223,7 +223,11 @@ def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> d
 
     Returns:
         `shr` and `hal_words_ratio` over judged sentences, `hal_..._per_image` over judged images, lengths and
-        distinctness over all; `not_judged` counts sentences without a label.
+        distinctness over all. `judged` and `not_judged` count sentences with and without a label; where every label is
+        "cannot judge" nothing was found out, and the rates are None.
+
+    Raises:
+        RelookError: the judge labelled no sentence.
     """
     all_said = [Described(image, sentences_of(text)) for image, text in descriptions.items()]
     described = [one for one in all_said if one.sentences]
@@ -234,13 +238,16 @@ def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> d
     columns = dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(_COLUMNS, ())
     total = {name: sum(column) for name, column in columns.items()}
     images, whole = len(all_said), sum(labels.get(one.image, ()) is not None for one in all_said)
+    if total["open"] == total["judged_sents"]:
+        columns |= dict.fromkeys(("judged_sents", "judged_words"), (0,) * images)
+        whole = 0
     grams = {
         n: [g for g in (distinct(text, n) for text in descriptions.values()) if g is not None] for n in range(1, 5)
     }
     return {
-        "shr": ratio(total["hal_sents"], total["judged_sents"]),
+        "shr": ratio(total["hal_sents"], sum(columns["judged_sents"])),
         "shr_ci": ratio_interval(columns["hal_sents"], columns["judged_sents"]),
-        "hal_words_ratio": ratio(total["hal_words"], total["judged_words"]),
+        "hal_words_ratio": ratio(total["hal_words"], sum(columns["judged_words"])),
         "hal_words_ratio_ci": ratio_interval(columns["hal_words"], columns["judged_words"]),
         "hal_sents_per_image": ratio(total["hal_sents"], whole),
         "hal_words_per_image": ratio(total["hal_words"], whole),
@@ -249,6 +256,7 @@ def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> d
         **{f"distinct_{n}": mean(shares) for n, shares in grams.items()},
         "sentences": total["sents"],
         "cannot_judge": total["open"],
+        "judged": total["judged_sents"],
         "not_judged": total["sents"] - total["judged_sents"],
         "n": images,
         "judge": judged.to_json(),

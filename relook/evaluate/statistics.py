@@ -20,13 +20,13 @@ Ratio = Sequence[tuple[int, int]]  # a rate's (numerator, denominator), one per 
 Columns = tuple[list[int], list[int]]  # the same as (numerators, denominators)
 
 
-def ratio(part: float, whole: float) -> float:
-    """A rate; 0 of nothing."""
-    return part / whole if whole else 0.0
+def ratio(part: float, whole: float) -> float | None:
+    """A rate; None of nothing, which is neither good nor bad."""
+    return part / whole if whole else None
 
 
-def mean(values: Sequence[float]) -> float:
-    """Of numbers; 0 of none."""
+def mean(values: Sequence[float]) -> float | None:
+    """Of numbers; None of none."""
     return ratio(sum(values), len(values))
 
 
@@ -48,41 +48,43 @@ def by_image(rows: Iterable[tuple[str, int, int]], images: Iterable[str] = ()) -
     return columns(list(sums.values()))
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval | None:
     """95 % percentile bootstrap interval of sum(numerators) / sum(denominators) (Efron 1979).
 
     Args:
-        numerators, denominators: one value per image. Resamples whose denominators sum to zero count as ratio 0.
+        numerators, denominators: one value per image. Resamples whose denominators sum to zero have no ratio and are
+            left out.
 
     Returns:
-        [low, high]; [0, 0] where there are no images.
+        [low, high]; None where the denominators sum to zero.
 
     Raises:
         ValueError: the two differ in length.
     """
     _same_length(numerators, denominators)
-    if not len(numerators):
-        return [0.0, 0.0]
+    if not sum(denominators):
+        return None
     return _interval(_ratios(_draws(len(numerators), seed), numerators, denominators))
 
 
 def paired_interval(
     first: tuple[Sequence[float], Sequence[float]], second: tuple[Sequence[float], Sequence[float]], seed: int = 0
-) -> Interval:
+) -> Interval | None:
     """95 % interval of ratio(second) - ratio(first): each resample takes the same images for both models.
 
     Args:
         first, second: (numerators, denominators) of a model, one value per image, in the same order of images.
 
     Returns:
-        [low, high]; [0, 0] where there are no images. Without zero inside, the difference is significant at 5 %.
+        [low, high]; None where either ratio is one of nothing. Without zero inside, the difference is significant at
+        5 %.
 
     Raises:
         ValueError: the four differ in length.
     """
     _same_length(*first, *second)
-    if not len(first[0]):
-        return [0.0, 0.0]
+    if not (sum(first[1]) and sum(second[1])):
+        return None
     draws = _draws(len(first[0]), seed)
     return _interval(_ratios(draws, *second) - _ratios(draws, *first))
 
@@ -133,10 +135,15 @@ def _draws(count: int, seed: int) -> Floats:
 
 
 def _ratios(draws: Floats, numerators: Sequence[float], denominators: Sequence[float]) -> Floats:
+    """The ratio of each resample; NaN where its denominators sum to zero."""
     top, bottom = (draws @ np.asarray(column, np.float64) for column in (numerators, denominators))
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)
+    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom != 0)
 
 
-def _interval(values: Floats) -> Interval:
+def _interval(values: Floats) -> Interval | None:
+    """Percentiles of the resamples that have a value; None where none has."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None
     low, high = np.percentile(values, LEVELS)
     return [float(low), float(high)]

@@ -123,7 +123,7 @@ def _by_judge(pictures: Sequence[Picture], texts: Sequence[Sequence[str]], judge
         shown = [(p, text) for p, text in zip(pictures, said, strict=True) if p.id not in pairs and text.strip()]
         if not shown:
             continue
-        verdicts = judged.check(judge, shown)
+        verdicts = judged.check(judge, shown, optional=bool(found.checked))
         found.made += len(shown)
         found.judge.append(verdicts.to_json())
         for (picture, text), verdict in zip(shown, verdicts.verdicts, strict=True):

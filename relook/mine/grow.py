@@ -24,16 +24,23 @@ FILES = 256  # images that are looked at in a part
 
 
 def grow(
-    path: Path, keys: Sequence[str], size: int, make: Callable[[range, Report], list[Record]], title: str
+    path: Path,
+    keys: Sequence[str],
+    size: int,
+    make: Callable[[range, Report], list[Record]],
+    title: str,
+    stale: Callable[[Record], bool] = lambda record: False,
 ) -> dict[str, Record]:
     """A record for each key, in every process; each makes its share of the parts, `size` keys a part.
 
     Args:
         make: the records of a part, given as places in `keys`; its report counts within the part.
+        stale: whether a record that is there is to be made again.
     """
     file = AnswerFile(path, "key", processes.rank())
     parts = [range(start, min(start + size, len(keys))) for start in range(0, len(keys), size)]
-    left = [part for part in processes.mine(parts) if not all(keys[i] in file.records for i in part)]
+    ready = {key for key, record in file.records.items() if not stale(record)}
+    left = [part for part in processes.mine(parts) if not all(keys[i] in ready for i in part)]
     total, done = sum(map(len, left)), 0
     with progress(title) as report:
         for part in left:
@@ -48,7 +55,8 @@ def grow(
 
 
 def look_at_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -> dict[str, Record]:
-    """What `look_at` finds in image files, by key; `files` are keys and paths."""
+    """What `look_at` finds in image files, by key; `files` are keys and paths. A file that could not be read is looked
+    at again: it may have been mended."""
 
     def make(part: range, report: Report) -> list[Record]:
         records = []
@@ -57,7 +65,7 @@ def look_at_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -> di
             report(len(records), len(part))
         return records
 
-    return grow(path, [key for key, _ in files], FILES, make, title)
+    return grow(path, [key for key, _ in files], FILES, make, title, lambda record: "fault" in record)
 
 
 def ask_all(

@@ -1,6 +1,6 @@
 """What a judge does for mining: find and correct mistakes on a picture it sees, and give two texts one style.
 
-A reply is untrusted text: it counts as a whole, read strictly, or not at all.
+A reply is untrusted text: it counts as a whole, read strictly and free of contradictions, or not at all.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import partial
 
 from relook.data.hadpo import DESCRIBE_PROMPTS
 from relook.data.rules import check_pair
-from relook.evaluate.chair import Vocabulary, mentions
-from relook.evaluate.judge import Judge, Judged, Task, fill
+from relook.evaluate.chair import Vocabulary, mentions, plural
+from relook.evaluate.judge import Judge, Judged, NoVerdict, Task, fill
 from relook.mine.correct import hallucinations, sentences_apart
 from relook.mine.match import MOST_APART, Pair, length
 from relook.mine.pictures import Picture
@@ -52,6 +52,8 @@ B: the second description
 _LINE = re.compile(r"(\d{1,4})[.)]\s*(right|wrong|cannot judge)\b\s*[:.]?\s*(.*)", re.IGNORECASE)
 _LIST = re.compile(r"(not )?in the image:(.*)", re.IGNORECASE)
 _NAME = re.compile(r"[a-z]+(?:[ -][a-z]+){0,2}")
+_NEGATION = re.compile(r"\b(?:no|not|without|never|neither|nor|none)\b|n[’']t\b", re.IGNORECASE)
+CONTRADICTORY = "contradictory"
 _STYLED = re.compile(r"A:([^\n]+)\n\s*B:([^\n]+)")
 
 
@@ -64,10 +66,14 @@ class Checked:
     absent: tuple[str, ...]
 
 
-def check(judge: Judge, described: Sequence[tuple[Picture, str]]) -> Judged[Checked]:
-    """Check descriptions on their pictures; one without mistakes comes back as it was."""
+def check(judge: Judge, described: Sequence[tuple[Picture, str]], optional: bool = False) -> Judged[Checked]:
+    """Check descriptions on their pictures; one without mistakes comes back as it was.
+
+    Args:
+        optional: as in `Judge.ask`.
+    """
     tasks = [Task(_check_prompt(text), partial(read_check, text), picture.path) for picture, text in described]
-    return judge.ask(tasks, REQUEST, "judge: descriptions")
+    return judge.ask(tasks, REQUEST, "judge: descriptions", optional)
 
 
 def _check_prompt(text: str) -> str:
@@ -77,7 +83,12 @@ def _check_prompt(text: str) -> str:
 
 def read_check(text: str, reply: str) -> Checked | None:
     """A reply about a text; None unless there is a verdict on each sentence in order, with usable corrections, and both
-    lists of objects."""
+    lists of objects.
+
+    Raises:
+        NoVerdict: the reply contradicts itself: an object is in both lists, the corrected text names one that is not
+            there, or a sentence is wrong and loses all that it names though all of that is there.
+    """
     lines = [line.strip() for line in reply.split("\n") if line.strip()]
     parts = sentences_apart(text)
     count = len(parts[::2])
@@ -89,15 +100,32 @@ def read_check(text: str, reply: str) -> Checked | None:
         return None
     if [found and bool(found[1]) for found in lists] != [False, True]:
         return None
+    exchanged = []
     for place, found in enumerate(verdicts):
         if found and found[2].lower() == "wrong":
             sentence = parts[2 * place]
             if not _corrects(sentence, found[3]):
                 return None
             parts[2 * place] = _as_ended(found[3], sentence)
+            exchanged.append((sentence, parts[2 * place]))
     present, absent = (_read_names(found[2]) for found in lists if found)
-    both = {*present} & {*absent}
-    return Checked("".join(parts), *(tuple(n for n in names if n not in both) for names in (present, absent)))
+    vocabulary, there = Vocabulary.of([*present, *absent]), set(present)
+    if (
+        {*present, *map(plural, present)} & {*absent, *map(plural, absent)}
+        or any(_claimed(sentence, vocabulary) & set(absent) for sentence in parts[::2])
+        or any(
+            (old := _claimed(before, vocabulary)) and old <= there and not old & _claimed(after, vocabulary)
+            for before, after in exchanged
+        )
+    ):
+        raise NoVerdict(CONTRADICTORY)
+    return Checked("".join(parts), tuple(present), tuple(absent))
+
+
+def _claimed(sentence: str, vocabulary: Vocabulary) -> set[str]:
+    """The objects that a sentence says are there: those that it names before any negation."""
+    negation = _NEGATION.search(sentence)
+    return {mention.object for mention in mentions(sentence[: negation and negation.start()], vocabulary)}
 
 
 def _corrects(old: str, new: str) -> bool:
@@ -133,7 +161,7 @@ def style(judge: Judge, pairs: Sequence[Pair], vocabulary: Vocabulary) -> Judged
         for pair in pairs
         for read in [partial(read_style, pair, vocabulary)]
     ]
-    return judge.ask(tasks, REQUEST, "judge: style")
+    return judge.ask(tasks, REQUEST, "judge: style", optional=True)
 
 
 def _in_line(text: str) -> str:

@@ -57,18 +57,23 @@ def lengths(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Length statistics of (chosen, rejected) texts, for the data card."""
     chosen, rejected = ([length(pair[side]) for pair in pairs] for side in (0, 1))
     apart = [c - r for c, r in zip(chosen, rejected, strict=True)]
-    means = [round(ratio(sum(side), len(pairs)), 2) for side in (chosen, rejected)]
-    characters = [round(ratio(sum(len(pair[side]) for pair in pairs), len(pairs)), 1) for side in (0, 1)]
+    means = [_rounded(sum(side), len(pairs), 2) for side in (chosen, rejected)]
+    characters = [_rounded(sum(len(pair[side]) for pair in pairs), len(pairs), 1) for side in (0, 1)]
     return {
         "chosen_words": means[0],
         "rejected_words": means[1],
-        "means_differ": round(ratio(abs(sum(apart)), sum(rejected)), 4),
+        "means_differ": _rounded(abs(sum(apart)), sum(rejected), 4),
         "chosen_longer": sum(a > 0 for a in apart),
         "chosen_shorter": sum(a < 0 for a in apart),
         "same_length": sum(a == 0 for a in apart),
         "chosen_characters": characters[0],
         "rejected_characters": characters[1],
     }
+
+
+def _rounded(part: float, whole: float, digits: int) -> float | None:
+    found = ratio(part, whole)
+    return None if found is None else round(found, digits)
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:

@@ -25,17 +25,18 @@ from relook.evaluate.chair import Vocabulary
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.pope import LONGEST_ANSWER
 from relook.evaluate.provenance import versions
-from relook.files import claim_folder, read_json, read_text, text_hash
+from relook.files import claim_folder, read_json, read_object, read_text, text_hash, write_json
 from relook.mine import match, questions, write
 from relook.mine.apart import Apart, evaluation_files, names_in
 from relook.mine.describe import Described, describe, find_pairs
 from relook.mine.grow import ask_all, look_at_all
+from relook.mine.judged import REQUEST
 from relook.mine.match import Pair
 from relook.mine.page import write_page
 from relook.mine.pictures import Picture, read_pictures
 from relook.mine.questions import Asked
 from relook.mine.settings import Mining, Place
-from relook.model.load import Loading, as_device, default_template, model_hash
+from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
 
 SETTINGS, WORK = "mine.json", "work"
 
@@ -64,7 +65,7 @@ def mine(
     shown = [path for folder in place.exclude if folder.is_dir() for path in evaluation_files(folder)]
     if processes.first():
         excluded = [*sorted(listed), *(str(path.resolve()) for path in shown)]
-        claim_folder(out, SETTINGS, _settings(model, place, annotated.pictures, excluded, how, judge, loading), "pairs")
+        _claim(out, _settings(model, place, annotated.pictures, excluded, how, loading), judge)
     processes.wait("the output folder")
     if (out / write.CARD).exists():
         return dict(read_json(out / write.CARD))
@@ -72,8 +73,14 @@ def mine(
     apart = _look(annotated.pictures, listed, shown, work)
     pictures, left_out = _mined(place, annotated.pictures, apart)
     describing, choosing = (random.Random(f"{how.seed}/{what}") for what in ("describe", "ask"))
-    texts = describe(pictures, how, load, work, describing)
     endpoint = Judge(judge, work / JUDGE_CACHE) if judge and processes.first() else None
+
+    def load_for_judge() -> LoadedModel:
+        if endpoint:  # whether it is there, before hours of descriptions
+            endpoint.probe(REQUEST, pictures[0].path if place.annotations == "none" else None)
+        return load()
+
+    texts = describe(pictures, how, functools.cache(load_for_judge), work, describing)
     found = None
     if processes.first():
         found = find_pairs(pictures, texts, annotated, how.near_texts, endpoint, describing)
@@ -135,16 +142,29 @@ def _mined(place: Place, pictures: Sequence[Picture], apart: Apart) -> tuple[lis
     return [picture for picture in pictures if picture.id not in reasons], counts
 
 
+def _claim(out: Path, settings: Mapping[str, Any], judge: JudgeSettings | None) -> None:
+    """Take the folder for a job, or go on there.
+
+    Descriptions do not depend on a judge: until the pairs are finished another one may take over. Finished ones are of
+    their judge's model and request, wherever that was.
+    """
+    told = judge and [judge.model, dict(judge.request)]
+    claim_folder(out, SETTINGS, settings, "pairs", judge=told)
+    if not (out / write.CARD).exists():
+        write_json(out / SETTINGS, {**settings, "judge": told})
+    elif (read_object(out / SETTINGS)["judge"] or [])[-2:] != (told or []):  # earlier versions wrote the address first
+        raise RecipeError(f"{out} holds pairs made with another judge.", "Choose another --out.")
+
+
 def _settings(
     model: Path,
     place: Place,
     pictures: Sequence[Picture],
     excluded: Sequence[str],
     how: Mining,
-    judge: JudgeSettings | None,
     loading: Loading,
 ) -> dict[str, Any]:
-    """All that the pairs depend on."""
+    """All that the pairs depend on, but for the judge."""
     known = [f"{picture.id}: {', '.join(sorted(picture.objects))}" for picture in pictures]
     return {
         **loading.identity(model),
@@ -154,7 +174,6 @@ def _settings(
         "synonyms": place.synonyms and text_hash(read_text(place.synonyms)),
         "exclude": [str(path.resolve()) for path in place.exclude],
         "exclude_hash": text_hash(*excluded),
-        "judge": judge and [judge.address, judge.model, dict(judge.request)],
         **dataclasses.asdict(how),
         "versions": versions(),
     }

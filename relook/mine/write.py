@@ -91,6 +91,17 @@ def _readme(card: Mapping[str, Any]) -> str:
         *_rows("**question pairs**, half of them with answer yes", asked["pairs"], {}),
         *(row for one in card["judge"] for row in _rows("replies of the judge", one["replies"], one["unjudged"])),
         "",
+        *(_lengths(long) if described["pairs"] else ()),
+        f"Evaluation images: {apart['names']:,} names and {apart['images']:,} image files were given, from "
+        f"{', '.join(apart['given'])}; none of them is used."
+        if apart["given"]
+        else "Evaluation images: none were named, so none were left out.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _lengths(long: Mapping[str, Any]) -> list[str]:
+    return [
         "| description pairs, words | chosen | rejected |",
         "|---|---|---|",
         f"| mean length | {long['chosen_words']} | {long['rejected_words']} |",
@@ -98,12 +109,7 @@ def _readme(card: Mapping[str, Any]) -> str:
         "",
         f"The means differ by {100 * long['means_differ']:.1f} %.",
         "",
-        f"Evaluation images: {apart['names']:,} names and {apart['images']:,} image files were given, from "
-        f"{', '.join(apart['given'])}; none of them is used."
-        if apart["given"]
-        else "Evaluation images: none were named, so none were left out.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _finder(card: Mapping[str, Any]) -> str:

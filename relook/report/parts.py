@@ -46,13 +46,21 @@ def _row(cells: Sequence[str], tag: str) -> str:
     return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
 
-def percent(value: float, interval: Sequence[float] | None = None) -> str:
+NOTHING = "–"  # in place of a ratio of nothing
+
+
+def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
     """A fraction in percent, and its interval in brackets, as HTML."""
     return number(value, interval, 100)
 
 
-def number(value: float, interval: Sequence[float] | None = None, scale: float = 1, sign: str = "") -> str:
-    """A number, and its interval in brackets, as HTML; `sign` "+" is also written where it is positive."""
+def number(value: float | None, interval: Sequence[float] | None = None, scale: float = 1, sign: str = "") -> str:
+    """A number, and its interval in brackets, as HTML; `sign` "+" is also written where it is positive.
+
+    None is a ratio of nothing.
+    """
+    if value is None:
+        return NOTHING
     text, *ends = (f"{scale * part:{sign}.1f}" for part in (value, *(interval or ())))
     return f"{text} <small>[{ends[0]}, {ends[1]}]</small>" if ends else text
 

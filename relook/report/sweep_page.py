@@ -9,7 +9,7 @@ from typing import Any
 
 from relook.evaluate.pope import SPLITS
 from relook.files import read_json, write_text
-from relook.report.parts import document, table
+from relook.report.parts import NOTHING, document, table
 from relook.report.plots import against_rate, curves
 
 TABLE_FILE, REPORT_FILE = "table.md", "report.html"
@@ -55,8 +55,8 @@ def _failures(results: Mapping[str, Any]) -> str:
     return "\n".join(f"{name} failed: {said}" for name, said in results["failed"].items())
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.2f}"
+def percent(value: float | None, sign: str = "") -> str:
+    return NOTHING if value is None else f"{100 * value:{sign}.2f}"
 
 
 def about(results: Mapping[str, Any], row: Mapping[str, Any] | None) -> list[str]:
@@ -78,8 +78,7 @@ def pope_table(results: Mapping[str, Any]) -> Cells:
             line = [*about(results, row), split, *(percent(scores[rate]) for rate in RATES), unclear, "", ""]
             if row is not None:
                 paired = row["paired"]["pope"][split]
-                low, high = (f"{100 * end:+.2f}" for end in paired["ci"])
-                line[-2:] = [f"{100 * paired['difference']:+.2f} [{low}, {high}]", f"{paired['mcnemar_p_holm']:.2g}"]
+                line[-2:] = [_difference(paired), f"{paired['mcnemar_p_holm']:.2g}"]
             lines.append(line)
     return lines
 
@@ -109,8 +108,8 @@ def chair_table(results: Mapping[str, Any]) -> Cells:
 
 
 def _difference(found: Mapping[str, Any]) -> str:
-    low, high = (f"{100 * end:+.2f}" for end in found["ci"])
-    return f"{100 * found['difference']:+.2f} [{low}, {high}]"
+    ends = f" [{', '.join(percent(end, '+') for end in found['ci'])}]" if found["ci"] else ""
+    return percent(found["difference"], "+") + ends
 
 
 def divergence_table(results: Mapping[str, Any]) -> Cells:

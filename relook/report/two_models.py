@@ -116,12 +116,21 @@ def chair_table(results: Mapping[str, Any]) -> str:
 
 
 def side_by_side(results: Mapping[str, Any], name: str) -> str:
-    """A line per rate with an interval, of a benchmark and its parts."""
-    sides = [_rates(scores[name]) for scores in results["scores"]]
+    """A line per rate with an interval, of a benchmark and its parts; first what a judge has and has not judged."""
+    sides = [_judged(scores[name]) | _rates(scores[name]) for scores in results["scores"]]
     cells = [_heads(results)[:3]]
     for rate in dict.fromkeys(rate for side in sides for rate in side):
         cells.append([html.escape(rate), *(side.get(rate, "") for side in sides)])
     return table(cells)
+
+
+def _judged(scores: Mapping[str, Any]) -> dict[str, str]:
+    if "not_judged" not in scores:
+        return {}
+    unjudged = scores["not_judged"]
+    judged = scores.get("judged", scores.get("sentences", scores["n"]) - unjudged)
+    undecided = f", {scores['cannot_judge']} of them “cannot judge”" if "cannot_judge" in scores else ""
+    return {"judged / not judged": f"{judged} / {unjudged}{undecided}"}
 
 
 def _rates(scores: Mapping[str, Any], part: str = "") -> dict[str, str]:
@@ -139,9 +148,9 @@ def _heads(results: Mapping[str, Any]) -> list[str]:
 
 
 def _difference(found: Mapping[str, Any], scale: float = 100) -> list[str]:
-    low, high = found["ci"]
     text = number(found["difference"], found["ci"], scale, "+")
     p = f"{found['mcnemar_p']:.2g}" if "mcnemar_p" in found else ""
+    low, high = found["ci"] or (0, 0)
     return [f"<b>{text}</b>" if low > 0 or high < 0 else text, p]
 
 
@@ -208,7 +217,10 @@ def provenance_table(results: Mapping[str, Any]) -> str:
 
 def _sources(result: Mapping[str, Any]) -> dict[str, Any]:
     judge = result.get("judge", {})
-    return {**result["provenance"], **{f"judge {key}": judge[key] for key in ("model", "prompt_hash") if key in judge}}
+    return {
+        **result["provenance"],
+        **{f"judge {key}": judge[key] for key in ("model", "request", "prompt_hash") if key in judge},
+    }
 
 
 def _plain(value: Any) -> str:

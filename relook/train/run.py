@@ -17,10 +17,10 @@ import yaml
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import is_torch_tf32_available
+from transformers.utils import CONFIG_NAME, is_torch_tf32_available
 
 from relook import processes
-from relook.console import progress, say
+from relook.console import progress, say, speaks
 from relook.data.encode import Example
 from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
@@ -29,7 +29,7 @@ from relook.data.prompts import get_template
 from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, Faults, RecipeError, some
-from relook.files import file_hash, read_object, read_text, takes, text_hash, write_json
+from relook.files import file_hash, hold, read_object, read_text, takes, text_hash, write_json
 from relook.flags import check_model, idle_keys
 from relook.keys import parse_overrides, read_shipped
 from relook.model.above_trunk import AboveTrunk
@@ -198,11 +198,15 @@ def missing(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
 def claim(out: Path, recipe: Recipe) -> bool:
     """Take an output folder for a recipe. True if this very run is already finished there.
 
+    A run that left nothing to go on from makes room for one of another recipe, unless it still runs.
+
     Raises:
         RecipeError: the folder holds something else, a run of another recipe, or one on other data.
     """
     held = out / RECIPE_FILE
-    if takes(out, RECIPE_FILE, "output_dir"):
+    new_folder = takes(out, RECIPE_FILE, "output_dir")
+    out.mkdir(parents=True, exist_ok=True)
+    if (new_folder or not begun(out)) and (not speaks() or hold(out)):
         recipe.save(held)
         return False
     old, new = yaml.safe_load(read_text(held)), yaml.safe_load(recipe.to_yaml())
@@ -257,14 +261,20 @@ def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
     Raises:
         RecipeError: what has changed, by the keys that name it.
     """
-    if not (out / RUN_FILE).exists() and not any((out / CHECKPOINTS).glob(f"*/{COMPLETE}")):
-        return  # it begins anew
+    if not begun(out):
+        return
     old = read_object(out / DATA_FILE, optional=True)
     if changed := [key for key, value in hashes.items() if old.get(key, value) != value]:
         raise RecipeError(
             f"{out} holds a run on other data: what {', '.join(changed)} names has changed since.",
             "Choose another output_dir, or remove the folder.",
         )
+
+
+def begun(out: Path) -> bool:
+    """Whether a run's folder holds anything to go on from: a complete checkpoint, or what was trained."""
+    saved = (RUN_FILE, TENSORS_FILE, CONFIG_NAME)  # of a change, and of a whole model, the first file that is written
+    return any((out / name).exists() for name in saved) or any((out / CHECKPOINTS).glob(f"*/{COMPLETE}"))
 
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:

@@ -15,7 +15,9 @@ from relook.model.sharded import held, lay_down
 
 CAUSES = (
     "Likely causes: a learning rate so small that its steps are rounded away, even in the float32 in which trained "
-    "tensors are kept beside bf16, or frozen tensors, where the output depends on nothing that trains."
+    "tensors are kept beside bf16 (bf16 keeps 8 bits of a number, fp16 11, float32 24: what is below half of the last "
+    "one does not show), or frozen tensors, where the output depends on nothing that trains. Raise learning_rate, or "
+    "leave bf16 out: the same command goes on in the same folder."
 )
 # Nats a token, on average over a batch: what rounding stays far below, be it to bf16 or 8 bits. A wrong mask made one.
 APART_EXACT, APART = 0.01, 0.5
