@@ -25,7 +25,7 @@ from relook.errors import CheckpointError, some
 from relook.files import file_hash
 from relook.model import formats
 from relook.model.above_trunk import without_trunk
-from relook.model.changes import TENSORS_FILE, read_change
+from relook.model.changes import TENSORS_FILE, Change, language_model_config, read_change
 from relook.model.formats import CHANGE_FILE
 from relook.model.sharded import full_shape, put
 from relook.model.source import ModelSource, open_model
@@ -203,11 +203,18 @@ def open_source(
                 "Give the base by itself: `relook merge BASE RUN OUT`, or load_model(base, adapter=run).",
             )
         path, adapter, vision_tower = change.base, path, vision_tower or change.vision_tower
-    source = open_model(path, vision_tower)
-    if adapter is not None:
-        source = read_change(Path(adapter)).lay_on(source, dtype)
+    if adapter is None:
+        source = open_model(path, vision_tower)
+    else:
+        change = read_change(Path(adapter))
+        source = change.lay_on(open_base(path, change, vision_tower), dtype)
     source.check()
     return source
+
+
+def open_base(path: Path, change: Change, vision_tower: str | Path | None = None) -> ModelSource:
+    """A model on disk that a change is to be laid on; a bare language model becomes LLaVA as the change's config says."""
+    return open_model(path, vision_tower, llava_config=language_model_config(change))
 
 
 def build(
@@ -221,11 +228,10 @@ def build(
     Args:
         quantisation: what transformers' loader is told of it.
     """
-    tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
     model, report = source.model_class.from_pretrained(
         None,
         config=source.config,
-        state_dict=tensors,
+        state_dict=source.read(),
         dtype=dtype,
         attn_implementation="sdpa",
         output_loading_info=True,

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -35,10 +36,12 @@ from relook.model.formats import (
     FROM_LLAVA,
     PROJECTOR,
     TOWER,
+    WHOLE_MODELS,
     Renames,
     default_template,
     from_llava_config,
     kind_of,
+    one_rope,
     read_config,
     rename,
 )
@@ -97,9 +100,28 @@ class ModelSource:
         """What the language model is stored in."""
         return self.tensors["model.language_model.embed_tokens.weight"].read().dtype
 
+    @property
+    def who(self) -> str:
+        return str(self.path) if self.change is None else f"{self.path} with {self.change}"
+
+    def read(self, *parts: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with one of `parts`, or all.
+
+        Raises:
+            CheckpointError: some hold NaN or infinity, by name.
+        """
+        tensors = {name: tensor.read() for name, tensor in self.tensors.items() if name.startswith(parts or "")}
+        broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
+        if broken:
+            raise CheckpointError(
+                f"{len(broken)} tensors of {self.who} hold NaN or infinity: {some(broken)}.",
+                "Its training diverged, or the files are broken: take an earlier checkpoint, or download them again.",
+            )
+        return tensors
+
     def check(self) -> None:
         """Raise a CheckpointError that lists what is missing, unused or of another shape than the config says."""
-        who = str(self.path) if self.change is None else f"{self.path} with {self.change}"
+        who = self.who
         with torch.device("meta"):
             model = _valid(who, self.model_class, self.config)
         wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -159,18 +181,29 @@ class ModelSource:
         )
 
 
-def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool = True) -> ModelSource:
+def _finite(tensor: Tensor) -> bool:
+    """Without a copy, at the speed of memory: NaN and infinity show in the extremes."""
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def open_model(
+    path: Path,
+    vision_tower: str | Path | None = None,
+    weights: bool = True,
+    llava_config: dict[str, Any] | None = None,
+) -> ModelSource:
     """Open a model folder of any format.
 
     Args:
         vision_tower: folder of the vision tower, instead of what `mm_vision_tower` in a liuhaotian config names.
         weights: False opens its config alone: there need not be weights, nor a tokenizer.
+        llava_config: a liuhaotian config, which says what LLaVA makes of a bare language model such as Vicuna.
 
     Raises:
         CheckpointError: it is no model folder, its files are broken, or its tower is not to be found.
     """
     kind = kind_of(path)
-    if kind not in ("llava", "hf", "relook"):
+    if kind not in WHOLE_MODELS:
         raise CheckpointError(
             f"{path} holds a change to a model, not a model.", "Pass its base as path, and this as adapter."
         )
@@ -180,6 +213,13 @@ def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool
             f"The weights in {path} are quantised already.",
             "Give the model as it was before: --bits quantises while it is loaded.",
         )
+    if kind == "llama":
+        if llava_config is None:
+            raise CheckpointError(
+                f"{path} is a language model alone, without a vision tower.",
+                "Pass what LLaVA trained on it as adapter: a folder with its config.json, projector and, if any, LoRA.",
+            )
+        kind, raw = "llava", llava_config
     if kind == "llava":
         return _open_llava(path, raw, vision_tower, weights)
     if vision_tower is not None:
@@ -187,6 +227,7 @@ def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool
     trunk = MODEL_TYPES[raw["model_type"]]
     config_class = trunk.relook_config if kind == "relook" else trunk.config
     tensors = _renamed(read_folder(path), FROM_HF) if weights else {}
+    raw["text_config"] = _valid(path, one_rope, raw["text_config"])
     return ModelSource(path, kind, _valid(path, config_class.from_dict, raw), tensors, default_template(raw))
 
 
