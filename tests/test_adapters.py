@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -15,16 +14,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from test_checkpoints import copied
-from tiny import pixels, prompt, tiny_llava
-from torch import Tensor, nn
+from tiny import dpo_keys, pixels, prompt, tiny_llava
+from torch import Tensor
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from relook import load_model
 from relook.errors import CheckpointError
 from relook.files import read_json, write_json
 from relook.model.checkpoint import read_file
+from relook.model.convert import Writing, merge
+from relook.model.load import default_template, model_hash
 from relook.model.lora import Adapter
+from relook.recipe import build_recipe
 from relook.toyworld.build import make_processor
+from relook.train.run import train
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 LM = r".*language_model.*\.(q_proj|down_proj)"
@@ -234,6 +237,41 @@ def test_layers_that_have_lora_are_those_of_peft(settings: dict[str, Any], tmp_p
     assert [module for module in MODULES if Adapter(tmp_path).targets(module)] == theirs
 
 
+# --- merge
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind", ["plain", "dora", "the head", "a whole head", "whole embeddings", "a whole projector", "all biases"]
+)
+def test_merge_compares_with_peft(
+    kind: str, dtype: torch.dtype, biased: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    LlavaForConditionalGeneration.from_pretrained(biased, dtype=dtype).save_pretrained(base)
+    make_processor().save_pretrained(base)
+    by_peft(base, tmp_path / "adapter", **UNDERSTOOD[kind])
+    assert merge(base, tmp_path / "adapter", tmp_path / "out") == 0
+    difference = re.search(r"from peft's own (\S+)\n", capsys.readouterr().err)
+    assert difference
+    assert float(difference[1]) < 1e-4
+
+
+@pytest.mark.parametrize("names", ["peft's", "LLaVA's"])
+def test_a_wrong_merge_is_not_written(
+    names: str, adapter: Path, base: Path, tiny: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = names == "LLaVA's"
+    source, lora = (tiny / "ckpt_safetensors", tiny / "lora_llava-tiny") if theirs else (base, adapter)
+    how = Writing(vision_tower=tower if theirs else None)
+    assert merge(source, lora, tmp_path / "right", None, how) == 0
+    scale = Adapter.scale
+    monkeypatch.setattr(Adapter, "scale", lambda self, module: 1.1 * scale(self, module))
+    with pytest.raises(CheckpointError, match="differ from those of peft's adapter by"):
+        merge(source, lora, tmp_path / "wrong", None, how)
+    assert not (tmp_path / "wrong").exists()
+
+
 # --- adapters in part
 
 
@@ -265,9 +303,9 @@ def test_an_adapter_that_lacks_layers(adapter: Path, base: Path, tmp_path: Path)
     head = {"base_model.model.lm_head.weight": torch.zeros(90, 128)}
     with pytest.raises(CheckpointError, match="has no LoRA tensors"):
         load_model(base, saved("head", head))
-    both = whole | {name.replace("model.language_model.", "language_model.model."): t.clone() for name, t in whole.items()}
-    with pytest.raises(CheckpointError, match=r"8 tensors twice"):
-        load_model(base, saved("both", both))
+    older = {name.replace("model.language_model.", "language_model.model."): t.clone() for name, t in whole.items()}
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight twice|down_proj\.weight twice"):
+        load_model(base, saved("both", whole | older))
 
 
 def test_bare_tensors_that_are_empty(base: Path, tiny: Path, tower: Path, tmp_path: Path) -> None:
@@ -275,11 +313,13 @@ def test_bare_tensors_that_are_empty(base: Path, tiny: Path, tower: Path, tmp_pa
     with pytest.raises(CheckpointError, match="holds no tensors"):
         load_model(base, tmp_path / "head.safetensors")
     torch.save({"lm_head.weight": torch.empty(0)}, tmp_path / "non_lora_trainables.bin")
-    with pytest.raises(CheckpointError, match="1 of 1 tensors in .* are empty"):
+    with pytest.raises(CheckpointError, match=r"1 of 1 tensors in .* are empty"):
         load_model(base, tmp_path / "non_lora_trainables.bin")
     folder = copied(tiny / "ckpt_safetensors", tmp_path / "m")
-    save_file(load_file(folder / "model.safetensors") | {"lm_head.weight": torch.empty(0)}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="1 of 25 tensors in .* are empty"):
+    save_file(
+        load_file(folder / "model.safetensors") | {"lm_head.weight": torch.empty(0)}, folder / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"1 of 25 tensors in .* are empty"):
         load_model(folder, vision_tower=tower)
 
 
@@ -302,7 +342,9 @@ def test_llavas_intermediate_checkpoint_says_that_it_has_no_projector(
 NAMES: dict[str, Callable[[str], str]] = {
     "4.36": lambda name: name.replace("model.language_model.", "language_model.model."),
     "4.52": lambda name: name.replace("model.vision_tower.", "model.vision_tower.vision_model."),
-    "4.36 with the tower": lambda name: NAMES["4.36"](name).replace("model.vision_tower.", "vision_tower.vision_model."),
+    "4.36 with the tower": lambda name: NAMES["4.36"](name).replace(
+        "model.vision_tower.", "vision_tower.vision_model."
+    ),
     "LLaVA": lambda name: name.replace("model.language_model.", "model.").replace(
         "model.vision_tower.", "model.vision_tower.vision_tower.vision_model."
     ),
@@ -340,7 +382,7 @@ def test_a_change_to_a_bare_language_model(change: str, tiny: Path, tower: Path,
     wanted = load_model(tiny / "ckpt_safetensors", lora, tower).model.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
-    with pytest.raises(CheckpointError, match="is a language model alone.*as adapter"):
+    with pytest.raises(CheckpointError, match=r"is a language model alone.*as adapter"):
         load_model(vicuna, vision_tower=tower)
     with pytest.raises(CheckpointError, match="is a language model alone"):
         load_model(vicuna, tiny / "head_fp32/non_lora_trainables.bin", tower)
@@ -355,12 +397,18 @@ def test_weights_that_are_no_numbers(where: str, number: float, tiny: Path, towe
     folder = copied(tiny / "ckpt_safetensors", tmp_path / "m")
     lora = copied(tiny / "lora_llava-tiny", tmp_path / "a")
     images = copied(tower, tmp_path / "tower")
+    bare = tmp_path / "non_lora_trainables.bin"
     file, name, shown, change = {
         "base": (folder / "model.safetensors", "model.norm.weight", "language_model.norm", None),
         "adapter": (lora / "adapter_model.bin", "", "language_model.layers.0.self_attn.q_proj", lora),
-        "head": (tmp_path / "non_lora_trainables.bin", "lm_head.weight", "lm_head", tmp_path / "non_lora_trainables.bin"),
+        "head": (
+            tmp_path / "non_lora_trainables.bin",
+            "lm_head.weight",
+            "lm_head",
+            tmp_path / "non_lora_trainables.bin",
+        ),
         "tower": (images / "pytorch_model.bin", "vision_model.pre_layrnorm.bias", "pre_layrnorm", None),
-        "projector": (lora / "non_lora_trainables.bin", "base_model.model.model.mm_projector.0.bias", "linear_1", lora),
+        "projector": (lora / bare.name, "base_model.model.model.mm_projector.0.bias", "linear_1", lora),
     }[where]
     if where == "head":
         shutil.copyfile(tiny / "head_fp32/non_lora_trainables.bin", file)
@@ -369,3 +417,59 @@ def test_weights_that_are_no_numbers(where: str, number: float, tiny: Path, towe
     (save_file if file.suffix == ".safetensors" else torch.save)(tensors, file)
     with pytest.raises(CheckpointError, match=rf"1 tensors of .* hold NaN or infinity: model\.\S*{shown}|lm_head"):
         load_model(folder, change, images)
+
+
+# --- relook's own checkpoints
+
+REGIMES: dict[str, dict[str, Any]] = {
+    "head": {"tune_lm_head": True},
+    "post decoder": {"tune_post_decoder": True, "post_decoder": {"depth": 2}},
+    "post decoder and head": {"tune_post_decoder": True, "tune_lm_head": True},
+    "lora": {"lora_enable": True, "lora_r": 3},
+    "dora, projector and head": {
+        "lora_enable": True,
+        "lora_r": 3,
+        "use_dora": True,
+        "use_rslora": True,
+        "tune_mm_mlp_adapter": True,
+        "tune_lm_head": True,
+    },
+    "projector": {"tune_mm_mlp_adapter": True},
+    "full": {},
+}
+
+
+@pytest.mark.usefixtures("no_trunk_cache")
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_checkpoint_of_a_run_is_loaded_as_the_run_is(
+    regime: str, base: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **REGIMES[regime]}
+    out = train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
+    first, last = (out / "checkpoints" / f"checkpoint-{step}" for step in (1, 2))
+    whole, found = load_model(out).model.state_dict(), load_model(last).model.state_dict()
+    assert found.keys() == whole.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=0)
+    earlier = load_model(first).model.state_dict()
+    assert any(not torch.equal(tensor, whole[name]) for name, tensor in earlier.items())
+    capsys.readouterr()
+    merge(base, first, tmp_path / "merged")
+    assert ("from peft's own" in capsys.readouterr().err) == ("lora_enable" in REGIMES[regime])
+    merged = load_model(tmp_path / "merged").model.state_dict()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in earlier.items())
+    assert default_template(first) == "llava_hf"
+    assert model_hash(first) != model_hash(last)
+
+
+@pytest.mark.usefixtures("no_trunk_cache")
+def test_a_checkpoint_of_a_second_stage_lies_on_the_first(base: Path, world: Path, tmp_path: Path) -> None:
+    short = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    lora = {"lora_enable": True, "lora_r": 2}
+    first = train(build_recipe(dpo_keys(base, world, tmp_path / "first", **short, **lora)))
+    beneath = first / "checkpoints/checkpoint-1"
+    second = train(build_recipe(dpo_keys(beneath, world, tmp_path / "second", **short, tune_post_decoder=True)))
+    whole = load_model(second).model.state_dict()
+    found = load_model(second / "checkpoints/checkpoint-1").model.state_dict()
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())

@@ -7,7 +7,6 @@ same name. A post decoder brings tensors that the base need not have.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from relook.model.source import ModelSource
 from relook.model.trunks import has_post_decoder, with_post_decoder
 
 TENSORS_FILE = "trained.safetensors"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DECODER, HEAD = "model.post_decoder.", "lm_head."
 HEAD_WEIGHT, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
 ADDED = (DECODER, PROJECTOR)  # what a base need not have
@@ -102,7 +102,25 @@ class Change:
                 bias = _bias_of(name)
                 tensors[bias] = tensors[bias].then(partial(lora.merged_bias, dtype))
         self._note_projector()
-        return replace(source, config=config, tensors=tensors, change=self.path)
+        return replace(source, config=config, tensors=tensors, change=self.path, beneath=(source, self))
+
+    def without_adapter(self) -> tuple[Change, dict[str, LazyTensor]]:
+        """What the change replaces beside its adapter, as a change; and the adapter's tensors as peft calls them."""
+        if self.path.is_file():
+            tensors = read_file(self.path)
+        elif any((self.path / name).exists() for name in ADAPTER_FILES):
+            tensors = _adapter(self.path)
+        else:  # a checkpoint of relook, which has all in one file
+            names = ((name.replace(".default.", "."), t) for name, t in read_file(self.path / TENSORS_FILE).items())
+            tensors = {name: tensor for name, tensor in names if ".lora_" in name}
+        beside = self.replaced.keys() - {rename(name, FROM_CHANGE) for name in tensors}
+        rest = {name: self.replaced[name] for name in beside}
+        return Change(self.path, rest, post_decoder=self.post_decoder), tensors
+
+    @property
+    def has_llavas_names(self) -> bool:
+        """Whether the adapter was made in the original program, whose language model is at the top."""
+        return any(module.startswith("model.layers.") for module in self.modules.values())
 
     def _check(self, source: ModelSource, tensors: dict[str, LazyTensor]) -> None:
         shapes = {name: _shape(tensors, name) for name in self.replaced}
@@ -130,11 +148,12 @@ class Change:
 
     def _note_projector(self) -> None:
         """LLaVA writes what it trains beside LoRA at the end of a run only, not into its checkpoint-N folders."""
-        originals = any(module.startswith("model.layers.") for module in self.modules.values())
-        if originals and not (self.path / NON_LORA).exists() and not any(n.startswith(PROJECTOR) for n in self.replaced):
+        has_projector = any(name.startswith(PROJECTOR) for name in self.replaced)
+        if self.has_llavas_names and not has_projector and not (self.path / NON_LORA).exists():
             say(
-                f"  {self.path} has no {NON_LORA}: no projector came along, so the base's stays. LLaVA trains it beside "
-                "LoRA and saves it at the end of a run only; where it was trained, the answers are not that model's."
+                f"  {self.path} has no {NON_LORA}: no projector came along, so the base's stays. LLaVA trains it "
+                "beside LoRA and saves it at the end of a run only; where it was trained, the answers are not that "
+                "model's."
             )
 
     def _config_with_decoder(self, source: ModelSource) -> Any:
@@ -204,7 +223,7 @@ def read_change(path: Path) -> Change:
         if not isinstance(change.get("base"), str):
             raise CheckpointError(f"{path / CHANGE_FILE} does not name a base.", "Copy the run again.")
         tensors = read_file(path / TENSORS_FILE)
-        if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint holds all in one file
+        if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint has all in one file
             tensors |= _adapter(path)
         earlier = change.get("earlier", [])
         if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
@@ -222,7 +241,7 @@ def _bare(folder: Path) -> dict[str, LazyTensor]:
 
 
 def _adapter(folder: Path) -> dict[str, LazyTensor]:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in ADAPTER_FILES:
         if (folder / name).exists():
             return read_file(folder / name)
     raise CheckpointError(f"{folder} has an adapter_config.json but no adapter_model.", "Copy it again.")
@@ -252,24 +271,25 @@ def _change(
         raise CheckpointError(f"{path} holds no tensors.", "Copy it again, or save it again.")
     if settings is None:
         settings = read_object(_folder(path) / "config.json", optional=True).get("post_decoder")
-    counts = Counter(rename(raw, FROM_CHANGE) for raw in tensors)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise CheckpointError(
-            f"{path} holds {len(twice)} tensors twice, under names of different versions: {some(twice)}.",
-            "Remove what is older.",
-        )
     replaced: dict[str, LazyTensor] = {}
     halves: dict[str, dict[str, LazyTensor]] = {}
     for raw, tensor in tensors.items():
-        if lora := LORA_NAME.fullmatch(raw):
-            module = lora["module"].removeprefix(PEFT_PREFIX)
-            halves.setdefault(module, {})[lora["half"] + (lora["bias"] or "")] = tensor
+        if half := LORA_NAME.fullmatch(raw):
+            module = half["module"].removeprefix(PEFT_PREFIX)
+            halves.setdefault(module, {})[half["half"] + (half["bias"] or "")] = tensor
         else:
             replaced[rename(raw, FROM_CHANGE)] = tensor
     if not halves and (path.is_file() or not (path / ADAPTER_CONFIG).exists()):
         return Change(path, replaced, post_decoder=settings, base=base)
     adapter = Adapter(_folder(path))
     pairs = adapter.pairs(halves, replaced)
-    modules = {rename(f"{module}.weight", FROM_CHANGE): module for module in pairs}
+    modules: dict[str, str] = {}
+    for module in pairs:
+        weight = rename(f"{module}.weight", FROM_CHANGE)
+        if weight in modules:
+            raise CheckpointError(
+                f"{path} holds LoRA of {weight} twice: as {modules[weight]} and as {module}.", "Remove what is older."
+            )
+        modules[weight] = module
     lora = {name: pairs[module] for name, module in modules.items()}
     return Change(path, replaced, lora, adapter, modules, settings, base)

@@ -52,8 +52,8 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
     if empty:
         raise CheckpointError(
             f"{len(empty)} of {len(tensors)} tensors in {path} are empty ({some(empty)}).",
-            "DeepSpeed's ZeRO-3 leaves such files where weights are saved without being gathered: make a whole one by its "
-            "zero_to_fp32.py, or save again with stage3_gather_16bit_weights_on_model_save.",
+            "DeepSpeed's ZeRO-3 leaves such files where weights are saved without being gathered: make a whole one by "
+            "its zero_to_fp32.py, or save again with stage3_gather_16bit_weights_on_model_save.",
         )
     return tensors
 

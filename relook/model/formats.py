@@ -51,13 +51,17 @@ TO_HF: Renames = (
     (r"^model\.vision_tower\.", "vision_tower.vision_model."),
     (r"^model\.(?=multi_modal_projector\.|image_newline$)", ""),
 )
-# Names of what a training run saved: with peft's prefix, with the model's, or with none; of any version of transformers.
-FROM_CHANGE: Renames = (
-    (r"^base_model\.model\.", ""),
-    (r"\.(base_layer|modules_to_save\.default)\.", "."),  # of a layer that peft wrapped
+# Names by any version of transformers or by LLaVA, of a whole model or of its base alone.
+FROM_ANY: Renames = (
     *FROM_HF,
     (r"^(?=(mm_projector|multi_modal_projector|post_decoder|language_model|layers|embed_tokens|norm)\.)", "model."),
     *FROM_LLAVA,
+)
+# Names of what a training run saved: with peft's prefix or without, of layers that it wrapped or not.
+FROM_CHANGE: Renames = (
+    (r"^base_model\.model\.", ""),
+    (r"\.(base_layer|modules_to_save\.default)\.", "."),
+    *FROM_ANY,
 )
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # buffers that old files hold and nobody needs
 
@@ -91,8 +95,8 @@ def rename(name: str, renames: Renames) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """What a path holds: "llava", "hf" or "relook" (models), "llama" (a language model alone), "run", "lora" or "trained"
-    (changes to a model).
+    """What a path holds: "llava", "hf" or "relook" (models), "llama" (a language model alone), or a change to a model:
+    "run", "lora" or "trained".
 
     Raises:
         CheckpointError: nothing that relook knows; families it does not load are refused by name.

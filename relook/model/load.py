@@ -213,7 +213,7 @@ def open_source(
 
 
 def open_base(path: Path, change: Change, vision_tower: str | Path | None = None) -> ModelSource:
-    """A model on disk that a change is to be laid on; a bare language model becomes LLaVA as the change's config says."""
+    """A model on disk to lay a change on; a bare language model becomes LLaVA as the change's config says."""
     return open_model(path, vision_tower, llava_config=language_model_config(change))
 
 

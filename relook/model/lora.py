@@ -52,8 +52,8 @@ def _regex(value: Any) -> bool:
 
 def _patterns(number: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """A mapping from regular expressions to numbers, or nothing."""
-    return lambda value: value is None or (
-        isinstance(value, dict) and all(_regex(key) and number(n) for key, n in value.items())
+    return lambda value: (
+        value is None or (isinstance(value, dict) and all(_regex(key) and number(n) for key, n in value.items()))
     )
 
 
@@ -133,7 +133,9 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.file = folder / ADAPTER_CONFIG
         if not self.file.exists():
-            raise CheckpointError(f"{folder} holds LoRA, but its rank and alpha are not known.", "Give its whole folder.")
+            raise CheckpointError(
+                f"{folder} holds LoRA, but its rank and alpha are not known.", "Give its whole folder."
+            )
         self.config = read_object(self.file)
         absent = [f"no {key}" for key in REQUIRED if key not in self.config]
         strange = [f"{key} {reprlib.repr(value)}" for key, value in self.config.items() if not _understood(key, value)]

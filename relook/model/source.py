@@ -79,6 +79,7 @@ class ModelSource:
         tensors: under the names of transformers' module tree, whatever they are called on disk.
         tower: the folder of the vision tower, for "llava".
         change: where a change that is laid on the model comes from.
+        beneath: the model without it, and the `Change`.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class ModelSource:
     template: str
     tower: Path | None = None
     change: Path | None = None
+    beneath: tuple[ModelSource, Any] | None = None
 
     @property
     def model_class(self) -> type[PreTrainedModel]:

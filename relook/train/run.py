@@ -30,9 +30,8 @@ from relook.files import read_text, takes, write_json
 from relook.flags import check_model, check_switched
 from relook.keys import parse_overrides
 from relook.model.above_trunk import AboveTrunk
-from relook.model.changes import read_change
-from relook.model.formats import kind_of, llava_settings
-from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
+from relook.model.formats import llava_settings
+from relook.model.load import TENSORS_FILE, LoadedModel, load_model
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe
 from relook.train import recompute, sharding
@@ -50,7 +49,7 @@ from relook.train.cache import cached_items
 from relook.train.policy import Policy
 from relook.train.preference import measures
 from relook.train.sight import features_once
-from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained, whole_tensors
+from relook.train.trainer import RelookTrainer, last_checkpoint, save_change, save_trained, whole_tensors
 
 RUN_FILE = "run.json"  # written last: a run that has it is finished
 RECIPE_FILE = "recipe.yaml"
@@ -322,25 +321,4 @@ def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None
     if recipe.full:
         loaded.processor.save_pretrained(out)
         return
-    settings = getattr(loaded.core.config, "post_decoder", None)
-    write_json(out / CHANGE_FILE, {**foundation(recipe), "post_decoder": settings, "lora": recipe.lora_enable})
-
-
-def foundation(recipe: Recipe) -> dict[str, Any]:
-    """What a run lies on: the base at the bottom, its tower, and the changes that were merged into it before."""
-    base, tower, earlier = Path(recipe.model_name_or_path), recipe.vision_tower, list[Path]()
-    if kind_of(base) == "run":
-        run = read_change(base)
-        assert run.base is not None
-        earlier = [*run.earlier, base]
-        base, tower = run.base, tower or str(run.vision_tower or "")
-    elif recipe.adapter_name_or_path:
-        adapter = Path(recipe.adapter_name_or_path)
-        earlier = [*read_change(adapter).earlier, adapter]
-    if tower and Path(tower).is_dir():  # else it is a hub's name
-        tower = str(Path(tower).resolve())
-    return {
-        "base": str(base.resolve()),
-        "vision_tower": tower or None,
-        "earlier": [str(path.resolve()) for path in earlier],
-    }
+    save_change(recipe, loaded.core.config, out)
