@@ -14,7 +14,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from relook.errors import CheckpointError, some
-from relook.files import read_object
+from relook.files import read_object, require_regular_files
 from relook.model.checkpoint import weight_files
 from relook.model.trunks import MODEL_TYPES, TRUNKS, has_post_decoder
 
@@ -105,6 +105,7 @@ def kind_of(path: Path) -> str:
         return "trained"
     if not path.is_dir():
         raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
+    require_regular_files(path)
     for name, kind in ((CHANGE_FILE, "run"), (ADAPTER_CONFIG, "lora")):
         if (path / name).exists():
             return kind

@@ -27,6 +27,7 @@ from relook.model import formats
 from relook.model.above_trunk import without_trunk
 from relook.model.changes import TENSORS_FILE, Change, language_model_config, read_change
 from relook.model.formats import CHANGE_FILE
+from relook.model.settings import check_processor
 from relook.model.sharded import full_shape, put
 from relook.model.source import ModelSource, open_model
 from relook.model.trunks import trunk_of, with_post_decoder
@@ -251,7 +252,9 @@ def build(
 def talk_to(model: Any, source: ModelSource) -> LoadedModel:
     """A model in memory, with the processor and the habits of its folder."""
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
-    return LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
+    loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
+    check_processor(str(source.tower or source.path), loaded.images, source.config.vision_config.image_size)
+    return loaded
 
 
 def _quantisation(bits: int, dtype: torch.dtype, device: str, double_quant: bool, quant_type: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
@@ -28,7 +28,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from relook.data.prompts import IM_END, IM_START, IMAGE
 from relook.errors import CheckpointError, some
-from relook.files import read_object
+from relook.files import read_object, require_regular_files
 from relook.model.checkpoint import LazyTensor, read_folder, weight_files
 from relook.model.formats import (
     COMPUTED,
@@ -45,6 +45,7 @@ from relook.model.formats import (
     read_config,
     rename,
 )
+from relook.model.settings import check_config, generation_config, plain
 from relook.model.tokenizer import load_tokenizer
 from relook.model.trunks import MODEL_TYPES, has_post_decoder, trunk_of
 
@@ -160,7 +161,7 @@ class ModelSource:
             if self.tower is None:
                 return AutoProcessor.from_pretrained(self.path, local_files_only=True)
             images = LlavaImageProcessorPil.from_pretrained(self.tower, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # tokenizers raises no other, and the readers of transformers any
             raise CheckpointError(
                 f"The processor of {self.path} cannot be loaded: {error}.", "Copy it again."
             ) from None
@@ -175,9 +176,9 @@ class ModelSource:
         )
 
     def generation_config(self) -> GenerationConfig:
-        if self.kind != "llava" and (self.path / "generation_config.json").exists():
-            return GenerationConfig.from_pretrained(self.path, local_files_only=True)
         text = self.config.text_config
+        if self.kind != "llava" and (self.path / "generation_config.json").exists():
+            return generation_config(self.path, text.vocab_size)
         return GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
@@ -229,15 +230,20 @@ def open_model(
     trunk = MODEL_TYPES[raw["model_type"]]
     config_class = trunk.relook_config if kind == "relook" else trunk.config
     tensors = _renamed(read_folder(path), FROM_HF) if weights else {}
+    raw = plain(raw)
     raw["text_config"] = _valid(path, one_rope, raw["text_config"])
-    return ModelSource(path, kind, _valid(path, config_class.from_dict, raw), tensors, default_template(raw))
+    config = _valid(path, config_class.from_dict, raw)
+    check_config(str(path), config)
+    return ModelSource(path, kind, config, tensors, _valid(path, default_template, raw))
 
 
 def _valid(path: Path | str, make: Callable[..., Any], *arguments: Any) -> Any:
     """A config, or a model of it, made by transformers; what that says about a wrong value is passed on."""
     try:
         return make(*arguments)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a library says of values that it was never meant to have
         reason = f"unknown value {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise CheckpointError(f"The config of {path} is not valid: {reason}.", "Download it again.") from None
 
@@ -257,9 +263,10 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
         what = f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower."
         raise CheckpointError(what, "Give the tower's own folder.")
-    vision: CLIPVisionConfig = _valid(tower, CLIPVisionConfig.from_dict, settings.get("vision_config", settings))
+    vision: CLIPVisionConfig = _valid(tower, CLIPVisionConfig.from_dict, plain(settings.get("vision_config", settings)))
     if not weights:  # the id of <image>, which only the tokenizer knows, shapes nothing
         config = _valid(path, from_llava_config, path, raw, vision, 0)
+        check_config(str(path), config)
         return ModelSource(path, "llava", config, {}, default_template(raw), tower)
     tensors = _renamed(read_folder(path), FROM_LLAVA)
     trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
@@ -270,6 +277,7 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
         tensors |= {TOWER + n.removeprefix(prefix): t for n, t in of_tower.items() if n.startswith(prefix)}
     tokenizer = image_tokenizer(path, raw.get("vocab_size", 0))
     config = _valid(path, from_llava_config, path, raw, vision, tokenizer.convert_tokens_to_ids(IMAGE))
+    check_config(str(path), config)
     rows = config.text_config.vocab_size
     if raw.get("mm_use_im_start_end") and max(tokenizer.convert_tokens_to_ids([IM_START, IM_END])) >= rows:
         raise CheckpointError(
@@ -292,6 +300,7 @@ def _tower_folder(path: Path, named: Any, given: str | Path | None) -> Path:
         )
     folder = Path(name) if given else path / name  # an absolute name stands for itself
     if (folder / "config.json").exists():
+        require_regular_files(folder)
         return folder
     try:
         return Path(snapshot_download(name, local_files_only=True))

@@ -26,7 +26,7 @@ from relook.data.pairs import read_pairs
 from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, RecipeError, some
-from relook.files import read_text, takes, write_json
+from relook.files import read_text, takes, write_json, writes_alone
 from relook.flags import check_model, check_switched
 from relook.keys import parse_overrides
 from relook.model.above_trunk import AboveTrunk
@@ -68,6 +68,7 @@ def train_command(arguments: Sequence[str]) -> Path:
     return out
 
 
+@writes_alone(lambda recipe, *_, **__: Path(recipe.output_dir))
 def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = None) -> Path:
     """Carry out a recipe; returns its output folder.
 
