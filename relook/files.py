@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import glob
 import hashlib
 import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from relook.console import readable_size
+from relook.console import readable_size, speaks
 from relook.errors import DataError, RecipeError, RelookError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -67,6 +72,52 @@ def runs(process: str) -> bool:
     return True
 
 
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep a folder, which need not be there yet, to this process and those that torchrun started with it.
+
+    The lock is the system's own and ends with the process, however it ends. On a file system without locks nothing is
+    kept.
+
+    Raises:
+        RelookError: another process writes there.
+    """
+    if not speaks() or (folder.exists() and not folder.is_dir()):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RelookError(
+            f"{folder} is in use: another relook is writing there.", "Wait until it ends, or choose another folder."
+        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing came of it
+        os.close(descriptor)
+
+
+def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A decorator: `sole_writer` around a function, of the folder that `folder_of` finds among its arguments."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+            with sole_writer(folder_of(*args, **kwargs)):
+                return function(*args, **kwargs)
+
+        return alone
+
+    return decorate
+
+
 def require_room(path: Path, needed: int, what: str, fix: str) -> None:
     """Refuse to begin with a file or folder that the disk cannot take.
 
@@ -96,12 +147,33 @@ def write_jsonl(path: Path, records: Iterable[object]) -> None:
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
+def require_regular(path: Path) -> None:
+    """Refuse what is there and is neither a file nor a folder: reading a pipe that nobody writes to never ends.
+
+    Raises:
+        DataError: a named pipe, a socket or a device.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # what reads it says why
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(f"{path} is a pipe, a socket or a device, not a file.", "Give a file.")
+
+
+def require_regular_files(folder: Path) -> None:
+    """`require_regular` of all that lies in a folder, for libraries that read what they find there."""
+    for path in folder.iterdir():
+        require_regular(path)
+
+
 def read_text(path: Path) -> str:
     """Read a text file: UTF-8, or UTF-16 or UTF-32 as other systems' programs write it; without a byte order mark.
 
     Raises:
         DataError: it is not there, not a file, or not such a text.
     """
+    require_regular(path)
     try:
         return _text(path.read_bytes())
     except FileNotFoundError:
@@ -217,25 +289,6 @@ def claim_folder(folder: Path, name: str, settings: Mapping[str, Any], what: str
         raise RecipeError(f"{folder} holds {what} made with another {', '.join(changed)}.", "Choose another --out.")
 
 
-_HELD: dict[Path, int] = {}  # descriptors of the folders that this process holds
-
-
-def hold(folder: Path) -> bool:
-    """Keep a folder for this process until it ends; False where another process keeps it."""
-    folder = folder.resolve()
-    if folder not in _HELD:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        except OSError:  # a file system without locks
-            pass
-        _HELD[folder] = descriptor
-    return True
-
-
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex. A file that has not changed since is read once in a process."""
     return _file_hash(path, *state_of(path))
@@ -249,6 +302,7 @@ def state_of(path: Path) -> tuple[int, ...]:
 
 @cache
 def _file_hash(path: Path, *_: int) -> str:
+    require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

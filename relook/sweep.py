@@ -24,7 +24,7 @@ from relook.evaluate.provenance import versions
 from relook.evaluate.run import claim, evaluate_model
 from relook.evaluate.score import annotation_file, read_scores
 from relook.evaluate.statistics import holm
-from relook.files import read_json, read_records, takes, write_json, write_text
+from relook.files import read_json, read_records, sole_writer, takes, write_json, write_text
 from relook.keys import parse_overrides, read_shipped
 from relook.model.load import model_hash
 from relook.recipe import Recipe
@@ -71,6 +71,11 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
         RelookError: anything wrong with a row, the data or the output folder, before anything runs.
     """
     sweep = build_sweep(values)
+    with sole_writer(sweep.out):
+        return _carry_out(sweep, values)
+
+
+def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
     take(sweep, values)
     engine = CachedPope(
         sweep.base,

@@ -64,6 +64,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose attention has biases, which Llama's has not."""
+    from tiny import save_biased
+
+    return save_biased(tmp_path_factory.mktemp("biased"))
+
+
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small toyworld: `vg` with preference pairs of both kinds, `llava` and `test`."""
     from tiny import write_world

@@ -362,42 +362,6 @@ def test_a_post_decoder_whose_settings_nobody_knows(tmp_path: Path) -> None:
         load_model(base, tmp_path / "decoder.safetensors")
 
 
-@pytest.mark.parametrize("kind", [{"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}])
-def test_lora_is_merged_as_peft_does(kind: dict[str, Any], tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    base = toy(tmp_path / "base")
-    torch.manual_seed(3)
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=r".*language_model.*(q_proj|down_proj)", **kind)
-    model = get_peft_model(load_model(base).model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "magnitude" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 2)
-    model.save_pretrained(tmp_path / "adapter")
-    merged = model.merge_and_unload().state_dict()
-    found = load_model(base, tmp_path / "adapter").model.state_dict()
-    torch.testing.assert_close(found, merged)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_dora": True}, "says use_dora True, which the tensors of .* are not"),
-        ({"peft_type": "IA3"}, "no adapter that relook can merge: peft_type 'IA3'"),
-        ({"rank_pattern": {"q_proj": 2}}, "no adapter that relook can merge: rank_pattern .'q_proj': 2."),
-        ({"r": None}, "says r None and lora_alpha 8, not two numbers"),
-        ({"r": 0}, "says r 0 "),
-        ({"lora_alpha": "x"}, "lora_alpha 'x'"),
-    ],
-)
-def test_other_adapters_are_refused(tiny: Path, tower: Path, tmp_path: Path, change: Any, message: str) -> None:
-    adapter = copied(tiny / "lora_llava-tiny", tmp_path / "a")
-    values = json.loads((adapter / "adapter_config.json").read_text()) | change
-    (adapter / "adapter_config.json").write_text(json.dumps(values))
-    with pytest.raises(RelookError, match=message):
-        load_model(tiny / "ckpt_safetensors", adapter, tower)
-
-
 @pytest.mark.parametrize("file", ["adapter_config.json", "config.json"])
 def test_an_adapters_settings_that_are_no_object(tiny: Path, tower: Path, tmp_path: Path, file: str) -> None:
     adapter = copied(tiny / "lora_llava-tiny", tmp_path / "a")

@@ -83,7 +83,8 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for half, shape in halves.items()
     }
     save_file(lora, out / "adapter_model.safetensors")
-    write_json(out / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [query]}
+    write_json(out / "adapter_config.json", settings)
     write_json(out / CHANGE_FILE, {"base": str(base), "post_decoder": None, "lora": True})
     return out
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import dpo_keys, scramble, sft_keys, tiny_llava
+from tiny import dpo_keys, sft_keys
 from torch import Tensor
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from relook import load_model
 from relook.errors import CheckpointError, RecipeError
@@ -24,7 +24,6 @@ from relook.model.convert import merge
 from relook.model.load import TENSORS_FILE, model_hash
 from relook.model.regimes import apply_regime
 from relook.recipe import build_recipe, load_recipe
-from relook.toyworld.build import make_processor
 from relook.train.batches import Collator, Item
 from relook.train.policy import Policy
 from relook.train.preference import preference_loss
@@ -216,21 +215,6 @@ def test_targets_are_the_language_models_linear_layers(base: Path) -> None:
     assert some == {name for name in linears if name.endswith(("q_proj", "up_proj"))}
     with pytest.raises(RecipeError, match=r"no linear layer fc1.*down_proj, gate_proj"):
         with_regime(base, lora_target_modules=["fc1", "q_proj"])  # fc1 is the vision tower's
-
-
-@pytest.fixture(scope="module")
-def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose attention has biases, which Llama's has not."""
-    folder, model = tmp_path_factory.mktemp("biased"), tiny_llava()
-    config = model.config.text_config
-    config.attention_bias, config.tie_word_embeddings, model.config.tie_word_embeddings = True, False, False
-    torch.manual_seed(5)
-    language = LlamaForCausalLM(config)
-    model.model.language_model, model.lm_head = language.model, language.lm_head
-    scramble(model.model.language_model, torch.Generator().manual_seed(1), 0.02)
-    model.save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
 
 
 def test_biases_train_and_are_loaded(biased: Path, base: Path, world: Path, tmp_path: Path) -> None:

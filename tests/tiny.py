@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from relook.evaluate.pope import question_text
 from relook.files import write_json
@@ -44,6 +44,20 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
     """The same as a model folder, lm_head untied."""
     model = tiny_llava(seed)
     untie_head(model)
+    model.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+def save_biased(folder: Path) -> Path:
+    """A model folder whose attention has biases; lm_head untied."""
+    model = tiny_llava()
+    config = model.config.text_config
+    config.attention_bias, config.tie_word_embeddings, model.config.tie_word_embeddings = True, False, False
+    torch.manual_seed(5)
+    language = LlamaForCausalLM(config)
+    model.model.language_model, model.lm_head = language.model, language.lm_head
+    scramble(model.model.language_model, torch.Generator().manual_seed(1), 0.02)
     model.save_pretrained(folder)
     make_processor().save_pretrained(folder)
     return folder

@@ -27,7 +27,7 @@ from relook.evaluate.answer import Asking, answer
 from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.provenance import provenance
 from relook.evaluate.run import begin, keep, share
-from relook.files import file_hash, read_json, read_records, read_text, text_hash, write_json
+from relook.files import file_hash, read_json, read_records, read_text, text_hash, write_json, writes_alone
 from relook.model.load import Loading
 
 NAME = "llava"  # of the answer file and of the result
@@ -67,6 +67,7 @@ class LlavaQuestion:
         return {**said, "answer_id": self.key, "model_id": model, "metadata": {}}
 
 
+@writes_alone(lambda model, questions, data, out, *_, **__: Path(out))
 def answer_questions(
     model: Path,
     questions: Path,

@@ -30,12 +30,13 @@ from relook.evaluate.benchmarks import (
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.pope import LONGEST_ANSWER
 from relook.evaluate.provenance import EVAL_FILE, now, versions
-from relook.files import claim_folder, read_json, read_object, write_json
+from relook.files import claim_folder, read_json, read_object, write_json, writes_alone
 from relook.model.load import LoadedModel, Loading, as_device, default_template
 
 Said = TypeVar("Said")
 
 
+@writes_alone(lambda model, benchmarks, data, out, *_, **__: Path(out))
 def evaluate_model(
     model: Path,
     benchmarks: Sequence[str],

@@ -25,7 +25,7 @@ from relook.evaluate.chair import Vocabulary
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.pope import LONGEST_ANSWER
 from relook.evaluate.provenance import versions
-from relook.files import claim_folder, read_json, read_object, read_text, text_hash, write_json
+from relook.files import claim_folder, read_json, read_object, read_text, text_hash, write_json, writes_alone
 from relook.mine import match, questions, write
 from relook.mine.apart import Apart, evaluation_files, names_in
 from relook.mine.describe import Described, describe, find_pairs
@@ -41,6 +41,7 @@ from relook.model.load import LoadedModel, Loading, as_device, default_template,
 SETTINGS, WORK = "mine.json", "work"
 
 
+@writes_alone(lambda model, place, out, *_, **__: Path(out))
 def mine(
     model: Path,
     place: Place,

@@ -36,12 +36,12 @@ def without_trunk(source: ModelSource, dtype: torch.dtype, device: str | torch.d
     """A model with weights for what stands above its trunk, and for its projector; the trunk's have none ("meta")."""
     with torch.device("meta"):
         model = source.model_class._from_config(source.config, attn_implementation="sdpa", dtype=dtype)
-    tensors = {name: t for name, t in source.tensors.items() if name.startswith((*ABOVE, PROJECTOR))}
+    tensors = source.read(*ABOVE, PROJECTOR)
     if "lm_head.weight" not in tensors:  # it is tied to the embeddings, which are not there
-        tensors["lm_head.weight"] = source.tensors[EMBEDDINGS]
+        tensors["lm_head.weight"] = source.read(EMBEDDINGS)[EMBEDDINGS]
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    read = {name: t.read().to(device, dtype) for name, t in tensors.items()}
+    read = {name: t.to(device, dtype) for name, t in tensors.items()}
     model.load_state_dict(read, strict=False, assign=True)
     lacking = [n for n, p in model.named_parameters() if p.is_meta and n.startswith((*ABOVE, PROJECTOR))]
     if lacking:

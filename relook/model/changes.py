@@ -6,24 +6,38 @@ same name. A post decoder brings tensors that the base need not have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from relook.console import say
 from relook.errors import CheckpointError, some
 from relook.files import read_object
 from relook.model.checkpoint import LazyTensor, read_file
-from relook.model.formats import CHANGE_FILE, FROM_CHANGE, PROJECTOR, changed_files, kind_of, rename
+from relook.model.formats import (
+    ADAPTER_CONFIG,
+    CHANGE_FILE,
+    FROM_CHANGE,
+    LLAVA_TYPES,
+    NON_LORA,
+    PROJECTOR,
+    WHOLE_MODELS,
+    changed_files,
+    kind_of,
+    rename,
+)
+from relook.model.lora import PEFT_PREFIX, Adapter, Lora
 from relook.model.source import ModelSource
 from relook.model.trunks import has_post_decoder, with_post_decoder
 
 TENSORS_FILE = "trained.safetensors"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DECODER, HEAD = "model.post_decoder.", "lm_head."
+HEAD_WEIGHT, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
 ADDED = (DECODER, PROJECTOR)  # what a base need not have
 # What each stage of the old replace_bin takes from the change, and whether the base must have a post decoder already.
 STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
@@ -33,42 +47,6 @@ STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
 }
 
 
-# What an adapter_config.json says of LoRA that is merged here; peft's other varieties are refused.
-KNOWN_LORA: dict[str, Any] = {
-    "peft_type": "LORA",
-    "fan_in_fan_out": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-}
-HALVES = ({"A", "B"}, {"A", "B", "magnitude_vector"})  # of LoRA, of DoRA
-
-
-@dataclass(frozen=True)
-class Lora:
-    """What LoRA adds to one weight W (out, in): B A (Hu et al. 2021, arXiv:2106.09685).
-
-    Args:
-        a, b: (r, in) and (out, r).
-        magnitude: DoRA's norms (out,) of the rows of the result (Liu et al. 2024, arXiv:2402.09353, eq. 5).
-    """
-
-    a: LazyTensor
-    b: LazyTensor
-    magnitude: LazyTensor | None = None
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        norms = self.magnitude is None or self.magnitude.shape == shape[:1]
-        return shape == (self.b.shape[0], self.a.shape[1]) and self.a.shape[0] == self.b.shape[1] and norms
-
-    def merged(self, scale: float, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
-        """W + scale * B A, for DoRA with its rows at their norms; in the weight's dtype where none is given."""
-        result = weight.float() + scale * (self.b.read().float() @ self.a.read().float())
-        if self.magnitude is not None:
-            result = result * (self.magnitude.read().float() / result.norm(dim=1))[:, None]
-        return result.to(dtype or weight.dtype)
-
-
 @dataclass(frozen=True)
 class Change:
     """Tensors under transformers' names.
@@ -76,7 +54,8 @@ class Change:
     Args:
         replaced: tensors that take the place of the base's, or are added to it.
         lora: by the name of the weight that it changes.
-        scale: factor of LoRA's product B A.
+        adapter: the settings of `lora`.
+        modules: where `lora` lies, by the same name: the path of the layer in the model that peft wrapped.
         post_decoder: its settings; None where the change has none, or does not know them.
         base: the folder of the base model, where the change says it.
         vision_tower: the folder of its tower, where it is not the one that the base's config names.
@@ -86,7 +65,8 @@ class Change:
     path: Path
     replaced: dict[str, LazyTensor]
     lora: dict[str, Lora] = field(default_factory=dict)
-    scale: float = 1.0
+    adapter: Adapter | None = None
+    modules: dict[str, str] = field(default_factory=dict)
     post_decoder: dict[str, Any] | None = None
     base: Path | None = None
     vision_tower: Path | None = None
@@ -103,7 +83,7 @@ class Change:
             dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
 
         Raises:
-            CheckpointError: a tensor that the base does not have, or has in another shape.
+            CheckpointError: a tensor that the base does not have, or has in another shape; a layer without its LoRA.
         """
         for path in self.earlier:
             source = replace(read_change(path), earlier=()).lay_on(source, dtype)
@@ -111,24 +91,74 @@ class Change:
         if any(name.startswith(DECODER) for name in self.replaced):
             config = self._config_with_decoder(source)
             tensors = {name: t for name, t in tensors.items() if not name.startswith(DECODER)}
-        held = {name: _shape(tensors, name) for name in self.replaced}
+        self._check(source, tensors)
+        # peft's copies of a head, or of embeddings alone, share nothing.
+        untied = {HEAD_WEIGHT} & (self.replaced.keys() | self.lora.keys()) or (
+            self.adapter is not None and EMBEDDINGS in self.replaced
+        )
+        if config.tie_word_embeddings and untied:
+            config = _untied(config)
+            tensors.setdefault(HEAD_WEIGHT, tensors[EMBEDDINGS])
+        tensors |= self.replaced
+        for name, lora in self.lora.items():
+            tensors[name] = tensors[name].then(partial(lora.merged, dtype))
+            if lora.bias is not None:
+                bias = _bias_of(name)
+                tensors[bias] = tensors[bias].then(partial(lora.merged_bias, dtype))
+        self._note_projector()
+        return replace(source, config=config, tensors=tensors, change=self.path, beneath=(source, self))
+
+    def without_adapter(self) -> tuple[Change, dict[str, LazyTensor]]:
+        """What the change replaces beside its adapter, as a change; and the adapter's tensors as peft calls them."""
+        if self.path.is_file():
+            tensors = read_file(self.path)
+        elif any((self.path / name).exists() for name in ADAPTER_FILES):
+            tensors = _adapter(self.path)
+        else:  # a checkpoint of relook, which has all in one file
+            names = ((name.replace(".default.", "."), t) for name, t in read_file(self.path / TENSORS_FILE).items())
+            tensors = {name: tensor for name, tensor in names if ".lora_" in name}
+        beside = self.replaced.keys() - {rename(name, FROM_CHANGE) for name in tensors}
+        rest = {name: self.replaced[name] for name in beside}
+        return Change(self.path, rest, post_decoder=self.post_decoder), tensors
+
+    @property
+    def has_llavas_names(self) -> bool:
+        """Whether the adapter was made in the original program, whose language model is at the top."""
+        return any(module.startswith("model.layers.") for module in self.modules.values())
+
+    def _check(self, source: ModelSource, tensors: dict[str, LazyTensor]) -> None:
+        shapes = {name: _shape(tensors, name) for name in self.replaced}
         wrong = [
-            f"{name} {list(new.shape)} on {list(held[name]) or 'nothing'}"
+            f"{name} {list(new.shape)} on {list(shapes[name]) or 'nothing'}"
             for name, new in self.replaced.items()
-            if held[name] != new.shape and (held[name] or not name.startswith(ADDED))
+            if shapes[name] != new.shape and (shapes[name] or not name.startswith(ADDED))
         ]
         wrong += [f"LoRA of {name}" for name, lora in self.lora.items() if not lora.fits(_shape(tensors, name))]
+        wrong += [
+            f"LoRA of {_bias_of(name)}"
+            for name, lora in self.lora.items()
+            if lora.bias is not None and lora.bias.shape != _shape(tensors, _bias_of(name))
+        ]
         if wrong:
             raise CheckpointError(
                 f"{self.path} does not fit {source.path}: {len(wrong)} tensors ({some(wrong)}).",
                 "Give the base that it was trained on.",
             )
-        if "lm_head.weight" in self.replaced and config.tie_word_embeddings:
-            config = _untied(config)
-        tensors |= self.replaced
-        for name, lora in self.lora.items():
-            tensors[name] = tensors[name].then(partial(lora.merged, self.scale, dtype))
-        return replace(source, config=config, tensors=tensors, change=self.path)
+        if self.adapter and (missing := self.adapter.missing(self.modules, tensors.items())):
+            raise CheckpointError(
+                f"{self.path} lacks LoRA for {len(missing)} layers that its target_modules name ({some(missing)}).",
+                "Copy it again: the file is incomplete, or the adapter belongs to a smaller model.",
+            )
+
+    def _note_projector(self) -> None:
+        """LLaVA writes what it trains beside LoRA at the end of a run only, not into its checkpoint-N folders."""
+        has_projector = any(name.startswith(PROJECTOR) for name in self.replaced)
+        if self.has_llavas_names and not has_projector and not (self.path / NON_LORA).exists():
+            say(
+                f"  {self.path} has no {NON_LORA}: no projector came along, so the base's stays. LLaVA trains it "
+                "beside LoRA and saves it at the end of a run only; where it was trained, the answers are not that "
+                "model's."
+            )
 
     def _config_with_decoder(self, source: ModelSource) -> Any:
         held = getattr(source.config, "post_decoder", None)
@@ -160,7 +190,7 @@ class Change:
             raise CheckpointError(what, "Choose another stage, or leave it out to take the whole change.")
         taken = {name: tensor for name, tensor in whole.replaced.items() if name.startswith(parts)}
         left = sorted((whole.replaced.keys() - taken.keys()) | whole.lora.keys())
-        return replace(whole, replaced=taken, lora={}), left
+        return replace(whole, replaced=taken, lora={}, adapter=None, modules={}), left
 
     def _with_earlier(self) -> Change:
         """Put this change and those that it was trained on in one; of LoRA only the names count: no stage takes it."""
@@ -185,9 +215,13 @@ class Change:
 
 def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:
     """The shape of a base's tensor, () where there is none; a tied head has that of the embeddings."""
-    if name == "lm_head.weight" and name not in tensors:
-        name = "model.language_model.embed_tokens.weight"
+    if name == HEAD_WEIGHT and name not in tensors:
+        name = EMBEDDINGS
     return tensors[name].shape if name in tensors else ()
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
 
 
 def _untied(config: Any) -> Any:
@@ -203,14 +237,15 @@ def read_change(path: Path) -> Change:
         CheckpointError: nothing of the kind, or LoRA of a variety that relook cannot merge.
     """
     kind = kind_of(path)
-    if kind in ("llava", "hf", "relook"):
+    if kind in WHOLE_MODELS:
         raise CheckpointError(f"{path} is a whole model, not a change to one.", "Load it by itself.")
     if kind == "run":
         change = read_object(path / CHANGE_FILE)
         if not isinstance(change.get("base"), str):
             raise CheckpointError(f"{path / CHANGE_FILE} does not name a base.", "Copy the run again.")
-        lora = _adapter(path) if change.get("lora") else {}
-        tensors = lora | read_file(path / TENSORS_FILE)
+        tensors = read_file(path / TENSORS_FILE)
+        if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint has all in one file
+            tensors |= _adapter(path)
         earlier = change.get("earlier", [])
         if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
             raise CheckpointError(f"{path / CHANGE_FILE} has {earlier!r} as earlier changes.", "Copy the run again.")
@@ -227,51 +262,55 @@ def _bare(folder: Path) -> dict[str, LazyTensor]:
 
 
 def _adapter(folder: Path) -> dict[str, LazyTensor]:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in ADAPTER_FILES:
         if (folder / name).exists():
             return read_file(folder / name)
     raise CheckpointError(f"{folder} has an adapter_config.json but no adapter_model.", "Copy it again.")
 
 
+def language_model_config(change: Change) -> dict[str, Any] | None:
+    """The liuhaotian config that lies beside a change: what LLaVA makes of the bare language model below it."""
+    for path in (*change.earlier, change.path):
+        config = read_object(_folder(path) / "config.json", optional=True)
+        if config.get("model_type") in LLAVA_TYPES and "text_config" not in config:
+            return config
+    return None
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+# `default` is peft's name of an adapter, which stands in a model's own names.
+LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<half>\w+?)(?:\.default)?(?P<bias>\.bias)?(?:\.weight)?")
+
+
 def _change(
     path: Path, tensors: dict[str, LazyTensor], settings: dict[str, Any] | None = None, base: Path | None = None
 ) -> Change:
-    folder = path if path.is_dir() else path.parent
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors.", "Copy it again, or save it again.")
     if settings is None:
-        settings = read_object(folder / "config.json", optional=True).get("post_decoder")
+        settings = read_object(_folder(path) / "config.json", optional=True).get("post_decoder")
     replaced: dict[str, LazyTensor] = {}
     halves: dict[str, dict[str, LazyTensor]] = {}
     for raw, tensor in tensors.items():
-        name = rename(raw, FROM_CHANGE)
-        stem, mark, half = name.rpartition(".lora_")
-        if mark:
-            halves.setdefault(stem + ".weight", {})[half.removesuffix(".weight")] = tensor
+        if half := LORA_NAME.fullmatch(raw):
+            module = half["module"].removeprefix(PEFT_PREFIX)
+            halves.setdefault(module, {})[half["half"] + (half["bias"] or "")] = tensor
         else:
-            replaced[name] = tensor
-    odd = [name for name, found in halves.items() if found.keys() not in HALVES]
-    if odd:
-        what = f"{path} holds half of a LoRA pair, or another kind of adapter: {some(odd)}."
-        raise CheckpointError(what, "Download it again, or give an adapter of LoRA or DoRA.")
-    lora = {name: Lora(found["A"], found["B"], found.get("magnitude_vector")) for name, found in halves.items()}
-    return Change(path, replaced, lora, _lora_scale(folder, lora) if lora else 1.0, settings, base)
-
-
-def _lora_scale(folder: Path, lora: Mapping[str, Lora]) -> float:
-    if not (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder} holds LoRA, but its rank and alpha are not known.", "Give its whole folder.")
-    config = read_object(folder / "adapter_config.json")
-    found = {key: config.get(key) or plain for key, plain in KNOWN_LORA.items()}
-    special = [f"{key} {value!r}" for key, value in found.items() if value != KNOWN_LORA[key]]
-    if special:
-        raise CheckpointError(
-            f"{folder} is no adapter that relook can merge: {some(special)}.", "Merge it with the program that made it."
-        )
-    without = [name for name, found in lora.items() if bool(config.get("use_dora")) != (found.magnitude is not None)]
-    if without:
-        said = f"use_dora {config.get('use_dora')!r}, which the tensors of {some(without)} are not"
-        raise CheckpointError(f"{folder / 'adapter_config.json'} says {said}.", "Copy it again.")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        said = f"r {rank!r} and lora_alpha {alpha!r}"
-        raise CheckpointError(f"{folder / 'adapter_config.json'} says {said}, not two numbers.", "Copy it again.")
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+            replaced[rename(raw, FROM_CHANGE)] = tensor
+    if not halves and (path.is_file() or not (path / ADAPTER_CONFIG).exists()):
+        return Change(path, replaced, post_decoder=settings, base=base)
+    adapter = Adapter(_folder(path))
+    pairs = adapter.pairs(halves, replaced)
+    modules: dict[str, str] = {}
+    for module in pairs:
+        weight = rename(f"{module}.weight", FROM_CHANGE)
+        if weight in modules:
+            raise CheckpointError(
+                f"{path} holds LoRA of {weight} twice: as {modules[weight]} and as {module}.", "Remove what is older."
+            )
+        modules[weight] = module
+    lora = {name: pairs[module] for name, module in modules.items()}
+    return Change(path, replaced, lora, adapter, modules, settings, base)

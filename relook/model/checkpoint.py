@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relook.errors import CheckpointError, some
-from relook.files import read_object, write_json
+from relook.files import read_object, require_regular, write_json
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -47,6 +47,19 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: no tensor file, a truncated one, or a pickle that holds anything but tensors.
     """
+    require_regular(path)
+    tensors = _read(path)
+    empty = [name for name, tensor in tensors.items() if 0 in tensor.shape]
+    if empty:
+        raise CheckpointError(
+            f"{len(empty)} of {len(tensors)} tensors in {path} are empty ({some(empty)}).",
+            "DeepSpeed's ZeRO-3 leaves such files where weights are saved without being gathered: make a whole one by "
+            "its zero_to_fp32.py, or save again with stage3_gather_16bit_weights_on_model_save.",
+        )
+    return tensors
+
+
+def _read(path: Path) -> dict[str, LazyTensor]:
     try:
         with path.open("rb") as file:
             head = file.read(9)

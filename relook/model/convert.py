@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from relook.console import say
+from relook.console import readable_size, say
 from relook.errors import CheckpointError, some
 from relook.files import read_object, require_room, whole_folder, write_json
 from relook.model import modeling_relook, post_decoder
-from relook.model.changes import read_change
+from relook.model.changes import Change, read_change
 from relook.model.checkpoint import write_tensors
-from relook.model.formats import PROJECTOR, TO_HF, TO_LLAVA, TOWER, kind_of, rename, to_llava_config
-from relook.model.load import LoadedModel, build, open_source
+from relook.model.formats import FROM_ANY, PROJECTOR, TO_HF, TO_LLAVA, TOWER, kind_of, rename, to_llava_config
+from relook.model.load import LoadedModel, build, open_base, open_source
+from relook.model.lora import PEFT_PREFIX
 from relook.model.source import ModelSource
 from relook.model.trunks import has_post_decoder
 
@@ -83,7 +87,9 @@ def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Wr
     trained = read_change(change)
     if kind_of(base) == "run":
         trained = trained.after(base)
-    source = open_source(base, vision_tower=how.vision_tower or trained.tower_for(base))
+        source = open_source(base, vision_tower=how.vision_tower or trained.tower_for(base))
+    else:
+        source = open_base(base, trained, how.vision_tower)
     if stage is not None:
         trained, left = trained.at_stage(stage, source)
         if left:
@@ -106,6 +112,7 @@ def write_model(source: ModelSource, out: Path, write: Writer, how: Writing) -> 
     """
     _claim(source, out, how)
     difference = None
+    beside = check_with_peft(source, out) if how.check else ""
     with whole_folder(out.resolve()) as folder:  # a link to a folder stays a link
         write(source, folder, int(how.shard_gb * 1e9))
         if how.check:
@@ -115,7 +122,7 @@ def write_model(source: ModelSource, out: Path, write: Writer, how: Writing) -> 
                     f"The logits of the result differ by {difference:.2e}; {out} was not written.",
                     "Look at the source with relook inspect; --no-check writes it all the same.",
                 )
-    checked = "not checked" if difference is None else f"largest difference of logits {difference:.1e}"
+    checked = "not checked" if difference is None else f"largest difference of logits {difference:.1e}{beside}"
     say(f"{out}: {len(source.tensors)} tensors, {checked}")
     return difference
 
@@ -236,6 +243,70 @@ def logit_difference(first: ModelSource, second: ModelSource) -> float:
     logits = loaded.model(**inputs).logits.float()
     del loaded
     return float((build(second, first.dtype).model(**inputs).logits.float() - logits).abs().max())
+
+
+def check_with_peft(source: ModelSource, out: Path) -> str:
+    """Compare a model into which LoRA was merged with the same adapter as peft runs it; what to say of it.
+
+    In float32, since the steps of usual adapters are less than what half precision rounds.
+
+    Raises:
+        CheckpointError: their logits differ.
+    """
+    if source.beneath is None or not source.beneath[1].lora:
+        return ""
+    needed = 4 * sum(prod(tensor.shape) for tensor in source.tensors.values())
+    if needed > (free := psutil.virtual_memory().available):
+        return f"; not compared with peft, for which {readable_size(needed - free)} of memory are missing"
+    try:
+        wanted, inputs = _logits_by_peft(*source.beneath)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        return f"; not compared with peft, which cannot load the adapter ({str(error).splitlines()[0]})"
+    beneath, change = source.beneath
+    merged = build(replace(change, earlier=()).lay_on(beneath, torch.float32), torch.float32)
+    with torch.inference_mode():
+        difference = float((merged.model(**inputs).logits - wanted).abs().max())
+    if not difference <= TOLERANCE[torch.float32] * max(1.0, float(wanted.abs().max())):
+        raise CheckpointError(
+            f"The logits of the merged model differ from those of peft's adapter by {difference:.2e}; {out} was not "
+            "written.",
+            "Please report this with the adapter_config.json; --no-check writes it all the same.",
+        )
+    return f", from peft's own {difference:.1e}"
+
+
+@torch.inference_mode()
+def _logits_by_peft(beneath: ModelSource, change: Change) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits of a model with an adapter beside its weights, and their inputs.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, RuntimeError: peft cannot load it, or has no layers for some of
+            its tensors.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    assert change.adapter is not None
+    rest, tensors = change.without_adapter()
+    loaded = build(rest.lay_on(beneath, torch.float32), torch.float32)
+    core = wrapped = loaded.core
+    if change.has_llavas_names:  # the original's top is the language model, around which it puts the rest
+        with torch.device("meta"):
+            wrapped = LlamaForCausalLM(core.config.text_config)
+        wrapped.model, wrapped.lm_head = core.model.language_model, core.lm_head
+        named = {name: tensor.read() for name, tensor in tensors.items()}
+    else:
+        plain = {rename(name.removeprefix(PEFT_PREFIX), FROM_ANY): tensor for name, tensor in tensors.items()}
+        named = {PEFT_PREFIX + name: tensor.read() for name, tensor in plain.items()}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(wrapped, LoraConfig.from_pretrained(str(change.adapter.file.parent))).eval()
+        report = set_peft_model_state_dict(model, named)
+    lost = [*report.unexpected_keys, *(name for name in report.missing_keys if ".lora_" in name)]
+    if lost:
+        raise ValueError(f"it has no place for {some(lost, 2)}")
+    core.lm_head = wrapped.lm_head
+    inputs = _small_input(loaded)
+    return core(**inputs).logits, inputs
 
 
 def _small_input(loaded: LoadedModel) -> dict[str, Tensor]:

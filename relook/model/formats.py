@@ -6,6 +6,7 @@ pairs of a pattern and its replacement, tried in order.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from relook.errors import CheckpointError, some
-from relook.files import read_object
+from relook.files import read_object, require_regular_files
 from relook.model.checkpoint import weight_files
 from relook.model.trunks import MODEL_TYPES, TRUNKS, has_post_decoder
 
 Renames = tuple[tuple[str, str], ...]
 CHANGE_FILE = "change.json"  # what a training run of relook changed: its base, post decoder settings, LoRA or not
-CHANGED_FILES = ("non_lora_trainables.bin", "mm_projector.bin")  # what the original programs save beside a base
+ADAPTER_CONFIG, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
+CHANGED_FILES = (NON_LORA, "mm_projector.bin")  # what the original programs save beside a base
+LLAVA_TYPES = ("llava", "llava_llama")  # of a liuhaotian config; HA-DPO's fork calls it "llava"
+WHOLE_MODELS = ("llava", "llama", "hf", "relook")  # kinds of folders that hold no change
 
 PROJECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 FROM_LLAVA: Renames = (
@@ -47,12 +51,17 @@ TO_HF: Renames = (
     (r"^model\.vision_tower\.", "vision_tower.vision_model."),
     (r"^model\.(?=multi_modal_projector\.|image_newline$)", ""),
 )
-# Names of what a training run saved: with peft's prefix, with the model's, or with none.
+# Names by any version of transformers or by LLaVA, of a whole model or of its base alone.
+FROM_ANY: Renames = (
+    *FROM_HF,
+    (r"^(?=(mm_projector|multi_modal_projector|post_decoder|language_model|layers|embed_tokens|norm)\.)", "model."),
+    *FROM_LLAVA,
+)
+# Names of what a training run saved: with peft's prefix or without, of layers that it wrapped or not.
 FROM_CHANGE: Renames = (
     (r"^base_model\.model\.", ""),
-    (r"\.base_layer\.", "."),  # a bias that was trained beside LoRA
-    (r"^(?=mm_projector\.|multi_modal_projector\.|post_decoder\.|layers\.|embed_tokens\.|norm\.)", "model."),
-    *FROM_LLAVA,
+    (r"\.(base_layer|modules_to_save\.default)\.", "."),
+    *FROM_ANY,
 )
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # buffers that old files hold and nobody needs
 
@@ -74,6 +83,7 @@ TEXT = (
     *("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
     "tie_word_embeddings",
 )
+ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
 PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}  # to transformers' activation between two linears
 
@@ -85,7 +95,8 @@ def rename(name: str, renames: Renames) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """What a path holds: "llava", "hf" or "relook" (models), "run", "lora" or "trained" (changes to a model).
+    """What a path holds: "llava", "hf" or "relook" (models), "llama" (a language model alone), or a change to a model:
+    "run", "lora" or "trained".
 
     Raises:
         CheckpointError: nothing that relook knows; families it does not load are refused by name.
@@ -94,7 +105,8 @@ def kind_of(path: Path) -> str:
         return "trained"
     if not path.is_dir():
         raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
-    for name, kind in ((CHANGE_FILE, "run"), ("adapter_config.json", "lora")):
+    require_regular_files(path)
+    for name, kind in ((CHANGE_FILE, "run"), (ADAPTER_CONFIG, "lora")):
         if (path / name).exists():
             return kind
     if not weight_files(path) and changed_files(path):
@@ -118,8 +130,10 @@ def _model_kind(path: Path, config: dict[str, Any]) -> str:
     kind = config.get("model_type")
     if kind in MODEL_TYPES and "text_config" in config:
         return "hf" if kind in TRUNKS else "relook"
-    if kind in ("llava", "llava_llama"):  # HA-DPO's fork calls it "llava"
+    if kind in LLAVA_TYPES:
         return "llava"
+    if kind == "llama":
+        return "llama"
     raise CheckpointError(
         f"{path} holds a model of type {kind!r}, which relook cannot load.",
         "Supported are LLaVA in liuhaotian's folders (llava_llama), LLaVA and LLaVA-NeXT in transformers' "
@@ -157,14 +171,11 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig,
             raise CheckpointError(
                 f"{path} has {key} {value!r}, which relook does not support.", f"Known ones: {', '.join(known)}."
             )
-    scaling = raw.get("rope_scaling") or {}
-    rope = {"rope_theta": float(raw.get("rope_theta", 10000.0)), "rope_type": scaling.get("type", "default")}
-    rope |= {key: value for key, value in scaling.items() if key != "type"}
     text = {key: raw[key] for key in TEXT if raw.get(key) is not None}
     side = vision.image_size // vision.patch_size
     return LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**text, rope_parameters=rope),
+        text_config=LlamaConfig(**one_rope(text | {key: raw[key] for key in ROPE if key in raw})),
         image_token_index=image_token_id,
         image_seq_length=side * side + (STRATEGIES[select] == "full"),
         vision_feature_layer=raw["mm_vision_select_layer"],
@@ -174,6 +185,32 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig,
         conversation_template=default_template(raw),
         **{key: raw[key] for key in KEPT if raw.get(key) is not None},
     )
+
+
+def one_rope(text: dict[str, Any]) -> dict[str, Any]:
+    """A text config with its rotary embeddings under the name of transformers 5 alone.
+
+    transformers 4 and LLaVA have rope_theta and, where positions are scaled, rope_scaling, whose `type` became
+    `rope_type`. transformers 5 would ignore one of the two where both are there.
+
+    Raises:
+        ValueError: settings that are no objects, or a theta that is not a number above 0.
+    """
+    rope: dict[str, Any] = {}
+    for key in ROPE[:2]:
+        stated = text.get(key) or {}
+        if not isinstance(stated, dict):
+            raise ValueError(f"{key} is {stated!r}, but must be an object")
+        rope |= {"rope_type" if name == "type" else name: value for name, value in stated.items()}
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer, which LLaMA does not have
+        return text
+    if text.get("rope_theta") is not None:
+        rope.setdefault("rope_theta", text["rope_theta"])
+    theta = rope.get("rope_theta", 1.0)
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise ValueError(f"rope_theta is {theta!r}, but must be a number above 0")
+    rest = {key: value for key, value in text.items() if key not in ROPE}
+    return rest | ({"rope_parameters": rope} if rope else {})
 
 
 def to_llava_config(config: LlavaConfig, dtype: str, tower: str) -> dict[str, Any]:

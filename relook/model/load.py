@@ -25,8 +25,9 @@ from relook.errors import CheckpointError, some
 from relook.files import file_hash
 from relook.model import formats
 from relook.model.above_trunk import without_trunk
-from relook.model.changes import TENSORS_FILE, read_change
+from relook.model.changes import TENSORS_FILE, Change, language_model_config, read_change
 from relook.model.formats import CHANGE_FILE
+from relook.model.settings import check_processor
 from relook.model.sharded import full_shape, put
 from relook.model.source import ModelSource, open_model
 from relook.model.tokenizer import UNFINISHED, decode_bytes
@@ -213,7 +214,7 @@ def open_source(
         source = open_model(path, vision_tower)
     else:
         change = read_change(Path(adapter))
-        source = change.lay_on(open_model(path, vision_tower or change.tower_for(path)), dtype)
+        source = change.lay_on(open_base(path, change, vision_tower), dtype)
     source.check()
     return source
 
@@ -230,6 +231,11 @@ def tower_of(path: Path, vision_tower: str | Path | None = None) -> Path | None:
     return open_model(path, vision_tower, weights=False).tower
 
 
+def open_base(path: Path, change: Change, vision_tower: str | Path | None = None) -> ModelSource:
+    """A model on disk to lay a change on; a bare language model becomes LLaVA as the change's config says."""
+    return open_model(path, vision_tower or change.tower_for(path), llava_config=language_model_config(change))
+
+
 def build(
     source: ModelSource,
     dtype: torch.dtype,
@@ -241,11 +247,10 @@ def build(
     Args:
         quantisation: what transformers' loader is told of it.
     """
-    tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
     model, report = source.model_class.from_pretrained(
         None,
         config=source.config,
-        state_dict=tensors,
+        state_dict=source.read(),
         dtype=dtype,
         attn_implementation="sdpa",
         output_loading_info=True,
@@ -265,7 +270,9 @@ def build(
 def talk_to(model: Any, source: ModelSource) -> LoadedModel:
     """A model in memory, with the processor and the habits of its folder."""
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
-    return LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
+    loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
+    check_processor(str(source.tower or source.path), loaded.images, source.config.vision_config.image_size)
+    return loaded
 
 
 def _quantisation(bits: int, dtype: torch.dtype, device: str, double_quant: bool, quant_type: str) -> dict[str, Any]:

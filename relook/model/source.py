@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -27,7 +28,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from relook.data.prompts import IM_END, IM_START, IMAGE
 from relook.errors import CheckpointError, some
-from relook.files import read_object
+from relook.files import read_object, require_regular_files
 from relook.model.checkpoint import LazyTensor, read_folder, weight_files
 from relook.model.formats import (
     COMPUTED,
@@ -35,13 +36,16 @@ from relook.model.formats import (
     FROM_LLAVA,
     PROJECTOR,
     TOWER,
+    WHOLE_MODELS,
     Renames,
     default_template,
     from_llava_config,
     kind_of,
+    one_rope,
     read_config,
     rename,
 )
+from relook.model.settings import check_config, generation_config, plain
 from relook.model.tokenizer import load_tokenizer
 from relook.model.trunks import MODEL_TYPES, has_post_decoder, trunk_of
 
@@ -76,6 +80,7 @@ class ModelSource:
         tensors: under the names of transformers' module tree, whatever they are called on disk.
         tower: the folder of the vision tower, for "llava".
         change: where a change that is laid on the model comes from.
+        beneath: the model without it, and the `Change`.
     """
 
     path: Path
@@ -85,6 +90,7 @@ class ModelSource:
     template: str
     tower: Path | None = None
     change: Path | None = None
+    beneath: tuple[ModelSource, Any] | None = None
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -97,9 +103,28 @@ class ModelSource:
         """What the language model is stored in."""
         return self.tensors["model.language_model.embed_tokens.weight"].read().dtype
 
+    @property
+    def who(self) -> str:
+        return str(self.path) if self.change is None else f"{self.path} with {self.change}"
+
+    def read(self, *parts: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with one of `parts`, or all.
+
+        Raises:
+            CheckpointError: some hold NaN or infinity, by name.
+        """
+        tensors = {name: tensor.read() for name, tensor in self.tensors.items() if name.startswith(parts or "")}
+        broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
+        if broken:
+            raise CheckpointError(
+                f"{len(broken)} tensors of {self.who} hold NaN or infinity: {some(broken)}.",
+                "Its training diverged, or the files are broken: take an earlier checkpoint, or download them again.",
+            )
+        return tensors
+
     def check(self) -> None:
         """Raise a CheckpointError that lists what is missing, unused or of another shape than the config says."""
-        who = str(self.path) if self.change is None else f"{self.path} with {self.change}"
+        who = self.who
         with torch.device("meta"):
             model = _valid(who, self.model_class, self.config)
         wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -136,7 +161,7 @@ class ModelSource:
             if self.tower is None:
                 return AutoProcessor.from_pretrained(self.path, local_files_only=True)
             images = LlavaImageProcessorPil.from_pretrained(self.tower, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # tokenizers raises no other, and the readers of transformers any
             raise CheckpointError(
                 f"The processor of {self.path} cannot be loaded: {error}.", "Copy it again."
             ) from None
@@ -151,26 +176,37 @@ class ModelSource:
         )
 
     def generation_config(self) -> GenerationConfig:
-        if self.kind != "llava" and (self.path / "generation_config.json").exists():
-            return GenerationConfig.from_pretrained(self.path, local_files_only=True)
         text = self.config.text_config
+        if self.kind != "llava" and (self.path / "generation_config.json").exists():
+            return generation_config(self.path, text.vocab_size)
         return GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
 
 
-def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool = True) -> ModelSource:
+def _finite(tensor: Tensor) -> bool:
+    """Without a copy, at the speed of memory: NaN and infinity show in the extremes."""
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def open_model(
+    path: Path,
+    vision_tower: str | Path | None = None,
+    weights: bool = True,
+    llava_config: dict[str, Any] | None = None,
+) -> ModelSource:
     """Open a model folder of any format.
 
     Args:
         vision_tower: folder of the vision tower, instead of what `mm_vision_tower` in a liuhaotian config names.
         weights: False opens its config alone: there need not be weights, nor a tokenizer.
+        llava_config: a liuhaotian config, which says what LLaVA makes of a bare language model such as Vicuna.
 
     Raises:
         CheckpointError: it is no model folder, its files are broken, or its tower is not to be found.
     """
     kind = kind_of(path)
-    if kind not in ("llava", "hf", "relook"):
+    if kind not in WHOLE_MODELS:
         raise CheckpointError(
             f"{path} holds a change to a model, not a model.", "Pass its base as path, and this as adapter."
         )
@@ -180,6 +216,13 @@ def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool
             f"The weights in {path} are quantised already.",
             "Give the model as it was before: --bits quantises while it is loaded.",
         )
+    if kind == "llama":
+        if llava_config is None:
+            raise CheckpointError(
+                f"{path} is a language model alone, without a vision tower.",
+                "Pass what LLaVA trained on it as adapter: a folder with its config.json, projector and, if any, LoRA.",
+            )
+        kind, raw = "llava", llava_config
     if kind == "llava":
         return _open_llava(path, raw, vision_tower, weights)
     if vision_tower is not None:
@@ -187,14 +230,20 @@ def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool
     trunk = MODEL_TYPES[raw["model_type"]]
     config_class = trunk.relook_config if kind == "relook" else trunk.config
     tensors = _renamed(read_folder(path), FROM_HF) if weights else {}
-    return ModelSource(path, kind, _valid(path, config_class.from_dict, raw), tensors, default_template(raw))
+    raw = plain(raw)
+    raw["text_config"] = _valid(path, one_rope, raw["text_config"])
+    config = _valid(path, config_class.from_dict, raw)
+    check_config(str(path), config)
+    return ModelSource(path, kind, config, tensors, _valid(path, default_template, raw))
 
 
 def _valid(path: Path | str, make: Callable[..., Any], *arguments: Any) -> Any:
     """A config, or a model of it, made by transformers; what that says about a wrong value is passed on."""
     try:
         return make(*arguments)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a library says of values that it was never meant to have
         reason = f"unknown value {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise CheckpointError(f"The config of {path} is not valid: {reason}.", "Download it again.") from None
 
@@ -214,9 +263,10 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
         what = f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower."
         raise CheckpointError(what, "Give the tower's own folder.")
-    vision: CLIPVisionConfig = _valid(tower, CLIPVisionConfig.from_dict, settings.get("vision_config", settings))
+    vision: CLIPVisionConfig = _valid(tower, CLIPVisionConfig.from_dict, plain(settings.get("vision_config", settings)))
     if not weights:  # the id of <image>, which only the tokenizer knows, shapes nothing
         config = _valid(path, from_llava_config, path, raw, vision, 0)
+        check_config(str(path), config)
         return ModelSource(path, "llava", config, {}, default_template(raw), tower)
     tensors = _renamed(read_folder(path), FROM_LLAVA)
     trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
@@ -227,6 +277,7 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
         tensors |= {TOWER + n.removeprefix(prefix): t for n, t in of_tower.items() if n.startswith(prefix)}
     tokenizer = image_tokenizer(path, raw.get("vocab_size", 0))
     config = _valid(path, from_llava_config, path, raw, vision, tokenizer.convert_tokens_to_ids(IMAGE))
+    check_config(str(path), config)
     rows = config.text_config.vocab_size
     if raw.get("mm_use_im_start_end") and max(tokenizer.convert_tokens_to_ids([IM_START, IM_END])) >= rows:
         raise CheckpointError(
@@ -249,6 +300,7 @@ def _tower_folder(path: Path, named: Any, given: str | Path | None) -> Path:
         )
     folder = Path(name) if given else path / name  # an absolute name stands for itself
     if (folder / "config.json").exists():
+        require_regular_files(folder)
         return folder
     try:
         return Path(snapshot_download(name, local_files_only=True))

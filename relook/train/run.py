@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import CONFIG_NAME, is_torch_tf32_available
 
 from relook import processes
-from relook.console import progress, say, speaks
+from relook.console import progress, say
 from relook.data.encode import Example
 from relook.data.hadpo import read_hadpo
 from relook.data.llava import read_llava
@@ -29,13 +29,12 @@ from relook.data.prompts import get_template
 from relook.data.report import ReadReport
 from relook.data.samples import Conversation, PreferencePair
 from relook.errors import DataError, Faults, RecipeError, some
-from relook.files import file_hash, hold, read_object, read_text, takes, text_hash, write_json
+from relook.files import file_hash, read_object, read_text, takes, text_hash, write_json, writes_alone
 from relook.flags import check_model, idle_keys
 from relook.keys import parse_overrides, read_shipped
 from relook.model.above_trunk import AboveTrunk
-from relook.model.changes import read_change
-from relook.model.formats import kind_of, llava_settings
-from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model, tower_of
+from relook.model.formats import llava_settings
+from relook.model.load import TENSORS_FILE, LoadedModel, load_model, tower_of
 from relook.model.regimes import apply_regime
 from relook.recipe import Recipe, load_recipe
 from relook.train import recompute, sharding
@@ -54,7 +53,14 @@ from relook.train.cache_key import images_hash
 from relook.train.policy import Policy
 from relook.train.preference import measures
 from relook.train.sight import features_once
-from relook.train.trainer import COMPLETE, RelookTrainer, last_checkpoint, save_trained, whole_tensors
+from relook.train.trainer import (
+    COMPLETE,
+    RelookTrainer,
+    last_checkpoint,
+    save_change,
+    save_trained,
+    whole_tensors,
+)
 
 RUN_FILE = "run.json"  # written last: a run that has it is finished
 RECIPE_FILE = "recipe.yaml"
@@ -83,6 +89,7 @@ def train_command(arguments: Sequence[str]) -> Path:
     return out
 
 
+@writes_alone(lambda recipe, *_, **__: Path(recipe.output_dir))
 def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = None) -> Path:
     """Carry out a recipe; returns its output folder.
 
@@ -206,7 +213,7 @@ def claim(out: Path, recipe: Recipe) -> bool:
     held = out / RECIPE_FILE
     new_folder = takes(out, RECIPE_FILE, "output_dir")
     out.mkdir(parents=True, exist_ok=True)
-    if (new_folder or not begun(out)) and (not speaks() or hold(out)):
+    if new_folder or not begun(out):
         recipe.save(held)
         return False
     old, new = yaml.safe_load(read_text(held)), yaml.safe_load(recipe.to_yaml())
@@ -511,25 +518,4 @@ def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None
     if recipe.full:
         loaded.processor.save_pretrained(out)
         return
-    settings = getattr(loaded.core.config, "post_decoder", None)
-    write_json(out / CHANGE_FILE, {**foundation(recipe), "post_decoder": settings, "lora": recipe.lora_enable})
-
-
-def foundation(recipe: Recipe) -> dict[str, Any]:
-    """What a run lies on: the base at the bottom, its tower, and the changes that were merged into it before."""
-    base, tower, earlier = Path(recipe.model_name_or_path), recipe.vision_tower, list[Path]()
-    if kind_of(base) == "run":
-        run = read_change(base)
-        assert run.base is not None
-        earlier = [*run.earlier, base]
-        base, tower = run.base, tower or str(run.vision_tower or "")
-    elif recipe.adapter_name_or_path:
-        adapter = Path(recipe.adapter_name_or_path)
-        earlier = [*read_change(adapter).earlier, adapter]
-    if tower and Path(tower).is_dir():  # else it is a hub's name
-        tower = str(Path(tower).resolve())
-    return {
-        "base": str(base.resolve()),
-        "vision_tower": tower or None,
-        "earlier": [str(path.resolve()) for path in earlier],
-    }
+    save_change(recipe, loaded.core.config, out)

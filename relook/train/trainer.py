@@ -21,8 +21,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from relook import processes
 from relook.console import Report
 from relook.errors import RecipeError, RelookError
-from relook.files import require_room, whole_file, write_text
+from relook.files import require_room, whole_file, write_json, write_text
+from relook.model.changes import read_change
 from relook.model.checkpoint import save_tensors
+from relook.model.formats import CHANGE_FILE, kind_of
 from relook.model.load import TENSORS_FILE, load_tensors
 from relook.model.regimes import parameter_groups
 from relook.model.sharded import full_shape, lay_down, put_state, whole, whole_state
@@ -182,7 +184,13 @@ class RelookTrainer(Trainer):
 
     # Checkpoints hold what trains, not the model.
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        save_trained(self.model.model, Path(output_dir or self.args.output_dir) / TENSORS_FILE)
+        """What a run leaves, so that a checkpoint is loaded as one; the adapter's tensors lie among the others."""
+        folder = Path(output_dir or self.args.output_dir)
+        save_trained(self.model.model, folder / TENSORS_FILE)
+        if processes.first():
+            if self.recipe.lora_enable:
+                self.model.model.peft_config["default"].save_pretrained(folder)
+            save_change(self.recipe, self.model.config, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_tensors(self.model.model, load_file(Path(resume_from_checkpoint) / TENSORS_FILE), resume_from_checkpoint)
@@ -291,6 +299,33 @@ def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
     if processes.first():
         with whole_file(path) as temporary:
             save_tensors(tensors, temporary)
+
+
+def save_change(recipe: Recipe, config: Any, out: Path) -> None:
+    """Say beside trained tensors what they lie on: the base at the bottom, its tower, and the changes that were merged
+    into it before.
+
+    Args:
+        config: of the model that was trained.
+    """
+    base, tower, earlier = Path(recipe.model_name_or_path), recipe.vision_tower, list[Path]()
+    if kind_of(base) == "run":
+        run = read_change(base)
+        assert run.base is not None
+        earlier = [*run.earlier, base]
+        base, tower = run.base, tower or str(run.vision_tower or "")
+    elif recipe.adapter_name_or_path:
+        adapter = Path(recipe.adapter_name_or_path)
+        earlier = [*read_change(adapter).earlier, adapter]
+    if tower and Path(tower).is_dir():  # else it is a hub's name
+        tower = str(Path(tower).resolve())
+    foundation = {
+        "base": str(base.resolve()),
+        "vision_tower": tower or None,
+        "earlier": [str(path.resolve()) for path in earlier],
+    }
+    settings = getattr(config, "post_decoder", None)
+    write_json(out / CHANGE_FILE, {**foundation, "post_decoder": settings, "lora": recipe.lora_enable})
 
 
 def whole_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tensor]:
