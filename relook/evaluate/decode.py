@@ -112,9 +112,7 @@ class Growth:
         """Padded on the right, where a causal trunk does not look; later positions do not see the padding."""
         prefixes = [tree.prefix for tree in self.trees]
         self.owner = self._padded([[_PREFIX] * len(prefix) for prefix in prefixes], _NOBODY)
-        self.core.model(
-            input_ids=self._padded(prefixes, self.pad), use_cache=True, **{CACHE: self.cache}, **images
-        )
+        self.core.model(input_ids=self._padded(prefixes, self.pad), use_cache=True, **{CACHE: self.cache}, **images)
 
     def _read_branches(self) -> None:
         ids: list[list[int]] = []
