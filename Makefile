@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 OUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test check older env clean
+.PHONY: demo test check oldest newest env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/relook demo --out $(OUT) --seed $(SEED)
@@ -20,10 +20,16 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 	$(PYTEST)
 
-# The same tests under an older transformers, that of the GPU machines where relook is measured.
-older: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/older transformers==5.17.0 huggingface-hub==1.33.0
-	PYTHONPATH=$(VENV)/older $(PYTEST)
+# The tests, or TESTS, under the oldest and the newest releases that pyproject.toml allows. Either environment lies over
+# the ordinary one and holds what differs from it; torch stays, other builds of which take gigabytes.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+oldest newest: $(VENV)/.ready
+	rm -rf $(VENV)/$@
+	$(BIN)/python -m venv $(VENV)/$@
+	$(BIN)/python $(PURELIB) > "$$($(VENV)/$@/bin/python $(PURELIB))/ordinary.pth"
+	$(BIN)/python .ci/bounds.py $@ > $(VENV)/$@/constraints.txt
+	$(VENV)/$@/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(VENV)/$@/constraints.txt --editable '.[dev]'
+	$(VENV)/$@/bin/python -m pytest -n auto --dist worksteal $(TESTS)
 
 env: $(VENV)/.ready
 

@@ -57,10 +57,10 @@ def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.Monke
     assert state(found, "peft") == state(found, "transformers") == FAIL
     assert (state(found, "bitsandbytes [quant]"), state(found, "pyarrow [data]")) == (NOTE, WARN)
     [peft] = [one for one in found if one.check == "peft"]
-    assert (peft.said, peft.fix) == ("not installed", "pip install 'peft>=0.18'")
+    assert (peft.said, peft.fix) == ("not installed", "pip install 'peft<0.22,>=0.18'")
     assert run(monkeypatch) == 1
     shown = capsys.readouterr().out
-    assert "4.37.2, but <6,>=5.10 is supported" in shown
+    assert "4.37.2, but <5.25,>=5.10.1 is supported" in shown
     assert "FlexAttention" in shown
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Cache, DynamicLayer
 
 from relook.evaluate.choose import Rule
+from relook.model.modeling_relook import CACHE
 from relook.tree import common_start
 
 CHECK = 2  # steps between two looks at which branches have ended: the host waits for the device there
@@ -111,9 +112,7 @@ class Growth:
         """Padded on the right, where a causal trunk does not look; later positions do not see the padding."""
         prefixes = [tree.prefix for tree in self.trees]
         self.owner = self._padded([[_PREFIX] * len(prefix) for prefix in prefixes], _NOBODY)
-        self.core.model(
-            input_ids=self._padded(prefixes, self.pad), past_key_values=self.cache, use_cache=True, **images
-        )
+        self.core.model(input_ids=self._padded(prefixes, self.pad), use_cache=True, **{CACHE: self.cache}, **images)
 
     def _read_branches(self) -> None:
         ids: list[list[int]] = []
@@ -150,8 +149,8 @@ class Growth:
             input_ids=ids,
             attention_mask=additive(sees, self.core.dtype),
             position_ids=place,
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
         ).last_hidden_state
         return hidden
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class AboveTrunk(nn.Module):
 def without_trunk(source: ModelSource, dtype: torch.dtype, device: str | torch.device) -> Any:
     """A model with weights for what stands above its trunk, and for its projector; the trunk's have none ("meta")."""
     with torch.device("meta"):
-        model = source.model_class._from_config(source.config, attn_implementation="sdpa", dtype=dtype)
+        model: Any = source.model_class(copy.deepcopy(source.config)).to(dtype)
     tensors = source.read(*ABOVE, PROJECTOR)
     if "lm_head.weight" not in tensors:  # it is tied to the embeddings, which are not there
         tensors["lm_head.weight"] = source.read(EMBEDDINGS)[EMBEDDINGS]

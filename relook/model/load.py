@@ -331,7 +331,6 @@ def add_post_decoder(
         init: "random", or "projector" to start the alignment from the projector's weights where the shapes agree.
     """
     config = with_post_decoder(model.config, settings)
-    config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         new: Any = trunk_of(config).relook_model(config)
     for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
@@ -354,10 +353,8 @@ def without_post_decoder(model: Any) -> Any:
     values = {
         k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "post_decoder")
     }
-    config = family.config(**values)
-    config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        plain: Any = family.model(config)
+        plain: Any = family.model(family.config(**values))
     for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
         if name != "post_decoder":
             setattr(plain.model, name, part)

@@ -9,6 +9,7 @@ tower's features belong to which picture where a picture is more than one row of
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from transformers import (
     LlavaNextModel,
     PreTrainedModel,
 )
-from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .post_decoder import ImageContext, PostDecoder
+
+# What this transformers calls the argument for keys and values: 5.24 renamed it, and drops the old name in 5.40.
+CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
 
 
 class PostDecoderConfig:
@@ -131,24 +134,29 @@ class PostDecoderModel(PreTrainedModel):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:
+    ) -> Any:
         """As the trunk's, with the post decoder applied to `last_hidden_state`.
 
         The image side is prepared where an image comes in (as pixels, or encoded by `generate` beforehand) and kept on
-        the generation cache, from where the decode steps, which have no image, take it.
+        the generation cache, from where the decode steps, which have no image, take it. The trunk is handed embeddings
+        in which the images already are, and makes its own output, whose fields differ between versions.
+
+        Args:
+            past_key_values, cache: the generation cache; the same argument under its older and its newer name.
         """
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             said = getattr(self.config, name)
             if kwargs.pop(name, said) not in (said, None):
                 raise ValueError(f"a relook model takes no {name}: the config says it")
+        before = past_key_values if cache is None else cache
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        context: ImageContext | None = getattr(past_key_values, "relook_image", None)
+        context: ImageContext | None = getattr(before, "relook_image", None)
         image, projected = (mm_encoder_outputs or {}).get("image"), None
         if image is None and pixel_values is not None:
             image = self.get_image_features(pixel_values, image_sizes)
@@ -159,33 +167,26 @@ class PostDecoderModel(PreTrainedModel):
             context = self._context(image, taken)  # says so where images and placeholders do not fit
             projected = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(where, projected)
-            if past_key_values is not None:
-                past_key_values.relook_image = context
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        cache = outputs.past_key_values
-        if cache is not None and past_key_values is None:
-            cache.relook_image = context
-        states = self.post_decoder(
+            if before is not None:
+                before.relook_image = context
+        seen = before.get_seq_length() if before is not None else 0
+        trunk: dict[str, Any] = {**kwargs, CACHE: before, "return_dict": True}
+        outputs = super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **trunk)
+        after = getattr(outputs, CACHE)
+        if after is not None and before is None:
+            after.relook_image = context
+        outputs.last_hidden_state = self.post_decoder(
             outputs.last_hidden_state,
             context,
             self_mask=self._self_mask(attention_mask, inputs_embeds, seen),
-            cache=cache,
+            cache=after,
             first_layer=self.config.text_config.num_hidden_layers,
         )
-        return LlavaModelOutputWithPast(
-            last_hidden_state=states,
-            past_key_values=cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=projected,
-        )
+        if hasattr(outputs, "image_outputs"):  # since 5.24
+            outputs.image_outputs = image
+        else:
+            outputs.image_hidden_states = projected
+        return outputs
 
     def _self_mask(self, attention_mask: Any, embeds: Tensor, seen: int) -> Tensor | None:
         """Causal mask (B, 1, S, seen + S) for the blocks' own self-attention; None where they have none."""

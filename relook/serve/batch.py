@@ -21,6 +21,7 @@ from relook.data.images import stack
 from relook.evaluate.choose import Rule, settings_followed
 from relook.evaluate.decode import additive
 from relook.model.load import LoadedModel
+from relook.model.modeling_relook import CACHE
 from relook.model.post_decoder import PostDecoder
 from relook.recent import Recent
 from relook.serve.answer import Answer
@@ -241,8 +242,8 @@ class Batch:
             inputs_embeds=embeds,
             attention_mask=None if sees is None else additive(sees, embeds.dtype),
             position_ids=numbers,
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
         ).last_hidden_state
         if min(counts) == longest:
             return hidden[:, -1]

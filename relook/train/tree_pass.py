@@ -127,8 +127,9 @@ class TreePass:
             self.model, self.last = _shell(language_model, how == "compiled", last_mlp_at_kept(language_model, how))
         if self.staying < self.layers:
             self.lane = Lane(language_model.device)
-            layers = self.model.layers._modules
-            layers.update({name: Numbered(layer, int(name), lambda: self.offload) for name, layer in layers.items()})
+            layers = self.model.layers
+            for number, layer in enumerate(list(layers)):
+                layers[number] = Numbered(layer, number, lambda: self.offload)
 
     def __call__(self, embeds: Tensor, packed: PackedTrees) -> Tensor:
         """Last hidden states at the kept positions, (T, S, D), of embedded trees (R, L, D).
@@ -184,13 +185,11 @@ def _shell(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, LastL
     """
     dynamic = None if language_model.device.type == "cuda" else False
     make = partial(torch.compile, dynamic=dynamic) if compiled else lambda layer: layer
-    layers = dict(language_model.layers._modules)
-    name, layer = layers.popitem()
+    *layers, layer = language_model.layers
     last = LastLayer(make(_keeping(layer))) if apart else None  # type: ignore[arg-type]  # as compile has it
     shell = copy.copy(language_model)
     shell._modules = dict(language_model._modules)
-    shell.layers = nn.ModuleList()
-    shell.layers._modules = {**{n: make(each) for n, each in layers.items()}, name: last or make(layer)}
+    shell.layers = nn.ModuleList([*map(make, layers), last or make(layer)])
     return shell, last
 
 
