@@ -161,7 +161,7 @@ def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArgumen
             get_template(recipe.version)
     with faults:
         if not lost.keys() & MODEL_KEYS:
-            tower_of(Path(recipe.model_name_or_path), recipe.vision_tower or None)
+            tower_of(Path(recipe.model_name_or_path), recipe.vision_tower or None, recipe.adapter_name_or_path or None)
     with faults:
         if read and not lost.keys() & DATA_KEYS:
             samples = read_samples(recipe)
@@ -515,7 +515,9 @@ def foundation(recipe: Recipe) -> dict[str, Any]:
         base, tower = run.base, tower or str(run.vision_tower or "")
     elif recipe.adapter_name_or_path:
         adapter = Path(recipe.adapter_name_or_path)
-        earlier = [*read_change(adapter).earlier, adapter]
+        change = read_change(adapter)
+        earlier = [*change.earlier, adapter]
+        tower = tower or str(change.tower_for(base) or "")
     if tower and Path(tower).is_dir():  # else it is a hub's name
         tower = str(Path(tower).resolve())
     return {
