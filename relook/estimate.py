@@ -19,6 +19,7 @@ from relook.data.encode import Example
 from relook.data.images import Picture
 from relook.errors import DataError, RecipeError, RelookError
 from relook.files import read_object
+from relook.flags import renamed
 from relook.keys import parse_overrides, read_shipped
 from relook.model.above_trunk import AboveTrunk
 from relook.model.formats import CHANGE_FILE
@@ -345,7 +346,7 @@ def estimate_command(
 ) -> dict[str, Any]:
     """`relook estimate RECIPE [--key value ...]`; paths of data and of the result need not be given."""
     given = {key: value for key, value in read_shipped(name, "recipe").items() if value not in ("", None)}
-    given |= parse_overrides(keys)
+    given = renamed(given) | renamed(parse_overrides(keys))
     needed = ["data_path", "image_folder"] if given.get("task") == "sft" else ["vg_path"]
     if given.get("task") == "dpo" and not {"desc_data_path", "pope_data_path"} & given.keys():
         needed.append("desc_data_path")

@@ -341,7 +341,10 @@ def test_what_a_run_leaves(base: Path, world: Path, tmp_path: Path) -> None:
     assert steps[-1]["nll"] < steps[0]["nll"]
     change = json.loads((out / "change.json").read_text())
     assert change["base"] == str(base.resolve())
-    assert {p.name for p in out.iterdir()} - {"checkpoints"} == {"change.json", "recipe.yaml", "run.json", TENSORS_FILE}
+    assert {p.name for p in out.iterdir()} - {"checkpoints"} == {
+        *("change.json", "data.json", "recipe.yaml", "run.json"),
+        TENSORS_FILE,
+    }
 
 
 def test_a_finished_run_is_not_run_again(

@@ -16,8 +16,11 @@ app = typer.Typer()
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def look_at(name: str, keys: list[str], kind: str = "recipe") -> None:
+def look_at(name: str, keys: list[str], kind: str = "recipe", whole: bool = True) -> None:
     """Find a wrong name, or a word that is no key, before libraries are loaded, which takes seconds.
+
+    Args:
+        whole: whether the recipe has to be complete.
 
     Raises:
         RecipeError: all of them, and where there are some all that is wrong with the other keys.
@@ -37,7 +40,7 @@ def look_at(name: str, keys: list[str], kind: str = "recipe") -> None:
         from relook.train.run import missing
 
         with faults:
-            if file:
+            if file and whole:
                 build_recipe({**file, **values})
             else:
                 sort_keys(values).faults.check()
@@ -86,7 +89,7 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Predict a recipe's memory on each GPU, its trunk cache and its work; any of its keys may follow."""
-    look_at(recipe, context.args)
+    look_at(recipe, context.args, whole=False)
     from relook.estimate import Assumed, estimate_command, print_estimate
 
     assumed = Assumed(prompt_tokens, response_tokens, samples)

@@ -178,7 +178,11 @@ class Loading:
     def identity(self, model: Path) -> dict[str, Any]:
         """What answers depend on: the model, by path and hash, and how it is loaded; not the device."""
         how = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
-        parts = {"model": model, "adapter": self.adapter, "vision_tower": tower_of(model, self.vision_tower)}
+        parts = {
+            "model": model,
+            "adapter": self.adapter,
+            "vision_tower": tower_of(model, self.vision_tower, self.adapter),
+        }
         hashes = {f"{name}_hash": model_hash(path) for name, path in parts.items() if path is not None}
         return {**how, "model": str(model.resolve()), **hashes}
 
@@ -219,8 +223,10 @@ def open_source(
     return source
 
 
-def tower_of(path: Path, vision_tower: str | Path | None = None) -> Path | None:
+def tower_of(path: Path, vision_tower: str | Path | None = None, adapter: str | Path | None = None) -> Path | None:
     """Find the folder of the vision tower that lies beside a model, or beside a run's base; None where it has its own.
+
+    Args: as of `load_model`.
 
     Raises:
         CheckpointError: there is no such model, or its tower is not to be found.
@@ -228,6 +234,8 @@ def tower_of(path: Path, vision_tower: str | Path | None = None) -> Path | None:
     if (path / CHANGE_FILE).exists():
         change = read_change(path)
         path, vision_tower = change.base or path, vision_tower or change.vision_tower
+    elif adapter is not None:
+        vision_tower = vision_tower or read_change(Path(adapter)).tower_for(path)
     return open_model(path, vision_tower, weights=False).tower
 
 

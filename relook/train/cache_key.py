@@ -43,7 +43,7 @@ def made_from(
         adapter: the change that was laid on it.
         bits: how its linear layers are quantised.
     """
-    tower = tower_of(model, vision_tower)
+    tower = tower_of(model, vision_tower, adapter or None)
     return {
         "format": str(FORMAT),
         "model": model_hash(model),

@@ -168,7 +168,7 @@ def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArgumen
             get_template(recipe.version)
     with faults:
         if not lost.keys() & MODEL_KEYS:
-            tower_of(Path(recipe.model_name_or_path), recipe.vision_tower or None)
+            tower_of(Path(recipe.model_name_or_path), recipe.vision_tower or None, recipe.adapter_name_or_path or None)
     with faults:
         if read and not lost.keys() & DATA_KEYS:
             samples = read_samples(recipe)

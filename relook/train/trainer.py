@@ -316,7 +316,9 @@ def save_change(recipe: Recipe, config: Any, out: Path) -> None:
         base, tower = run.base, tower or str(run.vision_tower or "")
     elif recipe.adapter_name_or_path:
         adapter = Path(recipe.adapter_name_or_path)
-        earlier = [*read_change(adapter).earlier, adapter]
+        change = read_change(adapter)
+        earlier = [*change.earlier, adapter]
+        tower = tower or str(change.tower_for(base) or "")
     if tower and Path(tower).is_dir():  # else it is a hub's name
         tower = str(Path(tower).resolve())
     foundation = {
