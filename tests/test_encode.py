@@ -265,7 +265,8 @@ def test_image_marks_stand_around_each_image(refdata: Path, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text('{"mm_use_im_start_end": true}')
     tokenizer = load_tokenizer(tmp_path)
     marked = encoder(tokenizer, image_start_end=True)
-    by_hand = encoder(tokenizer).prompt("<im_start><image><im_end>\nWhat?")
+    pieces = get_template("v1").render([Turn("<im_start><image><im_end>\nWhat?", "")], open_end=True)
+    by_hand = encoder(tokenizer).row(pieces, [1]).ids
     assert marked.prompt("What?") == by_hand
     start, end = tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
     at = by_hand.index(IMAGE_ID)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from reference import ids_around_images, reference_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from relook.data.encode import Encoder
+from relook.data.literal import LiteralText
+from relook.data.prompts import get_template
+from relook.data.samples import Turn
 from relook.errors import CheckpointError, RelookError
 from relook.model.tokenizer import decode_bytes, load_tokenizer, read_pieces, token_bytes
 
@@ -38,6 +43,13 @@ def slow(refdata: Path, variant: str) -> Callable[[str], list[int]]:
     return SentencePiece(refdata / "tokenizers" / variant.split("/")[0] / "tokenizer.model", "true" in variant)
 
 
+@pytest.fixture(scope="module")
+def encoders(tokenizer: Any) -> dict[str, Encoder]:
+    """Of a template that ends answers with </s>, and of one that writes <s>, too."""
+    templates = {"llava_hf": get_template("llava_hf"), "llama_2": replace(get_template("llama_2"), first="[INST] ")}
+    return {name: Encoder(tokenizer, template, -200, 1) for name, template in templates.items()}
+
+
 class SentencePiece:
     """sentencepiece's BPE by its definition, and the slow tokenizer's cutting at special tokens, slowly."""
 
@@ -47,14 +59,20 @@ class SentencePiece:
         self.score = {piece.text: piece.score for piece in pieces if piece.kind == 1}
         self.legacy = legacy
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text: str, typed: Mapping[str, str] | None = None) -> list[int]:
+        """`typed` has characters that stand for special tokens that are to be read as text."""
         if not self.legacy and text:
             text = " " + text
         parts, ids = self._cut(text), [1]
         if not self.legacy and len(parts) > 1 and parts[0] == " " and parts[1] in SPECIAL:
             parts = parts[1:]
         for part in parts:
-            ids += [SPECIAL[part]] if part in SPECIAL else self._merge(" " * self.legacy + part)
+            if part in SPECIAL:
+                ids.append(SPECIAL[part])
+                continue
+            for stand_in, token in (typed or {}).items():
+                part = part.replace(stand_in, token)
+            ids += self._merge(" " * self.legacy + part)
         return ids
 
     @staticmethod
@@ -112,6 +130,40 @@ def test_any_text_as_sentencepiece_merges_it(text: str, tokenizer: Any, slow: Ca
 @given(spaces=st.integers(0, 60))
 def test_runs_of_spaces(spaces: int, tokenizer: Any, slow: Callable[[str], list[int]]) -> None:
     assert tokenizer(f"a{' ' * spaces}b").input_ids == slow(f"a{' ' * spaces}b")
+
+
+TYPED = {"\x01": "<unk>", "\x02": "<s>", "\x03": "</s>"}
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    turns=st.lists(st.lists(st.sampled_from([*TYPED, *TYPED, "a", " ", "\n", "<", "/s", "é"])), min_size=1, max_size=3)
+)
+def test_special_tokens_that_somebody_types_are_text(
+    turns: list[list[str]],
+    encoders: dict[str, Encoder],
+    slow: Callable[[str, Mapping[str, str]], list[int]],
+) -> None:
+    """In questions and in the answers before them; the template's own end turns as ever."""
+    for encoder in encoders.values():
+        *history, last = ["".join(turn) for turn in turns]
+        rendered = encoder.template.render([*(Turn(text, text) for text in history), Turn(last, "")], open_end=True)
+
+        def typed(text: str) -> str:
+            return "".join(TYPED.get(c, c) for c in text)
+
+        ids = encoder.prompt(typed(last), 0, [Turn(typed(text), typed(text)) for text in history])
+        assert list(ids) == slow("".join(piece.text for piece in rendered), TYPED)
+
+
+def test_what_stands_for_special_tokens_is_text_when_it_is_typed(tokenizer: Any, encoders: dict[str, Encoder]) -> None:
+    encoder = encoders["llava_hf"]
+    for token in SPECIAL:
+        stand_in = LiteralText(tokenizer).escape(token)
+        assert stand_in != token
+        assert encoder.prompt(f"a {stand_in} b", 0) == encoder.prompt(f"a {token} b", 0)
+        ids = encoder.prompt(f"a {token} b", 0)
+        assert SPECIAL[token] not in ids[1:]
 
 
 @pytest.mark.parametrize("case", ["A", "B"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from relook.data.images import Picture
-from relook.data.prompts import EOS, IM_END, IM_START, IMAGE, Piece, Template, image_first, with_image
+from relook.data.literal import LiteralText
+from relook.data.prompts import EOS, IM_END, IM_PATCH, IM_START, IMAGE, Piece, Template, image_first, with_image
 from relook.data.samples import Conversation, PreferencePair, Turn
 from relook.errors import DataError, RecipeError
 from relook.tree import Row, Tree
@@ -34,6 +36,9 @@ class Encoder:
     That is under transformers 4.37. Under 4.31, which HA-DPO pins, a tokenizer without `legacy` splits the "USER" after
     an end of text otherwise; single turns are the same. For the other templates the rule is the same: answers and what
     ends them are learned.
+
+    A special token in the text of a training sample is that token, as in the original; in a prompt that is to be
+    answered it is text, since strangers write prompts.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -100,14 +105,14 @@ class Encoder:
                 supervised += [False] * images[i - 1]
                 at += len(IMAGE)
             if chunk:
-                encoding = self._tokenise(chunk, id)
-                spans = [(at + start, at + max(end - 1, start)) for start, end in encoding.offsets]
+                chunk_ids, offsets = self._tokenise(chunk, id)
+                spans = [(at + start, at + max(end - 1, start)) for start, end in offsets]
                 if any(flags[first] != flags[last] for first, last in spans):
                     raise DataError(
                         f"Sample {id}: a token lies half in an answer and half outside.",
                         f"Template {self.template.name} does not suit this model's tokenizer, or this text.",
                     )
-                ids += encoding.ids
+                ids += chunk_ids
                 supervised += [flags[last] for _, last in spans]
             at += len(chunk)
         if len(ids) > self.max_length:
@@ -127,14 +132,23 @@ class Encoder:
                 "Its tokenizer is not this model's, or has tokens that were added without resizing the model.",
             )
 
-    def _tokenise(self, text: str, id: str) -> Any:
+    @cached_property
+    def _literal(self) -> LiteralText:
+        return LiteralText(self.tokenizer, (IM_START, IM_END, IM_PATCH, EOS, self.template.stop), (IMAGE,))
+
+    def _tokenise(self, text: str, id: str) -> tuple[list[int], list[tuple[int, int]]]:
         try:
-            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            if self._literal.escaped(text):
+                return self._literal.encode(text)
+            encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
         except (TypeError, UnicodeError):  # a lone surrogate, which JSON can carry
             raise DataError(f"The text of sample {id} is not valid Unicode.", "Mend or remove it.") from None
 
     def prompt(self, text: str, images: int | Sequence[Picture] = 1, history: Sequence[Turn] = ()) -> tuple[int, ...]:
         """Ids of an open prompt for generation: `text` as the user's turn, the answer left to the model.
+
+        A special token such as `</s>` in a turn is text: no question can end its turn.
 
         Args:
             images: those that come with the whole conversation, or their number (see `positions`). Where no turn has
@@ -147,7 +161,7 @@ class Encoder:
     def answered(self, text: str, response: str, images: int | Sequence[Picture] = 1) -> Row:
         """The prompt that `prompt` makes, with a given answer, and what ends it, as the supervised tokens."""
         pieces, positions = self._asked(text, images)
-        template = self.template
+        template, response = self.template, self._literal.escape(response)
         return self.row([*pieces, Piece(f"{template.lead}{response}{template.end}", True)], positions, "answer")
 
     def _asked(
@@ -157,6 +171,8 @@ class Encoder:
         if positions and not any(IMAGE in turn.prompt for turn in turns):
             turns[0] = replace(turns[0], prompt=with_image(turns[0].prompt, len(positions)))
         self._check_images(turns, len(positions), "The prompt")
+        escape = self._literal.escape
+        turns = [Turn(escape(turn.prompt), escape(turn.response)) for turn in turns]
         return self.template.render(self._marked(turns), open_end=True), positions
 
     def pair(self, pair: PreferencePair) -> Example:
