@@ -91,7 +91,7 @@ Shown = Path | Crop | Held | Encoded  # can be recognised, so that what is asked
 Picture = Shown | Image.Image  # or one in memory, as it is
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """Decode an image file to RGB by Pillow's own conversion, as the original programs do.
 
     Transparency is dropped, of an animation the first frame is taken, and EXIF rotation is left alone.
@@ -99,6 +99,7 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: what is wrong with the file, by name.
     """
+    path = Path(path)
     return _opened(path, _decoded, str(path))
 
 

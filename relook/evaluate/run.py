@@ -37,10 +37,10 @@ Said = TypeVar("Said")
 
 
 def evaluate_model(
-    model: Path,
+    model: str | Path,
     benchmarks: Sequence[str],
-    data: Path,
-    out: Path,
+    data: str | Path,
+    out: str | Path,
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
@@ -59,6 +59,7 @@ def evaluate_model(
         RelookError: an unknown benchmark, missing data or images, no judge where one is needed, a judge that does not
             answer, or an output folder with another model's answers.
     """
+    model, data, out = Path(model), Path(data), Path(out)
     known(benchmarks)
     how = begin(out, model, data, Asking(template, max_new_tokens, batch_size), loading)
     left = [name for name in benchmarks if not (out / f"{name}.json").exists()]

@@ -84,12 +84,13 @@ def rename(name: str, renames: Renames) -> str:
     return name
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: str | Path) -> str:
     """What a path holds: "llava", "hf" or "relook" (models), "run", "lora" or "trained" (changes to a model).
 
     Raises:
         CheckpointError: nothing that relook knows; families it does not load are refused by name.
     """
+    path = Path(path)
     if path.is_file():
         return "trained"
     if not path.is_dir():
@@ -106,7 +107,8 @@ def changed_files(folder: Path) -> list[Path]:
     return [folder / name for name in CHANGED_FILES if (folder / name).exists()]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
+    folder = Path(folder)
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{folder} has no config.json.", "Give a model folder, an adapter's, or the output of `relook train`."

@@ -159,7 +159,7 @@ class ModelSource:
         )
 
 
-def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool = True) -> ModelSource:
+def open_model(path: str | Path, vision_tower: str | Path | None = None, weights: bool = True) -> ModelSource:
     """Open a model folder of any format.
 
     Args:
@@ -169,6 +169,7 @@ def open_model(path: Path, vision_tower: str | Path | None = None, weights: bool
     Raises:
         CheckpointError: it is no model folder, its files are broken, or its tower is not to be found.
     """
+    path = Path(path)
     kind = kind_of(path)
     if kind not in ("llava", "hf", "relook"):
         raise CheckpointError(

@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 from relook.errors import DataError
+from relook.files import make_paths
 
 DATA_URL = re.compile(r"data:[\w.+/;=-]*,", re.ASCII)
 REDIRECTS = 3
@@ -45,6 +46,9 @@ class Sources:
     web: bool = False
     root: Path | None = None
     seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        make_paths(self)
 
     def read(self, url: str) -> bytes:
         """The bytes that a URL leads to.

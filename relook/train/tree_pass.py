@@ -184,9 +184,9 @@ def _shell(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, LastL
     the C++ that torch 2.13 makes of FlexAttention for any length has errors.
     """
     dynamic = None if language_model.device.type == "cuda" else False
-    make = partial(torch.compile, dynamic=dynamic) if compiled else lambda layer: layer
+    make: Any = partial(torch.compile, dynamic=dynamic) if compiled else lambda layer: layer
     *layers, layer = language_model.layers
-    last = LastLayer(make(_keeping(layer))) if apart else None  # type: ignore[arg-type]  # as compile has it
+    last = LastLayer(make(_keeping(layer))) if apart else None
     shell = copy.copy(language_model)
     shell._modules = dict(language_model._modules)
     shell.layers = nn.ModuleList([*map(make, layers), last or make(layer)])
