@@ -54,12 +54,14 @@ class Places:
         return self.out / "eval" / split / name
 
 
-def run_demo(out: Path, seed: int = 0, rebuild: bool = False, base: Path | None = None) -> Path:
+def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | Path | None = None) -> Path:
     """Run the whole demo, or what is left of it; returns the report's path.
 
     Raises:
         RecipeError: the folder holds something else, or a demo with other settings.
     """
+    out = Path(out)
+    base = None if base is None else Path(base)
     if base is not None and not base.is_dir():
         raise RecipeError(f"There is no model folder {base}.", "Check --base.")
     places = Places(out)

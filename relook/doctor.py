@@ -38,8 +38,9 @@ class Finding:
     fix: str = ""
 
 
-def examine(folder: Path = Path()) -> list[Finding]:
+def examine(folder: str | Path = Path()) -> list[Finding]:
     """All checks; `folder` is where the disk's room is asked for."""
+    folder = Path(folder)
     checks: Sequence[tuple[str, Callable[[], Iterator[Finding]]]] = (
         ("Python", _python),
         ("libraries", _libraries),

@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -59,6 +60,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
     finally:
         for left in (temporary, replaced):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def make_paths(settings: Any) -> None:
+    """Make Paths of the strings in a dataclass's fields that are paths, also in lists of them; None stays."""
+    for name, kind in ((field.name, str(field.type)) for field in fields(settings)):
+        value = getattr(settings, name)
+        if kind.startswith("Path") and isinstance(value, str):
+            object.__setattr__(settings, name, Path(value))
+        elif kind.startswith("Sequence[Path]"):
+            object.__setattr__(settings, name, tuple(map(Path, value)))
 
 
 def runs(process: str) -> bool:

@@ -300,8 +300,8 @@ class Recipe:
         flat = {**values.pop("of_the_model"), **values.pop("training")}
         return yaml.safe_dump({**values, **flat}, sort_keys=False, allow_unicode=True)
 
-    def save(self, path: Path) -> None:
-        write_text(path, self.to_yaml())
+    def save(self, path: str | Path) -> None:
+        write_text(Path(path), self.to_yaml())
 
 
 def _training_keys() -> dict[str, Any]:

@@ -335,7 +335,7 @@ def test_a_policy_that_goes_on_from_an_sft_lora(how: str, sft: Path, base: Path,
         for name, parameter in model.model.named_parameters():
             torch.testing.assert_close(parameter, expected_tensors[name], rtol=1e-5, atol=1e-5)
     assert not shares_trunk(out, base)
-    with pytest.raises(CheckpointError, match="has no model.post_decoder, which stage 1 takes"):
+    with pytest.raises(CheckpointError, match=r"has no model\.post_decoder, which stage 1 takes"):
         merge(base, out, tmp_path / "stage", stage=1)
 
 

@@ -109,7 +109,7 @@ def readable(name: str) -> str:
 
 
 def check(
-    name: str, folder: Path, images: Path | None = None, named_only: bool = False, workers: int = 0
+    name: str, folder: str | Path, images: str | Path | None = None, named_only: bool = False, workers: int = 0
 ) -> FolderReport:
     """Examine a dataset folder: its parts, every record, and every image.
 
@@ -124,6 +124,8 @@ def check(
     Raises:
         DataError: see `find_layout`.
     """
+    folder = Path(folder)
+    images = None if images is None else Path(images)
     layout = find_layout(name, folder, images)
     names: dict[str, bool] = {}
     read = [_read(index, names) for index in layout.indexes]

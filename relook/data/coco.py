@@ -37,12 +37,13 @@ class Annotations:
     ids: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_coco(path: Path) -> Annotations:
+def read_coco(path: str | Path) -> Annotations:
     """Read an `instances_*.json` file; one that has not changed since is read once in a process.
 
     Raises:
         DataError: a part or a field is missing, or an annotation names an unknown image or category.
     """
+    path = Path(path)
     return _read_coco(path, *(state_of(path) if path.exists() else ()))
 
 
@@ -76,7 +77,7 @@ def _box(numbers: Sequence[float] | None) -> Box | None:
     return x, y, width, height
 
 
-def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
+def read_captions(path: str | Path) -> dict[str, tuple[str, ...]]:
     """Read a `captions_*.json` file: what people said, by image file name (CHAIR's truth needs it).
 
     One that has not changed since is read once in a process.
@@ -84,6 +85,7 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         DataError: a part or a field is missing, or a caption names an unknown image.
     """
+    path = Path(path)
     return _read_captions(path, *(state_of(path) if path.exists() else ()))
 
 

@@ -34,7 +34,7 @@ RECORD = "hadpo_record"
 QUESTION = ("image_id", "question", "chosen", "reject", "answer", "correct", "image_name")
 
 
-def convert(source: Path, target: Path, to: str, images: Path | None = None) -> int:
+def convert(source: str | Path, target: str | Path, to: str, images: str | Path | None = None) -> int:
     """Write the pairs of `source` in another layout; returns their number.
 
     Args:
@@ -48,6 +48,8 @@ def convert(source: Path, target: Path, to: str, images: Path | None = None) -> 
         RecipeError: there is no such layout, or the target is there already or has a name of the other kind.
         DataError: the source is none, or `to` cannot hold some of it; the rows are named, and nothing is written.
     """
+    source, target = Path(source), Path(target)
+    images = None if images is None else Path(images)
     if to not in LAYOUTS:
         raise RecipeError(f"There is no preference layout {to!r}.", f"Known ones: {', '.join(LAYOUTS)}.")
     if target.exists():

@@ -30,11 +30,11 @@ TO_DO = ("written_again", "records_dropped", "records_listed")  # parts of reloo
 
 def fix(
     name: str,
-    folder: Path,
-    out: Path | None = None,
+    folder: str | Path,
+    out: str | Path | None = None,
     *,
     in_place: bool = False,
-    images: Path | None = None,
+    images: str | Path | None = None,
     broken: str = "drop",
     copy: bool = False,
     workers: int = 0,
@@ -54,6 +54,9 @@ def fix(
         RecipeError: not one of `out` and `in_place` is given, or `out` lies in the folder or holds something else.
         DataError: see `check`; or an index file cannot be read.
     """
+    folder = Path(folder)
+    out = None if out is None else Path(out)
+    images = None if images is None else Path(images)
     if (out is None) != in_place:
         raise RecipeError("A fixed folder needs a place.", "Give --out FOLDER or --in-place, one of them.")
     if broken not in BROKEN:

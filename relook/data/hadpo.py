@@ -29,9 +29,9 @@ QUESTION_FIELDS = ("image_id", "question", "chosen", "reject", "correct")
 
 
 def read_hadpo(
-    vg_path: Path,
-    desc_data_path: Path | None = None,
-    pope_data_path: Path | None = None,
+    vg_path: str | Path,
+    desc_data_path: str | Path | None = None,
+    pope_data_path: str | Path | None = None,
     *,
     on_bad: str = "drop",
     seed: int = 42,
@@ -52,6 +52,9 @@ def read_hadpo(
     Raises:
         DataError: a file is missing or has another layout, or a record is bad and `on_bad` is "error".
     """
+    vg_path = Path(vg_path)
+    desc_data_path = None if desc_data_path is None else Path(desc_data_path)
+    pope_data_path = None if pope_data_path is None else Path(pope_data_path)
     if desc_data_path is None and pope_data_path is None:
         raise DataError("There are no preference pairs to read.", "Set desc_data_path, pope_data_path or both.")
     sieve = Sieve(" + ".join(str(path) for path in (desc_data_path, pope_data_path) if path), on_bad)

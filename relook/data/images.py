@@ -93,12 +93,13 @@ Shown = Path | Crop | Held | Encoded  # can be recognised, so that what is asked
 Picture = Shown | Image.Image  # or one in memory, as it is
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """Decode an image file to RGB as the original programs do: see `as_rgb`. Of an animation the first frame is taken.
 
     Raises:
         DataError: what is wrong with the file, by name.
     """
+    path = Path(path)
     return _opened(path, as_rgb, str(path))
 
 

@@ -135,7 +135,7 @@ class Layout:
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
 
 
-def find_layout(name: str, folder: Path, images: Path | None = None) -> Layout:
+def find_layout(name: str, folder: str | Path, images: str | Path | None = None) -> Layout:
     """Look for a layout's parts.
 
     Args:
@@ -147,6 +147,8 @@ def find_layout(name: str, folder: Path, images: Path | None = None) -> Layout:
     Raises:
         DataError: there is no such layout or folder, no file of records in it, or Visual Genome's index is broken.
     """
+    folder = Path(folder)
+    images = None if images is None else Path(images)
     if name not in LAYOUTS:
         raise DataError(f"There is no layout {name!r}.", f"Known ones: {', '.join(LAYOUTS)}.")
     for path in (folder, images):

@@ -15,7 +15,9 @@ from relook.errors import DataError
 from relook.files import read_json
 
 
-def read_llava(data_path: Path, image_folder: Path, on_bad: str = "drop") -> tuple[list[Conversation], ReadReport]:
+def read_llava(
+    data_path: str | Path, image_folder: str | Path, on_bad: str = "drop"
+) -> tuple[list[Conversation], ReadReport]:
     """Read a list of `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`.
 
     `image` is one path or a list of paths under `image_folder`; entries without it are text only. A record is bad where
@@ -28,6 +30,7 @@ def read_llava(data_path: Path, image_folder: Path, on_bad: str = "drop") -> tup
     Raises:
         DataError: the file or folder is missing, the file is no JSON array, or a record is bad and `on_bad` is "error".
     """
+    data_path, image_folder = Path(data_path), Path(image_folder)
     sieve = Sieve(str(data_path), on_bad)
     records = read_json(data_path)
     if not isinstance(records, list):

@@ -14,7 +14,7 @@ from relook.files import whole_file
 
 
 def read_pairs(
-    path: Path, image_folder: Path | None = None, on_bad: str = "drop"
+    path: str | Path, image_folder: str | Path | None = None, on_bad: str = "drop"
 ) -> tuple[list[PreferencePair], ReadReport]:
     """Read a parquet file, or all of a folder, as pairs to train on.
 
@@ -30,6 +30,8 @@ def read_pairs(
     Raises:
         DataError: there is no such file, it has none of the layouts, or a row is bad and `on_bad` is "error".
     """
+    path = Path(path)
+    image_folder = None if image_folder is None else Path(image_folder)
     folder = image_folder or path.with_name(f"{path.stem}_images")
     sieve, pairs = Sieve(str(path), on_bad), []
     for number, row in enumerate(open_parquet(path, folder).rows()):

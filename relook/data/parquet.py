@@ -78,12 +78,14 @@ def content_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def open_parquet(path: Path, image_folder: Path | None = None) -> Source:
+def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Source:
     """Open a parquet file, or the files of a folder in order of name, which must have the same columns.
 
     Raises:
         DataError: there is none, one is broken, or the columns are of no known layout.
     """
+    path = Path(path)
+    image_folder = None if image_folder is None else Path(image_folder)
     parquet = pyarrow().parquet
     files = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].exists():
@@ -133,12 +135,13 @@ def _opened(read: Callable[[Path], Any], file: Path) -> Any:
         raise DataError(f"{file} cannot be read as parquet: {error}.", "Download it again.") from None
 
 
-def layout_of(columns: Sequence[str], path: Path) -> str:
+def layout_of(columns: Sequence[str], path: str | Path) -> str:
     """Which layout some columns are of.
 
     Raises:
         DataError: of none.
     """
+    path = Path(path)
     has = set(columns)
     if {"prompt", "chosen", "rejected"} <= has and has & {"images", "image"}:
         return "trl"
@@ -294,13 +297,14 @@ def _message(kind: Any, role: str, text: str, images: int) -> Any:
     return [{"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}]
 
 
-def write_parquet(path: Path, layout: str, source: Source, rows: Iterator[Row]) -> int:
+def write_parquet(path: str | Path, layout: str, source: Source, rows: Iterator[Row]) -> int:
     """Write pairs as one file of a layout; returns their number.
 
     Raises:
         DataError: a column of the source has the name of one of the layout's.
         BadRow: the layout cannot hold a row's images.
     """
+    path = Path(path)
     arrow = pyarrow()
     old = _earlier(source, layout)
     columns = {field.name: field for field in native_schema(layout)}

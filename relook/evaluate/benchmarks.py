@@ -95,12 +95,13 @@ def known(names: Sequence[str]) -> list[Benchmark]:
     return [BENCHMARKS[name] for name in names]
 
 
-def read_questions(name: str, data: Path) -> Asked:
+def read_questions(name: str, data: str | Path) -> Asked:
     """A benchmark's questions.
 
     Raises:
         DataError: a file is missing, or a question's id stands twice.
     """
+    data = Path(data)
     asked = BENCHMARKS[name].questions(data)
     for stem, questions in asked.items():
         twice = [id for id, count in Counter(question.id for question in questions).items() if count > 1]
@@ -133,7 +134,7 @@ def require_judge(name: str, data: Path, judge: object) -> None:
 
 
 def score_command(
-    name: str, answers: Sequence[Path], given: Given, parser: str, judge: JudgeSettings | None
+    name: str, answers: Sequence[str | Path], given: Given, parser: str, judge: JudgeSettings | None
 ) -> dict[str, Any]:
     """`relook score`: existing answer files, or a folder of `relook eval`; no model is needed.
 
@@ -142,12 +143,13 @@ def score_command(
             do not match; the ids are named.
     """
     (benchmark,) = known([name])
-    first = answers[0]
-    names = [path.name for path in answers]
-    if len(answers) > 1 and (any(path.is_dir() for path in answers) or len(set(names)) < len(names)):
+    paths = [Path(path) for path in answers]
+    first = paths[0]
+    names = [path.name for path in paths]
+    if len(paths) > 1 and (any(path.is_dir() for path in paths) or len(set(names)) < len(names)):
         raise RecipeError(f"{some(names)}: several --answers are files of different names.", "Give a folder alone.")
     if name in RESULTS:
-        if len(answers) > 1:
+        if len(paths) > 1:
             raise RecipeError(f"{name} is scored by one answer file.", "Give --answers once.")
         return _beside_stored(name, first, score_answers(name, first, given, parser))
     data = given.data or (data_of(first) if first.is_dir() else None)
@@ -155,12 +157,12 @@ def score_command(
         raise RecipeError(f"{name} is scored by the benchmark's files.", "Give their folder as --data.")
     require_judge(name, data, judge)
     asked = read_questions(name, data)
-    files = [first / f"{stem}.jsonl" for stem in asked] if first.is_dir() else answers
+    files = [first / f"{stem}.jsonl" for stem in asked] if first.is_dir() else paths
     found = match(benchmark, asked, [record for path in files for record in benchmark.read(path)])
     cache = (first if first.is_dir() else first.parent) / JUDGE_CACHE
     result = benchmark.score(data, asked, found, first, Judge(judge, cache) if judge else None)
-    if len(answers) > 1:
-        result["provenance"]["answers_sha256"] = {path.name: file_hash(path) for path in answers}
+    if len(paths) > 1:
+        result["provenance"]["answers_sha256"] = {path.name: file_hash(path) for path in paths}
     return _beside_stored(name, first, result)
 
 

@@ -16,7 +16,9 @@ from relook.evaluate.score import COMPARED, chair_counts, data_truth, pope_quest
 from relook.evaluate.statistics import Ratio, columns, mcnemar, paired_interval, ratio, right_alone
 
 
-def compare(data: Path, first: Path, second: Path, benchmarks: Sequence[str] = COMPARED) -> dict[str, Any]:
+def compare(
+    data: str | Path, first: str | Path, second: str | Path, benchmarks: Sequence[str] = COMPARED
+) -> dict[str, Any]:
     """Differences second - first of two `relook eval` folders over the same data.
 
     Returns:
@@ -27,6 +29,7 @@ def compare(data: Path, first: Path, second: Path, benchmarks: Sequence[str] = C
     Raises:
         DataError: the two did not answer the same.
     """
+    data, first, second = Path(data), Path(first), Path(second)
     return compare_pooled([(data, first, second)], benchmarks)
 
 
@@ -65,8 +68,9 @@ def _difference(first: Sequence[Ratio], second: Sequence[Ratio]) -> dict[str, An
     return {"difference": difference, "ci": paired_interval(pooled[0], pooled[1])}
 
 
-def differing_answers(data: Path, first: Path, second: Path) -> list[dict[str, Any]]:
+def differing_answers(data: str | Path, first: str | Path, second: str | Path) -> list[dict[str, Any]]:
     """The questions of which one model says yes and the other does not, each once, with the splits it is in."""
+    data, first, second = Path(data), Path(first), Path(second)
     found: dict[tuple[str, str], dict[str, Any]] = {}
     sides = [_pope_rows(data, folder) for folder in (first, second)]
     for split in SPLITS:
@@ -85,8 +89,9 @@ def differing_answers(data: Path, first: Path, second: Path) -> list[dict[str, A
     return list(found.values())
 
 
-def differing_captions(data: Path, first: Path, second: Path) -> list[dict[str, Any]]:
+def differing_captions(data: str | Path, first: str | Path, second: str | Path) -> list[dict[str, Any]]:
     """The images of which one model names other absent objects than the other, or more often; most different first."""
+    data, first, second = Path(data), Path(first), Path(second)
     said = _same_images(first, second)
     truth = data_truth(data, list(said[0]))
     vocabulary, found = vocabulary_of(truth), []

@@ -69,10 +69,10 @@ class LlavaQuestion:
 
 @writes_alone(lambda model, questions, data, out, *_, **__: Path(out))
 def answer_questions(
-    model: Path,
-    questions: Path,
-    data: Path | None,
-    out: Path,
+    model: str | Path,
+    questions: str | Path,
+    data: str | Path | None,
+    out: str | Path,
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
@@ -89,6 +89,8 @@ def answer_questions(
     Raises:
         RelookError: a question file that cannot be used, a missing image, or an output folder with other answers.
     """
+    model, questions, out = Path(model), Path(questions), Path(out)
+    data = None if data is None else Path(data)
     asked = read_questions(questions, data)
     how = Asking(template, max_new_tokens, batch_size)
     how = begin(out, model, data, how, loading, questions=file_hash(questions))
@@ -112,12 +114,14 @@ def answer_questions(
     return found
 
 
-def read_questions(path: Path, images: Path | None) -> list[LlavaQuestion]:
+def read_questions(path: str | Path, images: str | Path | None) -> list[LlavaQuestion]:
     """The questions of a file in one of LLaVA's layouts.
 
     Raises:
         DataError: no question, one without id or text, or an image that is missing.
     """
+    path = Path(path)
+    images = None if images is None else Path(images)
     if "\t" in (text := read_text(path))[:4096].partition("\n")[0]:
         rows = read_table(text, str(path))
         pictures = {row["index"]: row["image"] for row in rows}  # one may name another's row instead

@@ -33,14 +33,14 @@ def manifest() -> Any:
 
 
 def evaluate_tasks(
-    model: Path,
+    model: str | Path,
     tasks: Sequence[str],
-    out: Path,
+    out: str | Path,
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
     limit: int | None = None,
-    include_path: Path | None = None,
+    include_path: str | Path | None = None,
     loading: Loading = Loading(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Answer and score tasks of lmms-eval, one after the other; what is there already is not asked again.
@@ -58,6 +58,8 @@ def evaluate_tasks(
         RelookError: lmms-eval is missing, a task is unknown or cannot be loaded, or the output folder holds other
             answers.
     """
+    model, out = Path(model), Path(out)
+    include_path = None if include_path is None else Path(include_path)
     manager = _task_manager(tasks, include_path)
     asked = {"tasks_from": include_path and str(include_path.resolve()), "limit": limit}
     how = begin(out, model, None, Asking(template, max_new_tokens, batch_size), loading, **asked)

@@ -44,12 +44,13 @@ Answer of the model: {}
 """
 
 
-def read_entries(data: Path) -> list[dict[str, Any]]:
+def read_entries(data: str | Path) -> list[dict[str, Any]]:
     """The benchmark's records, from `data/mmhal/response_template.json`.
 
     Raises:
         DataError: the file is missing, empty, or a record lacks a field.
     """
+    data = Path(data)
     path = data / "mmhal" / "response_template.json"
     records = some_records(path, SOURCE)
     for number, record in enumerate(records, 1):
@@ -68,8 +69,9 @@ def questions(data: Path) -> list[Question]:
     ]
 
 
-def read_answers(path: Path) -> list[dict[str, Any]]:
+def read_answers(path: str | Path) -> list[dict[str, Any]]:
     """relook's JSON lines, or the benchmark's layout: its records in their order, with `model_answer` filled in."""
+    path = Path(path)
     return [{"question_id": str(number), **record} for number, record in enumerate(read_records(path))]
 
 

@@ -27,7 +27,7 @@ def question_text(name: str) -> str:
     return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
 
 
-def read_questions(path: Path, image_root: Path) -> list[Question]:
+def read_questions(path: str | Path, image_root: str | Path) -> list[Question]:
     """Read a question file: JSON lines or a JSON array of `{"question_id", "image", "text", "label"?}`.
 
     As in the official program, any label but "no" counts as yes. LLaVA's question files have no label: theirs is empty.
@@ -35,6 +35,7 @@ def read_questions(path: Path, image_root: Path) -> list[Question]:
     Raises:
         DataError: a field is missing, an id stands twice, or the file has no question.
     """
+    path, image_root = Path(path), Path(image_root)
     questions = []
     for number, record in enumerate(read_records(path), 1):
         missing = [key for key in ("question_id", "image", "text") if key not in record]
@@ -50,7 +51,7 @@ def read_questions(path: Path, image_root: Path) -> list[Question]:
     return questions
 
 
-def read_llava_questions(path: Path, labels: Path, image_root: Path) -> dict[str, list[Question]]:
+def read_llava_questions(path: str | Path, labels: str | Path, image_root: str | Path) -> dict[str, list[Question]]:
     """Read LLaVA's question file, which holds all splits by `category` and no label, by split.
 
     Labels come from POPE's files in a folder: to the same image and the text's first line, since LLaVA's texts have a
@@ -59,6 +60,7 @@ def read_llava_questions(path: Path, labels: Path, image_root: Path) -> dict[str
     Raises:
         DataError: questions without a label, or labels without a question; both are counted and named.
     """
+    path, labels, image_root = Path(path), Path(labels), Path(image_root)
     category = {str(r.get("question_id")): str(r.get("category", "")) for r in read_records(path)}
     splits: dict[str, list[Question]] = {}
     for question in read_questions(path, image_root):
@@ -79,7 +81,7 @@ def read_llava_questions(path: Path, labels: Path, image_root: Path) -> dict[str
     return splits
 
 
-def read_answers(path: Path) -> list[dict[str, Any]]:
+def read_answers(path: str | Path) -> list[dict[str, Any]]:
     """Read an answer file: records with `question_id`, and `answer` (POPE's key) or `text` (LLaVA's), in any order.
 
     In POPE's own layout, `{"question", "answer"}`, they may be without an id if all are: see `match`.
@@ -87,6 +89,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: there is no record, one has no id or no text, or an id stands twice.
     """
+    path = Path(path)
     records = read_records(path)
     if not records:
         raise DataError(f"{path} holds no answer.", "Give a POPE answer file.")

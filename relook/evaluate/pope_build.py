@@ -24,7 +24,9 @@ from relook.files import (
 CARD_FILE, IMAGES_FILE = "pope.json", "images.txt"
 
 
-def build_pope(annotations: Path, out: Path, images: int = 500, seed: int = 0, positives: int = 3) -> dict[str, Any]:
+def build_pope(
+    annotations: str | Path, out: str | Path, images: int = 500, seed: int = 0, positives: int = 3
+) -> dict[str, Any]:
     """Write the question files of the three splits, over images drawn from those with enough objects.
 
     `out` gets `coco_pope_<split>.json`, the images in `images.txt`, and `pope.json`, which says what they were made of.
@@ -40,6 +42,7 @@ def build_pope(annotations: Path, out: Path, images: int = 500, seed: int = 0, p
     Raises:
         RelookError: too few images have that many objects, or the folder holds something else.
     """
+    annotations, out = Path(annotations), Path(out)
     objects, categories = read_objects(annotations)
     usable = [image for image, there in objects.items() if positives <= len(there) <= len(categories) - positives]
     if not 0 < images <= len(usable):
@@ -62,12 +65,13 @@ def build_pope(annotations: Path, out: Path, images: int = 500, seed: int = 0, p
     return card
 
 
-def read_objects(path: Path) -> tuple[dict[str, list[str]], list[str]]:
+def read_objects(path: str | Path) -> tuple[dict[str, list[str]], list[str]]:
     """The distinct objects of each image, in the file's order, and the names of all categories.
 
     Raises:
         DataError: the file is in neither of the two layouts, or an image stands in it twice.
     """
+    path = Path(path)
     if not _is_list_of_objects(path):
         annotations = read_coco(path)
         found = {image: [name for name, _ in boxes] for image, boxes in annotations.boxes.items()}

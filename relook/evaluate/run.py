@@ -38,10 +38,10 @@ Said = TypeVar("Said")
 
 @writes_alone(lambda model, benchmarks, data, out, *_, **__: Path(out))
 def evaluate_model(
-    model: Path,
+    model: str | Path,
     benchmarks: Sequence[str],
-    data: Path,
-    out: Path,
+    data: str | Path,
+    out: str | Path,
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
@@ -64,6 +64,7 @@ def evaluate_model(
         RelookError: an unknown benchmark, missing data or images, no judge where one is needed, a judge that does not
             answer, or an output folder with another model's answers.
     """
+    model, data, out = Path(model), Path(data), Path(out)
     known(benchmarks)
     how = begin(out, model, data, Asking(template, max_new_tokens, batch_size), loading)
     scored = [name for name in benchmarks if (out / f"{name}.json").exists()]

@@ -17,7 +17,7 @@ from relook.evaluate import chair, pope
 from relook.evaluate.pope import PARSERS, SPLITS
 from relook.evaluate.provenance import EVAL_FILE, provenance
 from relook.evaluate.statistics import Ratio, columns, ratio_interval
-from relook.files import read_object, read_records, read_text, text_hash
+from relook.files import make_paths, read_object, read_records, read_text, text_hash
 
 LLAVA_QUESTIONS = "llava_pope_test.jsonl"  # LLaVA's own name
 
@@ -57,13 +57,15 @@ def chair_images(annotations: Annotations, pinned: Path) -> list[str]:
     return names
 
 
-def read_truth(instances: Path, captions: Path | None, images: Sequence[str] | None = None) -> Annotations:
+def read_truth(instances: str | Path, captions: str | Path | None, images: Sequence[str] | None = None) -> Annotations:
     """Annotations whose objects are the truth by CHAIR's definition: also those that people name in their captions.
 
     Args:
         captions: COCO's file of them; without it the annotated objects are the truth.
         images: those whose captions are read; all where none are given.
     """
+    instances = Path(instances)
+    captions = None if captions is None else Path(captions)
     annotations = read_coco(instances)
     if captions is None:
         return annotations
@@ -141,7 +143,7 @@ def _truth(result: Mapping[str, Any], captions: Path | None) -> dict[str, Any]:
     return {"truth": "instances and captions" if captions else "instances", "image_list": result["image_list"]}
 
 
-def read_descriptions(path: Path, annotations: Annotations | None = None) -> dict[str, str]:
+def read_descriptions(path: str | Path, annotations: Annotations | None = None) -> dict[str, str]:
     """Read captions by image: records with `caption` (or `text`), and `image`, or COCO's `image_id`.
 
     Args:
@@ -150,6 +152,7 @@ def read_descriptions(path: Path, annotations: Annotations | None = None) -> dic
     Raises:
         DataError: a record lacks one, an image stands twice, or the file holds none.
     """
+    path = Path(path)
     ids = annotations.ids if annotations else {}
     found: dict[str, str] = {}
     for number, record in enumerate(read_records(path), 1):
@@ -172,8 +175,9 @@ RESULTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"pope": pope_resul
 COMPARED = tuple(RESULTS)  # the benchmarks by which two models are compared
 
 
-def read_scores(out: Path, benchmarks: Sequence[str] = COMPARED) -> dict[str, dict[str, Any]]:
+def read_scores(out: str | Path, benchmarks: Sequence[str] = COMPARED) -> dict[str, dict[str, Any]]:
     """The scores alone, for tables that say once where all of theirs come from."""
+    out = Path(out)
     found = {name: read_object(out / f"{name}.json") for name in benchmarks}
     return {name: {key: v for key, v in scores.items() if key != "provenance"} for name, scores in found.items()}
 
@@ -191,8 +195,11 @@ class Given:
     captions: Path | None = None
     images: Path | None = None
 
+    def __post_init__(self) -> None:
+        make_paths(self)
 
-def score_answers(benchmark: str, answers: Path, given: Given, parser: str = "official") -> dict[str, Any]:
+
+def score_answers(benchmark: str, answers: str | Path, given: Given, parser: str = "official") -> dict[str, Any]:
     """Score an answer file made by any program, or a folder of `relook eval` again.
 
     Args:
@@ -201,6 +208,7 @@ def score_answers(benchmark: str, answers: Path, given: Given, parser: str = "of
     Raises:
         RelookError: what is missing, or what does not match; the ids or images are named.
     """
+    answers = Path(answers)
     if parser not in PARSERS:
         raise RecipeError(f"There is no parser {parser!r}.", f"Known ones: {', '.join(PARSERS)}.")
     if answers.is_dir():
@@ -209,8 +217,9 @@ def score_answers(benchmark: str, answers: Path, given: Given, parser: str = "of
     return _pope_file(answers, given, parser) if benchmark == "pope" else _chair_file(answers, given)
 
 
-def data_of(out: Path) -> Path:
+def data_of(out: str | Path) -> Path:
     """The data folder of a folder of `relook eval`."""
+    out = Path(out)
     noted = read_object(out / EVAL_FILE, optional=True).get("data")
     return _needed(Path(noted) if noted else None, "--data", f"{out} does not say what data its answers are about")
 

@@ -46,13 +46,15 @@ class Submission:
     questions: str = ""
 
 
-def write_submission(name: str, answers: Path, out: Path, questions: Path | None) -> dict[str, Any]:
+def write_submission(name: str, answers: str | Path, out: str | Path, questions: str | Path | None) -> dict[str, Any]:
     """Convert an answer file, and write what the benchmark's server takes.
 
     Raises:
         RelookError: an unknown benchmark, one that needs no conversion, a missing option, or answers that do not fit
             the questions.
     """
+    answers, out = Path(answers), Path(out)
+    questions = None if questions is None else Path(questions)
     if name in NO_NEED:
         raise RecipeError(f"{name} takes LLaVA's answers as they are.", f"Score them: {NO_NEED[name]}.")
     if name not in SUBMISSIONS:

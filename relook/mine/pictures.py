@@ -52,7 +52,7 @@ class Annotated:
     neutral: tuple[str, ...]
 
 
-def read_pictures(images: Path, kind: str, synonyms: Path | None = None) -> Annotated:
+def read_pictures(images: str | Path, kind: str, synonyms: str | Path | None = None) -> Annotated:
     """The pictures of a folder in one of the layouts `KINDS`.
 
     Args:
@@ -62,6 +62,8 @@ def read_pictures(images: Path, kind: str, synonyms: Path | None = None) -> Anno
         RecipeError: there is no such kind, or synonyms are given where nothing is named.
         DataError: the folder is not in that layout, or holds no picture.
     """
+    images = Path(images)
+    synonyms = None if synonyms is None else Path(synonyms)
     if kind not in KINDS:
         raise RecipeError(f"There are no annotations of kind {kind!r}.", f"Known ones: {', '.join(KINDS)}.")
     if synonyms and kind == "none":

@@ -43,9 +43,9 @@ SETTINGS, WORK = "mine.json", "work"
 
 @writes_alone(lambda model, place, out, *_, **__: Path(out))
 def mine(
-    model: Path,
+    model: str | Path,
     place: Place,
-    out: Path,
+    out: str | Path,
     how: Mining,
     judge: JudgeSettings | None = None,
     loading: Loading = Loading(),  # noqa: B008 (frozen)
@@ -60,6 +60,7 @@ def mine(
         RelookError: settings that contradict each other, data that cannot be used, a judge that does not answer, or a
             folder with other pairs.
     """
+    model, out = Path(model), Path(out)
     how = _checked(model, place, out, how, judge, loading)
     annotated = read_pictures(place.images, place.annotations, place.synonyms)
     listed = frozenset[str]().union(*(names_in(path) for path in place.exclude if not path.is_dir()))

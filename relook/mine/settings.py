@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from relook.files import make_paths
+
 
 @dataclass(frozen=True)
 class Mining:
@@ -45,3 +47,6 @@ class Place:
     annotations: str
     synonyms: Path | None = None
     exclude: Sequence[Path] = ()
+
+    def __post_init__(self) -> None:
+        make_paths(self)

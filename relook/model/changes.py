@@ -230,12 +230,13 @@ def _untied(config: Any) -> Any:
     return type(config).from_dict(values)
 
 
-def read_change(path: Path) -> Change:
+def read_change(path: str | Path) -> Change:
     """Read a training run of relook, a LoRA folder of the original, or bare trained tensors (a file, or its folder).
 
     Raises:
         CheckpointError: nothing of the kind, or LoRA of a variety that relook cannot merge.
     """
+    path = Path(path)
     kind = kind_of(path)
     if kind in WHOLE_MODELS:
         raise CheckpointError(f"{path} is a whole model, not a change to one.", "Load it by itself.")

@@ -60,7 +60,7 @@ class Writing:
     vision_tower: Path | None = None
 
 
-def convert(source: Path, out: Path, to: str, how: Writing = Writing()) -> float | None:
+def convert(source: str | Path, out: str | Path, to: str, how: Writing = Writing()) -> float | None:
     """Write a model in another format; returns the largest difference of logits.
 
     Args:
@@ -69,6 +69,7 @@ def convert(source: Path, out: Path, to: str, how: Writing = Writing()) -> float
     Raises:
         CheckpointError: the source is broken, the target exists, or the formats cannot say the same.
     """
+    source, out = Path(source), Path(out)
     if to not in ("hf", "llava"):
         raise CheckpointError(f"There is no format {to!r}.", "Use hf or llava.")
     return write_model(
@@ -76,7 +77,9 @@ def convert(source: Path, out: Path, to: str, how: Writing = Writing()) -> float
     )
 
 
-def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Writing = Writing()) -> float | None:
+def merge(
+    base: str | Path, change: str | Path, out: str | Path, stage: int | None = None, how: Writing = Writing()
+) -> float | None:
     """Write a base with a change laid on it, in transformers' format; a post decoder brings its code along.
 
     Args:
@@ -84,6 +87,7 @@ def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Wr
         change: what `load_model` takes as adapter.
         stage: take a part of the change only, as replace_bin's stages did (see `Change.at_stage`); None takes all.
     """
+    base, change, out = Path(base), Path(change), Path(out)
     trained = read_change(change)
     if kind_of(base) == "run":
         trained = trained.after(base)
@@ -99,8 +103,9 @@ def merge(base: Path, change: Path, out: Path, stage: int | None = None, how: Wr
     return write_model(merged, out, write_hf, how)
 
 
-def export(source: Path, out: Path, how: Writing = Writing()) -> float | None:
+def export(source: str | Path, out: str | Path, how: Writing = Writing()) -> float | None:
     """Write a model or a training run as a whole folder that transformers loads where relook is not installed."""
+    source, out = Path(source), Path(out)
     return write_model(open_source(source, vision_tower=how.vision_tower), out, write_hf, how)
 
 

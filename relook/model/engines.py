@@ -35,7 +35,7 @@ FOLLOWED = {
 }
 
 
-def export_for(source: Path, out: Path, engine: str, how: Writing) -> float | None:
+def export_for(source: str | Path, out: str | Path, engine: str, how: Writing) -> float | None:
     """Write a model or a training run for an engine; returns the largest difference of logits.
 
     Args:
@@ -44,6 +44,7 @@ def export_for(source: Path, out: Path, engine: str, how: Writing) -> float | No
     Raises:
         CheckpointError: there is no such engine, or it cannot run this model: the error says why, and what can.
     """
+    source, out = Path(source), Path(out)
     if engine not in WRITERS:
         raise CheckpointError(f"There is no engine {engine!r}.", f"Known ones: {', '.join(WRITERS)}.")
     opened = open_source(source, vision_tower=how.vision_tower)

@@ -94,13 +94,14 @@ def rename(name: str, renames: Renames) -> str:
     return name
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: str | Path) -> str:
     """What a path holds: "llava", "hf" or "relook" (models), "llama" (a language model alone), or a change to a model:
     "run", "lora" or "trained".
 
     Raises:
         CheckpointError: nothing that relook knows; families it does not load are refused by name.
     """
+    path = Path(path)
     if path.is_file():
         return "trained"
     if not path.is_dir():
@@ -118,7 +119,8 @@ def changed_files(folder: Path) -> list[Path]:
     return [folder / name for name in CHANGED_FILES if (folder / name).exists()]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
+    folder = Path(folder)
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{folder} has no config.json.", "Give a model folder, an adapter's, or the output of `relook train`."

@@ -80,11 +80,11 @@ class Passing:
 
 
 def inspect(
-    path: Path,
-    image: Path | None = None,
+    path: str | Path,
+    image: str | Path | None = None,
     prompt: str | None = None,
-    adapter: Path | None = None,
-    vision_tower: Path | None = None,
+    adapter: str | Path | None = None,
+    vision_tower: str | Path | None = None,
     dtype: str = "float32",
     device: str = "",
 ) -> dict[str, Any]:
@@ -94,6 +94,10 @@ def inspect(
         image, prompt: the example; with neither, no weights are loaded.
         adapter, vision_tower, dtype, device: as for `load_model`.
     """
+    path = Path(path)
+    image = None if image is None else Path(image)
+    adapter = None if adapter is None else Path(adapter)
+    vision_tower = None if vision_tower is None else Path(vision_tower)
     source = open_source(path, adapter, vision_tower, as_dtype(dtype))
     found: dict[str, Any] = {
         "model": str(path),

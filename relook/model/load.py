@@ -175,9 +175,10 @@ class Loading:
     bits: int = 16
     device: str = ""
 
-    def identity(self, model: Path) -> dict[str, Any]:
+    def identity(self, model: str | Path) -> dict[str, Any]:
         """What answers depend on: the model, by path and hash, and how it is loaded; not the device."""
         how = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
+        model = Path(model)
         parts = {
             "model": model,
             "adapter": self.adapter,
@@ -186,12 +187,12 @@ class Loading:
         hashes = {f"{name}_hash": model_hash(path) for name, path in parts.items() if path is not None}
         return {**how, "model": str(model.resolve()), **hashes}
 
-    def load(self, path: Path) -> LoadedModel:
+    def load(self, path: str | Path) -> LoadedModel:
         return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, self.device)
 
 
 def open_source(
-    path: Path,
+    path: str | Path,
     adapter: str | Path | None = None,
     vision_tower: str | Path | None = None,
     dtype: torch.dtype | None = None,
@@ -201,6 +202,7 @@ def open_source(
     Args:
         dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
     """
+    path = Path(path)
     kind = formats.kind_of(path)
     if kind == "run" or (kind == "lora" and adapter is None):
         if adapter is not None:
@@ -323,8 +325,9 @@ def as_device(name: str) -> str:
     return name
 
 
-def default_template(path: Path) -> str:
+def default_template(path: str | Path) -> str:
     """The template of the model in `path`, or of a training run's base, without loading it."""
+    path = Path(path)
     if formats.kind_of(path) == "run":
         path = read_change(path).base or path
     return formats.default_template(formats.read_config(path))
@@ -390,11 +393,12 @@ HASHED = (
 )
 
 
-def model_hash(path: Path) -> str:
+def model_hash(path: str | Path) -> str:
     """Hash a folder's weights and settings, and all that a run lies on: what a result names as its model.
 
     The folder may hold any part of a model, a vision tower or an adapter too.
     """
+    path = Path(path)
     if path.is_file():
         return file_hash(path)[:16]  # of a change's tensors
     if not path.is_dir():

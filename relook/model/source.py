@@ -190,7 +190,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def open_model(
-    path: Path,
+    path: str | Path,
     vision_tower: str | Path | None = None,
     weights: bool = True,
     llava_config: dict[str, Any] | None = None,
@@ -205,6 +205,7 @@ def open_model(
     Raises:
         CheckpointError: it is no model folder, its files are broken, or its tower is not to be found.
     """
+    path = Path(path)
     kind = kind_of(path)
     if kind not in WHOLE_MODELS:
         raise CheckpointError(

@@ -30,7 +30,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 BPE = 2
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder: its `tokenizer.json` as it stands, or else one built from `tokenizer.model`.
 
     Where config.json asks for image marks (`mm_use_im_patch_token`, `mm_use_im_start_end`) that the tokenizer lacks,
@@ -49,6 +49,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     Raises:
         CheckpointError: there is no tokenizer, it cannot be read, or it is of a kind that would not be read exactly.
     """
+    folder = Path(folder)
     try:
         if (folder / "tokenizer.json").exists():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -31,7 +31,9 @@ NOTE = (
 )
 
 
-def write_comparison(first: Path, second: Path, out: Path | None = None, data: Path | None = None) -> Path:
+def write_comparison(
+    first: str | Path, second: str | Path, out: str | Path | None = None, data: str | Path | None = None
+) -> Path:
     """Write `comparison.html` and `comparison.json` of two evaluations.
 
     Args:
@@ -44,6 +46,9 @@ def write_comparison(first: Path, second: Path, out: Path | None = None, data: P
     Raises:
         RelookError: the two have no finished benchmark in common, or did not answer the same.
     """
+    first, second = Path(first), Path(second)
+    out = None if out is None else Path(out)
+    data = None if data is None else Path(data)
     first, second = first.resolve(), second.resolve()
     out, data = out or first.parent / f"{first.name}-{second.name}", data or data_of(first)
     takes(out, RESULTS_FILE, "--out")

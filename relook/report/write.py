@@ -11,8 +11,9 @@ from relook.evaluate.provenance import EVAL_FILE
 RESULTS_FILE = "results.json"  # of a demo and of a sweep
 
 
-def write_report(out: Path) -> Path:
+def write_report(out: str | Path) -> Path:
     """Write `report.html` from a demo's files, or a sweep's."""
+    out = Path(out)
     from relook.report import page, sweep_page
 
     if not (out / RESULTS_FILE).exists():
@@ -24,11 +25,13 @@ def write_report(out: Path) -> Path:
     return page.write_page(out)
 
 
-def write_reports(folders: Sequence[Path], out: Path | None = None, data: Path | None = None) -> list[Path]:
+def write_reports(
+    folders: Sequence[str | Path], out: str | Path | None = None, data: str | Path | None = None
+) -> list[Path]:
     """The report of two `relook eval` folders side by side, or that of each demo and sweep."""
     from relook.report.two_models import write_comparison
 
-    evaluations = [(folder / EVAL_FILE).exists() for folder in folders]
+    evaluations = [(Path(folder) / EVAL_FILE).exists() for folder in folders]
     if not any(evaluations):
         return [write_report(folder) for folder in folders]
     if evaluations != [True, True]:

@@ -139,9 +139,10 @@ def start_engines(models: Mapping[str, LoadedModel], limits: Limits, template: s
 
 
 def make_server(
-    engines: Mapping[str, Engine], policy: Policy, stop_seconds: int, uploads: Path | None = None
+    engines: Mapping[str, Engine], policy: Policy, stop_seconds: int, uploads: str | Path | None = None
 ) -> uvicorn.Server:
     """A server that is not started yet; with a folder for uploads, the page is part of it."""
+    uploads = None if uploads is None else Path(uploads)
     app: App = make_app(engines, policy)
     if uploads is not None:
         from relook.serve.page.mount import with_page
@@ -209,7 +210,9 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def load_models(model: Path, loading: Loading, base: Path | None, with_base: bool) -> dict[str, LoadedModel]:
+def load_models(
+    model: str | Path, loading: Loading, base: str | Path | None, with_base: bool
+) -> dict[str, LoadedModel]:
     """The models to be served, by name: the folder's name, and for what it is compared with, that folder's or
     NAME-base.
 
@@ -217,6 +220,8 @@ def load_models(model: Path, loading: Loading, base: Path | None, with_base: boo
         base: a model to compare with.
         with_base: compare with the model itself, its change switched off.
     """
+    model = Path(model)
+    base = None if base is None else Path(base)
     loaded, name = loading.load(model), model.resolve().name
     models = {name: loaded}
     if with_base:

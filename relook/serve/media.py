@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urljoin, urlsplit
 
 from relook.errors import DataError
+from relook.files import make_paths
 
 DATA_URL = re.compile(r"data:[\w.+/;=-]*;base64,", re.ASCII | re.IGNORECASE)
 # base64's alphabet for URLs, and the spaces and line breaks of mail and of `base64` on the command line.
@@ -47,6 +48,9 @@ class Sources:
     web: bool = False
     root: Path | None = None
     seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        make_paths(self)
 
     def read(self, url: str) -> bytes:
         """The bytes that a URL leads to.

@@ -69,10 +69,10 @@ class Chat:
         else:
             raise RelookError(f"There is no command {command}.", "/help names them.")
 
-    def show(self, path: Path) -> None:
+    def show(self, path: str | Path) -> None:
         """Talk about a picture; what was said about another is forgotten."""
         try:
-            self.images = (self.tuned.image(path.read_bytes()),)
+            self.images = (self.tuned.image(Path(path).read_bytes()),)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.", "Give the path of an image.") from None
         except DataError as error:
@@ -111,7 +111,12 @@ def _printable(text: str) -> str:
 
 
 def converse(
-    model: Path, loading: Loading, base: Path | None, image: Path | None, how: Request, template: str = ""
+    model: str | Path,
+    loading: Loading,
+    base: str | Path | None,
+    image: str | Path | None,
+    how: Request,
+    template: str = "",
 ) -> None:
     """Talk until the input ends. Answers go to standard output, all else to standard error.
 
@@ -123,6 +128,9 @@ def converse(
     Raises:
         RelookError: a line cannot be followed, and nobody sits at a terminal to mend it.
     """
+    model = Path(model)
+    base = None if base is None else Path(base)
+    image = None if image is None else Path(image)
 
     started = contextlib.ExitStack()
 

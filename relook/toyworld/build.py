@@ -61,7 +61,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_base(out: Path, world: Path, seed: int, scenes: int = SCENES, **overrides: Any) -> Path:
+def build_base(out: str | Path, world: str | Path, seed: int, scenes: int = SCENES, **overrides: Any) -> Path:
     """Train a base model from nothing; every step is skipped when its result is there. Returns the model's folder.
 
     Args:
@@ -70,6 +70,7 @@ def build_base(out: Path, world: Path, seed: int, scenes: int = SCENES, **overri
         seed: of scenes, weights and order of training.
         overrides: recipe keys for the SFT, e.g. `learning_rate`.
     """
+    out, world = Path(out), Path(world)
     with progress("SFT scenes") as report:
         layouts.write_sft(world, seed, scenes, report)
     start = out.with_name(out.name + "-start")

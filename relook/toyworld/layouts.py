@@ -26,8 +26,9 @@ MARKER = "toyworld.json"
 SHR_IMAGES = 200  # as many as the benchmark has
 
 
-def write_sft(root: Path, seed: int, scenes: int = 4800, progress: Progress | None = None) -> Path:
+def write_sft(root: str | Path, seed: int, scenes: int = 4800, progress: Progress | None = None) -> Path:
     """LLaVA's conversation file and its images: `root/llava/toyworld_mix.json`, `root/llava/images/`."""
+    root = Path(root)
     folder = root / "llava"
     if _begin(folder, "train", seed, scenes):
         place = lambda s: folder / "images" / _vg_name(s)  # noqa: E731
@@ -51,8 +52,9 @@ def write_sft(root: Path, seed: int, scenes: int = 4800, progress: Progress | No
     return folder
 
 
-def write_vg(root: Path, seed: int, scenes: int, progress: Progress | None = None) -> Path:
+def write_vg(root: str | Path, seed: int, scenes: int, progress: Progress | None = None) -> Path:
     """Visual Genome's folder, to mine pairs from: image_data, objects, region_descriptions, and two image folders."""
+    root = Path(root)
     folder = root / "vg"
     if _begin(folder, "pairs", seed, scenes):
         place = lambda s: folder / _vg_folder(s) / _vg_name(s)  # noqa: E731
@@ -67,9 +69,10 @@ def _write_vg_files(folder: Path, scenes: Sequence[Scene]) -> None:
     write_json(folder / "region_descriptions.json", [_vg_regions(scene) for scene in scenes])
 
 
-def write_eval(root: Path, split: str, seed: int, scenes: int = 300, progress: Progress | None = None) -> Path:
+def write_eval(root: str | Path, split: str, seed: int, scenes: int = 300, progress: Progress | None = None) -> Path:
     """An evaluation folder: COCO annotations and images under val2014 names, POPE's three question files, and SHR's
     files with its images in Visual Genome's layout."""
+    root = Path(root)
     folder = root / split
     if _begin(folder, split, seed, scenes):
         place = lambda s: folder / "val2014" / coco_name(s)  # noqa: E731
