@@ -62,6 +62,28 @@ def test_torchruns_way_in_is_the_same(recipe: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.parametrize("word", ["--local_rank=0", "--local-rank=1"])
+def test_what_a_launcher_puts_first_is_no_recipe(word: str, relook: Command, recipe: Path) -> None:
+    ended = relook("train", word, recipe, "--per_device_eval_batch_size", "4", "--local_rank", "0", "--tf32", "True")
+    assert ended.status == 0, ended.err
+    (line,) = [line for line in ended.err.splitlines() if "without effect here" in line]
+    assert all(key in line for key in ("per_device_eval_batch_size", "local_rank"))
+
+
+def test_all_mistakes_of_a_command_are_said_at_once(relook: Command, recipe: Path) -> None:
+    words = ["--learning_rat", "1", "--seed", "x", "--vg_path", "nowhere", "--desc_data_path", "lost.json"]
+    ended = relook("train", recipe, *words)
+    ended.mistakes("'learning_rat'", "seed is 'x'", "no Visual Genome folder nowhere", "lost.json does not exist")
+    assert ended.err.count("\n") == 4
+    ended = relook("train", *words, "stray", "--bf16")
+    ended.mistakes(
+        "names no recipe before --learning_rat", "'stray'", "--bf16 has no value", "seed is 'x'", "lost.json"
+    )
+    ended = relook("train", recipe, *words[4:], "--model_name_or_path", "nobody", "--version", "v9")
+    ended.mistakes("folder nowhere", "lost.json", "no model folder nobody", "no conversation template 'v9'")
+    assert ended.err.count("\n") == 4
+
+
 def test_no_such_recipe(relook: Command) -> None:
     relook("train", "toyworld-hed").mistake("no recipe 'toyworld-hed'", "Did you mean toyworld-head?")
     relook("train", "my.yaml").mistake("no recipe file my.yaml")

@@ -330,8 +330,14 @@ def test_a_policy_that_goes_on_from_an_sft_lora(how: str, sft: Path, base: Path,
     change = json.loads((out / "change.json").read_text())
     assert (change["base"], change["earlier"]) == (str(base.resolve()), [str(sft.resolve())])
     merge(base, out, tmp_path / "merged")
+    merge(sft, out, tmp_path / "on_the_run")  # which has the first adapter already
     expected_tensors = dict(by_peft(base, sft, out).named_parameters())
-    for model in (load_model(out), load_model(base, out), load_model(tmp_path / "merged")):
+    for model in (
+        load_model(out),
+        load_model(base, out),
+        load_model(tmp_path / "merged"),
+        load_model(tmp_path / "on_the_run"),
+    ):
         for name, parameter in model.model.named_parameters():
             torch.testing.assert_close(parameter, expected_tensors[name], rtol=1e-5, atol=1e-5)
     assert not shares_trunk(out, base)
