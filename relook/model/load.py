@@ -237,13 +237,14 @@ def tower_of(path: Path, vision_tower: str | Path | None = None, adapter: str | 
         change = read_change(path)
         path, vision_tower = change.base or path, vision_tower or change.vision_tower
     elif adapter is not None:
-        vision_tower = vision_tower or read_change(Path(adapter)).tower_for(path)
+        return open_base(path, read_change(Path(adapter)), vision_tower, weights=False).tower
     return open_model(path, vision_tower, weights=False).tower
 
 
-def open_base(path: Path, change: Change, vision_tower: str | Path | None = None) -> ModelSource:
-    """A model on disk to lay a change on; a bare language model becomes LLaVA as the change's config says."""
-    return open_model(path, vision_tower or change.tower_for(path), llava_config=language_model_config(change))
+def open_base(path: Path, change: Change, vision_tower: str | Path | None = None, weights: bool = True) -> ModelSource:
+    """Open a model on disk to lay a change on; a bare language model becomes LLaVA as the change's config says."""
+    tower = vision_tower or change.tower_for(path)
+    return open_model(path, tower, weights, llava_config=language_model_config(change))
 
 
 def build(
