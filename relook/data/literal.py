@@ -84,7 +84,9 @@ class LiteralText:
         for token in self._special.values():
             same = {flag: getattr(token, flag) for flag in flags}
             backend.add_tokens([AddedToken(self._stand_ins[token.content], special=False, **same)])
-        return backend, {backend.token_to_id(self._stand_ins[token.content]): id for id, token in self._special.items()}
+        meant = {self._stand_ins[token.content]: id for id, token in self._special.items()}
+        added = backend.get_added_tokens_decoder().items()
+        return backend, {id: meant[token.content] for id, token in added if token.content in meant}
 
 
 def _replacing(table: Mapping[str, str]) -> Callable[[str], str]:
