@@ -219,6 +219,13 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "user", "content": "Is there a boat?"},
     ],
     "texts": [{"role": "user", "content": "Is there a cup?"}, {"role": "user", "content": "It looks quite calm."}],
+    "greeting": [
+        {"role": "assistant", "content": "It looks quite calm."},
+        {"role": "user", "content": "Is there a cup?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "assistant", "content": "There is a cup."},
+        {"role": "user", "content": "Is there a boat?"},
+    ],
 }
 
 

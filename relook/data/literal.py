@@ -84,8 +84,9 @@ class LiteralText:
         for token in self._special.values():
             same = {flag: getattr(token, flag) for flag in flags}
             backend.add_tokens([AddedToken(self._stand_ins[token.content], special=False, **same)])
-        stand_ins = {id: backend.token_to_id(self._stand_ins[token.content]) for id, token in self._special.items()}
-        return backend, {stand_in: id for id, stand_in in stand_ins.items() if stand_in is not None}
+        meant = {self._stand_ins[token.content]: id for id, token in self._special.items()}
+        added = backend.get_added_tokens_decoder().items()
+        return backend, {id: meant[token.content] for id, token in added if token.content in meant}
 
 
 def _replacing(table: Mapping[str, str]) -> Callable[[str], str]:
