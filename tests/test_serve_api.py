@@ -247,7 +247,7 @@ def test_a_stream_is_not_to_be_held_back(served: Served) -> None:
 def test_a_context_that_is_too_long_is_said_in_openais_words(served: Served) -> None:
     """LiteLLM and others know the error by them."""
     length = served.engines["tuned"].length
-    said = f"this model's maximum context length is {length} tokens"
+    said = f"This model's maximum context length is {length} tokens"
     for content in ("word " * 100_000, "a b " * length):
         status, reply = served.chat(content)
         assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")

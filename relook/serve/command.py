@@ -167,7 +167,6 @@ def own_hosts(host: str, address: str, policy: Policy) -> frozenset[str]:
 
     Args:
         host: that it was told to listen on; `address` is what that means.
-
     """
     if not policy.hosts and (policy.api_key or not ip_address(address).is_loopback):
         return frozenset()

@@ -103,7 +103,7 @@ class Engine:
         """
         characters = sum(len(turn.prompt) + len(turn.response) for turn in turns)
         if characters > CHARACTERS * self.length:
-            raise self._too_long(f"The conversation has {characters:,} characters")
+            raise self._too_long(f"the conversation has {characters:,} characters")
         *history, last = turns
         pictures: Sequence[Any] = images
         ids = self.encoder.prompt(last.prompt, pictures, history)
@@ -113,12 +113,12 @@ class Engine:
     def check_length(self, positions: int) -> None:
         """Raises TooLong where a conversation of so many positions leaves no room for an answer."""
         if positions >= self.length:
-            raise self._too_long(f"The conversation takes {positions:,} positions")
+            raise self._too_long(f"the conversation takes {positions:,} positions")
 
     def _too_long(self, size: str) -> TooLong:
         """In OpenAI's words, by which proxies know the error."""
         return TooLong(
-            f"{size}; this model's maximum context length is {self.length} tokens, the answer's included.",
+            f"This model's maximum context length is {self.length} tokens with the answer, but {size}.",
             "Shorten it.",
         )
 
