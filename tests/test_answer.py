@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,14 +130,20 @@ def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list
 def test_answers_of_all_lengths(settings: dict[str, Any], questions: list[Question]) -> None:
     """Some end at once, some never: branches leave their rows, and rows the batch."""
     loaded = as_loaded(tiny_relook(**settings))
-    said = " ".join(one_by_one(loaded, questions)).split()
-    ids = [loaded.processor.tokenizer.convert_tokens_to_ids("▁" + word) for word in said]
-    loaded.model.generation_config.eos_token_id = [2, *sorted(set(ids), key=ids.count)[-5:-2]]
+    said = []
+    for images, text in questions:
+        inputs = loaded.encode(paths(images), text)
+        output = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=40)
+        said.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+    def lengths(stops: Sequence[int]) -> list[int]:
+        return [next((i for i, token in enumerate(ids, 1) if token in stops), 40) for ids in said]
+
+    # Which tokens end answers early and late depends on the random weights, and these on transformers' version.
+    pairs = itertools.combinations(sorted({token for ids in said for token in ids} - {2}), 2)
+    stops = next(pair for pair in pairs if min(n := lengths(pair)) <= 2 and max(n) > 20 and len(set(n)) > 3)
+    loaded.model.generation_config.eos_token_id = [2, *stops]
     expected = one_by_one(loaded, questions, max_new_tokens=40)
-    lengths = [len(text.split()) for text in expected]
-    assert min(lengths) <= 2
-    assert max(lengths) > 20
-    assert len(set(lengths)) > 3
     for size in (2, 64):
         assert answers(loaded, questions, size, max_new_tokens=40) == expected
 
