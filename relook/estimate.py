@@ -6,6 +6,8 @@ device), lengths come from the recipe's data where it is there, and `train/memor
 
 from __future__ import annotations
 
+import functools
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import yaml
 
 from relook.console import output, plain_table, readable_size
 from relook.data.encode import Example
@@ -38,13 +41,14 @@ from relook.train.policy import Policy
 from relook.train.run import RUN_FILE, read_samples
 from relook.train.sight import keeps_features
 from relook.train.tree_pass import BUDGET, packs
-from relook.train.ways import PARTS, Way, ways
+from relook.train.ways import FASTEST, FLAGS, PARTS, Way, ways
 from relook.tree import Row, Tree, common_root, kept_positions
 
 GIB = 2**30
 SAMPLES = 2000  # of the data that lengths are taken from
 SIZE = (480, 640)  # height and width of an image where the data is not there
-NOT_GIVEN = "not-given"  # in place of a path that only the data or the result needs
+ENOUGH = 4  # samples that keep a GPU busy: smaller micro-batches wait for the host (benchmarks/RESULTS.md)
+NOT_GIVEN = "not-given"  # in place of a path that only the data or the result needs; never shown
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,34 @@ class Lengths:
     size: Callable[[Picture], tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A way of running a recipe.
+
+    Args:
+        flags: what is added to the command; empty where no way fits, as the name is.
+        largest_batch: samples of a GPU and step up to which it fits; 0 where not even one does.
+    """
+
+    way: str
+    flags: str
+    largest_batch: int
+
+
 def estimate(
-    recipe: Recipe, gpus: int = 1, gpu_memory: float = 80.0, assumed: Assumed = Assumed(), tflops: float = 0.0
+    recipe: Recipe,
+    gpus: int = 1,
+    gpu_memory: float = 80.0,
+    assumed: Assumed = Assumed(),
+    tflops: float = 0.0,
+    missing: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All that the command shows, as plain values; sizes are bytes of one GPU, GiB where a name says so.
 
     Args:
         gpu_memory: of each GPU, in GiB.
         tflops: that a GPU reaches, for times; 0 leaves them out.
+        missing: paths that the recipe does not name: `NOT_GIVEN` stands for them.
 
     Raises:
         RelookError: the model's config is not there, or the recipe does not fit it.
@@ -103,26 +127,33 @@ def estimate(
     source = open_on_paper(recipe)
     model = on_paper(recipe, source)
     whole, cut = (policy_on_paper(recipe, model, sharded) for sharded in (False, True))
-    lengths = read_lengths(recipe, source, whole.core, assumed)
+    lengths = read_lengths(recipe, source, whole.core, assumed, missing)
     job = job_of(recipe, whole, lengths, gpu_memory, gpus, sharded=False)
-    found = ways(job, job_of(recipe, cut, lengths, gpu_memory, gpus, sharded=True), gpus)
+    apart = job_of(recipe, cut, lengths, gpu_memory, gpus, sharded=True)
+    found = ways(job, apart, gpus)
+    largest = largest_batches(recipe, job, apart, lengths, gpu_memory, gpus)
+    cache = trunk_cache(recipe, whole, lengths, gpus, missing) if recipe.cached_trunk else None
     return {
         "model": source.model_class.__name__,
+        "tower": source.tower_note,
         "lengths": lengths.source,
         "batch": asdict(job.batch),
         "parameters": {"all": numbers(whole, False), "trained": numbers(whole, True)},
+        "bits": recipe.bits,
         "gpus": gpus,
         "gpu_memory_gib": gpu_memory,
-        "ways": {way.name: _told(way, gpu_memory) for way in found},
+        "ways": {way.name: _told(way, gpu_memory) | {"largest_batch": largest[way.name]} for way in found},
+        "choose": asdict(choose(recipe, job, apart, lengths, gpu_memory, gpus, largest)),
         "predicted_gib": round(max(found[0].peak, found[0].before) / GIB, 2),
         "measured_gib": measured(Path(recipe.output_dir)),
-        "trunk_cache": trunk_cache(recipe, whole, lengths, gpus) if recipe.cached_trunk else None,
+        "trunk_cache": cache,
         "work": work(job, lengths, gpus, tflops),
     }
 
 
 def _told(way: Way, gpu_memory: float) -> dict[str, Any]:
-    return {**asdict(way), "peak": way.peak, "fits": way.fits(gpu_memory * GIB)}
+    own = {"flag": way.flag, "peak": way.peak, "decides": way.decides, "fits": way.fits(gpu_memory * GIB)}
+    return asdict(way) | own
 
 
 def measured(out: Path) -> float | None:
@@ -139,7 +170,7 @@ def measured(out: Path) -> float | None:
 def open_on_paper(recipe: Recipe) -> ModelSource:
     """The recipe's model by its config; of a run, or with one as adapter, that of its base with its post decoder."""
     path, tower, decoder = Path(recipe.model_name_or_path), recipe.vision_tower or None, None
-    for change in (path, Path(recipe.adapter_name_or_path or NOT_GIVEN)):
+    for change in (path, *([Path(recipe.adapter_name_or_path)] if recipe.adapter_name_or_path else [])):
         if (change / CHANGE_FILE).exists():
             said = read_object(change / CHANGE_FILE)
             decoder = said.get("post_decoder", decoder)
@@ -180,9 +211,13 @@ def numbers(policy: Policy, trained: bool) -> int:
     return sum(p.numel() for p in policy.core.parameters() if p.requires_grad or not trained)
 
 
-def read_lengths(recipe: Recipe, source: ModelSource, model: Any, assumed: Assumed) -> Lengths:
+def read_lengths(
+    recipe: Recipe, source: ModelSource, model: Any, assumed: Assumed, missing: Sequence[str] = ()
+) -> Lengths:
     """The trees of the recipe's data, at most SAMPLES of them; of what is assumed where it cannot be read."""
     try:
+        if unnamed := [key for key in missing if key != "output_dir"]:
+            raise DataError(f"The recipe names no {' and no '.join(unnamed)}.")
         samples, report = read_samples(recipe)
         loaded = LoadedModel(model, source.processor(), source.path, recipe.image_aspect_ratio, source.template)
         encoder = loaded.encoder(recipe.version, recipe.model_max_length)
@@ -221,21 +256,10 @@ def seen(recipe: Recipe, examples: Sequence[Example]) -> list[Example]:
 def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, gpus: int, sharded: bool) -> Job:
     """The recipe's run on paper, with the largest batch of an epoch in random order."""
     examples = lengths.examples
-    rows = [sum(feature_rows(whole.config, lengths.size(image)) for image in example.images) for example in examples]
-
-    def counts(chosen: Sequence[int]) -> Counts:
-        trees, times = seen(recipe, [examples[i] for i in chosen]), 2 if recipe.mdpo_conditional_weight else 1
-        return Counts.of(trees, [rows[i] for i in chosen] * times, whole)
-
-    size = int(recipe.training.get("per_device_train_batch_size", 8))
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-    order *= -(-size // len(order))
-    batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-    batch = max(batches, key=lambda chosen: sum(len(examples[i].tree) for i in chosen))
-    largest = reading = counts(batch)
+    largest = reading = counts(recipe, whole, lengths, largest_batch(examples, batch_size(recipe)))
     if recipe.cached_trunk:
-        longest = max(range(len(examples)), key=lambda i: len(examples[i].tree))
-        reading = counts([longest] * max(1, PACKED_POSITIONS // len(examples[longest].tree)))
+        longest = max(examples, key=lambda example: len(example.tree))
+        reading = counts(recipe, whole, lengths, [longest] * max(1, PACKED_POSITIONS // len(longest.tree)))
         if packs(whole.trunk_pass):  # rows are always full ones
             reading = replace(reading, positions=max(reading.positions, PACKED_POSITIONS))
     return Job(
@@ -245,9 +269,131 @@ def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, g
         batch=largest,
         reading=reading,
         cache=on_gpu(recipe, whole, lengths, gpu_memory) if recipe.cached_trunk else 0,
-        keeps_features=keeps_features(recipe, whole.config, gpus) and any(rows),
+        keeps_features=keeps_features(recipe, whole.config, gpus) and any(example.images for example in examples),
         one_type=sharded,
     )
+
+
+def batch_size(recipe: Recipe) -> int:
+    return int(recipe.training.get("per_device_train_batch_size", 8))
+
+
+def counts(recipe: Recipe, whole: Policy, lengths: Lengths, examples: Sequence[Example]) -> Counts:
+    """What a batch of some examples counts."""
+    rows = [sum(feature_rows(whole.config, lengths.size(image)) for image in example.images) for example in examples]
+    return Counts.of(seen(recipe, examples), rows * (2 if recipe.mdpo_conditional_weight else 1), whole)
+
+
+def largest_batch(examples: Sequence[Example], size: int) -> list[Example]:
+    """The batch with the most positions of an epoch in random order."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+    order *= -(-size // len(order))
+    batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    return [examples[i] for i in max(batches, key=lambda batch: sum(len(examples[i].tree) for i in batch))]
+
+
+# --- what to choose
+
+
+def largest_batches(
+    recipe: Recipe, job: Job, apart: Job, lengths: Lengths, gpu_memory: float, gpus: int
+) -> dict[str, int]:
+    """The samples of a GPU and step up to which each way fits, by its name; 0 where not even one does.
+
+    Args:
+        recipe: the one of the jobs, or one that differs in what a job reads of it alone.
+    """
+    most = max(1, lengths.total // gpus)
+    jobs = [each.resized(recipe, each.batch, each.reading) for each in (job, apart)]
+    names = [way.name for way in ways(jobs[0], jobs[1], gpus)]
+
+    @functools.cache
+    def fitting(size: int) -> frozenset[str]:
+        examples, sized = largest_batch(lengths.examples, size), []
+        for each in jobs:
+            batch = counts(recipe, each.whole, lengths, examples)
+            sized.append(each.resized(recipe, batch, each.reading if recipe.cached_trunk else batch))
+        return frozenset(way.name for way in ways(sized[0], sized[1], gpus) if way.fits(gpu_memory * GIB))
+
+    def largest(name: str) -> int:
+        fits, fails = 0, 1
+        while fails <= most and name in fitting(fails):
+            fits, fails = fails, 2 * fails
+        fails = min(fails, most + 1)
+        while fails - fits > 1:
+            between = (fits + fails) // 2
+            fits, fails = (between, fails) if name in fitting(between) else (fits, between)
+        return fits
+
+    return {name: largest(name) for name in names}
+
+
+def choose(
+    recipe: Recipe, job: Job, apart: Job, lengths: Lengths, gpu_memory: float, gpus: int, largest: Mapping[str, int]
+) -> Choice:
+    """The fastest way that fits; where the trunk trains, without layers computed again if batches are not tiny then.
+
+    Where none fits, by weights of 4 bits; where none does so, batches of 0. Steps have as many samples as the recipe's,
+    in micro-batches where they do not fit at once.
+
+    Args:
+        largest: of the recipe as it is, see `largest_batches`.
+    """
+    key = "activation_checkpointing" if recipe.training.get("activation_checkpointing") else "gradient_checkpointing"
+    changes: list[dict[str, Any]] = [{}]
+    if not recipe.frozen_trunk:
+        recomputes = bool(recipe.training.get(key))
+        changes = [{} if wanted == recomputes else {key: wanted} for wanted in (False, True)]
+
+    @functools.cache
+    def sizes(*change: tuple[str, Any]) -> Mapping[str, int]:
+        changed = _changed(recipe, dict(change))
+        return largest_batches(changed, job, apart, lengths, gpu_memory, gpus) if changed and change else largest
+
+    for more in ({}, {"bits": 4}):
+        usable = [change | more for change in changes if _changed(recipe, change | more)]
+        for name in FASTEST:
+            found = [fitted for change in usable if (fitted := _fitted(recipe, change, name, sizes))]
+            if found:
+                enough = [each for each in found if each[1] >= min(ENOUGH, batch_size(recipe))]
+                change, most = (enough or found[::-1])[0]
+                return Choice(name, _flags(recipe, name, change), most)
+    return Choice("", "", 0)
+
+
+def _fitted(
+    recipe: Recipe, change: Mapping[str, Any], name: str, sizes: Callable[..., Mapping[str, int]]
+) -> tuple[dict[str, Any], int] | None:
+    """A change to a recipe by which a way fits, with micro-batches where it must have them, and the largest batch."""
+    size, steps = batch_size(recipe), int(recipe.training.get("gradient_accumulation_steps", 1))
+    most = sizes(*change.items()).get(name, 0)
+    if most >= size:
+        return dict(change), most
+    # The gradients of earlier micro-batches wait beside the next one.
+    most = most and sizes(*change.items(), ("gradient_accumulation_steps", max(2, steps)))[name]
+    parts = [part for part in range(1, most + 1) if size * steps % part == 0]
+    if not parts:
+        return None
+    split = {"per_device_train_batch_size": parts[-1], "gradient_accumulation_steps": size * steps // parts[-1]}
+    return {**change, **split}, most
+
+
+def _flags(recipe: Recipe, name: str, change: Mapping[str, Any]) -> str:
+    """What is added to a recipe's command for a way and a change."""
+    other = [key for key in ("fsdp", "deepspeed") if recipe.training.get(key) and key not in FLAGS[name]]
+    values = {**dict.fromkeys(other), **change}
+    words = (f"--{key} {yaml.safe_dump(value).split()[0]}" for key, value in values.items())
+    return " ".join(filter(None, [FLAGS[name], *words]))
+
+
+def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
+    """The recipe with other keys; None where they contradict it."""
+    own = {key: value for key, value in change.items() if hasattr(recipe, key)}
+    training = {**recipe.training, **{key: value for key, value in change.items() if key not in own}}
+    try:
+        return replace(recipe, training=training, **own)
+    except RecipeError:
+        return None
 
 
 # --- the trunk cache
@@ -269,7 +415,9 @@ def on_gpu(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float) -
     return round(times * plan.size([STATES, *([FEATURES] if whole.reads_image else [])]))
 
 
-def trunk_cache(recipe: Recipe, whole: Policy, lengths: Lengths, gpus: int) -> dict[str, Any]:
+def trunk_cache(
+    recipe: Recipe, whole: Policy, lengths: Lengths, gpus: int, missing: Sequence[str] = ()
+) -> dict[str, Any]:
     """Bytes of the trunk cache, and where it would live on this machine; see `cache._store`."""
     plan, times = plan_of(whole, lengths)
     parts = [STATES, *([FEATURES] if whole.reads_image else []), *([REFERENCE] if recipe.needs_reference else [])]
@@ -277,8 +425,9 @@ def trunk_cache(recipe: Recipe, whole: Policy, lengths: Lengths, gpus: int) -> d
     size = sum(sizes.values())
     small = half_of_memory_takes(size) and gpus == 1
     in_memory = recipe.feature_cache == "memory" or (recipe.feature_cache == "auto" and small)
-    folder = Path(recipe.feature_cache_dir or Path(recipe.output_dir).parent / FOLDER)
-    return {"bytes": size, "parts": sizes, "where": "memory" if in_memory else str(folder)}
+    beside = f"{FOLDER} beside output_dir" if "output_dir" in missing else Path(recipe.output_dir).parent / FOLDER
+    where = "memory" if in_memory else str(recipe.feature_cache_dir or beside)
+    return {"bytes": size, "parts": sizes, "where": where}
 
 
 # --- work
@@ -347,11 +496,50 @@ def estimate_command(
     """`relook estimate RECIPE [--key value ...]`; paths of data and of the result need not be given."""
     given = {key: value for key, value in read_shipped(name, "recipe").items() if value not in ("", None)}
     given = renamed(given) | renamed(parse_overrides(keys))
-    needed = ["data_path", "image_folder"] if given.get("task") == "sft" else ["vg_path"]
-    if given.get("task") == "dpo" and not {"desc_data_path", "pope_data_path"} & given.keys():
-        needed.append("desc_data_path")
-    recipe = build_recipe({**dict.fromkeys(("output_dir", *needed), NOT_GIVEN), **given})
-    return estimate(recipe, gpus, gpu_memory, assumed, tflops)
+    needed = ["output_dir", *(["data_path", "image_folder"] if given.get("task") == "sft" else [])]
+    if given.get("task") == "dpo" and "pairs_path" not in given:
+        needed += ["vg_path", *([] if {"desc_data_path", "pope_data_path"} & given.keys() else ["desc_data_path"])]
+    missing = [key for key in needed if key not in given]
+    recipe = build_recipe({**dict.fromkeys(missing, NOT_GIVEN), **given})
+    return estimate(recipe, gpus, gpu_memory, assumed, tflops, missing) | {"recipe": [name, *keys]}
+
+
+def advice(found: Mapping[str, Any]) -> list[str]:
+    """What decides whether the recipe fits, and what to choose, in words."""
+    chosen, gpus = found["choose"], found["gpus"]
+    before = [name for name, way in found["ways"].items() if way["decides"] == "before"]
+    lines = []
+    if before:
+        names = "every row" if len(before) == len(found["ways"]) else "; ".join(before)
+        lines.append(
+            f"before decides, not training: {names}. Every process holds the whole model in the pass before training, "
+            "which no way of sharing and no optimizer makes smaller."
+        )
+    if not chosen["way"]:
+        return [
+            *lines,
+            "choose: nothing fits, not even batches of one sample with layers computed again and weights of 4 bits. "
+            "Take GPUs with more memory, or a smaller model.",
+        ]
+    flags = chosen["flags"].split()
+    words = [*_without(found["recipe"], flags), *flags]
+    if "--bits" in words and found["bits"] == 16:
+        lines.append("weights of 4 bits change what the model says: give --bits 4 to relook eval, too")
+    launcher = f"torchrun --nproc_per_node {gpus} -m relook.train" if gpus > 1 else "relook train"
+    return [
+        *lines,
+        f"choose: {chosen['way']}, the fastest that fits, by up to {chosen['largest_batch']:,} samples a GPU and step:",
+        f"  {launcher} {shlex.join(words)}",
+    ]
+
+
+def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """A recipe's name and keys, without those that flags set anew."""
+    name, *rest = words
+    anew = {flag for flag in flags if flag.startswith("--")}
+    pairs = [word.partition("=") for word in rest]
+    dropped = {i + k for i, (key, equals, _) in enumerate(pairs) if key in anew for k in range(1 if equals else 2)}
+    return [name, *(word for i, word in enumerate(rest) if i not in dropped)]
 
 
 def print_estimate(found: Mapping[str, Any]) -> None:
@@ -360,14 +548,19 @@ def print_estimate(found: Mapping[str, Any]) -> None:
     console.soft_wrap = True
     trained, everything = (found["parameters"][key] / 1e9 for key in ("trained", "all"))
     console.print(f"{found['model']}: {everything:.3f}e9 parameters, {trained:.3f}e9 of them train")
+    if found["tower"]:
+        console.print(f"vision tower: {found['tower']}")
     console.print(f"lengths: {found['lengths']}")
-    columns = (*PARTS, "training", "before", "fits", "CPU")
-    table = plain_table("GiB of each GPU", *columns, right=columns)
+    columns = (*PARTS, "training", "before", "fits", "CPU", "largest batch")
+    table = plain_table("GiB of each GPU", *columns, "flag", right=columns)
     for name, way in found["ways"].items():
         sizes = [*(way["parts"][part] for part in PARTS), way["peak"], way["before"]]
-        fits = "yes" if way["fits"] else "no"
-        table.add_row(name, *(f"{size / GIB:.2f}" for size in sizes), fits, f"{way['processor'] / GIB:.1f}")
+        fits, batch = "yes" if way["fits"] else "no", str(way["largest_batch"] or "none")
+        row = [*(f"{size / GIB:.2f}" for size in sizes), fits, f"{way['processor'] / GIB:.1f}", batch]
+        table.add_row(name, *row, way["flag"] or "none")
     console.print(table)
+    for line in advice(found):
+        console.print(line)
     first = next(iter(found["ways"].values()))
     elsewhere = (f"{part} {size / GIB:.2f}" for part, size in first["largest"].items() if size > first["parts"][part])
     console.print(f"parts are those at the peak of a step; at other moments up to {', '.join(elsewhere) or 'the same'}")

@@ -22,8 +22,21 @@ from typer.testing import CliRunner
 
 from relook.cli import app
 from relook.errors import RelookError
-from relook.estimate import GIB, Assumed, estimate, job_of, on_paper, open_on_paper, policy_on_paper, read_lengths
+from relook.estimate import (
+    GIB,
+    Assumed,
+    Lengths,
+    choose,
+    estimate,
+    job_of,
+    largest_batches,
+    on_paper,
+    open_on_paper,
+    policy_on_paper,
+    read_lengths,
+)
 from relook.files import write_json
+from relook.keys import parse_overrides, read_shipped
 from relook.model.above_trunk import AboveTrunk
 from relook.recipe import Recipe, build_recipe
 from relook.train.activations import Counts, decoder_layer, within
@@ -31,8 +44,10 @@ from relook.train.batches import Collator, Item
 from relook.train.logs import Costs
 from relook.train.lora_products import ATTENTION_INPUTS, MLP_INPUTS, narrow
 from relook.train.memory import Job
+from relook.train.policy import Policy
 from relook.train.run import encode_samples, load, policy_of, prepare, read_samples, train
 from relook.train.sight import features_once
+from relook.train.ways import ways
 
 NAMES = (*ATTENTION_INPUTS, "o_proj", *MLP_INPUTS, "down_proj")
 WIDTH, INNER, ROW = 32, 80, 48  # of the layers below
@@ -412,6 +427,122 @@ def test_a_config_is_enough_and_says_the_same(base: Path, world: Path, tmp_path:
     ]
     assert found[0]["ways"] == found[1]["ways"]
     assert "There is no" in found[0]["lengths"]
+
+
+def original(folder: Path, tower: str, width: int = 1024) -> Path:
+    """A folder with the config.json of liuhaotian's LLaVA-1.5-7B alone."""
+    text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    vision = {"mm_hidden_size": width, "mm_vision_tower": tower, "mm_vision_select_layer": -2}
+    settings = {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu", "vocab_size": 32000}
+    write_json(
+        folder / "config.json", text | vision | settings | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+    )
+    return folder
+
+
+def test_the_originals_config_alone_is_enough(tmp_path: Path) -> None:
+    """By its tower's name, as with the tower's own config; what a name does not say is assumed, and said."""
+    model = original(tmp_path / "llava", "openai/clip-vit-large-patch14-336")
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = {**sizes, "image_size": 336, "patch_size": 14}
+    write_json(tmp_path / "clip" / "config.json", {"model_type": "clip", "vision_config": vision})
+    found = [
+        shown("post-decoder", "--model_name_or_path", str(model), "--samples", "8", *tower)
+        for tower in ([], ["--vision_tower", str(tmp_path / "clip")])
+    ]
+    assert {**found[0], "recipe": ""} == {**found[1], "recipe": ""}
+    assert found[0]["tower"] == ""
+    assert "576 positions of an image" in found[0]["lengths"]
+    small = original(tmp_path / "b", "me/vit-patch14-56", 64)
+    other = shown("post-decoder", "--model_name_or_path", str(small), "--samples", "8")
+    assert "16 positions of an image" in other["lengths"]
+    assert "24 layers of width 64 are assumed" in other["tower"]
+    result = CliRunner().invoke(
+        app, ["estimate", "head", "--model_name_or_path", str(original(tmp_path / "c", "me/x"))]
+    )
+    assert "Pass its folder as vision_tower" in str(result.exception)
+
+
+@pytest.mark.parametrize("recipe", ["head", "hadpo-lora", "toyworld-base"])
+def test_no_placeholder_is_shown(recipe: str, base: Path) -> None:
+    words = ["estimate", recipe, "--model_name_or_path", str(base), "--samples", "9"]
+    words += ["--feature_cache", "disk" if recipe == "head" else "auto"]
+    text = CliRunner().invoke(app, words, catch_exceptions=False).stdout
+    assert "not-given" not in text
+    assert "The recipe names no " in text
+    assert "trunk_cache beside output_dir" in text or recipe != "head"
+
+
+Paper = tuple[dict[str, Any], Policy, Policy, Lengths]
+
+
+@pytest.fixture(scope="module")
+def papers(seven_billion: Path) -> dict[str, Paper]:
+    """LLaVA-1.5-7B under shipped recipes, as one GPU and as several have it."""
+    found = {}
+    for name in ("hadpo-lora", "head"):
+        values = {key: value for key, value in read_shipped(name, "recipe").items() if value}
+        values |= {"model_name_or_path": str(seven_billion), **dict.fromkeys(("output_dir", "vg_path"), "nowhere")}
+        recipe = build_recipe({**values, "desc_data_path": "nowhere"})
+        source = open_on_paper(recipe)
+        model = on_paper(recipe, source)
+        whole, cut = (policy_on_paper(recipe, model, sharded) for sharded in (False, True))
+        lengths = read_lengths(recipe, source, whole.core, Assumed(samples=250))
+        found[name] = {**values, "desc_data_path": "nowhere"}, whole, cut, lengths
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keys", "memory", "gpus", "way", "flags"),
+    [
+        ("hadpo-lora", {}, 80, 1, "one GPU", "--gradient_checkpointing false"),
+        ("hadpo-lora", {}, 22, 1, "one GPU", "--per_device_train_batch_size 8 --gradient_accumulation_steps 2"),
+        ("hadpo-lora", {}, 17, 8, "FSDP2", "--fsdp true"),
+        ("hadpo-lora", {}, 12, 1, "one GPU", "--bits 4"),
+        ("hadpo-lora", {"deepspeed": "zero3"}, 24, 2, "DDP", "--deepspeed null"),
+        ("head", {}, 24, 1, "one GPU", ""),
+        ("head", {}, 2, 1, "", ""),
+    ],
+)
+def test_what_is_chosen_fits_and_no_larger_batch_does(
+    recipe: str, keys: dict[str, Any], memory: float, gpus: int, way: str, flags: str, papers: dict[str, Paper]
+) -> None:
+    values, whole, cut, lengths = papers[recipe]
+
+    def jobs_of(recipe: Recipe) -> list[Job]:
+        return [job_of(recipe, policy, lengths, memory, gpus, sharded=policy is cut) for policy in (whole, cut)]
+
+    asked = build_recipe(values | keys)
+    job, apart = jobs_of(asked)
+    largest = largest_batches(asked, job, apart, lengths, memory, gpus)
+    chosen = choose(asked, job, apart, lengths, memory, gpus, largest)
+    assert chosen.way == way
+    assert chosen.flags.startswith(flags)
+
+    def fits(size: int | None = None) -> bool:
+        """By the recipe as its command line would have it, and a batch."""
+        sized = {"per_device_train_batch_size": size} if size else {}
+        told = build_recipe(values | keys | parse_overrides(chosen.flags.split()) | sized)
+        return next(each.fits(memory * GIB) for each in ways(*jobs_of(told), gpus) if each.name == way)
+
+    if way:
+        assert fits()
+        assert fits(chosen.largest_batch)
+        assert chosen.largest_batch == lengths.total // gpus or not fits(chosen.largest_batch + 1)
+    else:
+        assert chosen.largest_batch == 0
+        assert set(largest.values()) == {0}
+
+
+def test_the_table_says_what_decides_and_what_to_choose(seven_billion: Path) -> None:
+    words = ["hadpo-lora", "--model_name_or_path", str(seven_billion), "--gpus", "2", "--gpu-memory", "24"]
+    text = CliRunner().invoke(app, ["estimate", *words, "--deepspeed=zero3"], catch_exceptions=False).stdout
+    assert "before decides, not training: ZeRO-3, offload." in text
+    assert [line.split()[-1] for line in text.splitlines() if line.startswith(("FSDP2", "ZeRO-2 ", "DDP"))]
+    command = next(line for line in text.splitlines() if line.startswith("  torchrun"))
+    assert command.startswith("  torchrun --nproc_per_node 2 -m relook.train hadpo-lora --model_name_or_path")
+    assert command.count("--deepspeed") == 1
+    assert "--deepspeed null" in command
 
 
 def test_lengths_are_those_of_the_data(base: Path, world: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Nothing is held in memory: tensors are read when they are asked for, one at a ti
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class ModelSource:
         tower: the folder of the vision tower, for "llava".
         change: where a change that is laid on the model comes from.
         beneath: the model without it, and the `Change`.
+        tower_note: what is assumed of a tower that is not there, where the config alone is opened.
     """
 
     path: Path
@@ -91,6 +93,7 @@ class ModelSource:
     tower: Path | None = None
     change: Path | None = None
     beneath: tuple[ModelSource, Any] | None = None
+    tower_note: str = ""
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -199,7 +202,8 @@ def open_model(
 
     Args:
         vision_tower: folder of the vision tower, instead of what `mm_vision_tower` in a liuhaotian config names.
-        weights: False opens its config alone: there need not be weights, nor a tokenizer.
+        weights: False opens its config alone: there need not be weights, nor a tokenizer, nor a CLIP tower whose name
+            says what it is.
         llava_config: a liuhaotian config, which says what LLaVA makes of a bare language model such as Vicuna.
 
     Raises:
@@ -259,7 +263,14 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     The tower's weights are those of the model's file only where `unfreeze_mm_vision_tower` says that they were trained
     (or the tower's folder has none): otherwise the original program reads the tower's own, and so does this.
     """
-    tower = _tower_folder(path, raw.get("mm_vision_tower") or raw.get("vision_tower"), vision_tower)
+    name = raw.get("mm_vision_tower") or raw.get("vision_tower")
+    try:
+        tower = _tower_folder(path, name, vision_tower)
+    except CheckpointError:
+        if weights or vision_tower or (named := named_tower(str(name), raw.get("mm_hidden_size"))) is None:
+            raise
+        config = _valid(path, from_llava_config, path, raw, named[0], 0)
+        return ModelSource(path, "llava", config, {}, default_template(raw), tower_note=named[1])
     settings = read_config(tower)
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
         what = f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower."
@@ -290,6 +301,27 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
         tensors[PROJECTOR + "linear_2.weight"] = LazyTensor((size, size), lambda: torch.eye(size))
         tensors[PROJECTOR + "linear_2.bias"] = LazyTensor((size,), lambda: torch.zeros(size))
     return ModelSource(path, "llava", config, tensors, default_template(raw), tower)
+
+
+def named_tower(name: str, width: Any) -> tuple[CLIPVisionConfig, str] | None:
+    """The config of a CLIP tower by its name, and what is assumed of it; None of a name that does not say its patches.
+
+    Args:
+        width: of its states, as the model's config has it.
+    """
+    found = re.search(r"patch(\d+)(?:-(\d+))?$", name)
+    if found is None:
+        return None
+    patch, side = int(found[1]), int(found[2] or 224)
+    if name in ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14"):
+        width, note = 1024, ""
+    elif isinstance(width, int) and width > 0:
+        note = f"{name} is not here: 24 layers of width {width} are assumed; --vision_tower names its folder"
+    else:
+        return None
+    heads = max(1, width // 64)
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
+    return CLIPVisionConfig(**sizes, num_hidden_layers=24, image_size=side, patch_size=patch), note
 
 
 def _tower_folder(path: Path, named: Any, given: str | Path | None) -> Path:

@@ -59,6 +59,7 @@ class Counts:
             rows: vision features of each example's images together.
         """
         trees = [example.tree for example in examples]
+        distinct = {id(tree): tree for tree in trees}.values()  # assumed ones are all the same
         root = common_root(trees, policy.config.image_token_id)
         lengths = sorted((len(tree) - root for tree in trees), reverse=True)
         packed = packs(policy.trunk_pass)
@@ -66,7 +67,7 @@ class Counts:
         return Counts(
             positions=row if packed else row * len(arrange(lengths, lengths[0])),
             row=row,
-            slots=len(trees) * max(len(kept_positions(tree, policy.keeps_everything)) for tree in trees),
+            slots=len(trees) * max(len(kept_positions(tree, policy.keeps_everything)) for tree in distinct),
             targets=sum(sum(branch.supervised) for tree in trees for branch in tree.branches),
             images=sum(len(example.images) for example in examples),
             features=sum(rows),

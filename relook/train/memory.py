@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -73,6 +73,30 @@ class Job:
             _held(self.whole, "multi_modal_projector") if self.recipe.cached_trunk else 0
         )
 
+    @cached_property
+    def trained_whole(self) -> int:
+        return sum(p.numel() for p in self.whole.parameters() if p.requires_grad)
+
+    @cached_property
+    def frozen_whole(self) -> int:
+        return _frozen(self.whole, self.recipe)
+
+    @cached_property
+    def around(self) -> int:
+        """Numbers of what stands around the units that FSDP gathers one by one."""
+        core, units = self.policy.core, self.policy._no_split_modules
+        blocks = [m for m in core.modules() if type(m).__name__ in units]
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        return sum(p.numel() for p in core.parameters() if id(p) not in inside)
+
+    def resized(self, recipe: Recipe, batch: Counts, reading: Counts) -> Job:
+        """The same model by another batch, or in other bits. Sums over its tensors, which take longest, are kept."""
+        job = replace(self, recipe=recipe, batch=batch, reading=reading)
+        kept = {"trained", "trained_whole", "around", "tower"}
+        kept |= {"frozen", "frozen_whole"} if recipe.bits == self.recipe.bits else set()
+        vars(job).update({name: value for name, value in vars(self).items() if name in kept})
+        return job
+
     @property
     def layers(self) -> Any:
         return self.whole.core.model.language_model.layers
@@ -111,7 +135,7 @@ class Job:
         """How many decoder layers' activations are not on the GPU at the beginning of the backward pass."""
         return len(self.layers) - staying(len(self.layers), self.policy.activation_offloading)
 
-    @property
+    @cached_property
     def tower(self) -> int:
         """Bytes of the vision tower."""
         return _held(self.whole, "vision_tower")
@@ -217,8 +241,7 @@ class Job:
     @cached_property
     def before(self) -> int:
         """Bytes of what comes before training: the whole model reads a batch without gradients."""
-        total = LIBRARIES + _frozen(self.whole, self.recipe)
-        total += 4 * sum(p.numel() for p in self.whole.parameters() if p.requires_grad)
+        total = LIBRARIES + self.frozen_whole + 4 * self.trained_whole
         if self.recipe.cached_trunk:  # what trains is loaded already, and two shards wait to be stored
             total += self.frozen + 4 * self.trained + 2 * SHARD_BYTES
         counts, vision, D, F = self.reading, self.whole.config.vision_config, self.width, self.text.intermediate_size

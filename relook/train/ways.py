@@ -25,6 +25,11 @@ DEEPSPEED = {
     "zero3_offload": "ZeRO-3, offload",
 }
 
+# What is added to the command for a way; and the ways, the fastest first, as benchmarks/RESULTS.md measured them.
+FLAGS = {"one GPU": "", "DDP": "", "FSDP2": "--fsdp true"}
+FLAGS |= {name: f"--deepspeed {file}" for file, name in DEEPSPEED.items()}
+FASTEST = ("one GPU", "DDP", "ZeRO-2", "FSDP2", "ZeRO-2, offload", "ZeRO-3", "ZeRO-3, offload")
+
 
 @dataclass(frozen=True)
 class Way:
@@ -44,8 +49,17 @@ class Way:
     processor: int = 0
 
     @property
+    def flag(self) -> str:
+        return FLAGS[self.name]
+
+    @property
     def peak(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def decides(self) -> str:
+        """Which of both is larger: what comes before training, or a step of it."""
+        return "before" if self.before > self.peak else "training"
 
     def fits(self, memory: float) -> bool:
         """Whether a GPU of so many bytes has room for it, CUDA's own part aside."""
@@ -75,13 +89,9 @@ def ways(job: Job, apart: Job, gpus: int) -> list[Way]:
 def _fsdp(job: Job, N: int) -> Way:
     """FSDP2 as `sharding.prepare_fsdp` sets it up: what trains in float32, gathered in the type of the products."""
     # Whole at a time: what stands around the layers, one layer, and the next one on its way.
-    core = job.policy.core
     layer = sum(p.numel() for p in job.layers[0].parameters()) if not job.recipe.cached_trunk else 0
-    blocks = [m for m in core.modules() if type(m).__name__ in job.policy._no_split_modules]
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    around = sum(p.numel() for p in core.parameters() if id(p) not in inside)
     weights = (job.frozen + 4 * job.trained) // N
-    gathered = (around + 2 * layer) * job.low
+    gathered = (job.around + 2 * layer) * job.low
     return _way("FSDP2", job, weights, 4 * job.trained // N, job.state * job.trained // N, gathered)
 
 
