@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from relook.console import Report
 from relook.data.ahead import ahead
 from relook.data.images import ImageLoader, Shown
 from relook.errors import RecipeError
 from relook.evaluate.choose import Rule
-from relook.evaluate.decode import PromptTree, any_length, decode
+from relook.evaluate.decode import PromptTree, any_length, decode, require_finite
 from relook.model.load import LoadedModel
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
@@ -152,6 +153,17 @@ def _images(loaded: LoadedModel, paths: Sequence[Shown]) -> dict[str, torch.Tens
     return {n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in inputs.items()}
 
 
+class _Numbers(LogitsProcessor):
+    """Sees whether all scores in a `generate` are numbers, whose steps it leaves as they are."""
+
+    def __init__(self) -> None:
+        self.all: torch.Tensor | bool = True
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.all = ~scores.isnan().any() & self.all
+        return scores
+
+
 @torch.inference_mode()
 def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], how: Asking) -> list[str]:
     """Answers by transformers' `generate`, each prompt with its images: left-padded, decoded without special tokens."""
@@ -159,13 +171,16 @@ def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], how: Asking) ->
     longest = max(len(prompt.ids) for prompt in batch)
     ids = torch.tensor([[pad] * (longest - len(prompt.ids)) + list(prompt.ids) for prompt in batch])
     mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])
+    numbers = _Numbers()
     output = loaded.model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         **_images(loaded, [image for prompt in batch for image in prompt.images]),
         max_new_tokens=how.max_new_tokens,
         pad_token_id=pad,
+        logits_processor=LogitsProcessorList([numbers]),
         **loaded.stopping(how.template),
         **how.settings,
     )
+    require_finite(numbers.all)
     return [loaded.decode(ids, how.template) for ids in output[:, longest:]]

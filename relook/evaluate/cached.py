@@ -30,6 +30,7 @@ from relook.data.samples import Question
 from relook.evaluate.answer import Asking, answer
 from relook.evaluate.benchmarks import POPE
 from relook.evaluate.choose import Rule
+from relook.evaluate.decode import require_finite
 from relook.evaluate.divergence import divergence
 from relook.evaluate.pope import LONGEST_ANSWER, SPLITS
 from relook.evaluate.score import pope_questions, pope_results
@@ -275,6 +276,7 @@ class CachedPope:
         tokenizer = self.loaded.processor.tokenizer
         records: list[dict[str, Any]] = []
         for log_probs in self.log_probs(model, load):
+            require_finite(log_probs.isfinite().all())
             base = self.base_log_probs[len(records) : len(records) + len(log_probs)]
             kl = divergence(log_probs, base).tolist()
             for token, distance in zip(log_probs.argmax(-1).tolist(), kl, strict=True):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer
 
+from relook.errors import CheckpointError
 from relook.evaluate.choose import Rule
 from relook.model.modeling_relook import CACHE
 from relook.tree import common_start
@@ -223,6 +224,19 @@ class AnyLength(ContextDecorator):
 any_length = AnyLength()
 
 
+def require_finite(finite: Tensor | bool) -> None:
+    """Refuse to call it an answer what a model says that computes no numbers.
+
+    Raises:
+        CheckpointError: the numbers were not finite.
+    """
+    if not finite:
+        raise CheckpointError(
+            "The model's logits are NaN or infinite, though all of its weights are numbers.",
+            "float16 overflows where bfloat16 and float32 do not: choose another --dtype.",
+        )
+
+
 @torch.inference_mode()
 def decode(
     core: Any,
@@ -238,6 +252,9 @@ def decode(
         core: a transformers model of relook's kinds, below any adapter.
         images: what the model takes for the images of all trees, in order; empty where there are none.
         numbers: of the branches, for sampling.
+
+    Raises:
+        CheckpointError: logits that are no numbers.
     """
     growth = Growth(core, trees, images, rule.pad)
     B, device = growth.branches, core.device
@@ -246,9 +263,11 @@ def decode(
     said = torch.full((B + 1, max_new_tokens), rule.pad, device=device)
     length = torch.full((B + 1,), max_new_tokens, device=device)
     ended = torch.arange(B + 1, device=device) == B
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         who = growth.who.flatten()
         logits = core.lm_head(growth.state).flatten(0, 1)
+        finite &= (logits.isfinite().all(-1) | (who == B)).all()
         said[who, t] = rule.choose(logits, None if draws is None else draws[who, t], first=t == 0)
         ends = rule.ends(said[who, : t + 1]) & ~ended[who]
         length[who] = torch.where(ends, t + 1, length[who])
@@ -256,4 +275,5 @@ def decode(
         if t + 1 == max_new_tokens or (t % CHECK == CHECK - 1 and not growth.drop(ended)):
             break
         growth.step(said[growth.who, t])
+    require_finite(finite)
     return [row[:count] for row, count in zip(said[:B].tolist(), length[:B].tolist(), strict=True)]

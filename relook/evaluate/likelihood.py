@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from math import isfinite
 
 import torch
 
 from relook.console import Report
 from relook.data.ahead import ahead
 from relook.data.images import Shown
+from relook.evaluate.decode import require_finite
 from relook.model.load import LoadedModel
 from relook.train.batches import live_batch
 from relook.train.log_probs import log_prob
@@ -88,6 +90,7 @@ def _weigh(policy: Policy, batch: LiveBatch) -> list[Likelihood]:
             logits = head(part)
             log_probs += log_prob(logits, ids).tolist()
             chosen += (logits.argmax(-1) == ids).tolist()
+    require_finite(all(map(isfinite, log_probs)))
     ends = targets.branch.bincount(minlength=targets.branches).cumsum(0).tolist()
     spans = [slice(start, end) for start, end in pairwise([0, *ends])]
     return [Likelihood(tuple(log_probs[span]), all(chosen[span])) for span in spans]

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from relook.errors import CheckpointError, some
-from relook.files import read_object, require_regular_files
+from relook.files import read_object, require_regular, require_regular_files
 from relook.model.checkpoint import weight_files
 from relook.model.trunks import MODEL_TYPES, TRUNKS, has_post_decoder
 
@@ -102,6 +102,7 @@ def kind_of(path: str | Path) -> str:
         CheckpointError: nothing that relook knows; families it does not load are refused by name.
     """
     path = Path(path)
+    require_regular(path)
     if path.is_file():
         return "trained"
     if not path.is_dir():
@@ -129,7 +130,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _model_kind(path: Path, config: dict[str, Any]) -> str:
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind in MODEL_TYPES and "text_config" in config:
         return "hf" if kind in TRUNKS else "relook"
     if kind in LLAVA_TYPES:
@@ -154,8 +155,9 @@ def default_template(config: dict[str, Any]) -> str:
     return str(config.get("conversation_template", own))
 
 
-def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig, image_token_id: int) -> LlavaConfig:
-    """A liuhaotian config in transformers' terms. Sizes are taken from it, never from defaults.
+def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig) -> LlavaConfig:
+    """A liuhaotian config in transformers' terms, but for the id of <image>, which its tokenizer knows. Sizes are taken
+    from it, never from defaults.
 
     Raises:
         CheckpointError: a size is not there, or a setting that transformers' LLaVA cannot express.
@@ -178,7 +180,7 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig,
     return LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(**one_rope(text | {key: raw[key] for key in ROPE if key in raw})),
-        image_token_index=image_token_id,
+        image_token_index=0,
         image_seq_length=side * side + (STRATEGIES[select] == "full"),
         vision_feature_layer=raw["mm_vision_select_layer"],
         vision_feature_select_strategy=STRATEGIES[select],

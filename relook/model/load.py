@@ -282,7 +282,7 @@ def talk_to(model: Any, source: ModelSource) -> LoadedModel:
     """A model in memory, with the processor and the habits of its folder."""
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
-    check_processor(str(source.tower or source.path), loaded.images, source.config.vision_config.image_size)
+    check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config)
     return loaded
 
 

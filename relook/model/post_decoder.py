@@ -48,8 +48,13 @@ class PostDecoderSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"post_decoder.{name} is {getattr(self, name)!r}, but must be one of {allowed}")
-        if self.depth < 1:
-            raise ValueError(f"post_decoder.depth is {self.depth}, but must be at least 1")
+        for name, least, most in (
+            ("depth", 1, 1 << 10),
+            *((name, 0, 1 << 18) for name in ("align_size", "num_heads", "mlp_size")),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"post_decoder.{name} is {value!r}, but must be a number from {least} to {most}")
         if self.activation not in ACT2FN:
             raise ValueError(f"post_decoder.activation {self.activation!r} is not an activation of transformers")
 

@@ -15,19 +15,19 @@ from PIL import Image
 from transformers import GenerationConfig, PreTrainedConfig
 
 from relook.data.images import ImageLoader
+from relook.data.prompts import IMAGE
 from relook.errors import CheckpointError, some
 from relook.files import read_object
 
 # Largest values of a config: beyond what any model has, within what any machine can lay out.
 SIZES = {
     "num_hidden_layers": 1 << 10,
-    "depth": 1 << 10,
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 1 << 18),
     **dict.fromkeys(("head_dim", "projection_dim"), 1 << 18),
     **dict.fromkeys(("image_size", "patch_size"), 1 << 13),
     "num_channels": 3,
     "vocab_size": 1 << 24,
-    "max_position_embeddings": 1 << 30,
+    **dict.fromkeys(("max_position_embeddings", "sliding_window"), 1 << 30),
 }
 SIDE = 1 << 13  # of a picture that a processor makes
 BEAMS = 64
@@ -116,7 +116,8 @@ def generation_config(folder: Path, words: int) -> GenerationConfig:
     wrong = [
         f"{key} {value!r}"[:100]
         for key, value in settings.items()
-        if value not in (None, False, [], {}) and not (known[key](value) if key in known else value == 0)
+        if not (value is None or value is False or value in ([], {}))
+        and not (known[key](value) if key in known else value == 0)
     ]
     if wrong:
         raise CheckpointError(
@@ -150,15 +151,17 @@ def _generation(words: int) -> Mapping[str, Callable[[Any], bool]]:
     }
 
 
-def check_processor(who: str, images: ImageLoader, side: int) -> None:
-    """Try an image processor on a small picture.
-
-    Args:
-        side: of the pictures that the vision tower takes.
+def check_processor(who: str, tokenizer: Any, images: ImageLoader, config: Any) -> None:
+    """Try a processor's parts on a placeholder and on a small picture.
 
     Raises:
-        CheckpointError: it fails, or gives something that the tower does not take.
+        CheckpointError: they fail, or give something that a model of this config does not take.
     """
+    placeholder, side = tokenizer.convert_tokens_to_ids(IMAGE), config.vision_config.image_size
+    if placeholder != config.image_token_id:
+        raise CheckpointError(
+            f"The tokenizer of {who} has {IMAGE} as {placeholder}, its config as {config.image_token_id}.", AGAIN
+        )
     processor = images.image_processor
     sizes = [n for name in ("size", "crop_size") for n in dict(getattr(processor, name, None) or {}).values()]
     sizes += [n for pair in getattr(processor, "image_grid_pinpoints", None) or () for n in pair]

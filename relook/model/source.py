@@ -141,7 +141,7 @@ class ModelSource:
         ]
         layers = self.config.vision_feature_layer
         depth = self.config.vision_config.num_hidden_layers
-        if any(not -depth - 1 <= layer <= depth for layer in (layers if isinstance(layers, list) else [layers])):
+        if any(not 1 <= abs(layer) <= depth for layer in (layers if isinstance(layers, list) else [layers])):
             raise CheckpointError(
                 f"{who} takes its image features from layer {layers} of a vision tower that has {depth}.",
                 "Check that the config and the tower belong together.",
@@ -235,9 +235,8 @@ def open_model(
     trunk = MODEL_TYPES[raw["model_type"]]
     config_class = trunk.relook_config if kind == "relook" else trunk.config
     tensors = _renamed(read_folder(path), FROM_HF) if weights else {}
-    raw = plain(raw)
     raw["text_config"] = _valid(path, one_rope, raw["text_config"])
-    config = _valid(path, config_class.from_dict, raw)
+    config = _valid(path, config_class.from_dict, plain(raw))
     check_config(str(path), config)
     return ModelSource(path, kind, config, tensors, _valid(path, default_template, raw))
 
@@ -276,9 +275,9 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
         what = f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower."
         raise CheckpointError(what, "Give the tower's own folder.")
     vision: CLIPVisionConfig = _valid(tower, CLIPVisionConfig.from_dict, plain(settings.get("vision_config", settings)))
-    if not weights:  # the id of <image>, which only the tokenizer knows, shapes nothing
-        config = _valid(path, from_llava_config, path, raw, vision, 0)
-        check_config(str(path), config)
+    config = _valid(path, from_llava_config, path, raw, vision)
+    check_config(str(path), config)
+    if not weights:
         return ModelSource(path, "llava", config, {}, default_template(raw), tower)
     tensors = _renamed(read_folder(path), FROM_LLAVA)
     trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
@@ -287,10 +286,9 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in of_tower) else ""
         tensors = {name: t for name, t in tensors.items() if not name.startswith(TOWER)}
         tensors |= {TOWER + n.removeprefix(prefix): t for n, t in of_tower.items() if n.startswith(prefix)}
-    tokenizer = image_tokenizer(path, raw.get("vocab_size", 0))
-    config = _valid(path, from_llava_config, path, raw, vision, tokenizer.convert_tokens_to_ids(IMAGE))
-    check_config(str(path), config)
     rows = config.text_config.vocab_size
+    tokenizer = image_tokenizer(path, rows)
+    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     if raw.get("mm_use_im_start_end") and max(tokenizer.convert_tokens_to_ids([IM_START, IM_END])) >= rows:
         raise CheckpointError(
             f"{path} has mm_use_im_start_end, but its {rows} embeddings have no rows for {IM_START} and {IM_END}.",
