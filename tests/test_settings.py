@@ -140,6 +140,9 @@ def test_a_post_decoder_of_sizes_that_none_has(settings: dict[str, Any], base: P
         ("max_time", 0.1),
         ("assistant_early_exit", 4),
         ("repetition_penalty", 0.0),
+        ("num_beams", []),
+        ("pad_token_id", [1, 2]),
+        ("suppress_tokens", {}),
         ("tomorrow", 3),
     ],
 )

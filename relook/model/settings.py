@@ -116,8 +116,7 @@ def generation_config(folder: Path, words: int) -> GenerationConfig:
     wrong = [
         f"{key} {value!r}"[:100]
         for key, value in settings.items()
-        if not (value is None or value is False or value in ([], {}))
-        and not (known[key](value) if key in known else value == 0)
+        if not (value is None or (known[key](value) if key in known else value in (False, [], {})))
     ]
     if wrong:
         raise CheckpointError(
@@ -125,7 +124,7 @@ def generation_config(folder: Path, words: int) -> GenerationConfig:
             "Remove them from the file.",
         )
     try:
-        return GenerationConfig(**{key: settings[key] for key in known if key in settings})
+        return GenerationConfig(**{key: settings[key] for key in known if settings.get(key) is not None})
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid: {error}.", "Correct it.") from None
 
@@ -135,8 +134,9 @@ def _generation(words: int) -> Mapping[str, Callable[[Any], bool]]:
     share, length, one = _number(0, 1), _whole(0, 1 << 30), lambda value: value == 1
     return {
         **dict.fromkeys(("do_sample", "use_cache", "renormalize_logits", "_from_model_config"), _flag),
-        "early_stopping": lambda value: value in (True, "never"),
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _ids(words)),
+        "early_stopping": lambda value: value in (True, False, "never"),
+        **dict.fromkeys(("bos_token_id", "pad_token_id"), _id(words)),
+        "eos_token_id": _ids(words),
         **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), lambda v: isinstance(v, list) and _ids(words)(v)),
         **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), length),
         **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"), share),
@@ -147,7 +147,7 @@ def _generation(words: int) -> Mapping[str, Callable[[Any], bool]]:
         "repetition_penalty": lambda value: _number(0, 100)(value) and value > 0,
         "no_repeat_ngram_size": _whole(0, 1 << 10),
         **dict.fromkeys(("num_beam_groups", "num_return_sequences", "guidance_scale"), one),
-        **dict.fromkeys(("encoder_repetition_penalty",), one),
+        "encoder_repetition_penalty": one,
     }
 
 
