@@ -40,6 +40,7 @@ INSTEAD = {
     "ignore_bias_buffers": "There are no such buffers; leave it out.",
     # transformers', renamed since
     "evaluation_strategy": "transformers calls it eval_strategy.",
+    "logging_dir": "transformers reads it from TENSORBOARD_LOGGING_DIR in the environment.",
     "warmup_ratio": "transformers takes it as warmup_steps: a number below 1 is a share of all steps.",
     # transformers', without effect on relook's trainer
     "label_smoothing_factor": "Use loss_type robust and label_smoothing.",
