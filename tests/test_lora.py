@@ -142,7 +142,7 @@ def test_dpo_over_trees_is_dpo_over_two_rows(kind: str, base: Path, world: Path,
 
     tolerance = {16: 1e-5, 8: 5e-2, 4: 1e-5}[bench.recipe.bits]  # 8 bits: activations are rounded, too
     close: Callable[..., None] = torch.testing.assert_close
-    assert abs(float(expected.detach()) - math.log(2)) > 1e-2
+    assert abs(float(expected.detach()) - math.log(2)) > 5e-3
     close(log_probs, torch.cat(said), rtol=tolerance, atol=tolerance)
     close(
         torch.cat([i.reference for i in items if i.reference is not None]), torch.cat(anchor), rtol=1e-5, atol=tolerance

@@ -185,8 +185,8 @@ def test_only_differing_tokens_can_be_weighed(base: Path, world: Path, tmp_path:
         {"loss_type": "hinge"},
         {"loss_type": "robust", "label_smoothing": 0.1, "dpo_tokens": "differing"},
         {"loss_type": "simpo", "beta": 2.0},
-        {"loss_type": "orpo", "nll_weight": 1.0},
-        {"feature_cache": "off", "mdpo_conditional_weight": 1.0, "mdpo_anchored_weight": 1.0},
+        {"loss_type": "orpo", "nll_weight": 1.0, "learning_rate": 5e-3},
+        {"feature_cache": "off", "mdpo_conditional_weight": 1.0, "mdpo_anchored_weight": 1.0, "learning_rate": 5e-3},
     ],
     ids=str,
 )
@@ -464,7 +464,8 @@ def test_a_trained_lora_is_loaded_as_peft_loads_it(base: Path, world: Path, tmp_
     plain = LlavaForConditionalGeneration.from_pretrained(base).eval()
     before = logits_of(plain, pictures)
     adapted = PeftModel.from_pretrained(plain, out).eval()
-    torch.testing.assert_close(logits_of(load_model(out).model, pictures), logits_of(adapted, pictures))
+    ours, theirs = logits_of(load_model(out).model, pictures), logits_of(adapted, pictures)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     assert not torch.allclose(logits_of(adapted, pictures), before, atol=1e-3)
 
 
