@@ -65,15 +65,7 @@ INSTEAD = {
     "cache_dir": "Set HF_HOME, and give folders: relook downloads nothing.",
     "max_prompt_length": "Use model_max_length: it bounds the whole row, and nothing is cut.",
     "max_length": "Use model_max_length: it bounds the whole row, and nothing is cut.",
-<<<<<<< HEAD
-=======
-    "log_freq": "Use logging_steps.",
-    "ignore_bias_buffers": "There are no such buffers; leave it out.",
-    # transformers', renamed since
-    "evaluation_strategy": "transformers calls it eval_strategy.",
     "logging_dir": "transformers reads it from TENSORBOARD_LOGGING_DIR in the environment.",
-    "warmup_ratio": "transformers takes it as warmup_steps: a number below 1 is a share of all steps.",
->>>>>>> versions
     # transformers', without effect on relook's trainer
     "label_smoothing_factor": "Use loss_type robust and label_smoothing.",
     "average_tokens_across_devices": "A mean over tokens is one over those of all processes; leave it out.",

@@ -388,18 +388,12 @@ def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
     return [{"type": "text", "text": task.prompt}, image]
 
 
-<<<<<<< HEAD
 def _short(error: Exception | str) -> str:
     """What an error or a reply says, on one line: an endpoint's words may hold anything, a terminal's commands, too."""
-    return "".join(c for c in " ".join(str(error).split())[:200] if c.isprintable()).rstrip(".")
-=======
-def _short(error: Exception) -> str:
-    """What an error says, on one line: an endpoint's words may hold anything, a terminal's commands, too."""
     status, text = getattr(error, "status_code", None), str(error)
     if status and str(status) not in text:  # openai 3.0 leaves it out
         text = f"Error code: {status} - {text}"
     return "".join(c for c in " ".join(text.split())[:200] if c.isprintable()).rstrip(".")
->>>>>>> versions
 
 
 def prompt_template(program: Path, name: str, own: str) -> tuple[str, dict[str, str]]:
