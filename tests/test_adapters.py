@@ -22,7 +22,7 @@ from relook import load_model
 from relook.errors import CheckpointError
 from relook.files import read_json, write_json
 from relook.model.checkpoint import read_file
-from relook.model.convert import Writing, merge
+from relook.model.export import Writing, merge
 from relook.model.load import default_template, model_hash
 from relook.model.lora import Adapter
 from relook.recipe import build_recipe

@@ -10,10 +10,9 @@ import pytest
 from typer.main import get_command
 
 from relook.cli import app
-from relook.keys import shipped
 from relook.model.post_decoder import PostDecoderSettings
-from relook.recipe import Recipe
-from relook.sweep_recipe import OWN
+from relook.recipe import Recipe, shipped
+from relook.sweep_config import OWN
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -32,10 +31,13 @@ def test_every_sweep_key_and_shipped_sweep_is_documented() -> None:
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_the_readme_maps_every_module_and_command(name: str) -> None:
+def test_the_readme_shows_folders_that_exist_and_every_command(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    modules = [path for path in (ROOT / "relook").rglob("*.py") if not path.name.startswith("__")]
-    assert not [path.name for path in modules if path.name not in text]
+    tree = re.search(r"^relook/\n.*?^```", text, re.M | re.S)
+    assert tree
+    named = set(re.findall(r"\b[\w-]+\.py\b", tree[0]))
+    assert named <= {path.name for path in (ROOT / "relook").rglob("*.py")}
+    assert all((ROOT / "relook" / folder).is_dir() for folder in re.findall(r"^  (\w+)/ ", tree[0], re.M))
     assert not [command for command in get_command(app).commands if f"`relook {command} " not in text]  # type: ignore[attr-defined]
 
 
@@ -51,7 +53,7 @@ def test_the_readmes_have_the_same_rows_once() -> None:
         [re.sub("[、，]", ", ", cell).replace("：", ": ") for cell in re.findall(r"^\| (\S*`.*?) \| ", text, re.M)]
         for text in ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
     ]
-    assert len(rows[0]) == len(set(rows[0])) > 60
+    assert len(rows[0]) == len(set(rows[0])) > 20
     assert rows[0] == rows[1]
 
 

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from relook.cli import app
 from relook.errors import RelookError
-from relook.estimate import (
+from relook.estimate.memory import Counts, Job, decoder_layer_bytes, ways, within
+from relook.estimate.run import (
     GIB,
     Assumed,
     Lengths,
@@ -36,18 +37,14 @@ from relook.estimate import (
     read_lengths,
 )
 from relook.files import write_json
-from relook.keys import parse_overrides, read_shipped
-from relook.model.above_trunk import AboveTrunk
-from relook.recipe import Recipe, build_recipe
-from relook.train.activations import Counts, decoder_layer, within
-from relook.train.batches import Collator, Item
-from relook.train.logs import Costs
-from relook.train.lora_products import ATTENTION_INPUTS, MLP_INPUTS, narrow
-from relook.train.memory import Job
-from relook.train.policy import Policy
+from relook.forward.collate import Collator, Item
+from relook.forward.packed_attention import ATTENTION_INPUTS, MLP_INPUTS, narrow
+from relook.forward.policy import Policy
+from relook.model.load import AboveTrunk
+from relook.recipe import Recipe, build_recipe, parse_overrides, read_shipped
+from relook.train.feature_cache import features_once
+from relook.train.metrics import Costs
 from relook.train.run import encode_samples, load, policy_of, prepare, read_samples, train
-from relook.train.sight import features_once
-from relook.train.ways import ways
 
 NAMES = (*ATTENTION_INPUTS, "o_proj", *MLP_INPUTS, "down_proj")
 WIDTH, INNER, ROW = 32, 80, 48  # of the layers below
@@ -150,7 +147,7 @@ NO_ATTENTION = {"target_modules": ["gate_proj", "down_proj"]}
 )
 def test_a_layer_keeps_what_is_said(dtype: torch.dtype, kind: str, kv_heads: int, lora: dict[str, Any]) -> None:
     model, low = language_model(1, kind, dtype, kv_heads, lora), dtype.itemsize
-    attention, mlp = decoder_layer(model.layers[0], model.config, ROW, "dense", low, mixed=low < 4, dropout=0.0)
+    attention, mlp = decoder_layer_bytes(model.layers[0], model.config, ROW, "dense", low, mixed=low < 4, dropout=0.0)
     real = kept_by_a_layer(kind, dtype, kv_heads, lora)
     tolerance = 0.05 if lora.get("use_dora") else 0.005  # DoRA's norms and scales, (out,) each, are left out
     assert attention.of(ROW) + mlp.of(ROW) == pytest.approx(real, rel=tolerance)
@@ -174,7 +171,7 @@ def test_a_compiled_layer_keeps_what_is_said(kind: str, lora: dict[str, Any]) ->
     """By the partitioner that Inductor uses, and on budgets."""
     model, row = language_model(1, kind, torch.bfloat16, 4, lora), 512
     dropout = lora.get("lora_dropout", 0.0)
-    attention, mlp = decoder_layer(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=dropout)
+    attention, mlp = decoder_layer_bytes(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=dropout)
     real = kept_by_a_layer(kind, torch.bfloat16, 4, lora, PARTITIONED, row)
     # Inductor sees that casting the attention's output to float32 and back changes nothing; this backend does not.
     copied = WIDTH * 2 if kind == "lora" and not dropout and "o_proj" in lora.get("target_modules", NAMES) else 0
@@ -187,7 +184,7 @@ def test_a_compiled_layer_keeps_what_is_said(kind: str, lora: dict[str, Any]) ->
 @pytest.mark.parametrize(("kind", "lora"), [("lora", {}), ("full", {})], ids=str)
 def test_a_budget_is_kept(kind: str, lora: dict[str, Any], budget: float) -> None:
     model, row = language_model(1, kind, torch.bfloat16, 4, lora), 1024
-    attention, mlp = decoder_layer(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=0.0)
+    attention, mlp = decoder_layer_bytes(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=0.0)
     with torch._functorch.config.patch(activation_memory_budget=budget):
         real = kept_by_a_layer(kind, torch.bfloat16, 4, lora, PARTITIONED, row)
     said = within(budget, row * WIDTH * (4 if kind == "full" else 2), (attention, row), (mlp, row))

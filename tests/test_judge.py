@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relook.errors import DataError, RecipeError, RelookError
-from relook.evaluate.bounded import LONGEST_BODY, REDIRECTS
+from relook.evaluate.bounded_http import LONGEST_BODY, REDIRECTS
 from relook.evaluate.judge import (
     LONGEST_PROMPT,
     LONGEST_REPLY,

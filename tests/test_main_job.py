@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from relook import load_model
-from relook.evaluate.pope import SPLITS
+from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, read_records, write_json
-from relook.keys import shipped
-from relook.train.cache import TrunkCache
+from relook.recipe import shipped
+from relook.train.feature_cache import TrunkCache
 
 NAME = "openai/clip-vit-tiny-patch14-56"
 FAST = ("--bf16", "false", "--learning_rate", "1e-3", "--use_cpu", "true")

@@ -14,27 +14,24 @@ from tiny import write_world
 
 import relook
 from relook import load_model
-from relook.data.check import check
-from relook.data.coco import read_coco
+from relook.data.annotations import read_coco
+from relook.data.check import check, fix
 from relook.data.convert import convert as convert_pairs
-from relook.data.fix import fix
-from relook.data.hadpo import read_hadpo
 from relook.data.images import open_image
-from relook.data.llava import read_llava
-from relook.data.pairs import read_pairs
+from relook.data.readers import read_hadpo, read_llava, read_pairs
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.compare import compare
-from relook.evaluate.pope import read_answers, read_questions
-from relook.evaluate.pope_build import build_pope
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import Given, read_scores
+from relook.evaluate.tasks.build_pope import build_pope
+from relook.evaluate.tasks.pope import read_answers, read_questions
 from relook.files import read_json
+from relook.mine.jobs import Mining, Place
 from relook.mine.run import mine
-from relook.mine.settings import Mining, Place
-from relook.model.convert import Writing, convert
+from relook.model.export import Writing, convert
 from relook.model.inspect import inspect as inspect_model
 from relook.model.load import Loading
-from relook.report.two_models import write_comparison
+from relook.report.comparison import write_comparison
 
 ROOMS = Path(relook.__file__).parent
 

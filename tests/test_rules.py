@@ -14,20 +14,16 @@ import pytest
 from damaged import encoded, talk
 from PIL import Image
 
-from relook.data.check import check, print_report
+from relook.data.check import check, fix, print_report, summary
 from relook.data.convert import convert
-from relook.data.fix import fix, summary
-from relook.data.hadpo import read_hadpo
 from relook.data.layouts import find_layout
-from relook.data.llava import read_llava
-from relook.data.pairs import read_pairs
-from relook.data.report import ReadReport
-from relook.data.rules import as_bool, as_id
+from relook.data.readers import read_hadpo, read_llava, read_pairs
+from relook.data.samples import ReadReport, as_bool, as_id
 from relook.errors import DataError
 from relook.evaluate.benchmarks import read_questions
 from relook.evaluate.run import evaluate_model
 from relook.files import read_json, read_records, read_text, write_json
-from relook.toyworld.shipped import shipped_base
+from relook.toyworld.build import shipped_base
 
 SOUND = ("Is there a dog?", "Yes.", "No.")
 BAD = [

@@ -34,12 +34,13 @@ from test_answer import as_loaded
 from tiny import tiny_relook
 
 from relook.errors import DataError, RelookError
-from relook.serve import api, command, readers
+from relook.generate.engine import DECODERS, Engine
+from relook.generate.request import Limits, ReadImage
+from relook.serve import api, threads
 from relook.serve import media as media_module
 from relook.serve.api import Policy
-from relook.serve.engine import DECODERS, Engine
 from relook.serve.media import Sources, is_public
-from relook.serve.request import Limits, ReadImage
+from relook.serve.server import check_names, own_hosts
 
 ROUTE = "/v1/chat/completions"
 
@@ -553,7 +554,7 @@ def test_addresses_that_are_public() -> None:
 def test_half_open_connections_are_closed_and_nobody_waits_for_them(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr("relook.serve.server.HEAD_SECONDS", 1.0)
     head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n"
     clients = [socket.create_connection(("127.0.0.1", served.port), timeout=20) for _ in range(60)]
     for i, client in enumerate(clients):
@@ -607,11 +608,11 @@ VALUES = st.recursive(
 def test_what_a_body_holds_is_counted_before_it_is_parsed(value: Any, ascii: bool) -> None:
     body, tokens = json.dumps(value, ensure_ascii=ascii).encode("utf-8", "replace"), count_tokens(value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "JSON_TOKENS", tokens)
-        assert readers.read_json(body) == json.loads(body)
-        patch.setattr(readers, "JSON_TOKENS", tokens - 1)
+        patch.setattr(threads, "JSON_TOKENS", tokens)
+        assert threads.read_json(body) == json.loads(body)
+        patch.setattr(threads, "JSON_TOKENS", tokens - 1)
         with pytest.raises(HTTPException, match="too many messages"):
-            readers.read_json(body)
+            threads.read_json(body)
 
 
 @pytest.mark.parametrize(
@@ -653,7 +654,7 @@ def test_json_is_parsed_beside_the_event_loop(served: Served, monkeypatch: pytes
         threads.append(threading.current_thread().name)
         return read_json(body)
 
-    read_json = readers.read_json
+    read_json = threads.read_json
     monkeypatch.setattr(api, "read_json", noted)
     assert_well(served)
     assert [name.partition("_")[0] for name in threads] == ["texts"]
@@ -754,7 +755,7 @@ def unlocked() -> Iterator[Served]:
     """A server without a key on this machine alone, as the command starts it."""
     engines = {"tuned": Engine(as_loaded(tiny_relook()), Limits(slots=2))}
     policy = Policy(hosts=frozenset({"relook.example", "fd00::1"}))
-    policy = replace(policy, hosts=command.own_hosts("localhost", "127.0.0.1", policy))
+    policy = replace(policy, hosts=own_hosts("localhost", "127.0.0.1", policy))
     with serving(engines, policy) as server:
         yield server
 
@@ -803,20 +804,20 @@ def test_a_check_without_a_host_is_answered(unlocked: Served) -> None:
 
 def test_which_names_a_server_has() -> None:
     own, named = {"localhost", "127.0.0.1", "[::1]"}, Policy(hosts=frozenset({"A.example"}))
-    assert command.own_hosts("127.0.0.1", "127.0.0.1", Policy()) == own
-    assert command.own_hosts("::1", "::1", Policy()) == own
-    assert command.own_hosts("127.0.0.5", "127.0.0.5", Policy()) == own | {"127.0.0.5"}
-    assert command.own_hosts("my-machine", "127.0.0.1", Policy()) == own | {"my-machine"}
-    assert command.own_hosts("127.0.0.1", "127.0.0.1", Policy("a key")) == set()  # no page knows it
-    assert command.own_hosts("0.0.0.0", "0.0.0.0", Policy()) == set()
-    assert command.own_hosts("", "0.0.0.0", named) == own | {"a.example", "0.0.0.0"}
+    assert own_hosts("127.0.0.1", "127.0.0.1", Policy()) == own
+    assert own_hosts("::1", "::1", Policy()) == own
+    assert own_hosts("127.0.0.5", "127.0.0.5", Policy()) == own | {"127.0.0.5"}
+    assert own_hosts("my-machine", "127.0.0.1", Policy()) == own | {"my-machine"}
+    assert own_hosts("127.0.0.1", "127.0.0.1", Policy("a key")) == set()  # no page knows it
+    assert own_hosts("0.0.0.0", "0.0.0.0", Policy()) == set()
+    assert own_hosts("", "0.0.0.0", named) == own | {"a.example", "0.0.0.0"}
 
 
 def test_names_that_no_browser_sends_are_the_users_mistake() -> None:
     hosts = {"https://a.example", "a.example:80", "a.example/", "*", "", "a b", "::1", "b.example", "[::1]"}
     origins = ("a.example", "https://a.example/", "https://*.example", "https://b.example", "*", "http://[::1]:80")
     with pytest.raises(RelookError) as caught:
-        command.check_names(Policy(hosts=frozenset(hosts), origins=origins))
+        check_names(Policy(hosts=frozenset(hosts), origins=origins))
     wrong = str(caught.value).partition(": ")[2].partition(". Give")[0].split(", ")
     expected = [f"--allow-host {host}" for host in hosts - {"::1", "b.example", "[::1]"}]
     assert sorted(wrong) == sorted(expected + [f"--cors-origin {origin}" for origin in origins[:3]])

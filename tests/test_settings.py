@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from relook import load_model
 from relook.cli import app
 from relook.errors import RelookError
-from relook.evaluate.answer import Asking, answer
 from relook.files import read_json, sole_writer, write_json
-from relook.model.source import open_model
+from relook.generate.tree_decoding import Asking, answer
+from relook.model.lazy_model import open_model
 
 
 @pytest.fixture

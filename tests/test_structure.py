@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from relook.data.image_limits import GIF_BLOCKS, JPEG_FILL, JPEG_SCANS, JPEG_SEGMENTS, PNG_CHUNKS, check_structure
 from relook.data.images import image_from_bytes
-from relook.data.structure import GIF_BLOCKS, JPEG_FILL, JPEG_SCANS, JPEG_SEGMENTS, PNG_CHUNKS, check_structure
 from relook.errors import DataError
 
 PIXELS = 48 * 32

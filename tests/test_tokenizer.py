@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from relook.data.encode import Encoder
-from relook.data.literal import LiteralText
-from relook.data.prompts import get_template
 from relook.data.samples import Turn
+from relook.data.special_tokens import LiteralText
+from relook.data.templates import get_template
 from relook.errors import CheckpointError, RelookError
 from relook.model.tokenizer import decode_bytes, load_tokenizer, read_pieces, token_bytes
 

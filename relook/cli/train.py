@@ -10,7 +10,7 @@ import typer
 
 from relook.cli.options import AsJson, input_option
 from relook.errors import Faults, RecipeError
-from relook.keys import read_overrides, read_shipped, shipped
+from relook.recipe import read_overrides, read_shipped, shipped
 
 app = typer.Typer()
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -90,7 +90,7 @@ def estimate(
 ) -> None:
     """Predict a recipe's memory on each GPU, its trunk cache and its work; any of its keys may follow."""
     look_at(recipe, context.args, whole=False)
-    from relook.estimate import Assumed, estimate_command, print_estimate
+    from relook.estimate.run import Assumed, estimate_command, print_estimate
 
     assumed = Assumed(prompt_tokens, response_tokens, samples)
     found = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)

@@ -18,12 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from relook.console import progress, say
-from relook.data.hadpo import DESCRIBE_PROMPTS, answered_correctly, draw
-from relook.data.located import located
-from relook.data.parquet import COLUMNS, content_hash, hadpo_record, kept, open_parquet, write_parquet
-from relook.data.rows import BadRow, Embedded, Row, Source, pyarrow
-from relook.data.rules import BadRecord, as_id, check_pair
-from relook.data.vg import read_image_records
+from relook.data.annotations import read_image_records
+from relook.data.parquet import (
+    COLUMNS,
+    BadRow,
+    Embedded,
+    Row,
+    Source,
+    content_hash,
+    hadpo_record,
+    kept,
+    open_parquet,
+    pyarrow,
+    write_parquet,
+)
+from relook.data.paths import located
+from relook.data.readers import DESCRIBE_PROMPTS, answered_correctly, draw
+from relook.data.samples import BadRecord, as_id, check_pair
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_json, read_object, whole_folder, write_json
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from relook.data.images import Picture
-from relook.data.literal import LiteralText
-from relook.data.prompts import EOS, IM_END, IM_PATCH, IM_START, IMAGE, Piece, Template, image_first, with_image
+from relook.data.packing import Row, Tree
 from relook.data.samples import Conversation, PreferencePair, Turn
+from relook.data.special_tokens import LiteralText
+from relook.data.templates import EOS, IM_END, IM_PATCH, IM_START, IMAGE, Piece, Template, image_first, with_image
 from relook.errors import DataError, RecipeError
-from relook.tree import Row, Tree
 
 Made = TypeVar("Made")
 Sample = TypeVar("Sample")

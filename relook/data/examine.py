@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from relook.data.located import same_stem
+from relook.data.paths import same_stem
 from relook.data.rgb import as_rgb, orientation
 
 # Pillow's names of what a suffix promises. MPO is a JPEG with further pictures behind it, as cameras write them.

@@ -15,9 +15,9 @@ from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
-from relook.data.hadpo import DESCRIBE_PROMPTS, QUESTION_FIELDS, answered_correctly, choices
-from relook.data.llava import conversation
-from relook.data.places import (
+from relook.data.annotations import read_image_paths
+from relook.data.parquet import leads_out
+from relook.data.paths import (
     amber_file,
     amber_images,
     coco_annotations,
@@ -27,9 +27,8 @@ from relook.data.places import (
     shr_file,
     visual_genome,
 )
-from relook.data.rows import leads_out
-from relook.data.rules import BadRecord, as_id, check_pair
-from relook.data.vg import read_image_paths
+from relook.data.readers import DESCRIBE_PROMPTS, QUESTION_FIELDS, answered_correctly, choices, conversation
+from relook.data.samples import BadRecord, as_id, check_pair
 from relook.errors import DataError
 from relook.files import opens_with, read_json, read_text
 

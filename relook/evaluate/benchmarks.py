@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from relook.console import say
-from relook.data.coco import read_coco
-from relook.data.located import located
-from relook.data.places import coco_images
+from relook.data.annotations import read_coco
+from relook.data.paths import coco_images, located
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError, some
-from relook.evaluate import amber, mmhal, shr
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
-from relook.evaluate.pope import LONGEST_ANSWER, SPLITS
-from relook.evaluate.provenance import provenance
+from relook.evaluate.results import provenance
 from relook.evaluate.score import (
     RESULTS,
     Given,
@@ -32,6 +29,8 @@ from relook.evaluate.score import (
     pope_results,
     score_answers,
 )
+from relook.evaluate.tasks import amber, mmhal, shr
+from relook.evaluate.tasks.pope import LONGEST_ANSWER, SPLITS
 from relook.files import file_hash, read_object, read_records, text_hash
 
 CHAIR_PROMPT = "Describe this image in detail."

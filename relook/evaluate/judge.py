@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from relook.console import Report, progress, say
 from relook.errors import DataError, RecipeError, RelookError, some
-from relook.evaluate.answer_file import AnswerFile
+from relook.evaluate.results import AnswerFile
 from relook.files import file_hash, read_text, text_hash
 
 T = TypeVar("T")
@@ -228,7 +228,7 @@ class _Asking:
         try:
             from openai import AsyncOpenAI
 
-            from relook.evaluate.bounded import BoundedClient
+            from relook.evaluate.bounded_http import BoundedClient
         except ImportError:
             raise RelookError("Judging needs the openai library.", "pip install 'relook[judge]'.") from None
         settings = self.settings
@@ -311,7 +311,7 @@ class _Asking:
         """A new reply; `NoVerdict` is raised where this prompt gets none, `RelookError` where no prompt gets one."""
         import openai
 
-        from relook.evaluate.bounded import LONGEST_BODY
+        from relook.evaluate.bounded_http import LONGEST_BODY
 
         message = {"role": "user", "content": _content(task)}
         reason = NO_ANSWER

@@ -8,15 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from relook.data.coco import Annotations, read_captions, read_coco
-from relook.data.places import coco_annotations, coco_images, pope_file
-from relook.data.rules import as_id
-from relook.data.samples import Question
+from relook.data.annotations import Annotations, read_captions, read_coco
+from relook.data.paths import coco_annotations, coco_images, pope_file
+from relook.data.samples import Question, as_id
 from relook.errors import DataError, RecipeError, some
-from relook.evaluate import chair, pope
-from relook.evaluate.pope import PARSERS, SPLITS
-from relook.evaluate.provenance import EVAL_FILE, provenance
+from relook.evaluate.results import EVAL_FILE, provenance
 from relook.evaluate.statistics import Ratio, columns, ratio_interval
+from relook.evaluate.tasks import chair, pope
+from relook.evaluate.tasks.pope import PARSERS, SPLITS
 from relook.files import make_paths, read_object, read_records, read_text, text_hash
 
 LLAVA_QUESTIONS = "llava_pope_test.jsonl"  # LLaVA's own name

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from relook.errors import CheckpointError, some
 from relook.files import read_object
-from relook.model.checkpoint import LazyTensor
-from relook.model.formats import ADAPTER_CONFIG
+from relook.model.checkpoint import ADAPTER_CONFIG, LazyTensor
 
 PEFT_PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"

@@ -1,0 +1,87 @@
+"""Where a data folder has the benchmarks' files: as relook's own folders have them, as HA-DPO's tree (`ha_dpo/data`)
+has them, or as they are downloaded. `relook data check` and `relook eval` look here, so that one takes what the other
+knows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+# ----------------------------------------------------------------------------------------------------
+
+COCO = ("", "coco2014/")  # the second is HA-DPO's
+
+
+def first(folder: Path, *places: str) -> Path:
+    """Return the first of some places in a folder that exists; the first of all where none does."""
+    return next((folder / place for place in places if (folder / place).exists()), folder / places[0])
+
+
+def pope_file(folder: Path, split: str) -> Path:
+    """Return POPE's question file of a split."""
+    places = ("pope/", "", "output/coco/", "POPE/output/coco/")
+    return first(folder, *(f"{place}coco_pope_{split}.json" for place in places))
+
+
+def coco_images(folder: Path) -> Path:
+    """Return the folder of COCO's val2014 images."""
+    return first(folder, *(f"{place}val2014" for place in COCO), "images")
+
+
+def coco_annotations(folder: Path, kind: str) -> Path:
+    """Return COCO's annotations of val2014: of `instances` or `captions`."""
+    return first(folder, *(f"{place}annotations/{kind}_val2014.json" for place in COCO))
+
+
+def visual_genome(folder: Path) -> Path:
+    """Return Visual Genome's folder, with `image_data.json`."""
+    return first(folder, "vg/image_data.json", "VG/image_data.json", "image_data.json").parent
+
+
+def shr_file(folder: Path, name: str) -> Path:
+    """Return one of SHR's files."""
+    return first(folder, f"shr/{name}", name)
+
+
+def amber_file(folder: Path, name: str) -> Path:
+    """Return one of AMBER's files, `data/...` in its repository."""
+    return first(_amber(folder), f"data/{name}", name)
+
+
+def amber_images(folder: Path) -> Path:
+    """Return the folder of AMBER's images."""
+    return first(_amber(folder), "image", "images", "data/image")
+
+
+def _amber(folder: Path) -> Path:
+    return folder / "amber" if (folder / "amber").is_dir() else folder
+
+
+# ----------------------------------------------------------------------------------------------------
+# Image files whose extension is not the one in the record: `x.JPG` or `x.gif` for `x.jpg`. Standard library alone.
+
+
+def located(path: Path) -> Path:
+    """Return the path, or where nothing is there, that of a file whose extension differs in case alone."""
+    if path.is_file():
+        return path
+    same = (path.with_name(name) for name in same_stem(path) if Path(name).suffix.lower() == path.suffix.lower())
+    return next((other for other in same if other.is_file()), path)
+
+
+def same_stem(path: Path) -> Sequence[str]:
+    """List the files beside a path that have its name but for the extension, in order."""
+    try:
+        return _by_stem(path.parent, path.parent.stat().st_mtime_ns).get(path.stem, ())
+    except (OSError, ValueError):  # no such folder, a name too long, a NUL byte
+        return ()
+
+
+@lru_cache(4)  # of hundreds of thousands of files each
+def _by_stem(folder: Path, _: int) -> Mapping[str, Sequence[str]]:
+    names: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)):  # noqa: PTH208 (names alone)
+        names.setdefault(Path(name).stem, []).append(name)
+    return names

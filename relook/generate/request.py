@@ -1,0 +1,288 @@
+"""One answer while it grows: its tokens, when it ends, and which of its characters may be shown."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from relook.data.images import nbytes
+from relook.errors import DataError, RelookError
+from relook.model.tokenizer import EACH_BYTE, UTF8
+
+# ----------------------------------------------------------------------------------------------------
+# What the engine is asked, and what it says while it answers.
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """An image as the model takes it.
+
+    Args:
+        key: hash of its bytes; images of the same key are the same.
+        inputs: what the image processor made of it, without a batch dimension.
+        positions: that it takes in a prompt.
+    """
+
+    key: str
+    inputs: dict[str, Tensor]
+    positions: int
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.inputs)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted.
+
+    Args:
+        ids: the prompt, as `Engine.prompt` makes it.
+        images: those of its placeholders, in order.
+        temperature: 0 takes the most likely token.
+        top_p: of sampling: the smallest set of tokens that is as likely together.
+        seed: of sampling. The same seed draws the same answer, whatever else is being answered.
+        stop: texts that end the answer, and are not part of it.
+        logprobs: whether each token comes with its log-probability; `top` says with how many of the likeliest others.
+        stream: events as the answer grows; else one, at its end.
+        until: when it must be whole, by the monotonic clock; 0 for the engine's `seconds` after it is queued.
+    """
+
+    ids: tuple[int, ...]
+    images: tuple[ReadImage, ...] = ()
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    top: int = 0
+    stream: bool = True
+    until: float = 0.0
+
+
+@dataclass(frozen=True)
+class Said:
+    """A token of an answer, with its log-probability before temperature and top_p, and the likeliest at its place.
+
+    Args:
+        written: text and bytes that it added to the answer, then those that each of `top` would have added.
+    """
+
+    id: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+    written: tuple[tuple[str, bytes], ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What is new of an answer.
+
+    Args:
+        finish: on the last event: "stop", "length", "timeout" or "error".
+        reused: positions of the prompt that were in memory already, once it has been read.
+    """
+
+    text: str = ""
+    tokens: tuple[Said, ...] = field(default=())
+    finish: str = ""
+    reused: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine may take.
+
+    Args:
+        slots: answers at the same time.
+        waiting: requests that may wait for a slot; one more is refused.
+        length: longest prompt with its answer, in positions; 0 is what the language model was made for.
+        cache_gb: memory for keys and values of all slots: `length` is made smaller to keep to it.
+        image_gb: memory for what the vision tower said of recent images.
+        seconds: from a request's arrival to its answer's end.
+        max_pixels: of an image.
+    """
+
+    slots: int = 16
+    waiting: int = 128
+    length: int = 0
+    cache_gb: float = 8.0
+    image_gb: float = 1.0
+    seconds: float = 300.0
+    max_pixels: int = 40_000_000
+
+
+class Busy(RelookError):
+    """The queue is full, or the engine is stopping."""
+
+
+class TooLong(DataError):
+    """A conversation that leaves no room for an answer."""
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AnswerText:
+    """The text of an answer while it grows: its tokens' bytes as UTF-8, up to a stop, without white space around it.
+
+    Args:
+        token_bytes: what a token adds, as `relook.model.tokenizer.token_bytes` gives it.
+        stops: texts that end an answer, and are not part of it.
+    """
+
+    token_bytes: Callable[[int], bytes]
+    stops: Sequence[str] = ()
+    stopped: bool = field(default=False, init=False)
+    _raw: str = field(default="", init=False)
+    _ends: list[int] = field(default_factory=list, init=False)  # characters of `_raw` up to each token's end
+    _before: list[bytes] = field(default_factory=list, init=False)  # an unfinished character before each token
+    _begun: bool = field(default=False, init=False)
+    _shown: int = field(default=0, init=False)
+    _utf8: codecs.IncrementalDecoder = field(default_factory=lambda: UTF8(EACH_BYTE), init=False)
+
+    def add(self, id: int) -> None:
+        """Take the next token."""
+        data = self.token_bytes(id)
+        self._before.append(self._utf8.getstate()[0])
+        if not _continues(data):
+            self._give_up()
+        self._write(self._utf8.decode(data))
+        self._ends.append(len(self._raw))
+
+    def _give_up(self) -> None:
+        """Write a character that stays unfinished as U+FFFD, the text of its tokens."""
+        self._write(self._utf8.decode(b"", final=True))
+        if self._ends:
+            self._ends[-1] = len(self._raw)
+
+    def _write(self, new: str) -> None:
+        if self.stopped:
+            return
+        if new and not self._begun:  # as a tokenizer decodes it
+            new, self._begun = new.removeprefix(" "), True
+        old, self._raw = len(self._raw), self._raw + new
+        stops = [at for stop in self.stops if (at := self._raw.find(stop, max(0, old - len(stop) + 1))) >= 0]
+        if stops:
+            self._raw, self.stopped = self._raw[: min(stops)], True
+
+    def more(self, whole: bool) -> str:
+        """Return the characters that can be shown and have not been. Before the end, whatever may still change is held
+        back: space at the end, half a character, the beginning of a stop."""
+        held = 0
+        if whole:
+            self._give_up()
+        else:
+            held = max((_overlap(self._raw, stop) for stop in self.stops), default=0)
+        more = self._raw[: len(self._raw) - held].strip()[self._shown :]
+        self._shown += len(more)
+        return more
+
+    @property
+    def _lead(self) -> int:
+        """White space at the front, which is never shown."""
+        return len(self._raw) - len(self._raw.lstrip())
+
+    def settled(self, first: int) -> int:
+        """Count the tokens of which all is shown that will be; the first ones are known to be such."""
+        limit = self._lead + self._shown
+        # A token that ends with the shown text and wrote none of it may be the beginning of a character, or of a stop.
+        held = (i for i in range(first, len(self._ends)) if self._ends[i] > limit or self._start(i) == limit)
+        return next(held, len(self._ends))
+
+    def token(self, index: int, id: int) -> tuple[str, bytes]:
+        """Return the part of the shown text that a token wrote, and its bytes. Joined, both are the shown text."""
+        start, end, lead = self._start(index), self._ends[index], self._lead
+        limit = lead + self._shown
+        if start >= limit:  # a stop, or space at the end
+            return "", b""
+        text = self._raw[max(start, lead) : min(end, limit)]
+        written, data = self.instead(index, id)
+        return text, text.encode() if written.encode() == data else data
+
+    def instead(self, index: int, id: int) -> tuple[str, bytes]:
+        """Return the text that a token would have written at a place, and its bytes. Of a character's tokens, the last
+        writes it."""
+        data = self.token_bytes(id)
+        text = UTF8(EACH_BYTE).decode(self._before[index] + data if _continues(data) else data)
+        if self._start(index) > self._lead:
+            return text, data
+        return text.lstrip(), text.lstrip().encode() if text.encode() == data else data.lstrip()
+
+    def _start(self, index: int) -> int:
+        return self._ends[index - 1] if index else 0
+
+
+def _continues(data: bytes) -> bool:
+    """Whether bytes may belong to a character that began before them; no bytes at all change nothing."""
+    return not data or data[0] & 0xC0 == 0x80
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text a stop may begin with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Answer:
+    """A request on its way. The engine's thread owns it; `cancel` may be called from any.
+
+    Args:
+        emit: takes the events, and must not wait.
+        ends: tokens that end it.
+        most: tokens that it may have.
+        draws: a uniform number for each of them; empty where the most likely token is taken.
+        until: when it must be whole, by the monotonic clock.
+    """
+
+    request: Request
+    emit: Callable[[Event], None]
+    text: AnswerText
+    ends: frozenset[int]
+    most: int
+    draws: Sequence[float]
+    until: float
+    reused: int = 0
+    said: list[Said] = field(default_factory=list)
+    reported: int = 0
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def over(self, now: float) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled or now > self.until
+
+    def add(self, said: Said) -> str:
+        """Take the next token: why the answer ends with it, if it does."""
+        self.said.append(said)
+        self.text.add(said.id)
+        if said.id in self.ends or self.text.stopped:
+            return "stop"
+        return "length" if len(self.said) == self.most else ""
+
+    def report(self, finish: str = "") -> None:
+        """Tell what is new: text that can be shown, and the tokens that wrote it."""
+        text = self.text.more(bool(finish))
+        if finish:
+            settled = len(self.said) - (finish == "stop" and self.said[-1].id in self.ends)
+        else:
+            settled = self.text.settled(self.reported)
+        tokens = tuple(self._written(i) for i in range(self.reported, settled))
+        self.reported = settled
+        self.emit(Event(text, tokens, finish, self.reused))
+
+    def _written(self, index: int) -> Said:
+        """A token with its text, where log-probabilities are wanted."""
+        said = self.said[index]
+        if not self.request.logprobs:
+            return said
+        own = self.text.token(index, said.id)
+        others = (own if id == said.id else self.text.instead(index, id) for id, _ in said.top)
+        return replace(said, written=(own, *others))

@@ -1,0 +1,318 @@
+"""What was trained on a base model, read from whatever a training run left, and laid on the base tensor by tensor.
+
+LoRA is merged into the weights it belongs to (in float32, rounded once); everything else replaces the tensor of the
+same name. A post decoder brings tensors that the base need not have.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relook.console import say
+from relook.errors import CheckpointError, some
+from relook.files import read_object
+from relook.model.checkpoint import (
+    ADAPTER_CONFIG,
+    CHANGE_FILE,
+    FROM_CHANGE,
+    LLAVA_TYPES,
+    NON_LORA,
+    PROJECTOR,
+    WHOLE_MODELS,
+    LazyTensor,
+    changed_files,
+    kind_of,
+    read_file,
+    rename,
+)
+from relook.model.families import has_post_decoder, with_post_decoder
+from relook.model.lazy_model import ModelSource
+from relook.model.lora import PEFT_PREFIX, Adapter, Lora
+
+TENSORS_FILE = "trained.safetensors"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+DECODER, HEAD = "model.post_decoder.", "lm_head."
+HEAD_WEIGHT, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
+ADDED = (DECODER, PROJECTOR)  # what a base need not have
+# What each stage of the old replace_bin takes from the change, and whether the base must have a post decoder already.
+STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
+    0: ((HEAD, DECODER), False),
+    1: ((DECODER,), None),
+    2: ((HEAD, DECODER), True),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Tensors under transformers' names.
+
+    Args:
+        replaced: tensors that take the place of the base's, or are added to it.
+        lora: by the name of the weight that it changes.
+        adapter: the settings of `lora`.
+        modules: where `lora` lies, by the same name: the path of the layer in the model that peft wrapped.
+        post_decoder: its settings; None where the change has none, or does not know them.
+        base: the folder of the base model, where the change says it.
+        vision_tower: the folder of its tower, where it is not the one that the base's config names.
+        earlier: the changes that lay on the base already when this one was trained, in their order.
+    """
+
+    path: Path
+    replaced: dict[str, LazyTensor]
+    lora: dict[str, Lora] = field(default_factory=dict)
+    adapter: Adapter | None = None
+    modules: dict[str, str] = field(default_factory=dict)
+    post_decoder: dict[str, Any] | None = None
+    base: Path | None = None
+    vision_tower: Path | None = None
+    earlier: tuple[Path, ...] = ()
+
+    def tower_for(self, base: Path) -> Path | None:
+        """The vision tower that this was trained with, where a base has none of its own."""
+        return self.vision_tower if kind_of(base) == "llava" else None
+
+    def lay_on(self, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:
+        """The base with this change, and before it those that it was trained on.
+
+        Args:
+            dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
+
+        Raises:
+            CheckpointError: a tensor that the base does not have, or has in another shape; a layer without its LoRA.
+        """
+        for path in self.earlier:
+            source = replace(read_change(path), earlier=()).lay_on(source, dtype)
+        config, tensors = source.config, dict(source.tensors)
+        if any(name.startswith(DECODER) for name in self.replaced):
+            config = self._config_with_decoder(source)
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(DECODER)}
+        self._check(source, tensors)
+        # peft's copies of a head, or of embeddings alone, share nothing.
+        untied = {HEAD_WEIGHT} & (self.replaced.keys() | self.lora.keys()) or (
+            self.adapter is not None and EMBEDDINGS in self.replaced
+        )
+        if config.tie_word_embeddings and untied:
+            config = _untied(config)
+            tensors.setdefault(HEAD_WEIGHT, tensors[EMBEDDINGS])
+        tensors |= self.replaced
+        for name, lora in self.lora.items():
+            tensors[name] = tensors[name].then(partial(lora.merged, dtype))
+            if lora.bias is not None:
+                bias = _bias_of(name)
+                tensors[bias] = tensors[bias].then(partial(lora.merged_bias, dtype))
+        self._note_projector()
+        return replace(source, config=config, tensors=tensors, change=self.path, beneath=(source, self))
+
+    def without_adapter(self) -> tuple[Change, dict[str, LazyTensor]]:
+        """What the change replaces beside its adapter, as a change; and the adapter's tensors as peft calls them."""
+        if self.path.is_file():
+            tensors = read_file(self.path)
+        elif any((self.path / name).exists() for name in ADAPTER_FILES):
+            tensors = _adapter(self.path)
+        else:  # a checkpoint of relook, which has all in one file
+            names = ((name.replace(".default.", "."), t) for name, t in read_file(self.path / TENSORS_FILE).items())
+            tensors = {name: tensor for name, tensor in names if ".lora_" in name}
+        beside = self.replaced.keys() - {rename(name, FROM_CHANGE) for name in tensors}
+        rest = {name: self.replaced[name] for name in beside}
+        return Change(self.path, rest, post_decoder=self.post_decoder), tensors
+
+    @property
+    def has_llavas_names(self) -> bool:
+        """Whether the adapter was made in the original program, whose language model is at the top."""
+        return any(module.startswith("model.layers.") for module in self.modules.values())
+
+    def _check(self, source: ModelSource, tensors: dict[str, LazyTensor]) -> None:
+        shapes = {name: _shape(tensors, name) for name in self.replaced}
+        wrong = [
+            f"{name} {list(new.shape)} on {list(shapes[name]) or 'nothing'}"
+            for name, new in self.replaced.items()
+            if shapes[name] != new.shape and (shapes[name] or not name.startswith(ADDED))
+        ]
+        wrong += [f"LoRA of {name}" for name, lora in self.lora.items() if not lora.fits(_shape(tensors, name))]
+        wrong += [
+            f"LoRA of {_bias_of(name)}"
+            for name, lora in self.lora.items()
+            if lora.bias is not None and lora.bias.shape != _shape(tensors, _bias_of(name))
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{self.path} does not fit {source.path}: {len(wrong)} tensors ({some(wrong)}).",
+                "Give the base that it was trained on.",
+            )
+        if self.adapter and (missing := self.adapter.missing(self.modules, tensors.items())):
+            raise CheckpointError(
+                f"{self.path} lacks LoRA for {len(missing)} layers that its target_modules name ({some(missing)}).",
+                "Copy it again: the file is incomplete, or the adapter belongs to a smaller model.",
+            )
+
+    def _note_projector(self) -> None:
+        """LLaVA writes what it trains beside LoRA at the end of a run only, not into its checkpoint-N folders."""
+        has_projector = any(name.startswith(PROJECTOR) for name in self.replaced)
+        if self.has_llavas_names and not has_projector and not (self.path / NON_LORA).exists():
+            say(
+                f"  {self.path} has no {NON_LORA}: no projector came along, so the base's stays. LLaVA trains it "
+                "beside LoRA and saves it at the end of a run only; where it was trained, the answers are not that "
+                "model's."
+            )
+
+    def _config_with_decoder(self, source: ModelSource) -> Any:
+        held = getattr(source.config, "post_decoder", None)
+        settings = self.post_decoder if self.post_decoder is not None else held
+        if settings is None:
+            raise CheckpointError(
+                f"{self.path} has a post decoder, but nothing says its settings.",
+                'Put a config.json with "post_decoder": {...} beside it.',
+            )
+        return with_post_decoder(source.config, settings)
+
+    def at_stage(self, stage: int, source: ModelSource) -> tuple[Change, list[str]]:
+        """What a stage takes from this change and those that it was trained on, and the names of what it leaves out.
+
+        Stage 0 adds the post decoder and replaces the head; stage 1 adds or replaces the post decoder only; stage 2
+        replaces head and post decoder of a model that has one already.
+        """
+        if stage not in STAGES:
+            raise CheckpointError(f"There is no stage {stage}.", f"Known ones: {', '.join(map(str, STAGES))}.")
+        parts, needs_decoder = STAGES[stage]
+        has_decoder = has_post_decoder(source.config)
+        if needs_decoder is not None and needs_decoder != has_decoder:
+            has = "already has a" if has_decoder else "has no"
+            raise CheckpointError(f"{source.path} {has} post decoder.", f"Use stage {2 if has_decoder else 0}.")
+        whole = self._with_earlier()
+        absent = [part.strip(".") for part in parts if not any(name.startswith(part) for name in whole.replaced)]
+        if absent:
+            what = f"{self.path} has no {' and no '.join(absent)}, which stage {stage} takes from it."
+            raise CheckpointError(what, "Choose another stage, or leave it out to take the whole change.")
+        taken = {name: tensor for name, tensor in whole.replaced.items() if name.startswith(parts)}
+        left = sorted((whole.replaced.keys() - taken.keys()) | whole.lora.keys())
+        return replace(whole, replaced=taken, lora={}, adapter=None, modules={}), left
+
+    def _with_earlier(self) -> Change:
+        """Put this change and those that it was trained on in one; of LoRA only the names count: no stage takes it."""
+        replaced: dict[str, LazyTensor] = {}
+        lora: dict[str, Lora] = {}
+        settings = None
+        for change in (*map(read_change, self.earlier), self):
+            if any(name.startswith(DECODER) for name in change.replaced):  # which is a whole one
+                replaced = {name: tensor for name, tensor in replaced.items() if not name.startswith(DECODER)}
+                settings = change.post_decoder
+            replaced |= change.replaced
+            lora |= change.lora
+        return replace(self, replaced=replaced, lora=lora, post_decoder=settings, earlier=())
+
+    def after(self, base: Path) -> Change:
+        """This change without those that a run, as its base, has in it already."""
+        present = [*(path.resolve() for path in read_change(base).earlier), base.resolve()]
+        if [path.resolve() for path in self.earlier[: len(present)]] == present:
+            return replace(self, earlier=self.earlier[len(present) :])
+        return self
+
+
+def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:
+    """The shape of a base's tensor, () where there is none; a tied head has that of the embeddings."""
+    if name == HEAD_WEIGHT and name not in tensors:
+        name = EMBEDDINGS
+    return tensors[name].shape if name in tensors else ()
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _untied(config: Any) -> Any:
+    values = config.to_dict()
+    values["text_config"]["tie_word_embeddings"] = values["tie_word_embeddings"] = False
+    return type(config).from_dict(values)
+
+
+def read_change(path: str | Path) -> Change:
+    """Read a training run of relook, a LoRA folder of the original, or bare trained tensors (a file, or its folder).
+
+    Raises:
+        CheckpointError: nothing of the kind, or LoRA of a variety that relook cannot merge.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind in WHOLE_MODELS:
+        raise CheckpointError(f"{path} is a whole model, not a change to one.", "Load it by itself.")
+    if kind == "run":
+        change = read_object(path / CHANGE_FILE)
+        if not isinstance(change.get("base"), str):
+            raise CheckpointError(f"{path / CHANGE_FILE} does not name a base.", "Copy the run again.")
+        tensors = read_file(path / TENSORS_FILE)
+        if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint has all in one file
+            tensors |= _adapter(path)
+        earlier = change.get("earlier", [])
+        if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
+            raise CheckpointError(f"{path / CHANGE_FILE} has {earlier!r} as earlier changes.", "Copy the run again.")
+        read = _change(path, tensors, change.get("post_decoder"), Path(change["base"]))
+        tower = Path(change["vision_tower"]) if change.get("vision_tower") else None
+        return replace(read, vision_tower=tower, earlier=tuple(map(Path, earlier)))
+    if kind == "lora":
+        return _change(path, _adapter(path) | _bare(path))
+    return _change(path, read_file(path) if path.is_file() else _bare(path))
+
+
+def _bare(folder: Path) -> dict[str, LazyTensor]:
+    return {name: tensor for file in changed_files(folder) for name, tensor in read_file(file).items()}
+
+
+def _adapter(folder: Path) -> dict[str, LazyTensor]:
+    for name in ADAPTER_FILES:
+        if (folder / name).exists():
+            return read_file(folder / name)
+    raise CheckpointError(f"{folder} has an adapter_config.json but no adapter_model.", "Copy it again.")
+
+
+def language_model_config(change: Change) -> dict[str, Any] | None:
+    """The liuhaotian config that lies beside a change: what LLaVA makes of the bare language model below it."""
+    for path in (*change.earlier, change.path):
+        config = read_object(_folder(path) / "config.json", optional=True)
+        if config.get("model_type") in LLAVA_TYPES and "text_config" not in config:
+            return config
+    return None
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+# `default` is peft's name of an adapter, which stands in a model's own names.
+LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<half>\w+?)(?:\.default)?(?P<bias>\.bias)?(?:\.weight)?")
+
+
+def _change(
+    path: Path, tensors: dict[str, LazyTensor], settings: dict[str, Any] | None = None, base: Path | None = None
+) -> Change:
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors.", "Copy it again, or save it again.")
+    if settings is None:
+        settings = read_object(_folder(path) / "config.json", optional=True).get("post_decoder")
+    replaced: dict[str, LazyTensor] = {}
+    halves: dict[str, dict[str, LazyTensor]] = {}
+    for raw, tensor in tensors.items():
+        if half := LORA_NAME.fullmatch(raw):
+            module = half["module"].removeprefix(PEFT_PREFIX)
+            halves.setdefault(module, {})[half["half"] + (half["bias"] or "")] = tensor
+        else:
+            replaced[rename(raw, FROM_CHANGE)] = tensor
+    if not halves and (path.is_file() or not (path / ADAPTER_CONFIG).exists()):
+        return Change(path, replaced, post_decoder=settings, base=base)
+    adapter = Adapter(_folder(path))
+    pairs = adapter.pairs(halves, replaced)
+    modules: dict[str, str] = {}
+    for module in pairs:
+        weight = rename(f"{module}.weight", FROM_CHANGE)
+        if weight in modules:
+            raise CheckpointError(
+                f"{path} holds LoRA of {weight} twice: as {modules[weight]} and as {module}.", "Remove what is older."
+            )
+        modules[weight] = module
+    lora = {name: pairs[module] for name, module in modules.items()}
+    return Change(path, replaced, lora, adapter, modules, settings, base)
