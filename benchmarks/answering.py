@@ -23,10 +23,10 @@ import torch
 from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, peak, sync, versions, write_questions
 
 from relook.evaluate.benchmarks import CHAIR_PROMPT
-from relook.evaluate.tasks.pope import SPLITS, read_questions
+from relook.evaluate.tasks.pope import SPLITS, read_pope_questions
 from relook.files import write_json
-from relook.generate.tree_decoding import Asking, Prompt, answer, generate_batch
-from relook.model.load import LoadedModel, as_dtype, load_model
+from relook.generate.tree_decoding import GenerationSettings, Prompt, answer, generate_batch
+from relook.model.load import LoadedModel, load_model, parse_dtype
 from relook.toyworld.build import shipped_base
 from relook.toyworld.layouts import write_eval
 
@@ -38,7 +38,7 @@ def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as folder:
         loaded, rows = trained(options, Path(folder)) if options.trained else untrained(options, Path(folder))
-        asking = Asking("" if options.trained else "llava_hf", options.new_tokens, options.batch_size)
+        asking = GenerationSettings("" if options.trained else "llava_hf", options.new_tokens, options.batch_size)
         result: dict[str, Any] = {"options": {**vars(options), "out": str(options.out)}, "device": device_name()}
         result["versions"] = versions()
         said: dict[str, list[str]] = {}
@@ -77,7 +77,7 @@ def main() -> None:
 
 def untrained(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, list[Question]]:
     """Random weights, and questions that share nothing but their images."""
-    loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder, as_dtype(options.dtype))
+    loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder, parse_dtype(options.dtype))
     asked = options.images, options.questions, options.question_tokens
     return loaded, write_questions(folder, loaded.processor, *asked)
 
@@ -86,7 +86,7 @@ def trained(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, lis
     """Toyworld's shipped base, and POPE's three splits and a description of each of its scenes."""
     data = write_eval(folder, "test", 0, options.images)
     files = [data / "pope" / f"coco_pope_{split}.json" for split in SPLITS]
-    questions = [question for file in files for question in read_questions(file, data / "val2014")]
+    questions = [question for file in files for question in read_pope_questions(file, data / "val2014")]
     asked = [(question.image, question.text) for question in questions]
     asked += [(image, CHAIR_PROMPT) for image in dict.fromkeys(image for image, _ in asked)]
     return load_model(shipped_base(), dtype=options.dtype), asked

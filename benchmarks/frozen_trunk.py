@@ -48,7 +48,7 @@ from relook.recipe import Recipe, build_recipe
 from relook.sweep import run_sweep
 from relook.train import feature_cache
 from relook.train.feature_cache import TrunkCache, cached_items
-from relook.train.run import encode_samples, load, policy_of, read_samples, train
+from relook.train.run import build_policy, encode_samples, load_for_training, read_samples, train
 
 PEER_BATCH = 8
 
@@ -167,12 +167,12 @@ def cache_pass(
     """Filling the cache for a post decoder that reads the image, twice: the first pass also compiles."""
     recipe = recipe_of(base, options, "cache", tune_post_decoder=True)
     started = time.perf_counter()
-    loaded = load(recipe, DTYPE, DEVICE)
+    loaded = load_for_training(recipe, DTYPE, DEVICE)
     loading = time.perf_counter() - started
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
     encoding = time.perf_counter() - started - loading
     examples = list(dict.fromkeys(examples))
-    policy = policy_of(recipe, loaded, DTYPE)
+    policy = build_policy(recipe, loaded, DTYPE)
     collator = Collator(policy, loaded.images, loaded.pad_id)
     seconds: list[float] = []
     fill = feature_cache._fill_trunk

@@ -16,13 +16,13 @@ from typing import Any
 
 from relook.evaluate.run import evaluate_model
 from relook.files import read_json, write_json
-from relook.mine.jobs import Mining, Place
-from relook.mine.pairs import lengths
+from relook.mine.jobs import MiningSettings, MiningSource
+from relook.mine.pairs import length_statistics
 from relook.mine.run import mine
 from relook.recipe import load_recipe
 from relook.toyworld import layouts
 from relook.toyworld.build import shipped_base
-from relook.toyworld.world import OBJECTS, Scene, describe, sample_scenes
+from relook.toyworld.world import OBJECTS, Scene, describe_scene, sample_scenes
 from relook.train.run import train
 
 PAIR_SCENES, TEST_SCENES = 1000, 1000
@@ -45,8 +45,8 @@ def run_seed(out: Path, seed: int, recipes: list[str]) -> None:
     base, world = shipped_base(), out / "world"
     layouts.write_vg(world, seed, PAIR_SCENES)
     layouts.write_eval(world, "test", seed, TEST_SCENES)
-    how = Mining(seed, questions=4, max_new_tokens=64, batch_size=100)
-    mine(base, Place(world / "vg", "toyworld", exclude=[world / "test"]), out / "mined", how)
+    how = MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100)
+    mine(base, MiningSource(world / "vg", "toyworld", exclude=[world / "test"]), out / "mined", how)
     mined = out / "mined" / "desc_data.json"
     write_json(out / "perfect.json", perfect_pairs(seed, set(read_json(mined))))
     print_row(seed, "base", None, "", scores(base, out, "base"))
@@ -70,7 +70,7 @@ def perfect_pair(scene: Scene) -> dict[str, list[str]]:
     wrong = list(names)
     wrong[rng.randrange(len(names))] = rng.choice([name for name in OBJECTS if name not in names])
     fillers, order = rng.randint(0, 2), rng.random()
-    texts = [describe(said, scene.setting, fillers, random.Random(order)) for said in (names, wrong)]
+    texts = [describe_scene(said, scene.setting, fillers, random.Random(order)) for said in (names, wrong)]
     return {"chosen": texts[:1], "rejected": texts[1:]}
 
 
@@ -83,7 +83,7 @@ def scores(model: Path, out: Path, name: str) -> dict[str, Any]:
 
 def print_row(seed: int, name: str, pairs: Path | None, recipe: str, chair: dict[str, Any]) -> None:
     held = list(read_json(pairs).values()) if pairs else []
-    long = lengths([(pair["chosen"][0], pair["rejected"][0]) for pair in held])
+    long = length_statistics([(pair["chosen"][0], pair["rejected"][0]) for pair in held])
     words = f"{long['chosen_words']} / {long['rejected_words']}" if held else ""
     rates = [f"{100 * chair[rate]:.1f}" for rate in RATES[:3]] + [f"{chair['length']:.1f}"]
     print(f"| {seed} | {name} | {len(held) or ''} | {words} | {recipe} | {' | '.join(rates)} |", flush=True)

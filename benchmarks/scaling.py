@@ -197,11 +197,11 @@ def cache_pass(options: argparse.Namespace) -> dict[str, Any]:
     """The trunk pass for a post decoder, shards on disk, twice: the first one compiles."""
     from relook.forward.collate import Collator
     from relook.train import feature_cache
-    from relook.train.run import encode_samples, load, policy_of, read_samples, training_arguments
+    from relook.train.run import build_policy, encode_samples, load_for_training, read_samples, training_arguments
 
     data = options.work / f"cache{world()}"
     times: list[float] = []
-    claim, wait = feature_cache._claim, feature_cache._wait
+    claim, wait = feature_cache._reserve_space, feature_cache._wait_for_shards
 
     def timed(step: Callable[..., None], *arguments: Any) -> None:
         step(*arguments)
@@ -209,7 +209,7 @@ def cache_pass(options: argparse.Namespace) -> dict[str, Any]:
         times.append(time.perf_counter())
 
     # From here every process makes its shards, until it has seen those of the others; references come after that.
-    feature_cache._claim, feature_cache._wait = partial(timed, claim), partial(timed, wait)
+    feature_cache._reserve_space, feature_cache._wait_for_shards = partial(timed, claim), partial(timed, wait)
     first = None
     for turn in ("first", "second"):
         recipe = build_recipe(
@@ -229,8 +229,8 @@ def cache_pass(options: argparse.Namespace) -> dict[str, Any]:
         )
         arguments = training_arguments(recipe, Path(recipe.output_dir))
         if first is None:
-            loaded = load(recipe, DTYPE, str(arguments.device))
-            policy = first = policy_of(recipe, loaded, DTYPE)
+            loaded = load_for_training(recipe, DTYPE, str(arguments.device))
+            policy = first = build_policy(recipe, loaded, DTYPE)
             examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
             collator = Collator(policy, loaded.images, loaded.pad_id)
         feature_cache.TrunkCache.last = None
@@ -243,23 +243,23 @@ def pope(options: argparse.Namespace) -> dict[str, Any]:
     """`relook eval pope`, twice: the first time for warmth. Rows a second while answers are made."""
     from relook import distributed
     from relook.evaluate import run as evaluation
-    from relook.model.load import Loading
+    from relook.model.load import LoadOptions
 
     data, seconds = options.work / f"pope{world()}", list[float]()
     ask = evaluation._ask
 
     def timed(*arguments: Any) -> None:
         sync()
-        distributed.wait("the models")
+        distributed.barrier("the models")
         started = time.perf_counter()
         ask(*arguments)
         sync()
-        distributed.wait("the answers")
+        distributed.barrier("the answers")
         seconds.append(time.perf_counter() - started)
 
     evaluation._ask = timed
     # torchrun gives each process its number; relook takes the GPU of that number.
-    loading = Loading(None, None, "bfloat16" if GPU else "float32", 16, "")
+    loading = LoadOptions(None, None, "bfloat16" if GPU else "float32", 16, "")
     base = options.work / "base"
     for turn in ("first", "second"):
         out = options.work / f"pope-{world()}" / "answers" / turn

@@ -39,11 +39,11 @@ from relook.data.templates import with_image
 from relook.evaluate.tasks.pope import question_text
 from relook.files import write_json
 from relook.generate.engine import Engine
-from relook.generate.request import Limits, Request
-from relook.generate.tree_decoding import Asking, Prompt, answer, generate_batch
+from relook.generate.request import EngineLimits, Request
+from relook.generate.tree_decoding import GenerationSettings, Prompt, answer, generate_batch
 from relook.model.load import LoadedModel
 from relook.toyworld.build import shipped_base
-from relook.toyworld.world import draw, sample_scenes
+from relook.toyworld.world import draw_scene, sample_scenes
 
 DESCRIBE = "Describe this image in detail."
 
@@ -125,10 +125,10 @@ def questions(folder: Path, pictures: int) -> list[tuple[bytes, str]]:
     asked = []
     for i, scene in enumerate(sample_scenes(5, "test", pictures)):
         path = folder / f"{i}.png"
-        draw(scene).save(path)
+        draw_scene(scene).save(path)
         asked += [(path, DESCRIBE), (path, question_text(scene.names[0]))]
     loaded = load_model(shipped_base())
-    said = dict(answer(loaded, asked, Asking(max_new_tokens=64), lambda *_: None))
+    said = dict(answer(loaded, asked, GenerationSettings(max_new_tokens=64), lambda *_: None))
     rows = []
     for i, (path, text) in enumerate(asked):
         url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
@@ -219,7 +219,7 @@ def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
 
 def engine_speed(loaded: LoadedModel, warm: Question, rows: Sequence[Question], count: int, new: int) -> dict[str, Any]:
     """So many clients, each with a request of its own running at any time, streamed."""
-    engine = Engine(loaded, Limits(slots=count, waiting=len(rows), cache_gb=40))
+    engine = Engine(loaded, EngineLimits(slots=count, waiting=len(rows), cache_gb=40))
 
     def request(row: Question, new: int) -> Request:
         image = engine.image(row[0].read_bytes())
@@ -258,9 +258,9 @@ def generate_speed(
     loaded: LoadedModel, warm: Question, rows: Sequence[Question], count: int, new: int
 ) -> dict[str, Any]:
     """transformers' `generate`, the same requests in batches of as many."""
-    encoder, asking = loaded.encoder(), Asking(max_new_tokens=new)
+    encoder, asking = loaded.encoder(), GenerationSettings(max_new_tokens=new)
     first, *prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text) in enumerate([warm, *rows])]
-    generate_batch(loaded, [first] * count, Asking(max_new_tokens=4))
+    generate_batch(loaded, [first] * count, GenerationSettings(max_new_tokens=4))
     for prompt in prompts:
         loaded.images(prompt.images[0])  # the engine's images are read beforehand too
     started = time.perf_counter()

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from relook.data.images import ahead
+from relook.data.images import prefetch_map
 from relook.evaluate.tasks.pope import SPLITS, question_text
 from relook.files import write_json
 from relook.model.load import LoadedModel, add_post_decoder, load_model
@@ -149,7 +149,7 @@ def write_model(folder: Path, shape: dict[str, Any], answers: bool = True) -> Pa
 def write_images(paths: list[Path]) -> None:
     """JPEG files of Visual Genome's usual size."""
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for _ in ahead(_write_image, paths):
+    for _ in prefetch_map(_write_image, paths):
         pass
 
 

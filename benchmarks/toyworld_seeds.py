@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from relook.demo import REGIMES, Places, evaluate, mine_pairs, train_regime
+from relook.demo import REGIMES, DemoPaths, evaluate_split, mine_pairs, train_regime
 from relook.evaluate.compare import compare_pooled
 from relook.evaluate.score import read_scores
 from relook.evaluate.tasks.pope import SPLITS
@@ -84,7 +84,7 @@ def tune_all(options: argparse.Namespace) -> None:
         for seed in options.seeds
     ]
     in_parallel(options, tune_cell, [(*cell, options.split, variants) for cell in cells])
-    places = [Places(out) for _, out, _ in cells]
+    places = [DemoPaths(out) for _, out, _ in cells]
     result = {
         "cells": {
             p.out.name: {n: read_scores(p.answers(n, options.split)) for n in ("base", *variants)} for p in places
@@ -99,18 +99,18 @@ def tune_all(options: argparse.Namespace) -> None:
 
 def tune_cell(base: Path, out: Path, seed: int, split: str, variants: dict[str, dict[str, Any]]) -> None:
     """One base and one tuning seed: mined pairs, every variant trained and evaluated; what is there is kept."""
-    places = Places(out)
+    places = DemoPaths(out)
     layouts.write_vg(places.world, seed, PAIR_SCENES)
     layouts.write_eval(places.world, split, seed, SCENES)
-    evaluate(base, places, "base", split)
+    evaluate_split(base, places, "base", split)
     mine_pairs(base, places, seed)
     for name, overrides in variants.items():
         changes = {key: value for key, value in overrides.items() if key != "control"}
         train_regime(name, base, places, seed, changes.pop("recipe"), changes)
-        evaluate(places.run(name), places, name, split)
+        evaluate_split(places.run(name), places, name, split)
 
 
-def pooled(places: Sequence[Places], first: str, second: str, split: str) -> dict[str, Any]:
+def pooled(places: Sequence[DemoPaths], first: str, second: str, split: str) -> dict[str, Any]:
     return compare_pooled([(p.world / split, p.answers(first, split), p.answers(second, split)) for p in places])
 
 

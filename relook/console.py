@@ -17,7 +17,7 @@ Report = Callable[..., None]
 """Called as report(done, total, note=""): how far the work is, and what to say beside the bar."""
 
 
-def speaks() -> bool:
+def prints_output() -> bool:
     """Whether this process is the one of several, started by torchrun and the like, that speaks for all."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -35,7 +35,7 @@ def progress(title: str) -> Iterator[Report]:
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
-        disable=not (console.is_terminal and speaks()),
+        disable=not (console.is_terminal and prints_output()),
     )
     count = 0
     with bar:
@@ -47,7 +47,7 @@ def progress(title: str) -> Iterator[Report]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield report
-    if speaks():
+    if prints_output():
         console.print(f"  {title}: {count:,} in {time.monotonic() - started:.1f} s")
 
 
@@ -56,7 +56,7 @@ def say(text: str, style: str = "") -> None:
 
     No markup is read in it: a path may hold brackets.
     """
-    if speaks():
+    if prints_output():
         console.print(text, style=style, markup=False, soft_wrap=True)
 
 

@@ -15,11 +15,11 @@ from typing import Any
 from relook.console import progress, say
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
-from relook.evaluate.results import versions
+from relook.evaluate.results import library_versions
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import read_scores
-from relook.files import claim_folder, read_json, write_json
-from relook.mine.jobs import Mining, Place
+from relook.files import claim_output_dir, read_json, write_json
+from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.run import mine
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
@@ -34,7 +34,7 @@ DEMO_FILE, REPORT_FILE = "demo.json", "report.html"
 
 
 @dataclass(frozen=True)
-class Places:
+class DemoPaths:
     """Where everything of one demo lies."""
 
     out: Path
@@ -64,9 +64,9 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
     base = None if base is None else Path(base)
     if base is not None and not base.is_dir():
         raise RecipeError(f"There is no model folder {base}.", "Check --base.")
-    places = Places(out)
+    places = DemoPaths(out)
     settings = {"seed": seed, "rebuild": rebuild, "base": str(base.resolve()) if base else "shipped"}
-    claim_folder(out, DEMO_FILE, settings, "a demo")
+    claim_output_dir(out, DEMO_FILE, settings, "a demo")
     report = out / REPORT_FILE
     if report.exists():
         say(f"{out} is finished: see {report}")
@@ -77,16 +77,16 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
     with clock.phase("base"):
         model = find_base(places, seed, rebuild, base)
     with clock.phase("base evaluation"):
-        evaluate(model, places, "base")
+        evaluate_split(model, places, "base")
     with clock.phase("mining"):
         mine_pairs(model, places, seed)
     for regime in REGIMES:
         with clock.phase(f"train {regime}"):
             train_regime(regime, model, places, seed)
         with clock.phase(f"evaluate {regime}"):
-            evaluate(places.run(regime), places, regime)
+            evaluate_split(places.run(regime), places, regime)
     with clock.phase("report"):
-        results = collect_results(places, model, seed)
+        results = demo_results(places, model, seed)
         write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
         report = write_report(out)
     write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
@@ -94,14 +94,14 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
     return report
 
 
-def draw_world(places: Places, seed: int) -> None:
+def draw_world(places: DemoPaths, seed: int) -> None:
     with progress("scenes to mine pairs from") as report:
         layouts.write_vg(places.world, seed, PAIR_SCENES, report)
     with progress("test scenes") as report:
         layouts.write_eval(places.world, "test", seed, TEST_SCENES, report)
 
 
-def find_base(places: Places, seed: int, rebuild: bool, base: Path | None) -> Path:
+def find_base(places: DemoPaths, seed: int, rebuild: bool, base: Path | None) -> Path:
     """The base model: another one, a new one, or the one that ships with relook."""
     if base is not None:
         return base
@@ -112,25 +112,25 @@ def find_base(places: Places, seed: int, rebuild: bool, base: Path | None) -> Pa
     return build_base(places.out / "base", places.world, seed)
 
 
-def evaluate(model: Path, places: Places, name: str, split: str = "test") -> dict[str, Any]:
+def evaluate_split(model: Path, places: DemoPaths, name: str, split: str = "test") -> dict[str, Any]:
     return evaluate_model(
         model, ["pope", "chair"], places.world / split, places.answers(name, split), max_new_tokens=64, batch_size=100
     )
 
 
-def mine_pairs(model: Path, places: Places, seed: int) -> None:
+def mine_pairs(model: Path, places: DemoPaths, seed: int) -> None:
     """Pairs of the scenes that no evaluation has."""
-    place = Place(places.world / "vg", "toyworld", exclude=[places.world / "test"])
+    place = MiningSource(places.world / "vg", "toyworld", exclude=[places.world / "test"])
     mine(model, place, places.pairs, mining_settings(seed))
 
 
-def mining_settings(seed: int) -> Mining:
+def mining_settings(seed: int) -> MiningSettings:
     """Toyworld's; it speaks in set phrases, so that texts alike are no duplicates."""
-    return Mining(seed, questions=4, max_new_tokens=64, batch_size=100, near_texts=0, parquet=False)
+    return MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100, near_texts=0, parquet=False)
 
 
 def train_regime(
-    regime: str, model: Path, places: Places, seed: int, recipe: str = "", changes: Mapping[str, Any] | None = None
+    regime: str, model: Path, places: DemoPaths, seed: int, recipe: str = "", changes: Mapping[str, Any] | None = None
 ) -> None:
     """The shipped recipe of a regime (or another), with the demo's paths: just what a user does with real ones."""
     train(
@@ -149,7 +149,7 @@ def train_regime(
     )
 
 
-def collect_results(places: Places, model: Path, seed: int) -> dict[str, Any]:
+def demo_results(places: DemoPaths, model: Path, seed: int) -> dict[str, Any]:
     """Everything `results.json` says but the seconds, from the files of evaluation and mining."""
     test = places.world / "test"
     return {
@@ -162,7 +162,7 @@ def collect_results(places: Places, model: Path, seed: int) -> dict[str, Any]:
             "base": str(model),
             "base_hash": model_hash(model),
             "pairs": read_json(places.pairs / "card.json"),
-            "versions": versions(),
+            "versions": library_versions(),
         },
     }
 

@@ -27,7 +27,7 @@ from relook.errors import RecipeError, RelookError
 
 T = TypeVar("T")
 # The slowest process may have hours more to do. One that dies needs no time-out: its launcher ends the others.
-PATIENCE = timedelta(hours=24)
+TIMEOUT = timedelta(hours=24)
 
 
 def _state() -> PartialState:
@@ -40,7 +40,7 @@ def rank() -> int:
     return int(_state().process_index)
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return int(_state().num_processes)
 
@@ -50,32 +50,32 @@ def device() -> Any:
     return _state().device
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this process writes what all share."""
     return rank() == 0
 
 
-def mine(values: Sequence[T]) -> Sequence[T]:
+def shard(values: Sequence[T]) -> Sequence[T]:
     """This process's share: one value in as many as there are processes, so none is left over."""
-    return values[rank() :: count()]
+    return values[rank() :: world_size()]
 
 
-def wait(what: str) -> None:
+def barrier(what: str) -> None:
     """Until every process has come this far.
 
     Args:
         what: is waited for, as the error says it.
 
     Raises:
-        RelookError: one of them has not come within `PATIENCE`.
+        RelookError: one of them has not come within `TIMEOUT`.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     try:
-        torch.distributed.monitored_barrier(_group(), PATIENCE, wait_all_ranks=True)
+        torch.distributed.monitored_barrier(_group(), TIMEOUT, wait_all_ranks=True)
     except RuntimeError as error:
         raise RelookError(
-            f"Process {rank()} waited up to {PATIENCE} for {what}, in vain: {str(error).splitlines()[0]}.",
+            f"Process {rank()} waited up to {TIMEOUT} for {what}, in vain: {str(error).splitlines()[0]}.",
             "See what the other processes said last.",
         ) from None
 
@@ -83,29 +83,29 @@ def wait(what: str) -> None:
 @cache
 def _group() -> Any:
     """NCCL, which the default group has on GPUs, ends a process that waits longer than its collectives may take."""
-    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
 
-def of_the_first(make: Callable[[], T]) -> T:
+def broadcast_from_main(make: Callable[[], T]) -> T:
     """What `make` gives in the first process, in all of them."""
-    found: list[Any] = [make() if first() else None]
+    found: list[Any] = [make() if is_main() else None]
     value: T = broadcast_object_list(found)[0]
     return value
 
 
-def shared(values: Sequence[T], make: Callable[[Sequence[T]], list[Any]], what: str) -> list[Any]:
+def map_sharded(values: Sequence[T], make: Callable[[Sequence[T]], list[Any]], what: str) -> list[Any]:
     """`make` over some values, each process over its share of them; the outcomes of all, in order, in every process.
 
     Args:
-        what: is made, as `wait` says it.
+        what: is made, as `barrier` says it.
     """
-    made = list(zip(mine(range(len(values))), make(mine(values)), strict=True))
-    wait(what)
-    found = dict(gathered(made))
+    made = list(zip(shard(range(len(values))), make(shard(values)), strict=True))
+    barrier(what)
+    found = dict(all_gather_objects(made))
     return [found[i] for i in range(len(values))]
 
 
-def gathered(values: list[T]) -> list[T]:
+def all_gather_objects(values: list[T]) -> list[T]:
     """The values of all processes, in every one of them."""
     found: list[T] = gather_object(values)
     return found
@@ -145,7 +145,7 @@ def held(parameter: Tensor) -> Tensor:
     return part.flatten()[: max(0, full_shape(parameter).numel() - start)]
 
 
-def put(parameter: Tensor, values: Tensor) -> None:
+def set_full(parameter: Tensor, values: Tensor) -> None:
     """Set a parameter to values of its full shape."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
@@ -157,7 +157,7 @@ def put(parameter: Tensor, values: Tensor) -> None:
             parameter.copy_(values)
 
 
-def lay_down(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """After a forward pass without a backward one: its parameters are those that the optimizer steps again.
 
     FSDP2 leaves its outermost unit whole then, and `zero_grad` would miss the gradients.
@@ -166,7 +166,7 @@ def lay_down(model: nn.Module) -> None:
         model.reshard()
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def gather_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's `state_dict` with whole tensors on the CPU, as one process alone would have it."""
     state = optimizer.state_dict()
     each = {
@@ -176,17 +176,17 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": each}
 
 
-def put_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load such a `state_dict`; of tensors in the shape of a sharded parameter each process takes its part."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     each = {
-        index: {name: _as_lies(v, parameters[index]) for name, v in values.items()}
+        index: {name: _to_local_layout(v, parameters[index]) for name, v in values.items()}
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": each})
 
 
-def _as_lies(value: Any, parameter: Tensor) -> Any:
+def _to_local_layout(value: Any, parameter: Tensor) -> Any:
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(
@@ -214,7 +214,7 @@ def _deepspeed(part: str) -> Any:
 # process first loads the whole model and makes its share of what is computed before training; then it is sharded.
 
 
-def shard(training: Mapping[str, Any]) -> bool:
+def is_sharded(training: Mapping[str, Any]) -> bool:
     """Whether FSDP or DeepSpeed will take the model apart, by a recipe's keys or by accelerate's launcher."""
     launched = [os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")]
     return any(launched) or bool(training.get("fsdp") or training.get("deepspeed"))

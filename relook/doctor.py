@@ -25,13 +25,13 @@ from relook.console import output, plain_table, readable_size, say
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warning", "failure"
 GB = 10**9
-ROOM = 20 * GB  # for a model of 7B in bf16 and what a run writes
+MIN_DISK = 20 * GB  # for a model of 7B in bf16 and what a run writes
 SHARED = 10**9
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What a check found: "ok", "note" (something optional is absent), "warning" or "failure", and what to do."""
 
     check: str
@@ -40,10 +40,10 @@ class Finding:
     fix: str = ""
 
 
-def examine(folder: str | Path = Path()) -> list[Finding]:
+def run_checks(folder: str | Path = Path()) -> list[CheckResult]:
     """All checks; `folder` is where the disk's room is asked for."""
     folder = Path(folder)
-    checks: Sequence[tuple[str, Callable[[], Iterator[Finding]]]] = (
+    checks: Sequence[tuple[str, Callable[[], Iterator[CheckResult]]]] = (
         ("Python", _python),
         ("libraries", _libraries),
         ("torch", _torch),
@@ -57,23 +57,23 @@ def examine(folder: str | Path = Path()) -> list[Finding]:
         ("Hugging Face", _hub),
         ("browser", _browser),
     )
-    found: list[Finding] = []
+    found: list[CheckResult] = []
     for name, check in checks:
         try:
             found += check()
         except ModuleNotFoundError as error:
-            found.append(Finding(name, FAIL, f"{error.name} is not installed", "pip install -e ."))
+            found.append(CheckResult(name, FAIL, f"{error.name} is not installed", "pip install -e ."))
         except Exception as error:  # a broken driver or library must not hide what else is wrong
             lines = str(error).strip().splitlines() or [""]
-            found.append(Finding(name, FAIL, f"{type(error).__name__}: {lines[0]}"))
+            found.append(CheckResult(name, FAIL, f"{type(error).__name__}: {lines[0]}"))
     return found
 
 
-def to_json(found: Sequence[Finding]) -> dict[str, Any]:
+def to_json(found: Sequence[CheckResult]) -> dict[str, Any]:
     return {"healthy": not any(one.state == FAIL for one in found), "findings": [asdict(one) for one in found]}
 
 
-def print_findings(found: Sequence[Finding]) -> None:
+def print_findings(found: Sequence[CheckResult]) -> None:
     table = plain_table("check", "", "found", "what to do")
     for one in found:
         table.add_row(one.check, one.state, one.said, one.fix)
@@ -98,16 +98,16 @@ def _project() -> dict[str, Any]:
     return project
 
 
-def _python() -> Iterator[Finding]:
+def _python() -> Iterator[CheckResult]:
     from packaging.specifiers import SpecifierSet
 
     version, wanted = platform.python_version(), _project()["requires-python"]
     good = version in SpecifierSet(wanted)
     fix = "" if good else f"Use {wanted}."
-    yield Finding("Python", OK if good else FAIL, f"{version} on {platform.platform()}", fix)
+    yield CheckResult("Python", OK if good else FAIL, f"{version} on {platform.platform()}", fix)
 
 
-def _libraries() -> Iterator[Finding]:
+def _libraries() -> Iterator[CheckResult]:
     """Installed versions against the supported ranges. What is an extra may be absent."""
     project = _project()
     for text in project["dependencies"]:
@@ -117,7 +117,7 @@ def _libraries() -> Iterator[Finding]:
             yield from (_library(text, extra, NOTE, WARN) for text in texts if not text.startswith("relook"))
 
 
-def _library(text: str, extra: str, absent: str, outside: str) -> Finding:
+def _library(text: str, extra: str, absent: str, outside: str) -> CheckResult:
     from packaging.requirements import Requirement
 
     wanted = Requirement(text)
@@ -126,33 +126,33 @@ def _library(text: str, extra: str, absent: str, outside: str) -> Finding:
     try:
         version = metadata.version(wanted.name)
     except metadata.PackageNotFoundError:
-        return Finding(name, absent, "not installed", install)
+        return CheckResult(name, absent, "not installed", install)
     if wanted.specifier.contains(version, prereleases=True):
-        return Finding(name, OK, version)
-    return Finding(name, outside, f"{version}, but {wanted.specifier} is supported", install)
+        return CheckResult(name, OK, version)
+    return CheckResult(name, outside, f"{version}, but {wanted.specifier} is supported", install)
 
 
-def _torch() -> Iterator[Finding]:
+def _torch() -> Iterator[CheckResult]:
     import torch
 
     cuda = torch.version.cuda or torch.version.hip
-    yield Finding("torch", OK, f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'without CUDA'}")
+    yield CheckResult("torch", OK, f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'without CUDA'}")
 
 
-def _gpu() -> Iterator[Finding]:
+def _gpu() -> Iterator[CheckResult]:
     import torch
 
     driver = _driver()
     if not torch.cuda.is_available():
         if driver and torch.version.cuda is None:
-            yield Finding(
+            yield CheckResult(
                 "GPU", WARN, f"driver {driver}, but torch is built without CUDA", "Install a CUDA build of torch."
             )
         elif driver:
             fix = "Update the driver, or check CUDA_VISIBLE_DEVICES."
-            yield Finding("GPU", WARN, f"driver {driver}, but torch {torch.__version__} sees no GPU", fix)
+            yield CheckResult("GPU", WARN, f"driver {driver}, but torch {torch.__version__} sees no GPU", fix)
         else:
-            yield Finding("GPU", NOTE, "none", "Toyworld runs on a CPU; models of 7B want a GPU.")
+            yield CheckResult("GPU", NOTE, "none", "Toyworld runs on a CPU; models of 7B want a GPU.")
         return
     for number in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(number)
@@ -160,7 +160,9 @@ def _gpu() -> Iterator[Finding]:
         said = f"{found.name}, compute capability {found.major}.{found.minor}, driver {driver or 'unknown'}"
         said += f", {readable_size(free)} of {readable_size(total)} free"
         busy = free < total / 2
-        yield Finding(f"GPU {number}", WARN if busy else OK, said, "Another program holds its memory." if busy else "")
+        yield CheckResult(
+            f"GPU {number}", WARN if busy else OK, said, "Another program holds its memory." if busy else ""
+        )
 
 
 def _driver() -> str:
@@ -182,7 +184,7 @@ def _device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _bf16() -> Iterator[Finding]:
+def _bf16() -> Iterator[CheckResult]:
     import torch
 
     device = _device()
@@ -191,10 +193,10 @@ def _bf16() -> Iterator[Finding]:
     native = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     fix = "" if native else "It is emulated and slow here: train with fp16 true."
     said = f"{'works' if good else 'computes wrong numbers'} on {device.type}"
-    yield Finding("bf16", FAIL if not good else OK if native else WARN, said, fix)
+    yield CheckResult("bf16", FAIL if not good else OK if native else WARN, said, fix)
 
 
-def _flex() -> Iterator[Finding]:
+def _flex() -> Iterator[CheckResult]:
     """A tiny FlexAttention against plain attention; on a GPU compiled, as the trunk uses it."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -202,7 +204,7 @@ def _flex() -> Iterator[Finding]:
     device = _device()
     compiled = device.type == "cuda"
     if compiled and shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("cc") is None:
-        yield Finding(
+        yield CheckResult(
             "FlexAttention", WARN, "no C compiler, which torch.compile needs", "Install gcc; else trunk_pass dense."
         )
         return
@@ -215,30 +217,30 @@ def _flex() -> Iterator[Finding]:
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     good = torch.allclose(found, plain, atol=2e-2 if compiled else 1e-4)
     said = f"{'compiled, ' if compiled else ''}on {device.type}: {'equals' if good else 'differs from'} plain attention"
-    yield Finding("FlexAttention", OK if good else FAIL, said, "" if good else "Set trunk_pass dense in recipes.")
+    yield CheckResult("FlexAttention", OK if good else FAIL, said, "" if good else "Set trunk_pass dense in recipes.")
 
 
-def _processes() -> Iterator[Finding]:
+def _processes() -> Iterator[CheckResult]:
     """What several processes talk through."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if torch.distributed.is_available() and torch.distributed.is_nccl_available():
         version = ".".join(map(str, torch.cuda.nccl.version()))
-        yield Finding("NCCL", OK, f"{version}, {gpus} GPUs")
+        yield CheckResult("NCCL", OK, f"{version}, {gpus} GPUs")
     else:
         said = "not in this build of torch" + ("" if gpus else ", and no GPU needs it: processes talk through gloo")
-        yield Finding("NCCL", WARN if gpus > 1 else NOTE, said)
+        yield CheckResult("NCCL", WARN if gpus > 1 else NOTE, said)
     shared = Path("/dev/shm")
     if shared.is_dir():
         room = shutil.disk_usage(shared)
         small = room.free < SHARED
         fix = "Start the container with --shm-size 8g or --ipc host." if small else ""
         said = f"{readable_size(room.free)} of {readable_size(room.total)} free"
-        yield Finding("/dev/shm", WARN if small else OK, said, fix)
+        yield CheckResult("/dev/shm", WARN if small else OK, said, fix)
 
 
-def _cpu() -> Iterator[Finding]:
+def _cpu() -> Iterator[CheckResult]:
     import torch
 
     cores, set_to = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")
@@ -246,24 +248,24 @@ def _cpu() -> Iterator[Finding]:
     said += f" (OMP_NUM_THREADS={set_to})" if set_to else ""
     odd = torch.get_num_threads() > cores
     fix = "More threads than cores wait for each other: lower OMP_NUM_THREADS." if odd else ""
-    yield Finding("CPU", WARN if odd else OK, said, fix)
+    yield CheckResult("CPU", WARN if odd else OK, said, fix)
 
 
-def _memory() -> Iterator[Finding]:
+def _memory() -> Iterator[CheckResult]:
     import psutil
 
     memory = psutil.virtual_memory()
-    yield Finding("memory", OK, f"{readable_size(memory.available)} of {readable_size(memory.total)} free")
+    yield CheckResult("memory", OK, f"{readable_size(memory.available)} of {readable_size(memory.total)} free")
 
 
-def _disk(folder: Path) -> Iterator[Finding]:
+def _disk(folder: Path) -> Iterator[CheckResult]:
     free = shutil.disk_usage(folder).free
-    little = free < ROOM
+    little = free < MIN_DISK
     fix = "A 7B model and its run take about 20 GB; feature_cache disk takes more." if little else ""
-    yield Finding("disk", WARN if little else OK, f"{readable_size(free)} free in {folder.resolve()}", fix)
+    yield CheckResult("disk", WARN if little else OK, f"{readable_size(free)} free in {folder.resolve()}", fix)
 
 
-def _hub() -> Iterator[Finding]:
+def _hub() -> Iterator[CheckResult]:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -273,17 +275,17 @@ def _hub() -> Iterator[Finding]:
     said += ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
     writable = os.access(place, os.W_OK)
     fix = "" if writable else "It cannot be written: set HF_HOME to a folder that can."
-    yield Finding("HF cache", OK if writable else WARN, said, fix)
+    yield CheckResult("HF cache", OK if writable else WARN, said, fix)
 
 
-def _browser() -> Iterator[Finding]:
+def _browser() -> Iterator[CheckResult]:
     """What only the pages of `relook serve` and their tests use."""
     found = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    yield Finding(
+    yield CheckResult(
         "chromium", OK if found else NOTE, found or "not installed", "" if found else "Only for tests of pages."
     )
     gradio = importlib.util.find_spec("gradio") is not None
-    yield Finding("gradio", OK if gradio else NOTE, "installed" if gradio else "not installed")
+    yield CheckResult("gradio", OK if gradio else NOTE, "installed" if gradio else "not installed")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def _browser() -> Iterator[Finding]:
 
 
 @dataclass(frozen=True)
-class Notice:
+class KnownWarning:
     """A message by a pattern that finds it, what it says, and what it means here or what to do."""
 
     name: str
@@ -300,15 +302,15 @@ class Notice:
     here: str
 
 
-NOTICES = (
-    Notice(
+KNOWN_WARNINGS = (
+    KnownWarning(
         "OMP_NUM_THREADS",
         r"Setting OMP_NUM_THREADS environment variable",
         "torchrun gives each process one CPU thread, so that several do not fight for the same cores.",
         "Harmless on GPUs: images are read by threads of relook's own. Training or answering on a CPU alone, set "
         "OMP_NUM_THREADS to cores divided by processes.",
     ),
-    Notice(
+    KnownWarning(
         "device-side assert",
         r"device-side assert|srcIndex < srcSelectDimSize|indexSelectLargeIndex|vectorized_gather_kernel",
         "A kernel was given an index outside its table: mostly a token id that the model has no embedding for. The "
@@ -317,60 +319,60 @@ NOTICES = (
         "sample. In a program of your own: use the model's own tokenizer (LLaVA's marks an image with -200, outside "
         "the vocabulary), or run with CUDA_LAUNCH_BLOCKING=1 to see the real line.",
     ),
-    Notice(
+    KnownWarning(
         "NCCL device of a barrier",
         r"devices? used by this process (are|is) currently unknown|No device id is provided via",
         "A barrier came before the process had said which GPU is its own. It hangs only where processes and GPUs do "
         "not correspond by number.",
         "Harmless under torchrun, where process n uses GPU n.",
     ),
-    Notice(
+    KnownWarning(
         "process group left open",
         r"destroy_process_group\(\) was not called",
         "The program ended without closing NCCL.",
         "Harmless at a normal end. relook closes it after a run; after an error it leaves it, since the others may "
         "wait.",
     ),
-    Notice(
+    KnownWarning(
         "NCCL timeout",
         r"Watchdog caught collective operation timeout|collective operation timeout|"
         r"Some NCCL operations have failed or timed out",
         "One process waited for others that never came: one of them has failed, or does another thing.",
         "Look for the first error of any process. Batches without images do not cause it: they are given a blank one.",
     ),
-    Notice(
+    KnownWarning(
         "NCCL over the network",
         r"NCCL WARN|NCCL INFO|NET/IB : No device found|unhandled (system|cuda) error",
         "NCCL's own log. 'No device found' under NET/IB says that there is no InfiniBand, and that it takes sockets.",
         "INFO is no fault (unset NCCL_DEBUG). For a system error set NCCL_DEBUG=INFO and read the line before it: "
         "often /dev/shm is too small (`relook doctor`), or NCCL_SOCKET_IFNAME names no interface.",
     ),
-    Notice(
+    KnownWarning(
         "peer to peer",
         r"doesn't support faster communication broadband via P2P or IB",
         "Consumer cards of this series cannot copy to each other directly.",
         "Set NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1; accelerate asks for them.",
     ),
-    Notice(
+    KnownWarning(
         "DDP without unused parameters",
         r"find_unused_parameters=True was specified",
         "DDP looks for unused parameters at every step, and there are none.",
         "relook sets ddp_find_unused_parameters false: every batch uses all that trains. Leave the key out.",
     ),
-    Notice(
+    KnownWarning(
         "DDP reduction",
         r"Expected to have finished reduction in the prior iteration",
         "A parameter that trains had no part in a step, and DDP waits for its gradient.",
         "Should not happen in relook: what no batch can use is frozen (the vision tower always is). Please report it.",
     ),
-    Notice(
+    KnownWarning(
         "DeepSpeed extensions",
         r"async_io requires|sparse_attn|requires? .*libaio|transformer_inference .*not compatible|"
         r"using untested triton version|Please specify the CUTLASS",
         "DeepSpeed lists extensions of its own that it cannot build here.",
         "Harmless: relook's settings use none of them. libaio is for NVMe offload only.",
     ),
-    Notice(
+    KnownWarning(
         "DeepSpeed compiler",
         r"CUDA_HOME does not exist|MissingCUDAException|op_builder|cpu_adam|nvcc(: command)? not found",
         "DeepSpeed compiles an operator at its first use, mostly the Adam step on the CPU, and finds no CUDA "
@@ -378,19 +380,19 @@ NOTICES = (
         "relook's own offload files take torch's AdamW, and nothing is compiled (docs/clusters.md). In another file "
         "set zero_force_ds_cpu_optimizer false, or install the toolkit of torch's CUDA version and set CUDA_HOME.",
     ),
-    Notice(
+    KnownWarning(
         "DeepSpeed offload with a client optimizer",
         r"ZeRO-Offload with a client provided optimizer",
         "DeepSpeed refuses torch's optimizer beside offload, or calls it slow, unless its settings allow it.",
         "relook's own offload files do (zero_force_ds_cpu_optimizer false); write so in a file of yours.",
     ),
-    Notice(
+    KnownWarning(
         "DeepSpeed accelerator",
         r"Setting ds_accelerator to|DeepSpeed info: version|ds_accelerator",
         "DeepSpeed says which device it found.",
         "Harmless. If it says cpu on a machine with GPUs, torch does not see them: `relook doctor`.",
     ),
-    Notice(
+    KnownWarning(
         "tokenizer length",
         r"Token indices sequence length is longer than the specified maximum",
         "A text has more tokens than the tokenizer's model_max_length. The warning cuts nothing; the model may not "
@@ -398,87 +400,87 @@ NOTICES = (
         "relook counts images in, never cuts, and drops and names samples beyond model_max_length (or stops: "
         "on_bad). Raise model_max_length up to what the language model was made for.",
     ),
-    Notice(
+    KnownWarning(
         "tokenization mismatch",
         r"tokenization mismatch: \d+ vs",
         "LLaVA's trainer could not find the answers in a sample and trains on nothing of it.",
         "relook finds answers by their characters, so this cannot happen; a sample that would be ambiguous is named.",
     ),
-    Notice(
+    KnownWarning(
         "tokenizers after a fork",
         r"current process just got forked, after parallelism has already been used",
         "A process that had used the tokenizer was forked, so its threads are switched off in the child.",
         "Harmless. TOKENIZERS_PARALLELISM=false silences it.",
     ),
-    Notice(
+    KnownWarning(
         "added tokens",
         r"Special tokens have been added in the vocabulary",
         "The tokenizer has tokens that were not in its vocabulary file; their embeddings may be untrained.",
         "Normal for LLaVA's <image>, which is replaced by image features. An id beyond the embeddings is refused by "
         "name.",
     ),
-    Notice(
+    KnownWarning(
         "legacy tokenizer",
         r"default legacy behaviou?r of the",
         "The sentencepiece tokenizer treats spaces after special tokens in the old way.",
         "relook reads tokenizer.model as the original does, for both settings (docs/real-data.md).",
     ),
-    Notice(
+    KnownWarning(
         "type of a model",
         r"You are using a model of type .* to instantiate a model of type",
         "A config of one class is read by another: liuhaotian's folders call themselves llava_llama, or llava.",
         "In another program most tensors may then be random. relook reads such folders by their own names, strictly.",
     ),
-    Notice(
+    KnownWarning(
         "random weights",
         r"were not initialized from the model checkpoint|newly initialized",
         "Tensors are missing in the folder and were drawn at random.",
         "Never ignore it. relook refuses missing and unused tensors by name; convert the folder with `relook convert`.",
     ),
-    Notice(
+    KnownWarning(
         "cache and recomputation",
         r"use_cache=True.{0,3} is incompatible with (gradient|activation) checkpointing",
         "Keys and values are not kept in training.",
         "Harmless.",
     ),
-    Notice(
+    KnownWarning(
         "recomputation without gradients",
         r"None of the inputs have requires_grad=True",
         "A recomputed layer gets inputs that need no gradient, so its weights would not train.",
         "With a frozen trunk there is nothing to recompute: leave gradient_checkpointing out.",
     ),
-    Notice(
+    KnownWarning(
         "generation settings",
         r"do_sample. is set to .False.|generation flags are not valid|Setting .pad_token_id. to .eos_token_id",
         "Settings of sampling stand beside greedy decoding and do nothing, or padding was taken from the end token.",
         "Harmless.",
     ),
-    Notice(
+    KnownWarning(
         "memory of the GPU",
         r"CUDA out of memory|OutOfMemoryError",
         "The GPU has not enough memory for the batch.",
         "Lower per_device_train_batch_size (raise gradient_accumulation_steps) or --batch-size; train with bits 4, "
         "or gradient_checkpointing where the trunk trains.",
     ),
-    Notice(
+    KnownWarning(
         "shared memory",
         r"out of shared memory|killed by signal: Bus error|No space left on device.*/dev/shm",
         "/dev/shm is full: processes hand tensors to each other through it. Containers often give it 64 MB.",
         "Start the container with --shm-size 8g (or --ipc host), or set dataloader_num_workers 0.",
     ),
-    Notice(
+    KnownWarning(
         "broken image",
         r"image file is truncated|cannot identify image file|broken data stream|Truncated File Read",
         "An image file is cut off or is no image.",
         "`relook data check` names all of them, `relook data fix` writes a folder without.",
     ),
-    Notice(
+    KnownWarning(
         "image notes",
         r"Corrupt EXIF data|Palette images with Transparency|DecompressionBombWarning",
         "Pillow's remarks about odd pictures; a decompression bomb is one of more than 89 million pixels.",
         "The first two are harmless. relook refuses bombs by name.",
     ),
-    Notice(
+    KnownWarning(
         "bitsandbytes without a GPU",
         r"bitsandbytes was compiled without GPU support|The 8-bit optimizer is not available",
         "bitsandbytes found no CUDA library that fits.",
@@ -487,14 +489,14 @@ NOTICES = (
 )
 
 
-def explain(text: str) -> list[Notice]:
+def find_known_warnings(text: str) -> list[KnownWarning]:
     """The known messages that a text or a whole log holds, in the order of the table."""
-    return [notice for notice in NOTICES if re.search(notice.pattern, text, re.IGNORECASE)]
+    return [notice for notice in KNOWN_WARNINGS if re.search(notice.pattern, text, re.IGNORECASE)]
 
 
-def print_notices(text: str, as_json: bool = False) -> int:
+def print_known_warnings(text: str, as_json: bool = False) -> int:
     """Print what is known of a text, or all that is known of where it is "all"; 1 where nothing is, else 0."""
-    found = list(NOTICES) if text == "all" else explain(text)
+    found = list(KNOWN_WARNINGS) if text == "all" else find_known_warnings(text)
     out = output()
     if as_json:
         out.print_json(data=[asdict(notice) for notice in found])

@@ -61,7 +61,7 @@ class Faults:
             raise errors[0] if len(errors) == 1 else Mistakes(errors)
 
 
-def some(names: Sequence[object], limit: int = 5) -> str:
+def preview(names: Sequence[object], limit: int = 5) -> str:
     """The first few of `names`, and how many more there are: for messages that list what is wrong."""
     shown = ", ".join(str(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

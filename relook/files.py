@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from relook.console import readable_size, speaks
+from relook.console import prints_output, readable_size
 from relook.errors import DataError, RecipeError, RelookError
 
 P = ParamSpec("P")
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the final name, on any failure it is removed."""
     if path.is_dir():
         raise RelookError(f"{path} is a folder.", "Give a file's name.")
@@ -40,14 +40,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """As `whole_file`, for a folder. An existing folder under the final name is replaced at the end, by two renames.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic_file`, for a folder. An existing folder under the final name is replaced at the end, by two renames.
 
     What a killed process left of the same folder is removed first: it can be as large as a model, and is hidden.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if not runs(owner := left.name.split(".")[-2]) or owner == str(os.getpid()):
+        if not process_is_alive(owner := left.name.split(".")[-2]) or owner == str(os.getpid()):
             shutil.rmtree(left, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     replaced = path.with_name(f".{path.name}.old.{os.getpid()}.part")
@@ -72,7 +72,7 @@ def make_paths(settings: Any) -> None:
             object.__setattr__(settings, name, tuple(map(Path, value)))
 
 
-def runs(process: str) -> bool:
+def process_is_alive(process: str) -> bool:
     """Whether a process of that number, as the names of half-written files have it, runs on this machine."""
     try:
         os.kill(int(process), 0)
@@ -93,7 +93,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises:
         RelookError: another process writes there.
     """
-    if not speaks() or (folder.exists() and not folder.is_dir()):
+    if not prints_output() or (folder.exists() and not folder.is_dir()):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], C
     return decorate
 
 
-def require_room(path: Path, needed: int, what: str, fix: str) -> None:
+def require_disk_space(path: Path, needed: int, what: str, fix: str) -> None:
     """Refuse to begin with a file or folder that the disk cannot take.
 
     Raises:
@@ -146,7 +146,7 @@ def require_room(path: Path, needed: int, what: str, fix: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -222,7 +222,7 @@ def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
         raise DataError(f"{path} is not valid JSON: {error}.", "Download it again.") from None
 
 
-def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
+def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
     """Read a file that holds one JSON object; with `optional`, nothing where there is no file."""
     content = {} if optional and not path.exists() else read_json(path)
     if not isinstance(content, dict):
@@ -249,7 +249,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def some_records(path: Path, source: str) -> list[dict[str, Any]]:
+def read_published_records(path: Path, source: str) -> list[dict[str, Any]]:
     """As `read_records`, of a file that somebody else publishes and that cannot be missing or empty.
 
     Args:
@@ -263,7 +263,7 @@ def some_records(path: Path, source: str) -> list[dict[str, Any]]:
     return records
 
 
-def takes(folder: Path, settings: str, option: str) -> bool:
+def is_free(folder: Path, settings: str, option: str) -> bool:
     """Whether a job may take a folder as new; False where it holds the settings file of one that is under way.
 
     A settings file alone is of a job that never began; what a kill left of writing it does not count.
@@ -282,7 +282,7 @@ def takes(folder: Path, settings: str, option: str) -> bool:
     return False
 
 
-def claim_folder(folder: Path, name: str, settings: Mapping[str, Any], what: str, **noted: Any) -> None:
+def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], what: str, **noted: Any) -> None:
     """Take an output folder for a job, by a file of its settings; refuse one whose settings are others.
 
     Args:
@@ -292,20 +292,20 @@ def claim_folder(folder: Path, name: str, settings: Mapping[str, Any], what: str
     Raises:
         RecipeError: the folder is of another job, or holds something else.
     """
-    if takes(folder, name, "--out"):
+    if is_free(folder, name, "--out"):
         write_json(folder / name, {**settings, **noted})
         return
-    old = read_object(folder / name)
+    old = read_json_object(folder / name)
     if changed := [key for key in settings if old.get(key) != settings[key]]:
         raise RecipeError(f"{folder} holds {what} made with another {', '.join(changed)}.", "Choose another --out.")
 
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex. A file that has not changed since is read once in a process."""
-    return _file_hash(path, *state_of(path))
+    return _file_hash(path, *file_stamp(path))
 
 
-def state_of(path: Path) -> tuple[int, ...]:
+def file_stamp(path: Path) -> tuple[int, ...]:
     """Numbers that change when a file does; for keys of what was read of it."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from relook.errors import RecipeError, some
+from relook.errors import RecipeError, preview
 
 Values = Mapping[str, Any]
 
@@ -208,7 +208,7 @@ def refused(said: Values) -> Iterator[RecipeError]:
         if key in wanted:
             by_reason.setdefault(where, []).append(key)
     for where, keys in by_reason.items():
-        yield RecipeError(f"{some(keys)} would have no effect {where}.", "Change that, or leave it out.")
+        yield RecipeError(f"{preview(keys)} would have no effect {where}.", "Change that, or leave it out.")
 
 
 def renamed(values: Values) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _is_share(value: Any) -> bool:
         return False
 
 
-def check_model(said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_model_settings(said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raise a RecipeError where a recipe says another thing of the model than its config does."""
     for key, value in said.items():
         if value != found[key]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from relook.errors import Faults, RecipeError, some
+from relook.errors import Faults, RecipeError, preview
 from relook.files import read_text, write_text
 from relook.flags import ALREADY, INSTEAD, OF_THE_MODEL, PASSED, WORDS, idle_keys, refused, renamed
 from relook.model.post_decoder import PostDecoderSettings
@@ -21,14 +21,14 @@ from relook.model.post_decoder import PostDecoderSettings
 # Keys and their values, wherever they stand: in YAML files, ones that ship with relook too, and on a command line.
 
 
-def read_shipped(name: str, kind: str) -> dict[str, Any]:
+def read_yaml_or_shipped(name: str, kind: str) -> dict[str, Any]:
     """The keys of a YAML file, or of one that ships with relook.
 
     Args:
         kind: "recipe" or "sweep".
     """
     path = Path(name)
-    known = shipped(kind)
+    known = shipped_names(kind)
     if path.is_file():  # a run's folder may be called as its recipe
         text = read_text(path)
     elif name in known:
@@ -48,7 +48,7 @@ def read_shipped(name: str, kind: str) -> dict[str, Any]:
     return values
 
 
-def shipped(kind: str) -> list[str]:
+def shipped_names(kind: str) -> list[str]:
     """Names of the recipes or sweeps that ship with relook."""
     folder = resources.files("relook") / f"{kind}s"
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
@@ -95,7 +95,7 @@ def _value(text: str) -> Any:
     return value if asked or number else text
 
 
-def fit(key: str, value: Any, annotation: Any) -> Any:
+def coerce(key: str, value: Any, annotation: Any) -> Any:
     """Check a value against the annotation of its field; YAML reads 2e-6 as a string, so numbers are converted."""
     if isinstance(value, Path):
         value = str(value)
@@ -339,7 +339,7 @@ class Recipe:
             allowed = {key: (plain[key], 0) if key.endswith("_lr") else (plain[key],) for key in keys}
             found = [key for key in keys if getattr(self, key) not in allowed[key]]
             if idle and found:
-                yield RecipeError(f"{some(found)} would have no effect {where}.", "Change that, or leave it out.")
+                yield RecipeError(f"{preview(found)} would have no effect {where}.", "Change that, or leave it out.")
         if not self.frozen_trunk and (self.feature_cache == "disk" or self.feature_cache_dir):
             given = "feature_cache disk" if self.feature_cache == "disk" else "feature_cache_dir"
             yield RecipeError(
@@ -384,7 +384,7 @@ class Recipe:
         return self.frozen_trunk and self.feature_cache != "off"
 
     @property
-    def sees_once(self) -> bool:
+    def encodes_images_once(self) -> bool:
         """The trunk trains, and what its frozen vision tower says of each image may be computed once."""
         return not self.frozen_trunk and self.feature_cache != "off" and not self.mdpo_conditional_weight
 
@@ -426,7 +426,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     Raises:
         RecipeError: no such recipe, not YAML, an unknown key, or a value that does not fit.
     """
-    return build_recipe({**renamed(read_shipped(name, "recipe")), **renamed(overrides or {})})
+    return build_recipe({**renamed(read_yaml_or_shipped(name, "recipe")), **renamed(overrides or {})})
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -478,7 +478,7 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
             if head == "post_decoder":
                 settings.update({rest: value} if rest else _mapping(head, value))
             elif key in own:
-                keys.own[key] = fit(key, value, own[key])
+                keys.own[key] = coerce(key, value, own[key])
             elif key in PASSED:
                 keys.idle[key] = PASSED[key]
             elif key in INSTEAD:
@@ -486,10 +486,10 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
                     raise RecipeError(f"{key} would have no effect.", INSTEAD[key])
                 keys.idle[key] = "it is so anyway"
             elif key in OF_THE_MODEL:
-                keys.of_the_model[key] = fit(key, value, OF_THE_MODEL[key])
+                keys.of_the_model[key] = coerce(key, value, OF_THE_MODEL[key])
             elif key in training_keys:
                 # transformers declares fsdp as a string, and asks for true.
-                keys.training[key] = value if key == "fsdp" else fit(key, value, training_keys[key])
+                keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])
             else:
                 close = difflib.get_close_matches(str(key), [*own, "post_decoder", *training_keys], 1)
                 hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."
@@ -509,8 +509,8 @@ def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     known = {item.name: item.type for item in dataclasses.fields(PostDecoderSettings)}
     unknown = [key for key in settings if key not in known]
     if unknown:
-        raise RecipeError(f"post_decoder has no key {some(unknown)}.", f"Its keys are {_settings_keys()}.")
-    return {key: fit(f"post_decoder.{key}", value, known[key]) for key, value in settings.items()}
+        raise RecipeError(f"post_decoder has no key {preview(unknown)}.", f"Its keys are {_settings_keys()}.")
+    return {key: coerce(f"post_decoder.{key}", value, known[key]) for key, value in settings.items()}
 
 
 def _settings_keys() -> str:

@@ -16,21 +16,21 @@ import yaml
 
 from relook.console import say
 from relook.errors import Faults, RelookError
-from relook.evaluate.compare import by_divergence, compare
+from relook.evaluate.compare import compare, hallucination_by_divergence
 from relook.evaluate.pope_from_cache import FIRST_FILE, CachedPope
-from relook.evaluate.results import versions
-from relook.evaluate.run import claim, evaluate_model
+from relook.evaluate.results import library_versions
+from relook.evaluate.run import claim_eval_dir, evaluate_model
 from relook.evaluate.score import annotation_file, read_scores
 from relook.evaluate.statistics import holm
 from relook.evaluate.tasks.pope import SPLITS
-from relook.files import read_json, read_records, sole_writer, takes, write_json, write_text
+from relook.files import is_free, read_json, read_records, sole_writer, write_json, write_text
 from relook.model.load import model_hash
-from relook.recipe import Recipe, parse_overrides, read_shipped
+from relook.recipe import Recipe, parse_overrides, read_yaml_or_shipped
 from relook.report.pages import RESULTS_FILE
-from relook.sweep_config import BASE, SWEEP_FILE, Row, Sweep, build_sweep
+from relook.sweep_config import BASE, SWEEP_FILE, Sweep, SweepRow, build_sweep
 from relook.train import run as training
 from relook.train.run import (
-    Encoded,
+    EncodedSamples,
     Samples,
     check_schedule,
     encode_samples,
@@ -52,7 +52,7 @@ CHAIR_RATES = ("chair_i", "chair_s", "recall", "length")
 def sweep_command(arguments: Sequence[str]) -> Path:
     """`relook sweep FILE [--key value ...]`; returns the report's path."""
     name, *keys = arguments
-    values = read_shipped(name, "sweep")
+    values = read_yaml_or_shipped(name, "sweep")
     for key, value in parse_overrides(keys).items():
         head, _, rest = key.partition(".")
         if head == "grid" and rest:
@@ -74,7 +74,7 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
 
 
 def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
-    take(sweep, values)
+    claim_sweep_dir(sweep, values)
     engine = CachedPope(
         sweep.base,
         Path(sweep.data),
@@ -91,9 +91,9 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
     samples = read(waiting)
     evaluate(sweep, BASE, sweep.base, engine)
     if waiting:
-        encoded = encode(waiting, samples, engine)
+        encoded = encode_datasets(waiting, samples, engine)
         engine.release()
-        for number, row in enumerate(sorted(waiting, key=_order), 1):
+        for number, row in enumerate(sorted(waiting, key=_execution_order), 1):
             say(f"{row.name} ({number} of {len(waiting)})", style="bold")
             try:
                 run = train(row.recipe, sweep.loading.device or None, encoded[_data_key(row)])
@@ -106,18 +106,18 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
     if not done:
         why = next(iter(failed.values()))
         raise RelookError(f"No row of the sweep could be trained: {why}", "Mend that, and run the same command again.")
-    write_json(sweep.out / RESULTS_FILE, {**collect(sweep, done), "failed": failed})
-    from relook.report.sweep_page import write_page
+    write_json(sweep.out / RESULTS_FILE, {**collect_results(sweep, done), "failed": failed})
+    from relook.report.sweep_page import write_sweep_page
 
-    page = write_page(sweep.out)
+    page = write_sweep_page(sweep.out)
     say(f"{page}, {sweep.out / 'table.md'} and {sweep.out / RESULTS_FILE}")
     return page
 
 
-def take(sweep: Sweep, values: Mapping[str, Any]) -> None:
+def claim_sweep_dir(sweep: Sweep, values: Mapping[str, Any]) -> None:
     """Take the output folder; each row takes its run folder, so that one of another recipe is refused now."""
     held = sweep.out / SWEEP_FILE
-    takes(sweep.out, SWEEP_FILE, "output_dir")  # a sweep may go on there, with rows more or fewer
+    is_free(sweep.out, SWEEP_FILE, "output_dir")  # a sweep may go on there, with rows more or fewer
     faults, lost = Faults(), dict[str, RelookError]()
     for row in sweep.rows:
         with faults:
@@ -126,23 +126,23 @@ def take(sweep: Sweep, values: Mapping[str, Any]) -> None:
             lost.setdefault(str(getattr(row.recipe, key)), error)
     faults.errors += lost.values()
     faults.check()
-    plain = yaml.safe_load(yaml.safe_dump({key: _plain(value) for key, value in values.items()}))
+    plain = yaml.safe_load(yaml.safe_dump({key: _json_value(value) for key, value in values.items()}))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     if not held.exists():
         write_text(held, text)
     claim_answers(sweep, BASE, sweep.base)
     for row in sweep.rows:
-        training.claim(Path(row.recipe.output_dir), row.recipe)
+        training.claim_run_dir(Path(row.recipe.output_dir), row.recipe)
     write_text(held, text)
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
 def claim_answers(sweep: Sweep, name: str, model: Path) -> None:
     data, length = Path(sweep.data), sweep.max_new_tokens
-    claim(sweep.answers(name), model, data, sweep.template, length, sweep.loading_of(name))
+    claim_eval_dir(sweep.answers(name), model, data, sweep.template, length, sweep.loading_of(name))
 
 
 def _finished(sweep: Sweep, name: str) -> bool:
@@ -150,18 +150,18 @@ def _finished(sweep: Sweep, name: str) -> bool:
     return all((sweep.answers(name) / file).exists() for file in wanted)
 
 
-def _data_key(row: Row) -> tuple[Any, ...]:
+def _data_key(row: SweepRow) -> tuple[Any, ...]:
     return tuple(getattr(row.recipe, key) for key in DATA_KEYS)
 
 
-def _order(row: Row) -> tuple[Any, ...]:
+def _execution_order(row: SweepRow) -> tuple[Any, ...]:
     """Rows that share trunk states follow each other, those that need the vision features, too, first."""
     recipe = row.recipe
     attention = recipe.post_decoder.get("attention", "cross") if recipe.tune_post_decoder else "none"
     return (not recipe.frozen_trunk, attention == "self_cross", str(_data_key(row)), attention == "none")
 
 
-def read(rows: Sequence[Row]) -> dict[tuple[Any, ...], Samples]:
+def read(rows: Sequence[SweepRow]) -> dict[tuple[Any, ...], Samples]:
     """Read every distinct set of data among the rows, and look whether each row's run would learn from it.
 
     Raises:
@@ -179,11 +179,11 @@ def read(rows: Sequence[Row]) -> dict[tuple[Any, ...], Samples]:
     return samples
 
 
-def encode(
-    rows: Sequence[Row], samples: Mapping[tuple[Any, ...], Samples], engine: CachedPope
-) -> dict[tuple[Any, ...], Encoded]:
+def encode_datasets(
+    rows: Sequence[SweepRow], samples: Mapping[tuple[Any, ...], Samples], engine: CachedPope
+) -> dict[tuple[Any, ...], EncodedSamples]:
     """The examples of every distinct set of data among the rows."""
-    found: dict[tuple[Any, ...], Encoded] = {}
+    found: dict[tuple[Any, ...], EncodedSamples] = {}
     for row in rows:
         if _data_key(row) not in found:
             loaded = dataclasses.replace(engine.loaded)  # with an image loader of its own
@@ -205,7 +205,7 @@ def evaluate(sweep: Sweep, name: str, model: Path, engine: CachedPope) -> None:
         evaluate_model(model, ["chair"], Path(sweep.data), out, *how)
 
 
-def collect(sweep: Sweep, finished: Sequence[Row]) -> dict[str, Any]:
+def collect_results(sweep: Sweep, finished: Sequence[SweepRow]) -> dict[str, Any]:
     """What `results.json` says of the finished rows, from their files."""
     data, base_folder = Path(sweep.data), sweep.answers(BASE)
     base_first = read_records(base_folder / FIRST_FILE)
@@ -218,16 +218,16 @@ def collect(sweep: Sweep, finished: Sequence[Row]) -> dict[str, Any]:
             {
                 "name": row.name,
                 "variant": row.variant,
-                "keys": {key: _plain(value) for key, value in row.keys.items()},
-                "method": method(row.recipe),
-                "regime": regime(row.recipe),
+                "keys": {key: _json_value(value) for key, value in row.keys.items()},
+                "method": objective_name(row.recipe),
+                "regime": regime_name(row.recipe),
                 "learning_rate": arguments.learning_rate,
                 "epochs": _epochs(sweep, row),
                 "seed": arguments.seed,
                 **_scores(sweep, row.name),
                 "paired": compare(data, base_folder, folder, _benchmarks(sweep)),
                 "kl": sum(record["kl"] for record in first) / len(first),
-                "kl_bins": by_divergence(first, base_first),
+                "kl_bins": hallucination_by_divergence(first, base_first),
             }
         )
     for split in SPLITS:
@@ -237,14 +237,14 @@ def collect(sweep: Sweep, finished: Sequence[Row]) -> dict[str, Any]:
     return {
         "base": _scores(sweep, BASE),
         "rows": rows,
-        "over_seeds": over_seeds(rows),
+        "over_seeds": aggregate_seeds(rows),
         "provenance": {
             "model": str(sweep.base),
             "model_hash": model_hash(sweep.base),
             "data": sweep.data,
             "template": sweep.template,
             "dtype": sweep.dtype,
-            "versions": versions(),
+            "versions": library_versions(),
         },
     }
 
@@ -257,7 +257,7 @@ def _benchmarks(sweep: Sweep) -> list[str]:
     return ["pope", "chair"] if sweep.chair else ["pope"]
 
 
-def _epochs(sweep: Sweep, row: Row) -> float:
+def _epochs(sweep: Sweep, row: SweepRow) -> float:
     log = read_json(Path(row.recipe.output_dir) / training.RUN_FILE)["log"]
     return round(float(log[-1]["epoch"]), 2) if log else 0.0
 
@@ -272,7 +272,7 @@ LOSSES = {
 }
 
 
-def method(recipe: Recipe) -> str:
+def objective_name(recipe: Recipe) -> str:
     """The objective, as tables call it."""
     if recipe.task == "sft":
         return "SFT"
@@ -287,7 +287,7 @@ def method(recipe: Recipe) -> str:
     return " + ".join([*terms, *(["NLL"] if recipe.nll_weight else [])])
 
 
-def regime(recipe: Recipe) -> str:
+def regime_name(recipe: Recipe) -> str:
     """What trained."""
     parts = {
         "LoRA": recipe.lora_enable,
@@ -299,7 +299,7 @@ def regime(recipe: Recipe) -> str:
     return " + ".join(name for name, trained in parts.items() if trained)
 
 
-def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def aggregate_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and sample standard deviation over rows that differ in the seed alone."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -308,9 +308,11 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "variant": variant,
             "seeds": [row["seed"] for row in group],
-            "pope": {s: {rate: _spread([row["pope"][s][rate] for row in group]) for rate in RATES} for s in SPLITS},
+            "pope": {
+                s: {rate: _mean_and_std([row["pope"][s][rate] for row in group]) for rate in RATES} for s in SPLITS
+            },
             **(
-                {"chair": {rate: _spread([row["chair"][rate] for row in group]) for rate in CHAIR_RATES}}
+                {"chair": {rate: _mean_and_std([row["chair"][rate] for row in group]) for rate in CHAIR_RATES}}
                 if "chair" in group[0]
                 else {}
             ),
@@ -320,7 +322,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+def _mean_and_std(values: Sequence[float | None]) -> dict[str, float | None]:
     """Of a rate over seeds; None where one of them has none."""
     defined = [value for value in values if value is not None]
     if len(defined) < len(values):

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.errors import Faults, RecipeError, some
+from relook.errors import Faults, RecipeError, preview
 from relook.files import text_hash
-from relook.model.load import Loading, as_dtype, default_template
-from relook.recipe import Recipe, fit, load_recipe
+from relook.model.load import LoadOptions, folder_template, parse_dtype
+from relook.recipe import Recipe, coerce, load_recipe
 
 SWEEP_FILE = "sweep.yaml"
 BASE = "base"  # how the base is called among the rows
@@ -25,7 +25,7 @@ SHARED = ("model_name_or_path", "vision_tower", "version")  # what the base's an
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One run of a sweep.
 
     Args:
@@ -55,7 +55,7 @@ class Sweep:
 
     data: str
     output_dir: str
-    rows: tuple[Row, ...]
+    rows: tuple[SweepRow, ...]
     chair: bool = False
     dtype: str = "float32"
     batch_size: int = 64
@@ -70,16 +70,16 @@ class Sweep:
         return Path(self.rows[0].recipe.model_name_or_path)
 
     @property
-    def loading(self) -> Loading:
+    def loading(self) -> LoadOptions:
         recipe = self.rows[0].recipe
         device = "cpu" if recipe.training.get("use_cpu") else ""
-        return Loading(None, Path(recipe.vision_tower) if recipe.vision_tower else None, self.dtype, 16, device)
+        return LoadOptions(None, Path(recipe.vision_tower) if recipe.vision_tower else None, self.dtype, 16, device)
 
     @property
     def template(self) -> str:
-        return self.rows[0].recipe.version or default_template(self.base)
+        return self.rows[0].recipe.version or folder_template(self.base)
 
-    def loading_of(self, name: str) -> Loading:
+    def loading_of(self, name: str) -> LoadOptions:
         """How a row comes into memory: a run names its vision tower itself."""
         return self.loading if name == BASE else dataclasses.replace(self.loading, vision_tower=None)
 
@@ -99,8 +99,8 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
     missing = [key for key in ("recipe", "output_dir", "data") if not values.get(key)]
     if missing:
         raise RecipeError(f"The sweep sets no {', '.join(missing)}.", f"Give it in the file or as --{missing[0]}.")
-    own = {key: fit(key, values[key], kind) for key, kind in OWN.items() if key in values}
-    as_dtype(own.get("dtype", "float32"))
+    own = {key: coerce(key, values[key], kind) for key, kind in OWN.items() if key in values}
+    parse_dtype(own.get("dtype", "float32"))
     for key in ("batch_size", "max_new_tokens"):
         if own.get(key, 1) < 1:
             raise RecipeError(f"{key} is {own[key]}.", "Give 1 or more.")
@@ -110,10 +110,12 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
         raise RecipeError(
             "The sweep has no rows.", "Give rows: [{key: value}, ...], grid: {key: [value, ...]}, or both."
         )
-    labels = names(rows)
+    labels = row_names(rows)
     twice = [name for name, count in Counter(name.lower() for name, _ in labels).items() if count > 1 or name == BASE]
     if twice:
-        raise RecipeError(f"Rows of the sweep are called {some(twice)} twice.", "Give the rows of `rows` other names.")
+        raise RecipeError(
+            f"Rows of the sweep are called {preview(twice)} twice.", "Give the rows of `rows` other names."
+        )
     built = []
     faults = Faults()
     for (name, variant), row in zip(labels, rows, strict=True):
@@ -125,12 +127,12 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
         keys.pop("name", None)
         with faults:
             recipe = load_recipe(str(keys.pop("recipe")), keys)
-            built.append(Row(name, variant, {key: value for key, value in row.items() if key != "name"}, recipe))
+            built.append(SweepRow(name, variant, {key: value for key, value in row.items() if key != "name"}, recipe))
     faults.check()
     for key in SHARED:
         found = {str(getattr(row.recipe, key)) for row in built}
         if len(found) > 1:
-            raise RecipeError(f"The rows differ in {key} ({some(sorted(found))}).", "Write one sweep for each.")
+            raise RecipeError(f"The rows differ in {key} ({preview(sorted(found))}).", "Write one sweep for each.")
     return Sweep(rows=tuple(built), **own)
 
 
@@ -149,15 +151,17 @@ def expand(rows: Any, grid: Any) -> list[dict[str, Any]]:
     reserved = {"output_dir", *OWN, *(("name",) if "name" in grid else ())}
     used = set(grid).union(*rows)
     if used & reserved:
-        raise RecipeError(f"{some(sorted(used & reserved))} cannot differ between rows.", "Set it for the whole sweep.")
+        raise RecipeError(
+            f"{preview(sorted(used & reserved))} cannot differ between rows.", "Set it for the whole sweep."
+        )
     both = set(grid) & set().union(*rows)
     if both:
-        raise RecipeError(f"{some(sorted(both))} stands in rows and in grid.", "Keep one of them.")
+        raise RecipeError(f"{preview(sorted(both))} stands in rows and in grid.", "Keep one of them.")
     combinations = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
     return [{**row, **chosen} for row in rows or ([{}] if grid else []) for chosen in combinations]
 
 
-def names(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def row_names(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """A safe file name for each row, from its `name` and the keys in which rows differ; and the same without seed.
 
     A row with a `name` shows, besides it, only the keys that differ between rows of that name.
@@ -168,8 +172,8 @@ def names(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         keys = [key for key in row if key != "name" and len({repr(other.get(key)) for other in peers}) > 1]
         label = [str(row["name"])] if "name" in row else []
         texts = {key: f"{key.rpartition('.')[2]}={_short(row[key])}" for key in keys}
-        whole = _safe([*label, *texts.values()])
-        found.append((whole, _safe([*label, *(text for key, text in texts.items() if key != "seed")])))
+        whole = _safe_name([*label, *texts.values()])
+        found.append((whole, _safe_name([*label, *(text for key, text in texts.items() if key != "seed")])))
     return found
 
 
@@ -182,6 +186,6 @@ def _short(value: Any) -> str:
         return Path(value).stem if isinstance(value, str) and "/" in value else str(value)
 
 
-def _safe(parts: Sequence[str]) -> str:
+def _safe_name(parts: Sequence[str]) -> str:
     text = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts)).strip("._,") or "run"
     return text if len(text) <= 100 else f"{text[:80]}-{text_hash(text)}"

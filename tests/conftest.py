@@ -93,14 +93,14 @@ def served(media: Path) -> Iterator[Served]:
     from tiny import tiny_relook
 
     from relook.generate.engine import Engine
-    from relook.generate.request import Limits
-    from relook.serve.api import Policy
-    from relook.serve.media import Sources
+    from relook.generate.request import EngineLimits
+    from relook.serve.api import ServerLimits
+    from relook.serve.media import ImageSources
 
     models = {"tuned": as_loaded(tiny_relook()), "base": as_loaded(tiny_relook(seed=1))}
-    engines = {name: Engine(loaded, Limits(slots=4)) for name, loaded in models.items()}
-    sources = Sources(max_bytes=200_000, web=True, root=media, seconds=2)
-    with serving(engines, Policy(KEY, sources, max_images=3, max_body=1_000_000, body_seconds=1)) as server:
+    engines = {name: Engine(loaded, EngineLimits(slots=4)) for name, loaded in models.items()}
+    sources = ImageSources(max_bytes=200_000, web=True, root=media, seconds=2)
+    with serving(engines, ServerLimits(KEY, sources, max_images=3, max_body=1_000_000, body_seconds=1)) as server:
         yield server
 
 

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from relook.generate.engine import Engine
-from relook.serve.api import Policy
-from relook.serve.server import make_server, take_port
+from relook.serve.api import ServerLimits
+from relook.serve.server import bind_socket, make_server
 from relook.toyworld.build import IMAGE_SIZE
 
 KEY = "a key"
@@ -104,10 +104,10 @@ class Served:
 
 @contextmanager
 def serving(
-    engines: dict[str, Engine], policy: Policy, uploads: Path | None = None, stop_seconds: int = 5
+    engines: dict[str, Engine], policy: ServerLimits, uploads: Path | None = None, stop_seconds: int = 5
 ) -> Iterator[Served]:
     """With a folder for uploads, the page is served too."""
-    taken = take_port("127.0.0.1", 0)
+    taken = bind_socket("127.0.0.1", 0)
     server = make_server(engines, policy, stop_seconds, uploads)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
     thread.start()

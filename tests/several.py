@@ -60,7 +60,7 @@ def noted_shares(self: Any, *arguments: Any) -> Any:
 def killed_save(model: Any, path: Path, *rest: Any) -> None:
     save_trained(model, path, *rest)
     if kill and path.parent.name == f"checkpoint-{kill}":
-        if distributed.first():
+        if distributed.is_main():
             path.write_bytes(path.read_bytes()[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -21,10 +21,10 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 from relook import load_model
 from relook.errors import CheckpointError
 from relook.files import read_json, write_json
-from relook.model.checkpoint import read_file
-from relook.model.export import Writing, merge
-from relook.model.load import default_template, model_hash
-from relook.model.lora import Adapter
+from relook.model.checkpoint import read_tensor_file
+from relook.model.export import WriteOptions, merge
+from relook.model.load import folder_template, model_hash
+from relook.model.lora import LoraSettings
 from relook.recipe import build_recipe
 from relook.toyworld.build import make_processor
 from relook.train.run import train
@@ -234,7 +234,7 @@ def test_layers_that_have_lora_are_those_of_peft(settings: dict[str, Any], tmp_p
     config.save_pretrained(tmp_path)
     theirs = [module for module in MODULES if check_target_module_exists(config, module)]
     assert theirs
-    assert [module for module in MODULES if Adapter(tmp_path).targets(module)] == theirs
+    assert [module for module in MODULES if LoraSettings(tmp_path).targets(module)] == theirs
 
 
 # --- merge
@@ -263,10 +263,10 @@ def test_a_wrong_merge_is_not_written(
 ) -> None:
     theirs = names == "LLaVA's"
     source, lora = (tiny / "ckpt_safetensors", tiny / "lora_llava-tiny") if theirs else (base, adapter)
-    how = Writing(vision_tower=tower if theirs else None)
+    how = WriteOptions(vision_tower=tower if theirs else None)
     assert merge(source, lora, tmp_path / "right", None, how) == 0
-    scale = Adapter.scale
-    monkeypatch.setattr(Adapter, "scale", lambda self, module: 1.1 * scale(self, module))
+    scale = LoraSettings.scale
+    monkeypatch.setattr(LoraSettings, "scale", lambda self, module: 1.1 * scale(self, module))
     with pytest.raises(CheckpointError, match="differ from those of peft's adapter by"):
         merge(source, lora, tmp_path / "wrong", None, how)
     assert not (tmp_path / "wrong").exists()
@@ -412,7 +412,7 @@ def test_weights_that_are_no_numbers(where: str, number: float, tiny: Path, towe
     }[where]
     if where == "head":
         shutil.copyfile(tiny / "head_fp32/non_lora_trainables.bin", file)
-    tensors = {key: tensor.read().clone() for key, tensor in read_file(file).items()}
+    tensors = {key: tensor.read().clone() for key, tensor in read_tensor_file(file).items()}
     tensors[name or next(iter(tensors))].view(-1)[5] = number
     (save_file if file.suffix == ".safetensors" else torch.save)(tensors, file)
     with pytest.raises(CheckpointError, match=rf"1 tensors of .* hold NaN or infinity: model\.\S*{shown}|lm_head"):
@@ -458,7 +458,7 @@ def test_a_checkpoint_of_a_run_is_loaded_as_the_run_is(
     assert ("from peft's own" in capsys.readouterr().err) == ("lora_enable" in REGIMES[regime])
     merged = load_model(tmp_path / "merged").model.state_dict()
     assert all(torch.equal(tensor, merged[name]) for name, tensor in earlier.items())
-    assert default_template(first) == "llava_hf"
+    assert folder_template(first) == "llava_hf"
     assert model_hash(first) != model_hash(last)
 
 

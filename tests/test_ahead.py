@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
-from relook.data.images import WORKERS, ahead
+from relook.data.images import WORKERS, prefetch_map
 
 
 def test_it_is_map() -> None:
-    assert list(ahead(lambda n: n * n, range(50))) == [n * n for n in range(50)]
-    assert list(ahead(str, [])) == []
+    assert list(prefetch_map(lambda n: n * n, range(50))) == [n * n for n in range(50)]
+    assert list(prefetch_map(str, [])) == []
 
 
 def test_the_next_is_under_way_while_the_first_is_used_and_no_more_than_a_few() -> None:
@@ -28,7 +28,7 @@ def test_the_next_is_under_way_while_the_first_is_used_and_no_more_than_a_few() 
             second.set()
         return n
 
-    found = ahead(work, inputs())  # type: ignore[arg-type]
+    found = prefetch_map(work, inputs())  # type: ignore[arg-type]
     assert next(found) == 0
     assert second.wait(30)
     assert len(asked) == WORKERS + 1
@@ -39,7 +39,7 @@ def test_a_failure_is_raised_where_its_result_is_due() -> None:
     def work(n: int) -> float:
         return 1 / (n - 3)
 
-    found = ahead(work, range(10))
+    found = prefetch_map(work, range(10))
     assert [next(found) for _ in range(3)] == [-1 / 3, -1 / 2, -1]
     with pytest.raises(ZeroDivisionError):
         next(found)

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from relook.errors import DataError
-from relook.evaluate.benchmarks import read_questions, score_command
+from relook.evaluate.benchmarks import benchmark_questions, score_command
 from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import Given
+from relook.evaluate.score import ScoringInputs
 from relook.evaluate.tasks import amber
-from relook.evaluate.tasks.amber import Lists, Made, judge_description
+from relook.evaluate.tasks.amber import DescriptionCounts, Lists, judge_description
 from relook.files import read_records, write_json, write_jsonl
 
 ASSOCIATION = {
@@ -99,22 +99,22 @@ def test_nouns_are_those_of_the_original_program(refdata: Path) -> None:
     ("text", "made"),
     [
         # a made-up dog is a temptation; the orange is safe, and no truth
-        ("a man, a dog and an orange", Made(3, 1, 1, 2, 1, 1)),
+        ("a man, a dog and an orange", DescriptionCounts(3, 1, 1, 2, 1, 1)),
         # "person" goes to the first truth with that word, and twice there is once
-        ("a person and a person", Made(2, 0, 1, 2, 0, 1)),
-        ("a boy and a woman", Made(2, 0, 2, 2, 0, 1)),
-        ("a cat", Made(1, 1, 0, 2, 0, 1)),
-        ("nothing at all", Made(0, 0, 0, 2, 0, 1)),
+        ("a person and a person", DescriptionCounts(2, 0, 1, 2, 0, 1)),
+        ("a boy and a woman", DescriptionCounts(2, 0, 2, 2, 0, 1)),
+        ("a cat", DescriptionCounts(1, 1, 0, 2, 0, 1)),
+        ("nothing at all", DescriptionCounts(0, 0, 0, 2, 0, 1)),
     ],
 )
-def test_a_description_by_hand(text: str, made: Made) -> None:
+def test_a_description_by_hand(text: str, made: DescriptionCounts) -> None:
     assert judge_description(text, ["man", "woman"], ["dog"], LISTS) == made
 
 
 def test_near_synonyms_are_no_inventions_and_still_temptations() -> None:
     near = Lists(ASSOCIATION, (), {frozenset(("cat", "dog")), frozenset(("cat", "man"))})
-    assert judge_description("a cat", ["man"], ["dog"], near) == Made(1, 0, 1, 1, 1, 1)
-    assert judge_description("a dog", ["man"], ["dog"], near) == Made(1, 1, 0, 1, 1, 1)
+    assert judge_description("a cat", ["man"], ["dog"], near) == DescriptionCounts(1, 0, 1, 1, 1, 1)
+    assert judge_description("a dog", ["man"], ["dog"], near) == DescriptionCounts(1, 1, 0, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def rescore(data: Path | None, answers: list[Path]) -> dict[str, Any]:
-    return score_command("amber", answers, Given(data), "official", None)
+    return score_command("amber", answers, ScoringInputs(data), "official", None)
 
 
 RESPONSES = ["a man and a dog", "a cat, a cat and a dog and a potato", "No", "No.", "Yes", "Maybe"]
@@ -249,11 +249,11 @@ def test_odd_files_are_refused(data: Path) -> None:
     ):
         write_json(folder / "query" / "query_all.json", odd)
         with pytest.raises(DataError, match=message):
-            read_questions("amber", data)
+            benchmark_questions("amber", data)
     for name in ("query/query_all.json", "annotations.json"):
         (folder / name).write_text("")
         with pytest.raises(DataError, match=rf"{name} is empty.*junyangwang0410/AMBER"):
-            read_questions("amber", data)
+            benchmark_questions("amber", data)
     (folder / "near_synonyms.txt").write_text("cat dog\n\nman\n")
     with pytest.raises(DataError, match="not two words: man"):
         amber.read_lists(data)

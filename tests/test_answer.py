@@ -23,8 +23,8 @@ from relook import LoadedModel, load_model
 from relook.data.templates import TEMPLATES, get_template
 from relook.errors import DataError
 from relook.generate import tree_decoding as answering
-from relook.generate.sampling import Rule, sees_everything
-from relook.generate.tree_decoding import Asking, Prompt, PromptTree, Question, answer, shared
+from relook.generate.sampling import Sampler, has_full_attention
+from relook.generate.tree_decoding import GenerationSettings, Prompt, PromptTree, Question, answer, batch_by_images
 from relook.toyworld.build import IMAGE_SIZE, make_processor
 
 NEW = 10
@@ -68,7 +68,7 @@ def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -
 
 
 def answers(loaded: LoadedModel, questions: Sequence[Question], size: int = 64, **how: Any) -> list[str]:
-    asking = Asking(**{"max_new_tokens": NEW, "batch_size": size, **how})
+    asking = GenerationSettings(**{"max_new_tokens": NEW, "batch_size": size, **how})
     found = dict(answer(loaded, questions, asking, lambda *_: None))
     return [found[i] for i in range(len(questions))]
 
@@ -208,12 +208,12 @@ def test_what_only_generate_follows_is_left_to_it(
 
 def test_a_window_over_the_text_is_left_to_generate() -> None:
     config = tiny_llava().config.text_config
-    assert sees_everything(config, 10**6)
+    assert has_full_attention(config, 10**6)
     config.sliding_window = 100
-    assert sees_everything(config, 100)
-    assert not sees_everything(config, 101)
+    assert has_full_attention(config, 100)
+    assert not has_full_attention(config, 101)
     config.layer_types = ["full_attention", "linear_attention"]
-    assert not sees_everything(config, 1)
+    assert not has_full_attention(config, 1)
 
 
 def test_a_prompt_that_ends_in_its_image_is_left_to_generate(pictures: list[Path]) -> None:
@@ -249,7 +249,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(settings: dict[str, Any]) 
     """Against probabilities that are written out here."""
     loaded, n = as_loaded(tiny_llava()), 20_000
     logits = 2 * torch.randn(60, generator=torch.Generator().manual_seed(0))
-    rule = Rule.of(loaded, "", {"do_sample": True, **settings}, 100)
+    rule = Sampler.of(loaded, "", {"do_sample": True, **settings}, 100)
     assert rule is not None
     rule.never = rule.never[:0]
     draws = rule.draws(range(n), 1)
@@ -315,7 +315,7 @@ def test_no_batch_takes_more_positions_than_its_size_in_prompts(made: list[tuple
         prompts.append(Prompt(n, (Path(str(image)),) if image else (), (*start, *range(length))))
     longest = max(len(prompt.ids) for prompt in prompts) + new
     for size in (1, 3, 8):
-        batches = shared(prompts, Asking(max_new_tokens=new, batch_size=size), longest, token)
+        batches = batch_by_images(prompts, GenerationSettings(max_new_tokens=new, batch_size=size), longest, token)
         assert sorted(p.number for batch in batches for group in batch for p in group) == list(range(len(prompts)))
         for batch in batches:
             trees = [PromptTree.of([prompt.ids for prompt in group]) for group in batch]
@@ -332,7 +332,7 @@ def test_an_image_that_cannot_be_read_is_named_and_costs_no_other_answer(picture
     loaded = as_loaded(tiny_llava())
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     questions: list[Question] = [(path, TEXTS[0]) for path in [*pictures, tmp_path / "bad.jpg"]]
-    found = answer(loaded, questions, Asking(max_new_tokens=2, batch_size=1), lambda *_: None)
+    found = answer(loaded, questions, GenerationSettings(max_new_tokens=2, batch_size=1), lambda *_: None)
     assert sorted(next(found)[0] for _ in pictures) == [0, 1, 2, 3]
     with pytest.raises(DataError, match=r"bad\.jpg"):
         next(found)

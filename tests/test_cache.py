@@ -22,13 +22,13 @@ from tiny import dpo_keys, sft_keys
 from relook import load_model
 from relook.data.packing import PADDING, ROOT
 from relook.errors import RelookError
-from relook.forward.collate import SHARING, Collator, Item
+from relook.forward.collate import TREES_PER_ROOT, Collator, Item
 from relook.forward.policy import Policy
 from relook.model.load import TENSORS_FILE
-from relook.model.trainable import apply_regime
+from relook.model.trainable import set_trainable
 from relook.recipe import build_recipe
 from relook.train import cache_store, feature_cache
-from relook.train.cache_store import Plan
+from relook.train.cache_store import CachePlan
 from relook.train.feature_cache import TrunkCache, cached_items
 from relook.train.run import encode_samples, read_samples, train
 
@@ -45,19 +45,19 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cache_store, name, value)
 
 
-def prepared(keys: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Plan, list[Item], Collator]:
+def prepared(keys: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[CachePlan, list[Item], Collator]:
     """What `train` prepares, as in a process of its own."""
     recipe = build_recipe(keys)
     loaded = load_model(recipe.model_name_or_path, dtype=dtype)
     loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
     examples = list(dict.fromkeys(examples))
-    apply_regime(loaded, recipe)
+    set_trainable(loaded, recipe)
     policy = Policy(loaded.model, dtype)
     collator = Collator(policy, loaded.images, 3)
     TrunkCache.last = None
     items = cached_items(recipe, policy, examples, collator, lambda: policy)
-    return Plan.of(policy, examples, loaded.images), items, collator
+    return CachePlan.of(policy, examples, loaded.images), items, collator
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -93,7 +93,7 @@ def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path
     for count, least, positions in ((1, 1024, 1024), (3, 1024, 1024), (5, 128, None), (5, 0, None)):
         items = [Item(example) for example in examples[:count]]
         found = collator.live(items, least).packed
-        roots = 1 if least else -(-count // SHARING)
+        roots = 1 if least else -(-count // TREES_PER_ROOT)
         root = int((found.tree == ROOT).sum()) // roots  # what all prompts begin with
         needed = sum(len(item.example.tree) - root for item in items) + roots * root
         assert root >= 1
@@ -323,7 +323,7 @@ def test_a_killed_pass_ends_in_the_same_files(
     made: list[int] = []
     whole_pass = feature_cache.trunk_pass
 
-    def counted(policy: Policy, plan: Plan, shard: Any, *rest: Any) -> Any:
+    def counted(policy: Policy, plan: CachePlan, shard: Any, *rest: Any) -> Any:
         made.append(shard.number)
         return whole_pass(policy, cache_store, shard, *rest)
 
@@ -389,7 +389,7 @@ def test_shards_that_other_processes_should_have_made(tmp_path: Path) -> None:
     folder = cache_store.ShardFolder(tmp_path / "cache")
     folder["states-00000"] = torch.zeros(2, 3)
     example = cache_store.Shard(0, ((0,),), ())
-    made = Plan([], [2, 2], [1, 1], {}, {"states": 3}, torch.float32, False, 200, 0)
+    made = CachePlan([], [2, 2], [1, 1], {}, {"states": 3}, torch.float32, False, 200, 0)
     made.__dict__["shards"] = [example, cache_store.Shard(1, ((1,),), ())]
     with pytest.raises(RelookError, match=r"lacks 1 shards.*states-00001.*all machines share"):
-        feature_cache._wait(folder, made, ["states"])
+        feature_cache._wait_for_shards(folder, made, ["states"])

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from relook.data.annotations import Annotations
 from relook.errors import DataError
-from relook.evaluate.score import Given, score_answers
+from relook.evaluate.score import ScoringInputs, score_answers
 from relook.evaluate.tasks.chair import (
     Mention,
     Vocabulary,
     coco_vocabulary,
     mentions,
     plural,
-    score,
+    score_captions,
     truth_of,
     vocabulary_of,
 )
@@ -101,7 +101,7 @@ def test_captions_are_scored_without_boxes(tmp_path: Path) -> None:
     }
     (tmp_path / "instances.json").write_text(json.dumps(instances))
     (tmp_path / "captions.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "A dog and a cat."}))
-    found = score_answers("chair", tmp_path / "captions.jsonl", Given(annotations=tmp_path / "instances.json"))
+    found = score_answers("chair", tmp_path / "captions.jsonl", ScoringInputs(annotations=tmp_path / "instances.json"))
     assert (found["chair_i"], found["recall"]) == (0.5, 1)
 
 
@@ -174,7 +174,7 @@ def test_score_by_hand() -> None:
         "d": "A car, a bus and a car.",  # only the bus is there
     }
     truth = {"a": {"dog", "person"}, "b": {"couch"}, "c": {"book"}, "d": {"bus"}, "other": {"zebra"}}
-    found = score(captions, truth, coco_vocabulary())
+    found = score_captions(captions, truth, coco_vocabulary())
     assert found.images == ("a", "b", "c", "d")
     assert found.mentioned == (3, 1, 0, 3)
     assert found.hallucinated == (1, 0, 0, 2)
@@ -191,14 +191,14 @@ def test_score_by_hand() -> None:
 
 
 def test_silence_shows() -> None:
-    found = score({"a": "", "b": "Nice."}, {"a": {"dog"}, "b": {"cat"}}, coco_vocabulary())
+    found = score_captions({"a": "", "b": "Nice."}, {"a": {"dog"}, "b": {"cat"}}, coco_vocabulary())
     assert (found.chair_i, found.chair_s, found.recall, found.empty) == (None, 0.0, 0.0, 1.0)
-    assert score({}, {}, coco_vocabulary()).n == 0
+    assert score_captions({}, {}, coco_vocabulary()).n == 0
 
 
 def test_images_without_annotations_are_named() -> None:
     with pytest.raises(DataError, match=r"no annotations for b\.jpg"):
-        score({"b.jpg": "A dog."}, {}, coco_vocabulary())
+        score_captions({"b.jpg": "A dog."}, {}, coco_vocabulary())
 
 
 def test_truth_takes_in_what_people_name() -> None:
@@ -236,11 +236,11 @@ def test_captions_of_any_program_are_scored(coco: Path) -> None:
     answers = coco.with_name("answers.json")  # the layout of COCO's caption results
     said = [{"image_id": 8, "caption": "A man and his cat."}, {"image_id": 7, "caption": "A puppy, a sofa and a lady."}]
     answers.write_text(json.dumps(said))
-    found = score_answers("chair", answers, Given(annotations=coco))
+    found = score_answers("chair", answers, ScoringInputs(annotations=coco))
     assert (found["chair_i"], found["chair_s"], found["recall"], found["n"]) == (2 / 5, 1.0, 1.0, 2)
     assert found["chair_s_ci"] == [1.0, 1.0]
     assert found["provenance"]["truth"] == "instances"
-    both = score_answers("chair", answers, Given(annotations=coco, captions=coco.with_name("captions.json")))
+    both = score_answers("chair", answers, ScoringInputs(annotations=coco, captions=coco.with_name("captions.json")))
     assert (both["chair_i"], both["chair_s"]) == (1 / 5, 0.5)
     assert both["provenance"]["truth"] == "instances and captions"
 
@@ -249,14 +249,14 @@ def test_a_pinned_list_decides_which_captions_count(coco: Path) -> None:
     answers, images = coco.with_name("answers.jsonl"), coco.with_name("images.txt")
     names = [f"COCO_val2014_00000000000{i}.jpg" for i in (7, 8)]
     answers.write_text("".join(json.dumps({"image": n, "text": "A man."}) + "\n" for n in names))
-    whole = score_answers("chair", answers, Given(annotations=coco))
+    whole = score_answers("chair", answers, ScoringInputs(annotations=coco))
     images.write_text(f"{names[1]}\n")
-    found = score_answers("chair", answers, Given(annotations=coco, images=images))
+    found = score_answers("chair", answers, ScoringInputs(annotations=coco, images=images))
     assert (whole["n"], found["n"], found["chair_i"]) == (2, 1, 0.0)
     assert whole["image_list"] != found["image_list"] == found["provenance"]["image_list"]
     answers.write_text(json.dumps({"image": names[0], "caption": "A dog."}))
     with pytest.raises(DataError, match=r"1 images of .*images\.txt have no caption: .*8\.jpg"):
-        score_answers("chair", answers, Given(annotations=coco, images=images))
+        score_answers("chair", answers, ScoringInputs(annotations=coco, images=images))
 
 
 @pytest.mark.parametrize(
@@ -275,4 +275,4 @@ def test_captions_that_cannot_be_scored(coco: Path, records: list[dict], message
     answers = coco.with_name("answers.json")
     answers.write_text(json.dumps(records))
     with pytest.raises(DataError, match=message):
-        score_answers("chair", answers, Given(annotations=coco))
+        score_answers("chair", answers, ScoringInputs(annotations=coco))

@@ -21,7 +21,7 @@ from relook import cli, load_model
 from relook.data.samples import Turn
 from relook.errors import RelookError
 from relook.generate.engine import Engine
-from relook.generate.request import Limits, Request
+from relook.generate.request import EngineLimits, Request
 from relook.model.load import without_post_decoder
 from relook.serve.terminal import Chat, _lines
 from relook.toyworld.build import make_processor
@@ -39,7 +39,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[tuple[Engine, Engine]]:
-    pair = tuple(Engine(as_loaded(tiny_relook(seed=seed)), Limits(slots=1)) for seed in (0, 1))
+    pair = tuple(Engine(as_loaded(tiny_relook(seed=seed)), EngineLimits(slots=1)) for seed in (0, 1))
     yield pair  # type: ignore[misc]
     for engine in pair:
         engine.stop()

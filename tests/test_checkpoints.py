@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llava
 
 from relook import LoadedModel, load_model
-from relook.data.packing import Row, Tree, pack
+from relook.data.packing import TokenRow, Tree, pack
 from relook.errors import RelookError
 from relook.forward.policy import LiveBatch, Policy
-from relook.model.adapters import read_change
-from relook.model.checkpoint import FROM_LLAVA, read_file, read_folder, rename
-from relook.model.load import add_post_decoder, default_template
+from relook.model.adapters import read_adapter
+from relook.model.checkpoint import FROM_LLAVA, read_tensor_file, read_tensor_folder, rename
+from relook.model.load import add_post_decoder, folder_template
 from relook.toyworld.build import make_processor
 from relook.train.loss import dpo_sigmoid, negative_log_likelihood
 
@@ -143,7 +143,7 @@ def test_lora_and_projector_are_merged_as_the_original_does(tiny: Path, tower: P
 def tree_of(model: Any, *rows: tuple[np.ndarray, np.ndarray]) -> Tree:
     return Tree.of(
         [
-            Row(
+            TokenRow(
                 tuple(expand(model, ids)),
                 tuple(
                     flag
@@ -236,7 +236,7 @@ def test_a_tower_in_the_file_counts_where_it_was_trained_only(tiny: Path, tower:
     for unfrozen in (True, False):
         folder = copied(tiny / "ckpt_safetensors", tmp_path / str(unfrozen), unfreeze_mm_vision_tower=unfrozen)
         tensors = load_file(folder / "model.safetensors")
-        for name, tensor in read_folder(tower).items():
+        for name, tensor in read_tensor_folder(tower).items():
             if name.startswith("vision_model.") and not name.endswith("position_ids"):
                 tensors[f"model.vision_tower.vision_tower.{name}"] = tensor.read() + 0.01
         save_file(tensors, folder / "model.safetensors")
@@ -284,7 +284,7 @@ def test_settings_that_are_null_are_as_absent(tiny: Path, tower: Path, tmp_path:
 def test_templates_and_dtypes(tiny: Path, tower: Path) -> None:
     loaded = load_model(tiny / "ckpt_safetensors", vision_tower=tower, dtype="bfloat16")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
-    assert loaded.template == default_template(tiny / "ckpt_safetensors") == "v1"
+    assert loaded.template == folder_template(tiny / "ckpt_safetensors") == "v1"
     assert loaded.aspect_ratio == loaded.images.aspect_ratio == "pad"
     with pytest.raises(RelookError, match="dtype"):
         load_model(tiny / "ckpt_safetensors", vision_tower=tower, dtype="int8")
@@ -421,21 +421,21 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, old: boo
     proof, file = tmp_path / "it-ran", tmp_path / "non_lora_trainables.bin"
     torch.save({"lm_head.weight": _Runs(proof)}, file, _use_new_zipfile_serialization=not old)
     with pytest.raises(RelookError, match="refused"):
-        read_change(file)
+        read_adapter(file)
     assert not proof.exists()
     torch.load(file, weights_only=False)  # the file is what it claims to be
     assert proof.exists()
     proof.unlink()
     file.write_bytes(pickle.dumps(_Runs(proof)))
     with pytest.raises(RelookError, match=r"refused|broken"):
-        read_file(file)
+        read_tensor_file(file)
     assert not proof.exists()
 
 
 def test_pytorchs_old_format_is_read(tmp_path: Path) -> None:
     tensor = torch.arange(6.0)
     torch.save({"lm_head.weight": tensor}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    assert torch.equal(read_file(tmp_path / "old.bin")["lm_head.weight"].read(), tensor)
+    assert torch.equal(read_tensor_file(tmp_path / "old.bin")["lm_head.weight"].read(), tensor)
 
 
 @pytest.mark.parametrize(
@@ -553,7 +553,7 @@ def test_lora_on_a_half_precision_base_is_rounded_once(tiny: Path, tower: Path, 
     folder = copied(tiny / "ckpt_safetensors", tmp_path / "half")
     tensors = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
-    adapter = read_file(tiny / "lora_llava-tiny/adapter_model.bin")
+    adapter = read_tensor_file(tiny / "lora_llava-tiny/adapter_model.bin")
     name = "layers.0.self_attn.q_proj"
     a, b = (adapter[f"base_model.model.model.{name}.lora_{half}.weight"].read() for half in "AB")
     exact = tensors[f"model.{name}.weight"].float() + 2 * b @ a  # alpha 8 over rank 4
@@ -576,7 +576,7 @@ def test_a_lora_run_of_relook_names_its_base_and_is_merged(tmp_path: Path) -> No
     merged = model.merge_and_unload().state_dict()
     torch.testing.assert_close(load_model(run).model.state_dict(), merged)
     torch.testing.assert_close(load_model(base, run).model.state_dict(), merged)
-    assert default_template(run) == "llava_hf"
+    assert folder_template(run) == "llava_hf"
 
 
 @pytest.mark.parametrize(

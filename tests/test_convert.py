@@ -26,13 +26,13 @@ from relook.cli import app
 from relook.errors import RelookError
 from relook.files import read_json, write_json
 from relook.model import export as module
-from relook.model.checkpoint import CHANGE_FILE, KEPT, read_folder, weight_files, write_tensors
-from relook.model.export import Writing, convert, export, merge
-from relook.model.lazy_model import open_model
+from relook.model.checkpoint import ADAPTER_FILE, KEPT, read_tensor_folder, weight_files, write_tensors
+from relook.model.export import WriteOptions, convert, export, merge
+from relook.model.lazy_model import open_folder
 from relook.model.load import TENSORS_FILE, add_post_decoder
 from relook.toyworld.build import make_processor
 
-FAST = Writing(check=False)
+FAST = WriteOptions(check=False)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def toy(tmp_path: Path) -> Path:
 
 
 def same_tensors(first: Path, second: Path) -> bool:
-    one, two = read_folder(first), read_folder(second)
+    one, two = read_tensor_folder(first), read_tensor_folder(second)
     return one.keys() == two.keys() and all(torch.equal(one[name].read(), two[name].read()) for name in one)
 
 
@@ -56,13 +56,13 @@ def decoder_run(base: Path, out: Path, head: bool = True) -> Path:
     out.mkdir()
     save_file(trained, out / TENSORS_FILE)
     settings = {"depth": 2, "attention": "self_cross"}
-    write_json(out / CHANGE_FILE, {"base": str(base), "post_decoder": settings, "lora": False})
+    write_json(out / ADAPTER_FILE, {"base": str(base), "post_decoder": settings, "lora": False})
     return out
 
 
 def test_llava_to_hf_and_back(tiny: Path, tower: Path, tmp_path: Path) -> None:
     source, hf, back = tiny / "ckpt_bin_sharded", tmp_path / "hf", tmp_path / "back"
-    how = Writing(vision_tower=tower, shard_gb=3e-4)
+    how = WriteOptions(vision_tower=tower, shard_gb=3e-4)
     assert convert(source, hf, "hf", how) == 0
     assert len(weight_files(hf)) > 2
     assert convert(hf, back, "llava") == 0
@@ -78,9 +78,9 @@ def test_llava_to_hf_and_back(tiny: Path, tower: Path, tmp_path: Path) -> None:
     assert read_json(back / "tokenizer_config.json")["legacy"] is False
     # The tower lies in the folder, under the names of a CLIP model's.
     of_tower = {
-        n: t for n, t in read_folder(tower).items() if n.startswith("vision_model.") and "position_ids" not in n
+        n: t for n, t in read_tensor_folder(tower).items() if n.startswith("vision_model.") and "position_ids" not in n
     }
-    kept = read_folder(back / "vision_tower")
+    kept = read_tensor_folder(back / "vision_tower")
     assert kept.keys() == of_tower.keys()
     assert all(torch.equal(kept[name].read(), of_tower[name].read()) for name in kept)
 
@@ -100,7 +100,7 @@ def test_hf_to_llava_and_back(toy: Path, tmp_path: Path) -> None:
 def test_a_converted_folder_in_plain_transformers(tiny: Path, tower: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    convert(tiny / "ckpt_safetensors", tmp_path / "hf", "hf", Writing(vision_tower=tower))
+    convert(tiny / "ckpt_safetensors", tmp_path / "hf", "hf", WriteOptions(vision_tower=tower))
     model, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -122,18 +122,18 @@ def test_a_linear_projector_becomes_one_again(tiny: Path, tower: Path, tmp_path:
     for file in (tiny / "ckpt_safetensors").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     write_json(folder / "config.json", read_json(folder / "config.json") | {"mm_projector_type": "linear"})
-    tensors = {n: t.read().clone() for n, t in read_folder(folder).items() if ".mm_projector.2." not in n}
+    tensors = {n: t.read().clone() for n, t in read_tensor_folder(folder).items() if ".mm_projector.2." not in n}
     for part in ("weight", "bias"):
         tensors[f"model.mm_projector.{part}"] = tensors.pop(f"model.mm_projector.0.{part}")
     save_file(tensors, folder / "model.safetensors")
-    convert(folder, tmp_path / "hf", "hf", Writing(vision_tower=tower))
+    convert(folder, tmp_path / "hf", "hf", WriteOptions(vision_tower=tower))
     assert convert(tmp_path / "hf", tmp_path / "back", "llava") == 0
     assert same_tensors(folder, tmp_path / "back")
 
 
 @torch.no_grad()
 def test_merged_lora_and_head_give_the_originals_logits(tiny: Path, tower: Path, tmp_path: Path) -> None:
-    how = Writing(vision_tower=tower)
+    how = WriteOptions(vision_tower=tower)
     saved = np.load(tiny / "outputs/case_A.npz")
     for change, output in (("lora_llava-tiny", "lora_A"), ("head_fp32/non_lora_trainables.bin", "head_fp32_A")):
         assert merge(tiny / "ckpt_bin_sharded", tiny / change, tmp_path / output, None, how) == 0
@@ -147,12 +147,12 @@ def test_merged_lora_and_head_give_the_originals_logits(tiny: Path, tower: Path,
 
 def test_stages_take_what_replace_bin_took(toy: Path, tmp_path: Path) -> None:
     run, only = decoder_run(toy, tmp_path / "run"), decoder_run(toy, tmp_path / "only", head=False)
-    base, trained = open_model(toy).tensors, read_folder_of(run)
+    base, trained = open_folder(toy).tensors, read_folder_of(run)
 
     def merged(source: Path, change: Path, stage: int) -> dict[str, bool]:
         out = tmp_path / f"{source.name}-{change.name}-{stage}"
         merge(source, change, out, stage, FAST)
-        found = open_model(out).tensors
+        found = open_folder(out).tensors
         assert found.keys() == base.keys() | {n for n in trained if "post_decoder" in n} | {"lm_head.weight"}
         head = found["lm_head.weight"].read() if "lm_head.weight" in found else None
         assert all(torch.equal(found[n].read(), trained[n]) for n in trained if "post_decoder" in n)
@@ -161,7 +161,7 @@ def test_stages_take_what_replace_bin_took(toy: Path, tmp_path: Path) -> None:
 
     untied = tmp_path / "untied"
     merge(toy, head_file(tmp_path), untied, None, FAST)
-    base = open_model(untied).tensors
+    base = open_folder(untied).tensors
     assert merged(untied, run, 0) == {"head": True}
     assert merged(untied, run, 1) == {"head": False}
     with_decoder = tmp_path / "untied-run-1"
@@ -254,7 +254,7 @@ def test_writing_holds_one_shard_at_a_time(tmp_path: Path) -> None:
     assert most <= 2
     assert len(weight_files(tmp_path)) == count // per_shard
     assert all(path.stat().st_size < per_shard * size * 4 + 1000 for path in weight_files(tmp_path))
-    assert all(read_folder(tmp_path)[f"t{i}"].read().eq(i).all() for i in range(count))
+    assert all(read_tensor_folder(tmp_path)[f"t{i}"].read().eq(i).all() for i in range(count))
 
 
 def test_nothing_is_overwritten_and_nothing_half_is_left(
@@ -271,7 +271,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "logit_difference", stop)
-        for target, how in ((tmp_path / "new", Writing()), (out, Writing(force=True))):
+        for target, how in ((tmp_path / "new", WriteOptions()), (out, WriteOptions(force=True))):
             with pytest.raises(KeyboardInterrupt):
                 convert(toy, target, "llava", how)
         patch.setattr(module, "logit_difference", lambda *sources: float("nan"))
@@ -279,25 +279,25 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
             convert(toy, tmp_path / "new", "llava")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "toy"]
-    convert(toy, out, "hf", Writing(force=True, check=False))
+    convert(toy, out, "hf", WriteOptions(force=True, check=False))
     assert read_json(out / "config.json")["model_type"] == "llava"
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("words")
     with pytest.raises(RelookError, match="no model folder and is not replaced"):
-        convert(toy, tmp_path / "mine", "hf", Writing(force=True))
+        convert(toy, tmp_path / "mine", "hf", WriteOptions(force=True))
     for target in (toy, tmp_path):
         with pytest.raises(RelookError, match="holds the source itself"):
-            convert(toy, target, "hf", Writing(force=True))
+            convert(toy, target, "hf", WriteOptions(force=True))
     run = decoder_run(toy, tmp_path / "run")
     with pytest.raises(RelookError, match="holds the source itself"):
-        merge(toy, run, run, None, Writing(force=True))
+        merge(toy, run, run, None, WriteOptions(force=True))
 
 
 def test_a_link_stays_a_link_and_a_killed_writers_rest_is_removed(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     for force in (False, True):
-        convert(toy, tmp_path / "link", "hf", Writing(force=force, check=False))
+        convert(toy, tmp_path / "link", "hf", WriteOptions(force=force, check=False))
     assert (tmp_path / "link").is_symlink()
     assert weight_files(tmp_path / "disk")
 
@@ -320,7 +320,7 @@ def test_the_old_folder_is_removed_after_the_new_one_has_its_name(
         return 0.0
 
     monkeypatch.setattr(module, "logit_difference", stop)
-    convert(toy, tmp_path / "out", "llava", Writing(force=True))
+    convert(toy, tmp_path / "out", "llava", WriteOptions(force=True))
     assert read_json(tmp_path / "out/config.json")["model_type"] == "llava_llama"
     assert (tmp_path / f".out.old.{os.getpid()}.part/config.json").exists()
 

@@ -1,4 +1,4 @@
-"""`relook data check` and `fix`: every defect found and named, none invented; killed and run again, the same files."""
+"""`relook data check` and `fix_folder`: every defect found and named, none invented; killed and run again, the same files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from damaged import encoded, write_llava
 from PIL import Image
 
 from relook import cli
-from relook.data.check import FolderReport, check, fix
+from relook.data.check import FolderReport, check, fix_folder
 from relook.data.readers import read_hadpo, read_llava
 from relook.errors import DataError, RelookError
 from relook.files import write_json, write_jsonl
@@ -51,7 +51,7 @@ def test_every_defect_among_20000_files(tmp_path: Path) -> None:
     report = check("llava", tmp_path / "source")
     assert image_faults(report) == images
     assert record_faults(report) == records
-    fix("llava", tmp_path / "source", tmp_path / "fixed")
+    fix_folder("llava", tmp_path / "source", tmp_path / "fixed")
     assert check("llava", tmp_path / "fixed").clean
 
 
@@ -65,7 +65,7 @@ def test_fix_leaves_a_clean_folder_and_the_old_one_alone(tmp_path: Path) -> None
     source, out = tmp_path / "source", tmp_path / "out"
     images, records = write_llava(source, 120, 2)
     before = files(source)
-    fix("llava", source, out, workers=1)
+    fix_folder("llava", source, out, workers=1)
     assert files(source) == before
     assert check("llava", out, workers=1).clean
     kept, report = read_llava(out / "llava_mix.json", out / "images", on_bad="error")
@@ -86,7 +86,7 @@ def test_fix_leaves_a_clean_folder_and_the_old_one_alone(tmp_path: Path) -> None
     again = {reason: set(names) for reason, names in done["written_again"].items()}
     assert again == {reason: images[reason] for reason in ("wrong extension", "unusual mode")}
     assert {reason: set(names) for reason, names in done["records_dropped"]["llava_mix.json"].items()} == records
-    listed = fix("llava", source, tmp_path / "listed", broken="list", workers=1)
+    listed = fix_folder("llava", source, tmp_path / "listed", broken="list", workers=1)
     assert (tmp_path / "listed" / "llava_mix.json").read_bytes() == (source / "llava_mix.json").read_bytes()
     assert listed["records_listed"] == done["records_dropped"]
 
@@ -94,14 +94,14 @@ def test_fix_leaves_a_clean_folder_and_the_old_one_alone(tmp_path: Path) -> None
 def test_fix_in_place(tmp_path: Path) -> None:
     write_llava(tmp_path, 60, 1)
     before = files(tmp_path / "images")
-    fix("llava", tmp_path, in_place=True, workers=1)
+    fix_folder("llava", tmp_path, in_place=True, workers=1)
     report = check("llava", tmp_path, workers=1)
     assert record_faults(report) == {}
     assert set(image_faults(report)) <= {"truncated", "empty file", "not an image"}  # which no record names any more
     assert not any(report.images[name] for names in image_faults(report).values() for name in names)
     assert files(tmp_path / "images").keys() == before.keys()
     after = files(tmp_path)
-    fix("llava", tmp_path, in_place=True, workers=1)
+    fix_folder("llava", tmp_path, in_place=True, workers=1)
     assert files(tmp_path) == after
 
 
@@ -112,7 +112,7 @@ def test_ocr_vqa_gifs_under_another_name_become_jpegs(tmp_path: Path) -> None:
     talk = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Ada."}]
     write_json(tmp_path / "mix.json", [{"id": "1", "image": "ocr_vqa/images/1.jpg", "conversations": talk}])
     assert image_faults(check("llava", tmp_path)) == {"there under another extension": {"ocr_vqa/images/1.jpg"}}
-    fix("llava", tmp_path, in_place=True)
+    fix_folder("llava", tmp_path, in_place=True)
     assert Image.open(tmp_path / "ocr_vqa/images/1.jpg").format == "JPEG"
     assert check("llava", tmp_path).clean
 
@@ -192,7 +192,7 @@ def test_hadpo(tmp_path: Path) -> None:
     assert report.indexes[0].faults["chosen equals rejected"] == ["desc-2"]
     assert report.indexes[0].faults["duplicate"] == ["desc-1 (number 2)"]
     assert image_faults(report) == {"missing": {"VG_100K/8.jpg"}, "empty file": {"VG_100K_2/7.jpg"}}
-    fix("hadpo", folder, fixed)
+    fix_folder("hadpo", folder, fixed)
     assert check("hadpo", fixed).clean
     pairs, dropped = read_hadpo(fixed / "vg", fixed / "desc_data.json", fixed / "pope_data.json", on_bad="error")
     assert ([pair.id for pair in pairs], dropped.dropped) == (["pope-0", "desc-1", "desc-1"], 0)
@@ -273,9 +273,9 @@ def test_images_elsewhere_are_found_and_fixed_there(tmp_path: Path) -> None:
     write_json(tmp_path / "pairs/desc_data.json", {"1": pair, "2": pair, "3": pair, "4": {**pair, "rejected": []}})
     report = check("hadpo", tmp_path / "pairs", tmp_path / "genome")
     assert image_faults(report) == {"wrong extension": {"VG_100K_2/3.jpg"}}
-    fix("hadpo", tmp_path / "pairs", tmp_path / "new", images=tmp_path / "genome")
+    fix_folder("hadpo", tmp_path / "pairs", tmp_path / "new", images=tmp_path / "genome")
     assert check("hadpo", tmp_path / "new", tmp_path / "new/genome").clean
-    fix("hadpo", tmp_path / "pairs", in_place=True, images=tmp_path / "genome")
+    fix_folder("hadpo", tmp_path / "pairs", in_place=True, images=tmp_path / "genome")
     assert check("hadpo", tmp_path / "pairs", tmp_path / "genome").clean
     assert Image.open(tmp_path / "disk/3.jpg").format == "JPEG"
     assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == ["desc_data.json", "relook-fix.json"]
@@ -296,7 +296,7 @@ def test_names_that_are_no_text_circles_and_pipes(tmp_path: Path) -> None:
         "unreadable": {"pipe.jpg", "inner", f"{'x' * 300}.jpg"},
     }
     assert record_faults(report) == {"image file broken": {"0", "1", "2"}, "image path leads out of its folder": {"3"}}
-    assert fix("llava", folder, tmp_path / "out")["images_left_out"]["empty file"] == ["\\udcff.jpg"]
+    assert fix_folder("llava", folder, tmp_path / "out")["images_left_out"]["empty file"] == ["\\udcff.jpg"]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, f"[{'1' * 5000}]", "[NaN", "\xff", ""])
@@ -321,19 +321,19 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         check("hadpo", folder)
     write_json(folder / "mix.json", [])
     with pytest.raises(RelookError, match="--out FOLDER or --in-place"):
-        fix("llava", folder)
+        fix_folder("llava", folder)
     with pytest.raises(RelookError, match="lies in"):
-        fix("llava", folder, folder / "inside")
+        fix_folder("llava", folder, folder / "inside")
     out = tmp_path / "taken"
     write_json(out / "other.json", {})
     with pytest.raises(RelookError, match="holds something else"):
-        fix("llava", folder, out)
+        fix_folder("llava", folder, out)
     (folder / "mix.json").write_text("[{")
     report = check("llava", folder)
     assert "not valid JSON" in report.indexes[0].problem
     assert not report.clean
     with pytest.raises(DataError, match="cannot be fixed"):
-        fix("llava", folder, tmp_path / "new")
+        fix_folder("llava", folder, tmp_path / "new")
 
 
 def test_status_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

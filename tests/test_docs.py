@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from relook.cli import app
 from relook.model.post_decoder import PostDecoderSettings
-from relook.recipe import Recipe, shipped
+from relook.recipe import Recipe, shipped_names
 from relook.sweep_config import OWN
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def test_every_recipe_key_is_documented() -> None:
 
 def test_every_sweep_key_and_shipped_sweep_is_documented() -> None:
     text = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    assert not [key for key in (*OWN, "rows", "grid", "recipe", *shipped("sweep")) if f"`{key}`" not in text]
+    assert not [key for key in (*OWN, "rows", "grid", "recipe", *shipped_names("sweep")) if f"`{key}`" not in text]
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -60,7 +60,7 @@ def test_the_readmes_have_the_same_rows_once() -> None:
 def test_documents_name_recipes_that_exist() -> None:
     text = "".join((ROOT / name).read_text(encoding="utf-8") for name in (*READMES, "docs/real-data.md"))
     named = set(re.findall(r"relook train ([\w-]+)", text)) - {"RECIPE"}
-    assert named <= {*shipped("recipe")}
+    assert named <= {*shipped_names("recipe")}
 
 
 @pytest.mark.parametrize("document", [*READMES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

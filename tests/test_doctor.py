@@ -18,10 +18,10 @@ import transformers.configuration_utils
 import transformers.tokenization_utils_base
 
 from relook import cli, doctor
-from relook.doctor import FAIL, NOTE, NOTICES, OK, WARN, Finding, examine, explain, to_json
+from relook.doctor import FAIL, KNOWN_WARNINGS, NOTE, OK, WARN, CheckResult, find_known_warnings, run_checks, to_json
 
 
-def state(found: list[Finding], check: str) -> str:
+def state(found: list[CheckResult], check: str) -> str:
     return next(one.state for one in found if one.check == check)
 
 
@@ -65,7 +65,7 @@ def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.Monke
 
 def test_without_torch_the_other_checks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # what an import then finds
-    found = examine()
+    found = run_checks()
     assert [one.said for one in found if one.check == "FlexAttention"] == ["torch is not installed"]
     assert state(found, "disk") in (OK, WARN)
     assert state(found, "numpy") == OK
@@ -77,7 +77,7 @@ def test_a_check_that_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA driver initialization failed\nand more lines")
 
     monkeypatch.setattr(torch.cuda, "is_available", broken)
-    found = examine()
+    found = run_checks()
     assert [one.said for one in found if one.check == "bf16"] == ["RuntimeError: CUDA driver initialization failed"]
     assert state(found, "memory") == OK
 
@@ -122,7 +122,7 @@ SAID = {
 
 @pytest.mark.parametrize("name", SAID)
 def test_a_known_warning_is_explained(name: str) -> None:
-    assert [notice.name for notice in explain(SAID[name])] == [name]
+    assert [notice.name for notice in find_known_warnings(SAID[name])] == [name]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_known_warning_is_explained(name: str) -> None:
     ],
 )
 def test_the_installed_libraries_say_it_so(name: str, module: Any) -> None:
-    assert name in [notice.name for notice in explain(inspect.getsource(module))]
+    assert name in [notice.name for notice in find_known_warnings(inspect.getsource(module))]
 
 
 def test_a_log_and_all(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
@@ -145,6 +145,6 @@ def test_a_log_and_all(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: P
         assert run(monkeypatch, "--explain", "-", "--json") == 0
     assert {one["name"] for one in json.loads(capsys.readouterr().out)} == SAID.keys()
     assert run(monkeypatch, "--explain", "all") == 0
-    assert capsys.readouterr().out.count("  Here: ") == len(NOTICES)
+    assert capsys.readouterr().out.count("  Here: ") == len(KNOWN_WARNINGS)
     assert run(monkeypatch, "--explain", "nothing that is known") == 1
-    assert explain("loss 0.69, grad_norm 1.0") == []
+    assert find_known_warnings("loss 0.69, grad_norm 1.0") == []

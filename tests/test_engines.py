@@ -46,14 +46,14 @@ from relook.data.templates import get_template
 from relook.errors import RelookError
 from relook.files import read_json, write_json
 from relook.model.adapters import TENSORS_FILE
-from relook.model.checkpoint import CHANGE_FILE
-from relook.model.export import WRITERS, Writing, export, export_for
+from relook.model.checkpoint import ADAPTER_FILE
+from relook.model.export import WRITERS, WriteOptions, export, export_for
 from relook.serve.chat import read_turns
 from relook.serve.protocol import Message
 from relook.toyworld.build import shipped_base
-from relook.toyworld.world import draw, sample_scenes
+from relook.toyworld.world import draw_scene, sample_scenes
 
-FAST, CHECKED = Writing(check=False), Writing()
+FAST, CHECKED = WriteOptions(check=False), WriteOptions()
 VLLM = {  # a name's prefix, the first that it has
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.",
@@ -83,7 +83,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(lora, out / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [query]}
     write_json(out / "adapter_config.json", settings)
-    write_json(out / CHANGE_FILE, {"base": str(base), "post_decoder": None, "lora": True})
+    write_json(out / ADAPTER_FILE, {"base": str(base), "post_decoder": None, "lora": True})
     return out
 
 
@@ -300,7 +300,7 @@ def test_transformers_serve_says_what_relook_says(tmp_path: Path) -> None:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         loaded = load_model(shipped_base())
         for scene in sample_scenes(5, "test", 3):
-            picture, text = draw(scene), "Describe this image in detail."
+            picture, text = draw_scene(scene), "Describe this image in detail."
             reply = client.chat.completions.create(
                 model=str(out),
                 messages=[asks(with_picture(text, png(picture)))],

@@ -22,29 +22,29 @@ from typer.testing import CliRunner
 
 from relook.cli import app
 from relook.errors import RelookError
-from relook.estimate.memory import Counts, Job, decoder_layer_bytes, ways, within
+from relook.estimate.memory import BatchCounts, Job, decoder_layer_bytes, saved_within_budget, ways
 from relook.estimate.run import (
     GIB,
-    Assumed,
-    Lengths,
+    AssumedData,
+    DataLengths,
+    build_job,
+    build_meta_policy,
+    build_on_meta,
     choose,
     estimate,
-    job_of,
     largest_batches,
-    on_paper,
-    open_on_paper,
-    policy_on_paper,
+    open_meta_model,
     read_lengths,
 )
 from relook.files import write_json
 from relook.forward.collate import Collator, Item
 from relook.forward.packed_attention import ATTENTION_INPUTS, MLP_INPUTS, narrow
 from relook.forward.policy import Policy
-from relook.model.load import AboveTrunk
-from relook.recipe import Recipe, build_recipe, parse_overrides, read_shipped
-from relook.train.feature_cache import features_once
-from relook.train.metrics import Costs
-from relook.train.run import encode_samples, load, policy_of, prepare, read_samples, train
+from relook.model.load import HeadModel
+from relook.recipe import Recipe, build_recipe, parse_overrides, read_yaml_or_shipped
+from relook.train.feature_cache import cache_vision_features
+from relook.train.metrics import StepCosts
+from relook.train.run import build_policy, encode_samples, load_for_training, prepare_items, read_samples, train
 
 NAMES = (*ATTENTION_INPUTS, "o_proj", *MLP_INPUTS, "down_proj")
 WIDTH, INNER, ROW = 32, 80, 48  # of the layers below
@@ -187,7 +187,7 @@ def test_a_budget_is_kept(kind: str, lora: dict[str, Any], budget: float) -> Non
     attention, mlp = decoder_layer_bytes(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=0.0)
     with torch._functorch.config.patch(activation_memory_budget=budget):
         real = kept_by_a_layer(kind, torch.bfloat16, 4, lora, PARTITIONED, row)
-    said = within(budget, row * WIDTH * (4 if kind == "full" else 2), (attention, row), (mlp, row))
+    said = saved_within_budget(budget, row * WIDTH * (4 if kind == "full" else 2), (attention, row), (mlp, row))
     assert said == pytest.approx(real, abs=0.07 * (attention.of(row) + mlp.of(row)))  # a tensor is kept or not
 
 
@@ -195,9 +195,9 @@ def test_a_budget_is_kept(kind: str, lora: dict[str, Any], budget: float) -> Non
 
 
 def planned(recipe: Recipe) -> Job:
-    source = open_on_paper(recipe)
-    whole = policy_on_paper(recipe, on_paper(recipe, source), sharded=False)
-    return job_of(recipe, whole, read_lengths(recipe, source, whole.core, Assumed()), 80, 1, sharded=False)
+    source = open_meta_model(recipe)
+    whole = build_meta_policy(recipe, build_on_meta(recipe, source), sharded=False)
+    return build_job(recipe, whole, read_lengths(recipe, source, whole.core, AssumedData()), 80, 1, sharded=False)
 
 
 REGIMES: dict[str, dict[str, Any]] = {
@@ -229,12 +229,12 @@ REGIMES: dict[str, dict[str, Any]] = {
 def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regime: str, dtype: torch.dtype) -> None:
     keys = {"trunk_pass": "dense", "bf16": dtype == torch.bfloat16, **REGIMES[regime]}
     recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", **keys))
-    whole = lambda: policy_of(recipe, load(recipe, dtype, "cpu"), dtype)  # noqa: E731
-    loaded = load(recipe, dtype, "cpu", trunk=not recipe.cached_trunk)
+    whole = lambda: build_policy(recipe, load_for_training(recipe, dtype, "cpu"), dtype)  # noqa: E731
+    loaded = load_for_training(recipe, dtype, "cpu", trunk=not recipe.cached_trunk)
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
-    policy = policy_of(recipe, loaded, dtype)
+    policy = build_policy(recipe, loaded, dtype)
     collator = Collator(policy, loaded.images, loaded.pad_id)
-    items = prepare(recipe, policy, examples, collator, 4, whole)[:12]
+    items = prepare_items(recipe, policy, examples, collator, 4, whole)[:12]
     policy.train()
     if "recomputed" in regime:
         policy.activation_checkpointing_enable()
@@ -244,7 +244,7 @@ def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regi
     real = size(found) - len(log_probs) * WORDS * dtype.itemsize  # the logits are counted by themselves
 
     rows = [PATCHES * len(item.example.images) for item in items]
-    counts = Counts.of([item.example for item in items], rows, policy)
+    counts = BatchCounts.of([item.example for item in items], rows, policy)
     # What is not said are indices (8 bytes a target), and in the first layer that nothing before it trains.
     assert replace(planned(recipe), batch=counts).kept == pytest.approx(real, rel=0.05)
 
@@ -255,12 +255,12 @@ def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regi
 def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Path, world: Path, tmp_path: Path) -> None:
     keys = {**REGIMES["lora"], **keys, "trunk_pass": "flex", "per_device_train_batch_size": size}
     recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", **keys))
-    loaded = load(recipe, torch.float32, "cpu")
+    loaded = load_for_training(recipe, torch.float32, "cpu")
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
-    policy = policy_of(recipe, loaded, torch.float32)
+    policy = build_policy(recipe, loaded, torch.float32)
     collator = Collator(policy, loaded.images, loaded.pad_id)
-    collator.features = features_once(recipe, policy, examples, loaded.images)
-    items, costs = [Item(example) for example in examples], Costs.of(policy)
+    collator.features = cache_vision_features(recipe, policy, examples, loaded.images)
+    items, costs = [Item(example) for example in examples], StepCosts.of(policy)
     real = sum(costs.flops(collator(items[start : start + size])["work"]) for start in range(0, len(items), size))
     said = estimate(recipe)["work"]
     assert said["step_tflop"] == pytest.approx(real / len(items) / 1e12, rel=2e-3)
@@ -276,8 +276,8 @@ def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Pat
 @pytest.mark.parametrize("regime", ["post decoder and head", "lora", "full"])
 def test_weights_gradients_and_optimizer_of_a_real_step(base: Path, world: Path, tmp_path: Path, regime: str) -> None:
     recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", bf16=True, **REGIMES[regime]))
-    policy = policy_of(recipe, load(recipe, torch.bfloat16, "cpu"), torch.bfloat16)
-    parameters = list((policy.core if not recipe.cached_trunk else AboveTrunk(policy.core)).parameters())
+    policy = build_policy(recipe, load_for_training(recipe, torch.bfloat16, "cpu"), torch.bfloat16)
+    parameters = list((policy.core if not recipe.cached_trunk else HeadModel(policy.core)).parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -287,7 +287,9 @@ def test_weights_gradients_and_optimizer_of_a_real_step(base: Path, world: Path,
     projector = list(policy.core.model.multi_modal_projector.parameters()) if recipe.cached_trunk else []
 
     (way,) = [way for name, way in estimate(recipe)["ways"].items() if name == "one GPU"]
-    tower = list(policy.core.model.vision_tower.parameters()) if recipe.sees_once else []  # it rests on the CPU
+    tower = (
+        list(policy.core.model.vision_tower.parameters()) if recipe.encodes_images_once else []
+    )  # it rests on the CPU
     assert way["parts"]["weights"] == sum(p.nbytes for p in (*parameters, *projector)) - sum(p.nbytes for p in tower)
     assert way["largest"]["gradients"] == sum(p.grad.nbytes for p in trained if p.grad is not None)
     assert way["parts"]["optimizer"] == sum(t.nbytes for t in moments)
@@ -470,7 +472,7 @@ def test_no_placeholder_is_shown(recipe: str, base: Path) -> None:
     assert "trunk_cache beside output_dir" in text or recipe != "head"
 
 
-Paper = tuple[dict[str, Any], Policy, Policy, Lengths]
+Paper = tuple[dict[str, Any], Policy, Policy, DataLengths]
 
 
 @pytest.fixture(scope="module")
@@ -478,13 +480,13 @@ def papers(seven_billion: Path) -> dict[str, Paper]:
     """LLaVA-1.5-7B under shipped recipes, as one GPU and as several have it."""
     found = {}
     for name in ("hadpo-lora", "head"):
-        values = {key: value for key, value in read_shipped(name, "recipe").items() if value}
+        values = {key: value for key, value in read_yaml_or_shipped(name, "recipe").items() if value}
         values |= {"model_name_or_path": str(seven_billion), **dict.fromkeys(("output_dir", "vg_path"), "nowhere")}
         recipe = build_recipe({**values, "desc_data_path": "nowhere"})
-        source = open_on_paper(recipe)
-        model = on_paper(recipe, source)
-        whole, cut = (policy_on_paper(recipe, model, sharded) for sharded in (False, True))
-        lengths = read_lengths(recipe, source, whole.core, Assumed(samples=250))
+        source = open_meta_model(recipe)
+        model = build_on_meta(recipe, source)
+        whole, cut = (build_meta_policy(recipe, model, sharded) for sharded in (False, True))
+        lengths = read_lengths(recipe, source, whole.core, AssumedData(samples=250))
         found[name] = {**values, "desc_data_path": "nowhere"}, whole, cut, lengths
     return found
 
@@ -507,7 +509,7 @@ def test_what_is_chosen_fits_and_no_larger_batch_does(
     values, whole, cut, lengths = papers[recipe]
 
     def jobs_of(recipe: Recipe) -> list[Job]:
-        return [job_of(recipe, policy, lengths, memory, gpus, sharded=policy is cut) for policy in (whole, cut)]
+        return [build_job(recipe, policy, lengths, memory, gpus, sharded=policy is cut) for policy in (whole, cut)]
 
     asked = build_recipe(values | keys)
     job, apart = jobs_of(asked)

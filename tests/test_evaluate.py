@@ -27,12 +27,12 @@ from relook.evaluate import results
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.compare import compare, differing_answers
 from relook.evaluate.results import AnswerFile
-from relook.evaluate.run import evaluate_model, keep
-from relook.evaluate.score import LLAVA_QUESTIONS, Given, pope_questions, score_answers
-from relook.evaluate.tasks.pope import SPLITS, match, official_parse, read_questions
+from relook.evaluate.run import append_answers, evaluate_model
+from relook.evaluate.score import LLAVA_QUESTIONS, ScoringInputs, pope_questions, score_answers
+from relook.evaluate.tasks.pope import SPLITS, match, official_parse, read_pope_questions
 from relook.files import read_json, read_records, text_hash, write_json, write_jsonl
 from relook.generate import tree_decoding as answering
-from relook.generate.tree_decoding import Asking, answer
+from relook.generate.tree_decoding import GenerationSettings, answer
 from relook.model.load import model_hash
 from relook.toyworld.build import shipped_base
 
@@ -70,7 +70,7 @@ def test_what_an_evaluation_leaves(finished: Path, world: Path) -> None:
     scores, chair = read_json(finished / "pope.json"), read_json(finished / "chair.json")
     annotations = read_coco(world / "test" / "annotations" / "instances_val2014.json")
     for split in SPLITS:
-        questions = read_questions(world / "test" / "pope" / f"coco_pope_{split}.json", Path())
+        questions = read_pope_questions(world / "test" / "pope" / f"coco_pope_{split}.json", Path())
         answers = read_records(finished / f"pope_{split}.jsonl")
         assert [record["question_id"] for record in answers] == [question.id for question in questions]
         pairs = [(official_parse(a["answer"]), q.label == "yes") for a, q in zip(answers, questions, strict=True)]
@@ -112,7 +112,7 @@ def test_relook_runs_from_its_sources_where_it_is_not_installed(monkeypatch: pyt
         return version(name)
 
     monkeypatch.setattr(results, "version", not_installed)
-    assert results.versions()["relook"] == relook.__version__
+    assert results.library_versions()["relook"] == relook.__version__
 
 
 def test_the_version_stands_in_two_files_and_is_one() -> None:
@@ -122,18 +122,18 @@ def test_the_version_stands_in_two_files_and_is_one() -> None:
 
 def test_an_evaluation_is_scored_again_without_its_model(finished: Path, world: Path, tmp_path: Path) -> None:
     for name in ("pope", "chair"):
-        assert score_answers(name, finished, Given()) == read_json(finished / f"{name}.json")
+        assert score_answers(name, finished, ScoringInputs()) == read_json(finished / f"{name}.json")
     out, data = tmp_path / "out", tmp_path / "data"
     shutil.copytree(finished, out)
     shutil.copytree(world / "test", data)
     (out / "eval.json").unlink()
     with pytest.raises(RecipeError, match=r"does not say what data.*--data"):
-        score_answers("pope", out, Given())
-    exact = score_answers("pope", out, Given(data=data), "lmms-eval")
+        score_answers("pope", out, ScoringInputs())
+    exact = score_answers("pope", out, ScoringInputs(data=data), "lmms-eval")
     assert exact["random"]["neither"] == exact["random"]["n"]  # toyworld answers "Yes."
     assert exact["provenance"]["parser"] == "lmms-eval"
     with pytest.raises(RecipeError, match="no parser 'mine'"):
-        score_answers("pope", out, Given(data=data), "mine")
+        score_answers("pope", out, ScoringInputs(data=data), "mine")
 
 
 def test_llavas_questions_are_asked_where_they_lie_beside_popes(finished: Path, world: Path, tmp_path: Path) -> None:
@@ -158,7 +158,9 @@ def test_llavas_questions_are_asked_where_they_lie_beside_popes(finished: Path, 
 
 def test_equal_questions_are_asked_once(world: Path, tmp_path: Path, asked: list[Any]) -> None:
     pope(world, tmp_path / "out")
-    questions = [q for s in SPLITS for q in read_questions(world / "test" / "pope" / f"coco_pope_{s}.json", Path())]
+    questions = [
+        q for s in SPLITS for q in read_pope_questions(world / "test" / "pope" / f"coco_pope_{s}.json", Path())
+    ]
     assert len(asked) == len(set(asked)) == len({(q.image, q.text) for q in questions}) < len(questions)
 
 
@@ -244,7 +246,7 @@ def test_answers_before_a_failure_are_kept(tmp_path: Path) -> None:
 
     files = [AnswerFile(tmp_path / f"{name}.jsonl", "id") for name in ("even", "odd")]
     with pytest.raises(DataError):
-        keep(failing(), lambda index, text: (files[index % 2], {"id": index, "text": text}), files, 2)
+        append_answers(failing(), lambda index, text: (files[index % 2], {"id": index, "text": text}), files, 2)
     assert read_records(tmp_path / "even.jsonl") == [{"id": 0, "text": "a"}, {"id": 2, "text": "c"}]
     assert read_records(tmp_path / "odd.jsonl") == [{"id": 1, "text": "b"}]
 
@@ -252,7 +254,7 @@ def test_answers_before_a_failure_are_kept(tmp_path: Path) -> None:
 def test_an_evaluation_goes_on_once_a_broken_image_is_mended(world: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(world / "test", data)
-    victim = data / "val2014" / read_questions(data / "pope" / "coco_pope_random.json", Path())[-1].image
+    victim = data / "val2014" / read_pope_questions(data / "pope" / "coco_pope_random.json", Path())[-1].image
     whole = victim.read_bytes()
     victim.write_bytes(whole[:200])
     with pytest.raises(DataError, match=f"{victim.name} cannot be decoded"):
@@ -271,12 +273,12 @@ def test_an_evaluation_goes_on_once_a_broken_image_is_mended(world: Path, tmp_pa
 def test_answers_do_not_depend_on_the_batch(trained: bool, base: Path, world: Path) -> None:
     loaded = load_model(shipped_base() if trained else base)
     assert loaded.model.dtype == torch.float32
-    questions = read_questions(world / "test" / "pope" / "coco_pope_popular.json", world / "test" / "val2014")[:12]
+    questions = read_pope_questions(world / "test" / "pope" / "coco_pope_popular.json", world / "test" / "val2014")[:12]
     prompts = [(q.image, " ".join([q.text] * (1 + 3 * (i % 5)))) for i, q in enumerate(questions)]
     prompts += [(q.image, "Describe this image in detail.") for q in questions[::4]]
     answers = []
     for batch_size in (1, 8, 5):
-        found: dict[int, str] = dict(answer(loaded, prompts, Asking("", 20, batch_size), lambda *_: None))
+        found: dict[int, str] = dict(answer(loaded, prompts, GenerationSettings("", 20, batch_size), lambda *_: None))
         answers.append([found[i] for i in range(len(prompts))])
     assert answers[0] == answers[1] == answers[2]
     single = [loaded.generate([image], text, max_new_tokens=20) for image, text in prompts]
@@ -297,7 +299,7 @@ def test_an_answer_ends_where_its_template_does(refdata: Path, monkeypatch: pyte
     monkeypatch.setitem(TEMPLATES, "short", dataclasses.replace(get_template("v1"), name="short", end=end))
     single = [loaded.generate([image], text, "short", max_new_tokens=12) for image, text in prompts]
     assert single[0] == whole[: whole.index(end.strip())].strip()
-    found = dict(answer(loaded, prompts, Asking("short", 12, 8), lambda *_: None))
+    found = dict(answer(loaded, prompts, GenerationSettings("short", 12, 8), lambda *_: None))
     assert [found[0], found[1]] == single
     assert (get_template("v0").stop, get_template("v1").stop, get_template("llama_2").stop) == ("###", "", "")
 
@@ -305,7 +307,7 @@ def test_an_answer_ends_where_its_template_does(refdata: Path, monkeypatch: pyte
 def test_sampling_is_repeatable_and_leaves_torchs_generator_alone(base: Path, world: Path) -> None:
     loaded = load_model(base)
     image = sorted((world / "test" / "val2014").iterdir())[0]
-    how = Asking("", 12, 4, (("do_sample", True),), seed=3)
+    how = GenerationSettings("", 12, 4, (("do_sample", True),), seed=3)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first, second = (list(answer(loaded, [(image, "Is there a cup?")], how, lambda *_: None)) for _ in range(2))
@@ -427,13 +429,13 @@ def test_scores_of_an_answer_file(tmp_path: Path) -> None:
         [{"question_id": i, "image": "a.jpg", "text": f"Is there {i}?", "label": v} for i, v in enumerate(labels)],
     )
     write_json(tmp_path / "a.json", [{"question_id": i, "answer": v} for i, v in enumerate(said)][::-1])
-    result = score_answers("pope", tmp_path / "a.json", Given(questions=tmp_path / "q.json"))
+    result = score_answers("pope", tmp_path / "a.json", ScoringInputs(questions=tmp_path / "q.json"))
     assert result.keys() >= POPE_KEYS
     assert {key: result[key] for key in ("tp", "fn", "tn", "fp", "n")} == {"tp": 2, "fn": 1, "tn": 3, "fp": 1, "n": 7}
     expected = {"accuracy": 5 / 7, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 7}
     assert {key: result[key] for key in expected} == pytest.approx(expected)
     with pytest.raises(RecipeError, match=r"no benchmark mme.*pope, chair"):
-        score_command("mme", [tmp_path / "a.json"], Given(), "official", None)
+        score_command("mme", [tmp_path / "a.json"], ScoringInputs(), "official", None)
 
 
 # --- two models
@@ -453,7 +455,7 @@ def test_differences_are_second_minus_first(finished: Path, world: Path, tmp_pat
     perfect.mkdir()
     annotations = read_coco(data / "annotations" / "instances_val2014.json")
     for split in SPLITS:
-        questions = read_questions(data / "pope" / f"coco_pope_{split}.json", Path())
+        questions = read_pope_questions(data / "pope" / f"coco_pope_{split}.json", Path())
         write_jsonl(perfect / f"pope_{split}.jsonl", [{"question_id": q.id, "answer": q.label} for q in questions])
     write_jsonl(
         perfect / "chair.jsonl",

@@ -15,7 +15,7 @@ from transformers.integrations import integration_utils
 
 from relook import load_model
 from relook.errors import Mistakes, RecipeError
-from relook.flags import ALREADY, INSTEAD, OF_THE_MODEL, OFF, PASSED, RENAMED, SWITCHED, WANTED, check_model
+from relook.flags import ALREADY, INSTEAD, OF_THE_MODEL, OFF, PASSED, RENAMED, SWITCHED, WANTED, check_model_settings
 from relook.model.checkpoint import llava_settings, read_config
 from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides
 from relook.train.run import acting, training_arguments
@@ -261,11 +261,11 @@ def test_what_the_model_says_is_checked(base: Path, tiny: Path) -> None:
     said = {key: found[key] for key in ("mm_projector_type", "mm_use_im_start_end")}
     recipe = build_recipe({**DPO, **said})
     assert recipe.of_the_model == said
-    check_model(recipe.of_the_model, found)
+    check_model_settings(recipe.of_the_model, found)
     wrong: dict[str, Any] = {"mm_projector_type": "linear", "mm_vision_select_feature": "cls_patch"}
     for key, value in wrong.items():
         with pytest.raises(RecipeError, match=f"{key} is '{value}', but the model's config says '{found[key]}'"):
-            check_model({key: value}, found)
+            check_model_settings({key: value}, found)
     with pytest.raises(RecipeError, match="mm_vision_select_layer is 'last', but must be of type int"):
         build_recipe({**DPO, "mm_vision_select_layer": "last"})
 

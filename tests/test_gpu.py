@@ -16,21 +16,21 @@ from transformers import LlamaConfig, LlamaModel
 
 from relook import load_model
 from relook.data import packing
-from relook.data.packing import Tree, pack, to_device, to_host
+from relook.data.packing import Tree, copy_to_cpu, pack, to_device
 from relook.data.samples import Turn
 from relook.data.templates import with_image
-from relook.doctor import OK, examine
+from relook.doctor import OK, run_checks
 from relook.evaluate.tasks.pope import question_text
-from relook.files import read_object
+from relook.files import read_json_object
 from relook.forward import activation_memory
-from relook.forward.packed_attention import TreePass
+from relook.forward.packed_attention import PackedTrunk
 from relook.generate.engine import Engine
-from relook.generate.request import Limits, Request
-from relook.generate.tree_decoding import Asking, Prompt, generate_batch
+from relook.generate.request import EngineLimits, Request
+from relook.generate.tree_decoding import GenerationSettings, Prompt, generate_batch
 from relook.recipe import build_recipe
 from relook.toyworld import build
 from relook.toyworld.build import shipped_base
-from relook.toyworld.world import OBJECTS, Scene, draw, sample_scenes
+from relook.toyworld.world import OBJECTS, Scene, draw_scene, sample_scenes
 from relook.train.run import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_trunk_cache")]
@@ -48,7 +48,7 @@ def test_a_copy_to_the_host_is_the_same(
 ) -> None:
     monkeypatch.setattr(packing, "STAGING_BYTES", 5000)
     values = (1000 * torch.randn(*shape, device="cuda")).to(dtype)
-    found = to_host(values)
+    found = copy_to_cpu(values)
     assert not found.is_pinned()
     assert torch.equal(found, values.cpu())
 
@@ -62,11 +62,11 @@ def trees(times: int) -> list[Tree]:
 def test_packed_states_and_gradients_are_those_of_the_cpu(how: str, everything: bool) -> None:
     """Rows of several lengths, one after the other. Once layers are compiled for any, they are not compiled again."""
     here, there = (tiny_llava().model.language_model.to(device) for device in ("cpu", "cuda"))
-    reads = TreePass(there, how)
+    reads = PackedTrunk(there, how)
     for number, times in enumerate((5, 60, 30, 5, 100)):
-        packed = pack(trees(times), PAD, everything, 10_000, packing.whole_blocks, root=1)
+        packed = pack(trees(times), PAD, everything, 10_000, packing.round_up_to_blocks, root=1)
         found: list[tuple[Tensor, Tensor]] = []
-        for model, work in ((here, TreePass(here, "dense")), (there, reads)):
+        for model, work in ((here, PackedTrunk(here, "dense")), (there, reads)):
             placed = to_device(packed, model.device)
             embeds = model.embed_tokens(placed.ids).detach().requires_grad_(True)
             with torch._dynamo.config.patch(error_on_recompile=how == "compiled" and number > 1):
@@ -107,7 +107,7 @@ def test_training_with_activations_that_leave_is_the_same(tmp_path: Path, monkey
     losses = []
     for share in (0.0, 1.0):
         out = train(build_recipe(dpo_keys(base, world, tmp_path / str(share), activation_offloading=share, **more)))
-        log = read_object(out / "run.json")["log"]
+        log = read_json_object(out / "run.json")["log"]
         losses.append([line[name] for name in ("loss", "eval_loss") for line in log if name in line])
         assert bool(fetched) == (share > 0)
     assert len(losses[0]) == 8
@@ -121,11 +121,11 @@ def test_activations_that_leave_come_back_and_lend_their_memory(how: str) -> Non
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaModel(LlamaConfig(vocab_size=128, **sizes)).train()
-    packed = to_device(pack(trees(400), PAD, False, 10_000, packing.whole_blocks, root=1), model.device)
+    packed = to_device(pack(trees(400), PAD, False, 10_000, packing.round_up_to_blocks, root=1), model.device)
     embeds = model.embed_tokens(packed.ids).detach()
     peaks, gradients = [], []
     for share in (0, 0.5, 1):
-        reads = TreePass(model, how, activation_offloading=share)
+        reads = PackedTrunk(model, how, activation_offloading=share)
         for _ in range(4):
             model.zero_grad()
             torch.cuda.reset_peak_memory_stats()
@@ -148,7 +148,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Scene
     folder, made = tmp_path_factory.mktemp("pictures"), []
     for number, scene in enumerate(sample_scenes(3, "test", 20)):
         path = folder / f"{number}.png"
-        draw(scene).save(path)
+        draw_scene(scene).save(path)
         made.append((path, scene))
     return made
 
@@ -165,10 +165,12 @@ def test_a_quantised_model_answers(bits: int, pictures: list[tuple[Path, Scene]]
         absent = next(name for name in OBJECTS if name not in scene.names)
         asked += [(path, question_text(scene.names[0]), "Yes"), (path, question_text(absent), "No")]
     prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text, _) in enumerate(asked)]
-    said = [text for prompt in prompts for text in generate_batch(loaded, [prompt], Asking(max_new_tokens=8))]
+    said = [
+        text for prompt in prompts for text in generate_batch(loaded, [prompt], GenerationSettings(max_new_tokens=8))
+    ]
     right = sum(text.startswith(truth) for text, (_, _, truth) in zip(said, asked, strict=True))
     assert right >= 0.8 * len(asked)
-    engine = Engine(loaded, Limits(slots=4))
+    engine = Engine(loaded, EngineLimits(slots=4))
     try:
         answers = []
         for path, text, _ in asked:
@@ -181,6 +183,6 @@ def test_a_quantised_model_answers(bits: int, pictures: list[tuple[Path, Scene]]
 
 
 def test_the_doctor_finds_a_gpu_that_works() -> None:
-    states = {one.check: one.state for one in examine()}
+    states = {one.check: one.state for one in run_checks()}
     assert (states["FlexAttention"], states["bf16"]) == (OK, OK)
     assert any(name.startswith("GPU 0") for name in states)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
-from relook.data.examine import examine
-from relook.data.images import Crop, Held, ImageLoader, image_from_bytes, open_image, pad_to_square
+from relook.data.examine import examine_image
+from relook.data.images import ImageLoader, MemoryImage, RandomCrop, image_from_bytes, open_image, pad_to_square
 from relook.errors import DataError
 
 CLIP_MEAN = (122, 116, 104)
@@ -140,7 +140,7 @@ def test_a_transparent_colour_changes_no_pixel(processor: Any, tmp_path: Path, k
         assert loader(with_key).equal(plain)
         with Image.open(with_key) as held:
             assert loader(held).equal(plain)
-            assert loader(Held.of(held)).equal(plain)
+            assert loader(MemoryImage.of(held)).equal(plain)
             assert loader.preprocess([held])[0].equal(plain)
     sent = image_from_bytes(with_key.read_bytes(), 10**6, lambda *_: None)
     assert ImageLoader(processor).preprocess([sent])[0].equal(ImageLoader(processor)(tmp_path / "plain.png"))
@@ -171,7 +171,7 @@ def test_16_bits_of_grey_are_those_of_colour_everywhere(tmp_path: Path) -> None:
     (tmp_path / "grey.pgm").write_bytes(b"P5 48 31 65535\n" + values.astype(">u2").tobytes())
     files = [tmp_path / name for name in ("grey.png", "grey.tif", "big.tif", "wide.tif", "grey.pgm")]
     sent = image_from_bytes(files[0].read_bytes(), 10**6, lambda *_: None)
-    for image in (*map(open_image, files), sent, Held.of(Image.fromarray(values)).image):
+    for image in (*map(open_image, files), sent, MemoryImage.of(Image.fromarray(values)).image):
         assert np.array_equal(np.asarray(image), expected)
 
 
@@ -183,7 +183,7 @@ def test_values_without_a_white_are_refused_by_name(processor: Any, tmp_path: Pa
         open_image(tmp_path / "odd.tif")
     with pytest.raises(DataError, match="which is white"):
         ImageLoader(processor)(image)
-    assert examine(tmp_path / "odd.tif")[0] == "unreadable"
+    assert examine_image(tmp_path / "odd.tif")[0] == "unreadable"
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
@@ -294,7 +294,7 @@ def test_a_crop_is_a_small_part_as_large_as_the_whole(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "whole.png")
     shares, corners = [], set()
     for seed in range(200):
-        found = np.asarray(Crop(tmp_path / "whole.png", str(seed)).open()).astype(float)
+        found = np.asarray(RandomCrop(tmp_path / "whole.png", str(seed)).open()).astype(float)
         assert found.shape == (height, width, 3)
         low, high = found.min((0, 1)) / 255, found.max((0, 1)) / 255
         shares.append((high[0] - low[0]) * (high[1] - low[1]))
@@ -308,7 +308,11 @@ def test_a_crop_is_a_small_part_as_large_as_the_whole(tmp_path: Path) -> None:
 def test_a_crop_is_drawn_by_its_seed_alone(processor: Any, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         PICTURE.save(tmp_path / name)
-    a, same, other = Crop(tmp_path / "a.png", "1"), Crop(tmp_path / "b.png", "1"), Crop(tmp_path / "a.png", "2")
+    a, same, other = (
+        RandomCrop(tmp_path / "a.png", "1"),
+        RandomCrop(tmp_path / "b.png", "1"),
+        RandomCrop(tmp_path / "a.png", "2"),
+    )
     images = ImageLoader(processor)
     assert images.size(a) == images.size(tmp_path / "a.png") == (31, 48)
     one, two, three, whole = images.batch([a, same, other, tmp_path / "a.png"])["pixel_values"]
@@ -320,6 +324,6 @@ def test_a_crop_is_drawn_by_its_seed_alone(processor: Any, tmp_path: Path) -> No
 
 def test_a_picture_of_one_pixel_can_be_cropped(tmp_path: Path) -> None:
     Image.new("L", (1, 1), 7).save(tmp_path / "dot.png")
-    assert np.asarray(Crop(tmp_path / "dot.png", "1").open()).tolist() == [[[7, 7, 7]]]
+    assert np.asarray(RandomCrop(tmp_path / "dot.png", "1").open()).tolist() == [[[7, 7, 7]]]
     with pytest.raises(DataError, match="does not exist"):
-        Crop(tmp_path / "none.png", "1").open()
+        RandomCrop(tmp_path / "none.png", "1").open()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from relook import load_model, toyworld
 from relook.cli import app
 from relook.errors import RelookError
-from relook.model.inspect import Passing, inspect
+from relook.model.inspect import TracedTensor, inspect
 from relook.model.load import add_post_decoder
 from relook.recipe import build_recipe
 from relook.train.run import train
@@ -127,9 +127,9 @@ def test_tensors_of_a_run_are_those_of_a_forward_pass(run: Path, base: Path, ima
 
 
 def test_not_a_number_is_counted() -> None:
-    row = Passing.of("prefill", "x", torch.tensor([[1.0, float("nan"), 3.0, float("inf")]]))
+    row = TracedTensor.of("prefill", "x", torch.tensor([[1.0, float("nan"), 3.0, float("inf")]]))
     assert (row.mean, row.std, row.min, row.max, row.nan, row.inf) == (2.0, 1.0, 1.0, 3.0, 1, 1)
-    row = Passing.of("prefill", "x", torch.full((3,), torch.nan))
+    row = TracedTensor.of("prefill", "x", torch.full((3,), torch.nan))
     assert (row.mean, row.max, row.nan) == (None, None, 3)
 
 

@@ -27,11 +27,11 @@ from relook.evaluate.judge import (
     LONGEST_PROMPT,
     LONGEST_REPLY,
     Judge,
-    Judged,
+    JudgeResults,
     JudgeSettings,
     NoVerdict,
     Task,
-    fill,
+    fill_template,
     judge_settings,
     prompt_template,
     read_reply,
@@ -45,7 +45,9 @@ def number(reply: str) -> int | None:
     return int(reply) if reply.isdigit() else None
 
 
-def ask(url: str, cache: Path, prompts: Sequence[str], parse: Callable[[str], Any] = number, **how: Any) -> Judged[Any]:
+def ask(
+    url: str, cache: Path, prompts: Sequence[str], parse: Callable[[str], Any] = number, **how: Any
+) -> JudgeResults[Any]:
     judge = Judge(JudgeSettings(url, "tester", **{"retries": 2, **how}), cache)
     return judge.ask([Task(prompt, parse) for prompt in prompts], {"temperature": 0.0}, "judge")
 
@@ -383,9 +385,9 @@ def test_no_usage_is_too_odd(usage: Any) -> None:
 
 
 def test_braces_in_what_is_filled_in_mean_nothing() -> None:
-    assert fill("{} and {}: {0}", "{}", "b{0}") == "{} and b{0}: {0}"
+    assert fill_template("{} and {}: {0}", "{}", "b{0}") == "{} and b{0}: {0}"
     with pytest.raises(DataError, match="2 places"):
-        fill("{} {}", "a")
+        fill_template("{} {}", "a")
 
 
 def test_a_prompt_is_read_from_a_program_that_is_not_run(tmp_path: Path) -> None:

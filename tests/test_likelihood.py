@@ -14,18 +14,18 @@ from tiny import IMAGE_SIZE, tiny_llava, tiny_relook
 from torch import Tensor
 
 from relook import load_model
-from relook.data.images import Held
-from relook.evaluate.likelihood import Weighed, likelihoods
-from relook.generate.tree_decoding import Asking, answer
+from relook.data.images import MemoryImage
+from relook.evaluate.likelihood import ScoredAnswer, likelihoods
+from relook.generate.tree_decoding import GenerationSettings, answer
 from relook.toyworld.build import shipped_base
 
 
-def picture(seed: int) -> Held:
+def picture(seed: int) -> MemoryImage:
     noise = np.random.default_rng(seed).integers(256, size=(IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    return Held.of(Image.fromarray(noise))
+    return MemoryImage.of(Image.fromarray(noise))
 
 
-def plain(loaded: Any, images: tuple[Held, ...], text: str, said: str) -> Tensor:
+def plain(loaded: Any, images: tuple[MemoryImage, ...], text: str, said: str) -> Tensor:
     """log p of the tokens of the answer and its end, by one forward pass over one row."""
     inputs = loaded.encode([image.image for image in images], text)
     tokenizer = loaded.processor.tokenizer
@@ -42,7 +42,7 @@ def plain(loaded: Any, images: tuple[Held, ...], text: str, said: str) -> Tensor
 def test_likelihoods_are_those_of_separate_rows(with_post_decoder: bool) -> None:
     loaded = as_loaded(tiny_relook() if with_post_decoder else tiny_llava())
     a, b = picture(0), picture(1)
-    weighed: list[Weighed] = [
+    weighed: list[ScoredAnswer] = [
         ((a,), "Is there a cup?", "yes"),
         ((), "Is there a dog?", "no"),
         ((b,), "Is there a cup?", "a dog in the kitchen"),
@@ -65,7 +65,7 @@ def test_what_a_model_says_is_its_greedy_answer() -> None:
     a, text = picture(0), "Is there a cup in the image?"
     said = loaded.generate([a.image], text)
     other = {"Yes.": "No.", "No.": "Yes."}[said]
-    weighed: list[Weighed] = [((a,), text, said), ((a,), text, other), ((a,), text, f"{said} {other}")]
+    weighed: list[ScoredAnswer] = [((a,), text, said), ((a,), text, other), ((a,), text, f"{said} {other}")]
     found = dict(likelihoods(loaded, weighed, "", 8, lambda done, total: None))
     assert [found[i].greedy for i in range(3)] == [True, False, False]
     assert found[0].loss < found[1].loss
@@ -75,11 +75,11 @@ def test_a_picture_in_memory_is_asked_about_as_its_file_is(tmp_path: Path) -> No
     loaded = as_loaded(tiny_llava())
     held = picture(0)
     held.image.save(tmp_path / "a.png")
-    again = Held.of(Image.open(tmp_path / "a.png").convert("RGBA"))
+    again = MemoryImage.of(Image.open(tmp_path / "a.png").convert("RGBA"))
     assert again == held
     assert held != picture(1)
     asked = [(held, "Is there a cup?"), (tmp_path / "a.png", "Is there a cup?"), (again, "Is there a cup?")]
     reports: list[int] = []
-    said = dict(answer(loaded, asked, Asking(max_new_tokens=4), lambda done, total: reports.append(total)))
+    said = dict(answer(loaded, asked, GenerationSettings(max_new_tokens=4), lambda done, total: reports.append(total)))
     assert said[0] == said[1] == said[2]
     assert set(reports) == {2}  # one of the three was not asked again

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from relook import load_model
 from relook.cli import app
-from relook.data.images import Encoded, open_image
+from relook.data.images import EncodedImage, open_image
 from relook.errors import DataError, RecipeError
 from relook.evaluate.llava_bench import (
     LETTER,
@@ -24,7 +24,7 @@ from relook.evaluate.llava_bench import (
     NO_NEED,
     SUBMISSIONS,
     answer_questions,
-    read_questions,
+    read_llava_bench_questions,
     vqa_answer,
     write_submission,
 )
@@ -97,7 +97,7 @@ def test_scienceqas_conversations(pictures: list[Path], tmp_path: Path) -> None:
     plain = [{"from": "human", "value": "Which?\nA. cup\nB. dog"}, {"from": "gpt", "value": "B."}]
     records = [{"id": "4", "image": pictures[0].name, "conversations": turns}, {"id": "5", "conversations": plain}]
     write_json(tmp_path / "llava_test_CQM-A.json", records)
-    with_image, without = read_questions(tmp_path / "llava_test_CQM-A.json", pictures[0].parent)
+    with_image, without = read_llava_bench_questions(tmp_path / "llava_test_CQM-A.json", pictures[0].parent)
     assert with_image.prompt == f"<image>\nContext: x\nA. cup\nB. dog\n{LETTER}"
     assert (with_image.text, with_image.images) == (f"Context: x\nA. cup\nB. dog\n{LETTER}", (pictures[0],))
     assert (without.prompt, without.images, without.id) == (f"Which?\nA. cup\nB. dog\n{LETTER}", (), "5")
@@ -122,12 +122,12 @@ def table(pictures: list[Path], tmp_path: Path) -> Path:
 
 
 def test_mmbenchs_table_is_asked_and_handed_in(table: Path, pictures: list[Path], tmp_path: Path) -> None:
-    first, second, third = read_questions(table, None)
+    first, second, third = read_llava_bench_questions(table, None)
     assert first.prompt == "A hint.\nTwo lines.\nWhat is it?\nA. cup\nB. dog"
     assert (first.text, first.id) == (f"{first.prompt}\n{LETTER}", 241)
     assert second.prompt == "What is it?\nA. dog\nB. cup"  # LLaVA stops at the first option that says nothing
     assert third.text == f"这是什么？\nA. 杯子\nB. Na\nC. 船\nD. 3\n{LETTER_CN}"
-    assert first.images == second.images == (Encoded(pictures[0].read_bytes(), "x"),)
+    assert first.images == second.images == (EncodedImage(pictures[0].read_bytes(), "x"),)
     assert first.images[0].open() == open_image(pictures[0])
     answer_questions(shipped_base(), table, None, tmp_path / "out", max_new_tokens=4)
     answers = read_records(tmp_path / "out" / "llava.jsonl")
@@ -270,7 +270,7 @@ def test_question_files_that_cannot_be_used(tmp_path: Path, pictures: list[Path]
     def refused(text: str, message: str, images: Path | None = None) -> None:
         file.write_text(text)
         with pytest.raises(DataError, match=message):
-            read_questions(file, images)
+            read_llava_bench_questions(file, images)
 
     refused("", "holds no question")
     refused('{"question_id": 1, "text": "?"}\n{"question": 1}', "question 2 is in none of LLaVA's layouts")
@@ -283,7 +283,7 @@ def test_question_files_that_cannot_be_used(tmp_path: Path, pictures: list[Path]
     refused(f"{head}1\t2\t@\t4\t5\n", "image of question 1 is not base64")
     file.write_text(f"{head}1\t2\tAAAA\t4\t5\n")
     with pytest.raises(DataError, match="of question 1 is not an image file"):
-        read_questions(file, None)[0].images[0].open()  # type: ignore[union-attr]
+        read_llava_bench_questions(file, None)[0].images[0].open()  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")

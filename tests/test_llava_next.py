@@ -22,8 +22,8 @@ from relook.data.samples import PreferencePair, Turn
 from relook.errors import RelookError
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy
-from relook.generate.tree_decoding import Asking, answer
-from relook.model.checkpoint import default_template
+from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.model.checkpoint import config_template
 from relook.model.export import convert, export
 from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import RelookLlavaNextForConditionalGeneration, images_per_row
@@ -164,9 +164,9 @@ def test_encoding_is_the_processors(loaded: LoadedModel, tmp_path: Path) -> None
 
 def test_a_folder_over_mistral_has_mistrals_template() -> None:
     config: dict[str, Any] = {"model_type": "llava_next", "text_config": {"model_type": "mistral"}}
-    assert default_template(config) == "mistral"
-    assert default_template(config | {"conversation_template": "v1"}) == "v1"
-    assert default_template(config | {"text_config": {"model_type": "llama"}}) == "llava_hf"
+    assert config_template(config) == "mistral"
+    assert config_template(config | {"conversation_template": "v1"}) == "v1"
+    assert config_template(config | {"text_config": {"model_type": "llama"}}) == "llava_hf"
 
 
 def test_a_number_of_images_is_not_enough(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_answers_in_a_batch_are_those_of_each_question(odd_world: Path) -> None:
     questions = [(path, f"Is there a {name} in the image?") for path in paths for name in ("cup", "dog")]
 
     def texts(size: int) -> list[str]:
-        found = answer(loaded, questions, Asking(max_new_tokens=6, batch_size=size), lambda *_: None)
+        found = answer(loaded, questions, GenerationSettings(max_new_tokens=6, batch_size=size), lambda *_: None)
         return [text for _, text in sorted(found)]
 
     assert texts(1) == texts(12)

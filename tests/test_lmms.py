@@ -17,13 +17,13 @@ import torch
 from PIL import Image, ImageFile
 
 from relook import LoadedModel, load_model
-from relook.data.images import Held
+from relook.data.images import MemoryImage
 from relook.errors import DataError, RecipeError, RelookError
 from relook.evaluate.lmms import evaluate_tasks, manifest
 from relook.files import read_json, read_records, write_jsonl
 from relook.generate import tree_decoding as answering
-from relook.generate.tree_decoding import Asking
-from relook.model.load import Loading
+from relook.generate.tree_decoding import GenerationSettings
+from relook.model.load import LoadOptions
 from relook.toyworld.build import shipped_base
 
 pytest.importorskip("lmms_eval", reason="pip install --no-deps lmms-eval")
@@ -264,13 +264,17 @@ def test_without_lmms_eval_the_command_says_how_to_get_it(
     ],
 )
 def test_what_generation_settings_mean(given: dict[str, Any], generate: dict[str, Any], until: list[str]) -> None:
-    from relook.evaluate.lmms_model import Wanted, asking
+    from relook.evaluate.lmms_model import LmmsRequest, parse_generation_settings
 
-    how, stops = asking(Asking(max_new_tokens=9, batch_size=8), Wanted("t", 0, "", "", list, given, repeat=2))
+    how, stops = parse_generation_settings(
+        GenerationSettings(max_new_tokens=9, batch_size=8), LmmsRequest("t", 0, "", "", list, given, repeat=2)
+    )
     assert dict(how.generate) == generate
     assert (stops, how.max_new_tokens, how.seed) == (until, 9, 2)
     assert how.batch_size == 8 // generate.get("num_beams", 1)
-    assert asking(how, Wanted("t", 0, "", "", list, {"max_new_tokens": 3}))[0].max_new_tokens == 3
+    assert (
+        parse_generation_settings(how, LmmsRequest("t", 0, "", "", list, {"max_new_tokens": 3}))[0].max_new_tokens == 3
+    )
 
 
 def request(task: str, document: int, text: str, **how: Any) -> Any:
@@ -289,7 +293,7 @@ def test_samples_of_one_question_differ_and_come_again(tmp_path: Path, loaded: L
     one = request("toy", 0, "Describe this image.", temperature=3.0, max_new_tokens=6)
     runs = []
     for name in ("a", "b"):
-        model = RelookModel(lambda: loaded, Asking(), tmp_path / name)
+        model = RelookModel(lambda: loaded, GenerationSettings(), tmp_path / name)
         model.task_dict = {"toy": {"test": [{"image": image}]}}
         runs.append(model.generate_until([one] * 4))
     assert runs[0] == runs[1]
@@ -322,12 +326,12 @@ def test_pictures_come_in_windows_and_equal_ones_are_held_once(monkeypatch: pyte
     from relook.evaluate import lmms_model
 
     images = [Image.new("RGB", (8, 8), color) for color in ("red", "red", "blue", "green", "green")]
-    wanted = [lmms_model.Wanted("t", i, str(i), "", lambda one=one: [one.copy()]) for i, one in enumerate(images)]
+    wanted = [lmms_model.LmmsRequest("t", i, str(i), "", lambda one=one: [one.copy()]) for i, one in enumerate(images)]
     monkeypatch.setattr(lmms_model, "WINDOW", 8 * 8 * 3)
     windows = [[shown[0] for shown in pictures] for _, pictures in lmms_model._windows(wanted)]
     assert [len(window) for window in windows] == [3, 2]
     assert windows[0][0] is windows[0][1]
-    assert [held for window in windows for held in window] == [Held.of(image) for image in images]
+    assert [held for window in windows for held in window] == [MemoryImage.of(image) for image in images]
 
 
 @pytest.mark.slow
@@ -360,4 +364,4 @@ def test_two_processes_share_the_documents(finished: Path, tasks: Path, tmp_path
 
 def test_quantised_or_not_is_part_of_what_answers_depend_on(tasks: Path, finished: Path) -> None:
     with pytest.raises(RecipeError, match="another bits"):
-        run(tasks, finished, "toy_said", loading=Loading(bits=8))
+        run(tasks, finished, "toy_said", loading=LoadOptions(bits=8))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from relook.forward import policy
-from relook.forward.policy import LogProb, log_prob
+from relook.forward.policy import GatherLogProbs, gather_log_probs
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def drawn(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 def test_it_is_torchs_cross_entropy(rows: int, dtype: torch.dtype, off: float, compiled: bool) -> None:
     logits, ids = drawn(rows, dtype)
     weight = torch.arange(1.0, rows + 1)
-    found = log_prob(logits, ids, compiled)
+    found = gather_log_probs(logits, ids, compiled)
     assert found.dtype == torch.float32
     (found * weight).sum().backward()
     gradient, logits.grad = logits.grad, None
@@ -40,12 +40,12 @@ def test_it_is_torchs_cross_entropy(rows: int, dtype: torch.dtype, off: float, c
 
 def test_its_gradient_is_that_of_differences() -> None:
     logits, ids = drawn(7, torch.float64)
-    assert torch.autograd.gradcheck(lambda values: LogProb.apply(values, ids, False), logits)
+    assert torch.autograd.gradcheck(lambda values: GatherLogProbs.apply(values, ids, False), logits)
 
 
 def test_a_word_that_cannot_be_said() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 1.0]], requires_grad=True)
-    found = log_prob(logits, torch.tensor([2]))
+    found = gather_log_probs(logits, torch.tensor([2]))
     found.sum().backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()

@@ -19,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from relook import load_model
 from relook.errors import RecipeError, RelookError
-from relook.forward.collate import Collator, Item, Work
+from relook.forward.collate import BatchStats, Collator, Item
 from relook.forward.policy import Policy
 from relook.model.load import TENSORS_FILE
 from relook.recipe import build_recipe
 from relook.train import run
-from relook.train.callbacks import FirstStep
-from relook.train.metrics import Costs, Meter, linear_flops
+from relook.train.callbacks import SanityCheckCallback
+from relook.train.metrics import Meter, StepCosts, linear_flops
 from relook.train.run import encode_samples, read_samples, train
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
@@ -45,10 +45,10 @@ def test_operations_by_hand() -> None:
     assert linear_flops(100, trained=True, flows=False) == 400  # and the weights' gradient
     assert linear_flops(100, trained=False, flows=True) == 400  # and the input's
     assert linear_flops(100, trained=True, flows=True) == 600
-    work = Work(pairs=1, tokens=7, last_mlp=6, features=5, encoded=4, states=3, targets=2, live=True)
-    costs = Costs(1, 10, 100, 1000, 10**4, 10**5, 10**6)
+    work = BatchStats(pairs=1, tokens=7, last_mlp=6, features=5, encoded=4, states=3, targets=2, live=True)
+    costs = StepCosts(1, 10, 100, 1000, 10**4, 10**5, 10**6)
     assert costs.flops(work) == 4 + 50 + 700 + 6000 + 50_000 + 300_000 + 2_000_000
-    cached = Work(pairs=1, tokens=7, last_mlp=6, features=5, encoded=4, states=3, targets=2, live=False)
+    cached = BatchStats(pairs=1, tokens=7, last_mlp=6, features=5, encoded=4, states=3, targets=2, live=False)
     assert costs.flops(cached) == 50_000 + 300_000 + 2_000_000
 
 
@@ -93,7 +93,7 @@ def test_operations_are_what_torch_counts(
     loaded = load_model(base)
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
     policy = Policy(regime(tiny_llava().requires_grad_(False)))
-    costs = Costs.of(policy)
+    costs = StepCosts.of(policy)
     inputs = Collator(policy, loaded.images, 3)([Item(examples[14], weight=torch.ones(1))])
     work = inputs["work"]
     assert (work.pairs, work.tokens, work.features) == (1, len(examples[14].tree), 36)
@@ -144,7 +144,7 @@ def test_the_meter_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.numel()) or whole(tensor))
     for name in ("item", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a read of its own"))
-    meter, work = Meter(Costs(*[1] * 7)), Work(1, 2, 3, 4, 5, 6, 7, live=True)
+    meter, work = Meter(StepCosts(*[1] * 7)), BatchStats(1, 2, 3, 4, 5, 6, 7, live=True)
     meter.start()
     for step in range(10):
         meter.add({"loss": torch.tensor(float(step)), "nll": torch.tensor(1.0)}, work, step)
@@ -243,9 +243,9 @@ def test_the_process_that_is_furthest_off_is_named(place: int) -> None:
             assert mine.shape == (1, 3)
             return torch.tensor(rows[place:] + rows[:place])
 
-    first = FirstStep(Two(), exact=True, trunk_pass="compiled", compares=True)
+    first = SanityCheckCallback(Two(), exact=True, trunk_pass="compiled", compares=True)
     with pytest.raises(RelookError, match=r"differ by 3 a token.*Set trunk_pass dense"):
-        first._compare(torch.zeros(4), torch.zeros(4))
+        first._check_equals_reference(torch.zeros(4), torch.zeros(4))
 
 
 def test_a_warm_up_that_starts_at_zero_is_no_alarm(base: Path, world: Path, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_what_trains_beside_the_output_stops_the_run(
     """A post decoder whose output is not used learns nothing, however large its steps."""
     from relook.forward import policy
 
-    whole = policy.predicting_states
+    whole = policy.prediction_states
 
     def bypassed(post_decoder: Any, trunk: Any) -> Any:
         return whole(None, trunk) + 0 * whole(post_decoder, trunk)

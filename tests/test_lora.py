@@ -24,10 +24,10 @@ from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy
 from relook.model.export import merge
 from relook.model.load import TENSORS_FILE, model_hash
-from relook.model.trainable import apply_regime
+from relook.model.trainable import set_trainable
 from relook.recipe import build_recipe, load_recipe
 from relook.train.loss import preference_loss
-from relook.train.run import encode_samples, prepare, read_samples, train
+from relook.train.run import encode_samples, prepare_items, read_samples, train
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 
@@ -43,10 +43,10 @@ class Bench:
         how = {"bits": self.recipe.bits, "quant_type": self.recipe.quant_type, "double_quant": self.recipe.double_quant}
         self.loaded = load_model(base, self.recipe.adapter_name_or_path or None, **how)  # type: ignore[arg-type]
         self.examples, _ = encode_samples(self.recipe, self.loaded, *read_samples(self.recipe))
-        apply_regime(self.loaded, self.recipe)
+        set_trainable(self.loaded, self.recipe)
         self.policy = Policy(self.loaded.model)
         self.collator = Collator(self.policy, self.loaded.images, 3)
-        self.items = prepare(self.recipe, self.policy, self.examples, self.collator, 4, lambda: self.policy)
+        self.items = prepare_items(self.recipe, self.policy, self.examples, self.collator, 4, lambda: self.policy)
 
     def move(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -203,7 +203,7 @@ def adapted(model: Any) -> set[str]:
 def with_regime(base: Path, **keys: Any) -> Any:
     loaded = load_model(base)
     data = {"task": "dpo", "vg_path": "v", "pope_data_path": "p", "output_dir": "o", "model_name_or_path": base}
-    apply_regime(loaded, build_recipe({**data, "lora_enable": True, "lora_r": 2, **keys}))
+    set_trainable(loaded, build_recipe({**data, "lora_enable": True, "lora_r": 2, **keys}))
     return loaded.core
 
 
@@ -256,7 +256,7 @@ def test_qlora_trains_what_it_should_and_nothing_is_upcast(
     assert (quantiser.load_in_4bit, quantiser.load_in_8bit) == (keys["bits"] == 4, keys["bits"] == 8)
     if keys["bits"] == 4:
         assert (quantiser.bnb_4bit_quant_type, quantiser.bnb_4bit_use_double_quant) == ("fp4", False)
-    apply_regime(loaded, recipe)
+    set_trainable(loaded, recipe)
     for name, parameter in loaded.core.named_parameters():
         trains = "lora_" in name or name.startswith(("lm_head", "model.multi_modal_projector"))
         linear = ".language_model.layers." in name and "norm" not in name and not trains

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified
 from transformers import LlamaConfig, LlamaModel
 
-from relook.data.packing import Tree, pack, whole_blocks
+from relook.data.packing import Tree, pack, round_up_to_blocks
 from relook.forward import activation_memory
-from relook.forward.packed_attention import Beside, NarrowLinear, TreePass, narrow
+from relook.forward.packed_attention import FusedLoraLinear, PackedTrunk, SharedLoraA, narrow
 
 WIDTH = 32
 CONFIG = LlamaConfig(hidden_size=WIDTH, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=8)
@@ -51,8 +51,8 @@ def compiled(model: PeftModel, backend: Any = "eager") -> PeftModel:
     return model
 
 
-def groups(model: PeftModel) -> list[Beside]:
-    return [m.beside for m in model.modules() if isinstance(m, NarrowLinear) and m.beside is not None]
+def groups(model: PeftModel) -> list[SharedLoraA]:
+    return [m.beside for m in model.modules() if isinstance(m, FusedLoraLinear) and m.beside is not None]
 
 
 def states_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
@@ -85,7 +85,7 @@ def test_states_and_gradients_are_pefts(lora: dict[str, Any]) -> None:
         for one in found:
             torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
     assert not [group for group in groups(other) if group.read is not None or group.waiting]  # memory is given free
-    assert sum(isinstance(module, NarrowLinear) for module in other.modules()) == sum(
+    assert sum(isinstance(module, FusedLoraLinear) for module in other.modules()) == sum(
         isinstance(module, LoraLayer) for module in model.modules()
     )
 
@@ -185,12 +185,12 @@ def test_a_compiled_trunk_says_what_another_one_does(again: dict[str, bool], mon
     for model, how in zip(with_lora(), ("dense", "compiled"), strict=True):
         trunk = model.train().get_base_model()
         if again:
-            activation_memory.enable(trunk, **{f"{activation_memory.NAME}_kwargs": again})
-        passes.append((model, TreePass(trunk, how)))
+            activation_memory.enable_checkpointing(trunk, **{f"{activation_memory.NAME}_kwargs": again})
+        passes.append((model, PackedTrunk(trunk, how)))
     torch._dynamo.utils.counters.clear()
     for times in (2, 30):
         trees = [Tree.of([row("abcDEFG"), row("abcGH")]), Tree.of([row("abXYZ")])] * times
-        packed = pack(trees, PAD, False, 10_000, whole_blocks, root=1)
+        packed = pack(trees, PAD, False, 10_000, round_up_to_blocks, root=1)
         states, found = torch.randn(*packed.ids.shape, WIDTH), []
         for model, reads in passes:
             model.zero_grad()
@@ -207,14 +207,14 @@ def test_a_compiled_trunk_says_what_another_one_does(again: dict[str, bool], mon
 def test_only_compiled_layers_have_it() -> None:
     for how in ("dense", "flex", "compiled"):
         model = get_peft_model(LlamaModel(CONFIG), LoraConfig(r=4, target_modules="all-linear"))
-        TreePass(model.get_base_model(), how)
+        PackedTrunk(model.get_base_model(), how)
         assert len(set(groups(model))) == (4 if how == "compiled" else 0)
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_what_is_not_pefts_plain_layer_stays_its_own(lora: dict[str, Any]) -> None:
     _, other = with_lora(**lora)
-    assert not any(isinstance(module, NarrowLinear) for module in other.modules())
+    assert not any(isinstance(module, FusedLoraLinear) for module in other.modules())
 
 
 def test_once_is_enough() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import pixels, prompt, tiny_llava, tiny_relook
 from torch import Tensor
 
-from relook.data.packing import Row, Tree, pack
+from relook.data.packing import TokenRow, Tree, pack
 from relook.forward import policy
 from relook.forward.policy import LiveBatch, Policy, token_log_probs
 from relook.recipe import Recipe
@@ -150,19 +150,19 @@ ANSWERS = (
 )
 
 
-def pairs(model: Any) -> list[tuple[Row, Row]]:
+def pairs(model: Any) -> list[tuple[TokenRow, TokenRow]]:
     """Three pairs of rows with one image each, of different lengths."""
     tokenizer = make_processor().tokenizer
     made = []
     for question, answers in zip(("Is there a cup?", "Describe this image in detail.", "a"), ANSWERS, strict=True):
         start = prompt(model, question)
         ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
-        chosen, rejected = (Row((*start, *end), (*[False] * len(start), *[True] * len(end))) for end in ends)
+        chosen, rejected = (TokenRow((*start, *end), (*[False] * len(start), *[True] * len(end))) for end in ends)
         made.append((chosen, rejected))
     return made
 
 
-def separate(model: Any, row: Row, picture: Tensor) -> Tensor:
+def separate(model: Any, row: TokenRow, picture: Tensor) -> Tensor:
     """Log-probs of a row's targets by transformers' forward on that row alone."""
     logits = model(input_ids=torch.tensor([row.ids]), pixel_values=picture[None]).logits[0]
     start = row.supervised.index(True)
@@ -185,7 +185,7 @@ def test_preference_loss_and_its_fields(keys: dict[str, Any], settings: dict[str
     policy, reference = Policy(model), Policy(base)
     trees = [Tree.of(pair) for pair in rows]
     ours, theirs = (
-        LiveBatch(pack(trees, 3, p.keeps_everything, row_length), pictures, [1] * 3) for p in (policy, reference)
+        LiveBatch(pack(trees, 3, p.needs_all_states, row_length), pictures, [1] * 3) for p in (policy, reference)
     )
     found, by_reference = policy(ours), reference(theirs)
     weight = (torch.arange(len(found)) % 3 != 0).float()

@@ -22,7 +22,7 @@ from torch import Tensor
 from relook import load_model
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, read_records, write_json
-from relook.recipe import shipped
+from relook.recipe import shipped_names
 from relook.train.feature_cache import TrunkCache
 
 NAME = "openai/clip-vit-tiny-patch14-56"
@@ -177,7 +177,7 @@ def test_a_sweep_answers_as_an_evaluation_does(
         assert noted[0]["provenance"]["generation"] == noted[1]["provenance"]["generation"]
 
 
-@pytest.mark.parametrize("recipe", [name for name in shipped("recipe") if name != "toyworld-base"])
+@pytest.mark.parametrize("recipe", [name for name in shipped_names("recipe") if name != "toyworld-base"])
 def test_every_shipped_recipe_trains_as_it_is(
     recipe: str, relook: Command, tiny: Path, tower: Path, world: Path, tmp_path: Path, no_trunk_cache: None
 ) -> None:

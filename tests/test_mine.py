@@ -34,30 +34,30 @@ from relook.evaluate.tasks.chair import Mention, Vocabulary, coco_vocabulary, me
 from relook.evaluate.tasks.pope import official_parse, question_text
 from relook.files import read_json, write_json
 from relook.mine import jobs, output, pairs, pictures
-from relook.mine.candidates import STILL_FALSE, balance, co_occurrence, find_pairs, weighted_sample
-from relook.mine.jobs import Mining, Place
+from relook.mine.candidates import STILL_FALSE, balance_answers, co_occurrence, find_pairs, weighted_sample
+from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.pairs import (
-    Pair,
-    correct,
-    exchange,
+    MinedPair,
+    correct_description,
     hallucinations,
-    length,
-    lengths,
+    length_statistics,
+    match_lengths,
     near_duplicates,
-    same_length,
+    replace_noun,
     shingles,
+    word_count,
 )
-from relook.mine.pictures import NEUTRAL, Annotated, Picture, read_pictures
+from relook.mine.pictures import NEUTRAL, AnnotatedImages, MinedImage, read_pictures
 from relook.mine.run import mine
 from relook.toyworld.build import shipped_base
-from relook.toyworld.world import FILLERS, OBJECTS, SETTINGS, SYNONYMS, describe, sample_scene, words
+from relook.toyworld.world import FILLERS, OBJECTS, SETTINGS, SYNONYMS, describe_scene, sample_scene, words
 
 VOCABULARY = Vocabulary.of(OBJECTS, SYNONYMS)
 names = st.lists(st.sampled_from(OBJECTS), max_size=8)
 
 
 def fixed(text: str, truth: Sequence[str], seed: int = 0) -> str:
-    return correct(text, truth, VOCABULARY, FILLERS, random.Random(seed))
+    return correct_description(text, truth, VOCABULARY, FILLERS, random.Random(seed))
 
 
 # --- corrections
@@ -67,8 +67,8 @@ def fixed(text: str, truth: Sequence[str], seed: int = 0) -> str:
 def test_corrections_are_true_and_of_equal_length(
     said: list[str], truth: set[str], setting: str, rng: random.Random
 ) -> None:
-    text = describe(said, setting, rng.randint(0, 2), rng)
-    chosen = correct(text, truth, VOCABULARY, FILLERS, rng)
+    text = describe_scene(said, setting, rng.randint(0, 2), rng)
+    chosen = correct_description(text, truth, VOCABULARY, FILLERS, rng)
     assert hallucinations(chosen, truth, VOCABULARY) == []
     assert len(words(chosen)) == len(words(text))
     sentences = list(zip(text.split(". "), chosen.split(". "), strict=True))
@@ -101,7 +101,7 @@ def test_what_is_said_again_is_exchanged_for_the_same() -> None:
 
 def test_a_neutral_sentence_is_about_as_long_and_names_nothing() -> None:
     long = "There is a dog that lies in the corner and sleeps the whole day long."
-    chosen = correct(long, [], VOCABULARY, NEUTRAL, random.Random(0))
+    chosen = correct_description(long, [], VOCABULARY, NEUTRAL, random.Random(0))
     assert abs(len(chosen.split()) - len(long.split())) <= 2
     assert not any(mentions(line, coco_vocabulary()) for line in NEUTRAL)
     assert NEUTRAL[: len(FILLERS)] == FILLERS
@@ -138,15 +138,15 @@ def test_a_neutral_sentence_stays_cut_off_too() -> None:
 )
 def test_exchanged_nouns_take_article_and_number_along(sentence: str, noun: str, name: str, expected: str) -> None:
     start = sentence.index(noun)
-    assert exchange(sentence, Mention("", start, start + len(noun)), name, VOCABULARY) == expected
+    assert replace_noun(sentence, Mention("", start, start + len(noun)), name, VOCABULARY) == expected
 
 
 def test_a_new_word_that_makes_another_object_drops_the_pair(tmp_path: Path) -> None:
     vocabulary = coco_vocabulary()
     texts = ["There is a toilet with a seat.", "A teddy dog lies there.", "There is a dog.", "There is a cup."]
     there = [frozenset(names) for names in (["cup"], ["bear"], ["cup"], ["cup"])]
-    pictures = [Picture(str(i), tmp_path, frozenset(), objects) for i, objects in enumerate(there)]
-    annotated = Annotated(tuple(pictures), vocabulary, NEUTRAL)
+    pictures = [MinedImage(str(i), tmp_path, frozenset(), objects) for i, objects in enumerate(there)]
+    annotated = AnnotatedImages(tuple(pictures), vocabulary, NEUTRAL)
     found = find_pairs(pictures, [[text] for text in texts], annotated, 0, None, random.Random(0))
     assert [(pair.picture.id, pair.chosen) for pair in found.pairs] == [("2", "There is a cup.")]
     assert found.dropped == {STILL_FALSE: 2}
@@ -178,7 +178,7 @@ def test_samples_are_distinct_and_in_proportion_to_weight() -> None:
 @given(st.lists(st.sampled_from(["Yes.", "No."])), st.randoms())
 def test_balance_keeps_as_many_of_each(kinds: list[str], rng: random.Random) -> None:
     records = [{"chosen": kind, "number": number} for number, kind in enumerate(kinds)]
-    kept = balance(records, rng)
+    kept = balance_answers(records, rng)
     fewest = min(kinds.count("Yes."), kinds.count("No."))
     assert Counter(record["chosen"] for record in kept) == +Counter({"Yes.": fewest, "No.": fewest})
     assert [record["number"] for record in kept] == sorted(record["number"] for record in kept)
@@ -187,26 +187,28 @@ def test_balance_keeps_as_many_of_each(kinds: list[str], rng: random.Random) -> 
 # --- lengths and repetitions
 
 texts = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=12).map(" ".join)
-NOWHERE = Picture("", Path(), frozenset())
+NOWHERE = MinedImage("", Path(), frozenset())
 
 
 @given(st.lists(st.tuples(texts, texts), max_size=20))
 def test_means_are_alike_and_no_more_is_dropped_than_needs_be(sides: list[tuple[str, str]]) -> None:
-    pairs = [Pair(NOWHERE, *side) for side in sides]
-    kept, dropped = same_length(pairs)
+    pairs = [MinedPair(NOWHERE, *side) for side in sides]
+    kept, dropped = match_lengths(pairs)
     assert len(kept) + sum(dropped.values()) == len(pairs)
-    assert all(abs(pair.longer) <= pairs.MOST_APART * max(map(length, (pair.chosen, pair.rejected))) for pair in kept)
-    found = lengths([(pair.chosen, pair.rejected) for pair in kept])
-    assert (found["means_differ"] or 0) <= pairs.MEANS_APART  # of no pair there is no mean
+    assert all(
+        abs(pair.longer) <= pairs.MAX_LENGTH_GAP * max(map(word_count, (pair.chosen, pair.rejected))) for pair in kept
+    )
+    found = length_statistics([(pair.chosen, pair.rejected) for pair in kept])
+    assert (found["means_differ"] or 0) <= pairs.MAX_MEAN_GAP  # of no pair there is no mean
     assert found["chosen_longer"] + found["chosen_shorter"] + found["same_length"] == len(kept)
-    assert same_length(kept) == (kept, {})
+    assert match_lengths(kept) == (kept, {})
 
 
 def test_pairs_that_pull_the_means_together_stay() -> None:
     """Once the longest is gone the others' sum is on the other side: those that are too short go, and not the rest."""
     sides = [(125, 100), *[(11, 10)] * 3, *[(9, 12)] * 5]
-    pairs = [Pair(NOWHERE, "a " * chosen, "b " * rejected) for chosen, rejected in sides]
-    kept, dropped = same_length(pairs)
+    pairs = [MinedPair(NOWHERE, "a " * chosen, "b " * rejected) for chosen, rejected in sides]
+    kept, dropped = match_lengths(pairs)
     assert kept == pairs[1:4] + pairs[-1:]
     assert dropped == {"mean lengths would differ": 5}
 
@@ -240,8 +242,10 @@ def save(path: Path, index: int, size: int = 0, quality: int = 95) -> Path:
 
 def reasons(folder: Path, listed: Collection[str] = (), shown: Sequence[Path] = ()) -> dict[str, str]:
     pictures = read_pictures(folder, "none").pictures
-    seen = {picture.id: pictures.look_at(picture.id, picture.path) for picture in pictures}
-    return pictures.Apart(seen, frozenset(listed), [pictures.look_at("", path) for path in shown]).left_out(pictures)
+    seen = {picture.id: pictures.fingerprint(picture.id, picture.path) for picture in pictures}
+    return pictures.ExclusionFilter(
+        seen, frozenset(listed), [pictures.fingerprint("", path) for path in shown]
+    ).left_out(pictures)
 
 
 def test_pictures_that_are_left_out(tmp_path: Path) -> None:
@@ -254,24 +258,24 @@ def test_pictures_that_are_left_out(tmp_path: Path) -> None:
     (folder / "sub" / "broken.png").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("1.jpg")
     shown = [save(other / "x.jpg", 2), save(other / "y.jpg", 3, size=50, quality=50)]
-    assert reasons(folder, pictures.names_in(folder / "notes.txt"), shown) == {
+    assert reasons(folder, pictures.excluded_names(folder / "notes.txt"), shown) == {
         "1.jpg": pictures.LISTED,
-        "2.jpg": pictures.SHOWN,
-        "3.jpg": pictures.LOOKS_SHOWN,
-        "again.jpg": pictures.TWICE,
-        "smaller.jpg": pictures.LOOKS_TWICE,
+        "2.jpg": pictures.IN_EVALUATION,
+        "3.jpg": pictures.LIKE_EVALUATION,
+        "again.jpg": pictures.DUPLICATE,
+        "smaller.jpg": pictures.NEAR_DUPLICATE,
         "sub/broken.png": pictures.UNREADABLE,
     }
 
 
 def test_hashes_of_scenes_do_not_meet_and_all_that_are_near_are_found() -> None:
-    looks = pictures.Looks()
+    looks = pictures.HashIndex()
     rng = random.Random(0)
     held = [rng.getrandbits(64) for _ in range(50)]
     for look in held:
         looks.add(look)
     for look in held:
-        bits = rng.sample(range(64), pictures.NEAR + 1)
+        bits = rng.sample(range(64), pictures.MAX_HASH_DISTANCE + 1)
         near = look ^ sum(1 << bit for bit in bits[1:])
         assert looks.near(near)
         assert not looks.near(near ^ (1 << bits[0]))
@@ -297,7 +301,7 @@ THIRD = {"id:3", "000000000003.jpg", "coco:3"}
 )
 def test_names_of_evaluation_images(tmp_path: Path, name: str, text: str, found: set[str]) -> None:
     (tmp_path / name).write_text(text)
-    assert pictures.names_in(tmp_path / name) == found
+    assert pictures.excluded_names(tmp_path / name) == found
 
 
 def test_a_picture_of_cocos_is_known_under_visual_genomes_name(world: Path, tmp_path: Path) -> None:
@@ -308,8 +312,8 @@ def test_a_picture_of_cocos_is_known_under_visual_genomes_name(world: Path, tmp_
     (tmp_path / "pope.json").write_text('{"image": "COCO_val2014_000000000042.jpg"}')
     (tmp_path / "captions.json").write_text('[{"image_id": 42, "caption": "A cup."}]')
     first = read_pictures(tmp_path / "vg", "vg").pictures[0]
-    assert first.names & pictures.names_in(tmp_path / "pope.json") == {"coco:42"}
-    assert first.names & pictures.names_in(tmp_path / "captions.json") == {"id:42"}
+    assert first.names & pictures.excluded_names(tmp_path / "pope.json") == {"coco:42"}
+    assert first.names & pictures.excluded_names(tmp_path / "captions.json") == {"id:42"}
 
 
 @pytest.mark.parametrize(
@@ -400,7 +404,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
 
 def test_what_is_mined_from_known_answers(said: list[tuple[Path, str]], kitchen: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    card = mine(shipped_base(), Place(kitchen, "vg"), out, Mining(questions=2, near_texts=0))
+    card = mine(shipped_base(), MiningSource(kitchen, "vg"), out, MiningSettings(questions=2, near_texts=0))
     assert card["descriptions"] == {"made": 8, "hallucinated": 6, "found": 3, "dropped": {}, "pairs": 3}
     pairs = read_json(out / "desc_data.json")
     assert pairs.keys() == {"1", "2", "3"}
@@ -428,8 +432,8 @@ def test_what_is_mined_from_known_answers(said: list[tuple[Path, str]], kitchen:
 
 def test_repeated_texts_and_evaluation_images(said: list[tuple[Path, str]], kitchen: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("2\n")
-    place = Place(kitchen, "vg", exclude=[tmp_path / "list.txt"])
-    card = mine(shipped_base(), place, tmp_path / "out", Mining(questions=2, near_texts=0.2, parquet=False))
+    place = MiningSource(kitchen, "vg", exclude=[tmp_path / "list.txt"])
+    card = mine(shipped_base(), place, tmp_path / "out", MiningSettings(questions=2, near_texts=0.2, parquet=False))
     assert card["pictures"] == {"found": 4, "left_out": {pictures.LISTED: 1}, "mined": 3}
     assert card["descriptions"]["dropped"] == {"near-duplicate": 1}
     assert card["apart"] == {"given": ["list.txt"], "names": 1, "images": 0}
@@ -439,29 +443,29 @@ def test_repeated_texts_and_evaluation_images(said: list[tuple[Path, str]], kitc
 
 def test_mistakes_of_a_user(kitchen: Path, tmp_path: Path, said: object) -> None:
     out = tmp_path / "out"
-    how = Mining(questions=2, parquet=False)
-    wrong: list[tuple[Place, str]] = [
-        (Place(kitchen, "none"), "nothing finds the mistakes"),
-        (Place(kitchen, "voc"), "coco, vg, toyworld, none"),
-        (Place(kitchen, "toyworld"), "no folder of toyworld"),
-        (Place(kitchen, "coco"), "0 splits"),
-        (Place(tmp_path / "nowhere", "vg"), "no image folder"),
-        (Place(tmp_path, "vg"), "lies in the image folder"),
-        (Place(kitchen, "vg", exclude=[kitchen]), "No picture of .* is left: 4 evaluation image"),
-        (Place(kitchen, "vg", exclude=[tmp_path / "none.txt"]), "does not exist"),
+    how = MiningSettings(questions=2, parquet=False)
+    wrong: list[tuple[MiningSource, str]] = [
+        (MiningSource(kitchen, "none"), "nothing finds the mistakes"),
+        (MiningSource(kitchen, "voc"), "coco, vg, toyworld, none"),
+        (MiningSource(kitchen, "toyworld"), "no folder of toyworld"),
+        (MiningSource(kitchen, "coco"), "0 splits"),
+        (MiningSource(tmp_path / "nowhere", "vg"), "no image folder"),
+        (MiningSource(tmp_path, "vg"), "lies in the image folder"),
+        (MiningSource(kitchen, "vg", exclude=[kitchen]), "No picture of .* is left: 4 evaluation image"),
+        (MiningSource(kitchen, "vg", exclude=[tmp_path / "none.txt"]), "does not exist"),
     ]
     for place, message in wrong:
         with pytest.raises((DataError, RecipeError), match=message):
             mine(shipped_base(), place, tmp_path / "never", how)
         shutil.rmtree(tmp_path / "never", ignore_errors=True)
-    mine(shipped_base(), Place(kitchen, "vg"), out, how)
+    mine(shipped_base(), MiningSource(kitchen, "vg"), out, how)
     with pytest.raises(RecipeError, match="temperature 0"):
-        mine(shipped_base(), Place(kitchen, "vg"), tmp_path / "never", Mining(temperature=0))
+        mine(shipped_base(), MiningSource(kitchen, "vg"), tmp_path / "never", MiningSettings(temperature=0))
     assert not (tmp_path / "never").exists()
     with pytest.raises(RecipeError, match="another seed"):
-        mine(shipped_base(), Place(kitchen, "vg"), out, Mining(seed=1, questions=2, parquet=False))
+        mine(shipped_base(), MiningSource(kitchen, "vg"), out, MiningSettings(seed=1, questions=2, parquet=False))
     shown = save(tmp_path / "shown" / "a.jpg", 9)
-    apart_from = Place(kitchen, "vg", exclude=[shown.parent])
+    apart_from = MiningSource(kitchen, "vg", exclude=[shown.parent])
     mine(shipped_base(), apart_from, tmp_path / "apart", how)
     save(tmp_path / "shown" / "b.jpg", 2)
     with pytest.raises(RecipeError, match="another exclude_hash"):
@@ -481,9 +485,9 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-def toys(world: Path) -> tuple[Path, Place, Mining]:
-    how = Mining(questions=4, max_new_tokens=40, batch_size=1, near_texts=0.0)  # parts of four
-    return shipped_base(), Place(world / "vg", "toyworld", exclude=[world / "test"]), how
+def toys(world: Path) -> tuple[Path, MiningSource, MiningSettings]:
+    how = MiningSettings(questions=4, max_new_tokens=40, batch_size=1, near_texts=0.0)  # parts of four
+    return shipped_base(), MiningSource(world / "vg", "toyworld", exclude=[world / "test"]), how
 
 
 @pytest.fixture(scope="module")
@@ -551,7 +555,7 @@ def test_stopped_anywhere_it_ends_in_the_same_files(
 
 def test_the_demos_settings_are_the_same_mining(world: Path, tmp_path: Path) -> None:
     how = mining_settings(0)
-    card = mine(shipped_base(), Place(world / "vg", "toyworld"), tmp_path / "out", how)
+    card = mine(shipped_base(), MiningSource(world / "vg", "toyworld"), tmp_path / "out", how)
     assert (card["pictures"]["mined"], card["descriptions"]["made"]) == (6, 12)
     assert card["near_texts"] == 0
 
@@ -625,7 +629,7 @@ def test_without_annotations_a_judge_finds_and_corrects(world: Path, tmp_path: P
 
     pictures = read_pictures(world / "vg", "toyworld").pictures
     scenes = {base64.b64encode(p.path.read_bytes()).decode(): sorted(p.objects) for p in pictures}
-    place, how = Place(world / "vg", "none"), Mining(questions=4, max_new_tokens=40, near_texts=0)
+    place, how = MiningSource(world / "vg", "none"), MiningSettings(questions=4, max_new_tokens=40, near_texts=0)
     with endpoint(seeing(scenes)) as there:
         card = mine(shipped_base(), place, tmp_path / "out", how, judging(there.url))
         asked = len(there.requests)
@@ -635,7 +639,7 @@ def test_without_annotations_a_judge_finds_and_corrects(world: Path, tmp_path: P
     for image, pair in pairs.items():
         assert hallucinations(pair["rejected"][0], truth[image], VOCABULARY)
         assert not hallucinations(pair["chosen"][0], truth[image], VOCABULARY)
-        assert len(pairs.sentences_apart(pair["chosen"][0])) == len(pairs.sentences_apart(pair["rejected"][0]))
+        assert len(pairs.split_sentences(pair["chosen"][0])) == len(pairs.split_sentences(pair["rejected"][0]))
     records = read_json(tmp_path / "out" / "pope_data.json")
     for record in records:
         name = next((name for name in OBJECTS if question_text(name) == record["question"]), "unicorn")
@@ -724,7 +728,10 @@ def test_contradictory_replies_leave_no_pair_and_are_counted(world: Path, tmp_pa
             + f"\nNot in the image: {'unicorn' if odd else 'dragon'}"
         )
 
-    place, how = Place(world / "vg", "none"), Mining(samples=0, questions=2, max_new_tokens=20, near_texts=0)
+    place, how = (
+        MiningSource(world / "vg", "none"),
+        MiningSettings(samples=0, questions=2, max_new_tokens=20, near_texts=0),
+    )
     with endpoint(answer) as there:
         card = mine(shipped_base(), place, tmp_path / "out", how, judging(there.url))
     (told,) = card["judge"]
@@ -742,7 +749,10 @@ def test_another_judge_goes_on_with_what_is_described_and_a_wrong_address_costs_
     pictures = read_pictures(world / "vg", "toyworld").pictures
     scenes = {base64.b64encode(p.path.read_bytes()).decode(): sorted(p.objects) for p in pictures}
     answer = seeing(scenes)
-    place, how = Place(world / "vg", "none"), Mining(samples=0, questions=2, max_new_tokens=20, near_texts=0)
+    place, how = (
+        MiningSource(world / "vg", "none"),
+        MiningSettings(samples=0, questions=2, max_new_tokens=20, near_texts=0),
+    )
     out, run = tmp_path / "out", lambda judge: mine(shipped_base(), place, tmp_path / "out", how, judge)
     with pytest.raises(RelookError, match="does not answer"):  # before anything is generated
         run(judging("http://127.0.0.1:1/v1"))
@@ -767,9 +777,9 @@ def test_a_picture_that_is_mended_is_looked_at_again(tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     picture.write_bytes(b"no image")
     looked = tmp_path / "work" / "pictures.jsonl"
-    assert "fault" in jobs.look_at_all(looked, [("a", picture)], "pictures")["a"]
+    assert "fault" in jobs.fingerprint_all(looked, [("a", picture)], "pictures")["a"]
     Image.new("RGB", (9, 9)).save(picture)
-    assert "look" in jobs.look_at_all(looked, [("a", picture)], "pictures")["a"]
+    assert "look" in jobs.fingerprint_all(looked, [("a", picture)], "pictures")["a"]
 
 
 LINES = ["1. right", "1) wrong: ", "2. Wrong: a pot", "² right", "9" * 5000 + ". right", "A:", "B: a pot", LISTS, ""]
@@ -781,10 +791,10 @@ def test_any_reply_is_read_without_an_error(reply: list[str], text: list[str]) -
     for between in ("", "\n"):
         with suppress(NoVerdict):
             pairs.read_check("".join(text) or "a cup", between.join(reply))
-        pairs.read_style(Pair(NOWHERE, "a cup", "a pot"), VOCABULARY, between.join(reply))
+        pairs.read_style(MinedPair(NOWHERE, "a cup", "a pot"), VOCABULARY, between.join(reply))
 
 
-PAIR = Pair(Picture("1", Path(), frozenset({"cup"}), frozenset({"cup"})), "There is a cup.", "There is a dog.")
+PAIR = MinedPair(MinedImage("1", Path(), frozenset({"cup"}), frozenset({"cup"})), "There is a cup.", "There is a dog.")
 
 
 @pytest.mark.parametrize(
@@ -814,8 +824,8 @@ def test_with_annotations_a_judge_gives_both_sides_one_style(kitchen: Path, said
         return Answer("\n".join(line.replace("There is", "Look,") for line in lines))
 
     with endpoint(rewrite) as there:
-        how = Mining(questions=2, near_texts=0)
-        card = mine(shipped_base(), Place(kitchen, "vg"), tmp_path / "out", how, judging(there.url))
+        how = MiningSettings(questions=2, near_texts=0)
+        card = mine(shipped_base(), MiningSource(kitchen, "vg"), tmp_path / "out", how, judging(there.url))
     pairs = read_json(tmp_path / "out" / "desc_data.json")
     assert pairs["1"] == {"chosen": ["Look, a cup. Look, a pot."], "rejected": ["Look, a cup. Look, a dog."]}
     assert pairs["3"]["rejected"] == ["There is a cup. There is a dog."]

@@ -13,7 +13,7 @@ from relook.errors import DataError, RecipeError
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.judge import JudgeSettings
 from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import Given
+from relook.evaluate.score import ScoringInputs
 from relook.evaluate.tasks import mmhal
 from relook.files import read_records, write_json
 
@@ -51,7 +51,7 @@ def answered(data: Path, path: Path) -> Path:
 
 
 def rescore(data: Path | None, answers: list[Path], judge: JudgeSettings | None) -> dict[str, Any]:
-    return score_command("mmhal", answers, Given(data), "official", judge)
+    return score_command("mmhal", answers, ScoringInputs(data), "official", judge)
 
 
 def rate(request: Request, _: int) -> Answer:
@@ -129,14 +129,14 @@ def test_files_that_do_not_fit_are_refused(data: Path, tmp_path: Path) -> None:
     template = data / "mmhal" / "response_template.json"
     write_json(template, [{"question": "What?"}])
     with pytest.raises(DataError, match="record 1 has no question_type, image_src"):
-        mmhal.questions(data)
+        mmhal.mmhal_questions(data)
     for nothing in ("", "[]"):
         template.write_text(nothing)
         with pytest.raises(DataError, match=r"response_template\.json is empty.*Shengcao1006/MMHal-Bench"):
-            mmhal.questions(data)
+            mmhal.mmhal_questions(data)
     template.unlink()
     with pytest.raises(DataError, match=r"response_template\.json does not exist.*Shengcao1006/MMHal-Bench"):
-        mmhal.questions(data)
+        mmhal.mmhal_questions(data)
 
 
 def test_from_a_model_to_scores(base: Path, data: Path, tmp_path: Path) -> None:

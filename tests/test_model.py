@@ -19,7 +19,7 @@ from relook import load_model
 from relook.errors import CheckpointError
 from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import RelookLlavaForConditionalGeneration
-from relook.model.post_decoder import Layout, PostDecoder, PostDecoderSettings, pad_images
+from relook.model.post_decoder import FlatLayout, PostDecoder, PostDecoderSettings, pad_images
 from relook.toyworld.build import make_processor
 
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -199,13 +199,13 @@ def test_every_parameter_of_every_block_counts(settings: dict[str, Any]) -> None
 
 @torch.no_grad()
 def test_flat_states_equal_padded_ones() -> None:
-    """`Layout`: only attention needs the padded batch, and padding changes nothing."""
+    """`FlatLayout`: only attention needs the padded batch, and padding changes nothing."""
     decoder = tiny_relook(depth=2).model.post_decoder.double()
     features = torch.randn(3, 36, 128, dtype=torch.float64)
     context = decoder.look(features, [1, 2])
     padded = torch.randn(2, 5, 128, dtype=torch.float64)
     row, slot = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 2, 0, 1, 4])
-    flat = decoder(padded[row, slot], context, layout=Layout(row, slot, (2, 5)))
+    flat = decoder(padded[row, slot], context, layout=FlatLayout(row, slot, (2, 5)))
     torch.testing.assert_close(flat, decoder(padded, context)[row, slot])
 
 

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaModel
 from relook.data.packing import Tree, pack
 from relook.errors import RecipeError
 from relook.forward import activation_memory, policy
-from relook.forward.activation_memory import Lane, Offload, Saved, staying
-from relook.forward.packed_attention import TreePass, resolve
+from relook.forward.activation_memory import ActivationOffload, CopyStream, OffloadedTensor, staying
+from relook.forward.packed_attention import PackedTrunk, resolve_trunk_pass
 from relook.forward.policy import Policy
 from relook.recipe import build_recipe
 from relook.toyworld import build
@@ -36,8 +36,10 @@ def small_ones_leave_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def counted_returns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tensors come back at a time, as they do."""
-    fetched, fetch = list[int](), Offload._fetch
-    monkeypatch.setattr(Offload, "_fetch", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved))
+    fetched, fetch = list[int](), ActivationOffload._fetch
+    monkeypatch.setattr(
+        ActivationOffload, "_fetch", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved)
+    )
     return fetched
 
 
@@ -49,7 +51,7 @@ def test_a_share_of_layers_leaves_and_two_stay_at_least(layers: int, share: floa
     assert staying(layers, share) == expected
 
 
-class Watched(Offload):
+class Watched(ActivationOffload):
     """Counts the layers that have anything of their own on the device, by what holds it."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -68,12 +70,12 @@ class Watched(Offload):
         self._count()
 
     def _unpack(self, held: Any) -> Tensor:
-        self.returned += isinstance(held, Saved)
+        self.returned += isinstance(held, OffloadedTensor)
         return super()._unpack(held)
 
     def _count(self) -> None:
-        here = {layer for layer, saved in enumerate(self.leaving) if any(s.here is not None for s in saved.values())}
-        stay = {layer for layer in self.begun if len(self.leaving) <= layer <= self.turn}
+        here = {layer for layer, saved in enumerate(self.saved) if any(s.here is not None for s in saved.values())}
+        stay = {layer for layer in self.begun if len(self.saved) <= layer <= self.turn}
         self.most = max(self.most, len(here | stay))
 
 
@@ -82,7 +84,7 @@ def gradients(stack: list[nn.Module], given: Tensor, kept: int | None) -> tuple[
     x = given.clone().requires_grad_(True)
     parameters = [p for layer in stack for p in layer.parameters()]
     resident = frozenset(p.untyped_storage().data_ptr() for p in parameters)
-    watched = None if kept is None else Watched(len(stack), kept, resident, Lane(CPU))
+    watched = None if kept is None else Watched(len(stack), kept, resident, CopyStream(CPU))
     found = x
     for number, layer in enumerate(stack):
         found = watched.forward(number, layer, found) if watched else layer(found)
@@ -126,18 +128,21 @@ def test_a_tensor_saved_twice_leaves_once_and_small_or_odd_ones_stay(monkeypatch
     monkeypatch.setattr(activation_memory, "LEAST", 16)
     x, weight = torch.randn(4, 4), torch.randn(4, 4)
     kept = [x, x, x.T, weight.T, x[0, :3], x[:, :2], x.expand(2, 4, 4)]
-    work, seen = Offload(4, 2, frozenset({weight.untyped_storage().data_ptr()}), Lane(CPU)), list[Tensor]()
+    work, seen = (
+        ActivationOffload(4, 2, frozenset({weight.untyped_storage().data_ptr()}), CopyStream(CPU)),
+        list[Tensor](),
+    )
     found = work.forward(0, lambda x: Saves.apply(x, kept, seen), torch.ones(3, requires_grad=True))
-    assert len(work.leaving[0]) == 2
+    assert len(work.saved[0]) == 2
     for number in (1, 2, 3):
         found = work.forward(number, lambda x: x * 1, found)
-    assert [saved.here for saved in work.leaving[0].values()] == [None, None]
+    assert [saved.here for saved in work.saved[0].values()] == [None, None]
     for _ in range(2):  # a graph that is kept may be gone through again
         found.sum().backward(retain_graph=True)
         for tensor, expected in zip(seen, kept, strict=True):
             assert torch.equal(tensor, expected)
             assert tensor.stride() == expected.stride()
-        assert [saved.here for saved in work.leaving[0].values()] == [None, None]
+        assert [saved.here for saved in work.saved[0].values()] == [None, None]
         assert [tensor.data_ptr() == expected.data_ptr() for tensor, expected in zip(seen, kept, strict=True)] == [
             *(False, False, False),
             *(True, True, True, True),
@@ -156,7 +161,7 @@ class Model:
 
     def gradients(self, share: float, times: int = 1) -> list[Tensor]:
         model, packed = self.language_model, self.packed
-        reads = TreePass(model, "dense", activation_offloading=share)
+        reads = PackedTrunk(model, "dense", activation_offloading=share)
         embeds = model.embed_tokens(packed.ids).detach()
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
@@ -197,20 +202,20 @@ def test_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_two_layers_have_none_to_send_away() -> None:
     model = LlamaModel(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=1, num_hidden_layers=2))
     with pytest.raises(RecipeError, match="no layer to take of 2"):
-        TreePass(model, "dense", activation_offloading=1)
+        PackedTrunk(model, "dense", activation_offloading=1)
 
 
 def test_what_all_layers_share_stays() -> None:
     table, mask = torch.randn(4, 4), torch.randn(4, 4)
-    work = Offload(3, 2, frozenset(), Lane(CPU))
+    work = ActivationOffload(3, 2, frozenset(), CopyStream(CPU))
     given = torch.ones(3, requires_grad=True)
     work.forward(0, lambda x, **_: Saves.apply(x, [mask, table.T], []), given, mask=mask, more=(table, None))
-    assert not work.leaving[0]
+    assert not work.saved[0]
 
 
 def test_nothing_is_kept_of_a_pass_without_gradients() -> None:
     model = Model()
-    reads = TreePass(model.language_model, "dense", activation_offloading=1)
+    reads = PackedTrunk(model.language_model, "dense", activation_offloading=1)
     with torch.no_grad():
         reads(model.language_model.embed_tokens(model.packed.ids), model.packed)
     assert reads.offload is None
@@ -219,7 +224,7 @@ def test_nothing_is_kept_of_a_pass_without_gradients() -> None:
 def test_what_has_no_other_memory_or_ways_of_its_own_refuses(base: Path, tmp_path: Path) -> None:
     for device, sharded, said in (("cpu", False, "CPU"), ("cuda", True, "FSDP")):
         with pytest.raises(RecipeError, match=said):
-            resolve("auto", device, sharded, activation_offloading=0.5)
+            resolve_trunk_pass("auto", device, sharded, activation_offloading=0.5)
     keys = dpo_keys(base, write_world(tmp_path / "world"), tmp_path / "run", use_cpu=False)
     with pytest.raises(RecipeError, match="CPU"):
         train(build_recipe({**keys, "lora_enable": True, "activation_offloading": 0.5}))

@@ -21,25 +21,25 @@ from relook.data.images import image_from_bytes
 from relook.data.samples import Turn
 from relook.data.templates import with_image
 from relook.generate.engine import Engine
-from relook.generate.request import Limits
-from relook.report.plots import attention_before, has_maps
-from relook.serve.api import Policy
-from relook.serve.media import Sources
+from relook.generate.request import EngineLimits
+from relook.report.plots import attention_before, has_attention_maps
+from relook.serve.api import ServerLimits
+from relook.serve.media import ImageSources
 from relook.serve.page import actions
 from relook.serve.page.actions import Page, Sampling
 from relook.serve.page.app import MOST_ASKED
-from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, explain, language_of
+from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, explain_error, language_of
 from relook.serve.protocol import APIError
 from relook.toyworld.world import sample_scenes
 
-POLICY = Policy(KEY, Sources(max_bytes=200_000), max_body=1_100_000, body_seconds=1)
+POLICY = ServerLimits(KEY, ImageSources(max_bytes=200_000), max_body=1_100_000, body_seconds=1)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """Of a model with a post decoder and one without."""
     models = {"tuned": as_loaded(tiny_relook()), "base": as_loaded(tiny_llava())}
-    engines = {name: Engine(loaded, Limits(slots=2)) for name, loaded in models.items()}
+    engines = {name: Engine(loaded, EngineLimits(slots=2)) for name, loaded in models.items()}
     page = Page(engines, POLICY, tmp_path_factory.mktemp("uploads"))
     (page.folder / "picture.png").write_bytes(PICTURES[0])
     yield page
@@ -179,7 +179,7 @@ def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> 
     assert "cup" in shown
     assert page.look("tuned", place, turns, index + 1) == ""  # between words
     assert page.look("tuned", place, turns, 99) == ""
-    assert [has_maps(page.engines[name].loaded) for name in ("tuned", "base")] == [True, False]
+    assert [has_attention_maps(page.engines[name].loaded) for name in ("tuned", "base")] == [True, False]
     assert "post decoder" in page.look("base", place, turns, index)
     assert "后解码器" in page.look("tuned", "", turns, index, "zh")
 
@@ -202,9 +202,9 @@ def test_both_languages_say_everything() -> None:
         assert text.count("{") == CHINESE[key].count("{")
     assert [language_of(accepted) for accepted in ("zh-CN,zh;q=0.9", "en-US,zh", "", "ZH")] == ["zh", "en", "en", "zh"]
     error = APIError(429, "Too many.", "busy")
-    assert explain("en", error) == "Too many."
-    assert explain("zh", error) == f"{CHINESE_ERRORS['busy']} Too many."
-    assert explain("zh", APIError(400, ENGLISH["no_question"], "no_question")) == CHINESE["no_question"]
+    assert explain_error("en", error) == "Too many."
+    assert explain_error("zh", error) == f"{CHINESE_ERRORS['busy']} Too many."
+    assert explain_error("zh", APIError(400, ENGLISH["no_question"], "no_question")) == CHINESE["no_question"]
 
 
 # --- the page's routes, beside the API's
@@ -212,7 +212,7 @@ def test_both_languages_say_everything() -> None:
 
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    engines = {"tuned": Engine(as_loaded(tiny_relook()), Limits(slots=2))}
+    engines = {"tuned": Engine(as_loaded(tiny_relook()), EngineLimits(slots=2))}
     policy = replace(POLICY, hosts=frozenset({"127.0.0.1", "10.0.0.5"}))
     with serving(engines, policy, tmp_path_factory.mktemp("uploads")) as served:
         yield served

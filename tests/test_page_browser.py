@@ -21,10 +21,10 @@ from test_answer import as_loaded
 
 from relook import load_model
 from relook.generate.engine import Engine
-from relook.generate.request import Limits
+from relook.generate.request import EngineLimits
 from relook.model.load import add_post_decoder, without_post_decoder
-from relook.serve.api import Policy
-from relook.serve.media import Sources
+from relook.serve.api import ServerLimits
+from relook.serve.media import ImageSources
 from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, TEXTS
 from relook.toyworld.build import shipped_base
 
@@ -54,10 +54,10 @@ def served(tmp_path_factory: pytest.TempPathFactory, strangers: set[str]) -> Ite
     loaded = load_model(shipped_base())
     tuned = as_loaded(add_post_decoder(loaded.core, {}, torch.Generator().manual_seed(0)))
     models = {"tuned": tuned, "tuned-base": as_loaded(without_post_decoder(tuned.core))}
-    engines = {name: Engine(model, Limits(slots=4)) for name, model in models.items()}
+    engines = {name: Engine(model, EngineLimits(slots=4)) for name, model in models.items()}
     for engine in engines.values():
         slow(engine)
-    policy = Policy(KEY, Sources(max_bytes=100_000), max_body=1_000_000)
+    policy = ServerLimits(KEY, ImageSources(max_bytes=100_000), max_body=1_000_000)
     with serving(engines, policy, tmp_path_factory.mktemp("uploads")) as server:
         yield server
 

@@ -15,22 +15,22 @@ from tiny import write_world
 import relook
 from relook import load_model
 from relook.data.annotations import read_coco
-from relook.data.check import check, fix
+from relook.data.check import check, fix_folder
 from relook.data.convert import convert as convert_pairs
 from relook.data.images import open_image
 from relook.data.readers import read_hadpo, read_llava, read_pairs
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.compare import compare
 from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import Given, read_scores
+from relook.evaluate.score import ScoringInputs, read_scores
 from relook.evaluate.tasks.build_pope import build_pope
-from relook.evaluate.tasks.pope import read_answers, read_questions
+from relook.evaluate.tasks.pope import read_pope_answers, read_pope_questions
 from relook.files import read_json
-from relook.mine.jobs import Mining, Place
+from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.run import mine
-from relook.model.export import Writing, convert
+from relook.model.export import WriteOptions, convert
 from relook.model.inspect import inspect as inspect_model
-from relook.model.load import Loading
+from relook.model.load import LoadOptions
 from relook.report.comparison import write_comparison
 
 ROOMS = Path(relook.__file__).parent
@@ -74,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_data_by_strings(world: str, tmp_path: Path) -> None:
     folder, out = f"{world}/test", str(tmp_path / "fixed")
     assert check("pope", folder, workers=1).to_json() == check("pope", Path(folder), workers=1).to_json()
-    assert fix("pope", folder, out, workers=1)
+    assert fix_folder("pope", folder, out, workers=1)
     table = str(tmp_path / "pairs.parquet")
     count = convert_pairs(world, table, "trl", images=f"{world}/vg")
     assert convert_pairs(table, str(tmp_path / "hadpo"), "hadpo") == count
@@ -93,9 +93,9 @@ def test_models_by_strings(base: Path, tmp_path: Path) -> None:
     assert inspect_model(source)["modules"] == inspect_model(base)["modules"]
     assert convert(source, out, "llava") == 0
     tower = f"{out}/vision_tower"
-    assert convert(out, str(tmp_path / "hf"), "hf", Writing(vision_tower=tower)) == 0
-    assert Loading(vision_tower=tower).identity(out)["model"] == out
-    assert Loading(vision_tower=tower).load(out).path == load_model(out, vision_tower=tower).path
+    assert convert(out, str(tmp_path / "hf"), "hf", WriteOptions(vision_tower=tower)) == 0
+    assert LoadOptions(vision_tower=tower).identity(out)["model"] == out
+    assert LoadOptions(vision_tower=tower).load(out).path == load_model(out, vision_tower=tower).path
 
 
 def test_evaluations_by_strings(base: Path, world: str, tmp_path: Path) -> None:
@@ -104,16 +104,16 @@ def test_evaluations_by_strings(base: Path, world: str, tmp_path: Path) -> None:
         scores = evaluate_model(str(base), ["pope", "chair"], data, out, max_new_tokens=2)
     folder: Any = data
     assert read_scores(second)["pope"]["random"] == scores["pope"]["random"]
-    assert score_command("pope", [second], Given(data=folder), "official", None)
+    assert score_command("pope", [second], ScoringInputs(data=folder), "official", None)
     assert compare(data, first, second, ["pope"])["pope"]["random"]["difference"] == 0
     assert write_comparison(first, second, str(tmp_path / "both"), data).is_file()
-    split = read_questions(f"{data}/pope/coco_pope_random.json", data)
-    assert len(read_answers(f"{second}/pope_random.jsonl")) == len(split)
+    split = read_pope_questions(f"{data}/pope/coco_pope_random.json", data)
+    assert len(read_pope_answers(f"{second}/pope_random.jsonl")) == len(split)
 
 
 def test_mining_by_strings(base: Path, world: str, tmp_path: Path) -> None:
     out = str(tmp_path / "pairs")
     apart: Any = [f"{world}/test/pope/coco_pope_random.json"]
     place: Any = f"{world}/vg"
-    mine(str(base), Place(place, "vg", exclude=apart), out, Mining(max_new_tokens=4))
+    mine(str(base), MiningSource(place, "vg", exclude=apart), out, MiningSettings(max_new_tokens=4))
     assert read_json(tmp_path / "pairs" / "card.json")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError
-from relook.evaluate.score import Given, score_answers
+from relook.evaluate.score import ScoringInputs, score_answers
 from relook.evaluate.tasks.build_pope import build_pope, build_splits
 from relook.evaluate.tasks.pope import (
     PARSERS,
@@ -24,9 +24,9 @@ from relook.evaluate.tasks.pope import (
     match,
     official_parse,
     question_text,
-    read_answers,
-    read_questions,
-    score,
+    read_pope_answers,
+    read_pope_questions,
+    score_pope_answers,
 )
 
 OFFICIAL_FILES = ("minigpt4_origin_random.jsonl", "minigpt4_origin_popular.jsonl")
@@ -59,10 +59,10 @@ def test_parse_agrees_with_the_official_program_on_tricky_answers(refdata: Path)
 @pytest.mark.parametrize("name", OFFICIAL_FILES)
 def test_whole_answer_files_score_as_the_official_program_says(refdata: Path, name: str) -> None:
     expected = json.loads((refdata / "pope/expected_answer_metrics.json").read_text())[name]
-    questions = read_questions(refdata / "pope/questions" / expected["label_file"], Path("val2014"))
-    answers = read_answers(refdata / "pope/answers" / name)
+    questions = read_pope_questions(refdata / "pope/questions" / expected["label_file"], Path("val2014"))
+    answers = read_pope_answers(refdata / "pope/answers" / name)
     official = expected["official_evaluate_py"]
-    found = score(questions, answers).to_json()
+    found = score_pope_answers(questions, answers).to_json()
     assert {key: found[key] for key in ("tp", "fp", "tn", "fn")} == {
         k: official[k.upper()] for k in ("tp", "fp", "tn", "fn")
     }
@@ -81,8 +81,8 @@ def test_odd_files_score_as_the_official_program_says(refdata: Path, tmp_path: P
         {"question_id": i, "image": "a.jpg", "text": f"{i}?", "label": label}
         for i, label in enumerate(given_case["labels"])
     ]
-    questions = read_questions(write_lines(tmp_path / "q.json", records), tmp_path)
-    found, official = score(questions, answered(given_case["answers"])), given_case["official"]
+    questions = read_pope_questions(write_lines(tmp_path / "q.json", records), tmp_path)
+    found, official = score_pope_answers(questions, answered(given_case["answers"])), given_case["official"]
     assert (found.tp, found.fp, found.tn, found.fn) == tuple(official[key] for key in ("TP", "FP", "TN", "FN"))
     assert found.f1 == pytest.approx(official["f1"])
 
@@ -91,7 +91,7 @@ def test_odd_files_score_as_the_official_program_says(refdata: Path, tmp_path: P
 def test_incomplete_files_are_refused_where_the_official_program_scores_a_part(refdata: Path, case: str) -> None:
     given_case = json.loads((refdata / "pope/file_edge_cases.json").read_text())[case]
     with pytest.raises(DataError, match=r"2 (questions have no answer \(3, 4\)|answers have no question \(3, 4\))"):
-        score(asked(given_case["labels"]), answered(given_case["answers"]))
+        score_pope_answers(asked(given_case["labels"]), answered(given_case["answers"]))
 
 
 def test_published_tables_follow_from_their_counts(refdata: Path) -> None:
@@ -109,8 +109,10 @@ def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Pat
     """LLaVA's questions carry a suffix, a category and no label; both splits are in one file."""
     folder = refdata / "pope/llava_format_sample"
     with pytest.raises(DataError, match="96 questions have no label"):
-        score(read_questions(folder / "questions.jsonl", Path()), read_answers(folder / "answers.jsonl"))
-    given_files = Given(questions=folder / "questions.jsonl", annotations=folder / "annotations")
+        score_pope_answers(
+            read_pope_questions(folder / "questions.jsonl", Path()), read_pope_answers(folder / "answers.jsonl")
+        )
+    given_files = ScoringInputs(questions=folder / "questions.jsonl", annotations=folder / "annotations")
     found = score_answers("pope", folder / "answers.jsonl", given_files, "llava")
     counts = {split: tuple(found[split][key] for key in ("tp", "fp", "tn", "fn")) for split in ("random", "popular")}
     assert counts == {"random": (23, 21, 3, 1), "popular": (23, 19, 5, 1)}
@@ -122,7 +124,9 @@ def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Pat
         lines = (folder / f"annotations/coco_pope_{name}.json").read_text().splitlines(keepends=True)
         (labels / f"coco_pope_{name}.json").write_text("".join(lines[:-1] if name == "popular" else lines))
     with pytest.raises(DataError, match=r"in popular: 1 questions have no label \(95\), 0 labels"):
-        score_answers("pope", folder / "answers.jsonl", Given(questions=folder / "questions.jsonl", annotations=labels))
+        score_answers(
+            "pope", folder / "answers.jsonl", ScoringInputs(questions=folder / "questions.jsonl", annotations=labels)
+        )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,7 @@ def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Pat
 def test_rates_without_a_denominator_are_none(
     labels: list[str], texts: list[str], rates: tuple[float | None, ...]
 ) -> None:
-    found = score(asked(labels), answered(texts))
+    found = score_pope_answers(asked(labels), answered(texts))
     assert (found.precision, found.recall, found.f1) == rates
 
 
@@ -154,8 +158,8 @@ def test_order_of_answers_does_not_matter(texts: list[str], rng: object) -> None
     questions, answers = asked(["yes", "no"] * (len(texts) // 2) + ["yes"] * (len(texts) % 2)), answered(texts)
     shuffled = list(answers)
     rng.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert score(questions, shuffled) == score(questions, answers)
-    assert score(questions, answers).n == len(texts)
+    assert score_pope_answers(questions, shuffled) == score_pope_answers(questions, answers)
+    assert score_pope_answers(questions, answers).n == len(texts)
 
 
 WORDS = ["Yes", "No", "no", "not", "Not", "NO", "there", "is", "a dog", "nothing", "No!", "no\n", "</s>"]
@@ -176,7 +180,7 @@ def test_any_file_scores_as_the_official_rule_says(rows: list[tuple[str, str]]) 
         asked_of = [{"question_id": i, "image": f"{i % 3}", "text": f"{i}?", "label": r[1]} for i, r in enumerate(rows)]
         questions = write_lines(Path(folder) / "q.json", asked_of)
         answers = write_lines(Path(folder) / "a.json", answered([text for text, _ in rows])[::-1])
-        found = score_answers("pope", answers, Given(questions=questions))
+        found = score_answers("pope", answers, ScoringInputs(questions=questions))
     places = {"tp": (True, True), "fp": (True, False), "tn": (False, False), "fn": (False, True)}
     assert {key: found[key] for key in places} == {key: expected[place] for key, place in places.items()}
     for rate in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
@@ -195,7 +199,7 @@ def test_parsers_by_name(refdata: Path) -> None:
 def test_answers_that_are_neither_count_as_lmms_eval_counts_them() -> None:
     """By hand: accuracy over all, precision and recall over what was said."""
     labels = ["yes", "yes", "yes", "no", "no", "no", "no"]
-    found = score(asked(labels), answered(["Yes", "no", "Yes.", "yes", "No", "no", "maybe"]), "lmms-eval")
+    found = score_pope_answers(asked(labels), answered(["Yes", "no", "Yes.", "yes", "No", "no", "maybe"]), "lmms-eval")
     assert (found.tp, found.fn, found.fp, found.tn, found.neither, found.n) == (1, 1, 1, 2, 2, 7)
     assert (found.accuracy, found.precision, found.recall, found.f1) == (3 / 7, 0.5, 0.5, 0.5)
     assert found.parser == "lmms-eval"
@@ -228,13 +232,13 @@ def test_answers_that_are_neither_count_as_lmms_eval_counts_them() -> None:
 )
 def test_answers_that_do_not_say_what_they_are_taken_for_are_unclear(answer: str, clear: bool) -> None:
     """They stay what the official program makes of them, and are counted beside."""
-    found = score(asked(["yes"]), answered([answer]))
+    found = score_pope_answers(asked(["yes"]), answered([answer]))
     assert found.unclear == (not clear)
     assert bool(found.tp) == official_parse(answer)
 
 
 def test_an_exact_parser_finds_unclear_what_it_takes_for_neither() -> None:
-    found = score(asked(["yes", "no", "yes"]), answered(["Yes", "no", "Yes."]), "lmms-eval")
+    found = score_pope_answers(asked(["yes", "no", "yes"]), answered(["Yes", "no", "Yes."]), "lmms-eval")
     assert (found.neither, found.unclear) == (1, 1)
 
 
@@ -244,16 +248,16 @@ def test_an_exact_parser_finds_unclear_what_it_takes_for_neither() -> None:
 def test_popes_own_layout_without_ids_goes_by_order_and_text() -> None:
     questions = asked(["yes", "no", "no"])
     said = [{"question": q.text, "answer": text} for q, text in zip(questions, ("Yes", "Yes", "No"), strict=True)]
-    assert score(questions, said) == PopeScore(tp=1, fp=1, tn=1, fn=0)
+    assert score_pope_answers(questions, said) == PopeScore(tp=1, fp=1, tn=1, fn=0)
     with pytest.raises(DataError, match=r"2 answers are to another question text \(1, 2\)"):
-        score(questions, [said[0], said[2], said[1]])
+        score_pope_answers(questions, [said[0], said[2], said[1]])
     with pytest.raises(DataError, match=r"1 answers have no question \(line 4\)"):
-        score(questions, [*said, said[0]])
+        score_pope_answers(questions, [*said, said[0]])
 
 
 @pytest.mark.parametrize("name", ["coco_pope_random", "coco_pope_popular", "coco_pope_adversarial"])
 def test_official_question_files_load(refdata: Path, name: str) -> None:
-    questions = read_questions(refdata / f"pope/questions/{name}.json", Path("val2014"))
+    questions = read_pope_questions(refdata / f"pope/questions/{name}.json", Path("val2014"))
     assert len(questions) == 3000
     assert [q.label for q in questions] == ["yes", "no"] * 1500
     assert set(Counter(q.image for q in questions).values()) == {6}
@@ -265,7 +269,7 @@ def test_official_question_files_load(refdata: Path, name: str) -> None:
 
 
 def test_json_array_loads(refdata: Path) -> None:
-    assert len(read_questions(refdata / "pope/questions/aokvqa_pope_seem_adversarial.json", Path())) == 3000
+    assert len(read_pope_questions(refdata / "pope/questions/aokvqa_pope_seem_adversarial.json", Path())) == 3000
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
@@ -276,7 +280,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         ([], "holds no question"),
     ):
         with pytest.raises(DataError, match=message):
-            read_questions(write_lines(tmp_path / "q.json", records), tmp_path)
+            read_pope_questions(write_lines(tmp_path / "q.json", records), tmp_path)
     for records, message in (
         ([], "holds no answer"),
         ([{"question": "Is there a dog?"}], "record 1 needs question_id, and answer or text"),
@@ -285,7 +289,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         ([{"question_id": 1, "answer": "a"}, {"question_id": "1", "answer": "b"}], "stands more than once"),
     ):
         with pytest.raises(DataError, match=message):
-            read_answers(write_lines(tmp_path / "a.json", records))
+            read_pope_answers(write_lines(tmp_path / "a.json", records))
 
 
 def test_mismatches_are_named() -> None:
@@ -297,9 +301,9 @@ def test_mismatches_are_named() -> None:
 
 
 def test_answers_of_another_split_are_refused(refdata: Path) -> None:
-    questions = read_questions(refdata / "pope/questions/coco_pope_adversarial.json", Path())
+    questions = read_pope_questions(refdata / "pope/questions/coco_pope_adversarial.json", Path())
     with pytest.raises(DataError, match="1479 answers are to another question text"):
-        match(questions, read_answers(refdata / "pope/answers" / OFFICIAL_FILES[0]))
+        match(questions, read_pope_answers(refdata / "pope/answers" / OFFICIAL_FILES[0]))
 
 
 # Building the splits
@@ -394,7 +398,7 @@ def test_questions_are_built_from_annotations(tmp_path: Path) -> None:
     assert all(len(names[image]) >= 3 for image in drawn)
     counts = Counter(name for image in drawn for name in names[image])
     for split in SPLITS:
-        records = read_questions(tmp_path / "coco" / f"coco_pope_{split}.json", Path())
+        records = read_pope_questions(tmp_path / "coco" / f"coco_pope_{split}.json", Path())
         assert [record.image.name for record in records] == [image for image in drawn for _ in range(6)]
         for record in records:
             there = record.text in {question_text(name) for name in names[record.image.name]}

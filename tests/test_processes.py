@@ -28,13 +28,13 @@ from relook.distributed import held
 from relook.errors import RecipeError, RelookError
 from relook.files import write_json
 from relook.forward.collate import Collator
-from relook.forward.packed_attention import resolve
+from relook.forward.packed_attention import resolve_trunk_pass
 from relook.model.load import TENSORS_FILE
 from relook.recipe import Recipe, build_recipe
 from relook.train import trainer
-from relook.train.callbacks import broken_tensors
+from relook.train.callbacks import count_nonfinite_tensors
 from relook.train.run import train, training_arguments
-from relook.train.trainer import COMPLETE, ModalityLengthSampler
+from relook.train.trainer import COMPLETE_MARKER, ModalityLengthSampler
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 ROOT = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     done = both([*runs, keys_of("whole", KILLED, fsdp=True), keys_of("killed", KILLED, fsdp=True, kill=5)])
     checkpoints = tmp_path / "killed" / "run" / "checkpoints"
     assert checkpoints.exists(), done.stderr
-    whole = {path.name: (path / COMPLETE).exists() for path in checkpoints.iterdir()}
+    whole = {path.name: (path / COMPLETE_MARKER).exists() for path in checkpoints.iterdir()}
     assert whole == {"checkpoint-3": True, "checkpoint-4": True, "checkpoint-5": False}
     for keys in runs:
         out, (how, name) = Path(keys["output_dir"]), Path(keys["output_dir"]).parent.name.split()
@@ -354,7 +354,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(
     with pytest.raises(RelookError, match=r"The checkpoint needs .* on disk, but .* free\. Make room"):
         train(recipe)
     folder = Path(recipe.output_dir) / "checkpoints"
-    assert [path.name for path in folder.iterdir() if (path / COMPLETE).exists()] == ["checkpoint-1"]
+    assert [path.name for path in folder.iterdir() if (path / COMPLETE_MARKER).exists()] == ["checkpoint-1"]
     tensors = sum(path.stat().st_size for path in (folder / "checkpoint-1").glob("*") if path.suffix != ".json")
     assert sizes[0] < tensors < sizes[0] * 1.5 + 20_000
     train(recipe)
@@ -397,7 +397,7 @@ def test_a_process_that_fails_leaves_the_checkpoint_to_the_others(
     monkeypatch.setattr(trainer.RelookTrainer, "_save_rng_state", failing)
     with pytest.raises(OSError, match="the disk failed"):
         train(recipe)
-    left = {path.name: (path / COMPLETE).exists() for path in folder.iterdir()}
+    left = {path.name: (path / COMPLETE_MARKER).exists() for path in folder.iterdir()}
     assert left == {"checkpoint-1": True, "checkpoint-2": False}
     assert trainer.last_checkpoint(folder) == str(folder / "checkpoint-1")
     assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
@@ -411,9 +411,9 @@ def test_the_part_held_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
         parameter.ds_tensor, parameter.ds_shape, parameter.ds_process_group = part, (5,), None
         monkeypatch.setattr(distributed.dist, "get_rank", lambda group, rank=rank: rank)
         assert held(parameter).tolist() == [1, 2, 3, 4, 5][3 * rank : 3 * rank + 3]
-        assert broken_tensors([parameter], torch.device("cpu")) == 0
+        assert count_nonfinite_tensors([parameter], torch.device("cpu")) == 0
         part[0] = torch.inf
-        assert broken_tensors([parameter], torch.device("cpu")) == 1
+        assert count_nonfinite_tensors([parameter], torch.device("cpu")) == 1
 
 
 # --- waiting
@@ -449,16 +449,16 @@ def test_a_process_says_what_it_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_taken_apart_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [resolve("auto", "cuda", distributed) for distributed in (False, True)] == ["compiled", "flex"]
-    assert [resolve("auto", "cpu", distributed) for distributed in (False, True)] == ["dense", "dense"]
-    assert resolve("compiled", "cuda") == "compiled"
+    assert [resolve_trunk_pass("auto", "cuda", distributed) for distributed in (False, True)] == ["compiled", "flex"]
+    assert [resolve_trunk_pass("auto", "cpu", distributed) for distributed in (False, True)] == ["dense", "dense"]
+    assert resolve_trunk_pass("compiled", "cuda") == "compiled"
     with pytest.raises(RecipeError, match="compiled does not go with FSDP or DeepSpeed"):
-        resolve("compiled", "cuda", sharded=True)
-    assert not distributed.shard({"fsdp": False, "deepspeed": None})
-    assert distributed.shard({"fsdp": True})
-    assert distributed.shard({"deepspeed": "zero3"})
+        resolve_trunk_pass("compiled", "cuda", sharded=True)
+    assert not distributed.is_sharded({"fsdp": False, "deepspeed": None})
+    assert distributed.is_sharded({"fsdp": True})
+    assert distributed.is_sharded({"deepspeed": "zero3"})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert distributed.shard({})
+    assert distributed.is_sharded({})
 
 
 def test_deepspeed_files_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

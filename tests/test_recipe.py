@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from relook.errors import RecipeError
-from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides, read_shipped, shipped
+from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides, read_yaml_or_shipped, shipped_names
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
 
 
-@pytest.mark.parametrize("name", shipped("recipe"))
+@pytest.mark.parametrize("name", shipped_names("recipe"))
 def test_shipped_recipes_load_with_the_users_paths(name: str) -> None:
     recipe = load_recipe(name, SFT if name == "toyworld-base" else DPO)
     assert (recipe.model_name_or_path, recipe.output_dir) == ("m", "o")
@@ -240,9 +240,9 @@ def test_a_path_that_yaml_would_change_is_kept(path: str) -> None:
 
 def test_a_folder_of_a_recipes_name_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    here = read_shipped("head", "recipe")
+    here = read_yaml_or_shipped("head", "recipe")
     (tmp_path / "head").mkdir()
-    assert read_shipped("head", "recipe") == here
+    assert read_yaml_or_shipped("head", "recipe") == here
 
 
 def test_a_nested_override_keeps_the_recipes_other_settings() -> None:

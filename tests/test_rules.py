@@ -14,13 +14,13 @@ import pytest
 from damaged import encoded, talk
 from PIL import Image
 
-from relook.data.check import check, fix, print_report, summary
+from relook.data.check import check, fix_folder, print_report, summary
 from relook.data.convert import convert
 from relook.data.layouts import find_layout
 from relook.data.readers import read_hadpo, read_llava, read_pairs
 from relook.data.samples import ReadReport, as_bool, as_id
 from relook.errors import DataError
-from relook.evaluate.benchmarks import read_questions
+from relook.evaluate.benchmarks import benchmark_questions
 from relook.evaluate.run import evaluate_model
 from relook.files import read_json, read_records, read_text, write_json
 from relook.toyworld.build import shipped_base
@@ -116,7 +116,7 @@ def test_correct_in_any_writing_is_read_checked_and_converted_alike(tmp_path: Pa
     again, report = read_pairs(tmp_path / "out.parquet")
     assert [pair.prompt for pair in again] == [pair.prompt for pair in pairs]
     assert report.skipped == {"answered correctly": right}
-    done = fix("hadpo", folder, tmp_path / "fixed")
+    done = fix_folder("hadpo", folder, tmp_path / "fixed")
     assert done["records_dropped"] == {"pope_data.json": {fault: [f"pope-{len(values) - 1}"]}}
     assert f"1 records dropped ({fault}: 1)" in summary(done)
 
@@ -159,8 +159,8 @@ def test_no_record_is_lost_to_an_encoding(world: Path, tmp_path: Path, encoding:
         text = json.dumps(read_records(file)) if array else file.read_text()
         file.write_text(text, encoding=encoding)
     assert not any(one.faults for one in check("pope", tmp_path / "test").indexes)
-    assert read_questions("pope", tmp_path / "test").keys() == {"pope_random", "pope_popular", "pope_adversarial"}
-    done = fix("pope", tmp_path / "test", tmp_path / "fixed")
+    assert benchmark_questions("pope", tmp_path / "test").keys() == {"pope_random", "pope_popular", "pope_adversarial"}
+    done = fix_folder("pope", tmp_path / "test", tmp_path / "fixed")
     assert done["records_dropped"] == {}
     mix = read_json(world / "llava/toyworld_mix.json")
     shutil.copytree(world / "llava/images", tmp_path / "llava/images")
@@ -187,7 +187,7 @@ def test_an_extension_in_another_case_is_the_same_file_to_every_reader(tmp_path:
     pq.write_table(pa.Table.from_pylist([row]), vg / "VG_100K/named.parquet")
     assert read_pairs(vg / "VG_100K/named.parquet", tmp_path / "images")[1].dropped == 0
     fixed = tmp_path / "fixed"
-    assert fix("hadpo", vg, fixed)["records_dropped"] == {}
+    assert fix_folder("hadpo", vg, fixed)["records_dropped"] == {}
     assert (fixed / "VG_100K/0.jpg").read_bytes() == pair.image.read_bytes()  # not encoded again
     assert check("hadpo", fixed, named_only=True).clean
 
@@ -198,19 +198,19 @@ def test_a_broken_file_under_another_extension_is_broken(tmp_path: Path) -> None
     (folder / "images/1.JPG").write_bytes(encoded(random.Random(0))[:400])
     write_json(folder / "mix.json", [{"id": "1", "image": "1.jpg", "conversations": talk("<image>\nWho?", "Ada.")}])
     assert check("llava", folder, named_only=True).faults["1.jpg"][0] == "truncated"
-    assert fix("llava", folder, tmp_path / "fixed")["records_dropped"]
+    assert fix_folder("llava", folder, tmp_path / "fixed")["records_dropped"]
 
 
 def test_evaluations_find_images_whose_extension_is_in_another_case(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "test", tmp_path / "test")
     expected = {
-        name: {stem: [q.image.stem for q in qs] for stem, qs in read_questions(name, tmp_path / "test").items()}
+        name: {stem: [q.image.stem for q in qs] for stem, qs in benchmark_questions(name, tmp_path / "test").items()}
         for name in ("pope", "chair", "shr")
     }
     for image in (tmp_path / "test").rglob("*.jpg"):
         image.rename(image.with_suffix(".JPG"))
     for name, stems in expected.items():
-        asked = read_questions(name, tmp_path / "test")
+        asked = benchmark_questions(name, tmp_path / "test")
         assert {stem: [q.image.stem for q in qs] for stem, qs in asked.items()} == stems
         assert all(q.image.is_file() for qs in asked.values() for q in qs)
 
@@ -271,7 +271,7 @@ def test_a_transparent_colour_is_an_unusual_mode(tmp_path: Path) -> None:
     write_json(folder / "mix.json", [])
     fault = ("unusual mode", "PNG in mode RGB with a transparent colour")
     assert check("llava", folder).faults == {"key.png": fault}
-    fix("llava", folder, fixed)
+    fix_folder("llava", folder, fixed)
     again = Image.open(fixed / "images/key.png")
     assert again.info.get("transparency") is None
     assert again.getpixel((0, 0)) == (255, 0, 0)

@@ -35,10 +35,10 @@ from relook import load_model
 from relook.data.samples import Turn
 from relook.errors import RelookError
 from relook.generate.engine import Engine
-from relook.generate.request import Limits
-from relook.model.load import Loading
-from relook.serve.api import Policy
-from relook.serve.server import load_models, take_port
+from relook.generate.request import EngineLimits
+from relook.model.load import LoadOptions
+from relook.serve.api import ServerLimits
+from relook.serve.server import bind_socket, load_models
 
 # --- OpenAI's client
 
@@ -260,8 +260,8 @@ ASKS = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers
 
 @pytest.mark.parametrize(("origins", "allowed"), [((SITE,), SITE), (("*",), "*"), (("https://a.example",), None)])
 def test_pages_of_the_sites_that_are_named_may_ask(origins: tuple[str, ...], allowed: str | None) -> None:
-    engine = Engine(as_loaded(tiny_relook()), Limits(slots=2))
-    with serving({"tuned": engine}, Policy(KEY, origins=origins)) as served:
+    engine = Engine(as_loaded(tiny_relook()), EngineLimits(slots=2))
+    with serving({"tuned": engine}, ServerLimits(KEY, origins=origins)) as served:
         # A browser asks without the key whether it may.
         status, headers, _ = served.send_for_all("OPTIONS", "/v1/chat/completions", key="", Origin=SITE, **ASKS)
         assert (status, headers["Access-Control-Allow-Origin"]) == (200 if allowed else 400, allowed)
@@ -308,8 +308,8 @@ def test_a_client_that_goes_away_frees_its_slot(served: Served, monkeypatch: pyt
 
 
 def test_too_many_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(as_loaded(tiny_relook()), Limits(slots=1, waiting=1))
-    with serving({"tuned": engine}, Policy()) as served:
+    engine = Engine(as_loaded(tiny_relook()), EngineLimits(slots=1, waiting=1))
+    with serving({"tuned": engine}, ServerLimits()) as served:
         held, statuses = Held(engine, monkeypatch), []
         threads = [threading.Thread(target=lambda: statuses.append(served.chat(TEXTS[0])[0])) for _ in range(2)]
         threads[0].start()
@@ -347,7 +347,7 @@ def test_a_model_and_itself_with_its_change_switched_off(tmp_path: Path) -> None
     model = tiny_relook()
     model.save_pretrained(tmp_path / "pd")
     as_loaded(model).processor.save_pretrained(tmp_path / "pd")
-    models = load_models(tmp_path / "pd", Loading(), None, with_base=True)
+    models = load_models(tmp_path / "pd", LoadOptions(), None, with_base=True)
     assert list(models) == ["pd", "pd-base"]
     plain = save_tiny(tmp_path / "plain")
     image = Image.open(io.BytesIO(PICTURES[0]))
@@ -355,27 +355,27 @@ def test_a_model_and_itself_with_its_change_switched_off(tmp_path: Path) -> None
     assert texts["pd-base"] == load_model(plain).generate([image], TEXTS[0], max_new_tokens=NEW) != texts["pd"]
     both = [loaded.core.model.language_model.embed_tokens.weight for loaded in models.values()]
     assert both[0].data_ptr() == both[1].data_ptr()
-    beside = load_models(tmp_path / "pd", Loading(), plain, with_base=False)
+    beside = load_models(tmp_path / "pd", LoadOptions(), plain, with_base=False)
     assert list(beside) == ["pd", "plain"]
     both = [loaded.core.model.language_model.embed_tokens.weight for loaded in beside.values()]
     assert both[0].data_ptr() == both[1].data_ptr()
     with pytest.raises(RelookError, match="nothing that could be switched off"):
-        load_models(plain, Loading(), None, with_base=True)
+        load_models(plain, LoadOptions(), None, with_base=True)
 
 
 def test_a_port_is_taken_or_the_user_is_told() -> None:
-    with take_port("127.0.0.1", 0) as taken:
+    with bind_socket("127.0.0.1", 0) as taken:
         assert taken.proto == socket.IPPROTO_TCP  # else asyncio leaves small pieces waiting for 40 ms
         taken.listen()
         for port in (taken.getsockname()[1], 70_000):
             with pytest.raises(RelookError, match="--port"):
-                take_port("127.0.0.1", port)
+                bind_socket("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_model_says_over_http_what_it_says_in_python(bits: int, base: Path) -> None:
-    (model,) = load_models(base, Loading(bits=bits, device="cpu"), None, False).values()
-    with serving({"tuned": Engine(model, Limits(slots=2))}, Policy()) as quantised:
+    (model,) = load_models(base, LoadOptions(bits=bits, device="cpu"), None, False).values()
+    with serving({"tuned": Engine(model, EngineLimits(slots=2))}, ServerLimits()) as quantised:
         status, reply = quantised.chat(with_picture(TEXTS[0], PICTURES[0]))
         assert status == 200
         again = load_model(base, bits=bits)

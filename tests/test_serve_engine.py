@@ -27,14 +27,23 @@ from tiny import tiny_llava, tiny_relook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relook import LoadedModel, load_model
-from relook.data.images import Encoded
+from relook.data.images import EncodedImage
 from relook.data.samples import Turn
 from relook.data.templates import TEMPLATES, Template, with_image
 from relook.errors import CheckpointError, DataError, RelookError
 from relook.generate.engine import Engine
-from relook.generate.request import Answer, AnswerText, Busy, Event, Limits, Request, Said, TooLong
-from relook.generate.scheduler import Batch
-from relook.generate.tree_decoding import AnyLength, Asking, Prompt, generate_batch
+from relook.generate.request import (
+    ActiveRequest,
+    ContextTooLong,
+    EngineLimits,
+    Event,
+    IncrementalText,
+    QueueFull,
+    Request,
+    TokenOutput,
+)
+from relook.generate.scheduler import Scheduler
+from relook.generate.tree_decoding import GenerationSettings, Prompt, WithoutCudnnAttention, generate_batch
 from relook.model.tokenizer import EACH_BYTE, load_tokenizer, token_bytes
 from relook.model.trainable import untie_head
 from relook.toyworld.build import make_processor
@@ -52,7 +61,7 @@ QUESTIONS: list[Question] = [
 
 @contextmanager
 def engine_of(loaded: LoadedModel, template: str = "", **limits: Any) -> Iterator[Engine]:
-    engine = Engine(loaded, Limits(**{"slots": 4, **limits}), template)
+    engine = Engine(loaded, EngineLimits(**{"slots": 4, **limits}), template)
     try:
         yield engine
     finally:
@@ -77,7 +86,7 @@ def test_a_function_runs_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ZeroDivisionError):
             engine.run(lambda: 1 / 0)
         assert engine.run(lambda: 1) == 1
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFull):
         engine.run(lambda: 1)
 
 
@@ -230,7 +239,7 @@ def test_attention_makes_no_plan_for_each_length_while_texts_grow() -> None:
         text_of(engine.stream(asked(engine, *QUESTIONS[0])))
     assert planning
     assert not any(planning)
-    before, any_length = torch.backends.cuda.cudnn_sdp_enabled(), AnyLength()
+    before, any_length = torch.backends.cuda.cudnn_sdp_enabled(), WithoutCudnnAttention()
     with any_length:
         with any_length:
             pass
@@ -269,17 +278,17 @@ def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -
     model.config.text_config.num_hidden_layers = language_model.config.num_hidden_layers = 12
     loaded = as_loaded(model)
     model.generation_config.eos_token_id = None
-    picture, encoder = Encoded(PICTURES[0], "a picture"), loaded.encoder()
+    picture, encoder = EncodedImage(PICTURES[0], "a picture"), loaded.encoder()
     prompts = [Prompt(i, (picture,), encoder.prompt(text, [picture])) for i, text in enumerate(texts)]
-    plain = kernels_a_step(loaded, lambda: generate_batch(loaded, prompts, Asking(max_new_tokens=NEW)))
+    plain = kernels_a_step(loaded, lambda: generate_batch(loaded, prompts, GenerationSettings(max_new_tokens=NEW)))
     with engine_of(loaded) as engine:
         requests = [asked(engine, PICTURES[:1], text) for text in texts]
 
     def answer() -> None:  # on this thread, where operations are counted
-        batch = Batch(loaded, Limits(slots=4), 400)
+        batch = Scheduler(loaded, EngineLimits(slots=4), 400)
         tokenizer = loaded.processor.tokenizer
         waiting = deque(
-            Answer(r, [].append, AnswerText(partial(token_bytes, tokenizer)), frozenset(), NEW, (), inf)
+            ActiveRequest(r, [].append, IncrementalText(partial(token_bytes, tokenizer)), frozenset(), NEW, (), inf)
             for r in requests
         )
         with torch.inference_mode():
@@ -326,11 +335,11 @@ def test_stop_texts_end_an_answer_and_are_not_part_of_it() -> None:
 def grown(tokenizer: Any, ids: Sequence[int], stops: Sequence[str] = (), top: int = 0) -> list[Event]:
     """What an answer of these tokens reports while it grows."""
     events: list[Event] = []
-    text = AnswerText(partial(token_bytes, tokenizer), stops)
+    text = IncrementalText(partial(token_bytes, tokenizer), stops)
     request = Request((), logprobs=True, top=top)
-    answer = Answer(request, events.append, text, frozenset(), len(ids), (), inf)
+    answer = ActiveRequest(request, events.append, text, frozenset(), len(ids), (), inf)
     for id in ids:
-        finish = answer.add(Said(id, top=((id, 0.0),)))
+        finish = answer.add(TokenOutput(id, top=((id, 0.0),)))
         answer.report(finish)
         if finish:
             break
@@ -412,7 +421,7 @@ def test_a_full_queue_refuses_and_who_leaves_frees_a_place(monkeypatch: pytest.M
         running = engine.submit(request, events.append)
         assert held.inside.wait(30)
         waiting = engine.submit(request, events.append)
-        with pytest.raises(Busy):
+        with pytest.raises(QueueFull):
             engine.submit(request, events.append)
         running.cancel()
         waiting.cancel()
@@ -450,7 +459,7 @@ def test_a_step_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stopping_finishes_what_runs_and_takes_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(as_loaded(tiny_llava()), Limits(slots=1))
+    engine = Engine(as_loaded(tiny_llava()), EngineLimits(slots=1))
     expected = text_of(engine.stream(asked(engine, *QUESTIONS[0])))
     held, events = Held(engine, monkeypatch), []
     engine.submit(asked(engine, *QUESTIONS[0]), events.append)
@@ -458,7 +467,7 @@ def test_stopping_finishes_what_runs_and_takes_nothing_new(monkeypatch: pytest.M
     stopping = threading.Thread(target=engine.stop, args=(30,))
     stopping.start()
     until(lambda: engine._stopping)
-    with pytest.raises(Busy, match="stopping"):
+    with pytest.raises(QueueFull, match="stopping"):
         engine.submit(asked(engine, *QUESTIONS[1]), events.append)
     held.go.set()
     stopping.join()
@@ -469,16 +478,16 @@ def test_stopping_finishes_what_runs_and_takes_nothing_new(monkeypatch: pytest.M
 def test_what_does_not_fit_is_said() -> None:
     loaded = as_loaded(tiny_llava())
     with engine_of(loaded, length=60) as engine:
-        with pytest.raises(TooLong, match=r"takes 6. positions"):
+        with pytest.raises(ContextTooLong, match=r"takes 6. positions"):
             asked(engine, PICTURES[:1], TEXTS[0] * 4)
-        with pytest.raises(TooLong, match="characters"):
+        with pytest.raises(ContextTooLong, match="characters"):
             asked(engine, (), "a " * 10_000)
         events = list(engine.stream(asked(engine, *QUESTIONS[0], max_new_tokens=400)))
         assert events[-1].finish in ("length", "stop")
         with pytest.raises(DataError, match="is none"):
             engine.image(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
     with pytest.raises(RelookError, match="16 slots do not fit"):
-        Engine(loaded, Limits(cache_gb=1e-6))
+        Engine(loaded, EngineLimits(cache_gb=1e-6))
     loaded.core.generation_config.repetition_penalty = 1.3
     with pytest.raises(CheckpointError, match="only `generate` follows"):
-        Engine(loaded, Limits())
+        Engine(loaded, EngineLimits())

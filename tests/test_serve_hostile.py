@@ -35,11 +35,11 @@ from tiny import tiny_relook
 
 from relook.errors import DataError, RelookError
 from relook.generate.engine import DECODERS, Engine
-from relook.generate.request import Limits, ReadImage
+from relook.generate.request import EngineLimits, ProcessedImage
 from relook.serve import api, threads
 from relook.serve import media as media_module
-from relook.serve.api import Policy
-from relook.serve.media import Sources, is_public
+from relook.serve.api import ServerLimits
+from relook.serve.media import ImageSources, is_public
 from relook.serve.server import check_names, own_hosts
 
 ROUTE = "/v1/chat/completions"
@@ -412,7 +412,7 @@ def test_files_below_the_media_root_only(served: Served, media: Path, tmp_path: 
 def test_nothing_but_data_where_nothing_else_is_allowed() -> None:
     for url in ("http://example.com/a.png", "file:///etc/passwd"):
         with pytest.raises(DataError, match="does not take"):
-            Sources().read(url)
+            ImageSources().read(url)
 
 
 # --- the web
@@ -515,7 +515,7 @@ def test_a_picture_of_the_web_comes_from_the_address_that_was_checked(monkeypatc
     }
     with web(answers) as (port, asked):
         looked_up, reached = resolve(monkeypatch, names), connect_to(monkeypatch, port)
-        sources = Sources(max_bytes=200_000, web=True, seconds=1)
+        sources = ImageSources(max_bytes=200_000, web=True, seconds=1)
         assert sources.read("http://a.example/a.png") == PICTURES[0]
         assert (looked_up, reached) == (["a.example"], [PUBLIC])  # no second look-up, which could say something else
         assert sources.read("http://a.example/away") == PICTURES[0]
@@ -672,7 +672,7 @@ def stuck(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
     """Let images take as long as the block does; their threads."""
     go, threads, image = threading.Event(), [], engine.image
 
-    def slow(data: bytes) -> ReadImage:
+    def slow(data: bytes) -> ProcessedImage:
         threads.append(threading.current_thread().name)
         assert go.wait(30)
         return image(data)
@@ -701,18 +701,18 @@ def test_texts_are_answered_while_images_are_read(served: Served, monkeypatch: p
 
 
 def test_the_clock_runs_while_images_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(as_loaded(tiny_relook()), Limits(seconds=0.2))
-    with serving({"tuned": engine}, Policy()) as served, stuck(engine, monkeypatch) as threads:
+    engine = Engine(as_loaded(tiny_relook()), EngineLimits(seconds=0.2))
+    with serving({"tuned": engine}, ServerLimits()) as served, stuck(engine, monkeypatch) as threads:
         for _ in range(4):  # more than can be read at a time
             assert_refused(served.chat(asking_about("a", PICTURES[0])), 504, "in time")
         assert len(threads) == DECODERS  # nobody waits for the others any more
 
 
 def test_an_image_of_a_client_that_went_away_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(as_loaded(tiny_relook()), Limits())
+    engine = Engine(as_loaded(tiny_relook()), EngineLimits())
     body = json.dumps({"model": "tuned", "messages": [user(asking_about("a", PICTURES[1]))]}).encode()
     head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    with serving({"tuned": engine}, Policy()) as served:
+    with serving({"tuned": engine}, ServerLimits()) as served:
 
         def left() -> int:
             lines = served.send("GET", "/metrics")[1].decode().splitlines()
@@ -729,10 +729,10 @@ def test_an_image_of_a_client_that_went_away_is_not_read(monkeypatch: pytest.Mon
 
 
 def test_a_server_that_stops_does_not_wait_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(as_loaded(tiny_relook()), Limits())
+    engine = Engine(as_loaded(tiny_relook()), EngineLimits())
     answers: list[Any] = []
     with stuck(engine, monkeypatch) as threads:
-        with serving({"tuned": engine}, Policy(), stop_seconds=0) as served:
+        with serving({"tuned": engine}, ServerLimits(), stop_seconds=0) as served:
             asking = [
                 threading.Thread(target=lambda: answers.append(served.chat(asking_about("a", PICTURES[0]))))
                 for _ in range(4)
@@ -753,8 +753,8 @@ def test_a_server_that_stops_does_not_wait_for_images(monkeypatch: pytest.Monkey
 @pytest.fixture(scope="module")
 def unlocked() -> Iterator[Served]:
     """A server without a key on this machine alone, as the command starts it."""
-    engines = {"tuned": Engine(as_loaded(tiny_relook()), Limits(slots=2))}
-    policy = Policy(hosts=frozenset({"relook.example", "fd00::1"}))
+    engines = {"tuned": Engine(as_loaded(tiny_relook()), EngineLimits(slots=2))}
+    policy = ServerLimits(hosts=frozenset({"relook.example", "fd00::1"}))
     policy = replace(policy, hosts=own_hosts("localhost", "127.0.0.1", policy))
     with serving(engines, policy) as server:
         yield server
@@ -803,13 +803,13 @@ def test_a_check_without_a_host_is_answered(unlocked: Served) -> None:
 
 
 def test_which_names_a_server_has() -> None:
-    own, named = {"localhost", "127.0.0.1", "[::1]"}, Policy(hosts=frozenset({"A.example"}))
-    assert own_hosts("127.0.0.1", "127.0.0.1", Policy()) == own
-    assert own_hosts("::1", "::1", Policy()) == own
-    assert own_hosts("127.0.0.5", "127.0.0.5", Policy()) == own | {"127.0.0.5"}
-    assert own_hosts("my-machine", "127.0.0.1", Policy()) == own | {"my-machine"}
-    assert own_hosts("127.0.0.1", "127.0.0.1", Policy("a key")) == set()  # no page knows it
-    assert own_hosts("0.0.0.0", "0.0.0.0", Policy()) == set()
+    own, named = {"localhost", "127.0.0.1", "[::1]"}, ServerLimits(hosts=frozenset({"A.example"}))
+    assert own_hosts("127.0.0.1", "127.0.0.1", ServerLimits()) == own
+    assert own_hosts("::1", "::1", ServerLimits()) == own
+    assert own_hosts("127.0.0.5", "127.0.0.5", ServerLimits()) == own | {"127.0.0.5"}
+    assert own_hosts("my-machine", "127.0.0.1", ServerLimits()) == own | {"my-machine"}
+    assert own_hosts("127.0.0.1", "127.0.0.1", ServerLimits("a key")) == set()  # no page knows it
+    assert own_hosts("0.0.0.0", "0.0.0.0", ServerLimits()) == set()
     assert own_hosts("", "0.0.0.0", named) == own | {"a.example", "0.0.0.0"}
 
 
@@ -817,7 +817,7 @@ def test_names_that_no_browser_sends_are_the_users_mistake() -> None:
     hosts = {"https://a.example", "a.example:80", "a.example/", "*", "", "a b", "::1", "b.example", "[::1]"}
     origins = ("a.example", "https://a.example/", "https://*.example", "https://b.example", "*", "http://[::1]:80")
     with pytest.raises(RelookError) as caught:
-        check_names(Policy(hosts=frozenset(hosts), origins=origins))
+        check_names(ServerLimits(hosts=frozenset(hosts), origins=origins))
     wrong = str(caught.value).partition(": ")[2].partition(". Give")[0].split(", ")
     expected = [f"--allow-host {host}" for host in hosts - {"::1", "b.example", "[::1]"}]
     assert sorted(wrong) == sorted(expected + [f"--cors-origin {origin}" for origin in origins[:3]])

@@ -20,8 +20,8 @@ from relook import load_model
 from relook.cli import app
 from relook.errors import RelookError
 from relook.files import read_json, sole_writer, write_json
-from relook.generate.tree_decoding import Asking, answer
-from relook.model.lazy_model import open_model
+from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.model.lazy_model import open_folder
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_without_weights_too(key: str, value: int, model: Path) -> None:
     """As `relook estimate` opens a model."""
     put(model / "config.json", f"text_config.{key}", value)
     with pytest.raises(RelookError, match=rf"values that no model can have: text_config\.{key} {value}|not valid"):
-        open_model(model, weights=False)
+        open_folder(model, weights=False)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,9 @@ def test_settings_of_generation_that_are_followed(model: Path, world: Path) -> N
     loaded = load_model(model)
     assert loaded.model.generation_config.num_beams == 2
     [picture, *_] = sorted((world / "vg/VG_100K").iterdir())
-    [(_, text)] = answer(loaded, [(picture, "<image>\nWhat is this?")], Asking(max_new_tokens=3), lambda *_: None)
+    [(_, text)] = answer(
+        loaded, [(picture, "<image>\nWhat is this?")], GenerationSettings(max_new_tokens=3), lambda *_: None
+    )
     assert text == loaded.generate([picture], "<image>\nWhat is this?", max_new_tokens=3)
 
 
@@ -282,7 +284,7 @@ def test_answers_of_a_model_that_computes_no_numbers(generate: Any, base: Path, 
     with torch.no_grad():
         loaded.model.model.language_model.layers[1].mlp.down_proj.weight.fill_(3e38)
     [picture, *_] = sorted((world / "vg/VG_100K").iterdir())
-    asking = Asking(max_new_tokens=3, generate=generate)
+    asking = GenerationSettings(max_new_tokens=3, generate=generate)
     with pytest.raises(RelookError, match=r"logits are NaN or infinite.*float16"):
         list(answer(loaded, [(picture, "<image>\nWhat is this?")], asking, lambda *_: None))
 

@@ -16,9 +16,9 @@ from relook.errors import DataError, RecipeError, RelookError
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.judge import Judge, JudgeSettings
 from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import Given
+from relook.evaluate.score import ScoringInputs
 from relook.evaluate.tasks import shr
-from relook.files import read_json, read_object, read_records, write_json, write_jsonl
+from relook.files import read_json, read_json_object, read_records, write_json, write_jsonl
 from relook.toyworld.build import shipped_base
 
 
@@ -86,7 +86,7 @@ SAID = {"11": "A red dog. It flies high. It is calm.", "12": "It is day. Stars."
 def judged(data: Path, answer: Any) -> tuple[dict[str, Any], list[str]]:
     with endpoint(answer) as server:
         judge = Judge(JudgeSettings(server.url, "m", tries=2), data / "judge.jsonl")
-        return shr.score(data, SAID, judge), server.prompts
+        return shr.score_shr(data, SAID, judge), server.prompts
 
 
 def labels(request: Request, _: int) -> Answer:
@@ -167,21 +167,21 @@ def test_the_originals_prompt_is_taken_where_it_lies(data: Path) -> None:
 def test_a_missing_file_is_named_with_its_source(name: str, data: Path) -> None:
     (data / "shr" / name).unlink()
     with pytest.raises(DataError, match=rf"{name} does not exist.*juliozhao/SHR"):
-        shr.questions(data)
+        shr.shr_questions(data)
 
 
 def test_odd_image_lists_are_refused(data: Path) -> None:
     for ids, message in (([11, 12, 11], "twice: 11"), ([11, 99], "has not: 99")):
         write_json(data / "shr" / "val_images_final.json", [{"image_id": i} for i in ids])
         with pytest.raises(DataError, match=message):
-            shr.questions(data)
+            shr.shr_questions(data)
     (data / "shr" / "val_images_final.json").write_text("[]")
     with pytest.raises(DataError, match=r"val_images_final.json is empty.*juliozhao/SHR"):
-        shr.questions(data)
+        shr.shr_questions(data)
 
 
 def rescore(data: Path | None, answers: list[Path], judge: JudgeSettings | None) -> dict[str, Any]:
-    return score_command("shr", answers, Given(data), "official", judge)
+    return score_command("shr", answers, ScoringInputs(data), "official", judge)
 
 
 def test_existing_answers_in_both_layouts(data: Path, tmp_path: Path) -> None:
@@ -207,11 +207,11 @@ def test_existing_answers_in_both_layouts(data: Path, tmp_path: Path) -> None:
 def test_the_exact_judge(data: Path) -> None:
     path = data / "shr" / "exact.json"
     write_json(path, {"names": {"dog": ["puppy"], "cup": []}, "images": {"1": ["dog"]}})
-    described = shr.Described("1", ("A puppy sits", "Two cups and a dog", "It is calm", "No cup"))
+    described = shr.DescribedImage("1", ("A puppy sits", "Two cups and a dog", "It is calm", "No cup"))
     expected = ("correct", "hallucination", "cannot judge", "hallucination")
     assert shr.ExactJudge(path).label([described]).verdicts == [expected]
     with pytest.raises(DataError, match="no 2"):
-        shr.ExactJudge(path).label([shr.Described("2", ("A dog",))])
+        shr.ExactJudge(path).label([shr.DescribedImage("2", ("A dog",))])
     write_json(path, {"names": []})
     with pytest.raises(DataError, match="not in the layout"):
         shr.ExactJudge(path)
@@ -222,13 +222,13 @@ def test_toyworld_from_pictures_to_scores(world: Path, tmp_path: Path) -> None:
     data, out = world / "test", tmp_path / "out"
     how: dict[str, Any] = {"max_new_tokens": 20}
     result = evaluate_model(shipped_base(), ["shr"], data, out, **how)["shr"]
-    exact = read_object(data / "shr" / "exact.json")
+    exact = read_json_object(data / "shr" / "exact.json")
     answers = read_records(out / "shr.jsonl")
     assert [record["image_id"] for record in answers] == list(exact["images"])
     paths = read_image_paths(data / "vg")
     assert all(paths[image].is_file() for image in exact["images"])
     labelled = [
-        shr.ExactJudge(data / "shr" / "exact.json").label([shr.Described(r["image_id"], s)]).verdicts[0]
+        shr.ExactJudge(data / "shr" / "exact.json").label([shr.DescribedImage(r["image_id"], s)]).verdicts[0]
         for r in answers
         if (s := shr.sentences_of(r["description"]))
     ]

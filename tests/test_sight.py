@@ -20,8 +20,8 @@ from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy
 from relook.recipe import build_recipe
 from relook.train import feature_cache
-from relook.train.feature_cache import features_once
-from relook.train.run import encode_samples, load, policy_of, read_samples, train
+from relook.train.feature_cache import cache_vision_features
+from relook.train.run import build_policy, encode_samples, load_for_training, read_samples, train
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 LORA: dict[str, Any] = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0}
@@ -71,7 +71,7 @@ def prepared(base: Path, world: Path, tmp_path: Path, **keys: Any) -> tuple[Any,
 def test_features_are_the_towers(base: Path, world: Path, tmp_path: Path) -> None:
     """By transformers alone: the layer before the last one, without the class token."""
     recipe, policy, examples, collator = prepared(base, world, tmp_path)
-    found = features_once(recipe, policy, examples, collator.images)
+    found = cache_vision_features(recipe, policy, examples, collator.images)
     assert found is not None
     assert found.keys() == {path for example in examples for path in example.images}
     for path, features in found.items():
@@ -99,9 +99,9 @@ def test_adapters_of_the_language_model_do_not_make_the_tower_wider(
 ) -> None:
     """What trains is in float32, and autocast makes norms and residuals beside it so: not those of a frozen tower."""
     recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", **keys, bf16=True))
-    loaded = load(recipe, torch.bfloat16, "cpu")
+    loaded = load_for_training(recipe, torch.bfloat16, "cpu")
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
-    policy = policy_of(recipe, loaded, torch.bfloat16)
+    policy = build_policy(recipe, loaded, torch.bfloat16)
     seen: list[bool] = []
     note = lambda *_: seen.append(torch.is_autocast_enabled("cpu"))  # noqa: E731
     policy.core.model.vision_tower.register_forward_pre_hook(note)
@@ -117,7 +117,7 @@ def test_where_each_step_computes_its_own(
 ) -> None:
     recipe, policy, examples, collator = prepared(base, world, tmp_path)
     wanted = build_recipe(dpo_keys(base, world, tmp_path / "wanted", **LORA, feature_cache="memory"))
-    take = lambda recipe: features_once(recipe, policy, examples, collator.images)  # noqa: E731
+    take = lambda recipe: cache_vision_features(recipe, policy, examples, collator.images)  # noqa: E731
     assert take(recipe) is not None
     with monkeypatch.context() as several:
         several.setattr(distributed, "count", lambda: 2)
@@ -135,17 +135,21 @@ def test_where_each_step_computes_its_own(
         assert take(recipe) is None
         with pytest.raises(RecipeError, match="cuts images into tiles"):
             take(wanted)
-    assert features_once(wanted, policy, [], collator.images) is None
+    assert cache_vision_features(wanted, policy, [], collator.images) is None
 
 
 def test_recipes_say_where_there_is_nothing_to_keep(base: Path, world: Path, tmp_path: Path) -> None:
     keys = dpo_keys(base, world, tmp_path / "run", **LORA)
-    assert build_recipe(keys).sees_once
-    assert not build_recipe({**keys, "feature_cache": "off"}).sees_once
-    assert not build_recipe({**keys, "mdpo_conditional_weight": 1.0}).sees_once  # nothing keeps those of its crops
+    assert build_recipe(keys).encodes_images_once
+    assert not build_recipe({**keys, "feature_cache": "off"}).encodes_images_once
+    assert not build_recipe(
+        {**keys, "mdpo_conditional_weight": 1.0}
+    ).encodes_images_once  # nothing keeps those of its crops
     with pytest.raises(RecipeError, match="corrupted images"):
         build_recipe({**keys, "mdpo_conditional_weight": 1.0, "feature_cache": "memory"})
     for more in ({"feature_cache": "disk"}, {"feature_cache_dir": "x"}):
         with pytest.raises(RecipeError, match="the trunk trains, and there are no states"):
             build_recipe({**keys, **more})
-    assert not build_recipe(dpo_keys(base, world, tmp_path / "run", tune_lm_head=True)).sees_once  # a cache holds more
+    assert not build_recipe(
+        dpo_keys(base, world, tmp_path / "run", tune_lm_head=True)
+    ).encodes_images_once  # a cache holds more

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relook.evaluate.statistics import (
-    by_image,
+    discordant_counts,
     holm,
     mcnemar,
     mean,
     paired_interval,
     ratio,
     ratio_interval,
-    right_alone,
+    sum_by_image,
 )
 
 
@@ -43,9 +43,9 @@ def test_interval_of_a_ratio_is_the_delta_methods() -> None:
 
 def test_rows_are_summed_over_their_images() -> None:
     rows = [("b", 1, 2), ("a", 3, 4), ("b", 5, 6)]
-    assert by_image(rows) == ([6, 3], [8, 4])
-    assert by_image(rows, ["c", "a"]) == ([0, 3, 6], [0, 4, 8])
-    assert by_image([]) == ([], [])
+    assert sum_by_image(rows) == ([6, 3], [8, 4])
+    assert sum_by_image(rows, ["c", "a"]) == ([0, 3, 6], [0, 4, 8])
+    assert sum_by_image([]) == ([], [])
 
 
 def test_interval_of_two_images_by_enumeration() -> None:
@@ -136,7 +136,7 @@ def test_mcnemar_of_many_rows_is_the_normal_test() -> None:
 
 
 def test_right_alone() -> None:
-    assert right_alone([True, True, False, False, True], [True, False, True, False, False]) == (2, 1)
+    assert discordant_counts([True, True, False, False, True], [True, False, True, False, False]) == (2, 1)
 
 
 def test_bootstrap_is_fast() -> None:

@@ -20,22 +20,22 @@ from torch import Tensor
 from relook import cli, load_model, sweep
 from relook.errors import RecipeError, RelookError
 from relook.evaluate import pope_from_cache
-from relook.evaluate.compare import by_divergence, divergence
-from relook.evaluate.pope_from_cache import FIRST_FILE, CachedPope, States, shares_trunk
+from relook.evaluate.compare import hallucination_by_divergence, kl_divergence
+from relook.evaluate.pope_from_cache import FIRST_FILE, AnswerStates, CachedPope, shares_trunk
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, read_records
 from relook.forward.policy import Policy
-from relook.model.load import Loading
-from relook.recipe import build_recipe, read_shipped, shipped
+from relook.model.load import LoadOptions
+from relook.recipe import build_recipe, read_yaml_or_shipped, shipped_names
 from relook.report.pages import write_report
 from relook.sweep import sweep_command
-from relook.sweep_config import build_sweep, expand, names
+from relook.sweep_config import build_sweep, expand, row_names
 from relook.toyworld.build import shipped_base
 from relook.train.feature_cache import TrunkCache
 from relook.train.run import train
 
-CPU = Loading(device="cpu")
+CPU = LoadOptions(device="cpu")
 COUNTS = ("tp", "fp", "tn", "fn")
 
 
@@ -68,16 +68,16 @@ def test_names_tell_rows_apart() -> None:
         {"learning_rate": "2e-6", "seed": 1, "beta": 0.1, "post_decoder.attention": "none"},
         {"learning_rate": 1e-6, "seed": 2, "beta": 0.1, "post_decoder.attention": "self_cross"},
     ]
-    assert names(rows) == [
+    assert row_names(rows) == [
         ("learning_rate=2e-06,seed=1,attention=none", "learning_rate=2e-06,attention=none"),
         ("learning_rate=1e-06,seed=2,attention=self_cross", "learning_rate=1e-06,attention=self_cross"),
     ]
     named = [{"name": "no cross/../attention", "tune_lm_head": True, "seed": seed} for seed in (0, 1)]
-    assert names(named)[1] == ("no_cross_.._attention,seed=1", "no_cross_.._attention")
-    paths = names([{"pope_data_path": "a/first.json"}, {"pope_data_path": "b/second.json"}])
+    assert row_names(named)[1] == ("no_cross_.._attention,seed=1", "no_cross_.._attention")
+    paths = row_names([{"pope_data_path": "a/first.json"}, {"pope_data_path": "b/second.json"}])
     assert [name for name, _ in paths] == ["pope_data_path=first", "pope_data_path=second"]
-    assert names([{}]) == [("run", "run")]
-    long = names([{"name": "x" * 300}, {"name": "x" * 299}])
+    assert row_names([{}]) == [("run", "run")]
+    long = row_names([{"name": "x" * 300}, {"name": "x" * 299}])
     assert len({name for name, _ in long}) == 2
     assert all(len(name) <= 100 for name, _ in long)
 
@@ -135,7 +135,7 @@ def test_what_a_row_reads_must_be_there(world: Path, tmp_path: Path, monkeypatch
     values = {**keys_of(world, tmp_path / "pairs"), "image_folder": tmp_path / "new", "pairs_path": tmp_path}
     for key in ("vg_path", "desc_data_path", "pope_data_path"):
         del values[key]
-    sweep.take(build_sweep(values), values)
+    sweep.claim_sweep_dir(build_sweep(values), values)
 
 
 def test_a_folder_of_something_else_is_refused(world: Path, tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_a_folder_of_something_else_is_refused(world: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("name", shipped("sweep"))
+@pytest.mark.parametrize("name", shipped_names("sweep"))
 def test_shipped_sweeps_are_sound(name: str) -> None:
-    found = build_sweep({**read_shipped(name, "sweep"), "model_name_or_path": str(shipped_base())})
+    found = build_sweep({**read_yaml_or_shipped(name, "sweep"), "model_name_or_path": str(shipped_base())})
     assert len(found.rows) == {"ablations": 24, "toyworld": 12}[name]
     assert len({row.name for row in found.rows}) == len(found.rows)
 
@@ -181,7 +181,9 @@ def engine_of(base: Path, world: Path, folder: Path) -> CachedPope:
     return CachedPope(base, world / "test", folder / "states.safetensors", "llava_hf", CPU, 32)
 
 
-@pytest.mark.parametrize("words", [pope_from_cache.DECIDED, ("Yes",)], ids=["decided by yes and no", "by yes alone"])
+@pytest.mark.parametrize(
+    "words", [pope_from_cache.DECISIVE_MARGIN, ("Yes",)], ids=["decided by yes and no", "by yes alone"]
+)
 def test_scores_are_those_of_full_generation(
     words: Sequence[str], runs: dict[str, Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +266,7 @@ def test_states_are_kept_until_something_changes(
     world = tmp_path / "world"
     whole = CachedPope._compute
 
-    def counted(engine: CachedPope, policy: Policy) -> States:
+    def counted(engine: CachedPope, policy: Policy) -> AnswerStates:
         passes.append(1)
         return whole(engine, policy)
 
@@ -295,11 +297,11 @@ def test_states_are_kept_until_something_changes(
 def test_divergence_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
     expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    assert divergence(p.log(), q.log()).tolist() == pytest.approx([expected, 0], abs=1e-7)
+    assert kl_divergence(p.log(), q.log()).tolist() == pytest.approx([expected, 0], abs=1e-7)
     tuned = [{"label": "no", "kl": kl, "answer": said} for kl, said in ((0.0, "Yes"), (5e-4, "No"), (0.5, "Yes"))]
     other = [{"label": "no", "kl": 0.0, "answer": said} for said in ("Yes", "Yes", "No")]
     kept = [{"label": "yes", "kl": 0.0, "answer": "Yes"}]
-    bins = by_divergence([*tuned, *kept], [*other, *kept])
+    bins = hallucination_by_divergence([*tuned, *kept], [*other, *kept])
     assert [found["n"] for found in bins] == [2, 0, 0, 1, 0]
     assert (bins[0]["rate"], bins[0]["base_rate"]) == (0.5, 1.0)
     assert (bins[3]["rate"], bins[3]["base_rate"]) == (1.0, 0.0)

@@ -17,7 +17,7 @@ from PIL import Image
 from relook.data.annotations import read_coco, read_image_paths, read_objects
 from relook.data.readers import DESCRIBE_PROMPTS, read_llava
 from relook.errors import DataError
-from relook.evaluate.tasks.pope import question_text, read_questions
+from relook.evaluate.tasks.pope import question_text, read_pope_questions
 from relook.toyworld import layouts
 from relook.toyworld.world import (
     BACKGROUNDS,
@@ -38,8 +38,8 @@ from relook.toyworld.world import (
     Annotator,
     Scene,
     ask_about,
-    describe,
-    draw,
+    describe_scene,
+    draw_scene,
     mention,
     opening,
     sample_scene,
@@ -129,10 +129,12 @@ def test_every_object_and_setting_can_be_drawn_and_no_two_are_drawn_alike() -> N
 
 def test_a_picture_is_fixed_by_its_scene_and_shows_its_objects() -> None:
     for scene in scenes(20):
-        image = draw(scene)
+        image = draw_scene(scene)
         assert (image.size, image.mode) == ((IMAGE_SIZE, IMAGE_SIZE), "RGB")
-        assert image.tobytes() == draw(scene).tobytes()
-        empty = np.asarray(draw(Scene(scene.id, scene.setting, (), scene.seed)), dtype=int)  # same background and noise
+        assert image.tobytes() == draw_scene(scene).tobytes()
+        empty = np.asarray(
+            draw_scene(Scene(scene.id, scene.setting, (), scene.seed)), dtype=int
+        )  # same background and noise
         changed = np.abs(np.asarray(image, dtype=int) - empty).max(axis=2) > 0
         for item in scene.objects:
             x, y, width, height = item.box
@@ -198,7 +200,7 @@ def test_every_word_is_in_the_vocabulary() -> None:
         for sample in sft_samples(scene, Annotator(), rng):
             assert {word for text in sample for word in words(text)} <= known
     for setting in SETTINGS:
-        assert set(words(describe(OBJECTS, setting, len(FILLERS), rng))) <= known
+        assert set(words(describe_scene(OBJECTS, setting, len(FILLERS), rng))) <= known
 
 
 # --- files
@@ -235,7 +237,7 @@ def test_evaluation_layout_and_its_questions_agree_with_the_annotations(tmp_path
         assert annotations.boxes[layouts.coco_name(scene)] == tuple((item.name, item.box) for item in scene.objects)
     yes = []
     for split in ("random", "popular", "adversarial"):
-        questions = read_questions(folder / "pope" / f"coco_pope_{split}.json", folder / "val2014")
+        questions = read_pope_questions(folder / "pope" / f"coco_pope_{split}.json", folder / "val2014")
         for question in questions:
             assert question.image.is_file()
             (name,) = set(re.findall(r"\w+", question.text)) & set(OBJECTS)

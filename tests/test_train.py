@@ -27,18 +27,18 @@ from transformers import LlavaForConditionalGeneration
 from relook import files, load_model
 from relook.errors import CheckpointError, DataError, RecipeError, RelookError
 from relook.files import write_json
-from relook.forward.collate import Collator, hold_out
+from relook.forward.collate import Collator, split_held_out
 from relook.forward.policy import Policy
 from relook.model.load import TENSORS_FILE
-from relook.model.trainable import apply_regime, parameter_groups
+from relook.model.trainable import parameter_groups, set_trainable
 from relook.recipe import Recipe, build_recipe
 from relook.toyworld.build import make_processor
 from relook.train import feature_cache
 from relook.train import run as training
 from relook.train.feature_cache import TrunkCache, trunk_pass
-from relook.train.loss import measures, preference_loss
-from relook.train.run import claim, encode_samples, prepare, read_samples, train
-from relook.train.trainer import COMPLETE
+from relook.train.loss import metric_names, preference_loss
+from relook.train.run import claim_run_dir, encode_samples, prepare_items, read_samples, train
+from relook.train.trainer import COMPLETE_MARKER
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 
@@ -75,10 +75,10 @@ class Bench:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.loaded = recipe, load_model(recipe.model_name_or_path)
         self.examples, _ = encode_samples(recipe, self.loaded, *read_samples(recipe))
-        apply_regime(self.loaded, recipe)
+        set_trainable(self.loaded, recipe)
         self.policy = Policy(self.loaded.model)
         self.collator = Collator(self.policy, self.loaded.images, 3)
-        self.items = prepare(recipe, self.policy, self.examples, self.collator, 4, lambda: self.policy)
+        self.items = prepare_items(recipe, self.policy, self.examples, self.collator, 4, lambda: self.policy)
 
     def loss(self, indices: list[int]) -> tuple[Tensor, dict[str, float]]:
         inputs = self.collator([self.items[i] for i in indices])
@@ -378,19 +378,19 @@ def test_a_folder_is_free_until_something_is_finished_there(base: Path, world: P
     """A run that still works keeps its folder; so does one with a complete checkpoint, or with what it trained."""
     recipe, other = (recipe_for(base, world, tmp_path / "run", tune_lm_head=True, beta=beta) for beta in (0.1, 0.2))
     out = tmp_path / "run"
-    assert not claim(out, recipe)
+    assert not claim_run_dir(out, recipe)
     (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # cut off
-    assert not claim(out, other)
-    assert not claim(out, recipe)
+    assert not claim_run_dir(out, other)
+    assert not claim_run_dir(out, recipe)
     held = files._HELD.pop(out.resolve())  # as if by another process: its lock is still there
     with pytest.raises(RecipeError, match=r"another recipe.*beta"):
-        claim(out, other)
+        claim_run_dir(out, other)
     os.close(held)
-    assert not claim(out, other)
+    assert not claim_run_dir(out, other)
     for left in (out / "checkpoints" / "checkpoint-1" / "complete", out / TENSORS_FILE):
         left.touch()
         with pytest.raises(RecipeError, match=r"another recipe.*beta"):
-            claim(out, recipe)
+            claim_run_dir(out, recipe)
         left.unlink()
 
 
@@ -537,7 +537,7 @@ def test_the_step_that_is_best_on_held_out_images_is_kept(task: str, base: Path,
     policy = Policy(load_model(base).model)
     collator = Collator(policy, loaded.images, 3)
     live = replace(recipe, feature_cache="off")
-    items, held = hold_out(prepare(live, policy, examples, collator, 4, lambda: policy), 0.34)
+    items, held = split_held_out(prepare_items(live, policy, examples, collator, 4, lambda: policy), 0.34)
     assert len({item.example.images for item in held}) == found["held_out"] * len(images) // len(examples) == 2
     assert not {item.example.images for item in held} & {item.example.images for item in items}
     inputs = Collator(Policy(loaded.model), loaded.images, 3)(held)
@@ -583,7 +583,7 @@ def test_what_is_known_beforehand_is_what_an_evaluation_measures(
     recipe = build_recipe(of(base, world, tmp_path / "run", **keys))
     log = json.loads((train(recipe) / "run.json").read_text())["log"]
     measured = next(line for line in log if "eval_loss" in line)
-    assert [name.removeprefix("eval_") for name in measured if name.startswith("eval_")] == measures(recipe)
+    assert [name.removeprefix("eval_") for name in measured if name.startswith("eval_")] == metric_names(recipe)
 
 
 def test_measuring_changes_nothing(base: Path, world: Path, tmp_path: Path) -> None:
@@ -650,7 +650,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(base: Path, world: Path, tmp_p
     values = dpo_keys(base, world, out, **keys)
     killed = forked(train_all, [{**values, "kill": 3}])
     assert killed.codes == [-signal.SIGKILL], killed.stderr
-    checkpoints = {p.name: (p / COMPLETE).exists() for p in (out / "checkpoints").iterdir()}
+    checkpoints = {p.name: (p / COMPLETE_MARKER).exists() for p in (out / "checkpoints").iterdir()}
     assert checkpoints == {"checkpoint-1": True, "checkpoint-2": True, "checkpoint-3": False}
     shutil.copytree(out, tmp_path / "copy")
 
@@ -664,7 +664,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(base: Path, world: Path, tmp_p
     # Killed so early that no checkpoint is whole: from the start.
     shutil.rmtree(out)
     shutil.copytree(tmp_path / "copy", out)
-    for marker in (out / "checkpoints").glob(f"*/{COMPLETE}"):
+    for marker in (out / "checkpoints").glob(f"*/{COMPLETE_MARKER}"):
         marker.unlink()
     train(build_recipe(values))
     assert (out / TENSORS_FILE).read_bytes() == (whole / TENSORS_FILE).read_bytes()

@@ -22,32 +22,32 @@ from relook.data.packing import (
     PREFIX,
     ROOT,
     PackedTrees,
-    Row,
+    TokenRow,
     Tree,
-    common_root,
+    batch_targets,
+    common_root_length,
     pack,
-    targets_of,
+    round_up_to_blocks,
     to_device,
-    whole_blocks,
 )
 from relook.forward import packed_attention
-from relook.forward.packed_attention import TreePass, block_mask
+from relook.forward.packed_attention import PackedTrunk, block_mask
 
 PAD = 3
 LANGUAGE_MODEL = tiny_llava().model.language_model
 
 
-def row(text: str) -> Row:
+def row(text: str) -> TokenRow:
     """A row from a word: each letter is a token, and capitals are targets."""
-    return Row(tuple(ord(letter.lower()) - ord("a") + 5 for letter in text), tuple(map(str.isupper, text)))
+    return TokenRow(tuple(ord(letter.lower()) - ord("a") + 5 for letter in text), tuple(map(str.isupper, text)))
 
 
 @st.composite
-def branches(draw: st.DrawFn) -> Row:
+def branches(draw: st.DrawFn) -> TokenRow:
     ids = draw(st.lists(st.integers(5, 89), min_size=1, max_size=6))
     flags = [draw(st.booleans()) for _ in ids]
     flags[draw(st.integers(0, len(ids) - 1))] = True
-    return Row(tuple(ids), tuple(flags))
+    return TokenRow(tuple(ids), tuple(flags))
 
 
 TREES = st.lists(
@@ -97,8 +97,8 @@ def test_rows_without_a_common_prefix_make_no_tree(words: list[str]) -> None:
 
 
 @given(st.lists(branches(), min_size=1, max_size=4), st.lists(st.integers(5, 89), min_size=1, max_size=5))
-def test_a_tree_holds_exactly_its_rows(rests: list[Row], prefix: list[int]) -> None:
-    rows = [Row((*prefix, *rest.ids), (*[False] * len(prefix), *rest.supervised)) for rest in rests]
+def test_a_tree_holds_exactly_its_rows(rests: list[TokenRow], prefix: list[int]) -> None:
+    rows = [TokenRow((*prefix, *rest.ids), (*[False] * len(prefix), *rest.supervised)) for rest in rests]
     tree = Tree.of(rows)
     assert [(*tree.prefix, *branch.ids) for branch in tree.branches] == [row.ids for row in rows]
     assert all(
@@ -165,9 +165,9 @@ def test_packed_structure(
 def test_kept_slots(trees: list[Tree], beginning: tuple[int, ...], sharing: int | None, everything: bool) -> None:
     trees = under(beginning, trees)
     packed = pack(trees, PAD, everything, root=len(beginning), sharing=sharing)
-    targets = targets_of(trees, everything)
+    targets = batch_targets(trees, everything)
     seen = packed.mask()[:, 0]
-    allowed = targets.kept_mask()
+    allowed = targets.self_attention_mask()
     for t, tree in enumerate(trees):
         filled = int((targets.kept_branch[t] != PADDING).sum())
         places = packed.keep[t, :filled]
@@ -183,7 +183,7 @@ def test_kept_slots(trees: list[Tree], beginning: tuple[int, ...], sharing: int 
 
 @given(TREES)
 def test_sums_by_branch(trees: list[Tree]) -> None:
-    targets = targets_of(trees)
+    targets = batch_targets(trees)
     sums = targets.sum_by_branch(torch.ones(len(targets.id)))
     assert sums.tolist() == [sum(branch.supervised) for tree in trees for branch in tree.branches]
 
@@ -193,7 +193,7 @@ def test_the_root_ends_where_trees_part_or_an_image_begins(
     trees: list[Tree], beginning: tuple[int, ...], image: int
 ) -> None:
     trees = under((*beginning, *([1] * image)), trees)
-    root = common_root(trees, image_token_id=1)
+    root = common_root_length(trees, image_token_id=1)
     starts = [tree.prefix[:root] for tree in trees]
     assert len(set(starts)) == 1
     assert 1 not in starts[0]
@@ -223,7 +223,7 @@ def uncompiled() -> Iterator[None]:
 def check_states(trees: list[Tree], packed: PackedTrees, how: str) -> None:
     """Against transformers' own forward over each path alone: no mask, no positions given, no padding."""
     with torch.no_grad():
-        states = TreePass(LANGUAGE_MODEL, how)(LANGUAGE_MODEL.embed_tokens(packed.ids), packed)
+        states = PackedTrunk(LANGUAGE_MODEL, how)(LANGUAGE_MODEL.embed_tokens(packed.ids), packed)
         assert states.isfinite().all()
         assert states.shape[:2] == packed.keep.shape
         for tree, kept, numbers in zip(trees, states, packed.targets.kept_branch, strict=True):
@@ -261,7 +261,7 @@ def test_flex_attention_gives_the_same_states(
 ) -> None:
     trees, root = under(beginning, trees), len(beginning)
     with uncompiled():
-        check_states(trees, pack(trees, PAD, everything, row_length, whole_blocks, root, sharing), how)
+        check_states(trees, pack(trees, PAD, everything, row_length, round_up_to_blocks, root, sharing), how)
 
 
 @pytest.mark.slow
@@ -271,7 +271,7 @@ def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for word in ("abcDEF", "abCDE"):
             trees = [Tree.of([row(word), row("abXYZ")])] * 9
-            check_states(trees, pack(trees, PAD, True, 1000, whole_blocks, root=2), how)
+            check_states(trees, pack(trees, PAD, True, 1000, round_up_to_blocks, root=2), how)
 
 
 def test_models_share_compiled_code_whatever_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ def test_models_share_compiled_code_whatever_is_kept(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "compile", lambda layer, dynamic: whole(layer, backend=backend))
     monkeypatch.setattr(packed_attention, "last_mlp_at_kept", lambda *_: True)
     models = [tiny_llava(seed).model.language_model for seed in (0, 1)]
-    passes = [TreePass(model, "compiled") for model in models]
+    passes = [PackedTrunk(model, "compiled") for model in models]
     with torch.no_grad():
         for number, times, word in ((0, 3, "abcDEF"), (1, 3, "abcDEFG"), (1, 2, "abcDEFGH"), (0, 4, "abcDE")):
             trees = [Tree.of([row(word), row("abXYZ")])] * times
@@ -306,7 +306,7 @@ def test_the_block_mask_is_the_dense_one(
     """
     beginning = beginning * stretch
     trees = under(beginning, [Tree(tree.prefix * stretch, tree.branches) for tree in trees] * (times // stretch + 1))
-    packed = pack(trees, PAD, True, row_length + len(beginning), whole_blocks, len(beginning), sharing)
+    packed = pack(trees, PAD, True, row_length + len(beginning), round_up_to_blocks, len(beginning), sharing)
     dense = packed.mask()
     R, _, L, _ = dense.shape
     made = block_mask(packed)
@@ -339,11 +339,14 @@ def test_a_last_layer_that_is_not_known_runs_whole() -> None:
     patched.layers[-1].forward = lambda *of, **more: calls.append(len(of)) or plain(*of, **more)
     for model in (gemma, patched):
         assert not packed_attention.last_mlp_at_kept(model, "dense")
-        assert TreePass(model, "dense").last is None
+        assert PackedTrunk(model, "dense").last is None
     assert packed_attention.last_mlp_at_kept(LANGUAGE_MODEL, "dense")
     with torch.no_grad():
         embeds = LANGUAGE_MODEL.embed_tokens(packed.ids)
-        found, expected = TreePass(patched, "dense")(embeds, packed), TreePass(LANGUAGE_MODEL, "dense")(embeds, packed)
+        found, expected = (
+            PackedTrunk(patched, "dense")(embeds, packed),
+            PackedTrunk(LANGUAGE_MODEL, "dense")(embeds, packed),
+        )
     assert calls
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -353,7 +356,7 @@ def test_after_a_pass_the_model_is_as_it_was() -> None:
     trees = [Tree.of([row("abC")])]
     before = list(LANGUAGE_MODEL.layers)
     with uncompiled():
-        check_states(trees, pack(trees, PAD, True, 1000, whole_blocks), "compiled")
+        check_states(trees, pack(trees, PAD, True, 1000, round_up_to_blocks), "compiled")
     assert LANGUAGE_MODEL.config._attn_implementation == "sdpa"
     assert all(now is then for now, then in zip(LANGUAGE_MODEL.layers, before, strict=True))
 
@@ -375,13 +378,13 @@ def test_layers_that_run_again_in_the_backward_pass_have_the_same_attention(
 ) -> None:
     flex_attention_by_sdpa(monkeypatch)
     trees = [Tree.of([row("abcDEF"), row("abcGH")]), Tree.of([row("abC")])]
-    packed = pack(trees, PAD, everything, 1000, whole_blocks, 1)
+    packed = pack(trees, PAD, everything, 1000, round_up_to_blocks, 1)
     gradients = []
     for how in ("dense", "flex"):
         model = tiny_llava().model.language_model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         embeds = model.embed_tokens(packed.ids).detach().requires_grad_(True)
-        states = TreePass(model, how)(embeds, packed)[packed.targets.kept_branch != PADDING]
+        states = PackedTrunk(model, how)(embeds, packed)[packed.targets.kept_branch != PADDING]
         tilted(states).square().sum().backward()
         gradients.append(embeds.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from relook.data.packing import Row, Tree, pack
+from relook.data.packing import TokenRow, Tree, pack
 from relook.forward.policy import LiveBatch, Policy
 from relook.recipe import Recipe
 from relook.toyworld.build import make_processor
@@ -57,7 +57,7 @@ def theirs(model: Any, trainer: Any, config: Any, out: Path, **keys: Any) -> Any
     return trainer(copy.deepcopy(model), args=arguments, train_dataset=anything, processing_class=tokenizer, **own)
 
 
-def padded(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
+def padded(rows: list[TokenRow]) -> tuple[Tensor, Tensor, Tensor]:
     """Rows padded on the right: ids, where there are any, and which of them are an answer's."""
     longest = max(len(row.ids) for row in rows)
     ids, there, answer = (torch.full((len(rows), longest), value) for value in (PAD, 0, 0))

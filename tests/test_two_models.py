@@ -11,7 +11,7 @@ import pytest
 
 from relook.data.annotations import read_coco
 from relook.errors import DataError, RecipeError
-from relook.evaluate.tasks.pope import SPLITS, read_questions
+from relook.evaluate.tasks.pope import SPLITS, read_pope_questions
 from relook.files import read_json, write_json, write_jsonl
 from relook.report import comparison
 from relook.report.comparison import write_comparison
@@ -44,7 +44,7 @@ def write_evaluation(out: Path, data: Path, answers: dict[tuple[str, str], str],
     """A folder as `relook eval` leaves it: right about everything but what is given."""
     write_json(out / "eval.json", {"data": str(data), "model": f"<b>{out.name}</b>", "max_new_tokens": 40})
     for split in SPLITS:
-        questions = read_questions(data / "pope" / f"coco_pope_{split}.json", Path())
+        questions = read_pope_questions(data / "pope" / f"coco_pope_{split}.json", Path())
         said = [answers.get((q.image.name, q.text), q.label.title()) for q in questions]
         records = [{"question_id": q.id, "answer": text} for q, text in zip(questions, said, strict=True)]
         write_jsonl(out / f"pope_{split}.jsonl", records)
@@ -65,7 +65,7 @@ def data(world: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def pair(data: Path, tmp_path: Path) -> tuple[Path, Path]:
     """The first model is wrong about two questions on one picture, the second invents an object."""
-    questions = read_questions(data / "pope" / "coco_pope_random.json", Path())
+    questions = read_pope_questions(data / "pope" / "coco_pope_random.json", Path())
     image = questions[0].image.name
     wrong = {(image, questions[0].text): EVIL, (image, questions[1].text): "Yes, perhaps"}
     absent = _absent(data, image)
@@ -83,7 +83,7 @@ def test_two_models_side_by_side(pair: tuple[Path, Path], data: Path) -> None:
     page = write_comparison(*pair)
     assert page == pair[0].parent / "first-second" / "comparison.html"
     found = read_json(page.with_name("comparison.json"))
-    questions = read_questions(data / "pope" / "coco_pope_random.json", Path())
+    questions = read_pope_questions(data / "pope" / "coco_pope_random.json", Path())
     image = questions[0].image.name
     rows = found["differing"]["pope"]
     assert [(row["question"], row["label"], row["answers"], row["right"]) for row in rows] == [
@@ -121,7 +121,7 @@ def test_a_page_is_bounded(
     everything = {
         (q.image.name, q.text): "Yes" if q.label == "no" else "x" * 5000 + " no"
         for split in SPLITS
-        for q in read_questions(data / "pope" / f"coco_pope_{split}.json", Path())
+        for q in read_pope_questions(data / "pope" / f"coco_pope_{split}.json", Path())
     }
     other = write_evaluation(tmp_path / "other", data, everything, dict.fromkeys(images, "A dog and a dog." * 400))
     monkeypatch.setattr(comparison, "PICTURES", 2)

@@ -18,7 +18,7 @@ from relook.model.modeling_relook import RelookLlavaForConditionalGeneration
 from relook.model.trainable import untie_head
 from relook.toyworld import layouts
 from relook.toyworld.build import IMAGE_SIZE, PATCH, WIDTH, assemble, make_processor
-from relook.toyworld.world import OBJECTS, describe, sample_scenes
+from relook.toyworld.world import OBJECTS, describe_scene, sample_scenes
 
 SCENES = 6
 
@@ -109,8 +109,8 @@ def write_world(root: Path, scenes: int = SCENES, seed: int = 0) -> Path:
         absent = [name for name in OBJECTS if name not in scene.names]
         wrong = [*scene.names, *rng.sample(absent, 2)]
         described[str(scene.id)] = {
-            "chosen": [describe(scene.names, scene.setting)],
-            "rejected": [describe(wrong, scene.setting)],
+            "chosen": [describe_scene(scene.names, scene.setting)],
+            "rejected": [describe_scene(wrong, scene.setting)],
         }
         for name, truth in ((scene.names[0], "Yes."), (absent[0], "No.")):
             other = "No." if truth == "Yes." else "Yes."

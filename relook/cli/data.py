@@ -71,9 +71,9 @@ def data_fix(
 ) -> None:
     """Write images of a wrong format or mode again, and an index without the records that cannot be used."""
     from relook.console import say
-    from relook.data.check import fix, summary
+    from relook.data.check import fix_folder, summary
 
-    done = fix(layout, folder, out, in_place=in_place, images=images, broken=broken, copy=copy, workers=workers)
+    done = fix_folder(layout, folder, out, in_place=in_place, images=images, broken=broken, copy=copy, workers=workers)
     if as_json:
         typer.echo(json.dumps(done, indent=1))
     else:
@@ -129,15 +129,15 @@ def mine(
     """Preference pairs from a model's own mistakes; torchrun (`-m relook mine ...`) shares the work."""
     from relook.console import say
     from relook.evaluate.judge import judge_settings
-    from relook.mine.jobs import Mining, Place
+    from relook.mine.jobs import MiningSettings, MiningSource
     from relook.mine.run import mine
-    from relook.model.load import Loading
+    from relook.model.load import LoadOptions
 
     url = "" if judge == "exact" else judge
     endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    how = Mining(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts)
-    place = Place(images, annotations, synonyms, exclude or ())
-    card = mine(model, place, out, how, endpoint, Loading(adapter, vision_tower, dtype, bits, device))
+    how = MiningSettings(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts)
+    place = MiningSource(images, annotations, synonyms, exclude or ())
+    card = mine(model, place, out, how, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
     say(
         f"{pairs[0]:,} description pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "

@@ -25,7 +25,7 @@ from relook.cli.options import (
     input_argument,
     input_option,
 )
-from relook.errors import RecipeError, some
+from relook.errors import RecipeError, preview
 
 T = TypeVar("T")
 app = typer.Typer()
@@ -68,15 +68,15 @@ def evaluate(
     """
     from relook import distributed
     from relook.evaluate.judge import judge_settings
-    from relook.model.load import Loading
+    from relook.model.load import LoadOptions
 
-    loading = Loading(adapter, vision_tower, dtype, bits, device)
+    loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
     how = (out, version, batch_size, max_new_tokens)
     alone = benchmarks[0] if len(benchmarks) == 1 else ""
     if not alone and USED.keys() & set(benchmarks):
         raise RecipeError("lmms and llava are asked by themselves.", "Give one of them alone.")
     given = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
-    _refuse_idle({**given, "judge-url": judge_url}, USED.get(alone, USED[""]))
+    _refuse_unused_options({**given, "judge-url": judge_url}, USED.get(alone, USED[""]))
     results: Any
     if alone == "lmms":
         from relook.evaluate.lmms import evaluate_tasks
@@ -92,7 +92,7 @@ def evaluate(
 
         judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
         results = evaluate_model(model, benchmarks, _required(data, "--data"), *how, loading, judge)
-    if distributed.first():
+    if distributed.is_main():
         typer.echo(json.dumps(results, indent=1))
 
 
@@ -102,7 +102,7 @@ def _required(value: T | None, option: str) -> T:
     return value
 
 
-def _refuse_idle(given: Mapping[str, object], used: Collection[str]) -> None:
+def _refuse_unused_options(given: Mapping[str, object], used: Collection[str]) -> None:
     """Options that belong to another kind of benchmark would do nothing.
 
     Raises:
@@ -110,7 +110,7 @@ def _refuse_idle(given: Mapping[str, object], used: Collection[str]) -> None:
     """
     idle = [f"--{name}" for name, value in given.items() if value and name not in used]
     if idle:
-        raise RecipeError(f"{some(idle)} would do nothing here.", "Leave it out, or ask lmms or llava by itself.")
+        raise RecipeError(f"{preview(idle)} would do nothing here.", "Leave it out, or ask lmms or llava by itself.")
 
 
 @app.command()
@@ -138,10 +138,10 @@ def score(
     """Score existing answers; no model is loaded. A judge's replies are kept beside them, in judge.jsonl."""
     from relook.evaluate.benchmarks import score_command
     from relook.evaluate.judge import judge_settings
-    from relook.evaluate.score import Given
+    from relook.evaluate.score import ScoringInputs
 
     judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    given = Given(data, questions, annotations, captions, images)
+    given = ScoringInputs(data, questions, annotations, captions, images)
     result = score_command(benchmark, answers, given, parser, judge)
     if json_out is not None:
         from relook.files import write_json

@@ -30,9 +30,9 @@ def convert(
     vision_tower: Tower = None,
 ) -> None:
     """Write a model in another format."""
-    from relook.model.export import Writing, convert
+    from relook.model.export import WriteOptions, convert
 
-    convert(source, out, to, Writing(force, max_shard_gb, check, vision_tower))
+    convert(source, out, to, WriteOptions(force, max_shard_gb, check, vision_tower))
 
 
 @app.command()
@@ -53,9 +53,9 @@ def merge(
     vision_tower: Tower = None,
 ) -> None:
     """Write a base model with what was trained on it."""
-    from relook.model.export import Writing, merge
+    from relook.model.export import WriteOptions, merge
 
-    merge(base, change, out, stage, Writing(force, max_shard_gb, check, vision_tower))
+    merge(base, change, out, stage, WriteOptions(force, max_shard_gb, check, vision_tower))
 
 
 @app.command()
@@ -71,9 +71,9 @@ def export(
     vision_tower: Tower = None,
 ) -> None:
     """Write a whole model that transformers loads where relook is not installed."""
-    from relook.model.export import Writing, export, export_for
+    from relook.model.export import WriteOptions, export, export_for
 
-    how = Writing(force, max_shard_gb, check, vision_tower)
+    how = WriteOptions(force, max_shard_gb, check, vision_tower)
     if engine is None:
         export(source, out, how)
     else:
@@ -115,12 +115,12 @@ def doctor(
 ) -> None:
     """Whether this machine can do the work, and what to mend. Status 0: it can, 1: something is missing."""
     if explain:
-        from relook.doctor import print_notices
+        from relook.doctor import print_known_warnings
 
-        sys.exit(print_notices(sys.stdin.read() if explain == "-" else explain, as_json))
-    from relook.doctor import examine, print_findings, to_json
+        sys.exit(print_known_warnings(sys.stdin.read() if explain == "-" else explain, as_json))
+    from relook.doctor import print_findings, run_checks, to_json
 
-    found = examine()
+    found = run_checks()
     if as_json:
         typer.echo(json.dumps(to_json(found), indent=1))
     else:

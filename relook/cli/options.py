@@ -10,7 +10,7 @@ import typer
 from relook.errors import DataError
 
 
-def _there(value: Path | list[Path] | None) -> Path | list[Path] | None:
+def _existing_path(value: Path | list[Path] | None) -> Path | list[Path] | None:
     """Said here, a wrong path takes none of the seconds in which a command imports what it needs."""
     for path in value if isinstance(value, list) else [value]:
         if path is not None and not path.exists():
@@ -20,12 +20,12 @@ def _there(value: Path | list[Path] | None) -> Path | list[Path] | None:
 
 def input_option(text: str) -> Any:
     """A path that is read, as an option."""
-    return typer.Option(help=text, callback=_there)
+    return typer.Option(help=text, callback=_existing_path)
 
 
 def input_argument(text: str) -> Any:
     """A path that is read, as an argument."""
-    return typer.Argument(help=text, callback=_there)
+    return typer.Argument(help=text, callback=_existing_path)
 
 
 Tower = Annotated[

@@ -61,21 +61,21 @@ def serve(
     from relook.serve import check_installed
 
     check_installed()
-    from relook.generate.request import Limits
-    from relook.model.load import Loading
+    from relook.generate.request import EngineLimits
+    from relook.model.load import LoadOptions
     from relook.serve import page as pages
     from relook.serve import server as run
-    from relook.serve.api import Policy
-    from relook.serve.media import Sources
+    from relook.serve.api import ServerLimits
+    from relook.serve.media import ImageSources
 
-    sources = Sources(int(max_image_mb * 1e6), allow_http, media_root)
+    sources = ImageSources(int(max_image_mb * 1e6), allow_http, media_root)
     if page:
         pages.check_installed()
-    loading = Loading(adapter, vision_tower, dtype, bits, device)
+    loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
     run.serve(
-        run.Serving(host, port, stop_timeout, version, pages.installed() if page is None else page),
-        Limits(slots, queue, max_length, cache_gb, seconds=timeout),
-        Policy(
+        run.ServeOptions(host, port, stop_timeout, version, pages.installed() if page is None else page),
+        EngineLimits(slots, queue, max_length, cache_gb, seconds=timeout),
+        ServerLimits(
             api_key,
             sources,
             max_images,
@@ -108,8 +108,8 @@ def chat(
 
     check_installed()
     from relook.generate.request import Request
-    from relook.model.load import Loading
+    from relook.model.load import LoadOptions
     from relook.serve.terminal import converse
 
     how = Request((), (), max_tokens, temperature, top_p, seed)
-    converse(model, Loading(adapter, vision_tower, dtype, bits, device), base, image, how, version)
+    converse(model, LoadOptions(adapter, vision_tower, dtype, bits, device), base, image, how, version)

@@ -10,13 +10,13 @@ import typer
 
 from relook.cli.options import AsJson, input_option
 from relook.errors import Faults, RecipeError
-from relook.recipe import read_overrides, read_shipped, shipped
+from relook.recipe import read_overrides, read_yaml_or_shipped, shipped_names
 
 app = typer.Typer()
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def look_at(name: str, keys: list[str], kind: str = "recipe", whole: bool = True) -> None:
+def check_names(name: str, keys: list[str], kind: str = "recipe", whole: bool = True) -> None:
     """Find a wrong name, or a word that is no key, before libraries are loaded, which takes seconds.
 
     Args:
@@ -28,11 +28,11 @@ def look_at(name: str, keys: list[str], kind: str = "recipe", whole: bool = True
     faults, file = Faults(), dict[str, Any]()
     if name.startswith("--"):
         what = f"The command names no {kind} before {name}."
-        faults.errors.append(RecipeError(what, f"Give a .yaml file or one of {', '.join(shipped(kind))}."))
+        faults.errors.append(RecipeError(what, f"Give a .yaml file or one of {', '.join(shipped_names(kind))}."))
         keys = [name, *keys]
     else:
         with faults:
-            file = read_shipped(name, kind)
+            file = read_yaml_or_shipped(name, kind)
     values, odd = read_overrides(keys)
     faults.errors += odd.errors
     if faults.errors and kind == "recipe":
@@ -70,7 +70,7 @@ def train(
     context: typer.Context, recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")]
 ) -> None:
     """Train by a recipe; any of its keys, or of transformers' TrainingArguments, may follow as --key value."""
-    look_at(recipe, context.args)
+    check_names(recipe, context.args)
     from relook.train.run import train_command
 
     train_command([recipe, *context.args])
@@ -89,10 +89,10 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Predict a recipe's memory on each GPU, its trunk cache and its work; any of its keys may follow."""
-    look_at(recipe, context.args, whole=False)
-    from relook.estimate.run import Assumed, estimate_command, print_estimate
+    check_names(recipe, context.args, whole=False)
+    from relook.estimate.run import AssumedData, estimate_command, print_estimate
 
-    assumed = Assumed(prompt_tokens, response_tokens, samples)
+    assumed = AssumedData(prompt_tokens, response_tokens, samples)
     found = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -105,7 +105,7 @@ def sweep(
     context: typer.Context, file: Annotated[str, typer.Argument(help="A .yaml file or a shipped sweep's name.")]
 ) -> None:
     """Train and evaluate many variants on one trunk cache; any key of the file or of a recipe may follow."""
-    look_at(file, context.args, "sweep")
+    check_names(file, context.args, "sweep")
     from relook.sweep import sweep_command
 
     sweep_command([file, *context.args])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from relook.data.samples import as_id
 from relook.errors import DataError
-from relook.files import read_json, read_text, state_of
+from relook.files import file_stamp, read_json, read_text
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def read_coco(path: str | Path) -> Annotations:
         DataError: a part or a field is missing, or an annotation names an unknown image or category.
     """
     path = Path(path)
-    return _read_coco(path, *(state_of(path) if path.exists() else ()))
+    return _read_coco(path, *(file_stamp(path) if path.exists() else ()))
 
 
 @lru_cache(1)  # COCO's own has 150 MB
@@ -61,7 +61,7 @@ def _read_coco(path: Path, *_: int) -> Annotations:
             category = categories[as_id(annotation["category_id"])]
             boxes[names[as_id(annotation["image_id"])]].append((category, _box(annotation.get("bbox"))))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _odd(path, error) from None
+        raise _malformed(path, error) from None
     return Annotations(
         images=tuple(names.values()),
         categories=tuple(categories.values()),
@@ -88,7 +88,7 @@ def read_captions(path: str | Path) -> dict[str, tuple[str, ...]]:
         DataError: a part or a field is missing, or a caption names an unknown image.
     """
     path = Path(path)
-    return _read_captions(path, *(state_of(path) if path.exists() else ()))
+    return _read_captions(path, *(file_stamp(path) if path.exists() else ()))
 
 
 @lru_cache(1)  # COCO's own has 200,000 of them
@@ -100,7 +100,7 @@ def _read_captions(path: Path, *_: int) -> dict[str, tuple[str, ...]]:
         for annotation in data["annotations"]:
             captions[names[as_id(annotation["image_id"])]].append(str(annotation["caption"]))
     except (KeyError, TypeError) as error:
-        raise _odd(path, error) from None
+        raise _malformed(path, error) from None
     return {image: tuple(said) for image, said in captions.items()}
 
 
@@ -112,7 +112,7 @@ def _parts(path: Path, *keys: str) -> dict[str, Any]:
     return dict(data)
 
 
-def _odd(path: Path, error: Exception) -> DataError:
+def _malformed(path: Path, error: Exception) -> DataError:
     what = f"an entry lacks or names the unknown {error.args[0]}" if isinstance(error, KeyError) else str(error)
     return DataError(f"{path} is not in COCO's layout: {what}.", "Give one of COCO's annotation files.")
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from relook.console import output, plain_table, progress
 from relook.data.examine import FORMATS, MISSING, OTHER_SUFFIX, REPAIRABLE, TURNED, Found, examine_all, rewritten
-from relook.data.images import ahead
-from relook.data.layouts import Index, Layout, find_layout
-from relook.errors import DataError, RecipeError, RelookError, some
-from relook.files import read_object, takes, text_hash, whole_file, write_json, write_jsonl
+from relook.data.images import prefetch_map
+from relook.data.layouts import FolderLayout, IndexFile, find_layout
+from relook.errors import DataError, RecipeError, RelookError, preview
+from relook.files import atomic_file, is_free, read_json_object, text_hash, write_json, write_jsonl
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ class IndexReport:
     `problem` says why the file itself could not be read.
     """
 
-    index: Index
+    index: IndexFile
     content: Sequence[Any]
     faults: Mapping[str, list[str]]
     problem: str = ""
@@ -58,7 +58,7 @@ class FolderReport:
         turned: those that viewers turn by their EXIF orientation, and it. Training and evaluation, as LLaVA's, do not.
     """
 
-    layout: Layout
+    layout: FolderLayout
     indexes: tuple[IndexReport, ...]
     images: Mapping[str, bool]
     faults: Mapping[str, Found]
@@ -142,7 +142,7 @@ def check(
     return FolderReport(layout, tuple(_with_images(one, faults) for one in read), names, faults, turned)
 
 
-def _read(index: Index, names: dict[str, bool]) -> IndexReport:
+def _read(index: IndexFile, names: dict[str, bool]) -> IndexReport:
     """Judge an index's records by themselves; the images that they name are added to `names`."""
     try:
         content = index.load()
@@ -189,7 +189,7 @@ def _with_images(report: IndexReport, images: Mapping[str, Found]) -> IndexRepor
     return IndexReport(report.index, report.content, faults, report.problem)
 
 
-def _walk(layout: Layout) -> Iterator[str]:
+def _walk(layout: FolderLayout) -> Iterator[str]:
     """Names of all image files of a layout, relative to its image root. Hidden ones are nobody's pictures."""
     seen: set[tuple[int, int]] = set()  # links may lead round in a circle
     for top in layout.image_folders:
@@ -220,7 +220,9 @@ def _examined(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[t
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     batches = _batches(names)
     examined = partial(examine_all, root)
-    results = map(examined, _batches(names)) if pool is None else ahead(examined, _batches(names), pool, 4 * workers)
+    results = (
+        map(examined, _batches(names)) if pool is None else prefetch_map(examined, _batches(names), pool, 4 * workers)
+    )
     done = 0
     with progress("images") as report:
         try:
@@ -266,17 +268,17 @@ def print_report(report: FolderReport) -> None:
     for name, one in found["records"].items():
         records.add_row(name, f"{one['count']:,}", f"{one['sound']:,}", one["problem"])
         for reason, names in one["faults"].items():
-            records.add_row("", "", "", reason, f"{len(names):,}", some(names, 3))
+            records.add_row("", "", "", reason, f"{len(names):,}", preview(names, 3))
     images = plain_table("images", "number", "first", right=("number",))
     for key in ("named", "not_named", "on_disk", "sound"):
         images.add_row(key.replace("_", " "), f"{found['images'][key]:,}")
     for reason, names in found["images"]["faults"].items():
         first = [f"{name} ({detail})" if detail else name for name, detail in names.items()]
-        images.add_row(reason, f"{len(names):,}", some(first, 3))
+        images.add_row(reason, f"{len(names):,}", preview(first, 3))
     for one in (parts, records, images):
         out.print(one)
     if turned := found["images"]["turned_by_exif"]:
-        named = some([f"{name} ({detail})" for name, detail in turned.items()], 3)
+        named = preview([f"{name} ({detail})" for name, detail in turned.items()], 3)
         out.print(
             f"{len(turned):,} images are turned by their EXIF orientation: {named}. Viewers, relook's server, chat and "
             "page turn them; training and evaluation read them as they are stored, as LLaVA does."
@@ -296,7 +298,7 @@ BROKEN = ("drop", "list")
 TO_DO = ("written_again", "records_dropped", "records_listed")  # parts of relook-fix.json
 
 
-def fix(
+def fix_folder(
     name: str,
     folder: str | Path,
     out: str | Path | None = None,
@@ -350,7 +352,7 @@ def fix(
             raise DataError(f"An index file cannot be fixed: {unread}")
         plan = _plan(report, broken)
         if in_place and not any(plan[key] for key in TO_DO if key in plan) and (folder / FIX_FILE).exists():
-            return read_object(folder / FIX_FILE)  # what was done before is still to be read
+            return read_json_object(folder / FIX_FILE)  # what was done before is still to be read
         write_json(place / FIX_FILE, {**job, "finished": False})
         done = {**job, **plan, "finished": True}
         _write(report, place, done, links=not in_place)
@@ -378,9 +380,9 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 def _finished(place: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     """What a job has done that is finished; None for one that is new or was cut off."""
-    if takes(place, FIX_FILE, "--out"):
+    if is_free(place, FIX_FILE, "--out"):
         return None
-    held = read_object(place / FIX_FILE)
+    held = read_json_object(place / FIX_FILE)
     if any(held.get(key) != value for key, value in job.items()):
         other = ", ".join(f"{key} {held.get(key)}" for key, value in job.items() if held.get(key) != value)
         raise RecipeError(f"{place} holds another fix ({other}).", "Choose another --out, or remove it.")
@@ -410,13 +412,13 @@ def _write(report: FolderReport, place: Path, done: dict[str, Any], links: bool)
             return
         if reason in REPAIRABLE:
             other = source.with_name(detail) if reason == OTHER_SUFFIX else source
-            with whole_file(target) as temporary:
+            with atomic_file(target) as temporary:
                 temporary.write_bytes(rewritten(other, target.suffix))
         elif links and not reason:
             _carry(source, target, done["copy"])
 
     with progress("images written") as shown:
-        for number, _ in enumerate(ahead(write, report.images), 1):
+        for number, _ in enumerate(prefetch_map(write, report.images), 1):
             shown(number, len(report.images))
     dropping = {one.index.path: one for one in report.indexes if one.faults and done["broken"] == "drop"}
     for one in dropping.values():
@@ -430,7 +432,7 @@ def _write(report: FolderReport, place: Path, done: dict[str, Any], links: bool)
     write_json(place / FIX_FILE, done)
 
 
-def _beside(path: Path, layout: Layout) -> Path:
+def _beside(path: Path, layout: FolderLayout) -> Path:
     """Where a file has its place in the new folder; an image root from elsewhere keeps its last name."""
     if path.is_relative_to(layout.folder):
         return path.relative_to(layout.folder)
@@ -438,7 +440,7 @@ def _beside(path: Path, layout: Layout) -> Path:
 
 
 def _carry(source: Path, target: Path, copy: bool) -> None:
-    with whole_file(target) as temporary:
+    with atomic_file(target) as temporary:
         if copy:
             shutil.copyfile(source, temporary)
         else:

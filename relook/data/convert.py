@@ -21,22 +21,22 @@ from relook.console import progress, say
 from relook.data.annotations import read_image_records
 from relook.data.parquet import (
     COLUMNS,
-    BadRow,
     Embedded,
-    Row,
-    Source,
+    InvalidPair,
+    PairFile,
+    RawPair,
     content_hash,
     hadpo_record,
-    kept,
     open_parquet,
     pyarrow,
+    stored_columns,
     write_parquet,
 )
-from relook.data.paths import located
-from relook.data.readers import DESCRIBE_PROMPTS, answered_correctly, draw
+from relook.data.paths import resolve_extension
+from relook.data.readers import DESCRIBE_PROMPTS, answered_correctly, draw_description_pair
 from relook.data.samples import BadRecord, as_id, check_pair
-from relook.errors import DataError, RecipeError, some
-from relook.files import read_json, read_object, whole_folder, write_json
+from relook.errors import DataError, RecipeError, preview
+from relook.files import atomic_folder, read_json, read_json_object, write_json
 
 LAYOUTS = ("hadpo", *COLUMNS)
 DESC, POPE, IMAGES, NOTES = "desc_data.json", "pope_data.json", "image_data.json", "relook.json"
@@ -79,7 +79,7 @@ def convert(source: str | Path, target: str | Path, to: str, images: str | Path 
     return count
 
 
-def _pairs(source: Source, to: str) -> Iterator[Row]:
+def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
     """The rows that `to` can hold; at the end, an error that names the others, so that nothing is kept of the rest.
 
     What is no pair to train on (`check_pair`) is left out, and named on screen.
@@ -90,11 +90,11 @@ def _pairs(source: Source, to: str) -> Iterator[Row]:
         for number, row in enumerate(source.rows()):
             report(number + 1, source.count)
             try:
-                if isinstance(row, BadRow):
+                if isinstance(row, InvalidPair):
                     raise row
                 if to != "trl":
                     _ = row.image
-            except BadRow as bad:
+            except InvalidPair as bad:
                 faults.setdefault(str(bad), []).append(number)
                 continue
             if fault := _pair_fault(row):
@@ -102,7 +102,7 @@ def _pairs(source: Source, to: str) -> Iterator[Row]:
             elif not faults:
                 yield row
     named, left_out = (
-        "; ".join(f"{reason}: {some(rows, 3)}" for reason, rows in found.items()) for found in (faults, useless)
+        "; ".join(f"{reason}: {preview(rows, 3)}" for reason, rows in found.items()) for found in (faults, useless)
     )
     if faults:
         raise DataError(f"Layout {to} cannot hold all rows ({named}).", "Repair or remove these, or choose another.")
@@ -110,7 +110,7 @@ def _pairs(source: Source, to: str) -> Iterator[Row]:
         say(f"  {sum(map(len, useless.values())):,} rows are no pairs and were left out ({left_out})")
 
 
-def _pair_fault(row: Row) -> str:
+def _pair_fault(row: RawPair) -> str:
     """Say why a row is no pair; a record that the model answered correctly comes along, and need be none."""
     try:
         return "" if answered_correctly(hadpo_record(row)) else check_pair(row.prompt, row.chosen, row.rejected)
@@ -121,15 +121,15 @@ def _pair_fault(row: Row) -> str:
 # Reading HA-DPO's layout
 
 
-def open_hadpo(folder: Path, vg_path: Path) -> Source:
+def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
     """Open a folder with `desc_data.json`, `pope_data.json` or both.
 
     Raises:
         DataError: a file is broken, or a record has not what its layout asks for.
     """
-    described = read_object(folder / DESC, optional=True)
+    described = read_json_object(folder / DESC, optional=True)
     asked = read_json(folder / POPE) if (folder / POPE).exists() else []
-    notes = read_object(folder / NOTES, optional=True)
+    notes = read_json_object(folder / NOTES, optional=True)
     known = read_image_records(vg_path)
     if not isinstance(asked, list) or not all(isinstance(one, dict) for one in (*asked, *described.values())):
         raise DataError(f"{folder} is not in HA-DPO's layout.", REPAIR)
@@ -142,7 +142,7 @@ def open_hadpo(folder: Path, vg_path: Path) -> Source:
         rng = random.Random(42)
         for key, record in described.items():
             try:
-                yield DESC, as_id(key), record, draw(record, rng)
+                yield DESC, as_id(key), record, draw_description_pair(record, rng)
             except BadRecord as bad:
                 raise DataError(f"{folder / DESC}: {key} has {bad}.", REPAIR) from None
         for number, record in enumerate(asked):
@@ -151,26 +151,26 @@ def open_hadpo(folder: Path, vg_path: Path) -> Source:
                 raise DataError(f"{folder / POPE}: record {number} has no {', '.join(missing)}.", REPAIR)
             yield POPE, as_id(record["image_id"]), record, (record["question"], record["chosen"], record["reject"])
 
-    def rows() -> Iterator[Row | BadRow]:
+    def rows() -> Iterator[RawPair | InvalidPair]:
         for file, image_id, record, (prompt, chosen, rejected) in entries():
-            path = located(vg_path / image_place(known[image_id])) if image_id in known else None
+            path = resolve_extension(vg_path / image_place(known[image_id])) if image_id in known else None
             if path is None or not path.is_file():
-                yield BadRow("image file missing" if path else "image id not in image_data.json")
+                yield InvalidPair("image file missing" if path else "image id not in image_data.json")
                 continue
             if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
-                yield BadRow("no question, chosen or rejected")
+                yield InvalidPair("no question, chosen or rejected")
                 continue
             image = Embedded(path.read_bytes(), record["image_name"] if plain else path.name)
             if plain:
-                yield Row((image,), prompt, chosen, rejected, {name: record[name] for name in names})
+                yield RawPair((image,), prompt, chosen, rejected, {name: record[name] for name in names})
             else:
                 whole = {"file": file, "image": known[image_id], "record": record}
-                yield Row((image,), prompt, chosen, rejected, {RECORD: json.dumps(whole, ensure_ascii=False)})
+                yield RawPair((image,), prompt, chosen, rejected, {RECORD: json.dumps(whole, ensure_ascii=False)})
 
     if plain:
         filled, forms, features = notes.get("filled", ()), notes.get("forms", {}), notes.get("features", {})
-        return Source("hadpo", rows, len(asked), columns, features, tuple(filled), forms)
-    return Source("hadpo", rows, len(described) + len(asked), (pyarrow().field(RECORD, "string"),))
+        return PairFile("hadpo", rows, len(asked), columns, features, tuple(filled), forms)
+    return PairFile("hadpo", rows, len(described) + len(asked), (pyarrow().field(RECORD, "string"),))
 
 
 REPAIR = "`relook data check` names all such records, `relook data fix` leaves them out."
@@ -208,7 +208,7 @@ def image_place(record: Mapping[str, Any]) -> Path:
 # Writing it
 
 
-def write_hadpo(folder: Path, source: Source, rows: Iterator[Row]) -> int:
+def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
     """Write pairs as a folder of HA-DPO's layout, images included; returns their number.
 
     Raises:
@@ -222,12 +222,12 @@ def write_hadpo(folder: Path, source: Source, rows: Iterator[Row]) -> int:
     asked: list[Any] = []
     images: dict[Path, tuple[Any, str]] = {}  # place to entry of image_data.json, and hash of the image
     count = new = edited = 0
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         for row in rows:
             count += 1
             further = {field.name: row.extra.get(field.name) for field in fields}
             added = {name: value for name, value in further.items() if value is not None}
-            whole = kept(row, "hadpo")
+            whole = stored_columns(row, "hadpo")
             entry = whole["image"] if whole else _entry(row.image)
             _place(temporary, images, entry, row.image)
             if whole.get("file") == DESC and _says(whole["record"], row):
@@ -276,7 +276,7 @@ def _place(folder: Path, images: dict[Path, tuple[Any, str]], entry: dict[str, A
         raise DataError(f"Two rows have different images for {place}.", "Give one of them another id.")
 
 
-def _says(record: Mapping[str, Any], row: Row) -> bool:
+def _says(record: Mapping[str, Any], row: RawPair) -> bool:
     """Whether a row is still one of a description record's pairs."""
     texts = row.chosen in record.get("chosen", ()) and row.rejected in record.get("rejected", ())
     return texts and row.prompt in DESCRIBE_PROMPTS

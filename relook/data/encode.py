@@ -9,11 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from relook.data.images import Picture
-from relook.data.packing import Row, Tree
+from relook.data.images import ImageSource
+from relook.data.packing import TokenRow, Tree
 from relook.data.samples import Conversation, PreferencePair, Turn
 from relook.data.special_tokens import LiteralText
-from relook.data.templates import EOS, IM_END, IM_PATCH, IM_START, IMAGE, Piece, Template, image_first, with_image
+from relook.data.templates import (
+    EOS,
+    IM_END,
+    IM_PATCH,
+    IM_START,
+    IMAGE,
+    Template,
+    TemplatePiece,
+    image_first,
+    with_image,
+)
 from relook.errors import DataError, RecipeError
 
 Made = TypeVar("Made")
@@ -57,7 +67,7 @@ class Encoder:
     tokenizer: Any
     template: Template
     image_token_id: int
-    image_positions: int | Callable[[Picture], int]
+    image_positions: int | Callable[[ImageSource], int]
     max_length: int = 2048
     image_start_end: bool = False
     embeddings: int | None = None
@@ -70,7 +80,7 @@ class Encoder:
                 "Choose another template.",
             )
 
-    def positions(self, images: int | Sequence[Picture]) -> list[int]:
+    def positions(self, images: int | Sequence[ImageSource]) -> list[int]:
         """How many positions each of some images takes; a bare number of images is enough where all take the same."""
         if isinstance(self.image_positions, int):
             return [self.image_positions] * (images if isinstance(images, int) else len(images))
@@ -80,7 +90,7 @@ class Encoder:
             return []
         return [self.image_positions(image) for image in images]
 
-    def row(self, pieces: Sequence[Piece], images: Sequence[int], id: str = "prompt") -> Row:
+    def row(self, pieces: Sequence[TemplatePiece], images: Sequence[int], id: str = "prompt") -> TokenRow:
         """Token ids of rendered pieces, with BOS first and the supervised tokens marked.
 
         `images` holds the number of positions of each image (see `positions`).
@@ -121,7 +131,7 @@ class Encoder:
                 "Raise model_max_length or shorten the sample.",
             )
         self._check_embedded(ids, id)
-        return Row(tuple(ids), tuple(supervised))
+        return TokenRow(tuple(ids), tuple(supervised))
 
     def _check_embedded(self, ids: Sequence[int], id: str) -> None:
         largest = max(ids, default=0)
@@ -145,7 +155,9 @@ class Encoder:
         except (TypeError, UnicodeError):  # a lone surrogate, which JSON can carry
             raise DataError(f"The text of sample {id} is not valid Unicode.", "Mend or remove it.") from None
 
-    def prompt(self, text: str, images: int | Sequence[Picture] = 1, history: Sequence[Turn] = ()) -> tuple[int, ...]:
+    def prompt(
+        self, text: str, images: int | Sequence[ImageSource] = 1, history: Sequence[Turn] = ()
+    ) -> tuple[int, ...]:
         """Ids of an open prompt for generation: `text` as the user's turn, the answer left to the model.
 
         A special token such as `</s>` in a turn is text: no question can end its turn.
@@ -158,15 +170,15 @@ class Encoder:
         pieces, positions = self._asked(text, images, history)
         return self.row(pieces, positions).ids
 
-    def answered(self, text: str, response: str, images: int | Sequence[Picture] = 1) -> Row:
+    def answered(self, text: str, response: str, images: int | Sequence[ImageSource] = 1) -> TokenRow:
         """The prompt that `prompt` makes, with a given answer, and what ends it, as the supervised tokens."""
         pieces, positions = self._asked(text, images)
         template, response = self.template, self._literal.escape(response)
-        return self.row([*pieces, Piece(f"{template.lead}{response}{template.end}", True)], positions, "answer")
+        return self.row([*pieces, TemplatePiece(f"{template.lead}{response}{template.end}", True)], positions, "answer")
 
     def _asked(
-        self, text: str, images: int | Sequence[Picture], history: Sequence[Turn] = ()
-    ) -> tuple[list[Piece], list[int]]:
+        self, text: str, images: int | Sequence[ImageSource], history: Sequence[Turn] = ()
+    ) -> tuple[list[TemplatePiece], list[int]]:
         turns, positions = [*history, Turn(text, "")], self.positions(images)
         if positions and not any(IMAGE in turn.prompt for turn in turns):
             turns[0] = replace(turns[0], prompt=with_image(turns[0].prompt, len(positions)))
@@ -215,8 +227,8 @@ class Encoder:
             faults: takes what is wrong with samples that cannot be used, which are then left out; without it, the
                 first one raises.
         """
-        groups: dict[tuple[tuple[Path, ...], tuple[int, ...]], list[list[tuple[str, Row]]]] = {}
-        singles: list[tuple[tuple[Path, ...], list[tuple[str, Row]]]] = []
+        groups: dict[tuple[tuple[Path, ...], tuple[int, ...]], list[list[tuple[str, TokenRow]]]] = {}
+        singles: list[tuple[tuple[Path, ...], list[tuple[str, TokenRow]]]] = []
         for sample in samples:
             row = _or_fault(self._conversation_row, sample, faults)
             if row is None:
@@ -232,15 +244,15 @@ class Encoder:
         shared = [(images, chunk) for (images, _), chunks in groups.items() for chunk in chunks] + singles
         return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in shared]
 
-    def _start(self, row: Row) -> tuple[int, ...]:
+    def _start(self, row: TokenRow) -> tuple[int, ...]:
         """Return a row's tokens up to the end of its image; none where an answer stands before that."""
         end = len(row.ids) - row.ids[::-1].index(self.image_token_id)
         return () if True in row.supervised[:end] else row.ids[:end]
 
-    def _conversation_row(self, sample: Conversation) -> Row:
+    def _conversation_row(self, sample: Conversation) -> TokenRow:
         return self.learned(sample.turns, sample.images, sample.id)
 
-    def learned(self, turns: Sequence[Turn], images: Sequence[Picture], id: str) -> Row:
+    def learned(self, turns: Sequence[Turn], images: Sequence[ImageSource], id: str) -> TokenRow:
         """The row of a sample to be learned from. Raises DataError as `conversation` does."""
         self._check_images(turns, len(images), f"Sample {id}")
         turns = [replace(turn, prompt=image_first(turn.prompt)) for turn in turns]
@@ -295,7 +307,7 @@ def _or_fault(make: Callable[[Sample], Made], sample: Sample, faults: list[str] 
         return None
 
 
-def differing(tree: Tree) -> list[bool]:
+def differing_tokens(tree: Tree) -> list[bool]:
     """For each target of a pair's tree, in order: does the token differ from the other response's?
 
     A token differs when it lies outside the matching blocks of the two responses (longest common subsequences of runs).

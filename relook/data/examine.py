@@ -39,11 +39,11 @@ Found = tuple[str, str]  # what is wrong, empty where nothing is, and a detail
 
 
 def examine_all(root: Path, names: Sequence[str]) -> list[Found]:
-    """`examine` of some files under a folder."""
-    return [examine(root / name) for name in names]
+    """`examine_image` of some files under a folder."""
+    return [examine_image(root / name) for name in names]
 
 
-def examine(path: Path) -> Found:
+def examine_image(path: Path) -> Found:
     """Decode a file whole and say the first thing that is wrong with it, with a detail.
 
     A file has one fault at most, so that counts add up: a GIF under a .jpg name is of the wrong extension, and its
@@ -103,7 +103,7 @@ def _elsewhere(path: Path) -> Found:
     others = [other for name in same_stem(path) if (other := path.with_name(name)).suffix.lower() in order]
     for other in sorted(others, key=lambda other: order.index(other.suffix.lower())):
         if other.is_file():
-            reason, detail = examine(other)
+            reason, detail = examine_image(other)
             return (OTHER_SUFFIX, other.name) if reason in SHOWN else (reason, f"{other.name}: {detail}")
     return MISSING, ""
 
@@ -125,7 +125,7 @@ def rewritten(path: Path, suffix: str) -> bytes:
 
     A file that is as it should be but for its name is passed on as it is.
     """
-    if FORMATS.get(path.suffix.lower()) == FORMATS.get(suffix.lower()) and examine(path)[0] in ("", TURNED):
+    if FORMATS.get(path.suffix.lower()) == FORMATS.get(suffix.lower()) and examine_image(path)[0] in ("", TURNED):
         return path.read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -31,7 +31,7 @@ T = TypeVar("T")
 _LOCK = threading.Lock()  # of all memories; the module's, so that what holds one can be sent to another process
 
 
-class Recent(Generic[T]):
+class RecentCache(Generic[T]):
     """A memory for what is costly to make again. Threads may share one.
 
     Args:
@@ -62,12 +62,12 @@ class Recent(Generic[T]):
 # ----------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: beyond it an image is taken for a decompression bomb
-FROM_STRANGERS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # formats of which no reader runs a program or fetches a file
-CROP_SHARE = (0.01, 0.2)  # of a picture's area, that a `Crop` shows
+UNTRUSTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # formats of which no reader runs a program or fetches a file
+CROP_SHARE = (0.01, 0.2)  # of a picture's area, that a `RandomCrop` shows
 
 
 @dataclass(frozen=True)
-class Crop:
+class RandomCrop:
     """A small random part of an image file at the size of the whole: the corrupted image of mDPO (arXiv:2406.11839).
 
     The part has 1 to 20 % of the area and the picture's own proportions. Being as large as the picture, it takes as
@@ -91,7 +91,7 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryImage:
     """A picture in memory, known by what it shows: equal pictures are equal, so that questions on them share it.
 
     Args:
@@ -103,17 +103,17 @@ class Held:
     image: Image.Image = field(compare=False, repr=False)
 
     @staticmethod
-    def of(image: Image.Image) -> Held:
+    def of(image: Image.Image) -> MemoryImage:
         """The picture in RGB as `open_image` has it. Raises ValueError as `as_rgb` does."""
         rgb = as_rgb(image)
-        return Held(hashlib.sha256(b"%d %d " % rgb.size + rgb.tobytes()).hexdigest(), rgb)
+        return MemoryImage(hashlib.sha256(b"%d %d " % rgb.size + rgb.tobytes()).hexdigest(), rgb)
 
     def open(self) -> Image.Image:
         return self.image
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedImage:
     """An image file's bytes, as tables of questions hold them; equal bytes are equal.
 
     Args:
@@ -128,8 +128,10 @@ class Encoded:
         return _opened(BytesIO(self.data), as_rgb, self.name)
 
 
-Shown = Path | Crop | Held | Encoded  # can be recognised, so that what is asked about one is asked together
-Picture = Shown | Image.Image  # or one in memory, as it is
+Shown = (
+    Path | RandomCrop | MemoryImage | EncodedImage
+)  # can be recognised, so that what is asked about one is asked together
+ImageSource = Shown | Image.Image  # or one in memory, as it is
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -155,7 +157,7 @@ def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], N
     fix = f"Send a PNG, JPEG, WebP, GIF or BMP of at most {max_pixels:,} pixels."
     check_structure(data, max_pixels)
     try:
-        with Image.open(BytesIO(data), formats=FROM_STRANGERS) as image:
+        with Image.open(BytesIO(data), formats=UNTRUSTED_FORMATS) as image:
             if image.width * image.height <= max_pixels:  # not by Pillow's warning, whose filter threads share
                 check(image.width, image.height)
                 return upright(image)
@@ -221,29 +223,29 @@ class ImageLoader:
 
     def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
         self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
-        self._kept: Recent[dict[str, Tensor]] = Recent(cache_bytes, nbytes)
+        self._kept: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
 
-    def __call__(self, image: Picture) -> Tensor:
+    def __call__(self, image: ImageSource) -> Tensor:
         """Pixel values of one picture, float32: (3, H, W), or (tiles, 3, H, W) where the processor cuts images up."""
         return self._inputs(image)["pixel_values"]
 
-    def batch(self, images: Sequence[Picture]) -> dict[str, Tensor]:
+    def batch(self, images: Sequence[ImageSource]) -> dict[str, Tensor]:
         """What a model takes for some images, in order: pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with
         image_sizes (I, 2), the heights and widths that say how many tiles of each count."""
         return stack([self._inputs(image) for image in images])
 
-    def size(self, image: Picture) -> tuple[int, int]:
+    def size(self, image: ImageSource) -> tuple[int, int]:
         """Height and width of the picture that the processor is given; of a file only the head is read."""
-        if isinstance(image, Encoded):
+        if isinstance(image, EncodedImage):
             width, height = _opened(BytesIO(image.data), _size, image.name)
-        elif isinstance(image, (Held, Image.Image)):
-            width, height = (image.image if isinstance(image, Held) else image).size
+        elif isinstance(image, (MemoryImage, Image.Image)):
+            width, height = (image.image if isinstance(image, MemoryImage) else image).size
         else:
-            path = Path(image.path if isinstance(image, Crop) else image)
+            path = Path(image.path if isinstance(image, RandomCrop) else image)
             width, height = _opened(path, _size, str(path))
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
-    def seen(self, image: Picture) -> Image.Image:
+    def seen(self, image: ImageSource) -> Image.Image:
         """A picture as the model is given it: laid on a square or cut, and scaled; not of models with tiles.
 
         Raises:
@@ -272,10 +274,12 @@ class ImageLoader:
         if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
             raise DataError(f"{who} is too long and thin: {width} x {height} pixels.", "Crop it.")
 
-    def _inputs(self, image: Picture) -> dict[str, Tensor]:
+    def _inputs(self, image: ImageSource) -> dict[str, Tensor]:
         if isinstance(image, Image.Image):
             return self._process(image, "An image")
-        key = image.key if isinstance(image, Held) else image  # a memory of pixel values need not hold the picture
+        key = (
+            image.key if isinstance(image, MemoryImage) else image
+        )  # a memory of pixel values need not hold the picture
         kept = self._kept.get(key)
         if kept is not None:
             return kept
@@ -300,9 +304,9 @@ class ImageLoader:
 
 def _who(image: Shown) -> str:
     """A picture in errors."""
-    if isinstance(image, Held):
+    if isinstance(image, MemoryImage):
         return "An image"
-    return f"The image {image.path if isinstance(image, Crop) else image.name if isinstance(image, Encoded) else image}"
+    return f"The image {image.path if isinstance(image, RandomCrop) else image.name if isinstance(image, EncodedImage) else image}"
 
 
 def stack(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -322,7 +326,7 @@ B = TypeVar("B")
 WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # Pillow and numpy let other threads run while they work
 
 
-def ahead(
+def prefetch_map(
     function: Callable[[A], B], inputs: Iterable[A], pool: Executor | None = None, window: int = WORKERS
 ) -> Iterator[B]:
     """`map`, in order, with the next few results already under way. An exception is raised where its result is due.

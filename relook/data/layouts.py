@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.annotations import read_image_paths
-from relook.data.parquet import leads_out
+from relook.data.parquet import escapes_folder
 from relook.data.paths import (
     amber_file,
     amber_images,
     coco_annotations,
     coco_images,
-    first,
+    first_existing,
     pope_file,
     shr_file,
     visual_genome,
@@ -38,7 +38,7 @@ NOT_JSON = object()  # stands for a line that could not be read
 
 
 @dataclass(frozen=True)
-class Judged:
+class RecordCheck:
     """What a record says of itself.
 
     Args:
@@ -53,7 +53,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Index:
+class IndexFile:
     """A file of records.
 
     Args:
@@ -64,7 +64,7 @@ class Index:
     path: Path
     prefix: str
     kind: str
-    judge: Callable[[Any], Judged]
+    judge: Callable[[Any], RecordCheck]
 
     def load(self) -> list[Any]:
         """The file's records; of an object its (key, value) pairs, also where a key stands twice.
@@ -100,7 +100,7 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Part:
+class LayoutPart:
     """A file or folder that belongs to a layout. `needed` where the layout cannot be used without it."""
 
     path: Path
@@ -112,7 +112,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """A layout as it was found in a folder.
 
     Args:
@@ -124,8 +124,8 @@ class Layout:
 
     name: str
     folder: Path
-    parts: tuple[Part, ...]
-    indexes: tuple[Index, ...]
+    parts: tuple[LayoutPart, ...]
+    indexes: tuple[IndexFile, ...]
     image_root: Path
     image_folders: tuple[Path, ...]
 
@@ -134,7 +134,7 @@ class Layout:
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
 
 
-def find_layout(name: str, folder: str | Path, images: str | Path | None = None) -> Layout:
+def find_layout(name: str, folder: str | Path, images: str | Path | None = None) -> FolderLayout:
     """Look for a layout's parts.
 
     Args:
@@ -179,14 +179,14 @@ def _text_fault(*texts: Any) -> str:
 
 
 def _name_fault(name: str) -> str:
-    return "image path leads out of its folder" if leads_out(name) else ""
+    return "image path leads out of its folder" if escapes_folder(name) else ""
 
 
-def _with_image(image: Any, fault: str, identity: str = "") -> Judged:
+def _with_image(image: Any, fault: str, identity: str = "") -> RecordCheck:
     if not isinstance(image, str) or not image:
-        return Judged((), fault or "image is not a path")
+        return RecordCheck((), fault or "image is not a path")
     unsafe = _name_fault(image)
-    return Judged((), fault or unsafe) if unsafe else Judged((image,), fault, identity)
+    return RecordCheck((), fault or unsafe) if unsafe else RecordCheck((image,), fault, identity)
 
 
 # HA-DPO and SHR: Visual Genome's images
@@ -206,18 +206,18 @@ class _VisualGenome:
             self._names = {id: path.relative_to(self.folder).as_posix() for id, path in paths.items()}
         return self._names.get(as_id(image_id))
 
-    def judge(self, image_id: Any, fault: str, identity: str = "") -> Judged:
+    def judge(self, image_id: Any, fault: str, identity: str = "") -> RecordCheck:
         name = self.name(image_id)
         if name is None:
-            return Judged((), fault or "image id not in image_data.json")
+            return RecordCheck((), fault or "image id not in image_data.json")
         return _with_image(name, fault, identity)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[LayoutPart, ...]:
         folders = [self.folder / name for name in VG_FOLDERS]
         # Its two folders are one set in two downloads: a mined subset may need only one.
         needed = not any(path.exists() for path in folders)
-        return (Part(self.folder / "image_data.json"), *(Part(path, needed) for path in folders))
+        return (LayoutPart(self.folder / "image_data.json"), *(LayoutPart(path, needed) for path in folders))
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -228,22 +228,22 @@ def _vg_place(folder: Path, images: Path | None) -> _VisualGenome:
     return _VisualGenome(images or visual_genome(folder))
 
 
-def _hadpo(folder: Path, images: Path | None) -> Layout:
+def _hadpo(folder: Path, images: Path | None) -> FolderLayout:
     vg = _vg_place(folder, images)
     inside = ("", "hadpo/", "hadpo/llava-v1.5/", "llava-v1.5/")
     desc, pope = (
-        first(folder, *(f"{place}{name}" for place in inside)) for name in ("desc_data.json", "pope_data.json")
+        first_existing(folder, *(f"{place}{name}" for place in inside)) for name in ("desc_data.json", "pope_data.json")
     )
     known = (
-        Index(desc, "desc-", "object", partial(_description, vg)),
-        Index(pope, "pope-", "array", partial(_hadpo_question, vg)),
+        IndexFile(desc, "desc-", "object", partial(_description, vg)),
+        IndexFile(pope, "pope-", "array", partial(_hadpo_question, vg)),
     )
     indexes = tuple(index for index in known if index.path.exists())
-    parts = tuple(Part(index.path, needed=not indexes) for index in known)
-    return Layout("hadpo", folder, (*parts, *vg.parts), indexes, vg.folder, vg.folders)
+    parts = tuple(LayoutPart(index.path, needed=not indexes) for index in known)
+    return FolderLayout("hadpo", folder, (*parts, *vg.parts), indexes, vg.folder, vg.folders)
 
 
-def _description(vg: _VisualGenome, entry: tuple[str, Any]) -> Judged:
+def _description(vg: _VisualGenome, entry: tuple[str, Any]) -> RecordCheck:
     image_id, record = entry
     try:
         pairs = product(DESCRIBE_PROMPTS[:1], *choices(record))
@@ -253,11 +253,11 @@ def _description(vg: _VisualGenome, entry: tuple[str, Any]) -> Judged:
     return vg.judge(image_id, fault, image_id)
 
 
-def _hadpo_question(vg: _VisualGenome, record: Any) -> Judged:
+def _hadpo_question(vg: _VisualGenome, record: Any) -> RecordCheck:
     fault = _missing_fields(record, *QUESTION_FIELDS)
     if fault:
         image_id = record.get("image_id") if isinstance(record, dict) else None
-        return Judged((), fault) if image_id is None else vg.judge(image_id, fault)
+        return RecordCheck((), fault) if image_id is None else vg.judge(image_id, fault)
     texts = record["question"], record["chosen"], record["reject"]
     fault = ""
     try:
@@ -268,45 +268,47 @@ def _hadpo_question(vg: _VisualGenome, record: Any) -> Judged:
     return vg.judge(record["image_id"], fault, json.dumps([as_id(record["image_id"]), *texts]))
 
 
-def _shr(folder: Path, images: Path | None) -> Layout:
+def _shr(folder: Path, images: Path | None) -> FolderLayout:
     vg = _vg_place(folder, images)
     names = ("val_images_final.json", "shr_factual_part1.jsonl", "shr_factual_part2.jsonl")
     val, *factual = (shr_file(folder, name) for name in names)
-    facts = [Index(path, f"{path.stem.removeprefix('shr_')}-", "lines", _facts) for path in factual if path.exists()]
-    known = [Index(val, "val-", "array", partial(_shr_image, vg))] if val.exists() else []
-    regions = Part(vg.folder / "region_descriptions.json")
-    parts = (*(Part(path) for path in (val, *factual)), *vg.parts, regions)
-    return Layout("shr", folder, parts, (*known, *facts), vg.folder, vg.folders)
+    facts = [
+        IndexFile(path, f"{path.stem.removeprefix('shr_')}-", "lines", _facts) for path in factual if path.exists()
+    ]
+    known = [IndexFile(val, "val-", "array", partial(_shr_image, vg))] if val.exists() else []
+    regions = LayoutPart(vg.folder / "region_descriptions.json")
+    parts = (*(LayoutPart(path) for path in (val, *factual)), *vg.parts, regions)
+    return FolderLayout("shr", folder, parts, (*known, *facts), vg.folder, vg.folders)
 
 
-def _shr_image(vg: _VisualGenome, record: Any) -> Judged:
+def _shr_image(vg: _VisualGenome, record: Any) -> RecordCheck:
     fault = _missing_fields(record, "image_id")
-    return Judged((), fault) if fault else vg.judge(record["image_id"], "", as_id(record["image_id"]))
+    return RecordCheck((), fault) if fault else vg.judge(record["image_id"], "", as_id(record["image_id"]))
 
 
-def _facts(record: Any) -> Judged:
+def _facts(record: Any) -> RecordCheck:
     """One line: {image id: what is true of it}."""
     if record is NOT_JSON:
-        return Judged((), "not valid JSON")
+        return RecordCheck((), "not valid JSON")
     if not isinstance(record, dict) or len(record) != 1:
-        return Judged((), "not one image id with its facts")
+        return RecordCheck((), "not one image id with its facts")
     [(image_id, facts)] = record.items()
-    return Judged((), "" if facts else "empty text", image_id)
+    return RecordCheck((), "" if facts else "empty text", image_id)
 
 
 # LLaVA, POPE and AMBER: images by name
 
 
-def _llava(folder: Path, images: Path | None) -> Layout:
+def _llava(folder: Path, images: Path | None) -> FolderLayout:
     files = [path for path in sorted(folder.glob("*.json")) if opens_with(path, "[")]
     root = images or (folder / "images" if (folder / "images").is_dir() else folder)
     many = len(files) > 1
-    indexes = tuple(Index(path, f"{path.stem}-" if many else "", "array", _llava_record) for path in files)
-    parts = (*(Part(path) for path in files or [folder / "llava_v1_5_mix665k.json"]), Part(root))
-    return Layout("llava", folder, parts, indexes, root, (root,))
+    indexes = tuple(IndexFile(path, f"{path.stem}-" if many else "", "array", _llava_record) for path in files)
+    parts = (*(LayoutPart(path) for path in files or [folder / "llava_v1_5_mix665k.json"]), LayoutPart(root))
+    return FolderLayout("llava", folder, parts, indexes, root, (root,))
 
 
-def _llava_record(record: Any) -> Judged:
+def _llava_record(record: Any) -> RecordCheck:
     given = record.get("image") if isinstance(record, dict) else None
     names = tuple(name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str) and name)
     try:
@@ -316,57 +318,61 @@ def _llava_record(record: Any) -> Judged:
         fault = str(bad)
     # Ids are shared in LLaVA's own mix: a duplicate says the same of the same image.
     said = "" if fault else json.dumps([names, record["conversations"]])
-    return Judged(tuple(name for name in names if not _name_fault(name)), fault, said)
+    return RecordCheck(tuple(name for name in names if not _name_fault(name)), fault, said)
 
 
-def _pope(folder: Path, images: Path | None) -> Layout:
+def _pope(folder: Path, images: Path | None) -> FolderLayout:
     expected = [pope_file(folder, split) for split in POPE_SPLITS]
     files = {path for where in {path.parent for path in expected} for path in where.glob("*pope*.json")}
     indexes = tuple(
-        Index(path, f"{path.stem}-", "array" if opens_with(path, "[") else "lines", _pope_question)
+        IndexFile(path, f"{path.stem}-", "array" if opens_with(path, "[") else "lines", _pope_question)
         for path in sorted(files)
     )
     root = images or coco_images(folder)
-    parts = (*(Part(path) for path in expected), Part(root), Part(coco_annotations(folder, "instances"), False))
-    return Layout("pope", folder, parts, indexes, root, (root,))
+    parts = (
+        *(LayoutPart(path) for path in expected),
+        LayoutPart(root),
+        LayoutPart(coco_annotations(folder, "instances"), False),
+    )
+    return FolderLayout("pope", folder, parts, indexes, root, (root,))
 
 
-def _pope_question(record: Any) -> Judged:
+def _pope_question(record: Any) -> RecordCheck:
     fault = _missing_fields(record, "question_id", "image", "text", "label")
     if fault:
         image = record.get("image") if isinstance(record, dict) else None
-        return _with_image(image, fault) if image else Judged((), fault)
+        return _with_image(image, fault) if image else RecordCheck((), fault)
     fault = _text_fault(record["text"])
     if not fault and record["label"] not in ("yes", "no"):
         fault = "label is neither yes nor no"
     return _with_image(record["image"], fault, str(record["question_id"]))
 
 
-def _amber(folder: Path, images: Path | None) -> Layout:
+def _amber(folder: Path, images: Path | None) -> FolderLayout:
     root = images or amber_images(folder)
     query, annotations = amber_file(folder, "query"), amber_file(folder, "annotations.json")
     dimensions = [f"discriminative-{of}" for of in ("existence", "attribute", "relation")]
     files = [query / f"query_{kind}.json" for kind in ("all", "generative", "discriminative", *dimensions)]
-    asked = [Index(path, f"{path.stem}-", "array", _amber_query) for path in files if path.exists()]
-    true = [Index(annotations, "annotations-", "array", _amber_annotation)] if annotations.exists() else []
-    parts = (*(Part(path, needed=not asked) for path in files), Part(annotations), Part(root))
-    return Layout("amber", folder, parts, (*asked, *true), root, (root,))
+    asked = [IndexFile(path, f"{path.stem}-", "array", _amber_query) for path in files if path.exists()]
+    true = [IndexFile(annotations, "annotations-", "array", _amber_annotation)] if annotations.exists() else []
+    parts = (*(LayoutPart(path, needed=not asked) for path in files), LayoutPart(annotations), LayoutPart(root))
+    return FolderLayout("amber", folder, parts, (*asked, *true), root, (root,))
 
 
-def _amber_query(record: Any) -> Judged:
+def _amber_query(record: Any) -> RecordCheck:
     fault = _missing_fields(record, "id", "image", "query")
     if fault:
         image = record.get("image") if isinstance(record, dict) else None
-        return _with_image(image, fault) if image else Judged((), fault)
+        return _with_image(image, fault) if image else RecordCheck((), fault)
     return _with_image(record["image"], _text_fault(record["query"]), str(record["id"]))
 
 
-def _amber_annotation(record: Any) -> Judged:
+def _amber_annotation(record: Any) -> RecordCheck:
     fault = _missing_fields(record, "id", "type", "truth")
-    return Judged((), fault, "" if fault else str(record["id"]))
+    return RecordCheck((), fault, "" if fault else str(record["id"]))
 
 
-LAYOUTS: dict[str, Callable[[Path, Path | None], Layout]] = {
+LAYOUTS: dict[str, Callable[[Path, Path | None], FolderLayout]] = {
     "hadpo": _hadpo,
     "llava": _llava,
     "pope": _pope,

@@ -28,14 +28,14 @@ STAGING_BYTES = 32 << 20  # of pinned memory that a copy from a GPU passes
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """A plain sequence: token ids, and for each whether it is a target of the loss."""
 
     ids: tuple[int, ...]
     supervised: tuple[bool, ...]
 
 
-def common_start(sequences: Sequence[tuple[int, ...]], most: int) -> int:
+def common_prefix_length(sequences: Sequence[tuple[int, ...]], most: int) -> int:
     """How many tokens all sequences begin with, `most` at most; each must have as many."""
     first, last = min(sequences), max(sequences)  # what these two share, all do
     return next((i for i in range(most) if first[i] != last[i]), most)
@@ -46,19 +46,19 @@ class Tree:
     """A shared prefix and the rows' remainders as branches. Targets lie in branches only."""
 
     prefix: tuple[int, ...]
-    branches: tuple[Row, ...]
+    branches: tuple[TokenRow, ...]
 
     @staticmethod
-    def of(rows: Sequence[Row]) -> Tree:
+    def of(rows: Sequence[TokenRow]) -> Tree:
         """Share the longest common unsupervised prefix of `rows`; every branch keeps at least one token."""
         length = min(
             min(row.supervised.index(True) if True in row.supervised else len(row.ids) for row in rows),
             min(len(row.ids) for row in rows) - 1,
         )
-        length = common_start([row.ids for row in rows], length)
+        length = common_prefix_length([row.ids for row in rows], length)
         if length < 1:
             raise ValueError("the rows of a tree have no common unsupervised prefix")
-        return Tree(rows[0].ids[:length], tuple(Row(row.ids[length:], row.supervised[length:]) for row in rows))
+        return Tree(rows[0].ids[:length], tuple(TokenRow(row.ids[length:], row.supervised[length:]) for row in rows))
 
     def __len__(self) -> int:
         return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
@@ -73,15 +73,15 @@ def to_device(value: T_, device: torch.device | str) -> T_:
     Nor does it wait, if it is `pinned`: a copy from ordinary memory begins when the GPU has done all work before it.
     """
     ahead = torch.device(device).type != "cpu"  # from a GPU, what is read at once has to be there
-    return _with_tensors(value, lambda tensor: tensor.to(device, non_blocking=ahead))
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=ahead))
 
 
 def pinned(value: T_) -> T_:
     """The same in memory that a GPU copies from by itself; what is on a GPU already stays there."""
-    return _with_tensors(value, lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+    return _map_tensors(value, lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
 
-def to_host(tensor: Tensor) -> Tensor:
+def copy_to_cpu(tensor: Tensor) -> Tensor:
     """The same in ordinary memory. From a GPU it passes a pinned buffer, on the current stream.
 
     The driver's own copy into ordinary memory is slow, and no other thread launches work meanwhile.
@@ -98,7 +98,7 @@ def to_host(tensor: Tensor) -> Tensor:
     return held
 
 
-def _with_tensors(value: T_, work: Callable[[Tensor], Tensor]) -> T_:
+def _map_tensors(value: T_, work: Callable[[Tensor], Tensor]) -> T_:
     made: dict[str, Any] = {}
     for field in fields(value):  # type: ignore[arg-type]
         item = getattr(value, field.name)
@@ -107,7 +107,7 @@ def _with_tensors(value: T_, work: Callable[[Tensor], Tensor]) -> T_:
         elif isinstance(item, list):
             made[field.name] = [work(one) if isinstance(one, Tensor) else one for one in item]
         elif hasattr(item, "__dataclass_fields__"):
-            made[field.name] = _with_tensors(item, work)
+            made[field.name] = _map_tensors(item, work)
     return replace(value, **made)  # type: ignore[type-var]
 
 
@@ -130,7 +130,7 @@ class Targets:
         """Add up one value per target to one value per branch, shape (branches,)."""
         return values_N.new_zeros(self.branches).index_add_(0, self.branch, values_N)
 
-    def kept_mask(self) -> Tensor:
+    def self_attention_mask(self) -> Tensor:
         """Who may see whom among the kept slots, for a block with self-attention: (T, S, S) bool."""
         S = self.kept_branch.shape[1]
         q, k = self.kept_branch[:, :, None], self.kept_branch[:, None, :]
@@ -159,7 +159,7 @@ class PackedTrees:
         return ((place[:, None] >= place) & (place[:, None] <= self.last[:, None]))[:, None]
 
 
-def arrange(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
+def assign_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
     """Distribute trees over rows: next-fit in the given order, so that images keep their order. None: one a row."""
     rows: list[list[int]] = []
     used = 0
@@ -200,7 +200,7 @@ def _branch_numbers(tree: Tree) -> list[int]:
     return numbers
 
 
-def _last_places(tree: Tree) -> list[int]:
+def _last_queries(tree: Tree) -> list[int]:
     """For every position of a tree, counted from its start, the last one that sees it."""
     places = [len(tree) - 1] * len(tree.prefix)
     for branch in tree.branches:
@@ -208,7 +208,7 @@ def _last_places(tree: Tree) -> list[int]:
     return places
 
 
-def _positions(tree: Tree) -> list[int]:
+def _position_ids(tree: Tree) -> list[int]:
     start = len(tree.prefix)
     positions = list(range(start))
     for branch in tree.branches:
@@ -237,7 +237,7 @@ class TreeTargets:
         return TreeTargets(slot, id, branch, len(tree.branches), torch.tensor([numbers[position] for position in kept]))
 
 
-def join_targets(trees: Sequence[TreeTargets]) -> Targets:
+def concatenate_targets(trees: Sequence[TreeTargets]) -> Targets:
     """The targets of a batch of trees."""
     counts = torch.tensor([len(tree.id) for tree in trees])
     branches = torch.tensor([tree.branches for tree in trees])
@@ -251,19 +251,19 @@ def join_targets(trees: Sequence[TreeTargets]) -> Targets:
     )
 
 
-def targets_of(trees: Sequence[Tree], everything: bool = False) -> Targets:
+def batch_targets(trees: Sequence[Tree], everything: bool = False) -> Targets:
     """The targets of a batch; see `Targets`. `everything` keeps the states of all positions."""
-    return join_targets([TreeTargets.of(tree, everything) for tree in trees])
+    return concatenate_targets([TreeTargets.of(tree, everything) for tree in trees])
 
 
-def common_root(trees: Sequence[Tree], image_token_id: int) -> int:
+def common_root_length(trees: Sequence[Tree], image_token_id: int) -> int:
     """How many first tokens, before any image, all trees have in common; each keeps one of its prefix for itself."""
-    length = common_start([tree.prefix for tree in trees], min(len(tree.prefix) for tree in trees) - 1)
+    length = common_prefix_length([tree.prefix for tree in trees], min(len(tree.prefix) for tree in trees) - 1)
     beginning = trees[0].prefix[:length]
     return beginning.index(image_token_id) if image_token_id in beginning else length
 
 
-def whole_blocks(length: int) -> int:
+def round_up_to_blocks(length: int) -> int:
     """`length` rounded up to blocks of FlexAttention's mask."""
     return -(-length // BLOCK) * BLOCK
 
@@ -281,18 +281,18 @@ def pack(
 
     Args:
         round_up: from the positions that the longest row needs to those it gets.
-        root: first tokens that the trees of a row have once; see `common_root`.
+        root: first tokens that the trees of a row have once; see `common_root_length`.
         sharing: how many trees share a root at most; the next ones then have another one before them.
     """
     each = sharing or len(trees)
     once = 0 if sharing else root  # where several roots may stand in a row, each tree is counted with one
-    rows = arrange([len(tree) - once for tree in trees], None if row_length is None else row_length - once)
+    rows = assign_rows([len(tree) - once for tree in trees], None if row_length is None else row_length - once)
     L = round_up(max(root * -(-len(row) // each) + sum(len(trees[t]) - root for t in row) for row in rows))
     shape = (len(rows), L)
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
     tree_RL = torch.full(shape, PADDING)
     last = torch.arange(L, dtype=torch.int32).repeat(len(rows), 1)
-    targets = targets_of(trees, everything)
+    targets = batch_targets(trees, everything)
     keep = torch.zeros(targets.kept_branch.shape, dtype=torch.long)
     for r, row in enumerate(rows):
         start = shared = 0
@@ -302,9 +302,9 @@ def pack(
             skipped = root if number % each else 0  # what an earlier tree brought
             here = slice(start, start + len(tree) - skipped)
             ids[r, here] = torch.tensor(tokens[skipped:])
-            positions[r, here] = torch.tensor(_positions(tree)[skipped:])
+            positions[r, here] = torch.tensor(_position_ids(tree)[skipped:])
             tree_RL[r, here] = t
-            last[r, here] = start - skipped + torch.tensor(_last_places(tree)[skipped:], dtype=torch.int32)
+            last[r, here] = start - skipped + torch.tensor(_last_queries(tree)[skipped:], dtype=torch.int32)
             if not skipped:
                 shared = start
                 tree_RL[r, start : start + root] = ROOT

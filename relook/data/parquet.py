@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from relook.data.paths import located
+from relook.data.paths import resolve_extension
 from relook.data.samples import BadRecord
 from relook.errors import DataError
-from relook.files import whole_file
+from relook.files import atomic_file
 
 # ----------------------------------------------------------------------------------------------------
 # A preference pair with all that its file says of it: what conversions pass on, and parquet readers begin with.
@@ -42,18 +42,18 @@ class Embedded:
         return next((suffix for mark, suffix in MAGIC.items() if self.data.startswith(mark)), ".jpg")
 
 
-def leads_out(name: str) -> bool:
+def escapes_folder(name: str) -> bool:
     """Whether a file name of a data set would lead out of its folder: what is read or written by name would follow."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
-class BadRow(BadRecord):
+class InvalidPair(BadRecord):
     """Why a row is no preference pair of one image, one prompt and two answers."""
 
 
 @dataclass(frozen=True)
-class Row:
+class RawPair:
     """A pair. What a layout has beyond it stands in `extra`, by column."""
 
     images: tuple[Embedded, ...]
@@ -70,16 +70,16 @@ class Row:
             BadRow: it has none or several.
         """
         if len(self.images) != 1:
-            raise BadRow(f"{len(self.images)} images")
+            raise InvalidPair(f"{len(self.images)} images")
         return self.images[0]
 
 
 @dataclass(frozen=True)
-class Source:
+class PairFile:
     """An opened file or folder of pairs.
 
     Args:
-        rows: reads it from the start; a row that is no pair comes as a `BadRow`.
+        rows: reads it from the start; a row that is no pair comes as a `InvalidPair`.
         count: of rows.
         fields: pyarrow fields of the columns in `extra`.
         features: what Hugging Face's `datasets` says of those columns.
@@ -88,7 +88,7 @@ class Source:
     """
 
     layout: str
-    rows: Callable[[], Iterator[Row | BadRow]]
+    rows: Callable[[], Iterator[RawPair | InvalidPair]]
     count: int
     fields: tuple[Any, ...] = ()
     features: Mapping[str, Any] = field(default_factory=dict)
@@ -119,7 +119,7 @@ COLUMNS = {
 }
 TEXTS = ("question", "chosen", "rejected")
 # What RLHF-V's own programs ask for besides: type, and the value of a row that has none.
-_META_COLUMNS: dict[str, tuple[str, Callable[[Row, int], Any]]] = {
+_META_COLUMNS: dict[str, tuple[str, Callable[[RawPair, int], Any]]] = {
     "ds_name": ("string", lambda row, number: "relook"),
     "origin_dataset": ("string", lambda row, number: "relook"),
     "origin_split": ("string", lambda row, number: "{}"),
@@ -139,7 +139,7 @@ ROWS = 64  # read or written at a time: they hold images
 # Reading
 
 
-def kept(row: Row, layout: str) -> dict[str, Any]:
+def stored_columns(row: RawPair, layout: str) -> dict[str, Any]:
     """What a conversion kept of a row's source of that layout, beside the plain texts; empty where it kept nothing.
 
     Raises:
@@ -156,9 +156,9 @@ def kept(row: Row, layout: str) -> dict[str, Any]:
     return found
 
 
-def hadpo_record(row: Row) -> dict[str, Any]:
+def hadpo_record(row: RawPair) -> dict[str, Any]:
     """The record of HA-DPO's that a row was made of; empty where it comes from elsewhere."""
-    record: dict[str, Any] = kept(row, "hadpo").get("record", {})
+    record: dict[str, Any] = stored_columns(row, "hadpo").get("record", {})
     return record
 
 
@@ -167,7 +167,7 @@ def content_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Source:
+def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> PairFile:
     """Open a parquet file, or the files of a folder in order of name, which must have the same columns.
 
     Raises:
@@ -194,7 +194,7 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> So
 
     count = sum(parquet.read_metadata(file).num_rows for file in files)
 
-    def rows() -> Iterator[Row | BadRow]:
+    def rows() -> Iterator[RawPair | InvalidPair]:
         for file in files:
             for batch in _batches(file):
                 for values in batch.to_pylist():
@@ -204,7 +204,7 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> So
     described = {name: value for name, value in features.items() if name not in native}
     if layout != "rlaifv":  # whose columns are plain texts
         further.append(pyarrow().field(f"{layout}_record", "string"))
-    return Source(layout, rows, count, tuple(further), described, filled, forms)
+    return PairFile(layout, rows, count, tuple(further), described, filled, forms)
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -266,15 +266,15 @@ def _features(schema: Any) -> dict[str, Any]:
 
 def _row(
     layout: str, values: dict[str, Any], further: Sequence[str], schema: Any, folders: Sequence[Path]
-) -> Row | BadRow:
+) -> RawPair | InvalidPair:
     column = _image_column(list(values))
     texts = {name: values[name] for name in COLUMNS[layout] if name not in ("image", "images")}
     try:
         images = tuple(_embedded(one, folders) for one in _listed(values[column]))
         prompt, chosen, rejected = _plain(layout, texts)
-    except BadRow as bad:
+    except InvalidPair as bad:
         return bad
-    row = Row(images, prompt, chosen, rejected, {name: values[name] for name in further if name in values})
+    row = RawPair(images, prompt, chosen, rejected, {name: values[name] for name in further if name in values})
     if _without_none(_native(layout, row, schema)) == _without_none(texts):
         return row
     return replace(row, extra={**row.extra, f"{layout}_record": json.dumps(texts)})
@@ -291,14 +291,14 @@ def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
     data, path = (image.get(key) for key in ("bytes", "path")) if isinstance(image, dict) else (None, image)
     name = path if isinstance(path, str) else None
     if not data and name:
-        if leads_out(name):
-            raise BadRow("image path leads out of its folder")
-        found = next((file for folder in folders if (file := located(folder / name)).is_file()), None)
+        if escapes_folder(name):
+            raise InvalidPair("image path leads out of its folder")
+        found = next((file for folder in folders if (file := resolve_extension(folder / name)).is_file()), None)
         if found is None:
-            raise BadRow("image file missing")
+            raise InvalidPair("image file missing")
         data = found.read_bytes()
     if not isinstance(data, bytes):
-        raise BadRow("no image")
+        raise InvalidPair("no image")
     return Embedded(data, name)
 
 
@@ -310,34 +310,34 @@ def _plain(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
     """
     if layout == "trl":
         return (
-            _spoken(texts["prompt"], "prompt", "user"),
-            _spoken(texts["chosen"], "chosen", "assistant"),
-            _spoken(texts["rejected"], "rejected", "assistant"),
+            _message_text(texts["prompt"], "prompt", "user"),
+            _message_text(texts["chosen"], "chosen", "assistant"),
+            _message_text(texts["rejected"], "rejected", "assistant"),
         )
     if layout == "rlhfv":
         try:
             texts = json.loads(texts["text"])
         except (TypeError, ValueError):
-            raise BadRow("text is not JSON") from None
+            raise InvalidPair("text is not JSON") from None
     found = [texts.get(name) if isinstance(texts, dict) else None for name in TEXTS]
     if not all(isinstance(text, str) for text in found):
-        raise BadRow("no question, chosen or rejected")
+        raise InvalidPair("no question, chosen or rejected")
     return found[0], found[1], found[2]  # type: ignore[return-value]
 
 
-def _spoken(value: Any, column: str, role: str) -> str:
+def _message_text(value: Any, column: str, role: str) -> str:
     """The text of a TRL value: a string, or one message whose content is a string or parts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != role:
-        raise BadRow(f"{column} is not one {role} message")
+        raise InvalidPair(f"{column} is not one {role} message")
     content = value[0].get("content")
     if isinstance(content, str):
         return content
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     texts: list[Any] = [part.get("text") for part in parts if part.get("type") == "text"]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise BadRow(f"{column} holds no text")
+        raise InvalidPair(f"{column} holds no text")
     return "".join(texts)
 
 
@@ -362,7 +362,7 @@ def native_schema(layout: str) -> Any:
     return arrow.schema([(name, kinds.get(name, text)) for name in COLUMNS[layout]])
 
 
-def _native(layout: str, row: Row, schema: Any) -> dict[str, Any]:
+def _native(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
     """A row's plain texts as the layout's columns."""
     texts = dict(zip(TEXTS, (row.prompt, row.chosen, row.rejected), strict=True))
     if layout == "rlaifv":
@@ -386,7 +386,7 @@ def _message(kind: Any, role: str, text: str, images: int) -> Any:
     return [{"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}]
 
 
-def write_parquet(path: str | Path, layout: str, source: Source, rows: Iterator[Row]) -> int:
+def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterator[RawPair]) -> int:
     """Write pairs as one file of a layout; returns their number.
 
     Raises:
@@ -417,7 +417,7 @@ def write_parquet(path: str | Path, layout: str, source: Source, rows: Iterator[
     metadata[b"huggingface"] = json.dumps({"info": {"features": features}})
     schema = arrow.schema(fields, metadata)
     count = 0
-    with whole_file(path) as temporary, arrow.parquet.ParquetWriter(temporary, schema) as writer:
+    with atomic_file(path) as temporary, arrow.parquet.ParquetWriter(temporary, schema) as writer:
         batch: list[dict[str, Any]] = []
         for row in rows:
             values = {name: value(row, count) for name, (_, value) in fill.items() if name in filled}
@@ -430,7 +430,7 @@ def write_parquet(path: str | Path, layout: str, source: Source, rows: Iterator[
     return count
 
 
-def _earlier(source: Source, layout: str) -> Any:
+def _earlier(source: PairFile, layout: str) -> Any:
     """The columns of the file of that layout which the source was converted from; None where there was none."""
     held = source.forms.get(layout)
     if held is None:
@@ -453,11 +453,11 @@ def _table(batch: list[dict[str, Any]], schema: Any) -> Any:
         raise DataError(f"A value does not fit its column: {error}.", "Convert from the file itself.") from None
 
 
-def _values(layout: str, row: Row, schema: Any) -> dict[str, Any]:
+def _values(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
     """The layout's own columns of a row; those of an earlier file of the layout, where they still say the same."""
     texts = _native(layout, row, schema)
     if row.extra.get(f"{layout}_record") is not None:
-        earlier = kept(row, layout)
+        earlier = stored_columns(row, layout)
         if _plain(layout, earlier) == (row.prompt, row.chosen, row.rejected):
             texts = earlier
     column = _image_column(schema.names)

@@ -14,7 +14,7 @@ from pathlib import Path
 COCO = ("", "coco2014/")  # the second is HA-DPO's
 
 
-def first(folder: Path, *places: str) -> Path:
+def first_existing(folder: Path, *places: str) -> Path:
     """Return the first of some places in a folder that exists; the first of all where none does."""
     return next((folder / place for place in places if (folder / place).exists()), folder / places[0])
 
@@ -22,37 +22,37 @@ def first(folder: Path, *places: str) -> Path:
 def pope_file(folder: Path, split: str) -> Path:
     """Return POPE's question file of a split."""
     places = ("pope/", "", "output/coco/", "POPE/output/coco/")
-    return first(folder, *(f"{place}coco_pope_{split}.json" for place in places))
+    return first_existing(folder, *(f"{place}coco_pope_{split}.json" for place in places))
 
 
 def coco_images(folder: Path) -> Path:
     """Return the folder of COCO's val2014 images."""
-    return first(folder, *(f"{place}val2014" for place in COCO), "images")
+    return first_existing(folder, *(f"{place}val2014" for place in COCO), "images")
 
 
 def coco_annotations(folder: Path, kind: str) -> Path:
     """Return COCO's annotations of val2014: of `instances` or `captions`."""
-    return first(folder, *(f"{place}annotations/{kind}_val2014.json" for place in COCO))
+    return first_existing(folder, *(f"{place}annotations/{kind}_val2014.json" for place in COCO))
 
 
 def visual_genome(folder: Path) -> Path:
     """Return Visual Genome's folder, with `image_data.json`."""
-    return first(folder, "vg/image_data.json", "VG/image_data.json", "image_data.json").parent
+    return first_existing(folder, "vg/image_data.json", "VG/image_data.json", "image_data.json").parent
 
 
 def shr_file(folder: Path, name: str) -> Path:
     """Return one of SHR's files."""
-    return first(folder, f"shr/{name}", name)
+    return first_existing(folder, f"shr/{name}", name)
 
 
 def amber_file(folder: Path, name: str) -> Path:
     """Return one of AMBER's files, `data/...` in its repository."""
-    return first(_amber(folder), f"data/{name}", name)
+    return first_existing(_amber(folder), f"data/{name}", name)
 
 
 def amber_images(folder: Path) -> Path:
     """Return the folder of AMBER's images."""
-    return first(_amber(folder), "image", "images", "data/image")
+    return first_existing(_amber(folder), "image", "images", "data/image")
 
 
 def _amber(folder: Path) -> Path:
@@ -63,7 +63,7 @@ def _amber(folder: Path) -> Path:
 # Image files whose extension is not the one in the record: `x.JPG` or `x.gif` for `x.jpg`. Standard library alone.
 
 
-def located(path: Path) -> Path:
+def resolve_extension(path: Path) -> Path:
     """Return the path, or where nothing is there, that of a file whose extension differs in case alone."""
     if path.is_file():
         return path

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.annotations import read_image_paths
-from relook.data.parquet import BadRow, Embedded, content_hash, hadpo_record, open_parquet
-from relook.data.paths import located
+from relook.data.parquet import Embedded, InvalidPair, content_hash, hadpo_record, open_parquet
+from relook.data.paths import resolve_extension
 from relook.data.samples import (
     BadRecord,
     Conversation,
+    DropLog,
     PreferencePair,
     ReadReport,
-    Sieve,
     Turn,
     as_bool,
     as_id,
@@ -27,7 +27,7 @@ from relook.data.samples import (
 )
 from relook.data.templates import IMAGE
 from relook.errors import DataError
-from relook.files import read_json, whole_file
+from relook.files import atomic_file, read_json
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ def read_hadpo(
     pope_data_path = None if pope_data_path is None else Path(pope_data_path)
     if desc_data_path is None and pope_data_path is None:
         raise DataError("There are no preference pairs to read.", "Set desc_data_path, pope_data_path or both.")
-    sieve = Sieve(" + ".join(str(path) for path in (desc_data_path, pope_data_path) if path), on_bad)
+    sieve = DropLog(" + ".join(str(path) for path in (desc_data_path, pope_data_path) if path), on_bad)
     paths = read_image_paths(vg_path)
     pairs: list[PreferencePair] = []
     note = ""
@@ -94,14 +94,14 @@ def _typed(path: Path, kind: type) -> Any:
 
 
 def _descriptions(
-    data: Mapping[str, Any], paths: Mapping[str, Path], rng: random.Random, sieve: Sieve
+    data: Mapping[str, Any], paths: Mapping[str, Path], rng: random.Random, sieve: DropLog
 ) -> list[PreferencePair]:
     pairs = []
     for image_id, record in data.items():
         name = f"desc-{image_id}"
         try:
             # The draws come before any check: dropping a record must not change what is drawn for the next ones.
-            pairs.append(_pair(name, image_id, *draw(record, rng), paths))
+            pairs.append(_pair(name, image_id, *draw_description_pair(record, rng), paths))
         except BadRecord as bad:
             sieve.drop(name, str(bad))
     return pairs
@@ -119,7 +119,7 @@ def choices(record: Any) -> tuple[list[Any], list[Any]]:
     return chosen, rejected
 
 
-def draw(record: Any, rng: random.Random) -> tuple[Any, Any, Any]:
+def draw_description_pair(record: Any, rng: random.Random) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected of one description record, drawn in the original's order.
 
     Raises:
@@ -141,7 +141,7 @@ def answered_correctly(record: Mapping[str, Any]) -> bool:
     return correct
 
 
-def _questions(data: list[Any], paths: Mapping[str, Path], sieve: Sieve) -> list[PreferencePair]:
+def _questions(data: list[Any], paths: Mapping[str, Path], sieve: DropLog) -> list[PreferencePair]:
     pairs = []
     for number, record in enumerate(data):
         name = f"pope-{number}"
@@ -165,7 +165,7 @@ def _pair(
         raise BadRecord(fault)
     if (path := paths.get(as_id(image_id))) is None:
         raise BadRecord("image id not in image_data.json")
-    if not (path := located(path)).is_file():
+    if not (path := resolve_extension(path)).is_file():
         raise BadRecord("image file missing")
     return PreferencePair(name, path, prompt, chosen, rejected)
 
@@ -190,7 +190,7 @@ def read_llava(
         DataError: the file or folder is missing, the file is no JSON array, or a record is bad and `on_bad` is "error".
     """
     data_path, image_folder = Path(data_path), Path(image_folder)
-    sieve = Sieve(str(data_path), on_bad)
+    sieve = DropLog(str(data_path), on_bad)
     records = read_json(data_path)
     if not isinstance(records, list):
         raise DataError(f"{data_path} is not a JSON array.", "Give a file in LLaVA's conversation layout.")
@@ -204,7 +204,7 @@ def read_llava(
         except BadRecord as bad:
             sieve.drop(name, str(bad))
             continue
-        images = tuple(map(located, sample.images))
+        images = tuple(map(resolve_extension, sample.images))
         if all(image.is_file() for image in images):
             samples.append(replace(sample, images=images))
         else:
@@ -271,11 +271,11 @@ def read_pairs(
     path = Path(path)
     image_folder = None if image_folder is None else Path(image_folder)
     folder = image_folder or path.with_name(f"{path.stem}_images")
-    sieve, pairs = Sieve(str(path), on_bad), []
+    sieve, pairs = DropLog(str(path), on_bad), []
     for number, row in enumerate(open_parquet(path, folder).rows()):
         name = f"row-{number}"
         try:
-            if isinstance(row, BadRow):
+            if isinstance(row, InvalidPair):
                 raise row
             if answered_correctly(hadpo_record(row)):
                 sieve.skip("answered correctly")
@@ -291,6 +291,6 @@ def read_pairs(
 def _extracted(image: Embedded, folder: Path) -> Path:
     path = folder / f"{content_hash(image.data)}{image.suffix}"
     if not path.exists():
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_bytes(image.data)
     return path

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relook.errors import DataError, RecipeError, some
+from relook.errors import DataError, RecipeError, preview
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -86,12 +86,12 @@ class ReadReport:
         """One line: how many were kept, skipped and dropped, and why."""
         parts = [f"{self.kept:,} samples"]
         parts += [f"{count:,} skipped ({reason})" for reason, count in self.skipped.items()]
-        faults = "; ".join(f"{reason}: {len(names):,} ({some(names, 3)})" for reason, names in self.reasons.items())
+        faults = "; ".join(f"{reason}: {len(names):,} ({preview(names, 3)})" for reason, names in self.reasons.items())
         parts.append(f"{self.dropped:,} dropped ({faults})" if faults else "none dropped")
         return f"{self.source}: {', '.join(parts)}."
 
 
-class Sieve:
+class DropLog:
     """Collects what a reader leaves out while it reads; `report` closes the account.
 
     Args:

@@ -14,7 +14,7 @@ EOS = "</s>"
 
 
 @dataclass(frozen=True)
-class Piece:
+class TemplatePiece:
     """A stretch of a rendered conversation: `supervised` where it is a response and what ends it."""
 
     text: str
@@ -50,19 +50,22 @@ class Template:
         """The text that ends an answer, where that is not the end-of-text token: generation has to look for it."""
         return self.end.replace(EOS, "").strip()
 
-    def render(self, turns: Sequence[Turn], open_end: bool = False) -> list[Piece]:
+    def render(self, turns: Sequence[Turn], open_end: bool = False) -> list[TemplatePiece]:
         """The pieces of a conversation. With `open_end` the last response is left for the model to write."""
         if self.captions and not open_end:
             return [
                 piece
                 for turn in turns
-                for piece in (Piece(IMAGE * turn.prompt.count(IMAGE)), Piece(turn.response + self.end, True))
+                for piece in (
+                    TemplatePiece(IMAGE * turn.prompt.count(IMAGE)),
+                    TemplatePiece(turn.response + self.end, True),
+                )
             ]
         pieces = []
         for i, turn in enumerate(turns):
-            pieces.append(Piece(f"{self.later if i else self.first}{turn.prompt}{self.cue}"))
+            pieces.append(TemplatePiece(f"{self.later if i else self.first}{turn.prompt}{self.cue}"))
             if not (open_end and i == len(turns) - 1):
-                pieces.append(Piece(f"{self.lead}{turn.response}{self.end}", True))
+                pieces.append(TemplatePiece(f"{self.lead}{turn.response}{self.end}", True))
         return pieces
 
 

@@ -12,16 +12,16 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from relook.data.encode import Example
-from relook.data.packing import arrange, common_root, kept_positions, whole_blocks
+from relook.data.packing import assign_rows, common_root_length, kept_positions, round_up_to_blocks
 from relook.forward.activation_memory import staying
-from relook.forward.collate import SHARING
+from relook.forward.collate import TREES_PER_ROOT
 from relook.forward.packed_attention import ADAPTER, ATTENTION_INPUTS, MLP_INPUTS, packs
-from relook.forward.policy import LOGITS_BYTES, ROWS, Policy
-from relook.model.families import feature_size
+from relook.forward.policy import LOGITS_BYTES, ROWS_IN_FLOAT32, Policy
+from relook.model.families import vision_feature_width
 from relook.model.post_decoder import PostDecoder
 from relook.recipe import Recipe
 from relook.train.cache_store import SHARD_BYTES
-from relook.train.feature_cache import IMAGES
+from relook.train.feature_cache import IMAGE_BATCH
 
 # ----------------------------------------------------------------------------------------------------
 # How many bytes a step keeps for its backward pass, from shapes alone: what `relook estimate` calls activations.
@@ -37,7 +37,7 @@ from relook.train.feature_cache import IMAGES
 
 
 @dataclass(frozen=True)
-class Counts:
+class BatchCounts:
     """How large a batch is.
 
     Args:
@@ -60,7 +60,7 @@ class Counts:
     trees: int
 
     @staticmethod
-    def of(examples: Sequence[Example], rows: Sequence[int], policy: Policy) -> Counts:
+    def of(examples: Sequence[Example], rows: Sequence[int], policy: Policy) -> BatchCounts:
         """The batch that `Collator` makes of examples.
 
         Args:
@@ -68,14 +68,16 @@ class Counts:
         """
         trees = [example.tree for example in examples]
         distinct = {id(tree): tree for tree in trees}.values()  # assumed ones are all the same
-        root = common_root(trees, policy.config.image_token_id)
+        root = common_root_length(trees, policy.config.image_token_id)
         lengths = sorted((len(tree) - root for tree in trees), reverse=True)
         packed = packs(policy.trunk_pass)
-        row = whole_blocks(root * -(-len(trees) // SHARING) + sum(lengths)) if packed else root + lengths[0]
-        return Counts(
-            positions=row if packed else row * len(arrange(lengths, lengths[0])),
+        row = (
+            round_up_to_blocks(root * -(-len(trees) // TREES_PER_ROOT) + sum(lengths)) if packed else root + lengths[0]
+        )
+        return BatchCounts(
+            positions=row if packed else row * len(assign_rows(lengths, lengths[0])),
             row=row,
-            slots=len(trees) * max(len(kept_positions(tree, policy.keeps_everything)) for tree in distinct),
+            slots=len(trees) * max(len(kept_positions(tree, policy.needs_all_states)) for tree in distinct),
             targets=sum(sum(branch.supervised) for tree in trees for branch in tree.branches),
             images=sum(len(example.images) for example in examples),
             features=sum(rows),
@@ -85,7 +87,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedBytes:
     """Bytes that a part of the model keeps.
 
     Args:
@@ -105,7 +107,7 @@ class Kept:
         return self.each * positions + self.fixed
 
 
-def within(budget: float, given: int, *parts: tuple[Kept, int]) -> int:
+def saved_within_budget(budget: float, given: int, *parts: tuple[SavedBytes, int]) -> int:
     """Bytes that a layer keeps of its parts, each with its number of positions, under torch's
     `activation_memory_budget`, where it is compiled. `given` bytes are its input.
 
@@ -120,7 +122,7 @@ def within(budget: float, given: int, *parts: tuple[Kept, int]) -> int:
 
 def decoder_layer_bytes(
     layer: nn.Module, text: Any, row: int, how: str, low: int, mixed: bool, dropout: float
-) -> tuple[Kept, Kept]:
+) -> tuple[SavedBytes, SavedBytes]:
     """A decoder layer of the language model, with or without LoRA: its attention and its gated MLP, each with the norm
     before it.
 
@@ -158,7 +160,7 @@ def decoder_layer_bytes(
     inputs = {**dict.fromkeys((*ATTENTION_INPUTS, *MLP_INPUTS), D), "o_proj": A, "down_proj": F}
     wanted = list(adapters) if adapters else list(inputs) if trains else []
 
-    def part(each: int, names: Sequence[str], workspace: int = 0) -> Kept:
+    def part(each: int, names: Sequence[str], workspace: int = 0) -> SavedBytes:
         """With what its linear layers are given, for the gradients of their weights."""
         here = [name for name in names if name in wanted]
         if adapters and dropout:  # each its own, and the mask in bytes
@@ -174,7 +176,7 @@ def decoder_layer_bytes(
             each += 2 * module.out_features * low if dora else 0  # its scale multiplies the outputs of base and LoRA
         weights = (p for name, p in layer.named_parameters() if p.requires_grad and p.ndim > 1 and _of(name, names))
         fixed = sum(p.numel() for p in weights) * low if mixed else 0
-        return Kept(each + given, fixed, given if compiled else 0, workspace)
+        return SavedBytes(each + given, fixed, given if compiled else 0, workspace)
 
     # Gradients of the MLP's three wide tensors and of the residual stream; peft's casts make one of them float32.
     workspace = 3 * F * low + 4 * D * stream + (F * 4 if adapters and mixed and not compiled else 0)
@@ -185,13 +187,13 @@ def _of(parameter: str, modules: Sequence[str]) -> bool:
     return bool(set(parameter.split(".")) & set(modules))
 
 
-def projector_bytes(config: Any, low: int, mixed: bool) -> Kept:
+def projector_bytes(config: Any, low: int, mixed: bool) -> SavedBytes:
     """A projector that trains, for a row of vision features: two linear layers' inputs, and the first one's output."""
-    D, V = config.text_config.hidden_size, feature_size(config)
-    return Kept(int(V + 2 * D) * low, int(V * D + D * D) * low if mixed else 0)
+    D, V = config.text_config.hidden_size, vision_feature_width(config)
+    return SavedBytes(int(V + 2 * D) * low, int(V * D + D * D) * low if mixed else 0)
 
 
-def post_decoder_bytes(decoder: PostDecoder, counts: Counts, low: int, mixed: bool) -> tuple[int, int]:
+def post_decoder_bytes(decoder: PostDecoder, counts: BatchCounts, low: int, mixed: bool) -> tuple[int, int]:
     """Bytes that a post decoder keeps for a batch: of its text side, and of its image side, which goes back last.
 
     LayerNorm runs in float32 under CUDA's autocast: its input is kept so, with mean and deviation.
@@ -229,7 +231,7 @@ def logits_bytes(vocabulary: int, targets: int, low: int, compiled: bool) -> tup
     of them in float32.
     """
     rows = min(targets, max(1, LOGITS_BYTES // (4 * vocabulary)))
-    parts = 0 if compiled else max(rows * vocabulary * low, 3 * min(ROWS, rows) * vocabulary * 4)
+    parts = 0 if compiled else max(rows * vocabulary * low, 3 * min(ROWS_IN_FLOAT32, rows) * vocabulary * 4)
     return 2 * rows * vocabulary * low, parts
 
 
@@ -259,8 +261,8 @@ class Job:
     recipe: Recipe
     policy: Policy
     whole: Policy
-    batch: Counts
-    reading: Counts
+    batch: BatchCounts
+    reading: BatchCounts
     cache: int
     keeps_features: bool
     one_type: bool
@@ -289,8 +291,8 @@ class Job:
     @cached_property
     def frozen(self) -> int:
         """Bytes of the weights that do not train. The projector's are there beside cached states, too."""
-        return _frozen(self.policy, self.recipe) + (
-            _held(self.whole, "multi_modal_projector") if self.recipe.cached_trunk else 0
+        return _frozen_bytes(self.policy, self.recipe) + (
+            _weight_bytes(self.whole, "multi_modal_projector") if self.recipe.cached_trunk else 0
         )
 
     @cached_property
@@ -299,7 +301,7 @@ class Job:
 
     @cached_property
     def frozen_whole(self) -> int:
-        return _frozen(self.whole, self.recipe)
+        return _frozen_bytes(self.whole, self.recipe)
 
     @cached_property
     def around(self) -> int:
@@ -309,7 +311,7 @@ class Job:
         inside = {id(p) for block in blocks for p in block.parameters()}
         return sum(p.numel() for p in core.parameters() if id(p) not in inside)
 
-    def resized(self, recipe: Recipe, batch: Counts, reading: Counts) -> Job:
+    def resized(self, recipe: Recipe, batch: BatchCounts, reading: BatchCounts) -> Job:
         """The same model by another batch, or in other bits. Sums over its tensors, which take longest, are kept."""
         job = replace(self, recipe=recipe, batch=batch, reading=reading)
         kept = {"trained", "trained_whole", "around", "tower"}
@@ -322,7 +324,7 @@ class Job:
         return self.whole.core.model.language_model.layers
 
     @cached_property
-    def layer(self) -> tuple[Kept, Kept]:
+    def layer(self) -> tuple[SavedBytes, SavedBytes]:
         """What a decoder layer keeps, where gradients flow through the trunk: its attention and its MLP."""
         return decoder_layer_bytes(
             self.layers[0],
@@ -351,30 +353,30 @@ class Job:
         return -(-len(self.layers) // int(arguments.get("every_n_layers", 1)))
 
     @property
-    def leaving(self) -> int:
+    def saved(self) -> int:
         """How many decoder layers' activations are not on the GPU at the beginning of the backward pass."""
         return len(self.layers) - staying(len(self.layers), self.policy.activation_offloading)
 
     @cached_property
     def tower(self) -> int:
         """Bytes of the vision tower."""
-        return _held(self.whole, "vision_tower")
+        return _weight_bytes(self.whole, "vision_tower")
 
     @property
     def recomputed_share(self) -> float:
         return self.recomputed / len(self.layers)
 
     @cached_property
-    def one_layer(self) -> int:
+    def layer_saved_bytes(self) -> int:
         """Bytes that one decoder layer keeps where nothing is computed again."""
         return 0 if self.recipe.frozen_trunk else sum(part.of(self.batch.positions) for part in self.layer)
 
     @property
-    def one_kept(self) -> int:
+    def resident_layer_bytes(self) -> int:
         """Bytes that a decoder layer keeps, the last one aside."""
-        return self.kept_layer(self.batch.positions)
+        return self.saved_per_layer(self.batch.positions)
 
-    def kept_layer(self, positions: int) -> int:
+    def saved_per_layer(self, positions: int) -> int:
         """Bytes that it keeps under the recipe's `activation_memory_budget`.
 
         Args:
@@ -383,12 +385,12 @@ class Job:
         if self.recipe.frozen_trunk:
             return 0
         parts = zip(self.layer, (self.batch.positions, positions), strict=True)
-        return within(self.policy.activation_memory_budget, self.layer_input, *parts)
+        return saved_within_budget(self.policy.activation_memory_budget, self.layer_input, *parts)
 
     @property
     def again(self) -> int:
         """Bytes that the backward pass of a decoder layer computes again before it begins."""
-        return self.one_layer - (0 if self.recomputed else self.one_kept)
+        return self.layer_saved_bytes - (0 if self.recomputed else self.resident_layer_bytes)
 
     @property
     def layer_input(self) -> int:
@@ -396,13 +398,13 @@ class Job:
         return self.batch.positions * self.width * stream
 
     @cached_property
-    def kept_below(self) -> int:
+    def saved_below_layers(self) -> int:
         """Bytes that the trunk and the projector keep for the backward pass."""
         low, batch, total = self.low, self.batch, 0
         if not self.recipe.frozen_trunk:
-            whole = len(self.layers) - self.recomputed - self.leaving
+            whole = len(self.layers) - self.recomputed - self.saved
             if whole:
-                total += (whole - 1) * self.one_kept + self.kept_layer(self.last_positions)
+                total += (whole - 1) * self.resident_layer_bytes + self.saved_per_layer(self.last_positions)
             total += self.recomputed * self.layer_input
             total += self.last_positions * (4 * self.width + 4)  # the last norm
         if self.recipe.tune_mm_mlp_adapter or self.recipe.full:
@@ -411,7 +413,7 @@ class Job:
         return total
 
     @cached_property
-    def kept_above(self) -> tuple[int, int]:
+    def saved_above_layers(self) -> tuple[int, int]:
         """The same of what stands above the trunk, logits aside: of the text, and of the images."""
         head, decoder = self.policy.core.lm_head.weight, self.policy.post_decoder
         flows = self.recipe.tune_post_decoder or not self.recipe.frozen_trunk
@@ -426,22 +428,22 @@ class Job:
     @property
     def kept(self) -> int:
         """All bytes kept at the beginning of the backward pass, without logits."""
-        return self.kept_below + sum(self.kept_above)
+        return self.saved_below_layers + sum(self.saved_above_layers)
 
     @cached_property
     def waiting(self) -> int:
         """Bytes of the batch, and of the next one, which accelerate has ready on the GPU."""
         batch, side = self.batch, int(self.policy.config.vision_config.image_size)
-        width = feature_size(self.policy.config)
+        width = vision_feature_width(self.policy.config)
         if self.recipe.cached_trunk:
             states = 2 * batch.slots * self.width
-            looked_at = batch.padded_features * width if self.policy.reads_image else 0
+            looked_at = batch.padded_features * width if self.policy.needs_vision_features else 0
             return (states + looked_at) * self.low
         return 2 * (
             batch.features * width * self.low if self.keeps_features else self.pictures(batch) * 3 * side**2 * 4
         )
 
-    def pictures(self, counts: Counts) -> int:
+    def pictures(self, counts: BatchCounts) -> int:
         """Images, or the tiles that they are cut into."""
         vision = self.whole.config.vision_config
         return counts.features // int(vision.image_size // vision.patch_size) ** 2
@@ -468,7 +470,7 @@ class Job:
         # The tower gives the states of all its layers.
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
         seeing = patches * vision.hidden_size * (vision.num_hidden_layers + 1) * self.low
-        moments = [seeing * IMAGES if self.keeps_features else 0]
+        moments = [seeing * IMAGE_BATCH if self.keeps_features else 0]
         if self.recipe.cached_trunk or self.recipe.needs_reference:
             cast = 4 if self.recipe.lora_enable and self.mixed and self.policy.trunk_pass != "compiled" else 0
             # Some states of the residual stream, and the MLP's three wide ones.
@@ -489,22 +491,22 @@ class Job:
         return int(self.recipe.training.get("gradient_accumulation_steps", 1)) > 1
 
 
-def _held(whole: Policy, part: str) -> int:
+def _weight_bytes(whole: Policy, part: str) -> int:
     """Bytes of the weights of a part of the base model."""
     return sum(p.nbytes for p in getattr(whole.core.model, part).parameters())
 
 
-def _frozen(policy: Policy, recipe: Recipe) -> int:
+def _frozen_bytes(policy: Policy, recipe: Recipe) -> int:
     """Bytes of the weights that do not train, the language model's linear layers in the recipe's bits."""
     total = 0.0
     for name, parameter in policy.core.named_parameters():
         if not parameter.requires_grad:
             quantised = recipe.bits != 16 and "language_model.layers." in name and parameter.ndim == 2
-            total += parameter.numel() * (_quantised(recipe) if quantised else parameter.element_size())
+            total += parameter.numel() * (_quantised_number_bytes(recipe) if quantised else parameter.element_size())
     return round(total)
 
 
-def _quantised(recipe: Recipe) -> float:
+def _quantised_number_bytes(recipe: Recipe) -> float:
     """Bytes of a number under bitsandbytes: 8 bits and a scale for each row, which is little; 4 bits and a scale for
     64 of them, in float32 or, with double_quant, in 8 bits with a float32 for 256 (arXiv:2305.14314, section 3)."""
     if recipe.bits == 8:
@@ -536,7 +538,7 @@ FASTEST = ("one GPU", "DDP", "ZeRO-2", "FSDP2", "ZeRO-2, offload", "ZeRO-3", "Ze
 
 
 @dataclass(frozen=True)
-class Way:
+class Strategy:
     """What one GPU holds, in bytes.
 
     Args:
@@ -570,7 +572,7 @@ class Way:
         return max(self.peak, self.before) + CONTEXT <= memory
 
 
-def ways(job: Job, apart: Job, gpus: int) -> list[Way]:
+def ways(job: Job, apart: Job, gpus: int) -> list[Strategy]:
     """A run on some GPUs, in each way that they can share it; the recipe's own one first.
 
     Args:
@@ -580,8 +582,8 @@ def ways(job: Job, apart: Job, gpus: int) -> list[Way]:
     optimizer, N = job.state * job.trained, gpus
     if N == 1 and job.keeps_features:
         frozen -= job.tower  # `Policy.rest_tower`
-    name, buckets, away = "DDP" if N > 1 else "one GPU", trained if N > 1 else 0, job.leaving * job.one_kept
-    found = [_way(name, job, frozen + trained, trained, optimizer, buckets, away)]
+    name, buckets, away = "DDP" if N > 1 else "one GPU", trained if N > 1 else 0, job.saved * job.resident_layer_bytes
+    found = [_build_strategy(name, job, frozen + trained, trained, optimizer, buckets, away)]
     if job.recipe.bits == 16:  # quantised weights are not taken apart
         found += [_fsdp(apart, N)] if N > 1 else []
         found += [_deepspeed(name, apart, N) for name in DEEPSPEED if N > 1 or name.endswith("offload")]
@@ -590,16 +592,16 @@ def ways(job: Job, apart: Job, gpus: int) -> list[Way]:
     return sorted(found, key=lambda way: way.name != own)
 
 
-def _fsdp(job: Job, N: int) -> Way:
+def _fsdp(job: Job, N: int) -> Strategy:
     """FSDP2 as `sharding.prepare_fsdp` sets it up: what trains in float32, gathered in the type of the products."""
     # Whole at a time: what stands around the layers, one layer, and the next one on its way.
     layer = sum(p.numel() for p in job.layers[0].parameters()) if not job.recipe.cached_trunk else 0
     weights = (job.frozen + 4 * job.trained) // N
     gathered = (job.around + 2 * layer) * job.low
-    return _way("FSDP2", job, weights, 4 * job.trained // N, job.state * job.trained // N, gathered)
+    return _build_strategy("FSDP2", job, weights, 4 * job.trained // N, job.state * job.trained // N, gathered)
 
 
-def _deepspeed(name: str, job: Job, N: int) -> Way:
+def _deepspeed(name: str, job: Job, N: int) -> Strategy:
     """DeepSpeed: all weights in the type of the products, and a float32 copy of what trains with its optimizer."""
     stage, offload = int(name[4]), name.endswith("offload")
     everything = job.frozen + job.low * job.trained
@@ -614,17 +616,19 @@ def _deepspeed(name: str, job: Job, N: int) -> Way:
         copy, gradients, weights = 0, 0 if stage == 2 else gradients, 0 if stage == 3 else weights
     else:
         gradients += 4 * job.trained // N  # in float32 for the step
-    return _way(DEEPSPEED[name], job, weights, gradients, copy, buckets + live, processor)
+    return _build_strategy(DEEPSPEED[name], job, weights, gradients, copy, buckets + live, processor)
 
 
-def _way(name: str, job: Job, weights: int, gradients: int, optimizer: int, workspace: int, processor: int = 0) -> Way:
+def _build_strategy(
+    name: str, job: Job, weights: int, gradients: int, optimizer: int, workspace: int, processor: int = 0
+) -> Strategy:
     """Everything at the moment of a step when there is most."""
     always = {"weights": weights, "optimizer": optimizer, "cache": job.cache}
     base = workspace + LIBRARIES + job.waiting
     moments = [{**always, **moment, "workspace": base + moment["workspace"]} for moment in _moments(job, gradients)]
     most = max(moments, key=lambda parts: sum(parts.values()))
     largest = {part: max(moment.get(part, 0) for moment in moments) for part in PARTS}
-    return Way(name, {part: most.get(part, 0) for part in PARTS}, largest, job.before, processor)
+    return Strategy(name, {part: most.get(part, 0) for part in PARTS}, largest, job.before, processor)
 
 
 def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
@@ -637,15 +641,15 @@ def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
     compiled = job.policy.trunk_pass == "compiled"
     logits, rows = logits_bytes(job.text.vocab_size, job.batch.targets, job.low, compiled)
     held = gradients if job.accumulates else 0  # from the micro-batches before
-    head, above = _share(job, job.policy.core.lm_head), _share(job, job.policy.post_decoder)
-    images = job.kept_above[1]
+    head, above = _trained_share(job, job.policy.core.lm_head), _trained_share(job, job.policy.post_decoder)
+    images = job.saved_above_layers[1]
     looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # gradients of keys and values
-    layer = job.kept_below + job.again
+    layer = job.saved_below_layers + job.again
     casts = round(head * job.trained) * job.low  # of lm_head's gradient, before it is float32
     # As layers go back others return: until the last has, there are as many as may be, beside gradients of the rest.
-    there, gone = len(job.layers) - job.leaving, head + above + (1 - head - above) * job.leaving / len(job.layers)
+    there, gone = len(job.layers) - job.saved, head + above + (1 - head - above) * job.saved / len(job.layers)
     returned = {
-        "activations": there * job.one_kept + job.again,
+        "activations": there * job.resident_layer_bytes + job.again,
         "gradients": max(held, round(gone * gradients)),
         "workspace": job.backward,
     }
@@ -654,15 +658,15 @@ def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
     return [
         {"activations": job.kept, "logits": logits, "gradients": held, "workspace": rows},
         {"activations": job.kept, "logits": logits // 2, "gradients": after_head, "workspace": casts},
-        {"activations": job.kept_below + images, "gradients": after_all, "workspace": looking},
+        {"activations": job.saved_below_layers + images, "gradients": after_all, "workspace": looking},
         {"activations": layer, "gradients": after_all, "workspace": job.backward},
-        *([returned] if job.leaving else []),
-        {"activations": job.one_layer, "gradients": gradients, "workspace": job.backward},
+        *([returned] if job.saved else []),
+        {"activations": job.layer_saved_bytes, "gradients": gradients, "workspace": job.backward},
         {"gradients": gradients, "workspace": 0},
     ]
 
 
-def _share(job: Job, module: nn.Module | None) -> float:
+def _trained_share(job: Job, module: nn.Module | None) -> float:
     """Of all that trains."""
     parameters = [] if module is None else list(module.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad) / job.trained

@@ -19,35 +19,35 @@ import yaml
 
 from relook.console import output, plain_table, readable_size
 from relook.data.encode import Example
-from relook.data.images import Picture
-from relook.data.packing import Row, Tree, common_root, kept_positions
+from relook.data.images import ImageSource
+from relook.data.packing import TokenRow, Tree, common_root_length, kept_positions
 from relook.errors import DataError, RecipeError, RelookError
-from relook.estimate.memory import FASTEST, FLAGS, PARTS, Counts, Job, Way, ways
-from relook.files import read_object
+from relook.estimate.memory import FASTEST, FLAGS, PARTS, BatchCounts, Job, Strategy, ways
+from relook.files import read_json_object
 from relook.flags import renamed
-from relook.forward.collate import SHARING, Item, Work, corrupted
+from relook.forward.collate import TREES_PER_ROOT, BatchStats, Item, corrupted
 from relook.forward.packed_attention import BUDGET, packs
 from relook.forward.policy import Policy
-from relook.model.checkpoint import CHANGE_FILE
-from relook.model.families import feature_rows, has_post_decoder, trunk_of, with_post_decoder
-from relook.model.lazy_model import ModelSource, open_model
-from relook.model.load import AboveTrunk, LoadedModel
-from relook.model.trainable import with_regime
-from relook.recipe import Recipe, build_recipe, parse_overrides, read_shipped
-from relook.train.cache_store import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, Plan, half_of_memory_takes
-from relook.train.feature_cache import FOLDER, keeps_features
-from relook.train.metrics import Costs
+from relook.model.checkpoint import ADAPTER_FILE
+from relook.model.families import family_of, has_post_decoder, vision_feature_count, with_post_decoder
+from relook.model.lazy_model import LazyModel, open_folder
+from relook.model.load import HeadModel, LoadedModel
+from relook.model.trainable import add_trainable_modules
+from relook.recipe import Recipe, build_recipe, parse_overrides, read_yaml_or_shipped
+from relook.train.cache_store import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, CachePlan, fits_half_of_memory
+from relook.train.feature_cache import CACHE_DIR, keeps_features
+from relook.train.metrics import StepCosts
 from relook.train.run import RUN_FILE, read_samples
 
 GIB = 2**30
 SAMPLES = 2000  # of the data that lengths are taken from
 SIZE = (480, 640)  # height and width of an image where the data is not there
 ENOUGH = 4  # samples that keep a GPU busy: smaller micro-batches wait for the host (benchmarks/RESULTS.md)
-NOT_GIVEN = "not-given"  # in place of a path that only the data or the result needs; never shown
+PLACEHOLDER = "not-given"  # in place of a path that only the data or the result needs; never shown
 
 
 @dataclass(frozen=True)
-class Assumed:
+class AssumedData:
     """What is assumed where the recipe's data is not there.
 
     Args:
@@ -69,7 +69,7 @@ class Assumed:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class DataLengths:
     """The trees of a run, or of a part of its samples.
 
     Args:
@@ -81,7 +81,7 @@ class Lengths:
     examples: Sequence[Example]
     total: int
     source: str
-    size: Callable[[Picture], tuple[int, int]]
+    size: Callable[[ImageSource], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def estimate(
     recipe: Recipe,
     gpus: int = 1,
     gpu_memory: float = 80.0,
-    assumed: Assumed = Assumed(),
+    assumed: AssumedData = AssumedData(),
     tflops: float = 0.0,
     missing: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def estimate(
     Args:
         gpu_memory: of each GPU, in GiB.
         tflops: that a GPU reaches, for times; 0 leaves them out.
-        missing: paths that the recipe does not name: `NOT_GIVEN` stands for them.
+        missing: paths that the recipe does not name: `PLACEHOLDER` stands for them.
 
     Raises:
         RelookError: the model's config is not there, or the recipe does not fit it.
@@ -119,65 +119,65 @@ def estimate(
     if gpus < 1 or gpu_memory <= 0 or tflops < 0:
         said = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
         raise RecipeError(said, "Give one GPU at least, and sizes above 0.")
-    source = open_on_paper(recipe)
-    model = on_paper(recipe, source)
-    whole, cut = (policy_on_paper(recipe, model, sharded) for sharded in (False, True))
+    source = open_meta_model(recipe)
+    model = build_on_meta(recipe, source)
+    whole, cut = (build_meta_policy(recipe, model, sharded) for sharded in (False, True))
     lengths = read_lengths(recipe, source, whole.core, assumed, missing)
-    job = job_of(recipe, whole, lengths, gpu_memory, gpus, sharded=False)
-    apart = job_of(recipe, cut, lengths, gpu_memory, gpus, sharded=True)
+    job = build_job(recipe, whole, lengths, gpu_memory, gpus, sharded=False)
+    apart = build_job(recipe, cut, lengths, gpu_memory, gpus, sharded=True)
     found = ways(job, apart, gpus)
     largest = largest_batches(recipe, job, apart, lengths, gpu_memory, gpus)
-    cache = trunk_cache(recipe, whole, lengths, gpus, missing) if recipe.cached_trunk else None
+    cache = cache_size_and_location(recipe, whole, lengths, gpus, missing) if recipe.cached_trunk else None
     return {
         "model": source.model_class.__name__,
         "tower": source.tower_note,
         "lengths": lengths.source,
         "batch": asdict(job.batch),
-        "parameters": {"all": numbers(whole, False), "trained": numbers(whole, True)},
+        "parameters": {"all": count_parameters(whole, False), "trained": count_parameters(whole, True)},
         "bits": recipe.bits,
         "gpus": gpus,
         "gpu_memory_gib": gpu_memory,
-        "ways": {way.name: _told(way, gpu_memory) | {"largest_batch": largest[way.name]} for way in found},
+        "ways": {way.name: _strategy_row(way, gpu_memory) | {"largest_batch": largest[way.name]} for way in found},
         "choose": asdict(choose(recipe, job, apart, lengths, gpu_memory, gpus, largest)),
         "predicted_gib": round(max(found[0].peak, found[0].before) / GIB, 2),
-        "measured_gib": measured(Path(recipe.output_dir)),
+        "measured_gib": measured_peak(Path(recipe.output_dir)),
         "trunk_cache": cache,
-        "work": work(job, lengths, gpus, tflops),
+        "work": compute_cost(job, lengths, gpus, tflops),
     }
 
 
-def _told(way: Way, gpu_memory: float) -> dict[str, Any]:
+def _strategy_row(way: Strategy, gpu_memory: float) -> dict[str, Any]:
     own = {"flag": way.flag, "peak": way.peak, "decides": way.decides, "fits": way.fits(gpu_memory * GIB)}
     return asdict(way) | own
 
 
-def measured(out: Path) -> float | None:
+def measured_peak(out: Path) -> float | None:
     """The highest `peak_memory_gib` in the log of a finished run; None where there is none."""
     if not (out / RUN_FILE).exists():
         return None
-    found = [line["peak_memory_gib"] for line in read_object(out / RUN_FILE)["log"] if "peak_memory_gib" in line]
+    found = [line["peak_memory_gib"] for line in read_json_object(out / RUN_FILE)["log"] if "peak_memory_gib" in line]
     return round(max(found), 2) if found else None
 
 
 # --- the model and the data, on paper
 
 
-def open_on_paper(recipe: Recipe) -> ModelSource:
+def open_meta_model(recipe: Recipe) -> LazyModel:
     """The recipe's model by its config; of a run, or with one as adapter, that of its base with its post decoder."""
     path, tower, decoder = Path(recipe.model_name_or_path), recipe.vision_tower or None, None
     for change in (path, *([Path(recipe.adapter_name_or_path)] if recipe.adapter_name_or_path else [])):
-        if (change / CHANGE_FILE).exists():
-            said = read_object(change / CHANGE_FILE)
+        if (change / ADAPTER_FILE).exists():
+            said = read_json_object(change / ADAPTER_FILE)
             decoder = said.get("post_decoder", decoder)
             if change == path:
                 path, tower = Path(str(said.get("base"))), tower or said.get("vision_tower")
-    source = open_model(path, tower, weights=False)
+    source = open_folder(path, tower, weights=False)
     if decoder is not None and not has_post_decoder(source.config):
         source = replace(source, config=with_post_decoder(source.config, decoder))
     return source
 
 
-def on_paper(recipe: Recipe, source: ModelSource) -> Any:
+def build_on_meta(recipe: Recipe, source: LazyModel) -> Any:
     """The recipe's model without memory, in the types that training holds it in."""
     config = type(source.config).from_dict(source.config.to_dict())  # a regime may change it
     if recipe.tune_post_decoder and not has_post_decoder(config):
@@ -185,7 +185,7 @@ def on_paper(recipe: Recipe, source: ModelSource) -> Any:
     with torch.device("meta"):
         model = replace(source, config=config).model_class(config).to(dtype_of(recipe))
         # The post decoder is there already; a start from the projector's weights changes no shape.
-        return with_regime(model, replace(recipe, post_decoder_init="random"))
+        return add_trainable_modules(model, replace(recipe, post_decoder_init="random"))
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -193,7 +193,7 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     return next((kind for key, kind in types.items() if recipe.training.get(key)), torch.float32)
 
 
-def policy_on_paper(recipe: Recipe, model: Any, sharded: bool) -> Policy:
+def build_meta_policy(recipe: Recipe, model: Any, sharded: bool) -> Policy:
     """The recipe's policy with its trunk, as it would be on a GPU."""
     auto = "flex" if sharded else "compiled"
     how = auto if recipe.trunk_pass == "auto" else recipe.trunk_pass
@@ -202,13 +202,13 @@ def policy_on_paper(recipe: Recipe, model: Any, sharded: bool) -> Policy:
     return Policy(model, dtype_of(recipe), how, sharded, budget, away)
 
 
-def numbers(policy: Policy, trained: bool) -> int:
+def count_parameters(policy: Policy, trained: bool) -> int:
     return sum(p.numel() for p in policy.core.parameters() if p.requires_grad or not trained)
 
 
 def read_lengths(
-    recipe: Recipe, source: ModelSource, model: Any, assumed: Assumed, missing: Sequence[str] = ()
-) -> Lengths:
+    recipe: Recipe, source: LazyModel, model: Any, assumed: AssumedData, missing: Sequence[str] = ()
+) -> DataLengths:
     """The trees of the recipe's data, at most SAMPLES of them; of what is assumed where it cannot be read."""
     try:
         if unnamed := [key for key in missing if key != "output_dir"]:
@@ -227,28 +227,28 @@ def read_lengths(
         total = round(len(samples) * len(examples) / len(drawn))
         # Where all images take the same room their files need not be opened.
         size = (lambda image: SIZE) if isinstance(loaded.image_positions, int) else loaded.images.size
-        return Lengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size)
+        return DataLengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size)
     except (RelookError, OSError) as error:
         reason = str(error)
-    positions = trunk_of(model.config).positions(model)
+    positions = family_of(model.config).positions(model)
     image = positions if isinstance(positions, int) else positions(SIZE)
-    answer = Row((1,) * assumed.response_tokens, (True,) * assumed.response_tokens)
+    answer = TokenRow((1,) * assumed.response_tokens, (True,) * assumed.response_tokens)
     tree = Tree(
         (model.config.image_token_id,) * image + (1,) * assumed.prompt_tokens,
         (answer,) * (2 if recipe.task == "dpo" else 1),
     )
     examples = [Example(str(i), tree, (Path(str(i)),)) for i in range(assumed.samples)]
     said = f"{image} positions of an image, {assumed.prompt_tokens} of a prompt, {assumed.response_tokens} of an answer"
-    return Lengths(examples, assumed.samples, f"assumed: {said}. {reason}", lambda image: SIZE)
+    return DataLengths(examples, assumed.samples, f"assumed: {said}. {reason}", lambda image: SIZE)
 
 
-def seen(recipe: Recipe, examples: Sequence[Example]) -> list[Example]:
+def step_examples(recipe: Recipe, examples: Sequence[Example]) -> list[Example]:
     """What a step reads of some examples: for mDPO their chosen answers again, on corrupted images."""
     again = [corrupted(Item(example), 0).example for example in examples] if recipe.mdpo_conditional_weight else []
     return [*examples, *again]
 
 
-def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, gpus: int, sharded: bool) -> Job:
+def build_job(recipe: Recipe, whole: Policy, lengths: DataLengths, gpu_memory: float, gpus: int, sharded: bool) -> Job:
     """The recipe's run on paper, with the largest batch of an epoch in random order."""
     examples = lengths.examples
     largest = reading = counts(recipe, whole, lengths, largest_batch(examples, batch_size(recipe)))
@@ -259,11 +259,11 @@ def job_of(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float, g
             reading = replace(reading, positions=max(reading.positions, PACKED_POSITIONS))
     return Job(
         recipe,
-        Policy(AboveTrunk(whole.core), whole.dtype, whole.trunk_pass) if recipe.cached_trunk else whole,
+        Policy(HeadModel(whole.core), whole.dtype, whole.trunk_pass) if recipe.cached_trunk else whole,
         whole,
         batch=largest,
         reading=reading,
-        cache=on_gpu(recipe, whole, lengths, gpu_memory) if recipe.cached_trunk else 0,
+        cache=cached_bytes_on_gpu(recipe, whole, lengths, gpu_memory) if recipe.cached_trunk else 0,
         keeps_features=keeps_features(recipe, whole.config, gpus) and any(example.images for example in examples),
         one_type=sharded,
     )
@@ -273,10 +273,12 @@ def batch_size(recipe: Recipe) -> int:
     return int(recipe.training.get("per_device_train_batch_size", 8))
 
 
-def counts(recipe: Recipe, whole: Policy, lengths: Lengths, examples: Sequence[Example]) -> Counts:
+def counts(recipe: Recipe, whole: Policy, lengths: DataLengths, examples: Sequence[Example]) -> BatchCounts:
     """What a batch of some examples counts."""
-    rows = [sum(feature_rows(whole.config, lengths.size(image)) for image in example.images) for example in examples]
-    return Counts.of(seen(recipe, examples), rows * (2 if recipe.mdpo_conditional_weight else 1), whole)
+    rows = [
+        sum(vision_feature_count(whole.config, lengths.size(image)) for image in example.images) for example in examples
+    ]
+    return BatchCounts.of(step_examples(recipe, examples), rows * (2 if recipe.mdpo_conditional_weight else 1), whole)
 
 
 def largest_batch(examples: Sequence[Example], size: int) -> list[Example]:
@@ -291,7 +293,7 @@ def largest_batch(examples: Sequence[Example], size: int) -> list[Example]:
 
 
 def largest_batches(
-    recipe: Recipe, job: Job, apart: Job, lengths: Lengths, gpu_memory: float, gpus: int
+    recipe: Recipe, job: Job, apart: Job, lengths: DataLengths, gpu_memory: float, gpus: int
 ) -> dict[str, int]:
     """The samples of a GPU and step up to which each way fits, by its name; 0 where not even one does.
 
@@ -324,7 +326,7 @@ def largest_batches(
 
 
 def choose(
-    recipe: Recipe, job: Job, apart: Job, lengths: Lengths, gpu_memory: float, gpus: int, largest: Mapping[str, int]
+    recipe: Recipe, job: Job, apart: Job, lengths: DataLengths, gpu_memory: float, gpus: int, largest: Mapping[str, int]
 ) -> Choice:
     """The fastest way that fits; where the trunk trains, without layers computed again if batches are not tiny then.
 
@@ -394,33 +396,37 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 # --- the trunk cache
 
 
-def plan_of(whole: Policy, lengths: Lengths) -> tuple[Plan, float]:
+def build_cache_plan(whole: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """The plan of the examples' cache, and how many times as many there are in all."""
     images: Any = SimpleNamespace(size=lengths.size)
-    plan = Plan.of(whole, list(dict.fromkeys(lengths.examples)), images)
+    plan = CachePlan.of(whole, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 
 
-def on_gpu(recipe: Recipe, whole: Policy, lengths: Lengths, gpu_memory: float) -> int:
+def cached_bytes_on_gpu(recipe: Recipe, whole: Policy, lengths: DataLengths, gpu_memory: float) -> int:
     """Bytes of the states and features that a run copies to its GPU: all where half of the memory takes them."""
-    plan, times = plan_of(whole, lengths)
+    plan, times = build_cache_plan(whole, lengths)
     size = round(times * plan.size([STATES, FEATURES]))
     if size > gpu_memory * GIB / 2 or recipe.training.get("dataloader_num_workers"):
         return 0
-    return round(times * plan.size([STATES, *([FEATURES] if whole.reads_image else [])]))
+    return round(times * plan.size([STATES, *([FEATURES] if whole.needs_vision_features else [])]))
 
 
-def trunk_cache(
-    recipe: Recipe, whole: Policy, lengths: Lengths, gpus: int, missing: Sequence[str] = ()
+def cache_size_and_location(
+    recipe: Recipe, whole: Policy, lengths: DataLengths, gpus: int, missing: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Bytes of the trunk cache, and where it would live on this machine; see `cache._store`."""
-    plan, times = plan_of(whole, lengths)
-    parts = [STATES, *([FEATURES] if whole.reads_image else []), *([REFERENCE] if recipe.needs_reference else [])]
+    plan, times = build_cache_plan(whole, lengths)
+    parts = [
+        STATES,
+        *([FEATURES] if whole.needs_vision_features else []),
+        *([REFERENCE] if recipe.needs_reference else []),
+    ]
     sizes = {part: round(times * plan.size([part])) for part in parts}
     size = sum(sizes.values())
-    small = half_of_memory_takes(size) and gpus == 1
+    small = fits_half_of_memory(size) and gpus == 1
     in_memory = recipe.feature_cache == "memory" or (recipe.feature_cache == "auto" and small)
-    beside = f"{FOLDER} beside output_dir" if "output_dir" in missing else Path(recipe.output_dir).parent / FOLDER
+    beside = f"{CACHE_DIR} beside output_dir" if "output_dir" in missing else Path(recipe.output_dir).parent / CACHE_DIR
     where = "memory" if in_memory else str(recipe.feature_cache_dir or beside)
     return {"bytes": size, "parts": sizes, "where": where}
 
@@ -428,37 +434,39 @@ def trunk_cache(
 # --- work
 
 
-def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]:
+def compute_cost(job: Job, lengths: DataLengths, gpus: int, tflops: float) -> dict[str, Any]:
     """TFLOP of a pair (sft: of a tree) in a step and before training; seconds of all where `tflops` is given.
 
     As in the log, products of linear layers count; what is computed again under gradient_checkpointing is in it here.
     """
-    examples, whole = seen(job.recipe, lengths.examples), job.whole
+    examples, whole = step_examples(job.recipe, lengths.examples), job.whole
     trees = [example.tree for example in examples]
     everything = sum(map(len, trees))
     targets = sum(sum(branch.supervised) for tree in trees for branch in tree.branches)
     packed = packs(whole.trunk_pass) and not job.recipe.cached_trunk
-    sharing = min(SHARING, job.batch.trees) if packed else job.batch.trees
-    shared = common_root(trees, whole.config.image_token_id) * (len(trees) - -(-len(trees) // sharing))
+    sharing = min(TREES_PER_ROOT, job.batch.trees) if packed else job.batch.trees
+    shared = common_root_length(trees, whole.config.image_token_id) * (len(trees) - -(-len(trees) // sharing))
     tokens = last_mlp = everything - shared
     if whole.last_mlp_at_kept(job.batch.slots, job.batch.positions):
-        last_mlp = sum(len(kept_positions(tree, whole.keeps_everything)) for tree in trees)
-    features = sum(feature_rows(whole.config, lengths.size(image)) for example in examples for image in example.images)
-    done = Work(
+        last_mlp = sum(len(kept_positions(tree, whole.needs_all_states)) for tree in trees)
+    features = sum(
+        vision_feature_count(whole.config, lengths.size(image)) for example in examples for image in example.images
+    )
+    done = BatchStats(
         pairs=len(trees),
         tokens=tokens,
         last_mlp=last_mlp,
         features=features,
         encoded=0 if job.keeps_features else features,
-        states=everything if whole.keeps_everything else targets,
+        states=everything if whole.needs_all_states else targets,
         targets=targets,
         live=not job.recipe.cached_trunk,
     )
-    step = Costs.of(job.policy).flops(done)
+    step = StepCosts.of(job.policy).flops(done)
     trains = [p for p in whole.core.parameters() if p.requires_grad]
     for parameter in trains:
         parameter.requires_grad_(False)
-    forward = Costs.of(whole)
+    forward = StepCosts.of(whole)
     for parameter in trains:
         parameter.requires_grad_(True)
     before = float(forward.seeing * features) if job.keeps_features else 0.0
@@ -469,11 +477,11 @@ def work(job: Job, lengths: Lengths, gpus: int, tflops: float) -> dict[str, Any]
     each = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}
     if tflops:
         each["before_seconds"] = each["before_tflop"] * lengths.total / tflops / gpus
-        each["training_seconds"] = each["step_tflop"] * _drawn(job, lengths, gpus) / tflops / gpus
+        each["training_seconds"] = each["step_tflop"] * _samples_drawn(job, lengths, gpus) / tflops / gpus
     return {name: float(f"{value:.4g}") for name, value in each.items()} | {"samples": lengths.total}
 
 
-def _drawn(job: Job, lengths: Lengths, gpus: int) -> float:
+def _samples_drawn(job: Job, lengths: DataLengths, gpus: int) -> float:
     """How many samples all steps together have."""
     said = job.recipe.training
     if int(said.get("max_steps", -1)) > 0:  # goes before epochs
@@ -486,16 +494,16 @@ def _drawn(job: Job, lengths: Lengths, gpus: int) -> float:
 
 
 def estimate_command(
-    name: str, keys: Sequence[str], gpus: int, gpu_memory: float, assumed: Assumed, tflops: float
+    name: str, keys: Sequence[str], gpus: int, gpu_memory: float, assumed: AssumedData, tflops: float
 ) -> dict[str, Any]:
     """`relook estimate RECIPE [--key value ...]`; paths of data and of the result need not be given."""
-    given = {key: value for key, value in read_shipped(name, "recipe").items() if value not in ("", None)}
+    given = {key: value for key, value in read_yaml_or_shipped(name, "recipe").items() if value not in ("", None)}
     given = renamed(given) | renamed(parse_overrides(keys))
     needed = ["output_dir", *(["data_path", "image_folder"] if given.get("task") == "sft" else [])]
     if given.get("task") == "dpo" and "pairs_path" not in given:
         needed += ["vg_path", *([] if {"desc_data_path", "pope_data_path"} & given.keys() else ["desc_data_path"])]
     missing = [key for key in needed if key not in given]
-    recipe = build_recipe({**dict.fromkeys(missing, NOT_GIVEN), **given})
+    recipe = build_recipe({**dict.fromkeys(missing, PLACEHOLDER), **given})
     return estimate(recipe, gpus, gpu_memory, assumed, tflops, missing) | {"recipe": [name, *keys]}
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from relook.console import say
 from relook.data.annotations import read_coco
-from relook.data.paths import coco_images, located
+from relook.data.paths import coco_images, resolve_extension
 from relook.data.samples import Question
-from relook.errors import DataError, RecipeError, some
+from relook.errors import DataError, RecipeError, preview
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import provenance
 from relook.evaluate.score import (
     RESULTS,
-    Given,
+    ScoringInputs,
     annotation_file,
     chair_images,
     chair_results,
@@ -31,10 +31,10 @@ from relook.evaluate.score import (
 )
 from relook.evaluate.tasks import amber, mmhal, shr
 from relook.evaluate.tasks.pope import LONGEST_ANSWER, SPLITS
-from relook.files import file_hash, read_object, read_records, text_hash
+from relook.files import file_hash, read_json_object, read_records, text_hash
 
 CHAIR_PROMPT = "Describe this image in detail."
-Asked = Mapping[str, Sequence[Question]]  # by the stem of the answer file
+Questions = Mapping[str, Sequence[Question]]  # by the stem of the answer file
 Answers = Mapping[str, Sequence[Mapping[str, Any]]]  # records by stem, in the order of the questions
 
 
@@ -57,8 +57,8 @@ class Benchmark:
     """
 
     title: str
-    questions: Callable[[Path], Asked]
-    score: Callable[[Path, Asked, Answers, Path, Judge | None], dict[str, Any]]
+    questions: Callable[[Path], Questions]
+    score: Callable[[Path, Questions, Answers, Path, Judge | None], dict[str, Any]]
     id_field: str
     text_field: str
     question_field: str = "question"
@@ -82,7 +82,7 @@ class Benchmark:
         return {str(r[self.id_field]): r[self.text_field] for records in answers.values() for r in records}
 
 
-def known(names: Sequence[str]) -> list[Benchmark]:
+def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     """Benchmarks by name.
 
     Raises:
@@ -90,11 +90,11 @@ def known(names: Sequence[str]) -> list[Benchmark]:
     """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
-        raise RecipeError(f"There is no benchmark {some(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
+        raise RecipeError(f"There is no benchmark {preview(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
     return [BENCHMARKS[name] for name in names]
 
 
-def read_questions(name: str, data: str | Path) -> Asked:
+def benchmark_questions(name: str, data: str | Path) -> Questions:
     """A benchmark's questions.
 
     Raises:
@@ -105,11 +105,11 @@ def read_questions(name: str, data: str | Path) -> Asked:
     for stem, questions in asked.items():
         twice = [id for id, count in Counter(question.id for question in questions).items() if count > 1]
         if twice:
-            raise DataError(f"{stem}: the questions {some(twice)} stand more than once.", "Remove the duplicates.")
+            raise DataError(f"{stem}: the questions {preview(twice)} stand more than once.", "Remove the duplicates.")
     return asked
 
 
-def require_images(asked: Asked) -> None:
+def require_images(asked: Questions) -> None:
     """Refuse to begin where images are missing.
 
     Raises:
@@ -133,7 +133,7 @@ def require_judge(name: str, data: Path, judge: object) -> None:
 
 
 def score_command(
-    name: str, answers: Sequence[str | Path], given: Given, parser: str, judge: JudgeSettings | None
+    name: str, answers: Sequence[str | Path], given: ScoringInputs, parser: str, judge: JudgeSettings | None
 ) -> dict[str, Any]:
     """`relook score`: existing answer files, or a folder of `relook eval`; no model is needed.
 
@@ -141,12 +141,12 @@ def score_command(
         RelookError: an unknown benchmark, a missing option, no judge where one is needed, or questions and answers that
             do not match; the ids are named.
     """
-    (benchmark,) = known([name])
+    (benchmark,) = get_benchmarks([name])
     paths = [Path(path) for path in answers]
     first = paths[0]
     names = [path.name for path in paths]
     if len(paths) > 1 and (any(path.is_dir() for path in paths) or len(set(names)) < len(names)):
-        raise RecipeError(f"{some(names)}: several --answers are files of different names.", "Give a folder alone.")
+        raise RecipeError(f"{preview(names)}: several --answers are files of different names.", "Give a folder alone.")
     if name in RESULTS:
         if len(paths) > 1:
             raise RecipeError(f"{name} is scored by one answer file.", "Give --answers once.")
@@ -155,9 +155,9 @@ def score_command(
     if data is None:
         raise RecipeError(f"{name} is scored by the benchmark's files.", "Give their folder as --data.")
     require_judge(name, data, judge)
-    asked = read_questions(name, data)
+    asked = benchmark_questions(name, data)
     files = [first / f"{stem}.jsonl" for stem in asked] if first.is_dir() else paths
-    found = match(benchmark, asked, [record for path in files for record in benchmark.read(path)])
+    found = match_records(benchmark, asked, [record for path in files for record in benchmark.read(path)])
     cache = (first if first.is_dir() else first.parent) / JUDGE_CACHE
     result = benchmark.score(data, asked, found, first, Judge(judge, cache) if judge else None)
     if len(paths) > 1:
@@ -168,7 +168,7 @@ def score_command(
 def _beside_stored(name: str, folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The result; says how it replaces another one that a folder of `relook eval` holds."""
     stored = folder / f"{name}.json"
-    if folder.is_dir() and stored.exists() and not _holds(read_object(stored), result):
+    if folder.is_dir() and stored.exists() and not _holds(read_json_object(stored), result):
         say(f"{stored} holds another score; --json {stored} replaces it, and so does `relook eval` there.")
     return result
 
@@ -181,7 +181,7 @@ def _holds(stored: Any, result: Any) -> bool:
     return isinstance(stored, dict) and all(key in stored and _holds(stored[key], result[key]) for key in figures)
 
 
-def match(benchmark: Benchmark, asked: Asked, records: Sequence[Mapping[str, Any]]) -> Answers:
+def match_records(benchmark: Benchmark, asked: Questions, records: Sequence[Mapping[str, Any]]) -> Answers:
     """Records in the order of the questions that they answer. A file's worth of questions may be left out as a whole.
 
     Raises:
@@ -210,38 +210,38 @@ def match(benchmark: Benchmark, asked: Asked, records: Sequence[Mapping[str, Any
             if q.id in by_id and field and by_id[q.id].get(field, q.text) != q.text
         ],
     }
-    problems = [f"{len(ids)} {what} ({some(ids)})" for what, ids in faults.items() if ids]
+    problems = [f"{len(ids)} {what} ({preview(ids)})" for what, ids in faults.items() if ids]
     if problems:
         raise DataError(f"Of the answers, {'; '.join(problems)}.", "Give the questions and answers of one run.")
     return {stem: [by_id[q.id] for q in questions] for stem, questions in begun.items()}
 
 
-def _from(place: Path, asked: Asked, answers: Answers, **about: Any) -> dict[str, Any]:
+def _with_provenance(place: Path, asked: Questions, answers: Answers, **about: Any) -> dict[str, Any]:
     """Provenance of a result: that of the answers, and the hash of the image list."""
     images = dict.fromkeys(question.image.name for stem in answers for question in asked[stem])
     return {"provenance": provenance(place, image_list=text_hash(*images), **about)}
 
 
-def _chair_questions(data: Path) -> Asked:
+def _chair_questions(data: Path) -> Questions:
     """Descriptions of the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
     names = chair_images(read_coco(annotation_file(data)), data / "chair_images.txt")
     images = coco_images(data)
-    return {"chair": [Question(name, located(images / name), CHAIR_PROMPT) for name in names]}
+    return {"chair": [Question(name, resolve_extension(images / name), CHAIR_PROMPT) for name in names]}
 
 
-def _score_shr(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
+def _score_shr(data: Path, asked: Questions, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
     asked_so = dict(SHR.generate) if place.is_dir() else {}  # how others asked is not known
-    return shr.score(data, SHR.texts(answers), judge) | _from(place, asked, answers, **asked_so)
+    return shr.score_shr(data, SHR.texts(answers), judge) | _with_provenance(place, asked, answers, **asked_so)
 
 
-def _amber_questions(data: Path) -> Asked:
-    described, answered = amber.questions(data)
+def _amber_questions(data: Path) -> Questions:
+    described, answered = amber.amber_questions(data)
     return {"amber_generative": described, "amber_discriminative": answered}
 
 
-def _score_amber(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
-    result = amber.score(data, [q for stem in answers for q in asked[stem]], AMBER.texts(answers))
-    about = _from(place, asked, answers)
+def _score_amber(data: Path, asked: Questions, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
+    result = amber.score_amber(data, [q for stem in answers for q in asked[stem]], AMBER.texts(answers))
+    about = _with_provenance(place, asked, answers)
     generation = about["provenance"].get("generation", {})
     if longest := generation.get("max_new_tokens"):  # as `relook eval` asks: questions for a word less than others
         generation["max_new_tokens"] = {
@@ -250,9 +250,9 @@ def _score_amber(data: Path, asked: Asked, answers: Answers, place: Path, judge:
     return result | about
 
 
-def _score_mmhal(data: Path, asked: Asked, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
+def _score_mmhal(data: Path, asked: Questions, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
     assert judge is not None  # `require_judge` has seen to it
-    return mmhal.score(data, MMHAL.texts(answers), judge) | _from(place, asked, answers)
+    return mmhal.score_mmhal(data, MMHAL.texts(answers), judge) | _with_provenance(place, asked, answers)
 
 
 POPE = Benchmark(
@@ -273,7 +273,7 @@ CHAIR = Benchmark(
 )
 SHR = Benchmark(
     "descriptions for SHR",
-    lambda data: {"shr": shr.questions(data)},
+    lambda data: {"shr": shr.shr_questions(data)},
     _score_shr,
     "image_id",
     "description",
@@ -281,7 +281,7 @@ SHR = Benchmark(
     generate=(("num_beams", 5),),
     needs_judge=shr.needs_judge,
     judge_request=shr.REQUEST,
-    read=shr.read_descriptions,
+    read=shr.read_shr_descriptions,
 )
 AMBER = Benchmark(
     "AMBER",
@@ -295,12 +295,12 @@ AMBER = Benchmark(
 )
 MMHAL = Benchmark(
     "MMHal-Bench",
-    lambda data: {"mmhal": mmhal.questions(data)},
+    lambda data: {"mmhal": mmhal.mmhal_questions(data)},
     _score_mmhal,
     "question_id",
     "model_answer",
     needs_judge=lambda data: True,
     judge_request=mmhal.REQUEST,
-    read=mmhal.read_answers,
+    read=mmhal.read_mmhal_answers,
 )
 BENCHMARKS = {"pope": POPE, "chair": CHAIR, "shr": SHR, "amber": AMBER, "mmhal": MMHAL}

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from relook.errors import DataError, some
-from relook.evaluate.score import COMPARED, chair_counts, data_truth, pope_questions, read_descriptions
-from relook.evaluate.statistics import Ratio, columns, mcnemar, paired_interval, ratio, right_alone
+from relook.errors import DataError, preview
+from relook.evaluate.score import COMPARED, chair_counts, data_truth, pope_questions, read_captions_by_image
+from relook.evaluate.statistics import Ratio, columns, discordant_counts, mcnemar, paired_interval, ratio
 from relook.evaluate.tasks import pope
 from relook.evaluate.tasks.chair import ChairScore, mentions, vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS, PopeRow, official_parse
@@ -54,14 +54,14 @@ def _compare_pope(sides: Sequence[Sequence[list[PopeRow]]]) -> dict[str, Any]:
     rates = [[pope.ratios(rows) for rows in side] for side in sides]
     right = [[row.right for rows in side for row in rows] for side in sides]
     found = {rate: _difference(*([run[rate] for run in side] for side in rates)) for rate in rates[0][0]}
-    return {**found.pop("accuracy"), "mcnemar_p": mcnemar(*right_alone(*right)), **found}
+    return {**found.pop("accuracy"), "mcnemar_p": mcnemar(*discordant_counts(*right)), **found}
 
 
 def _compare_chair(sides: Sequence[Sequence[ChairScore]]) -> dict[str, Any]:
     rates = [[run.ratios() for run in side] for side in sides]
     found = {rate: _difference(*([run[rate] for run in side] for side in rates)) for rate in rates[0][0]}
     right = [[count == 0 for run in side for count in run.hallucinated] for side in sides]
-    found["chair_s"]["mcnemar_p"] = mcnemar(*right_alone(*right))
+    found["chair_s"]["mcnemar_p"] = mcnemar(*discordant_counts(*right))
     return found
 
 
@@ -112,20 +112,20 @@ def differing_captions(data: str | Path, first: str | Path, second: str | Path) 
 
 def captions(folder: Path) -> dict[str, str]:
     """The captions of a `relook eval chair` folder, by image."""
-    return read_descriptions(folder / "chair.jsonl")
+    return read_captions_by_image(folder / "chair.jsonl")
 
 
 def _same_images(first: Path, second: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Both folders' captions; those of the second in any order."""
     said = captions(first), captions(second)
     if odd := sorted(said[0].keys() ^ said[1].keys()):
-        raise DataError(f"Only one of {first} and {second} describes {some(odd)}.", "Give captions of equal lists.")
+        raise DataError(f"Only one of {first} and {second} describes {preview(odd)}.", "Give captions of equal lists.")
     return said
 
 
 def _pope_rows(data: Path, folder: Path) -> dict[str, list[PopeRow]]:
     return {
-        split: pope.match(questions, pope.read_answers(folder / f"pope_{split}.jsonl"))
+        split: pope.match(questions, pope.read_pope_answers(folder / f"pope_{split}.jsonl"))
         for split, questions in pope_questions(data).items()
     }
 
@@ -142,7 +142,7 @@ def _chair_scores(data: Path, first: Path, second: Path) -> list[ChairScore]:
 KL_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))  # nats
 
 
-def divergence(tuned: Tensor, base: Tensor) -> Tensor:
+def kl_divergence(tuned: Tensor, base: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the tuned from the base distribution, in nats, (N,).
 
     KL(p || q) = sum over the whole vocabulary of p (log p - log q), p the tuned and q the base distribution of the
@@ -155,7 +155,9 @@ def divergence(tuned: Tensor, base: Tensor) -> Tensor:
     return result
 
 
-def by_divergence(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def hallucination_by_divergence(
+    tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """How often questions to be answered with no are answered with yes, by bins of their divergence.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from relook.console import Report, progress, say
-from relook.errors import DataError, RecipeError, RelookError, some
+from relook.errors import DataError, RecipeError, RelookError, preview
 from relook.evaluate.results import AnswerFile
 from relook.files import file_hash, read_text, text_hash
 
@@ -29,8 +29,8 @@ JUDGE_CACHE = "judge.jsonl"  # replies, beside the answers
 LONGEST_PROMPT = 200_000  # characters; a longer one is not sent
 LONGEST_REPLY = 20_000  # characters; what follows is dropped
 LONGEST_PAUSE = 120  # seconds between two requests, if the endpoint asks for it; the client waits no longer
-IN_A_ROW = 5  # prompts without an answer, one after the other, that mean the endpoint is down
-NO_ANSWER, REFUSED, NONSENSE, TOO_LONG = "no_answer", "refused", "nonsense", "too_long"
+MAX_FAILURES_IN_A_ROW = 5  # prompts without an answer, one after the other, that mean the endpoint is down
+NO_ANSWER, REFUSED, UNREADABLE, TOO_LONG = "no_answer", "refused", "nonsense", "too_long"
 PROBE = "Answer with one word: yes."
 
 
@@ -89,7 +89,7 @@ def judge_settings(
     if not isinstance(fields, dict):
         raise RecipeError(f"--judge-request {request!r} is not a JSON object.", """Give one as '{"seed": 1}'.""")
     if own := sorted(fields.keys() & {"model", "messages", "stream"}):
-        raise RecipeError(f"--judge-request sets {some(own)}, which relook says itself.", "Leave that out.")
+        raise RecipeError(f"--judge-request sets {preview(own)}, which relook says itself.", "Leave that out.")
     return JudgeSettings(url, model, key_variable, price, workers, request=fields)
 
 
@@ -114,7 +114,7 @@ class Task(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Judged(Generic[T]):
+class JudgeResults(Generic[T]):
     """Verdicts in the order of the tasks, None where there is none, and how they came about.
 
     Args:
@@ -131,7 +131,7 @@ class Judged(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Reply:
+class JudgeReply:
     text: str
     prompt_tokens: int
     completion_tokens: int
@@ -166,7 +166,7 @@ class Judge:
             RelookError: there is no reply.
         """
         settings = replace(self.settings, retries=min(self.settings.retries, 2))
-        asking = _Asking(settings, self.cache, self._fields(request), lambda *_: None)
+        asking = _JudgeRun(settings, self.cache, self._fields(request), lambda *_: None)
         asyncio.run(asking.probe(Task(PROBE, str, image)))
 
     def _fields(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Judge:
 
     def ask(
         self, tasks: Sequence[Task[T]], request: Mapping[str, Any], title: str, optional: bool = False
-    ) -> Judged[T]:
+    ) -> JudgeResults[T]:
         """Verdicts on all tasks, some at a time.
 
         Args:
@@ -187,7 +187,7 @@ class Judge:
         """
         fields = self._fields(request)
         with progress(title) as report:
-            asking = _Asking(self.settings, self.cache, fields, report)
+            asking = _JudgeRun(self.settings, self.cache, fields, report)
             done = asyncio.run(asking.all(tasks))
         unjudged = dict(Counter(why for _, _, why in done if why))
         reasons = ", ".join(f"{count} {why}" for why, count in unjudged.items())
@@ -212,10 +212,10 @@ class Judge:
         }
         if any(self.settings.price):
             about["dollars"] = round(sum(n * p for n, p in zip(tokens, self.settings.price, strict=True)) / 1e6, 6)
-        return Judged([v for v, _, _ in done], about, unjudged)
+        return JudgeResults([v for v, _, _ in done], about, unjudged)
 
 
-class _Asking:
+class _JudgeRun:
     """One call of `Judge.ask`: the tasks under way, and how the endpoint does."""
 
     def __init__(self, settings: JudgeSettings, cache: AnswerFile, fields: dict[str, Any], report: Report) -> None:
@@ -248,12 +248,12 @@ class _Asking:
             except NoVerdict:
                 raise self._down() from None
 
-    async def all(self, tasks: Sequence[Task[T]]) -> list[tuple[T | None, list[Reply], str]]:
+    async def all(self, tasks: Sequence[Task[T]]) -> list[tuple[T | None, list[JudgeReply], str]]:
         """(verdict, replies, why there is no verdict) of each task."""
         gate = asyncio.Semaphore(self.settings.workers)
         async with self._client() as client:
 
-            async def one(task: Task[T]) -> tuple[T | None, list[Reply], str]:
+            async def one(task: Task[T]) -> tuple[T | None, list[JudgeReply], str]:
                 async with gate:
                     result = await self._judge(client, task)
                 self.done += 1
@@ -266,8 +266,8 @@ class _Asking:
             raise self._down()
         return results
 
-    async def _judge(self, client: Any, task: Task[T]) -> tuple[T | None, list[Reply], str]:
-        replies: list[Reply] = []
+    async def _judge(self, client: Any, task: Task[T]) -> tuple[T | None, list[JudgeReply], str]:
+        replies: list[JudgeReply] = []
         verdict: T | None
         if len(task.prompt) > LONGEST_PROMPT:
             return None, replies, TOO_LONG
@@ -278,11 +278,11 @@ class _Asking:
             for number in range(self.settings.tries)
         ]
         for record in (self.cache.records[key] for key in keys if key in self.cache.records):
-            replies.append(Reply(record["text"], record["prompt_tokens"], record["completion_tokens"]))
+            replies.append(JudgeReply(record["text"], record["prompt_tokens"], record["completion_tokens"]))
             verdict, _ = self._read(task.parse, replies[-1])
             if verdict is not None:
                 return verdict, replies, ""
-        replies, reason = [], NONSENSE  # what could not be read may be read now, or be said better
+        replies, reason = [], UNREADABLE  # what could not be read may be read now, or be said better
         for key in keys:
             try:
                 replies.append(await self._reply(client, task))
@@ -295,10 +295,10 @@ class _Asking:
                 return verdict, replies, ""
         return None, replies, reason
 
-    def _read(self, parse: Callable[[str], T | None], reply: Reply) -> tuple[T | None, str]:
+    def _read(self, parse: Callable[[str], T | None], reply: JudgeReply) -> tuple[T | None, str]:
         """The verdict of a reply, or None and why there is none."""
         try:
-            verdict, reason = parse(reply.text), NONSENSE
+            verdict, reason = parse(reply.text), UNREADABLE
         except NoVerdict as fault:
             verdict, reason = None, str(fault)
         if verdict is None:
@@ -307,7 +307,7 @@ class _Asking:
             self.answered += 1
         return verdict, reason
 
-    async def _reply(self, client: Any, task: Task[T]) -> Reply:
+    async def _reply(self, client: Any, task: Task[T]) -> JudgeReply:
         """A new reply; `NoVerdict` is raised where this prompt gets none, `RelookError` where no prompt gets one."""
         import openai
 
@@ -345,7 +345,7 @@ class _Asking:
             if len(raw.http_response.content) > LONGEST_BODY:
                 self.last = f"the body of its response has more than {LONGEST_BODY:,} bytes"
         self.in_a_row += 1
-        if self.in_a_row >= IN_A_ROW:
+        if self.in_a_row >= MAX_FAILURES_IN_A_ROW:
             raise self._down()
         raise NoVerdict(reason)
 
@@ -364,7 +364,7 @@ class _Asking:
         )
 
 
-def read_reply(body: str) -> Reply | None:
+def read_reply(body: str) -> JudgeReply | None:
     """A chat completion's text and tokens; None of a body that is something else."""
     try:
         completion = json.loads(body)
@@ -376,7 +376,7 @@ def read_reply(body: str) -> Reply | None:
     usage = completion.get("usage")
     counts = [usage.get(key) if isinstance(usage, dict) else 0 for key in ("prompt_tokens", "completion_tokens")]
     text = text[:LONGEST_REPLY].encode("utf-8", "replace").decode("utf-8")  # JSON may escape half a surrogate pair
-    return Reply(text, *(n if isinstance(n, int) and 0 <= n < 10**9 else 0 for n in counts))
+    return JudgeReply(text, *(n if isinstance(n, int) and 0 <= n < 10**9 else 0 for n in counts))
 
 
 def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
@@ -423,7 +423,7 @@ def _assigned(program: Path, name: str) -> str:
     raise DataError(f"{program} assigns no string to {name}.", "Take the benchmark's own file, or remove this one.")
 
 
-def fill(template: str, *parts: str) -> str:
+def fill_template(template: str, *parts: str) -> str:
     """A template with its `{}` replaced in order; braces in the parts mean nothing.
 
     Raises:

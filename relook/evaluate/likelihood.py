@@ -14,14 +14,14 @@ from math import isfinite
 import torch
 
 from relook.console import Report
-from relook.data.images import Shown, ahead
+from relook.data.images import Shown, prefetch_map
 from relook.data.packing import Tree
-from relook.forward.collate import live_batch
-from relook.forward.policy import LOGITS_BYTES, LiveBatch, Policy, log_prob, predicting_states
+from relook.forward.collate import build_live_batch
+from relook.forward.policy import LOGITS_BYTES, LiveBatch, Policy, gather_log_probs, prediction_states
 from relook.generate.tree_decoding import require_finite
 from relook.model.load import LoadedModel
 
-Weighed = tuple[tuple[Shown, ...], str, str]  # images, a question, and an answer to it
+ScoredAnswer = tuple[tuple[Shown, ...], str, str]  # images, a question, and an answer to it
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Likelihood:
 
 
 def likelihoods(
-    loaded: LoadedModel, weighed: Sequence[Weighed], template: str, batch_size: int, report: Report
+    loaded: LoadedModel, weighed: Sequence[ScoredAnswer], template: str, batch_size: int, report: Report
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yield (index of the answer, its likelihood), batch by batch. Answers to the same question share it.
 
@@ -66,27 +66,27 @@ def likelihoods(
     size = max(1, batch_size // max(map(len, answers), default=1))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     policy = Policy(loaded.model, loaded.core.dtype, "dense")  # batches of many lengths are not worth compiling for
-    made = partial(live_batch, policy, loaded.images, loaded.pad_id)
+    made = partial(build_live_batch, policy, loaded.images, loaded.pad_id)
     done = 0
-    for batch, live in zip(batches, ahead(made, ([trees[i] for i in batch] for batch in batches)), strict=True):
-        found = _weigh(policy, live.to(policy.core.device))
+    for batch, live in zip(batches, prefetch_map(made, ([trees[i] for i in batch] for batch in batches)), strict=True):
+        found = _score_batch(policy, live.to(policy.core.device))
         done += len(found)
         yield from zip((index for i in batch for index in answers[i]), found, strict=True)
         report(done, len(weighed))
 
 
 @torch.no_grad()
-def _weigh(policy: Policy, batch: LiveBatch) -> list[Likelihood]:
+def _score_batch(policy: Policy, batch: LiveBatch) -> list[Likelihood]:
     """The likelihoods of all branches, in order."""
     head, targets = policy.core.lm_head, batch.packed.targets
     size = max(1, LOGITS_BYTES // (4 * head.out_features))
     log_probs: list[float] = []
     chosen: list[bool] = []
     with policy.autocast():
-        states = predicting_states(policy.post_decoder, policy.trunk(batch))
+        states = prediction_states(policy.post_decoder, policy.trunk(batch))
         for part, ids in zip(states.split(size), targets.id.split(size), strict=True):
             logits = head(part)
-            log_probs += log_prob(logits, ids).tolist()
+            log_probs += gather_log_probs(logits, ids).tolist()
             chosen += (logits.argmax(-1) == ids).tolist()
     require_finite(all(map(isfinite, log_probs)))
     ends = targets.branch.bincount(minlength=targets.branches).cumsum(0).tolist()

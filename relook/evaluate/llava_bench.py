@@ -20,28 +20,28 @@ from typing import Any
 
 from relook import distributed
 from relook.console import progress
-from relook.data.images import Encoded, Shown
-from relook.data.paths import located
+from relook.data.images import EncodedImage, Shown
+from relook.data.paths import resolve_extension
 from relook.data.templates import IMAGE
-from relook.errors import DataError, RecipeError, some
+from relook.errors import DataError, RecipeError, preview
 from relook.evaluate.results import AnswerFile, provenance
-from relook.evaluate.run import begin, keep, share
+from relook.evaluate.run import append_answers, begin_evaluation, shard_images
 from relook.files import (
+    atomic_file,
+    atomic_folder,
     file_hash,
     read_json,
-    read_object,
+    read_json_object,
+    read_published_records,
     read_records,
     read_text,
-    some_records,
     text_hash,
-    whole_file,
-    whole_folder,
     write_json,
     write_text,
     writes_alone,
 )
-from relook.generate.tree_decoding import Asking, answer
-from relook.model.load import Loading
+from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.model.load import LoadOptions
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def answer_questions(
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
-    loading: Loading = Loading(),  # noqa: B008 (frozen)
+    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Answer a question file into `out/llava.jsonl`, in its order; answers that are there are not asked again.
 
@@ -106,30 +106,30 @@ def answer_questions(
     """
     model, questions, out = Path(model), Path(questions), Path(out)
     data = None if data is None else Path(data)
-    asked = read_questions(questions, data)
-    how = Asking(template, max_new_tokens, batch_size)
-    how = begin(out, model, data, how, loading, questions=file_hash(questions))
+    asked = read_llava_bench_questions(questions, data)
+    how = GenerationSettings(template, max_new_tokens, batch_size)
+    how = begin_evaluation(out, model, data, how, loading, questions=file_hash(questions))
     result = out / f"{NAME}.json"
     if not result.exists():
         file = AnswerFile(out / f"{NAME}.jsonl", "answer_id", distributed.rank())
-        mine = share(question.images for question in asked)
+        mine = shard_images(question.images for question in asked)
         left = [q for q in asked if q.images in mine and q.key not in file.records]
         if left:
             loaded = loading.load(model)
             with progress(questions.name) as report:
                 said = answer(loaded, [(question.images, question.text) for question in left], how, report)
-                keep(said, lambda i, text: (file, left[i].answered(text, model.name)), [file], batch_size)
-        distributed.wait("the answers")
-        if distributed.first():
+                append_answers(said, lambda i, text: (file, left[i].answered(text, model.name)), [file], batch_size)
+        distributed.barrier("the answers")
+        if distributed.is_main():
             answers = AnswerFile(file.path, "answer_id").finish([question.key for question in asked])
             held = {"answers": str(file.path), "n": len(answers), "provenance": provenance(out)}
             write_json(result, held)
-        distributed.wait("the result")
+        distributed.barrier("the result")
     found: dict[str, Any] = read_json(result)
     return found
 
 
-def read_questions(path: str | Path, images: str | Path | None) -> list[LlavaQuestion]:
+def read_llava_bench_questions(path: str | Path, images: str | Path | None) -> list[LlavaQuestion]:
     """The questions of a file in one of LLaVA's layouts.
 
     Raises:
@@ -152,7 +152,7 @@ def read_questions(path: str | Path, images: str | Path | None) -> list[LlavaQue
     files = dict.fromkeys(image for question in asked for image in question.images if isinstance(image, Path))
     missing = [image for image in files if not image.is_file()]
     if missing:
-        raise DataError(f"{len(missing)} images do not exist: {some(missing, 2)}.", "Check --data.")
+        raise DataError(f"{len(missing)} images do not exist: {preview(missing, 2)}.", "Check --data.")
     return asked
 
 
@@ -181,7 +181,7 @@ def _images(record: Mapping[str, Any], images: Path | None) -> tuple[Path, ...]:
         return ()
     if images is None:
         raise DataError("The questions are about images.", "Give their folder as --data.")
-    return (located(images / name),)
+    return (resolve_extension(images / name),)
 
 
 def read_table(text: str, name: str) -> list[dict[str, str]]:
@@ -195,7 +195,7 @@ def read_table(text: str, name: str) -> list[dict[str, str]]:
     rows = list(reader)
     lacking = {"index", "question", "image", "A", "B"} - set(reader.fieldnames or ())
     if lacking:
-        raise DataError(f"{name} has no column {some(sorted(lacking))}.", "Give one of MMBench's tables.")
+        raise DataError(f"{name} has no column {preview(sorted(lacking))}.", "Give one of MMBench's tables.")
     if not rows:
         raise DataError(f"{name} has no rows.", "Give one of MMBench's tables.")
     torn = [number for number, row in enumerate(rows, 2) if None in row or None in row.values()]
@@ -217,7 +217,7 @@ def _of_row(row: Mapping[str, str]) -> LlavaQuestion:
     prompt = "\n".join([*lines, *(f"{letter}. {option}" for letter, option in zip(OPTIONS, options, strict=False))])
     letter = LETTER_CN if re.search("[\u4e00-\u9fff]", row["question"]) else LETTER
     try:
-        picture = Encoded(base64.b64decode(row["image"], validate=True), f"of question {index}")
+        picture = EncodedImage(base64.b64decode(row["image"], validate=True), f"of question {index}")
     except (binascii.Error, ValueError):
         raise DataError(f"The image of question {index} is not base64.", "Download the table again.") from None
     more = {"round_id": 0, "options": options, "option_char": list(OPTIONS[: len(options)])}
@@ -313,7 +313,7 @@ def write_submission(name: str, answers: str | Path, out: str | Path, questions:
     if bool(questions) != bool(submission.questions):
         wanted = f"Give {submission.questions}." if submission.questions else "Leave it out."
         raise RecipeError(f"{name} {'needs' if submission.questions else 'reads no'} --questions.", wanted)
-    records = some_records(answers, "Give LLaVA's answers.")
+    records = read_published_records(answers, "Give LLaVA's answers.")
     for number, record in enumerate(records, 1):
         if "question_id" not in record or not isinstance(record.get("text"), str):
             raise DataError(f"{answers}: answer {number} has not both question_id and text.", "Give LLaVA's layout.")
@@ -326,7 +326,7 @@ def _by_id(answers: Answers) -> dict[str, str]:
     """Texts by question id, as a string: files differ in whether ids are numbers."""
     twice = [id for id, count in Counter(str(answer["question_id"]) for answer in answers).items() if count > 1]
     if twice:
-        raise DataError(f"The answers to {some(twice)} stand more than once.", "Remove the duplicates.")
+        raise DataError(f"The answers to {preview(twice)} stand more than once.", "Remove the duplicates.")
     return {str(answer["question_id"]): answer["text"] for answer in answers}
 
 
@@ -339,10 +339,10 @@ def _matched(answers: Answers, ids: Sequence[Any], all_of_them: bool = True) -> 
     texts, known = _by_id(answers), {str(id) for id in ids}
     strange = [id for id in texts if id not in known]
     if strange:
-        raise DataError(f"{len(strange)} answers have no question ({some(strange)}).", "Give their question file.")
+        raise DataError(f"{len(strange)} answers have no question ({preview(strange)}).", "Give their question file.")
     missing = [id for id in ids if str(id) not in texts]
     if missing and all_of_them:
-        raise DataError(f"{len(missing)} questions have no answer ({some(missing)}).", "Answer them all first.")
+        raise DataError(f"{len(missing)} questions have no answer ({preview(missing)}).", "Answer them all first.")
     return [texts.get(str(id)) for id in ids]
 
 
@@ -384,7 +384,7 @@ def _mmvet(answers: Answers, questions: Path) -> str:
 
 def _seed(answers: Answers, questions: Path) -> str:
     """JSON lines in the order of the benchmark's file."""
-    asked = read_object(questions).get("questions")
+    asked = read_json_object(questions).get("questions")
     if not isinstance(asked, list) or not all(isinstance(one, dict) and "question_id" in one for one in asked):
         raise DataError(f"{questions} has no questions with question_id.", f"Give {SUBMISSIONS['seed'].questions}.")
     ids = [one["question_id"] for one in asked]
@@ -432,7 +432,7 @@ def _mme(answers: Answers, questions: Path) -> dict[str, str]:
         lines.setdefault(f"{category}.txt", []).append("\t".join((name, *truths[key], said)) + "\n")
     missing = [" ".join(key) for key in truths if f"{key[0]}.txt" in lines and key not in answered]
     if missing:  # calculation.py takes two in a row for those of one picture
-        raise DataError(f"{len(missing)} questions have no answer ({some(missing)}).", "Answer them all first.")
+        raise DataError(f"{len(missing)} questions have no answer ({preview(missing)}).", "Answer them all first.")
     return {name: "".join(said) for name, said in lines.items()}
 
 
@@ -441,7 +441,7 @@ def _asked(path: Path, *fields: str) -> list[dict[str, Any]]:
     for number, record in enumerate(records, 1):
         lacking = [name for name in fields if name not in record]
         if lacking:
-            raise DataError(f"{path}: question {number} has no {some(lacking)}.", "Give LLaVA's question file.")
+            raise DataError(f"{path}: question {number} has no {preview(lacking)}.", "Give LLaVA's question file.")
     return records
 
 
@@ -463,7 +463,7 @@ def _write(out: Path, made: Written) -> None:
     elif isinstance(made, dict):
         if out.exists():
             raise RecipeError(f"{out} exists.", "Choose another --out.")
-        with whole_folder(out) as folder:
+        with atomic_folder(out) as folder:
             for name, text in made.items():
                 write_text(folder / name, text)
     elif out.suffix == ".xlsx":
@@ -493,5 +493,5 @@ def _write_sheet(out: Path, rows: Table) -> None:
             if isinstance(value, str):
                 cell.data_type = "s"  # an answer that begins with = is no formula
         sheet.append(cells)
-    with whole_file(out) as temporary:
+    with atomic_file(out) as temporary:
         book.save(temporary)

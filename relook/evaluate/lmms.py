@@ -17,10 +17,10 @@ from PIL import ImageFile
 from relook import distributed
 from relook.errors import DataError, RecipeError, RelookError
 from relook.evaluate.results import provenance
-from relook.evaluate.run import begin
+from relook.evaluate.run import begin_evaluation
 from relook.files import read_json, write_json
-from relook.generate.tree_decoding import Asking
-from relook.model.load import Loading
+from relook.generate.tree_decoding import GenerationSettings
+from relook.model.load import LoadOptions
 
 INSTALL = "Run: pip install 'relook[lmms]' && pip install --no-deps lmms-eval==0.7.3"
 
@@ -41,7 +41,7 @@ def evaluate_tasks(
     max_new_tokens: int = 512,
     limit: int | None = None,
     include_path: str | Path | None = None,
-    loading: Loading = Loading(),  # noqa: B008 (frozen)
+    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Answer and score tasks of lmms-eval, one after the other; what is there already is not asked again.
 
@@ -62,7 +62,7 @@ def evaluate_tasks(
     include_path = None if include_path is None else Path(include_path)
     manager = _task_manager(tasks, include_path)
     asked = {"tasks_from": include_path and str(include_path.resolve()), "limit": limit}
-    how = begin(out, model, None, Asking(template, max_new_tokens, batch_size), loading, **asked)
+    how = begin_evaluation(out, model, None, GenerationSettings(template, max_new_tokens, batch_size), loading, **asked)
     left = [name for name in tasks if not (out / f"{name}.json").exists()]
     if left:
         from relook.evaluate.lmms_model import RelookModel
@@ -71,9 +71,9 @@ def evaluate_tasks(
         for name in left:
             found = _evaluate(relook, name, manager, limit, out)
             relook.finish()
-            if distributed.first():
-                write_json(out / f"{name}.json", json.loads(json.dumps(_result(found, out), default=_plain)))
-            distributed.wait(f"the scores of {name}")
+            if distributed.is_main():
+                write_json(out / f"{name}.json", json.loads(json.dumps(_result(found, out), default=_json_number)))
+            distributed.barrier(f"the scores of {name}")
     return {name: read_json(out / f"{name}.json") for name in tasks}
 
 
@@ -126,7 +126,7 @@ def _result(found: Any, out: Path) -> dict[str, Any]:
     configs = found["configs"]
     tasks = {
         task: {
-            "scores": {key: value for key, value in scores.items() if key != "alias" and _says(value)},
+            "scores": {key: value for key, value in scores.items() if key != "alias" and _is_score(value)},
             **({"n": found["n-samples"][task]["effective"]} if task in found["n-samples"] else {}),
             **({"data": configs[task].get("dataset_path")} if task in configs else {}),
         }
@@ -137,11 +137,11 @@ def _result(found: Any, out: Path) -> dict[str, Any]:
     return {"tasks": tasks, "provenance": provenance(out, generation=generation, harness=libraries)}
 
 
-def _says(value: Any) -> bool:
+def _is_score(value: Any) -> bool:
     """Whether a score is one; of those that cannot be computed lmms-eval says so."""
     return not isinstance(value, (str, list)) or value not in ([], "N/A", " ", "")
 
 
-def _plain(value: Any) -> Any:
+def _json_number(value: Any) -> Any:
     """Of numpy's numbers, and what else a task returns, something that JSON has."""
     return value.item() if hasattr(value, "item") else str(value)

@@ -25,38 +25,47 @@ from torch.nn.utils.rnn import pad_sequence
 
 from relook.console import progress
 from relook.data.encode import Encoder, Example
-from relook.data.images import ahead
-from relook.data.packing import Row, Tree, targets_of, to_host
+from relook.data.images import prefetch_map
+from relook.data.packing import TokenRow, Tree, batch_targets, copy_to_cpu
 from relook.data.samples import Question
 from relook.evaluate.benchmarks import POPE
-from relook.evaluate.compare import divergence
+from relook.evaluate.compare import kl_divergence
 from relook.evaluate.score import pope_questions, pope_results
 from relook.evaluate.tasks.pope import LONGEST_ANSWER, SPLITS
-from relook.files import whole_file, write_json, write_jsonl
+from relook.files import atomic_file, write_json, write_jsonl
 from relook.forward.collate import Collator, Item
-from relook.forward.policy import Policy, TrunkStates, predicting_states
-from relook.generate.sampling import Rule
-from relook.generate.tree_decoding import Asking, answer, require_finite
+from relook.forward.policy import Policy, TrunkStates, prediction_states
+from relook.generate.sampling import Sampler
+from relook.generate.tree_decoding import GenerationSettings, answer, require_finite
 from relook.model import checkpoint
-from relook.model.adapters import read_change
+from relook.model.adapters import read_adapter
 from relook.model.families import has_post_decoder
-from relook.model.load import ABOVE, AboveTrunk, LoadedModel, Loading, add_post_decoder, as_device, as_dtype, load_model
-from relook.train.feature_cache import key_of, made_from
+from relook.model.load import (
+    ABOVE,
+    HeadModel,
+    LoadedModel,
+    LoadOptions,
+    add_post_decoder,
+    load_model,
+    parse_device,
+    parse_dtype,
+)
+from relook.train.feature_cache import cache_inputs, cache_key
 
 FIRST_FILE = "first_tokens.jsonl"
-DECIDED = ("Yes", "yes", "No", "no")
+DECISIVE_MARGIN = ("Yes", "yes", "No", "no")
 LogProbs = Iterator[Tensor]  # (n, vocabulary) float32, of successive questions
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PopeTrees:
     """The distinct questions of POPE's splits as trees, one an image. `asked` is in the order of their branches."""
 
     asked: list[Question]
     examples: list[Example]
 
     @staticmethod
-    def of(encoder: Encoder, questions: Sequence[Question]) -> Prompts:
+    def of(encoder: Encoder, questions: Sequence[Question]) -> PopeTrees:
         by_image: dict[Path, dict[str, Question]] = {}
         for question in questions:
             by_image.setdefault(question.image, {}).setdefault(question.text, question)
@@ -65,13 +74,13 @@ class Prompts:
         for image, group in by_image.items():
             rows = [encoder.prompt(text, [image]) for text in group]
             # One supervised token more, whichever: the state at the prompt's end is the one that predicts it.
-            tree = Tree.of([Row((*ids, 0), (*[False] * len(ids), True)) for ids in rows])
+            tree = Tree.of([TokenRow((*ids, 0), (*[False] * len(ids), True)) for ids in rows])
             examples.append(Example(image.name, tree, (image,)))
-        return Prompts(asked, examples)
+        return PopeTrees(asked, examples)
 
 
 @dataclass(frozen=True)
-class States:
+class AnswerStates:
     """For each tree the trunk's states that predict the answers' first tokens, (S, D), and its image's features."""
 
     states: list[Tensor]
@@ -83,11 +92,11 @@ class States:
             if parts:
                 tensors[name] = torch.cat(parts)
                 tensors[f"{name}.lengths"] = torch.tensor([len(part) for part in parts])
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             save_file(tensors, temporary, {"key": key})
 
     @staticmethod
-    def load(path: Path, key: str) -> States | None:
+    def load(path: Path, key: str) -> AnswerStates | None:
         """What `save` wrote under that key; None where there is nothing, or something else."""
         try:
             with safe_open(path, "pt") as file:
@@ -100,12 +109,12 @@ class States:
                 }
         except (OSError, SafetensorError):
             return None
-        return States(parts["states"], parts.get("features"))
+        return AnswerStates(parts["states"], parts.get("features"))
 
 
 def first_log_probs(policy: Policy, trunk: TrunkStates) -> Tensor:
     """log p of every first answer token, (N, vocabulary) float32."""
-    logits = policy.core.lm_head(predicting_states(policy.post_decoder, trunk))
+    logits = policy.core.lm_head(prediction_states(policy.post_decoder, trunk))
     log_probs: Tensor = logits.float().log_softmax(-1)
     return log_probs
 
@@ -128,13 +137,13 @@ class CachedPope:
         data: Path,
         states: Path,
         template: str,
-        loading: Loading,
+        loading: LoadOptions,
         batch_size: int = 64,
         max_new_tokens: int = LONGEST_ANSWER,
     ) -> None:
         self.base, self.file, self.loading = base, states, loading
-        self.dtype, self.device = as_dtype(loading.dtype), as_device(loading.device)
-        self.how = Asking(template, min(max_new_tokens, LONGEST_ANSWER), batch_size)
+        self.dtype, self.device = parse_dtype(loading.dtype), parse_device(loading.device)
+        self.how = GenerationSettings(template, min(max_new_tokens, LONGEST_ANSWER), batch_size)
         self.images = max(1, batch_size // 8)  # trees a batch: each holds up to 18 questions
         self.data, self.splits = data, pope_questions(data)
 
@@ -156,41 +165,43 @@ class CachedPope:
         """
         tokenizer, trees = self.loaded.processor.tokenizer, [example.tree for example in self.prompts.examples]
         longest = max(len(tree.prefix) + len(branch.ids) for tree in trees for branch in tree.branches)
-        rule = Rule.of(self.loaded, self.how.template, self.how.settings, longest)
+        rule = Sampler.of(self.loaded, self.how.template, self.how.settings, longest)
         if rule is None:
             return {}
         suppressed = {*rule.never.tolist(), *rule.not_first.tolist()}
         words = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
-        return {token: word for token, word in words.items() if word in DECIDED and token not in suppressed}
+        return {token: word for token, word in words.items() if word in DECISIVE_MARGIN and token not in suppressed}
 
     @cached_property
-    def prompts(self) -> Prompts:
+    def prompts(self) -> PopeTrees:
         questions = [question for split in SPLITS for question in self.splits[split]]
-        return Prompts.of(self.loaded.encoder(self.how.template), questions)
+        return PopeTrees.of(self.loaded.encoder(self.how.template), questions)
 
     @cached_property
-    def states(self) -> States:
+    def states(self) -> AnswerStates:
         """The base's, from the file where it fits."""
         model = self.loaded.model
         if not has_post_decoder(model.config):  # one that is never asked, so that the vision features come out
             model = add_post_decoder(model, {}, None)
         policy, examples = Policy(model), self.prompts.examples
         bits, images = str(self.loading.bits), self.loaded.images
-        key = key_of(made_from(self.base, self.loading.vision_tower, policy, self.dtype, examples, images, bits=bits))
-        found = States.load(self.file, key)
+        key = cache_key(
+            cache_inputs(self.base, self.loading.vision_tower, policy, self.dtype, examples, images, bits=bits)
+        )
+        found = AnswerStates.load(self.file, key)
         if found is None:
             found = self._compute(policy)
             found.save(self.file, key)
         return found
 
-    def _compute(self, policy: Policy) -> States:
+    def _compute(self, policy: Policy) -> AnswerStates:
         states: list[Tensor] = []
         features: list[Tensor] = []
         for trunk in self._passes(policy, "trunk states of the questions"):
             counts = (trunk.targets.kept_branch >= 0).sum(1).tolist()
-            states += [kept[:count].clone() for kept, count in zip(to_host(trunk.states), counts, strict=True)]
-            features += [to_host(kept).clone() for kept in trunk.features or []]
-        return States(states, features or None)
+            states += [kept[:count].clone() for kept, count in zip(copy_to_cpu(trunk.states), counts, strict=True)]
+            features += [copy_to_cpu(kept).clone() for kept in trunk.features or []]
+        return AnswerStates(states, features or None)
 
     @torch.inference_mode()
     def _passes(self, policy: Policy, title: str) -> Iterator[TrunkStates]:
@@ -202,7 +213,7 @@ class CachedPope:
             items = [Item(example) for example in examples]
             batches = [items[start : start + self.images] for start in range(0, len(items), self.images)]
             done = 0
-            for batch, live in zip(batches, ahead(collator.live, batches), strict=True):
+            for batch, live in zip(batches, prefetch_map(collator.live, batches), strict=True):
                 yield policy.trunk(live.to(policy.core.device))
                 done += len(batch)
                 report(done, len(items))
@@ -214,7 +225,7 @@ class CachedPope:
             here = slice(start, start + self.images)
             trees = [example.tree for example in self.prompts.examples[here]]
             padded = pad_sequence(states[here], batch_first=True)
-            trunk = TrunkStates(padded, features[here] if features else None, [1] * len(trees), targets_of(trees))
+            trunk = TrunkStates(padded, features[here] if features else None, [1] * len(trees), batch_targets(trees))
             yield first_log_probs(policy, trunk.to(self.device))
 
     @torch.inference_mode()
@@ -228,8 +239,8 @@ class CachedPope:
         if shares_trunk(model, self.base):
             tower = self.loading.vision_tower if model == self.base else None
             above = load_model(model, None, tower, self.dtype, device=self.device, trunk=False)
-            policy = Policy(AboveTrunk(above.model))
-            if not policy.keeps_everything:
+            policy = Policy(HeadModel(above.model))
+            if not policy.needs_all_states:
                 return self._from_states(policy)
         return self._live(load())
 
@@ -276,7 +287,7 @@ class CachedPope:
         for log_probs in self.log_probs(model, load):
             require_finite(log_probs.isfinite().all())
             base = self.base_log_probs[len(records) : len(records) + len(log_probs)]
-            kl = divergence(log_probs, base).tolist()
+            kl = kl_divergence(log_probs, base).tolist()
             for token, distance in zip(log_probs.argmax(-1).tolist(), kl, strict=True):
                 question = self.prompts.asked[len(records)]
                 word = self.decisive.get(token)
@@ -290,9 +301,9 @@ def shares_trunk(model: Path, base: Path) -> bool:
     """Whether a model is the base but for post decoder and lm_head, read from its files."""
     if model.resolve() == base.resolve():
         return True
-    if checkpoint.kind_of(model) != "run":
+    if checkpoint.folder_kind(model) != "run":
         return False
-    change = read_change(model)
+    change = read_adapter(model)
     alone = not (change.lora or change.earlier)
     same = alone and change.base is not None and change.base.resolve() == base.resolve()
     return same and all(name.startswith(ABOVE) for name in change.replaced)

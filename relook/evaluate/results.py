@@ -12,7 +12,7 @@ from typing import Any
 
 from relook import __version__
 from relook.errors import DataError
-from relook.files import file_hash, read_object, write_jsonl
+from relook.files import file_hash, read_json_object, write_jsonl
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ EVAL_FILE = "eval.json"  # what `relook eval` notes beside its answers
 LIBRARIES = ("torch", "transformers", "tokenizers", "Pillow", "numpy")
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions that a number may depend on; no library is imported. relook's is that of the code that runs: it need
     not be installed, nor be the one that is."""
     own = {"python": platform.python_version(), "relook": __version__}
@@ -103,8 +103,8 @@ def provenance(answers: Path, longest: int | None = None, **about: Any) -> dict[
         about: what the benchmark adds: its parser, the hash of its images, its judge, settings beside greedy.
     """
     if not answers.is_dir():
-        return {"answers_sha256": file_hash(answers), **about, "versions": versions(), "date": now()}
-    noted = {"versions": versions(), "date": now()} | read_object(answers / EVAL_FILE, optional=True)
+        return {"answers_sha256": file_hash(answers), **about, "versions": library_versions(), "date": now()}
+    noted = {"versions": library_versions(), "date": now()} | read_json_object(answers / EVAL_FILE, optional=True)
     tokens = [n for n in (noted.pop("max_new_tokens", None), longest) if n]
     generation = {"do_sample": False, **({"max_new_tokens": min(tokens)} if tokens else {})}
     return {**noted, "generation": generation, **about}

@@ -18,21 +18,21 @@ from relook.data.templates import get_template
 from relook.errors import DataError
 from relook.evaluate.benchmarks import (
     BENCHMARKS,
-    Asked,
     Benchmark,
-    known,
-    read_questions,
+    Questions,
+    benchmark_questions,
+    get_benchmarks,
     require_images,
     require_judge,
 )
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
-from relook.evaluate.results import EVAL_FILE, AnswerFile, now, versions
+from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, now
 from relook.evaluate.tasks.pope import LONGEST_ANSWER
-from relook.files import claim_folder, read_json, read_object, write_json, writes_alone
-from relook.generate.tree_decoding import Asking, answer
-from relook.model.load import LoadedModel, Loading, as_device, default_template
+from relook.files import claim_output_dir, read_json, read_json_object, write_json, writes_alone
+from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.model.load import LoadedModel, LoadOptions, folder_template, parse_device
 
-Said = TypeVar("Said")
+AnswerT = TypeVar("AnswerT")
 
 
 @writes_alone(lambda model, benchmarks, data, out, *_, **__: Path(out))
@@ -44,7 +44,7 @@ def evaluate_model(
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
-    loading: Loading = Loading(),  # noqa: B008 (frozen)
+    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
     judge: JudgeSettings | None = None,
 ) -> dict[str, Any]:
     """Answer and score benchmarks; answers that are there already are not asked again.
@@ -64,11 +64,11 @@ def evaluate_model(
             answer, or an output folder with another model's answers.
     """
     model, data, out = Path(model), Path(data), Path(out)
-    known(benchmarks)
-    how = begin(out, model, data, Asking(template, max_new_tokens, batch_size), loading)
+    get_benchmarks(benchmarks)
+    how = begin_evaluation(out, model, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
     scored = [name for name in benchmarks if (out / f"{name}.json").exists()]
     left = [name for name in benchmarks if judge or name not in scored or not judged(out, name)]
-    asked = {name: read_questions(name, data) for name in left}
+    asked = {name: benchmark_questions(name, data) for name in left}
     for name in left:
         if name not in scored:
             require_images(asked[name])
@@ -77,23 +77,23 @@ def evaluate_model(
 
     @functools.cache
     def load() -> LoadedModel:
-        if judge and probes and distributed.first():
+        if judge and probes and distributed.is_main():
             Judge(judge, out / JUDGE_CACHE).probe(probes[0])
         return loading.load(model)
 
     for name in left:
-        ask(name, asked[name], load, out, how)
-        distributed.wait(f"the answers to {name}")
-        if distributed.first():
+        ask_missing(name, asked[name], load, out, how)
+        distributed.barrier(f"the answers to {name}")
+        if distributed.is_main():
             endpoint = Judge(judge, out / JUDGE_CACHE) if judge else None
             write_json(out / f"{name}.json", finish(name, data, asked[name], out, endpoint))
-        distributed.wait(f"the scores of {name}")
+        distributed.barrier(f"the scores of {name}")
     return {name: read_json(out / f"{name}.json") for name in benchmarks}
 
 
 def judged(out: Path, name: str) -> bool:
     """Whether a result that is there is by a judge behind an endpoint; says so where it judged only a part."""
-    result = read_object(out / f"{name}.json")
+    result = read_json_object(out / f"{name}.json")
     if "url" not in result.get("judge", {}):
         return False
     if missing := result.get("not_judged"):
@@ -101,31 +101,33 @@ def judged(out: Path, name: str) -> bool:
     return True
 
 
-def share(images: Iterable[Any]) -> set[Any]:
+def shard_images(images: Iterable[Any]) -> set[Any]:
     """The images that this process answers for."""
-    return set(distributed.mine(list(dict.fromkeys(images))))
+    return set(distributed.shard(list(dict.fromkeys(images))))
 
 
-def begin(out: Path, model: Path, data: Path | None, how: Asking, loading: Loading, **asked: Any) -> Asking:
-    """Look at how a model is to be asked, and `claim` the output folder: the first process before the others.
+def begin_evaluation(
+    out: Path, model: Path, data: Path | None, how: GenerationSettings, loading: LoadOptions, **asked: Any
+) -> GenerationSettings:
+    """Look at how a model is to be asked, and `claim_eval_dir` the output folder: the first process before the others.
 
     Returns:
         `how` with the model's own template where it names none.
     """
-    how = dataclasses.replace(how, template=how.template or default_template(model))
+    how = dataclasses.replace(how, template=how.template or folder_template(model))
     get_template(how.template)
-    as_device(loading.device)
+    parse_device(loading.device)
     taken = (out, model, data, how.template, how.max_new_tokens, loading)
-    if distributed.first():
-        claim(*taken, **asked)
-    distributed.wait("the output folder")
-    if not distributed.first():
-        claim(*taken, **asked)
+    if distributed.is_main():
+        claim_eval_dir(*taken, **asked)
+    distributed.barrier("the output folder")
+    if not distributed.is_main():
+        claim_eval_dir(*taken, **asked)
     return how
 
 
-def claim(
-    out: Path, model: Path, data: Path | None, template: str, max_new_tokens: int, loading: Loading, **asked: Any
+def claim_eval_dir(
+    out: Path, model: Path, data: Path | None, template: str, max_new_tokens: int, loading: LoadOptions, **asked: Any
 ) -> None:
     """Take an output folder for one model, data and way of asking; refuse one that holds other answers.
 
@@ -141,14 +143,14 @@ def claim(
         "template": template,
         "max_new_tokens": max_new_tokens,
         **asked,
-        "versions": versions(),
+        "versions": library_versions(),
     }
-    claim_folder(out, EVAL_FILE, settings, "answers", date=now())
+    claim_output_dir(out, EVAL_FILE, settings, "answers", date=now())
 
 
-def keep(
-    answers: Iterable[tuple[int, Said]],
-    record: Callable[[int, Said], tuple[AnswerFile, dict[str, Any]]],
+def append_answers(
+    answers: Iterable[tuple[int, AnswerT]],
+    record: Callable[[int, AnswerT], tuple[AnswerFile, dict[str, Any]]],
     files: Iterable[AnswerFile],
     size: int,
 ) -> None:
@@ -170,7 +172,9 @@ def keep(
         put()
 
 
-def ask(name: str, asked: Asked, load: Callable[[], LoadedModel], out: Path, how: Asking) -> None:
+def ask_missing(
+    name: str, asked: Questions, load: Callable[[], LoadedModel], out: Path, how: GenerationSettings
+) -> None:
     """Ask what has no answer yet, and append answers to their files as they come; equal questions are asked once.
 
     Args:
@@ -178,7 +182,7 @@ def ask(name: str, asked: Asked, load: Callable[[], LoadedModel], out: Path, how
     """
     benchmark = BENCHMARKS[name]
     files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, distributed.rank()) for stem in asked}
-    mine = share(question.image for questions in asked.values() for question in questions)
+    mine = shard_images(question.image for questions in asked.values() for question in questions)
     beams = dict(benchmark.generate).get("num_beams", 1)  # each takes as much memory as a prompt
     for short in (True, False):
         stems = [stem for stem in asked if (stem in benchmark.yes_or_no) == short]
@@ -198,7 +202,7 @@ def _ask(
     left: Sequence[tuple[str, Question]],
     loaded: LoadedModel,
     files: Mapping[str, AnswerFile],
-    how: Asking,
+    how: GenerationSettings,
 ) -> None:
     def record(index: int, text: str) -> tuple[AnswerFile, dict[str, Any]]:
         stem, question = left[index]
@@ -206,10 +210,10 @@ def _ask(
 
     with progress(benchmark.title) as report:
         answers = answer(loaded, [(question.image, question.text) for _, question in left], how, report)
-        keep(answers, record, list(files.values()), how.batch_size)
+        append_answers(answers, record, list(files.values()), how.batch_size)
 
 
-def finish(name: str, data: Path, asked: Asked, out: Path, judge: Judge | None) -> dict[str, Any]:
+def finish(name: str, data: Path, asked: Questions, out: Path, judge: Judge | None) -> dict[str, Any]:
     """The result of answer files that are complete; they end in the order of the questions."""
     answers = {
         stem: AnswerFile(out / f"{stem}.jsonl", BENCHMARKS[name].id_field).finish([q.id for q in questions])

@@ -11,12 +11,12 @@ from typing import Any
 from relook.data.annotations import Annotations, read_captions, read_coco
 from relook.data.paths import coco_annotations, coco_images, pope_file
 from relook.data.samples import Question, as_id
-from relook.errors import DataError, RecipeError, some
+from relook.errors import DataError, RecipeError, preview
 from relook.evaluate.results import EVAL_FILE, provenance
 from relook.evaluate.statistics import Ratio, columns, ratio_interval
 from relook.evaluate.tasks import chair, pope
 from relook.evaluate.tasks.pope import PARSERS, SPLITS
-from relook.files import make_paths, read_object, read_records, read_text, text_hash
+from relook.files import make_paths, read_json_object, read_records, read_text, text_hash
 
 LLAVA_QUESTIONS = "llava_pope_test.jsonl"  # LLaVA's own name
 
@@ -29,10 +29,10 @@ def pope_questions(data: Path) -> dict[str, list[Question]]:
     files, images = {split: pope_file(data, split) for split in SPLITS}, coco_images(data)
     llava = files[SPLITS[0]].with_name(LLAVA_QUESTIONS)
     if not llava.exists():
-        return {split: pope.read_questions(file, images) for split, file in files.items()}
+        return {split: pope.read_pope_questions(file, images) for split, file in files.items()}
     splits = pope.read_llava_questions(llava, llava.parent, images)
     if missing := [split for split in SPLITS if split not in splits]:
-        raise DataError(f"{llava} has no questions of category {some(missing)}.", "Download it again.")
+        raise DataError(f"{llava} has no questions of category {preview(missing)}.", "Download it again.")
     return {split: splits[split] for split in SPLITS}
 
 
@@ -52,7 +52,7 @@ def chair_images(annotations: Annotations, pinned: Path) -> list[str]:
         return list(annotations.images)
     names = list(dict.fromkeys(line.strip() for line in read_text(pinned).splitlines() if line.strip()))
     if unknown := sorted(set(names) - set(annotations.images)):
-        raise DataError(f"{pinned} names images without annotations: {some(unknown)}.", "Remove them from the list.")
+        raise DataError(f"{pinned} names images without annotations: {preview(unknown)}.", "Remove them from the list.")
     return names
 
 
@@ -100,7 +100,7 @@ def score_chair(captions: Mapping[str, str], annotations: Annotations) -> dict[s
 def chair_counts(captions: Mapping[str, str], annotations: Annotations) -> chair.ChairScore:
     """CHAIR's counts. Raises DataError where a caption's image has no annotations."""
     truth = {image: annotations.objects[image] for image in captions if image in annotations.objects}
-    return chair.score(captions, truth, chair.vocabulary_of(annotations))
+    return chair.score_captions(captions, truth, chair.vocabulary_of(annotations))
 
 
 def _intervals(ratios: Mapping[str, Ratio]) -> dict[str, Any]:
@@ -114,14 +114,14 @@ def pope_results(data: Path, out: Path, parser: str = "official") -> dict[str, A
     """What `pope.json` says: each split's scores, and where they come from."""
     questions = pope_questions(data)
     results: dict[str, Any] = {
-        split: score_pope(asked, pope.read_answers(out / f"pope_{split}.jsonl"), parser)
+        split: score_pope(asked, pope.read_pope_answers(out / f"pope_{split}.jsonl"), parser)
         for split, asked in questions.items()
     }
-    results["provenance"] = provenance(out, pope.LONGEST_ANSWER, parser=parser, **_about(questions))
+    results["provenance"] = provenance(out, pope.LONGEST_ANSWER, parser=parser, **_question_hashes(questions))
     return results
 
 
-def _about(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
+def _question_hashes(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
     """Hashes of the questions and of their images."""
     texts = {
         split: text_hash(*(part for q in asked for part in (q.image.name, q.text, q.label)))
@@ -133,7 +133,7 @@ def _about(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
 
 def chair_results(data: Path, out: Path) -> dict[str, Any]:
     """What `chair.json` says."""
-    captions = read_descriptions(out / "chair.jsonl")
+    captions = read_captions_by_image(out / "chair.jsonl")
     result = score_chair(captions, data_truth(data, list(captions)))
     return {**result, "provenance": provenance(out, **_truth(result, caption_file(data)))}
 
@@ -142,7 +142,7 @@ def _truth(result: Mapping[str, Any], captions: Path | None) -> dict[str, Any]:
     return {"truth": "instances and captions" if captions else "instances", "image_list": result["image_list"]}
 
 
-def read_descriptions(path: str | Path, annotations: Annotations | None = None) -> dict[str, str]:
+def read_captions_by_image(path: str | Path, annotations: Annotations | None = None) -> dict[str, str]:
     """Read captions by image: records with `caption` (or `text`), and `image`, or COCO's `image_id`.
 
     Args:
@@ -177,7 +177,7 @@ COMPARED = tuple(RESULTS)  # the benchmarks by which two models are compared
 def read_scores(out: str | Path, benchmarks: Sequence[str] = COMPARED) -> dict[str, dict[str, Any]]:
     """The scores alone, for tables that say once where all of theirs come from."""
     out = Path(out)
-    found = {name: read_object(out / f"{name}.json") for name in benchmarks}
+    found = {name: read_json_object(out / f"{name}.json") for name in benchmarks}
     return {name: {key: v for key, v in scores.items() if key != "provenance"} for name, scores in found.items()}
 
 
@@ -185,7 +185,7 @@ def read_scores(out: str | Path, benchmarks: Sequence[str] = COMPARED) -> dict[s
 
 
 @dataclass(frozen=True)
-class Given:
+class ScoringInputs:
     """What answers are scored against: a data folder, or single files. `images` lists those that CHAIR describes."""
 
     data: Path | None = None
@@ -198,7 +198,9 @@ class Given:
         make_paths(self)
 
 
-def score_answers(benchmark: str, answers: str | Path, given: Given, parser: str = "official") -> dict[str, Any]:
+def score_answers(
+    benchmark: str, answers: str | Path, given: ScoringInputs, parser: str = "official"
+) -> dict[str, Any]:
     """Score an answer file made by any program, or a folder of `relook eval` again.
 
     Args:
@@ -219,21 +221,23 @@ def score_answers(benchmark: str, answers: str | Path, given: Given, parser: str
 def data_of(out: str | Path) -> Path:
     """The data folder of a folder of `relook eval`."""
     out = Path(out)
-    noted = read_object(out / EVAL_FILE, optional=True).get("data")
-    return _needed(Path(noted) if noted else None, "--data", f"{out} does not say what data its answers are about")
+    noted = read_json_object(out / EVAL_FILE, optional=True).get("data")
+    return _required_path(
+        Path(noted) if noted else None, "--data", f"{out} does not say what data its answers are about"
+    )
 
 
-def _needed(path: Path | None, option: str, why: str) -> Path:
+def _required_path(path: Path | None, option: str, why: str) -> Path:
     if path is None:
         raise RecipeError(f"{why}.", f"Give {option}.")
     return path
 
 
-def _pope_file(answers: Path, given: Given, parser: str) -> dict[str, Any]:
-    file = _needed(given.questions, "--questions, POPE's file", "There are no questions to an answer file")
-    said = pope.read_answers(answers)
+def _pope_file(answers: Path, given: ScoringInputs, parser: str) -> dict[str, Any]:
+    file = _required_path(given.questions, "--questions, POPE's file", "There are no questions to an answer file")
+    said = pope.read_pope_answers(answers)
     if given.annotations is None:
-        questions = pope.read_questions(file, Path())
+        questions = pope.read_pope_questions(file, Path())
         return score_pope(questions, said, parser) | {"provenance": _of_file(answers, parser, {file.stem: questions})}
     splits = pope.read_llava_questions(file, given.annotations, Path())
     rows = iter(pope.match([q for questions in splits.values() for q in questions], said, parser))
@@ -242,17 +246,19 @@ def _pope_file(answers: Path, given: Given, parser: str) -> dict[str, Any]:
 
 
 def _of_file(answers: Path, parser: str, questions: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
-    return provenance(answers, parser=parser, **_about(questions))
+    return provenance(answers, parser=parser, **_question_hashes(questions))
 
 
-def _chair_file(answers: Path, given: Given) -> dict[str, Any]:
-    file = _needed(given.annotations, "--annotations, COCO's instances file", "There is no truth about the images")
+def _chair_file(answers: Path, given: ScoringInputs) -> dict[str, Any]:
+    file = _required_path(
+        given.annotations, "--annotations, COCO's instances file", "There is no truth about the images"
+    )
     annotations = read_coco(file)
-    captions = read_descriptions(answers, annotations)
+    captions = read_captions_by_image(answers, annotations)
     if given.images is not None:
         names = chair_images(annotations, given.images)
         if missing := [name for name in names if name not in captions]:
-            what = f"{len(missing)} images of {given.images} have no caption: {some(missing)}."
+            what = f"{len(missing)} images of {given.images} have no caption: {preview(missing)}."
             raise DataError(what, "Describe them, too, or take them off the list.")
         captions = {name: captions[name] for name in names}
     result = score_chair(captions, read_truth(file, given.captions, list(captions)))

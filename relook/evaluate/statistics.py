@@ -35,7 +35,7 @@ def columns(ratio: Ratio) -> Columns:
     return [top for top, _ in ratio], [bottom for _, bottom in ratio]
 
 
-def by_image(rows: Iterable[tuple[str, int, int]], images: Iterable[str] = ()) -> Columns:
+def sum_by_image(rows: Iterable[tuple[str, int, int]], images: Iterable[str] = ()) -> Columns:
     """Numerators and denominators of rows (image, numerator, denominator), summed over each image.
 
     Args:
@@ -93,7 +93,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact McNemar test (McNemar 1947): p-value under "either model is as often right alone".
 
     Args:
-        only_first, only_second: rows on which exactly that model is right; see `right_alone`.
+        only_first, only_second: rows on which exactly that model is right; see `discordant_counts`.
     """
     n, fewer = only_first + only_second, min(only_first, only_second)
     # Doubling the binomial tail counts the middle twice where the two are equal: hence the bound.
@@ -110,7 +110,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def right_alone(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
+def discordant_counts(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
     """On how many rows only the first model is right, and only the second; rows in the same order.
 
     Raises:

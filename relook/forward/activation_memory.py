@@ -22,17 +22,17 @@ from transformers import PreTrainedModel
 
 # ----------------------------------------------------------------------------------------------------
 
-LEAST = 2**20  # bytes: what is smaller stays
-AT_LEAST = 2  # layers on the device: one at work, one on its way
+MIN_BYTES = 2**20  # bytes: what is smaller stays
+MIN_LAYERS = 2  # layers on the device: one at work, one on its way
 
 
 def staying(layers: int, share: float) -> int:
     """Of so many layers, how many have their activations on the device at a time if a share of them is to leave."""
-    return min(layers, max(AT_LEAST, layers - math.ceil(share * layers)))
+    return min(layers, max(MIN_LAYERS, layers - math.ceil(share * layers)))
 
 
 @dataclass(eq=False)
-class Saved:
+class OffloadedTensor:
     """A tensor that its layer's backward pass needs and that leaves the device until then.
 
     Args:
@@ -46,14 +46,14 @@ class Saved:
     uses: int = 0
 
 
-class Lane:
+class CopyStream:
     """A stream for copies beside a device's products; nothing on a CPU, where copies are made at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def follows(self) -> AbstractContextManager[Any]:
+    def after_compute(self) -> AbstractContextManager[Any]:
         """Inside, work on the lane begins when all that the device was given until now is done."""
         if self.stream is None:
             return nullcontext()
@@ -69,7 +69,7 @@ class Lane:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
 
-class Offload:
+class ActivationOffload:
     """What one forward pass through the layers saves, and its way to the processor's memory and back.
 
     Of `layers - kept` first ones what is saved leaves. When a later layer begins, the oldest one that is still on the
@@ -81,9 +81,9 @@ class Offload:
         resident: addresses of storages that stay, weights above all; what all layers are given by name stays, too.
     """
 
-    def __init__(self, layers: int, kept: int, resident: frozenset[int], lane: Lane) -> None:
+    def __init__(self, layers: int, kept: int, resident: frozenset[int], lane: CopyStream) -> None:
         self.kept, self.resident, self.lane = kept, resident, lane
-        self.leaving: list[dict[Any, Saved]] = [{} for _ in range(layers - kept)]
+        self.saved: list[dict[Any, OffloadedTensor]] = [{} for _ in range(layers - kept)]
         self.left: list[Any] = []  # marks on the lane, of each layer
         self.back: dict[int, Any] = {}
         self.turn = layers  # of the backward pass
@@ -95,49 +95,49 @@ class Offload:
             self.resident |= _addresses(more.values())
         if number >= self.kept:
             self.lane.await_(self.left[number - self.kept])
-            self._forget(number - self.kept)
-        if number < len(self.leaving):
+            self._release(number - self.kept)
+        if number < len(self.saved):
             # torch compiles the same code with and without such hooks.
-            with saved_tensors_hooks(partial(self._pack, self.leaving[number]), self._unpack):
+            with saved_tensors_hooks(partial(self._pack, self.saved[number]), self._unpack):
                 made = layer(*given, **more)
-            self._leave(self.leaving[number].values())
+            self._leave(self.saved[number].values())
         else:
             made = layer(*given, **more)
         if made.grad_fn is not None:
             made.grad_fn.register_prehook(lambda _: self._back_to(number))
         return made
 
-    def _pack(self, held: dict[Any, Saved], tensor: Tensor) -> Saved | Tensor:
-        if not self._leaves(tensor):
+    def _pack(self, held: dict[Any, OffloadedTensor], tensor: Tensor) -> OffloadedTensor | Tensor:
+        if not self._is_offloadable(tensor):
             return tensor
         same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if same not in held:
-            held[same] = Saved(tensor, torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda))
+            held[same] = OffloadedTensor(tensor, torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda))
         held[same].uses += 1
         return held[same]
 
-    def _leaves(self, tensor: Tensor) -> bool:
+    def _is_offloadable(self, tensor: Tensor) -> bool:
         """Whether it is an activation, large, and will come back with the strides that it has."""
-        if type(tensor) is not Tensor or tensor.nbytes < LEAST:
+        if type(tensor) is not Tensor or tensor.nbytes < MIN_BYTES:
             return False
         if tensor.untyped_storage().data_ptr() in self.resident:
             return False
         return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
     @torch.no_grad()
-    def _leave(self, saved: Iterable[Saved]) -> None:
-        with self.lane.follows():
+    def _leave(self, saved: Iterable[OffloadedTensor]) -> None:
+        with self.lane.after_compute():
             for each in saved:
                 assert each.here is not None
                 each.host.copy_(each.here, non_blocking=True)
         self.left.append(self.lane.mark())
 
-    def _forget(self, layer: int) -> None:
-        for saved in self.leaving[layer].values():
+    def _release(self, layer: int) -> None:
+        for saved in self.saved[layer].values():
             saved.here = None
 
-    def _unpack(self, held: Saved | Tensor) -> Tensor:
-        if not isinstance(held, Saved):
+    def _unpack(self, held: OffloadedTensor | Tensor) -> Tensor:
+        if not isinstance(held, OffloadedTensor):
             return held
         if held.here is None:  # asked for once more than it was saved
             self.lane.await_(self._fetch([held]))
@@ -150,20 +150,20 @@ class Offload:
     def _back_to(self, layer: int) -> None:
         """The backward pass of a layer begins: fetch what the freed memory takes."""
         while self.turn > layer:
-            if self.turn < len(self.leaving):
-                self._forget(self.turn)
+            if self.turn < len(self.saved):
+                self._release(self.turn)
             self.turn -= 1
             coming = self.turn - self.kept + 1
-            if 0 <= coming < len(self.leaving):
-                self.back[coming] = self._fetch(self.leaving[coming].values())
+            if 0 <= coming < len(self.saved):
+                self.back[coming] = self._fetch(self.saved[coming].values())
             self.lane.await_(self.back.get(self.turn))
 
     @torch.no_grad()
-    def _fetch(self, wanted: Collection[Saved]) -> Any:
+    def _fetch(self, wanted: Collection[OffloadedTensor]) -> Any:
         """Begin to bring some back; returns a mark behind them."""
         for saved in wanted:  # of the memory of the device's own stream, which will give it free
             saved.here = torch.empty_like(saved.host, device=self.lane.device)
-        with self.lane.follows():
+        with self.lane.after_compute():
             for saved in wanted:
                 assert saved.here is not None
                 saved.here.copy_(saved.host, non_blocking=True)
@@ -176,10 +176,10 @@ def _addresses(given: Iterable[Any]) -> frozenset[int]:
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in flat if isinstance(tensor, Tensor))
 
 
-class Numbered(nn.Module):
-    """A decoder layer of a stack whose pass may be watched by an `Offload`."""
+class OffloadedLayer(nn.Module):
+    """A decoder layer of a stack whose pass may be watched by an `ActivationOffload`."""
 
-    def __init__(self, layer: nn.Module, number: int, watching: Callable[[], Offload | None]) -> None:
+    def __init__(self, layer: nn.Module, number: int, watching: Callable[[], ActivationOffload | None]) -> None:
         super().__init__()
         self.layer, self.number, self.watching = layer, number, watching
 
@@ -201,12 +201,12 @@ OLD, NEW = "gradient_checkpointing", "activation_checkpointing"
 NAME = NEW if hasattr(PreTrainedModel, f"{NEW}_enable") else OLD
 
 
-def renamed(training: Mapping[str, Any]) -> dict[str, Any]:
+def rename_checkpointing_keys(training: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of TrainingArguments under the names that it does not warn of."""
     return {key.replace(OLD, NAME): value for key, value in training.items()}
 
 
-def enable(model: PreTrainedModel, **kwargs: Any) -> None:
+def enable_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
     """Let a model recompute its layers; keyword arguments are those of the Trainer's call."""
     getattr(model, f"{NAME}_enable")(**kwargs)
     if not (kwargs.get(f"{NAME}_kwargs") or {}).get("use_reentrant"):

@@ -14,17 +14,25 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from relook.data.encode import Example, differing
-from relook.data.images import Crop, ImageLoader, Picture, ahead
-from relook.data.packing import PADDING, Tree, TreeTargets, common_root, join_targets, pack, whole_blocks
-from relook.errors import DataError, RecipeError, some
+from relook.data.encode import Example, differing_tokens
+from relook.data.images import ImageLoader, ImageSource, RandomCrop, prefetch_map
+from relook.data.packing import (
+    PADDING,
+    Tree,
+    TreeTargets,
+    common_root_length,
+    concatenate_targets,
+    pack,
+    round_up_to_blocks,
+)
+from relook.errors import DataError, RecipeError, preview
 from relook.forward.packed_attention import packs
 from relook.forward.policy import LiveBatch, Policy, TrunkStates
-from relook.model.families import feature_rows
+from relook.model.families import vision_feature_count
 
 
 @dataclass(frozen=True)
-class Work:
+class BatchStats:
     """How much there is in a batch: what speeds are counted in.
 
     Args:
@@ -53,7 +61,7 @@ Progress = Callable[[int, int], None]
 # Trees of a packed row that share a root. The backward pass of FlexAttention goes through all that see a block in one
 # piece, and a piece for very many is what a layer ends up waiting for: on an H200, for 8 pairs at 7B, 1.11 ms a layer
 # with one root, 0.94 with two. The pass that fills the trunk cache, where no gradients follow, has one a row.
-SHARING = 4
+TREES_PER_ROOT = 4
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,9 @@ class Item:
     corrupted: Item | None = None
 
     @property
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[ImageSource]:
         images = self.example.images
-        return [Crop(path, self.crop) for path in images] if self.crop else list(images)
+        return [RandomCrop(path, self.crop) for path in images] if self.crop else list(images)
 
 
 def corrupted(item: Item, seed: int) -> Item:
@@ -126,12 +134,12 @@ class Collator:
     def live(
         self, items: Sequence[Item], row_length: int = 0, features: Mapping[Path, Tensor] | None = None
     ) -> LiveBatch:
-        """Packed trees and pixels, or what the tower made of them; see `live_batch`."""
+        """Packed trees and pixels, or what the tower made of them; see `build_live_batch`."""
         shown = [(item.example.tree, item.pictures) for item in items]
-        return live_batch(self.policy, self.images, self.pad_id, shown, row_length, features)
+        return build_live_batch(self.policy, self.images, self.pad_id, shown, row_length, features)
 
     def cached(self, items: Sequence[Item]) -> TrunkStates:
-        targets = join_targets([item.targets for item in items if item.targets is not None])
+        targets = concatenate_targets([item.targets for item in items if item.targets is not None])
         T, S = targets.kept_branch.shape
         first = items[0].states
         assert first is not None
@@ -144,7 +152,7 @@ class Collator:
         features = [self.features[path] for path in paths] if self.features and paths else None
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
 
-    def work(self, items: Sequence[Item], made: LiveBatch | TrunkStates, pairs: int) -> Work:
+    def work(self, items: Sequence[Item], made: LiveBatch | TrunkStates, pairs: int) -> BatchStats:
         """How much there is to do; `pairs` of the items are not a corrupted half."""
         trees = [item.example.tree for item in items]
         everything, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
@@ -154,28 +162,28 @@ class Collator:
         else:
             packed, targets = made.packed, made.packed.targets
             sizes = made.image_sizes.tolist() if made.image_sizes is not None else [(0, 0)] * sum(made.images)
-            features = sum(feature_rows(self.policy.config, (height, width)) for height, width in sizes)
+            features = sum(vision_feature_count(self.policy.config, (height, width)) for height, width in sizes)
             encoded = features if made.features is None else 0
             tokens = last_mlp = int((packed.tree != PADDING).sum())
             if self.policy.last_mlp_at_kept(packed.keep.numel(), packed.ids.numel()):
                 last_mlp = int((targets.kept_branch != PADDING).sum())
-        return Work(
+        return BatchStats(
             pairs=pairs if items[0].weight is not None else answers,
             tokens=tokens,
             last_mlp=last_mlp,
             features=features,
             encoded=encoded,
-            states=everything if self.policy.keeps_everything else len(targets.id),
+            states=everything if self.policy.needs_all_states else len(targets.id),
             targets=len(targets.id),
             live=isinstance(made, LiveBatch),
         )
 
 
-def live_batch(
+def build_live_batch(
     policy: Policy,
     images: ImageLoader,
     pad_id: int,
-    items: Sequence[tuple[Tree, Sequence[Picture]]],
+    items: Sequence[tuple[Tree, Sequence[ImageSource]]],
     row_length: int = 0,
     features: Mapping[Path, Tensor] | None = None,
 ) -> LiveBatch:
@@ -190,10 +198,10 @@ def live_batch(
     known = [features.get(picture) for picture in pictures if isinstance(picture, Path)] if features else []
     seen = [one for one in known if one is not None]
     inputs = images.batch(pictures) if len(seen) < len(pictures) else {}
-    everything, root = policy.keeps_everything, common_root(trees, policy.config.image_token_id)
+    everything, root = policy.needs_all_states, common_root_length(trees, policy.config.image_token_id)
     if packs(policy.trunk_pass):
-        at_least = lambda needed: whole_blocks(max(needed, row_length))  # noqa: E731
-        sharing = None if row_length else SHARING
+        at_least = lambda needed: round_up_to_blocks(max(needed, row_length))  # noqa: E731
+        sharing = None if row_length else TREES_PER_ROOT
         packed = pack(trees, pad_id, everything, sum(map(len, trees)), at_least, root, sharing)
     else:
         packed = pack(trees, pad_id, everything, max(map(len, trees)), root=root)
@@ -203,7 +211,7 @@ def live_batch(
     return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"), stored)
 
 
-class Items(Dataset[Item]):
+class ItemDataset(Dataset[Item]):
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = list(items)
 
@@ -218,19 +226,19 @@ def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) 
     """Decode every image once before training; returns the usable examples and what is wrong with the others."""
     faults: dict[Path, str] = {}
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
-    for path, fault in zip(paths, ahead(partial(_fault, images), paths), strict=True):
+    for path, fault in zip(paths, prefetch_map(partial(_decode_error, images), paths), strict=True):
         if fault:
             faults[path] = fault
     bad = [example for example in examples if faults.keys() & set(example.images)]
     lost = {path: [example.id for example in bad if path in example.images] for path in faults}
     named = [f"{fault} Its samples: {', '.join(lost[path])}." for path, fault in faults.items()]
     if bad and on_bad == "error":
-        what = f"{len(bad)} samples have unusable images: {some(named, 3)}"
+        what = f"{len(bad)} samples have unusable images: {preview(named, 3)}"
         raise DataError(what, "Repair them (relook data fix), or set on_bad drop to go on without.")
     return [example for example in examples if not faults.keys() & set(example.images)], named
 
 
-def _fault(images: ImageLoader, path: Path) -> str:
+def _decode_error(images: ImageLoader, path: Path) -> str:
     try:
         images(path)
     except DataError as error:
@@ -238,7 +246,7 @@ def _fault(images: ImageLoader, path: Path) -> str:
     return ""
 
 
-def hold_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+def split_held_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
     """Items to train on, and those on a share of the images, which training never sees. The choice is the same in
     every run on the same data, whatever its seed."""
     images = list(dict.fromkeys(path for item in items for path in item.example.images))
@@ -253,7 +261,7 @@ def hold_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[I
     return kept, out
 
 
-def chunks(items: Sequence[Item], size: int) -> Iterator[list[int]]:
+def length_sorted_batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
     """Indices of items in batches of similar length, so that little is padding; long ones first, as in a batch."""
     order = sorted(range(len(items)), key=lambda i: -len(items[i].example.tree))
     for start in range(0, len(order), size):
@@ -268,7 +276,7 @@ def reference_log_probs(
     exists."""
     policy.eval()
     found: dict[int, Tensor] = {}
-    for indices in chunks(items, size):
+    for indices in length_sorted_batches(items, size):
         batch = collator([items[i] for i in indices])["batch"]
         log_probs = policy(batch.to(policy.device)).cpu()
         counts = [sum(sum(b.supervised) for b in items[i].example.tree.branches) for i in indices]
@@ -277,9 +285,11 @@ def reference_log_probs(
     return [found[i] for i in range(len(items))]
 
 
-def preference_weight(example: Example, dpo_tokens: str) -> Tensor:
+def preference_weights(example: Example, dpo_tokens: str) -> Tensor:
     """1 for each target (N,) of a pair that the preference loss counts, else 0."""
     count = sum(sum(branch.supervised) for branch in example.tree.branches)
     return (
-        torch.tensor(differing(example.tree), dtype=torch.float32) if dpo_tokens == "differing" else torch.ones(count)
+        torch.tensor(differing_tokens(example.tree), dtype=torch.float32)
+        if dpo_tokens == "differing"
+        else torch.ones(count)
     )

@@ -24,7 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from relook.data.packing import BLOCK, PackedTrees
 from relook.errors import RecipeError, RelookError
-from relook.forward.activation_memory import Lane, Numbered, Offload, staying
+from relook.forward.activation_memory import ActivationOffload, CopyStream, OffloadedLayer, staying
 
 # ----------------------------------------------------------------------------------------------------
 # LoRA's products where layers are compiled: fewer and narrower than peft's, for the same numbers.
@@ -43,7 +43,7 @@ ATTENTION_INPUTS, MLP_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up
 ADAPTER = "default"  # peft's name for the one that there is
 
 
-class Beside:
+class SharedLoraA:
     """The A of linear layers that read the same states, of one decoder layer.
 
     What is made for the others waits here while the decoder layer is traced; the code that comes of it has no state.
@@ -74,10 +74,10 @@ class Beside:
         return mine
 
 
-class NarrowLinear(Linear):
+class FusedLoraLinear(Linear):
     """peft's linear layer with LoRA; how it computes is all that differs."""
 
-    beside: Beside | None  # None where it reads its states alone
+    beside: SharedLoraA | None  # None where it reads its states alone
     place: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -102,18 +102,18 @@ def narrow(layers: nn.Module) -> None:
     """
     for layer in layers.children():
         for module in layer.modules():
-            found: dict[str, Any] = {name: child for name, child in module.named_children() if _plain(child)}
+            found: dict[str, Any] = {name: child for name, child in module.named_children() if _is_plain_lora(child)}
             for child in found.values():
-                child.__class__, child.beside = NarrowLinear, None
+                child.__class__, child.beside = FusedLoraLinear, None
             for names in (ATTENTION_INPUTS, MLP_INPUTS):
                 group = [found[name] for name in names if name in found]
                 if len(group) > 1 and all(isinstance(child.lora_dropout[ADAPTER], nn.Identity) for child in group):
-                    beside = Beside(group, layer)
+                    beside = SharedLoraA(group, layer)
                     for place, child in enumerate(group):
                         child.beside, child.place = beside, place
 
 
-def _plain(module: Any) -> bool:
+def _is_plain_lora(module: Any) -> bool:
     one = type(module) is Linear and list(module.lora_A) == [ADAPTER] and not module.lora_variant
     return one and module.lora_B[ADAPTER].bias is None  # which peft scales, too
 
@@ -121,10 +121,12 @@ def _plain(module: Any) -> bool:
 # ----------------------------------------------------------------------------------------------------
 
 BUDGET = 0.8  # on an H100 as fast as 1, with 10 GiB less in a LoRA step of 8 pairs at 7B
-KINDS = 64  # of passes that one layer's code is compiled for: models of a process, with and without gradients, lengths
+MAX_COMPILED_VARIANTS = (
+    64  # of passes that one layer's code is compiled for: models of a process, with and without gradients, lengths
+)
 
 
-def resolve(
+def resolve_trunk_pass(
     how: str,
     device: str,
     sharded: bool = False,
@@ -174,11 +176,11 @@ def block_mask(packed: PackedTrees) -> BlockMask:
     def allowed(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (q <= last[r, k])
 
-    partly, full = _listed(some & ~every), _listed(every)
+    partly, full = _block_lists(some & ~every), _block_lists(every)
     return BlockMask.from_kv_blocks(*partly, *full, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(L, L))
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """From which blocks are meant, (R, rows, columns), to how many they are and their columns first, with a head."""
     count = blocks.sum(-1, dtype=torch.int32)
     columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
@@ -186,7 +188,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return count[:, None].contiguous(), columns[:, None].to(torch.int32, memory_format=torch.contiguous_format)
 
 
-class TreePass:
+class PackedTrunk:
     """A language model that reads packed trees.
 
     Args:
@@ -209,22 +211,24 @@ class TreePass:
         self.packs = packs(how)
         self.budget = activation_memory_budget
         self.model = language_model
-        self.last: LastLayer | None = None
+        self.last: SparseLastLayer | None = None
         self.layers = len(language_model.layers)
         self.staying = staying(self.layers, activation_offloading)
-        self.offload: Offload | None = None
+        self.offload: ActivationOffload | None = None
         if activation_offloading and self.staying == self.layers:
             said = f"activation_offloading has no layer to take of {self.layers}: {self.staying} stay."
             raise RecipeError(said, "Leave it out.")
         if how == "compiled":
             narrow(language_model.layers)
         if not sharded:
-            self.model, self.last = _shell(language_model, how == "compiled", last_mlp_at_kept(language_model, how))
+            self.model, self.last = _copy_with_own_layers(
+                language_model, how == "compiled", last_mlp_at_kept(language_model, how)
+            )
         if self.staying < self.layers:
-            self.lane = Lane(language_model.device)
+            self.lane = CopyStream(language_model.device)
             layers = self.model.layers
             for number, layer in enumerate(list(layers)):
-                layers[number] = Numbered(layer, number, lambda: self.offload)
+                layers[number] = OffloadedLayer(layer, number, lambda: self.offload)
 
     def __call__(self, embeds: Tensor, packed: PackedTrees) -> Tensor:
         """Last hidden states at the kept positions, (T, S, D), of embedded trees (R, L, D).
@@ -239,9 +243,14 @@ class TreePass:
             if chosen and not torch.compiler.is_compiling():  # how many there are differs from batch to batch
                 torch._dynamo.maybe_mark_dynamic(self.last.keep, 0)
         # Above torch's own limit of 8 kinds it would go on uncompiled, and only warn.
-        limit = torch._dynamo.config.patch(recompile_limit=KINDS)
+        limit = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_VARIANTS)
         budget = torch._functorch.config.patch(activation_memory_budget=self.budget)
-        with limit, budget, self._offloads(), _attention(self.model.config, "flex_attention" if self.packs else None):
+        with (
+            limit,
+            budget,
+            self._offloading(),
+            _attention_implementation(self.model.config, "flex_attention" if self.packs else None),
+        ):
             try:
                 states: Tensor = self.model(
                     inputs_embeds=embeds, attention_mask=mask, position_ids=packed.positions, use_cache=False
@@ -254,25 +263,25 @@ class TreePass:
         return states.unflatten(0, packed.keep.shape) if chosen else states.flatten(0, 1)[packed.keep]
 
     @cached_property  # going through all modules takes as long as some layers do
-    def _resident(self) -> frozenset[int]:
+    def _weight_addresses(self) -> frozenset[int]:
         """Addresses of what holds the weights; asked for when they are where training has them."""
         held = (*self.model.parameters(), *self.model.buffers())
         return frozenset(tensor.untyped_storage().data_ptr() for tensor in held)
 
     @contextmanager
-    def _offloads(self) -> Iterator[None]:
+    def _offloading(self) -> Iterator[None]:
         """What the first layers save inside leaves the device, if it is wanted and there is a backward pass."""
         if self.staying == self.layers or not torch.is_grad_enabled():
             yield
             return
-        self.offload = Offload(self.layers, self.staying, self._resident, self.lane)
+        self.offload = ActivationOffload(self.layers, self.staying, self._weight_addresses, self.lane)
         try:
             yield
         finally:
             self.offload = None
 
 
-def _shell(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, LastLayer | None]:
+def _copy_with_own_layers(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, SparseLastLayer | None]:
     """The same modules under a shell with layers of its own, so that `generate` has those that it had.
 
     One layer is compiled, not the whole model: all layers but the last share its code. On a CPU for each length anew:
@@ -281,7 +290,7 @@ def _shell(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, LastL
     dynamic = None if language_model.device.type == "cuda" else False
     make: Any = partial(torch.compile, dynamic=dynamic) if compiled else lambda layer: layer
     *layers, layer = language_model.layers
-    last = LastLayer(make(_keeping(layer))) if apart else None
+    last = SparseLastLayer(make(_with_sparse_forward(layer))) if apart else None
     shell = copy.copy(language_model)
     shell._modules = dict(language_model._modules)
     shell.layers = nn.ModuleList([*map(make, layers), last or make(layer)])
@@ -304,7 +313,7 @@ def last_mlp_at_kept(language_model: Any, how: str) -> bool:
     return ours and not (how == "compiled" and language_model.device.type == "cpu")
 
 
-class LastLayer(nn.Module):
+class SparseLastLayer(nn.Module):
     """A language model's last decoder layer: nothing reads it at positions that are not kept.
 
     Its keys and values are needed everywhere, its MLP, two thirds of its work, at the kept positions only.
@@ -322,16 +331,16 @@ class LastLayer(nn.Module):
         return made
 
 
-def _keeping(layer: nn.Module) -> nn.Module:
+def _with_sparse_forward(layer: nn.Module) -> nn.Module:
     """The same layer, one of PRE_NORM, with a `forward` that is told what to keep."""
     kind: Any = type(layer)
-    same: nn.Module = object.__new__(_keeping_class(kind))
+    same: nn.Module = object.__new__(_sparse_class(kind))
     same.__dict__ = layer.__dict__  # shared: a mode that is set later holds for both
     return same
 
 
 @cache  # for a class of its own a layer would be compiled anew with every model
-def _keeping_class(kind: Any) -> Any:
+def _sparse_class(kind: Any) -> Any:
     class Keeping(kind):
         """A subclass, so that transformers' recomputation of layers wraps this `forward`, too."""
 
@@ -346,7 +355,7 @@ def _keeping_class(kind: Any) -> Any:
 
 
 @contextmanager
-def _attention(config: Any, name: str | None) -> Iterator[None]:
+def _attention_implementation(config: Any, name: str | None) -> Iterator[None]:
     """transformers' attention of that name during a pass.
 
     With gradients it stays: where layers are recomputed, the backward pass runs them again.

@@ -18,17 +18,17 @@ from torch.utils.checkpoint import checkpoint
 
 from relook.data.packing import PackedTrees, Targets, pinned, to_device
 from relook.forward import activation_memory
-from relook.forward.packed_attention import BUDGET, TreePass, last_mlp_at_kept, resolve
+from relook.forward.packed_attention import BUDGET, PackedTrunk, last_mlp_at_kept, resolve_trunk_pass
 from relook.model.modeling_relook import selected_features
-from relook.model.post_decoder import Layout, PostDecoder
+from relook.model.post_decoder import FlatLayout, PostDecoder
 
 # ----------------------------------------------------------------------------------------------------
 # From logits to log-probabilities without a second copy of the logits: they are the largest tensors of a step.
 
-ROWS = 1024  # that are in float32 at a time, where each operation has a result of its own
+ROWS_IN_FLOAT32 = 1024  # that are in float32 at a time, where each operation has a result of its own
 
 
-class LogProb(torch.autograd.Function):
+class GatherLogProbs(torch.autograd.Function):
     """log softmax(logits)[id] for each row: (N,) float32 of logits (N, vocabulary) in any floating-point type.
 
     Kept for the backward pass are the logits as they came and one number a row. In plain operations bf16 logits of
@@ -39,49 +39,49 @@ class LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, compiled: bool) -> Tensor:
-        total = _by_rows(_totals, compiled, logits)
+        total = _map_rows(_logsumexp, compiled, logits)
         ctx.save_for_backward(logits, ids, total)
         ctx.compiled = compiled
-        return wide(logits.gather(-1, ids[:, None]).squeeze(-1)) - total
+        return upcast(logits.gather(-1, ids[:, None]).squeeze(-1)) - total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, ids, total = ctx.saved_tensors
-        return _by_rows(_gradients, ctx.compiled, logits, ids, total, gradient), None, None
+        return _map_rows(_logit_gradients, ctx.compiled, logits, ids, total, gradient), None, None
 
 
-def _by_rows(work: Callable[..., Tensor], compiled: bool, *tensors: Tensor) -> Tensor:
+def _map_rows(work: Callable[..., Tensor], compiled: bool, *tensors: Tensor) -> Tensor:
     """`work` on tensors of as many rows each: compiled, in one pass over memory, or some rows at a time."""
     if compiled:
         made: Tensor = torch.compile(work)(*tensors)
         return made
-    parts = zip(*(tensor.split(ROWS) for tensor in tensors), strict=True)
+    parts = zip(*(tensor.split(ROWS_IN_FLOAT32) for tensor in tensors), strict=True)
     return torch.cat([work(*part) for part in parts])
 
 
-def _totals(logits: Tensor) -> Tensor:
-    return wide(logits).logsumexp(-1)
+def _logsumexp(logits: Tensor) -> Tensor:
+    return upcast(logits).logsumexp(-1)
 
 
-def _gradients(logits: Tensor, ids: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
+def _logit_gradients(logits: Tensor, ids: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
     said = torch.arange(logits.shape[-1], device=logits.device) == ids[:, None]
-    found = said.to(total.dtype) - (wide(logits) - total[:, None]).exp()
+    found = said.to(total.dtype) - (upcast(logits) - total[:, None]).exp()
     return (found * gradient[:, None]).to(logits.dtype)
 
 
-def wide(values: Tensor) -> Tensor:
+def upcast(values: Tensor) -> Tensor:
     """In float32, or in float64 where they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def log_prob(logits: Tensor, ids: Tensor, compiled: bool = False) -> Tensor:
+def gather_log_probs(logits: Tensor, ids: Tensor, compiled: bool = False) -> Tensor:
     """log softmax(logits)[id] for each row, (N,) float32.
 
     Args:
         compiled: each pass becomes one kernel, which reads the logits once: less than half the time on a GPU.
     """
-    result: Tensor = LogProb.apply(logits, ids, compiled)
+    result: Tensor = GatherLogProbs.apply(logits, ids, compiled)
     return result
 
 
@@ -130,10 +130,10 @@ class Policy(nn.Module):
         model: a transformers model, possibly wrapped by peft; the wrapper itself is bypassed, its layers are not. Or
             an `AboveTrunk`, for cached trunk states.
         dtype: what matrix products are computed in; what trains is kept in float32.
-        trunk_pass: how the language model reads packed trees; see `TreePass`.
+        trunk_pass: how the language model reads packed trees; see `PackedTrunk`.
         sharded: whether FSDP or DeepSpeed will take the model apart.
-        activation_memory_budget: of compiled layers; see `TreePass`.
-        activation_offloading: see `TreePass`.
+        activation_memory_budget: of compiled layers; see `PackedTrunk`.
+        activation_offloading: see `PackedTrunk`.
     """
 
     def __init__(
@@ -150,15 +150,17 @@ class Policy(nn.Module):
         self.dtype = dtype
         self.sharded = sharded
         place = self.device.type
-        self.trunk_pass = resolve(trunk_pass, place, sharded, activation_memory_budget, activation_offloading)
+        self.trunk_pass = resolve_trunk_pass(
+            trunk_pass, place, sharded, activation_memory_budget, activation_offloading
+        )
         self.activation_offloading = activation_offloading
         self.activation_memory_budget = activation_memory_budget if self.trunk_pass == "compiled" else 1.0
 
     @cached_property
-    def _tree_pass(self) -> TreePass:
+    def _packed_trunk(self) -> PackedTrunk:
         model = self.core.model.language_model
         budget, away = self.activation_memory_budget, self.activation_offloading
-        return TreePass(model, self.trunk_pass, budget, self.sharded, away)
+        return PackedTrunk(model, self.trunk_pass, budget, self.sharded, away)
 
     def last_mlp_at_kept(self, kept: int, positions: int) -> bool:
         """Whether the trunk's last MLP runs at the kept positions only, of all that are read; both with padding."""
@@ -175,11 +177,11 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is; the vision tower may be elsewhere (`rest_tower`)."""
+        """Where the language model is; the vision tower may be elsewhere (`offload_vision_tower`)."""
         found: torch.device = self.core.lm_head.weight.device
         return found
 
-    def rest_tower(self) -> None:
+    def offload_vision_tower(self) -> None:
         """Give the device's memory of a vision tower free that no step runs."""
         self.core.model.vision_tower.to("cpu")
 
@@ -188,12 +190,12 @@ class Policy(nn.Module):
         return getattr(self.core.model, "post_decoder", None)
 
     @property
-    def keeps_everything(self) -> bool:
+    def needs_all_states(self) -> bool:
         """Whether the post decoder needs the states of all positions, not only of those that predict a target."""
         return self.post_decoder is not None and self.post_decoder.reads_all_positions
 
     @property
-    def reads_image(self) -> bool:
+    def needs_vision_features(self) -> bool:
         """Whether what comes after the trunk needs the vision features."""
         return self.post_decoder is not None and self.post_decoder.align is not None
 
@@ -213,7 +215,7 @@ class Policy(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The Trainer's call: recompute the trunk's layers in the backward pass instead of keeping their inputs."""
-        activation_memory.enable(self.core, **kwargs)
+        activation_memory.enable_checkpointing(self.core, **kwargs)
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # what the Trainer calls before transformers 5.23
 
@@ -231,7 +233,7 @@ class Policy(nn.Module):
         return self._mixed(self.core.model.named_parameters())
 
     @cached_property
-    def _mixed_sight(self) -> bool:
+    def _mixed_vision(self) -> bool:
         base = self.core.model
         return any(self._mixed(part.named_parameters()) for part in (base.vision_tower, base.multi_modal_projector))
 
@@ -253,19 +255,19 @@ class Policy(nn.Module):
         base = self.core.model
         sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
         pixels = pixel_values.to(base.get_input_embeddings().weight.dtype)
-        with self.autocast(self._mixed_sight):  # adapters of the language model do not make the tower wider
+        with self.autocast(self._mixed_vision):  # adapters of the language model do not make the tower wider
             return base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
 
     def _seen(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None]:
         """Vision features of each image, where the post decoder reads them, and what stands at image positions."""
         if batch.features is not None:
-            with self.autocast(self._mixed_sight):
+            with self.autocast(self._mixed_vision):
                 projected = self.core.model.multi_modal_projector(batch.features)
-            return list(batch.features) if self.reads_image else None, projected.flatten(0, 1)
+            return list(batch.features) if self.needs_vision_features else None, projected.flatten(0, 1)
         if batch.pixel_values is None:
             return None, None
         image = self._images(batch.pixel_values, batch.image_sizes)
-        return image.vision_features if self.reads_image else None, torch.cat(list(image.pooler_output))
+        return image.vision_features if self.needs_vision_features else None, torch.cat(list(image.pooler_output))
 
     def _trunk(self, batch: LiveBatch) -> TrunkStates:
         packed = batch.packed
@@ -274,7 +276,7 @@ class Policy(nn.Module):
         if projected is not None:
             where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
-        return TrunkStates(self._tree_pass(embeds, packed), features, batch.images, packed.targets)
+        return TrunkStates(self._packed_trunk(embeds, packed), features, batch.images, packed.targets)
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Log-probability of each supervised token, (N,) float32."""
@@ -283,20 +285,20 @@ class Policy(nn.Module):
 
     def _forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         trunk = batch if isinstance(batch, TrunkStates) else self.trunk(batch)
-        states = predicting_states(self.post_decoder, trunk)
+        states = prediction_states(self.post_decoder, trunk)
         return token_log_probs(self.core.lm_head, states, trunk.targets.id, compiled=self.trunk_pass == "compiled")
 
 
-def predicting_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:
+def prediction_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:
     """The states that lm_head turns into predictions of the targets, after the post decoder: (N, D)."""
     states, targets = trunk.states, trunk.targets
     if post_decoder is None:
         return states[targets.tree, targets.slot]
     context = post_decoder.look(trunk.features, trunk.images) if trunk.features is not None else None
     if post_decoder.reads_all_positions:
-        seen: Tensor = post_decoder(states, context, targets.kept_mask()[:, None])
+        seen: Tensor = post_decoder(states, context, targets.self_attention_mask()[:, None])
         return seen[targets.tree, targets.slot]
-    layout = Layout(targets.tree, targets.slot, (states.shape[0], states.shape[1]))
+    layout = FlatLayout(targets.tree, targets.slot, (states.shape[0], states.shape[1]))
     chosen: Tensor = post_decoder(states[targets.tree, targets.slot], context, layout=layout)
     return chosen
 
@@ -309,9 +311,9 @@ def token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor, compiled:
     """
     rows = max(1, LOGITS_BYTES // (4 * head.out_features))
     if len(ids_N) <= rows:
-        return log_prob(head(states_ND), ids_N, compiled)
+        return gather_log_probs(head(states_ND), ids_N, compiled)
     parts = zip(states_ND.split(rows), ids_N.split(rows), strict=True)
-    chunk = lambda states, ids: log_prob(head(states), ids, compiled)  # noqa: E731
+    chunk = lambda states, ids: gather_log_probs(head(states), ids, compiled)  # noqa: E731
     # No dropout in it, so no generator's state needs to be fetched from the device and put back.
     again = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([again(states, ids) for states, ids in parts])

@@ -26,14 +26,23 @@ from typing import Any, TypeVar
 import torch
 
 from relook.console import say
-from relook.data.images import Recent, image_from_bytes
+from relook.data.images import RecentCache, image_from_bytes
 from relook.data.samples import Turn
 from relook.data.templates import get_template
 from relook.errors import CheckpointError, RelookError
-from relook.generate.request import Answer, AnswerText, Busy, Event, Limits, ReadImage, Request, TooLong
-from relook.generate.sampling import settings_followed, uniform
-from relook.generate.scheduler import Batch
-from relook.generate.tree_decoding import any_length
+from relook.generate.request import (
+    ActiveRequest,
+    ContextTooLong,
+    EngineLimits,
+    Event,
+    IncrementalText,
+    ProcessedImage,
+    QueueFull,
+    Request,
+)
+from relook.generate.sampling import supported_settings, uniform
+from relook.generate.scheduler import Scheduler
+from relook.generate.tree_decoding import without_cudnn_attention
 from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
@@ -54,28 +63,28 @@ class Engine:
         RelookError: the slots do not fit into the memory that they may take.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, template: str = "") -> None:
+    def __init__(self, loaded: LoadedModel, limits: EngineLimits, template: str = "") -> None:
         self.loaded, self.limits = loaded, limits
         self.length = slot_length(loaded.core.config.text_config, limits, loaded.core.dtype)
-        if settings_followed(loaded, {"do_sample": False}, self.length) is None:
+        if supported_settings(loaded, {"do_sample": False}, self.length) is None:
             raise CheckpointError(
                 f"generation_config.json of {loaded.path} asks for what only `generate` follows.",
                 "Take beams, penalties and the like out of it.",
             )
         self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_positions)
         self.ends, self.stops = _endings(loaded, get_template(template or loaded.template).stop)
-        self.batch = Batch(loaded, limits, self.length)
+        self.batch = Scheduler(loaded, limits, self.length)
         self._token_bytes = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
-        self._images: Recent[ReadImage] = Recent(READ_IMAGES, lambda image: image.nbytes)
+        self._images: RecentCache[ProcessedImage] = RecentCache(READ_IMAGES, lambda image: image.nbytes)
         self._decoding = threading.Semaphore(DECODERS)
-        self._waiting: deque[Answer] = deque()
+        self._waiting: deque[ActiveRequest] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = self._ending = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def image(self, data: bytes) -> ReadImage:
+    def image(self, data: bytes) -> ProcessedImage:
         """An image file's bytes, decoded and prepared; one that was sent lately is remembered.
 
         Raises:
@@ -88,11 +97,11 @@ class Engine:
                 picture = image_from_bytes(data, self.limits.max_pixels, self.loaded.images.check_shape)
                 inputs = {name: t[0] for name, t in self.loaded.images.batch([picture]).items()}
             positions = self.loaded.image_positions
-            found = ReadImage(key, inputs, positions if isinstance(positions, int) else positions(picture))
+            found = ProcessedImage(key, inputs, positions if isinstance(positions, int) else positions(picture))
             self._images.put(key, found)
         return found
 
-    def prompt(self, turns: Sequence[Turn], images: Sequence[ReadImage] = ()) -> tuple[int, ...]:
+    def prompt(self, turns: Sequence[Turn], images: Sequence[ProcessedImage] = ()) -> tuple[int, ...]:
         """Ids of a conversation whose last turn is to be answered. Prompts name their images by `<image>`.
 
         Raises:
@@ -113,14 +122,14 @@ class Engine:
         if positions >= self.length:
             raise self._too_long(f"the conversation takes {positions:,} positions")
 
-    def _too_long(self, size: str) -> TooLong:
+    def _too_long(self, size: str) -> ContextTooLong:
         """In OpenAI's words, by which proxies know the error."""
-        return TooLong(
+        return ContextTooLong(
             f"This model's maximum context length is {self.length} tokens with the answer, but {size}.",
             "Shorten it.",
         )
 
-    def submit(self, request: Request, emit: Callable[[Event], None]) -> Answer:
+    def submit(self, request: Request, emit: Callable[[Event], None]) -> ActiveRequest:
         """Queue a request. `emit` is called on the engine's thread, and must not wait.
 
         Raises:
@@ -128,14 +137,14 @@ class Engine:
         """
         most = max(1, min(request.max_new_tokens, self.length - len(request.ids)))
         draws = uniform(request.seed, 0, most).tolist() if request.temperature else []
-        text = AnswerText(self._token_bytes, (*self.stops, *request.stop))
+        text = IncrementalText(self._token_bytes, (*self.stops, *request.stop))
         until = request.until or time.monotonic() + self.limits.seconds
-        answer = Answer(request, emit, text, self.ends, most, draws, until)
+        answer = ActiveRequest(request, emit, text, self.ends, most, draws, until)
         with self._wake:
             if self._stopping:
-                raise Busy("The server is stopping.")
+                raise QueueFull("The server is stopping.")
             if self.full:
-                raise Busy(f"{len(self._waiting)} requests are waiting already.", "Try again later.")
+                raise QueueFull(f"{len(self._waiting)} requests are waiting already.", "Try again later.")
             self._waiting.append(answer)
             self._wake.notify()
         return answer
@@ -174,7 +183,7 @@ class Engine:
 
         with self._wake:
             if self._stopping:
-                raise Busy("The server is stopping.")
+                raise QueueFull("The server is stopping.")
             self._calls.append(call)
             self._wake.notify()
         return done.result()
@@ -207,7 +216,7 @@ class Engine:
         self._ending = True
         self._thread.join()
 
-    @any_length
+    @without_cudnn_attention
     @torch.inference_mode()
     def _run(self) -> None:
         while True:
@@ -242,7 +251,7 @@ class Engine:
             self.batch.step()
 
 
-def slot_length(text_config: Any, limits: Limits, dtype: torch.dtype) -> int:
+def slot_length(text_config: Any, limits: EngineLimits, dtype: torch.dtype) -> int:
     """Positions of a slot: what the language model was made for, or less where that does not fit `cache_gb`."""
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     position = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * size * dtype.itemsize

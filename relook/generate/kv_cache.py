@@ -19,10 +19,10 @@ from transformers import Cache, DynamicLayer
 
 from relook.model.post_decoder import ImageContext
 
-AT_FIRST = 128  # places of a slot
+INITIAL_PLACES = 128  # places of a slot
 
 
-class Room:
+class SlotKV:
     """Keys and values, (C, H, P, D) each: made when they are first written, made longer where that is too short.
 
     In memory heads lie behind places: `flat` is the same as (C * P, H, 1, D), rows of which are what a step writes.
@@ -60,7 +60,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Window:
+class PassWindow:
     """What a pass reads and writes.
 
     Args:
@@ -83,7 +83,7 @@ class _SlotLayer(DynamicLayer):
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
-        self.cache, self.room = cache, Room(cache.slots)
+        self.cache, self.room = cache, SlotKV(cache.slots)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         window = self.cache.window
@@ -107,7 +107,7 @@ class SlotCache(Cache):
         length: most positions of a slot.
     """
 
-    window: Window
+    window: PassWindow
     relook_image: ImageContext | None  # where the post decoder looks for it
 
     def __init__(self, slots: int, layers: int, length: int) -> None:
@@ -126,7 +126,7 @@ class SlotCache(Cache):
         rows, new = len(starts), max(counts)
         end = max(a + b for a, b in zip(starts, counts, strict=True))
         if end >= self.room:
-            self.room = min(max(AT_FIRST, 2 * self.room, end + end // 4), self.length) + 1
+            self.room = min(max(INITIAL_PLACES, 2 * self.room, end + end // 4), self.length) + 1
         steps = torch.arange(new)
         numbers = torch.tensor(starts)[:, None] + steps
         # The last place of a slot is a bin: what fills up shorter rows is written there, and nobody looks.
@@ -134,7 +134,7 @@ class SlotCache(Cache):
         places += self.room * torch.arange(first, first + rows)[:, None]
         numbers, places = torch.stack([numbers, places]).to(device)  # one copy to the device
         fresh = not any(starts)
-        self.window = Window(first, places.flatten(), new, 0 if fresh else end, self.room)
+        self.window = PassWindow(first, places.flatten(), new, 0 if fresh else end, self.room)
         if fresh or (new == 1 and min(starts) == end - 1):
             return numbers, None
         return numbers, torch.arange(end, device=device) <= numbers[..., None]
@@ -148,11 +148,11 @@ class SlotCache(Cache):
             layer.room.copy(source, target, places)
 
 
-class ImageSides:
+class ImageKV:
     """The post decoder's keys and values of every slot's images: its `ImageContext`, a row a slot."""
 
     def __init__(self, slots: int, blocks: int) -> None:
-        self.rooms = [Room(slots) for _ in range(blocks)]
+        self.rooms = [SlotKV(slots) for _ in range(blocks)]
         self.lengths = [0] * slots
 
     def put(self, slot: int, context: ImageContext | None) -> None:

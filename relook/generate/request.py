@@ -17,7 +17,7 @@ from relook.model.tokenizer import EACH_BYTE, UTF8
 
 
 @dataclass(frozen=True)
-class ReadImage:
+class ProcessedImage:
     """An image as the model takes it.
 
     Args:
@@ -52,7 +52,7 @@ class Request:
     """
 
     ids: tuple[int, ...]
-    images: tuple[ReadImage, ...] = ()
+    images: tuple[ProcessedImage, ...] = ()
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
@@ -65,7 +65,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Said:
+class TokenOutput:
     """A token of an answer, with its log-probability before temperature and top_p, and the likeliest at its place.
 
     Args:
@@ -88,13 +88,13 @@ class Event:
     """
 
     text: str = ""
-    tokens: tuple[Said, ...] = field(default=())
+    tokens: tuple[TokenOutput, ...] = field(default=())
     finish: str = ""
     reused: int = 0
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """What an engine may take.
 
     Args:
@@ -116,11 +116,11 @@ class Limits:
     max_pixels: int = 40_000_000
 
 
-class Busy(RelookError):
+class QueueFull(RelookError):
     """The queue is full, or the engine is stopping."""
 
 
-class TooLong(DataError):
+class ContextTooLong(DataError):
     """A conversation that leaves no room for an answer."""
 
 
@@ -128,7 +128,7 @@ class TooLong(DataError):
 
 
 @dataclass
-class AnswerText:
+class IncrementalText:
     """The text of an answer while it grows: its tokens' bytes as UTF-8, up to a stop, without white space around it.
 
     Args:
@@ -229,7 +229,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @dataclass
-class Answer:
+class ActiveRequest:
     """A request on its way. The engine's thread owns it; `cancel` may be called from any.
 
     Args:
@@ -242,13 +242,13 @@ class Answer:
 
     request: Request
     emit: Callable[[Event], None]
-    text: AnswerText
+    text: IncrementalText
     ends: frozenset[int]
     most: int
     draws: Sequence[float]
     until: float
     reused: int = 0
-    said: list[Said] = field(default_factory=list)
+    said: list[TokenOutput] = field(default_factory=list)
     reported: int = 0
     cancelled: bool = False
 
@@ -259,7 +259,7 @@ class Answer:
         """Whether nobody waits for it any more."""
         return self.cancelled or now > self.until
 
-    def add(self, said: Said) -> str:
+    def add(self, said: TokenOutput) -> str:
         """Take the next token: why the answer ends with it, if it does."""
         self.said.append(said)
         self.text.add(said.id)
@@ -278,7 +278,7 @@ class Answer:
         self.reported = settled
         self.emit(Event(text, tokens, finish, self.reused))
 
-    def _written(self, index: int) -> Said:
+    def _written(self, index: int) -> TokenOutput:
         """A token with its text, where log-probabilities are wanted."""
         said = self.said[index]
         if not self.request.logprobs:

@@ -1,6 +1,6 @@
 """Which token comes next, and when an answer ends: as transformers' `generate` has it, for many branches at once.
 
-`Rule.of` is the one place that decides whether the trees' own loop decodes, or `generate` itself.
+`Sampler.of` is the one place that decides whether the trees' own loop decodes, or `generate` itself.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import (
 from relook.model.load import LoadedModel
 
 # Settings of `generate` that a rule follows, and those that change no token.
-FOLLOWED = {"do_sample", "temperature", "top_k", "top_p", "suppress_tokens", "begin_suppress_tokens", "eos_token_id"}
-IDLE = {
+SUPPORTED = {"do_sample", "temperature", "top_k", "top_p", "suppress_tokens", "begin_suppress_tokens", "eos_token_id"}
+WITHOUT_EFFECT = {
     *("bos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "use_cache"),
     *("output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
 }
@@ -36,7 +36,7 @@ NEUTRAL = {
 TOP_K = 50  # what `generate` takes where nobody says
 
 
-class Rule:
+class Sampler:
     """How tokens are chosen, for a whole run.
 
     Args:
@@ -67,7 +67,7 @@ class Rule:
                 self.warpers.append(TopPLogitsWarper(settings.top_p))
 
     @staticmethod
-    def of(loaded: LoadedModel, template: str, generate: dict[str, Any], longest: int, seed: int = 0) -> Rule | None:
+    def of(loaded: LoadedModel, template: str, generate: dict[str, Any], longest: int, seed: int = 0) -> Sampler | None:
         """The rule that says what `generate` would; None where only `generate` itself does.
 
         That is: beams, penalties and whatever else looks at earlier tokens or at other rows, and language models with
@@ -77,12 +77,12 @@ class Rule:
             generate: keyword arguments of `generate`.
             longest: positions of the longest prompt with its answer.
         """
-        settings = settings_followed(loaded, generate, longest)
+        settings = supported_settings(loaded, generate, longest)
         if settings is None:
             return None
         stop = loaded.stopping(template)
         criterion = StopStringCriteria(stop["tokenizer"], stop["stop_strings"]) if stop else None
-        return Rule(settings, loaded.pad_id, criterion, seed, loaded.core.device)
+        return Sampler(settings, loaded.pad_id, criterion, seed, loaded.core.device)
 
     def draws(self, numbers: Sequence[int], tokens: int) -> Tensor | None:
         """(n, tokens) uniform numbers, one for each token of each numbered question; None where nothing is drawn."""
@@ -118,19 +118,19 @@ def uniform(seed: int, number: int, tokens: int) -> Tensor:
     return torch.rand(tokens, generator=generator, dtype=torch.float64)
 
 
-def settings_followed(loaded: LoadedModel, generate: dict[str, Any], longest: int) -> GenerationConfig | None:
+def supported_settings(loaded: LoadedModel, generate: dict[str, Any], longest: int) -> GenerationConfig | None:
     """A model's settings of generation with the caller's laid on them; None where a rule cannot follow them all."""
     settings = copy.deepcopy(loaded.core.generation_config)
-    if settings.update(**generate) or not sees_everything(loaded.core.config.text_config, longest):
+    if settings.update(**generate) or not has_full_attention(loaded.core.config.text_config, longest):
         return None
-    idle = IDLE if settings.do_sample else IDLE | SAMPLING
+    idle = WITHOUT_EFFECT if settings.do_sample else WITHOUT_EFFECT | SAMPLING
     for name, value in settings.to_diff_dict().items():
-        if name not in FOLLOWED | idle and value not in (None, False, NEUTRAL.get(name)):
+        if name not in SUPPORTED | idle and value not in (None, False, NEUTRAL.get(name)):
             return None
     return settings
 
 
-def sees_everything(text_config: Any, longest: int) -> bool:
+def has_full_attention(text_config: Any, longest: int) -> bool:
     """Whether every layer of a language model sees all of a text of that length."""
     window = getattr(text_config, "sliding_window", None)
     layers = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}

@@ -17,12 +17,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from relook.data.images import Recent, stack
-from relook.data.packing import common_start
-from relook.generate.kv_cache import ImageSides, SlotCache
-from relook.generate.request import Answer, Limits, Request, Said
-from relook.generate.sampling import Rule, settings_followed
-from relook.generate.tree_decoding import additive
+from relook.data.images import RecentCache, stack
+from relook.data.packing import common_prefix_length
+from relook.generate.kv_cache import ImageKV, SlotCache
+from relook.generate.request import ActiveRequest, EngineLimits, Request, TokenOutput
+from relook.generate.sampling import Sampler, supported_settings
+from relook.generate.tree_decoding import additive_mask
 from relook.model.load import LoadedModel
 from relook.model.modeling_relook import CACHE
 from relook.model.post_decoder import PostDecoder
@@ -31,7 +31,9 @@ from relook.model.post_decoder import PostDecoder
 # The next token of many answers at once, each by its own rule.
 
 
-def pick(logits_RV: Tensor, answers: Sequence[Answer], rule: Callable[[float, float], Rule]) -> list[Said]:
+def sample_batch(
+    logits_RV: Tensor, answers: Sequence[ActiveRequest], rule: Callable[[float, float], Sampler]
+) -> list[TokenOutput]:
     """What each answer says next.
 
     Args:
@@ -53,10 +55,10 @@ def pick(logits_RV: Tensor, answers: Sequence[Answer], rule: Callable[[float, fl
     by_place = dict(zip(places, torch.cat(chosen).tolist(), strict=True))  # the one wait for the device
     tokens = [by_place[i] for i in range(len(answers))]
     likely = _log_probs(logits_RV, answers, tokens)
-    return [likely.get(i) or Said(token) for i, token in enumerate(tokens)]
+    return [likely.get(i) or TokenOutput(token) for i, token in enumerate(tokens)]
 
 
-def _log_probs(logits_RV: Tensor, answers: Sequence[Answer], tokens: Sequence[int]) -> dict[int, Said]:
+def _log_probs(logits_RV: Tensor, answers: Sequence[ActiveRequest], tokens: Sequence[int]) -> dict[int, TokenOutput]:
     """Of the answers that want them."""
     wanted = [i for i, answer in enumerate(answers) if answer.request.logprobs]
     if not wanted:
@@ -66,16 +68,16 @@ def _log_probs(logits_RV: Tensor, answers: Sequence[Answer], tokens: Sequence[in
     values, ids = (side.tolist() for side in log_probs.topk(min(top, log_probs.shape[-1])))
     own = log_probs.gather(1, torch.tensor([[tokens[i]] for i in wanted], device=log_probs.device))[:, 0].tolist()
     return {
-        i: Said(tokens[i], own[n], tuple(zip(ids[n], values[n], strict=True))[: answers[i].request.top])
+        i: TokenOutput(tokens[i], own[n], tuple(zip(ids[n], values[n], strict=True))[: answers[i].request.top])
         for n, i in enumerate(wanted)
     }
 
 
 # ----------------------------------------------------------------------------------------------------
 
-WORTH_WAITING = 32  # positions: a prompt that shares as many with one that is just being read comes a step later
-RULES = 256  # ways of sampling that are remembered; clients choose them
-AT_ONCE = 4096  # positions of prompts that are read between two steps, unless one alone has more
+MIN_SHARED = 32  # positions: a prompt that shares as many with one that is just being read comes a step later
+MAX_SAMPLERS = 256  # ways of sampling that are remembered; clients choose them
+MAX_PREFILL = 4096  # positions of prompts that are read between two steps, unless one alone has more
 
 Features = tuple[Tensor, Tensor | None]  # of an image: projected (P, D), and what the post decoder looks at (M, V)
 
@@ -87,11 +89,11 @@ class Slot:
     ids: list[int] = field(default_factory=list)
     images: tuple[str, ...] = ()
     used: int = 0
-    answer: Answer | None = None
+    answer: ActiveRequest | None = None
 
 
 @dataclass
-class Counts:
+class EngineCounts:
     """What has been done so far, for those who watch."""
 
     prompt_tokens: int = 0
@@ -101,44 +103,44 @@ class Counts:
     steps: int = 0
 
 
-class Batch:
+class Scheduler:
     """The answers of one model. The first `live` slots are being answered.
 
     Args:
         length: positions of a slot.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, length: int) -> None:
+    def __init__(self, loaded: LoadedModel, limits: EngineLimits, length: int) -> None:
         self.loaded, self.core, self.length = loaded, loaded.core, length
         self.decoder: PostDecoder | None = getattr(self.core.model, "post_decoder", None)
         blocks = 0 if self.decoder is None else len(self.decoder.blocks)
         own = blocks if self.decoder is not None and self.decoder.reads_all_positions else 0
         self.cache = SlotCache(limits.slots, self.core.config.text_config.num_hidden_layers + own, length)
-        self.sides = ImageSides(limits.slots, blocks)
+        self.sides = ImageKV(limits.slots, blocks)
         self.slots = [Slot() for _ in range(limits.slots)]
         self.live = 0
-        self.counts = Counts()
-        self._features: Recent[Features] = Recent(int(limits.image_gb * 1e9), _size)
-        self._rule = lru_cache(RULES)(self._make_rule)
+        self.counts = EngineCounts()
+        self._features: RecentCache[Features] = RecentCache(int(limits.image_gb * 1e9), _size)
+        self._rule = lru_cache(MAX_SAMPLERS)(self._make_rule)
 
-    def _make_rule(self, temperature: float, top_p: float) -> Rule:
+    def _make_rule(self, temperature: float, top_p: float) -> Sampler:
         how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        settings = settings_followed(self.loaded, how if temperature else {"do_sample": False}, self.length)
+        settings = supported_settings(self.loaded, how if temperature else {"do_sample": False}, self.length)
         assert settings is not None, "the engine has checked it"
-        return Rule(settings, self.loaded.pad_id, None, 0, self.core.device)
+        return Sampler(settings, self.loaded.pad_id, None, 0, self.core.device)
 
     # --- who comes and goes
 
-    def admit(self, waiting: deque[Answer]) -> None:
+    def admit(self, waiting: deque[ActiveRequest]) -> None:
         """Read prompts from the queue's head into free slots, as many as may be read at once."""
-        first, room = self.live, AT_ONCE
+        first, room = self.live, MAX_PREFILL
         starts: list[int] = []
         try:
             while waiting and self.live < len(self.slots):
                 request = waiting[0].request
                 room -= len(request.ids)
                 shared = [self._shares(request, slot) for slot in self.slots]
-                if starts and (room < 0 or max(shared[first : self.live]) >= WORTH_WAITING):
+                if starts and (room < 0 or max(shared[first : self.live]) >= MIN_SHARED):
                     break
                 shared[first : self.live] = [0] * len(starts)  # they are not read yet
                 starts.append(self._place(waiting.popleft(), shared))
@@ -181,10 +183,10 @@ class Batch:
         if slot.images != tuple(image.key for image in request.images):
             return 0
         ids = tuple(slot.ids)
-        shared = common_start([ids, request.ids], min(len(ids), len(request.ids) - 1))
+        shared = common_prefix_length([ids, request.ids], min(len(ids), len(request.ids) - 1))
         return 0 if self.core.config.image_token_id in request.ids[shared:] else shared
 
-    def _place(self, answer: Answer, shared: Sequence[int]) -> int:
+    def _place(self, answer: ActiveRequest, shared: Sequence[int]) -> int:
         """Give a request the slot behind the live ones, with what can be taken over; how many positions that is."""
         best = max(range(len(shared)), key=shared.__getitem__)
         free = range(self.live, len(self.slots))
@@ -257,7 +259,7 @@ class Batch:
         rows = self.slots[first : first + len(starts)]
         states = self._read(first, starts, [slot.ids[start:] for slot, start in zip(rows, starts, strict=True)], images)
         answers = [slot.answer for slot in rows if slot.answer is not None]
-        said = pick(self.core.lm_head(states), answers, self._rule)
+        said = sample_batch(self.core.lm_head(states), answers, self._rule)
         self.counts.steps += 1
         self.counts.new_tokens += len(said)
         for slot, answer, token in zip(rows, answers, said, strict=True):
@@ -283,7 +285,7 @@ class Batch:
         self.cache.relook_image = self.sides.view(first, len(new))
         hidden: Tensor = self.core.model(
             inputs_embeds=embeds,
-            attention_mask=None if sees is None else additive(sees, embeds.dtype),
+            attention_mask=None if sees is None else additive_mask(sees, embeds.dtype),
             position_ids=numbers,
             use_cache=True,
             **{CACHE: self.cache},

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import Cache, DynamicLayer, LogitsProcessor, LogitsProcessorList
 
 from relook.console import Report
-from relook.data.images import ImageLoader, Shown, ahead
-from relook.data.packing import common_start
+from relook.data.images import ImageLoader, Shown, prefetch_map
+from relook.data.packing import common_prefix_length
 from relook.errors import CheckpointError, RecipeError
-from relook.generate.sampling import Rule
+from relook.generate.sampling import Sampler
 from relook.model.load import LoadedModel
 from relook.model.modeling_relook import CACHE
 
@@ -46,7 +46,7 @@ class PromptTree:
     @staticmethod
     def of(prompts: Sequence[tuple[int, ...]]) -> PromptTree:
         """Share the longest common start, which may be empty."""
-        length = common_start(prompts, min(map(len, prompts)) - 1)
+        length = common_prefix_length(prompts, min(map(len, prompts)) - 1)
         return PromptTree(prompts[0][:length], tuple(prompt[length:] for prompt in prompts))
 
     def positions(self, new_tokens: int) -> int:
@@ -54,7 +54,7 @@ class PromptTree:
         return len(self.prefix) + sum(len(branch) + new_tokens for branch in self.branches)
 
 
-class _Room(DynamicLayer):
+class GrowableKV(DynamicLayer):
     """A cache layer that is written in place and grows by a quarter when it is full: a step copies only what is new."""
 
     keys: Tensor | None
@@ -93,7 +93,7 @@ def _wider(kept: Tensor | None, like: Tensor, slots: int) -> Tensor:
 _PREFIX, _NOBODY = -1, -2
 
 
-class Growth:
+class TreeDecoder:
     """A batch of trees while it grows.
 
     Attributes:
@@ -106,7 +106,7 @@ class Growth:
         self.branches = sum(len(tree.branches) for tree in trees)
         spare = max(tree.positions(SPARE) for tree in trees)
         text = core.config.text_config
-        self.cache: Any = Cache(layers=[_Room(spare) for _ in range(text.num_hidden_layers)])
+        self.cache: Any = Cache(layers=[GrowableKV(spare) for _ in range(text.num_hidden_layers)])
         self.owner = torch.empty(len(trees), 0, dtype=torch.long, device=core.device)  # (R, L)
         self._read_prefixes(images)
         self._read_branches()
@@ -154,7 +154,7 @@ class Growth:
         sees = mine | (self.owner == _PREFIX)[:, None, :]
         hidden: Tensor = self.core.model(
             input_ids=ids,
-            attention_mask=additive(sees, self.core.dtype),
+            attention_mask=additive_mask(sees, self.core.dtype),
             position_ids=place,
             use_cache=True,
             **{CACHE: self.cache},
@@ -192,7 +192,7 @@ class Growth:
             self.cache.relook_image = context.select(rows)
 
 
-def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask (R, Q, L) bool as attention adds it, (R, 1, Q, L), made once for all layers.
 
     Rows start at multiples of eight elements: CUDA's kernels would copy the mask for that in each layer.
@@ -202,7 +202,7 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(sees[:, None], 0)
 
 
-class AnyLength(ContextDecorator):
+class WithoutCudnnAttention(ContextDecorator):
     """Attention by kernels that take a text of any length at once. The setting is the process's: it is as it was before
     when the last of those who are inside, on whatever thread, is out.
 
@@ -227,7 +227,7 @@ class AnyLength(ContextDecorator):
                 torch.backends.cuda.enable_cudnn_sdp(self.before)
 
 
-any_length = AnyLength()
+without_cudnn_attention = WithoutCudnnAttention()
 
 
 def require_finite(finite: Tensor | bool) -> None:
@@ -248,7 +248,7 @@ def decode(
     core: Any,
     trees: Sequence[PromptTree],
     images: dict[str, Tensor],
-    rule: Rule,
+    rule: Sampler,
     max_new_tokens: int,
     numbers: Sequence[int],
 ) -> list[list[int]]:
@@ -262,7 +262,7 @@ def decode(
     Raises:
         CheckpointError: logits that are no numbers.
     """
-    growth = Growth(core, trees, images, rule.pad)
+    growth = TreeDecoder(core, trees, images, rule.pad)
     B, device = growth.branches, core.device
     draws = rule.draws([*numbers, 0], max_new_tokens)  # here and below, the last row is nobody's
     draws = None if draws is None else draws.to(device)
@@ -292,7 +292,7 @@ Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of 
 
 
 @dataclass(frozen=True)
-class Asking:
+class GenerationSettings:
     """How questions are put and answered.
 
     Args:
@@ -337,7 +337,7 @@ Batch = list[list[Prompt]]  # in groups over the same images
 
 
 def answer(
-    loaded: LoadedModel, questions: Sequence[Question], how: Asking, report: Report
+    loaded: LoadedModel, questions: Sequence[Question], how: GenerationSettings, report: Report
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of the question, answer text), batch by batch; equal questions are asked once.
 
@@ -353,13 +353,17 @@ def answer(
     indices, done = list(distinct.values()), 0
     image_token = loaded.core.config.image_token_id
     longest = max(len(prompt.ids) for prompt in prompts) + how.max_new_tokens
-    rule = Rule.of(loaded, how.template, how.settings, longest, how.seed)
+    rule = Sampler.of(loaded, how.template, how.settings, longest, how.seed)
     if any(prompt.ids[-1] == image_token for prompt in prompts):
         rule = None  # a tree's images lie in its prefix, and no branch is empty
-    batches = alone(prompts, how.batch_size) if rule is None else shared(prompts, how, longest, image_token)
+    batches = (
+        batch_by_length(prompts, how.batch_size)
+        if rule is None
+        else batch_by_images(prompts, how, longest, image_token)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
-        for batch in ahead(partial(read, loaded.images), batches):
+        for batch in prefetch_map(partial(load_images, loaded.images), batches):
             texts = answer_batch(loaded, batch, how, rule)
             done += len(texts)
             for prompt, text in zip((prompt for group in batch for prompt in group), texts, strict=True):
@@ -368,13 +372,13 @@ def answer(
             report(done, len(prompts))
 
 
-def alone(prompts: Sequence[Prompt], batch_size: int) -> list[Batch]:
+def batch_by_length(prompts: Sequence[Prompt], batch_size: int) -> list[Batch]:
     """Batches of prompts of similar length, each a group of its own."""
     order = sorted(prompts, key=lambda prompt: -len(prompt.ids))
     return [[[prompt] for prompt in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
 
 
-def shared(prompts: Sequence[Prompt], how: Asking, longest: int, image_token: int) -> list[Batch]:
+def batch_by_images(prompts: Sequence[Prompt], how: GenerationSettings, longest: int, image_token: int) -> list[Batch]:
     """Batches of groups over the same images, long ones first; no group, nor batch, takes more positions than
     `batch_size` prompts of length `longest`."""
     by_start: dict[tuple[tuple[Shown, ...], tuple[int, ...]], list[Prompt]] = {}
@@ -396,7 +400,7 @@ def shared(prompts: Sequence[Prompt], how: Asking, longest: int, image_token: in
     return batches
 
 
-def read(loader: ImageLoader, batch: Batch) -> Batch:
+def load_images(loader: ImageLoader, batch: Batch) -> Batch:
     """The batch, once its images are in the loader's memory."""
     for group in batch:
         for image in group[0].images:
@@ -404,8 +408,8 @@ def read(loader: ImageLoader, batch: Batch) -> Batch:
     return batch
 
 
-@any_length
-def answer_batch(loaded: LoadedModel, batch: Batch, how: Asking, rule: Rule | None) -> list[str]:
+@without_cudnn_attention
+def answer_batch(loaded: LoadedModel, batch: Batch, how: GenerationSettings, rule: Sampler | None) -> list[str]:
     """Answers to a batch's prompts, in order: by a rule as trees, without one by `generate`."""
     if rule is None:
         return generate_batch(loaded, [prompt for group in batch for prompt in group], how)
@@ -435,7 +439,7 @@ class _Numbers(LogitsProcessor):
 
 
 @torch.inference_mode()
-def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], how: Asking) -> list[str]:
+def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], how: GenerationSettings) -> list[str]:
     """Answers by transformers' `generate`, each prompt with its images: left-padded, decoded without special tokens."""
     pad, device = loaded.pad_id, loaded.core.device
     longest = max(len(prompt.ids) for prompt in batch)

@@ -12,10 +12,19 @@ from typing import Any
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.evaluate.judge import Judge
 from relook.evaluate.tasks.pope import question_text, stated
-from relook.generate.tree_decoding import Asking
-from relook.mine.jobs import Mining, ask_all
-from relook.mine.pairs import Checked, Pair, check, correct, hallucinations, near_duplicates, same_length, style
-from relook.mine.pictures import Annotated, Picture
+from relook.generate.tree_decoding import GenerationSettings
+from relook.mine.jobs import MiningSettings, generate_all
+from relook.mine.pairs import (
+    JudgedDescription,
+    MinedPair,
+    check_descriptions,
+    correct_description,
+    hallucinations,
+    match_lengths,
+    match_style,
+    near_duplicates,
+)
+from relook.mine.pictures import AnnotatedImages, MinedImage
 from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
@@ -25,7 +34,7 @@ STILL_FALSE = "not corrected by another word"
 
 
 @dataclass
-class Described:
+class DescriptionPairs:
     """What came of the descriptions.
 
     Args:
@@ -35,11 +44,11 @@ class Described:
         judge: the judge and its tokens, as the card has them.
     """
 
-    pairs: list[Pair]
+    pairs: list[MinedPair]
     made: int
     hallucinated: int
     dropped: Counter[str] = field(default_factory=Counter)
-    checked: dict[str, Checked] = field(default_factory=dict)
+    checked: dict[str, JudgedDescription] = field(default_factory=dict)
     judge: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -54,29 +63,29 @@ class Described:
         }
 
 
-def describe(
-    pictures: Sequence[Picture], how: Mining, load: Callable[[], LoadedModel], work: Path, rng: random.Random
+def describe_images(
+    pictures: Sequence[MinedImage], how: MiningSettings, load: Callable[[], LoadedModel], work: Path, rng: random.Random
 ) -> list[list[str]]:
     """Texts of each picture, asked for by one of HA-DPO's four prompts: a greedy one, then sampled ones."""
     prompts = [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
     rounds = []
     for number in range(1 + how.samples):
         sampling = (("do_sample", True), ("temperature", how.temperature), ("top_k", 0)) if number else ()
-        asking = Asking(how.template, how.max_new_tokens, how.batch_size, sampling, how.seed + number)
+        asking = GenerationSettings(how.template, how.max_new_tokens, how.batch_size, sampling, how.seed + number)
         asked = [(picture.id, (picture.path, prompt)) for picture, prompt in zip(pictures, prompts, strict=True)]
         title = f"descriptions, sampled ({number})" if number else "descriptions, greedy"
-        rounds.append(ask_all(work / f"descriptions_{number}.jsonl", load, asked, asking, title))
+        rounds.append(generate_all(work / f"descriptions_{number}.jsonl", load, asked, asking, title))
     return [list(texts) for texts in zip(*rounds, strict=True)]
 
 
 def find_pairs(
-    pictures: Sequence[Picture],
+    pictures: Sequence[MinedImage],
     texts: Sequence[Sequence[str]],
-    annotated: Annotated,
+    annotated: AnnotatedImages,
     near_texts: float,
     judge: Judge | None,
     rng: random.Random,
-) -> Described:
+) -> DescriptionPairs:
     """Pairs of the first text with a mistake of each picture, without near-duplicates, of one style and length."""
     if annotated.vocabulary is None:
         assert judge is not None, "somebody must find the mistakes"
@@ -88,41 +97,41 @@ def find_pairs(
         found.pairs = [pair for place, pair in enumerate(found.pairs) if place not in repeated]
         found.dropped += Counter({"near-duplicate": len(repeated)})
     if judge and annotated.vocabulary:
-        styled = style(judge, found.pairs, annotated.vocabulary)
+        styled = match_style(judge, found.pairs, annotated.vocabulary)
         found.pairs = [new or old for new, old in zip(styled.verdicts, found.pairs, strict=True)]
         found.judge.append(styled.to_json())
-    found.pairs, dropped = same_length(found.pairs)
+    found.pairs, dropped = match_lengths(found.pairs)
     found.dropped += dropped
     return found
 
 
 def _by_annotations(
-    pictures: Sequence[Picture], texts: Sequence[Sequence[str]], annotated: Annotated, rng: random.Random
-) -> Described:
+    pictures: Sequence[MinedImage], texts: Sequence[Sequence[str]], annotated: AnnotatedImages, rng: random.Random
+) -> DescriptionPairs:
     vocabulary = annotated.vocabulary
     assert vocabulary is not None
-    found = Described([], sum(map(len, texts)), 0)
+    found = DescriptionPairs([], sum(map(len, texts)), 0)
     for picture, said in zip(pictures, texts, strict=True):
         wrong = [text for text in said if hallucinations(text, picture.objects, vocabulary)]
         found.hallucinated += len(wrong)
         if wrong:
-            chosen = correct(wrong[0], picture.objects, vocabulary, annotated.neutral, rng)
+            chosen = correct_description(wrong[0], picture.objects, vocabulary, annotated.neutral, rng)
             if hallucinations(chosen, picture.objects, vocabulary):
                 found.dropped[STILL_FALSE] += 1
             else:
-                found.pairs.append(Pair(picture, chosen, wrong[0]))
+                found.pairs.append(MinedPair(picture, chosen, wrong[0]))
     return found
 
 
-def _by_judge(pictures: Sequence[Picture], texts: Sequence[Sequence[str]], judge: Judge) -> Described:
+def _by_judge(pictures: Sequence[MinedImage], texts: Sequence[Sequence[str]], judge: Judge) -> DescriptionPairs:
     """A judge sees the sampled descriptions of those pictures alone whose earlier ones have no mistakes."""
-    found = Described([], 0, 0)
-    pairs: dict[str, Pair] = {}
+    found = DescriptionPairs([], 0, 0)
+    pairs: dict[str, MinedPair] = {}
     for said in zip(*texts, strict=True):
         shown = [(p, text) for p, text in zip(pictures, said, strict=True) if p.id not in pairs and text.strip()]
         if not shown:
             continue
-        verdicts = check(judge, shown, optional=bool(found.checked))
+        verdicts = check_descriptions(judge, shown, optional=bool(found.checked))
         found.made += len(shown)
         found.judge.append(verdicts.to_json())
         for (picture, text), verdict in zip(shown, verdicts.verdicts, strict=True):
@@ -131,7 +140,7 @@ def _by_judge(pictures: Sequence[Picture], texts: Sequence[Sequence[str]], judge
             found.checked[picture.id] = verdict
             if verdict.corrected != text.strip():
                 found.hallucinated += 1
-                pairs[picture.id] = Pair(picture, verdict.corrected, text.strip())
+                pairs[picture.id] = MinedPair(picture, verdict.corrected, text.strip())
     found.pairs = [pairs[picture.id] for picture in pictures if picture.id in pairs]
     return found
 
@@ -139,14 +148,14 @@ def _by_judge(pictures: Sequence[Picture], texts: Sequence[Sequence[str]], judge
 # ----------------------------------------------------------------------------------------------------
 # Yes/no questions where a model errs: about what is there, and what usually comes together with it and is not.
 
-ASKED = 500  # names that are asked about, the most frequent ones
+QUESTIONS_FILE = 500  # names that are asked about, the most frequent ones
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbeQuestion:
     """A question about one object on one picture, and whether it is there."""
 
-    picture: Picture
+    picture: MinedImage
     name: str
     there: bool
 
@@ -159,12 +168,12 @@ class Asked:
         return question_text(self.name)
 
 
-def choose(pictures: Sequence[Picture], count: int, rng: random.Random) -> list[Asked]:
+def choose_questions(pictures: Sequence[MinedImage], count: int, rng: random.Random) -> list[ProbeQuestion]:
     """`count` questions a picture, half of them at most about present objects.
 
     Absent objects are asked in proportion to how often they come together with what is there: where models err.
     """
-    frequent = Counter(name for picture in pictures for name in sorted(picture.objects)).most_common(ASKED)
+    frequent = Counter(name for picture in pictures for name in sorted(picture.objects)).most_common(QUESTIONS_FILE)
     names = {name for name, _ in frequent}
     together = co_occurrence([picture.objects & names for picture in pictures])
     asked = []
@@ -173,13 +182,15 @@ def choose(pictures: Sequence[Picture], count: int, rng: random.Random) -> list[
         yes = rng.sample(present, min(count // 2, len(present)))
         weights = {n: sum(together[p][n] for p in present) for n in together if n not in picture.objects}
         no = weighted_sample(weights, count - len(yes), rng)
-        asked += [Asked(picture, name, True) for name in yes] + [Asked(picture, name, False) for name in no]
+        asked += [ProbeQuestion(picture, name, True) for name in yes] + [
+            ProbeQuestion(picture, name, False) for name in no
+        ]
     return asked
 
 
-def choose_checked(
-    pictures: Sequence[Picture], checked: Mapping[str, Checked], count: int, rng: random.Random
-) -> list[Asked]:
+def choose_judged_questions(
+    pictures: Sequence[MinedImage], checked: Mapping[str, JudgedDescription], count: int, rng: random.Random
+) -> list[ProbeQuestion]:
     """The same from what a judge says of each picture, about objects that the model named or might have."""
     asked = []
     for picture in pictures:
@@ -188,11 +199,13 @@ def choose_checked(
         present, absent = checked[picture.id].present, checked[picture.id].absent
         yes = rng.sample(present, min(count // 2, len(present)))
         no = rng.sample(absent, min(count - len(yes), len(absent)))
-        asked += [Asked(picture, name, True) for name in yes] + [Asked(picture, name, False) for name in no]
+        asked += [ProbeQuestion(picture, name, True) for name in yes] + [
+            ProbeQuestion(picture, name, False) for name in no
+        ]
     return asked
 
 
-def records(asked: Sequence[Asked], answers: Sequence[str]) -> list[dict[str, Any]]:
+def question_records(asked: Sequence[ProbeQuestion], answers: Sequence[str]) -> list[dict[str, Any]]:
     """HA-DPO's records, one a question, also where the model was right.
 
     Their `origin` is "model" where the rejected answer is the model's own, else "contrast". With wrong answers only,
@@ -213,7 +226,7 @@ def records(asked: Sequence[Asked], answers: Sequence[str]) -> list[dict[str, An
     ]
 
 
-def summary(asked: Sequence[Mapping[str, Any]], kept: Sequence[object]) -> dict[str, int]:
+def question_summary(asked: Sequence[Mapping[str, Any]], kept: Sequence[object]) -> dict[str, int]:
     """Counts for the data card."""
     return {"asked": len(asked), "wrong": sum(one["origin"] == "model" for one in asked), "pairs": len(kept)}
 
@@ -233,7 +246,7 @@ def weighted_sample(weights: Mapping[str, float], count: int, rng: random.Random
     return sorted(keys, key=lambda name: -keys[name])[:count]
 
 
-def balance(pairs: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+def balance_answers(pairs: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
     """Drop pairs of the more frequent kind until as many end in yes as in no."""
     kinds = [[r for r in pairs if r["chosen"] == word] for word in ("Yes.", "No.")]
     fewest = min(map(len, kinds))

@@ -12,11 +12,11 @@ from typing import Any
 
 from relook import distributed
 from relook.console import Report, progress
-from relook.data.images import ahead
+from relook.data.images import prefetch_map
 from relook.evaluate.results import AnswerFile
 from relook.files import make_paths
-from relook.generate.tree_decoding import Asking, Question, answer
-from relook.mine.pictures import look_at
+from relook.generate.tree_decoding import GenerationSettings, Question, answer
+from relook.mine.pictures import fingerprint
 from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ BATCHES = 4  # of the model in a part: as much is lost in a kill
 FILES = 256  # images that are looked at in a part
 
 
-def grow(
+def run_resumable(
     path: Path,
     keys: Sequence[str],
     size: int,
@@ -43,39 +43,39 @@ def grow(
     file = AnswerFile(path, "key", distributed.rank())
     parts = [range(start, min(start + size, len(keys))) for start in range(0, len(keys), size)]
     ready = {key for key, record in file.records.items() if not stale(record)}
-    left = [part for part in distributed.mine(parts) if not all(keys[i] in ready for i in part)]
+    left = [part for part in distributed.shard(parts) if not all(keys[i] in ready for i in part)]
     total, done = sum(map(len, left)), 0
     with progress(title) as report:
         for part in left:
             file.append(make(part, lambda n, _, done=done: report(done + n, total)))
             done += len(part)
             report(done, total)
-    distributed.wait(title)
-    if distributed.first():
+    distributed.barrier(title)
+    if distributed.is_main():
         AnswerFile(path, "key").finish(keys)
-    distributed.wait(title)
+    distributed.barrier(title)
     return AnswerFile(path, "key").records
 
 
-def look_at_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -> dict[str, Record]:
-    """What `look_at` finds in image files, by key; `files` are keys and paths. A file that could not be read is looked
+def fingerprint_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -> dict[str, Record]:
+    """What `fingerprint` finds in image files, by key; `files` are keys and paths. A file that could not be read is looked
     at again: it may have been mended."""
 
     def make(part: range, report: Report) -> list[Record]:
         records = []
-        for record in ahead(lambda file: look_at(*file), [files[i] for i in part]):
+        for record in prefetch_map(lambda file: fingerprint(*file), [files[i] for i in part]):
             records.append(record)
             report(len(records), len(part))
         return records
 
-    return grow(path, [key for key, _ in files], FILES, make, title, lambda record: "fault" in record)
+    return run_resumable(path, [key for key, _ in files], FILES, make, title, lambda record: "fault" in record)
 
 
-def ask_all(
+def generate_all(
     path: Path,
     load: Callable[[], LoadedModel],
     asked: Sequence[tuple[str, Question]],
-    how: Asking,
+    how: GenerationSettings,
     title: str,
 ) -> list[str]:
     """Answers to questions, each with a key, in order.
@@ -91,7 +91,7 @@ def ask_all(
             answers[index] = text
         return [{"key": asked[i][0], "answer": text} for i, text in zip(part, answers, strict=True)]
 
-    records = grow(path, [key for key, _ in asked], BATCHES * how.batch_size, make, title)
+    records = run_resumable(path, [key for key, _ in asked], BATCHES * how.batch_size, make, title)
     return [records[key]["answer"] for key, _ in asked]
 
 
@@ -100,7 +100,7 @@ def ask_all(
 
 
 @dataclass(frozen=True)
-class Mining:
+class MiningSettings:
     """How pairs are mined.
 
     Args:
@@ -124,7 +124,7 @@ class Mining:
 
 
 @dataclass(frozen=True)
-class Place:
+class MiningSource:
     """Pictures to mine, and what they are kept apart from.
 
     Args:

@@ -17,9 +17,9 @@ from typing import Any
 
 from relook.data.convert import DESC, IMAGES, POPE, convert
 from relook.evaluate.tasks.chair import Vocabulary
-from relook.files import whole_file, write_json, write_text
-from relook.mine.pairs import Pair
-from relook.mine.pictures import Picture
+from relook.files import atomic_file, write_json, write_text
+from relook.mine.pairs import MinedPair
+from relook.mine.pictures import MinedImage
 from relook.report.pages import card, described, document, lines, thumbnail
 
 # ----------------------------------------------------------------------------------------------------
@@ -28,13 +28,13 @@ PARQUET, CARD, README = "pairs.parquet", "card.json", "README.md"
 FOLDER = "VG_100K"  # one of those that Visual Genome has
 
 
-def write_pairs(out: Path, pairs: Sequence[Pair], records: Sequence[Mapping[str, Any]]) -> None:
+def write_pairs(out: Path, pairs: Sequence[MinedPair], records: Sequence[Mapping[str, Any]]) -> None:
     """`desc_data.json` and `pope_data.json`."""
     write_json(out / DESC, {pair.picture.id: {"chosen": [pair.chosen], "rejected": [pair.rejected]} for pair in pairs})
     write_json(out / POPE, records)
 
 
-def write_images(out: Path, pictures: Iterable[Picture], contents: Mapping[str, str]) -> None:
+def write_images(out: Path, pictures: Iterable[MinedImage], contents: Mapping[str, str]) -> None:
     """`image_data.json` and the images, named by their content.
 
     Args:
@@ -51,14 +51,14 @@ def write_images(out: Path, pictures: Iterable[Picture], contents: Mapping[str, 
 def _link(source: Path, target: Path) -> None:
     if target.exists():
         return
-    with whole_file(target) as temporary:
+    with atomic_file(target) as temporary:
         try:
             os.link(source.resolve(), temporary)
         except OSError:  # another disk, or one without links
             shutil.copyfile(source, temporary)
 
 
-def write_parquet(out: Path) -> None:
+def write_pairs_parquet(out: Path) -> None:
     """TRL's columns, made from the files that are there."""
     (out / PARQUET).unlink(missing_ok=True)
     convert(out, out / PARQUET, "trl")
@@ -138,11 +138,11 @@ PAGE, CARDS = "pairs.html", 20
 DESCRIBED = 15  # of them description pairs, where there are as many
 
 
-def write_page(
+def write_pairs_page(
     out: Path,
-    pairs: Sequence[Pair],
+    pairs: Sequence[MinedPair],
     records: Sequence[Mapping[str, Any]],
-    pictures: Mapping[str, Picture],
+    pictures: Mapping[str, MinedImage],
     vocabulary: Vocabulary | None,
 ) -> None:
     """Write `out/pairs.html`: pairs from all over the list.
@@ -150,8 +150,8 @@ def write_page(
     Args:
         vocabulary: of the annotations; without one the words in which the texts differ are marked.
     """
-    asked = _spread(records, CARDS - min(len(pairs), DESCRIBED))
-    shown = _spread(pairs, CARDS - len(asked))
+    asked = _sample_evenly(records, CARDS - min(len(pairs), DESCRIBED))
+    shown = _sample_evenly(pairs, CARDS - len(asked))
     cards = [card(thumbnail(pair.picture.path), _described(pair, vocabulary)) for pair in shown]
     cards += [card(thumbnail(pictures[record["image_id"]].path), _asked(record)) for record in asked]
     heads = [
@@ -161,15 +161,15 @@ def write_page(
     write_text(out / PAGE, document("relook mine", [*heads, *cards]))
 
 
-def _spread(values: Sequence[Any], count: int) -> list[Any]:
+def _sample_evenly(values: Sequence[Any], count: int) -> list[Any]:
     """Up to `count` values from all over a list."""
     count = min(count, len(values))
     return [values[i * len(values) // count] for i in range(count)]
 
 
-def _described(pair: Pair, vocabulary: Vocabulary | None) -> str:
+def _described(pair: MinedPair, vocabulary: Vocabulary | None) -> str:
     if vocabulary is None:
-        return lines([("chosen", html.escape(pair.chosen)), ("rejected", differing(pair.rejected, pair.chosen))])
+        return lines([("chosen", html.escape(pair.chosen)), ("rejected", mark_differences(pair.rejected, pair.chosen))])
     return described(pair.picture.objects, [("chosen", pair.chosen), ("rejected", pair.rejected)], vocabulary)
 
 
@@ -181,7 +181,7 @@ def _asked(record: Mapping[str, Any]) -> str:
     )
 
 
-def differing(text: str, other: str) -> str:
+def mark_differences(text: str, other: str) -> str:
     """A text as HTML, the words marked that another one does not have in their place."""
     words, others = (re.findall(r"\s+|\S+", one) for one in (text, other))
     parts = []

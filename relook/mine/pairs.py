@@ -13,57 +13,57 @@ from typing import Any
 
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.data.samples import check_pair
-from relook.evaluate.judge import Judge, Judged, NoVerdict, Task, fill
+from relook.evaluate.judge import Judge, JudgeResults, NoVerdict, Task, fill_template
 from relook.evaluate.statistics import ratio
 from relook.evaluate.tasks.chair import Mention, Vocabulary, mentions, plural
-from relook.mine.pictures import Picture
+from relook.mine.pictures import MinedImage
 
 # ----------------------------------------------------------------------------------------------------
 
-MOST_APART = 0.25  # of the longer text's words: a pair whose lengths differ more is dropped
-MEANS_APART = 0.05  # of the rejected texts' mean length
+MAX_LENGTH_GAP = 0.25  # of the longer text's words: a pair whose lengths differ more is dropped
+MAX_MEAN_GAP = 0.05  # of the rejected texts' mean length
 SHINGLE = 5  # words
 
 
 @dataclass(frozen=True)
-class Pair:
+class MinedPair:
     """Two descriptions of a picture; `rejected` is the model's own, or the judge's in the same style as `chosen`."""
 
-    picture: Picture
+    picture: MinedImage
     chosen: str
     rejected: str
 
     @property
     def longer(self) -> int:
         """Words that `chosen` has more than `rejected`."""
-        return length(self.chosen) - length(self.rejected)
+        return word_count(self.chosen) - word_count(self.rejected)
 
 
-def length(text: str) -> int:
+def word_count(text: str) -> int:
     """Words between white space."""
     return len(text.split())
 
 
-def same_length(pairs: Sequence[Pair]) -> tuple[list[Pair], Counter[str]]:
+def match_lengths(pairs: Sequence[MinedPair]) -> tuple[list[MinedPair], Counter[str]]:
     """The pairs that training cannot tell by length, in order, and how many were dropped by reason.
 
     Pairs whose own lengths differ much go first, then those that pull the means of both sides apart, the worst first.
     """
-    close = [p for p in pairs if abs(p.longer) <= MOST_APART * max(length(p.chosen), length(p.rejected))]
-    total, rejected = sum(p.longer for p in close), sum(length(p.rejected) for p in close)
+    close = [p for p in pairs if abs(p.longer) <= MAX_LENGTH_GAP * max(word_count(p.chosen), word_count(p.rejected))]
+    total, rejected = sum(p.longer for p in close), sum(word_count(p.rejected) for p in close)
     left = deque(sorted(range(len(close)), key=lambda i: close[i].longer))
-    while abs(total) > MEANS_APART * rejected:
+    while abs(total) > MAX_MEAN_GAP * rejected:
         worst = close[left.pop() if total > 0 else left.popleft()]
-        total, rejected = total - worst.longer, rejected - length(worst.rejected)
+        total, rejected = total - worst.longer, rejected - word_count(worst.rejected)
     kept = [close[i] for i in sorted(left)]
     return kept, +Counter(
         {"lengths differ": len(pairs) - len(close), "mean lengths would differ": len(close) - len(kept)}
     )
 
 
-def lengths(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def length_statistics(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Length statistics of (chosen, rejected) texts, for the data card."""
-    chosen, rejected = ([length(pair[side]) for pair in pairs] for side in (0, 1))
+    chosen, rejected = ([word_count(pair[side]) for pair in pairs] for side in (0, 1))
     apart = [c - r for c, r in zip(chosen, rejected, strict=True)]
     means = [_rounded(sum(side), len(pairs), 2) for side in (chosen, rejected)]
     characters = [_rounded(sum(len(pair[side]) for pair in pairs), len(pairs), 1) for side in (0, 1)]
@@ -119,7 +119,7 @@ def near_duplicates(texts: Sequence[str], similarity: float) -> set[int]:
 SENTENCE_END = re.compile(r"(?<=[.!?])(\s+)")
 
 
-def sentences_apart(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """Sentences at even places, and the white space between them at odd ones."""
     return SENTENCE_END.split(text.strip())
 
@@ -129,7 +129,7 @@ def hallucinations(text: str, truth: Collection[str], vocabulary: Vocabulary) ->
     return [mention.object for mention in mentions(text, vocabulary) if mention.object not in truth]
 
 
-def correct(
+def correct_description(
     text: str, truth: Collection[str], vocabulary: Vocabulary, neutral: Sequence[str], rng: random.Random
 ) -> str:
     """The least change that makes a description true, at the same number of sentences.
@@ -145,43 +145,43 @@ def correct(
 
     def other(mention: Mention, before: str) -> str | None:
         """What is said in a mention's place; None where nothing is left to say."""
-        if mention.object not in others or article_of(before):
+        if mention.object not in others or preceding_article(before):
             if not missing:
                 return None
             others[mention.object] = missing.pop()
         return others[mention.object]
 
-    parts = sentences_apart(text)
+    parts = split_sentences(text)
     for place in range(0, len(parts), 2):
         sentence = parts[place]
         wrong = [mention for mention in mentions(sentence, vocabulary) if mention.object not in truth]
         names = [other(mention, sentence[: mention.start]) for mention in wrong]
         if None in names:
-            line = rng.choice(_as_long(sentence, [line for line in neutral if line not in parts] or neutral))
+            line = rng.choice(_closest_in_length(sentence, [line for line in neutral if line not in parts] or neutral))
             parts[place] = line if sentence.endswith(".") else line.rstrip(".")
         else:
             for mention, name in zip(reversed(wrong), reversed(names), strict=True):
-                sentence = exchange(sentence, mention, str(name), vocabulary)
+                sentence = replace_noun(sentence, mention, str(name), vocabulary)
             parts[place] = sentence
     return "".join(parts)
 
 
-def article_of(before: str) -> str:
+def preceding_article(before: str) -> str:
     """The word before a noun where it is "a" or "an", which introduces something; else nothing."""
     words = before.split()
     return words[-1] if words and words[-1].lower() in ("a", "an") else ""
 
 
-def _as_long(sentence: str, lines: Sequence[str]) -> list[str]:
+def _closest_in_length(sentence: str, lines: Sequence[str]) -> list[str]:
     """Those of the lines that are nearest in length."""
     apart = [abs(len(line.split()) - len(sentence.split())) for line in lines]
     return [line for line, distance in zip(lines, apart, strict=True) if distance == min(apart)]
 
 
-def exchange(sentence: str, mention: Mention, name: str, vocabulary: Vocabulary) -> str:
+def replace_noun(sentence: str, mention: Mention, name: str, vocabulary: Vocabulary) -> str:
     """Put another noun in a mention's place: in the plural where that is one, with the article that goes with it."""
     before, after = sentence[: mention.start], sentence[mention.end :]
-    if article := article_of(before):
+    if article := preceding_article(before):
         kind = "an" if name[0] in "aeiou" else "a"
         before = before.rstrip().removesuffix(article) + (kind.capitalize() if article[0].isupper() else kind) + " "
         return before + name + after
@@ -236,7 +236,7 @@ _STYLED = re.compile(r"A:([^\n]+)\n\s*B:([^\n]+)")
 
 
 @dataclass(frozen=True)
-class Checked:
+class JudgedDescription:
     """A description as the judge sees it: with its mistakes corrected, and objects that are there, and that are not."""
 
     corrected: str
@@ -244,7 +244,9 @@ class Checked:
     absent: tuple[str, ...]
 
 
-def check(judge: Judge, described: Sequence[tuple[Picture, str]], optional: bool = False) -> Judged[Checked]:
+def check_descriptions(
+    judge: Judge, described: Sequence[tuple[MinedImage, str]], optional: bool = False
+) -> JudgeResults[JudgedDescription]:
     """Check descriptions on their pictures; one without mistakes comes back as it was.
 
     Args:
@@ -255,11 +257,11 @@ def check(judge: Judge, described: Sequence[tuple[Picture, str]], optional: bool
 
 
 def _check_prompt(text: str) -> str:
-    sentences = sentences_apart(text)[::2]
-    return fill(CHECK, "".join(f"{number}. {sentence}\n" for number, sentence in enumerate(sentences, 1)))
+    sentences = split_sentences(text)[::2]
+    return fill_template(CHECK, "".join(f"{number}. {sentence}\n" for number, sentence in enumerate(sentences, 1)))
 
 
-def read_check(text: str, reply: str) -> Checked | None:
+def read_check(text: str, reply: str) -> JudgedDescription | None:
     """A reply about a text; None unless there is a verdict on each sentence in order, with usable corrections, and both
     lists of objects.
 
@@ -268,7 +270,7 @@ def read_check(text: str, reply: str) -> Checked | None:
             there, or a sentence is wrong and loses all that it names though all of that is there.
     """
     lines = [line.strip() for line in reply.split("\n") if line.strip()]
-    parts = sentences_apart(text)
+    parts = split_sentences(text)
     count = len(parts[::2])
     verdicts, lists = (
         [_LINE.fullmatch(line) for line in lines[:count]],
@@ -297,7 +299,7 @@ def read_check(text: str, reply: str) -> Checked | None:
         )
     ):
         raise NoVerdict(CONTRADICTORY)
-    return Checked("".join(parts), tuple(present), tuple(absent))
+    return JudgedDescription("".join(parts), tuple(present), tuple(absent))
 
 
 def _claimed(sentence: str, vocabulary: Vocabulary) -> set[str]:
@@ -311,14 +313,14 @@ def _corrects(old: str, new: str) -> bool:
     return (
         _replaces(new, old)
         and bool(re.search(r"\w", new))
-        and len(sentences_apart(new)) == 1
+        and len(split_sentences(new)) == 1
         and _as_ended(new, old) != old
     )
 
 
 def _replaces(new: str, old: str) -> bool:
     """Whether a judge's text may stand in an old one's place: about as long, without tokens as <image> or </s>."""
-    return new.isprintable() and not {*"<>"} & {*new} and length(new) <= LONGER * length(old) + MORE
+    return new.isprintable() and not {*"<>"} & {*new} and word_count(new) <= LONGER * word_count(old) + MORE
 
 
 def _as_ended(sentence: str, old: str) -> str:
@@ -332,10 +334,10 @@ def _read_names(listed: str) -> list[str]:
     return list(dict.fromkeys(name for name in names if _NAME.fullmatch(name) and len(name) <= 30))[:NAMES]
 
 
-def style(judge: Judge, pairs: Sequence[Pair], vocabulary: Vocabulary) -> Judged[Pair]:
+def match_style(judge: Judge, pairs: Sequence[MinedPair], vocabulary: Vocabulary) -> JudgeResults[MinedPair]:
     """Pairs in one style and length each (HA-DPO's style-consistency step); what they state is checked again."""
     tasks = [
-        Task(fill(STYLE, str(length(pair.rejected)), _in_line(pair.chosen), _in_line(pair.rejected)), read)
+        Task(fill_template(STYLE, str(word_count(pair.rejected)), _in_line(pair.chosen), _in_line(pair.rejected)), read)
         for pair in pairs
         for read in [partial(read_style, pair, vocabulary)]
     ]
@@ -346,19 +348,19 @@ def _in_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def read_style(pair: Pair, vocabulary: Vocabulary, reply: str) -> Pair | None:
+def read_style(pair: MinedPair, vocabulary: Vocabulary, reply: str) -> MinedPair | None:
     """The rewritten pair; None unless both texts name what they named, and are of one length and as many sentences."""
     found = _STYLED.fullmatch(reply.strip())
     if found is None:
         return None
-    new = Pair(pair.picture, found[1].strip(), found[2].strip())
+    new = MinedPair(pair.picture, found[1].strip(), found[2].strip())
     same = all(
         _replaces(text, old) and _named(old, vocabulary) == _named(text, vocabulary)
         for old, text in ((pair.chosen, new.chosen), (pair.rejected, new.rejected))
     )
     fault = check_pair(DESCRIBE_PROMPTS[0], new.chosen, new.rejected)
-    alike = abs(new.longer) <= MOST_APART * length(new.rejected) and not fault
-    as_many = len(sentences_apart(new.chosen)) == len(sentences_apart(new.rejected))
+    alike = abs(new.longer) <= MAX_LENGTH_GAP * word_count(new.rejected) and not fault
+    as_many = len(split_sentences(new.chosen)) == len(split_sentences(new.rejected))
     true = not hallucinations(new.chosen, pair.picture.objects, vocabulary)
     return new if same and alike and as_many and true else None
 

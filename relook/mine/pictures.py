@@ -15,11 +15,11 @@ from PIL import Image
 from relook.data.annotations import read_aliases, read_image_paths, read_image_records, read_objects, read_regions
 from relook.data.examine import FORMATS
 from relook.data.images import open_image
-from relook.data.paths import located
-from relook.errors import DataError, RecipeError, some
+from relook.data.paths import resolve_extension
+from relook.errors import DataError, RecipeError, preview
 from relook.evaluate.score import read_truth
 from relook.evaluate.tasks.chair import Vocabulary, mentions, plural, vocabulary_of
-from relook.files import file_hash, read_json, read_object, read_records, read_text
+from relook.files import file_hash, read_json, read_json_object, read_records, read_text
 from relook.toyworld.layouts import MARKER
 from relook.toyworld.world import FILLERS, OBJECTS, SYNONYMS
 
@@ -46,12 +46,12 @@ Synonyms = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Picture:
+class MinedImage:
     """An image file.
 
     Args:
         id: in the pairs' files: Visual Genome's or COCO's number, or the path below the folder.
-        names: under which lists of evaluation images may have it (`also_called`).
+        names: under which lists of evaluation images may have it (`image_names`).
         objects: what is there; nothing is known where there are no annotations.
     """
 
@@ -62,15 +62,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Annotated:
+class AnnotatedImages:
     """Pictures, the words for what is on them (none without annotations), and sentences that name nothing."""
 
-    pictures: tuple[Picture, ...]
+    pictures: tuple[MinedImage, ...]
     vocabulary: Vocabulary | None
     neutral: tuple[str, ...]
 
 
-def read_pictures(images: str | Path, kind: str, synonyms: str | Path | None = None) -> Annotated:
+def read_pictures(images: str | Path, kind: str, synonyms: str | Path | None = None) -> AnnotatedImages:
     """The pictures of a folder in one of the layouts `KINDS`.
 
     Args:
@@ -92,7 +92,7 @@ def read_pictures(images: str | Path, kind: str, synonyms: str | Path | None = N
     if not found.pictures:
         raise DataError(f"{images} holds no {'' if kind == 'none' else 'annotated '}images to mine.", "Check --images.")
     if twice := [name for name, count in Counter(p.id for p in found.pictures).items() if count > 1]:
-        raise DataError(f"{images} has images of one id: {some(twice)}.", "Give each an id of its own.")
+        raise DataError(f"{images} has images of one id: {preview(twice)}.", "Give each an id of its own.")
     return found
 
 
@@ -101,33 +101,35 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and p.name[0] != "." and p.is_file())
 
 
-def also_called(name: str) -> frozenset[str]:
+def image_names(name: str) -> frozenset[str]:
     """A file's name, and COCO's number where it is a name of COCO's: train2014 and train2017 name a picture apart."""
     name = name.replace("\\", "/").rsplit("/", 1)[-1]
     number = _COCO_NAME.fullmatch(name)
     return frozenset({name, f"coco:{int(number[1])}"} if number else {name})
 
 
-def _called(path: Path, *numbers: object) -> frozenset[str]:
+def _file_names(path: Path, *numbers: object) -> frozenset[str]:
     """A picture's names. A bare number in a list may be COCO's or Visual Genome's: it is taken for either."""
     in_name = _NUMBER.search(path.stem)
     known = {*map(str, numbers), *([str(int(in_name[0]))] if in_name else [])}
-    return also_called(path.name) | {f"id:{number}" for number in known}
+    return image_names(path.name) | {f"id:{number}" for number in known}
 
 
 def _read_synonyms(path: Path) -> dict[str, list[str]]:
-    held = read_object(path)
+    held = read_json_object(path)
     if not all(isinstance(words, list) and all(isinstance(w, str) for w in words) for words in held.values()):
         raise DataError(f"{path} is no list of synonyms.", 'Give it as {"cup": ["mug"]}.')
     return held
 
 
-def _plain(images: Path, _: Synonyms) -> Annotated:
-    pictures = (Picture(path.relative_to(images).as_posix(), path, _called(path)) for path in image_files(images))
-    return Annotated(tuple(pictures), None, NEUTRAL)
+def _unannotated(images: Path, _: Synonyms) -> AnnotatedImages:
+    pictures = (
+        MinedImage(path.relative_to(images).as_posix(), path, _file_names(path)) for path in image_files(images)
+    )
+    return AnnotatedImages(tuple(pictures), None, NEUTRAL)
 
 
-def _coco(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) -> Annotated:
+def _coco(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) -> AnnotatedImages:
     """`images` is the folder of one split, or COCO's folder where it has one split only."""
     root = images if (images / "annotations").is_dir() else images.parent
     files = sorted((root / "annotations").glob("instances_*.json"))
@@ -140,16 +142,21 @@ def _coco(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) ->
         )
     captions = root / "annotations" / f"captions_{here[0]}.json"
     truth = read_truth(splits[here[0]], captions if captions.exists() else None)
-    vocabulary = _with(vocabulary_of(truth), synonyms)
+    vocabulary = _with_synonyms(vocabulary_of(truth), synonyms)
     numbers = {name: number for number, name in truth.ids.items()}
     pictures = (
-        Picture(numbers[name], located(root / here[0] / name), _called(Path(name), numbers[name]), truth.objects[name])
+        MinedImage(
+            numbers[name],
+            resolve_extension(root / here[0] / name),
+            _file_names(Path(name), numbers[name]),
+            truth.objects[name],
+        )
         for name in truth.images
     )
-    return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
+    return AnnotatedImages(tuple(pictures), vocabulary, _neutral_sentences(neutral, vocabulary))
 
 
-def _visual_genome(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) -> Annotated:
+def _visual_genome(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) -> AnnotatedImages:
     """Names that are plurals or aliases (`object_alias.txt`) of others are these; regions' phrases count as well."""
     paths, records, objects = read_image_paths(images), read_image_records(images), read_objects(images)
     counts = Counter(name for names in objects.values() for name in names)
@@ -164,21 +171,21 @@ def _visual_genome(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NE
     for word in (*known, *alias):
         if same(word) in words:
             words[same(word)].add(word)
-    vocabulary = _with(Vocabulary.of(list(words), {name: sorted(words[name]) for name in words}), synonyms)
+    vocabulary = _with_synonyms(Vocabulary.of(list(words), {name: sorted(words[name]) for name in words}), synonyms)
     said = _named_in_regions(images, vocabulary)
     pictures = []
     for image, found in objects.items():
         if image in paths:
             there = frozenset(map(same, found & known)) | said.get(image, frozenset())
             called = _called_by_both(image, records[image], paths[image])
-            pictures.append(Picture(image, located(paths[image]), called, there))
-    return Annotated(tuple(pictures), vocabulary, _saying_nothing(neutral, vocabulary))
+            pictures.append(MinedImage(image, resolve_extension(paths[image]), called, there))
+    return AnnotatedImages(tuple(pictures), vocabulary, _neutral_sentences(neutral, vocabulary))
 
 
 def _called_by_both(image: str, record: Mapping[str, Any], path: Path) -> frozenset[str]:
     """Half of Visual Genome's images are COCO's."""
     coco = record.get("coco_id")
-    return _called(path, image, coco) | {f"coco:{coco}"} if coco else _called(path, image)
+    return _file_names(path, image, coco) | {f"coco:{coco}"} if coco else _file_names(path, image)
 
 
 def _named_in_regions(images: Path, vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
@@ -190,25 +197,25 @@ def _named_in_regions(images: Path, vocabulary: Vocabulary) -> dict[str, frozens
     }
 
 
-def _toyworld(images: Path, synonyms: Synonyms) -> Annotated:
+def _toyworld(images: Path, synonyms: Synonyms) -> AnnotatedImages:
     """One of toyworld's folders: `vg`, or an evaluation folder."""
     if not (images / MARKER).exists():
         raise DataError(f"{images} is no folder of toyworld's.", "Choose other --annotations.")
     read = _visual_genome if (images / "objects.json").exists() else _coco
     found = read(images, {}, FILLERS)
-    vocabulary = _with(Vocabulary.of(OBJECTS, SYNONYMS), synonyms)
-    return Annotated(found.pictures, vocabulary, FILLERS)
+    vocabulary = _with_synonyms(Vocabulary.of(OBJECTS, SYNONYMS), synonyms)
+    return AnnotatedImages(found.pictures, vocabulary, FILLERS)
 
 
-KINDS: Mapping[str, Callable[[Path, Synonyms], Annotated]] = {
+KINDS: Mapping[str, Callable[[Path, Synonyms], AnnotatedImages]] = {
     "coco": _coco,
     "vg": _visual_genome,
     "toyworld": _toyworld,
-    "none": _plain,
+    "none": _unannotated,
 }
 
 
-def _with(vocabulary: Vocabulary, synonyms: Synonyms) -> Vocabulary:
+def _with_synonyms(vocabulary: Vocabulary, synonyms: Synonyms) -> Vocabulary:
     """A vocabulary with further words for its objects.
 
     Raises:
@@ -216,12 +223,14 @@ def _with(vocabulary: Vocabulary, synonyms: Synonyms) -> Vocabulary:
     """
     names = set(vocabulary.phrases.values())
     if unknown := sorted(synonyms.keys() - names):
-        raise DataError(f"Synonyms are given for {some(unknown)}, which the annotations do not name.", "Remove them.")
+        raise DataError(
+            f"Synonyms are given for {preview(unknown)}, which the annotations do not name.", "Remove them."
+        )
     more = Vocabulary.of(list(synonyms), synonyms) if synonyms else Vocabulary({})
     return Vocabulary({**more.phrases, **vocabulary.phrases}, vocabulary.hidden_by)
 
 
-def _saying_nothing(lines: Iterable[str], vocabulary: Vocabulary) -> tuple[str, ...]:
+def _neutral_sentences(lines: Iterable[str], vocabulary: Vocabulary) -> tuple[str, ...]:
     """The sentences that name no object: "light" is one of Visual Genome's."""
     left = tuple(line for line in lines if not mentions(line, vocabulary))
     if not left:
@@ -233,16 +242,16 @@ def _saying_nothing(lines: Iterable[str], vocabulary: Vocabulary) -> tuple[str, 
 # Which pictures are left out before a model sees them: unreadable ones, repeated ones, and those of evaluations.
 #
 # Two pictures are the same where their bytes are, or where their difference hashes, 64 signs of brightness between
-# neighbours in a 9 x 8 thumbnail, differ in `NEAR` places at most: a picture that was scaled or saved again.
+# neighbours in a 9 x 8 thumbnail, differ in `MAX_HASH_DISTANCE` places at most: a picture that was scaled or saved again.
 
-NEAR = 3  # of 64 places
+MAX_HASH_DISTANCE = 3  # of 64 places
 BANDS = 4  # of 16 places; two hashes that differ in fewer places than there are bands agree in one whole band
-UNREADABLE, LISTED, SHOWN = "unreadable", "listed as evaluation image", "evaluation image"
-LOOKS_SHOWN = "near-duplicate of an evaluation image"
-TWICE, LOOKS_TWICE = "duplicate", "near-duplicate"
+UNREADABLE, LISTED, IN_EVALUATION = "unreadable", "listed as evaluation image", "evaluation image"
+LIKE_EVALUATION = "near-duplicate of an evaluation image"
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near-duplicate"
 
 
-def look_at(key: str, path: Path) -> dict[str, Any]:
+def fingerprint(key: str, path: Path) -> dict[str, Any]:
     """What is kept of an image file: its content's SHA-256 and its difference hash; or what is wrong with it."""
     try:
         image = open_image(path)
@@ -253,7 +262,7 @@ def look_at(key: str, path: Path) -> dict[str, Any]:
     return {"key": key, "content": file_hash(path), "look": np.packbits(bits).tobytes().hex()}
 
 
-class Looks:
+class HashIndex:
     """Difference hashes, found again by those that are near."""
 
     def __init__(self) -> None:
@@ -264,28 +273,28 @@ class Looks:
             band.setdefault(look >> (16 * number) & 0xFFFF, []).append(look)
 
     def near(self, look: int) -> bool:
-        """Whether one of them differs in `NEAR` places at most."""
+        """Whether one of them differs in `MAX_HASH_DISTANCE` places at most."""
         return any(
-            (look ^ other).bit_count() <= NEAR
+            (look ^ other).bit_count() <= MAX_HASH_DISTANCE
             for number, band in enumerate(self.bands)
             for other in band.get(look >> (16 * number) & 0xFFFF, ())
         )
 
 
 @dataclass
-class Seen:
+class FingerprintIndex:
     """Contents and looks of pictures."""
 
     contents: set[str] = field(default_factory=set)
-    looks: Looks = field(default_factory=Looks)
+    looks: HashIndex = field(default_factory=HashIndex)
 
     def add(self, record: Mapping[str, Any]) -> None:
         self.contents.add(record["content"])
         self.looks.add(int(record["look"], 16))
 
 
-def names_in(path: Path) -> frozenset[str]:
-    """The images that a file names, as `Picture.names` has them.
+def excluded_names(path: Path) -> frozenset[str]:
+    """The images that a file names, as `MinedImage.names` has them.
 
     It may be a question or answer file (keys image, image_id, image_name, file_name), COCO's instances, HA-DPO's
     desc_data.json, a list of ids, or a text file with a name or number a line.
@@ -317,7 +326,7 @@ def _image_values(record: Any) -> list[Any]:
 
 
 def _names(value: str) -> frozenset[str]:
-    return frozenset({f"id:{int(value)}"}) if value.isdecimal() else also_called(value)
+    return frozenset({f"id:{int(value)}"}) if value.isdecimal() else image_names(value)
 
 
 def evaluation_files(folder: Path) -> list[Path]:
@@ -333,22 +342,22 @@ def evaluation_files(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Apart:
+class ExclusionFilter:
     """What decides which pictures are left out.
 
     Args:
-        seen: what `look_at` found, by a picture's id.
+        seen: what `fingerprint` found, by a picture's id.
         listed: names of evaluation images.
-        shown: what `look_at` found in folders of evaluation images.
+        shown: what `fingerprint` found in folders of evaluation images.
     """
 
     seen: Mapping[str, Mapping[str, Any]]
     listed: frozenset[str] = frozenset()
     shown: Sequence[Mapping[str, Any]] = ()
 
-    def left_out(self, pictures: Iterable[Picture]) -> dict[str, str]:
+    def left_out(self, pictures: Iterable[MinedImage]) -> dict[str, str]:
         """Why pictures are not mined, by id; of pictures that are the same, the first stays."""
-        evaluated, earlier = Seen(), Seen()
+        evaluated, earlier = FingerprintIndex(), FingerprintIndex()
         for record in self.shown:
             if "fault" not in record:
                 evaluated.add(record)
@@ -356,7 +365,7 @@ class Apart:
         for picture in pictures:
             record = self.seen[picture.id]
             reason = UNREADABLE if "fault" in record else LISTED if self.listed & picture.names else ""
-            for held, same, near in ((evaluated, SHOWN, LOOKS_SHOWN), (earlier, TWICE, LOOKS_TWICE)):
+            for held, same, near in ((evaluated, IN_EVALUATION, LIKE_EVALUATION), (earlier, DUPLICATE, NEAR_DUPLICATE)):
                 if not reason and record["content"] in held.contents:
                     reason = same
                 if not reason and held.looks.near(int(record["look"], 16)):

@@ -21,18 +21,18 @@ from relook.data.parquet import pyarrow
 from relook.data.templates import get_template
 from relook.errors import DataError, RecipeError
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
-from relook.evaluate.results import versions
+from relook.evaluate.results import library_versions
 from relook.evaluate.tasks.chair import Vocabulary
 from relook.evaluate.tasks.pope import LONGEST_ANSWER
-from relook.files import claim_folder, read_json, read_object, read_text, text_hash, write_json, writes_alone
-from relook.generate.tree_decoding import Asking
+from relook.files import claim_output_dir, read_json, read_json_object, read_text, text_hash, write_json, writes_alone
+from relook.generate.tree_decoding import GenerationSettings
 from relook.mine import candidates, output, pairs
-from relook.mine.candidates import Asked, Described, describe, find_pairs
-from relook.mine.jobs import Mining, Place, ask_all, look_at_all
-from relook.mine.output import write_page
-from relook.mine.pairs import REQUEST, Pair
-from relook.mine.pictures import Apart, Picture, evaluation_files, names_in, read_pictures
-from relook.model.load import LoadedModel, Loading, as_device, default_template, model_hash
+from relook.mine.candidates import DescriptionPairs, ProbeQuestion, describe_images, find_pairs
+from relook.mine.jobs import MiningSettings, MiningSource, fingerprint_all, generate_all
+from relook.mine.output import write_pairs_page
+from relook.mine.pairs import REQUEST, MinedPair
+from relook.mine.pictures import ExclusionFilter, MinedImage, evaluation_files, excluded_names, read_pictures
+from relook.model.load import LoadedModel, LoadOptions, folder_template, model_hash, parse_device
 
 SETTINGS, WORK = "mine.json", "work"
 
@@ -40,11 +40,11 @@ SETTINGS, WORK = "mine.json", "work"
 @writes_alone(lambda model, place, out, *_, **__: Path(out))
 def mine(
     model: str | Path,
-    place: Place,
+    place: MiningSource,
     out: str | Path,
-    how: Mining,
+    how: MiningSettings,
     judge: JudgeSettings | None = None,
-    loading: Loading = Loading(),  # noqa: B008 (frozen)
+    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Mine pairs into a folder, or what is left to do there; returns the data card (`out/card.json`).
 
@@ -57,40 +57,40 @@ def mine(
             folder with other pairs.
     """
     model, out = Path(model), Path(out)
-    how = _checked(model, place, out, how, judge, loading)
+    how = _check_settings(model, place, out, how, judge, loading)
     annotated = read_pictures(place.images, place.annotations, place.synonyms)
-    listed = frozenset[str]().union(*(names_in(path) for path in place.exclude if not path.is_dir()))
+    listed = frozenset[str]().union(*(excluded_names(path) for path in place.exclude if not path.is_dir()))
     shown = [path for folder in place.exclude if folder.is_dir() for path in evaluation_files(folder)]
-    if distributed.first():
+    if distributed.is_main():
         excluded = [*sorted(listed), *(str(path.resolve()) for path in shown)]
         _claim(out, _settings(model, place, annotated.pictures, excluded, how, loading), judge)
-    distributed.wait("the output folder")
+    distributed.barrier("the output folder")
     if (out / output.CARD).exists():
         return dict(read_json(out / output.CARD))
     work, load = out / WORK, functools.cache(lambda: loading.load(model))
-    apart = _look(annotated.pictures, listed, shown, work)
-    pictures, left_out = _mined(place, annotated.pictures, apart)
+    apart = _fingerprint(annotated.pictures, listed, shown, work)
+    pictures, left_out = _select_images(place, annotated.pictures, apart)
     describing, choosing = (random.Random(f"{how.seed}/{what}") for what in ("describe", "ask"))
-    endpoint = Judge(judge, work / JUDGE_CACHE) if judge and distributed.first() else None
+    endpoint = Judge(judge, work / JUDGE_CACHE) if judge and distributed.is_main() else None
 
     def load_for_judge() -> LoadedModel:
         if endpoint:  # whether it is there, before hours of descriptions
             endpoint.probe(REQUEST, pictures[0].path if place.annotations == "none" else None)
         return load()
 
-    texts = describe(pictures, how, functools.cache(load_for_judge), work, describing)
+    texts = describe_images(pictures, how, functools.cache(load_for_judge), work, describing)
     found = None
-    if distributed.first():
+    if distributed.is_main():
         found = find_pairs(pictures, texts, annotated, how.near_texts, endpoint, describing)
-    distributed.wait("pairs of descriptions")
-    asked = distributed.of_the_first(lambda: _choose(pictures, found, place, how, choosing))
-    asking = Asking(how.template, min(how.max_new_tokens, LONGEST_ANSWER), how.batch_size)
+    distributed.barrier("pairs of descriptions")
+    asked = distributed.broadcast_from_main(lambda: _choose_questions(pictures, found, place, how, choosing))
+    asking = GenerationSettings(how.template, min(how.max_new_tokens, LONGEST_ANSWER), how.batch_size)
     prompts = [(one.key, (one.picture.path, one.text)) for one in asked]
-    answers = ask_all(work / "answers.jsonl", load, prompts, asking, "yes/no questions")
+    answers = generate_all(work / "answers.jsonl", load, prompts, asking, "yes/no questions")
     if found is not None:
-        records = candidates.records(asked, answers)
-        kept = candidates.balance(records, choosing)
-        finish(out, pictures, annotated.vocabulary, found.pairs, kept, apart, how.parquet)
+        records = candidates.question_records(asked, answers)
+        kept = candidates.balance_answers(records, choosing)
+        write_outputs(out, pictures, annotated.vocabulary, found.pairs, kept, apart, how.parquet)
         card = {
             "model": model.name,
             "model_hash": model_hash(model),
@@ -101,13 +101,13 @@ def mine(
             **_card_of_pairs(found, records, kept),
         }
         output.write_card(out, card)
-    distributed.wait("the pairs")
+    distributed.barrier("the pairs")
     return dict(read_json(out / output.CARD))
 
 
-def _checked(
-    model: Path, place: Place, out: Path, how: Mining, judge: JudgeSettings | None, loading: Loading
-) -> Mining:
+def _check_settings(
+    model: Path, place: MiningSource, out: Path, how: MiningSettings, judge: JudgeSettings | None, loading: LoadOptions
+) -> MiningSettings:
     """The settings with the model's own template in them, once nothing contradicts."""
     if place.annotations == "none" and judge is None:
         raise RecipeError("Without annotations nothing finds the mistakes.", "Give --judge URL and --judge-model.")
@@ -117,20 +117,24 @@ def _checked(
         pyarrow()
     if how.samples and how.temperature <= 0:
         raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
-    as_device(loading.device)
-    how = dataclasses.replace(how, template=how.template or default_template(model))
+    parse_device(loading.device)
+    how = dataclasses.replace(how, template=how.template or folder_template(model))
     get_template(how.template)
     return how
 
 
-def _look(pictures: Sequence[Picture], listed: frozenset[str], shown: Sequence[Path], work: Path) -> Apart:
+def _fingerprint(
+    pictures: Sequence[MinedImage], listed: frozenset[str], shown: Sequence[Path], work: Path
+) -> ExclusionFilter:
     """Look at every image file, mined or of an evaluation."""
-    seen = look_at_all(work / "pictures.jsonl", [(p.id, p.path) for p in pictures], "pictures")
-    held = look_at_all(work / "excluded.jsonl", [(str(path), path) for path in shown], "evaluation images")
-    return Apart(seen, listed, [held[str(path)] for path in shown])
+    seen = fingerprint_all(work / "pictures.jsonl", [(p.id, p.path) for p in pictures], "pictures")
+    held = fingerprint_all(work / "excluded.jsonl", [(str(path), path) for path in shown], "evaluation images")
+    return ExclusionFilter(seen, listed, [held[str(path)] for path in shown])
 
 
-def _mined(place: Place, pictures: Sequence[Picture], apart: Apart) -> tuple[list[Picture], dict[str, int]]:
+def _select_images(
+    place: MiningSource, pictures: Sequence[MinedImage], apart: ExclusionFilter
+) -> tuple[list[MinedImage], dict[str, int]]:
     """The pictures that are mined, and how many are not, by reason."""
     reasons = apart.left_out(pictures)
     counts = dict(sorted(Counter(reasons.values()).items()))
@@ -147,20 +151,22 @@ def _claim(out: Path, settings: Mapping[str, Any], judge: JudgeSettings | None) 
     their judge's model and request, wherever that was.
     """
     told = judge and [judge.model, dict(judge.request)]
-    claim_folder(out, SETTINGS, settings, "pairs", judge=told)
+    claim_output_dir(out, SETTINGS, settings, "pairs", judge=told)
     if not (out / output.CARD).exists():
         write_json(out / SETTINGS, {**settings, "judge": told})
-    elif (read_object(out / SETTINGS)["judge"] or [])[-2:] != (told or []):  # earlier versions wrote the address first
+    elif (read_json_object(out / SETTINGS)["judge"] or [])[-2:] != (
+        told or []
+    ):  # earlier versions wrote the address first
         raise RecipeError(f"{out} holds pairs made with another judge.", "Choose another --out.")
 
 
 def _settings(
     model: Path,
-    place: Place,
-    pictures: Sequence[Picture],
+    place: MiningSource,
+    pictures: Sequence[MinedImage],
     excluded: Sequence[str],
-    how: Mining,
-    loading: Loading,
+    how: MiningSettings,
+    loading: LoadOptions,
 ) -> dict[str, Any]:
     """All that the pairs depend on, but for the judge."""
     known = [f"{picture.id}: {', '.join(sorted(picture.objects))}" for picture in pictures]
@@ -173,38 +179,42 @@ def _settings(
         "exclude": [str(path.resolve()) for path in place.exclude],
         "exclude_hash": text_hash(*excluded),
         **dataclasses.asdict(how),
-        "versions": versions(),
+        "versions": library_versions(),
     }
 
 
-def _choose(
-    pictures: Sequence[Picture], found: Described | None, place: Place, how: Mining, rng: random.Random
-) -> list[Asked]:
+def _choose_questions(
+    pictures: Sequence[MinedImage],
+    found: DescriptionPairs | None,
+    place: MiningSource,
+    how: MiningSettings,
+    rng: random.Random,
+) -> list[ProbeQuestion]:
     assert found is not None, "only the first process chooses"
     if place.annotations == "none":
-        return candidates.choose_checked(pictures, found.checked, how.questions, rng)
-    return candidates.choose(pictures, how.questions, rng)
+        return candidates.choose_judged_questions(pictures, found.checked, how.questions, rng)
+    return candidates.choose_questions(pictures, how.questions, rng)
 
 
 def _card_of_pairs(
-    found: Described, records: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]
+    found: DescriptionPairs, records: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """What the data card says of the pairs, and of the questions that were asked for them."""
     return {
         "descriptions": found.to_json(),
-        "questions": candidates.summary(records, kept),
-        "lengths": pairs.lengths([(pair.chosen, pair.rejected) for pair in found.pairs]),
+        "questions": candidates.question_summary(records, kept),
+        "lengths": pairs.length_statistics([(pair.chosen, pair.rejected) for pair in found.pairs]),
         "judge": found.judge,
     }
 
 
-def finish(
+def write_outputs(
     out: Path,
-    pictures: Sequence[Picture],
+    pictures: Sequence[MinedImage],
     vocabulary: Vocabulary | None,
-    pairs: Sequence[Pair],
+    pairs: Sequence[MinedPair],
     records: Sequence[Mapping[str, Any]],
-    apart: Apart,
+    apart: ExclusionFilter,
     parquet: bool,
 ) -> None:
     """All files but the card, with which the folder is complete; no picture in them may be one that is left out."""
@@ -214,5 +224,5 @@ def finish(
     assert not apart.left_out(used.values()), "an evaluation image, or one twice, got into the pairs"
     output.write_images(out, used.values(), {image: apart.seen[image]["content"] for image in used})
     if parquet:
-        output.write_parquet(out)
-    write_page(out, pairs, records, used, vocabulary)
+        output.write_pairs_parquet(out)
+    write_pairs_page(out, pairs, records, used, vocabulary)

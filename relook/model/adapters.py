@@ -15,25 +15,25 @@ from typing import Any
 import torch
 
 from relook.console import say
-from relook.errors import CheckpointError, some
-from relook.files import read_object
+from relook.errors import CheckpointError, preview
+from relook.files import read_json_object
 from relook.model.checkpoint import (
     ADAPTER_CONFIG,
-    CHANGE_FILE,
+    ADAPTER_FILE,
     FROM_CHANGE,
     LLAVA_TYPES,
     NON_LORA,
     PROJECTOR,
     WHOLE_MODELS,
     LazyTensor,
-    changed_files,
-    kind_of,
-    read_file,
+    adapter_files,
+    folder_kind,
+    read_tensor_file,
     rename,
 )
 from relook.model.families import has_post_decoder, with_post_decoder
-from relook.model.lazy_model import ModelSource
-from relook.model.lora import PEFT_PREFIX, Adapter, Lora
+from relook.model.lazy_model import LazyModel
+from relook.model.lora import PEFT_PREFIX, LoraDelta, LoraSettings
 
 TENSORS_FILE = "trained.safetensors"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -49,7 +49,7 @@ STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
 
 
 @dataclass(frozen=True)
-class Change:
+class Adapter:
     """Tensors under transformers' names.
 
     Args:
@@ -65,8 +65,8 @@ class Change:
 
     path: Path
     replaced: dict[str, LazyTensor]
-    lora: dict[str, Lora] = field(default_factory=dict)
-    adapter: Adapter | None = None
+    lora: dict[str, LoraDelta] = field(default_factory=dict)
+    adapter: LoraSettings | None = None
     modules: dict[str, str] = field(default_factory=dict)
     post_decoder: dict[str, Any] | None = None
     base: Path | None = None
@@ -75,9 +75,9 @@ class Change:
 
     def tower_for(self, base: Path) -> Path | None:
         """The vision tower that this was trained with, where a base has none of its own."""
-        return self.vision_tower if kind_of(base) == "llava" else None
+        return self.vision_tower if folder_kind(base) == "llava" else None
 
-    def lay_on(self, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:
+    def apply_to(self, source: LazyModel, dtype: torch.dtype | None = None) -> LazyModel:
         """The base with this change, and before it those that it was trained on.
 
         Args:
@@ -87,7 +87,7 @@ class Change:
             CheckpointError: a tensor that the base does not have, or has in another shape; a layer without its LoRA.
         """
         for path in self.earlier:
-            source = replace(read_change(path), earlier=()).lay_on(source, dtype)
+            source = replace(read_adapter(path), earlier=()).apply_to(source, dtype)
         config, tensors = source.config, dict(source.tensors)
         if any(name.startswith(DECODER) for name in self.replaced):
             config = self._config_with_decoder(source)
@@ -109,25 +109,27 @@ class Change:
         self._note_projector()
         return replace(source, config=config, tensors=tensors, change=self.path, beneath=(source, self))
 
-    def without_adapter(self) -> tuple[Change, dict[str, LazyTensor]]:
+    def without_adapter(self) -> tuple[Adapter, dict[str, LazyTensor]]:
         """What the change replaces beside its adapter, as a change; and the adapter's tensors as peft calls them."""
         if self.path.is_file():
-            tensors = read_file(self.path)
+            tensors = read_tensor_file(self.path)
         elif any((self.path / name).exists() for name in ADAPTER_FILES):
-            tensors = _adapter(self.path)
+            tensors = _read_lora_folder(self.path)
         else:  # a checkpoint of relook, which has all in one file
-            names = ((name.replace(".default.", "."), t) for name, t in read_file(self.path / TENSORS_FILE).items())
+            names = (
+                (name.replace(".default.", "."), t) for name, t in read_tensor_file(self.path / TENSORS_FILE).items()
+            )
             tensors = {name: tensor for name, tensor in names if ".lora_" in name}
         beside = self.replaced.keys() - {rename(name, FROM_CHANGE) for name in tensors}
         rest = {name: self.replaced[name] for name in beside}
-        return Change(self.path, rest, post_decoder=self.post_decoder), tensors
+        return Adapter(self.path, rest, post_decoder=self.post_decoder), tensors
 
     @property
     def has_llavas_names(self) -> bool:
         """Whether the adapter was made in the original program, whose language model is at the top."""
         return any(module.startswith("model.layers.") for module in self.modules.values())
 
-    def _check(self, source: ModelSource, tensors: dict[str, LazyTensor]) -> None:
+    def _check(self, source: LazyModel, tensors: dict[str, LazyTensor]) -> None:
         shapes = {name: _shape(tensors, name) for name in self.replaced}
         wrong = [
             f"{name} {list(new.shape)} on {list(shapes[name]) or 'nothing'}"
@@ -142,12 +144,12 @@ class Change:
         ]
         if wrong:
             raise CheckpointError(
-                f"{self.path} does not fit {source.path}: {len(wrong)} tensors ({some(wrong)}).",
+                f"{self.path} does not fit {source.path}: {len(wrong)} tensors ({preview(wrong)}).",
                 "Give the base that it was trained on.",
             )
         if self.adapter and (missing := self.adapter.missing(self.modules, tensors.items())):
             raise CheckpointError(
-                f"{self.path} lacks LoRA for {len(missing)} layers that its target_modules name ({some(missing)}).",
+                f"{self.path} lacks LoRA for {len(missing)} layers that its target_modules name ({preview(missing)}).",
                 "Copy it again: the file is incomplete, or the adapter belongs to a smaller model.",
             )
 
@@ -161,7 +163,7 @@ class Change:
                 "model's."
             )
 
-    def _config_with_decoder(self, source: ModelSource) -> Any:
+    def _config_with_decoder(self, source: LazyModel) -> Any:
         held = getattr(source.config, "post_decoder", None)
         settings = self.post_decoder if self.post_decoder is not None else held
         if settings is None:
@@ -171,7 +173,7 @@ class Change:
             )
         return with_post_decoder(source.config, settings)
 
-    def at_stage(self, stage: int, source: ModelSource) -> tuple[Change, list[str]]:
+    def at_stage(self, stage: int, source: LazyModel) -> tuple[Adapter, list[str]]:
         """What a stage takes from this change and those that it was trained on, and the names of what it leaves out.
 
         Stage 0 adds the post decoder and replaces the head; stage 1 adds or replaces the post decoder only; stage 2
@@ -193,12 +195,12 @@ class Change:
         left = sorted((whole.replaced.keys() - taken.keys()) | whole.lora.keys())
         return replace(whole, replaced=taken, lora={}, adapter=None, modules={}), left
 
-    def _with_earlier(self) -> Change:
+    def _with_earlier(self) -> Adapter:
         """Put this change and those that it was trained on in one; of LoRA only the names count: no stage takes it."""
         replaced: dict[str, LazyTensor] = {}
-        lora: dict[str, Lora] = {}
+        lora: dict[str, LoraDelta] = {}
         settings = None
-        for change in (*map(read_change, self.earlier), self):
+        for change in (*map(read_adapter, self.earlier), self):
             if any(name.startswith(DECODER) for name in change.replaced):  # which is a whole one
                 replaced = {name: tensor for name, tensor in replaced.items() if not name.startswith(DECODER)}
                 settings = change.post_decoder
@@ -206,9 +208,9 @@ class Change:
             lora |= change.lora
         return replace(self, replaced=replaced, lora=lora, post_decoder=settings, earlier=())
 
-    def after(self, base: Path) -> Change:
+    def after(self, base: Path) -> Adapter:
         """This change without those that a run, as its base, has in it already."""
-        present = [*(path.resolve() for path in read_change(base).earlier), base.resolve()]
+        present = [*(path.resolve() for path in read_adapter(base).earlier), base.resolve()]
         if [path.resolve() for path in self.earlier[: len(present)]] == present:
             return replace(self, earlier=self.earlier[len(present) :])
         return self
@@ -231,49 +233,49 @@ def _untied(config: Any) -> Any:
     return type(config).from_dict(values)
 
 
-def read_change(path: str | Path) -> Change:
+def read_adapter(path: str | Path) -> Adapter:
     """Read a training run of relook, a LoRA folder of the original, or bare trained tensors (a file, or its folder).
 
     Raises:
         CheckpointError: nothing of the kind, or LoRA of a variety that relook cannot merge.
     """
     path = Path(path)
-    kind = kind_of(path)
+    kind = folder_kind(path)
     if kind in WHOLE_MODELS:
         raise CheckpointError(f"{path} is a whole model, not a change to one.", "Load it by itself.")
     if kind == "run":
-        change = read_object(path / CHANGE_FILE)
+        change = read_json_object(path / ADAPTER_FILE)
         if not isinstance(change.get("base"), str):
-            raise CheckpointError(f"{path / CHANGE_FILE} does not name a base.", "Copy the run again.")
-        tensors = read_file(path / TENSORS_FILE)
+            raise CheckpointError(f"{path / ADAPTER_FILE} does not name a base.", "Copy the run again.")
+        tensors = read_tensor_file(path / TENSORS_FILE)
         if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint has all in one file
-            tensors |= _adapter(path)
+            tensors |= _read_lora_folder(path)
         earlier = change.get("earlier", [])
         if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
-            raise CheckpointError(f"{path / CHANGE_FILE} has {earlier!r} as earlier changes.", "Copy the run again.")
-        read = _change(path, tensors, change.get("post_decoder"), Path(change["base"]))
+            raise CheckpointError(f"{path / ADAPTER_FILE} has {earlier!r} as earlier changes.", "Copy the run again.")
+        read = _build_adapter(path, tensors, change.get("post_decoder"), Path(change["base"]))
         tower = Path(change["vision_tower"]) if change.get("vision_tower") else None
         return replace(read, vision_tower=tower, earlier=tuple(map(Path, earlier)))
     if kind == "lora":
-        return _change(path, _adapter(path) | _bare(path))
-    return _change(path, read_file(path) if path.is_file() else _bare(path))
+        return _build_adapter(path, _read_lora_folder(path) | _read_bare_tensors(path))
+    return _build_adapter(path, read_tensor_file(path) if path.is_file() else _read_bare_tensors(path))
 
 
-def _bare(folder: Path) -> dict[str, LazyTensor]:
-    return {name: tensor for file in changed_files(folder) for name, tensor in read_file(file).items()}
+def _read_bare_tensors(folder: Path) -> dict[str, LazyTensor]:
+    return {name: tensor for file in adapter_files(folder) for name, tensor in read_tensor_file(file).items()}
 
 
-def _adapter(folder: Path) -> dict[str, LazyTensor]:
+def _read_lora_folder(folder: Path) -> dict[str, LazyTensor]:
     for name in ADAPTER_FILES:
         if (folder / name).exists():
-            return read_file(folder / name)
+            return read_tensor_file(folder / name)
     raise CheckpointError(f"{folder} has an adapter_config.json but no adapter_model.", "Copy it again.")
 
 
-def language_model_config(change: Change) -> dict[str, Any] | None:
+def language_model_config(change: Adapter) -> dict[str, Any] | None:
     """The liuhaotian config that lies beside a change: what LLaVA makes of the bare language model below it."""
     for path in (*change.earlier, change.path):
-        config = read_object(_folder(path) / "config.json", optional=True)
+        config = read_json_object(_folder(path) / "config.json", optional=True)
         if config.get("model_type") in LLAVA_TYPES and "text_config" not in config:
             return config
     return None
@@ -287,13 +289,13 @@ def _folder(path: Path) -> Path:
 LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<half>\w+?)(?:\.default)?(?P<bias>\.bias)?(?:\.weight)?")
 
 
-def _change(
+def _build_adapter(
     path: Path, tensors: dict[str, LazyTensor], settings: dict[str, Any] | None = None, base: Path | None = None
-) -> Change:
+) -> Adapter:
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors.", "Copy it again, or save it again.")
     if settings is None:
-        settings = read_object(_folder(path) / "config.json", optional=True).get("post_decoder")
+        settings = read_json_object(_folder(path) / "config.json", optional=True).get("post_decoder")
     replaced: dict[str, LazyTensor] = {}
     halves: dict[str, dict[str, LazyTensor]] = {}
     for raw, tensor in tensors.items():
@@ -303,8 +305,8 @@ def _change(
         else:
             replaced[rename(raw, FROM_CHANGE)] = tensor
     if not halves and (path.is_file() or not (path / ADAPTER_CONFIG).exists()):
-        return Change(path, replaced, post_decoder=settings, base=base)
-    adapter = Adapter(_folder(path))
+        return Adapter(path, replaced, post_decoder=settings, base=base)
+    adapter = LoraSettings(_folder(path))
     pairs = adapter.pairs(halves, replaced)
     modules: dict[str, str] = {}
     for module in pairs:
@@ -315,4 +317,4 @@ def _change(
             )
         modules[weight] = module
     lora = {name: pairs[module] for name, module in modules.items()}
-    return Change(path, replaced, lora, adapter, modules, settings, base)
+    return Adapter(path, replaced, lora, adapter, modules, settings, base)

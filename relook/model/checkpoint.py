@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from relook.errors import CheckpointError, some
-from relook.files import read_object, require_regular, require_regular_files, write_json
-from relook.model.families import MODEL_TYPES, TRUNKS, has_post_decoder
+from relook.errors import CheckpointError, preview
+from relook.files import read_json_object, require_regular, require_regular_files, write_json
+from relook.model.families import FAMILIES, MODEL_TYPES, has_post_decoder
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ class LazyTensor:
         return LazyTensor(self.shape, lambda: change(self.read()))
 
 
-def read_file(path: Path) -> dict[str, LazyTensor]:
+def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
     """The named tensors of one file.
 
     Raises:
@@ -59,7 +59,7 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
     empty = [name for name, tensor in tensors.items() if 0 in tensor.shape]
     if empty:
         raise CheckpointError(
-            f"{len(empty)} of {len(tensors)} tensors in {path} are empty ({some(empty)}).",
+            f"{len(empty)} of {len(tensors)} tensors in {path} are empty ({preview(empty)}).",
             "DeepSpeed's ZeRO-3 leaves such files where weights are saved without being gathered: make a whole one by "
             "its zero_to_fp32.py, or save again with stage3_gather_16bit_weights_on_model_save.",
         )
@@ -118,17 +118,19 @@ def weight_files(folder: Path) -> list[Path]:
     return _layout(folder)[0]
 
 
-def read_folder(folder: Path) -> dict[str, LazyTensor]:
+def read_tensor_folder(folder: Path) -> dict[str, LazyTensor]:
     """The named tensors of a folder, sharded or not."""
     files, indexed = _layout(folder)
     if not files:
         raise CheckpointError(
             f"{folder} holds no weights.", f"One of {', '.join((*SINGLE_FILES, *INDEX_FILES))} is expected there."
         )
-    tensors = {name: tensor for file in files for name, tensor in read_file(file).items()}
+    tensors = {name: tensor for file in files for name, tensor in read_tensor_file(file).items()}
     missing = sorted(indexed - tensors.keys())
     if missing:
-        raise CheckpointError(f"The shards of {folder} lack tensors of its index: {some(missing)}.", "Download again.")
+        raise CheckpointError(
+            f"The shards of {folder} lack tensors of its index: {preview(missing)}.", "Download again."
+        )
     return tensors
 
 
@@ -136,14 +138,14 @@ def _layout(folder: Path) -> tuple[list[Path], set[str]]:
     """Weight files, and the tensors that an index names."""
     for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         if (folder / index).exists():
-            weight_map = read_object(folder / index).get("weight_map")
+            weight_map = read_json_object(folder / index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{folder / index} has no weight_map.", "Download it again.")
             shards = sorted({str(shard) for shard in weight_map.values()})
             missing = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
             if missing:
                 raise CheckpointError(
-                    f"{folder / index} names shards that are not in the folder: {some(missing)}.",
+                    f"{folder / index} names shards that are not in the folder: {preview(missing)}.",
                     "Download them again.",
                 )
             return [folder / shard for shard in shards], set(weight_map)
@@ -203,9 +205,9 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 # pairs of a pattern and its replacement, tried in order.
 
 Renames = tuple[tuple[str, str], ...]
-CHANGE_FILE = "change.json"  # what a training run of relook changed: its base, post decoder settings, LoRA or not
+ADAPTER_FILE = "change.json"  # what a training run of relook changed: its base, post decoder settings, LoRA or not
 ADAPTER_CONFIG, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
-CHANGED_FILES = (NON_LORA, "mm_projector.bin")  # what the original programs save beside a base
+ADAPTER_FILES = (NON_LORA, "mm_projector.bin")  # what the original programs save beside a base
 LLAVA_TYPES = ("llava", "llava_llama")  # of a liuhaotian config; HA-DPO's fork calls it "llava"
 WHOLE_MODELS = ("llava", "llama", "hf", "relook")  # kinds of folders that hold no change
 
@@ -278,7 +280,7 @@ def rename(name: str, renames: Renames) -> str:
     return name
 
 
-def kind_of(path: str | Path) -> str:
+def folder_kind(path: str | Path) -> str:
     """What a path holds: "llava", "hf" or "relook" (models), "llama" (a language model alone), or a change to a model:
     "run", "lora" or "trained".
 
@@ -292,16 +294,16 @@ def kind_of(path: str | Path) -> str:
     if not path.is_dir():
         raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
     require_regular_files(path)
-    for name, kind in ((CHANGE_FILE, "run"), (ADAPTER_CONFIG, "lora")):
+    for name, kind in ((ADAPTER_FILE, "run"), (ADAPTER_CONFIG, "lora")):
         if (path / name).exists():
             return kind
-    if not weight_files(path) and changed_files(path):
+    if not weight_files(path) and adapter_files(path):
         return "trained"
     return _model_kind(path, read_config(path))
 
 
-def changed_files(folder: Path) -> list[Path]:
-    return [folder / name for name in CHANGED_FILES if (folder / name).exists()]
+def adapter_files(folder: Path) -> list[Path]:
+    return [folder / name for name in ADAPTER_FILES if (folder / name).exists()]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -310,13 +312,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no config.json.", "Give a model folder, an adapter's, or the output of `relook train`."
         )
-    return read_object(folder / "config.json")
+    return read_json_object(folder / "config.json")
 
 
 def _model_kind(path: Path, config: dict[str, Any]) -> str:
     kind = str(config.get("model_type"))
     if kind in MODEL_TYPES and "text_config" in config:
-        return "hf" if kind in TRUNKS else "relook"
+        return "hf" if kind in FAMILIES else "relook"
     if kind in LLAVA_TYPES:
         return "llava"
     if kind == "llama":
@@ -324,11 +326,11 @@ def _model_kind(path: Path, config: dict[str, Any]) -> str:
     raise CheckpointError(
         f"{path} holds a model of type {kind!r}, which relook cannot load.",
         "Supported are LLaVA in liuhaotian's folders (llava_llama), LLaVA and LLaVA-NeXT in transformers' "
-        f"({', '.join(TRUNKS)}), and relook's own.",
+        f"({', '.join(FAMILIES)}), and relook's own.",
     )
 
 
-def default_template(config: dict[str, Any]) -> str:
+def config_template(config: dict[str, Any]) -> str:
     """The conversation template a model was tuned with: LLaVA's v1 for liuhaotian's folders and their conversions.
 
     LLaVA-NeXT over Mistral has Mistral's; over other language models its config does not tell Vicuna's from Yi's.
@@ -348,7 +350,7 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig)
     """
     missing = [key for key in REQUIRED if raw.get(key) is None]
     if missing:
-        raise CheckpointError(f"{path / 'config.json'} does not say {some(missing)}.", "Download it again.")
+        raise CheckpointError(f"{path / 'config.json'} does not say {preview(missing)}.", "Download it again.")
     projector, select = raw["mm_projector_type"], raw.get("mm_vision_select_feature") or "patch"
     for key, value, known in (
         ("mm_projector_type", projector, PROJECTORS),
@@ -370,7 +372,7 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig)
         vision_feature_select_strategy=STRATEGIES[select],
         projector_hidden_act=PROJECTORS[projector],
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        conversation_template=default_template(raw),
+        conversation_template=config_template(raw),
         **{key: raw[key] for key in KEPT if raw.get(key) is not None},
     )
 

@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from relook.data.images import ImageLoader
 from relook.data.templates import IMAGE
-from relook.errors import CheckpointError, some
-from relook.files import read_object
+from relook.errors import CheckpointError, preview
+from relook.files import read_json_object
 
 # Largest values of a config: beyond what any model has, within what any machine can lay out.
 SIZES = {
@@ -33,13 +33,13 @@ SIDE = 1 << 13  # of a picture that a processor makes
 BEAMS = 64
 
 
-def plain(raw: Any) -> Any:
+def plain_config(raw: Any) -> Any:
     """A config without what is transformers' own business: how attention is computed, what is returned, names of
     methods; of its parts, too."""
     if not isinstance(raw, dict):
         return raw
     return {
-        key: plain(value) if key.endswith("_config") else value
+        key: plain_config(value) if key.endswith("_config") else value
         for key, value in raw.items()
         if key == "model_type"
         or not (hasattr(PreTrainedConfig, key) or key.startswith("_") or "attn_implementation" in key)
@@ -58,7 +58,7 @@ def check_config(who: str, config: Any) -> None:
     if not _id(words)(config.image_token_id):
         wrong.append(f"image_token_index {config.image_token_id!r} of a vocabulary of {words!r}")
     if wrong:
-        raise CheckpointError(f"The config of {who} has values that no model can have: {some(wrong, 10)}.", AGAIN)
+        raise CheckpointError(f"The config of {who} has values that no model can have: {preview(wrong, 10)}.", AGAIN)
 
 
 AGAIN = "Download it again."
@@ -111,7 +111,7 @@ def generation_config(folder: Path, words: int) -> GenerationConfig:
         CheckpointError: settings that answers are not made by here, or values that they cannot have, by name.
     """
     file = folder / "generation_config.json"
-    settings = {key: value for key, value in read_object(file).items() if key not in ("transformers_version",)}
+    settings = {key: value for key, value in read_json_object(file).items() if key not in ("transformers_version",)}
     known = _generation(words)
     wrong = [
         f"{key} {value!r}"[:100]
@@ -120,7 +120,7 @@ def generation_config(folder: Path, words: int) -> GenerationConfig:
     ]
     if wrong:
         raise CheckpointError(
-            f"{file} has settings that relook does not follow, or values out of range: {some(wrong, 10)}.",
+            f"{file} has settings that relook does not follow, or values out of range: {preview(wrong, 10)}.",
             "Remove them from the file.",
         )
     try:
@@ -168,7 +168,7 @@ def check_processor(who: str, tokenizer: Any, images: ImageLoader, config: Any) 
     try:
         strange = [size for size in sizes if size is not None and not _whole(1, SIDE)(size)]
         if strange:
-            raise ValueError(f"sizes of {some(strange)} pixels")
+            raise ValueError(f"sizes of {preview(strange)} pixels")
         pixels = images(Image.new("RGB", (3, 2)))
         if pixels.shape[-3:] != (3, side, side):
             raise ValueError(f"pictures become {list(pixels.shape)}, but the vision tower takes {[3, side, side]}")

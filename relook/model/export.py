@@ -1,6 +1,6 @@
 """`relook convert`, `merge` and `export`: a model folder written anew tensor by tensor, checked before it is named.
 
-All three write one `ModelSource`: as it is, with a change laid on it, or a training run with its base. One shard is in
+All three write one `LazyModel`: as it is, with a change laid on it, or a training run with its base. One shard is in
 memory at a time; the check that follows holds one model at a time.
 """
 
@@ -27,30 +27,30 @@ from relook.console import readable_size, say
 from relook.data.encode import Encoder
 from relook.data.samples import Turn
 from relook.data.templates import IM_END, IM_START, IMAGE, Template, get_template, with_image
-from relook.errors import CheckpointError, some
-from relook.files import read_object, require_room, whole_folder, write_json
+from relook.errors import CheckpointError, preview
+from relook.files import atomic_folder, read_json_object, require_disk_space, write_json
 from relook.model import modeling_relook, post_decoder
-from relook.model.adapters import Change, read_change
+from relook.model.adapters import Adapter, read_adapter
 from relook.model.checkpoint import (
     FROM_ANY,
     PROJECTOR,
     TO_HF,
     TO_LLAVA,
     TOWER,
-    kind_of,
+    folder_kind,
     rename,
     rope_settings,
     to_llava_config,
     write_tensors,
 )
 from relook.model.families import has_post_decoder
-from relook.model.lazy_model import ModelSource
-from relook.model.load import LoadedModel, build, open_base, open_source
+from relook.model.lazy_model import LazyModel
+from relook.model.load import LoadedModel, materialize, open_base, open_lazy
 from relook.model.lora import PEFT_PREFIX
 
 # ----------------------------------------------------------------------------------------------------
 
-Writer = Callable[[ModelSource, Path, int], None]
+Writer = Callable[[LazyModel, Path, int], None]
 TOWER_FOLDER = "vision_tower"
 SENTENCEPIECE = ("tokenizer.model", "added_tokens.json", "special_tokens_map.json")
 TOLERANCE = {torch.float32: 1e-4}  # of logits; half precision rounds at 1e-2
@@ -61,7 +61,7 @@ TOKENIZER_KEYS = (
 
 
 @dataclass(frozen=True)
-class Writing:
+class WriteOptions:
     """How a folder is written.
 
     Args:
@@ -77,7 +77,7 @@ class Writing:
     vision_tower: Path | None = None
 
 
-def convert(source: str | Path, out: str | Path, to: str, how: Writing = Writing()) -> float | None:
+def convert(source: str | Path, out: str | Path, to: str, how: WriteOptions = WriteOptions()) -> float | None:
     """Write a model in another format; returns the largest difference of logits.
 
     Args:
@@ -90,55 +90,55 @@ def convert(source: str | Path, out: str | Path, to: str, how: Writing = Writing
     if to not in ("hf", "llava"):
         raise CheckpointError(f"There is no format {to!r}.", "Use hf or llava.")
     return write_model(
-        open_source(source, vision_tower=how.vision_tower), out, write_hf if to == "hf" else write_llava, how
+        open_lazy(source, vision_tower=how.vision_tower), out, write_hf if to == "hf" else write_llava, how
     )
 
 
 def merge(
-    base: str | Path, change: str | Path, out: str | Path, stage: int | None = None, how: Writing = Writing()
+    base: str | Path, change: str | Path, out: str | Path, stage: int | None = None, how: WriteOptions = WriteOptions()
 ) -> float | None:
     """Write a base with a change laid on it, in transformers' format; a post decoder brings its code along.
 
     Args:
         base: a model folder, or a training run, which stands for its base with what was trained.
         change: what `load_model` takes as adapter.
-        stage: take a part of the change only, as replace_bin's stages did (see `Change.at_stage`); None takes all.
+        stage: take a part of the change only, as replace_bin's stages did (see `Adapter.at_stage`); None takes all.
     """
     base, change, out = Path(base), Path(change), Path(out)
-    trained = read_change(change)
-    if kind_of(base) == "run":
+    trained = read_adapter(change)
+    if folder_kind(base) == "run":
         trained = trained.after(base)
-        source = open_source(base, vision_tower=how.vision_tower or trained.tower_for(base))
+        source = open_lazy(base, vision_tower=how.vision_tower or trained.tower_for(base))
     else:
         source = open_base(base, trained, how.vision_tower)
     if stage is not None:
         trained, left = trained.at_stage(stage, source)
         if left:
-            say(f"  stage {stage} leaves out {len(left)} tensors of {change}: {some(left)}")
-    merged = trained.lay_on(source)
+            say(f"  stage {stage} leaves out {len(left)} tensors of {change}: {preview(left)}")
+    merged = trained.apply_to(source)
     merged.check()
     return write_model(merged, out, write_hf, how)
 
 
-def export(source: str | Path, out: str | Path, how: Writing = Writing()) -> float | None:
+def export(source: str | Path, out: str | Path, how: WriteOptions = WriteOptions()) -> float | None:
     """Write a model or a training run as a whole folder that transformers loads where relook is not installed."""
     source, out = Path(source), Path(out)
-    return write_model(open_source(source, vision_tower=how.vision_tower), out, write_hf, how)
+    return write_model(open_lazy(source, vision_tower=how.vision_tower), out, write_hf, how)
 
 
-def write_model(source: ModelSource, out: Path, write: Writer, how: Writing) -> float | None:
+def write_model(source: LazyModel, out: Path, write: Writer, how: WriteOptions) -> float | None:
     """Write a source under a name that appears only when all is written and checked.
 
     Args:
         write: writes it into a folder, in files of so many bytes at most.
     """
-    _claim(source, out, how)
+    _check_target(source, out, how)
     difference = None
     beside = check_with_peft(source, out) if how.check else ""
-    with whole_folder(out.resolve()) as folder:  # a link to a folder stays a link
+    with atomic_folder(out.resolve()) as folder:  # a link to a folder stays a link
         write(source, folder, int(how.shard_gb * 1e9))
         if how.check:
-            difference = logit_difference(source, open_source(folder))
+            difference = logit_difference(source, open_lazy(folder))
             if not difference <= TOLERANCE.get(source.dtype, 5e-2):  # NaN fails too
                 raise CheckpointError(
                     f"The logits of the result differ by {difference:.2e}; {out} was not written.",
@@ -149,7 +149,7 @@ def write_model(source: ModelSource, out: Path, write: Writer, how: Writing) -> 
     return difference
 
 
-def _claim(source: ModelSource, out: Path, how: Writing) -> None:
+def _check_target(source: LazyModel, out: Path, how: WriteOptions) -> None:
     target = out.resolve()
     for used in (source.path, source.tower, source.change):
         if used is not None and (target == used.resolve() or target in used.resolve().parents):
@@ -159,20 +159,20 @@ def _claim(source: ModelSource, out: Path, how: Writing) -> None:
     if out.exists() and not (out / "config.json").is_file():
         raise CheckpointError(f"{out} is no model folder and is not replaced.", "Choose another folder.")
     needed = sum(prod(tensor.shape) for tensor in source.tensors.values()) * source.dtype.itemsize
-    require_room(target, needed, str(out), "Make room there, or choose a folder on another disk.")
+    require_disk_space(target, needed, str(out), "Make room there, or choose a folder on another disk.")
 
 
-def _stream(source: ModelSource, renames: Any, tower: bool) -> Iterator[tuple[str, Tensor]]:
+def _tensor_stream(source: LazyModel, renames: Any, tower: bool) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in source.tensors.items():
         if name.startswith(TOWER) == tower:
             yield rename(name, renames), tensor.read()
 
 
-def write_hf(source: ModelSource, folder: Path, shard_bytes: int) -> None:
+def write_hf(source: LazyModel, folder: Path, shard_bytes: int) -> None:
     """transformers' format: llava-hf's names, or with a post decoder the module tree's own, and the code with them."""
     own = has_post_decoder(source.config)
     renames = () if own else TO_HF
-    stream = (pair for tower in (True, False) for pair in _stream(source, renames, tower))
+    stream = (pair for tower in (True, False) for pair in _tensor_stream(source, renames, tower))
     write_tensors(folder, stream, shard_bytes)
     config = copy.deepcopy(source.config)
     config.architectures, config.dtype = [source.model_class.__name__], source.dtype
@@ -193,14 +193,14 @@ def write_hf(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     _copy_sentencepiece(source.path, folder)
 
 
-def write_llava(source: ModelSource, folder: Path, shard_bytes: int) -> None:
+def write_llava(source: LazyModel, folder: Path, shard_bytes: int) -> None:
     """liuhaotian's format, its vision tower as a CLIP folder inside.
 
     The original program looks for `mm_vision_tower` from its working directory: start it in this folder, or write the
     absolute path into config.json.
     """
     config = to_llava_config(source.config, str(source.dtype).removeprefix("torch."), TOWER_FOLDER)
-    stream = _stream(source, TO_LLAVA, tower=False)
+    stream = _tensor_stream(source, TO_LLAVA, tower=False)
     if config["mm_projector_type"] == "linear":
         stream = _one_linear(source)
     write_tensors(folder, stream, shard_bytes)
@@ -211,7 +211,7 @@ def write_llava(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     processor = source.processor()
     tower = folder / TOWER_FOLDER
     tower.mkdir()
-    write_tensors(tower, _stream(source, ((f"^{TOWER}", "vision_model."),), tower=True), shard_bytes)
+    write_tensors(tower, _tensor_stream(source, ((f"^{TOWER}", "vision_model."),), tower=True), shard_bytes)
     vision = copy.deepcopy(source.config.vision_config)
     vision.architectures = ["CLIPVisionModel"]
     vision.to_json_file(tower / "config.json")
@@ -229,7 +229,7 @@ def write_llava(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     if not _copy_sentencepiece(source.path, folder):
         processor.tokenizer.save_pretrained(folder)
         return
-    stated = read_object(source.path / "tokenizer_config.json", optional=True)
+    stated = read_json_object(source.path / "tokenizer_config.json", optional=True)
     kept = {key: value for key, value in stated.items() if key in TOKENIZER_KEYS}
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **kept})
 
@@ -242,32 +242,32 @@ def _copy_sentencepiece(path: Path, folder: Path) -> bool:
     return (path / "tokenizer.model").exists()
 
 
-def _one_linear(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """As `_stream`, with the two linears of a projector that has no activation between them made one."""
+def _one_linear(source: LazyModel) -> Iterator[tuple[str, Tensor]]:
+    """As `_tensor_stream`, with the two linears of a projector that has no activation between them made one."""
     weight_1, bias_1, weight_2, bias_2 = (
         source.tensors[f"{PROJECTOR}linear_{i}.{part}"].read() for i in (1, 2) for part in ("weight", "bias")
     )
     yield "model.mm_projector.weight", (weight_2.float() @ weight_1.float()).to(weight_1.dtype)
     yield "model.mm_projector.bias", (weight_2.float() @ bias_1.float() + bias_2.float()).to(bias_1.dtype)
-    for name, tensor in _stream(source, TO_LLAVA, tower=False):
+    for name, tensor in _tensor_stream(source, TO_LLAVA, tower=False):
         if not name.startswith("model.mm_projector."):
             yield name, tensor
 
 
 @torch.inference_mode()
-def logit_difference(first: ModelSource, second: ModelSource) -> float:
+def logit_difference(first: LazyModel, second: LazyModel) -> float:
     """Largest absolute difference of two models' logits on one image and 16 tokens, in the dtype they are stored in.
 
     One model is held at a time; both are given what the first one's processor makes of the image.
     """
-    loaded = build(first, first.dtype)
+    loaded = materialize(first, first.dtype)
     inputs = _small_input(loaded)
     logits = loaded.model(**inputs).logits.float()
     del loaded
-    return float((build(second, first.dtype).model(**inputs).logits.float() - logits).abs().max())
+    return float((materialize(second, first.dtype).model(**inputs).logits.float() - logits).abs().max())
 
 
-def check_with_peft(source: ModelSource, out: Path) -> str:
+def check_with_peft(source: LazyModel, out: Path) -> str:
     """Compare a model into which LoRA was merged with the same adapter as peft runs it; what to say of it.
 
     In float32, since the steps of usual adapters are less than what half precision rounds.
@@ -285,7 +285,7 @@ def check_with_peft(source: ModelSource, out: Path) -> str:
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         return f"; not compared with peft, which cannot load the adapter ({str(error).splitlines()[0]})"
     beneath, change = source.beneath
-    merged = build(replace(change, earlier=()).lay_on(beneath, torch.float32), torch.float32)
+    merged = materialize(replace(change, earlier=()).apply_to(beneath, torch.float32), torch.float32)
     with torch.inference_mode():
         difference = float((merged.model(**inputs).logits - wanted).abs().max())
     if not difference <= TOLERANCE[torch.float32] * max(1.0, float(wanted.abs().max())):
@@ -298,7 +298,7 @@ def check_with_peft(source: ModelSource, out: Path) -> str:
 
 
 @torch.inference_mode()
-def _logits_by_peft(beneath: ModelSource, change: Change) -> tuple[Tensor, dict[str, Tensor]]:
+def _logits_by_peft(beneath: LazyModel, change: Adapter) -> tuple[Tensor, dict[str, Tensor]]:
     """The logits of a model with an adapter beside its weights, and their inputs.
 
     Raises:
@@ -309,7 +309,7 @@ def _logits_by_peft(beneath: ModelSource, change: Change) -> tuple[Tensor, dict[
 
     assert change.adapter is not None
     rest, tensors = change.without_adapter()
-    loaded = build(rest.lay_on(beneath, torch.float32), torch.float32)
+    loaded = materialize(rest.apply_to(beneath, torch.float32), torch.float32)
     core = wrapped = loaded.core
     if change.has_llavas_names:  # the original's top is the language model, around which it puts the rest
         with torch.device("meta"):
@@ -325,7 +325,7 @@ def _logits_by_peft(beneath: ModelSource, change: Change) -> tuple[Tensor, dict[
         report = set_peft_model_state_dict(model, named)
     lost = [*report.unexpected_keys, *(name for name in report.missing_keys if ".lora_" in name)]
     if lost:
-        raise ValueError(f"it has no place for {some(lost, 2)}")
+        raise ValueError(f"it has no place for {preview(lost, 2)}")
     core.lm_head = wrapped.lm_head
     inputs = _small_input(loaded)
     return core(**inputs).logits, inputs
@@ -361,7 +361,7 @@ FOLLOWED = {
 }
 
 
-def export_for(source: str | Path, out: str | Path, engine: str, how: Writing) -> float | None:
+def export_for(source: str | Path, out: str | Path, engine: str, how: WriteOptions) -> float | None:
     """Write a model or a training run for an engine; returns the largest difference of logits.
 
     Args:
@@ -373,7 +373,7 @@ def export_for(source: str | Path, out: str | Path, engine: str, how: Writing) -
     source, out = Path(source), Path(out)
     if engine not in WRITERS:
         raise CheckpointError(f"There is no engine {engine!r}.", f"Known ones: {', '.join(WRITERS)}.")
-    opened = open_source(source, vision_tower=how.vision_tower)
+    opened = open_lazy(source, vision_tower=how.vision_tower)
     if has_post_decoder(opened.config):
         raise CheckpointError(
             f"{source} has a post decoder, which looks at the image again at every token; {engine} has no such layer.",
@@ -382,10 +382,10 @@ def export_for(source: str | Path, out: str | Path, engine: str, how: Writing) -
     return write_model(opened, out, WRITERS[engine], how)
 
 
-def _write_plain(source: ModelSource, folder: Path, shard_bytes: int) -> None:
+def _write_plain(source: LazyModel, folder: Path, shard_bytes: int) -> None:
     """transformers' format as version 4 reads it too, which vLLM runs on."""
     write_hf(source, folder, shard_bytes)
-    config = read_object(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     text = config["text_config"]
     text |= rope_settings(text)
     text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]]
@@ -394,7 +394,7 @@ def _write_plain(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     _write_speech(source, folder, _processor(source))
 
 
-def _write_sglang(source: ModelSource, folder: Path, shard_bytes: int) -> None:
+def _write_sglang(source: LazyModel, folder: Path, shard_bytes: int) -> None:
     """liuhaotian's format, with what SGLang looks for beside it: a CLIP folder of that name, and a processor."""
     config = source.config
     if not isinstance(config, LlavaConfig) or config.text_config.model_type != "llama":
@@ -412,7 +412,7 @@ def _write_sglang(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     for name in SENTENCEPIECE:  # they know no <image>
         (folder / name).unlink(missing_ok=True)
     processor = _processor(source)
-    said = read_object(folder / "config.json") | {
+    said = read_json_object(folder / "config.json") | {
         "model_type": "llava",  # transformers' class: the one that it knows
         "mm_vision_tower": CLIP_FOLDER,
         "image_token_index": config.image_token_id,
@@ -424,22 +424,22 @@ def _write_sglang(source: ModelSource, folder: Path, shard_bytes: int) -> None:
     _write_speech(source, folder, processor)
 
 
-def _processor(source: ModelSource) -> Any:
+def _processor(source: LazyModel) -> Any:
     processor = source.processor()
     if source.kind == "llava":
         processor.image_processor.do_pad = getattr(source.config, "image_aspect_ratio", "") == "pad"
     return processor
 
 
-def _write_speech(source: ModelSource, folder: Path, processor: Any) -> None:
+def _write_speech(source: LazyModel, folder: Path, processor: Any) -> None:
     """Processor, chat template and settings of generation, in the files of transformers 4 and 5 at once."""
     processor.chat_template = processor.tokenizer.chat_template = chat_template(source, processor)
     processor.save_pretrained(folder)
-    said = read_object(folder / "processor_config.json")
+    said = read_json_object(folder / "processor_config.json")
     images = said.pop("image_processor")
     write_json(folder / "processor_config.json", said)
     write_json(folder / "preprocessor_config.json", images | {"processor_class": said["processor_class"]})
-    tokenizer = read_object(folder / "tokenizer_config.json")
+    tokenizer = read_json_object(folder / "tokenizer_config.json")
     special = tokenizer.pop("extra_special_tokens", [])
     kept = {key: value for key, value in tokenizer.items() if key not in ("backend", "is_local", "local_files_only")}
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": special}
@@ -448,7 +448,7 @@ def _write_speech(source: ModelSource, folder: Path, processor: Any) -> None:
     _write_generation(source, folder, processor.tokenizer)
 
 
-def _write_generation(source: ModelSource, folder: Path, tokenizer: Any) -> None:
+def _write_generation(source: LazyModel, folder: Path, tokenizer: Any) -> None:
     settings, stop = source.generation_config(), get_template(source.template).stop
     if stop in tokenizer.get_added_vocab():
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
@@ -457,11 +457,11 @@ def _write_generation(source: ModelSource, folder: Path, tokenizer: Any) -> None
         say(f"  answers end with {stop!r}, which is no token: requests must send it as `stop`", style="yellow")
     left = [name for name, value in settings.to_diff_dict().items() if value and name not in FOLLOWED]
     if left:
-        say(f"  not every engine follows {some(left)} of generation_config.json", style="yellow")
+        say(f"  not every engine follows {preview(left)} of generation_config.json", style="yellow")
     settings.save_pretrained(folder)
 
 
-def chat_template(source: ModelSource, processor: Any) -> str:
+def chat_template(source: LazyModel, processor: Any) -> str:
     """The model's conversation template for `apply_chat_template`, checked against what relook's encoder writes.
 
     Raises:
@@ -514,7 +514,7 @@ def _jinja(template: Template, image: str, bos: bool) -> str:
     )
 
 
-WRITERS: dict[str, Callable[[ModelSource, Path, int], None]] = {
+WRITERS: dict[str, Callable[[LazyModel, Path, int], None]] = {
     "vllm": _write_plain,
     "sglang": _write_sglang,
     "transformers-serve": _write_plain,

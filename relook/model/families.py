@@ -33,7 +33,7 @@ Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
-class Trunk:
+class Family:
     """A family of models.
 
     Args:
@@ -88,8 +88,8 @@ def _llava_next_positions(core: Any) -> Callable[[Size], int]:
     return positions
 
 
-TRUNKS = {
-    "llava": Trunk(
+FAMILIES = {
+    "llava": Family(
         LlavaConfig,
         LlavaForConditionalGeneration,
         RelookLlavaConfig,
@@ -99,7 +99,7 @@ TRUNKS = {
         pads_to_square=True,
         projects_rows=True,
     ),
-    "llava_next": Trunk(
+    "llava_next": Family(
         LlavaNextConfig,
         LlavaNextForConditionalGeneration,
         RelookLlavaNextConfig,
@@ -110,14 +110,14 @@ TRUNKS = {
         projects_rows=False,
     ),
 }
-MODEL_TYPES = {**TRUNKS, **{trunk.relook_config.model_type: trunk for trunk in TRUNKS.values()}}
+MODEL_TYPES = {**FAMILIES, **{trunk.relook_config.model_type: trunk for trunk in FAMILIES.values()}}
 
-for trunk in TRUNKS.values():
+for trunk in FAMILIES.values():
     AutoConfig.register(trunk.relook_config.model_type, trunk.relook_config, exist_ok=True)
     AutoModelForImageTextToText.register(trunk.relook_config, trunk.relook_model, exist_ok=True)
 
 
-def trunk_of(config: Any) -> Trunk:
+def family_of(config: Any) -> Family:
     """The family of a model, with or without a post decoder, by its config."""
     return MODEL_TYPES[config.model_type]
 
@@ -129,15 +129,15 @@ def has_post_decoder(config: Any) -> bool:
 def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
     """The config of the same model with a post decoder of these settings."""
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
-    return trunk_of(config).relook_config(**{**values, "post_decoder": settings})
+    return family_of(config).relook_config(**{**values, "post_decoder": settings})
 
 
-def feature_rows(config: Any, size: Size) -> int:
+def vision_feature_count(config: Any, size: Size) -> int:
     """M of the vision features (M, V) of an image of this size: those of all its tiles."""
-    return trunk_of(config).tiles(config, size) * _features_per_row(config)
+    return family_of(config).tiles(config, size) * _features_per_row(config)
 
 
-def feature_size(config: Any) -> int:
+def vision_feature_width(config: Any) -> int:
     """V of the vision features: the tower's width, for each of its layers that the model reads."""
     layers = config.vision_feature_layer
     return int(config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1))

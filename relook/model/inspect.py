@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from relook.console import output, plain_table
 from relook.model.checkpoint import LazyTensor
 from relook.model.families import has_post_decoder, with_post_decoder
-from relook.model.lazy_model import ModelSource
-from relook.model.load import LoadedModel, as_device, as_dtype, build, open_source
-from relook.model.trainable import apply_regime
+from relook.model.lazy_model import LazyModel
+from relook.model.load import LoadedModel, materialize, open_lazy, parse_device, parse_dtype
+from relook.model.trainable import set_trainable
 from relook.recipe import build_recipe
 
 PROMPT = "Describe this image in detail."
@@ -54,7 +54,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Passing:
+class TracedTensor:
     """A tensor on its way: in the prefill, or in the decode step after it."""
 
     step: str
@@ -69,14 +69,14 @@ class Passing:
     inf: int
 
     @staticmethod
-    def of(step: str, name: str, tensor: Tensor) -> Passing:
+    def of(step: str, name: str, tensor: Tensor) -> TracedTensor:
         """Mean, standard deviation (of the population) and extremes are those of the finite numbers, if any."""
         values = tensor.detach().double().flatten()
         rest = values[values.isfinite()]
         some = (rest.mean(), rest.std(correction=0), rest.min(), rest.max()) if len(rest) else ()
         mean, std, least, most = map(float, some) if some else (None,) * 4
         nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
-        return Passing(step, name, tuple(tensor.shape), _short(tensor.dtype), mean, std, least, most, nan, inf)
+        return TracedTensor(step, name, tuple(tensor.shape), _short(tensor.dtype), mean, std, least, most, nan, inf)
 
 
 def inspect(
@@ -98,29 +98,29 @@ def inspect(
     image = None if image is None else Path(image)
     adapter = None if adapter is None else Path(adapter)
     vision_tower = None if vision_tower is None else Path(vision_tower)
-    source = open_source(path, adapter, vision_tower, as_dtype(dtype))
+    source = open_lazy(path, adapter, vision_tower, parse_dtype(dtype))
     found: dict[str, Any] = {
         "model": str(path),
         "type": source.model_class.__name__,
         "modules": [asdict(module) for module in module_tree(source)],
-        "trains": {name: asdict(trained) for name, trained in what_trains(source).items()},
+        "trains": {name: asdict(trained) for name, trained in count_trainable(source).items()},
     }
     if image is not None or prompt is not None:
-        loaded = build(source, as_dtype(dtype), device=as_device(device))
+        loaded = materialize(source, parse_dtype(dtype), device=parse_device(device))
         images = [] if image is None else [image]
-        found["tensors"] = [asdict(passing) for passing in trace(loaded, images, prompt or PROMPT)]
+        found["tensors"] = [asdict(passing) for passing in trace_tensors(loaded, images, prompt or PROMPT)]
     return found
 
 
 # The module tree
 
 
-def module_tree(source: ModelSource) -> list[Module]:
+def module_tree(source: LazyModel) -> list[Module]:
     """The modules of a model from the top, equal neighbours in a list as one."""
     return list(_walk(_without_memory(source, source.config), "", 0, source.tensors))
 
 
-def _without_memory(source: ModelSource, config: Any) -> Any:
+def _without_memory(source: LazyModel, config: Any) -> Any:
     config = copy.deepcopy(config)  # a regime may change it
     with torch.device("meta"):
         return replace(source, config=config).model_class(config)
@@ -172,7 +172,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainableCount:
     """How many parameters a regime trains, of how many that the model then has; and by part of the model."""
 
     trains: int
@@ -180,7 +180,7 @@ class Trained:
     parts: Mapping[str, int]
 
 
-def what_trains(source: ModelSource) -> dict[str, Trained]:
+def count_trainable(source: LazyModel) -> dict[str, TrainableCount]:
     """Each regime with the recipe's defaults, as `relook train` would set it up."""
     processor = source.processor()
     found = {}
@@ -193,14 +193,14 @@ def what_trains(source: ModelSource) -> dict[str, Trained]:
             config = with_post_decoder(config, dict(recipe.post_decoder))
         loaded = LoadedModel(_without_memory(source, config), processor, source.path)
         with torch.device("meta"):
-            apply_regime(loaded, recipe)
+            set_trainable(loaded, recipe)
         parts: dict[str, int] = {}
         for full, parameter in loaded.core.named_parameters():
             if parameter.requires_grad:
                 part = full.removeprefix("model.").split(".")[0]
                 parts[part] = parts.get(part, 0) + parameter.numel()
         total = sum(parameter.numel() for parameter in loaded.core.parameters())
-        found[name] = Trained(sum(parts.values()), total, parts)
+        found[name] = TrainableCount(sum(parts.values()), total, parts)
     return found
 
 
@@ -208,16 +208,16 @@ def what_trains(source: ModelSource) -> dict[str, Trained]:
 
 
 @torch.inference_mode()
-def trace(loaded: LoadedModel, images: Sequence[Path], prompt: str) -> list[Passing]:
+def trace_tensors(loaded: LoadedModel, images: Sequence[Path], prompt: str) -> list[TracedTensor]:
     """The tensors of one prompt in `generate`: in the prefill, and in the first decode step, which uses the cache."""
     inputs = loaded.encode(images, prompt)
-    seen = [Passing.of("prefill", name, inputs[name]) for name in ("pixel_values",) if name in inputs]
+    seen = [TracedTensor.of("prefill", name, inputs[name]) for name in ("pixel_values",) if name in inputs]
     step = "prefill"
 
     def note(name: str, tensor: Any) -> None:
         nonlocal step
         if isinstance(tensor, Tensor):
-            seen.append(Passing.of(step, name, tensor))
+            seen.append(TracedTensor.of(step, name, tensor))
         if name == "logits":
             step = "decode"
 

@@ -28,8 +28,8 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from relook.data.templates import IM_END, IM_START, IMAGE
-from relook.errors import CheckpointError, some
-from relook.files import read_object, require_regular_files
+from relook.errors import CheckpointError, preview
+from relook.files import read_json_object, require_regular_files
 from relook.model.checkpoint import (
     COMPUTED,
     FROM_HF,
@@ -39,17 +39,17 @@ from relook.model.checkpoint import (
     WHOLE_MODELS,
     LazyTensor,
     Renames,
-    default_template,
+    config_template,
+    folder_kind,
     from_llava_config,
-    kind_of,
     one_rope,
     read_config,
-    read_folder,
+    read_tensor_folder,
     rename,
     weight_files,
 )
-from relook.model.config_checks import check_config, generation_config, plain
-from relook.model.families import MODEL_TYPES, has_post_decoder, trunk_of
+from relook.model.config_checks import check_config, generation_config, plain_config
+from relook.model.families import MODEL_TYPES, family_of, has_post_decoder
 from relook.model.tokenizer import load_tokenizer
 
 NEVER_TEXT = "<0xFF>"
@@ -74,7 +74,7 @@ def v1_chat(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class LazyModel:
     """A model folder as transformers sees it.
 
     Args:
@@ -94,12 +94,12 @@ class ModelSource:
     template: str
     tower: Path | None = None
     change: Path | None = None
-    beneath: tuple[ModelSource, Any] | None = None
+    beneath: tuple[LazyModel, Any] | None = None
     tower_note: str = ""
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        trunk = trunk_of(self.config)
+        trunk = family_of(self.config)
         found: type[PreTrainedModel] = trunk.relook_model if has_post_decoder(self.config) else trunk.model
         return found
 
@@ -122,7 +122,7 @@ class ModelSource:
         broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
         if broken:
             raise CheckpointError(
-                f"{len(broken)} tensors of {self.who} hold NaN or infinity: {some(broken)}.",
+                f"{len(broken)} tensors of {self.who} hold NaN or infinity: {preview(broken)}.",
                 "Its training diverged, or the files are broken: take an earlier checkpoint, or download them again.",
             )
         return tensors
@@ -131,7 +131,7 @@ class ModelSource:
         """Raise a CheckpointError that lists what is missing, unused or of another shape than the config says."""
         who = self.who
         with torch.device("meta"):
-            model = _valid(who, self.model_class, self.config)
+            model = _build_checked(who, self.model_class, self.config)
         wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         missing = sorted(wanted.keys() - self.tensors.keys() - tied)
@@ -149,7 +149,7 @@ class ModelSource:
                 "Check that the config and the tower belong together.",
             )
         found = (("missing", missing), ("unused", unused), ("of another shape", wrong))
-        listed = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in found if names)
+        listed = "; ".join(f"{len(names)} {what}: {preview(names)}" for what, names in found if names)
         if listed:
             raise CheckpointError(f"The tensors of {who} do not fit its config ({listed}).", self._advice(missing))
 
@@ -194,12 +194,12 @@ def _finite(tensor: Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
-def open_model(
+def open_folder(
     path: str | Path,
     vision_tower: str | Path | None = None,
     weights: bool = True,
     llava_config: dict[str, Any] | None = None,
-) -> ModelSource:
+) -> LazyModel:
     """Open a model folder of any format.
 
     Args:
@@ -212,7 +212,7 @@ def open_model(
         CheckpointError: it is no model folder, its files are broken, or its tower is not to be found.
     """
     path = Path(path)
-    kind = kind_of(path)
+    kind = folder_kind(path)
     if kind not in WHOLE_MODELS:
         raise CheckpointError(
             f"{path} holds a change to a model, not a model.", "Pass its base as path, and this as adapter."
@@ -236,14 +236,14 @@ def open_model(
         raise CheckpointError(f"{path} has a vision tower of its own.", "Leave vision_tower out.")
     trunk = MODEL_TYPES[raw["model_type"]]
     config_class = trunk.relook_config if kind == "relook" else trunk.config
-    tensors = _renamed(read_folder(path), FROM_HF) if weights else {}
-    raw["text_config"] = _valid(path, one_rope, raw["text_config"])
-    config = _valid(path, config_class.from_dict, plain(raw))
+    tensors = _renamed(read_tensor_folder(path), FROM_HF) if weights else {}
+    raw["text_config"] = _build_checked(path, one_rope, raw["text_config"])
+    config = _build_checked(path, config_class.from_dict, plain_config(raw))
     check_config(str(path), config)
-    return ModelSource(path, kind, config, tensors, _valid(path, default_template, raw))
+    return LazyModel(path, kind, config, tensors, _build_checked(path, config_template, raw))
 
 
-def _valid(path: Path | str, make: Callable[..., Any], *arguments: Any) -> Any:
+def _build_checked(path: Path | str, make: Callable[..., Any], *arguments: Any) -> Any:
     """A config, or a model of it, made by transformers; what that says about a wrong value is passed on."""
     try:
         return make(*arguments)
@@ -258,7 +258,7 @@ def _renamed(tensors: Mapping[str, LazyTensor], renames: Renames) -> dict[str, L
     return {rename(name, renames): tensor for name, tensor in tensors.items() if not COMPUTED.search(name)}
 
 
-def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None, weights: bool) -> ModelSource:
+def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None, weights: bool) -> LazyModel:
     """A liuhaotian folder and its tower.
 
     The tower's weights are those of the model's file only where `unfreeze_mm_vision_tower` says that they were trained
@@ -270,21 +270,23 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     except CheckpointError:
         if weights or vision_tower or (named := named_tower(str(name), raw.get("mm_hidden_size"))) is None:
             raise
-        config = _valid(path, from_llava_config, path, raw, named[0], 0)
-        return ModelSource(path, "llava", config, {}, default_template(raw), tower_note=named[1])
+        config = _build_checked(path, from_llava_config, path, raw, named[0], 0)
+        return LazyModel(path, "llava", config, {}, config_template(raw), tower_note=named[1])
     settings = read_config(tower)
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
         what = f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower."
         raise CheckpointError(what, "Give the tower's own folder.")
-    vision: CLIPVisionConfig = _valid(tower, CLIPVisionConfig.from_dict, plain(settings.get("vision_config", settings)))
-    config = _valid(path, from_llava_config, path, raw, vision)
+    vision: CLIPVisionConfig = _build_checked(
+        tower, CLIPVisionConfig.from_dict, plain_config(settings.get("vision_config", settings))
+    )
+    config = _build_checked(path, from_llava_config, path, raw, vision)
     check_config(str(path), config)
     if not weights:
-        return ModelSource(path, "llava", config, {}, default_template(raw), tower)
-    tensors = _renamed(read_folder(path), FROM_LLAVA)
+        return LazyModel(path, "llava", config, {}, config_template(raw), tower)
+    tensors = _renamed(read_tensor_folder(path), FROM_LLAVA)
     trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
     if weight_files(tower) and not trained:
-        of_tower = {name: t for name, t in read_folder(tower).items() if not COMPUTED.search(name)}
+        of_tower = {name: t for name, t in read_tensor_folder(tower).items() if not COMPUTED.search(name)}
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in of_tower) else ""
         tensors = {name: t for name, t in tensors.items() if not name.startswith(TOWER)}
         tensors |= {TOWER + n.removeprefix(prefix): t for n, t in of_tower.items() if n.startswith(prefix)}
@@ -300,7 +302,7 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
         size = config.text_config.hidden_size
         tensors[PROJECTOR + "linear_2.weight"] = LazyTensor((size, size), lambda: torch.eye(size))
         tensors[PROJECTOR + "linear_2.bias"] = LazyTensor((size,), lambda: torch.zeros(size))
-    return ModelSource(path, "llava", config, tensors, default_template(raw), tower)
+    return LazyModel(path, "llava", config, tensors, config_template(raw), tower)
 
 
 def named_tower(name: str, width: Any) -> tuple[CLIPVisionConfig, str] | None:
@@ -369,5 +371,5 @@ def image_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     content["added_tokens"].append({"id": id, "content": IMAGE, **flags, "special": True})
     content["added_tokens"].sort(key=lambda token: token["id"])
     settings = {key: value for key, value in tokenizer.init_kwargs.items() if not key.endswith(("_file", "_object"))}
-    settings["legacy"] = read_object(path / "tokenizer_config.json", optional=True).get("legacy", True)
+    settings["legacy"] = read_json_object(path / "tokenizer_config.json", optional=True).get("legacy", True)
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **settings)

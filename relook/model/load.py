@@ -1,6 +1,6 @@
 """Models on disk to models in memory, strictly: a missing or unused tensor is an error, never a random weight.
 
-The way of a model: folder -> `ModelSource` (any format, in transformers' terms) -> changes laid on it -> checked by
+The way of a model: folder -> `LazyModel` (any format, in transformers' terms) -> changes laid on it -> checked by
 name and shape -> transformers' own loader.
 """
 
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from relook.data.encode import Encoder
-from relook.data.images import ImageLoader, Picture
+from relook.data.images import ImageLoader, ImageSource
 from relook.data.templates import get_template
-from relook.distributed import full_shape, put
-from relook.errors import CheckpointError, some
+from relook.distributed import full_shape, set_full
+from relook.errors import CheckpointError, preview
 from relook.files import file_hash
 from relook.model import checkpoint
-from relook.model.adapters import TENSORS_FILE, Change, language_model_config, read_change
-from relook.model.checkpoint import CHANGE_FILE
+from relook.model.adapters import TENSORS_FILE, Adapter, language_model_config, read_adapter
+from relook.model.checkpoint import ADAPTER_FILE
 from relook.model.config_checks import check_processor
-from relook.model.families import trunk_of, with_post_decoder
-from relook.model.lazy_model import ModelSource, open_model
+from relook.model.families import family_of, with_post_decoder
+from relook.model.lazy_model import LazyModel, open_folder
 from relook.model.tokenizer import UNFINISHED, decode_bytes
 
 # ----------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ PROJECTOR = "model.multi_modal_projector."  # small, and a post decoder may star
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
-class AboveTrunk(nn.Module):
+class HeadModel(nn.Module):
     """Post decoder, if any, and lm_head of a model, which it shares; parameters have the names that they have there."""
 
     def __init__(self, model: Any) -> None:
@@ -57,7 +57,7 @@ class AboveTrunk(nn.Module):
         return found
 
 
-def without_trunk(source: ModelSource, dtype: torch.dtype, device: str | torch.device) -> Any:
+def load_head_only(source: LazyModel, dtype: torch.dtype, device: str | torch.device) -> Any:
     """A model with weights for what stands above its trunk, and for its projector; the trunk's have none ("meta")."""
     with torch.device("meta"):
         model: Any = source.model_class(copy.deepcopy(source.config)).to(dtype)
@@ -76,7 +76,15 @@ def without_trunk(source: ModelSource, dtype: torch.dtype, device: str | torch.d
 
 # ----------------------------------------------------------------------------------------------------
 
-__all__ = ["CHANGE_FILE", "TENSORS_FILE", "LoadedModel", "add_post_decoder", "load_model", "load_tensors", "model_hash"]
+__all__ = [
+    "ADAPTER_FILE",
+    "TENSORS_FILE",
+    "LoadedModel",
+    "add_post_decoder",
+    "load_model",
+    "load_tensors",
+    "model_hash",
+]
 
 # What stays in full precision when the language model's linears are quantised, as in the original.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.post_decoder", "lm_head"]
@@ -101,7 +109,7 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         image_processor = copy.copy(self.processor.image_processor)
-        if trunk_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
+        if family_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
             # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
         self.images = ImageLoader(image_processor, self.aspect_ratio)
@@ -112,9 +120,9 @@ class LoadedModel:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
-    def image_positions(self) -> int | Callable[[Picture], int]:
+    def image_positions(self) -> int | Callable[[ImageSource], int]:
         """Positions that one image takes; a function of the image where its size decides."""
-        found = trunk_of(self.core.config).positions(self.core)
+        found = family_of(self.core.config).positions(self.core)
         return found if isinstance(found, int) else lambda image: found(self.images.size(image))
 
     @property
@@ -135,7 +143,7 @@ class LoadedModel:
             self.core.get_input_embeddings().num_embeddings,
         )
 
-    def encode(self, images: Sequence[Picture] = (), text: str = "", template: str = "") -> dict[str, Tensor]:
+    def encode(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "") -> dict[str, Tensor]:
         """Inputs of `generate` or of the model for one open prompt: input_ids, attention_mask, and what the image
         processor makes of the images (pixel_values, and image_sizes where the model asks for them)."""
         ids = torch.tensor([self.encoder(template).prompt(text, images)])
@@ -146,7 +154,7 @@ class LoadedModel:
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
 
     @torch.inference_mode()
-    def generate(self, images: Sequence[Picture] = (), text: str = "", template: str = "", **kwargs: Any) -> str:
+    def generate(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "", **kwargs: Any) -> str:
         """The answer to one prompt; keyword arguments go to transformers' `generate`."""
         inputs = self.encode(images, text, template)
         kwargs = {"do_sample": False, "max_new_tokens": 256, **self.stopping(template), **kwargs}
@@ -196,20 +204,20 @@ def load_model(
         bits: 8 or 4 quantise the language model's linears by bitsandbytes, after merging; 16 does not. Everything else
             stays in `dtype`.
         double_quant, quant_type: of 4 bits: whether the scales are quantised too; "nf4" or "fp4".
-        trunk: False leaves the trunk's weights on disk, for work on its cached states (`AboveTrunk`).
+        trunk: False leaves the trunk's weights on disk, for work on its cached states (`HeadModel`).
 
     Raises:
         CheckpointError: what is missing, unused, broken or does not fit, by name, and what to pass.
     """
-    kind = as_dtype(dtype)
-    source, place = open_source(Path(path), adapter, vision_tower, kind), as_device(str(device))
+    kind = parse_dtype(dtype)
+    source, place = open_lazy(Path(path), adapter, vision_tower, kind), parse_device(str(device))
     if not trunk:
-        return talk_to(without_trunk(source, kind, place), source)
-    return build(source, kind, place, _quantisation(bits, kind, place, double_quant, quant_type))
+        return wrap(load_head_only(source, kind, place), source)
+    return materialize(source, kind, place, _quantisation(bits, kind, place, double_quant, quant_type))
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadOptions:
     """How a command brings a model into memory; the fields are `load_model`'s. An empty device is a GPU, if any."""
 
     adapter: Path | None = None
@@ -234,23 +242,23 @@ class Loading:
         return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, self.device)
 
 
-def open_source(
+def open_lazy(
     path: str | Path,
     adapter: str | Path | None = None,
     vision_tower: str | Path | None = None,
     dtype: torch.dtype | None = None,
-) -> ModelSource:
+) -> LazyModel:
     """A model on disk with a change laid on it; nothing is read yet but names and shapes.
 
     Args:
         dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
     """
     path = Path(path)
-    kind = checkpoint.kind_of(path)
+    kind = checkpoint.folder_kind(path)
     if kind == "run" or (kind == "lora" and adapter is None):
         if adapter is not None:
             raise CheckpointError(f"{path} is itself a training run.", "Give its base as the model.")
-        change = read_change(path)
+        change = read_adapter(path)
         if change.base is None:
             raise CheckpointError(f"{path} is an adapter.", "Pass its base as path, and this folder as adapter.")
         if not change.base.is_dir():
@@ -260,10 +268,10 @@ def open_source(
             )
         path, adapter = change.base, path
     if adapter is None:
-        source = open_model(path, vision_tower)
+        source = open_folder(path, vision_tower)
     else:
-        change = read_change(Path(adapter))
-        source = change.lay_on(open_base(path, change, vision_tower), dtype)
+        change = read_adapter(Path(adapter))
+        source = change.apply_to(open_base(path, change, vision_tower), dtype)
     source.check()
     return source
 
@@ -276,22 +284,22 @@ def tower_of(path: Path, vision_tower: str | Path | None = None, adapter: str | 
     Raises:
         CheckpointError: there is no such model, or its tower is not to be found.
     """
-    if (path / CHANGE_FILE).exists():
-        change = read_change(path)
+    if (path / ADAPTER_FILE).exists():
+        change = read_adapter(path)
         path, vision_tower = change.base or path, vision_tower or change.vision_tower
     elif adapter is not None:
-        return open_base(path, read_change(Path(adapter)), vision_tower, weights=False).tower
-    return open_model(path, vision_tower, weights=False).tower
+        return open_base(path, read_adapter(Path(adapter)), vision_tower, weights=False).tower
+    return open_folder(path, vision_tower, weights=False).tower
 
 
-def open_base(path: Path, change: Change, vision_tower: str | Path | None = None, weights: bool = True) -> ModelSource:
+def open_base(path: Path, change: Adapter, vision_tower: str | Path | None = None, weights: bool = True) -> LazyModel:
     """Open a model on disk to lay a change on; a bare language model becomes LLaVA as the change's config says."""
     tower = vision_tower or change.tower_for(path)
-    return open_model(path, tower, weights, llava_config=language_model_config(change))
+    return open_folder(path, tower, weights, llava_config=language_model_config(change))
 
 
-def build(
-    source: ModelSource,
+def materialize(
+    source: LazyModel,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     quantisation: Mapping[str, Any] | None = None,
@@ -312,16 +320,16 @@ def build(
     )
     wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
     if wrong:
-        what = f"transformers did not take all tensors of {source.path}: {some(wrong)}."
+        what = f"transformers did not take all tensors of {source.path}: {preview(wrong)}."
         raise CheckpointError(what, "Check that its config.json belongs to its weights.")
     model.generation_config = source.generation_config()
     model.name_or_path = str(source.path)  # peft asks the hub about models without a path
     if not quantisation:
         model.to(device)
-    return talk_to(model, source)
+    return wrap(model, source)
 
 
-def talk_to(model: Any, source: ModelSource) -> LoadedModel:
+def wrap(model: Any, source: LazyModel) -> LoadedModel:
     """A model in memory, with the processor and the habits of its folder."""
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
@@ -349,14 +357,14 @@ def _quantisation(bits: int, dtype: torch.dtype, device: str, double_quant: bool
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def as_dtype(name: str | torch.dtype) -> torch.dtype:
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CheckpointError(f"{name!r} is not a dtype.", "Use float32, bfloat16 or float16.")
     return dtype
 
 
-def as_device(name: str) -> str:
+def parse_device(name: str) -> str:
     """A device that torch has; empty: a GPU where there is one."""
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -369,12 +377,12 @@ def as_device(name: str) -> str:
     return name
 
 
-def default_template(path: str | Path) -> str:
+def folder_template(path: str | Path) -> str:
     """The template of the model in `path`, or of a training run's base, without loading it."""
     path = Path(path)
-    if checkpoint.kind_of(path) == "run":
-        path = read_change(path).base or path
-    return checkpoint.default_template(checkpoint.read_config(path))
+    if checkpoint.folder_kind(path) == "run":
+        path = read_adapter(path).base or path
+    return checkpoint.config_template(checkpoint.read_config(path))
 
 
 def add_post_decoder(
@@ -387,7 +395,7 @@ def add_post_decoder(
     """
     config = with_post_decoder(model.config, settings)
     with torch.device("meta"):
-        new: Any = trunk_of(config).relook_model(config)
+        new: Any = family_of(config).relook_model(config)
     for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
         setattr(new.model, name, part)
     new.lm_head = model.lm_head
@@ -404,7 +412,7 @@ def add_post_decoder(
 
 def without_post_decoder(model: Any) -> Any:
     """The same model with its post decoder switched off, on the same weights: none is copied."""
-    family = trunk_of(model.config)
+    family = family_of(model.config)
     values = {
         k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "post_decoder")
     }
@@ -424,16 +432,17 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     wrong = [n for n, t in tensors.items() if n not in parameters or full_shape(parameters[n]) != t.shape]
     if wrong:
         raise CheckpointError(
-            f"{source}: {len(wrong)} tensors do not fit the model ({some(wrong)}).", "Check that it is the right base."
+            f"{source}: {len(wrong)} tensors do not fit the model ({preview(wrong)}).",
+            "Check that it is the right base.",
         )
     for name, tensor in tensors.items():
-        put(parameters[name], tensor)
+        set_full(parameters[name], tensor)
 
 
 # What an answer depends on, besides the program.
 HASHED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
-    *("processor_config.json", "preprocessor_config.json", "adapter_config.json", CHANGE_FILE),
+    *("processor_config.json", "preprocessor_config.json", "adapter_config.json", ADAPTER_FILE),
 )
 
 
@@ -451,8 +460,8 @@ def model_hash(path: str | Path) -> str:
     for file in sorted(path.iterdir()):
         if file.suffix in (".safetensors", ".bin") or file.name in HASHED:
             digest.update(f"{file.name}:{file_hash(file)}\n".encode())
-    if (path / CHANGE_FILE).exists():
-        change = read_change(path)
+    if (path / ADAPTER_FILE).exists():
+        change = read_adapter(path)
         for below in (change.base, *change.earlier):
             if below is not None:
                 digest.update(model_hash(below).encode())

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relook.errors import CheckpointError, some
-from relook.files import read_object
+from relook.errors import CheckpointError, preview
+from relook.files import read_json_object
 from relook.model.checkpoint import ADAPTER_CONFIG, LazyTensor
 
 PEFT_PREFIX = "base_model.model."
@@ -88,7 +88,7 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraDelta:
     """What LoRA adds to one weight W (out, in): scale * B A (Hu et al. 2021, arXiv:2106.09685).
 
     Args:
@@ -122,7 +122,7 @@ class Lora:
 HALVES = ({"A", "B"}, {"A", "B", "magnitude_vector"}, {"A", "B", "B.bias"})  # of LoRA, of DoRA, of LoRA with a bias
 
 
-class Adapter:
+class LoraSettings:
     """What an adapter_config.json says of its tensors.
 
     Raises:
@@ -135,7 +135,7 @@ class Adapter:
             raise CheckpointError(
                 f"{folder} holds LoRA, but its rank and alpha are not known.", "Give its whole folder."
             )
-        self.config = read_object(self.file)
+        self.config = read_json_object(self.file)
         absent = [f"no {key}" for key in REQUIRED if key not in self.config]
         strange = [f"{key} {reprlib.repr(value)}" for key, value in self.config.items() if not _understood(key, value)]
         if absent or strange:
@@ -146,10 +146,10 @@ class Adapter:
                     "path_initial_model_for_weight_conversion=...)."
                 )
             raise CheckpointError(
-                f"{folder} is no adapter that relook can merge: {some([*strange, *absent], 10)}.", fix
+                f"{folder} is no adapter that relook can merge: {preview([*strange, *absent], 10)}.", fix
             )
 
-    def pairs(self, halves: Mapping[str, Mapping[str, LazyTensor]], whole: Iterable[str]) -> dict[str, Lora]:
+    def pairs(self, halves: Mapping[str, Mapping[str, LazyTensor]], whole: Iterable[str]) -> dict[str, LoraDelta]:
         """The tensors of each adapted module, by its path in the model that peft wrapped.
 
         Args:
@@ -163,17 +163,17 @@ class Adapter:
             raise CheckpointError(f"{self.file.parent} has no LoRA tensors.", "Copy it again, or save it again.")
         odd = [name for name, parts in halves.items() if parts.keys() not in HALVES]
         if odd:
-            what = f"{self.file.parent} holds half of a LoRA pair, or another kind of adapter: {some(odd)}."
+            what = f"{self.file.parent} holds half of a LoRA pair, or another kind of adapter: {preview(odd)}."
             raise CheckpointError(what, "Download it again, or give an adapter of LoRA or DoRA.")
         for key, part in (("use_dora", "magnitude_vector"), ("lora_bias", "B.bias")):
             other = [name for name, parts in halves.items() if bool(self.config.get(key)) != (part in parts)]
             if other:
-                says = f"{key} {self.config.get(key)!r}, which the tensors of {some(other)} are not"
+                says = f"{key} {self.config.get(key)!r}, which the tensors of {preview(other)} are not"
                 raise CheckpointError(f"{self.file} says {says}.", "Copy it again.")
         saved = "\n".join(whole)
         unsaved = [n for n in self.config.get("modules_to_save") or () if not re.search(rf"(?m)(^|\.){n}\.", saved)]
         if unsaved:
-            what = f"{self.file}: modules_to_save names {some(unsaved)}, of which there are no tensors."
+            what = f"{self.file}: modules_to_save names {preview(unsaved)}, of which there are no tensors."
             raise CheckpointError(what, "Copy the adapter again.")
         ranks = [
             f"{name} has rank {parts['A'].shape[0]}, not {self.rank(name)}"
@@ -182,10 +182,12 @@ class Adapter:
         ]
         if ranks:
             raise CheckpointError(
-                f"{self.file} does not belong to its tensors: {some(ranks)}.", "Copy both files of one adapter."
+                f"{self.file} does not belong to its tensors: {preview(ranks)}.", "Copy both files of one adapter."
             )
         return {
-            name: Lora(parts["A"], parts["B"], self.scale(name), parts.get("magnitude_vector"), parts.get("B.bias"))
+            name: LoraDelta(
+                parts["A"], parts["B"], self.scale(name), parts.get("magnitude_vector"), parts.get("B.bias")
+            )
             for name, parts in halves.items()
         }
 

@@ -111,7 +111,7 @@ def pad_images(features: Sequence[Tensor], per_row: list[int]) -> tuple[Tensor, 
 
 
 @dataclass
-class Layout:
+class FlatLayout:
     """Where N flat positions lie in a padded (T, S) batch: all but attention works on the flat ones only.
 
     Answers of a few tokens and descriptions of a hundred stand in one batch, so most of a padded batch can be padding.
@@ -175,7 +175,7 @@ class Attention(nn.Module):
         return self.split(self.k_proj(states)), self.split(self.v_proj(states))
 
     def forward(
-        self, states: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, layout: Layout | None = None
+        self, states: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, layout: FlatLayout | None = None
     ) -> Tensor:
         """`mask` is (B, 1, S or 1, keys) bool. A query that may see nothing gets zeros, not NaN."""
         projected = self.q_proj(states)
@@ -236,8 +236,8 @@ class Block(nn.Module):
         image: tuple[Tensor, Tensor] | None,
         image_mask: Tensor | None,
         self_mask: Tensor | None,
-        past: _Past | None,
-        layout: Layout | None = None,
+        past: _BlockCache | None,
+        layout: FlatLayout | None = None,
     ) -> Tensor:
         if self.self_attention is not None and self.self_norm is not None:
             normed = self.self_norm(states)
@@ -251,7 +251,7 @@ class Block(nn.Module):
         return output
 
 
-class _Past:
+class _BlockCache:
     """One block's place in the generation cache: self-attention keys and values of the text so far."""
 
     def __init__(self, cache: Cache, layer: int) -> None:
@@ -321,7 +321,7 @@ class PostDecoder(nn.Module):
         self_mask: Tensor | None = None,
         cache: Cache | None = None,
         first_layer: int = 0,
-        layout: Layout | None = None,
+        layout: FlatLayout | None = None,
     ) -> Tensor:
         """Hidden states in, hidden states out, (B, S, D), or (N, D) with a `layout` (not for "self_cross").
 
@@ -332,7 +332,9 @@ class PostDecoder(nn.Module):
         image_mask = None if context is None or context.mask is None else context.mask[:, None, None, :]
         for i, block in enumerate(self.blocks):
             image = None if context is None else (context.keys[i], context.values[i])
-            past = _Past(cache, first_layer + i) if cache is not None and block.self_attention is not None else None
+            past = (
+                _BlockCache(cache, first_layer + i) if cache is not None and block.self_attention is not None else None
+            )
             states_BSD = block(states_BSD, image, image_mask, self_mask, past, layout)
         return states_BSD
 

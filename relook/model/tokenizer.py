@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from relook.data.templates import IM_END, IM_PATCH, IM_START
 from relook.errors import CheckpointError, RelookError
-from relook.files import read_object
+from relook.files import read_json_object
 
 SPACE = "▁"  # how sentencepiece writes a space
 # Field numbers and values of sentencepiece_model.proto.
@@ -59,7 +59,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             raise CheckpointError(
                 f"{folder} has no tokenizer.json or tokenizer.model.", "Copy them from the base model."
             )
-        config = read_object(folder / "config.json", optional=True)
+        config = read_json_object(folder / "config.json", optional=True)
         marks = [IM_PATCH] * bool(config.get("mm_use_im_patch_token"))
         marks += [IM_START, IM_END] * bool(config.get("mm_use_im_start_end"))
         tokenizer.add_tokens(marks, special_tokens=True)  # those that it has are left alone
@@ -227,7 +227,7 @@ def _backend(pieces: list[Piece], unk: str, legacy: bool) -> Tokenizer:
 
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     config, special, added = (
-        read_object(folder / f"{name}.json", optional=True)
+        read_json_object(folder / f"{name}.json", optional=True)
         for name in ("tokenizer_config", "special_tokens_map", "added_tokens")
     )
     pieces = read_pieces(folder / "tokenizer.model")

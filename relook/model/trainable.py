@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relook.errors import RecipeError, some
+from relook.errors import RecipeError, preview
 from relook.model.families import has_post_decoder
 from relook.model.load import LoadedModel, add_post_decoder
 from relook.model.post_decoder import PostDecoderSettings
@@ -17,12 +17,12 @@ from relook.recipe import ALL_LINEAR, Recipe
 PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' name for it
 
 
-def apply_regime(loaded: LoadedModel, recipe: Recipe) -> None:
+def set_trainable(loaded: LoadedModel, recipe: Recipe) -> None:
     """Add the modules that the recipe trains and freeze all others, in place."""
-    loaded.model = with_regime(loaded.model, recipe)
+    loaded.model = add_trainable_modules(loaded.model, recipe)
 
 
-def with_regime(model: Any, recipe: Recipe) -> Any:
+def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
     """A model with the modules that the recipe trains, wrapped by peft for LoRA; all others are frozen.
 
     The vision tower never trains: its unused last layer would get no gradient, and every regime of the originals
@@ -121,7 +121,7 @@ def _targets(language_model: nn.Module, recipe: Recipe) -> list[str]:
     unknown = [name for name in recipe.lora_target_modules if name not in linears]
     if unknown:
         raise RecipeError(
-            f"The language model has no linear layer {some(unknown)} to put LoRA on.",
+            f"The language model has no linear layer {preview(unknown)} to put LoRA on.",
             f"lora_target_modules may name {', '.join(sorted(linears))}.",
         )
     return sorted(recipe.lora_target_modules)
@@ -134,7 +134,7 @@ def untie_head(model: Any) -> None:
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
 
 
-def group_of(name: str) -> str:
+def learning_rate_group(name: str) -> str:
     """Which learning rate a parameter takes: that of post_decoder, lm_head, mm_projector, or the common one."""
     for part, group in (
         ("post_decoder", "post_decoder"),
@@ -157,7 +157,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe, weight_decay: float) -> l
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = 0.0 if parameter.ndim < 2 else weight_decay
-            groups.setdefault((rates.get(group_of(name)), decay), []).append(parameter)
+            groups.setdefault((rates.get(learning_rate_group(name)), decay), []).append(parameter)
     return [
         {"params": members, "weight_decay": decay, **({"lr": rate} if rate is not None else {})}
         for (rate, decay), members in groups.items()

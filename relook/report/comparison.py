@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.annotations import read_coco
-from relook.data.paths import coco_images, located
+from relook.data.paths import coco_images, resolve_extension
 from relook.errors import RecipeError
 from relook.evaluate.benchmarks import BENCHMARKS
 from relook.evaluate.compare import compare, differing_answers, differing_captions
 from relook.evaluate.score import RESULTS, annotation_file, data_of
 from relook.evaluate.tasks.chair import vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS
-from relook.files import read_object, takes, write_json, write_text
-from relook.report.pages import card, described, document, number, percent, table, thumbnail
+from relook.files import is_free, read_json_object, write_json, write_text
+from relook.report.pages import card, described, document, format_number, format_percent, table, thumbnail
 
 RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
@@ -50,8 +50,8 @@ def write_comparison(
     data = None if data is None else Path(data)
     first, second = first.resolve(), second.resolve()
     out, data = out or first.parent / f"{first.name}-{second.name}", data or data_of(first)
-    takes(out, RESULTS_FILE, "--out")
-    results = collect(first, second, data)
+    is_free(out, RESULTS_FILE, "--out")
+    results = compare_folders(first, second, data)
     write_json(out / RESULTS_FILE, results)
     names, differing = results["models"], results["differing"]
     title = " and ".join(names)
@@ -68,7 +68,7 @@ def write_comparison(
     return out / REPORT_FILE
 
 
-def collect(first: Path, second: Path, data: Path) -> dict[str, Any]:
+def compare_folders(first: Path, second: Path, data: Path) -> dict[str, Any]:
     """What `comparison.json` says: scores, differences (second - first), and the rows on which the two differ.
 
     POPE and CHAIR are scored from the answers and paired; of other benchmarks the finished scores are taken.
@@ -92,7 +92,7 @@ def collect(first: Path, second: Path, data: Path) -> dict[str, Any]:
 
 
 def _scores(name: str, data: Path, folder: Path) -> dict[str, Any]:
-    return RESULTS[name](data, folder) if name in RESULTS else read_object(folder / f"{name}.json")
+    return RESULTS[name](data, folder) if name in RESULTS else read_json_object(folder / f"{name}.json")
 
 
 def pope_table(results: Mapping[str, Any]) -> str:
@@ -101,7 +101,7 @@ def pope_table(results: Mapping[str, Any]) -> str:
     for split in SPLITS:
         sides, paired = [scores["pope"][split] for scores in results["scores"]], results["paired"]["pope"][split]
         for rate, title in RATES.items():
-            shown = [percent(side[rate], side[f"{rate}_ci"]) for side in sides]
+            shown = [format_percent(side[rate], side[f"{rate}_ci"]) for side in sides]
             cells.append([f"{split}, {title}", *shown, *_difference(paired if rate == "accuracy" else paired[rate])])
         counts = [" / ".join(str(side[key]) for key in ("tp", "fp", "tn", "fn")) for side in sides]
         cells.append([f"{split}, TP / FP / TN / FN", *counts, "", ""])
@@ -114,7 +114,7 @@ def chair_table(results: Mapping[str, Any]) -> str:
     sides, paired = [scores["chair"] for scores in results["scores"]], results["paired"]["chair"]
     for rate, title in CHAIR_RATES.items():
         scale = 1 if rate == "length" else 100
-        shown = [number(side[rate], side[f"{rate}_ci"], scale) for side in sides]
+        shown = [format_number(side[rate], side[f"{rate}_ci"], scale) for side in sides]
         cells.append([title, *shown, *_difference(paired[rate], scale)])
     return table(cells)
 
@@ -143,7 +143,7 @@ def _rates(scores: Mapping[str, Any], part: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             found |= _rates(value, f"{part}{key}, ")
         elif f"{key}_ci" in scores:
-            found[part + key] = number(value, scores[f"{key}_ci"], 1 if key in RATINGS else 100)
+            found[part + key] = format_number(value, scores[f"{key}_ci"], 1 if key in RATINGS else 100)
     return found
 
 
@@ -152,7 +152,7 @@ def _heads(results: Mapping[str, Any]) -> list[str]:
 
 
 def _difference(found: Mapping[str, Any], scale: float = 100) -> list[str]:
-    text = number(found["difference"], found["ci"], scale, "+")
+    text = format_number(found["difference"], found["ci"], scale, "+")
     p = f"{found['mcnemar_p']:.2g}" if "mcnemar_p" in found else ""
     low, high = found["ci"] or (0, 0)
     return [f"<b>{text}</b>" if low > 0 or high < 0 else text, p]
@@ -180,7 +180,7 @@ def pope_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Pa
             ]
             cells.append([_short(row["question"]), row["label"], *said])
         cards.append(_card(data, image, table(cells)))
-    return [f"<p>{text}{_bound(len(by_image))}</p>", *cards]
+    return [f"<p>{text}{_shorten_list(len(by_image))}</p>", *cards]
 
 
 def chair_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> list[str]:
@@ -190,15 +190,15 @@ def chair_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: P
         said = [(name, caption[:LONGEST]) for name, caption in zip(names, row["captions"], strict=True)]
         cards.append(_card(data, row["image"], described(row["objects"], said, vocabulary)))
     text = f"{len(rows)} pictures are described with other absent objects; their words are marked."
-    return [f"<p>{text}{_bound(len(rows))}</p>", *cards]
+    return [f"<p>{text}{_shorten_list(len(rows))}</p>", *cards]
 
 
-def _bound(pictures: int) -> str:
+def _shorten_list(pictures: int) -> str:
     return f" The first {PICTURES} pictures are shown; {RESULTS_FILE} has all rows." if pictures > PICTURES else ""
 
 
 def _card(data: Path, image: str, content: str) -> str:
-    picture = f"{thumbnail(located(coco_images(data) / image))}<br><small>{html.escape(image)}</small>"
+    picture = f"{thumbnail(resolve_extension(coco_images(data) / image))}<br><small>{html.escape(image)}</small>"
     return card(picture, content)
 
 

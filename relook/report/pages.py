@@ -65,12 +65,14 @@ def _row(cells: Sequence[str], tag: str) -> str:
 NOTHING = "–"  # in place of a ratio of nothing
 
 
-def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
+def format_percent(value: float | None, interval: Sequence[float] | None = None) -> str:
     """A fraction in percent, and its interval in brackets, as HTML."""
-    return number(value, interval, 100)
+    return format_number(value, interval, 100)
 
 
-def number(value: float | None, interval: Sequence[float] | None = None, scale: float = 1, sign: str = "") -> str:
+def format_number(
+    value: float | None, interval: Sequence[float] | None = None, scale: float = 1, sign: str = ""
+) -> str:
     """A number, and its interval in brackets, as HTML; `sign` "+" is also written where it is positive.
 
     None is a ratio of nothing.
@@ -81,7 +83,7 @@ def number(value: float | None, interval: Sequence[float] | None = None, scale: 
     return f"{text} <small>[{ends[0]}, {ends[1]}]</small>" if ends else text
 
 
-def marked(text: str, there: Collection[str], vocabulary: Vocabulary) -> str:
+def mark_absent(text: str, there: Collection[str], vocabulary: Vocabulary) -> str:
     """A caption as HTML, the words for objects that are not there marked."""
     parts, last = [], 0
     for mention in mentions(text, vocabulary):
@@ -101,7 +103,7 @@ def card(picture: str, content: str) -> str:
 
 def described(there: Collection[str], captions: Iterable[tuple[str, str]], vocabulary: Vocabulary) -> str:
     """What is on a picture, and what each model, by name, says of it, words for absent objects marked, as HTML."""
-    said = [(name, marked(text, there, vocabulary)) for name, text in captions]
+    said = [(name, mark_absent(text, there, vocabulary)) for name, text in captions]
     return lines([("there is", html.escape(", ".join(sorted(there)))), *said])
 
 
@@ -155,10 +157,10 @@ def write_page(out: Path) -> Path:
         f"<p>Toyworld, seed {results['provenance']['seed']}: {results['base']['chair']['n']} test scenes that no "
         "training or choice has seen. Numbers in brackets are 95 % intervals from a bootstrap over images.</p>",
         "<h2>Results</h2>",
-        scores(results),
+        score_table(results),
         "<h2>Difference to the base, on the same pictures</h2>",
         "<p>The last row is what the preference term adds to training on the chosen texts alone.</p>",
-        differences(results),
+        difference_table(results),
         "<h2>Training</h2>",
         curves({regime: read_json(out / "runs" / regime / "run.json")["log"] for regime in results["runs"]}),
         "<h2>Pictures</h2>",
@@ -171,7 +173,7 @@ def write_page(out: Path) -> Path:
     return out / "report.html"
 
 
-def scores(results: Mapping[str, Any]) -> str:
+def score_table(results: Mapping[str, Any]) -> str:
     """POPE and CHAIR of the base and of every run."""
     heads = ["", *(f"POPE {split}<br>accuracy" for split in SPLITS), "yes ratio,<br>adversarial"]
     heads += [
@@ -185,11 +187,11 @@ def scores(results: Mapping[str, Any]) -> str:
     rows = [heads]
     for name, found in {"base": results["base"], **results["runs"]}.items():
         pope, chair = found["pope"], found["chair"]
-        cells = [percent(pope[split]["accuracy"], pope[split]["accuracy_ci"]) for split in SPLITS]
-        cells += [percent(pope["adversarial"]["yes_ratio"]), _unclear(pope)]
-        cells.append(percent(chair["chair_i"], chair["chair_i_ci"]))
-        cells += [percent(chair["chair_s"]), percent(chair["recall"], chair["recall_ci"])]
-        cells += [f"{chair['length']:.1f}", percent(chair["empty"])]
+        cells = [format_percent(pope[split]["accuracy"], pope[split]["accuracy_ci"]) for split in SPLITS]
+        cells += [format_percent(pope["adversarial"]["yes_ratio"]), _unclear(pope)]
+        cells.append(format_percent(chair["chair_i"], chair["chair_i_ci"]))
+        cells += [format_percent(chair["chair_s"]), format_percent(chair["recall"], chair["recall_ci"])]
+        cells += [f"{chair['length']:.1f}", format_percent(chair["empty"])]
         rows.append([name, *cells])
     return table(rows)
 
@@ -200,15 +202,16 @@ def _unclear(pope: Mapping[str, Any]) -> str:
     return "" if None in counts else str(sum(counts))
 
 
-def differences(results: Mapping[str, Any]) -> str:
+def difference_table(results: Mapping[str, Any]) -> str:
     heads = ["", *(f"POPE {split}" for split in SPLITS), "McNemar p,<br>adversarial", "CHAIR<sub>i</sub>", "recall"]
     rows = [heads]
     for name, found in {**results["paired"], "post_decoder − nll_control": results["against_control"]}.items():
         pope = found["pope"]
-        cells = [percent(pope[split]["difference"], pope[split]["ci"]) for split in SPLITS]
+        cells = [format_percent(pope[split]["difference"], pope[split]["ci"]) for split in SPLITS]
         cells.append(f"{pope['adversarial']['mcnemar_p']:.2g}")
         cells += [
-            percent(found["chair"][key]["difference"], found["chair"][key]["ci"]) for key in ("chair_i", "recall")
+            format_percent(found["chair"][key]["difference"], found["chair"][key]["ci"])
+            for key in ("chair_i", "recall")
         ]
         rows.append([name, *cells])
     return table(rows)
@@ -258,7 +261,7 @@ def write_report(out: str | Path) -> Path:
     from relook.sweep_config import SWEEP_FILE
 
     if (out / SWEEP_FILE).exists():
-        return sweep_page.write_page(out)
+        return sweep_page.write_sweep_page(out)
     return write_page(out)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from relook.data.images import Picture
+from relook.data.images import ImageSource
 from relook.data.packing import Tree
 from relook.data.samples import Turn
-from relook.forward.collate import live_batch
+from relook.forward.collate import build_live_batch
 from relook.forward.policy import Policy
 from relook.model.load import LoadedModel
 
@@ -97,9 +97,9 @@ def _svg(plt: Any, figure: Any) -> str:
 # Where the post decoder looked just before a word.
 
 
-def has_maps(loaded: LoadedModel) -> bool:
+def has_attention_maps(loaded: LoadedModel) -> bool:
     """Whether a model has a post decoder whose attention over an image can be shown."""
-    return _looks(_policy(loaded))
+    return _attention_recorder(_policy(loaded))
 
 
 def _policy(loaded: LoadedModel) -> Policy:
@@ -107,13 +107,13 @@ def _policy(loaded: LoadedModel) -> Policy:
     return Policy(loaded.model.eval(), trunk_pass="dense")
 
 
-def _looks(policy: Policy) -> bool:
-    return policy.reads_image and not policy.keeps_everything
+def _attention_recorder(policy: Policy) -> bool:
+    return policy.needs_vision_features and not policy.needs_all_states
 
 
 @torch.inference_mode()
 def attention_before(
-    loaded: LoadedModel, image: Picture, turns: Sequence[Turn], starts: Sequence[int], template: str = ""
+    loaded: LoadedModel, image: ImageSource, turns: Sequence[Turn], starts: Sequence[int], template: str = ""
 ) -> list[list[list[float]]]:
     """Attention of the post decoder's last block over the image, averaged over heads, at the states that predict words.
 
@@ -131,11 +131,11 @@ def attention_before(
         DataError: the conversation is none that could be trained on: too long, an empty answer, marks of the template.
     """
     policy = _policy(loaded)
-    if not _looks(policy) or policy.post_decoder is None:
+    if not _attention_recorder(policy) or policy.post_decoder is None:
         return []
     encoder = loaded.encoder(template)
     row = encoder.learned(turns, [image], "look")
-    batch = live_batch(policy, loaded.images, loaded.pad_id, [(Tree.of([row]), [image])])
+    batch = build_live_batch(policy, loaded.images, loaded.pad_id, [(Tree.of([row]), [image])])
     trunk = policy.trunk(batch.to(loaded.core.device))
     if trunk.features is None:
         return []

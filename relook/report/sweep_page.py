@@ -28,14 +28,14 @@ KL_NOTE = (
 Cells = list[list[str]]  # the first line is the head
 
 
-def write_page(out: Path) -> Path:
+def write_sweep_page(out: Path) -> Path:
     """Write `table.md` and `report.html` of a finished sweep."""
     results = read_json(out / "results.json")
-    seeds = over_seeds(results)
+    seeds = seed_table(results)
     tables = {
-        "POPE": pope_table(results),
+        "POPE": sweep_pope_table(results),
         "Mean ± standard deviation over seeds": seeds,
-        "CHAIR": chair_table(results),
+        "CHAIR": sweep_chair_table(results),
         "Hallucination by divergence from the base": divergence_table(results),
     }
     tables = {title: cells for title, cells in tables.items() if len(cells) > 1}
@@ -55,11 +55,11 @@ def _failures(results: Mapping[str, Any]) -> str:
     return "\n".join(f"{name} failed: {said}" for name, said in results["failed"].items())
 
 
-def percent(value: float | None, sign: str = "") -> str:
+def plain_percent(value: float | None, sign: str = "") -> str:
     return NOTHING if value is None else f"{100 * value:{sign}.2f}"
 
 
-def about(results: Mapping[str, Any], row: Mapping[str, Any] | None) -> list[str]:
+def row_labels(results: Mapping[str, Any], row: Mapping[str, Any] | None) -> list[str]:
     """What a line is about: the cells under HEADS."""
     model = Path(results["provenance"]["model"]).name
     if row is None:
@@ -68,14 +68,14 @@ def about(results: Mapping[str, Any], row: Mapping[str, Any] | None) -> list[str
     return [model, row["variant"], row["method"], row["regime"], rate, epochs, str(row["seed"])]
 
 
-def pope_table(results: Mapping[str, Any]) -> Cells:
+def sweep_pope_table(results: Mapping[str, Any]) -> Cells:
     """One line per row and split."""
     lines: Cells = [[*HEADS, "Split", *RATES.values(), "Unclear", "− base", "p (Holm)"]]
     for row in (None, *results["rows"]):
         for split in SPLITS:
             scores = (row or results["base"])["pope"][split]
             unclear = str(scores.get("unclear", ""))  # rows of earlier versions have no count
-            line = [*about(results, row), split, *(percent(scores[rate]) for rate in RATES), unclear, "", ""]
+            line = [*row_labels(results, row), split, *(plain_percent(scores[rate]) for rate in RATES), unclear, "", ""]
             if row is not None:
                 paired = row["paired"]["pope"][split]
                 line[-2:] = [_difference(paired), f"{paired['mcnemar_p_holm']:.2g}"]
@@ -83,23 +83,29 @@ def pope_table(results: Mapping[str, Any]) -> Cells:
     return lines
 
 
-def over_seeds(results: Mapping[str, Any]) -> Cells:
+def seed_table(results: Mapping[str, Any]) -> Cells:
     lines: Cells = [["Variant", "Seeds", "Split", *RATES.values()]]
     for group in results["over_seeds"]:
         for split in SPLITS:
             found = [group["pope"][split][rate] for rate in RATES]
-            spread = [f"{percent(value['mean'])} ± {percent(value['sd'])}" for value in found]
+            spread = [f"{plain_percent(value['mean'])} ± {plain_percent(value['sd'])}" for value in found]
             lines.append([group["variant"], str(len(group["seeds"])), split, *spread])
     return lines
 
 
-def chair_table(results: Mapping[str, Any]) -> Cells:
+def sweep_chair_table(results: Mapping[str, Any]) -> Cells:
     lines: Cells = [[*HEADS, *CHAIR_RATES.values(), "Length", "CHAIR_i − base", "Recall − base"]]
     for row in (None, *results["rows"]):
         chair = (row or results["base"]).get("chair")
         if chair is None:
             continue
-        line = [*about(results, row), *(percent(chair[rate]) for rate in CHAIR_RATES), f"{chair['length']:.1f}", "", ""]
+        line = [
+            *row_labels(results, row),
+            *(plain_percent(chair[rate]) for rate in CHAIR_RATES),
+            f"{chair['length']:.1f}",
+            "",
+            "",
+        ]
         if row is not None:
             paired = row["paired"]["chair"]
             line[-2:] = [_difference(paired["chair_i"]), _difference(paired["recall"])]
@@ -108,8 +114,8 @@ def chair_table(results: Mapping[str, Any]) -> Cells:
 
 
 def _difference(found: Mapping[str, Any]) -> str:
-    ends = f" [{', '.join(percent(end, '+') for end in found['ci'])}]" if found["ci"] else ""
-    return percent(found["difference"], "+") + ends
+    ends = f" [{', '.join(plain_percent(end, '+') for end in found['ci'])}]" if found["ci"] else ""
+    return plain_percent(found["difference"], "+") + ends
 
 
 def divergence_table(results: Mapping[str, Any]) -> Cells:
@@ -119,7 +125,8 @@ def divergence_table(results: Mapping[str, Any]) -> Cells:
     lines: Cells = [["Row", "mean KL", *titles]]
     for row in results["rows"]:
         found = [
-            f"{percent(b['rate'])} ({percent(b['base_rate'])}), n {b['n']}" if b["n"] else "" for b in row["kl_bins"]
+            f"{plain_percent(b['rate'])} ({plain_percent(b['base_rate'])}), n {b['n']}" if b["n"] else ""
+            for b in row["kl_bins"]
         ]
         lines.append([row["name"], f"{row['kl']:.3g}", *found])
     return lines

@@ -19,10 +19,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from relook import __version__
 from relook.generate.engine import Engine
-from relook.serve.chat import Answers, Writer, read_request
-from relook.serve.media import Sources
-from relook.serve.middleware import App, Gate, Receive, Scope, Send
-from relook.serve.protocol import APIError, ChatRequest, Completion, ErrorBody, Health, Model, Models
+from relook.serve.chat import AnswerStream, ResponseWriter, read_request
+from relook.serve.media import ImageSources
+from relook.serve.middleware import App, Receive, RequestGate, Scope, Send
+from relook.serve.protocol import APIError, ChatRequest, Completion, ErrorBody, Health, ModelCard, ModelList
 from relook.serve.threads import Readers, on, read_json
 
 # ----------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {
 
 
 @dataclass(frozen=True)
-class Policy:
+class ServerLimits:
     """What a server lets its clients do.
 
     Args:
@@ -99,7 +99,7 @@ class Policy:
     """
 
     api_key: str = ""
-    sources: Sources = field(default_factory=Sources)
+    sources: ImageSources = field(default_factory=ImageSources)
     max_images: int = 16
     max_body: int = 50_000_000
     body_seconds: float = 30.0
@@ -134,13 +134,13 @@ class _HeadAsGet:
         await self.app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
 
 
-def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
+def make_app(engines: Mapping[str, Engine], policy: ServerLimits) -> FastAPI:
     """The application that serves these models by name."""
     app = FastAPI(title="relook", version=__version__, responses=ERRORS)
     app.router.route_class = _Route
     app.add_middleware(_HeadAsGet)
     app.add_middleware(
-        Gate,
+        RequestGate,
         api_key=policy.api_key,
         max_body=policy.max_body,
         max_held=8 * policy.max_body,
@@ -182,15 +182,15 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
                 raise APIError(429, "Too many requests are waiting already.", "busy")
             until = started + engine.limits.seconds
             reading = read_request(engine, body, policy.sources, policy.max_images, until, readers)
-            requests = await _unless_gone(reading, request)
-            answers = Answers([(engine, request) for request in requests])
-            writer = Writer(body, requests)
+            requests = await _cancel_on_disconnect(reading, request)
+            answers = AnswerStream([(engine, request) for request in requests])
+            writer = ResponseWriter(body, requests)
             if body.stream:
                 status = "stream"
                 events = _events(writer, answers, metrics, started)
                 return StreamingResponse(events, media_type="text/event-stream", headers=STREAM)
             try:
-                completion = await _unless_gone(writer.whole(answers), request)
+                completion = await _cancel_on_disconnect(writer.whole(answers), request)
             finally:
                 answers.cancel()
             status = "200"
@@ -203,15 +203,15 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
             metrics.requests.labels(body.model, status).inc()
 
     @app.get("/v1/models")
-    async def models() -> Models:
+    async def models() -> ModelList:
         """The models that are served."""
-        return Models(data=[Model(id=name, created=created) for name in engines])
+        return ModelList(data=[ModelCard(id=name, created=created) for name in engines])
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Model:
+    async def model(name: str) -> ModelCard:
         """One of them."""
         engine_of(name)
-        return Model(id=name, created=created)
+        return ModelCard(id=name, created=created)
 
     @app.get("/health")
     async def health(response: Response) -> Health:
@@ -228,7 +228,9 @@ def make_app(engines: Mapping[str, Engine], policy: Policy) -> FastAPI:
     return app
 
 
-async def _events(writer: Writer, answers: Answers, metrics: Metrics, started: float) -> AsyncIterator[str]:
+async def _events(
+    writer: ResponseWriter, answers: AnswerStream, metrics: Metrics, started: float
+) -> AsyncIterator[str]:
     """Chunks as server-sent events. An error that comes when the stream has begun is its last event."""
     model, first = writer.body.model, True
     try:
@@ -245,9 +247,9 @@ async def _events(writer: Writer, answers: Answers, metrics: Metrics, started: f
     yield "data: [DONE]\n\n"
 
 
-async def _unless_gone(work: Any, request: Request) -> Any:
+async def _cancel_on_disconnect(work: Any, request: Request) -> Any:
     """What some work comes to; it ends when the client goes away."""
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -258,7 +260,7 @@ async def _unless_gone(work: Any, request: Request) -> Any:
         gone.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

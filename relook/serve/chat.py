@@ -13,8 +13,16 @@ from relook.data.samples import Turn
 from relook.data.templates import IMAGE, with_image
 from relook.errors import DataError
 from relook.generate.engine import Engine
-from relook.generate.request import Answer, Busy, Event, ReadImage, Request, Said, TooLong
-from relook.serve.media import Sources
+from relook.generate.request import (
+    ActiveRequest,
+    ContextTooLong,
+    Event,
+    ProcessedImage,
+    QueueFull,
+    Request,
+    TokenOutput,
+)
+from relook.serve.media import ImageSources
 from relook.serve.protocol import (
     APIError,
     ChatRequest,
@@ -26,7 +34,7 @@ from relook.serve.protocol import (
     Logprobs,
     Message,
     PromptDetails,
-    Reply,
+    ResponseMessage,
     TextPart,
     TokenLogprob,
     TopLogprob,
@@ -39,7 +47,7 @@ GREEDY_BELOW = 1e-4  # of temperatures: logits divided by less are no numbers an
 
 
 async def read_request(
-    engine: Engine, body: ChatRequest, sources: Sources, max_images: int, until: float, readers: Readers
+    engine: Engine, body: ChatRequest, sources: ImageSources, max_images: int, until: float, readers: Readers
 ) -> list[Request]:
     """What the engine is asked, one request for each of the `n` answers.
 
@@ -55,7 +63,7 @@ async def read_request(
     ):
         if effective and not getattr(body, needed):
             raise APIError(400, f"It is of no use without {needed}.", param=name)
-    images: list[ReadImage] = []
+    images: list[ProcessedImage] = []
     try:
         async with asyncio.timeout(until - time.monotonic()):
             turns, urls = await on(readers.texts, read_turns, body.messages)
@@ -72,7 +80,7 @@ async def read_request(
             ids = await on(readers.texts, engine.prompt, turns, images)
     except TimeoutError:
         raise APIError(504, "The answer was not ready in time.", "timeout") from None
-    except TooLong as error:
+    except ContextTooLong as error:
         raise APIError(400, str(error), CONTEXT, "messages") from None
     except DataError as error:
         raise APIError(400, str(error), "invalid_message", "messages") from None
@@ -138,7 +146,7 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str,
     return [*turns, Turn(prompt(), "")], urls
 
 
-class Answers:
+class AnswerStream:
     """The answers to requests, of one engine or several, as an asynchronous stream of (index, event)."""
 
     def __init__(self, asked: Sequence[tuple[Engine, Request]]) -> None:
@@ -152,11 +160,11 @@ class Answers:
 
             return emit
 
-        self.answers: list[Answer] = []
+        self.answers: list[ActiveRequest] = []
         try:
             for i, (engine, request) in enumerate(asked):
                 self.answers.append(engine.submit(request, emit_as(i)))
-        except Busy as error:
+        except QueueFull as error:
             self.cancel()
             raise APIError(429, str(error), "busy") from None
 
@@ -180,7 +188,7 @@ class Answers:
 
 
 @dataclass
-class Writer:
+class ResponseWriter:
     """Puts events into OpenAI's shapes."""
 
     body: ChatRequest
@@ -190,7 +198,7 @@ class Writer:
     new_tokens: int = 0
     reused: int = 0
 
-    async def whole(self, answers: Answers) -> Completion:
+    async def whole(self, answers: AnswerStream) -> Completion:
         events: list[list[Event]] = [[] for _ in self.requests]
         async for index, event in answers:
             self._count(event)
@@ -202,14 +210,14 @@ class Writer:
             choices.append(
                 Choice(
                     index=index,
-                    message=Reply(content=content),
+                    message=ResponseMessage(content=content),
                     logprobs=self._logprobs(tokens),
                     finish_reason=said[-1].finish,  # type: ignore[arg-type]
                 )
             )
         return Completion(id=self.id, created=self.created, model=self.body.model, choices=choices, usage=self.usage)
 
-    async def chunks(self, answers: Answers) -> AsyncIterator[Chunk]:
+    async def chunks(self, answers: AnswerStream) -> AsyncIterator[Chunk]:
         for index in range(len(self.requests)):
             yield self._chunk(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
         async for index, event in answers:
@@ -245,13 +253,13 @@ class Writer:
     def _chunk(self, *choices: ChunkChoice, usage: Usage | None = None) -> Chunk:
         return Chunk(id=self.id, created=self.created, model=self.body.model, choices=list(choices), usage=usage)
 
-    def _logprobs(self, tokens: Sequence[Said]) -> Logprobs | None:
+    def _logprobs(self, tokens: Sequence[TokenOutput]) -> Logprobs | None:
         if not self.body.logprobs:
             return None
         return Logprobs(content=[self._token(said) for said in tokens])
 
     @staticmethod
-    def _token(said: Said) -> TokenLogprob:
+    def _token(said: TokenOutput) -> TokenLogprob:
         logprobs = (said.logprob, *(logprob for _, logprob in said.top))
         own, *top = [
             TopLogprob(token=text, logprob=max(logprob, -9999.0), bytes=list(data))

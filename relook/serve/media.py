@@ -34,7 +34,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True)
-class Sources:
+class ImageSources:
     """What images a server takes.
 
     Args:

@@ -24,13 +24,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-LINGER, LINGER_BYTES = 1.0, 64_000_000  # seconds, and bytes, that a refused client may go on sending
+DRAIN_SECONDS, DRAIN_BYTES = 1.0, 64_000_000  # seconds, and bytes, that a refused client may go on sending
 OPEN = ("/health",)  # asked by balancers, which have no key
 HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d*)?", re.ASCII)
 
 
 @dataclass
-class Gate:
+class RequestGate:
     """ASGI middleware.
 
     Args:
@@ -163,9 +163,9 @@ async def turn_away(
     once: what it sends meanwhile is read and thrown away, for a moment."""
     await refuse(send, error, more_headers, more=True)
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER):
+        async with asyncio.timeout(DRAIN_SECONDS):
             thrown, more = 0, True
-            while more and thrown < LINGER_BYTES:
+            while more and thrown < DRAIN_BYTES:
                 message = await receive()
                 thrown, more = thrown + len(message.get("body", b"")), message.get("more_body", False)
     await send({"type": "http.response.body", "body": b""})

@@ -180,14 +180,14 @@ class Logprobs(BaseModel):
 Finish = Literal["stop", "length"]
 
 
-class Reply(BaseModel):
+class ResponseMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class Choice(BaseModel):
     index: int
-    message: Reply
+    message: ResponseMessage
     logprobs: Logprobs | None = None
     finish_reason: Finish
 
@@ -233,16 +233,16 @@ class Chunk(BaseModel):
     usage: Usage | None = None
 
 
-class Model(BaseModel):
+class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "relook"
 
 
-class Models(BaseModel):
+class ModelList(BaseModel):
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ModelCard]
 
 
 class Health(BaseModel):

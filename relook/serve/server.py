@@ -23,12 +23,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from relook.console import say
 from relook.errors import RelookError
 from relook.generate.engine import Engine
-from relook.generate.request import Limits
-from relook.model.adapters import read_change
-from relook.model.checkpoint import kind_of
+from relook.generate.request import EngineLimits
+from relook.model.adapters import read_adapter
+from relook.model.checkpoint import folder_kind
 from relook.model.families import has_post_decoder
-from relook.model.load import LoadedModel, Loading, without_post_decoder
-from relook.serve.api import Policy, make_app
+from relook.model.load import LoadedModel, LoadOptions, without_post_decoder
+from relook.serve.api import ServerLimits, make_app
 from relook.serve.middleware import App, OwnNames, host_name
 
 HEAD_SECONDS = 10.0  # for the head of a request to arrive
@@ -39,7 +39,7 @@ ORIGIN = re.compile(r"\*|https?://[a-z0-9._-]+(:\d+)?|https?://\[[0-9a-f:.]+\](:
 
 
 @dataclass(frozen=True)
-class Serving:
+class ServeOptions:
     """Where a server listens, and how it ends.
 
     Args:
@@ -94,7 +94,9 @@ class Protocol(H11Protocol):
             self.waiting = None
 
 
-def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], Mapping[str, LoadedModel]]) -> None:
+def serve(
+    serving: ServeOptions, limits: EngineLimits, policy: ServerLimits, load: Callable[[], Mapping[str, LoadedModel]]
+) -> None:
     """Answer over HTTP until a signal says to stop.
 
     Args:
@@ -102,7 +104,7 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
         load: the models by name; called once the port is there, for it may take minutes.
     """
     check_names(policy)
-    taken = take_port(serving.host, serving.port)
+    taken = bind_socket(serving.host, serving.port)
     address, port = taken.getsockname()[:2]
     policy = replace(policy, hosts=own_hosts(serving.host, address, policy))
     engines = start_engines(load(), limits, serving.template)
@@ -125,7 +127,7 @@ def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], M
         engine.stop()
 
 
-def start_engines(models: Mapping[str, LoadedModel], limits: Limits, template: str = "") -> dict[str, Engine]:
+def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, template: str = "") -> dict[str, Engine]:
     """An engine for each model.
 
     Args:
@@ -139,7 +141,7 @@ def start_engines(models: Mapping[str, LoadedModel], limits: Limits, template: s
 
 
 def make_server(
-    engines: Mapping[str, Engine], policy: Policy, stop_seconds: int, uploads: str | Path | None = None
+    engines: Mapping[str, Engine], policy: ServerLimits, stop_seconds: int, uploads: str | Path | None = None
 ) -> uvicorn.Server:
     """A server that is not started yet; with a folder for uploads, the page is part of it."""
     uploads = None if uploads is None else Path(uploads)
@@ -162,7 +164,7 @@ def make_server(
     return uvicorn.Server(config)
 
 
-def own_hosts(host: str, address: str, policy: Policy) -> frozenset[str]:
+def own_hosts(host: str, address: str, policy: ServerLimits) -> frozenset[str]:
     """The names under which a server is answered; empty for any, where a key or a network decides who asks.
 
     Args:
@@ -173,7 +175,7 @@ def own_hosts(host: str, address: str, policy: Policy) -> frozenset[str]:
     return frozenset(bracketed(name).lower() for name in {*LOOPBACK, *policy.hosts, host, address} - {""})
 
 
-def check_names(policy: Policy) -> None:
+def check_names(policy: ServerLimits) -> None:
     """Raises RelookError where a policy names hosts or origins that no browser sends."""
     wrong = [
         f"--allow-host {name}"
@@ -191,7 +193,7 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
-def take_port(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket with that address. It does not listen yet: until the models are there, balancers are refused."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol named, asyncio sends small pieces at once (TCP_NODELAY): else each answer waits 40 ms.
@@ -210,7 +212,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def load_models(
-    model: str | Path, loading: Loading, base: str | Path | None, with_base: bool
+    model: str | Path, loading: LoadOptions, base: str | Path | None, with_base: bool
 ) -> dict[str, LoadedModel]:
     """The models to be served, by name: the folder's name, and for what it is compared with, that folder's or
     NAME-base.
@@ -224,31 +226,33 @@ def load_models(
     loaded, name = loading.load(model), model.resolve().name
     models = {name: loaded}
     if with_base:
-        models[f"{name}-base"] = switched_off(loaded, model, loading)
+        models[f"{name}-base"] = load_base(loaded, model, loading)
     if base is not None:
-        models[base.resolve().name if base.resolve().name != name else f"{name}-base"] = beside(loaded, base, loading)
+        models[base.resolve().name if base.resolve().name != name else f"{name}-base"] = load_sharing_tensors(
+            loaded, base, loading
+        )
     return models
 
 
-def switched_off(loaded: LoadedModel, model: Path, loading: Loading) -> LoadedModel:
+def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedModel:
     """The model without what was trained on it: without its adapter, a run's base, or without its post decoder.
 
     Raises:
         RelookError: there is nothing to switch off.
     """
     if loading.adapter is not None:
-        return beside(loaded, model, loading)
-    if kind_of(model) == "run":
-        change = read_change(model)
+        return load_sharing_tensors(loaded, model, loading)
+    if folder_kind(model) == "run":
+        change = read_adapter(model)
         under = change.earlier[-1] if change.earlier else change.base
         assert under is not None, "a run names its base"
-        return beside(loaded, under, loading)
+        return load_sharing_tensors(loaded, under, loading)
     if not has_post_decoder(loaded.core.config):
         raise RelookError(f"{model} has nothing that could be switched off.", "Give a base to compare with: --base.")
     return replace(loaded, model=without_post_decoder(loaded.core))
 
 
-def beside(loaded: LoadedModel, path: Path, loading: Loading) -> LoadedModel:
+def load_sharing_tensors(loaded: LoadedModel, path: Path, loading: LoadOptions) -> LoadedModel:
     """Another model, which shares what is equal with one that is loaded."""
     other = replace(loading, adapter=None).load(path)
     share_equal_tensors(other.core, loaded.core)

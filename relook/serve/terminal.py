@@ -14,9 +14,9 @@ from relook.console import say
 from relook.data.samples import Turn
 from relook.errors import DataError, RelookError
 from relook.generate.engine import Engine
-from relook.generate.request import Limits, ReadImage, Request
-from relook.model.load import LoadedModel, Loading
-from relook.serve.server import beside, load_models, start_engines, switched_off
+from relook.generate.request import EngineLimits, ProcessedImage, Request
+from relook.model.load import LoadedModel, LoadOptions
+from relook.serve.server import load_base, load_models, load_sharing_tensors, start_engines
 
 HELP = """/image FILE   talk about another picture
 /reset        forget what was said
@@ -40,7 +40,7 @@ class Chat:
     make_base: Callable[[], Engine]
     how: Request
     write: Callable[[str], object]
-    images: tuple[ReadImage, ...] = ()
+    images: tuple[ProcessedImage, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     base: Engine | None = None
     on_base: bool = False
@@ -112,7 +112,7 @@ def _printable(text: str) -> str:
 
 def converse(
     model: str | Path,
-    loading: Loading,
+    loading: LoadOptions,
     base: str | Path | None,
     image: str | Path | None,
     how: Request,
@@ -135,12 +135,14 @@ def converse(
     started = contextlib.ExitStack()
 
     def start(loaded: LoadedModel) -> Engine:
-        [engine] = start_engines({"": loaded}, Limits(slots=1, seconds=math.inf), template).values()
+        [engine] = start_engines({"": loaded}, EngineLimits(slots=1, seconds=math.inf), template).values()
         started.callback(engine.stop)
         return engine
 
     def start_base() -> Engine:
-        return start(beside(loaded, base, loading) if base is not None else switched_off(loaded, model, loading))
+        return start(
+            load_sharing_tensors(loaded, base, loading) if base is not None else load_base(loaded, model, loading)
+        )
 
     def write(text: str) -> None:
         sys.stdout.write(text)

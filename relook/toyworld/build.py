@@ -32,12 +32,12 @@ from transformers import (
 from relook.console import progress, say
 from relook.errors import CheckpointError
 from relook.evaluate.run import evaluate_model
-from relook.files import read_json, whole_folder, write_json
+from relook.files import atomic_folder, read_json, write_json
 from relook.model.load import load_model, model_hash
 from relook.model.trainable import untie_head
 from relook.recipe import load_recipe
 from relook.toyworld import layouts
-from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SETTINGS, Scene, draw, sample_scene, vocabulary
+from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SETTINGS, Scene, draw_scene, sample_scene, vocabulary
 from relook.train.run import train
 
 # ----------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def build_base(out: str | Path, world: str | Path, seed: int, scenes: int = SCEN
         tower = train_tower(drawn, pixels, seed)
         model = assemble(tower, seed)
         align_projector(model, drawn, pixels, seed)
-        with whole_folder(start) as folder:
+        with atomic_folder(start) as folder:
             model.save_pretrained(folder)
             make_processor().save_pretrained(folder)
     sft = out.with_name(out.name + "-sft")
@@ -98,7 +98,7 @@ def build_base(out: str | Path, world: str | Path, seed: int, scenes: int = SCEN
         },
     )
     train(recipe)
-    finish(sft, out)
+    finish_base(sft, out)
     check_gate(out, world, seed)
     return out
 
@@ -125,13 +125,13 @@ def check_gate(out: Path, world: Path, seed: int) -> dict[str, Any]:
     return verdict
 
 
-def finish(sft: Path, out: Path) -> None:
+def finish_base(sft: Path, out: Path) -> None:
     """Copy a trained base under its final name, with lm_head untied: head regimes train it alone."""
     if out.exists():
         return
     loaded = load_model(sft)
     untie_head(loaded.model)
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         loaded.model.save_pretrained(folder)
         loaded.processor.save_pretrained(folder)
         # Names without the folders of the machine that it was trained on: the file may travel.
@@ -180,7 +180,7 @@ def pixel_values(scenes: Sequence[Scene]) -> Tensor:
     """Drawn scenes as the image processor makes them, (scenes, 3, 96, 96) float32."""
     processor = make_processor().image_processor
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    pictures = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    pictures = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from relook.errors import DataError
 from relook.evaluate.tasks.build_pope import build_splits
 from relook.evaluate.tasks.shr import EXACT, FACTS, IMAGES
-from relook.files import read_json, whole_file, write_json, write_jsonl
+from relook.files import atomic_file, read_json, write_json, write_jsonl
 from relook.toyworld.world import (
     IMAGE_SIZE,
     OBJECTS,
@@ -25,7 +25,7 @@ from relook.toyworld.world import (
     SYNONYMS,
     Annotator,
     Scene,
-    draw,
+    draw_scene,
     mention,
     opening,
     sample_scenes,
@@ -101,7 +101,7 @@ def write_eval(root: str | Path, split: str, seed: int, scenes: int = 300, progr
 def _write_shr(folder: Path, scenes: Sequence[Scene]) -> None:
     """SHR's image list and facts, the images as Visual Genome's, and `exact.json`, which names all that is there."""
     for scene in scenes:
-        with whole_file(folder / "vg" / _vg_folder(scene) / _vg_name(scene)) as temporary:
+        with atomic_file(folder / "vg" / _vg_folder(scene) / _vg_name(scene)) as temporary:
             shutil.copyfile(folder / "val2014" / coco_name(scene), temporary)
     _write_vg_files(folder / "vg", scenes)
     write_json(folder / "shr" / IMAGES, [{"image_id": scene.id} for scene in scenes])
@@ -196,8 +196,8 @@ def _draw_all(
 ) -> list[Scene]:
     drawn = []
     for number, scene in enumerate(scenes, 1):
-        with whole_file(place(scene)) as temporary:
-            draw(scene).save(temporary, format="JPEG", quality=95)
+        with atomic_file(place(scene)) as temporary:
+            draw_scene(scene).save(temporary, format="JPEG", quality=95)
         drawn.append(scene)
         if progress is not None:
             progress(number, count)

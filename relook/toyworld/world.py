@@ -261,7 +261,7 @@ BACKGROUNDS: dict[str, tuple[Color, Color, float]] = {
 }
 
 
-def draw(scene: Scene) -> Image.Image:
+def draw_scene(scene: Scene) -> Image.Image:
     """Draw a scene: 96 x 96 pixels, RGB."""
     rng = random.Random(f"draw/{scene.seed}")
     upper, lower, border = BACKGROUNDS[scene.setting]
@@ -321,7 +321,7 @@ def mention(name: str) -> str:
     return f"There is {article(name)} {name}."
 
 
-def describe(names: Sequence[str], setting: str, fillers: int = 0, rng: random.Random | None = None) -> str:
+def describe_scene(names: Sequence[str], setting: str, fillers: int = 0, rng: random.Random | None = None) -> str:
     """A description that names these objects, in this order, with some neutral sentences strewn in."""
     sentences = [mention(name) for name in names]
     if fillers and rng is not None:
@@ -357,7 +357,7 @@ EXACT = Annotator(0.0, 0.0, 0.0)
 
 def sft_samples(scene: Scene, annotator: Annotator, rng: random.Random) -> list[tuple[str, str]]:
     """(prompt, response) samples for supervised tuning: one description and some yes/no questions."""
-    text = describe(annotator.believe(scene, rng), scene.setting, rng.randint(0, 2), rng)
+    text = describe_scene(annotator.believe(scene, rng), scene.setting, rng.randint(0, 2), rng)
     samples = [(rng.choice(DESCRIBE_PROMPTS), text)]
     believed = annotator.believe(scene, rng)
     samples += [(question_text(n), "Yes." if n in believed else "No.") for n in ask_about(scene, QUESTIONS, rng)]

@@ -18,12 +18,12 @@ from torch import Tensor
 from relook.console import say
 from relook.data.encode import Example
 from relook.data.images import ImageLoader
-from relook.data.packing import arrange, common_root, kept_positions
+from relook.data.packing import assign_rows, common_root_length, kept_positions
 from relook.errors import RelookError
-from relook.files import file_hash, runs, whole_file
+from relook.files import atomic_file, file_hash, process_is_alive
 from relook.forward.packed_attention import packs
 from relook.forward.policy import Policy
-from relook.model.families import feature_rows, feature_size
+from relook.model.families import vision_feature_count, vision_feature_width
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -35,7 +35,7 @@ BATCH_POSITIONS, PACKED_POSITIONS = 4096, 32768
 STATES, FEATURES, REFERENCE = "states", "features", "reference"  # the parts
 
 
-def half_of_memory_takes(size: int) -> bool:
+def fits_half_of_memory(size: int) -> bool:
     """Whether so many bytes fit half of the memory that is free now: what `feature_cache auto` goes by."""
     return bool(size <= psutil.virtual_memory().available // 2)
 
@@ -65,7 +65,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """What will be computed, and how large it is: known before a single forward pass.
 
     Args:
@@ -89,21 +89,25 @@ class Plan:
     root: int
 
     @staticmethod
-    def of(policy: Policy, examples: Sequence[Example], images: ImageLoader) -> Plan:
+    def of(policy: Policy, examples: Sequence[Example], images: ImageLoader) -> CachePlan:
         trees = [example.tree for example in examples]
-        return Plan(
+        return CachePlan(
             examples,
-            [len(kept_positions(tree, policy.keeps_everything)) for tree in trees],
+            [len(kept_positions(tree, policy.needs_all_states)) for tree in trees],
             [sum(sum(branch.supervised) for branch in tree.branches) for tree in trees],
             {
-                path: feature_rows(policy.config, images.size(path))
+                path: vision_feature_count(policy.config, images.size(path))
                 for path in dict.fromkeys(p for e in examples for p in e.images)
             },
-            {STATES: policy.config.text_config.hidden_size, FEATURES: feature_size(policy.config), REFERENCE: 1},
+            {
+                STATES: policy.config.text_config.hidden_size,
+                FEATURES: vision_feature_width(policy.config),
+                REFERENCE: 1,
+            },
             policy.dtype,
-            policy.keeps_everything,
+            policy.needs_all_states,
             PACKED_POSITIONS if packs(policy.trunk_pass) else BATCH_POSITIONS,
-            common_root(trees, policy.config.image_token_id) if trees else 0,
+            common_root_length(trees, policy.config.image_token_id) if trees else 0,
         )
 
     def row_bytes(self, part: str) -> int:
@@ -122,7 +126,7 @@ class Plan:
         """
         order = sorted(range(len(self.examples)), key=lambda i: -len(self.examples[i].tree))
         lengths = [len(self.examples[i].tree) - self.root for i in order]
-        filled = arrange(lengths, self.batch_positions - self.root)
+        filled = assign_rows(lengths, self.batch_positions - self.root)
         return [[order[place] for place in batch] for batch in filled]
 
     @cached_property
@@ -165,8 +169,8 @@ class Plan:
 # ----------------------------------------------------------------------------------------------------
 # Tensors by name as safetensors files in a folder: written whole or not at all, checked by content, mapped.
 
-ENDING = ".safetensors"
-DATA = "data"  # the one tensor's name inside its file
+SUFFIX = ".safetensors"
+TENSOR_NAME = "data"  # the one tensor's name inside its file
 
 
 class ShardFolder:
@@ -182,7 +186,7 @@ class ShardFolder:
 
     def look(self) -> None:
         """Find out which files there are, also those of other processes."""
-        self._files = {path.name.rpartition("-")[0]: path for path in self.folder.glob(f"*{ENDING}")}
+        self._files = {path.name.rpartition("-")[0]: path for path in self.folder.glob(f"*{SUFFIX}")}
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name, whatever is in it."""
@@ -201,14 +205,14 @@ class ShardFolder:
 
     def __getitem__(self, name: str, /) -> Tensor:
         with safe_open(self._files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(DATA)
+            tensor: Tensor = file.get_tensor(TENSOR_NAME)
         return tensor
 
     def __setitem__(self, name: str, tensor: Tensor, /) -> None:
-        data = save({DATA: tensor.contiguous()})
+        data = save({TENSOR_NAME: tensor.contiguous()})
         path = self.folder / _file_name(name, hashlib.sha256(data).hexdigest())
         try:
-            with whole_file(path) as temporary:
+            with atomic_file(path) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
             raise RelookError(f"{path} cannot be written: {error.strerror}.", "Free some space there.") from None
@@ -216,10 +220,10 @@ class ShardFolder:
 
     def tidy(self) -> None:
         """Remove what killed processes of this machine left half written."""
-        for path in self.folder.glob(f".*{ENDING}.*.part"):
-            if not runs(path.name.split(".")[-2]):
+        for path in self.folder.glob(f".*{SUFFIX}.*.part"):
+            if not process_is_alive(path.name.split(".")[-2]):
                 path.unlink(missing_ok=True)
 
 
 def _file_name(name: str, content: str) -> str:
-    return f"{name}-{content[:16]}{ENDING}"
+    return f"{name}-{content[:16]}{SUFFIX}"

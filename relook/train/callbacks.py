@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from relook.console import say
-from relook.distributed import held, lay_down
+from relook.distributed import held, reshard
 from relook.errors import RelookError
 
 CAUSES = (
@@ -20,17 +20,17 @@ CAUSES = (
     "leave bf16 out: the same command goes on in the same folder."
 )
 # Nats a token, on average over a batch: what rounding stays far below, be it to bf16 or 8 bits. A wrong mask made one.
-APART_EXACT, APART = 0.01, 0.5
+MAX_GAP_EXACT, MAX_GAP = 0.01, 0.5
 
 
 @torch.no_grad()
-def broken_tensors(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+def count_nonfinite_tensors(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     """How many trained tensors hold a number that is not finite, (); of a sharded tensor, the part held here."""
     flags = [(~held(p).isfinite()).any().to(device) for p in parameters if p.requires_grad]
     return torch.stack(flags).sum() if flags else torch.zeros((), dtype=torch.long, device=device)
 
 
-class FirstStep(TrainerCallback):
+class SanityCheckCallback(TrainerCallback):
     """Stops a run when the policy is not the reference before the first optimizer step that should move it, or when the
     model is as it was after that step: the first one with a learning rate above 0.
 
@@ -73,9 +73,9 @@ class FirstStep(TrainerCallback):
             self.model, self.batch = model, batch
             self.before, self.weights = self._says(), None if self.exact else self._sums()
             if reference is not None:
-                self._compare(self.before, reference)
+                self._check_equals_reference(self.before, reference)
 
-    def _compare(self, policy: Tensor, reference: Tensor) -> None:
+    def _check_equals_reference(self, policy: Tensor, reference: Tensor) -> None:
         finite = torch.stack([policy.isfinite().all(), reference.isfinite().all()]).float()
         found = torch.cat([finite, (policy - reference).abs().mean().float()[None]])
         of_all = self.accelerator.gather(found[None])  # one row for each process
@@ -86,7 +86,7 @@ class FirstStep(TrainerCallback):
                 "Look for broken weights; where fp16 overflows, use bf16.",
             )
         apart = of_all[:, 2].max().item()
-        if apart > (APART_EXACT if self.exact else APART):
+        if apart > (MAX_GAP_EXACT if self.exact else MAX_GAP):
             please = "Please" if self.trunk_pass == "dense" else "Set trunk_pass dense to go on, and please"
             raise RelookError(
                 "Before the first step policy and reference are the same model, but their log-probs differ by "
@@ -153,5 +153,5 @@ class FirstStep(TrainerCallback):
             log_probs: Tensor = self.model(self.batch)
         finally:
             self.model.train(training)
-        lay_down(self.model)
+        reshard(self.model)
         return log_probs

@@ -25,25 +25,34 @@ from torch import Tensor
 from relook import distributed
 from relook.console import progress, readable_size, say
 from relook.data.encode import Example
-from relook.data.images import ImageLoader, ahead
-from relook.data.packing import TreeTargets, to_host
+from relook.data.images import ImageLoader, prefetch_map
+from relook.data.packing import TreeTargets, copy_to_cpu
 from relook.errors import DataError, RecipeError, RelookError
-from relook.files import file_hash, read_json, require_room, text_hash, write_json
+from relook.files import file_hash, read_json, require_disk_space, text_hash, write_json
 from relook.forward.collate import Collator, Item, reference_log_probs
 from relook.forward.policy import LiveBatch, Policy
-from relook.model.families import feature_rows, feature_size, trunk_of
+from relook.model.families import family_of, vision_feature_count, vision_feature_width
 from relook.model.load import model_hash, tower_of
 from relook.recipe import Recipe
-from relook.train.cache_store import FEATURES, REFERENCE, STATES, Plan, Shard, ShardFolder, Store, half_of_memory_takes
+from relook.train.cache_store import (
+    FEATURES,
+    REFERENCE,
+    STATES,
+    CachePlan,
+    Shard,
+    ShardFolder,
+    Store,
+    fits_half_of_memory,
+)
 
 # ----------------------------------------------------------------------------------------------------
 # What a trunk cache depends on, and so its name; what sets others in the same folder apart from it.
 
-FORMAT = 4  # of the files, of the numbers by which `plan` cuts them, and of `as_rgb`; part of the key
+CACHE_FORMAT = 4  # of the files, of the numbers by which `plan` cuts them, and of `as_rgb`; part of the key
 INDEX_FILE = "index.json"
 
 
-def made_from(
+def cache_inputs(
     model: Path,
     vision_tower: Path | str | None,
     policy: Policy,
@@ -65,7 +74,7 @@ def made_from(
     """
     tower = tower_of(model, vision_tower, adapter or None)
     return {
-        "format": str(FORMAT),
+        "format": str(CACHE_FORMAT),
         "model": model_hash(model),
         "adapter": model_hash(Path(adapter)) if adapter else "",
         "bits": bits,
@@ -75,7 +84,7 @@ def made_from(
         "preprocessing": text_hash(repr(images.image_processor), images.aspect_ratio),
         "precision": f"{policy.dtype}, weights {weights}",
         "trunk pass": policy.trunk_pass,
-        "positions": "all" if policy.keeps_everything else "supervised",
+        "positions": "all" if policy.needs_all_states else "supervised",
         "device": policy.device.type,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, Pillow {PIL.__version__}",
     }
@@ -99,11 +108,11 @@ def _tokens_hash(examples: tuple[Example, ...]) -> str:
     return data.hexdigest()
 
 
-def key_of(source: dict[str, str]) -> str:
+def cache_key(source: dict[str, str]) -> str:
     return text_hash(*(f"{name}={value}" for name, value in source.items()))
 
 
-def others(folder: Path, key: str, source: dict[str, str]) -> list[str]:
+def describe_other_caches(folder: Path, key: str, source: dict[str, str]) -> list[str]:
     """A line for each cache in a folder that was made from something else: its size, and what differs."""
     lines = []
     for index in sorted(folder.glob(f"*/{INDEX_FILE}")):
@@ -121,7 +130,7 @@ def others(folder: Path, key: str, source: dict[str, str]) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------
 
-FOLDER = "trunk_cache"  # beside the runs' folders
+CACHE_DIR = "trunk_cache"  # beside the runs' folders
 
 
 @dataclass
@@ -135,7 +144,7 @@ class TrunkCache:
     """
 
     key: str
-    plan: Plan
+    plan: CachePlan
     store: Store
     on_device: dict[str, Tensor] = field(default_factory=dict)
 
@@ -196,25 +205,25 @@ def cached_items(
     """
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
     bits = f"{recipe.bits} {recipe.quant_type} {recipe.double_quant}" if recipe.bits == 4 else str(recipe.bits)
-    source = made_from(
+    source = cache_inputs(
         path, tower, policy, policy.dtype, examples, collator.images, adapter=recipe.adapter_name_or_path, bits=bits
     )
-    key = key_of(source)
+    key = cache_key(source)
     kept = TrunkCache.last
-    plan = kept.plan if kept is not None and kept.key == key else Plan.of(policy, examples, collator.images)
+    plan = kept.plan if kept is not None and kept.key == key else CachePlan.of(policy, examples, collator.images)
     parts = [STATES]
-    if policy.reads_image:
+    if policy.needs_vision_features:
         parts.append(FEATURES)
     if recipe.needs_reference:
         parts.append(REFERENCE)
     if kept is None or kept.key != key:
         TrunkCache.last = kept = None  # its memory counts as free
-        kept = TrunkCache(key, plan, _store(recipe, key, plan, parts))
+        kept = TrunkCache(key, plan, _choose_store(recipe, key, plan, parts))
     elif isinstance(kept.store, ShardFolder) and recipe.feature_cache == "memory":
         kept.store.look()  # what is on disk already need not be computed for the memory
     elif isinstance(kept.store, ShardFolder) or recipe.feature_cache == "disk":
-        kept.store = _store(recipe, key, plan, parts)
-    fill(kept, source, parts, policy, collator, whole)
+        kept.store = _choose_store(recipe, key, plan, parts)
+    fill_cache(kept, source, parts, policy, collator, whole)
     TrunkCache.last = kept
     if recipe.training.get("dataloader_num_workers"):
         kept.on_device.clear()  # other processes cannot read a GPU's memory
@@ -222,11 +231,11 @@ def cached_items(
         torch.cuda.empty_cache()
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
             kept.move_to(policy.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
-    collator.features = kept.features() if policy.reads_image else None
+    collator.features = kept.features() if policy.needs_vision_features else None
     return kept.items(recipe.needs_reference)
 
 
-def fill(
+def fill_cache(
     cache: TrunkCache,
     source: dict[str, str],
     parts: Sequence[str],
@@ -242,23 +251,23 @@ def fill(
     store, plan = cache.store, cache.plan
     missing = _missing(store, plan, parts)
     if isinstance(store, ShardFolder):
-        _claim(store, source, plan, parts, missing)
+        _reserve_space(store, source, plan, parts, missing)
         # All have looked at the free space before one of them takes of it.
-        distributed.wait("a look at the free space")
+        distributed.barrier("a look at the free space")
     elif missing:
         say(f"  trunk cache: {readable_size(plan.size(parts))} in memory")
-    share = distributed.mine if isinstance(store, ShardFolder) else list
+    share = distributed.shard if isinstance(store, ShardFolder) else list
     trunk = [part for part in parts if part != REFERENCE]
     wanted = {s: lacking for s, gone in missing.items() if (lacking := [p for p in gone if p != REFERENCE])}
     if mine := share(list(wanted)):
         _fill_trunk(store, plan, {shard: wanted[shard] for shard in mine}, whole(), collator)
-    _wait(store, plan, trunk)
+    _wait_for_shards(store, plan, trunk)
     if REFERENCE in parts:
         _fill_reference(cache, share([s for s, gone in missing.items() if REFERENCE in gone]), policy, collator)
-        _wait(store, plan, [REFERENCE])
+        _wait_for_shards(store, plan, [REFERENCE])
 
 
-def _missing(store: Store, plan: Plan, parts: Sequence[str]) -> dict[Shard, list[str]]:
+def _missing(store: Store, plan: CachePlan, parts: Sequence[str]) -> dict[Shard, list[str]]:
     """The shards of which parts are not there, and which: the same in all processes that share a folder.
 
     Each reads a share of the files; what is missing is then divided anew, or one process might have most of it to make.
@@ -268,7 +277,7 @@ def _missing(store: Store, plan: Plan, parts: Sequence[str]) -> dict[Shard, list
         return [plan.missing(store, parts, shard) for shard in shards]
 
     if isinstance(store, ShardFolder):
-        found = distributed.shared(plan.shards, look, "a look at the trunk cache")
+        found = distributed.map_sharded(plan.shards, look, "a look at the trunk cache")
         store.look()  # what others found broken is gone
     else:
         found = look(plan.shards)
@@ -276,7 +285,7 @@ def _missing(store: Store, plan: Plan, parts: Sequence[str]) -> dict[Shard, list
 
 
 def _fill_trunk(
-    store: Store, plan: Plan, wanted: Mapping[Shard, Sequence[str]], policy: Policy, collator: Collator
+    store: Store, plan: CachePlan, wanted: Mapping[Shard, Sequence[str]], policy: Policy, collator: Collator
 ) -> None:
     """Images are read, and finished shards are stored, while the trunk goes on with other batches.
 
@@ -291,7 +300,7 @@ def _fill_trunk(
         batch = collator.live([Item(plan.examples[i]) for i in one[1]], plan.batch_positions)
         return batch.pin_memory() if gpu else batch
 
-    batches = ahead(read, work)
+    batches = prefetch_map(read, work)
     total, done = sum(len(shard.examples) for shard in wanted), 0
     stored: Future[None] | None = None
     with progress("trunk states") as report, ThreadPoolExecutor(1) as writer:
@@ -301,14 +310,14 @@ def _fill_trunk(
             if stored is not None:
                 stored.result()  # raises what went wrong, and no more than two shards are in memory
             ready = torch.cuda.current_stream().record_event() if gpu else None
-            stored = writer.submit(_put, store, shard, made, ready)
+            stored = writer.submit(_store_shard, store, shard, made, ready)
             done += len(shard.examples)
             report(done, total)
         if stored is not None:
             stored.result()
 
 
-def _put(store: Store, shard: Shard, made: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
+def _store_shard(store: Store, shard: Shard, made: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
     """On a GPU by a stream of its own, which does not wait for the batches that come after."""
     with ExitStack() as stack:
         if ready is not None:  # a thread begins on the first GPU, whichever this process has
@@ -316,10 +325,10 @@ def _put(store: Store, shard: Shard, made: dict[str, Tensor], ready: torch.cuda.
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
             ready.wait()
         for part, tensor in made.items():
-            store[shard.name(part)] = to_host(tensor)
+            store[shard.name(part)] = copy_to_cpu(tensor)
 
 
-def _batches(plan: Plan, shard: Shard, parts: Sequence[str]) -> Iterator[Sequence[int]]:
+def _batches(plan: CachePlan, shard: Shard, parts: Sequence[str]) -> Iterator[Sequence[int]]:
     """The batches of a shard that say something about these parts: for FEATURES alone, those with a new image."""
     waiting = set(shard.images)
     for indices in shard.batches:
@@ -331,7 +340,11 @@ def _batches(plan: Plan, shard: Shard, parts: Sequence[str]) -> Iterator[Sequenc
 
 @torch.no_grad()
 def trunk_pass(
-    policy: Policy, plan: Plan, shard: Shard, parts: Sequence[str], batches: Iterable[tuple[Sequence[int], LiveBatch]]
+    policy: Policy,
+    plan: CachePlan,
+    shard: Shard,
+    parts: Sequence[str],
+    batches: Iterable[tuple[Sequence[int], LiveBatch]],
 ) -> dict[str, Tensor]:
     """The frozen trunk once over a shard's batches: STATES (rows, D), FEATURES (rows, V), as asked for.
 
@@ -364,7 +377,7 @@ def _fill_reference(cache: TrunkCache, shards: Sequence[Shard], policy: Policy, 
     total, done = sum(len(shard.examples) for shard in shards), 0
     if not total:
         return
-    collator.features = cache.features() if policy.reads_image else None
+    collator.features = cache.features() if policy.needs_vision_features else None
     items = cache.items(with_reference=False)
     with progress("reference log-probs") as report:
         for shard in shards:
@@ -376,11 +389,11 @@ def _fill_reference(cache: TrunkCache, shards: Sequence[Shard], policy: Policy, 
             report(done, total)
 
 
-def _wait(store: Store, plan: Plan, parts: Sequence[str]) -> None:
+def _wait_for_shards(store: Store, plan: CachePlan, parts: Sequence[str]) -> None:
     """Until every process has made its shards; then all of them must be there."""
     if not isinstance(store, ShardFolder):
         return
-    distributed.wait(f"the trunk cache's {', '.join(parts)}")
+    distributed.barrier(f"the trunk cache's {', '.join(parts)}")
     store.look()
     names = [s.name(p) for p in parts for s in plan.having(p)]
     if lacking := [name for name in names if not store.has(name)]:
@@ -390,14 +403,14 @@ def _wait(store: Store, plan: Plan, parts: Sequence[str]) -> None:
         )
 
 
-def _store(recipe: Recipe, key: str, plan: Plan, parts: Sequence[str]) -> Store:
+def _choose_store(recipe: Recipe, key: str, plan: CachePlan, parts: Sequence[str]) -> Store:
     """Where the recipe wants the cache: `auto` takes memory where half of what is free is enough.
 
     Not with several processes, each of which would compute and hold everything, nor where the disk has it already.
     """
-    folder = Path(recipe.feature_cache_dir or Path(recipe.output_dir).parent / FOLDER) / key
-    fits = half_of_memory_takes(plan.size(parts))
-    alone = distributed.count() == 1
+    folder = Path(recipe.feature_cache_dir or Path(recipe.output_dir).parent / CACHE_DIR) / key
+    fits = fits_half_of_memory(plan.size(parts))
+    alone = distributed.world_size() == 1
     small = fits and alone and not (folder / INDEX_FILE).exists()
     if recipe.feature_cache == "memory" or (recipe.feature_cache == "auto" and small):
         held: dict[str, Tensor] = {}
@@ -405,8 +418,12 @@ def _store(recipe: Recipe, key: str, plan: Plan, parts: Sequence[str]) -> Store:
     return ShardFolder(folder)
 
 
-def _claim(
-    store: ShardFolder, source: dict[str, str], plan: Plan, parts: Sequence[str], missing: Mapping[Shard, Sequence[str]]
+def _reserve_space(
+    store: ShardFolder,
+    source: dict[str, str],
+    plan: CachePlan,
+    parts: Sequence[str],
+    missing: Mapping[Shard, Sequence[str]],
 ) -> None:
     """Before anything is computed: is there room on the disk? The first process says what will be done."""
     lacking = [(part, shard) for shard, gone in missing.items() for part in gone]
@@ -414,9 +431,9 @@ def _claim(
     if not needed:
         return
     fix = "Set feature_cache_dir to a folder on a larger disk, or feature_cache off."
-    require_room(store.folder, needed, "The trunk cache", fix)
-    if distributed.first():
-        for line in others(store.folder.parent, store.folder.name, source):
+    require_disk_space(store.folder, needed, "The trunk cache", fix)
+    if distributed.is_main():
+        for line in describe_other_caches(store.folder.parent, store.folder.name, source):
             say(f"  {line}")
         whole = readable_size(plan.size(parts))
         say(f"  trunk cache: {whole} in {store.folder}, {readable_size(needed)} of it to be computed")
@@ -432,26 +449,26 @@ def _claim(
 # no
 # step decodes an image, or runs the tower, again.
 
-IMAGES = 32  # at a time
+IMAGE_BATCH = 32  # at a time
 
 
 def keeps_features(recipe: Recipe, config: Any, count: int) -> bool:
-    """Whether a recipe keeps vision features, where there is memory for them; `count` processes would each hold them.
+    """Whether a recipe keeps vision features, where there is memory for them; `world_size` processes would each hold them.
 
     Raises:
         RecipeError: they are wanted of a model that cuts images into tiles, whose features the projector's rows are not
             yet.
     """
     wanted = recipe.feature_cache == "memory"
-    if not recipe.sees_once or not (wanted or count == 1):
+    if not recipe.encodes_images_once or not (wanted or count == 1):
         return False
-    if not trunk_of(config).projects_rows and wanted:
+    if not family_of(config).projects_rows and wanted:
         raise RecipeError("feature_cache memory: this model cuts images into tiles.", "Set feature_cache off.")
-    return trunk_of(config).projects_rows
+    return family_of(config).projects_rows
 
 
 @torch.no_grad()
-def features_once(
+def cache_vision_features(
     recipe: Recipe, policy: Policy, examples: Sequence[Example], images: ImageLoader
 ) -> dict[Path, Tensor] | None:
     """Vision features (M, V) by image; None where each step computes its own.
@@ -463,20 +480,20 @@ def features_once(
         RecipeError: see `keeps_features`.
     """
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
-    if not paths or not keeps_features(recipe, policy.config, distributed.count()):
+    if not paths or not keeps_features(recipe, policy.config, distributed.world_size()):
         return None
-    rows = feature_rows(policy.config, images.size(paths[0]))
-    size = len(paths) * rows * feature_size(policy.config) * policy.dtype.itemsize
-    if recipe.feature_cache == "auto" and not half_of_memory_takes(size):
+    rows = vision_feature_count(policy.config, images.size(paths[0]))
+    size = len(paths) * rows * vision_feature_width(policy.config) * policy.dtype.itemsize
+    if recipe.feature_cache == "auto" and not fits_half_of_memory(size):
         return None
     say(f"  vision features: {readable_size(size)} in memory")
     found: dict[Path, Tensor] = {}
     policy.eval()
-    batches = [paths[start : start + IMAGES] for start in range(0, len(paths), IMAGES)]
-    read = ahead(lambda batch: images.batch(batch)["pixel_values"], batches)
+    batches = [paths[start : start + IMAGE_BATCH] for start in range(0, len(paths), IMAGE_BATCH)]
+    read = prefetch_map(lambda batch: images.batch(batch)["pixel_values"], batches)
     with progress("vision features") as report:
         for batch, pixels in zip(batches, read, strict=True):
             features = policy.vision_features(pixels.to(policy.device))
-            found.update(zip(batch, to_host(torch.stack(features).to(policy.dtype)), strict=True))
+            found.update(zip(batch, copy_to_cpu(torch.stack(features).to(policy.dtype)), strict=True))
             report(len(found), len(paths))
     return found

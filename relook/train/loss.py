@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relook.data.packing import Row, Targets, Tree, targets_of
+from relook.data.packing import Targets, TokenRow, Tree, batch_targets
 from relook.recipe import LENGTH_NORMALISED, REFERENCE_FREE, Recipe
 
 # ----------------------------------------------------------------------------------------------------
@@ -147,12 +147,12 @@ def negative_log_likelihood(log_probs: Tensor, counts: Tensor | None = None) -> 
 # A recipe's loss over a batch of pairs, put together from the equations of `losses`, and the fields it logs.
 
 
-def answer_tokens(recipe: Recipe, targets: Targets) -> Tensor | int:
+def count_answer_tokens(recipe: Recipe, targets: Targets) -> Tensor | int:
     """How many tokens the supervised loss is a mean over: all of SFT, those of the chosen answers of DPO."""
-    return len(targets.id) if recipe.task == "sft" else _of_chosen(recipe, targets).sum()
+    return len(targets.id) if recipe.task == "sft" else _chosen_mask(recipe, targets).sum()
 
 
-def _of_chosen(recipe: Recipe, targets: Targets) -> Tensor:
+def _chosen_mask(recipe: Recipe, targets: Targets) -> Tensor:
     """Which targets belong to the chosen answers on their images, (N,) bool."""
     return (targets.branch % 2 == 0) & (targets.branch < 2 * _pairs(recipe, targets))
 
@@ -201,26 +201,26 @@ def preference_loss(
     if recipe.mdpo_anchored_weight:
         anchored = mdpo_anchored(chosen, recipe.beta, recipe.mdpo_anchor)
         loss = loss + recipe.mdpo_anchored_weight * anchored.mean()
-    nll = negative_log_likelihood(log_probs, _of_chosen(recipe, targets))
+    nll = negative_log_likelihood(log_probs, _chosen_mask(recipe, targets))
     if recipe.nll_weight:
         loss = loss + share * recipe.nll_weight * nll
     with torch.no_grad():
         # Rewards are what the loss compares; ipo's, as TRL logs them, are sums like those of its kin.
         rewards = recipe.beta * (normalised if recipe.loss_type in REFERENCE_FREE else ratio)
-        fields = {**_of_rewards(rewards, pairs), **_by_side("policy_logps", policy_sums, pairs)}
+        fields = {**_reward_metrics(rewards, pairs), **_side_means("policy_logps", policy_sums, pairs)}
         if reference_sums is not None:
-            fields |= _by_side("reference_logps", reference_sums, pairs)
+            fields |= _side_means("reference_logps", reference_sums, pairs)
         fields["nll"] = nll
     return loss, fields
 
 
-def measures(recipe: Recipe) -> list[str]:
+def metric_names(recipe: Recipe) -> list[str]:
     """The fields that an evaluation of the recipe's loss has: those of a pair of one token each."""
     if recipe.task == "sft":
         return ["loss"]
-    token = Row((0,), (True,))
+    token = TokenRow((0,), (True,))
     trees = [Tree((0,), (token, token)), *([Tree((0,), (token,))] if recipe.mdpo_conditional_weight else [])]
-    targets = targets_of(trees)
+    targets = batch_targets(trees)
     each = torch.ones(len(targets.id))
     _, fields = preference_loss(recipe, -each, targets, -each if recipe.needs_reference else None, each)
     return ["loss", *fields]
@@ -242,7 +242,7 @@ def pair_loss(recipe: Recipe, chosen: Tensor, rejected: Tensor) -> Tensor:
     return dpo_sigmoid(chosen, rejected, beta)
 
 
-def _of_rewards(rewards: Tensor, pairs: int) -> dict[str, Tensor]:
+def _reward_metrics(rewards: Tensor, pairs: int) -> dict[str, Tensor]:
     """How often and how far the chosen answers are above the rejected, and above themselves on corrupted images."""
     chosen, rejected = _sides(rewards, pairs)
     fields = {
@@ -263,6 +263,6 @@ def _sides(by_branch: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     return by_branch[0 : 2 * pairs : 2], by_branch[1 : 2 * pairs : 2]
 
 
-def _by_side(name: str, by_branch: Tensor, pairs: int) -> dict[str, Tensor]:
+def _side_means(name: str, by_branch: Tensor, pairs: int) -> dict[str, Tensor]:
     chosen, rejected = _sides(by_branch, pairs)
     return {f"{name}/chosen": chosen.mean(), f"{name}/rejected": rejected.mean()}

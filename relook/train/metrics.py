@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from relook.errors import RelookError
-from relook.forward.collate import Work
+from relook.forward.collate import BatchStats
 
 
 def linear_flops(parameters: int, trained: bool, flows: bool) -> int:
@@ -27,12 +27,12 @@ def linear_flops(parameters: int, trained: bool, flows: bool) -> int:
 
 
 @dataclass(frozen=True)
-class Costs:
+class StepCosts:
     """Useful operations of one step: for a row of vision features, in the tower and in the projector, a token of the
     trunk, a position of its last MLP, a state of the post decoder, and a target of lm_head."""
 
     seeing: int
-    projecting: int
+    projector: int
     reading: int  # the trunk's part for each token
     last_mlp: int
     looking: int  # the post decoder's image side, for each row of vision features
@@ -40,7 +40,7 @@ class Costs:
     saying: int
 
     @staticmethod
-    def of(policy: Any) -> Costs:
+    def of(policy: Any) -> StepCosts:
         """The linear layers of a policy in the order in which data flow through them; peft's matrices among them.
 
         Layers side by side are taken one after the other, which adds a little in the first block that trains.
@@ -66,13 +66,13 @@ class Costs:
                     cost = linear_flops(module.in_features * module.out_features, trained, flows)
                     found["looking" if image_side else "last_mlp" if last_mlp else part] += cost
                 flows = flows or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        return Costs(**found)
+        return StepCosts(**found)
 
-    def flops(self, work: Work) -> float:
+    def flops(self, work: BatchStats) -> float:
         """Useful operations of one step on a batch."""
         trunk = 0
         if work.live:
-            trunk = self.seeing * work.encoded + self.projecting * work.features
+            trunk = self.seeing * work.encoded + self.projector * work.features
             trunk += self.reading * work.tokens + self.last_mlp * work.last_mlp
         after = self.looking * work.features + self.deciding * work.states + self.saying * work.targets
         return float(trunk + after)
@@ -89,7 +89,7 @@ class Meter:
         costs: of a step; without them no speeds are counted.
     """
 
-    def __init__(self, costs: Costs | None = None) -> None:
+    def __init__(self, costs: StepCosts | None = None) -> None:
         self.costs = costs
         self.reset()
 
@@ -115,7 +115,7 @@ class Meter:
             self.started += time.perf_counter() - begun
 
     @torch.no_grad()
-    def add(self, fields: dict[str, Tensor], work: Work, step: int, weight: float = 1.0) -> None:
+    def add(self, fields: dict[str, Tensor], work: BatchStats, step: int, weight: float = 1.0) -> None:
         """Take in the fields of a micro-batch, scalars of which the first is the loss."""
         values = torch.stack([value.detach().float() for value in fields.values()])
         if self.sums is None or self.broken is None:

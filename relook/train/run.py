@@ -25,34 +25,34 @@ from relook.data.encode import Example
 from relook.data.readers import read_hadpo, read_llava, read_pairs
 from relook.data.samples import Conversation, PreferencePair, ReadReport
 from relook.data.templates import get_template
-from relook.errors import DataError, Faults, RecipeError, some
-from relook.files import file_hash, read_object, read_text, takes, text_hash, write_json, writes_alone
-from relook.flags import check_model, idle_keys
+from relook.errors import DataError, Faults, RecipeError, preview
+from relook.files import file_hash, is_free, read_json_object, read_text, text_hash, write_json, writes_alone
+from relook.flags import check_model_settings, idle_keys
 from relook.forward import activation_memory
 from relook.forward.collate import (
     Collator,
     Item,
-    Items,
+    ItemDataset,
     check_images,
     corrupted,
-    hold_out,
-    preference_weight,
+    preference_weights,
     reference_log_probs,
+    split_held_out,
 )
 from relook.forward.policy import Policy
 from relook.model.checkpoint import llava_settings
-from relook.model.load import TENSORS_FILE, AboveTrunk, LoadedModel, load_model, tower_of
-from relook.model.trainable import apply_regime
-from relook.recipe import Recipe, load_recipe, parse_overrides, read_shipped
-from relook.train.feature_cache import cached_items, features_once, images_hash
-from relook.train.loss import measures
+from relook.model.load import TENSORS_FILE, HeadModel, LoadedModel, load_model, tower_of
+from relook.model.trainable import set_trainable
+from relook.recipe import Recipe, load_recipe, parse_overrides, read_yaml_or_shipped
+from relook.train.feature_cache import cache_vision_features, cached_items, images_hash
+from relook.train.loss import metric_names
 from relook.train.trainer import (
-    COMPLETE,
+    COMPLETE_MARKER,
     RelookTrainer,
+    gather_tensors,
     last_checkpoint,
     save_change,
     save_trained,
-    whole_tensors,
 )
 
 RUN_FILE = "run.json"  # written last: a run that has it is finished
@@ -64,7 +64,7 @@ MODEL_KEYS = {"model_name_or_path", "adapter_name_or_path"}
 DATA_KEYS = {"vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder"}
 
 Samples = tuple[Sequence[PreferencePair | Conversation], ReadReport]
-Encoded = tuple[list[Example], dict[str, Any]]  # examples, and what was dropped
+EncodedSamples = tuple[list[Example], dict[str, Any]]  # examples, and what was dropped
 
 
 def train_command(arguments: Sequence[str]) -> Path:
@@ -74,7 +74,7 @@ def train_command(arguments: Sequence[str]) -> Path:
     with faults:
         recipe = load_recipe(name, values)
     if faults.errors:
-        faults.errors += missing({**read_shipped(name, "recipe"), **values}).values()
+        faults.errors += missing({**read_yaml_or_shipped(name, "recipe"), **values}).values()
     faults.check()
     out = train(recipe)
     model = shlex.quote(str(out))
@@ -83,7 +83,7 @@ def train_command(arguments: Sequence[str]) -> Path:
 
 
 @writes_alone(lambda recipe, *_, **__: Path(recipe.output_dir))
-def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = None) -> Path:
+def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | None = None) -> Path:
     """Carry out a recipe; returns its output folder.
 
     The folder holds the resolved recipe, what was trained (`change.json` and tensors; for a full run the whole model)
@@ -93,7 +93,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
         encoded: what `encode_samples` makes of the recipe's data, where several runs share it.
     """
     out = Path(recipe.output_dir)
-    if claim(out, recipe):
+    if claim_run_dir(out, recipe):
         say(f"  {out} is finished: nothing to do")
         return out
     started = time.monotonic()
@@ -102,28 +102,28 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
         say(f"  without effect here: {', '.join(f'{key} ({why})' for key, why in unused.items())}")
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     place = device or str(arguments.device)
-    loaded = load(recipe, dtype, place, trunk=not recipe.cached_trunk)
+    loaded = load_for_training(recipe, dtype, place, trunk=not recipe.cached_trunk)
     examples, dropped = encode_samples(recipe, loaded, *read) if encoded is None else encoded
-    check_schedule(arguments, len(hold_out([Item(example) for example in examples], recipe.eval_fraction)[0]))
+    check_schedule(arguments, len(split_held_out([Item(example) for example in examples], recipe.eval_fraction)[0]))
     keep_data(out, recipe, examples)
-    policy = policy_of(recipe, loaded, dtype)
+    policy = build_policy(recipe, loaded, dtype)
     collator = Collator(policy, loaded.images, loaded.pad_id)
-    whole = partial(whole_policy, recipe, dtype, place)
-    items = prepare(recipe, policy, examples, collator, arguments.per_device_train_batch_size, whole)
-    items, held_out = hold_out(items, recipe.eval_fraction)
+    whole = partial(build_policy_with_trunk, recipe, dtype, place)
+    items = prepare_items(recipe, policy, examples, collator, arguments.per_device_train_batch_size, whole)
+    items, held_out = split_held_out(items, recipe.eval_fraction)
     with progress(f"training {out.name}") as report:
         trainer = RelookTrainer(
             recipe,
             policy,
             report,
             args=arguments,
-            train_dataset=Items(items),
-            eval_dataset=Items(held_out),
+            train_dataset=ItemDataset(items),
+            eval_dataset=ItemDataset(held_out),
             data_collator=collator,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
     save(recipe, loaded, policy, out)
-    if distributed.first():
+    if distributed.is_main():
         write_json(
             out / RUN_FILE,
             {
@@ -134,7 +134,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
                 "log": trainer.state.log_history,
             },
         )
-    distributed.wait("the run's files")
+    distributed.barrier("the run's files")
     return out
 
 
@@ -195,7 +195,7 @@ def missing(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
     return found
 
 
-def claim(out: Path, recipe: Recipe) -> bool:
+def claim_run_dir(out: Path, recipe: Recipe) -> bool:
     """Take an output folder for a recipe. True if this very run is already finished there.
 
     A run that left nothing to go on from makes room for one of another recipe, unless it still runs.
@@ -204,7 +204,7 @@ def claim(out: Path, recipe: Recipe) -> bool:
         RecipeError: the folder holds something else, a run of another recipe, or one on other data.
     """
     held = out / RECIPE_FILE
-    new_folder = takes(out, RECIPE_FILE, "output_dir")
+    new_folder = is_free(out, RECIPE_FILE, "output_dir")
     out.mkdir(parents=True, exist_ok=True)
     if new_folder or not begun(out):
         recipe.save(held)
@@ -236,7 +236,7 @@ def keep_data(out: Path, recipe: Recipe, examples: Sequence[Example]) -> None:
         write_json(out / DATA_FILE, hashes)
         return None
 
-    error = distributed.of_the_first(note)
+    error = distributed.broadcast_from_main(note)
     if error is not None:
         raise error
 
@@ -263,7 +263,7 @@ def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
     """
     if not begun(out):
         return
-    old = read_object(out / DATA_FILE, optional=True)
+    old = read_json_object(out / DATA_FILE, optional=True)
     if changed := [key for key, value in hashes.items() if old.get(key, value) != value]:
         raise RecipeError(
             f"{out} holds a run on other data: what {', '.join(changed)} names has changed since.",
@@ -274,7 +274,7 @@ def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
 def begun(out: Path) -> bool:
     """Whether a run's folder holds anything to go on from: a complete checkpoint, or what was trained."""
     saved = (RUN_FILE, TENSORS_FILE, CONFIG_NAME)  # of a change, and of a whole model, the first file that is written
-    return any((out / name).exists() for name in saved) or any((out / CHECKPOINTS).glob(f"*/{COMPLETE}"))
+    return any((out / name).exists() for name in saved) or any((out / CHECKPOINTS).glob(f"*/{COMPLETE_MARKER}"))
 
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
@@ -303,16 +303,16 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         given["deepspeed"] = distributed.deepspeed_config(given["deepspeed"])
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
-        told = activation_memory.renamed(given)
+        told = activation_memory.rename_checkpointing_keys(given)
         arguments = TrainingArguments(**{**defaults, **told, "output_dir": str(out / CHECKPOINTS)})
-        _rehearse(arguments)
+        _check_arguments(arguments)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
         raise RecipeError(
             f"The training arguments do not fit together: {str(error).rstrip('.')}.",
             "Correct them; transformers' documents of TrainingArguments have their values.",
         ) from None
     best = "eval_" + (arguments.metric_for_best_model or "loss").removeprefix("eval_")
-    if best not in (names := [f"eval_{name}" for name in measures(recipe)]):
+    if best not in (names := [f"eval_{name}" for name in metric_names(recipe)]):
         raise RecipeError(f"metric_for_best_model {best} is not measured.", f"Choose one of {', '.join(names)}.")
     if arguments.fsdp and arguments.world_size == 1:
         raise RecipeError("fsdp needs several processes.", "Start it by torchrun; docs/clusters.md has the commands.")
@@ -334,7 +334,7 @@ def acting(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
     return {key: value for key, value in recipe.training.items() if key not in unused}, unused
 
 
-def _rehearse(arguments: TrainingArguments) -> None:
+def _check_arguments(arguments: TrainingArguments) -> None:
     """Make once, of nothing, what the Trainer makes when all that comes before training is done: hours may lie there.
 
     Raises:
@@ -400,7 +400,7 @@ def read_samples(recipe: Recipe) -> Samples:
     return read_llava(Path(recipe.data_path), Path(recipe.image_folder), on_bad=recipe.on_bad)
 
 
-def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], report: ReadReport) -> Encoded:
+def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], report: ReadReport) -> EncodedSamples:
     """Samples as trees; what could not be used is counted, named and said."""
     encoder = loaded.encoder(recipe.version, recipe.model_max_length)
     faults: list[str] = []
@@ -417,12 +417,12 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     if report.note:
         say(f"  {report.note}")
     if report.dropped or report.skipped or faults:
-        named = f" {len(faults):,} faults in encoding and decoding: {some(faults, 3)}" if faults else ""
+        named = f" {len(faults):,} faults in encoding and decoding: {preview(faults, 3)}" if faults else ""
         say(f"  {'dropped' if report.dropped or faults else 'skipped'}: {report.summary()}{named}")
     return examples, {"reader": report.summary(), "reasons": dict(report.reasons), "faults": faults}
 
 
-def load(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bool = True) -> LoadedModel:
+def load_for_training(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bool = True) -> LoadedModel:
     """The recipe's model; without `trunk` only what stands above it has weights."""
     loaded = load_model(
         recipe.model_name_or_path,
@@ -435,26 +435,26 @@ def load(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bool = True) ->
         quant_type=recipe.quant_type,
         trunk=trunk,
     )
-    check_model(recipe.of_the_model, llava_settings(loaded.core.config))
+    check_model_settings(recipe.of_the_model, llava_settings(loaded.core.config))
     loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
     return loaded
 
 
-def policy_of(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy:
+def build_policy(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy:
     """The model with what the recipe trains; of one without a trunk, what stands above it."""
-    apply_regime(loaded, recipe)
+    set_trainable(loaded, recipe)
     trunk = not loaded.core.get_input_embeddings().weight.is_meta
-    sharded = distributed.shard(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
-    model = loaded.model if trunk else AboveTrunk(loaded.model)
+    sharded = distributed.is_sharded(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
+    model = loaded.model if trunk else HeadModel(loaded.model)
     budget, away = recipe.activation_memory_budget, recipe.activation_offloading
     return Policy(model, dtype, recipe.trunk_pass, sharded, budget, away)
 
 
-def whole_policy(recipe: Recipe, dtype: torch.dtype, device: str) -> Policy:
-    return policy_of(recipe, load(recipe, dtype, device), dtype)
+def build_policy_with_trunk(recipe: Recipe, dtype: torch.dtype, device: str) -> Policy:
+    return build_policy(recipe, load_for_training(recipe, dtype, device), dtype)
 
 
-def prepare(
+def prepare_items(
     recipe: Recipe,
     policy: Policy,
     examples: list[Example],
@@ -473,21 +473,21 @@ def prepare(
     if recipe.cached_trunk:
         items = cached_items(recipe, policy, distinct, collator, whole)
     else:
-        collator.features = features_once(recipe, policy, distinct, collator.images)
+        collator.features = cache_vision_features(recipe, policy, distinct, collator.images)
         items = [Item(example) for example in distinct]
         if recipe.mdpo_conditional_weight:
             seed = int(recipe.training.get("seed", 42))
             items += [corrupted(item, seed) for item in items]
         if recipe.needs_reference:
             with progress("reference log-probs") as report:
-                found = distributed.shared(
+                found = distributed.map_sharded(
                     items,
                     lambda mine: reference_log_probs(policy, mine, collator, batch_size, report),
                     "the reference log-probs",
                 )
             items = [replace(item, reference=reference) for item, reference in zip(items, found, strict=True)]
     if recipe.task == "dpo":
-        items = [replace(item, weight=preference_weight(item.example, recipe.dpo_tokens)) for item in items]
+        items = [replace(item, weight=preference_weights(item.example, recipe.dpo_tokens)) for item in items]
     pairs, others = items[: len(distinct)], items[len(distinct) :]
     if others:
         pairs = [replace(pair, corrupted=other) for pair, other in zip(pairs, others, strict=True)]
@@ -503,10 +503,10 @@ def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None
     if not recipe.full:
         save_trained(policy.core, out / TENSORS_FILE, without="lora_")  # peft's file has those
     if recipe.full or recipe.lora_enable:
-        tensors = whole_tensors(loaded.model, everything=recipe.full)
-        if distributed.first():
+        tensors = gather_tensors(loaded.model, everything=recipe.full)
+        if distributed.is_main():
             loaded.model.save_pretrained(out, state_dict=tensors)
-    if not distributed.first():
+    if not distributed.is_main():
         return
     if recipe.full:
         loaded.processor.save_pretrained(out)

@@ -22,20 +22,20 @@ from transformers.trainer_utils import rotate_checkpoints
 from relook import distributed
 from relook.console import Report
 from relook.data.packing import Targets
-from relook.distributed import full_shape, lay_down, put_state, whole, whole_state
+from relook.distributed import full_shape, gather_optimizer_state, load_optimizer_state, reshard, whole
 from relook.errors import RecipeError, RelookError
-from relook.files import require_room, whole_file, write_json, write_text
-from relook.forward.collate import Items
+from relook.files import atomic_file, require_disk_space, write_json, write_text
+from relook.forward.collate import ItemDataset
 from relook.forward.policy import Policy
-from relook.model.adapters import read_change
-from relook.model.checkpoint import CHANGE_FILE, kind_of, save_tensors
+from relook.model.adapters import read_adapter
+from relook.model.checkpoint import ADAPTER_FILE, folder_kind, save_tensors
 from relook.model.load import TENSORS_FILE, load_tensors
 from relook.model.trainable import parameter_groups
 from relook.recipe import Recipe
 from relook.train import loss
-from relook.train.callbacks import FirstStep, broken_tensors
-from relook.train.loss import answer_tokens, preference_loss
-from relook.train.metrics import Costs, Meter
+from relook.train.callbacks import SanityCheckCallback, count_nonfinite_tensors
+from relook.train.loss import count_answer_tokens, preference_loss
+from relook.train.metrics import Meter, StepCosts
 
 # ----------------------------------------------------------------------------------------------------
 # The order in which SFT samples are taken: LLaVA's `group_by_modality_length`.
@@ -90,7 +90,7 @@ class ModalityLengthSampler(Sampler[int]):
         return [members[batch] for batch in range(count) for members in turned]
 
 
-class Epochs(TrainerCallback):
+class SetSamplerEpoch(TrainerCallback):
     """Tells a sampler which epoch begins. accelerate does not reach it where a resumed run skips batches."""
 
     def __init__(self, sampler: ModalityLengthSampler) -> None:
@@ -102,7 +102,7 @@ class Epochs(TrainerCallback):
 
 # ----------------------------------------------------------------------------------------------------
 
-COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
+COMPLETE_MARKER = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"  # the Trainer's names
 
 
@@ -114,9 +114,9 @@ class RelookTrainer(Trainer):
         self.is_fsdp_enabled = distributed.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
-        self._meter = Meter(Costs.of(policy))
+        self._meter = Meter(StepCosts.of(policy))
         exact = policy.dtype == torch.float32 and recipe.bits == 16
-        self._first = FirstStep(self.accelerator, exact, policy.trunk_pass, recipe.needs_reference)
+        self._first = SanityCheckCallback(self.accelerator, exact, policy.trunk_pass, recipe.needs_reference)
         self.add_callback(self._first)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -165,7 +165,9 @@ class RelookTrainer(Trainer):
         Raises:
             RelookError: a trained tensor holds a number that is not finite, on any process.
         """
-        broken = self.accelerator.reduce(broken_tensors(self.model.parameters(), self.args.device), "sum").item()
+        broken = self.accelerator.reduce(
+            count_nonfinite_tensors(self.model.parameters(), self.args.device), "sum"
+        ).item()
         if broken:
             raise RelookError(
                 f"{broken} trained tensors hold numbers that are not finite after step {self.state.global_step}.",
@@ -180,7 +182,7 @@ class RelookTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.recipe.task == "sft" or self.recipe.nll_weight:
-            counts = [answer_tokens(self.recipe, _targets(inputs["batch"])) for inputs in batches]
+            counts = [count_answer_tokens(self.recipe, _targets(inputs["batch"])) for inputs in batches]
             # All of it stays on the device: nothing waits for it.
             total = self.accelerator.reduce(torch.zeros((), device=device) + sum(counts), "mean")
             for inputs, count in zip(batches, counts, strict=True):
@@ -190,7 +192,7 @@ class RelookTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if not self.recipe.group_by_modality_length:
             return super()._get_train_sampler(train_dataset)  # type: ignore[no-any-return]
-        assert isinstance(self.train_dataset, Items)
+        assert isinstance(self.train_dataset, ItemDataset)
         examples = [item.example for item in self.train_dataset.items]
         sampler = ModalityLengthSampler(
             [len(example.tree) for example in examples],
@@ -199,7 +201,7 @@ class RelookTrainer(Trainer):
             self.args.world_size * self.args.gradient_accumulation_steps,
             self.args.seed,
         )
-        self.add_callback(Epochs(sampler))
+        self.add_callback(SetSamplerEpoch(sampler))
         return sampler
 
     @torch.no_grad()
@@ -208,7 +210,7 @@ class RelookTrainer(Trainer):
 
         Every process goes over all of them: none is counted twice to fill up a batch, and all agree on the best step.
         """
-        assert isinstance(self.eval_dataset, Items)
+        assert isinstance(self.eval_dataset, ItemDataset)
         items, size = self.eval_dataset.items, self.args.per_device_eval_batch_size
         meter = Meter()
         self.model.eval()
@@ -219,7 +221,7 @@ class RelookTrainer(Trainer):
                 work = inputs["work"]
                 count = work.targets if self.recipe.task == "sft" else work.pairs
                 meter.add({"loss": loss, **fields}, work, self.state.global_step, count)
-            lay_down(self.model)
+            reshard(self.model)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.read().items()}
         super().log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -251,7 +253,7 @@ class RelookTrainer(Trainer):
         """What a run leaves, so that a checkpoint is loaded as one; the adapter's tensors lie among the others."""
         folder = Path(output_dir or self.args.output_dir)
         save_trained(self.model.model, folder / TENSORS_FILE)
-        if distributed.first():
+        if distributed.is_main():
             if self.recipe.lora_enable:
                 self.model.model.peft_config["default"].save_pretrained(folder)
             save_change(self.recipe, self.model.config, folder)
@@ -267,25 +269,25 @@ class RelookTrainer(Trainer):
         """As the Trainer's; older ones go when the new one is whole, what a failure left is not resumed from."""
         with self._meter.paused():
             self._check_tensors()
-            self._save_whole(model, trial)
+            self._save_complete(model, trial)
 
-    def _save_whole(self, model: nn.Module, trial: Any) -> None:
+    def _save_complete(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if distributed.first():
+        if distributed.is_main():
             fix = "Make room and run the same command again: it goes on from the checkpoint before."
-            require_room(folder, self._checkpoint_bytes(), "The checkpoint", fix)
+            require_disk_space(folder, self._checkpoint_bytes(), "The checkpoint", fix)
         kept, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
-            distributed.wait("the checkpoint's files")
+            distributed.barrier("the checkpoint's files")
         except BaseException:
-            if distributed.count() == 1:  # others may be writing there: what they leave goes when the run goes on
+            if distributed.world_size() == 1:  # others may be writing there: what they leave goes when the run goes on
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             self.args.save_total_limit = kept
-        if distributed.first():
-            write_text(folder / COMPLETE, "")
+        if distributed.is_main():
+            write_text(folder / COMPLETE_MARKER, "")
             rotate_checkpoints(str(folder.parent), kept, self.state.best_model_checkpoint)
 
     def _checkpoint_bytes(self) -> int:
@@ -301,13 +303,13 @@ class RelookTrainer(Trainer):
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:
-            state = whole_state(self._inner_optimizer)
-            if distributed.first():
+            state = gather_optimizer_state(self._inner_optimizer)
+            if distributed.is_main():
                 torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        if distributed.first():
+        if distributed.is_main():
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -323,15 +325,21 @@ class RelookTrainer(Trainer):
                 )
         else:
             path = Path(checkpoint) / OPTIMIZER_FILE
-            put_state(self._inner_optimizer, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            load_optimizer_state(
+                self._inner_optimizer, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            )
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_deepspeed_enabled:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             # Not before: accelerate puts the whole model on the device.
-            if self.recipe.sees_once and self.data_collator.features is not None and distributed.count() == 1:
-                self.model.rest_tower()
+            if (
+                self.recipe.encodes_images_once
+                and self.data_collator.features is not None
+                and distributed.world_size() == 1
+            ):
+                self.model.offload_vision_tower()
             return prepared
         # DeepSpeed rounds buffers too: to bf16, rotary frequencies are wrong by radians at position 700.
         exact = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -359,9 +367,9 @@ def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
 
     Every process calls it, since tensors may be sharded over them; the first one writes.
     """
-    tensors = {name: tensor for name, tensor in whole_tensors(model).items() if without not in name}
-    if distributed.first():
-        with whole_file(path) as temporary:
+    tensors = {name: tensor for name, tensor in gather_tensors(model).items() if without not in name}
+    if distributed.is_main():
+        with atomic_file(path) as temporary:
             save_tensors(tensors, temporary)
 
 
@@ -373,14 +381,14 @@ def save_change(recipe: Recipe, config: Any, out: Path) -> None:
         config: of the model that was trained.
     """
     base, tower, earlier = Path(recipe.model_name_or_path), recipe.vision_tower, list[Path]()
-    if kind_of(base) == "run":
-        run = read_change(base)
+    if folder_kind(base) == "run":
+        run = read_adapter(base)
         assert run.base is not None
         earlier = [*run.earlier, base]
         base, tower = run.base, tower or str(run.vision_tower or "")
     elif recipe.adapter_name_or_path:
         adapter = Path(recipe.adapter_name_or_path)
-        change = read_change(adapter)
+        change = read_adapter(adapter)
         earlier = [*change.earlier, adapter]
         tower = tower or str(change.tower_for(base) or "")
     if tower and Path(tower).is_dir():  # else it is a hub's name
@@ -391,29 +399,29 @@ def save_change(recipe: Recipe, config: Any, out: Path) -> None:
         "earlier": [str(path.resolve()) for path in earlier],
     }
     settings = getattr(config, "post_decoder", None)
-    write_json(out / CHANGE_FILE, {**foundation, "post_decoder": settings, "lora": recipe.lora_enable})
+    write_json(out / ADAPTER_FILE, {**foundation, "post_decoder": settings, "lora": recipe.lora_enable})
 
 
-def whole_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tensor]:
+def gather_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tensor]:
     """What trains of a model, or all of it, whole and on the CPU; nothing in a process that is not the first."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or everything:
             tensor = whole(parameter)
-            if distributed.first():
+            if distributed.is_main():
                 tensors[name] = tensor.contiguous()
     return tensors
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint, the same in all processes; those cut off by a kill are removed."""
-    return distributed.of_the_first(lambda: _last_checkpoint(folder))
+    return distributed.broadcast_from_main(lambda: _last_checkpoint(folder))
 
 
 def _last_checkpoint(folder: Path) -> str | None:
     found = []
     for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / COMPLETE).exists():
+        if (checkpoint / COMPLETE_MARKER).exists():
             found.append((int(checkpoint.name.rpartition("-")[2]), checkpoint))
         else:
             shutil.rmtree(checkpoint)

@@ -15,13 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from relook.data.paths import amber_file, amber_images, located
+from relook.data.paths import amber_file, amber_images, resolve_extension
 from relook.data.samples import Question
-from relook.errors import DataError, some
-from relook.evaluate.statistics import Columns, Interval, by_image, paired_interval, ratio, ratio_interval
+from relook.errors import DataError, preview
+from relook.evaluate.statistics import Columns, Interval, paired_interval, ratio, ratio_interval, sum_by_image
 from relook.evaluate.tasks.amber_nouns import is_noun, tokens
 from relook.evaluate.tasks.chair import plurals
-from relook.files import file_hash, read_object, read_text, some_records
+from relook.files import file_hash, read_json_object, read_published_records, read_text
 
 SOURCE = "It comes from github.com/junyangwang0410/AMBER; see docs/shr-amber-mmhal.md."
 PARSER = "first word"
@@ -85,12 +85,12 @@ def read_lists(data: Path) -> Lists:
     pairs = [line.split() for line in read_text(near).splitlines() if line.strip()] if near.exists() else []
     odd = [" ".join(pair) for pair in pairs if len(pair) != 2]
     if odd:
-        raise DataError(f"{near} has lines that are not two words: {some(odd)}.", "Give two words a line.")
+        raise DataError(f"{near} has lines that are not two words: {preview(odd)}.", "Give two words a line.")
     safe = read_text(place(data, "safe_words.txt")).split("\n")
-    return Lists(read_object(place(data, "relation.json")), frozenset(safe), frozenset(map(frozenset, pairs)))
+    return Lists(read_json_object(place(data, "relation.json")), frozenset(safe), frozenset(map(frozenset, pairs)))
 
 
-def questions(data: Path) -> tuple[list[Question], list[Question]]:
+def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
     """The generative and the discriminative questions of `query/query_all.json`, with images in `data/amber/image`.
 
     Raises:
@@ -99,14 +99,16 @@ def questions(data: Path) -> tuple[list[Question], list[Question]]:
     path, annotations, images = place(data, "query/query_all.json"), read_annotations(data), amber_images(data)
     try:
         found = [
-            Question(str(record["id"]), located(images / str(record["image"])), str(record["query"]))
-            for record in some_records(path, SOURCE)
+            Question(str(record["id"]), resolve_extension(images / str(record["image"])), str(record["query"]))
+            for record in read_published_records(path, SOURCE)
         ]
     except KeyError as error:
         raise DataError(f"{path} has a record without {error}.", SOURCE) from None
     unknown = [question.id for question in found if question.id not in annotations]
     if unknown:
-        raise DataError(f"AMBER's annotations have no {some(unknown)}.", "Give queries and annotations of one version.")
+        raise DataError(
+            f"AMBER's annotations have no {preview(unknown)}.", "Give queries and annotations of one version."
+        )
     kinds = [annotations[question.id]["type"] == GENERATIVE for question in found]
     described = [question for question, generative in zip(found, kinds, strict=True) if generative]
     return described, [question for question, generative in zip(found, kinds, strict=True) if not generative]
@@ -116,7 +118,7 @@ def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
     """What is true of each question, by its id."""
     path = place(data, "annotations.json")
     try:
-        entries = {str(record["id"]): record for record in some_records(path, SOURCE)}
+        entries = {str(record["id"]): record for record in read_published_records(path, SOURCE)}
         for entry in entries.values():
             needed = ("truth", "hallu") if entry["type"] == GENERATIVE else ("truth",)
             for key in needed:
@@ -137,7 +139,7 @@ def yes_or_no(answer: str) -> str:
 
 
 @dataclass(frozen=True)
-class Made:
+class DescriptionCounts:
     """What one description says: words of the list, of these made up, and truths and temptations that it covers."""
 
     nouns: int
@@ -148,7 +150,7 @@ class Made:
     temptations: int
 
 
-def judge_description(text: str, truth: Sequence[str], hallu: Sequence[str], lists: Lists) -> Made:
+def judge_description(text: str, truth: Sequence[str], hallu: Sequence[str], lists: Lists) -> DescriptionCounts:
     """Count a description's words against what is on the image and what models tend to make up there.
 
     A word marks the first entry that it is another word for, an associated word before the entry itself. As in the
@@ -162,7 +164,7 @@ def judge_description(text: str, truth: Sequence[str], hallu: Sequence[str], lis
         tempted.mark(noun, exact=True)
         tempted.mark(noun)
         made_up += not covered.mark(noun)
-    return Made(len(nouns), made_up, sum(covered.marked), len(truth), sum(tempted.marked), len(hallu))
+    return DescriptionCounts(len(nouns), made_up, sum(covered.marked), len(truth), sum(tempted.marked), len(hallu))
 
 
 class _Marks:
@@ -182,7 +184,7 @@ class _Marks:
         return False
 
 
-def score(data: Path, asked: Sequence[Question], responses: Mapping[str, str]) -> dict[str, Any]:
+def score_amber(data: Path, asked: Sequence[Question], responses: Mapping[str, str]) -> dict[str, Any]:
     """Generative and discriminative scores, and the AMBER score, with 95 % intervals over images.
 
     "No" is the positive answer, as in the original. An answer that is neither yes nor no is wrong, and is counted in
@@ -190,7 +192,7 @@ def score(data: Path, asked: Sequence[Question], responses: Mapping[str, str]) -
     """
     annotations, lists = read_annotations(data), read_lists(data)
     images = list(dict.fromkeys(question.image.name for question in asked))
-    made: dict[str, Made] = {}
+    made: dict[str, DescriptionCounts] = {}
     answers: list[tuple[str, str, bool, str]] = []  # image, kind, whether "no" is true, what was said
     for question in asked:
         entry, said = annotations[question.id], responses[question.id]
@@ -215,7 +217,7 @@ def score(data: Path, asked: Sequence[Question], responses: Mapping[str, str]) -
     return result
 
 
-def generative(rows: Sequence[Made]) -> dict[str, Any]:
+def generative(rows: Sequence[DescriptionCounts]) -> dict[str, Any]:
     """CHAIR: made-up words / listed words. Cover: truths said / truths. Hal: descriptions with a made-up word.
     Cog: temptations said / temptations."""
     pairs = {
@@ -233,7 +235,7 @@ def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequen
     right = [(said == "no") == truth and said != "" for _, _, truth, said in answers]
     hits = [said == "no" and truth for _, _, truth, said in answers]
     said_no, truly_no = sum(said == "no" for *_, said in answers), sum(truth for _, _, truth, _ in answers)
-    per_image = by_image(((a[0], int(r), 1) for a, r in zip(answers, right, strict=True)), images)
+    per_image = sum_by_image(((a[0], int(r), 1) for a, r in zip(answers, right, strict=True)), images)
     return {
         "accuracy": ratio(sum(right), len(right)),
         "accuracy_ci": ratio_interval(*per_image),
@@ -249,14 +251,14 @@ def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequen
 def _f1_counts(answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]) -> Columns:
     """F1 as one ratio: twice the hits / (said "no" + true "no"), by image."""
     rows = ((image, 2 * (said == "no" and truth), (said == "no") + truth) for image, _, truth, said in answers)
-    return by_image(rows, images)
+    return sum_by_image(rows, images)
 
 
 def _f1_minus_chair(
-    made: Mapping[str, Made], answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]
+    made: Mapping[str, DescriptionCounts], answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]
 ) -> Interval | None:
     """The interval of F1 - CHAIR, each resample taking the same images for both."""
-    chair = by_image(((image, m.made_up, m.nouns) for image, m in made.items()), images)
+    chair = sum_by_image(((image, m.made_up, m.nouns) for image, m in made.items()), images)
     return paired_interval(chair, _f1_counts(answers, images))
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.annotations import read_coco
-from relook.errors import DataError, some
+from relook.errors import DataError, preview
 from relook.evaluate.tasks.pope import SPLITS, question_text
 from relook.files import (
-    claim_folder,
+    claim_output_dir,
     file_hash,
     read_records,
     read_text,
@@ -43,7 +43,7 @@ def build_pope(
         RelookError: too few images have that many objects, or the folder holds something else.
     """
     annotations, out = Path(annotations), Path(out)
-    objects, categories = read_objects(annotations)
+    objects, categories = read_image_objects(annotations)
     usable = [image for image, there in objects.items() if positives <= len(there) <= len(categories) - positives]
     if not 0 < images <= len(usable):
         raise DataError(
@@ -58,14 +58,14 @@ def build_pope(
         "positives": positives,
         "image_list": text_hash(*chosen),
     }
-    claim_folder(out, CARD_FILE, card, "questions")
+    claim_output_dir(out, CARD_FILE, card, "questions")
     write_text(out / IMAGES_FILE, "".join(f"{image}\n" for image in chosen))
     for split, records in build_splits({i: objects[i] for i in chosen}, categories, seed, positives).items():
         write_jsonl(out / f"coco_pope_{split}.json", records)
     return card
 
 
-def read_objects(path: str | Path) -> tuple[dict[str, list[str]], list[str]]:
+def read_image_objects(path: str | Path) -> tuple[dict[str, list[str]], list[str]]:
     """The distinct objects of each image, in the file's order, and the names of all categories.
 
     Raises:
@@ -124,7 +124,7 @@ def build_splits(
     listed = {image: _in_order(objects, shuffle) for image, objects in objects_by_image.items()}
     unknown = sorted(set().union(*listed.values()) - set(categories))
     if unknown:
-        raise DataError(f"Objects are not among the categories: {some(unknown)}.", "Add them to the categories.")
+        raise DataError(f"Objects are not among the categories: {preview(unknown)}.", "Add them to the categories.")
     most = len(set(categories)) - positives
     enough = {image: present for image, present in listed.items() if positives <= len(present) <= most}
     frequency = Counter(name for present in enough.values() for name in present)
@@ -132,8 +132,8 @@ def build_splits(
     for present in enough.values():
         for name in present:
             together[name].update(other for other in present if other != name)
-    popular, never = _falling(frequency), [name for name in categories if name not in frequency]
-    companions = {name: _falling(counts) for name, counts in together.items()}
+    popular, never = _by_frequency(frequency), [name for name in categories if name not in frequency]
+    companions = {name: _by_frequency(counts) for name, counts in together.items()}
 
     splits: dict[str, list[dict[str, Any]]] = {}
     for split in SPLITS:
@@ -156,5 +156,5 @@ def _in_order(objects: Collection[str], shuffle: random.Random) -> list[str]:
     return shuffle.sample(sorted(objects), len(objects))
 
 
-def _falling(counts: Counter[str]) -> list[str]:
+def _by_frequency(counts: Counter[str]) -> list[str]:
     return [name for name, _ in counts.most_common()]

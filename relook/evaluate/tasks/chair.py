@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from relook.data.annotations import Annotations
-from relook.errors import DataError, some
+from relook.errors import DataError, preview
 from relook.evaluate.statistics import Ratio, ratio
 
 # A hyphen belongs to its word, as in "man-made", and so does an apostrophe, as in "o'clock", that ends no verb or noun.
@@ -65,10 +65,10 @@ class Vocabulary:
     @staticmethod
     def of(names: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> Vocabulary:
         """From object names and other words for them. A name goes before a synonym, and either before a plural."""
-        phrases = {_surface(name): name for name in names}
+        phrases = {_surface_form(name): name for name in names}
         for name in names:
             for word in (synonyms or {}).get(name, ()):
-                phrases.setdefault(_surface(word), name)
+                phrases.setdefault(_surface_form(word), name)
         return Vocabulary(_with_plurals(phrases))
 
 
@@ -94,7 +94,7 @@ def coco_vocabulary() -> Vocabulary:
     return Vocabulary(_with_plurals(phrases), dict.fromkeys(("seat", "seats"), toilet))
 
 
-def _surface(phrase: str) -> str:
+def _surface_form(phrase: str) -> str:
     return " ".join(phrase.lower().split())
 
 
@@ -144,7 +144,7 @@ def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
         # A dictionary lookup per length, not one pattern: Visual Genome has tens of thousands of names.
         for last in range(min(first + vocabulary.longest, len(words)) - 1, first - 1, -1):
             start, end = words[first][0], words[last][1]
-            surface = _surface(text[start:end])
+            surface = _surface_form(text[start:end])
             if surface in vocabulary.phrases:
                 found.append((surface, start, end))
                 first = last
@@ -230,7 +230,9 @@ class ChairScore:
         return {name: getattr(self, name) for name in ("chair_i", "chair_s", "recall", "length", "empty", "n")}
 
 
-def score(captions: Mapping[str, str], truth: Mapping[str, Collection[str]], vocabulary: Vocabulary) -> ChairScore:
+def score_captions(
+    captions: Mapping[str, str], truth: Mapping[str, Collection[str]], vocabulary: Vocabulary
+) -> ChairScore:
     """Count mentions in each image's caption against the objects that are there.
 
     Raises:
@@ -238,7 +240,7 @@ def score(captions: Mapping[str, str], truth: Mapping[str, Collection[str]], voc
     """
     unknown = [image for image in captions if image not in truth]
     if unknown:
-        raise DataError(f"There are no annotations for {some(unknown)}.", "Give the annotations of the same images.")
+        raise DataError(f"There are no annotations for {preview(unknown)}.", "Give the annotations of the same images.")
     rows = []
     for image, caption in captions.items():
         named, there = [mention.object for mention in mentions(caption, vocabulary)], set(truth[image])

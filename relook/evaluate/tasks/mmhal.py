@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relook.data.paths import located
+from relook.data.paths import resolve_extension
 from relook.data.samples import Question
 from relook.errors import DataError
-from relook.evaluate.judge import Judge, Task, fill, prompt_template
-from relook.evaluate.statistics import Interval, by_image, mean, ratio_interval
-from relook.files import read_records, some_records
+from relook.evaluate.judge import Judge, Task, fill_template, prompt_template
+from relook.evaluate.statistics import Interval, mean, ratio_interval, sum_by_image
+from relook.files import read_published_records, read_records
 
 SOURCE = "It comes with Shengcao1006/MMHal-Bench on Hugging Face; see docs/shr-amber-mmhal.md."
 FIELDS = ("question_type", "image_src", "image_content", "question", "gt_answer")
@@ -52,7 +52,7 @@ def read_entries(data: str | Path) -> list[dict[str, Any]]:
     """
     data = Path(data)
     path = data / "mmhal" / "response_template.json"
-    records = some_records(path, SOURCE)
+    records = read_published_records(path, SOURCE)
     for number, record in enumerate(records, 1):
         missing = [key for key in FIELDS if key not in record]
         if missing:
@@ -60,16 +60,18 @@ def read_entries(data: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def questions(data: Path) -> list[Question]:
+def mmhal_questions(data: Path) -> list[Question]:
     """Questions with their place in the file as id; images are in `data/mmhal/images`, named as `image_src` ends."""
     images = data / "mmhal" / "images"
     return [
-        Question(str(number), located(images / str(entry["image_src"]).split("/")[-1]), str(entry["question"]))
+        Question(
+            str(number), resolve_extension(images / str(entry["image_src"]).split("/")[-1]), str(entry["question"])
+        )
         for number, entry in enumerate(read_entries(data))
     ]
 
 
-def read_answers(path: str | Path) -> list[dict[str, Any]]:
+def read_mmhal_answers(path: str | Path) -> list[dict[str, Any]]:
     """relook's JSON lines, or the benchmark's layout: its records in their order, with `model_answer` filled in."""
     path = Path(path)
     return [{"question_id": str(number), **record} for number, record in enumerate(read_records(path))]
@@ -81,7 +83,7 @@ def read_rating(reply: str) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def score(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any]:
+def score_mmhal(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any]:
     """Mean rating, hallucination rate, and the mean of each question type, with 95 % intervals over images.
 
     Answers that were not judged are counted in `not_judged` and in nothing else; the original rates them 0. A type of
@@ -117,8 +119,8 @@ def score(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any
 
 def _task(template: str, entry: Mapping[str, Any], answer: str) -> Task[int]:
     content = ", ".join(map(str, entry["image_content"]))
-    return Task(fill(template, content, str(entry["question"]), str(entry["gt_answer"]), answer), read_rating)
+    return Task(fill_template(template, content, str(entry["question"]), str(entry["gt_answer"]), answer), read_rating)
 
 
 def _interval(rows: Sequence[tuple[Mapping[str, Any], int]]) -> Interval | None:
-    return ratio_interval(*by_image((str(entry["image_src"]), value, 1) for entry, value in rows))
+    return ratio_interval(*sum_by_image((str(entry["image_src"]), value, 1) for entry, value in rows))

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from relook.data.paths import located
+from relook.data.paths import resolve_extension
 from relook.data.samples import Question
-from relook.errors import DataError, some
+from relook.errors import DataError, preview
 from relook.evaluate.statistics import Ratio, ratio
 from relook.files import read_records
 
@@ -27,7 +27,7 @@ def question_text(name: str) -> str:
     return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
 
 
-def read_questions(path: str | Path, image_root: str | Path) -> list[Question]:
+def read_pope_questions(path: str | Path, image_root: str | Path) -> list[Question]:
     """Read a question file: JSON lines or a JSON array of `{"question_id", "image", "text", "label"?}`.
 
     As in the official program, any label but "no" counts as yes. LLaVA's question files have no label: theirs is empty.
@@ -43,7 +43,12 @@ def read_questions(path: str | Path, image_root: str | Path) -> list[Question]:
             raise DataError(f"{path}: record {number} has no {', '.join(missing)}.", "Give a POPE question file.")
         label = ("no" if record["label"] == "no" else "yes") if "label" in record else ""
         questions.append(
-            Question(str(record["question_id"]), located(image_root / str(record["image"])), str(record["text"]), label)
+            Question(
+                str(record["question_id"]),
+                resolve_extension(image_root / str(record["image"])),
+                str(record["text"]),
+                label,
+            )
         )
     if not questions:
         raise DataError(f"{path} holds no question.", "Give a POPE question file.")
@@ -63,10 +68,10 @@ def read_llava_questions(path: str | Path, labels: str | Path, image_root: str |
     path, labels, image_root = Path(path), Path(labels), Path(image_root)
     category = {str(r.get("question_id")): str(r.get("category", "")) for r in read_records(path)}
     splits: dict[str, list[Question]] = {}
-    for question in read_questions(path, image_root):
+    for question in read_pope_questions(path, image_root):
         splits.setdefault(category[question.id], []).append(question)
     for split, questions in splits.items():
-        official = read_questions(labels / f"coco_pope_{split}.json", image_root)
+        official = read_pope_questions(labels / f"coco_pope_{split}.json", image_root)
         label = {(q.image, q.text): q.label for q in official}
         places = [(q.image, q.text.split("\n")[0]) for q in questions]
         unknown = [q.id for q, place in zip(questions, places, strict=True) if place not in label]
@@ -74,14 +79,14 @@ def read_llava_questions(path: str | Path, labels: str | Path, image_root: str |
         if unknown or unasked:
             raise DataError(
                 f"{path} and {labels} do not match in {split}: {len(unknown)} questions have no label "
-                f"({some(unknown)}), {len(unasked)} labels have no question ({some(unasked)}).",
+                f"({preview(unknown)}), {len(unasked)} labels have no question ({preview(unasked)}).",
                 "Give the label files that belong to the questions.",
             )
         splits[split] = [replace(q, label=label[place]) for q, place in zip(questions, places, strict=True)]
     return splits
 
 
-def read_answers(path: str | Path) -> list[dict[str, Any]]:
+def read_pope_answers(path: str | Path) -> list[dict[str, Any]]:
     """Read an answer file: records with `question_id`, and `answer` (POPE's key) or `text` (LLaVA's), in any order.
 
     In POPE's own layout, `{"question", "answer"}`, they may be without an id if all are: see `match`.
@@ -110,7 +115,7 @@ def _answer(record: Mapping[str, Any]) -> Any:
 def _refuse_twice(ids: Iterable[str], where: str) -> None:
     twice = [id for id, count in Counter(ids).items() if count > 1]
     if twice:
-        raise DataError(f"{where}: question_id {some(twice)} stands more than once.", "Remove the duplicates.")
+        raise DataError(f"{where}: question_id {preview(twice)} stands more than once.", "Remove the duplicates.")
 
 
 def official_parse(answer: str) -> bool:
@@ -267,7 +272,7 @@ def match(
         ],
         "questions have no label": [q.id for q in questions if not q.label],
     }
-    problems = [f"{len(ids)} {what} ({some(ids)})" for what, ids in faults.items() if ids]
+    problems = [f"{len(ids)} {what} ({preview(ids)})" for what, ids in faults.items() if ids]
     if problems:
         raise DataError(f"Questions and answers do not match: {'; '.join(problems)}.", "Give the two files of one run.")
     return [PopeRow(q, _answer(record), parse(_answer(record)), q.label == "yes") for q, record in pairs]
@@ -287,7 +292,9 @@ def count(rows: Sequence[PopeRow], parser: str = "official") -> PopeScore:
     )
 
 
-def score(questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official") -> PopeScore:
+def score_pope_answers(
+    questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official"
+) -> PopeScore:
     """Score answers by a rule of `PARSERS`; see `match` for the errors."""
     return count(match(questions, answers, parser), parser)
 

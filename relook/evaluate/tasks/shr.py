@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relook.data.annotations import read_image_paths, read_regions, read_sizes
-from relook.data.paths import located, shr_file, visual_genome
+from relook.data.paths import resolve_extension, shr_file, visual_genome
 from relook.data.samples import Question, as_id
-from relook.errors import DataError, some
-from relook.evaluate.judge import Judge, Judged, Task, fill, prompt_template
+from relook.errors import DataError, preview
+from relook.evaluate.judge import Judge, JudgeResults, Task, fill_template, prompt_template
 from relook.evaluate.statistics import mean, ratio, ratio_interval
 from relook.evaluate.tasks.chair import Vocabulary, mentions
-from relook.files import read_object, read_records, read_text, some_records
+from relook.files import read_json_object, read_published_records, read_records, read_text
 
 PROMPT = "Describe this image in detail."
 HALLUCINATION, CORRECT, CANNOT_JUDGE = "hallucination", "correct", "cannot judge"
@@ -52,7 +52,7 @@ Labels = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Described:
+class DescribedImage:
     """An image's id and the sentences that were said of it."""
 
     image: str
@@ -62,10 +62,10 @@ class Described:
 class SentenceJudge(Protocol):
     """Labels sentences: one label each, or None for an image whose sentences were not judged."""
 
-    def label(self, described: Sequence[Described]) -> Judged[Labels]: ...
+    def label(self, described: Sequence[DescribedImage]) -> JudgeResults[Labels]: ...
 
 
-def questions(data: Path) -> list[Question]:
+def shr_questions(data: Path) -> list[Question]:
     """One question an image of `data/shr/val_images_final.json`; the images are Visual Genome's, below `data/vg`.
 
     Raises:
@@ -76,7 +76,7 @@ def questions(data: Path) -> list[Question]:
             raise DataError(f"{path} does not exist.", SOURCE)
     path, vg = shr_file(data, IMAGES), visual_genome(data)
     try:
-        ids = [as_id(record["image_id"]) for record in some_records(path, SOURCE)]
+        ids = [as_id(record["image_id"]) for record in read_published_records(path, SOURCE)]
     except KeyError:
         raise DataError(f"{path} has a record without image_id.", "Give SHR's own file.") from None
     paths = read_image_paths(vg)
@@ -86,11 +86,11 @@ def questions(data: Path) -> list[Question]:
     }
     for what, found in faults.items():
         if found:
-            raise DataError(f"{path} {what}: {some(found)}.", "Give SHR's own file.")
-    return [Question(i, located(paths[i]), PROMPT) for i in ids]
+            raise DataError(f"{path} {what}: {preview(found)}.", "Give SHR's own file.")
+    return [Question(i, resolve_extension(paths[i]), PROMPT) for i in ids]
 
 
-def read_descriptions(path: Path) -> list[dict[str, Any]]:
+def read_shr_descriptions(path: Path) -> list[dict[str, Any]]:
     """relook's records, or HA-DPO's layout: one object, image id to description."""
     try:
         whole = json.loads(read_text(path))
@@ -139,18 +139,18 @@ class KnowledgeJudge:
     judge: Judge
     data: Path
 
-    def label(self, described: Sequence[Described]) -> Judged[Labels]:
+    def label(self, described: Sequence[DescribedImage]) -> JudgeResults[Labels]:
         template, prompt = prompt_template(shr_file(self.data, "gpt_utils.py"), "GPT_JUDGE_PROMPT", TEMPLATE)
         knowledge = read_knowledge(self.data, [one.image for one in described])
         judged = self.judge.ask(
             [_task(template, one, *knowledge[one.image]) for one in described], REQUEST, "SHR judge"
         )
-        return Judged(judged.verdicts, judged.about | prompt, judged.unjudged)
+        return JudgeResults(judged.verdicts, judged.about | prompt, judged.unjudged)
 
 
-def _task(template: str, one: Described, regions: str, facts: str) -> Task[Labels]:
+def _task(template: str, one: DescribedImage, regions: str, facts: str) -> Task[Labels]:
     numbered = "".join(f"{number}. {sentence}\n" for number, sentence in enumerate(one.sentences, 1))
-    return Task(fill(template, regions, facts, numbered), lambda reply: read_labels(reply, len(one.sentences)))
+    return Task(fill_template(template, regions, facts, numbered), lambda reply: read_labels(reply, len(one.sentences)))
 
 
 def read_knowledge(data: Path, images: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -163,7 +163,7 @@ def read_knowledge(data: Path, images: Sequence[str]) -> dict[str, tuple[str, st
     regions, sizes = read_regions(vg), read_sizes(vg)
     unknown = [image for image in images if image not in regions]
     if unknown:
-        raise DataError(f"{vg / 'region_descriptions.json'} has no {some(unknown)}.", "Give VG's own file.")
+        raise DataError(f"{vg / 'region_descriptions.json'} has no {preview(unknown)}.", "Give VG's own file.")
     found = {}
     for image in images:
         width, height = sizes[image]
@@ -185,7 +185,7 @@ class ExactJudge:
     """
 
     def __init__(self, path: Path) -> None:
-        held = read_object(path)
+        held = read_json_object(path)
         try:
             self.vocabulary = Vocabulary.of(list(held["names"]), held["names"])
             self.images = {image: frozenset(names) for image, names in held["images"].items()}
@@ -194,11 +194,11 @@ class ExactJudge:
                 f"{path} is not in the layout of exact annotations.", "docs/shr-amber-mmhal.md has it."
             ) from None
 
-    def label(self, described: Sequence[Described]) -> Judged[Labels]:
+    def label(self, described: Sequence[DescribedImage]) -> JudgeResults[Labels]:
         unknown = [one.image for one in described if one.image not in self.images]
         if unknown:
-            raise DataError(f"{EXACT} has no {some(unknown)}.", "Give the annotations of the same images.")
-        return Judged(
+            raise DataError(f"{EXACT} has no {preview(unknown)}.", "Give the annotations of the same images.")
+        return JudgeResults(
             [tuple(self._label(s, self.images[one.image]) for s in one.sentences) for one in described],
             {"model": "exact annotations"},
         )
@@ -213,7 +213,7 @@ def needs_judge(data: Path) -> bool:
     return not shr_file(data, EXACT).exists()
 
 
-def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> dict[str, Any]:
+def score_shr(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> dict[str, Any]:
     """SHR and its companions, by the judge, or by exact annotations where there is none.
 
     Args:
@@ -227,7 +227,7 @@ def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> d
     Raises:
         RelookError: the judge labelled no sentence.
     """
-    all_said = [Described(image, sentences_of(text)) for image, text in descriptions.items()]
+    all_said = [DescribedImage(image, sentences_of(text)) for image, text in descriptions.items()]
     described = [one for one in all_said if one.sentences]
     by: SentenceJudge = KnowledgeJudge(judge, data) if judge else ExactJudge(shr_file(data, EXACT))
     judged = by.label(described)
@@ -264,7 +264,7 @@ def score(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> d
 _COLUMNS = ("sents", "words", "judged_sents", "judged_words", "hal_sents", "hal_words", "open")
 
 
-def _counts(one: Described, labels: Labels | None) -> tuple[int, ...]:
+def _counts(one: DescribedImage, labels: Labels | None) -> tuple[int, ...]:
     words = [len(sentence.split(" ")) for sentence in one.sentences]  # as the original: two spaces make a word
     false = [label == HALLUCINATION for label in labels or ()]
     judged = labels is not None

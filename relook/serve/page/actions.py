@@ -30,16 +30,16 @@ from relook.data.templates import with_image
 from relook.errors import DataError
 from relook.evaluate.tasks.chair import Vocabulary, mentions
 from relook.generate.engine import Engine
-from relook.generate.request import Busy, Request
+from relook.generate.request import QueueFull, Request
 from relook.report.pages import picture
 from relook.report.plots import attention_before
-from relook.serve.api import Policy
-from relook.serve.chat import Answers, read_request
-from relook.serve.media import Sources
-from relook.serve.page.texts import ENGLISH, say
+from relook.serve.api import ServerLimits
+from relook.serve.chat import AnswerStream, read_request
+from relook.serve.media import ImageSources
+from relook.serve.page.texts import ENGLISH, translate
 from relook.serve.protocol import APIError, ChatRequest
 from relook.serve.threads import Readers
-from relook.toyworld.world import OBJECTS, SYNONYMS, draw, sample_scenes
+from relook.toyworld.world import OBJECTS, SYNONYMS, draw_scene, sample_scenes
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerWord:
     """A word of an answer, or what stands between two; `absent` where it names what is known not to be there."""
 
     text: str
@@ -77,14 +77,14 @@ class Page:
     """
 
     engines: Mapping[str, Engine]
-    policy: Policy
+    policy: ServerLimits
     folder: Path
     vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary.of(OBJECTS, SYNONYMS))
     truth: dict[str, frozenset[str]] = field(default_factory=dict)  # by hash of the file
     readers: Readers = field(default_factory=Readers)
 
     @property
-    def sources(self) -> Sources:
+    def sources(self) -> ImageSources:
         """Uploads alone, whatever the API takes."""
         return replace(self.policy.sources, web=False, root=self.folder)
 
@@ -93,7 +93,7 @@ class Page:
         paths = []
         for scene in sample_scenes(0, "test", EXAMPLES):
             path = self.folder / f"example-{scene.id}.png"
-            draw(scene).save(path)
+            draw_scene(scene).save(path)
             self.truth[_key(path.read_bytes())] = frozenset(scene.names)
             paths.append(path)
         return paths
@@ -144,7 +144,7 @@ class Page:
             sampling = replace(sampling, seed=secrets.randbits(31))  # the same for all models
 
         arrived = time.monotonic()
-        answers = Answers(
+        answers = AnswerStream(
             [
                 (engine, await self._request(name, place, [*turns, Turn(question, "")], sampling, arrived))
                 for (name, engine), turns in zip(self.engines.items(), histories, strict=True)
@@ -178,22 +178,22 @@ class Page:
         [request] = await read_request(engine, body, self.sources, self.policy.max_images, until, self.readers)
         return request
 
-    def pieces(self, text: str, there: frozenset[str] | None = None) -> list[Piece]:
+    def pieces(self, text: str, there: frozenset[str] | None = None) -> list[AnswerWord]:
         """An answer cut into words and what stands between them; joined, they are the answer.
 
         Args:
             there: the objects on the picture, where they are known.
         """
         wrong = [] if there is None else [m for m in mentions(text, self.vocabulary) if m.object not in there]
-        pieces: list[Piece] = []
+        pieces: list[AnswerWord] = []
         last = 0
         for found in _WORD.finditer(text):
             if found.start() > last:
-                pieces.append(Piece(text[last : found.start()], last, False))
+                pieces.append(AnswerWord(text[last : found.start()], last, False))
             absent = any(mention.start <= found.start() < mention.end for mention in wrong)
-            pieces.append(Piece(found[0], found.start(), True, absent))
+            pieces.append(AnswerWord(found[0], found.start(), True, absent))
             last = found.end()
-        return [*pieces, Piece(text[last:], last, False)] if last < len(text) else pieces
+        return [*pieces, AnswerWord(text[last:], last, False)] if last < len(text) else pieces
 
     def look(self, name: str, place: str, turns: Sequence[Turn], index: int, language: str = "en") -> str:
         """Where a model's post decoder looked before a word of the last answer, as HTML; empty between words.
@@ -204,7 +204,7 @@ class Page:
         Raises:
             APIError: the picture is gone, or the conversation is not one that the model could have had.
         """
-        nothing = f"<p>{html.escape(say(language, 'no_map', model=name))}</p>"
+        nothing = f"<p>{html.escape(translate(language, 'no_map', model=name))}</p>"
         if not turns or not place:
             return nothing
         pieces, engine = self.pieces(turns[-1].response), self.engines[name]
@@ -219,13 +219,13 @@ class Page:
             maps = engine.run(lambda: attention_before(loaded, image, asked, [pieces[index].start], template))
         except DataError as error:
             raise APIError(400, str(error), "invalid_message") from None
-        except Busy as error:
+        except QueueFull as error:
             raise APIError(503, str(error), "busy") from None
         if not maps:
             return nothing
         buffer = io.BytesIO()
         loaded.images.seen(image).save(buffer, "PNG")
-        caption = html.escape(say(language, "before", model=name, word=pieces[index].text))
+        caption = html.escape(translate(language, "before", model=name, word=pieces[index].text))
         return f"{picture(buffer.getvalue(), maps[0], 'png')}<p>{caption}</p>"
 
 

@@ -22,11 +22,11 @@ import gradio as gr
 
 from relook.data.samples import Turn
 from relook.generate.engine import Engine
-from relook.report.plots import has_maps
-from relook.serve.api import READING, Policy
-from relook.serve.middleware import App, Gate, Message, Receive, Scope, Send, refuse, replay
-from relook.serve.page.actions import EVERY_SECONDS, KEPT_SECONDS, Page, Piece, Sampling, Uploads
-from relook.serve.page.texts import TEXTS, explain, language_of, say
+from relook.report.plots import has_attention_maps
+from relook.serve.api import READING, ServerLimits
+from relook.serve.middleware import App, Message, Receive, RequestGate, Scope, Send, refuse, replay
+from relook.serve.page.actions import EVERY_SECONDS, KEPT_SECONDS, AnswerWord, Page, Sampling, Uploads
+from relook.serve.page.texts import TEXTS, explain_error, language_of, translate
 from relook.serve.protocol import APIError
 
 # ----------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ LANGUAGES = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"]})
 Raw = Any  # what the browser sends for a component
 
 
-def build(page: Page) -> gr.Blocks:
+def build_page(page: Page) -> gr.Blocks:
     """The page of these models."""
     t, names = LANGUAGES, list(page.engines)
     with gr.Blocks(title="relook", analytics_enabled=False, delete_cache=(EVERY_SECONDS, KEPT_SECONDS)) as blocks:
@@ -75,7 +75,7 @@ def build(page: Page) -> gr.Blocks:
                     stop = gr.Button(t("stop"), elem_id="stop", min_width=80)
                     clear = gr.Button(t("clear"), elem_id="clear", min_width=80)
                 with gr.Row():
-                    sides = [_side(name, has_maps(page.engines[name].loaded)) for name in names]
+                    sides = [_side(name, has_attention_maps(page.engines[name].loaded)) for name in names]
                 shown = gr.HTML(label=t("map"), show_label=True, container=True, elem_id="map")
         chats, answers = [chat for chat, _ in sides], [answer for _, answer in sides]
         how: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
@@ -149,7 +149,7 @@ def _shower(page: Page) -> Callable[..., list[Any]]:
             if place:
                 page.check(place)
                 there = page.there(place)
-                facts = "" if there is None else say(language, "there_is", names=", ".join(sorted(there)))
+                facts = "" if there is None else translate(language, "there_is", names=", ".join(sorted(there)))
         return [html.escape(facts), *_nothing(list(page.engines))]
 
     return show
@@ -174,7 +174,7 @@ def _told(language: str) -> Iterator[None]:
     try:
         yield
     except APIError as error:
-        raise gr.Error(html.escape(explain(language, error)), print_exception=False) from None
+        raise gr.Error(html.escape(explain_error(language, error)), print_exception=False) from None
 
 
 def _language(request: gr.Request) -> str:
@@ -214,8 +214,8 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     ]
 
 
-def _marked(pieces: Sequence[Piece], language: str) -> list[tuple[str, str | None]]:
-    return [(piece.text, say(language, "absent") if piece.absent else None) for piece in pieces]
+def _marked(pieces: Sequence[AnswerWord], language: str) -> list[tuple[str, str | None]]:
+    return [(piece.text, translate(language, "absent") if piece.absent else None) for piece in pieces]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ MOST_ASKED = 1_000_000
 
 
 @dataclass(frozen=True)
-class Front:
+class PathRouter:
     """The API and the page on one port, by path."""
 
     api: App
@@ -258,7 +258,7 @@ class Front:
         await (self.api if of_api else self.page)(scope, receive, send)
 
 
-def with_page(api: App, engines: Mapping[str, Engine], policy: Policy, folder: Path) -> App:
+def with_page(api: App, engines: Mapping[str, Engine], policy: ServerLimits, folder: Path) -> App:
     """The API with the page beside it.
 
     Args:
@@ -273,7 +273,7 @@ def with_page(api: App, engines: Mapping[str, Engine], policy: Policy, folder: P
 
     app = gradio.mount_gradio_app(
         FastAPI(openapi_url=None),
-        build(Page(engines, policy, folder)),
+        build_page(Page(engines, policy, folder)),
         path="/",
         max_file_size=policy.sources.max_bytes,
         i18n=LANGUAGES,
@@ -288,8 +288,8 @@ def with_page(api: App, engines: Mapping[str, Engine], policy: Policy, folder: P
         enable_monitoring=False,
         show_error=False,
     )
-    gate = Gate(
-        Door(app, Uploads(folder)),  # after the examples were drawn: they stay
+    gate = RequestGate(
+        PageGuard(app, Uploads(folder)),  # after the examples were drawn: they stay
         api_key=policy.api_key,
         max_body=policy.max_body,
         max_held=2 * policy.max_body,
@@ -297,11 +297,11 @@ def with_page(api: App, engines: Mapping[str, Engine], policy: Policy, folder: P
         seconds=policy.body_seconds,
         challenge='Basic realm="relook: any name, and the API key as password", charset="UTF-8"',
     )
-    return Front(api, gate)
+    return PathRouter(api, gate)
 
 
 @dataclass(frozen=True)
-class Door:
+class PageGuard:
     """ASGI middleware before Gradio, behind the gate: bodies come in one piece."""
 
     app: App

@@ -67,14 +67,14 @@ def language_of(accepted: str) -> str:
     return "zh" if accepted.lower().startswith("zh") else "en"
 
 
-def say(language: str, key: str, **values: str) -> str:
+def translate(language: str, key: str, **values: str) -> str:
     """A text in a language."""
     return TEXTS[language][key].format(**values)
 
 
-def explain(language: str, error: APIError) -> str:
+def explain_error(language: str, error: APIError) -> str:
     """What is wrong, for a person."""
     code = error.code or ""
     if code in ENGLISH:  # the page's own
-        return say(language, code)
+        return translate(language, code)
     return f"{CHINESE_ERRORS.get(code, '出错了。')} {error.message}" if language == "zh" else error.message
