@@ -25,7 +25,7 @@ from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, pe
 from relook.evaluate.benchmarks import CHAIR_PROMPT
 from relook.evaluate.tasks.pope import SPLITS, read_pope_questions
 from relook.files import write_json
-from relook.generate.tree_decoding import GenerationSettings, Prompt, answer, generate_batch
+from relook.generate.tree_decoding import GenerationSettings, Prompt, answer_questions, generate_batch
 from relook.model.load import LoadedModel, load_model, parse_dtype
 from relook.toyworld.build import shipped_base
 from relook.toyworld.layouts import write_eval
@@ -44,7 +44,7 @@ def main() -> None:
         said: dict[str, list[str]] = {}
 
         def engine(some: Sequence[Question]) -> list[str]:
-            found = dict(answer(loaded, some, asking, lambda *_: None))
+            found = dict(answer_questions(loaded, some, asking, lambda *_: None))
             return [found[i] for i in range(len(some))]
 
         def generate(size: int) -> Callable[[Sequence[Question]], list[str]]:

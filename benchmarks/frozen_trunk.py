@@ -187,7 +187,7 @@ def cache_pass(
     feature_cache._fill_trunk = timed_fill
     totals = []
     for _ in range(2):
-        TrunkCache.last = None
+        TrunkCache.current = None
         if GPU:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -236,7 +236,7 @@ def epoch(
 
 def sweep(base: Path, options: argparse.Namespace) -> dict[str, Any]:
     """`relook sweep`: pairs as in HA-DPO's mix (two thirds are description pairs, each there twice), POPE of each."""
-    TrunkCache.last = None
+    TrunkCache.current = None
     total, folder = options.sweep_pairs, options.work / "mix"
     write_pairs(folder, total // 2, total // 3, total - 2 * (total // 3))
     write_pope(options.work / "coco", options.pope_images)

@@ -18,7 +18,7 @@ from relook.evaluate.run import evaluate_model
 from relook.files import read_json, write_json
 from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.pairs import length_statistics
-from relook.mine.run import mine
+from relook.mine.run import mine_pairs
 from relook.recipe import load_recipe
 from relook.toyworld import layouts
 from relook.toyworld.build import shipped_base
@@ -46,7 +46,7 @@ def run_seed(out: Path, seed: int, recipes: list[str]) -> None:
     layouts.write_vg(world, seed, PAIR_SCENES)
     layouts.write_eval(world, "test", seed, TEST_SCENES)
     how = MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100)
-    mine(base, MiningSource(world / "vg", "toyworld", exclude=[world / "test"]), out / "mined", how)
+    mine_pairs(base, MiningSource(world / "vg", "toyworld", exclude=[world / "test"]), out / "mined", how)
     mined = out / "mined" / "desc_data.json"
     write_json(out / "perfect.json", perfect_pairs(seed, set(read_json(mined))))
     print_row(seed, "base", None, "", scores(base, out, "base"))

@@ -233,7 +233,7 @@ def cache_pass(options: argparse.Namespace) -> dict[str, Any]:
             policy = first = build_policy(recipe, loaded, DTYPE)
             examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
             collator = Collator(policy, loaded.images, loaded.pad_id)
-        feature_cache.TrunkCache.last = None
+        feature_cache.TrunkCache.current = None
         feature_cache.cached_items(recipe, policy, examples, collator, partial(lambda whole: whole, policy))
     seconds = [times[1] - times[0], times[4] - times[3]]
     return {"rate": round(len(examples) / seconds[1], 2), "seconds": [round(second, 1) for second in seconds]}

@@ -40,7 +40,7 @@ from relook.evaluate.tasks.pope import question_text
 from relook.files import write_json
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits, Request
-from relook.generate.tree_decoding import GenerationSettings, Prompt, answer, generate_batch
+from relook.generate.tree_decoding import GenerationSettings, Prompt, answer_questions, generate_batch
 from relook.model.load import LoadedModel
 from relook.toyworld.build import shipped_base
 from relook.toyworld.world import draw_scene, sample_scenes
@@ -128,7 +128,7 @@ def questions(folder: Path, pictures: int) -> list[tuple[bytes, str]]:
         draw_scene(scene).save(path)
         asked += [(path, DESCRIBE), (path, question_text(scene.names[0]))]
     loaded = load_model(shipped_base())
-    said = dict(answer(loaded, asked, GenerationSettings(max_new_tokens=64), lambda *_: None))
+    said = dict(answer_questions(loaded, asked, GenerationSettings(max_new_tokens=64), lambda *_: None))
     rows = []
     for i, (path, text) in enumerate(asked):
         url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
 
-Report = Callable[..., None]
+ProgressCallback = Callable[..., None]
 """Called as report(done, total, note=""): how far the work is, and what to say beside the bar."""
 
 
@@ -23,7 +23,7 @@ def prints_output() -> bool:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Report]:
+def progress(title: str) -> Iterator[ProgressCallback]:
     """A progress bar for one piece of work; where the output is not a terminal, one line at its end."""
     started = time.monotonic()
     bar = Progress(
@@ -51,7 +51,7 @@ def progress(title: str) -> Iterator[Report]:
         console.print(f"  {title}: {count:,} in {time.monotonic() - started:.1f} s")
 
 
-def say(text: str, style: str = "") -> None:
+def status(text: str, style: str = "") -> None:
     """A line for the user, on standard error: standard output is kept for results.
 
     No markup is read in it: a path may hold brackets.
@@ -60,7 +60,7 @@ def say(text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, soft_wrap=True)
 
 
-def output() -> Console:
+def stdout_console() -> Console:
     """Standard output, for tables. No markup is read in them, and a pipe gets wide lines."""
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:

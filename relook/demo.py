@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.console import progress, say
+from relook.console import progress, status
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
 from relook.evaluate.results import library_versions
@@ -20,7 +20,7 @@ from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import read_scores
 from relook.files import claim_output_dir, read_json, write_json
 from relook.mine.jobs import MiningSettings, MiningSource
-from relook.mine.run import mine
+from relook.mine.run import mine_pairs
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
 from relook.report.pages import RESULTS_FILE, write_report
@@ -69,7 +69,7 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
     claim_output_dir(out, DEMO_FILE, settings, "a demo")
     report = out / REPORT_FILE
     if report.exists():
-        say(f"{out} is finished: see {report}")
+        status(f"{out} is finished: see {report}")
         return report
     clock = _Clock(out / "seconds.json")
     with clock.phase("toyworld"):
@@ -90,7 +90,7 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
         write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
         report = write_report(out)
     write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
-    say(f"{report} and {out / RESULTS_FILE}, {sum(clock.seconds.values()):.0f} s in all")
+    status(f"{report} and {out / RESULTS_FILE}, {sum(clock.seconds.values()):.0f} s in all")
     return report
 
 
@@ -121,7 +121,7 @@ def evaluate_split(model: Path, places: DemoPaths, name: str, split: str = "test
 def mine_pairs(model: Path, places: DemoPaths, seed: int) -> None:
     """Pairs of the scenes that no evaluation has."""
     place = MiningSource(places.world / "vg", "toyworld", exclude=[places.world / "test"])
-    mine(model, place, places.pairs, mining_settings(seed))
+    mine_pairs(model, place, places.pairs, mining_settings(seed))
 
 
 def mining_settings(seed: int) -> MiningSettings:
@@ -183,7 +183,7 @@ class _Phase:
         self.clock, self.name = clock, name
 
     def __enter__(self) -> None:
-        say(self.name, style="bold")
+        status(self.name, style="bold")
         self.started = time.monotonic()
 
     def __exit__(self, *_: object) -> None:

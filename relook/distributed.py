@@ -45,7 +45,7 @@ def world_size() -> int:
     return int(_state().num_processes)
 
 
-def device() -> Any:
+def collective_device() -> Any:
     """Where this process's collectives work."""
     return _state().device
 
@@ -117,7 +117,7 @@ def all_gather_objects(values: list[T]) -> list[T]:
 # What reads or writes is collective: every process calls it, for the same parameters in the same order.
 
 
-def whole(parameter: Tensor) -> Tensor:
+def gather_full(parameter: Tensor) -> Tensor:
     """A parameter's values as one tensor on the CPU; of a DeepSpeed one the float32 values that its optimizer steps."""
     if isinstance(parameter, DTensor):
         full: Tensor = parameter.full_tensor()
@@ -132,7 +132,7 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.detach().cpu()
 
 
-def held(parameter: Tensor) -> Tensor:
+def local_shard(parameter: Tensor) -> Tensor:
     """The part of a parameter's values that lies in this process; it may be empty."""
     if isinstance(parameter, DTensor):
         local: Tensor = parameter.to_local()
@@ -170,7 +170,7 @@ def gather_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's `state_dict` with whole tensors on the CPU, as one process alone would have it."""
     state = optimizer.state_dict()
     each = {
-        index: {name: whole(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        index: {name: gather_full(v) if isinstance(v, Tensor) else v for name, v in values.items()}
         for index, values in state["state"].items()
     }
     return {**state, "state": each}

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from relook.console import output, plain_table, readable_size, say
+from relook.console import plain_table, readable_size, status, stdout_console
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ class CheckResult:
 
     check: str
     state: str
-    said: str
+    message: str
     fix: str = ""
 
 
@@ -76,8 +76,8 @@ def to_json(found: Sequence[CheckResult]) -> dict[str, Any]:
 def print_findings(found: Sequence[CheckResult]) -> None:
     table = plain_table("check", "", "found", "what to do")
     for one in found:
-        table.add_row(one.check, one.state, one.said, one.fix)
-    output().print(table)
+        table.add_row(one.check, one.state, one.message, one.fix)
+    stdout_console().print(table)
 
 
 def _project() -> dict[str, Any]:
@@ -299,7 +299,7 @@ class KnownWarning:
     name: str
     pattern: str
     meaning: str
-    here: str
+    in_relook: str
 
 
 KNOWN_WARNINGS = (
@@ -497,11 +497,11 @@ def find_known_warnings(text: str) -> list[KnownWarning]:
 def print_known_warnings(text: str, as_json: bool = False) -> int:
     """Print what is known of a text, or all that is known of where it is "all"; 1 where nothing is, else 0."""
     found = list(KNOWN_WARNINGS) if text == "all" else find_known_warnings(text)
-    out = output()
+    out = stdout_console()
     if as_json:
         out.print_json(data=[asdict(notice) for notice in found])
     for notice in () if as_json else found:
-        out.print(f"{notice.name}\n  {notice.meaning}\n  Here: {notice.here}", soft_wrap=True)
+        out.print(f"{notice.name}\n  {notice.meaning}\n  Here: {notice.in_relook}", soft_wrap=True)
     if not found:
-        say("No known message is in it. `relook doctor --explain all` lists those that are.")
+        status("No known message is in it. `relook doctor --explain all` lists those that are.")
     return 0 if found else 1

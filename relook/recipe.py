@@ -394,7 +394,7 @@ class Recipe:
         return not (self.full or self.lora_enable or self.tune_mm_mlp_adapter)
 
     @property
-    def said(self) -> dict[str, Any]:
+    def explicit_keys(self) -> dict[str, Any]:
         """transformers' keys, and relook's that switch some of them on."""
         names = ("eval_fraction", "group_by_modality_length", "cached_trunk")
         return {**self.training, **{name: getattr(self, name) for name in names}}
@@ -402,7 +402,7 @@ class Recipe:
     @property
     def _context(self) -> dict[str, Any]:
         """The same, with workers: how many there are by default depends on the device, known when a run begins."""
-        return {"dataloader_num_workers": not self.cached_trunk, **self.said}
+        return {"dataloader_num_workers": not self.cached_trunk, **self.explicit_keys}
 
     def to_yaml(self) -> str:
         values = dataclasses.asdict(self)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from relook.console import say
+from relook.console import status
 from relook.errors import Faults, RelookError
 from relook.evaluate.compare import compare, hallucination_by_divergence
 from relook.evaluate.pope_from_cache import FIRST_FILE, CachedPope
@@ -89,19 +89,19 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
     failed: dict[str, str] = {}
     waiting = [row for row in sweep.rows if not _finished(sweep, row.name)]
     samples = read(waiting)
-    evaluate(sweep, BASE, sweep.base, engine)
+    evaluate_row(sweep, BASE, sweep.base, engine)
     if waiting:
         encoded = encode_datasets(waiting, samples, engine)
         engine.release()
         for number, row in enumerate(sorted(waiting, key=_execution_order), 1):
-            say(f"{row.name} ({number} of {len(waiting)})", style="bold")
+            status(f"{row.name} ({number} of {len(waiting)})", style="bold")
             try:
                 run = train(row.recipe, sweep.loading.device or None, encoded[_data_key(row)])
             except RelookError as error:  # a rate that is too high must not cost the other rows
                 failed[row.name] = str(error)
-                say(f"  {row.name} failed: {error}", style="red")
+                status(f"  {row.name} failed: {error}", style="red")
                 continue
-            evaluate(sweep, row.name, run, engine)
+            evaluate_row(sweep, row.name, run, engine)
     done = [row for row in sweep.rows if row.name not in failed]
     if not done:
         why = next(iter(failed.values()))
@@ -110,7 +110,7 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
     from relook.report.sweep_page import write_sweep_page
 
     page = write_sweep_page(sweep.out)
-    say(f"{page}, {sweep.out / 'table.md'} and {sweep.out / RESULTS_FILE}")
+    status(f"{page}, {sweep.out / 'table.md'} and {sweep.out / RESULTS_FILE}")
     return page
 
 
@@ -192,14 +192,14 @@ def encode_datasets(
     return found
 
 
-def evaluate(sweep: Sweep, name: str, model: Path, engine: CachedPope) -> None:
+def evaluate_row(sweep: Sweep, name: str, model: Path, engine: CachedPope) -> None:
     """POPE, and CHAIR where it is wanted, of one model; what is there already is not asked again."""
     out = sweep.answers(name)
     claim_answers(sweep, name, model)
     if not (out / "pope.json").exists():
         scores = engine.evaluate(model, out)
         whole = sum(scores[split]["generated"] for split in SPLITS)
-        say(f"  POPE of {name}: {whole} of {sum(scores[split]['n'] for split in SPLITS)} answers generated in full")
+        status(f"  POPE of {name}: {whole} of {sum(scores[split]['n'] for split in SPLITS)} answers generated in full")
     if sweep.chair:
         how = (sweep.template, sweep.batch_size, sweep.max_new_tokens, sweep.loading_of(name))
         evaluate_model(model, ["chair"], Path(sweep.data), out, *how)

@@ -109,9 +109,9 @@ def no_trunk_cache() -> Iterator[None]:
     """Nothing cached by an earlier test, and nothing left for the next one."""
     from relook.train.feature_cache import TrunkCache
 
-    TrunkCache.last = None
+    TrunkCache.current = None
     yield
-    TrunkCache.last = None
+    TrunkCache.current = None
 
 
 @pytest.fixture

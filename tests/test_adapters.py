@@ -22,7 +22,7 @@ from relook import load_model
 from relook.errors import CheckpointError
 from relook.files import read_json, write_json
 from relook.model.checkpoint import read_tensor_file
-from relook.model.export import WriteOptions, merge
+from relook.model.export import WriteOptions, merge_adapter
 from relook.model.load import folder_template, model_hash
 from relook.model.lora import LoraSettings
 from relook.recipe import build_recipe
@@ -251,7 +251,7 @@ def test_merge_compares_with_peft(
     LlavaForConditionalGeneration.from_pretrained(biased, dtype=dtype).save_pretrained(base)
     make_processor().save_pretrained(base)
     by_peft(base, tmp_path / "adapter", **UNDERSTOOD[kind])
-    assert merge(base, tmp_path / "adapter", tmp_path / "out") == 0
+    assert merge_adapter(base, tmp_path / "adapter", tmp_path / "out") == 0
     difference = re.search(r"from peft's own (\S+)\n", capsys.readouterr().err)
     assert difference
     assert float(difference[1]) < 1e-4
@@ -264,11 +264,11 @@ def test_a_wrong_merge_is_not_written(
     theirs = names == "LLaVA's"
     source, lora = (tiny / "ckpt_safetensors", tiny / "lora_llava-tiny") if theirs else (base, adapter)
     how = WriteOptions(vision_tower=tower if theirs else None)
-    assert merge(source, lora, tmp_path / "right", None, how) == 0
+    assert merge_adapter(source, lora, tmp_path / "right", None, how) == 0
     scale = LoraSettings.scale
     monkeypatch.setattr(LoraSettings, "scale", lambda self, module: 1.1 * scale(self, module))
     with pytest.raises(CheckpointError, match="differ from those of peft's adapter by"):
-        merge(source, lora, tmp_path / "wrong", None, how)
+        merge_adapter(source, lora, tmp_path / "wrong", None, how)
     assert not (tmp_path / "wrong").exists()
 
 
@@ -454,7 +454,7 @@ def test_a_checkpoint_of_a_run_is_loaded_as_the_run_is(
     earlier = load_model(first).model.state_dict()
     assert any(not torch.equal(tensor, whole[name]) for name, tensor in earlier.items())
     capsys.readouterr()
-    merge(base, first, tmp_path / "merged")
+    merge_adapter(base, first, tmp_path / "merged")
     assert ("from peft's own" in capsys.readouterr().err) == ("lora_enable" in REGIMES[regime])
     merged = load_model(tmp_path / "merged").model.state_dict()
     assert all(torch.equal(tensor, merged[name]) for name, tensor in earlier.items())

@@ -24,7 +24,14 @@ from relook.data.templates import TEMPLATES, get_template
 from relook.errors import DataError
 from relook.generate import tree_decoding as answering
 from relook.generate.sampling import Sampler, has_full_attention
-from relook.generate.tree_decoding import GenerationSettings, Prompt, PromptTree, Question, answer, batch_by_images
+from relook.generate.tree_decoding import (
+    GenerationSettings,
+    Prompt,
+    PromptTree,
+    Question,
+    answer_questions,
+    batch_by_images,
+)
 from relook.toyworld.build import IMAGE_SIZE, make_processor
 
 NEW = 10
@@ -69,7 +76,7 @@ def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -
 
 def answers(loaded: LoadedModel, questions: Sequence[Question], size: int = 64, **how: Any) -> list[str]:
     asking = GenerationSettings(**{"max_new_tokens": NEW, "batch_size": size, **how})
-    found = dict(answer(loaded, questions, asking, lambda *_: None))
+    found = dict(answer_questions(loaded, questions, asking, lambda *_: None))
     return [found[i] for i in range(len(questions))]
 
 
@@ -332,7 +339,7 @@ def test_an_image_that_cannot_be_read_is_named_and_costs_no_other_answer(picture
     loaded = as_loaded(tiny_llava())
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     questions: list[Question] = [(path, TEXTS[0]) for path in [*pictures, tmp_path / "bad.jpg"]]
-    found = answer(loaded, questions, GenerationSettings(max_new_tokens=2, batch_size=1), lambda *_: None)
+    found = answer_questions(loaded, questions, GenerationSettings(max_new_tokens=2, batch_size=1), lambda *_: None)
     assert sorted(next(found)[0] for _ in pictures) == [0, 1, 2, 3]
     with pytest.raises(DataError, match=r"bad\.jpg"):
         next(found)

@@ -55,7 +55,7 @@ def prepared(keys: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[
     set_trainable(loaded, recipe)
     policy = Policy(loaded.model, dtype)
     collator = Collator(policy, loaded.images, 3)
-    TrunkCache.last = None
+    TrunkCache.current = None
     items = cached_items(recipe, policy, examples, collator, lambda: policy)
     return CachePlan.of(policy, examples, loaded.images), items, collator
 
@@ -92,14 +92,14 @@ def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path
     collator = Collator(Policy(loaded.model, trunk_pass="flex"), loaded.images, 3)
     for count, least, positions in ((1, 1024, 1024), (3, 1024, 1024), (5, 128, None), (5, 0, None)):
         items = [Item(example) for example in examples[:count]]
-        found = collator.live(items, least).packed
+        found = collator.live_batch(items, least).packed
         roots = 1 if least else -(-count // TREES_PER_ROOT)
-        root = int((found.tree == ROOT).sum()) // roots  # what all prompts begin with
+        root = int((found.tree_index == ROOT).sum()) // roots  # what all prompts begin with
         needed = sum(len(item.example.tree) - root for item in items) + roots * root
         assert root >= 1
         assert needed > (128 if count == 5 else 0)
         assert found.ids.shape == (1, positions or 128 * -(-needed // 128))
-        assert (found.tree != PADDING).sum() == needed
+        assert (found.tree_index != PADDING).sum() == needed
 
 
 # --- the same training
@@ -113,7 +113,7 @@ def test_wherever_the_states_are_the_training_is_the_same(
     logs, tensors = {}, {}
     for kind in ("off", "memory", "disk"):
         more = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 4, "feature_cache": kind}
-        TrunkCache.last = None
+        TrunkCache.current = None
         out = train(build_recipe(of(base, world, tmp_path / kind, **keys, **more)))
         log = json.loads((out / "run.json").read_text())["log"]
         logs[kind] = [value for entry in log for name, value in entry.items() if "loss" in name or "logps" in name]
@@ -131,14 +131,14 @@ def test_a_second_run_finds_everything_on_disk(
     base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = train(build_recipe(of_dpo(base, world, tmp_path / "1", **CROSS)))
-    TrunkCache.last = None  # as in another process
+    TrunkCache.current = None  # as in another process
     monkeypatch.setattr(Policy, "_trunk", never)
     monkeypatch.setattr(feature_cache, "reference_log_probs", never)
     again = train(build_recipe(of_dpo(base, world, tmp_path / "2", **CROSS)))
     assert (again / TENSORS_FILE).read_bytes() == (first / TENSORS_FILE).read_bytes()
-    TrunkCache.last = None
+    TrunkCache.current = None
     train(build_recipe(of_dpo(base, world, tmp_path / "3", tune_lm_head=True, learning_rate=1e-4, beta=0.5)))
-    TrunkCache.last = None
+    TrunkCache.current = None
     auto = dpo_keys(base, world, tmp_path / "4", **CROSS)  # what is on disk need not be computed for memory
     assert (train(build_recipe(auto)) / TENSORS_FILE).read_bytes() == (first / TENSORS_FILE).read_bytes()
 
@@ -321,7 +321,7 @@ def test_a_killed_pass_ends_in_the_same_files(
     assert len(states) == 5
     assert any(name.endswith(".part") for name in left)
     made: list[int] = []
-    whole_pass = feature_cache.trunk_pass
+    whole_pass = feature_cache.compute_trunk_states
 
     def counted(policy: Policy, plan: CachePlan, shard: Any, *rest: Any) -> Any:
         made.append(shard.number)

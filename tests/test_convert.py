@@ -27,7 +27,7 @@ from relook.errors import RelookError
 from relook.files import read_json, write_json
 from relook.model import export as module
 from relook.model.checkpoint import ADAPTER_FILE, KEPT, read_tensor_folder, weight_files, write_tensors
-from relook.model.export import WriteOptions, convert, export, merge
+from relook.model.export import WriteOptions, convert_model, export_model, merge_adapter
 from relook.model.lazy_model import open_folder
 from relook.model.load import TENSORS_FILE, add_post_decoder
 from relook.toyworld.build import make_processor
@@ -63,9 +63,9 @@ def decoder_run(base: Path, out: Path, head: bool = True) -> Path:
 def test_llava_to_hf_and_back(tiny: Path, tower: Path, tmp_path: Path) -> None:
     source, hf, back = tiny / "ckpt_bin_sharded", tmp_path / "hf", tmp_path / "back"
     how = WriteOptions(vision_tower=tower, shard_gb=3e-4)
-    assert convert(source, hf, "hf", how) == 0
+    assert convert_model(source, hf, "hf", how) == 0
     assert len(weight_files(hf)) > 2
-    assert convert(hf, back, "llava") == 0
+    assert convert_model(hf, back, "llava") == 0
     assert same_tensors(source, back)
     config, ours = read_json(source / "config.json"), read_json(back / "config.json")
     same = [
@@ -87,9 +87,9 @@ def test_llava_to_hf_and_back(tiny: Path, tower: Path, tmp_path: Path) -> None:
 
 def test_hf_to_llava_and_back(toy: Path, tmp_path: Path) -> None:
     published = tmp_path / "published"
-    convert(toy, published, "hf")
-    assert convert(published, tmp_path / "llava", "llava") == 0
-    assert convert(tmp_path / "llava", tmp_path / "back", "hf") == 0
+    convert_model(toy, published, "hf")
+    assert convert_model(published, tmp_path / "llava", "llava") == 0
+    assert convert_model(tmp_path / "llava", tmp_path / "back", "hf") == 0
     assert same_tensors(published, tmp_path / "back")
     configs = [read_json(folder / "config.json") for folder in (published, tmp_path / "back")]
     for key in ("image_token_index", "vision_feature_layer", "projector_hidden_act", "conversation_template"):
@@ -100,7 +100,7 @@ def test_hf_to_llava_and_back(toy: Path, tmp_path: Path) -> None:
 def test_a_converted_folder_in_plain_transformers(tiny: Path, tower: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    convert(tiny / "ckpt_safetensors", tmp_path / "hf", "hf", WriteOptions(vision_tower=tower))
+    convert_model(tiny / "ckpt_safetensors", tmp_path / "hf", "hf", WriteOptions(vision_tower=tower))
     model, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -126,8 +126,8 @@ def test_a_linear_projector_becomes_one_again(tiny: Path, tower: Path, tmp_path:
     for part in ("weight", "bias"):
         tensors[f"model.mm_projector.{part}"] = tensors.pop(f"model.mm_projector.0.{part}")
     save_file(tensors, folder / "model.safetensors")
-    convert(folder, tmp_path / "hf", "hf", WriteOptions(vision_tower=tower))
-    assert convert(tmp_path / "hf", tmp_path / "back", "llava") == 0
+    convert_model(folder, tmp_path / "hf", "hf", WriteOptions(vision_tower=tower))
+    assert convert_model(tmp_path / "hf", tmp_path / "back", "llava") == 0
     assert same_tensors(folder, tmp_path / "back")
 
 
@@ -136,7 +136,7 @@ def test_merged_lora_and_head_give_the_originals_logits(tiny: Path, tower: Path,
     how = WriteOptions(vision_tower=tower)
     saved = np.load(tiny / "outputs/case_A.npz")
     for change, output in (("lora_llava-tiny", "lora_A"), ("head_fp32/non_lora_trainables.bin", "head_fp32_A")):
-        assert merge(tiny / "ckpt_bin_sharded", tiny / change, tmp_path / output, None, how) == 0
+        assert merge_adapter(tiny / "ckpt_bin_sharded", tiny / change, tmp_path / output, None, how) == 0
         model = load_model(tmp_path / output).model
         token = model.config.image_token_id
         ids = [i for id in saved["input_ids"] for i in ([token] * 16 if id == -200 else [int(id)])]
@@ -151,7 +151,7 @@ def test_stages_take_what_replace_bin_took(toy: Path, tmp_path: Path) -> None:
 
     def merged(source: Path, change: Path, stage: int) -> dict[str, bool]:
         out = tmp_path / f"{source.name}-{change.name}-{stage}"
-        merge(source, change, out, stage, FAST)
+        merge_adapter(source, change, out, stage, FAST)
         found = open_folder(out).tensors
         assert found.keys() == base.keys() | {n for n in trained if "post_decoder" in n} | {"lm_head.weight"}
         head = found["lm_head.weight"].read() if "lm_head.weight" in found else None
@@ -160,7 +160,7 @@ def test_stages_take_what_replace_bin_took(toy: Path, tmp_path: Path) -> None:
         return {"head": head is not None and torch.equal(head, trained["lm_head.weight"])}
 
     untied = tmp_path / "untied"
-    merge(toy, head_file(tmp_path), untied, None, FAST)
+    merge_adapter(toy, head_file(tmp_path), untied, None, FAST)
     base = open_folder(untied).tensors
     assert merged(untied, run, 0) == {"head": True}
     assert merged(untied, run, 1) == {"head": False}
@@ -173,7 +173,7 @@ def test_stages_take_what_replace_bin_took(toy: Path, tmp_path: Path) -> None:
         (untied, run, 3, "There is no stage 3"),
     ):
         with pytest.raises(RelookError, match=message):
-            merge(source, change, tmp_path / "never", stage, FAST)
+            merge_adapter(source, change, tmp_path / "never", stage, FAST)
     assert not (tmp_path / "never").exists()
 
 
@@ -191,7 +191,7 @@ def head_file(folder: Path) -> Path:
 
 def test_an_export_works_where_relook_cannot_be_imported(toy: Path, tmp_path: Path) -> None:
     run = decoder_run(toy, tmp_path / "run")
-    assert export(run, tmp_path / "whole") == 0
+    assert export_model(run, tmp_path / "whole") == 0
     program = """
 import sys, torch
 class Block:
@@ -231,7 +231,7 @@ torch.save(model(input_ids=ids, pixel_values=pixels).logits.detach(), sys.argv[2
 def test_a_post_decoder_has_no_place_in_llavas_format(toy: Path, tmp_path: Path) -> None:
     run = decoder_run(toy, tmp_path / "run")
     with pytest.raises(RelookError, match="no place for a post decoder"):
-        convert(run, tmp_path / "llava", "llava")
+        convert_model(run, tmp_path / "llava", "llava")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "toy"]
 
 
@@ -261,10 +261,10 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    convert(toy, out, "llava", FAST)
+    convert_model(toy, out, "llava", FAST)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(RelookError, match=r"exists.*--force"):
-        convert(toy, out, "llava", FAST)
+        convert_model(toy, out, "llava", FAST)
 
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -273,31 +273,31 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
         patch.setattr(module, "logit_difference", stop)
         for target, how in ((tmp_path / "new", WriteOptions()), (out, WriteOptions(force=True))):
             with pytest.raises(KeyboardInterrupt):
-                convert(toy, target, "llava", how)
+                convert_model(toy, target, "llava", how)
         patch.setattr(module, "logit_difference", lambda *sources: float("nan"))
         with pytest.raises(RelookError, match="logits of the result differ"):
-            convert(toy, tmp_path / "new", "llava")
+            convert_model(toy, tmp_path / "new", "llava")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "toy"]
-    convert(toy, out, "hf", WriteOptions(force=True, check=False))
+    convert_model(toy, out, "hf", WriteOptions(force=True, check=False))
     assert read_json(out / "config.json")["model_type"] == "llava"
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("words")
     with pytest.raises(RelookError, match="no model folder and is not replaced"):
-        convert(toy, tmp_path / "mine", "hf", WriteOptions(force=True))
+        convert_model(toy, tmp_path / "mine", "hf", WriteOptions(force=True))
     for target in (toy, tmp_path):
         with pytest.raises(RelookError, match="holds the source itself"):
-            convert(toy, target, "hf", WriteOptions(force=True))
+            convert_model(toy, target, "hf", WriteOptions(force=True))
     run = decoder_run(toy, tmp_path / "run")
     with pytest.raises(RelookError, match="holds the source itself"):
-        merge(toy, run, run, None, WriteOptions(force=True))
+        merge_adapter(toy, run, run, None, WriteOptions(force=True))
 
 
 def test_a_link_stays_a_link_and_a_killed_writers_rest_is_removed(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     for force in (False, True):
-        convert(toy, tmp_path / "link", "hf", WriteOptions(force=force, check=False))
+        convert_model(toy, tmp_path / "link", "hf", WriteOptions(force=force, check=False))
     assert (tmp_path / "link").is_symlink()
     assert weight_files(tmp_path / "disk")
 
@@ -306,21 +306,21 @@ def test_a_link_stays_a_link_and_a_killed_writers_rest_is_removed(toy: Path, tmp
     rest, other = (tmp_path / f".out.{process}.part" for process in (ended.pid, os.getppid()))
     for folder in (rest, other):
         folder.mkdir()
-    convert(toy, tmp_path / "out", "hf", FAST)
+    convert_model(toy, tmp_path / "out", "hf", FAST)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, "disk", "link", "out", "toy"])
 
 
 def test_the_old_folder_is_removed_after_the_new_one_has_its_name(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert(toy, tmp_path / "out", "hf", FAST)
+    convert_model(toy, tmp_path / "out", "hf", FAST)
 
     def stop(*arguments: Any) -> float:
         monkeypatch.setattr("shutil.rmtree", lambda *arguments, **named: None)  # as a kill there would
         return 0.0
 
     monkeypatch.setattr(module, "logit_difference", stop)
-    convert(toy, tmp_path / "out", "llava", WriteOptions(force=True))
+    convert_model(toy, tmp_path / "out", "llava", WriteOptions(force=True))
     assert read_json(tmp_path / "out/config.json")["model_type"] == "llava_llama"
     assert (tmp_path / f".out.old.{os.getpid()}.part/config.json").exists()
 
@@ -331,7 +331,7 @@ def test_anyone_may_read_what_is_written_whatever_the_path(
     shutil.copy(tmp_path / "toy/tokenizer.json", tmp_path / "toy/tokenizer.model")
     (toy / "tokenizer.model").chmod(0o400)
     out = tmp_path / ("long " * 30) / "a[/b] [red]"
-    export(toy, out, FAST)
+    export_model(toy, out, FAST)
     plain = tmp_path / "new"
     plain.touch()
     assert {path.stat().st_mode for path in out.iterdir()} == {plain.stat().st_mode}
@@ -342,7 +342,7 @@ def test_a_full_disk_is_noticed_first(toy: Path, tmp_path: Path, monkeypatch: py
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(RelookError, match=r"needs .* on disk, but .* free\. Make room there"):
-        convert(toy, tmp_path / "out", "hf")
+        convert_model(toy, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
 
 

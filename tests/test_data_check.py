@@ -17,7 +17,7 @@ from damaged import encoded, write_llava
 from PIL import Image
 
 from relook import cli
-from relook.data.check import FolderReport, check, fix_folder
+from relook.data.check import FolderReport, check_folder, fix_folder
 from relook.data.readers import read_hadpo, read_llava
 from relook.errors import DataError, RelookError
 from relook.files import write_json, write_jsonl
@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_every_defect_is_found_and_none_invented(tmp_path: Path) -> None:
     images, records = write_llava(tmp_path, 200, 4)
-    report = check("llava", tmp_path, workers=1)
+    report = check_folder("llava", tmp_path, workers=1)
     assert image_faults(report) == images
     assert record_faults(report) == records
     assert len(report.images) == 200
@@ -48,17 +48,17 @@ def test_every_defect_is_found_and_none_invented(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_defect_among_20000_files(tmp_path: Path) -> None:
     images, records = write_llava(tmp_path / "source", 20_000, 400)
-    report = check("llava", tmp_path / "source")
+    report = check_folder("llava", tmp_path / "source")
     assert image_faults(report) == images
     assert record_faults(report) == records
     fix_folder("llava", tmp_path / "source", tmp_path / "fixed")
-    assert check("llava", tmp_path / "fixed").clean
+    assert check_folder("llava", tmp_path / "fixed").clean
 
 
 def test_several_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_llava(tmp_path, 100, 1)
     monkeypatch.setattr("relook.data.check.ALONE", 10)
-    assert check("llava", tmp_path, workers=2).to_json() == check("llava", tmp_path, workers=1).to_json()
+    assert check_folder("llava", tmp_path, workers=2).to_json() == check_folder("llava", tmp_path, workers=1).to_json()
 
 
 def test_fix_leaves_a_clean_folder_and_the_old_one_alone(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_fix_leaves_a_clean_folder_and_the_old_one_alone(tmp_path: Path) -> None
     before = files(source)
     fix_folder("llava", source, out, workers=1)
     assert files(source) == before
-    assert check("llava", out, workers=1).clean
+    assert check_folder("llava", out, workers=1).clean
     kept, report = read_llava(out / "llava_mix.json", out / "images", on_bad="error")
     total = len(json.loads((source / "llava_mix.json").read_text()))
     assert (len(kept), report.dropped) == (total - sum(map(len, records.values())), 0)
@@ -95,7 +95,7 @@ def test_fix_in_place(tmp_path: Path) -> None:
     write_llava(tmp_path, 60, 1)
     before = files(tmp_path / "images")
     fix_folder("llava", tmp_path, in_place=True, workers=1)
-    report = check("llava", tmp_path, workers=1)
+    report = check_folder("llava", tmp_path, workers=1)
     assert record_faults(report) == {}
     assert set(image_faults(report)) <= {"truncated", "empty file", "not an image"}  # which no record names any more
     assert not any(report.images[name] for names in image_faults(report).values() for name in names)
@@ -111,10 +111,10 @@ def test_ocr_vqa_gifs_under_another_name_become_jpegs(tmp_path: Path) -> None:
     (tmp_path / "ocr_vqa/images/1.gif").write_bytes(encoded(random.Random(0), "GIF"))
     talk = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Ada."}]
     write_json(tmp_path / "mix.json", [{"id": "1", "image": "ocr_vqa/images/1.jpg", "conversations": talk}])
-    assert image_faults(check("llava", tmp_path)) == {"there under another extension": {"ocr_vqa/images/1.jpg"}}
+    assert image_faults(check_folder("llava", tmp_path)) == {"there under another extension": {"ocr_vqa/images/1.jpg"}}
     fix_folder("llava", tmp_path, in_place=True)
     assert Image.open(tmp_path / "ocr_vqa/images/1.jpg").format == "JPEG"
-    assert check("llava", tmp_path).clean
+    assert check_folder("llava", tmp_path).clean
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -178,7 +178,7 @@ def test_hadpo(tmp_path: Path) -> None:
     ask = {"image_id": 4, "question": "Is it?", "chosen": "Yes.", "reject": "No.", "answer": "No.", "correct": False}
     asked = [ask, ask, {**ask, "chosen": "No."}, {**ask, "chosen": ""}, {k: v for k, v in ask.items() if k != "reject"}]
     write_json(folder / "pope_data.json", asked)
-    report = check("hadpo", folder)
+    report = check_folder("hadpo", folder)
     assert record_faults(report) == {
         "chosen equals rejected": {"pope-2"},  # of the file that comes last
         "no chosen or no rejected description": {"desc-3"},
@@ -193,13 +193,13 @@ def test_hadpo(tmp_path: Path) -> None:
     assert report.indexes[0].faults["duplicate"] == ["desc-1 (number 2)"]
     assert image_faults(report) == {"missing": {"VG_100K/8.jpg"}, "empty file": {"VG_100K_2/7.jpg"}}
     fix_folder("hadpo", folder, fixed)
-    assert check("hadpo", fixed).clean
+    assert check_folder("hadpo", fixed).clean
     pairs, dropped = read_hadpo(fixed / "vg", fixed / "desc_data.json", fixed / "pope_data.json", on_bad="error")
     assert ([pair.id for pair in pairs], dropped.dropped) == (["pope-0", "desc-1", "desc-1"], 0)
 
 
 def test_pope_of_the_original_is_clean_but_for_its_images(refdata: Path) -> None:
-    report = check("pope", refdata / "pope" / "questions", workers=1)
+    report = check_folder("pope", refdata / "pope" / "questions", workers=1)
     assert [len(one.content) for one in report.indexes] == [3000] * len(report.indexes)
     assert {reason for one in report.indexes for reason in one.faults} == {"image file missing"}
     assert set(image_faults(report)) == {"missing"}
@@ -214,7 +214,7 @@ def test_pope(tmp_path: Path) -> None:
     with (tmp_path / "pope/coco_pope_random.json").open("a") as file:
         file.write('{"question_id": 7, "ima\n')
     (tmp_path / "val2014").mkdir()
-    report = check("pope", tmp_path)
+    report = check_folder("pope", tmp_path)
     assert [part.path.name for part in report.layout.parts if part.needed and not part.there] == [
         "coco_pope_adversarial.json"
     ]
@@ -234,7 +234,7 @@ def test_shr(tmp_path: Path) -> None:
     write_vg(tmp_path / "vg", range(1, 5))
     write_json(tmp_path / "shr/val_images_final.json", [{"image_id": i} for i in (1, 2, 2, 50)] + [{}])
     write_jsonl(tmp_path / "shr/shr_factual_part1.jsonl", [{"1": ["A dog."]}, {"2": []}, {"1": ["a"], "2": ["b"]}])
-    report = check("shr", tmp_path)
+    report = check_folder("shr", tmp_path)
     assert record_faults(report) == {
         "duplicate": {"val-2"},
         "image id not in image_data.json": {"val-3"},
@@ -252,7 +252,7 @@ def test_amber(tmp_path: Path) -> None:
     write_json(tmp_path / "data/annotations.json", [{"id": 1, "type": "generative", "truth": ["dog"]}, {"id": 2}])
     (tmp_path / "image").mkdir()
     (tmp_path / "image/AMBER_1.jpg").write_bytes(encoded(random.Random(0)))
-    assert record_faults(check("amber", tmp_path)) == {
+    assert record_faults(check_folder("amber", tmp_path)) == {
         "duplicate": {"query_all-1"},
         "empty text": {"query_all-2"},
         "no image, query": {"query_all-3"},
@@ -271,12 +271,12 @@ def test_images_elsewhere_are_found_and_fixed_there(tmp_path: Path) -> None:
     (tmp_path / "disk/3.jpg").write_bytes(encoded(random.Random(0), "PNG"))
     pair = {"chosen": ["A dog."], "rejected": ["A cat."]}
     write_json(tmp_path / "pairs/desc_data.json", {"1": pair, "2": pair, "3": pair, "4": {**pair, "rejected": []}})
-    report = check("hadpo", tmp_path / "pairs", tmp_path / "genome")
+    report = check_folder("hadpo", tmp_path / "pairs", tmp_path / "genome")
     assert image_faults(report) == {"wrong extension": {"VG_100K_2/3.jpg"}}
     fix_folder("hadpo", tmp_path / "pairs", tmp_path / "new", images=tmp_path / "genome")
-    assert check("hadpo", tmp_path / "new", tmp_path / "new/genome").clean
+    assert check_folder("hadpo", tmp_path / "new", tmp_path / "new/genome").clean
     fix_folder("hadpo", tmp_path / "pairs", in_place=True, images=tmp_path / "genome")
-    assert check("hadpo", tmp_path / "pairs", tmp_path / "genome").clean
+    assert check_folder("hadpo", tmp_path / "pairs", tmp_path / "genome").clean
     assert Image.open(tmp_path / "disk/3.jpg").format == "JPEG"
     assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == ["desc_data.json", "relook-fix.json"]
 
@@ -290,7 +290,7 @@ def test_names_that_are_no_text_circles_and_pipes(tmp_path: Path) -> None:
     talk = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Ada."}]
     records = [{"image": name, "conversations": talk} for name in ("pipe.jpg", "inner", f"{'x' * 300}.jpg", "a\0.jpg")]
     write_json(folder / "mix.json", records)
-    report = check("llava", folder)
+    report = check_folder("llava", folder)
     assert image_faults(report) == {
         "empty file": {"\\udcff.jpg"},
         "unreadable": {"pipe.jpg", "inner", f"{'x' * 300}.jpg"},
@@ -303,7 +303,7 @@ def test_names_that_are_no_text_circles_and_pipes(tmp_path: Path) -> None:
 def test_an_index_that_is_no_json(text: str, tmp_path: Path) -> None:
     write_vg(tmp_path / "vg", range(1, 2))
     (tmp_path / "pope_data.json").write_bytes(text.encode("latin-1"))
-    report = check("hadpo", tmp_path)
+    report = check_folder("hadpo", tmp_path)
     assert "pope_data.json is not" in report.indexes[0].problem
 
 
@@ -314,11 +314,11 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
     with pytest.raises(DataError, match="no layout 'coco'"):
-        check("coco", folder)
+        check_folder("coco", folder)
     with pytest.raises(DataError, match="no folder"):
-        check("llava", folder / "no")
+        check_folder("llava", folder / "no")
     with pytest.raises(DataError, match="none of hadpo's files"):
-        check("hadpo", folder)
+        check_folder("hadpo", folder)
     write_json(folder / "mix.json", [])
     with pytest.raises(RelookError, match="--out FOLDER or --in-place"):
         fix_folder("llava", folder)
@@ -329,7 +329,7 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     with pytest.raises(RelookError, match="holds something else"):
         fix_folder("llava", folder, out)
     (folder / "mix.json").write_text("[{")
-    report = check("llava", folder)
+    report = check_folder("llava", folder)
     assert "not valid JSON" in report.indexes[0].problem
     assert not report.clean
     with pytest.raises(DataError, match="cannot be fixed"):

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import dpo_keys
 from trl.data_utils import prepare_multimodal_messages
 
-from relook.data.convert import LAYOUTS, convert
+from relook.data.convert import LAYOUTS, convert_pairs
 from relook.data.readers import read_hadpo, read_pairs
 from relook.errors import DataError, RecipeError
 from relook.files import read_json, write_json
@@ -134,8 +134,8 @@ def test_there_and_back_is_the_same_file(name: str, by: str, tmp_path: Path) -> 
     """Columns, their order and types, and every value."""
     source, layout = PARQUET[name](tmp_path / "source.parquet"), name.split()[0]
     between = tmp_path / ("between" if by == "hadpo" else "between.parquet")
-    convert(source, between, by)
-    convert(between, tmp_path / "back.parquet", layout)
+    convert_pairs(source, between, by)
+    convert_pairs(between, tmp_path / "back.parquet", layout)
     schema, rows = table(source)
     schema_back, rows_back = table(tmp_path / "back.parquet")
     kept = [name for name, _ in schema]
@@ -148,8 +148,8 @@ def test_there_and_back_is_the_same_file(name: str, by: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("by", ["trl", "rlhfv", "rlaifv"])
 def test_hadpo_there_and_back(by: str, tmp_path: Path) -> None:
     source = hadpo(tmp_path / "source")
-    convert(source, tmp_path / "between.parquet", by)
-    convert(tmp_path / "between.parquet", tmp_path / "back", "hadpo")
+    convert_pairs(source, tmp_path / "between.parquet", by)
+    convert_pairs(tmp_path / "between.parquet", tmp_path / "back", "hadpo")
     for name in ("desc_data.json", "pope_data.json"):
         assert read_json(tmp_path / "back" / name) == read_json(source / name)
     ids = lambda found: sorted(found, key=lambda one: one["image_id"])  # noqa: E731
@@ -160,10 +160,10 @@ def test_hadpo_there_and_back(by: str, tmp_path: Path) -> None:
 
 def test_all_the_way_round(tmp_path: Path) -> None:
     source = rlhfv(tmp_path / "0.parquet")
-    convert(source, tmp_path / "1.parquet", "trl")
-    convert(tmp_path / "1.parquet", tmp_path / "2", "hadpo")
-    convert(tmp_path / "2", tmp_path / "3.parquet", "rlaifv")
-    convert(tmp_path / "3.parquet", tmp_path / "4.parquet", "rlhfv")
+    convert_pairs(source, tmp_path / "1.parquet", "trl")
+    convert_pairs(tmp_path / "1.parquet", tmp_path / "2", "hadpo")
+    convert_pairs(tmp_path / "2", tmp_path / "3.parquet", "rlaifv")
+    convert_pairs(tmp_path / "3.parquet", tmp_path / "4.parquet", "rlhfv")
     schema, rows = table(source)
     kept = [name for name, _ in schema]
     assert [{name: row[name] for name in kept} for row in table(tmp_path / "4.parquet")[1]] == rows
@@ -171,7 +171,7 @@ def test_all_the_way_round(tmp_path: Path) -> None:
 
 def test_the_pairs_are_those_that_hadpo_trains_on(tmp_path: Path) -> None:
     source = hadpo(tmp_path / "source")
-    convert(source, tmp_path / "pairs.parquet", "trl")
+    convert_pairs(source, tmp_path / "pairs.parquet", "trl")
     pairs, report = read_pairs(tmp_path / "pairs.parquet")
     original, _ = read_hadpo(source, source / "desc_data.json", source / "pope_data.json")
     text = lambda found: {(p.prompt, p.chosen, p.rejected, p.image.read_bytes()) for p in found}  # noqa: E731
@@ -180,7 +180,7 @@ def test_the_pairs_are_those_that_hadpo_trains_on(tmp_path: Path) -> None:
 
 
 def test_trl_and_datasets_read_what_is_written(tmp_path: Path) -> None:
-    convert(rlaifv(tmp_path / "source.parquet"), tmp_path / "pairs.parquet", "trl")
+    convert_pairs(rlaifv(tmp_path / "source.parquet"), tmp_path / "pairs.parquet", "trl")
     [row, *_] = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "pairs.parquet"), split="train", cache_dir=str(tmp_path / "cache")
     )
@@ -195,52 +195,52 @@ def test_what_a_layout_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"images": two, **columns}), tmp_path / "several.parquet")
     for to, out in (("hadpo", "out"), ("rlhfv", "out.parquet")):
         with pytest.raises(DataError, match=r"2 images: 1; 0 images: 2"):
-            convert(tmp_path / "several.parquet", tmp_path / out, to)
+            convert_pairs(tmp_path / "several.parquet", tmp_path / out, to)
         assert not (tmp_path / out).exists()
     turns = [[*said("user", "a", 1), *said("assistant", "b")]] * 3
     pq.write_table(pa.table({"images": two, **columns, "prompt": turns}), tmp_path / "turns.parquet")
     with pytest.raises(DataError, match=r"prompt is not one user message: 0, 1, 2"):
-        convert(tmp_path / "turns.parquet", tmp_path / "out.parquet", "rlaifv")
+        convert_pairs(tmp_path / "turns.parquet", tmp_path / "out.parquet", "rlaifv")
     clash = {"images": two.slice(0, 1), "question": ["q"], **{name: texts[:1] for name, texts in columns.items()}}
     pq.write_table(pa.table(clash), tmp_path / "clash.parquet")
     for to, out in (("hadpo", "out"), ("rlaifv", "out.parquet")):
         with pytest.raises(DataError, match="columns named question"):
-            convert(tmp_path / "clash.parquet", tmp_path / out, to)
+            convert_pairs(tmp_path / "clash.parquet", tmp_path / out, to)
     binary = {"images": two.slice(0, 1), "raw": [b"\xff"], **{name: texts[:1] for name, texts in columns.items()}}
     pq.write_table(pa.table(binary), tmp_path / "binary.parquet")
     with pytest.raises(DataError, match="cannot hold a column"):
-        convert(tmp_path / "binary.parquet", tmp_path / "out", "hadpo")
+        convert_pairs(tmp_path / "binary.parquet", tmp_path / "out", "hadpo")
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".parquet"] == []
 
 
 def test_mistakes_are_said(tmp_path: Path) -> None:
     source = rlaifv(tmp_path / "source.parquet")
     with pytest.raises(RecipeError, match="no preference layout 'coco'"):
-        convert(source, tmp_path / "a", "coco")
+        convert_pairs(source, tmp_path / "a", "coco")
     with pytest.raises(RecipeError, match="does not suit"):
-        convert(source, tmp_path / "a", "trl")
+        convert_pairs(source, tmp_path / "a", "trl")
     with pytest.raises(RecipeError, match="is there already"):
-        convert(source, source, "trl")
+        convert_pairs(source, source, "trl")
     with pytest.raises(DataError, match="no parquet file"):
-        convert(tmp_path / "none.parquet", tmp_path / "a.parquet", "trl")
+        convert_pairs(tmp_path / "none.parquet", tmp_path / "a.parquet", "trl")
     (tmp_path / "broken.parquet").write_bytes(source.read_bytes()[:200])
     with pytest.raises(DataError, match="cannot be read as parquet"):
-        convert(tmp_path / "broken.parquet", tmp_path / "a.parquet", "trl")
+        convert_pairs(tmp_path / "broken.parquet", tmp_path / "a.parquet", "trl")
     (tmp_path / "flipped.parquet").write_bytes(b"PAR1" + bytes(200) + source.read_bytes()[204:])
     with pytest.raises(DataError, match="cannot be read as parquet"):
-        convert(tmp_path / "flipped.parquet", tmp_path / "a.parquet", "trl")
+        convert_pairs(tmp_path / "flipped.parquet", tmp_path / "a.parquet", "trl")
     odd = {"prompt": [["a"]], "chosen": [["b"]], "rejected": ["c"], "image": [b"x"]}
     pq.write_table(pa.table(odd), tmp_path / "odd.parquet")
     with pytest.raises(DataError, match="prompt is not one user message"):
-        convert(tmp_path / "odd.parquet", tmp_path / "a.parquet", "rlhfv")
+        convert_pairs(tmp_path / "odd.parquet", tmp_path / "a.parquet", "rlhfv")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="has the columns a"):
-        convert(tmp_path / "other.parquet", tmp_path / "a.parquet", "trl")
+        convert_pairs(tmp_path / "other.parquet", tmp_path / "a.parquet", "trl")
 
 
 def test_kept_records_and_notes_are_not_trusted(tmp_path: Path) -> None:
     """A parquet file says of itself what it was converted from."""
-    convert(hadpo(tmp_path / "source"), tmp_path / "a.parquet", "trl")
+    convert_pairs(hadpo(tmp_path / "source"), tmp_path / "a.parquet", "trl")
     table = pq.read_table(tmp_path / "a.parquet")
     records = ("{", "[1]", '{"file": "desc_data.json"}', '{"image": {"url": "a/.."}, "record": {}}')
     for number, record in enumerate(records):
@@ -248,14 +248,14 @@ def test_kept_records_and_notes_are_not_trusted(tmp_path: Path) -> None:
         name = tmp_path / f"{number}.parquet"
         pq.write_table(table.set_column(table.column_names.index("hadpo_record"), "hadpo_record", column), name)
         with pytest.raises(DataError, match=r"not what a conversion writes|must end in a folder"):
-            convert(name, tmp_path / "out", "hadpo")
+            convert_pairs(name, tmp_path / "out", "hadpo")
         assert not (tmp_path / "out").exists()
     for number, note in enumerate((b"{", b'{"forms": [], "filled": 3}', b'{"filled": [{}]}')):
         pq.write_table(table.replace_schema_metadata({b"relook": note, b"huggingface": b'{"info": []}'}), name)
-        convert(name, tmp_path / f"sound{number}.parquet", "rlhfv")
+        convert_pairs(name, tmp_path / f"sound{number}.parquet", "rlhfv")
     pq.write_table(table.replace_schema_metadata({b"relook": b'{"forms": {"rlhfv": "x"}}'}), name)
     with pytest.raises(DataError, match="note of its columns is broken"):
-        convert(name, tmp_path / "b.parquet", "rlhfv")
+        convert_pairs(name, tmp_path / "b.parquet", "rlhfv")
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -287,7 +287,7 @@ def test_bad_rows_are_dropped_and_named(tmp_path: Path) -> None:
 
 def test_a_run_trains_on_a_parquet_file(base: Path, world: Path, tmp_path: Path) -> None:
     """On the same pairs as HA-DPO's files, to the same first loss."""
-    convert(world, tmp_path / "pairs.parquet", "rlhfv", images=world / "vg")
+    convert_pairs(world, tmp_path / "pairs.parquet", "rlhfv", images=world / "vg")
     keys = dpo_keys(base, world, tmp_path / "run", tune_lm_head=True, feature_cache="off", max_steps=1)
     for name in ("vg_path", "desc_data_path", "pope_data_path"):
         del keys[name]

@@ -31,9 +31,9 @@ def small() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "PAIR_SCENES", 8)
         patch.setattr(demo, "TEST_SCENES", 6)
-        TrunkCache.last = None
+        TrunkCache.current = None
         yield patch
-        TrunkCache.last = None
+        TrunkCache.current = None
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_an_interrupted_demo_ends_with_the_same_results(whole: Path, small: Any,
             with pytest.raises(KeyboardInterrupt):
                 demo.run_demo(out, SEED)
         assert not (out / "report.html").exists()
-        TrunkCache.last = None  # as in a process of its own
+        TrunkCache.current = None  # as in a process of its own
     demo.run_demo(out, SEED)
     results, expected = (json.loads((folder / "results.json").read_text()) for folder in (out, whole))
     assert results.pop("seconds").keys() == expected.pop("seconds").keys()

@@ -56,7 +56,7 @@ def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.Monke
     assert state(found, "peft") == state(found, "transformers") == FAIL
     assert (state(found, "bitsandbytes [quant]"), state(found, "pyarrow [data]")) == (NOTE, WARN)
     [peft] = [one for one in found if one.check == "peft"]
-    assert (peft.said, peft.fix) == ("not installed", "pip install 'peft<0.22,>=0.18'")
+    assert (peft.message, peft.fix) == ("not installed", "pip install 'peft<0.22,>=0.18'")
     assert run(monkeypatch) == 1
     shown = capsys.readouterr().out
     assert "4.37.2, but <5.25,>=5.10.1 is supported" in shown
@@ -66,7 +66,7 @@ def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.Monke
 def test_without_torch_the_other_checks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # what an import then finds
     found = run_checks()
-    assert [one.said for one in found if one.check == "FlexAttention"] == ["torch is not installed"]
+    assert [one.message for one in found if one.check == "FlexAttention"] == ["torch is not installed"]
     assert state(found, "disk") in (OK, WARN)
     assert state(found, "numpy") == OK
     assert not to_json(found)["healthy"]
@@ -78,7 +78,7 @@ def test_a_check_that_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     found = run_checks()
-    assert [one.said for one in found if one.check == "bf16"] == ["RuntimeError: CUDA driver initialization failed"]
+    assert [one.message for one in found if one.check == "bf16"] == ["RuntimeError: CUDA driver initialization failed"]
     assert state(found, "memory") == OK
 
 

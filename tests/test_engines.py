@@ -47,7 +47,7 @@ from relook.errors import RelookError
 from relook.files import read_json, write_json
 from relook.model.adapters import TENSORS_FILE
 from relook.model.checkpoint import ADAPTER_FILE
-from relook.model.export import WRITERS, WriteOptions, export, export_for
+from relook.model.export import WRITERS, WriteOptions, export_for, export_model
 from relook.serve.chat import read_turns
 from relook.serve.protocol import Message
 from relook.toyworld.build import shipped_base
@@ -91,7 +91,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base as a folder of transformers' format."""
     out = tmp_path_factory.mktemp("plain") / "out"
-    export(base, out, FAST)
+    export_model(base, out, FAST)
     return out
 
 

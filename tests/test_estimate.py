@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from relook.cli import app
 from relook.errors import RelookError
-from relook.estimate.memory import BatchCounts, Job, decoder_layer_bytes, saved_within_budget, ways
+from relook.estimate.memory import BatchCounts, Job, decoder_layer_bytes, saved_within_budget, strategies
 from relook.estimate.run import (
     GIB,
     AssumedData,
@@ -38,7 +38,7 @@ from relook.estimate.run import (
 )
 from relook.files import write_json
 from relook.forward.collate import Collator, Item
-from relook.forward.packed_attention import ATTENTION_INPUTS, MLP_INPUTS, narrow
+from relook.forward.packed_attention import ATTENTION_INPUTS, MLP_INPUTS, fuse_lora
 from relook.forward.policy import Policy
 from relook.model.load import HeadModel
 from relook.recipe import Recipe, build_recipe, parse_overrides, read_yaml_or_shipped
@@ -113,7 +113,7 @@ def kept_by_a_layer(
     for layers in (2, 3):
         model = language_model(layers, kind, dtype, kv_heads, lora)
         if backend:
-            narrow(model.layers)
+            fuse_lora(model.layers)
             for i, layer in enumerate(model.layers):
                 model.layers[i] = torch.compile(layer, backend=backend, dynamic=False)
         embeds = torch.randn(1, row, WIDTH, dtype=torch.float32 if kind == "full" else dtype)
@@ -246,7 +246,7 @@ def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regi
     rows = [PATCHES * len(item.example.images) for item in items]
     counts = BatchCounts.of([item.example for item in items], rows, policy)
     # What is not said are indices (8 bytes a target), and in the first layer that nothing before it trains.
-    assert replace(planned(recipe), batch=counts).kept == pytest.approx(real, rel=0.05)
+    assert replace(planned(recipe), batch=counts).saved_bytes == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Pat
     real = sum(costs.flops(collator(items[start : start + size])["work"]) for start in range(0, len(items), size))
     said = estimate(recipe)["work"]
     assert said["step_tflop"] == pytest.approx(real / len(items) / 1e12, rel=2e-3)
-    tower = costs.seeing * PATCHES / 1e12
+    tower = costs.vision_tower * PATCHES / 1e12
     alone = build_recipe({**dpo_keys(base, world, tmp_path / "run", **keys), "loss_type": "simpo", "beta": 2.0})
     before = estimate(alone)["work"]["before_tflop"]  # no reference: the tower at most
     assert before == (0 if "feature_cache" in keys else pytest.approx(tower, rel=1e-3))
@@ -522,7 +522,7 @@ def test_what_is_chosen_fits_and_no_larger_batch_does(
         """By the recipe as its command line would have it, and a batch."""
         sized = {"per_device_train_batch_size": size} if size else {}
         told = build_recipe(values | keys | parse_overrides(chosen.flags.split()) | sized)
-        return next(each.fits(memory * GIB) for each in ways(*jobs_of(told), gpus) if each.name == way)
+        return next(each.fits(memory * GIB) for each in strategies(*jobs_of(told), gpus) if each.name == way)
 
     if way:
         assert fits()

@@ -29,10 +29,10 @@ from relook.evaluate.compare import compare, differing_answers
 from relook.evaluate.results import AnswerFile
 from relook.evaluate.run import append_answers, evaluate_model
 from relook.evaluate.score import LLAVA_QUESTIONS, ScoringInputs, pope_questions, score_answers
-from relook.evaluate.tasks.pope import SPLITS, match, official_parse, read_pope_questions
+from relook.evaluate.tasks.pope import SPLITS, match_answers, official_parse, read_pope_questions
 from relook.files import read_json, read_records, text_hash, write_json, write_jsonl
 from relook.generate import tree_decoding as answering
-from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.generate.tree_decoding import GenerationSettings, answer_questions
 from relook.model.load import model_hash
 from relook.toyworld.build import shipped_base
 
@@ -278,7 +278,9 @@ def test_answers_do_not_depend_on_the_batch(trained: bool, base: Path, world: Pa
     prompts += [(q.image, "Describe this image in detail.") for q in questions[::4]]
     answers = []
     for batch_size in (1, 8, 5):
-        found: dict[int, str] = dict(answer(loaded, prompts, GenerationSettings("", 20, batch_size), lambda *_: None))
+        found: dict[int, str] = dict(
+            answer_questions(loaded, prompts, GenerationSettings("", 20, batch_size), lambda *_: None)
+        )
         answers.append([found[i] for i in range(len(prompts))])
     assert answers[0] == answers[1] == answers[2]
     single = [loaded.generate([image], text, max_new_tokens=20) for image, text in prompts]
@@ -299,7 +301,7 @@ def test_an_answer_ends_where_its_template_does(refdata: Path, monkeypatch: pyte
     monkeypatch.setitem(TEMPLATES, "short", dataclasses.replace(get_template("v1"), name="short", end=end))
     single = [loaded.generate([image], text, "short", max_new_tokens=12) for image, text in prompts]
     assert single[0] == whole[: whole.index(end.strip())].strip()
-    found = dict(answer(loaded, prompts, GenerationSettings("short", 12, 8), lambda *_: None))
+    found = dict(answer_questions(loaded, prompts, GenerationSettings("short", 12, 8), lambda *_: None))
     assert [found[0], found[1]] == single
     assert (get_template("v0").stop, get_template("v1").stop, get_template("llama_2").stop) == ("###", "", "")
 
@@ -310,7 +312,9 @@ def test_sampling_is_repeatable_and_leaves_torchs_generator_alone(base: Path, wo
     how = GenerationSettings("", 12, 4, (("do_sample", True),), seed=3)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first, second = (list(answer(loaded, [(image, "Is there a cup?")], how, lambda *_: None)) for _ in range(2))
+    first, second = (
+        list(answer_questions(loaded, [(image, "Is there a cup?")], how, lambda *_: None)) for _ in range(2)
+    )
     assert first == second
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -478,7 +482,7 @@ def test_differences_are_second_minus_first(finished: Path, world: Path, tmp_pat
     wrong_rows = [
         (row.image, row.question.text)
         for split in SPLITS
-        for row in match(pope_questions(data)[split], read_records(finished / f"pope_{split}.jsonl"))
+        for row in match_answers(pope_questions(data)[split], read_records(finished / f"pope_{split}.jsonl"))
         if not row.right
     ]
     assert {(row["image"], row["question"]) for row in differing} == set(wrong_rows)

@@ -64,7 +64,7 @@ def test_packed_states_and_gradients_are_those_of_the_cpu(how: str, everything: 
     here, there = (tiny_llava().model.language_model.to(device) for device in ("cpu", "cuda"))
     reads = PackedTrunk(there, how)
     for number, times in enumerate((5, 60, 30, 5, 100)):
-        packed = pack(trees(times), PAD, everything, 10_000, packing.round_up_to_blocks, root=1)
+        packed = pack(trees(times), PAD, everything, 10_000, packing.round_up_to_blocks, root_length=1)
         found: list[tuple[Tensor, Tensor]] = []
         for model, work in ((here, PackedTrunk(here, "dense")), (there, reads)):
             placed = to_device(packed, model.device)
@@ -121,7 +121,7 @@ def test_activations_that_leave_come_back_and_lend_their_memory(how: str) -> Non
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaModel(LlamaConfig(vocab_size=128, **sizes)).train()
-    packed = to_device(pack(trees(400), PAD, False, 10_000, packing.round_up_to_blocks, root=1), model.device)
+    packed = to_device(pack(trees(400), PAD, False, 10_000, packing.round_up_to_blocks, root_length=1), model.device)
     embeds = model.embed_tokens(packed.ids).detach()
     peaks, gradients = [], []
     for share in (0, 0.5, 1):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from relook import load_model, toyworld
 from relook.cli import app
 from relook.errors import RelookError
-from relook.model.inspect import TracedTensor, inspect
+from relook.model.inspect import TracedTensor, inspect_model
 from relook.model.load import add_post_decoder
 from relook.recipe import build_recipe
 from relook.train.run import train
@@ -44,7 +44,7 @@ def tensors(found: dict[str, Any], step: str) -> dict[str, dict[str, Any]]:
 
 
 def test_the_tree_counts_every_parameter_once(base: Path) -> None:
-    found, model = inspect(base), load_model(base).model
+    found, model = inspect_model(base), load_model(base).model
     modules = named(found)
     assert "tensors" not in found
     assert modules[0, "model"]["parameters"] == numel(model.model)
@@ -62,7 +62,7 @@ def test_dtypes_are_those_on_disk(base: Path, tmp_path: Path) -> None:
     loaded = load_model(base, dtype="bfloat16")
     loaded.model.save_pretrained(tmp_path)
     loaded.processor.save_pretrained(tmp_path)
-    assert {dtype for m in inspect(tmp_path)["modules"] for dtype in m["dtypes"]} == {"bfloat16"}
+    assert {dtype for m in inspect_model(tmp_path)["modules"] for dtype in m["dtypes"]} == {"bfloat16"}
 
 
 def test_what_trains_by_hand(base: Path) -> None:
@@ -73,7 +73,7 @@ def test_what_trains_by_hand(base: Path) -> None:
     linears = [m for m in language.layers.modules() if isinstance(m, torch.nn.Linear)]
     lora = sum(128 * (linear.in_features + linear.out_features) for linear in linears)
     total = numel(model)
-    found = {name: (row["trains"], row["of"]) for name, row in inspect(base)["trains"].items()}
+    found = {name: (row["trains"], row["of"]) for name, row in inspect_model(base)["trains"].items()}
     assert found == {
         "head": (head, total),
         "post_decoder": (decoder, total + decoder),
@@ -91,7 +91,7 @@ def run(base: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_tensors_of_a_run_are_those_of_a_forward_pass(run: Path, base: Path, image: Path) -> None:
-    found = inspect(run, image, "Is there a cup?")
+    found = inspect_model(run, image, "Is there a cup?")
     assert found["type"] == "RelookLlavaForConditionalGeneration"
     loaded = load_model(run)
     given = loaded.encode([image], "Is there a cup?")
@@ -137,7 +137,7 @@ def test_llava_next(image: Path, tmp_path: Path) -> None:
     model = tiny_next()
     model.save_pretrained(tmp_path)
     next_processor().save_pretrained(tmp_path)
-    found = inspect(tmp_path, image, None)
+    found = inspect_model(tmp_path, image, None)
     assert named(found)[0, "model"]["shapes"] == {"image_newline": (WIDTH,)}
     assert found["trains"]["head"]["trains"] == WORDS * WIDTH
     assert found["trains"]["head"]["of"] == numel(model) + WORDS * WIDTH  # a tied head becomes one of its own
@@ -150,11 +150,11 @@ def test_a_liuhaotian_folder_and_a_change_on_it(refdata: Path) -> None:
     tiny = refdata / "llava_tiny"
     tower = tiny / "vision_towers/openai/clip-vit-tiny-patch14-56"
     picture = tiny / "inputs/image_A.png"
-    found = inspect(tiny / "ckpt_bin_sharded", picture, "What is this?", tiny / "head_fp32", tower)
+    found = inspect_model(tiny / "ckpt_bin_sharded", picture, "What is this?", tiny / "head_fp32", tower)
     assert found["type"] == "LlavaForConditionalGeneration"
     assert tensors(found, "prefill")["image features"]["shape"][1] == 16
     assert named(found)[0, "lm_head"]["parameters"] == 1024 * 64
-    plain = inspect(tiny / "ckpt_bin_sharded", picture, "What is this?", None, tower)
+    plain = inspect_model(tiny / "ckpt_bin_sharded", picture, "What is this?", None, tower)
     logits = [tensors(each, "prefill")["logits"]["mean"] for each in (found, plain)]
     assert logits[0] != logits[1]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from relook import load_model
 from relook.data.images import MemoryImage
 from relook.evaluate.likelihood import ScoredAnswer, likelihoods
-from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.generate.tree_decoding import GenerationSettings, answer_questions
 from relook.toyworld.build import shipped_base
 
 
@@ -80,6 +80,8 @@ def test_a_picture_in_memory_is_asked_about_as_its_file_is(tmp_path: Path) -> No
     assert held != picture(1)
     asked = [(held, "Is there a cup?"), (tmp_path / "a.png", "Is there a cup?"), (again, "Is there a cup?")]
     reports: list[int] = []
-    said = dict(answer(loaded, asked, GenerationSettings(max_new_tokens=4), lambda done, total: reports.append(total)))
+    said = dict(
+        answer_questions(loaded, asked, GenerationSettings(max_new_tokens=4), lambda done, total: reports.append(total))
+    )
     assert said[0] == said[1] == said[2]
     assert set(reports) == {2}  # one of the three was not asked again

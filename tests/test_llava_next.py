@@ -22,9 +22,9 @@ from relook.data.samples import PreferencePair, Turn
 from relook.errors import RelookError
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy
-from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.generate.tree_decoding import GenerationSettings, answer_questions
 from relook.model.checkpoint import config_template
-from relook.model.export import convert, export
+from relook.model.export import convert_model, export_model
 from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import RelookLlavaNextForConditionalGeneration, images_per_row
 from relook.model.post_decoder import PostDecoder
@@ -230,7 +230,7 @@ def test_a_batch_says_what_its_rows_say_alone(how: dict[str, Any]) -> None:
 def test_the_image_side_is_computed_once_per_image(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_decoder(depth=2)
     looked: list[tuple[int, list[int]]] = []
-    look = PostDecoder.look
+    look = PostDecoder.image_context
 
     def counted(self: PostDecoder, features: Any, per_row: list[int]) -> Any:
         looked.append((len(features), per_row))
@@ -254,7 +254,9 @@ def test_answers_in_a_batch_are_those_of_each_question(odd_world: Path) -> None:
     questions = [(path, f"Is there a {name} in the image?") for path in paths for name in ("cup", "dog")]
 
     def texts(size: int) -> list[str]:
-        found = answer(loaded, questions, GenerationSettings(max_new_tokens=6, batch_size=size), lambda *_: None)
+        found = answer_questions(
+            loaded, questions, GenerationSettings(max_new_tokens=6, batch_size=size), lambda *_: None
+        )
         return [text for _, text in sorted(found)]
 
     assert texts(1) == texts(12)
@@ -335,11 +337,11 @@ def test_cached_states_train_to_the_same_weights_as_live_ones(folder: Path, odd_
 
 
 def test_written_models_keep_their_logits_and_llavas_format_is_refused(folder: Path, tmp_path: Path) -> None:
-    assert convert(folder, tmp_path / "hf", "hf") == 0
+    assert convert_model(folder, tmp_path / "hf", "hf") == 0
     plain = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "hf")
     assert torch.equal(plain.model.image_newline, tiny_next().model.image_newline)
     with pytest.raises(RelookError, match="llava_next model is written in transformers' format only"):
-        convert(folder, tmp_path / "llava", "llava")
+        convert_model(folder, tmp_path / "llava", "llava")
 
 
 PROGRAM = """
@@ -364,7 +366,7 @@ print(type(processor).__name__, type(model).__name__)
 @pytest.mark.slow  # imports transformers in a process of its own; LLaVA's export is tested so by default
 def test_an_export_works_where_relook_cannot_be_imported(folder: Path, odd_world: Path, tmp_path: Path) -> None:
     run = train(build_recipe(dpo_keys(folder, odd_world, tmp_path / "run", tune_post_decoder=True, max_steps=3)))
-    assert export(run, tmp_path / "whole") == 0
+    assert export_model(run, tmp_path / "whole") == 0
     picture(SIZES[3]).save(tmp_path / "image.png")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "whole"), str(tmp_path / "image.png"), str(tmp_path / "o.pt")],

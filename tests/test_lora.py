@@ -22,7 +22,7 @@ from relook.errors import CheckpointError, RecipeError
 from relook.evaluate.pope_from_cache import shares_trunk
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy
-from relook.model.export import merge
+from relook.model.export import merge_adapter
 from relook.model.load import TENSORS_FILE, model_hash
 from relook.model.trainable import set_trainable
 from relook.recipe import build_recipe, load_recipe
@@ -329,8 +329,8 @@ def test_a_policy_that_goes_on_from_an_sft_lora(how: str, sft: Path, base: Path,
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     change = json.loads((out / "change.json").read_text())
     assert (change["base"], change["earlier"]) == (str(base.resolve()), [str(sft.resolve())])
-    merge(base, out, tmp_path / "merged")
-    merge(sft, out, tmp_path / "on_the_run")  # which has the first adapter already
+    merge_adapter(base, out, tmp_path / "merged")
+    merge_adapter(sft, out, tmp_path / "on_the_run")  # which has the first adapter already
     expected_tensors = dict(by_peft(base, sft, out).named_parameters())
     for model in (
         load_model(out),
@@ -342,7 +342,7 @@ def test_a_policy_that_goes_on_from_an_sft_lora(how: str, sft: Path, base: Path,
             torch.testing.assert_close(parameter, expected_tensors[name], rtol=1e-5, atol=1e-5)
     assert not shares_trunk(out, base)
     with pytest.raises(CheckpointError, match=r"has no model\.post_decoder, which stage 1 takes"):
-        merge(base, out, tmp_path / "stage", stage=1)
+        merge_adapter(base, out, tmp_path / "stage", stage=1)
 
 
 def test_a_third_run_and_a_frozen_trunk_on_a_run(sft: Path, base: Path, world: Path, tmp_path: Path) -> None:

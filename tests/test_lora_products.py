@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from relook.data.packing import Tree, pack, round_up_to_blocks
 from relook.forward import activation_memory
-from relook.forward.packed_attention import FusedLoraLinear, PackedTrunk, SharedLoraA, narrow
+from relook.forward.packed_attention import FusedLoraLinear, PackedTrunk, SharedLoraA, fuse_lora
 
 WIDTH = 32
 CONFIG = LlamaConfig(hidden_size=WIDTH, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=8)
@@ -39,7 +39,7 @@ def with_lora(**lora: Any) -> tuple[PeftModel, PeftModel]:
         if "lora_B" in name:  # 0 at first: then nothing of A would show
             torch.nn.init.normal_(parameter, std=0.1)
     other = copy.deepcopy(model)
-    narrow(other.get_base_model().layers)
+    fuse_lora(other.get_base_model().layers)
     return model, other
 
 
@@ -52,7 +52,7 @@ def compiled(model: PeftModel, backend: Any = "eager") -> PeftModel:
 
 
 def groups(model: PeftModel) -> list[SharedLoraA]:
-    return [m.beside for m in model.modules() if isinstance(m, FusedLoraLinear) and m.beside is not None]
+    return [m.shared_a for m in model.modules() if isinstance(m, FusedLoraLinear) and m.shared_a is not None]
 
 
 def states_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
@@ -84,7 +84,7 @@ def test_states_and_gradients_are_pefts(lora: dict[str, Any]) -> None:
     for right, *found in zip(expected, alone, together, strict=True):
         for one in found:
             torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
-    assert not [group for group in groups(other) if group.read is not None or group.waiting]  # memory is given free
+    assert not [group for group in groups(other) if group.states is not None or group.pending]  # memory is given free
     assert sum(isinstance(module, FusedLoraLinear) for module in other.modules()) == sum(
         isinstance(module, LoraLayer) for module in model.modules()
     )
@@ -190,7 +190,7 @@ def test_a_compiled_trunk_says_what_another_one_does(again: dict[str, bool], mon
     torch._dynamo.utils.counters.clear()
     for times in (2, 30):
         trees = [Tree.of([row("abcDEFG"), row("abcGH")]), Tree.of([row("abXYZ")])] * times
-        packed = pack(trees, PAD, False, 10_000, round_up_to_blocks, root=1)
+        packed = pack(trees, PAD, False, 10_000, round_up_to_blocks, root_length=1)
         states, found = torch.randn(*packed.ids.shape, WIDTH), []
         for model, reads in passes:
             model.zero_grad()
@@ -220,7 +220,7 @@ def test_what_is_not_pefts_plain_layer_stays_its_own(lora: dict[str, Any]) -> No
 def test_once_is_enough() -> None:
     _, plain = with_lora()
     before = groups(plain)
-    narrow(plain.get_base_model().layers)
+    fuse_lora(plain.get_base_model().layers)
     assert before
     assert list(map(id, groups(plain))) == list(map(id, before))
 

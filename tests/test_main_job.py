@@ -50,7 +50,7 @@ PLACES = ["by its folder", "inside the model's folder", "named by the config", "
 def original(
     request: pytest.FixtureRequest, tiny: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Original]:
-    TrunkCache.last = None
+    TrunkCache.current = None
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     if request.param == "by its folder":
         yield Original(tiny / "ckpt_bin_sharded", str(tower))
@@ -64,7 +64,7 @@ def original(
         (hub / "refs" / "main").write_text("0" * 40)
         shutil.copytree(tower, hub / "snapshots" / ("0" * 40))
         yield Original(tiny / "ckpt_safetensors", NAME if request.param == "by its name" else "")
-    TrunkCache.last = None
+    TrunkCache.current = None
 
 
 def data_of(world: Path) -> list[Any]:
@@ -93,7 +93,7 @@ def test_a_frozen_trunk_is_cached_wherever_the_tower_is(
     """In memory, and on disk."""
     command = ["train", "head", *original.keys(), *data_of(world), *FAST, "--feature_cache"]
     for cache in ("memory", "disk"):
-        TrunkCache.last = None
+        TrunkCache.current = None
         fine(relook(*command, cache, "--output_dir", tmp_path / "runs" / cache))
     heads = [(tmp_path / "runs" / cache / "trained.safetensors").read_bytes() for cache in ("memory", "disk")]
     assert heads[0] == heads[1]

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from interrupted import interrupt
 from PIL import Image
 
-from relook.data.check import check
-from relook.data.convert import convert
+from relook.data.check import check_folder
+from relook.data.convert import convert_pairs
 from relook.data.readers import DESCRIBE_PROMPTS, read_hadpo, read_pairs
 from relook.demo import mining_settings
 from relook.errors import DataError, RecipeError, RelookError
@@ -48,7 +48,7 @@ from relook.mine.pairs import (
     word_count,
 )
 from relook.mine.pictures import NEUTRAL, AnnotatedImages, MinedImage, read_pictures
-from relook.mine.run import mine
+from relook.mine.run import mine_pairs
 from relook.toyworld.build import shipped_base
 from relook.toyworld.world import FILLERS, OBJECTS, SETTINGS, SYNONYMS, describe_scene, sample_scene, words
 
@@ -404,7 +404,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
 
 def test_what_is_mined_from_known_answers(said: list[tuple[Path, str]], kitchen: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    card = mine(shipped_base(), MiningSource(kitchen, "vg"), out, MiningSettings(questions=2, near_texts=0))
+    card = mine_pairs(shipped_base(), MiningSource(kitchen, "vg"), out, MiningSettings(questions=2, near_texts=0))
     assert card["descriptions"] == {"made": 8, "hallucinated": 6, "found": 3, "dropped": {}, "pairs": 3}
     pairs = read_json(out / "desc_data.json")
     assert pairs.keys() == {"1", "2", "3"}
@@ -433,7 +433,9 @@ def test_what_is_mined_from_known_answers(said: list[tuple[Path, str]], kitchen:
 def test_repeated_texts_and_evaluation_images(said: list[tuple[Path, str]], kitchen: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("2\n")
     place = MiningSource(kitchen, "vg", exclude=[tmp_path / "list.txt"])
-    card = mine(shipped_base(), place, tmp_path / "out", MiningSettings(questions=2, near_texts=0.2, parquet=False))
+    card = mine_pairs(
+        shipped_base(), place, tmp_path / "out", MiningSettings(questions=2, near_texts=0.2, parquet=False)
+    )
     assert card["pictures"] == {"found": 4, "left_out": {pictures.LISTED: 1}, "mined": 3}
     assert card["descriptions"]["dropped"] == {"near-duplicate": 1}
     assert card["apart"] == {"given": ["list.txt"], "names": 1, "images": 0}
@@ -456,20 +458,20 @@ def test_mistakes_of_a_user(kitchen: Path, tmp_path: Path, said: object) -> None
     ]
     for place, message in wrong:
         with pytest.raises((DataError, RecipeError), match=message):
-            mine(shipped_base(), place, tmp_path / "never", how)
+            mine_pairs(shipped_base(), place, tmp_path / "never", how)
         shutil.rmtree(tmp_path / "never", ignore_errors=True)
-    mine(shipped_base(), MiningSource(kitchen, "vg"), out, how)
+    mine_pairs(shipped_base(), MiningSource(kitchen, "vg"), out, how)
     with pytest.raises(RecipeError, match="temperature 0"):
-        mine(shipped_base(), MiningSource(kitchen, "vg"), tmp_path / "never", MiningSettings(temperature=0))
+        mine_pairs(shipped_base(), MiningSource(kitchen, "vg"), tmp_path / "never", MiningSettings(temperature=0))
     assert not (tmp_path / "never").exists()
     with pytest.raises(RecipeError, match="another seed"):
-        mine(shipped_base(), MiningSource(kitchen, "vg"), out, MiningSettings(seed=1, questions=2, parquet=False))
+        mine_pairs(shipped_base(), MiningSource(kitchen, "vg"), out, MiningSettings(seed=1, questions=2, parquet=False))
     shown = save(tmp_path / "shown" / "a.jpg", 9)
     apart_from = MiningSource(kitchen, "vg", exclude=[shown.parent])
-    mine(shipped_base(), apart_from, tmp_path / "apart", how)
+    mine_pairs(shipped_base(), apart_from, tmp_path / "apart", how)
     save(tmp_path / "shown" / "b.jpg", 2)
     with pytest.raises(RecipeError, match="another exclude_hash"):
-        mine(shipped_base(), apart_from, tmp_path / "apart", how)
+        mine_pairs(shipped_base(), apart_from, tmp_path / "apart", how)
     (tmp_path / "synonyms.json").write_text('{"unicorn": ["horse"]}')
     with pytest.raises(DataError, match="unicorn"):
         read_pictures(kitchen, "vg", tmp_path / "synonyms.json")
@@ -494,7 +496,7 @@ def toys(world: Path) -> tuple[Path, MiningSource, MiningSettings]:
 def mined(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mined") / "out"
     model, place, how = toys(world)
-    mine(model, place, out, how)
+    mine_pairs(model, place, out, how)
     return out
 
 
@@ -506,7 +508,7 @@ def test_mined_files_are_read_by_every_reader(mined: Path) -> None:
     assert card["questions"]["pairs"] > 0
     assert not report.dropped
     assert not report.skipped
-    assert check("hadpo", mined).clean
+    assert check_folder("hadpo", mined).clean
     for pair in pairs:
         assert len(words(pair.chosen)) == len(words(pair.rejected))
     assert (
@@ -520,7 +522,7 @@ def test_mined_files_are_read_by_every_reader(mined: Path) -> None:
 
 
 def test_parquet_goes_back_to_hadpo(mined: Path, tmp_path: Path) -> None:
-    convert(mined / "pairs.parquet", tmp_path / "back", "hadpo")
+    convert_pairs(mined / "pairs.parquet", tmp_path / "back", "hadpo")
     for name in ("desc_data.json", "pope_data.json"):
         assert (tmp_path / "back" / name).read_bytes() == (mined / name).read_bytes()
 
@@ -544,18 +546,18 @@ def test_stopped_anywhere_it_ends_in_the_same_files(
         with monkeypatch.context() as patch:
             interrupt(patch, owner, name, at)
             with pytest.raises(KeyboardInterrupt):
-                mine(model, place, out, how)
+                mine_pairs(model, place, out, how)
         assert not (out / "card.json").exists()
         for file in (out / "work").glob("*.jsonl"):
             if file.name.startswith("answers"):  # a kill cuts the last line
                 file.write_bytes(file.read_bytes() + b'{"key": "half')
-    mine(model, place, out, how)
+    mine_pairs(model, place, out, how)
     assert contents(out) == contents(mined)
 
 
 def test_the_demos_settings_are_the_same_mining(world: Path, tmp_path: Path) -> None:
     how = mining_settings(0)
-    card = mine(shipped_base(), MiningSource(world / "vg", "toyworld"), tmp_path / "out", how)
+    card = mine_pairs(shipped_base(), MiningSource(world / "vg", "toyworld"), tmp_path / "out", how)
     assert (card["pictures"]["mined"], card["descriptions"]["made"]) == (6, 12)
     assert card["near_texts"] == 0
 
@@ -631,7 +633,7 @@ def test_without_annotations_a_judge_finds_and_corrects(world: Path, tmp_path: P
     scenes = {base64.b64encode(p.path.read_bytes()).decode(): sorted(p.objects) for p in pictures}
     place, how = MiningSource(world / "vg", "none"), MiningSettings(questions=4, max_new_tokens=40, near_texts=0)
     with endpoint(seeing(scenes)) as there:
-        card = mine(shipped_base(), place, tmp_path / "out", how, judging(there.url))
+        card = mine_pairs(shipped_base(), place, tmp_path / "out", how, judging(there.url))
         asked = len(there.requests)
     truth = {f"{p.path.parent.name}/{p.path.name}": p.objects for p in pictures}
     pairs = read_json(tmp_path / "out" / "desc_data.json")
@@ -733,7 +735,7 @@ def test_contradictory_replies_leave_no_pair_and_are_counted(world: Path, tmp_pa
         MiningSettings(samples=0, questions=2, max_new_tokens=20, near_texts=0),
     )
     with endpoint(answer) as there:
-        card = mine(shipped_base(), place, tmp_path / "out", how, judging(there.url))
+        card = mine_pairs(shipped_base(), place, tmp_path / "out", how, judging(there.url))
     (told,) = card["judge"]
     assert 0 < told["unjudged"]["contradictory"] < card["descriptions"]["made"]
     assert "not used: contradictory" in (tmp_path / "out" / "README.md").read_text()
@@ -753,7 +755,7 @@ def test_another_judge_goes_on_with_what_is_described_and_a_wrong_address_costs_
         MiningSource(world / "vg", "none"),
         MiningSettings(samples=0, questions=2, max_new_tokens=20, near_texts=0),
     )
-    out, run = tmp_path / "out", lambda judge: mine(shipped_base(), place, tmp_path / "out", how, judge)
+    out, run = tmp_path / "out", lambda judge: mine_pairs(shipped_base(), place, tmp_path / "out", how, judge)
     with pytest.raises(RelookError, match="does not answer"):  # before anything is generated
         run(judging("http://127.0.0.1:1/v1"))
     assert not list((out / "work").glob("descriptions*"))
@@ -825,7 +827,7 @@ def test_with_annotations_a_judge_gives_both_sides_one_style(kitchen: Path, said
 
     with endpoint(rewrite) as there:
         how = MiningSettings(questions=2, near_texts=0)
-        card = mine(shipped_base(), MiningSource(kitchen, "vg"), tmp_path / "out", how, judging(there.url))
+        card = mine_pairs(shipped_base(), MiningSource(kitchen, "vg"), tmp_path / "out", how, judging(there.url))
     pairs = read_json(tmp_path / "out" / "desc_data.json")
     assert pairs["1"] == {"chosen": ["Look, a cup. Look, a pot."], "rejected": ["Look, a cup. Look, a dog."]}
     assert pairs["3"]["rejected"] == ["There is a cup. There is a dog."]

@@ -202,7 +202,7 @@ def test_flat_states_equal_padded_ones() -> None:
     """`FlatLayout`: only attention needs the padded batch, and padding changes nothing."""
     decoder = tiny_relook(depth=2).model.post_decoder.double()
     features = torch.randn(3, 36, 128, dtype=torch.float64)
-    context = decoder.look(features, [1, 2])
+    context = decoder.image_context(features, [1, 2])
     padded = torch.randn(2, 5, 128, dtype=torch.float64)
     row, slot = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 2, 0, 1, 4])
     flat = decoder(padded[row, slot], context, layout=FlatLayout(row, slot, (2, 5)))
@@ -224,7 +224,7 @@ def test_images_are_laid_side_by_side() -> None:
 def test_attention_maps_are_the_last_blocks_softmax() -> None:
     model = tiny_relook(depth=2)
     decoder = model.model.post_decoder
-    context = decoder.look(torch.randn(1, 36, 128), [1])
+    context = decoder.image_context(torch.randn(1, 36, 128), [1])
     states = torch.randn(1, 4, 128)
     maps = decoder.attention_maps(states, context)
     assert maps.shape == (1, 4, 36)
@@ -317,7 +317,7 @@ def test_the_image_side_is_computed_once_per_image(how: dict[str, Any], monkeypa
     model = tiny_relook(depth=2)
     looked: list[tuple[int, list[int]]] = []
     towers: list[int] = []
-    look, tower = PostDecoder.look, model.model.vision_tower.forward
+    look, tower = PostDecoder.image_context, model.model.vision_tower.forward
 
     def counted(self: PostDecoder, features: Tensor, per_row: list[int]) -> Any:
         looked.append((len(features), per_row))

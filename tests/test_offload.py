@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaModel
 from relook.data.packing import Tree, pack
 from relook.errors import RecipeError
 from relook.forward import activation_memory, policy
-from relook.forward.activation_memory import ActivationOffload, CopyStream, OffloadedTensor, staying
+from relook.forward.activation_memory import ActivationOffload, CopyStream, OffloadedTensor, layers_on_device
 from relook.forward.packed_attention import PackedTrunk, resolve_trunk_pass
 from relook.forward.policy import Policy
 from relook.recipe import build_recipe
@@ -36,7 +36,7 @@ def small_ones_leave_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def counted_returns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tensors come back at a time, as they do."""
-    fetched, fetch = list[int](), ActivationOffload._fetch
+    fetched, fetch = list[int](), ActivationOffload._copy_back
     monkeypatch.setattr(
         ActivationOffload, "_fetch", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved)
     )
@@ -48,7 +48,7 @@ def counted_returns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [(32, 0, 32), (32, 0.01, 31), (32, 0.4, 19), (32, 0.5, 16), (32, 1, 2), (8, 0.9, 2), (2, 1, 2), (1, 1, 1)],
 )
 def test_a_share_of_layers_leaves_and_two_stay_at_least(layers: int, share: float, expected: int) -> None:
-    assert staying(layers, share) == expected
+    assert layers_on_device(layers, share) == expected
 
 
 class Watched(ActivationOffload):
@@ -66,7 +66,7 @@ class Watched(ActivationOffload):
         return made
 
     def _back_to(self, layer: int) -> None:
-        super()._back_to(layer)
+        super()._prefetch_for(layer)
         self._count()
 
     def _unpack(self, held: Any) -> Tensor:
@@ -74,8 +74,8 @@ class Watched(ActivationOffload):
         return super()._unpack(held)
 
     def _count(self) -> None:
-        here = {layer for layer, saved in enumerate(self.saved) if any(s.here is not None for s in saved.values())}
-        stay = {layer for layer in self.begun if len(self.saved) <= layer <= self.turn}
+        here = {layer for layer, saved in enumerate(self.saved) if any(s.on_device is not None for s in saved.values())}
+        stay = {layer for layer in self.begun if len(self.saved) <= layer <= self.backward_layer}
         self.most = max(self.most, len(here | stay))
 
 
@@ -136,13 +136,13 @@ def test_a_tensor_saved_twice_leaves_once_and_small_or_odd_ones_stay(monkeypatch
     assert len(work.saved[0]) == 2
     for number in (1, 2, 3):
         found = work.forward(number, lambda x: x * 1, found)
-    assert [saved.here for saved in work.saved[0].values()] == [None, None]
+    assert [saved.on_device for saved in work.saved[0].values()] == [None, None]
     for _ in range(2):  # a graph that is kept may be gone through again
         found.sum().backward(retain_graph=True)
         for tensor, expected in zip(seen, kept, strict=True):
             assert torch.equal(tensor, expected)
             assert tensor.stride() == expected.stride()
-        assert [saved.here for saved in work.saved[0].values()] == [None, None]
+        assert [saved.on_device for saved in work.saved[0].values()] == [None, None]
         assert [tensor.data_ptr() == expected.data_ptr() for tensor, expected in zip(seen, kept, strict=True)] == [
             *(False, False, False),
             *(True, True, True, True),

@@ -15,21 +15,21 @@ from tiny import write_world
 import relook
 from relook import load_model
 from relook.data.annotations import read_coco
-from relook.data.check import check, fix_folder
-from relook.data.convert import convert as convert_pairs
+from relook.data.check import check_folder, fix_folder
+from relook.data.convert import convert_pairs as convert_pairs
 from relook.data.images import open_image
 from relook.data.readers import read_hadpo, read_llava, read_pairs
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.compare import compare
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import ScoringInputs, read_scores
-from relook.evaluate.tasks.build_pope import build_pope
+from relook.evaluate.tasks.build_pope import build_pope_files
 from relook.evaluate.tasks.pope import read_pope_answers, read_pope_questions
 from relook.files import read_json
 from relook.mine.jobs import MiningSettings, MiningSource
-from relook.mine.run import mine
-from relook.model.export import WriteOptions, convert
-from relook.model.inspect import inspect as inspect_model
+from relook.mine.run import mine_pairs
+from relook.model.export import WriteOptions, convert_model
+from relook.model.inspect import inspect_model as inspect_model
 from relook.model.load import LoadOptions
 from relook.report.comparison import write_comparison
 
@@ -73,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_data_by_strings(world: str, tmp_path: Path) -> None:
     folder, out = f"{world}/test", str(tmp_path / "fixed")
-    assert check("pope", folder, workers=1).to_json() == check("pope", Path(folder), workers=1).to_json()
+    assert check_folder("pope", folder, workers=1).to_json() == check_folder("pope", Path(folder), workers=1).to_json()
     assert fix_folder("pope", folder, out, workers=1)
     table = str(tmp_path / "pairs.parquet")
     count = convert_pairs(world, table, "trl", images=f"{world}/vg")
@@ -85,15 +85,15 @@ def test_data_by_strings(world: str, tmp_path: Path) -> None:
     assert conversations
     annotations = f"{world}/test/annotations"
     assert read_coco(f"{annotations}/instances_val2014.json").objects
-    assert build_pope(f"{annotations}/instances_val2014.json", str(tmp_path / "pope"), images=2, positives=1)
+    assert build_pope_files(f"{annotations}/instances_val2014.json", str(tmp_path / "pope"), images=2, positives=1)
 
 
 def test_models_by_strings(base: Path, tmp_path: Path) -> None:
     source, out = str(base), str(tmp_path / "llava")
     assert inspect_model(source)["modules"] == inspect_model(base)["modules"]
-    assert convert(source, out, "llava") == 0
+    assert convert_model(source, out, "llava") == 0
     tower = f"{out}/vision_tower"
-    assert convert(out, str(tmp_path / "hf"), "hf", WriteOptions(vision_tower=tower)) == 0
+    assert convert_model(out, str(tmp_path / "hf"), "hf", WriteOptions(vision_tower=tower)) == 0
     assert LoadOptions(vision_tower=tower).identity(out)["model"] == out
     assert LoadOptions(vision_tower=tower).load(out).path == load_model(out, vision_tower=tower).path
 
@@ -115,5 +115,5 @@ def test_mining_by_strings(base: Path, world: str, tmp_path: Path) -> None:
     out = str(tmp_path / "pairs")
     apart: Any = [f"{world}/test/pope/coco_pope_random.json"]
     place: Any = f"{world}/vg"
-    mine(str(base), MiningSource(place, "vg", exclude=apart), out, MiningSettings(max_new_tokens=4))
+    mine_pairs(str(base), MiningSource(place, "vg", exclude=apart), out, MiningSettings(max_new_tokens=4))
     assert read_json(tmp_path / "pairs" / "card.json")

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError
 from relook.evaluate.score import ScoringInputs, score_answers
-from relook.evaluate.tasks.build_pope import build_pope, build_splits
+from relook.evaluate.tasks.build_pope import build_pope_files, build_splits
 from relook.evaluate.tasks.pope import (
     PARSERS,
     SPLITS,
     PopeScore,
-    match,
+    match_answers,
     official_parse,
     question_text,
     read_pope_answers,
@@ -69,7 +69,7 @@ def test_whole_answer_files_score_as_the_official_program_says(refdata: Path, na
     rates = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     assert {k: found[k] for k in rates} == pytest.approx({k: official[k] for k in rates}, abs=1e-12)
     assert (found["n"], found["parser"]) == (3000, "official")
-    rows = match(questions, answers)
+    rows = match_answers(questions, answers)
     assert "".join(str(int(row.prediction)) for row in rows) == expected["predictions_in_line_order"]
     assert (rows[0].image, rows[0].right) == ("COCO_val2014_000000310196.jpg", True)
 
@@ -295,15 +295,17 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
 def test_mismatches_are_named() -> None:
     questions = asked(["yes", "no", "yes"])
     with pytest.raises(DataError, match=r"1 answers are to another question text \(1\)"):
-        match(questions, [{"question_id": 1, "question": "Other?", "answer": "Yes"}, *answered(["", "", ""])[::2]])
+        match_answers(
+            questions, [{"question_id": 1, "question": "Other?", "answer": "Yes"}, *answered(["", "", ""])[::2]]
+        )
     with pytest.raises(DataError, match="Answers: question_id 0 stands more than once"):
-        match(questions, answered(["Yes", "No", "No"]) + answered(["No"]))
+        match_answers(questions, answered(["Yes", "No", "No"]) + answered(["No"]))
 
 
 def test_answers_of_another_split_are_refused(refdata: Path) -> None:
     questions = read_pope_questions(refdata / "pope/questions/coco_pope_adversarial.json", Path())
     with pytest.raises(DataError, match="1479 answers are to another question text"):
-        match(questions, read_pope_answers(refdata / "pope/answers" / OFFICIAL_FILES[0]))
+        match_answers(questions, read_pope_answers(refdata / "pope/answers" / OFFICIAL_FILES[0]))
 
 
 # Building the splits
@@ -389,9 +391,9 @@ def test_questions_are_built_from_annotations(tmp_path: Path) -> None:
     (tmp_path / "array.json").write_text(json.dumps([{"image": i, "objects": o} for i, o in names.items()]))
     made = {}
     for kind in ("coco", "lines", "array"):
-        card = build_pope(tmp_path / f"{kind}.json", tmp_path / kind, images=9, seed=3)
+        card = build_pope_files(tmp_path / f"{kind}.json", tmp_path / kind, images=9, seed=3)
         made[kind] = [(tmp_path / kind / f"coco_pope_{split}.json").read_bytes() for split in SPLITS]
-        assert card == build_pope(tmp_path / f"{kind}.json", tmp_path / kind, images=9, seed=3)
+        assert card == build_pope_files(tmp_path / f"{kind}.json", tmp_path / kind, images=9, seed=3)
     assert made["lines"] == made["array"]
     drawn = (tmp_path / "coco" / "images.txt").read_text().split()
     assert len(set(drawn)) == 9
@@ -429,15 +431,15 @@ def test_annotations_that_questions_cannot_be_built_from(
     tmp_path: Path, records: list[dict], images: int, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        build_pope(write_lines(tmp_path / "a.json", records), tmp_path / "out", images)
+        build_pope_files(write_lines(tmp_path / "a.json", records), tmp_path / "out", images)
     assert not (tmp_path / "out").exists()
 
 
 def test_questions_of_other_settings_are_not_replaced(tmp_path: Path) -> None:
     records = [{"image": f"{i}.jpg", "objects": OBJECTS[i : i + 4]} for i in range(6)]
     file = write_lines(tmp_path / "a.json", records)
-    build_pope(file, tmp_path / "out", 3)
+    build_pope_files(file, tmp_path / "out", 3)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(RecipeError, match="questions made with another images, image_list"):
-        build_pope(file, tmp_path / "out", 4)
+        build_pope_files(file, tmp_path / "out", 4)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

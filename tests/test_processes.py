@@ -24,7 +24,7 @@ from test_train import Bench, log_of
 from tiny import dpo_keys, scramble, sft_keys
 
 from relook import distributed
-from relook.distributed import held
+from relook.distributed import local_shard
 from relook.errors import RecipeError, RelookError
 from relook.files import write_json
 from relook.forward.collate import Collator
@@ -410,7 +410,7 @@ def test_the_part_held_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
         parameter: Any = torch.nn.Parameter(torch.empty(0))
         parameter.ds_tensor, parameter.ds_shape, parameter.ds_process_group = part, (5,), None
         monkeypatch.setattr(distributed.dist, "get_rank", lambda group, rank=rank: rank)
-        assert held(parameter).tolist() == [1, 2, 3, 4, 5][3 * rank : 3 * rank + 3]
+        assert local_shard(parameter).tolist() == [1, 2, 3, 4, 5][3 * rank : 3 * rank + 3]
         assert count_nonfinite_tensors([parameter], torch.device("cpu")) == 0
         part[0] = torch.inf
         assert count_nonfinite_tensors([parameter], torch.device("cpu")) == 1

@@ -195,7 +195,7 @@ def test_llava_layout(tmp_path: Path) -> None:
         ("b", (), (Turn("Hello", "Hi."),)),
         ("2", (tmp_path / "coco/1.jpg", tmp_path / "2.jpg"), (Turn("<image> or <image>?", "Both."),)),
     ]
-    assert (report.kept, report.dropped) == (3, 0)
+    assert (report.used, report.dropped) == (3, 0)
 
 
 BAD_CONVERSATIONS: list[tuple[Any, str]] = [

@@ -14,8 +14,8 @@ import pytest
 from damaged import encoded, talk
 from PIL import Image
 
-from relook.data.check import check, fix_folder, print_report, summary
-from relook.data.convert import convert
+from relook.data.check import check_folder, fix_folder, print_report, summary
+from relook.data.convert import convert_pairs
 from relook.data.layouts import find_layout
 from relook.data.readers import read_hadpo, read_llava, read_pairs
 from relook.data.samples import ReadReport, as_bool, as_id
@@ -73,10 +73,10 @@ def test_one_rule_for_a_pair_wherever_it_is_read_checked_or_converted(
     assert [pair.id for pair in read] == ["pope-1"]
     assert by_reason(report) == {reason: 1 + described}
     assert report.skipped == {"answered correctly": 1}
-    checked = check("hadpo", folder)
+    checked = check_folder("hadpo", folder)
     assert {r: n for one in checked.indexes for r, n in one.faults.items()} == {reason: ["pope-0"]}
     assert sum(len(one.bad) for one in checked.indexes) == 1 + described
-    assert convert(folder, tmp_path / "out.parquet", "trl") == 2
+    assert convert_pairs(folder, tmp_path / "out.parquet", "trl") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert f"{1 + described} rows are no pairs and were left out ({reason}: {', '.join('01'[: 1 + described])})" in said
     image = {"bytes": encoded(random.Random(0)), "path": "0.jpg"}
@@ -89,7 +89,7 @@ def test_one_rule_for_a_pair_wherever_it_is_read_checked_or_converted(
         pairs, report = read_pairs(tmp_path / f"{layout}.parquet")
         assert [pair.id for pair in pairs] == ["row-1"]
         assert by_reason(report) == {reason: 1}
-        assert convert(tmp_path / f"{layout}.parquet", tmp_path / f"{layout}_hadpo", "hadpo") == 1
+        assert convert_pairs(tmp_path / f"{layout}.parquet", tmp_path / f"{layout}_hadpo", "hadpo") == 1
 
 
 def test_truth_values_and_numbers_as_files_write_them() -> None:
@@ -111,8 +111,8 @@ def test_correct_in_any_writing_is_read_checked_and_converted_alike(tmp_path: Pa
     assert report.skipped == {"answered correctly": right}
     fault = "correct is neither true nor false"
     assert report.reasons == {fault: (f"pope-{len(values) - 1}",)}
-    assert dict(check("hadpo", folder).indexes[0].faults) == {fault: [f"pope-{len(values) - 1}"]}
-    assert convert(folder, tmp_path / "out.parquet", "rlaifv") == right + wrong
+    assert dict(check_folder("hadpo", folder).indexes[0].faults) == {fault: [f"pope-{len(values) - 1}"]}
+    assert convert_pairs(folder, tmp_path / "out.parquet", "rlaifv") == right + wrong
     again, report = read_pairs(tmp_path / "out.parquet")
     assert [pair.prompt for pair in again] == [pair.prompt for pair in pairs]
     assert report.skipped == {"answered correctly": right}
@@ -127,8 +127,8 @@ def test_image_ids_as_numbers_and_texts_are_the_same(tmp_path: Path) -> None:
     write_json(folder / "pope_data.json", [ask((f"{i}?", "Yes.", "No."), image_id=id) for i, id in enumerate(ids)])
     pairs, _ = read_hadpo(folder, None, folder / "pope_data.json", on_bad="error")
     assert {pair.image.name for pair in pairs} == {"1.jpg"}
-    assert check("hadpo", folder).clean
-    assert convert(folder, tmp_path / "out.parquet", "trl") == len(ids)
+    assert check_folder("hadpo", folder).clean
+    assert convert_pairs(folder, tmp_path / "out.parquet", "trl") == len(ids)
 
 
 # Bytes of text files
@@ -158,14 +158,14 @@ def test_no_record_is_lost_to_an_encoding(world: Path, tmp_path: Path, encoding:
     for file in (tmp_path / "test/pope").iterdir():
         text = json.dumps(read_records(file)) if array else file.read_text()
         file.write_text(text, encoding=encoding)
-    assert not any(one.faults for one in check("pope", tmp_path / "test").indexes)
+    assert not any(one.faults for one in check_folder("pope", tmp_path / "test").indexes)
     assert benchmark_questions("pope", tmp_path / "test").keys() == {"pope_random", "pope_popular", "pope_adversarial"}
     done = fix_folder("pope", tmp_path / "test", tmp_path / "fixed")
     assert done["records_dropped"] == {}
     mix = read_json(world / "llava/toyworld_mix.json")
     shutil.copytree(world / "llava/images", tmp_path / "llava/images")
     (tmp_path / "llava/mix.json").write_text(json.dumps(mix), encoding=encoding)
-    assert check("llava", tmp_path / "llava").clean
+    assert check_folder("llava", tmp_path / "llava").clean
     kept, report = read_llava(tmp_path / "llava/mix.json", tmp_path / "llava/images", on_bad="error")
     assert (len(kept), report.dropped) == (len(mix), 0)
 
@@ -178,7 +178,7 @@ def test_an_extension_in_another_case_is_the_same_file_to_every_reader(tmp_path:
     write_json(vg / "pope_data.json", [ask(SOUND)])
     [pair], _ = read_hadpo(vg, None, vg / "pope_data.json", on_bad="error")
     assert pair.image == vg / "VG_100K/0.JPG"
-    assert convert(vg, tmp_path / "out.parquet", "trl") == 1
+    assert convert_pairs(vg, tmp_path / "out.parquet", "trl") == 1
     record = {"id": "1", "image": "0.jpg", "conversations": talk("<image>\nWhat?", "A dog.")}
     write_json(vg / "VG_100K/mix.json", [record])
     [sample], _ = read_llava(vg / "VG_100K/mix.json", vg / "VG_100K", on_bad="error")
@@ -189,7 +189,7 @@ def test_an_extension_in_another_case_is_the_same_file_to_every_reader(tmp_path:
     fixed = tmp_path / "fixed"
     assert fix_folder("hadpo", vg, fixed)["records_dropped"] == {}
     assert (fixed / "VG_100K/0.jpg").read_bytes() == pair.image.read_bytes()  # not encoded again
-    assert check("hadpo", fixed, named_only=True).clean
+    assert check_folder("hadpo", fixed, named_only=True).clean
 
 
 def test_a_broken_file_under_another_extension_is_broken(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_broken_file_under_another_extension_is_broken(tmp_path: Path) -> None
     (folder / "images").mkdir(parents=True)
     (folder / "images/1.JPG").write_bytes(encoded(random.Random(0))[:400])
     write_json(folder / "mix.json", [{"id": "1", "image": "1.jpg", "conversations": talk("<image>\nWho?", "Ada.")}])
-    assert check("llava", folder, named_only=True).faults["1.jpg"][0] == "truncated"
+    assert check_folder("llava", folder, named_only=True).faults["1.jpg"][0] == "truncated"
     assert fix_folder("llava", folder, tmp_path / "fixed")["records_dropped"]
 
 
@@ -231,7 +231,7 @@ def test_hadpos_own_tree_is_checked_and_evaluated_like_relooks(world: Path, tmp_
     for name in ("pope", "shr"):
         layout = find_layout(name, data)
         assert all(part.there for part in layout.parts)
-    assert check("pope", data).clean
+    assert check_folder("pope", data).clean
     names = ["pope", "chair", "shr"]
     for folder, out in ((data, "hers"), (own, "ours")):
         evaluate_model(shipped_base(), names, folder, tmp_path / out, max_new_tokens=8)
@@ -255,7 +255,7 @@ def test_a_turned_picture_is_named_and_is_no_fault(tmp_path: Path, capsys: pytes
         for name in ("turned", "plain")
     ]
     write_json(tmp_path / "mix.json", records)
-    report = check("llava", tmp_path)
+    report = check_folder("llava", tmp_path)
     assert report.clean
     assert report.turned == {"turned.jpg": "orientation 6"}
     assert report.to_json()["images"]["sound"] == 2
@@ -270,7 +270,7 @@ def test_a_transparent_colour_is_an_unusual_mode(tmp_path: Path) -> None:
     Image.new("RGB", (8, 6), "red").save(folder / "images/key.png", transparency=(255, 0, 0))
     write_json(folder / "mix.json", [])
     fault = ("unusual mode", "PNG in mode RGB with a transparent colour")
-    assert check("llava", folder).faults == {"key.png": fault}
+    assert check_folder("llava", folder).faults == {"key.png": fault}
     fix_folder("llava", folder, fixed)
     again = Image.open(fixed / "images/key.png")
     assert again.info.get("transparency") is None

@@ -20,7 +20,7 @@ from relook import load_model
 from relook.cli import app
 from relook.errors import RelookError
 from relook.files import read_json, sole_writer, write_json
-from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.generate.tree_decoding import GenerationSettings, answer_questions
 from relook.model.lazy_model import open_folder
 
 
@@ -159,7 +159,7 @@ def test_settings_of_generation_that_are_followed(model: Path, world: Path) -> N
     loaded = load_model(model)
     assert loaded.model.generation_config.num_beams == 2
     [picture, *_] = sorted((world / "vg/VG_100K").iterdir())
-    [(_, text)] = answer(
+    [(_, text)] = answer_questions(
         loaded, [(picture, "<image>\nWhat is this?")], GenerationSettings(max_new_tokens=3), lambda *_: None
     )
     assert text == loaded.generate([picture], "<image>\nWhat is this?", max_new_tokens=3)
@@ -286,7 +286,7 @@ def test_answers_of_a_model_that_computes_no_numbers(generate: Any, base: Path, 
     [picture, *_] = sorted((world / "vg/VG_100K").iterdir())
     asking = GenerationSettings(max_new_tokens=3, generate=generate)
     with pytest.raises(RelookError, match=r"logits are NaN or infinite.*float16"):
-        list(answer(loaded, [(picture, "<image>\nWhat is this?")], asking, lambda *_: None))
+        list(answer_questions(loaded, [(picture, "<image>\nWhat is this?")], asking, lambda *_: None))
 
 
 def test_eval_of_weights_that_are_no_numbers_gives_no_score(model: Path, world: Path, tmp_path: Path) -> None:

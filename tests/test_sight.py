@@ -46,7 +46,7 @@ def test_training_is_the_same_and_does_without_the_tower(
     of, keys = REGIMES[regime]
     monkeypatch.setattr(feature_cache, "IMAGES", 4)
     seen: list[int] = []
-    whole = Policy._images
+    whole = Policy._encode_images
     monkeypatch.setattr(Policy, "_images", lambda self, *of: seen.append(len(of[0])) or whole(self, *of))
     found, looked = {}, {}
     for cache in ("off", "memory"):

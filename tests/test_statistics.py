@@ -17,8 +17,8 @@ from relook.evaluate.statistics import (
     mcnemar,
     mean,
     paired_interval,
-    ratio,
     ratio_interval,
+    safe_ratio,
     sum_by_image,
 )
 
@@ -94,7 +94,7 @@ def test_holm_by_hand() -> None:
 def test_edges() -> None:
     assert ratio_interval([], []) is ratio_interval([0, 0], [0, 0]) is None
     assert paired_interval(([], []), ([], [])) is paired_interval(([1], [2]), ([0], [0])) is None
-    assert (ratio(0, 0), mean([]), ratio(0, 3)) == (None, None, 0)
+    assert (safe_ratio(0, 0), mean([]), safe_ratio(0, 3)) == (None, None, 0)
     assert ratio_interval([2], [4]) == [0.5, 0.5]
     with pytest.raises(ValueError, match=r"same images .* \[2, 1\]"):
         ratio_interval([1, 1], [1])

@@ -168,12 +168,12 @@ REGIMES: dict[str, dict[str, Any]] = {
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Some steps of every regime on the shipped base, enough to change answers."""
     root = tmp_path_factory.mktemp("runs")
-    TrunkCache.last = None
+    TrunkCache.current = None
     made = {"base": shipped_base()}
     for name, keys in REGIMES.items():
         recipe = dpo_keys(shipped_base(), world, root / name, max_steps=5, learning_rate=3e-2, **keys)
         made[name] = train(build_recipe(recipe))
-    TrunkCache.last = None
+    TrunkCache.current = None
     return made
 
 
@@ -319,17 +319,17 @@ NAMES = ["cross,seed=0", "cross,seed=1", "head,seed=0", "head,seed=1"]
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    TrunkCache.last = None
+    TrunkCache.current = None
     yield
-    TrunkCache.last = None
+    TrunkCache.current = None
 
 
 @pytest.fixture(scope="module")
 def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    TrunkCache.last = None
+    TrunkCache.current = None
     out = tmp_path_factory.mktemp("sweep") / "out"
     assert sweep.run_sweep(keys_of(world, out, **ROWS)) == out / "report.html"
-    TrunkCache.last = None
+    TrunkCache.current = None
     return out
 
 
@@ -409,7 +409,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         sweep.run_sweep(keys_of(world, out, **ROWS))
     assert not (out / "results.json").exists()
-    TrunkCache.last = None  # as in a process of its own
+    TrunkCache.current = None  # as in a process of its own
     sweep.run_sweep(keys_of(world, out, **ROWS))
     assert trained == [*NAMES[:2], "stopped", *NAMES[2:]]
     assert read_json(out / "results.json") == read_json(whole / "results.json")

@@ -35,7 +35,7 @@ from relook.recipe import Recipe, build_recipe
 from relook.toyworld.build import make_processor
 from relook.train import feature_cache
 from relook.train import run as training
-from relook.train.feature_cache import TrunkCache, trunk_pass
+from relook.train.feature_cache import TrunkCache, compute_trunk_states
 from relook.train.loss import metric_names, preference_loss
 from relook.train.run import claim_run_dir, encode_samples, prepare_items, read_samples, train
 from relook.train.trainer import COMPLETE_MARKER
@@ -229,7 +229,7 @@ def test_before_training_each_of_mdpos_terms_is_ln_2(regime: str, base: Path, wo
     assert not torch.allclose(item.corrupted.reference, item.reference[: len(item.corrupted.reference)], atol=1e-4)
     twice = [item for item in bench.items if item.example.id == bench.items[13].example.id]
     assert len(twice) == 2  # the two places of a description have the same crop
-    assert [one.corrupted.pictures for one in twice if one.corrupted] == [item.corrupted.pictures] * 2
+    assert [one.corrupted.image_sources for one in twice if one.corrupted] == [item.corrupted.image_sources] * 2
 
 
 # --- learning rates
@@ -311,7 +311,7 @@ def test_regimes_on_the_same_data_share_the_trunks_pass(
 
     def counted(policy: Policy, plan: Any, shard: Any, parts: Any, *rest: Any) -> Any:
         passes.append(len(shard.examples) if "states" in parts else 0)
-        return trunk_pass(policy, plan, shard, parts, *rest)
+        return compute_trunk_states(policy, plan, shard, parts, *rest)
 
     monkeypatch.setattr(feature_cache, "trunk_pass", counted)
     train(recipe_for(base, world, tmp_path / "1", tune_post_decoder=True, max_steps=1))
@@ -320,7 +320,7 @@ def test_regimes_on_the_same_data_share_the_trunks_pass(
     assert passes == [18]
     train(recipe_for(base, world, tmp_path / "4", tune_post_decoder=True, max_steps=1, desc_data_path=""))
     assert passes == [18, 12]
-    TrunkCache.last = None
+    TrunkCache.current = None
     train(recipe_for(base, world, tmp_path / "alone", tune_post_decoder=True, max_steps=1))
     assert (tmp_path / "alone" / TENSORS_FILE).read_bytes() == (tmp_path / "3" / TENSORS_FILE).read_bytes()
 

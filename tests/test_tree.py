@@ -116,14 +116,14 @@ def test_packed_structure(
 ) -> None:
     trees, root = under(beginning, trees), len(beginning)
     row_length = None if spare is None else max(map(len, trees)) + spare
-    packed = pack(trees, PAD, everything, row_length, root=root, sharing=sharing)
+    packed = pack(trees, PAD, everything, row_length, root_length=root, trees_per_root=sharing)
     R, L = packed.ids.shape
-    mask = packed.mask()[:, 0]
+    mask = packed.dense_mask()[:, 0]
     flat = {name: getattr(packed, name).flatten().tolist() for name in ("ids", "positions", "tree")}
     longest = max(map(len, trees))
     assert longest == L if row_length is None else longest <= L <= row_length
     assert [t for t in dict.fromkeys(flat["tree"]) if t >= 0] == list(range(len(trees)))
-    in_rows = [len({t for t in row.tolist() if t >= 0}) for row in packed.tree]
+    in_rows = [len({t for t in row.tolist() if t >= 0}) for row in packed.tree_index]
     assert flat["tree"].count(ROOT) == root * sum(-(-count // (sharing or count)) for count in in_rows)
 
     expected: list[tuple[int, int, int, int]] = []  # tree, flat place of the predecessor, id, branch
@@ -164,9 +164,9 @@ def test_packed_structure(
 @given(TREES, ROOTS, SHARING, st.booleans())
 def test_kept_slots(trees: list[Tree], beginning: tuple[int, ...], sharing: int | None, everything: bool) -> None:
     trees = under(beginning, trees)
-    packed = pack(trees, PAD, everything, root=len(beginning), sharing=sharing)
+    packed = pack(trees, PAD, everything, root_length=len(beginning), trees_per_root=sharing)
     targets = batch_targets(trees, everything)
-    seen = packed.mask()[:, 0]
+    seen = packed.dense_mask()[:, 0]
     allowed = targets.self_attention_mask()
     for t, tree in enumerate(trees):
         filled = int((targets.kept_branch[t] != PADDING).sum())
@@ -251,7 +251,7 @@ def test_states_are_those_of_separate_rows(
 ) -> None:
     trees, root = under(beginning, trees), len(beginning)
     row_length = None if spare is None else max(map(len, trees)) + spare
-    check_states(trees, pack(trees, PAD, everything, row_length, root=root, sharing=sharing), "dense")
+    check_states(trees, pack(trees, PAD, everything, row_length, root_length=root, trees_per_root=sharing), "dense")
 
 
 @settings(max_examples=10)
@@ -271,7 +271,7 @@ def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for word in ("abcDEF", "abCDE"):
             trees = [Tree.of([row(word), row("abXYZ")])] * 9
-            check_states(trees, pack(trees, PAD, True, 1000, round_up_to_blocks, root=2), how)
+            check_states(trees, pack(trees, PAD, True, 1000, round_up_to_blocks, root_length=2), how)
 
 
 def test_models_share_compiled_code_whatever_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +307,7 @@ def test_the_block_mask_is_the_dense_one(
     beginning = beginning * stretch
     trees = under(beginning, [Tree(tree.prefix * stretch, tree.branches) for tree in trees] * (times // stretch + 1))
     packed = pack(trees, PAD, True, row_length + len(beginning), round_up_to_blocks, len(beginning), sharing)
-    dense = packed.mask()
+    dense = packed.dense_mask()
     R, _, L, _ = dense.shape
     made = block_mask(packed)
     rule = create_mask(made.mask_mod, R, 1, L, L, device="cpu")
@@ -338,9 +338,9 @@ def test_a_last_layer_that_is_not_known_runs_whole() -> None:
     plain = patched.layers[-1].forward
     patched.layers[-1].forward = lambda *of, **more: calls.append(len(of)) or plain(*of, **more)
     for model in (gemma, patched):
-        assert not packed_attention.last_mlp_at_kept(model, "dense")
-        assert PackedTrunk(model, "dense").last is None
-    assert packed_attention.last_mlp_at_kept(LANGUAGE_MODEL, "dense")
+        assert not packed_attention.has_sparse_last_mlp(model, "dense")
+        assert PackedTrunk(model, "dense").sparse_last_layer is None
+    assert packed_attention.has_sparse_last_mlp(LANGUAGE_MODEL, "dense")
     with torch.no_grad():
         embeds = LANGUAGE_MODEL.embed_tokens(packed.ids)
         found, expected = (

@@ -46,9 +46,9 @@ def data_check(
     as_json: AsJson = False,
 ) -> None:
     """What is there, what is missing, and every defect of records and images. Status 0: clean, 1: defects."""
-    from relook.data.check import check, print_report
+    from relook.data.check import check_folder, print_report
 
-    found = check(layout, folder, images, named_only, workers)
+    found = check_folder(layout, folder, images, named_only, workers)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
     else:
@@ -70,14 +70,14 @@ def data_fix(
     as_json: AsJson = False,
 ) -> None:
     """Write images of a wrong format or mode again, and an index without the records that cannot be used."""
-    from relook.console import say
+    from relook.console import status
     from relook.data.check import fix_folder, summary
 
     done = fix_folder(layout, folder, out, in_place=in_place, images=images, broken=broken, copy=copy, workers=workers)
     if as_json:
         typer.echo(json.dumps(done, indent=1))
     else:
-        say(f"{summary(done)} {(out or folder) / 'relook-fix.json'} names them.")
+        status(f"{summary(done)} {(out or folder) / 'relook-fix.json'} names them.")
 
 
 @data_app.command(name="convert")
@@ -88,10 +88,10 @@ def data_convert(
     images: Images = None,
 ) -> None:
     """Preference pairs from one layout to another; what a layout cannot hold is kept by name or refused."""
-    from relook.console import say
-    from relook.data.convert import convert
+    from relook.console import status
+    from relook.data.convert import convert_pairs
 
-    say(f"{convert(source, out, to, images):,} pairs in {out}")
+    status(f"{convert_pairs(source, out, to, images):,} pairs in {out}")
 
 
 @app.command()
@@ -127,19 +127,19 @@ def mine(
     judge_request: JudgeRequest = "{}",
 ) -> None:
     """Preference pairs from a model's own mistakes; torchrun (`-m relook mine ...`) shares the work."""
-    from relook.console import say
+    from relook.console import status
     from relook.evaluate.judge import judge_settings
     from relook.mine.jobs import MiningSettings, MiningSource
-    from relook.mine.run import mine
+    from relook.mine.run import mine_pairs
     from relook.model.load import LoadOptions
 
     url = "" if judge == "exact" else judge
     endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
     how = MiningSettings(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts)
     place = MiningSource(images, annotations, synonyms, exclude or ())
-    card = mine(model, place, out, how, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))
+    card = mine_pairs(model, place, out, how, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
-    say(
+    status(
         f"{pairs[0]:,} description pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "
         "pairs.html shows some."
     )

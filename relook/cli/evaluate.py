@@ -171,9 +171,9 @@ def build_pope(
     seed: Annotated[int, typer.Option(help="Seed of the drawn images and objects.")] = 0,
 ) -> None:
     """Build POPE's random, popular and adversarial questions from annotations."""
-    from relook.evaluate.tasks.build_pope import build_pope
+    from relook.evaluate.tasks.build_pope import build_pope_files
 
-    typer.echo(json.dumps(build_pope(annotations, out, images, seed), indent=1))
+    typer.echo(json.dumps(build_pope_files(annotations, out, images, seed), indent=1))
 
 
 @app.command()

@@ -30,9 +30,9 @@ def convert(
     vision_tower: Tower = None,
 ) -> None:
     """Write a model in another format."""
-    from relook.model.export import WriteOptions, convert
+    from relook.model.export import WriteOptions, convert_model
 
-    convert(source, out, to, WriteOptions(force, max_shard_gb, check, vision_tower))
+    convert_model(source, out, to, WriteOptions(force, max_shard_gb, check, vision_tower))
 
 
 @app.command()
@@ -53,9 +53,9 @@ def merge(
     vision_tower: Tower = None,
 ) -> None:
     """Write a base model with what was trained on it."""
-    from relook.model.export import WriteOptions, merge
+    from relook.model.export import WriteOptions, merge_adapter
 
-    merge(base, change, out, stage, WriteOptions(force, max_shard_gb, check, vision_tower))
+    merge_adapter(base, change, out, stage, WriteOptions(force, max_shard_gb, check, vision_tower))
 
 
 @app.command()
@@ -71,11 +71,11 @@ def export(
     vision_tower: Tower = None,
 ) -> None:
     """Write a whole model that transformers loads where relook is not installed."""
-    from relook.model.export import WriteOptions, export, export_for
+    from relook.model.export import WriteOptions, export_for, export_model
 
     how = WriteOptions(force, max_shard_gb, check, vision_tower)
     if engine is None:
-        export(source, out, how)
+        export_model(source, out, how)
     else:
         export_for(source, out, engine, how)
 
@@ -92,9 +92,9 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's modules, what would train in each regime, and the tensors of an example on their way."""
-    from relook.model.inspect import inspect, print_tables
+    from relook.model.inspect import inspect_model, print_tables
 
-    found = inspect(model, image, prompt, adapter, vision_tower, dtype, device)
+    found = inspect_model(model, image, prompt, adapter, vision_tower, dtype, device)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:

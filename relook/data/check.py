@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from relook.console import output, plain_table, progress
+from relook.console import plain_table, progress, stdout_console
 from relook.data.examine import FORMATS, MISSING, OTHER_SUFFIX, REPAIRABLE, TURNED, Found, examine_all, rewritten
 from relook.data.images import prefetch_map
 from relook.data.layouts import FolderLayout, IndexFile, find_layout
@@ -112,7 +112,7 @@ def readable(name: str) -> str:
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
-def check(
+def check_folder(
     name: str, folder: str | Path, images: str | Path | None = None, named_only: bool = False, workers: int = 0
 ) -> FolderReport:
     """Examine a dataset folder: its parts, every record, and every image.
@@ -257,7 +257,7 @@ def _batches(names: Iterable[str]) -> Iterator[Sequence[str]]:
 
 def print_report(report: FolderReport) -> None:
     """What `check` found, as tables on standard output."""
-    out, found = output(), report.to_json()
+    out, found = stdout_console(), report.to_json()
     out.print(f"{report.layout.name} in {report.layout.folder}: {'clean' if report.clean else 'has defects'}")
     parts = plain_table("part", "")
     for part in found["parts"]:
@@ -346,7 +346,7 @@ def fix_folder(
         shutil.rmtree(place)  # a job whose last file was moved when it was killed
     done = _finished(place, job)
     if done is None:
-        report = check(name, folder, images, workers=workers)
+        report = check_folder(name, folder, images, workers=workers)
         unread = next((one.problem for one in report.indexes if one.problem), "")
         if unread:
             raise DataError(f"An index file cannot be fixed: {unread}")

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from relook.console import progress, say
+from relook.console import progress, status
 from relook.data.annotations import read_image_records
 from relook.data.parquet import (
     COLUMNS,
@@ -45,7 +45,7 @@ RECORD = "hadpo_record"
 QUESTION = ("image_id", "question", "chosen", "reject", "answer", "correct", "image_name")
 
 
-def convert(source: str | Path, target: str | Path, to: str, images: str | Path | None = None) -> int:
+def convert_pairs(source: str | Path, target: str | Path, to: str, images: str | Path | None = None) -> int:
     """Write the pairs of `source` in another layout; returns their number.
 
     Args:
@@ -75,7 +75,9 @@ def convert(source: str | Path, target: str | Path, to: str, images: str | Path 
         return write_hadpo(target, opened, rows)
     count = write_parquet(target, to, opened, rows)
     if folder and (source / DESC).exists():
-        say("  a description pair stands there once; a run on HA-DPO's files takes it twice an epoch, as the original")
+        status(
+            "  a description pair stands there once; a run on HA-DPO's files takes it twice an epoch, as the original"
+        )
     return count
 
 
@@ -107,7 +109,7 @@ def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
     if faults:
         raise DataError(f"Layout {to} cannot hold all rows ({named}).", "Repair or remove these, or choose another.")
     if useless:
-        say(f"  {sum(map(len, useless.values())):,} rows are no pairs and were left out ({left_out})")
+        status(f"  {sum(map(len, useless.values())):,} rows are no pairs and were left out ({left_out})")
 
 
 def _pair_fault(row: RawPair) -> str:
@@ -249,7 +251,7 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
             notes = {"filled": source.filled, "forms": source.forms, "features": source.features}
             write_json(temporary / NOTES, {"columns": columns, **notes})
     if edited:
-        say(f"  {edited:,} descriptions are not those of their records any more: they are in {POPE}, alone")
+        status(f"  {edited:,} descriptions are not those of their records any more: they are in {POPE}, alone")
     return count
 
 

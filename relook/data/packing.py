@@ -35,10 +35,10 @@ class TokenRow:
     supervised: tuple[bool, ...]
 
 
-def common_prefix_length(sequences: Sequence[tuple[int, ...]], most: int) -> int:
+def common_prefix_length(sequences: Sequence[tuple[int, ...]], limit: int) -> int:
     """How many tokens all sequences begin with, `most` at most; each must have as many."""
     first, last = min(sequences), max(sequences)  # what these two share, all do
-    return next((i for i in range(most) if first[i] != last[i]), most)
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def to_device(value: T_, device: torch.device | str) -> T_:
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=ahead))
 
 
-def pinned(value: T_) -> T_:
+def pin_memory(value: T_) -> T_:
     """The same in memory that a GPU copies from by itself; what is on a GPU already stays there."""
     return _map_tensors(value, lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
@@ -88,27 +88,27 @@ def copy_to_cpu(tensor: Tensor) -> Tensor:
     """
     if tensor.device.type == "cpu":
         return tensor
-    held = torch.empty_like(tensor, device="cpu")
+    copied = torch.empty_like(tensor, device="cpu")
     rows = max(1, STAGING_BYTES // max(1, tensor[:1].nbytes))
     buffer = torch.empty_like(tensor[:rows], device="cpu", pin_memory=True)
-    for to, part in zip(held.split(rows), tensor.split(rows), strict=True):
+    for to, part in zip(copied.split(rows), tensor.split(rows), strict=True):
         staged = buffer[: len(part)].copy_(part, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
         to.copy_(staged)
-    return held
+    return copied
 
 
-def _map_tensors(value: T_, work: Callable[[Tensor], Tensor]) -> T_:
-    made: dict[str, Any] = {}
+def _map_tensors(value: T_, function: Callable[[Tensor], Tensor]) -> T_:
+    mapped: dict[str, Any] = {}
     for field in fields(value):  # type: ignore[arg-type]
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
-            made[field.name] = work(item)
+            mapped[field.name] = function(item)
         elif isinstance(item, list):
-            made[field.name] = [work(one) if isinstance(one, Tensor) else one for one in item]
+            mapped[field.name] = [function(one) if isinstance(one, Tensor) else one for one in item]
         elif hasattr(item, "__dataclass_fields__"):
-            made[field.name] = _map_tensors(item, work)
-    return replace(value, **made)  # type: ignore[type-var]
+            mapped[field.name] = _map_tensors(item, function)
+    return replace(value, **mapped)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -147,16 +147,16 @@ class PackedTrees:
     """
 
     ids: Tensor  # (R, L)
-    positions: Tensor  # (R, L)
-    tree: Tensor  # (R, L) index of the tree, ROOT where those that follow share it, PADDING outside
-    last: Tensor  # (R, L) int32, the last place of the row that sees this one; padding sees itself only
+    position_ids: Tensor  # (R, L)
+    tree_index: Tensor  # (R, L) index of the tree, ROOT where those that follow share it, PADDING outside
+    last_query: Tensor  # (R, L) int32, the last place of the row that sees this one; padding sees itself only
     keep: Tensor  # (T, S) flat index r * L + l of the positions whose states are kept
     targets: Targets
 
-    def mask(self) -> Tensor:
+    def dense_mask(self) -> Tensor:
         """Dense attention mask, (R, 1, L, L) bool: causal; the root, and within a tree prefix and own branch only."""
         place = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return ((place[:, None] >= place) & (place[:, None] <= self.last[:, None]))[:, None]
+        return ((place[:, None] >= place) & (place[:, None] <= self.last_query[:, None]))[:, None]
 
 
 def assign_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
@@ -173,9 +173,9 @@ def assign_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int
     return rows
 
 
-def kept_positions(tree: Tree, everything: bool) -> list[int]:
+def kept_positions(tree: Tree, keep_all: bool) -> list[int]:
     """Positions of a tree whose states the post decoder needs: those that predict a target, or all of them."""
-    if everything:
+    if keep_all:
         return list(range(len(tree)))
     return sorted({source for source, _, _ in _predictions(tree)})
 
@@ -227,9 +227,9 @@ class TreeTargets:
     kept_branch: Tensor  # (S,)
 
     @staticmethod
-    def of(tree: Tree, everything: bool = False) -> TreeTargets:
+    def of(tree: Tree, keep_all: bool = False) -> TreeTargets:
         """`everything` keeps the states of all positions."""
-        kept = kept_positions(tree, everything)
+        kept = kept_positions(tree, keep_all)
         slot_of = {position: slot for slot, position in enumerate(kept)}
         numbers = _branch_numbers(tree)
         rows = torch.tensor([(slot_of[source], token, branch) for source, token, branch in _predictions(tree)])
@@ -251,9 +251,9 @@ def concatenate_targets(trees: Sequence[TreeTargets]) -> Targets:
     )
 
 
-def batch_targets(trees: Sequence[Tree], everything: bool = False) -> Targets:
+def batch_targets(trees: Sequence[Tree], keep_all: bool = False) -> Targets:
     """The targets of a batch; see `Targets`. `everything` keeps the states of all positions."""
-    return concatenate_targets([TreeTargets.of(tree, everything) for tree in trees])
+    return concatenate_targets([TreeTargets.of(tree, keep_all) for tree in trees])
 
 
 def common_root_length(trees: Sequence[Tree], image_token_id: int) -> int:
@@ -271,11 +271,11 @@ def round_up_to_blocks(length: int) -> int:
 def pack(
     trees: Sequence[Tree],
     pad_id: int,
-    everything: bool = False,
+    keep_all: bool = False,
     row_length: int | None = None,
     round_up: Callable[[int], int] = int,
-    root: int = 0,
-    sharing: int | None = None,
+    root_length: int = 0,
+    trees_per_root: int | None = None,
 ) -> PackedTrees:
     """Lay trees out in rows. With `row_length`, several trees share a row as long as they fit; else one tree a row.
 
@@ -284,22 +284,24 @@ def pack(
         root: first tokens that the trees of a row have once; see `common_root_length`.
         sharing: how many trees share a root at most; the next ones then have another one before them.
     """
-    each = sharing or len(trees)
-    once = 0 if sharing else root  # where several roots may stand in a row, each tree is counted with one
+    each = trees_per_root or len(trees)
+    once = 0 if trees_per_root else root_length  # where several roots may stand in a row, each tree is counted with one
     rows = assign_rows([len(tree) - once for tree in trees], None if row_length is None else row_length - once)
-    L = round_up(max(root * -(-len(row) // each) + sum(len(trees[t]) - root for t in row) for row in rows))
+    L = round_up(
+        max(root_length * -(-len(row) // each) + sum(len(trees[t]) - root_length for t in row) for row in rows)
+    )
     shape = (len(rows), L)
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
     tree_RL = torch.full(shape, PADDING)
     last = torch.arange(L, dtype=torch.int32).repeat(len(rows), 1)
-    targets = batch_targets(trees, everything)
+    targets = batch_targets(trees, keep_all)
     keep = torch.zeros(targets.kept_branch.shape, dtype=torch.long)
     for r, row in enumerate(rows):
         start = shared = 0
         for number, t in enumerate(row):
             tree = trees[t]
             tokens = [*tree.prefix, *(token for branch in tree.branches for token in branch.ids)]
-            skipped = root if number % each else 0  # what an earlier tree brought
+            skipped = root_length if number % each else 0  # what an earlier tree brought
             here = slice(start, start + len(tree) - skipped)
             ids[r, here] = torch.tensor(tokens[skipped:])
             positions[r, here] = torch.tensor(_position_ids(tree)[skipped:])
@@ -307,9 +309,9 @@ def pack(
             last[r, here] = start - skipped + torch.tensor(_last_queries(tree)[skipped:], dtype=torch.int32)
             if not skipped:
                 shared = start
-                tree_RL[r, start : start + root] = ROOT
-            last[r, shared : shared + root] = here.stop - 1
-            kept = torch.tensor(kept_positions(tree, everything))
-            keep[t, : len(kept)] = r * L + kept + torch.where(kept < root, shared, start - skipped)
+                tree_RL[r, start : start + root_length] = ROOT
+            last[r, shared : shared + root_length] = here.stop - 1
+            kept = torch.tensor(kept_positions(tree, keep_all))
+            keep[t, : len(kept)] = r * L + kept + torch.where(kept < root_length, shared, start - skipped)
             start = here.stop
     return PackedTrees(ids, positions, tree_RL, last, keep, targets)

@@ -73,7 +73,7 @@ class ReadReport:
     """
 
     source: str
-    kept: int
+    used: int
     reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
     note: str = field(default="", compare=False)
@@ -84,7 +84,7 @@ class ReadReport:
 
     def summary(self) -> str:
         """One line: how many were kept, skipped and dropped, and why."""
-        parts = [f"{self.kept:,} samples"]
+        parts = [f"{self.used:,} samples"]
         parts += [f"{count:,} skipped ({reason})" for reason, count in self.skipped.items()]
         faults = "; ".join(f"{reason}: {len(names):,} ({preview(names, 3)})" for reason, names in self.reasons.items())
         parts.append(f"{self.dropped:,} dropped ({faults})" if faults else "none dropped")

@@ -13,9 +13,9 @@ from torch import nn
 
 from relook.data.encode import Example
 from relook.data.packing import assign_rows, common_root_length, kept_positions, round_up_to_blocks
-from relook.forward.activation_memory import staying
+from relook.forward.activation_memory import layers_on_device
 from relook.forward.collate import TREES_PER_ROOT
-from relook.forward.packed_attention import ADAPTER, ATTENTION_INPUTS, MLP_INPUTS, packs
+from relook.forward.packed_attention import ADAPTER, ATTENTION_INPUTS, MLP_INPUTS, packs_rows
 from relook.forward.policy import LOGITS_BYTES, ROWS_IN_FLOAT32, Policy
 from relook.model.families import vision_feature_width
 from relook.model.post_decoder import PostDecoder
@@ -70,7 +70,7 @@ class BatchCounts:
         distinct = {id(tree): tree for tree in trees}.values()  # assumed ones are all the same
         root = common_root_length(trees, policy.config.image_token_id)
         lengths = sorted((len(tree) - root for tree in trees), reverse=True)
-        packed = packs(policy.trunk_pass)
+        packed = packs_rows(policy.trunk_pass)
         row = (
             round_up_to_blocks(root * -(-len(trees) // TREES_PER_ROOT) + sum(lengths)) if packed else root + lengths[0]
         )
@@ -262,18 +262,18 @@ class Job:
     policy: Policy
     whole: Policy
     batch: BatchCounts
-    reading: BatchCounts
+    trunk_positions: BatchCounts
     cache: int
     keeps_features: bool
     one_type: bool
 
     @property
-    def low(self) -> int:
+    def compute_bytes(self) -> int:
         return self.policy.dtype.itemsize
 
     @property
-    def mixed(self) -> bool:
-        return self.low < 4 and not self.one_type
+    def mixed_precision(self) -> bool:
+        return self.compute_bytes < 4 and not self.one_type
 
     @property
     def text(self) -> Any:
@@ -331,8 +331,8 @@ class Job:
             self.text,
             self.batch.row,
             self.policy.trunk_pass,
-            self.low,
-            self.mixed,
+            self.compute_bytes,
+            self.mixed_precision,
             self.recipe.lora_dropout,
         )
 
@@ -340,7 +340,7 @@ class Job:
     def last_positions(self) -> int:
         """Positions of which the last layer's MLP and the last norm are computed; see `LastLayer`."""
         whole, chosen = self.batch.positions, self.batch.slots
-        return chosen if self.policy.last_mlp_at_kept(chosen, whole) else whole
+        return chosen if self.policy.uses_sparse_last_mlp(chosen, whole) else whole
 
     @property
     def recomputed(self) -> int:
@@ -355,7 +355,7 @@ class Job:
     @property
     def saved(self) -> int:
         """How many decoder layers' activations are not on the GPU at the beginning of the backward pass."""
-        return len(self.layers) - staying(len(self.layers), self.policy.activation_offloading)
+        return len(self.layers) - layers_on_device(len(self.layers), self.policy.activation_offloading)
 
     @cached_property
     def tower(self) -> int:
@@ -388,19 +388,19 @@ class Job:
         return saved_within_budget(self.policy.activation_memory_budget, self.layer_input, *parts)
 
     @property
-    def again(self) -> int:
+    def recompute_bytes(self) -> int:
         """Bytes that the backward pass of a decoder layer computes again before it begins."""
         return self.layer_saved_bytes - (0 if self.recomputed else self.resident_layer_bytes)
 
     @property
     def layer_input(self) -> int:
-        stream = 4 if self.recipe.full and self.mixed else self.low
+        stream = 4 if self.recipe.full and self.mixed_precision else self.compute_bytes
         return self.batch.positions * self.width * stream
 
     @cached_property
     def saved_below_layers(self) -> int:
         """Bytes that the trunk and the projector keep for the backward pass."""
-        low, batch, total = self.low, self.batch, 0
+        low, batch, total = self.compute_bytes, self.batch, 0
         if not self.recipe.frozen_trunk:
             whole = len(self.layers) - self.recomputed - self.saved
             if whole:
@@ -408,7 +408,7 @@ class Job:
             total += self.recomputed * self.layer_input
             total += self.last_positions * (4 * self.width + 4)  # the last norm
         if self.recipe.tune_mm_mlp_adapter or self.recipe.full:
-            projector = projector_bytes(self.policy.config, low, self.mixed)
+            projector = projector_bytes(self.policy.config, low, self.mixed_precision)
             total += projector.each * batch.features + projector.fixed
         return total
 
@@ -419,31 +419,35 @@ class Job:
         flows = self.recipe.tune_post_decoder or not self.recipe.frozen_trunk
         text = images = 0
         if decoder is not None and flows:
-            text, images = post_decoder_bytes(decoder, self.batch, self.low, self.mixed)
+            text, images = post_decoder_bytes(decoder, self.batch, self.compute_bytes, self.mixed_precision)
         if head.requires_grad:
-            text += self.batch.targets * self.width * self.low
-            text += head.numel() * self.low if flows and self.mixed else 0  # cast for the gradient of its input
+            text += self.batch.targets * self.width * self.compute_bytes
+            text += (
+                head.numel() * self.compute_bytes if flows and self.mixed_precision else 0
+            )  # cast for the gradient of its input
         return text, images
 
     @property
-    def kept(self) -> int:
+    def saved_bytes(self) -> int:
         """All bytes kept at the beginning of the backward pass, without logits."""
         return self.saved_below_layers + sum(self.saved_above_layers)
 
     @cached_property
-    def waiting(self) -> int:
+    def prefetch_bytes(self) -> int:
         """Bytes of the batch, and of the next one, which accelerate has ready on the GPU."""
         batch, side = self.batch, int(self.policy.config.vision_config.image_size)
         width = vision_feature_width(self.policy.config)
         if self.recipe.cached_trunk:
             states = 2 * batch.slots * self.width
             looked_at = batch.padded_features * width if self.policy.needs_vision_features else 0
-            return (states + looked_at) * self.low
+            return (states + looked_at) * self.compute_bytes
         return 2 * (
-            batch.features * width * self.low if self.keeps_features else self.pictures(batch) * 3 * side**2 * 4
+            batch.features * width * self.compute_bytes
+            if self.keeps_features
+            else self.image_bytes(batch) * 3 * side**2 * 4
         )
 
-    def pictures(self, counts: BatchCounts) -> int:
+    def image_bytes(self, counts: BatchCounts) -> int:
         """Images, or the tiles that they are cut into."""
         vision = self.whole.config.vision_config
         return counts.features // int(vision.image_size // vision.patch_size) ** 2
@@ -455,31 +459,38 @@ class Job:
             return 0
         largest: int = max(p.numel() for name, p in self.layers[0].named_parameters() if "lora_" not in name)
         # A quantised weight is unpacked whole; the gradient of one that trains exists in both types.
-        matrix = largest * (self.low if self.recipe.bits != 16 else self.low + 4 if self.recipe.full else 0)
+        matrix = largest * (
+            self.compute_bytes if self.recipe.bits != 16 else self.compute_bytes + 4 if self.recipe.full else 0
+        )
         if self.recipe.use_dora:  # peft sends an identity matrix through LoRA, for the norms of base and LoRA together
-            matrix += (int(self.text.intermediate_size) ** 2 + 2 * largest) * self.low
+            matrix += (int(self.text.intermediate_size) ** 2 + 2 * largest) * self.compute_bytes
         return self.layer[1].workspace * self.batch.positions + matrix
 
     @cached_property
-    def before(self) -> int:
+    def bytes_before_training(self) -> int:
         """Bytes of what comes before training: the whole model reads a batch without gradients."""
         total = LIBRARIES + self.frozen_whole + 4 * self.trained_whole
         if self.recipe.cached_trunk:  # what trains is loaded already, and two shards wait to be stored
             total += self.frozen + 4 * self.trained + 2 * SHARD_BYTES
-        counts, vision, D, F = self.reading, self.whole.config.vision_config, self.width, self.text.intermediate_size
+        counts, vision, D, F = (
+            self.trunk_positions,
+            self.whole.config.vision_config,
+            self.width,
+            self.text.intermediate_size,
+        )
         # The tower gives the states of all its layers.
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
-        seeing = patches * vision.hidden_size * (vision.num_hidden_layers + 1) * self.low
+        seeing = patches * vision.hidden_size * (vision.num_hidden_layers + 1) * self.compute_bytes
         moments = [seeing * IMAGE_BATCH if self.keeps_features else 0]
         if self.recipe.cached_trunk or self.recipe.needs_reference:
-            cast = 4 if self.recipe.lora_enable and self.mixed and self.policy.trunk_pass != "compiled" else 0
+            cast = 4 if self.recipe.lora_enable and self.mixed_precision and self.policy.trunk_pass != "compiled" else 0
             # Some states of the residual stream, and the MLP's three wide ones.
-            reading = counts.positions * ((3 * self.low + cast) * F + 6 * self.low * D)
-            moments.append(reading + (0 if self.keeps_features else seeing * self.pictures(counts)))
+            reading = counts.positions * ((3 * self.compute_bytes + cast) * F + 6 * self.compute_bytes * D)
+            moments.append(reading + (0 if self.keeps_features else seeing * self.image_bytes(counts)))
         return total + int(max(moments))
 
     @property
-    def state(self) -> int:
+    def optimizer_bytes(self) -> int:
         """Bytes of the optimizer's state for each number that trains."""
         name = str(self.recipe.training.get("optim", "adamw_torch_fused"))
         if name == "sgd" and "momentum" in str(self.recipe.training.get("optim_args", "")):
@@ -572,14 +583,14 @@ class Strategy:
         return max(self.peak, self.before) + CONTEXT <= memory
 
 
-def ways(job: Job, apart: Job, gpus: int) -> list[Strategy]:
+def strategies(job: Job, apart: Job, gpus: int) -> list[Strategy]:
     """A run on some GPUs, in each way that they can share it; the recipe's own one first.
 
     Args:
         job: as one GPU, or DDP, has it; `apart` as FSDP and DeepSpeed have it.
     """
     frozen, trained = job.frozen, 4 * job.trained
-    optimizer, N = job.state * job.trained, gpus
+    optimizer, N = job.optimizer_bytes * job.trained, gpus
     if N == 1 and job.keeps_features:
         frozen -= job.tower  # `Policy.rest_tower`
     name, buckets, away = "DDP" if N > 1 else "one GPU", trained if N > 1 else 0, job.saved * job.resident_layer_bytes
@@ -597,19 +608,23 @@ def _fsdp(job: Job, N: int) -> Strategy:
     # Whole at a time: what stands around the layers, one layer, and the next one on its way.
     layer = sum(p.numel() for p in job.layers[0].parameters()) if not job.recipe.cached_trunk else 0
     weights = (job.frozen + 4 * job.trained) // N
-    gathered = (job.around + 2 * layer) * job.low
-    return _build_strategy("FSDP2", job, weights, 4 * job.trained // N, job.state * job.trained // N, gathered)
+    gathered = (job.around + 2 * layer) * job.compute_bytes
+    return _build_strategy(
+        "FSDP2", job, weights, 4 * job.trained // N, job.optimizer_bytes * job.trained // N, gathered
+    )
 
 
 def _deepspeed(name: str, job: Job, N: int) -> Strategy:
     """DeepSpeed: all weights in the type of the products, and a float32 copy of what trains with its optimizer."""
     stage, offload = int(name[4]), name.endswith("offload")
-    everything = job.frozen + job.low * job.trained
-    copy = (4 + job.state) * job.trained // N
-    gradients = job.low * job.trained // N
-    buckets = (2 if stage == 2 else 1) * BUCKET * job.low  # with overlap_comm stage 2 fills one while another is sent
+    everything = job.frozen + job.compute_bytes * job.trained
+    copy = (4 + job.optimizer_bytes) * job.trained // N
+    gradients = job.compute_bytes * job.trained // N
+    buckets = (
+        (2 if stage == 2 else 1) * BUCKET * job.compute_bytes
+    )  # with overlap_comm stage 2 fills one while another is sent
     weights = everything if stage == 2 else everything // N
-    live = 0 if stage == 2 else min(LIVE * job.low, everything)
+    live = 0 if stage == 2 else min(LIVE * job.compute_bytes, everything)
     processor = 0
     if offload:
         processor = copy + 4 * job.trained // N + (weights if stage == 3 else 0)
@@ -624,11 +639,11 @@ def _build_strategy(
 ) -> Strategy:
     """Everything at the moment of a step when there is most."""
     always = {"weights": weights, "optimizer": optimizer, "cache": job.cache}
-    base = workspace + LIBRARIES + job.waiting
+    base = workspace + LIBRARIES + job.prefetch_bytes
     moments = [{**always, **moment, "workspace": base + moment["workspace"]} for moment in _moments(job, gradients)]
     most = max(moments, key=lambda parts: sum(parts.values()))
     largest = {part: max(moment.get(part, 0) for moment in moments) for part in PARTS}
-    return Strategy(name, {part: most.get(part, 0) for part in PARTS}, largest, job.before, processor)
+    return Strategy(name, {part: most.get(part, 0) for part in PARTS}, largest, job.bytes_before_training, processor)
 
 
 def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
@@ -639,25 +654,27 @@ def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
     layer goes back, when all gradients are there; the optimizer steps.
     """
     compiled = job.policy.trunk_pass == "compiled"
-    logits, rows = logits_bytes(job.text.vocab_size, job.batch.targets, job.low, compiled)
+    logits, rows = logits_bytes(job.text.vocab_size, job.batch.targets, job.compute_bytes, compiled)
     held = gradients if job.accumulates else 0  # from the micro-batches before
     head, above = _trained_share(job, job.policy.core.lm_head), _trained_share(job, job.policy.post_decoder)
     images = job.saved_above_layers[1]
-    looking = job.batch.padded_features * job.width * 2 * (4 + job.low) if images else 0  # gradients of keys and values
-    layer = job.saved_below_layers + job.again
-    casts = round(head * job.trained) * job.low  # of lm_head's gradient, before it is float32
+    looking = (
+        job.batch.padded_features * job.width * 2 * (4 + job.compute_bytes) if images else 0
+    )  # gradients of keys and values
+    layer = job.saved_below_layers + job.recompute_bytes
+    casts = round(head * job.trained) * job.compute_bytes  # of lm_head's gradient, before it is float32
     # As layers go back others return: until the last has, there are as many as may be, beside gradients of the rest.
     there, gone = len(job.layers) - job.saved, head + above + (1 - head - above) * job.saved / len(job.layers)
     returned = {
-        "activations": there * job.resident_layer_bytes + job.again,
+        "activations": there * job.resident_layer_bytes + job.recompute_bytes,
         "gradients": max(held, round(gone * gradients)),
         "workspace": job.backward,
     }
     after_head = max(held, round(head * gradients))
     after_all = max(held, round((head + above) * gradients))
     return [
-        {"activations": job.kept, "logits": logits, "gradients": held, "workspace": rows},
-        {"activations": job.kept, "logits": logits // 2, "gradients": after_head, "workspace": casts},
+        {"activations": job.saved_bytes, "logits": logits, "gradients": held, "workspace": rows},
+        {"activations": job.saved_bytes, "logits": logits // 2, "gradients": after_head, "workspace": casts},
         {"activations": job.saved_below_layers + images, "gradients": after_all, "workspace": looking},
         {"activations": layer, "gradients": after_all, "workspace": job.backward},
         *([returned] if job.saved else []),

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import yaml
 
-from relook.console import output, plain_table, readable_size
+from relook.console import plain_table, readable_size, stdout_console
 from relook.data.encode import Example
 from relook.data.images import ImageSource
 from relook.data.packing import TokenRow, Tree, common_root_length, kept_positions
 from relook.errors import DataError, RecipeError, RelookError
-from relook.estimate.memory import FASTEST, FLAGS, PARTS, BatchCounts, Job, Strategy, ways
+from relook.estimate.memory import FASTEST, FLAGS, PARTS, BatchCounts, Job, Strategy, strategies
 from relook.files import read_json_object
 from relook.flags import renamed
-from relook.forward.collate import TREES_PER_ROOT, BatchStats, Item, corrupted
-from relook.forward.packed_attention import BUDGET, packs
+from relook.forward.collate import TREES_PER_ROOT, BatchStats, Item, corrupt
+from relook.forward.packed_attention import BUDGET, packs_rows
 from relook.forward.policy import Policy
 from relook.model.checkpoint import ADAPTER_FILE
 from relook.model.families import family_of, has_post_decoder, vision_feature_count, with_post_decoder
@@ -35,7 +35,7 @@ from relook.model.load import HeadModel, LoadedModel
 from relook.model.trainable import add_trainable_modules
 from relook.recipe import Recipe, build_recipe, parse_overrides, read_yaml_or_shipped
 from relook.train.cache_store import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, CachePlan, fits_half_of_memory
-from relook.train.feature_cache import CACHE_DIR, keeps_features
+from relook.train.feature_cache import CACHE_DIR, caches_vision_features
 from relook.train.metrics import StepCosts
 from relook.train.run import RUN_FILE, read_samples
 
@@ -125,7 +125,7 @@ def estimate(
     lengths = read_lengths(recipe, source, whole.core, assumed, missing)
     job = build_job(recipe, whole, lengths, gpu_memory, gpus, sharded=False)
     apart = build_job(recipe, cut, lengths, gpu_memory, gpus, sharded=True)
-    found = ways(job, apart, gpus)
+    found = strategies(job, apart, gpus)
     largest = largest_batches(recipe, job, apart, lengths, gpu_memory, gpus)
     cache = cache_size_and_location(recipe, whole, lengths, gpus, missing) if recipe.cached_trunk else None
     return {
@@ -244,7 +244,7 @@ def read_lengths(
 
 def step_examples(recipe: Recipe, examples: Sequence[Example]) -> list[Example]:
     """What a step reads of some examples: for mDPO their chosen answers again, on corrupted images."""
-    again = [corrupted(Item(example), 0).example for example in examples] if recipe.mdpo_conditional_weight else []
+    again = [corrupt(Item(example), 0).example for example in examples] if recipe.mdpo_conditional_weight else []
     return [*examples, *again]
 
 
@@ -255,16 +255,17 @@ def build_job(recipe: Recipe, whole: Policy, lengths: DataLengths, gpu_memory: f
     if recipe.cached_trunk:
         longest = max(examples, key=lambda example: len(example.tree))
         reading = counts(recipe, whole, lengths, [longest] * max(1, PACKED_POSITIONS // len(longest.tree)))
-        if packs(whole.trunk_pass):  # rows are always full ones
+        if packs_rows(whole.trunk_pass):  # rows are always full ones
             reading = replace(reading, positions=max(reading.positions, PACKED_POSITIONS))
     return Job(
         recipe,
         Policy(HeadModel(whole.core), whole.dtype, whole.trunk_pass) if recipe.cached_trunk else whole,
         whole,
         batch=largest,
-        reading=reading,
+        trunk_positions=reading,
         cache=cached_bytes_on_gpu(recipe, whole, lengths, gpu_memory) if recipe.cached_trunk else 0,
-        keeps_features=keeps_features(recipe, whole.config, gpus) and any(example.images for example in examples),
+        keeps_features=caches_vision_features(recipe, whole.config, gpus)
+        and any(example.images for example in examples),
         one_type=sharded,
     )
 
@@ -301,16 +302,16 @@ def largest_batches(
         recipe: the one of the jobs, or one that differs in what a job reads of it alone.
     """
     most = max(1, lengths.total // gpus)
-    jobs = [each.resized(recipe, each.batch, each.reading) for each in (job, apart)]
-    names = [way.name for way in ways(jobs[0], jobs[1], gpus)]
+    jobs = [each.resized(recipe, each.batch, each.trunk_positions) for each in (job, apart)]
+    names = [way.name for way in strategies(jobs[0], jobs[1], gpus)]
 
     @functools.cache
     def fitting(size: int) -> frozenset[str]:
         examples, sized = largest_batch(lengths.examples, size), []
         for each in jobs:
             batch = counts(recipe, each.whole, lengths, examples)
-            sized.append(each.resized(recipe, batch, each.reading if recipe.cached_trunk else batch))
-        return frozenset(way.name for way in ways(sized[0], sized[1], gpus) if way.fits(gpu_memory * GIB))
+            sized.append(each.resized(recipe, batch, each.trunk_positions if recipe.cached_trunk else batch))
+        return frozenset(way.name for way in strategies(sized[0], sized[1], gpus) if way.fits(gpu_memory * GIB))
 
     def largest(name: str) -> int:
         fits, fails = 0, 1
@@ -443,11 +444,11 @@ def compute_cost(job: Job, lengths: DataLengths, gpus: int, tflops: float) -> di
     trees = [example.tree for example in examples]
     everything = sum(map(len, trees))
     targets = sum(sum(branch.supervised) for tree in trees for branch in tree.branches)
-    packed = packs(whole.trunk_pass) and not job.recipe.cached_trunk
+    packed = packs_rows(whole.trunk_pass) and not job.recipe.cached_trunk
     sharing = min(TREES_PER_ROOT, job.batch.trees) if packed else job.batch.trees
     shared = common_root_length(trees, whole.config.image_token_id) * (len(trees) - -(-len(trees) // sharing))
     tokens = last_mlp = everything - shared
-    if whole.last_mlp_at_kept(job.batch.slots, job.batch.positions):
+    if whole.uses_sparse_last_mlp(job.batch.slots, job.batch.positions):
         last_mlp = sum(len(kept_positions(tree, whole.needs_all_states)) for tree in trees)
     features = sum(
         vision_feature_count(whole.config, lengths.size(image)) for example in examples for image in example.images
@@ -469,10 +470,10 @@ def compute_cost(job: Job, lengths: DataLengths, gpus: int, tflops: float) -> di
     forward = StepCosts.of(whole)
     for parameter in trains:
         parameter.requires_grad_(True)
-    before = float(forward.seeing * features) if job.keeps_features else 0.0
+    before = float(forward.vision_tower * features) if job.keeps_features else 0.0
     if job.recipe.cached_trunk or job.recipe.needs_reference:
         before = forward.flops(replace(done, encoded=features, live=True))
-    step += (forward.reading * tokens + forward.last_mlp * last_mlp) * job.recomputed_share
+    step += (forward.trunk * tokens + forward.last_mlp * last_mlp) * job.recomputed_share
     samples = len(lengths.examples)
     each = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}
     if tflops:
@@ -547,7 +548,7 @@ def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 def print_estimate(found: Mapping[str, Any]) -> None:
     """What `estimate` found, on standard output; a pipe gets wide lines."""
-    console = output()
+    console = stdout_console()
     console.soft_wrap = True
     trained, everything = (found["parameters"][key] / 1e9 for key in ("trained", "all"))
     console.print(f"{found['model']}: {everything:.3f}e9 parameters, {trained:.3f}e9 of them train")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.console import say
+from relook.console import status
 from relook.data.annotations import read_coco
 from relook.data.paths import coco_images, resolve_extension
 from relook.data.samples import Question
@@ -169,7 +169,7 @@ def _beside_stored(name: str, folder: Path, result: dict[str, Any]) -> dict[str,
     """The result; says how it replaces another one that a folder of `relook eval` holds."""
     stored = folder / f"{name}.json"
     if folder.is_dir() and stored.exists() and not _holds(read_json_object(stored), result):
-        say(f"{stored} holds another score; --json {stored} replaces it, and so does `relook eval` there.")
+        status(f"{stored} holds another score; --json {stored} replaces it, and so does `relook eval` there.")
     return result
 
 

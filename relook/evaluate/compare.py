@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relook.errors import DataError, preview
 from relook.evaluate.score import COMPARED, chair_counts, data_truth, pope_questions, read_captions_by_image
-from relook.evaluate.statistics import Ratio, columns, discordant_counts, mcnemar, paired_interval, ratio
+from relook.evaluate.statistics import Ratio, discordant_counts, mcnemar, paired_interval, safe_ratio, to_columns
 from relook.evaluate.tasks import pope
 from relook.evaluate.tasks.chair import ChairScore, mentions, vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS, PopeRow, official_parse
@@ -67,8 +67,8 @@ def _compare_chair(sides: Sequence[Sequence[ChairScore]]) -> dict[str, Any]:
 
 def _difference(first: Sequence[Ratio], second: Sequence[Ratio]) -> dict[str, Any]:
     """A rate's difference and its interval; None where either rate is one of nothing."""
-    pooled = [columns([pair for run in side for pair in run]) for side in (first, second)]
-    one, other = (ratio(sum(top), sum(bottom)) for top, bottom in pooled)
+    pooled = [to_columns([pair for run in side for pair in run]) for side in (first, second)]
+    one, other = (safe_ratio(sum(top), sum(bottom)) for top, bottom in pooled)
     difference = None if one is None or other is None else other - one
     return {"difference": difference, "ci": paired_interval(pooled[0], pooled[1])}
 
@@ -125,7 +125,7 @@ def _same_images(first: Path, second: Path) -> tuple[dict[str, str], dict[str, s
 
 def _pope_rows(data: Path, folder: Path) -> dict[str, list[PopeRow]]:
     return {
-        split: pope.match(questions, pope.read_pope_answers(folder / f"pope_{split}.jsonl"))
+        split: pope.match_answers(questions, pope.read_pope_answers(folder / f"pope_{split}.jsonl"))
         for split, questions in pope_questions(data).items()
     }
 
@@ -174,7 +174,7 @@ def hallucination_by_divergence(
             for record, other in zip(tuned, base, strict=True)
             if record["label"] == "no" and low <= record["kl"] < high
         ]
-        row_rate, base_rate = (ratio(sum(pair[side] for pair in inside), len(inside)) for side in (0, 1))
+        row_rate, base_rate = (safe_ratio(sum(pair[side] for pair in inside), len(inside)) for side in (0, 1))
         end = high if high < float("inf") else None
         bins.append({"low": low, "high": end, "n": len(inside), "rate": row_rate, "base_rate": base_rate})
     return bins

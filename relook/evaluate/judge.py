@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from relook.console import Report, progress, say
+from relook.console import ProgressCallback, progress, status
 from relook.errors import DataError, RecipeError, RelookError, preview
 from relook.evaluate.results import AnswerFile
 from relook.files import file_hash, read_text, text_hash
@@ -192,7 +192,7 @@ class Judge:
         unjudged = dict(Counter(why for _, _, why in done if why))
         reasons = ", ".join(f"{count} {why}" for why, count in unjudged.items())
         if unjudged:
-            say(f"  {title}: {sum(unjudged.values()):,} of {len(tasks):,} not judged ({reasons})")
+            status(f"  {title}: {sum(unjudged.values()):,} of {len(tasks):,} not judged ({reasons})")
         if tasks and not optional and sum(unjudged.values()) == len(tasks):
             raise RelookError(
                 f"The judge {self.settings.model} judged none of {len(tasks)} prompts ({reasons})."
@@ -218,7 +218,9 @@ class Judge:
 class _JudgeRun:
     """One call of `Judge.ask`: the tasks under way, and how the endpoint does."""
 
-    def __init__(self, settings: JudgeSettings, cache: AnswerFile, fields: dict[str, Any], report: Report) -> None:
+    def __init__(
+        self, settings: JudgeSettings, cache: AnswerFile, fields: dict[str, Any], report: ProgressCallback
+    ) -> None:
         self.settings, self.cache, self.fields, self.report = settings, cache, fields, report
         self.in_a_row = self.done = self.answered = 0
         self.last = ""  # why the last prompt without an answer has none

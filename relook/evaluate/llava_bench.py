@@ -40,7 +40,7 @@ from relook.files import (
     write_text,
     writes_alone,
 )
-from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.generate.tree_decoding import GenerationSettings, answer_questions
 from relook.model.load import LoadOptions
 
 # ----------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ class LlavaQuestion:
     images: tuple[Shown, ...]
     text: str
     prompt: str
-    more: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
     repeat: int = 0
 
     @property
@@ -78,7 +78,7 @@ class LlavaQuestion:
 
     def answered(self, text: str, model: str) -> dict[str, Any]:
         """The answer as LLaVA writes it. Its `answer_id` is random; here the same answer has the same one."""
-        said = {"question_id": self.id, **self.more, "prompt": self.prompt, "text": text}
+        said = {"question_id": self.id, **self.extra, "prompt": self.prompt, "text": text}
         return {**said, "answer_id": self.key, "model_id": model, "metadata": {}}
 
 
@@ -117,7 +117,7 @@ def answer_questions(
         if left:
             loaded = loading.load(model)
             with progress(questions.name) as report:
-                said = answer(loaded, [(question.images, question.text) for question in left], how, report)
+                said = answer_questions(loaded, [(question.images, question.text) for question in left], how, report)
                 append_answers(said, lambda i, text: (file, left[i].answered(text, model.name)), [file], batch_size)
         distributed.barrier("the answers")
         if distributed.is_main():

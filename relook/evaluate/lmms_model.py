@@ -19,14 +19,14 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from relook import distributed
-from relook.console import Report, progress
+from relook.console import ProgressCallback, progress
 from relook.data.images import MemoryImage, prefetch_map
 from relook.errors import DataError, RecipeError, preview
 from relook.evaluate.likelihood import Likelihood, likelihoods
 from relook.evaluate.results import AnswerFile
 from relook.evaluate.run import append_answers
 from relook.files import text_hash
-from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.generate.tree_decoding import GenerationSettings, answer_questions
 from relook.model.load import LoadedModel, LoadOptions
 from relook.recipe import coerce
 
@@ -70,7 +70,7 @@ class RelookModel(lmms):
 
     def __init__(self, load: Callable[[], LoadedModel], how: GenerationSettings, out: Path) -> None:
         super().__init__()
-        self.device = distributed.device()  # where the evaluator gathers
+        self.device = distributed.collective_device()  # where the evaluator gathers
         self._load, self._how = cache(load), how
         self._file = cache(lambda task: AnswerFile(out / f"{task}.jsonl", "id", distributed.rank()))
         self.asked: dict[str, dict[str, None]] = {}  # keys by task, as a set in order
@@ -126,7 +126,8 @@ class RelookModel(lmms):
         requests: Sequence[Instance],
         read: Callable[[Instance, Any, int], LmmsRequest],
         ask: Callable[
-            [Sequence[LmmsRequest], Sequence[tuple[MemoryImage, ...]], Report], Iterator[tuple[int, dict[str, Any]]]
+            [Sequence[LmmsRequest], Sequence[tuple[MemoryImage, ...]], ProgressCallback],
+            Iterator[tuple[int, dict[str, Any]]],
         ],
     ) -> list[dict[str, Any]]:
         """The records of all requests; those that no file has yet are asked for."""
@@ -162,7 +163,7 @@ class RelookModel(lmms):
                 done += len(window)
 
     def _answers(
-        self, window: Sequence[LmmsRequest], pictures: Sequence[tuple[MemoryImage, ...]], report: Report
+        self, window: Sequence[LmmsRequest], pictures: Sequence[tuple[MemoryImage, ...]], report: ProgressCallback
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         groups: dict[str, list[int]] = {}
         for index, one in enumerate(window):
@@ -171,11 +172,11 @@ class RelookModel(lmms):
             first = window[indices[0]]
             how, until = parse_generation_settings(self._how, first)
             questions = [(pictures[index], window[index].text) for index in indices]
-            for number, text in answer(self._load(), questions, how, report):
+            for number, text in answer_questions(self._load(), questions, how, report):
                 yield indices[number], {"answer": _cut(text, until)}
 
     def _weights(
-        self, window: Sequence[LmmsRequest], pictures: Sequence[tuple[MemoryImage, ...]], report: Report
+        self, window: Sequence[LmmsRequest], pictures: Sequence[tuple[MemoryImage, ...]], report: ProgressCallback
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         weighed = [(shown, one.text, one.weighed) for one, shown in zip(window, pictures, strict=True)]
         found: Iterator[tuple[int, Likelihood]] = likelihoods(

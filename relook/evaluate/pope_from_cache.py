@@ -36,7 +36,7 @@ from relook.files import atomic_file, write_json, write_jsonl
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy, TrunkStates, prediction_states
 from relook.generate.sampling import Sampler
-from relook.generate.tree_decoding import GenerationSettings, answer, require_finite
+from relook.generate.tree_decoding import GenerationSettings, answer_questions, require_finite
 from relook.model import checkpoint
 from relook.model.adapters import read_adapter
 from relook.model.families import has_post_decoder
@@ -165,7 +165,7 @@ class CachedPope:
         """
         tokenizer, trees = self.loaded.processor.tokenizer, [example.tree for example in self.prompts.examples]
         longest = max(len(tree.prefix) + len(branch.ids) for tree in trees for branch in tree.branches)
-        rule = Sampler.of(self.loaded, self.how.template, self.how.settings, longest)
+        rule = Sampler.of(self.loaded, self.how.template, self.how.generate_arguments, longest)
         if rule is None:
             return {}
         suppressed = {*rule.never.tolist(), *rule.not_first.tolist()}
@@ -213,7 +213,7 @@ class CachedPope:
             items = [Item(example) for example in examples]
             batches = [items[start : start + self.images] for start in range(0, len(items), self.images)]
             done = 0
-            for batch, live in zip(batches, prefetch_map(collator.live, batches), strict=True):
+            for batch, live in zip(batches, prefetch_map(collator.live_batch, batches), strict=True):
                 yield policy.trunk(live.to(policy.core.device))
                 done += len(batch)
                 report(done, len(items))
@@ -264,7 +264,7 @@ class CachedPope:
         if waiting:
             questions = [(self.prompts.asked[i].image, self.prompts.asked[i].text) for i in waiting]
             with progress("answers generated in full") as report:
-                for number, text in answer(loading(), questions, self.how, report):
+                for number, text in answer_questions(loading(), questions, self.how, report):
                     records[waiting[number]]["answer"] = text
         said = {(record["image"], record["question"]): record for record in records}
         generated = {}
@@ -304,6 +304,6 @@ def shares_trunk(model: Path, base: Path) -> bool:
     if checkpoint.folder_kind(model) != "run":
         return False
     change = read_adapter(model)
-    alone = not (change.lora or change.earlier)
+    alone = not (change.lora or change.previous)
     same = alone and change.base is not None and change.base.resolve() == base.resolve()
-    return same and all(name.startswith(ABOVE) for name in change.replaced)
+    return same and all(name.startswith(ABOVE) for name in change.tensors)

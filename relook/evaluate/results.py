@@ -88,7 +88,7 @@ def library_versions() -> dict[str, str]:
     return own | {name: version(name) for name in LIBRARIES}
 
 
-def now() -> str:
+def utc_now() -> str:
     """Date and time, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -103,8 +103,8 @@ def provenance(answers: Path, longest: int | None = None, **about: Any) -> dict[
         about: what the benchmark adds: its parser, the hash of its images, its judge, settings beside greedy.
     """
     if not answers.is_dir():
-        return {"answers_sha256": file_hash(answers), **about, "versions": library_versions(), "date": now()}
-    noted = {"versions": library_versions(), "date": now()} | read_json_object(answers / EVAL_FILE, optional=True)
+        return {"answers_sha256": file_hash(answers), **about, "versions": library_versions(), "date": utc_now()}
+    noted = {"versions": library_versions(), "date": utc_now()} | read_json_object(answers / EVAL_FILE, optional=True)
     tokens = [n for n in (noted.pop("max_new_tokens", None), longest) if n]
     generation = {"do_sample": False, **({"max_new_tokens": min(tokens)} if tokens else {})}
     return {**noted, "generation": generation, **about}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from relook import distributed
-from relook.console import progress, say
+from relook.console import progress, status
 from relook.data.samples import Question
 from relook.data.templates import get_template
 from relook.errors import DataError
@@ -26,10 +26,10 @@ from relook.evaluate.benchmarks import (
     require_judge,
 )
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
-from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, now
+from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, utc_now
 from relook.evaluate.tasks.pope import LONGEST_ANSWER
 from relook.files import claim_output_dir, read_json, read_json_object, write_json, writes_alone
-from relook.generate.tree_decoding import GenerationSettings, answer
+from relook.generate.tree_decoding import GenerationSettings, answer_questions
 from relook.model.load import LoadedModel, LoadOptions, folder_template, parse_device
 
 AnswerT = TypeVar("AnswerT")
@@ -86,7 +86,7 @@ def evaluate_model(
         distributed.barrier(f"the answers to {name}")
         if distributed.is_main():
             endpoint = Judge(judge, out / JUDGE_CACHE) if judge else None
-            write_json(out / f"{name}.json", finish(name, data, asked[name], out, endpoint))
+            write_json(out / f"{name}.json", write_result(name, data, asked[name], out, endpoint))
         distributed.barrier(f"the scores of {name}")
     return {name: read_json(out / f"{name}.json") for name in benchmarks}
 
@@ -97,7 +97,7 @@ def judged(out: Path, name: str) -> bool:
     if "url" not in result.get("judge", {}):
         return False
     if missing := result.get("not_judged"):
-        say(f"  {name}: {missing} were not judged; give --judge-url and --judge-model to ask again")
+        status(f"  {name}: {missing} were not judged; give --judge-url and --judge-model to ask again")
     return True
 
 
@@ -145,7 +145,7 @@ def claim_eval_dir(
         **asked,
         "versions": library_versions(),
     }
-    claim_output_dir(out, EVAL_FILE, settings, "answers", date=now())
+    claim_output_dir(out, EVAL_FILE, settings, "answers", date=utc_now())
 
 
 def append_answers(
@@ -209,11 +209,11 @@ def _ask(
         return files[stem], benchmark.record(question, text)
 
     with progress(benchmark.title) as report:
-        answers = answer(loaded, [(question.image, question.text) for _, question in left], how, report)
+        answers = answer_questions(loaded, [(question.image, question.text) for _, question in left], how, report)
         append_answers(answers, record, list(files.values()), how.batch_size)
 
 
-def finish(name: str, data: Path, asked: Questions, out: Path, judge: Judge | None) -> dict[str, Any]:
+def write_result(name: str, data: Path, asked: Questions, out: Path, judge: Judge | None) -> dict[str, Any]:
     """The result of answer files that are complete; they end in the order of the questions."""
     answers = {
         stem: AnswerFile(out / f"{stem}.jsonl", BENCHMARKS[name].id_field).finish([q.id for q in questions])

@@ -13,7 +13,7 @@ from relook.data.paths import coco_annotations, coco_images, pope_file
 from relook.data.samples import Question, as_id
 from relook.errors import DataError, RecipeError, preview
 from relook.evaluate.results import EVAL_FILE, provenance
-from relook.evaluate.statistics import Ratio, columns, ratio_interval
+from relook.evaluate.statistics import Ratio, ratio_interval, to_columns
 from relook.evaluate.tasks import chair, pope
 from relook.evaluate.tasks.pope import PARSERS, SPLITS
 from relook.files import make_paths, read_json_object, read_records, read_text, text_hash
@@ -84,11 +84,11 @@ def score_pope(
     questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official"
 ) -> dict[str, Any]:
     """Confusion counts and rates, with 95 % intervals over images."""
-    return _score_rows(pope.match(questions, answers, parser), parser)
+    return _score_rows(pope.match_answers(questions, answers, parser), parser)
 
 
 def _score_rows(rows: Sequence[pope.PopeRow], parser: str) -> dict[str, Any]:
-    return pope.count(rows, parser).to_json() | _intervals(pope.ratios(rows))
+    return pope.count_confusion(rows, parser).to_json() | _intervals(pope.ratios(rows))
 
 
 def score_chair(captions: Mapping[str, str], annotations: Annotations) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def chair_counts(captions: Mapping[str, str], annotations: Annotations) -> chair
 
 
 def _intervals(ratios: Mapping[str, Ratio]) -> dict[str, Any]:
-    return {f"{rate}_ci": ratio_interval(*columns(ratio)) for rate, ratio in ratios.items()}
+    return {f"{rate}_ci": ratio_interval(*to_columns(ratio)) for rate, ratio in ratios.items()}
 
 
 # --- folders of `relook eval`
@@ -240,7 +240,7 @@ def _pope_file(answers: Path, given: ScoringInputs, parser: str) -> dict[str, An
         questions = pope.read_pope_questions(file, Path())
         return score_pope(questions, said, parser) | {"provenance": _of_file(answers, parser, {file.stem: questions})}
     splits = pope.read_llava_questions(file, given.annotations, Path())
-    rows = iter(pope.match([q for questions in splits.values() for q in questions], said, parser))
+    rows = iter(pope.match_answers([q for questions in splits.values() for q in questions], said, parser))
     result = {split: _score_rows(list(islice(rows, len(splits[split]))), parser) for split in splits}
     return result | {"provenance": _of_file(answers, parser, splits)}
 

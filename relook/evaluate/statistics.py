@@ -20,17 +20,17 @@ Ratio = Sequence[tuple[int, int]]  # a rate's (numerator, denominator), one per 
 Columns = tuple[list[int], list[int]]  # the same as (numerators, denominators)
 
 
-def ratio(part: float, whole: float) -> float | None:
+def safe_ratio(part: float, whole: float) -> float | None:
     """A rate; None of nothing, which is neither good nor bad."""
     return part / whole if whole else None
 
 
 def mean(values: Sequence[float]) -> float | None:
     """Of numbers; None of none."""
-    return ratio(sum(values), len(values))
+    return safe_ratio(sum(values), len(values))
 
 
-def columns(ratio: Ratio) -> Columns:
+def to_columns(ratio: Ratio) -> Columns:
     """Numerators and denominators."""
     return [top for top, _ in ratio], [bottom for _, bottom in ratio]
 
@@ -45,7 +45,7 @@ def sum_by_image(rows: Iterable[tuple[str, int, int]], images: Iterable[str] = (
     for image, top, bottom in rows:
         tops, bottoms = sums.get(image, (0, 0))
         sums[image] = tops + top, bottoms + bottom
-    return columns(list(sums.values()))
+    return to_columns(list(sums.values()))
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval | None:

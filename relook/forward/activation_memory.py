@@ -26,7 +26,7 @@ MIN_BYTES = 2**20  # bytes: what is smaller stays
 MIN_LAYERS = 2  # layers on the device: one at work, one on its way
 
 
-def staying(layers: int, share: float) -> int:
+def layers_on_device(layers: int, share: float) -> int:
     """Of so many layers, how many have their activations on the device at a time if a share of them is to leave."""
     return min(layers, max(MIN_LAYERS, layers - math.ceil(share * layers)))
 
@@ -41,8 +41,8 @@ class OffloadedTensor:
         uses: how many operations have saved it and not asked for it yet.
     """
 
-    here: Tensor | None
-    host: Tensor
+    on_device: Tensor | None
+    on_host: Tensor
     uses: int = 0
 
 
@@ -60,10 +60,10 @@ class CopyStream:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.stream)
 
-    def mark(self) -> torch.cuda.Event | None:
+    def record(self) -> torch.cuda.Event | None:
         return None if self.stream is None else self.stream.record_event()
 
-    def await_(self, mark: torch.cuda.Event | None) -> None:
+    def wait_for(self, mark: torch.cuda.Event | None) -> None:
         """What the device is given from now on begins when the lane has passed a mark."""
         if self.stream is not None and mark is not None:
             torch.cuda.current_stream(self.device).wait_event(mark)
@@ -81,30 +81,32 @@ class ActivationOffload:
         resident: addresses of storages that stay, weights above all; what all layers are given by name stays, too.
     """
 
-    def __init__(self, layers: int, kept: int, resident: frozenset[int], lane: CopyStream) -> None:
-        self.kept, self.resident, self.lane = kept, resident, lane
-        self.saved: list[dict[Any, OffloadedTensor]] = [{} for _ in range(layers - kept)]
-        self.left: list[Any] = []  # marks on the lane, of each layer
-        self.back: dict[int, Any] = {}
-        self.turn = layers  # of the backward pass
-        lane.await_(lane.mark())  # a pass before this one may have ended early, with copies on their way
+    def __init__(self, layers: int, layers_on_device: int, resident: frozenset[int], copy_stream: CopyStream) -> None:
+        self.kept, self.resident, self.lane = layers_on_device, resident, copy_stream
+        self.saved: list[dict[Any, OffloadedTensor]] = [{} for _ in range(layers - layers_on_device)]
+        self.copied_out: list[Any] = []  # marks on the lane, of each layer
+        self.copied_back: dict[int, Any] = {}
+        self.backward_layer = layers  # of the backward pass
+        copy_stream.wait_for(
+            copy_stream.record()
+        )  # a pass before this one may have ended early, with copies on their way
 
     def forward(self, number: int, layer: Callable[..., Tensor], *given: Any, **more: Any) -> Tensor:
         """A layer's forward pass; `number` counts from 0."""
         if number == 0:
             self.resident |= _addresses(more.values())
         if number >= self.kept:
-            self.lane.await_(self.left[number - self.kept])
+            self.lane.wait_for(self.copied_out[number - self.kept])
             self._release(number - self.kept)
         if number < len(self.saved):
             # torch compiles the same code with and without such hooks.
             with saved_tensors_hooks(partial(self._pack, self.saved[number]), self._unpack):
                 made = layer(*given, **more)
-            self._leave(self.saved[number].values())
+            self._copy_out(self.saved[number].values())
         else:
             made = layer(*given, **more)
         if made.grad_fn is not None:
-            made.grad_fn.register_prehook(lambda _: self._back_to(number))
+            made.grad_fn.register_prehook(lambda _: self._prefetch_for(number))
         return made
 
     def _pack(self, held: dict[Any, OffloadedTensor], tensor: Tensor) -> OffloadedTensor | Tensor:
@@ -125,49 +127,49 @@ class ActivationOffload:
         return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
     @torch.no_grad()
-    def _leave(self, saved: Iterable[OffloadedTensor]) -> None:
+    def _copy_out(self, saved: Iterable[OffloadedTensor]) -> None:
         with self.lane.after_compute():
             for each in saved:
-                assert each.here is not None
-                each.host.copy_(each.here, non_blocking=True)
-        self.left.append(self.lane.mark())
+                assert each.on_device is not None
+                each.on_host.copy_(each.on_device, non_blocking=True)
+        self.copied_out.append(self.lane.record())
 
     def _release(self, layer: int) -> None:
         for saved in self.saved[layer].values():
-            saved.here = None
+            saved.on_device = None
 
     def _unpack(self, held: OffloadedTensor | Tensor) -> Tensor:
         if not isinstance(held, OffloadedTensor):
             return held
-        if held.here is None:  # asked for once more than it was saved
-            self.lane.await_(self._fetch([held]))
-        tensor, held.uses = held.here, held.uses - 1
+        if held.on_device is None:  # asked for once more than it was saved
+            self.lane.wait_for(self._copy_back([held]))
+        tensor, held.uses = held.on_device, held.uses - 1
         assert tensor is not None
         if held.uses < 1:
-            held.here = None
+            held.on_device = None
         return tensor
 
-    def _back_to(self, layer: int) -> None:
+    def _prefetch_for(self, layer: int) -> None:
         """The backward pass of a layer begins: fetch what the freed memory takes."""
-        while self.turn > layer:
-            if self.turn < len(self.saved):
-                self._release(self.turn)
-            self.turn -= 1
-            coming = self.turn - self.kept + 1
+        while self.backward_layer > layer:
+            if self.backward_layer < len(self.saved):
+                self._release(self.backward_layer)
+            self.backward_layer -= 1
+            coming = self.backward_layer - self.kept + 1
             if 0 <= coming < len(self.saved):
-                self.back[coming] = self._fetch(self.saved[coming].values())
-            self.lane.await_(self.back.get(self.turn))
+                self.copied_back[coming] = self._copy_back(self.saved[coming].values())
+            self.lane.wait_for(self.copied_back.get(self.backward_layer))
 
     @torch.no_grad()
-    def _fetch(self, wanted: Collection[OffloadedTensor]) -> Any:
+    def _copy_back(self, wanted: Collection[OffloadedTensor]) -> Any:
         """Begin to bring some back; returns a mark behind them."""
         for saved in wanted:  # of the memory of the device's own stream, which will give it free
-            saved.here = torch.empty_like(saved.host, device=self.lane.device)
+            saved.on_device = torch.empty_like(saved.on_host, device=self.lane.device)
         with self.lane.after_compute():
             for saved in wanted:
-                assert saved.here is not None
-                saved.here.copy_(saved.host, non_blocking=True)
-        return self.lane.mark()
+                assert saved.on_device is not None
+                saved.on_device.copy_(saved.on_host, non_blocking=True)
+        return self.lane.record()
 
 
 def _addresses(given: Iterable[Any]) -> frozenset[int]:
@@ -179,9 +181,9 @@ def _addresses(given: Iterable[Any]) -> frozenset[int]:
 class OffloadedLayer(nn.Module):
     """A decoder layer of a stack whose pass may be watched by an `ActivationOffload`."""
 
-    def __init__(self, layer: nn.Module, number: int, watching: Callable[[], ActivationOffload | None]) -> None:
+    def __init__(self, layer: nn.Module, number: int, current_offload: Callable[[], ActivationOffload | None]) -> None:
         super().__init__()
-        self.layer, self.number, self.watching = layer, number, watching
+        self.layer, self.number, self.watching = layer, number, current_offload
 
     def forward(self, hidden_states: Tensor, **more: Any) -> Tensor:
         offload = self.watching()

@@ -26,7 +26,7 @@ from relook.data.packing import (
     round_up_to_blocks,
 )
 from relook.errors import DataError, RecipeError, preview
-from relook.forward.packed_attention import packs
+from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import LiveBatch, Policy, TrunkStates
 from relook.model.families import vision_feature_count
 
@@ -82,12 +82,12 @@ class Item:
     corrupted: Item | None = None
 
     @property
-    def pictures(self) -> list[ImageSource]:
+    def image_sources(self) -> list[ImageSource]:
         images = self.example.images
         return [RandomCrop(path, self.crop) for path in images] if self.crop else list(images)
 
 
-def corrupted(item: Item, seed: int) -> Item:
+def corrupt(item: Item, seed: int) -> Item:
     """The chosen answer of a pair on a corrupted image. The crop is the same wherever the pair stands in the data."""
     tree = item.example.tree
     return Item(replace(item.example, tree=Tree(tree.prefix, tree.branches[:1])), crop=f"{seed} {item.example.id}")
@@ -106,16 +106,18 @@ class Collator:
         items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
         pairs = len(items)
         items += [item.corrupted for item in items if item.corrupted is not None]
-        made = self.cached(items) if items[0].states is not None else self.live(items, features=self.features)
-        work = self.work(items, made, pairs)
-        batch: dict[str, Any] = {"batch": made if any(made.images) else self.with_blank(made), "work": work}
+        made = (
+            self.cached_batch(items) if items[0].states is not None else self.live_batch(items, features=self.features)
+        )
+        work = self.stats(items, made, pairs)
+        batch: dict[str, Any] = {"batch": made if any(made.image_counts) else self.with_blank_image(made), "work": work}
         for name in ("reference", "weight"):
             values = [getattr(item, name) for item in items]
             if values[0] is not None:
                 batch[name] = torch.cat(values)
         return batch
 
-    def with_blank(self, batch: LiveBatch | TrunkStates) -> LiveBatch | TrunkStates:
+    def with_blank_image(self, batch: LiveBatch | TrunkStates) -> LiveBatch | TrunkStates:
         """A batch without images, given one that no position sees.
 
         What trains on the image side then has gradients of zero, and what is sharded is called, in every process,
@@ -131,14 +133,14 @@ class Collator:
         blank = self.images.batch([Image.new("RGB", (32, 32))])
         return replace(batch, pixel_values=blank["pixel_values"], image_sizes=blank.get("image_sizes"))
 
-    def live(
+    def live_batch(
         self, items: Sequence[Item], row_length: int = 0, features: Mapping[Path, Tensor] | None = None
     ) -> LiveBatch:
         """Packed trees and pixels, or what the tower made of them; see `build_live_batch`."""
-        shown = [(item.example.tree, item.pictures) for item in items]
+        shown = [(item.example.tree, item.image_sources) for item in items]
         return build_live_batch(self.policy, self.images, self.pad_id, shown, row_length, features)
 
-    def cached(self, items: Sequence[Item]) -> TrunkStates:
+    def cached_batch(self, items: Sequence[Item]) -> TrunkStates:
         targets = concatenate_targets([item.targets for item in items if item.targets is not None])
         T, S = targets.kept_branch.shape
         first = items[0].states
@@ -152,7 +154,7 @@ class Collator:
         features = [self.features[path] for path in paths] if self.features and paths else None
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
 
-    def work(self, items: Sequence[Item], made: LiveBatch | TrunkStates, pairs: int) -> BatchStats:
+    def stats(self, items: Sequence[Item], made: LiveBatch | TrunkStates, pairs: int) -> BatchStats:
         """How much there is to do; `pairs` of the items are not a corrupted half."""
         trees = [item.example.tree for item in items]
         everything, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
@@ -161,11 +163,11 @@ class Collator:
             targets, features = made.targets, sum(len(one) for one in made.features or [])
         else:
             packed, targets = made.packed, made.packed.targets
-            sizes = made.image_sizes.tolist() if made.image_sizes is not None else [(0, 0)] * sum(made.images)
+            sizes = made.image_sizes.tolist() if made.image_sizes is not None else [(0, 0)] * sum(made.image_counts)
             features = sum(vision_feature_count(self.policy.config, (height, width)) for height, width in sizes)
             encoded = features if made.features is None else 0
-            tokens = last_mlp = int((packed.tree != PADDING).sum())
-            if self.policy.last_mlp_at_kept(packed.keep.numel(), packed.ids.numel()):
+            tokens = last_mlp = int((packed.tree_index != PADDING).sum())
+            if self.policy.uses_sparse_last_mlp(packed.keep.numel(), packed.ids.numel()):
                 last_mlp = int((targets.kept_branch != PADDING).sum())
         return BatchStats(
             pairs=pairs if items[0].weight is not None else answers,
@@ -199,12 +201,12 @@ def build_live_batch(
     seen = [one for one in known if one is not None]
     inputs = images.batch(pictures) if len(seen) < len(pictures) else {}
     everything, root = policy.needs_all_states, common_root_length(trees, policy.config.image_token_id)
-    if packs(policy.trunk_pass):
+    if packs_rows(policy.trunk_pass):
         at_least = lambda needed: round_up_to_blocks(max(needed, row_length))  # noqa: E731
         sharing = None if row_length else TREES_PER_ROOT
         packed = pack(trees, pad_id, everything, sum(map(len, trees)), at_least, root, sharing)
     else:
-        packed = pack(trees, pad_id, everything, max(map(len, trees)), root=root)
+        packed = pack(trees, pad_id, everything, max(map(len, trees)), root_length=root)
     counts = [len(shown) for _, shown in items]
     # A copy: what a worker sends would take all that its storage holds along.
     stored = torch.stack(seen) if pictures and not inputs else None

@@ -24,7 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from relook.data.packing import BLOCK, PackedTrees
 from relook.errors import RecipeError, RelookError
-from relook.forward.activation_memory import ActivationOffload, CopyStream, OffloadedLayer, staying
+from relook.forward.activation_memory import ActivationOffload, CopyStream, OffloadedLayer, layers_on_device
 
 # ----------------------------------------------------------------------------------------------------
 # LoRA's products where layers are compiled: fewer and narrower than peft's, for the same numbers.
@@ -52,33 +52,33 @@ class SharedLoraA:
     def __init__(self, layers: Sequence[nn.Module], decoder_layer: nn.Module) -> None:
         self.layers: list[Any] = list(layers)
         self.decoder_layer: Any = decoder_layer
-        self.read: Tensor | None = None
-        self.waiting: dict[int, Tensor] = {}  # what was made of it, by the place of the layer that it is for
+        self.states: Tensor | None = None
+        self.pending: dict[int, Tensor] = {}  # what was made of it, by the place of the layer that it is for
 
     @property
-    def traced(self) -> bool:
+    def can_share(self) -> bool:
         """Whether something can wait: not in a layer that runs again in the backward pass, for which dynamo takes no
         such notes."""
         again = self.decoder_layer.training and getattr(self.decoder_layer, "gradient_checkpointing", False)
         return torch.compiler.is_compiling() and not again
 
-    def product(self, states: Tensor, place: int) -> Tensor:
+    def product(self, states: Tensor, index: int) -> Tensor:
         """A x for the layer in that place, (..., r). The first one that asks has it made for all."""
-        if self.read is not states or place not in self.waiting:
+        if self.states is not states or index not in self.pending:
             weights = [layer.lora_A[ADAPTER].weight for layer in self.layers]
             made = linear(states.to(weights[0].dtype), torch.cat(weights))
-            self.read, self.waiting = states, dict(enumerate(made.split([len(weight) for weight in weights], -1)))
-        mine = self.waiting.pop(place)
-        if not self.waiting:
-            self.read = None
+            self.states, self.pending = states, dict(enumerate(made.split([len(weight) for weight in weights], -1)))
+        mine = self.pending.pop(index)
+        if not self.pending:
+            self.states = None
         return mine
 
 
 class FusedLoraLinear(Linear):
     """peft's linear layer with LoRA; how it computes is all that differs."""
 
-    beside: SharedLoraA | None  # None where it reads its states alone
-    place: int
+    shared_a: SharedLoraA | None  # None where it reads its states alone
+    index: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = self.active_adapters == [ADAPTER] and not (self.disable_adapters or self.merged or args or kwargs)
@@ -86,8 +86,8 @@ class FusedLoraLinear(Linear):
             made: Tensor = super().forward(x, *args, **kwargs)
             return made
         result: Tensor = self.base_layer(x)
-        if self.beside is not None and self.beside.traced:
-            narrow = self.beside.product(x, self.place)
+        if self.shared_a is not None and self.shared_a.can_share:
+            narrow = self.shared_a.product(x, self.index)
         else:
             A = self.lora_A[ADAPTER]
             narrow = A(self.lora_dropout[ADAPTER](x.to(A.weight.dtype)))
@@ -95,18 +95,20 @@ class FusedLoraLinear(Linear):
         return (result + wide).to(result.dtype)
 
 
-def narrow(layers: nn.Module) -> None:
+def fuse_lora(layers: nn.Module) -> None:
     """Have peft's linear layers inside decoder layers compute so, in place; not quantised ones, nor variants as DoRA.
 
     With dropout each has a view of its own of what it reads, and none are side by side.
     """
     for layer in layers.children():
         for module in layer.modules():
-            found: dict[str, Any] = {name: child for name, child in module.named_children() if _is_plain_lora(child)}
-            for child in found.values():
+            lora_layers: dict[str, Any] = {
+                name: child for name, child in module.named_children() if _is_plain_lora(child)
+            }
+            for child in lora_layers.values():
                 child.__class__, child.beside = FusedLoraLinear, None
             for names in (ATTENTION_INPUTS, MLP_INPUTS):
-                group = [found[name] for name in names if name in found]
+                group = [lora_layers[name] for name in names if name in lora_layers]
                 if len(group) > 1 and all(isinstance(child.lora_dropout[ADAPTER], nn.Identity) for child in group):
                     beside = SharedLoraA(group, layer)
                     for place, child in enumerate(group):
@@ -154,9 +156,9 @@ def resolve_trunk_pass(
     return how
 
 
-def packs(how: str) -> bool:
+def packs_rows(trunk_pass: str) -> bool:
     """Whether one long row of many trees is cheaper than a row for each."""
-    return how != "dense"
+    return trunk_pass != "dense"
 
 
 def block_mask(packed: PackedTrees) -> BlockMask:
@@ -165,18 +167,21 @@ def block_mask(packed: PackedTrees) -> BlockMask:
     Made from `last`: torch's `create_block_mask` works through all L x L pairs, which takes 25 ms for 16,384
     positions on an H100, and compiled for some lengths it keeps ptxas busy for minutes.
     """
-    last, L = packed.last, packed.last.shape[1]
-    place = torch.arange(L, device=last.device, dtype=torch.int32)
+    last, L = packed.last_query, packed.last_query.shape[1]
+    position = torch.arange(L, device=last.device, dtype=torch.int32)
     # Which blocks of queries see each key, (R, blocks, L): with one of theirs, and with all.
-    low = place[::BLOCK, None]
-    one = (place < low + BLOCK) & (last[:, None] >= low)
-    whole = (place <= low) & (last[:, None] >= low + BLOCK - 1)
-    some, every = one.unflatten(2, (-1, BLOCK)).any(3), whole.unflatten(2, (-1, BLOCK)).all(3)
+    low = position[::BLOCK, None]
+    any_visible = (position < low + BLOCK) & (last[:, None] >= low)
+    all_visible = (position <= low) & (last[:, None] >= low + BLOCK - 1)
+    some_visible, full_visible = (
+        any_visible.unflatten(2, (-1, BLOCK)).any(3),
+        all_visible.unflatten(2, (-1, BLOCK)).all(3),
+    )
 
     def allowed(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (q <= last[r, k])
 
-    partly, full = _block_lists(some & ~every), _block_lists(every)
+    partly, full = _block_lists(some_visible & ~full_visible), _block_lists(full_visible)
     return BlockMask.from_kv_blocks(*partly, *full, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(L, L))
 
 
@@ -208,24 +213,24 @@ class PackedTrunk:
         sharded: bool = False,
         activation_offloading: float = 0,
     ) -> None:
-        self.packs = packs(how)
+        self.packs_rows = packs_rows(how)
         self.budget = activation_memory_budget
         self.model = language_model
-        self.last: SparseLastLayer | None = None
+        self.sparse_last_layer: SparseLastLayer | None = None
         self.layers = len(language_model.layers)
-        self.staying = staying(self.layers, activation_offloading)
+        self.layers_on_device = layers_on_device(self.layers, activation_offloading)
         self.offload: ActivationOffload | None = None
-        if activation_offloading and self.staying == self.layers:
-            said = f"activation_offloading has no layer to take of {self.layers}: {self.staying} stay."
+        if activation_offloading and self.layers_on_device == self.layers:
+            said = f"activation_offloading has no layer to take of {self.layers}: {self.layers_on_device} stay."
             raise RecipeError(said, "Leave it out.")
         if how == "compiled":
-            narrow(language_model.layers)
+            fuse_lora(language_model.layers)
         if not sharded:
-            self.model, self.last = _copy_with_own_layers(
-                language_model, how == "compiled", last_mlp_at_kept(language_model, how)
+            self.model, self.sparse_last_layer = _copy_with_own_layers(
+                language_model, how == "compiled", has_sparse_last_mlp(language_model, how)
             )
-        if self.staying < self.layers:
-            self.lane = CopyStream(language_model.device)
+        if self.layers_on_device < self.layers:
+            self.copy_stream = CopyStream(language_model.device)
             layers = self.model.layers
             for number, layer in enumerate(list(layers)):
                 layers[number] = OffloadedLayer(layer, number, lambda: self.offload)
@@ -236,12 +241,12 @@ class PackedTrunk:
         Raises:
             RelookError: the layers cannot be compiled here.
         """
-        mask = block_mask(packed) if self.packs else packed.mask()
-        chosen = self.last is not None and packed.keep.numel() < packed.ids.numel()
-        if self.last is not None:
-            self.last.keep = packed.keep.flatten() if chosen else None
+        mask = block_mask(packed) if self.packs_rows else packed.dense_mask()
+        chosen = self.sparse_last_layer is not None and packed.keep.numel() < packed.ids.numel()
+        if self.sparse_last_layer is not None:
+            self.sparse_last_layer.keep = packed.keep.flatten() if chosen else None
             if chosen and not torch.compiler.is_compiling():  # how many there are differs from batch to batch
-                torch._dynamo.maybe_mark_dynamic(self.last.keep, 0)
+                torch._dynamo.maybe_mark_dynamic(self.sparse_last_layer.keep, 0)
         # Above torch's own limit of 8 kinds it would go on uncompiled, and only warn.
         limit = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_VARIANTS)
         budget = torch._functorch.config.patch(activation_memory_budget=self.budget)
@@ -249,11 +254,11 @@ class PackedTrunk:
             limit,
             budget,
             self._offloading(),
-            _attention_implementation(self.model.config, "flex_attention" if self.packs else None),
+            _attention_implementation(self.model.config, "flex_attention" if self.packs_rows else None),
         ):
             try:
                 states: Tensor = self.model(
-                    inputs_embeds=embeds, attention_mask=mask, position_ids=packed.positions, use_cache=False
+                    inputs_embeds=embeds, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
                 ).last_hidden_state
             except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
                 raise RelookError(
@@ -271,10 +276,10 @@ class PackedTrunk:
     @contextmanager
     def _offloading(self) -> Iterator[None]:
         """What the first layers save inside leaves the device, if it is wanted and there is a backward pass."""
-        if self.staying == self.layers or not torch.is_grad_enabled():
+        if self.layers_on_device == self.layers or not torch.is_grad_enabled():
             yield
             return
-        self.offload = ActivationOffload(self.layers, self.staying, self._weight_addresses, self.lane)
+        self.offload = ActivationOffload(self.layers, self.layers_on_device, self._weight_addresses, self.copy_stream)
         try:
             yield
         finally:
@@ -302,7 +307,7 @@ def _copy_with_own_layers(language_model: Any, compiled: bool, apart: bool) -> t
 PRE_NORM = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)  # h += attention(norm(h)); h += mlp(norm(h))
 
 
-def last_mlp_at_kept(language_model: Any, how: str) -> bool:
+def has_sparse_last_mlp(language_model: Any, how: str) -> bool:
     """Whether what comes after the last layer's attention is computed at the kept positions only.
 
     It must be known what that is, and nobody may have put another `forward` on the layer. FSDP and DeepSpeed, which

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from relook.data.packing import PackedTrees, Targets, pinned, to_device
+from relook.data.packing import PackedTrees, Targets, pin_memory, to_device
 from relook.forward import activation_memory
-from relook.forward.packed_attention import BUDGET, PackedTrunk, last_mlp_at_kept, resolve_trunk_pass
+from relook.forward.packed_attention import BUDGET, PackedTrunk, has_sparse_last_mlp, resolve_trunk_pass
 from relook.model.modeling_relook import selected_features
 from relook.model.post_decoder import FlatLayout, PostDecoder
 
@@ -51,13 +51,13 @@ class GatherLogProbs(torch.autograd.Function):
         return _map_rows(_logit_gradients, ctx.compiled, logits, ids, total, gradient), None, None
 
 
-def _map_rows(work: Callable[..., Tensor], compiled: bool, *tensors: Tensor) -> Tensor:
+def _map_rows(function: Callable[..., Tensor], compiled: bool, *tensors: Tensor) -> Tensor:
     """`work` on tensors of as many rows each: compiled, in one pass over memory, or some rows at a time."""
     if compiled:
-        made: Tensor = torch.compile(work)(*tensors)
+        made: Tensor = torch.compile(function)(*tensors)
         return made
     parts = zip(*(tensor.split(ROWS_IN_FLOAT32) for tensor in tensors), strict=True)
-    return torch.cat([work(*part) for part in parts])
+    return torch.cat([function(*part) for part in parts])
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class LiveBatch:
 
     packed: PackedTrees
     pixel_values: Tensor | None  # (I, 3, H, W) or (I, tiles, 3, H, W)
-    images: list[int]
+    image_counts: list[int]
     image_sizes: Tensor | None = None  # (I, 2) height and width, for models that cut images into tiles
     features: Tensor | None = None  # (I, M, V) vision features, where the tower has seen the images before
 
@@ -104,7 +104,7 @@ class LiveBatch:
         return to_device(self, device)
 
     def pin_memory(self) -> LiveBatch:
-        return pinned(self)
+        return pin_memory(self)
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class TrunkStates:
 
     states: Tensor  # (T, S, D) last hidden states at the kept positions
     features: list[Tensor] | None  # (M, V) vision features of each image, where a post decoder reads them
-    images: list[int]
+    image_counts: list[int]
     targets: Targets
 
     def to(self, device: Any, non_blocking: bool = False) -> TrunkStates:
         return to_device(self, device)
 
     def pin_memory(self) -> TrunkStates:
-        return pinned(self)
+        return pin_memory(self)
 
 
 class Policy(nn.Module):
@@ -162,9 +162,9 @@ class Policy(nn.Module):
         budget, away = self.activation_memory_budget, self.activation_offloading
         return PackedTrunk(model, self.trunk_pass, budget, self.sharded, away)
 
-    def last_mlp_at_kept(self, kept: int, positions: int) -> bool:
+    def uses_sparse_last_mlp(self, kept: int, positions: int) -> bool:
         """Whether the trunk's last MLP runs at the kept positions only, of all that are read; both with padding."""
-        at_kept = not self.sharded and last_mlp_at_kept(self.core.model.language_model, self.trunk_pass)
+        at_kept = not self.sharded and has_sparse_last_mlp(self.core.model.language_model, self.trunk_pass)
         return at_kept and kept < positions
 
     @property
@@ -223,19 +223,21 @@ class Policy(nn.Module):
         device = self.device.type
         return torch.autocast(device, dtype=self.dtype, enabled=wanted and self.dtype != torch.float32)
 
-    def _mixed(self, named: Iterable[tuple[str, Tensor]]) -> bool:
+    def _has_mixed_dtypes(self, named: Iterable[tuple[str, Tensor]]) -> bool:
         """Whether a part of the trunk holds other floating-point weights than it computes in, as where it trains."""
         held = {p.dtype for name, p in named if p.is_floating_point() and not name.startswith("post_decoder.")}
         return held != {self.dtype}
 
     @cached_property
     def _mixed_trunk(self) -> bool:
-        return self._mixed(self.core.model.named_parameters())
+        return self._has_mixed_dtypes(self.core.model.named_parameters())
 
     @cached_property
     def _mixed_vision(self) -> bool:
         base = self.core.model
-        return any(self._mixed(part.named_parameters()) for part in (base.vision_tower, base.multi_modal_projector))
+        return any(
+            self._has_mixed_dtypes(part.named_parameters()) for part in (base.vision_tower, base.multi_modal_projector)
+        )
 
     def trunk(self, batch: LiveBatch) -> TrunkStates:
         """Vision tower, projector and language model over packed trees."""
@@ -247,18 +249,18 @@ class Policy(nn.Module):
 
         Where no post decoder puts tiles together, an image is one row of pixels.
         """
-        image = self._images(pixel_values, image_sizes)
+        image = self._encode_images(pixel_values, image_sizes)
         found = getattr(image, "vision_features", None)
         return list(selected_features(self.config, image.hidden_states) if found is None else found)
 
-    def _images(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Any:
+    def _encode_images(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Any:
         base = self.core.model
         sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
         pixels = pixel_values.to(base.get_input_embeddings().weight.dtype)
         with self.autocast(self._mixed_vision):  # adapters of the language model do not make the tower wider
             return base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
 
-    def _seen(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None]:
+    def _image_inputs(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None]:
         """Vision features of each image, where the post decoder reads them, and what stands at image positions."""
         if batch.features is not None:
             with self.autocast(self._mixed_vision):
@@ -266,17 +268,17 @@ class Policy(nn.Module):
             return list(batch.features) if self.needs_vision_features else None, projected.flatten(0, 1)
         if batch.pixel_values is None:
             return None, None
-        image = self._images(batch.pixel_values, batch.image_sizes)
+        image = self._encode_images(batch.pixel_values, batch.image_sizes)
         return image.vision_features if self.needs_vision_features else None, torch.cat(list(image.pooler_output))
 
     def _trunk(self, batch: LiveBatch) -> TrunkStates:
         packed = batch.packed
         embeds = self.core.model.get_input_embeddings()(packed.ids)
-        features, projected = self._seen(batch)
+        features, projected = self._image_inputs(batch)
         if projected is not None:
             where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
-        return TrunkStates(self._packed_trunk(embeds, packed), features, batch.images, packed.targets)
+        return TrunkStates(self._packed_trunk(embeds, packed), features, batch.image_counts, packed.targets)
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Log-probability of each supervised token, (N,) float32."""
@@ -294,7 +296,7 @@ def prediction_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> T
     states, targets = trunk.states, trunk.targets
     if post_decoder is None:
         return states[targets.tree, targets.slot]
-    context = post_decoder.look(trunk.features, trunk.images) if trunk.features is not None else None
+    context = post_decoder.image_context(trunk.features, trunk.image_counts) if trunk.features is not None else None
     if post_decoder.reads_all_positions:
         seen: Tensor = post_decoder(states, context, targets.self_attention_mask()[:, None])
         return seen[targets.tree, targets.slot]

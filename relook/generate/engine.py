@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from relook.console import say
+from relook.console import status
 from relook.data.images import RecentCache, image_from_bytes
 from relook.data.samples import Turn
 from relook.data.templates import get_template
@@ -228,7 +228,7 @@ class Engine:
             try:
                 self._turn()
             except Exception as error:  # whatever it was, the next request deserves an answer
-                say(f"relook serve: a step failed: {type(error).__name__}: {error}", style="red")
+                status(f"relook serve: a step failed: {type(error).__name__}: {error}", style="red")
 
     @property
     def _busy(self) -> bool:

@@ -80,7 +80,7 @@ class Sampler:
         settings = supported_settings(loaded, generate, longest)
         if settings is None:
             return None
-        stop = loaded.stopping(template)
+        stop = loaded.stop_arguments(template)
         criterion = StopStringCriteria(stop["tokenizer"], stop["stop_strings"]) if stop else None
         return Sampler(settings, loaded.pad_id, criterion, seed, loaded.core.device)
 

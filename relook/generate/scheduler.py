@@ -232,7 +232,7 @@ class Scheduler:
                     projected += [one for one, _ in own]
                     if self.decoder is not None:
                         looks = [look for _, look in own if look is not None]
-                        self.sides.put(first + i, self.decoder.look(looks, [len(looks)]))
+                        self.sides.put(first + i, self.decoder.image_context(looks, [len(looks)]))
             self._advance(first + members[0], [starts[i] for i in members], projected)
         self._compact()
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer, LogitsProcessor, LogitsProcessorList
 
-from relook.console import Report
+from relook.console import ProgressCallback
 from relook.data.images import ImageLoader, Shown, prefetch_map
 from relook.data.packing import common_prefix_length
 from relook.errors import CheckpointError, RecipeError
@@ -313,7 +313,7 @@ class GenerationSettings:
     first: int = 0
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def generate_arguments(self) -> dict[str, Any]:
         """For `generate`: greedy unless said otherwise, whatever the model's own settings are."""
         return {"do_sample": False, **dict(self.generate)}
 
@@ -336,8 +336,8 @@ class Prompt:
 Batch = list[list[Prompt]]  # in groups over the same images
 
 
-def answer(
-    loaded: LoadedModel, questions: Sequence[Question], how: GenerationSettings, report: Report
+def answer_questions(
+    loaded: LoadedModel, questions: Sequence[Question], how: GenerationSettings, report: ProgressCallback
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of the question, answer text), batch by batch; equal questions are asked once.
 
@@ -353,7 +353,7 @@ def answer(
     indices, done = list(distinct.values()), 0
     image_token = loaded.core.config.image_token_id
     longest = max(len(prompt.ids) for prompt in prompts) + how.max_new_tokens
-    rule = Sampler.of(loaded, how.template, how.settings, longest, how.seed)
+    rule = Sampler.of(loaded, how.template, how.generate_arguments, longest, how.seed)
     if any(prompt.ids[-1] == image_token for prompt in prompts):
         rule = None  # a tree's images lie in its prefix, and no branch is empty
     batches = (
@@ -453,8 +453,8 @@ def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], how: Generation
         max_new_tokens=how.max_new_tokens,
         pad_token_id=pad,
         logits_processor=LogitsProcessorList([numbers]),
-        **loaded.stopping(how.template),
-        **how.settings,
+        **loaded.stop_arguments(how.template),
+        **how.generate_arguments,
     )
     require_finite(numbers.all)
     return [loaded.decode(ids, how.template) for ids in output[:, longest:]]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from relook import distributed
-from relook.console import Report, progress
+from relook.console import ProgressCallback, progress
 from relook.data.images import prefetch_map
 from relook.evaluate.results import AnswerFile
 from relook.files import make_paths
-from relook.generate.tree_decoding import GenerationSettings, Question, answer
+from relook.generate.tree_decoding import GenerationSettings, Question, answer_questions
 from relook.mine.pictures import fingerprint
 from relook.model.load import LoadedModel
 
@@ -30,7 +30,7 @@ def run_resumable(
     path: Path,
     keys: Sequence[str],
     size: int,
-    make: Callable[[range, Report], list[Record]],
+    make: Callable[[range, ProgressCallback], list[Record]],
     title: str,
     stale: Callable[[Record], bool] = lambda record: False,
 ) -> dict[str, Record]:
@@ -61,7 +61,7 @@ def fingerprint_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -
     """What `fingerprint` finds in image files, by key; `files` are keys and paths. A file that could not be read is looked
     at again: it may have been mended."""
 
-    def make(part: range, report: Report) -> list[Record]:
+    def make(part: range, report: ProgressCallback) -> list[Record]:
         records = []
         for record in prefetch_map(lambda file: fingerprint(*file), [files[i] for i in part]):
             records.append(record)
@@ -84,10 +84,10 @@ def generate_all(
         load: called when there is something to ask.
     """
 
-    def make(part: range, report: Report) -> list[Record]:
+    def make(part: range, report: ProgressCallback) -> list[Record]:
         answers = [""] * len(part)
         settings = replace(how, first=part.start)
-        for index, text in answer(load(), [asked[i][1] for i in part], settings, report):
+        for index, text in answer_questions(load(), [asked[i][1] for i in part], settings, report):
             answers[index] = text
         return [{"key": asked[i][0], "answer": text} for i, text in zip(part, answers, strict=True)]
 

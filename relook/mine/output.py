@@ -15,7 +15,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from relook.data.convert import DESC, IMAGES, POPE, convert
+from relook.data.convert import DESC, IMAGES, POPE, convert_pairs
 from relook.evaluate.tasks.chair import Vocabulary
 from relook.files import atomic_file, write_json, write_text
 from relook.mine.pairs import MinedPair
@@ -61,7 +61,7 @@ def _link(source: Path, target: Path) -> None:
 def write_pairs_parquet(out: Path) -> None:
     """TRL's columns, made from the files that are there."""
     (out / PARQUET).unlink(missing_ok=True)
-    convert(out, out / PARQUET, "trl")
+    convert_pairs(out, out / PARQUET, "trl")
 
 
 def write_card(out: Path, card: Mapping[str, Any]) -> None:

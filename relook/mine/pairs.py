@@ -14,7 +14,7 @@ from typing import Any
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.data.samples import check_pair
 from relook.evaluate.judge import Judge, JudgeResults, NoVerdict, Task, fill_template
-from relook.evaluate.statistics import ratio
+from relook.evaluate.statistics import safe_ratio
 from relook.evaluate.tasks.chair import Mention, Vocabulary, mentions, plural
 from relook.mine.pictures import MinedImage
 
@@ -80,7 +80,7 @@ def length_statistics(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 
 def _rounded(part: float, whole: float, digits: int) -> float | None:
-    found = ratio(part, whole)
+    found = safe_ratio(part, whole)
     return None if found is None else round(found, digits)
 
 

@@ -38,7 +38,7 @@ SETTINGS, WORK = "mine.json", "work"
 
 
 @writes_alone(lambda model, place, out, *_, **__: Path(out))
-def mine(
+def mine_pairs(
     model: str | Path,
     place: MiningSource,
     out: str | Path,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from relook.console import say
+from relook.console import status
 from relook.errors import CheckpointError, preview
 from relook.files import read_json_object
 from relook.model.checkpoint import (
@@ -64,14 +64,14 @@ class Adapter:
     """
 
     path: Path
-    replaced: dict[str, LazyTensor]
+    tensors: dict[str, LazyTensor]
     lora: dict[str, LoraDelta] = field(default_factory=dict)
     adapter: LoraSettings | None = None
     modules: dict[str, str] = field(default_factory=dict)
     post_decoder: dict[str, Any] | None = None
     base: Path | None = None
     vision_tower: Path | None = None
-    earlier: tuple[Path, ...] = ()
+    previous: tuple[Path, ...] = ()
 
     def tower_for(self, base: Path) -> Path | None:
         """The vision tower that this was trained with, where a base has none of its own."""
@@ -86,26 +86,26 @@ class Adapter:
         Raises:
             CheckpointError: a tensor that the base does not have, or has in another shape; a layer without its LoRA.
         """
-        for path in self.earlier:
+        for path in self.previous:
             source = replace(read_adapter(path), earlier=()).apply_to(source, dtype)
         config, tensors = source.config, dict(source.tensors)
-        if any(name.startswith(DECODER) for name in self.replaced):
+        if any(name.startswith(DECODER) for name in self.tensors):
             config = self._config_with_decoder(source)
             tensors = {name: t for name, t in tensors.items() if not name.startswith(DECODER)}
         self._check(source, tensors)
         # peft's copies of a head, or of embeddings alone, share nothing.
-        untied = {HEAD_WEIGHT} & (self.replaced.keys() | self.lora.keys()) or (
-            self.adapter is not None and EMBEDDINGS in self.replaced
+        untied = {HEAD_WEIGHT} & (self.tensors.keys() | self.lora.keys()) or (
+            self.adapter is not None and EMBEDDINGS in self.tensors
         )
         if config.tie_word_embeddings and untied:
             config = _untied(config)
             tensors.setdefault(HEAD_WEIGHT, tensors[EMBEDDINGS])
-        tensors |= self.replaced
+        tensors |= self.tensors
         for name, lora in self.lora.items():
-            tensors[name] = tensors[name].then(partial(lora.merged, dtype))
+            tensors[name] = tensors[name].map(partial(lora.merged, dtype))
             if lora.bias is not None:
                 bias = _bias_of(name)
-                tensors[bias] = tensors[bias].then(partial(lora.merged_bias, dtype))
+                tensors[bias] = tensors[bias].map(partial(lora.merged_bias, dtype))
         self._note_projector()
         return replace(source, config=config, tensors=tensors, change=self.path, beneath=(source, self))
 
@@ -120,8 +120,8 @@ class Adapter:
                 (name.replace(".default.", "."), t) for name, t in read_tensor_file(self.path / TENSORS_FILE).items()
             )
             tensors = {name: tensor for name, tensor in names if ".lora_" in name}
-        beside = self.replaced.keys() - {rename(name, FROM_CHANGE) for name in tensors}
-        rest = {name: self.replaced[name] for name in beside}
+        beside = self.tensors.keys() - {rename(name, FROM_CHANGE) for name in tensors}
+        rest = {name: self.tensors[name] for name in beside}
         return Adapter(self.path, rest, post_decoder=self.post_decoder), tensors
 
     @property
@@ -130,10 +130,10 @@ class Adapter:
         return any(module.startswith("model.layers.") for module in self.modules.values())
 
     def _check(self, source: LazyModel, tensors: dict[str, LazyTensor]) -> None:
-        shapes = {name: _shape(tensors, name) for name in self.replaced}
+        shapes = {name: _shape(tensors, name) for name in self.tensors}
         wrong = [
             f"{name} {list(new.shape)} on {list(shapes[name]) or 'nothing'}"
-            for name, new in self.replaced.items()
+            for name, new in self.tensors.items()
             if shapes[name] != new.shape and (shapes[name] or not name.startswith(ADDED))
         ]
         wrong += [f"LoRA of {name}" for name, lora in self.lora.items() if not lora.fits(_shape(tensors, name))]
@@ -155,9 +155,9 @@ class Adapter:
 
     def _note_projector(self) -> None:
         """LLaVA writes what it trains beside LoRA at the end of a run only, not into its checkpoint-N folders."""
-        has_projector = any(name.startswith(PROJECTOR) for name in self.replaced)
+        has_projector = any(name.startswith(PROJECTOR) for name in self.tensors)
         if self.has_llavas_names and not has_projector and not (self.path / NON_LORA).exists():
-            say(
+            status(
                 f"  {self.path} has no {NON_LORA}: no projector came along, so the base's stays. LLaVA trains it "
                 "beside LoRA and saves it at the end of a run only; where it was trained, the answers are not that "
                 "model's."
@@ -187,12 +187,12 @@ class Adapter:
             has = "already has a" if has_decoder else "has no"
             raise CheckpointError(f"{source.path} {has} post decoder.", f"Use stage {2 if has_decoder else 0}.")
         whole = self._with_earlier()
-        absent = [part.strip(".") for part in parts if not any(name.startswith(part) for name in whole.replaced)]
+        absent = [part.strip(".") for part in parts if not any(name.startswith(part) for name in whole.tensors)]
         if absent:
             what = f"{self.path} has no {' and no '.join(absent)}, which stage {stage} takes from it."
             raise CheckpointError(what, "Choose another stage, or leave it out to take the whole change.")
-        taken = {name: tensor for name, tensor in whole.replaced.items() if name.startswith(parts)}
-        left = sorted((whole.replaced.keys() - taken.keys()) | whole.lora.keys())
+        taken = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(parts)}
+        left = sorted((whole.tensors.keys() - taken.keys()) | whole.lora.keys())
         return replace(whole, replaced=taken, lora={}, adapter=None, modules={}), left
 
     def _with_earlier(self) -> Adapter:
@@ -200,19 +200,19 @@ class Adapter:
         replaced: dict[str, LazyTensor] = {}
         lora: dict[str, LoraDelta] = {}
         settings = None
-        for change in (*map(read_adapter, self.earlier), self):
-            if any(name.startswith(DECODER) for name in change.replaced):  # which is a whole one
+        for change in (*map(read_adapter, self.previous), self):
+            if any(name.startswith(DECODER) for name in change.tensors):  # which is a whole one
                 replaced = {name: tensor for name, tensor in replaced.items() if not name.startswith(DECODER)}
                 settings = change.post_decoder
-            replaced |= change.replaced
+            replaced |= change.tensors
             lora |= change.lora
         return replace(self, replaced=replaced, lora=lora, post_decoder=settings, earlier=())
 
     def after(self, base: Path) -> Adapter:
         """This change without those that a run, as its base, has in it already."""
-        present = [*(path.resolve() for path in read_adapter(base).earlier), base.resolve()]
-        if [path.resolve() for path in self.earlier[: len(present)]] == present:
-            return replace(self, earlier=self.earlier[len(present) :])
+        present = [*(path.resolve() for path in read_adapter(base).previous), base.resolve()]
+        if [path.resolve() for path in self.previous[: len(present)]] == present:
+            return replace(self, earlier=self.previous[len(present) :])
         return self
 
 
@@ -274,7 +274,7 @@ def _read_lora_folder(folder: Path) -> dict[str, LazyTensor]:
 
 def language_model_config(change: Adapter) -> dict[str, Any] | None:
     """The liuhaotian config that lies beside a change: what LLaVA makes of the bare language model below it."""
-    for path in (*change.earlier, change.path):
+    for path in (*change.previous, change.path):
         config = read_json_object(_folder(path) / "config.json", optional=True)
         if config.get("model_type") in LLAVA_TYPES and "text_config" not in config:
             return config

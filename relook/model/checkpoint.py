@@ -43,7 +43,7 @@ class LazyTensor:
     def of(tensor: Tensor) -> LazyTensor:
         return LazyTensor(tuple(tensor.shape), lambda: tensor)
 
-    def then(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
+    def map(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
         """The same tensor with a change that keeps its shape, made when it is read."""
         return LazyTensor(self.shape, lambda: change(self.read()))
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LlavaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from relook.console import readable_size, say
+from relook.console import readable_size, status
 from relook.data.encode import Encoder
 from relook.data.samples import Turn
 from relook.data.templates import IM_END, IM_START, IMAGE, Template, get_template, with_image
@@ -77,7 +77,7 @@ class WriteOptions:
     vision_tower: Path | None = None
 
 
-def convert(source: str | Path, out: str | Path, to: str, how: WriteOptions = WriteOptions()) -> float | None:
+def convert_model(source: str | Path, out: str | Path, to: str, how: WriteOptions = WriteOptions()) -> float | None:
     """Write a model in another format; returns the largest difference of logits.
 
     Args:
@@ -94,7 +94,7 @@ def convert(source: str | Path, out: str | Path, to: str, how: WriteOptions = Wr
     )
 
 
-def merge(
+def merge_adapter(
     base: str | Path, change: str | Path, out: str | Path, stage: int | None = None, how: WriteOptions = WriteOptions()
 ) -> float | None:
     """Write a base with a change laid on it, in transformers' format; a post decoder brings its code along.
@@ -114,13 +114,13 @@ def merge(
     if stage is not None:
         trained, left = trained.at_stage(stage, source)
         if left:
-            say(f"  stage {stage} leaves out {len(left)} tensors of {change}: {preview(left)}")
+            status(f"  stage {stage} leaves out {len(left)} tensors of {change}: {preview(left)}")
     merged = trained.apply_to(source)
     merged.check()
     return write_model(merged, out, write_hf, how)
 
 
-def export(source: str | Path, out: str | Path, how: WriteOptions = WriteOptions()) -> float | None:
+def export_model(source: str | Path, out: str | Path, how: WriteOptions = WriteOptions()) -> float | None:
     """Write a model or a training run as a whole folder that transformers loads where relook is not installed."""
     source, out = Path(source), Path(out)
     return write_model(open_lazy(source, vision_tower=how.vision_tower), out, write_hf, how)
@@ -145,13 +145,13 @@ def write_model(source: LazyModel, out: Path, write: Writer, how: WriteOptions) 
                     "Look at the source with relook inspect; --no-check writes it all the same.",
                 )
     checked = "not checked" if difference is None else f"largest difference of logits {difference:.1e}{beside}"
-    say(f"{out}: {len(source.tensors)} tensors, {checked}")
+    status(f"{out}: {len(source.tensors)} tensors, {checked}")
     return difference
 
 
 def _check_target(source: LazyModel, out: Path, how: WriteOptions) -> None:
     target = out.resolve()
-    for used in (source.path, source.tower, source.change):
+    for used in (source.path, source.tower, source.adapter):
         if used is not None and (target == used.resolve() or target in used.resolve().parents):
             raise CheckpointError(f"{out} holds the source itself.", "Choose another folder.")
     if out.exists() and not how.force:
@@ -454,10 +454,10 @@ def _write_generation(source: LazyModel, folder: Path, tokenizer: Any) -> None:
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         settings.eos_token_id = sorted({*ends, tokenizer.convert_tokens_to_ids(stop)} - {None})
     elif stop:
-        say(f"  answers end with {stop!r}, which is no token: requests must send it as `stop`", style="yellow")
+        status(f"  answers end with {stop!r}, which is no token: requests must send it as `stop`", style="yellow")
     left = [name for name, value in settings.to_diff_dict().items() if value and name not in FOLLOWED]
     if left:
-        say(f"  not every engine follows {preview(left)} of generation_config.json", style="yellow")
+        status(f"  not every engine follows {preview(left)} of generation_config.json", style="yellow")
     settings.save_pretrained(folder)
 
 

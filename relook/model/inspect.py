@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relook.console import output, plain_table
+from relook.console import plain_table, stdout_console
 from relook.model.checkpoint import LazyTensor
 from relook.model.families import has_post_decoder, with_post_decoder
 from relook.model.lazy_model import LazyModel
@@ -36,7 +36,7 @@ REGIMES: dict[str, dict[str, bool]] = {
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleRow:
     """A line of the module tree: a module, or `repeats` equal ones in a row, of which the first is shown.
 
     Args:
@@ -79,7 +79,7 @@ class TracedTensor:
         return TracedTensor(step, name, tuple(tensor.shape), _short(tensor.dtype), mean, std, least, most, nan, inf)
 
 
-def inspect(
+def inspect_model(
     path: str | Path,
     image: str | Path | None = None,
     prompt: str | None = None,
@@ -115,7 +115,7 @@ def inspect(
 # The module tree
 
 
-def module_tree(source: LazyModel) -> list[Module]:
+def module_tree(source: LazyModel) -> list[ModuleRow]:
     """The modules of a model from the top, equal neighbours in a list as one."""
     return list(_walk(_without_memory(source, source.config), "", 0, source.tensors))
 
@@ -126,12 +126,12 @@ def _without_memory(source: LazyModel, config: Any) -> Any:
         return replace(source, config=config).model_class(config)
 
 
-def _walk(module: nn.Module, path: str, depth: int, tensors: Mapping[str, LazyTensor]) -> Iterator[Module]:
+def _walk(module: nn.Module, path: str, depth: int, tensors: Mapping[str, LazyTensor]) -> Iterator[ModuleRow]:
     for names in _equal_children(module):
         child = getattr(module, names[0]) if not isinstance(module, nn.ModuleList) else module[int(names[0])]
         shown = f"{path}{names[0]}."
         counted = sum(parameter.numel() for parameter in child.parameters())
-        yield Module(
+        yield ModuleRow(
             depth,
             names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}",
             type(child).__name__,
@@ -270,7 +270,7 @@ def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
 
 def print_tables(found: Mapping[str, Any]) -> None:
     """What `inspect` found, on standard output; a pipe gets wide lines."""
-    console = output()
+    console = stdout_console()
     console.print(f"{found['model']}: {found['type']}")
     table = plain_table("module", "class", "parameters", "dtype", "shapes", right=("parameters",))
     for module in found["modules"]:

@@ -93,7 +93,7 @@ class LazyModel:
     tensors: Mapping[str, LazyTensor]
     template: str
     tower: Path | None = None
-    change: Path | None = None
+    adapter: Path | None = None
     beneath: tuple[LazyModel, Any] | None = None
     tower_note: str = ""
 
@@ -110,7 +110,7 @@ class LazyModel:
 
     @property
     def who(self) -> str:
-        return str(self.path) if self.change is None else f"{self.path} with {self.change}"
+        return str(self.path) if self.adapter is None else f"{self.path} with {self.adapter}"
 
     def read(self, *parts: str) -> dict[str, Tensor]:
         """The tensors whose names begin with one of `parts`, or all.

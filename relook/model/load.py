@@ -157,11 +157,11 @@ class LoadedModel:
     def generate(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "", **kwargs: Any) -> str:
         """The answer to one prompt; keyword arguments go to transformers' `generate`."""
         inputs = self.encode(images, text, template)
-        kwargs = {"do_sample": False, "max_new_tokens": 256, **self.stopping(template), **kwargs}
+        kwargs = {"do_sample": False, "max_new_tokens": 256, **self.stop_arguments(template), **kwargs}
         output = self.model.generate(**inputs, **kwargs)
         return self.decode(output[0, inputs["input_ids"].shape[1] :], template)
 
-    def stopping(self, template: str = "") -> dict[str, Any]:
+    def stop_arguments(self, template: str = "") -> dict[str, Any]:
         """What `generate` needs to end an answer where the template does, besides the end-of-text token.
 
         That is nothing where the tokenizer cannot write the template's stop text: no answer holds it.
@@ -462,7 +462,7 @@ def model_hash(path: str | Path) -> str:
             digest.update(f"{file.name}:{file_hash(file)}\n".encode())
     if (path / ADAPTER_FILE).exists():
         change = read_adapter(path)
-        for below in (change.base, *change.earlier):
+        for below in (change.base, *change.previous):
             if below is not None:
                 digest.update(model_hash(below).encode())
     return digest.hexdigest()[:16]

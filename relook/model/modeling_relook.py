@@ -125,7 +125,7 @@ class PostDecoderModel(PreTrainedModel):
         features, lengths = image.vision_features, [len(projected) for projected in image.pooler_output]
         per_row = images_per_row(lengths, taken)
         beams = len(lengths) // len(features)
-        context = self.post_decoder.look(features, per_row[::beams])
+        context = self.post_decoder.image_context(features, per_row[::beams])
         return context.repeat(beams) if context is not None and beams > 1 else context
 
     def forward(

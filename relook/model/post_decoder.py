@@ -298,7 +298,7 @@ class PostDecoder(nn.Module):
         """Whether a position's output depends on the states of other positions (self-attention)."""
         return self.settings.attention == "self_cross"
 
-    def look(self, features: Sequence[Tensor], per_row: list[int]) -> ImageContext | None:
+    def image_context(self, features: Sequence[Tensor], per_row: list[int]) -> ImageContext | None:
         """Prepare the image side of all blocks, once per image. None where there is no image, or none is read.
 
         Args:

@@ -124,7 +124,7 @@ def thumbnail(path: Path) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def picture(data: bytes, grid: Sequence[Sequence[float]] | None = None, kind: str = "jpeg") -> str:
+def image_svg(data: bytes, grid: Sequence[Sequence[float]] | None = None, kind: str = "jpeg") -> str:
     """An image file's bytes as an inline SVG, with an attention grid laid over it."""
     source = base64.b64encode(data).decode()
     cells = ""
@@ -148,7 +148,7 @@ PICTURES = 12
 LOOKING = "post_decoder"  # the run whose attention is shown
 
 
-def write_page(out: Path) -> Path:
+def write_demo_page(out: Path) -> Path:
     """Write `out/report.html` from a finished demo folder."""
     results = read_json(out / "results.json")
     data = out / "world" / "test"
@@ -235,11 +235,11 @@ def gallery(out: Path, folder: Path, runs: Sequence[str]) -> str:
         there = annotations.objects[image]
         lines = described(there, [(name, texts[image]) for name, texts in said.items()], vocabulary)
         figures = "".join(
-            f"<figure>{picture(data, grid)}<figcaption>before “{html.escape(text[m.start : m.end])}”</figcaption>"
+            f"<figure>{image_svg(data, grid)}<figcaption>before “{html.escape(text[m.start : m.end])}”</figcaption>"
             "</figure>"
             for m, grid in zip(wrong, maps, strict=False)
         )
-        cards.append(card(picture(data), f"{lines}<div class=maps>{figures}</div>"))
+        cards.append(card(image_svg(data), f"{lines}<div class=maps>{figures}</div>"))
         if len(cards) == PICTURES:
             break
     return "".join(cards)
@@ -262,7 +262,7 @@ def write_report(out: str | Path) -> Path:
 
     if (out / SWEEP_FILE).exists():
         return sweep_page.write_sweep_page(out)
-    return write_page(out)
+    return write_demo_page(out)
 
 
 def write_reports(

@@ -139,7 +139,7 @@ def attention_before(
     trunk = policy.trunk(batch.to(loaded.core.device))
     if trunk.features is None:
         return []
-    context = policy.post_decoder.look(trunk.features, trunk.images)
+    context = policy.post_decoder.image_context(trunk.features, trunk.image_counts)
     if context is None:
         return []
     maps = policy.post_decoder.attention_maps(trunk.states, context)[0]

@@ -20,7 +20,7 @@ import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from relook.console import say
+from relook.console import status
 from relook.errors import RelookError
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits
@@ -109,7 +109,7 @@ def serve(
     policy = replace(policy, hosts=own_hosts(serving.host, address, policy))
     engines = start_engines(load(), limits, serving.template)
     for name, engine in engines.items():
-        say(f"{name}: {limits.slots} slots of {engine.length:,} positions")
+        status(f"{name}: {limits.slots} slots of {engine.length:,} positions")
     # uvicorn finishes the running answers, then raises the signal that it was sent again; before it runs, making the
     # page takes seconds. Either signal ends it all the same way.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -119,9 +119,9 @@ def serve(
             uploads = Path(until_end.enter_context(tempfile.TemporaryDirectory(prefix="relook-page-")))
         server = make_server(engines, policy, serving.stop_seconds, uploads)
         url = f"http://{bracketed(address)}:{port}"
-        say(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
+        status(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
         if not policy.api_key and not ip_address(address).is_loopback:
-            say("No --api-key: whoever reaches this port may use it.", style="yellow")
+            status("No --api-key: whoever reaches this port may use it.", style="yellow")
         server.run(sockets=[taken])
     for engine in engines.values():
         engine.stop()
@@ -244,7 +244,7 @@ def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedM
         return load_sharing_tensors(loaded, model, loading)
     if folder_kind(model) == "run":
         change = read_adapter(model)
-        under = change.earlier[-1] if change.earlier else change.base
+        under = change.previous[-1] if change.previous else change.base
         assert under is not None, "a run names its base"
         return load_sharing_tensors(loaded, under, loading)
     if not has_post_decoder(loaded.core.config):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from relook.console import say
+from relook.console import status
 from relook.data.samples import Turn
 from relook.errors import DataError, RelookError
 from relook.generate.engine import Engine
@@ -65,7 +65,7 @@ class Chat:
         elif command == "/quit":
             raise EOFError
         elif command == "/help":
-            say(HELP)
+            status(HELP)
         else:
             raise RelookError(f"There is no command {command}.", "/help names them.")
 
@@ -84,7 +84,7 @@ class Chat:
         if to_base and self.base is None:
             self.base = self.make_base()
         self.on_base = to_base
-        say("base:" if to_base else "tuned:", style="bold")
+        status("base:" if to_base else "tuned:", style="bold")
         if self.turns:
             self.ask(self.turns.pop().prompt)
 
@@ -102,7 +102,7 @@ class Chat:
             raise RelookError("The model failed on this question.", "Ask again, or /reset.")
         self.turns.append(Turn(question, said))
         if finish == "length":
-            say(f"[cut at {self.how.max_new_tokens} tokens: --max-tokens]", style="dim")
+            status(f"[cut at {self.how.max_new_tokens} tokens: --max-tokens]", style="dim")
 
 
 def _printable(text: str) -> str:
@@ -159,7 +159,7 @@ def converse(
             except RelookError as error:
                 if not sys.stdin.isatty():
                     raise
-                say(str(error), style="red")
+                status(str(error), style="red")
 
 
 def _lines() -> Iterator[str]:
@@ -168,7 +168,7 @@ def _lines() -> Iterator[str]:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # of systems without it
             import readline  # noqa: F401  (lines that are edited, and earlier ones)
-        say("/help names the commands.", style="dim")
+        status("/help names the commands.", style="dim")
         while True:
             if sys.stdout.isatty():
                 yield input("> ")

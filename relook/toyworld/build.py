@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from relook.console import progress, say
+from relook.console import progress, status
 from relook.errors import CheckpointError
 from relook.evaluate.run import evaluate_model
 from relook.files import atomic_folder, read_json, write_json
@@ -117,7 +117,7 @@ def check_gate(out: Path, world: Path, seed: int) -> dict[str, Any]:
     verdict["model_hash"] = model_hash(out)
     write_json(out / "gate.json", verdict)
     if not verdict["passed"]:
-        say(
+        status(
             f"This base did not learn to look: POPE random {accuracy:.3f} on dev scenes, {GATE} is needed. "
             "Its results say little; try another --seed.",
             style="yellow",

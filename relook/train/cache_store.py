@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from relook.console import say
+from relook.console import status
 from relook.data.encode import Example
 from relook.data.images import ImageLoader
 from relook.data.packing import assign_rows, common_root_length, kept_positions
 from relook.errors import RelookError
 from relook.files import atomic_file, file_hash, process_is_alive
-from relook.forward.packed_attention import packs
+from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import Policy
 from relook.model.families import vision_feature_count, vision_feature_width
 
@@ -84,7 +84,7 @@ class CachePlan:
     features: dict[Path, int]
     widths: dict[str, int]
     dtype: torch.dtype
-    everything: bool
+    keep_all: bool
     batch_positions: int
     root: int
 
@@ -106,7 +106,7 @@ class CachePlan:
             },
             policy.dtype,
             policy.needs_all_states,
-            PACKED_POSITIONS if packs(policy.trunk_pass) else BATCH_POSITIONS,
+            PACKED_POSITIONS if packs_rows(policy.trunk_pass) else BATCH_POSITIONS,
             common_root_length(trees, policy.config.image_token_id) if trees else 0,
         )
 
@@ -157,7 +157,7 @@ class CachePlan:
             return [self.features[path] for path in shard.images]
         return [(self.states if part == STATES else self.targets)[i] for i in shard.examples]
 
-    def having(self, part: str) -> list[Shard]:
+    def shards_with(self, part: str) -> list[Shard]:
         """The shards that have a part: one without images of its own has no features."""
         return [shard for shard in self.shards if part != FEATURES or shard.images]
 
@@ -182,13 +182,13 @@ class ShardFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.look()
+        self.refresh()
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Find out which files there are, also those of other processes."""
         self._files = {path.name.rpartition("-")[0]: path for path in self.folder.glob(f"*{SUFFIX}")}
 
-    def has(self, name: str) -> bool:
+    def has_file(self, name: str) -> bool:
         """Whether there is a file of that name, whatever is in it."""
         return name in self._files
 
@@ -198,7 +198,7 @@ class ShardFolder:
             return False
         if path.name == _file_name(name, file_hash(path)):
             return True
-        say(f"  {path} is broken: it is computed again", style="yellow")
+        status(f"  {path} is broken: it is computed again", style="yellow")
         path.unlink()
         del self._files[name]
         return False

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from relook.console import say
-from relook.distributed import held, reshard
+from relook.console import status
+from relook.distributed import local_shard, reshard
 from relook.errors import RelookError
 
 CAUSES = (
@@ -26,7 +26,7 @@ MAX_GAP_EXACT, MAX_GAP = 0.01, 0.5
 @torch.no_grad()
 def count_nonfinite_tensors(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     """How many trained tensors hold a number that is not finite, (); of a sharded tensor, the part held here."""
-    flags = [(~held(p).isfinite()).any().to(device) for p in parameters if p.requires_grad]
+    flags = [(~local_shard(p).isfinite()).any().to(device) for p in parameters if p.requires_grad]
     return torch.stack(flags).sum() if flags else torch.zeros((), dtype=torch.long, device=device)
 
 
@@ -60,7 +60,7 @@ class SanityCheckCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.done = state.global_step > 0  # a resumed run has passed
 
-    def look(self, model: nn.Module, batch: Any, reference: Tensor | None, optimizer: Any) -> None:
+    def before_step(self, model: nn.Module, batch: Any, reference: Tensor | None, optimizer: Any) -> None:
         """Before a step: keep what the policy says on its batch.
 
         Args:
@@ -71,7 +71,7 @@ class SanityCheckCallback(TrainerCallback):
         """
         if not self.done and self.before is None and any(group["lr"] > 0 for group in optimizer.param_groups):
             self.model, self.batch = model, batch
-            self.before, self.weights = self._says(), None if self.exact else self._sums()
+            self.before, self.weights = self._log_probs(), None if self.exact else self._sums()
             if reference is not None:
                 self._check_equals_reference(self.before, reference)
 
@@ -98,7 +98,7 @@ class SanityCheckCallback(TrainerCallback):
         if self.done or self.before is None or self.accelerator.optimizer_step_was_skipped:
             return
         warms_up = any(group["lr"] < group.get("initial_lr", 0) for group in optimizer.param_groups)
-        if self._in_any((self._says() != self.before).any()):
+        if self._in_any((self._log_probs() != self.before).any()):
             self._finish()
         elif self.exact or not warms_up:
             rate = max(group["lr"] for group in optimizer.param_groups)
@@ -118,7 +118,7 @@ class SanityCheckCallback(TrainerCallback):
         """Raise where what the model says is equal to the last bit and trained tensors, which are float32, are, too."""
         if self.exact or not self._in_any(self._moved()):
             raise RelookError(f"{self.unmoved} {when}", CAUSES)
-        say(
+        status(
             "  the first steps do not show in what the model says: the rounding of bf16, fp16 or quantised weights is "
             "coarser. They add up in float32; if the loss stays where it is, raise learning_rate"
         )
@@ -135,18 +135,18 @@ class SanityCheckCallback(TrainerCallback):
         """Whether a trained tensor has moved, by a gradient where that can be seen."""
         assert self.weights is not None
         moved: Tensor = (self._sums() != self.weights).any()
-        gradients = [held(p.grad).any() for p in self._trained() if p.grad is not None]
+        gradients = [local_shard(p.grad).any() for p in self._trained() if p.grad is not None]
         return moved & torch.stack(gradients).any() if gradients else moved  # DeepSpeed keeps them to itself
 
     def _sums(self) -> Tensor:
         """The sum of each trained tensor, or of the part held here, in float64: it shows if a weight moves."""
-        return torch.stack([held(p.detach()).sum(dtype=torch.float64) for p in self._trained()])
+        return torch.stack([local_shard(p.detach()).sum(dtype=torch.float64) for p in self._trained()])
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def _says(self) -> Tensor:
+    def _log_probs(self) -> Tensor:
         training = self.model.training
         self.model.eval()
         try:

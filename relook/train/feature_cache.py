@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 
 from relook import distributed
-from relook.console import progress, readable_size, say
+from relook.console import progress, readable_size, status
 from relook.data.encode import Example
 from relook.data.images import ImageLoader, prefetch_map
 from relook.data.packing import TreeTargets, copy_to_cpu
@@ -148,12 +148,12 @@ class TrunkCache:
     store: Store
     on_device: dict[str, Tensor] = field(default_factory=dict)
 
-    last: ClassVar[TrunkCache | None] = None
+    current: ClassVar[TrunkCache | None] = None
 
     @cached_property
     def targets(self) -> list[TreeTargets]:
         """Where each example's targets are among its states."""
-        return [TreeTargets.of(example.tree, self.plan.everything) for example in self.plan.examples]
+        return [TreeTargets.of(example.tree, self.plan.keep_all) for example in self.plan.examples]
 
     def items(self, with_reference: bool) -> list[Item]:
         """The examples with their states and reference log-probs: views of the shards, nothing is copied."""
@@ -209,7 +209,7 @@ def cached_items(
         path, tower, policy, policy.dtype, examples, collator.images, adapter=recipe.adapter_name_or_path, bits=bits
     )
     key = cache_key(source)
-    kept = TrunkCache.last
+    kept = TrunkCache.current
     plan = kept.plan if kept is not None and kept.key == key else CachePlan.of(policy, examples, collator.images)
     parts = [STATES]
     if policy.needs_vision_features:
@@ -217,20 +217,20 @@ def cached_items(
     if recipe.needs_reference:
         parts.append(REFERENCE)
     if kept is None or kept.key != key:
-        TrunkCache.last = kept = None  # its memory counts as free
+        TrunkCache.current = kept = None  # its memory counts as free
         kept = TrunkCache(key, plan, _choose_store(recipe, key, plan, parts))
     elif isinstance(kept.store, ShardFolder) and recipe.feature_cache == "memory":
-        kept.store.look()  # what is on disk already need not be computed for the memory
+        kept.store.refresh()  # what is on disk already need not be computed for the memory
     elif isinstance(kept.store, ShardFolder) or recipe.feature_cache == "disk":
         kept.store = _choose_store(recipe, key, plan, parts)
     fill_cache(kept, source, parts, policy, collator, whole)
-    TrunkCache.last = kept
+    TrunkCache.current = kept
     if recipe.training.get("dataloader_num_workers"):
         kept.on_device.clear()  # other processes cannot read a GPU's memory
     elif policy.device.type == "cuda":
         torch.cuda.empty_cache()
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
-            kept.move_to(policy.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.having(p)])
+            kept.move_to(policy.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.shards_with(p)])
     collator.features = kept.features() if policy.needs_vision_features else None
     return kept.items(recipe.needs_reference)
 
@@ -255,7 +255,7 @@ def fill_cache(
         # All have looked at the free space before one of them takes of it.
         distributed.barrier("a look at the free space")
     elif missing:
-        say(f"  trunk cache: {readable_size(plan.size(parts))} in memory")
+        status(f"  trunk cache: {readable_size(plan.size(parts))} in memory")
     share = distributed.shard if isinstance(store, ShardFolder) else list
     trunk = [part for part in parts if part != REFERENCE]
     wanted = {s: lacking for s, gone in missing.items() if (lacking := [p for p in gone if p != REFERENCE])}
@@ -278,7 +278,7 @@ def _missing(store: Store, plan: CachePlan, parts: Sequence[str]) -> dict[Shard,
 
     if isinstance(store, ShardFolder):
         found = distributed.map_sharded(plan.shards, look, "a look at the trunk cache")
-        store.look()  # what others found broken is gone
+        store.refresh()  # what others found broken is gone
     else:
         found = look(plan.shards)
     return {shard: gone for shard, gone in zip(plan.shards, found, strict=True) if gone}
@@ -297,7 +297,7 @@ def _fill_trunk(
     gpu = policy.device.type == "cuda"
 
     def read(one: tuple[Shard, Sequence[int]]) -> LiveBatch:
-        batch = collator.live([Item(plan.examples[i]) for i in one[1]], plan.batch_positions)
+        batch = collator.live_batch([Item(plan.examples[i]) for i in one[1]], plan.batch_positions)
         return batch.pin_memory() if gpu else batch
 
     batches = prefetch_map(read, work)
@@ -306,7 +306,7 @@ def _fill_trunk(
     with progress("trunk states") as report, ThreadPoolExecutor(1) as writer:
         for shard, group in groupby(zip(work, batches, strict=True), lambda one: one[0][0]):
             named = ((indices, batch) for (_, indices), batch in group)
-            made = trunk_pass(policy, plan, shard, wanted[shard], named)
+            made = compute_trunk_states(policy, plan, shard, wanted[shard], named)
             if stored is not None:
                 stored.result()  # raises what went wrong, and no more than two shards are in memory
             ready = torch.cuda.current_stream().record_event() if gpu else None
@@ -339,7 +339,7 @@ def _batches(plan: CachePlan, shard: Shard, parts: Sequence[str]) -> Iterator[Se
 
 
 @torch.no_grad()
-def trunk_pass(
+def compute_trunk_states(
     policy: Policy,
     plan: CachePlan,
     shard: Shard,
@@ -394,9 +394,9 @@ def _wait_for_shards(store: Store, plan: CachePlan, parts: Sequence[str]) -> Non
     if not isinstance(store, ShardFolder):
         return
     distributed.barrier(f"the trunk cache's {', '.join(parts)}")
-    store.look()
-    names = [s.name(p) for p in parts for s in plan.having(p)]
-    if lacking := [name for name in names if not store.has(name)]:
+    store.refresh()
+    names = [s.name(p) for p in parts for s in plan.shards_with(p)]
+    if lacking := [name for name in names if not store.has_file(name)]:
         raise RelookError(
             f"{store.folder} lacks {len(lacking)} shards that other processes made ({lacking[0]}, ...).",
             "Give a feature_cache_dir that all machines share, or set feature_cache off.",
@@ -434,9 +434,9 @@ def _reserve_space(
     require_disk_space(store.folder, needed, "The trunk cache", fix)
     if distributed.is_main():
         for line in describe_other_caches(store.folder.parent, store.folder.name, source):
-            say(f"  {line}")
+            status(f"  {line}")
         whole = readable_size(plan.size(parts))
-        say(f"  trunk cache: {whole} in {store.folder}, {readable_size(needed)} of it to be computed")
+        status(f"  trunk cache: {whole} in {store.folder}, {readable_size(needed)} of it to be computed")
         store.tidy()
         shards = [{"examples": len(shard.examples), "images": len(shard.images)} for shard in plan.shards]
         write_json(store.folder / INDEX_FILE, {"made_from": source, "widths": plan.widths, "shards": shards})
@@ -452,7 +452,7 @@ def _reserve_space(
 IMAGE_BATCH = 32  # at a time
 
 
-def keeps_features(recipe: Recipe, config: Any, count: int) -> bool:
+def caches_vision_features(recipe: Recipe, config: Any, count: int) -> bool:
     """Whether a recipe keeps vision features, where there is memory for them; `world_size` processes would each hold them.
 
     Raises:
@@ -480,13 +480,13 @@ def cache_vision_features(
         RecipeError: see `keeps_features`.
     """
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
-    if not paths or not keeps_features(recipe, policy.config, distributed.world_size()):
+    if not paths or not caches_vision_features(recipe, policy.config, distributed.world_size()):
         return None
     rows = vision_feature_count(policy.config, images.size(paths[0]))
     size = len(paths) * rows * vision_feature_width(policy.config) * policy.dtype.itemsize
     if recipe.feature_cache == "auto" and not fits_half_of_memory(size):
         return None
-    say(f"  vision features: {readable_size(size)} in memory")
+    status(f"  vision features: {readable_size(size)} in memory")
     found: dict[Path, Tensor] = {}
     policy.eval()
     batches = [paths[start : start + IMAGE_BATCH] for start in range(0, len(paths), IMAGE_BATCH)]

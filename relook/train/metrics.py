@@ -31,13 +31,13 @@ class StepCosts:
     """Useful operations of one step: for a row of vision features, in the tower and in the projector, a token of the
     trunk, a position of its last MLP, a state of the post decoder, and a target of lm_head."""
 
-    seeing: int
+    vision_tower: int
     projector: int
-    reading: int  # the trunk's part for each token
+    trunk: int  # the trunk's part for each token
     last_mlp: int
-    looking: int  # the post decoder's image side, for each row of vision features
-    deciding: int
-    saying: int
+    post_decoder_image: int  # the post decoder's image side, for each row of vision features
+    post_decoder: int
+    lm_head: int
 
     @staticmethod
     def of(policy: Any) -> StepCosts:
@@ -72,9 +72,9 @@ class StepCosts:
         """Useful operations of one step on a batch."""
         trunk = 0
         if work.live:
-            trunk = self.seeing * work.encoded + self.projector * work.features
-            trunk += self.reading * work.tokens + self.last_mlp * work.last_mlp
-        after = self.looking * work.features + self.deciding * work.states + self.saying * work.targets
+            trunk = self.vision_tower * work.encoded + self.projector * work.features
+            trunk += self.trunk * work.tokens + self.last_mlp * work.last_mlp
+        after = self.post_decoder_image * work.features + self.post_decoder * work.states + self.lm_head * work.targets
         return float(trunk + after)
 
 
@@ -96,9 +96,9 @@ class Meter:
     def reset(self) -> None:
         self.names: list[str] = []
         self.sums: Tensor | None = None  # one for each name
-        self.broken: Tensor | None = None  # the first step whose loss is no number, -1 before
+        self.first_bad_step: Tensor | None = None  # the first step whose loss is no number, -1 before
         self.weight = 0.0
-        self.work = [0.0, 0.0, 0.0]  # pairs, tokens, 1e12 operations
+        self.totals = [0.0, 0.0, 0.0]  # pairs, tokens, 1e12 operations
         self.started: float | None = None
 
     def start(self) -> None:
@@ -118,17 +118,19 @@ class Meter:
     def add(self, fields: dict[str, Tensor], work: BatchStats, step: int, weight: float = 1.0) -> None:
         """Take in the fields of a micro-batch, scalars of which the first is the loss."""
         values = torch.stack([value.detach().float() for value in fields.values()])
-        if self.sums is None or self.broken is None:
+        if self.sums is None or self.first_bad_step is None:
             self.names, self.sums = list(fields), torch.zeros_like(values)
-            self.broken = values.new_full((), -1.0)
+            self.first_bad_step = values.new_full((), -1.0)
         self.sums += weight * values
-        self.broken = torch.where((self.broken < 0) & ~values[0].isfinite(), float(step), self.broken)
+        self.first_bad_step = torch.where(
+            (self.first_bad_step < 0) & ~values[0].isfinite(), float(step), self.first_bad_step
+        )
         self.weight += weight
         if self.costs is not None:
-            self.work = [
-                self.work[0] + work.pairs,
-                self.work[1] + work.tokens,
-                self.work[2] + self.costs.flops(work) / 1e12,
+            self.totals = [
+                self.totals[0] + work.pairs,
+                self.totals[1] + work.tokens,
+                self.totals[2] + self.costs.flops(work) / 1e12,
             ]
 
     def read(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums, processes: int = 1) -> dict[str, float]:
@@ -140,13 +142,13 @@ class Meter:
         Raises:
             RelookError: the loss of a step is no number.
         """
-        if self.sums is None or self.broken is None:
+        if self.sums is None or self.first_bad_step is None:
             return {}
-        rest = self.sums.new_tensor([*self.work, self.weight])
+        rest = self.sums.new_tensor([*self.totals, self.weight])
         *sums, pairs, tokens, operations, weight = reduce(torch.cat([self.sums, rest])).tolist()
         means = {name: value / weight for name, value in zip(self.names, sums, strict=True)}
         if not math.isfinite(sums[0]):
-            step = int(self.broken)
+            step = int(self.first_bad_step)
             where = f"step {step}" if step >= 0 else "a step of another process"
             raise RelookError(
                 f"The loss is {means['loss']} at {where}.",

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import CONFIG_NAME, is_torch_tf32_available
 
 from relook import distributed
-from relook.console import progress, say
+from relook.console import progress, status
 from relook.data.encode import Example
 from relook.data.readers import read_hadpo, read_llava, read_pairs
 from relook.data.samples import Conversation, PreferencePair, ReadReport
@@ -34,7 +34,7 @@ from relook.forward.collate import (
     Item,
     ItemDataset,
     check_images,
-    corrupted,
+    corrupt,
     preference_weights,
     reference_log_probs,
     split_held_out,
@@ -78,7 +78,7 @@ def train_command(arguments: Sequence[str]) -> Path:
     faults.check()
     out = train(recipe)
     model = shlex.quote(str(out))
-    say(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {model} --data DATA --out OUT")
+    status(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {model} --data DATA --out OUT")
     return out
 
 
@@ -94,12 +94,12 @@ def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | N
     """
     out = Path(recipe.output_dir)
     if claim_run_dir(out, recipe):
-        say(f"  {out} is finished: nothing to do")
+        status(f"  {out} is finished: nothing to do")
         return out
     started = time.monotonic()
     arguments, read = check(recipe, out, read=encoded is None)
     if unused := {**recipe.idle, **acting(recipe)[1]}:
-        say(f"  without effect here: {', '.join(f'{key} ({why})' for key, why in unused.items())}")
+        status(f"  without effect here: {', '.join(f'{key} ({why})' for key, why in unused.items())}")
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     place = device or str(arguments.device)
     loaded = load_for_training(recipe, dtype, place, trunk=not recipe.cached_trunk)
@@ -122,7 +122,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | N
             data_collator=collator,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
-    save(recipe, loaded, policy, out)
+    save_run(recipe, loaded, policy, out)
     if distributed.is_main():
         write_json(
             out / RUN_FILE,
@@ -328,7 +328,7 @@ def workers(recipe: Recipe) -> int:
 
 def acting(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
     """Split the recipe's arguments for transformers into those that act on this machine, and why the others do not."""
-    unused = idle_keys({"dataloader_num_workers": workers(recipe), **recipe.said})
+    unused = idle_keys({"dataloader_num_workers": workers(recipe), **recipe.explicit_keys})
     if recipe.training.get("tf32") and not is_torch_tf32_available():
         unused["tf32"] = "without a GPU that has it"
     return {key: value for key, value in recipe.training.items() if key not in unused}, unused
@@ -415,10 +415,10 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     if not examples:
         raise DataError("No sample can be used.", f"{report.summary()} {' '.join(faults[:3])}")
     if report.note:
-        say(f"  {report.note}")
+        status(f"  {report.note}")
     if report.dropped or report.skipped or faults:
         named = f" {len(faults):,} faults in encoding and decoding: {preview(faults, 3)}" if faults else ""
-        say(f"  {'dropped' if report.dropped or faults else 'skipped'}: {report.summary()}{named}")
+        status(f"  {'dropped' if report.dropped or faults else 'skipped'}: {report.summary()}{named}")
     return examples, {"reader": report.summary(), "reasons": dict(report.reasons), "faults": faults}
 
 
@@ -477,7 +477,7 @@ def prepare_items(
         items = [Item(example) for example in distinct]
         if recipe.mdpo_conditional_weight:
             seed = int(recipe.training.get("seed", 42))
-            items += [corrupted(item, seed) for item in items]
+            items += [corrupt(item, seed) for item in items]
         if recipe.needs_reference:
             with progress("reference log-probs") as report:
                 found = distributed.map_sharded(
@@ -495,7 +495,7 @@ def prepare_items(
     return [ready[example] for example in examples]
 
 
-def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:
+def save_run(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:
     """Write what was trained: a whole model after a full run, else a change to be laid on the base.
 
     Every process calls it, since tensors may be sharded over them; the first one writes.

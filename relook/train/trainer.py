@@ -20,9 +20,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from relook import distributed
-from relook.console import Report
+from relook.console import ProgressCallback
 from relook.data.packing import Targets
-from relook.distributed import full_shape, gather_optimizer_state, load_optimizer_state, reshard, whole
+from relook.distributed import full_shape, gather_full, gather_optimizer_state, load_optimizer_state, reshard
 from relook.errors import RecipeError, RelookError
 from relook.files import atomic_file, require_disk_space, write_json, write_text
 from relook.forward.collate import ItemDataset
@@ -77,9 +77,9 @@ class ModalityLengthSampler(Sampler[int]):
         steps = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
         steps += [rest[start : start + size] for start in range(0, len(rest), size)]
         for step in steps:
-            yield from self._dealt(step)
+            yield from self._deal(step)
 
-    def _dealt(self, step: Sequence[int]) -> list[int]:
+    def _deal(self, step: Sequence[int]) -> list[int]:
         """A step's samples in order of its batches: long ones are dealt out in turn, there and back."""
         order = sorted(step, key=lambda i: -self.lengths[i])
         count = len(order) // self.batch_size
@@ -109,15 +109,15 @@ OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"  # the Trainer's
 class RelookTrainer(Trainer):
     """Trains a `Policy` by SFT or DPO, as the recipe says."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, report: Report, **kwargs: Any) -> None:
+    def __init__(self, recipe: Recipe, policy: Policy, report: ProgressCallback, **kwargs: Any) -> None:
         super().__init__(model=policy, **kwargs)
         self.is_fsdp_enabled = distributed.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
         self._meter = Meter(StepCosts.of(policy))
         exact = policy.dtype == torch.float32 and recipe.bits == 16
-        self._first = SanityCheckCallback(self.accelerator, exact, policy.trunk_pass, recipe.needs_reference)
-        self.add_callback(self._first)
+        self._sanity_check = SanityCheckCallback(self.accelerator, exact, policy.trunk_pass, recipe.needs_reference)
+        self.add_callback(self._sanity_check)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(_Bar(report))
@@ -143,9 +143,9 @@ class RelookTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Tensor:
         self._meter.start()
-        if not self._first.done:
+        if not self._sanity_check.done:
             inputs = self._prepare_inputs(inputs)
-            self._first.look(model, inputs["batch"], inputs.get("reference"), self.optimizer)
+            self._sanity_check.before_step(model, inputs["batch"], inputs.get("reference"), self.optimizer)
         loss: Tensor = super().training_step(model, inputs, *rest, **more)
         return loss
 
@@ -384,12 +384,12 @@ def save_change(recipe: Recipe, config: Any, out: Path) -> None:
     if folder_kind(base) == "run":
         run = read_adapter(base)
         assert run.base is not None
-        earlier = [*run.earlier, base]
+        earlier = [*run.previous, base]
         base, tower = run.base, tower or str(run.vision_tower or "")
     elif recipe.adapter_name_or_path:
         adapter = Path(recipe.adapter_name_or_path)
         change = read_adapter(adapter)
-        earlier = [*change.earlier, adapter]
+        earlier = [*change.previous, adapter]
         tower = tower or str(change.tower_for(base) or "")
     if tower and Path(tower).is_dir():  # else it is a hub's name
         tower = str(Path(tower).resolve())
@@ -407,7 +407,7 @@ def gather_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tens
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or everything:
-            tensor = whole(parameter)
+            tensor = gather_full(parameter)
             if distributed.is_main():
                 tensors[name] = tensor.contiguous()
     return tensors
@@ -431,7 +431,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 class _Bar(TrainerCallback):
     """Feeds relook's progress bar from the Trainer's steps and logs."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: ProgressCallback) -> None:
         self.report, self.note, self.last = report, "", 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

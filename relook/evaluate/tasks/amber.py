@@ -18,7 +18,7 @@ from typing import Any
 from relook.data.paths import amber_file, amber_images, resolve_extension
 from relook.data.samples import Question
 from relook.errors import DataError, preview
-from relook.evaluate.statistics import Columns, Interval, paired_interval, ratio, ratio_interval, sum_by_image
+from relook.evaluate.statistics import Columns, Interval, paired_interval, ratio_interval, safe_ratio, sum_by_image
 from relook.evaluate.tasks.amber_nouns import is_noun, tokens
 from relook.evaluate.tasks.chair import plurals
 from relook.files import file_hash, read_json_object, read_published_records, read_text
@@ -71,7 +71,7 @@ class Lists:
         return first == second or frozenset((first, second)) in self.near
 
 
-def place(data: Path, name: str) -> Path:
+def amber_file(data: Path, name: str) -> Path:
     """One of the benchmark's files, `data/amber/data/...` as in its repository."""
     path = amber_file(data, name)
     if not path.exists():
@@ -86,8 +86,8 @@ def read_lists(data: Path) -> Lists:
     odd = [" ".join(pair) for pair in pairs if len(pair) != 2]
     if odd:
         raise DataError(f"{near} has lines that are not two words: {preview(odd)}.", "Give two words a line.")
-    safe = read_text(place(data, "safe_words.txt")).split("\n")
-    return Lists(read_json_object(place(data, "relation.json")), frozenset(safe), frozenset(map(frozenset, pairs)))
+    safe = read_text(amber_file(data, "safe_words.txt")).split("\n")
+    return Lists(read_json_object(amber_file(data, "relation.json")), frozenset(safe), frozenset(map(frozenset, pairs)))
 
 
 def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
@@ -96,7 +96,7 @@ def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
     Raises:
         DataError: a file is missing or empty, a record lacks a field, or a question has no annotation.
     """
-    path, annotations, images = place(data, "query/query_all.json"), read_annotations(data), amber_images(data)
+    path, annotations, images = amber_file(data, "query/query_all.json"), read_annotations(data), amber_images(data)
     try:
         found = [
             Question(str(record["id"]), resolve_extension(images / str(record["image"])), str(record["query"]))
@@ -116,7 +116,7 @@ def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
 
 def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
     """What is true of each question, by its id."""
-    path = place(data, "annotations.json")
+    path = amber_file(data, "annotations.json")
     try:
         entries = {str(record["id"]): record for record in read_published_records(path, SOURCE)}
         for entry in entries.values():
@@ -226,7 +226,7 @@ def generative(rows: Sequence[DescriptionCounts]) -> dict[str, Any]:
         "hal": ([int(r.made_up > 0) for r in rows], [1] * len(rows)),
         "cog": ([r.tempted for r in rows], [r.temptations for r in rows]),
     }
-    rates = {name: ratio(sum(top), sum(bottom)) for name, (top, bottom) in pairs.items()}
+    rates = {name: safe_ratio(sum(top), sum(bottom)) for name, (top, bottom) in pairs.items()}
     return rates | {f"{n}_ci": ratio_interval(*pair) for n, pair in pairs.items()} | {"n": len(rows)}
 
 
@@ -237,11 +237,11 @@ def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequen
     said_no, truly_no = sum(said == "no" for *_, said in answers), sum(truth for _, _, truth, _ in answers)
     per_image = sum_by_image(((a[0], int(r), 1) for a, r in zip(answers, right, strict=True)), images)
     return {
-        "accuracy": ratio(sum(right), len(right)),
+        "accuracy": safe_ratio(sum(right), len(right)),
         "accuracy_ci": ratio_interval(*per_image),
-        "precision": ratio(sum(hits), said_no),
-        "recall": ratio(sum(hits), truly_no),
-        "f1": ratio(2 * sum(hits), said_no + truly_no),
+        "precision": safe_ratio(sum(hits), said_no),
+        "recall": safe_ratio(sum(hits), truly_no),
+        "f1": safe_ratio(2 * sum(hits), said_no + truly_no),
         "f1_ci": ratio_interval(*_f1_counts(answers, images)),
         "neither": sum(said == "" for *_, said in answers),
         "n": len(answers),

@@ -24,7 +24,7 @@ from relook.files import (
 CARD_FILE, IMAGES_FILE = "pope.json", "images.txt"
 
 
-def build_pope(
+def build_pope_files(
     annotations: str | Path, out: str | Path, images: int = 500, seed: int = 0, positives: int = 3
 ) -> dict[str, Any]:
     """Write the question files of the three splits, over images drawn from those with enough objects.

@@ -15,7 +15,7 @@ from typing import Any
 
 from relook.data.annotations import Annotations
 from relook.errors import DataError, preview
-from relook.evaluate.statistics import Ratio, ratio
+from relook.evaluate.statistics import Ratio, safe_ratio
 
 # A hyphen belongs to its word, as in "man-made", and so does an apostrophe, as in "o'clock", that ends no verb or noun.
 WORD = r"\w+(?:-\w+|['’](?!(?:s|d|m|t|ll|re|ve)\b)\w+)*"
@@ -195,27 +195,27 @@ class ChairScore:
     @property
     def chair_i(self) -> float | None:
         """Mentions of absent objects / mentions."""
-        return ratio(sum(self.hallucinated), sum(self.mentioned))
+        return safe_ratio(sum(self.hallucinated), sum(self.mentioned))
 
     @property
     def chair_s(self) -> float | None:
         """Captions that mention an absent object / captions."""
-        return ratio(sum(count > 0 for count in self.hallucinated), self.n)
+        return safe_ratio(sum(count > 0 for count in self.hallucinated), self.n)
 
     @property
     def recall(self) -> float | None:
         """Distinct present objects that were named / distinct present objects, summed over images."""
-        return ratio(sum(self.found), sum(self.present))
+        return safe_ratio(sum(self.found), sum(self.present))
 
     @property
     def length(self) -> float | None:
         """Mean number of words."""
-        return ratio(sum(self.words), self.n)
+        return safe_ratio(sum(self.words), self.n)
 
     @property
     def empty(self) -> float | None:
         """Captions without any mention / captions."""
-        return ratio(sum(count == 0 for count in self.mentioned), self.n)
+        return safe_ratio(sum(count == 0 for count in self.mentioned), self.n)
 
     def ratios(self) -> dict[str, Ratio]:
         """Each rate's (numerator, denominator), one per image."""

@@ -15,7 +15,7 @@ from typing import Any
 from relook.data.paths import resolve_extension
 from relook.data.samples import Question
 from relook.errors import DataError, preview
-from relook.evaluate.statistics import Ratio, ratio
+from relook.evaluate.statistics import Ratio, safe_ratio
 from relook.files import read_records
 
 SPLITS = ("random", "popular", "adversarial")
@@ -193,23 +193,23 @@ class PopeScore:
 
     @property
     def accuracy(self) -> float | None:
-        return ratio(self.tp + self.tn, self.n)
+        return safe_ratio(self.tp + self.tn, self.n)
 
     @property
     def precision(self) -> float | None:
-        return ratio(self.tp, self.tp + self.fp)
+        return safe_ratio(self.tp, self.tp + self.fp)
 
     @property
     def recall(self) -> float | None:
-        return ratio(self.tp, self.tp + self.fn)
+        return safe_ratio(self.tp, self.tp + self.fn)
 
     @property
     def f1(self) -> float | None:
-        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+        return safe_ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
 
     @property
     def yes_ratio(self) -> float | None:
-        return ratio(self.tp + self.fp, self.n)
+        return safe_ratio(self.tp + self.fp, self.n)
 
     def to_json(self) -> dict[str, Any]:
         rates = {name: getattr(self, name) for name in ("accuracy", "precision", "recall", "f1", "yes_ratio", "n")}
@@ -241,7 +241,7 @@ class PopeRow:
         return said is None or said != self.prediction
 
 
-def match(
+def match_answers(
     questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official"
 ) -> list[PopeRow]:
     """Pair answers with questions by id; their order does not matter. Rows are in the order of the questions.
@@ -278,7 +278,7 @@ def match(
     return [PopeRow(q, _answer(record), parse(_answer(record)), q.label == "yes") for q, record in pairs]
 
 
-def count(rows: Sequence[PopeRow], parser: str = "official") -> PopeScore:
+def count_confusion(rows: Sequence[PopeRow], parser: str = "official") -> PopeScore:
     """The counts of matched answers."""
     found = Counter((row.prediction, row.label) for row in rows)
     return PopeScore(
@@ -296,7 +296,7 @@ def score_pope_answers(
     questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official"
 ) -> PopeScore:
     """Score answers by a rule of `PARSERS`; see `match` for the errors."""
-    return count(match(questions, answers, parser), parser)
+    return count_confusion(match_answers(questions, answers, parser), parser)
 
 
 def ratios(rows: Sequence[PopeRow]) -> dict[str, Ratio]:
@@ -304,7 +304,7 @@ def ratios(rows: Sequence[PopeRow]) -> dict[str, Ratio]:
     by_image: dict[str, list[PopeRow]] = {}
     for row in rows:
         by_image.setdefault(row.image, []).append(row)
-    counts = [count(found) for found in by_image.values()]
+    counts = [count_confusion(found) for found in by_image.values()]
     return {
         "accuracy": [(c.tp + c.tn, c.n) for c in counts],
         "precision": [(c.tp, c.tp + c.fp) for c in counts],

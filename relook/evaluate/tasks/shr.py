@@ -19,7 +19,7 @@ from relook.data.paths import resolve_extension, shr_file, visual_genome
 from relook.data.samples import Question, as_id
 from relook.errors import DataError, preview
 from relook.evaluate.judge import Judge, JudgeResults, Task, fill_template, prompt_template
-from relook.evaluate.statistics import mean, ratio, ratio_interval
+from relook.evaluate.statistics import mean, ratio_interval, safe_ratio
 from relook.evaluate.tasks.chair import Vocabulary, mentions
 from relook.files import read_json_object, read_published_records, read_records, read_text
 
@@ -243,14 +243,14 @@ def score_shr(data: Path, descriptions: Mapping[str, str], judge: Judge | None) 
         n: [g for g in (distinct(text, n) for text in descriptions.values()) if g is not None] for n in range(1, 5)
     }
     return {
-        "shr": ratio(total["hal_sents"], sum(columns["judged_sents"])),
+        "shr": safe_ratio(total["hal_sents"], sum(columns["judged_sents"])),
         "shr_ci": ratio_interval(columns["hal_sents"], columns["judged_sents"]),
-        "hal_words_ratio": ratio(total["hal_words"], sum(columns["judged_words"])),
+        "hal_words_ratio": safe_ratio(total["hal_words"], sum(columns["judged_words"])),
         "hal_words_ratio_ci": ratio_interval(columns["hal_words"], columns["judged_words"]),
-        "hal_sents_per_image": ratio(total["hal_sents"], whole),
-        "hal_words_per_image": ratio(total["hal_words"], whole),
-        "sents_per_image": ratio(total["sents"], images),
-        "words_per_image": ratio(total["words"], images),
+        "hal_sents_per_image": safe_ratio(total["hal_sents"], whole),
+        "hal_words_per_image": safe_ratio(total["hal_words"], whole),
+        "sents_per_image": safe_ratio(total["sents"], images),
+        "words_per_image": safe_ratio(total["words"], images),
         **{f"distinct_{n}": mean(shares) for n, shares in grams.items()},
         "sentences": total["sents"],
         "cannot_judge": total["open"],

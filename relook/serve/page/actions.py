@@ -31,7 +31,7 @@ from relook.errors import DataError
 from relook.evaluate.tasks.chair import Vocabulary, mentions
 from relook.generate.engine import Engine
 from relook.generate.request import QueueFull, Request
-from relook.report.pages import picture
+from relook.report.pages import image_svg
 from relook.report.plots import attention_before
 from relook.serve.api import ServerLimits
 from relook.serve.chat import AnswerStream, read_request
@@ -226,7 +226,7 @@ class Page:
         buffer = io.BytesIO()
         loaded.images.seen(image).save(buffer, "PNG")
         caption = html.escape(translate(language, "before", model=name, word=pieces[index].text))
-        return f"{picture(buffer.getvalue(), maps[0], 'png')}<p>{caption}</p>"
+        return f"{image_svg(buffer.getvalue(), maps[0], 'png')}<p>{caption}</p>"
 
 
 def _url(place: str) -> str:
