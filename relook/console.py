@@ -13,7 +13,7 @@ from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
 
-ProgressCallback = Callable[..., None]
+ProgressReport = Callable[..., None]
 """Called as report(done, total, note=""): how far the work is, and what to say beside the bar."""
 
 
@@ -23,7 +23,7 @@ def prints_output() -> bool:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[ProgressCallback]:
+def progress(title: str) -> Iterator[ProgressReport]:
     """A progress bar for one piece of work; where the output is not a terminal, one line at its end."""
     started = time.monotonic()
     bar = Progress(

@@ -79,7 +79,7 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
     with clock.phase("base evaluation"):
         evaluate_split(model, places, "base")
     with clock.phase("mining"):
-        mine_pairs(model, places, seed)
+        mine_demo_pairs(model, places, seed)
     for regime in REGIMES:
         with clock.phase(f"train {regime}"):
             train_regime(regime, model, places, seed)
@@ -118,7 +118,7 @@ def evaluate_split(model: Path, places: DemoPaths, name: str, split: str = "test
     )
 
 
-def mine_pairs(model: Path, places: DemoPaths, seed: int) -> None:
+def mine_demo_pairs(model: Path, places: DemoPaths, seed: int) -> None:
     """Pairs of the scenes that no evaluation has."""
     place = MiningSource(places.world / "vg", "toyworld", exclude=[places.world / "test"])
     mine_pairs(model, place, places.pairs, mining_settings(seed))

@@ -1,4 +1,4 @@
-"""`relook data check` and `fix_folder`: every defect found and named, none invented; killed and run again, the same files."""
+"""`relook data check` and `fix`: every defect found and named, none invented; killed and run again, the same files."""
 
 from __future__ import annotations
 

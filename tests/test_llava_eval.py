@@ -23,7 +23,7 @@ from relook.evaluate.llava_bench import (
     LETTER_CN,
     NO_NEED,
     SUBMISSIONS,
-    answer_questions,
+    answer_question_file,
     read_llava_bench_questions,
     vqa_answer,
     write_submission,
@@ -54,7 +54,7 @@ def questions(pictures: list[Path], tmp_path: Path) -> Path:
 
 
 def test_question_lines_are_answered_in_their_order(questions: Path, pictures: list[Path], tmp_path: Path) -> None:
-    result = answer_questions(shipped_base(), questions, pictures[0].parent, tmp_path / "out", max_new_tokens=6)
+    result = answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", max_new_tokens=6)
     asked, answers = read_records(questions), read_records(tmp_path / "out" / "llava.jsonl")
     loaded = load_model(shipped_base())
     for question, said in zip(asked, answers, strict=True):
@@ -67,14 +67,14 @@ def test_question_lines_are_answered_in_their_order(questions: Path, pictures: l
     assert result["n"] == 5
     assert result["provenance"]["template"] == "llava_hf"
     with pytest.raises(RecipeError, match="another max_new_tokens"):
-        answer_questions(shipped_base(), questions, pictures[0].parent, tmp_path / "out", max_new_tokens=7)
+        answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", max_new_tokens=7)
 
 
 def test_a_run_that_was_cut_off_goes_on(
     questions: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how: Any = {"max_new_tokens": 6, "batch_size": 1}
-    answer_questions(shipped_base(), questions, pictures[0].parent, tmp_path / "whole", **how)
+    answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "whole", **how)
     whole, batches = answering.answer_batch, []
 
     def interrupted(loaded: Any, batch: answering.Batch, *more: Any) -> list[str]:
@@ -85,10 +85,10 @@ def test_a_run_that_was_cut_off_goes_on(
 
     monkeypatch.setattr(answering, "answer_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        answer_questions(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **how)
+        answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **how)
     left = 5 - len(read_records(tmp_path / "out" / "llava.jsonl"))
     assert 0 < left < 5
-    answer_questions(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **how)
+    answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **how)
     assert (tmp_path / "out" / "llava.jsonl").read_bytes() == (tmp_path / "whole" / "llava.jsonl").read_bytes()
 
 
@@ -129,7 +129,7 @@ def test_mmbenchs_table_is_asked_and_handed_in(table: Path, pictures: list[Path]
     assert third.text == f"这是什么？\nA. 杯子\nB. Na\nC. 船\nD. 3\n{LETTER_CN}"
     assert first.images == second.images == (EncodedImage(pictures[0].read_bytes(), "x"),)
     assert first.images[0].open() == open_image(pictures[0])
-    answer_questions(shipped_base(), table, None, tmp_path / "out", max_new_tokens=4)
+    answer_question_file(shipped_base(), table, None, tmp_path / "out", max_new_tokens=4)
     answers = read_records(tmp_path / "out" / "llava.jsonl")
     assert [said["question_id"] for said in answers] == [241, 1000241, 9]
     assert (answers[2]["options"], answers[2]["option_char"], answers[2]["round_id"]) == (

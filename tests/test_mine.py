@@ -37,6 +37,8 @@ from relook.mine import jobs, output, pairs, pictures
 from relook.mine.candidates import STILL_FALSE, balance_answers, co_occurrence, find_pairs, weighted_sample
 from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.pairs import (
+    MAX_LENGTH_GAP,
+    MAX_MEAN_GAP,
     MinedPair,
     correct_description,
     hallucinations,
@@ -47,7 +49,7 @@ from relook.mine.pairs import (
     shingles,
     word_count,
 )
-from relook.mine.pictures import NEUTRAL, AnnotatedImages, MinedImage, read_pictures
+from relook.mine.pictures import NEUTRAL, AnnotatedImages, ExclusionFilter, MinedImage, fingerprint, read_pictures
 from relook.mine.run import mine_pairs
 from relook.toyworld.build import shipped_base
 from relook.toyworld.world import FILLERS, OBJECTS, SETTINGS, SYNONYMS, describe_scene, sample_scene, words
@@ -195,11 +197,9 @@ def test_means_are_alike_and_no_more_is_dropped_than_needs_be(sides: list[tuple[
     pairs = [MinedPair(NOWHERE, *side) for side in sides]
     kept, dropped = match_lengths(pairs)
     assert len(kept) + sum(dropped.values()) == len(pairs)
-    assert all(
-        abs(pair.longer) <= pairs.MAX_LENGTH_GAP * max(map(word_count, (pair.chosen, pair.rejected))) for pair in kept
-    )
+    assert all(abs(pair.longer) <= MAX_LENGTH_GAP * max(map(word_count, (pair.chosen, pair.rejected))) for pair in kept)
     found = length_statistics([(pair.chosen, pair.rejected) for pair in kept])
-    assert (found["means_differ"] or 0) <= pairs.MAX_MEAN_GAP  # of no pair there is no mean
+    assert (found["means_differ"] or 0) <= MAX_MEAN_GAP  # of no pair there is no mean
     assert found["chosen_longer"] + found["chosen_shorter"] + found["same_length"] == len(kept)
     assert match_lengths(kept) == (kept, {})
 
@@ -242,10 +242,8 @@ def save(path: Path, index: int, size: int = 0, quality: int = 95) -> Path:
 
 def reasons(folder: Path, listed: Collection[str] = (), shown: Sequence[Path] = ()) -> dict[str, str]:
     pictures = read_pictures(folder, "none").pictures
-    seen = {picture.id: pictures.fingerprint(picture.id, picture.path) for picture in pictures}
-    return pictures.ExclusionFilter(
-        seen, frozenset(listed), [pictures.fingerprint("", path) for path in shown]
-    ).left_out(pictures)
+    seen = {picture.id: fingerprint(picture.id, picture.path) for picture in pictures}
+    return ExclusionFilter(seen, frozenset(listed), [fingerprint("", path) for path in shown]).left_out(pictures)
 
 
 def test_pictures_that_are_left_out(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -24,9 +23,9 @@ from tiny import dpo_keys, sft_keys, tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from relook import files, load_model
+from relook import load_model
 from relook.errors import CheckpointError, DataError, RecipeError, RelookError
-from relook.files import write_json
+from relook.files import sole_writer, write_json
 from relook.forward.collate import Collator, split_held_out
 from relook.forward.policy import Policy
 from relook.model.load import TENSORS_FILE
@@ -382,10 +381,8 @@ def test_a_folder_is_free_until_something_is_finished_there(base: Path, world: P
     (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # cut off
     assert not claim_run_dir(out, other)
     assert not claim_run_dir(out, recipe)
-    held = files._HELD.pop(out.resolve())  # as if by another process: its lock is still there
-    with pytest.raises(RecipeError, match=r"another recipe.*beta"):
-        claim_run_dir(out, other)
-    os.close(held)
+    with sole_writer(out), pytest.raises(RelookError, match="is in use"):  # as by another process
+        train(other)
     assert not claim_run_dir(out, other)
     for left in (out / "checkpoints" / "checkpoint-1" / "complete", out / TENSORS_FILE):
         left.touch()

@@ -84,9 +84,9 @@ def evaluate(
         named = [name.strip() for name in _required(tasks, "--tasks").split(",")]
         results = evaluate_tasks(model, named, *how, limit, include_path, loading)
     elif alone == "llava":
-        from relook.evaluate.llava_bench import answer_questions
+        from relook.evaluate.llava_bench import answer_question_file
 
-        results = answer_questions(model, _required(questions, "--questions"), data, *how, loading)
+        results = answer_question_file(model, _required(questions, "--questions"), data, *how, loading)
     else:
         from relook.evaluate.run import evaluate_model
 

@@ -306,7 +306,8 @@ def _who(image: Shown) -> str:
     """A picture in errors."""
     if isinstance(image, MemoryImage):
         return "An image"
-    return f"The image {image.path if isinstance(image, RandomCrop) else image.name if isinstance(image, EncodedImage) else image}"
+    name = image.path if isinstance(image, RandomCrop) else image.name if isinstance(image, EncodedImage) else image
+    return f"The image {name}"
 
 
 def stack(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

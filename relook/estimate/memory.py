@@ -313,7 +313,7 @@ class Job:
 
     def resized(self, recipe: Recipe, batch: BatchCounts, reading: BatchCounts) -> Job:
         """The same model by another batch, or in other bits. Sums over its tensors, which take longest, are kept."""
-        job = replace(self, recipe=recipe, batch=batch, reading=reading)
+        job = replace(self, recipe=recipe, batch=batch, trunk_positions=reading)
         kept = {"trained", "trained_whole", "around", "tower"}
         kept |= {"frozen", "frozen_whole"} if recipe.bits == self.recipe.bits else set()
         vars(job).update({name: value for name, value in vars(self).items() if name in kept})

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from relook.console import ProgressCallback, progress, status
+from relook.console import ProgressReport, progress, status
 from relook.errors import DataError, RecipeError, RelookError, preview
 from relook.evaluate.results import AnswerFile
 from relook.files import file_hash, read_text, text_hash
@@ -219,7 +219,7 @@ class _JudgeRun:
     """One call of `Judge.ask`: the tasks under way, and how the endpoint does."""
 
     def __init__(
-        self, settings: JudgeSettings, cache: AnswerFile, fields: dict[str, Any], report: ProgressCallback
+        self, settings: JudgeSettings, cache: AnswerFile, fields: dict[str, Any], report: ProgressReport
     ) -> None:
         self.settings, self.cache, self.fields, self.report = settings, cache, fields, report
         self.in_a_row = self.done = self.answered = 0

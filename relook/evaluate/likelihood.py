@@ -13,7 +13,7 @@ from math import isfinite
 
 import torch
 
-from relook.console import ProgressCallback
+from relook.console import ProgressReport
 from relook.data.images import Shown, prefetch_map
 from relook.data.packing import Tree
 from relook.forward.collate import build_live_batch
@@ -43,7 +43,7 @@ class Likelihood:
 
 
 def likelihoods(
-    loaded: LoadedModel, weighed: Sequence[ScoredAnswer], template: str, batch_size: int, report: ProgressCallback
+    loaded: LoadedModel, weighed: Sequence[ScoredAnswer], template: str, batch_size: int, report: ProgressReport
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yield (index of the answer, its likelihood), batch by batch. Answers to the same question share it.
 

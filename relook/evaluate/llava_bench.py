@@ -83,7 +83,7 @@ class LlavaQuestion:
 
 
 @writes_alone(lambda model, questions, data, out, *_, **__: Path(out))
-def answer_questions(
+def answer_question_file(
     model: str | Path,
     questions: str | Path,
     data: str | Path | None,

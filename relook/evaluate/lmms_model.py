@@ -19,7 +19,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from relook import distributed
-from relook.console import ProgressCallback, progress
+from relook.console import ProgressReport, progress
 from relook.data.images import MemoryImage, prefetch_map
 from relook.errors import DataError, RecipeError, preview
 from relook.evaluate.likelihood import Likelihood, likelihoods
@@ -126,7 +126,7 @@ class RelookModel(lmms):
         requests: Sequence[Instance],
         read: Callable[[Instance, Any, int], LmmsRequest],
         ask: Callable[
-            [Sequence[LmmsRequest], Sequence[tuple[MemoryImage, ...]], ProgressCallback],
+            [Sequence[LmmsRequest], Sequence[tuple[MemoryImage, ...]], ProgressReport],
             Iterator[tuple[int, dict[str, Any]]],
         ],
     ) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ class RelookModel(lmms):
                 done += len(window)
 
     def _answers(
-        self, window: Sequence[LmmsRequest], pictures: Sequence[tuple[MemoryImage, ...]], report: ProgressCallback
+        self, window: Sequence[LmmsRequest], pictures: Sequence[tuple[MemoryImage, ...]], report: ProgressReport
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         groups: dict[str, list[int]] = {}
         for index, one in enumerate(window):
@@ -176,7 +176,7 @@ class RelookModel(lmms):
                 yield indices[number], {"answer": _cut(text, until)}
 
     def _weights(
-        self, window: Sequence[LmmsRequest], pictures: Sequence[tuple[MemoryImage, ...]], report: ProgressCallback
+        self, window: Sequence[LmmsRequest], pictures: Sequence[tuple[MemoryImage, ...]], report: ProgressReport
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         weighed = [(shown, one.text, one.weighed) for one, shown in zip(window, pictures, strict=True)]
         found: Iterator[tuple[int, Likelihood]] = likelihoods(

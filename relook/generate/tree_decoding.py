@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer, LogitsProcessor, LogitsProcessorList
 
-from relook.console import ProgressCallback
+from relook.console import ProgressReport
 from relook.data.images import ImageLoader, Shown, prefetch_map
 from relook.data.packing import common_prefix_length
 from relook.errors import CheckpointError, RecipeError
@@ -337,7 +337,7 @@ Batch = list[list[Prompt]]  # in groups over the same images
 
 
 def answer_questions(
-    loaded: LoadedModel, questions: Sequence[Question], how: GenerationSettings, report: ProgressCallback
+    loaded: LoadedModel, questions: Sequence[Question], how: GenerationSettings, report: ProgressReport
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of the question, answer text), batch by batch; equal questions are asked once.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from relook import distributed
-from relook.console import ProgressCallback, progress
+from relook.console import ProgressReport, progress
 from relook.data.images import prefetch_map
 from relook.evaluate.results import AnswerFile
 from relook.files import make_paths
@@ -30,7 +30,7 @@ def run_resumable(
     path: Path,
     keys: Sequence[str],
     size: int,
-    make: Callable[[range, ProgressCallback], list[Record]],
+    make: Callable[[range, ProgressReport], list[Record]],
     title: str,
     stale: Callable[[Record], bool] = lambda record: False,
 ) -> dict[str, Record]:
@@ -58,10 +58,11 @@ def run_resumable(
 
 
 def fingerprint_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -> dict[str, Record]:
-    """What `fingerprint` finds in image files, by key; `files` are keys and paths. A file that could not be read is looked
+    """What `fingerprint` finds in image files, by key; `files` are keys and paths. A file that could not be
+    read is looked
     at again: it may have been mended."""
 
-    def make(part: range, report: ProgressCallback) -> list[Record]:
+    def make(part: range, report: ProgressReport) -> list[Record]:
         records = []
         for record in prefetch_map(lambda file: fingerprint(*file), [files[i] for i in part]):
             records.append(record)
@@ -84,7 +85,7 @@ def generate_all(
         load: called when there is something to ask.
     """
 
-    def make(part: range, report: ProgressCallback) -> list[Record]:
+    def make(part: range, report: ProgressReport) -> list[Record]:
         answers = [""] * len(part)
         settings = replace(how, first=part.start)
         for index, text in answer_questions(load(), [asked[i][1] for i in part], settings, report):

@@ -242,7 +242,8 @@ def _neutral_sentences(lines: Iterable[str], vocabulary: Vocabulary) -> tuple[st
 # Which pictures are left out before a model sees them: unreadable ones, repeated ones, and those of evaluations.
 #
 # Two pictures are the same where their bytes are, or where their difference hashes, 64 signs of brightness between
-# neighbours in a 9 x 8 thumbnail, differ in `MAX_HASH_DISTANCE` places at most: a picture that was scaled or saved again.
+# neighbours in a 9 x 8 thumbnail, differ in `MAX_HASH_DISTANCE` places at most: a picture that was scaled or saved
+# again.
 
 MAX_HASH_DISTANCE = 3  # of 64 places
 BANDS = 4  # of 16 places; two hashes that differ in fewer places than there are bands agree in one whole band

@@ -87,7 +87,7 @@ class Adapter:
             CheckpointError: a tensor that the base does not have, or has in another shape; a layer without its LoRA.
         """
         for path in self.previous:
-            source = replace(read_adapter(path), earlier=()).apply_to(source, dtype)
+            source = replace(read_adapter(path), previous=()).apply_to(source, dtype)
         config, tensors = source.config, dict(source.tensors)
         if any(name.startswith(DECODER) for name in self.tensors):
             config = self._config_with_decoder(source)
@@ -107,7 +107,7 @@ class Adapter:
                 bias = _bias_of(name)
                 tensors[bias] = tensors[bias].map(partial(lora.merged_bias, dtype))
         self._note_projector()
-        return replace(source, config=config, tensors=tensors, change=self.path, beneath=(source, self))
+        return replace(source, config=config, tensors=tensors, adapter=self.path, beneath=(source, self))
 
     def without_adapter(self) -> tuple[Adapter, dict[str, LazyTensor]]:
         """What the change replaces beside its adapter, as a change; and the adapter's tensors as peft calls them."""
@@ -193,7 +193,7 @@ class Adapter:
             raise CheckpointError(what, "Choose another stage, or leave it out to take the whole change.")
         taken = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(parts)}
         left = sorted((whole.tensors.keys() - taken.keys()) | whole.lora.keys())
-        return replace(whole, replaced=taken, lora={}, adapter=None, modules={}), left
+        return replace(whole, tensors=taken, lora={}, adapter=None, modules={}), left
 
     def _with_earlier(self) -> Adapter:
         """Put this change and those that it was trained on in one; of LoRA only the names count: no stage takes it."""
@@ -206,13 +206,13 @@ class Adapter:
                 settings = change.post_decoder
             replaced |= change.tensors
             lora |= change.lora
-        return replace(self, replaced=replaced, lora=lora, post_decoder=settings, earlier=())
+        return replace(self, tensors=replaced, lora=lora, post_decoder=settings, previous=())
 
     def after(self, base: Path) -> Adapter:
         """This change without those that a run, as its base, has in it already."""
         present = [*(path.resolve() for path in read_adapter(base).previous), base.resolve()]
         if [path.resolve() for path in self.previous[: len(present)]] == present:
-            return replace(self, earlier=self.previous[len(present) :])
+            return replace(self, previous=self.previous[len(present) :])
         return self
 
 
@@ -255,7 +255,7 @@ def read_adapter(path: str | Path) -> Adapter:
             raise CheckpointError(f"{path / ADAPTER_FILE} has {earlier!r} as earlier changes.", "Copy the run again.")
         read = _build_adapter(path, tensors, change.get("post_decoder"), Path(change["base"]))
         tower = Path(change["vision_tower"]) if change.get("vision_tower") else None
-        return replace(read, vision_tower=tower, earlier=tuple(map(Path, earlier)))
+        return replace(read, vision_tower=tower, previous=tuple(map(Path, earlier)))
     if kind == "lora":
         return _build_adapter(path, _read_lora_folder(path) | _read_bare_tensors(path))
     return _build_adapter(path, read_tensor_file(path) if path.is_file() else _read_bare_tensors(path))

@@ -453,7 +453,7 @@ IMAGE_BATCH = 32  # at a time
 
 
 def caches_vision_features(recipe: Recipe, config: Any, count: int) -> bool:
-    """Whether a recipe keeps vision features, where there is memory for them; `world_size` processes would each hold them.
+    """Whether a recipe keeps vision features, where there is memory for them; `count` processes would each hold them.
 
     Raises:
         RecipeError: they are wanted of a model that cuts images into tiles, whose features the projector's rows are not

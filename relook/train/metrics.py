@@ -46,25 +46,25 @@ class StepCosts:
         Layers side by side are taken one after the other, which adds a little in the first block that trains.
         """
         base = policy.core.model
-        names = ("seeing", "projecting", "reading", "last_mlp", "looking", "deciding", "saying")
+        names = ("vision_tower", "projector", "trunk", "last_mlp", "post_decoder_image", "post_decoder", "lm_head")
         found = dict.fromkeys(names, 0)
         # Where training reads cached states, the trunk is not there.
         parts = {
-            "seeing": [getattr(base, "vision_tower", None)],
-            "projecting": [getattr(base, "multi_modal_projector", None)],
-            "reading": [getattr(base, "language_model", None)],
-            "deciding": [policy.post_decoder],
-            "saying": [policy.core.lm_head],
+            "vision_tower": [getattr(base, "vision_tower", None)],
+            "projector": [getattr(base, "multi_modal_projector", None)],
+            "trunk": [getattr(base, "language_model", None)],
+            "post_decoder": [policy.post_decoder],
+            "lm_head": [policy.core.lm_head],
         }
         flows, last = False, f"layers.{policy.config.text_config.num_hidden_layers - 1}.mlp."
         for part, modules in parts.items():
             for name, module in (pair for root in modules if root is not None for pair in root.named_modules()):
                 if isinstance(module, nn.Linear):
                     trained = module.weight.requires_grad
-                    image_side = part == "deciding" and ("align." in name or _cross_keys(name))
-                    last_mlp = part == "reading" and name.startswith(last)
+                    image_side = part == "post_decoder" and ("align." in name or _cross_keys(name))
+                    last_mlp = part == "trunk" and name.startswith(last)
                     cost = linear_flops(module.in_features * module.out_features, trained, flows)
-                    found["looking" if image_side else "last_mlp" if last_mlp else part] += cost
+                    found["post_decoder_image" if image_side else "last_mlp" if last_mlp else part] += cost
                 flows = flows or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         return StepCosts(**found)
 

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from relook import distributed
-from relook.console import ProgressCallback
+from relook.console import ProgressReport
 from relook.data.packing import Targets
 from relook.distributed import full_shape, gather_full, gather_optimizer_state, load_optimizer_state, reshard
 from relook.errors import RecipeError, RelookError
@@ -109,7 +109,7 @@ OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"  # the Trainer's
 class RelookTrainer(Trainer):
     """Trains a `Policy` by SFT or DPO, as the recipe says."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, report: ProgressCallback, **kwargs: Any) -> None:
+    def __init__(self, recipe: Recipe, policy: Policy, report: ProgressReport, **kwargs: Any) -> None:
         super().__init__(model=policy, **kwargs)
         self.is_fsdp_enabled = distributed.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
         self.recipe = recipe
@@ -431,7 +431,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 class _Bar(TrainerCallback):
     """Feeds relook's progress bar from the Trainer's steps and logs."""
 
-    def __init__(self, report: ProgressCallback) -> None:
+    def __init__(self, report: ProgressReport) -> None:
         self.report, self.note, self.last = report, "", 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

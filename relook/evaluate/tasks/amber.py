@@ -71,7 +71,7 @@ class Lists:
         return first == second or frozenset((first, second)) in self.near
 
 
-def amber_file(data: Path, name: str) -> Path:
+def required_amber_file(data: Path, name: str) -> Path:
     """One of the benchmark's files, `data/amber/data/...` as in its repository."""
     path = amber_file(data, name)
     if not path.exists():
@@ -86,8 +86,10 @@ def read_lists(data: Path) -> Lists:
     odd = [" ".join(pair) for pair in pairs if len(pair) != 2]
     if odd:
         raise DataError(f"{near} has lines that are not two words: {preview(odd)}.", "Give two words a line.")
-    safe = read_text(amber_file(data, "safe_words.txt")).split("\n")
-    return Lists(read_json_object(amber_file(data, "relation.json")), frozenset(safe), frozenset(map(frozenset, pairs)))
+    safe = read_text(required_amber_file(data, "safe_words.txt")).split("\n")
+    return Lists(
+        read_json_object(required_amber_file(data, "relation.json")), frozenset(safe), frozenset(map(frozenset, pairs))
+    )
 
 
 def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
@@ -96,7 +98,11 @@ def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
     Raises:
         DataError: a file is missing or empty, a record lacks a field, or a question has no annotation.
     """
-    path, annotations, images = amber_file(data, "query/query_all.json"), read_annotations(data), amber_images(data)
+    path, annotations, images = (
+        required_amber_file(data, "query/query_all.json"),
+        read_annotations(data),
+        amber_images(data),
+    )
     try:
         found = [
             Question(str(record["id"]), resolve_extension(images / str(record["image"])), str(record["query"]))
@@ -116,7 +122,7 @@ def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
 
 def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
     """What is true of each question, by its id."""
-    path = amber_file(data, "annotations.json")
+    path = required_amber_file(data, "annotations.json")
     try:
         entries = {str(record["id"]): record for record in read_published_records(path, SOURCE)}
         for entry in entries.values():
