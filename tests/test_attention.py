@@ -24,8 +24,8 @@ def by_hand(model: Any, loaded: Any, image: Any, question: str, said: str) -> Te
     got: dict[str, Tensor] = {}
     attention = model.model.post_decoder.blocks[-1].cross_attention
     hook = attention.q_proj.register_forward_hook(lambda module, args, out: got.__setitem__("queries", out))
-    look = model.model.post_decoder.look
-    model.model.post_decoder.look = lambda *args: got.setdefault("context", look(*args))
+    look = model.model.post_decoder.image_context
+    model.model.post_decoder.image_context = lambda *args: got.setdefault("context", look(*args))
     try:
         before, after = (
             loaded.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -35,7 +35,7 @@ def by_hand(model: Any, loaded: Any, image: Any, question: str, said: str) -> Te
         model(input_ids=ids, pixel_values=loaded.images.batch([image])["pixel_values"])
     finally:
         hook.remove()
-        del model.model.post_decoder.look
+        del model.model.post_decoder.image_context
     keys = got["context"].keys[-1]  # type: ignore[attr-defined]
     heads = keys.shape[1]
     queries = got["queries"][:, -1:].unflatten(-1, (heads, -1)).transpose(1, 2)

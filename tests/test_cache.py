@@ -327,7 +327,7 @@ def test_a_killed_pass_ends_in_the_same_files(
         made.append(shard.number)
         return whole_pass(policy, cache_store, shard, *rest)
 
-    monkeypatch.setattr(feature_cache, "trunk_pass", counted)
+    monkeypatch.setattr(feature_cache, "compute_trunk_states", counted)
     prepared(keys)
     cache_store = len(list((tmp_path / "whole").rglob("states-*")))
     assert made == list(range(4, cache_store))
@@ -377,8 +377,8 @@ def test_what_is_missing_is_divided_not_what_there_is(
     assert len(gone) == 3
     for path in gone:
         path.unlink()
-    monkeypatch.setattr(feature_cache.processes, "shared", lambda values, make, what: make(values))
-    monkeypatch.setattr(feature_cache.processes, "mine", lambda values: values[rank::2])
+    monkeypatch.setattr(feature_cache.distributed, "map_sharded", lambda values, make, what: make(values))
+    monkeypatch.setattr(feature_cache.distributed, "shard", lambda values: values[rank::2])
     with pytest.raises(RelookError, match=rf"lacks {(1, 2)[rank]} shards that other processes made"):
         prepared(keys)
     assert [path.exists() for path in gone] == [[True, False, True], [False, True, False]][rank]

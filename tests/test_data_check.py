@@ -131,9 +131,9 @@ def test_a_killed_fix_ends_in_the_same_files(in_place: bool, tmp_path: Path) -> 
         "    if next(left) <= 0: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return old(self, target)\n"
         "Path.replace = replace\n"
-        "from relook.data.fix import fix\n"
+        "from relook.data.check import fix_folder\n"
         "place = dict(in_place=True) if sys.argv[3] == '-' else dict(out=Path(sys.argv[3]))\n"
-        "fix('llava', Path(sys.argv[2]), workers=1, **place)\n"
+        "fix_folder('llava', Path(sys.argv[2]), workers=1, **place)\n"
     )
 
     def run(writes: int, folder: str) -> int:

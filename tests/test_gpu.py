@@ -92,7 +92,7 @@ def test_training_is_that_of_the_cpu(keys: dict[str, Any], base: Path, tmp_path:
 
 def test_training_with_activations_that_leave_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed lengths, micro-batches, and measuring in between."""
-    monkeypatch.setattr(activation_memory, "LEAST", 1)
+    monkeypatch.setattr(activation_memory, "MIN_BYTES", 1)
     monkeypatch.setattr(build, "LAYERS", 6)
     base, world = save_tiny(tmp_path / "base"), write_world(tmp_path / "world")
     fetched = counted_returns(monkeypatch)

@@ -236,7 +236,7 @@ def test_the_image_side_is_computed_once_per_image(beams: int, monkeypatch: pyte
         looked.append((len(features), per_row))
         return look(self, features, per_row)
 
-    monkeypatch.setattr(PostDecoder, "look", counted)
+    monkeypatch.setattr(PostDecoder, "image_context", counted)
     model.generate(**batch(as_loaded(model), ROWS), num_beams=beams, max_new_tokens=5, do_sample=False)
     assert looked == [(4, [1, 2, 1])]
 

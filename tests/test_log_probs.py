@@ -13,7 +13,7 @@ from relook.forward.policy import GatherLogProbs, gather_log_probs
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts, the last one shorter."""
-    monkeypatch.setattr(policy, "ROWS", 3)
+    monkeypatch.setattr(policy, "ROWS_IN_FLOAT32", 3)
 
 
 def drawn(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -207,7 +207,7 @@ def test_a_warm_up_longer_than_the_run_is_no_training(
 ) -> None:
     """It is refused before the model is loaded."""
     keys = {"tune_lm_head": True, "warmup_steps": 5, "max_steps": 1}
-    monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "load_for_training", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(RecipeError, match=r"No step would have a learning rate above 0: .* 1 for \d+ .*warm-up of 5"):
         train(build_recipe(made(base, world, tmp_path / "run", **keys)))
     assert not (tmp_path / "run" / "run.json").exists()
@@ -318,7 +318,7 @@ def test_what_trains_beside_the_output_stops_the_run(
     def bypassed(post_decoder: Any, trunk: Any) -> Any:
         return whole(None, trunk) + 0 * whole(post_decoder, trunk)
 
-    monkeypatch.setattr(policy, "predicting_states", bypassed)
+    monkeypatch.setattr(policy, "prediction_states", bypassed)
     keys = {"tune_post_decoder": True, "warmup_steps": 1, "learning_rate": 0.1}
     with pytest.raises(RelookError, match=r"equal after step 2.*frozen tensors"):
         train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))

@@ -47,6 +47,7 @@ from relook.mine.pairs import (
     near_duplicates,
     replace_noun,
     shingles,
+    split_sentences,
     word_count,
 )
 from relook.mine.pictures import NEUTRAL, AnnotatedImages, ExclusionFilter, MinedImage, fingerprint, read_pictures
@@ -396,7 +397,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
         for index in reversed(range(len(questions))):  # answers come in an order of their own
             yield index, "There is a cup. There is a dog." if questions[index][1] in DESCRIBE_PROMPTS else "Yes."
 
-    monkeypatch.setattr(jobs, "answer", answer)
+    monkeypatch.setattr(jobs, "answer_questions", answer)
     return asked
 
 
@@ -532,10 +533,10 @@ def test_stopped_anywhere_it_ends_in_the_same_files(
     model, place, how = toys(world)
     moments: list[tuple[Any, str, int]] = [
         (pictures, "open_image", 3),
-        (jobs, "answer", 2),
+        (jobs, "answer_questions", 2),
         (AnswerFile, "finish", 1),
-        (jobs, "answer", 3),
-        (jobs, "answer", 5),
+        (jobs, "answer_questions", 3),
+        (jobs, "answer_questions", 5),
         *((output, name, 1) for name in ("write_pairs", "_link", "write_parquet", "write_card")),
         (output, "write_json", 2),
         (output, "write_json", 4),
@@ -639,7 +640,7 @@ def test_without_annotations_a_judge_finds_and_corrects(world: Path, tmp_path: P
     for image, pair in pairs.items():
         assert hallucinations(pair["rejected"][0], truth[image], VOCABULARY)
         assert not hallucinations(pair["chosen"][0], truth[image], VOCABULARY)
-        assert len(pairs.split_sentences(pair["chosen"][0])) == len(pairs.split_sentences(pair["rejected"][0]))
+        assert len(split_sentences(pair["chosen"][0])) == len(split_sentences(pair["rejected"][0]))
     records = read_json(tmp_path / "out" / "pope_data.json")
     for record in records:
         name = next((name for name in OBJECTS if question_text(name) == record["question"]), "unicorn")

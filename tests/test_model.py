@@ -327,7 +327,7 @@ def test_the_image_side_is_computed_once_per_image(how: dict[str, Any], monkeypa
         towers.append(len(pixel_values))
         return tower(pixel_values, **kwargs)
 
-    monkeypatch.setattr(PostDecoder, "look", counted)
+    monkeypatch.setattr(PostDecoder, "image_context", counted)
     monkeypatch.setattr(model.model.vision_tower, "forward", counted_tower)
     assert max(map(len, new_tokens(model, batch(*rows(model)), **how))) > 3
     assert looked == [(sum(IMAGES), list(IMAGES))]

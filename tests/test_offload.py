@@ -31,14 +31,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_ones_leave_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_memory, "LEAST", 1)
+    monkeypatch.setattr(activation_memory, "MIN_BYTES", 1)
 
 
 def counted_returns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tensors come back at a time, as they do."""
     fetched, fetch = list[int](), ActivationOffload._copy_back
     monkeypatch.setattr(
-        ActivationOffload, "_fetch", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved)
+        ActivationOffload, "_copy_back", lambda self, saved: fetched.append(len(saved)) or fetch(self, saved)
     )
     return fetched
 
@@ -125,7 +125,7 @@ class Saves(torch.autograd.Function):
 
 
 def test_a_tensor_saved_twice_leaves_once_and_small_or_odd_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_memory, "LEAST", 16)
+    monkeypatch.setattr(activation_memory, "MIN_BYTES", 16)
     x, weight = torch.randn(4, 4), torch.randn(4, 4)
     kept = [x, x, x.T, weight.T, x[0, :3], x[:, :2], x.expand(2, 4, 4)]
     work, seen = (
@@ -184,8 +184,8 @@ def test_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Micro-batches of mixed lengths, measuring in between, and a tower that must not be called; on a CPU, against the
     rule."""
     monkeypatch.setattr(build, "LAYERS", 5)
-    monkeypatch.setattr(policy, "resolve", lambda *_: "dense")
-    monkeypatch.setattr(Policy, "rest_tower", lambda self: setattr(self.core.model, "vision_tower", None))
+    monkeypatch.setattr(policy, "resolve_trunk_pass", lambda *_: "dense")
+    monkeypatch.setattr(Policy, "offload_vision_tower", lambda self: setattr(self.core.model, "vision_tower", None))
     fetched = counted_returns(monkeypatch)
     base, world = save_tiny(tmp_path / "base"), write_world(tmp_path / "world")
     more = {"lora_enable": True, "lora_r": 4, "use_cpu": False, "max_steps": 3, "gradient_accumulation_steps": 2}

@@ -275,7 +275,7 @@ def test_a_blank_image_uses_all_that_trains_and_changes_nothing(
     side = [grad for name, grad in wanted.items() if ".align." in name or "cross_" in name or "projector" in name]
     assert side
     assert not any(grad.any() for grad in side if grad is not None)
-    monkeypatch.setattr(bench.collator, "with_blank", lambda batch: batch)
+    monkeypatch.setattr(bench.collator, "with_blank_image", lambda batch: batch)
     torch.testing.assert_close(with_blank, bench.policy(bench.collator(text)["batch"]), rtol=0, atol=0)
 
 
@@ -350,7 +350,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(
         sizes.append(needed)
         room(path, needed + (1 << 60) * (len(sizes) == 2), what, fix)
 
-    monkeypatch.setattr(trainer, "require_room", full_at_the_second)
+    monkeypatch.setattr(trainer, "require_disk_space", full_at_the_second)
     with pytest.raises(RelookError, match=r"The checkpoint needs .* on disk, but .* free\. Make room"):
         train(recipe)
     folder = Path(recipe.output_dir) / "checkpoints"
@@ -422,15 +422,15 @@ def test_the_part_held_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
 LATE = """
 from datetime import timedelta
 from time import sleep
-from relook import processes
-processes.wait("the start")
-processes.PATIENCE = timedelta(seconds=2)
-if processes.rank() == 1:
+from relook import distributed
+distributed.barrier("the start")
+distributed.TIMEOUT = timedelta(seconds=2)
+if distributed.rank() == 1:
     sleep(4)
 try:
-    processes.wait("the answers to pope")
-except processes.RelookError as error:
-    print(f"{processes.rank()}: {error}")
+    distributed.barrier("the answers to pope")
+except distributed.RelookError as error:
+    print(f"{distributed.rank()}: {error}")
 """
 
 

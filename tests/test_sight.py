@@ -44,10 +44,10 @@ def test_training_is_the_same_and_does_without_the_tower(
     regime: str, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of, keys = REGIMES[regime]
-    monkeypatch.setattr(feature_cache, "IMAGES", 4)
+    monkeypatch.setattr(feature_cache, "IMAGE_BATCH", 4)
     seen: list[int] = []
     whole = Policy._encode_images
-    monkeypatch.setattr(Policy, "_images", lambda self, *of: seen.append(len(of[0])) or whole(self, *of))
+    monkeypatch.setattr(Policy, "_encode_images", lambda self, *of: seen.append(len(of[0])) or whole(self, *of))
     found, looked = {}, {}
     for cache in ("off", "memory"):
         seen.clear()
@@ -120,7 +120,7 @@ def test_where_each_step_computes_its_own(
     take = lambda recipe: cache_vision_features(recipe, policy, examples, collator.images)  # noqa: E731
     assert take(recipe) is not None
     with monkeypatch.context() as several:
-        several.setattr(distributed, "count", lambda: 2)
+        several.setattr(distributed, "world_size", lambda: 2)
         assert take(recipe) is None
         assert take(wanted) is not None
     with monkeypatch.context() as small:
@@ -131,7 +131,7 @@ def test_where_each_step_computes_its_own(
         small.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size + 2))
         assert take(recipe) is not None
     with monkeypatch.context() as tiles:
-        tiles.setattr(feature_cache, "trunk_of", lambda config: SimpleNamespace(projects_rows=False))
+        tiles.setattr(feature_cache, "family_of", lambda config: SimpleNamespace(projects_rows=False))
         assert take(recipe) is None
         with pytest.raises(RecipeError, match="cuts images into tiles"):
             take(wanted)

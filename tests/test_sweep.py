@@ -187,7 +187,7 @@ def engine_of(base: Path, world: Path, folder: Path) -> CachedPope:
 def test_scores_are_those_of_full_generation(
     words: Sequence[str], runs: dict[str, Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pope_from_cache, "DECIDED", words)
+    monkeypatch.setattr(pope_from_cache, "DECISIVE_MARGIN", words)
     engine = engine_of(runs["base"], world, tmp_path)
     engine.evaluate(runs["base"], tmp_path / "base")
     engine.release()

@@ -312,7 +312,7 @@ def test_regimes_on_the_same_data_share_the_trunks_pass(
         passes.append(len(shard.examples) if "states" in parts else 0)
         return compute_trunk_states(policy, plan, shard, parts, *rest)
 
-    monkeypatch.setattr(feature_cache, "trunk_pass", counted)
+    monkeypatch.setattr(feature_cache, "compute_trunk_states", counted)
     train(recipe_for(base, world, tmp_path / "1", tune_post_decoder=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "2", tune_lm_head=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "3", tune_post_decoder=True, max_steps=1))

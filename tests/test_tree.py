@@ -284,7 +284,7 @@ def test_models_share_compiled_code_whatever_is_kept(monkeypatch: pytest.MonkeyP
         return graph
 
     monkeypatch.setattr(torch, "compile", lambda layer, dynamic: whole(layer, backend=backend))
-    monkeypatch.setattr(packed_attention, "last_mlp_at_kept", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "has_sparse_last_mlp", lambda *_: True)
     models = [tiny_llava(seed).model.language_model for seed in (0, 1)]
     passes = [PackedTrunk(model, "compiled") for model in models]
     with torch.no_grad():

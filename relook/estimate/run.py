@@ -1,7 +1,8 @@
 """`relook estimate`: what a recipe needs of GPU memory, disk and time, from configs alone.
 
 No weights are read and no model is put on a device: parameters are counted on a model without memory (torch's meta
-device), lengths come from the recipe's data where it is there, and `estimate/memory.py` and `estimate/memory.py` do the sums.
+device), lengths come from the recipe's data where it is there, and
+`estimate/memory.py` does the sums.
 """
 
 from __future__ import annotations

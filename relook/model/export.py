@@ -285,7 +285,7 @@ def check_with_peft(source: LazyModel, out: Path) -> str:
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         return f"; not compared with peft, which cannot load the adapter ({str(error).splitlines()[0]})"
     beneath, change = source.beneath
-    merged = materialize(replace(change, earlier=()).apply_to(beneath, torch.float32), torch.float32)
+    merged = materialize(replace(change, previous=()).apply_to(beneath, torch.float32), torch.float32)
     with torch.inference_mode():
         difference = float((merged.model(**inputs).logits - wanted).abs().max())
     if not difference <= TOLERANCE[torch.float32] * max(1.0, float(wanted.abs().max())):
