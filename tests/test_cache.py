@@ -174,13 +174,13 @@ def test_features_are_added_to_the_states_of_a_run_that_needed_none(
 def test_the_size_is_known_before(
     keys: dict[str, Any], dtype: torch.dtype, base: Path, world: Path, tmp_path: Path
 ) -> None:
-    cache_store, items, collator = prepared(of_dpo(base, world, tmp_path / "run", **keys), dtype)
+    plan, items, collator = prepared(of_dpo(base, world, tmp_path / "run", **keys), dtype)
     parts = {"states", "reference"} | ({"features"} if "tune_post_decoder" in keys else set())
     files = list((tmp_path / "trunk_cache").rglob("*.safetensors"))
     assert {file.name.partition("-")[0] for file in files} == parts
     for part in parts:
         found = [file for file in files if file.name.startswith(part)]
-        assert cache_store.size([part]) == sum(map(payload, found))
+        assert plan.size([part]) == sum(map(payload, found))
         kept = torch.float32 if part == "reference" else dtype
         assert {tensor.dtype for file in found for tensor in load_file(file).values()} == {kept}
     assert len(items) == 18
@@ -325,12 +325,12 @@ def test_a_killed_pass_ends_in_the_same_files(
 
     def counted(policy: Policy, plan: CachePlan, shard: Any, *rest: Any) -> Any:
         made.append(shard.number)
-        return whole_pass(policy, cache_store, shard, *rest)
+        return whole_pass(policy, plan, shard, *rest)
 
     monkeypatch.setattr(feature_cache, "compute_trunk_states", counted)
     prepared(keys)
-    cache_store = len(list((tmp_path / "whole").rglob("states-*")))
-    assert made == list(range(4, cache_store))
+    plan = len(list((tmp_path / "whole").rglob("states-*")))
+    assert made == list(range(4, plan))
     assert contents(tmp_path / "killed" / "trunk_cache") == contents(tmp_path / "whole" / "trunk_cache")
 
 

@@ -125,11 +125,11 @@ def test_an_interrupted_demo_ends_with_the_same_results(whole: Path, small: Any,
     out = tmp_path / "out"
     trainer = training.RelookTrainer
     places: list[tuple[Any, str, int]] = [
-        (layouts, "draw", 11),
+        (layouts, "draw_scene", 11),
         (answering, "answer_batch", 2),
         (mining, "write_json", 2),
         (trainer, "compute_loss", 3),
-        (training, "save", 1),
+        (training, "save_run", 1),
         (answering, "answer_batch", 1),
         (demo, "write_report", 1),
     ]

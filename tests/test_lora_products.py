@@ -231,6 +231,6 @@ def test_models_with_it_are_copied_and_sent() -> None:
     for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
         layer = copied.get_base_model().layers[0].self_attn
         assert isinstance(layer.q_proj, Linear)
-        assert layer.q_proj.beside.layers[1] is layer.k_proj
+        assert layer.q_proj.shared_a.layers[1] is layer.k_proj
         with torch.no_grad():
             assert torch.equal(*(one(inputs_embeds=states).last_hidden_state for one in (copied, other)))

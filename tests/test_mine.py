@@ -537,7 +537,7 @@ def test_stopped_anywhere_it_ends_in_the_same_files(
         (AnswerFile, "finish", 1),
         (jobs, "answer_questions", 3),
         (jobs, "answer_questions", 5),
-        *((output, name, 1) for name in ("write_pairs", "_link", "write_parquet", "write_card")),
+        *((output, name, 1) for name in ("write_pairs", "_link", "write_pairs_parquet", "write_card")),
         (output, "write_json", 2),
         (output, "write_json", 4),
     ]

@@ -343,7 +343,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(
     keys_of: Callable[..., Keys], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head's 77 x 128 float32, and two moments of each."""
-    recipe, room = saving(keys_of, "run", optim="adamw_torch"), trainer.require_room
+    recipe, room = saving(keys_of, "run", optim="adamw_torch"), trainer.require_disk_space
     sizes: list[int] = []
 
     def full_at_the_second(path: Path, needed: int, what: str, fix: str) -> None:
@@ -386,14 +386,14 @@ def test_a_process_that_fails_leaves_the_checkpoint_to_the_others(
 ) -> None:
     """They may be writing into it. The same command goes on from the one before."""
     recipe, several = saving(keys_of, "run"), SimpleNamespace(**vars(distributed))
-    several.count, several.wait = lambda: 2, lambda what: None
+    several.world_size, several.barrier = lambda: 2, lambda what: None
     folder = Path(recipe.output_dir) / "checkpoints"
 
     def failing(self: Any, output_dir: str) -> None:
         if output_dir.endswith("-2"):
             raise OSError("the disk failed")
 
-    monkeypatch.setattr(trainer, "processes", several)
+    monkeypatch.setattr(trainer, "distributed", several)
     monkeypatch.setattr(trainer.RelookTrainer, "_save_rng_state", failing)
     with pytest.raises(OSError, match="the disk failed"):
         train(recipe)

@@ -36,11 +36,12 @@ from tiny import tiny_relook
 from relook.errors import DataError, RelookError
 from relook.generate.engine import DECODERS, Engine
 from relook.generate.request import EngineLimits, ProcessedImage
-from relook.serve import api, threads
+from relook.serve import api
 from relook.serve import media as media_module
 from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources, is_public
 from relook.serve.server import check_names, own_hosts
+from relook.serve.threads import read_json
 
 ROUTE = "/v1/chat/completions"
 
@@ -608,11 +609,11 @@ VALUES = st.recursive(
 def test_what_a_body_holds_is_counted_before_it_is_parsed(value: Any, ascii: bool) -> None:
     body, tokens = json.dumps(value, ensure_ascii=ascii).encode("utf-8", "replace"), count_tokens(value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threads, "JSON_TOKENS", tokens)
-        assert threads.read_json(body) == json.loads(body)
-        patch.setattr(threads, "JSON_TOKENS", tokens - 1)
+        patch.setattr("relook.serve.threads.JSON_TOKENS", tokens)
+        assert read_json(body) == json.loads(body)
+        patch.setattr("relook.serve.threads.JSON_TOKENS", tokens - 1)
         with pytest.raises(HTTPException, match="too many messages"):
-            threads.read_json(body)
+            read_json(body)
 
 
 @pytest.mark.parametrize(
@@ -654,7 +655,6 @@ def test_json_is_parsed_beside_the_event_loop(served: Served, monkeypatch: pytes
         threads.append(threading.current_thread().name)
         return read_json(body)
 
-    read_json = threads.read_json
     monkeypatch.setattr(api, "read_json", noted)
     assert_well(served)
     assert [name.partition("_")[0] for name in threads] == ["texts"]

@@ -119,20 +119,20 @@ def test_packed_structure(
     packed = pack(trees, PAD, everything, row_length, root_length=root, trees_per_root=sharing)
     R, L = packed.ids.shape
     mask = packed.dense_mask()[:, 0]
-    flat = {name: getattr(packed, name).flatten().tolist() for name in ("ids", "positions", "tree")}
+    flat = {name: getattr(packed, name).flatten().tolist() for name in ("ids", "position_ids", "tree_index")}
     longest = max(map(len, trees))
     assert longest == L if row_length is None else longest <= L <= row_length
-    assert [t for t in dict.fromkeys(flat["tree"]) if t >= 0] == list(range(len(trees)))
+    assert [t for t in dict.fromkeys(flat["tree_index"]) if t >= 0] == list(range(len(trees)))
     in_rows = [len({t for t in row.tolist() if t >= 0}) for row in packed.tree_index]
-    assert flat["tree"].count(ROOT) == root * sum(-(-count // (sharing or count)) for count in in_rows)
+    assert flat["tree_index"].count(ROOT) == root * sum(-(-count // (sharing or count)) for count in in_rows)
 
     expected: list[tuple[int, int, int, int]] = []  # tree, flat place of the predecessor, id, branch
     seen_places: set[int] = set()
     branch_count = 0
     for t, tree in enumerate(trees):
-        places = [place for place, owner in enumerate(flat["tree"]) if owner == t]
+        places = [place for place, owner in enumerate(flat["tree_index"]) if owner == t]
         before = range(places[0] // L * L, places[0])
-        places = [*[place for place in before if flat["tree"][place] == ROOT][-root or len(before) :], *places]
+        places = [*[place for place in before if flat["tree_index"][place] == ROOT][-root or len(before) :], *places]
         assert len(places) == len(tree)
         assert places[-1] // L == places[0] // L
         shared = places[: len(tree.prefix)]
@@ -142,7 +142,7 @@ def test_packed_structure(
             start += len(own)
             path = [*shared, *own]
             assert [flat["ids"][place] for place in path] == [*tree.prefix, *branch.ids]
-            assert [flat["positions"][place] for place in path] == list(range(len(path)))
+            assert [flat["position_ids"][place] for place in path] == list(range(len(path)))
             for i, place in enumerate(path):
                 sees = mask[place // L, place % L].nonzero().flatten().tolist()
                 assert sees == [other % L for other in path[: i + 1]]
@@ -157,7 +157,7 @@ def test_packed_structure(
     assert [tuple(map(int, entry)) for entry in found] == expected
     assert targets.branches == branch_count
     padding = [place for place in range(R * L) if place not in seen_places]
-    assert all(flat["ids"][place] == PAD and flat["tree"][place] == PADDING for place in padding)
+    assert all(flat["ids"][place] == PAD and flat["tree_index"][place] == PADDING for place in padding)
     assert mask.any(-1).all()  # a query that sees nothing would be 0/0
 
 

@@ -106,13 +106,13 @@ def fuse_lora(layers: nn.Module) -> None:
                 name: child for name, child in module.named_children() if _is_plain_lora(child)
             }
             for child in lora_layers.values():
-                child.__class__, child.beside = FusedLoraLinear, None
+                child.__class__, child.shared_a = FusedLoraLinear, None
             for names in (ATTENTION_INPUTS, MLP_INPUTS):
                 group = [lora_layers[name] for name in names if name in lora_layers]
                 if len(group) > 1 and all(isinstance(child.lora_dropout[ADAPTER], nn.Identity) for child in group):
                     beside = SharedLoraA(group, layer)
                     for place, child in enumerate(group):
-                        child.beside, child.place = beside, place
+                        child.shared_a, child.index = beside, place
 
 
 def _is_plain_lora(module: Any) -> bool:
