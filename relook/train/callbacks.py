@@ -25,14 +25,16 @@ MAX_GAP_EXACT, MAX_GAP = 0.01, 0.5
 
 @torch.no_grad()
 def count_nonfinite_tensors(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """Count the trained tensors that hold NaN or inf, shape (); of a sharded tensor, only the local shard is checked."""
+    """Count the trained tensors that hold NaN or inf, shape (); of a sharded tensor, check only the local shard."""
     flags = [(~local_shard(p).isfinite()).any().to(device) for p in parameters if p.requires_grad]
     return torch.stack(flags).sum() if flags else torch.zeros((), dtype=torch.long, device=device)
 
 
 class SanityCheckCallback(TrainerCallback):
-    """Callback that stops a run if the policy differs from the reference before the first effective optimizer step, or
-    if that step leaves the model unchanged. The first effective step is the first with a learning rate above 0.
+    """Callback that stops a run whose policy is not its reference at first, or whose first step has no effect.
+
+    The first step is the first optimizer step with a learning rate above 0. The policy must equal the reference before
+    it, and the model must have changed after it.
 
     The log-probs of the step's batch before and after it, both without dropout, are compared bit for bit. The
     computation is the same, so any relevant change of a weight shows. Low precision may round small steps away in the
@@ -144,7 +146,7 @@ class SanityCheckCallback(TrainerCallback):
         return moved & torch.stack(gradients).any() if gradients else moved  # DeepSpeed hides gradients
 
     def _sums(self) -> Tensor:
-        """Return the float64 sum of each trained tensor, or of its local shard, which reveals whether a weight moves."""
+        """Return the float64 sum of each trained tensor, or of its local shard; it reveals any moved weight."""
         return torch.stack([local_shard(p.detach()).sum(dtype=torch.float64) for p in self._trained()])
 
     def _trained(self) -> list[nn.Parameter]:
