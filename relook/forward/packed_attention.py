@@ -33,7 +33,7 @@ from relook.forward.activation_memory import ActivationOffload, CopyStream, Offl
 # at the width of the output and, in the backward pass, to the gradient of that, which costs one more write. Here s is
 # applied between A and B, to r numbers per position. The A matrices of layers that read the same hidden states
 # (queries, keys and values; gate and up) are concatenated: one product instead of three, and two instead of six in the
-# backward pass. This does not apply to layers that are recomputed in the backward pass, nor to passes that are not compiled.
+# backward pass. This excludes layers that are recomputed in the backward pass, and passes that are not compiled.
 
 ATTENTION_INPUTS, MLP_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # layers with the same input
 ADAPTER = "default"  # peft's name for the only adapter
