@@ -60,7 +60,8 @@ class BatchStats:
 Progress = Callable[[int, int], None]
 # Trees of a packed row that share a root. In FlexAttention's backward pass, one thread block handles all queries that
 # see a block of keys, so a root seen by very many queries delays the layer. On an H200, for 8 pairs at 7B, a layer
-# takes 1.11 ms with one root and 0.94 ms with two. The pass that fills the trunk cache has no gradients: one root per row.
+# takes 1.11 ms with one root and 0.94 ms with two. The pass that fills the trunk cache has no gradients, so it uses one
+# root per row.
 TREES_PER_ROOT = 4
 
 
