@@ -1,11 +1,11 @@
-"""Trees: one prefix (image and prompt) and its branches, and the one packer that turns trees into a batch.
+"""Prefix-sharing trees (image and prompt, then branches) and the packer that turns trees into a batch.
 
-In a causal trunk the positions of image and prompt do not see the response. A preference pair, or all questions on one
-image, therefore share them: the prefix is computed once, every branch sees the prefix and itself, and positions restart
-at the prefix's end. The states are those of separate rows, up to the order of additions.
+In a causal trunk, image and prompt positions do not attend to the response. A preference pair, or all questions on one
+image, can therefore share them. The prefix is computed once, every branch sees the prefix and itself, and position ids
+restart at the prefix's end. The hidden states equal those of separate rows, up to the order of additions.
 
-All prompts of a template begin alike, too, before their image. Trees that share a row may have that once, as a root
-before them.
+All prompts of a template also start with the same tokens before their image. Trees that share a row may store these
+tokens once, as a root that precedes them.
 
 Shape letters used below: R rows, L positions of a row, T trees, S kept slots of a tree, N supervised targets.
 """
@@ -20,37 +20,43 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-PREFIX = 0  # branch number of the shared prefix; branches count from 1
-PADDING = -1  # tree and branch number of a position that belongs to nothing
+PREFIX = 0  # branch number of the shared prefix; branches are numbered from 1
+PADDING = -1  # tree and branch number of a padding position
 ROOT = -2  # tree number of a position that several trees share
-BLOCK = 128  # positions of a block of FlexAttention's mask
-STAGING_BYTES = 32 << 20  # of pinned memory that a copy from a GPU passes
+BLOCK = 128  # positions per block of FlexAttention's mask
+STAGING_BYTES = 32 << 20  # size of the pinned buffer that stages copies from a GPU
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A plain sequence: token ids, and for each whether it is a target of the loss."""
+    """Plain token sequence, with a flag per token that marks the targets of the loss."""
 
     ids: tuple[int, ...]
     supervised: tuple[bool, ...]
 
 
 def common_prefix_length(sequences: Sequence[tuple[int, ...]], limit: int) -> int:
-    """How many tokens all sequences begin with, `most` at most; each must have as many."""
-    first, last = min(sequences), max(sequences)  # what these two share, all do
+    """Return the length of the common prefix of all sequences, at most `limit`; each must have `limit` tokens."""
+    first, last = min(sequences), max(sequences)  # a prefix shared by the lexicographic extremes is shared by all
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A shared prefix and the rows' remainders as branches. Targets lie in branches only."""
+    """Shared prefix, with the remainder of each row as a branch. Targets lie in branches only."""
 
     prefix: tuple[int, ...]
     branches: tuple[TokenRow, ...]
 
     @staticmethod
     def of(rows: Sequence[TokenRow]) -> Tree:
-        """Share the longest common unsupervised prefix of `rows`; every branch keeps at least one token."""
+        """Build a tree that shares the longest common unsupervised prefix of `rows`.
+
+        Every branch keeps at least one token.
+
+        Raises:
+            ValueError: the rows have no common unsupervised prefix.
+        """
         length = min(
             min(row.supervised.index(True) if True in row.supervised else len(row.ids) for row in rows),
             min(len(row.ids) for row in rows) - 1,
@@ -68,23 +74,24 @@ T_ = TypeVar("T_")
 
 
 def to_device(value: T_, device: torch.device | str) -> T_:
-    """Move every tensor field of a dataclass, and the tensors of lists. A copy to a GPU is not waited for.
+    """Move every tensor field of a dataclass, and tensors in list fields, to a device; copies to a GPU do not block.
 
-    Nor does it wait, if it is `pinned`: a copy from ordinary memory begins when the GPU has done all work before it.
+    After `pin_memory`, the copy need not wait for the GPU either. A copy from pageable memory starts only once the GPU
+    has finished all earlier work.
     """
-    ahead = torch.device(device).type != "cpu"  # from a GPU, what is read at once has to be there
+    ahead = torch.device(device).type != "cpu"  # a copy to the CPU must block: its result is read at once
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=ahead))
 
 
 def pin_memory(value: T_) -> T_:
-    """The same in memory that a GPU copies from by itself; what is on a GPU already stays there."""
+    """Return a copy of a dataclass with its CPU tensors in pinned memory; tensors on a GPU stay there."""
     return _map_tensors(value, lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
 
 def copy_to_cpu(tensor: Tensor) -> Tensor:
-    """The same in ordinary memory. From a GPU it passes a pinned buffer, on the current stream.
+    """Copy a tensor to pageable CPU memory; from a GPU, through a pinned buffer on the current stream.
 
-    The driver's own copy into ordinary memory is slow, and no other thread launches work meanwhile.
+    The driver's own copy into pageable memory is slow, and it keeps other threads from launching work.
     """
     if tensor.device.type == "cpu":
         return tensor
@@ -92,6 +99,7 @@ def copy_to_cpu(tensor: Tensor) -> Tensor:
     rows = max(1, STAGING_BYTES // max(1, tensor[:1].nbytes))
     buffer = torch.empty_like(tensor[:rows], device="cpu", pin_memory=True)
     for to, part in zip(copied.split(rows), tensor.split(rows), strict=True):
+        # Device to pinned buffer, then to the result; the buffer is reused, so wait for each chunk.
         staged = buffer[: len(part)].copy_(part, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
         to.copy_(staged)
@@ -113,7 +121,7 @@ def _map_tensors(value: T_, function: Callable[[Tensor], Tensor]) -> T_:
 
 @dataclass(frozen=True)
 class Targets:
-    """Where the supervised tokens are among the kept states of a batch of trees.
+    """Locations of the supervised tokens among the kept hidden states of a batch of trees.
 
     The state in slot `slot` of tree `tree` predicts token `id`, which belongs to branch `branch` (counted over the
     whole batch, in order of trees). `kept_branch` (T, S) is each slot's branch within its tree, PADDING where empty.
@@ -127,12 +135,14 @@ class Targets:
     kept_branch: Tensor  # (T, S)
 
     def sum_by_branch(self, values_N: Tensor) -> Tensor:
-        """Add up one value per target to one value per branch, shape (branches,)."""
+        """Sum one value per target (N,) into one value per branch, shape (branches,)."""
         return values_N.new_zeros(self.branches).index_add_(0, self.branch, values_N)
 
     def self_attention_mask(self) -> Tensor:
-        """Who may see whom among the kept slots, for a block with self-attention: (T, S, S) bool."""
+        """Return the self-attention mask between kept slots, (T, S, S) bool, for blocks with self-attention."""
         S = self.kept_branch.shape[1]
+        # A query sees earlier keys of the prefix and of its own branch. The diagonal keeps padding rows from being
+        # fully masked, which would give NaN in the softmax.
         q, k = self.kept_branch[:, :, None], self.kept_branch[:, None, :]
         causal = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
         return causal & (k != PADDING) & ((k == PREFIX) | (k == q)) | torch.eye(S, dtype=torch.bool, device=q.device)
@@ -140,27 +150,33 @@ class Targets:
 
 @dataclass(frozen=True)
 class PackedTrees:
-    """A batch of trees laid out in rows, as the trunk reads it.
+    """Batch of trees laid out in rows, in the form that the trunk reads.
 
-    A root is followed by the trees that share it, a prefix by its branches. So those that see a position stand behind
-    it without a gap, and one number says who they are: position q sees k if k <= q <= last[k].
+    A root is followed by the trees that share it, and a prefix by its branches. The queries that see a key therefore
+    form one contiguous range, stored as one number per key: position q sees k if k <= q <= last_query[k].
     """
 
     ids: Tensor  # (R, L)
     position_ids: Tensor  # (R, L)
-    tree_index: Tensor  # (R, L) index of the tree, ROOT where those that follow share it, PADDING outside
-    last_query: Tensor  # (R, L) int32, the last place of the row that sees this one; padding sees itself only
-    keep: Tensor  # (T, S) flat index r * L + l of the positions whose states are kept
+    tree_index: Tensor  # (R, L) index of the tree, ROOT at shared root positions, PADDING at padding
+    last_query: Tensor  # (R, L) int32, last position of the row that sees this one; padding sees only itself
+    keep: Tensor  # (T, S) flat index r * L + l of the positions whose hidden states are kept
     targets: Targets
 
     def dense_mask(self) -> Tensor:
-        """Dense attention mask, (R, 1, L, L) bool: causal; the root, and within a tree prefix and own branch only."""
+        """Return the dense attention mask, (R, 1, L, L) bool.
+
+        It is causal: a position sees its root and, within its tree, only the prefix and its own branch.
+        """
         place = torch.arange(self.ids.shape[1], device=self.ids.device)
         return ((place[:, None] >= place) & (place[:, None] <= self.last_query[:, None]))[:, None]
 
 
 def assign_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
-    """Distribute trees over rows: next-fit in the given order, so that images keep their order. None: one a row."""
+    """Assign trees to rows by next-fit in the given order, so that images keep their order.
+
+    Without a `row_length`, every tree gets its own row.
+    """
     rows: list[list[int]] = []
     used = 0
     for index, length in enumerate(lengths):
@@ -174,16 +190,19 @@ def assign_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int
 
 
 def kept_positions(tree: Tree, keep_all: bool) -> list[int]:
-    """Positions of a tree whose states the post decoder needs: those that predict a target, or all of them."""
+    """Return the positions whose hidden states the post decoder needs.
+
+    These are the positions that predict a target or, with `keep_all`, all positions of the tree.
+    """
     if keep_all:
         return list(range(len(tree)))
     return sorted({source for source, _, _ in _predictions(tree)})
 
 
 def _predictions(tree: Tree) -> Iterator[tuple[int, int, int]]:
-    """For every target of a tree: the position that predicts it, its id, and its branch, counted from 0.
+    """Yield, for every target of a tree, the predicting position, the token id and the branch, counted from 0.
 
-    A branch's first token is predicted by the last one of the prefix.
+    A branch's first token is predicted by the last position of the prefix.
     """
     fork, start = len(tree.prefix) - 1, len(tree.prefix)
     for number, branch in enumerate(tree.branches):
@@ -201,7 +220,7 @@ def _branch_numbers(tree: Tree) -> list[int]:
 
 
 def _last_queries(tree: Tree) -> list[int]:
-    """For every position of a tree, counted from its start, the last one that sees it."""
+    """Return, for every position of a tree, the last position that sees it, counted from the tree's start."""
     places = [len(tree) - 1] * len(tree.prefix)
     for branch in tree.branches:
         places += [len(places) + len(branch.ids) - 1] * len(branch.ids)
@@ -218,7 +237,7 @@ def _position_ids(tree: Tree) -> list[int]:
 
 @dataclass(frozen=True)
 class TreeTargets:
-    """The targets of one tree, as `Targets` has them of a batch; what a run asks for again and again."""
+    """Targets of one tree, in the layout of `Targets`; computed once and reused in every batch."""
 
     slot: Tensor  # (N,)
     id: Tensor  # (N,)
@@ -228,7 +247,7 @@ class TreeTargets:
 
     @staticmethod
     def of(tree: Tree, keep_all: bool = False) -> TreeTargets:
-        """`everything` keeps the states of all positions."""
+        """Build the targets of a tree; `keep_all` keeps the hidden states of all positions."""
         kept = kept_positions(tree, keep_all)
         slot_of = {position: slot for slot, position in enumerate(kept)}
         numbers = _branch_numbers(tree)
@@ -238,9 +257,10 @@ class TreeTargets:
 
 
 def concatenate_targets(trees: Sequence[TreeTargets]) -> Targets:
-    """The targets of a batch of trees."""
+    """Concatenate the targets of single trees into those of a batch."""
     counts = torch.tensor([len(tree.id) for tree in trees])
     branches = torch.tensor([tree.branches for tree in trees])
+    # Branch numbers are offset by the branches of all earlier trees: an exclusive cumulative sum.
     return Targets(
         torch.arange(len(trees)).repeat_interleave(counts),
         torch.cat([tree.slot for tree in trees]),
@@ -252,19 +272,22 @@ def concatenate_targets(trees: Sequence[TreeTargets]) -> Targets:
 
 
 def batch_targets(trees: Sequence[Tree], keep_all: bool = False) -> Targets:
-    """The targets of a batch; see `Targets`. `everything` keeps the states of all positions."""
+    """Build the `Targets` of a batch of trees; `keep_all` keeps the hidden states of all positions."""
     return concatenate_targets([TreeTargets.of(tree, keep_all) for tree in trees])
 
 
 def common_root_length(trees: Sequence[Tree], image_token_id: int) -> int:
-    """How many first tokens, before any image, all trees have in common; each keeps one of its prefix for itself."""
+    """Return the number of leading tokens, before any image, that all trees share.
+
+    Every tree keeps at least one prefix token of its own.
+    """
     length = common_prefix_length([tree.prefix for tree in trees], min(len(tree.prefix) for tree in trees) - 1)
     beginning = trees[0].prefix[:length]
     return beginning.index(image_token_id) if image_token_id in beginning else length
 
 
 def round_up_to_blocks(length: int) -> int:
-    """`length` rounded up to blocks of FlexAttention's mask."""
+    """Return `length` rounded up to a multiple of FlexAttention's block size."""
     return -(-length // BLOCK) * BLOCK
 
 
@@ -277,41 +300,49 @@ def pack(
     root_length: int = 0,
     trees_per_root: int | None = None,
 ) -> PackedTrees:
-    """Lay trees out in rows. With `row_length`, several trees share a row as long as they fit; else one tree a row.
+    """Lay trees out in rows: several per row while they fit into `row_length`, or one per row without it.
 
     Args:
-        round_up: from the positions that the longest row needs to those it gets.
-        root: first tokens that the trees of a row have once; see `common_root_length`.
-        sharing: how many trees share a root at most; the next ones then have another one before them.
+        trees: the trees of the batch, in the order of their images.
+        pad_id: token id at padding positions.
+        keep_all: keep the hidden states of all positions, not only of those that predict a target.
+        row_length: most positions per row; None puts one tree in each row.
+        round_up: maps the length that the longest row needs to the length that rows get.
+        root_length: leading tokens that the trees of a row store once; see `common_root_length`.
+        trees_per_root: most trees that share a root; the trees after them get a new root. None: one root per row.
     """
     each = trees_per_root or len(trees)
-    once = 0 if trees_per_root else root_length  # where several roots may stand in a row, each tree is counted with one
+    once = 0 if trees_per_root else root_length  # a row may hold several roots: count each tree with a root of its own
     rows = assign_rows([len(tree) - once for tree in trees], None if row_length is None else row_length - once)
+    # Length of the longest row: its roots, plus its trees without the shared tokens.
     L = round_up(
         max(root_length * -(-len(row) // each) + sum(len(trees[t]) - root_length for t in row) for row in rows)
     )
     shape = (len(rows), L)
+    # Start from all padding, where every position sees only itself.
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
     tree_RL = torch.full(shape, PADDING)
     last = torch.arange(L, dtype=torch.int32).repeat(len(rows), 1)
     targets = batch_targets(trees, keep_all)
     keep = torch.zeros(targets.kept_branch.shape, dtype=torch.long)
     for r, row in enumerate(rows):
-        start = shared = 0
+        start = shared = 0  # where the next tree starts, and where the current root starts
         for number, t in enumerate(row):
             tree = trees[t]
             tokens = [*tree.prefix, *(token for branch in tree.branches for token in branch.ids)]
-            skipped = root_length if number % each else 0  # what an earlier tree brought
+            skipped = root_length if number % each else 0  # root tokens that an earlier tree has already stored
             here = slice(start, start + len(tree) - skipped)
             ids[r, here] = torch.tensor(tokens[skipped:])
             positions[r, here] = torch.tensor(_position_ids(tree)[skipped:])
             tree_RL[r, here] = t
             last[r, here] = start - skipped + torch.tensor(_last_queries(tree)[skipped:], dtype=torch.int32)
-            if not skipped:
+            if not skipped:  # this tree brings a new root
                 shared = start
                 tree_RL[r, start : start + root_length] = ROOT
+            # The root stays visible up to the end of the last tree that shares it.
             last[r, shared : shared + root_length] = here.stop - 1
             kept = torch.tensor(kept_positions(tree, keep_all))
+            # Positions inside the root lie at the shared copy, all others at the tree's own offset.
             keep[t, : len(kept)] = r * L + kept + torch.where(kept < root_length, shared, start - skipped)
             start = here.stop
     return PackedTrees(ids, positions, tree_RL, last, keep, targets)

@@ -1,9 +1,9 @@
-"""Activations that wait in the processor's memory between a decoder layer's forward and its backward pass.
+"""Activation offloading: activations wait in CPU memory between a decoder layer's forward and backward pass.
 
-A GPU copies beside its products: on an H200 55 GB/s, while they slow down by 1 %. So the first layers, whose
-activations wait longest, lend their memory to the later ones, and nothing is computed again (as in torchtune's and
-TRL's `activation_offloading`). How many layers' activations are on the GPU at a time is fixed, whatever the copies'
-speed: products wait for them where they must.
+A GPU copies while it computes: 55 GB/s on an H200, which slows its matrix products by 1 %. The first layers'
+activations wait longest, so their GPU memory is lent to later layers. Nothing is recomputed (as in torchtune's and
+TRL's `activation_offloading`). The number of layers with activations on the GPU is fixed, whatever the copy speed:
+computation waits for copies where it must.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from transformers import PreTrainedModel
 
 # ----------------------------------------------------------------------------------------------------
 
-MIN_BYTES = 2**20  # bytes: what is smaller stays
-MIN_LAYERS = 2  # layers on the device: one at work, one on its way
+MIN_BYTES = 2**20  # bytes; smaller tensors stay on the device
+MIN_LAYERS = 2  # layers on the device: one computing, one being copied
 
 
 def layers_on_device(layers: int, share: float) -> int:
-    """Of so many layers, how many have their activations on the device at a time if a share of them is to leave."""
+    """Return how many layers keep activations on the device at a time if `share` of the layers is offloaded."""
     return min(layers, max(MIN_LAYERS, layers - math.ceil(share * layers)))
 
 
 @dataclass(eq=False)
 class OffloadedTensor:
-    """A tensor that its layer's backward pass needs and that leaves the device until then.
+    """Saved activation that is off the device until its layer's backward pass.
 
     Args:
-        here: itself, until its copy is made; and what has come back, until it is used.
-        host: its copy.
-        uses: how many operations have saved it and not asked for it yet.
+        on_device: the original until it is copied out, later the prefetched tensor until it is used; else None.
+        on_host: the copy in CPU memory.
+        uses: number of operations that have saved the tensor and not unpacked it yet.
     """
 
     on_device: Tensor | None
@@ -47,14 +47,14 @@ class OffloadedTensor:
 
 
 class CopyStream:
-    """A stream for copies beside a device's products; nothing on a CPU, where copies are made at once."""
+    """CUDA stream for copies that overlap with computation; a no-op on a CPU, where copies are synchronous."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def after_compute(self) -> AbstractContextManager[Any]:
-        """Inside, work on the lane begins when all that the device was given until now is done."""
+        """Run the enclosed work on the copy stream, after all computation launched so far."""
         if self.stream is None:
             return nullcontext()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -64,47 +64,50 @@ class CopyStream:
         return None if self.stream is None else self.stream.record_event()
 
     def wait_for(self, mark: torch.cuda.Event | None) -> None:
-        """What the device is given from now on begins when the lane has passed a mark."""
+        """Make later computation wait until the copy stream has passed the event `mark`."""
         if self.stream is not None and mark is not None:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
 
 class ActivationOffload:
-    """What one forward pass through the layers saves, and its way to the processor's memory and back.
+    """Offloading schedule of one forward and backward pass: saved activations go to CPU memory and come back.
 
-    Of `layers - kept` first ones what is saved leaves. When a later layer begins, the oldest one that is still on the
-    device has left; when a layer's backward pass begins, the layer after it needs nothing any more, and one more layer
-    comes back.
+    The first `layers - layers_on_device` layers are offloaded. When a later layer starts, the oldest layer still on the
+    device has been copied out. When a layer's backward pass starts, the layer after it is done, and one more layer is
+    prefetched.
 
     Args:
-        kept: the most layers whose activations are on the device at a time, see `staying`.
-        resident: addresses of storages that stay, weights above all; what all layers are given by name stays, too.
+        layers: number of decoder layers.
+        layers_on_device: most layers with activations on the device at a time; see the function `layers_on_device`.
+        resident: addresses of storages that stay, mainly weights; keyword arguments common to all layers stay, too.
+        copy_stream: the stream that copies run on.
     """
 
     def __init__(self, layers: int, layers_on_device: int, resident: frozenset[int], copy_stream: CopyStream) -> None:
         self.kept, self.resident, self.lane = layers_on_device, resident, copy_stream
         self.saved: list[dict[Any, OffloadedTensor]] = [{} for _ in range(layers - layers_on_device)]
-        self.copied_out: list[Any] = []  # marks on the lane, of each layer
+        self.copied_out: list[Any] = []  # events on the copy stream, one per layer
         self.copied_back: dict[int, Any] = {}
-        self.backward_layer = layers  # of the backward pass
+        self.backward_layer = layers  # the layer that the backward pass has reached
         copy_stream.wait_for(
             copy_stream.record()
-        )  # a pass before this one may have ended early, with copies on their way
+        )  # an earlier pass may have been interrupted with copies in flight
 
     def forward(self, number: int, layer: Callable[..., Tensor], *given: Any, **more: Any) -> Tensor:
-        """A layer's forward pass; `number` counts from 0."""
+        """Run a layer's forward pass and offload what it saves; `number` counts from 0."""
         if number == 0:
             self.resident |= _addresses(more.values())
-        if number >= self.kept:
+        if number >= self.kept:  # the device is full: free the oldest layer once its copy is complete
             self.lane.wait_for(self.copied_out[number - self.kept])
             self._release(number - self.kept)
         if number < len(self.saved):
-            # torch compiles the same code with and without such hooks.
+            # torch compiles the same code with and without these hooks.
             with saved_tensors_hooks(partial(self._pack, self.saved[number]), self._unpack):
                 made = layer(*given, **more)
             self._copy_out(self.saved[number].values())
         else:
             made = layer(*given, **more)
+        # Prefetch from CPU memory as soon as the backward pass reaches this layer.
         if made.grad_fn is not None:
             made.grad_fn.register_prehook(lambda _: self._prefetch_for(number))
         return made
@@ -112,6 +115,7 @@ class ActivationOffload:
     def _pack(self, held: dict[Any, OffloadedTensor], tensor: Tensor) -> OffloadedTensor | Tensor:
         if not self._is_offloadable(tensor):
             return tensor
+        # Several operations may save the same activation: copy it once and count its uses.
         same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if same not in held:
             held[same] = OffloadedTensor(tensor, torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda))
@@ -119,7 +123,7 @@ class ActivationOffload:
         return held[same]
 
     def _is_offloadable(self, tensor: Tensor) -> bool:
-        """Whether it is an activation, large, and will come back with the strides that it has."""
+        """Return True if the tensor is a large activation whose strides survive the round trip."""
         if type(tensor) is not Tensor or tensor.nbytes < MIN_BYTES:
             return False
         if tensor.untyped_storage().data_ptr() in self.resident:
@@ -141,7 +145,7 @@ class ActivationOffload:
     def _unpack(self, held: OffloadedTensor | Tensor) -> Tensor:
         if not isinstance(held, OffloadedTensor):
             return held
-        if held.on_device is None:  # asked for once more than it was saved
+        if held.on_device is None:  # already freed: unpacked more often than it was saved
             self.lane.wait_for(self._copy_back([held]))
         tensor, held.uses = held.on_device, held.uses - 1
         assert tensor is not None
@@ -150,8 +154,9 @@ class ActivationOffload:
         return tensor
 
     def _prefetch_for(self, layer: int) -> None:
-        """The backward pass of a layer begins: fetch what the freed memory takes."""
+        """Prefetch as many activations as the freed memory holds when a layer's backward pass begins."""
         while self.backward_layer > layer:
+            # The layer above is done: free it, start one more copy, then wait for the copies of the current layer.
             if self.backward_layer < len(self.saved):
                 self._release(self.backward_layer)
             self.backward_layer -= 1
@@ -162,8 +167,8 @@ class ActivationOffload:
 
     @torch.no_grad()
     def _copy_back(self, wanted: Collection[OffloadedTensor]) -> Any:
-        """Begin to bring some back; returns a mark behind them."""
-        for saved in wanted:  # of the memory of the device's own stream, which will give it free
+        """Start copying tensors back to the device; return the event that marks the end of the copies."""
+        for saved in wanted:  # allocate on the compute stream, which also frees the memory
             saved.on_device = torch.empty_like(saved.on_host, device=self.lane.device)
         with self.lane.after_compute():
             for saved in wanted:
@@ -173,13 +178,13 @@ class ActivationOffload:
 
 
 def _addresses(given: Iterable[Any]) -> frozenset[int]:
-    """Of the storages of tensors, also of those in tuples."""
+    """Return the storage addresses of tensors, including tensors in tuples."""
     flat = [tensor for each in given for tensor in (each if isinstance(each, tuple) else (each,))]
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in flat if isinstance(tensor, Tensor))
 
 
 class OffloadedLayer(nn.Module):
-    """A decoder layer of a stack whose pass may be watched by an `ActivationOffload`."""
+    """Decoder layer whose forward pass goes through the current `ActivationOffload`, if there is one."""
 
     def __init__(self, layer: nn.Module, number: int, current_offload: Callable[[], ActivationOffload | None]) -> None:
         super().__init__()
@@ -194,24 +199,24 @@ class OffloadedLayer(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Recomputing a trunk's layers in the backward pass, under the name that the installed transformers has for it.
+# Activation checkpointing (recomputing layers in the backward pass), under the installed transformers' name for it.
 #
-# Recipes say `gradient_checkpointing`, as every program of the field does. transformers 5.23 calls the same thing
-# `activation_checkpointing` and warns of the old name, which versions before it alone know.
+# Recipes say `gradient_checkpointing`, the usual name in the field. transformers 5.23 calls it
+# `activation_checkpointing` and warns about the old name, which is the only one that earlier versions know.
 
 OLD, NEW = "gradient_checkpointing", "activation_checkpointing"
 NAME = NEW if hasattr(PreTrainedModel, f"{NEW}_enable") else OLD
 
 
 def rename_checkpointing_keys(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of TrainingArguments under the names that it does not warn of."""
+    """Rename checkpointing keys of TrainingArguments to the names that transformers does not warn about."""
     return {key.replace(OLD, NAME): value for key, value in training.items()}
 
 
 def enable_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
-    """Let a model recompute its layers; keyword arguments are those of the Trainer's call."""
+    """Enable recomputation of a model's layers; keyword arguments are those of the Trainer's call."""
     getattr(model, f"{NAME}_enable")(**kwargs)
     if not (kwargs.get(f"{NAME}_kwargs") or {}).get("use_reentrant"):
-        # For reentrant recomputation transformers lets embeddings require gradients. Those of the frozen vision tower,
-        # too: its layers would be kept and computed again for nothing.
+        # For reentrant checkpointing, transformers makes embeddings require gradients, even in the frozen vision tower.
+        # Its layers would then be saved and recomputed for nothing.
         model.disable_input_require_grads()

@@ -1,4 +1,4 @@
-"""From examples to batches: what the Trainer's data loader yields, live or from cached trunk states."""
+"""Collation of examples into the batches of the Trainer's data loader, live or from cached trunk states."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from relook.model.families import vision_feature_count
 
 @dataclass(frozen=True)
 class BatchStats:
-    """How much there is in a batch: what speeds are counted in.
+    """Amount of work in a batch, from which speeds are computed.
 
     Args:
         pairs: preference pairs, or conversations for SFT.
-        tokens: positions that the trunk reads, images included; what branches, or trees, share counts once, padding not
-            at all.
-        last_mlp: positions that its last layer's MLP reads.
+        tokens: positions that the trunk reads, images included. Positions shared by branches or trees count once;
+            padding does not count.
+        last_mlp: positions that the trunk's last MLP reads.
         features: rows of vision features, over all images.
-        encoded: of these, those that the tower computes.
-        states: positions that the post decoder changes.
+        encoded: rows of vision features that the vision tower computes.
+        states: positions that the post decoder processes.
         targets: positions that lm_head reads.
-        live: whether the trunk runs, or its states are cached.
+        live: True if the trunk runs, False if its hidden states are cached.
     """
 
     pairs: int
@@ -58,19 +58,21 @@ class BatchStats:
 
 
 Progress = Callable[[int, int], None]
-# Trees of a packed row that share a root. The backward pass of FlexAttention goes through all that see a block in one
-# piece, and a piece for very many is what a layer ends up waiting for: on an H200, for 8 pairs at 7B, 1.11 ms a layer
-# with one root, 0.94 with two. The pass that fills the trunk cache, where no gradients follow, has one a row.
+# Trees of a packed row that share a root. In FlexAttention's backward pass, one thread block handles all queries that
+# see a block of keys, so a root seen by very many queries delays the layer. On an H200, for 8 pairs at 7B, a layer
+# takes 1.11 ms with one root and 0.94 ms with two. The pass that fills the trunk cache has no gradients, so it uses one
+# root per row.
 TREES_PER_ROOT = 4
 
 
 @dataclass(frozen=True)
 class Item:
-    """One example and what was computed about it before training.
+    """Training example with what was precomputed for it.
 
-    `reference` holds the reference model's log-probs of the targets (N,), `weight` which targets the preference loss
-    counts (N,), `states` the trunk's kept states (S, D), and `targets` where the targets are among those. With `crop`,
-    a seed, the images are random parts of the example's. `corrupted` is the chosen answer alone on such images.
+    `reference` holds the reference model's log-probs of the targets (N,), and `weight` marks the targets that the
+    preference loss counts (N,). `states` holds the trunk's kept hidden states (S, D), and `targets` locates the targets
+    among them. With `crop`, a seed, the images are random crops of the example's images. `corrupted` is the chosen
+    answer alone, on such crops.
     """
 
     example: Example
@@ -88,19 +90,19 @@ class Item:
 
 
 def corrupt(item: Item, seed: int) -> Item:
-    """The chosen answer of a pair on a corrupted image. The crop is the same wherever the pair stands in the data."""
+    """Return a pair's chosen answer on a corrupted image; the crop does not depend on the pair's place in the data."""
     tree = item.example.tree
     return Item(replace(item.example, tree=Tree(tree.prefix, tree.branches[:1])), crop=f"{seed} {item.example.id}")
 
 
 @dataclass
 class Collator:
-    """Builds a batch from items: trunk states where they are cached, packed trees and pixels where not."""
+    """Collator that batches items: trunk states where they are cached, else packed trees and pixels."""
 
     policy: Policy
     images: ImageLoader
     pad_id: int
-    features: Mapping[Path, Tensor] | None = None  # vision features by image, where they are computed once
+    features: Mapping[Path, Tensor] | None = None  # cached vision features by image path
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
@@ -118,16 +120,16 @@ class Collator:
         return batch
 
     def with_blank_image(self, batch: LiveBatch | TrunkStates) -> LiveBatch | TrunkStates:
-        """A batch without images, given one that no position sees.
+        """Add an image that no position sees to a batch without images.
 
-        What trains on the image side then has gradients of zero, and what is sharded is called, in every process,
-        whatever the others' batches hold. Without it they would wait for each other's parameters, or for gradients,
-        for ever.
+        Trained image-side modules then get zero gradients, and every process calls its sharded modules, whatever the
+        batches of the other processes hold. Without it, processes would deadlock waiting for each other's parameters
+        or gradients.
         """
         if isinstance(batch, TrunkStates):
             width = self.policy.vision_width
             return batch if width is None else replace(batch, features=[batch.states.new_zeros(1, width)])
-        if self.features:  # the tower is not called for other batches, nor for this one
+        if self.features:  # features are cached, so no batch calls the tower
             unseen = torch.zeros_like(next(iter(self.features.values())))
             return replace(batch, features=unseen[None])
         blank = self.images.batch([Image.new("RGB", (32, 32))])
@@ -136,7 +138,7 @@ class Collator:
     def live_batch(
         self, items: Sequence[Item], row_length: int = 0, features: Mapping[Path, Tensor] | None = None
     ) -> LiveBatch:
-        """Packed trees and pixels, or what the tower made of them; see `build_live_batch`."""
+        """Build a batch of packed trees with pixels or cached vision features; see `build_live_batch`."""
         shown = [(item.example.tree, item.image_sources) for item in items]
         return build_live_batch(self.policy, self.images, self.pad_id, shown, row_length, features)
 
@@ -155,7 +157,7 @@ class Collator:
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
 
     def stats(self, items: Sequence[Item], made: LiveBatch | TrunkStates, pairs: int) -> BatchStats:
-        """How much there is to do; `pairs` of the items are not a corrupted half."""
+        """Compute the work in a batch; the first `pairs` items are not corrupted copies."""
         trees = [item.example.tree for item in items]
         everything, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
         tokens, last_mlp, encoded = everything, 0, 0
@@ -189,11 +191,15 @@ def build_live_batch(
     row_length: int = 0,
     features: Mapping[Path, Tensor] | None = None,
 ) -> LiveBatch:
-    """Trees, long ones first, each with the pictures of its prefix: packed as the policy reads them, and pixels.
+    """Build a live batch: trees packed as the policy reads them, with the inputs for their images.
 
     Args:
-        row_length: that a row of many trees has at least; given where no gradients follow.
-        features: of images by path; taken instead of pixels where they are those of all pictures.
+        policy: the model that reads the batch.
+        images: loads and preprocesses pictures.
+        pad_id: token id at padding positions.
+        items: trees, long ones first, each with the pictures of its prefix.
+        row_length: minimum length of a row of many trees; nonzero only where no gradients follow.
+        features: cached vision features by image path; replace the pixels if they cover all pictures.
     """
     trees = [tree for tree, _ in items]
     pictures = [picture for _, shown in items for picture in shown]
@@ -208,7 +214,7 @@ def build_live_batch(
     else:
         packed = pack(trees, pad_id, everything, max(map(len, trees)), root_length=root)
     counts = [len(shown) for _, shown in items]
-    # A copy: what a worker sends would take all that its storage holds along.
+    # Stack copies the features: a worker that sends a view would send its whole storage.
     stored = torch.stack(seen) if pictures and not inputs else None
     return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"), stored)
 
@@ -225,7 +231,11 @@ class ItemDataset(Dataset[Item]):
 
 
 def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) -> tuple[list[Example], list[str]]:
-    """Decode every image once before training; returns the usable examples and what is wrong with the others."""
+    """Decode every image once before training; return the usable examples and the faults of the others.
+
+    Raises:
+        DataError: an image is unusable and `on_bad` is "error".
+    """
     faults: dict[Path, str] = {}
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
     for path, fault in zip(paths, prefetch_map(partial(_decode_error, images), paths), strict=True):
@@ -249,8 +259,13 @@ def _decode_error(images: ImageLoader, path: Path) -> str:
 
 
 def split_held_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
-    """Items to train on, and those on a share of the images, which training never sees. The choice is the same in
-    every run on the same data, whatever its seed."""
+    """Split items by image into a training set and a held-out set, whose images training never sees.
+
+    The split is the same in every run on the same data, whatever its seed.
+
+    Raises:
+        RecipeError: a positive `fraction` leaves one of the two sets empty.
+    """
     images = list(dict.fromkeys(path for item in items for path in item.example.images))
     held = set(random.Random(0).sample(images, round(fraction * len(images))))
     out = [item for item in items if held & set(item.example.images)]
@@ -264,7 +279,7 @@ def split_held_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], 
 
 
 def length_sorted_batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
-    """Indices of items in batches of similar length, so that little is padding; long ones first, as in a batch."""
+    """Yield batches of item indices with similar lengths, to limit padding; long ones first, as within a batch."""
     order = sorted(range(len(items)), key=lambda i: -len(items[i].example.tree))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -274,8 +289,10 @@ def length_sorted_batches(items: Sequence[Item], size: int) -> Iterator[list[int
 def reference_log_probs(
     policy: Policy, items: Sequence[Item], collator: Collator, size: int, report: Progress = lambda done, total: None
 ) -> list[Tensor]:
-    """Log-probs of each item's targets, before the first step: the policy then is the reference, and no second model
-    exists."""
+    """Compute the reference log-probs of each item's targets before the first step.
+
+    The policy is still the reference then, so no second model is needed.
+    """
     policy.eval()
     found: dict[int, Tensor] = {}
     for indices in length_sorted_batches(items, size):
@@ -288,7 +305,7 @@ def reference_log_probs(
 
 
 def preference_weights(example: Example, dpo_tokens: str) -> Tensor:
-    """1 for each target (N,) of a pair that the preference loss counts, else 0."""
+    """Return a float mask (N,): 1 for each target of a pair that the preference loss counts, else 0."""
     count = sum(sum(branch.supervised) for branch in example.tree.branches)
     return (
         torch.tensor(differing_tokens(example.tree), dtype=torch.float32)

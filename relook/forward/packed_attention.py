@@ -1,8 +1,8 @@
-"""The language model over packed trees: FlexAttention with a block mask on a GPU, SDPA with a dense mask elsewhere.
+"""Language model over packed trees: FlexAttention with a block mask on a GPU, SDPA with a dense mask elsewhere.
 
-FlexAttention skips the blocks of the mask that are empty, so that many trees can share one long row without padding.
-The last layer's MLP runs at the kept positions only.
-Layers are compiled for the first length of a row that they see, and where another one comes, once more for any length.
+FlexAttention skips empty blocks of the mask, so many trees can share one long row without padding. The last layer's MLP
+runs at the kept positions only. Layers are compiled for the first row length they see; a second length triggers one
+more compilation, for any length.
 """
 
 from __future__ import annotations
@@ -27,43 +27,41 @@ from relook.errors import RecipeError, RelookError
 from relook.forward.activation_memory import ActivationOffload, CopyStream, OffloadedLayer, layers_on_device
 
 # ----------------------------------------------------------------------------------------------------
-# LoRA's products where layers are compiled: fewer and narrower than peft's, for the same numbers.
+# Fused LoRA for compiled layers: fewer and narrower matrix products than peft's, with the same result.
 #
-# peft adds s B A x to each linear layer's output by itself (Hu et al. 2021, section 4.1; s = alpha / r). It
-# multiplies by
-# s what is as wide as the output and, going back, the gradient of that, which is written once more for it. Here s
-# stands
-# between A and B, on r numbers a position. And the A of layers that read the same states (queries, keys and values;
-# gate
-# and up) are one matrix: one product instead of three, and two going back instead of six; but not where layers run
-# again
-# in the backward pass, nor in passes that are not compiled.
+# peft adds s B A x to each linear layer's output separately (Hu et al. 2021, section 4.1; s = alpha / r). It applies s
+# at the width of the output and, in the backward pass, to the gradient of that, which costs one more write. Here s is
+# applied between A and B, to r numbers per position. The A matrices of layers that read the same hidden states
+# (queries, keys and values; gate and up) are concatenated: one product instead of three, and two instead of six in the
+# backward pass. This excludes layers that are recomputed in the backward pass, and passes that are not compiled.
 
-ATTENTION_INPUTS, MLP_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # each reads the same states
-ADAPTER = "default"  # peft's name for the one that there is
+ATTENTION_INPUTS, MLP_INPUTS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # layers with the same input
+ADAPTER = "default"  # peft's name for the only adapter
 
 
 class SharedLoraA:
-    """The A of linear layers that read the same states, of one decoder layer.
+    """Concatenated LoRA A matrices of the linear layers that read the same hidden states in one decoder layer.
 
-    What is made for the others waits here while the decoder layer is traced; the code that comes of it has no state.
+    Products for the other layers wait here while the decoder layer is traced; the compiled code is stateless.
     """
 
     def __init__(self, layers: Sequence[nn.Module], decoder_layer: nn.Module) -> None:
         self.layers: list[Any] = list(layers)
         self.decoder_layer: Any = decoder_layer
         self.states: Tensor | None = None
-        self.pending: dict[int, Tensor] = {}  # what was made of it, by the place of the layer that it is for
+        self.pending: dict[int, Tensor] = {}  # products not yet taken, by index of their layer
 
     @property
     def can_share(self) -> bool:
-        """Whether something can wait: not in a layer that runs again in the backward pass, for which dynamo takes no
-        such notes."""
+        """Return True if products can be shared.
+
+        They cannot in a layer that is recomputed in the backward pass, where dynamo allows no such side effects.
+        """
         again = self.decoder_layer.training and getattr(self.decoder_layer, "gradient_checkpointing", False)
         return torch.compiler.is_compiling() and not again
 
     def product(self, states: Tensor, index: int) -> Tensor:
-        """A x for the layer in that place, (..., r). The first one that asks has it made for all."""
+        """Return A x for the layer at `index`, (..., r); the first call computes it for all layers."""
         if self.states is not states or index not in self.pending:
             weights = [layer.lora_A[ADAPTER].weight for layer in self.layers]
             made = linear(states.to(weights[0].dtype), torch.cat(weights))
@@ -75,9 +73,9 @@ class SharedLoraA:
 
 
 class FusedLoraLinear(Linear):
-    """peft's linear layer with LoRA; how it computes is all that differs."""
+    """Linear layer with peft's LoRA, computed with fewer and narrower products."""
 
-    shared_a: SharedLoraA | None  # None where it reads its states alone
+    shared_a: SharedLoraA | None  # None where no other layer reads the same input
     index: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -85,6 +83,7 @@ class FusedLoraLinear(Linear):
         if not plain:
             made: Tensor = super().forward(x, *args, **kwargs)
             return made
+        # W x + B (s A x): the scale acts on r numbers per position, not on the full output width.
         result: Tensor = self.base_layer(x)
         if self.shared_a is not None and self.shared_a.can_share:
             narrow = self.shared_a.product(x, self.index)
@@ -96,9 +95,9 @@ class FusedLoraLinear(Linear):
 
 
 def fuse_lora(layers: nn.Module) -> None:
-    """Have peft's linear layers inside decoder layers compute so, in place; not quantised ones, nor variants as DoRA.
+    """Replace peft's linear layers in decoder layers by fused ones, in place; not quantised ones or variants like DoRA.
 
-    With dropout each has a view of its own of what it reads, and none are side by side.
+    With dropout, each layer reads a differently masked input, so no products are shared.
     """
     for layer in layers.children():
         for module in layer.modules():
@@ -117,14 +116,14 @@ def fuse_lora(layers: nn.Module) -> None:
 
 def _is_plain_lora(module: Any) -> bool:
     one = type(module) is Linear and list(module.lora_A) == [ADAPTER] and not module.lora_variant
-    return one and module.lora_B[ADAPTER].bias is None  # which peft scales, too
+    return one and module.lora_B[ADAPTER].bias is None  # peft would scale a bias as well
 
 
 # ----------------------------------------------------------------------------------------------------
 
 BUDGET = 0.8  # on an H100 as fast as 1, with 10 GiB less in a LoRA step of 8 pairs at 7B
 MAX_COMPILED_VARIANTS = (
-    64  # of passes that one layer's code is compiled for: models of a process, with and without gradients, lengths
+    64  # compilations of one layer's code: per model in the process, with and without gradients, per length
 )
 
 
@@ -135,11 +134,11 @@ def resolve_trunk_pass(
     activation_memory_budget: float = BUDGET,
     activation_offloading: float = 0,
 ) -> str:
-    """What "auto" means on a device: compiled on a GPU, or "flex" there if `sharded`; dense elsewhere.
+    """Resolve the trunk pass that "auto" means: "compiled" on a GPU, or "flex" there if `sharded`; "dense" elsewhere.
 
     Raises:
-        RecipeError: compiled layers of a model that FSDP or DeepSpeed takes apart, which swap their parameters; a
-            budget for layers that are not compiled; activations to leave a CPU, or layers that are taken apart.
+        RecipeError: compiled layers in a model that FSDP or DeepSpeed shards, since these swap parameters; a memory
+            budget without compiled layers; or activation offloading on a CPU or with sharded layers.
     """
     if activation_offloading and (sharded or device == "cpu"):
         where = "FSDP or DeepSpeed, which have ways of their own" if sharded else "a CPU, whose memory they are in"
@@ -157,22 +156,24 @@ def resolve_trunk_pass(
 
 
 def packs_rows(trunk_pass: str) -> bool:
-    """Whether one long row of many trees is cheaper than a row for each."""
+    """Return True if one long row of many trees is cheaper than one row per tree."""
     return trunk_pass != "dense"
 
 
 def block_mask(packed: PackedTrees) -> BlockMask:
-    """The mask of `PackedTrees.mask` in FlexAttention's form, (R, 1, L, L); L must be a multiple of BLOCK.
+    """Build the mask of `PackedTrees.dense_mask` in FlexAttention's form, (R, 1, L, L); L must be a multiple of BLOCK.
 
-    Made from `last`: torch's `create_block_mask` works through all L x L pairs, which takes 25 ms for 16,384
-    positions on an H100, and compiled for some lengths it keeps ptxas busy for minutes.
+    It is built from `last_query`. torch's `create_block_mask` evaluates all L x L pairs, which takes 25 ms for 16,384
+    positions on an H100; compiled for some lengths, it keeps ptxas busy for minutes.
     """
     last, L = packed.last_query, packed.last_query.shape[1]
     position = torch.arange(L, device=last.device, dtype=torch.int32)
-    # Which blocks of queries see each key, (R, blocks, L): with one of theirs, and with all.
-    low = position[::BLOCK, None]
+    # Key k is seen by the queries k..last[k]. Compare this range with each block of queries, (R, blocks, L): they
+    # overlap if any query of the block sees the key; the range covers the block if all its queries do.
+    low = position[::BLOCK, None]  # first query of each block
     any_visible = (position < low + BLOCK) & (last[:, None] >= low)
     all_visible = (position <= low) & (last[:, None] >= low + BLOCK - 1)
+    # Reduce the keys to blocks of keys, (R, blocks, blocks).
     some_visible, full_visible = (
         any_visible.unflatten(2, (-1, BLOCK)).any(3),
         all_visible.unflatten(2, (-1, BLOCK)).all(3),
@@ -181,28 +182,33 @@ def block_mask(packed: PackedTrees) -> BlockMask:
     def allowed(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (q <= last[r, k])
 
+    # Only partly visible blocks evaluate `allowed`; full blocks skip it, and empty blocks are not visited.
     partly, full = _block_lists(some_visible & ~full_visible), _block_lists(full_visible)
     return BlockMask.from_kv_blocks(*partly, *full, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(L, L))
 
 
 def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """From which blocks are meant, (R, rows, columns), to how many they are and their columns first, with a head."""
+    """Convert a block map (R, rows, columns) to FlexAttention's counts (R, 1, rows) and columns (R, 1, rows, columns).
+
+    The columns of set blocks come first in each row.
+    """
     count = blocks.sum(-1, dtype=torch.int32)
+    # A stable descending sort moves set columns to the front and keeps them in order.
     columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    # FlexAttention's kernels read both without asking for their last stride.
+    # FlexAttention's kernels assume a last stride of 1 for both.
     return count[:, None].contiguous(), columns[:, None].to(torch.int32, memory_format=torch.contiguous_format)
 
 
 class PackedTrunk:
-    """A language model that reads packed trees.
+    """Language model that reads packed trees.
 
     Args:
-        language_model: transformers' base language model, whose decoder layers are its `layers`.
+        language_model: transformers' base language model, with its decoder layers in `layers`.
         how: "compiled" (FlexAttention, layers compiled), "flex" (FlexAttention) or "dense" (SDPA).
-        activation_memory_budget: share of a compiled layer's activations that are kept for its backward pass; torch
-            computes the others again, those first that cost least time for their memory.
-        sharded: whether FSDP or DeepSpeed take the model apart, which know its own layers only.
-        activation_offloading: share of the layers whose activations leave the device until the backward pass.
+        activation_memory_budget: share of a compiled layer's activations that are kept for its backward pass. torch
+            recomputes the others, starting with those that cost the least time per byte.
+        sharded: True if FSDP or DeepSpeed shards the model; they know only its original layers.
+        activation_offloading: share of the layers whose activations are off the device until the backward pass.
     """
 
     def __init__(
@@ -236,7 +242,7 @@ class PackedTrunk:
                 layers[number] = OffloadedLayer(layer, number, lambda: self.offload)
 
     def __call__(self, embeds: Tensor, packed: PackedTrees) -> Tensor:
-        """Last hidden states at the kept positions, (T, S, D), of embedded trees (R, L, D).
+        """Return the last hidden states at the kept positions, (T, S, D), of embedded trees (R, L, D).
 
         Raises:
             RelookError: the layers cannot be compiled here.
@@ -245,9 +251,9 @@ class PackedTrunk:
         chosen = self.sparse_last_layer is not None and packed.keep.numel() < packed.ids.numel()
         if self.sparse_last_layer is not None:
             self.sparse_last_layer.keep = packed.keep.flatten() if chosen else None
-            if chosen and not torch.compiler.is_compiling():  # how many there are differs from batch to batch
+            if chosen and not torch.compiler.is_compiling():  # their number varies by batch
                 torch._dynamo.maybe_mark_dynamic(self.sparse_last_layer.keep, 0)
-        # Above torch's own limit of 8 kinds it would go on uncompiled, and only warn.
+        # Above its default limit of 8 variants, torch would only warn and run uncompiled.
         limit = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_VARIANTS)
         budget = torch._functorch.config.patch(activation_memory_budget=self.budget)
         with (
@@ -267,15 +273,15 @@ class PackedTrunk:
                 ) from error
         return states.unflatten(0, packed.keep.shape) if chosen else states.flatten(0, 1)[packed.keep]
 
-    @cached_property  # going through all modules takes as long as some layers do
+    @cached_property  # walking all modules takes as long as running some layers
     def _weight_addresses(self) -> frozenset[int]:
-        """Addresses of what holds the weights; asked for when they are where training has them."""
+        """Return the storage addresses of the weights; first read once they are on their training device."""
         held = (*self.model.parameters(), *self.model.buffers())
         return frozenset(tensor.untyped_storage().data_ptr() for tensor in held)
 
     @contextmanager
     def _offloading(self) -> Iterator[None]:
-        """What the first layers save inside leaves the device, if it is wanted and there is a backward pass."""
+        """Offload what the first layers save inside the context, if configured and if gradients are enabled."""
         if self.layers_on_device == self.layers or not torch.is_grad_enabled():
             yield
             return
@@ -287,10 +293,10 @@ class PackedTrunk:
 
 
 def _copy_with_own_layers(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, SparseLastLayer | None]:
-    """The same modules under a shell with layers of its own, so that `generate` has those that it had.
+    """Return a shallow copy of the model with its own list of layers, so that `generate` keeps the original ones.
 
-    One layer is compiled, not the whole model: all layers but the last share its code. On a CPU for each length anew:
-    the C++ that torch 2.13 makes of FlexAttention for any length has errors.
+    Layers are compiled one by one, not the whole model: all layers but the last share their code. On a CPU, each length
+    is compiled separately: the C++ that torch 2.13 generates for FlexAttention with dynamic lengths is faulty.
     """
     dynamic = None if language_model.device.type == "cuda" else False
     make: Any = partial(torch.compile, dynamic=dynamic) if compiled else lambda layer: layer
@@ -308,10 +314,10 @@ PRE_NORM = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)  # h += a
 
 
 def has_sparse_last_mlp(language_model: Any, how: str) -> bool:
-    """Whether what comes after the last layer's attention is computed at the kept positions only.
+    """Return True if everything after the last layer's attention is computed at the kept positions only.
 
-    It must be known what that is, and nobody may have put another `forward` on the layer. FSDP and DeepSpeed, which
-    take models apart, are not asked about here. Compiled on a CPU, each number of kept positions would be compiled for.
+    The layer must be of a known class, and its `forward` must not have been replaced. Sharding by FSDP or DeepSpeed is
+    not checked here. Compiled on a CPU, each number of kept positions would need its own compilation.
     """
     layer = language_model.layers[-1]
     ours = type(layer) in PRE_NORM and "forward" not in vars(layer)
@@ -319,39 +325,40 @@ def has_sparse_last_mlp(language_model: Any, how: str) -> bool:
 
 
 class SparseLastLayer(nn.Module):
-    """A language model's last decoder layer: nothing reads it at positions that are not kept.
+    """Last decoder layer of a language model, whose output is read at the kept positions only.
 
-    Its keys and values are needed everywhere, its MLP, two thirds of its work, at the kept positions only.
+    Its keys and values are needed everywhere; its MLP, two thirds of its work, only at the kept positions.
     """
 
-    keep: Tensor | None = None  # (N,) indices into all rows' positions; None for all
+    keep: Tensor | None = None  # (N,) flat indices into the positions of all rows; None keeps all
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, hidden_states: Tensor, **more: Any) -> Tensor:
-        """(R, L, D) to (N, D), or to (R, L, D) without `keep`."""
+        """Map hidden states (R, L, D) to (N, D), or to (R, L, D) if `keep` is None."""
         made: Tensor = self.layer(hidden_states, keep=self.keep, **more)
         return made
 
 
 def _with_sparse_forward(layer: nn.Module) -> nn.Module:
-    """The same layer, one of PRE_NORM, with a `forward` that is told what to keep."""
+    """Return the same layer, one of PRE_NORM, with a `forward` that takes `keep`."""
     kind: Any = type(layer)
     same: nn.Module = object.__new__(_sparse_class(kind))
-    same.__dict__ = layer.__dict__  # shared: a mode that is set later holds for both
+    same.__dict__ = layer.__dict__  # shared, so train() and eval() act on both
     return same
 
 
-@cache  # for a class of its own a layer would be compiled anew with every model
+@cache  # a new class per model would force a recompilation
 def _sparse_class(kind: Any) -> Any:
     class Keeping(kind):
-        """A subclass, so that transformers' recomputation of layers wraps this `forward`, too."""
+        """Decoder layer with `keep`; a subclass, so that transformers' checkpointing wraps its `forward`, too."""
 
         def forward(self, hidden_states: Tensor, keep: Tensor | None = None, **more: Any) -> Any:
             if keep is None:
                 return super().forward(hidden_states, **more)
+            # Attend at all positions, then drop those that are not kept before the MLP.
             attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
             kept = (hidden_states + attended).flatten(0, 1)[keep]
             return kept + self.mlp(self.post_attention_layernorm(kept))
@@ -361,9 +368,9 @@ def _sparse_class(kind: Any) -> Any:
 
 @contextmanager
 def _attention_implementation(config: Any, name: str | None) -> Iterator[None]:
-    """transformers' attention of that name during a pass.
+    """Set transformers' attention implementation for a forward pass.
 
-    With gradients it stays: where layers are recomputed, the backward pass runs them again.
+    With gradients enabled it stays set: the backward pass may recompute layers with it.
     """
     before = config._attn_implementation
     config._attn_implementation = name or before

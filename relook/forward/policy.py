@@ -1,7 +1,7 @@
-"""The policy: from a batch of trees to the log-probability of every supervised token.
+"""Policy that maps a batch of trees to the log-prob of every supervised token.
 
-This is the way of the data through the model: trunk -> post decoder -> lm_head -> log-probs. The trunk's part can be
-done beforehand (`TrunkStates`), when nothing in it trains.
+Data flow through the model: trunk -> post decoder -> lm_head -> log-probs. If the trunk is frozen, its part can be
+computed beforehand (`TrunkStates`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from relook.model.modeling_relook import selected_features
 from relook.model.post_decoder import FlatLayout, PostDecoder
 
 # ----------------------------------------------------------------------------------------------------
-# From logits to log-probabilities without a second copy of the logits: they are the largest tensors of a step.
+# Log-probs from logits without a second copy of the logits, which are the largest tensors of a step.
 
-ROWS_IN_FLOAT32 = 1024  # that are in float32 at a time, where each operation has a result of its own
+ROWS_IN_FLOAT32 = 1024  # rows upcast at a time where operations are not fused
 
 
 class GatherLogProbs(torch.autograd.Function):
-    """log softmax(logits)[id] for each row: (N,) float32 of logits (N, vocabulary) in any floating-point type.
+    """Autograd function for log softmax(logits)[id] of each row, (N,) float32.
 
-    Kept for the backward pass are the logits as they came and one number a row. In plain operations bf16 logits of
-    16,000 targets at 32,000 words, 1 GB, grow by two float32 copies of 2 GB each.
+    The logits (N, vocabulary) may have any floating-point dtype.
+
+    The backward pass needs only the original logits and one number per row. With plain operations, bf16 logits of
+    16,000 targets and 32,000 tokens, 1 GB, would need two more float32 copies of 2 GB each.
 
     The gradient of log p_i by logit j is g * ([j = i] - p_j).
     """
@@ -52,7 +54,7 @@ class GatherLogProbs(torch.autograd.Function):
 
 
 def _map_rows(function: Callable[..., Tensor], compiled: bool, *tensors: Tensor) -> Tensor:
-    """`work` on tensors of as many rows each: compiled, in one pass over memory, or some rows at a time."""
+    """Apply `function` to tensors with equal numbers of rows: compiled in one pass over memory, or in row chunks."""
     if compiled:
         made: Tensor = torch.compile(function)(*tensors)
         return made
@@ -65,21 +67,24 @@ def _logsumexp(logits: Tensor) -> Tensor:
 
 
 def _logit_gradients(logits: Tensor, ids: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
+    # g * ([j = id] - softmax_j), with the softmax rebuilt from the saved logsumexp.
     said = torch.arange(logits.shape[-1], device=logits.device) == ids[:, None]
     found = said.to(total.dtype) - (upcast(logits) - total[:, None]).exp()
     return (found * gradient[:, None]).to(logits.dtype)
 
 
 def upcast(values: Tensor) -> Tensor:
-    """In float32, or in float64 where they are."""
+    """Upcast to float32; float64 stays as it is."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def gather_log_probs(logits: Tensor, ids: Tensor, compiled: bool = False) -> Tensor:
-    """log softmax(logits)[id] for each row, (N,) float32.
+    """Compute log softmax(logits)[id] for each row, (N,) float32.
 
     Args:
-        compiled: each pass becomes one kernel, which reads the logits once: less than half the time on a GPU.
+        logits: (N, vocabulary), in any floating-point dtype.
+        ids: token ids, (N,).
+        compiled: fuse each pass into one kernel that reads the logits once; takes less than half the time on a GPU.
     """
     result: Tensor = GatherLogProbs.apply(logits, ids, compiled)
     return result
@@ -87,18 +92,18 @@ def gather_log_probs(logits: Tensor, ids: Tensor, compiled: bool = False) -> Ten
 
 # ----------------------------------------------------------------------------------------------------
 
-LOGITS_BYTES = 2**31  # of logits at a time, were they float32: about 16,000 targets at a vocabulary of 32,000
+LOGITS_BYTES = 2**31  # of float32 logits at a time: about 16,000 targets with a vocabulary of 32,000
 
 
 @dataclass(frozen=True)
 class LiveBatch:
-    """Packed trees and what the model takes for their images, in order of trees. `images` counts them per tree."""
+    """Packed trees and the model inputs for their images, in order of trees; `image_counts` has the images per tree."""
 
     packed: PackedTrees
     pixel_values: Tensor | None  # (I, 3, H, W) or (I, tiles, 3, H, W)
     image_counts: list[int]
-    image_sizes: Tensor | None = None  # (I, 2) height and width, for models that cut images into tiles
-    features: Tensor | None = None  # (I, M, V) vision features, where the tower has seen the images before
+    image_sizes: Tensor | None = None  # (I, 2) height and width, for models that tile images
+    features: Tensor | None = None  # (I, M, V) cached vision features, where the tower is not run
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
         return to_device(self, device)
@@ -109,10 +114,10 @@ class LiveBatch:
 
 @dataclass(frozen=True)
 class TrunkStates:
-    """What the trunk has to say about a batch of trees: all that a post decoder or a head needs."""
+    """Trunk outputs for a batch of trees: everything that the post decoder and lm_head need."""
 
     states: Tensor  # (T, S, D) last hidden states at the kept positions
-    features: list[Tensor] | None  # (M, V) vision features of each image, where a post decoder reads them
+    features: list[Tensor] | None  # (M, V) vision features per image, if a post decoder reads them
     image_counts: list[int]
     targets: Targets
 
@@ -124,16 +129,16 @@ class TrunkStates:
 
 
 class Policy(nn.Module):
-    """A model as training sees it: trees in, log-probs out.
+    """Model as training sees it: trees in, log-probs out.
 
     Args:
-        model: a transformers model, possibly wrapped by peft; the wrapper itself is bypassed, its layers are not. Or
-            an `AboveTrunk`, for cached trunk states.
-        dtype: what matrix products are computed in; what trains is kept in float32.
+        model: a transformers model, possibly wrapped by peft; the wrapper itself is bypassed, its layers are not. For
+            cached trunk states, an `AboveTrunk`.
+        dtype: dtype of matrix products; trained tensors stay in float32.
         trunk_pass: how the language model reads packed trees; see `PackedTrunk`.
-        sharded: whether FSDP or DeepSpeed will take the model apart.
-        activation_memory_budget: of compiled layers; see `PackedTrunk`.
-        activation_offloading: see `PackedTrunk`.
+        sharded: True if FSDP or DeepSpeed will shard the model.
+        activation_memory_budget: share of activations that compiled layers keep; see `PackedTrunk`.
+        activation_offloading: share of layers that are offloaded; see `PackedTrunk`.
     """
 
     def __init__(
@@ -163,7 +168,7 @@ class Policy(nn.Module):
         return PackedTrunk(model, self.trunk_pass, budget, self.sharded, away)
 
     def uses_sparse_last_mlp(self, kept: int, positions: int) -> bool:
-        """Whether the trunk's last MLP runs at the kept positions only, of all that are read; both with padding."""
+        """Return True if the trunk's last MLP runs at the kept positions only; both counts include padding."""
         at_kept = not self.sharded and has_sparse_last_mlp(self.core.model.language_model, self.trunk_pass)
         return at_kept and kept < positions
 
@@ -177,12 +182,12 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is; the vision tower may be elsewhere (`offload_vision_tower`)."""
+        """Return the language model's device; the vision tower may be elsewhere (`offload_vision_tower`)."""
         found: torch.device = self.core.lm_head.weight.device
         return found
 
     def offload_vision_tower(self) -> None:
-        """Give the device's memory of a vision tower free that no step runs."""
+        """Move a vision tower that no step runs to the CPU, which frees its memory on the device."""
         self.core.model.vision_tower.to("cpu")
 
     @property
@@ -191,40 +196,43 @@ class Policy(nn.Module):
 
     @property
     def needs_all_states(self) -> bool:
-        """Whether the post decoder needs the states of all positions, not only of those that predict a target."""
+        """Return True if the post decoder needs the hidden states of all positions, not only of predicting ones."""
         return self.post_decoder is not None and self.post_decoder.reads_all_positions
 
     @property
     def needs_vision_features(self) -> bool:
-        """Whether what comes after the trunk needs the vision features."""
+        """Return True if the post decoder reads the vision features."""
         return self.post_decoder is not None and self.post_decoder.align is not None
 
     @property
     def vision_width(self) -> int | None:
-        """Width of the vision features that the post decoder reads; None where it reads none."""
+        """Return the width of the vision features that the post decoder reads, or None if it reads none."""
         align = self.post_decoder.align if self.post_decoder is not None else None
         first: Any = align.linears[0] if align is not None else None
         return None if first is None else int(first.in_features)
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """What FSDP makes units of, by class. The rest (embeddings, projector, post decoder, lm_head) belongs to the
-        policy itself, whose parameters are whole during its forward pass: parts of it are called by name."""
-        units = getattr(self.core, "_no_split_modules", ())  # nothing above a trunk is one
+        """Return the class names that FSDP wraps as units.
+
+        The rest (embeddings, projector, post decoder, lm_head) belongs to the policy's own unit. Its parameters are
+        gathered during the whole forward pass, since parts of it are called by name.
+        """
+        units = getattr(self.core, "_no_split_modules", ())  # an `AboveTrunk` has none
         return sorted({type(m).__name__ for m in self.core.modules()} & set(units))
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """The Trainer's call: recompute the trunk's layers in the backward pass instead of keeping their inputs."""
+        """Enable recomputation of the trunk's layers in the backward pass; the Trainer calls this."""
         activation_memory.enable_checkpointing(self.core, **kwargs)
 
-    gradient_checkpointing_enable = activation_checkpointing_enable  # what the Trainer calls before transformers 5.23
+    gradient_checkpointing_enable = activation_checkpointing_enable  # the name before transformers 5.23
 
     def autocast(self, wanted: bool = True) -> torch.autocast:
         device = self.device.type
         return torch.autocast(device, dtype=self.dtype, enabled=wanted and self.dtype != torch.float32)
 
     def _has_mixed_dtypes(self, named: Iterable[tuple[str, Tensor]]) -> bool:
-        """Whether a part of the trunk holds other floating-point weights than it computes in, as where it trains."""
+        """Return True if any floating-point weight has another dtype than the computation, as trained ones do."""
         held = {p.dtype for name, p in named if p.is_floating_point() and not name.startswith("post_decoder.")}
         return held != {self.dtype}
 
@@ -240,14 +248,14 @@ class Policy(nn.Module):
         )
 
     def trunk(self, batch: LiveBatch) -> TrunkStates:
-        """Vision tower, projector and language model over packed trees."""
+        """Run vision tower, projector and language model on packed trees."""
         with self.autocast(self._mixed_trunk):
             return self._trunk(batch)
 
     def vision_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
-        """Without the language model: what `trunk` gives as features, (M, V) of each image.
+        """Compute the vision features that `trunk` returns, (M, V) per image, without the language model.
 
-        Where no post decoder puts tiles together, an image is one row of pixels.
+        Without a post decoder that merges tiles, an image is one row of `pixel_values`.
         """
         image = self._encode_images(pixel_values, image_sizes)
         found = getattr(image, "vision_features", None)
@@ -257,11 +265,11 @@ class Policy(nn.Module):
         base = self.core.model
         sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
         pixels = pixel_values.to(base.get_input_embeddings().weight.dtype)
-        with self.autocast(self._mixed_vision):  # adapters of the language model do not make the tower wider
+        with self.autocast(self._mixed_vision):  # the language model's float32 adapters need no autocast here
             return base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
 
     def _image_inputs(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Vision features of each image, where the post decoder reads them, and what stands at image positions."""
+        """Return vision features per image, if the post decoder reads them, and the embeddings at image positions."""
         if batch.features is not None:
             with self.autocast(self._mixed_vision):
                 projected = self.core.model.multi_modal_projector(batch.features)
@@ -281,7 +289,7 @@ class Policy(nn.Module):
         return TrunkStates(self._packed_trunk(embeds, packed), features, batch.image_counts, packed.targets)
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
-        """Log-probability of each supervised token, (N,) float32."""
+        """Return the log-prob of each supervised token, (N,) float32."""
         with self.autocast():
             return self._forward(batch)
 
@@ -292,7 +300,7 @@ class Policy(nn.Module):
 
 
 def prediction_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:
-    """The states that lm_head turns into predictions of the targets, after the post decoder: (N, D)."""
+    """Return the hidden states after the post decoder from which lm_head predicts the targets, (N, D)."""
     states, targets = trunk.states, trunk.targets
     if post_decoder is None:
         return states[targets.tree, targets.slot]
@@ -300,22 +308,23 @@ def prediction_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> T
     if post_decoder.reads_all_positions:
         seen: Tensor = post_decoder(states, context, targets.self_attention_mask()[:, None])
         return seen[targets.tree, targets.slot]
+    # Without self-attention, only the predicting states (N, D) pass through the post decoder.
     layout = FlatLayout(targets.tree, targets.slot, (states.shape[0], states.shape[1]))
     chosen: Tensor = post_decoder(states[targets.tree, targets.slot], context, layout=layout)
     return chosen
 
 
 def token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor, compiled: bool = False) -> Tensor:
-    """log p(id | state) under a language-model head, (N,) float32, whatever the states' dtype.
+    """Compute log p(id | state) under a language-model head, (N,) float32, whatever the dtype of the states.
 
-    More targets than LOGITS_BYTES hold are taken in chunks, whose logits are computed again in the backward pass
-    instead of being kept.
+    If the logits exceed LOGITS_BYTES, targets are processed in chunks. The backward pass recomputes the logits of each
+    chunk instead of keeping them.
     """
     rows = max(1, LOGITS_BYTES // (4 * head.out_features))
     if len(ids_N) <= rows:
         return gather_log_probs(head(states_ND), ids_N, compiled)
     parts = zip(states_ND.split(rows), ids_N.split(rows), strict=True)
     chunk = lambda states, ids: gather_log_probs(head(states), ids, compiled)  # noqa: E731
-    # No dropout in it, so no generator's state needs to be fetched from the device and put back.
+    # A chunk has no dropout, so the random state need not be saved and restored, which would sync with the device.
     again = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([again(states, ids) for states, ids in parts])

@@ -1,4 +1,4 @@
-"""When a run must not go on: a number that is none, a policy that is not its reference, a first step without effect."""
+"""Checks that stop a run: non-finite weights, a policy unlike its reference, a first step without effect."""
 
 from __future__ import annotations
 
@@ -19,33 +19,37 @@ CAUSES = (
     "one does not show), or frozen tensors, where the output depends on nothing that trains. Raise learning_rate, or "
     "leave bf16 out: the same command goes on in the same folder."
 )
-# Nats a token, on average over a batch: what rounding stays far below, be it to bf16 or 8 bits. A wrong mask made one.
+# Nats per token, averaged over a batch. Rounding to bf16 or 8 bits stays far below; a wrong mask gave a gap of 1.
 MAX_GAP_EXACT, MAX_GAP = 0.01, 0.5
 
 
 @torch.no_grad()
 def count_nonfinite_tensors(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """How many trained tensors hold a number that is not finite, (); of a sharded tensor, the part held here."""
+    """Count the trained tensors that hold NaN or inf, shape (); of a sharded tensor, check only the local shard."""
     flags = [(~local_shard(p).isfinite()).any().to(device) for p in parameters if p.requires_grad]
     return torch.stack(flags).sum() if flags else torch.zeros((), dtype=torch.long, device=device)
 
 
 class SanityCheckCallback(TrainerCallback):
-    """Stops a run when the policy is not the reference before the first optimizer step that should move it, or when the
-    model is as it was after that step: the first one with a learning rate above 0.
+    """Callback that stops a run whose policy is not its reference at first, or whose first step has no effect.
 
-    The log-probs of the step's batch before and after it, both without dropout, are compared bit for bit: it is the
-    same computation, so any change of a weight that matters shows. A lower precision may round small steps away there,
-    while they add up in the trained tensors, which are float32: it is enough that those have a gradient and move. Steps
-    that are rounded away there, too, may be a warm-up's, so it looks again until the learning rate is at its height.
+    The first step is the first optimizer step with a learning rate above 0. The policy must equal the reference before
+    it, and the model must have changed after it.
 
-    Before it the reference's log-probs must be the policy's but for rounding. They come from other batches, which finds
-    what goes wrong with the layout of some; at one sample a batch, or from cached states, both are one computation.
+    The log-probs of the step's batch before and after it, both without dropout, are compared bit for bit. The
+    computation is the same, so any relevant change of a weight shows. Low precision may round small steps away in the
+    log-probs while they add up in the trained float32 tensors. Then it is enough that these have a gradient and move.
+    If even these round the step away, it may be a warm-up step: the check repeats until the learning rate peaks.
+
+    Before the step, the log-probs of reference and policy must agree up to rounding. The reference's come from other
+    batches, which reveals errors in some batch layouts. With one sample per batch, or from cached states, both are the
+    same computation.
 
     Args:
-        exact: whether nothing is rounded: neither activations nor, by quantisation, weights.
-        trunk_pass: as the policy has it.
-        compares: whether the loss compares with a reference.
+        accelerator: reduces and gathers over processes.
+        exact: True if nothing is rounded: neither activations nor, by quantisation, weights.
+        trunk_pass: the policy's trunk pass.
+        compares: True if the loss compares with a reference.
     """
 
     def __init__(self, accelerator: Any, exact: bool, trunk_pass: str, compares: bool) -> None:
@@ -58,16 +62,19 @@ class SanityCheckCallback(TrainerCallback):
         self.done = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.done = state.global_step > 0  # a resumed run has passed
+        self.done = state.global_step > 0  # a resumed run has already passed
 
     def before_step(self, model: nn.Module, batch: Any, reference: Tensor | None, optimizer: Any) -> None:
-        """Before a step: keep what the policy says on its batch.
+        """Store the policy's log-probs of a batch before the optimizer step.
 
         Args:
-            reference: what the reference says on it, (N,), where the loss has one.
+            model: the policy.
+            batch: the step's batch.
+            reference: reference log-probs of the batch's targets, (N,), if the loss has a reference.
+            optimizer: read for its learning rates.
 
         Raises:
-            RelookError: the two differ.
+            RelookError: the log-probs differ, or some are NaN or inf.
         """
         if not self.done and self.before is None and any(group["lr"] > 0 for group in optimizer.param_groups):
             self.model, self.batch = model, batch
@@ -78,7 +85,7 @@ class SanityCheckCallback(TrainerCallback):
     def _check_equals_reference(self, policy: Tensor, reference: Tensor) -> None:
         finite = torch.stack([policy.isfinite().all(), reference.isfinite().all()]).float()
         found = torch.cat([finite, (policy - reference).abs().mean().float()[None]])
-        of_all = self.accelerator.gather(found[None])  # one row for each process
+        of_all = self.accelerator.gather(found[None])  # one row per process
         if not of_all[:, :2].all():
             who = "reference" if not of_all[:, 1].all() else "policy"
             raise RelookError(
@@ -115,7 +122,7 @@ class SanityCheckCallback(TrainerCallback):
             self._require_moved(f"{after}: no step was large enough to show.")
 
     def _require_moved(self, when: str) -> None:
-        """Raise where what the model says is equal to the last bit and trained tensors, which are float32, are, too."""
+        """Raise if the log-probs are bit-identical and the trained float32 tensors have not moved either."""
         if self.exact or not self._in_any(self._moved()):
             raise RelookError(f"{self.unmoved} {when}", CAUSES)
         status(
@@ -128,18 +135,18 @@ class SanityCheckCallback(TrainerCallback):
         self.done, self.model, self.batch, self.before, self.weights = True, None, None, None, None
 
     def _in_any(self, flag: Tensor) -> bool:
-        """Whether a flag () is set in any process."""
+        """Return True if a flag, shape (), is set in any process."""
         return bool(self.accelerator.reduce(flag.long(), "sum").item())
 
     def _moved(self) -> Tensor:
-        """Whether a trained tensor has moved, by a gradient where that can be seen."""
+        """Return True if a trained tensor has moved and, where gradients are visible, one is nonzero."""
         assert self.weights is not None
         moved: Tensor = (self._sums() != self.weights).any()
         gradients = [local_shard(p.grad).any() for p in self._trained() if p.grad is not None]
-        return moved & torch.stack(gradients).any() if gradients else moved  # DeepSpeed keeps them to itself
+        return moved & torch.stack(gradients).any() if gradients else moved  # DeepSpeed hides gradients
 
     def _sums(self) -> Tensor:
-        """The sum of each trained tensor, or of the part held here, in float64: it shows if a weight moves."""
+        """Return the float64 sum of each trained tensor, or of its local shard; it reveals any moved weight."""
         return torch.stack([local_shard(p.detach()).sum(dtype=torch.float64) for p in self._trained()])
 
     def _trained(self) -> list[nn.Parameter]:

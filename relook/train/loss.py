@@ -1,7 +1,7 @@
-"""Losses: one equation, one pure function.
+"""Preference and supervised losses, with one pure function per equation.
 
-Letters: y_w and y_l are the chosen and the rejected response, x is the image and the prompt, pi the policy, pi_ref the
-reference. A *ratio* is log pi(y|x) - log pi_ref(y|x), summed over the tokens of y; everything is in nats.
+Notation: y_w and y_l are the chosen and the rejected response, x is the image and the prompt, pi the policy, pi_ref the
+reference. A *ratio* is log pi(y|x) - log pi_ref(y|x), summed over the tokens of y. All values are in nats.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from relook.recipe import LENGTH_NORMALISED, REFERENCE_FREE, Recipe
 
 
 def dpo_sigmoid(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
-    """Direct preference optimisation, eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290).
+    """Compute direct preference optimisation (DPO), eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290).
 
     Args:
         chosen_ratio: log pi(y_w|x) - log pi_ref(y_w|x), shape (pairs,), in nats.
@@ -31,12 +31,13 @@ def dpo_sigmoid(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Te
 
 
 def dpo_ipo(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
-    """Identity preference optimisation, eq. 17 of Azar et al. 2023 (arXiv:2310.12036), as TRL has it: with ratios that
-    are means over a response's tokens, so that a margin does not grow with length.
+    """Compute identity preference optimisation (IPO), eq. 17 of Azar et al. 2023 (arXiv:2310.12036).
+
+    As in TRL, ratios are means over a response's tokens, so that margins do not grow with length.
 
     Args:
         chosen_ratio, rejected_ratio: mean over tokens of the log ratios, (pairs,).
-        beta: the paper's tau; the margin that is aimed at is 1 / (2 beta).
+        beta: the paper's tau; the target margin is 1 / (2 beta).
 
     Returns:
         (chosen_ratio - rejected_ratio - 1 / (2 beta))^2, (pairs,).
@@ -45,11 +46,14 @@ def dpo_ipo(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor
 
 
 def dpo_hinge(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
-    """Hinge loss on DPO's margin: SLiC's calibration loss (Zhao et al. 2023, arXiv:2305.10425) on the normalised
-    likelihoods of RSO (Liu et al. 2023, arXiv:2309.06657).
+    """Compute the hinge loss on DPO's margin.
+
+    It is SLiC's calibration loss (Zhao et al. 2023, arXiv:2305.10425) on the normalised likelihoods of RSO (Liu et al.
+    2023, arXiv:2309.06657).
 
     Args:
         chosen_ratio, rejected_ratio: as for `dpo_sigmoid`, (pairs,).
+        beta: scale of the margin.
 
     Returns:
         max(0, 1 - beta * (chosen_ratio - rejected_ratio)), (pairs,); 1 where policy and reference agree.
@@ -58,11 +62,11 @@ def dpo_hinge(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tens
 
 
 def dpo_robust(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409): unbiased where a known share of pairs is swapped.
+    """Compute robust DPO (Chowdhury et al. 2024, arXiv:2403.00409), unbiased if a known share of pairs is swapped.
 
     Args:
-        chosen_ratio, rejected_ratio: as for `dpo_sigmoid`, (pairs,).
-        label_smoothing: that share e, from 0 to below 1/2; at 0 this is `dpo_sigmoid`.
+        chosen_ratio, rejected_ratio, beta: as for `dpo_sigmoid`; ratios have shape (pairs,).
+        label_smoothing: the share e of swapped pairs, from 0 to below 1/2; 0 gives `dpo_sigmoid`.
 
     Returns:
         ((1 - e) * L(y_w, y_l) - e * L(y_l, y_w)) / (1 - 2 e) with L of `dpo_sigmoid`, (pairs,).
@@ -73,12 +77,12 @@ def dpo_robust(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float, label_
 
 
 def simpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
-    """SimPO, eq. 6 of Meng et al. 2024 (arXiv:2405.14734): no reference, rewards are means over tokens.
+    """Compute SimPO, eq. 6 of Meng et al. 2024 (arXiv:2405.14734): no reference; rewards are means over tokens.
 
     Args:
         chosen_mean, rejected_mean: mean over tokens of log pi(y|x), (pairs,).
         beta: scale of the reward, 2 to 2.5 in the paper.
-        gamma: the margin that the chosen reward should have, in the unit of rewards.
+        gamma: target margin of the chosen reward over the rejected one, in the unit of rewards.
 
     Returns:
         -log sigmoid(beta * (chosen_mean - rejected_mean) - gamma), (pairs,).
@@ -87,9 +91,9 @@ def simpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: float)
 
 
 def orpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float) -> Tensor:
-    """The odds-ratio term of ORPO, eq. 7 of Hong et al. 2024 (arXiv:2403.07691); no reference.
+    """Compute the odds-ratio term of ORPO, eq. 7 of Hong et al. 2024 (arXiv:2403.07691); no reference.
 
-    The whole of ORPO adds the supervised term on the chosen response (eq. 6).
+    The full ORPO loss adds the supervised term on the chosen response (eq. 6).
 
     Args:
         chosen_mean, rejected_mean: mean over tokens of log pi(y|x), (pairs,); P below is exp of it.
@@ -102,17 +106,21 @@ def orpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float) -> Tensor:
 
 
 def _log_odds(log_p: Tensor) -> Tensor:
-    """log(p / (1 - p)); the odds of p = 1 in float32 are those of the next number below it."""
+    """Compute log(p / (1 - p)) from log p; p = 1 gets the finite odds of a value just below 1."""
+    # log p = 0 would make 1 - p zero and the log-odds inf.
     log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
     return log_p - torch.log(-torch.expm1(log_p))
 
 
 def mdpo_conditional(chosen_ratio: Tensor, corrupted_ratio: Tensor, beta: float) -> Tensor:
-    """Conditional preference of mDPO (Wang et al. 2024, arXiv:2406.11839): the chosen answer belongs to its image.
+    """Compute mDPO's conditional preference loss (Wang et al. 2024, arXiv:2406.11839).
+
+    It prefers the chosen answer on its own image to the same answer on a corrupted image.
 
     Args:
         chosen_ratio: as for `dpo_sigmoid`, (pairs,).
-        corrupted_ratio: the ratio of the same answer to the same prompt on a corrupted image, (pairs,).
+        corrupted_ratio: ratio of the same answer to the same prompt on a corrupted image, (pairs,).
+        beta: as for `dpo_sigmoid`.
 
     Returns:
         -log sigmoid(beta * (chosen_ratio - corrupted_ratio)), (pairs,).
@@ -121,11 +129,12 @@ def mdpo_conditional(chosen_ratio: Tensor, corrupted_ratio: Tensor, beta: float)
 
 
 def mdpo_anchored(chosen_ratio: Tensor, beta: float, anchor: float) -> Tensor:
-    """Anchored preference of mDPO (arXiv:2406.11839): the reward of the chosen answer stays above an anchor.
+    """Compute mDPO's anchored preference loss (arXiv:2406.11839), which keeps the chosen reward above an anchor.
 
     Args:
         chosen_ratio: as for `dpo_sigmoid`, (pairs,).
-        anchor: the paper's delta, in the unit of rewards; 0 there.
+        beta: as for `dpo_sigmoid`.
+        anchor: the paper's delta, in the unit of rewards; the paper uses 0.
 
     Returns:
         -log sigmoid(beta * chosen_ratio - anchor), (pairs,).
@@ -134,26 +143,27 @@ def mdpo_anchored(chosen_ratio: Tensor, beta: float, anchor: float) -> Tensor:
 
 
 def negative_log_likelihood(log_probs: Tensor, counts: Tensor | None = None) -> Tensor:
-    """The usual supervised loss: mean over tokens of -log p, shape (), in nats a token.
+    """Compute the supervised loss: the mean of -log p over tokens, shape (), in nats per token.
 
     Args:
-        log_probs: (N,).
-        counts: 1 for each token that counts, else 0, (N,); without it all of them do.
+        log_probs: log-probs of the tokens, (N,).
+        counts: 1 for each token that counts, else 0, (N,); None counts all tokens.
     """
     return -log_probs.mean() if counts is None else -(log_probs * counts).sum() / counts.sum()
 
 
 # ----------------------------------------------------------------------------------------------------
-# A recipe's loss over a batch of pairs, put together from the equations of `losses`, and the fields it logs.
+# A recipe's loss over a batch of pairs, composed of the equations above, and the fields it logs.
 
 
 def count_answer_tokens(recipe: Recipe, targets: Targets) -> Tensor | int:
-    """How many tokens the supervised loss is a mean over: all of SFT, those of the chosen answers of DPO."""
+    """Return the number of tokens in the supervised loss's mean: all for SFT, those of chosen answers for DPO."""
     return len(targets.id) if recipe.task == "sft" else _chosen_mask(recipe, targets).sum()
 
 
 def _chosen_mask(recipe: Recipe, targets: Targets) -> Tensor:
-    """Which targets belong to the chosen answers on their images, (N,) bool."""
+    """Return a mask of the targets in chosen answers on uncorrupted images, (N,) bool."""
+    # Chosen answers are the even branches; branches from 2 P on are the corrupted copies.
     return (targets.branch % 2 == 0) & (targets.branch < 2 * _pairs(recipe, targets))
 
 
@@ -169,21 +179,25 @@ def preference_loss(
     weight: Tensor,
     share: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The recipe's loss over P pairs, shape (), and the fields that are logged, each of shape ().
+    """Compute the recipe's loss over P pairs, shape (), and the logged fields, each of shape ().
 
-    A pair's branches are chosen, then rejected; with mDPO's conditional term, the P chosen answers on corrupted images
-    come after all of them.
+    A pair's branches are chosen, then rejected. With mDPO's conditional term, the P chosen answers on corrupted images
+    follow after all pairs.
 
     Args:
+        recipe: selects the loss terms and their weights.
         log_probs: policy log-probs of the targets, (N,).
-        reference: the reference model's, (N,); None where the loss has none.
+        targets: locations of the targets, with their branches.
+        reference: reference log-probs of the targets, (N,); None for a loss without reference.
         weight: 1 where the preference term counts a target, else 0, (N,).
-        share: of the supervised term, a mean over tokens, where batches differ in their number.
+        share: factor of the supervised term, a mean over tokens, for batches that differ in their number of tokens.
     """
     pairs = _pairs(recipe, targets)
+    # One summed log-prob per branch, over the tokens that the preference term counts.
     policy_sums = targets.sum_by_branch(log_probs * weight)
     with torch.no_grad():
         lengths = targets.sum_by_branch(weight)
+    # Without a reference, the "ratio" is the policy's log-prob itself.
     ratio = policy_sums
     reference_sums = None
     if reference is not None:
@@ -195,7 +209,7 @@ def preference_loss(
     if recipe.dpo_weight:
         loss = loss + recipe.dpo_weight * pair_loss(recipe, *_sides(normalised, pairs)).mean()
     if recipe.mdpo_conditional_weight:
-        corrupted = ratio[2 * pairs :]
+        corrupted = ratio[2 * pairs :]  # after the chosen and rejected branches
         conditional = mdpo_conditional(chosen, corrupted, recipe.beta)
         loss = loss + recipe.mdpo_conditional_weight * conditional.mean()
     if recipe.mdpo_anchored_weight:
@@ -205,7 +219,7 @@ def preference_loss(
     if recipe.nll_weight:
         loss = loss + share * recipe.nll_weight * nll
     with torch.no_grad():
-        # Rewards are what the loss compares; ipo's, as TRL logs them, are sums like those of its kin.
+        # Rewards are the values that the loss compares; those of ipo are sums over tokens, as TRL logs them.
         rewards = recipe.beta * (normalised if recipe.loss_type in REFERENCE_FREE else ratio)
         fields = {**_reward_metrics(rewards, pairs), **_side_means("policy_logps", policy_sums, pairs)}
         if reference_sums is not None:
@@ -215,9 +229,10 @@ def preference_loss(
 
 
 def metric_names(recipe: Recipe) -> list[str]:
-    """The fields that an evaluation of the recipe's loss has: those of a pair of one token each."""
+    """Return the names of the fields that an evaluation of the recipe's loss logs."""
     if recipe.task == "sft":
         return ["loss"]
+    # Evaluate the loss on a minimal pair, with one token per answer, and read off its fields.
     token = TokenRow((0,), (True,))
     trees = [Tree((0,), (token, token)), *([Tree((0,), (token,))] if recipe.mdpo_conditional_weight else [])]
     targets = batch_targets(trees)
@@ -227,7 +242,7 @@ def metric_names(recipe: Recipe) -> list[str]:
 
 
 def pair_loss(recipe: Recipe, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The recipe's `loss_type` on each pair, (P,), from sums or means over tokens of the log ratios or log-probs."""
+    """Compute the recipe's `loss_type` per pair, (P,), from token sums or means of log ratios or log-probs."""
     beta = recipe.beta
     if recipe.loss_type == "ipo":
         return dpo_ipo(chosen, rejected, beta)
@@ -243,7 +258,7 @@ def pair_loss(recipe: Recipe, chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def _reward_metrics(rewards: Tensor, pairs: int) -> dict[str, Tensor]:
-    """How often and how far the chosen answers are above the rejected, and above themselves on corrupted images."""
+    """Compute mean rewards, margins and accuracies of chosen answers against rejected and corrupted ones."""
     chosen, rejected = _sides(rewards, pairs)
     fields = {
         "rewards/chosen": chosen.mean(),
@@ -259,7 +274,7 @@ def _reward_metrics(rewards: Tensor, pairs: int) -> dict[str, Tensor]:
 
 
 def _sides(by_branch: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """Chosen and rejected, (P,) each, of one value for each branch."""
+    """Split one value per branch into those of chosen and of rejected answers, (P,) each."""
     return by_branch[0 : 2 * pairs : 2], by_branch[1 : 2 * pairs : 2]
 
 

@@ -1,4 +1,4 @@
-"""What a training run logs: means of its losses' fields, speeds, useful TFLOP/s and peak memory."""
+"""Metrics that a training run logs: means of loss fields, speeds, useful TFLOP/s and peak memory."""
 
 from __future__ import annotations
 
@@ -17,38 +17,41 @@ from relook.forward.collate import BatchStats
 
 
 def linear_flops(parameters: int, trained: bool, flows: bool) -> int:
-    """Useful floating-point operations of a linear layer for one position in one step: 2 a parameter for each product.
+    """Return the useful FLOPs of a linear layer for one position in one step: 2 per parameter and matrix product.
 
-    One product forward, one for the gradient of its weights where they train, one for the gradient of its input where
-    something before it trains. What is computed twice to save memory is not useful work, and products without
-    parameters (attention's scores) are left out.
+    There is one product in the forward pass, one for the weight gradient if the layer trains (`trained`), and one for
+    the input gradient if something before it trains (`flows`). Recomputation to save memory is not useful work.
+    Products without parameters (attention scores) are left out.
     """
     return 2 * parameters * (1 + trained + flows)
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Useful operations of one step: for a row of vision features, in the tower and in the projector, a token of the
-    trunk, a position of its last MLP, a state of the post decoder, and a target of lm_head."""
+    """Useful FLOPs of one training step, per unit of work in each part of the model.
+
+    The units are a row of vision features (tower and projector), a token of the trunk, a position of its last MLP, a
+    state of the post decoder, and a target of lm_head.
+    """
 
     vision_tower: int
     projector: int
-    trunk: int  # the trunk's part for each token
+    trunk: int  # per token, without the last MLP
     last_mlp: int
-    post_decoder_image: int  # the post decoder's image side, for each row of vision features
+    post_decoder_image: int  # the post decoder's image side, per row of vision features
     post_decoder: int
     lm_head: int
 
     @staticmethod
     def of(policy: Any) -> StepCosts:
-        """The linear layers of a policy in the order in which data flow through them; peft's matrices among them.
+        """Count the FLOPs of a policy's linear layers, peft's matrices included, in the order of the data flow.
 
-        Layers side by side are taken one after the other, which adds a little in the first block that trains.
+        Parallel layers are treated as sequential, which overestimates slightly in the first block that trains.
         """
         base = policy.core.model
         names = ("vision_tower", "projector", "trunk", "last_mlp", "post_decoder_image", "post_decoder", "lm_head")
         found = dict.fromkeys(names, 0)
-        # Where training reads cached states, the trunk is not there.
+        # With cached trunk states, the trunk is absent.
         parts = {
             "vision_tower": [getattr(base, "vision_tower", None)],
             "projector": [getattr(base, "multi_modal_projector", None)],
@@ -69,7 +72,7 @@ class StepCosts:
         return StepCosts(**found)
 
     def flops(self, work: BatchStats) -> float:
-        """Useful operations of one step on a batch."""
+        """Return the useful FLOPs of one step on a batch."""
         trunk = 0
         if work.live:
             trunk = self.vision_tower * work.encoded + self.projector * work.features
@@ -83,10 +86,10 @@ def _cross_keys(name: str) -> bool:
 
 
 class Meter:
-    """The fields of one log line: sums over micro-batches that stay on the device and are read once.
+    """Accumulator for one log line: sums over micro-batches that stay on the device and are read once.
 
     Args:
-        costs: of a step; without them no speeds are counted.
+        costs: FLOP costs of a step; None logs no speeds.
     """
 
     def __init__(self, costs: StepCosts | None = None) -> None:
@@ -95,20 +98,20 @@ class Meter:
 
     def reset(self) -> None:
         self.names: list[str] = []
-        self.sums: Tensor | None = None  # one for each name
-        self.first_bad_step: Tensor | None = None  # the first step whose loss is no number, -1 before
+        self.sums: Tensor | None = None  # one sum per name
+        self.first_bad_step: Tensor | None = None  # first step with a NaN or inf loss, else -1
         self.weight = 0.0
-        self.totals = [0.0, 0.0, 0.0]  # pairs, tokens, 1e12 operations
+        self.totals = [0.0, 0.0, 0.0]  # pairs, tokens, TFLOPs
         self.started: float | None = None
 
     def start(self) -> None:
-        """Work begins, if it has not yet."""
+        """Start the clock, unless it is already running."""
         if self.started is None:
             self.started = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that does not count."""
+        """Exclude the time spent inside the context from the speeds."""
         begun = time.perf_counter()
         yield
         if self.started is not None:
@@ -116,7 +119,7 @@ class Meter:
 
     @torch.no_grad()
     def add(self, fields: dict[str, Tensor], work: BatchStats, step: int, weight: float = 1.0) -> None:
-        """Take in the fields of a micro-batch, scalars of which the first is the loss."""
+        """Add the fields of a micro-batch: scalars, of which the first is the loss."""
         values = torch.stack([value.detach().float() for value in fields.values()])
         if self.sums is None or self.first_bad_step is None:
             self.names, self.sums = list(fields), torch.zeros_like(values)
@@ -134,13 +137,14 @@ class Meter:
             ]
 
     def read(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums, processes: int = 1) -> dict[str, float]:
-        """The fields' means and the speeds since the last time, over all processes; then everything starts anew.
+        """Return the means of the fields and the speeds since the last call, over all processes, and reset the meter.
 
         Args:
             reduce: sums a tensor over the processes.
+            processes: number of processes, by which TFLOP/s are divided.
 
         Raises:
-            RelookError: the loss of a step is no number.
+            RelookError: the loss of a step is NaN or inf.
         """
         if self.sums is None or self.first_bad_step is None:
             return {}
