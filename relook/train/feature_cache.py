@@ -49,7 +49,7 @@ from relook.train.cache_store import (
 # ----------------------------------------------------------------------------------------------------
 # The cache key: everything a trunk cache depends on, and how other caches in the same folder differ from it.
 
-CACHE_FORMAT = 4  # of the files, of the numbers by which `plan` cuts them, and of `as_rgb`; part of the key
+CACHE_FORMAT = 4  # part of the key; raise it when the files, the sizes that cut shards or `as_rgb` change
 INDEX_FILE = "index.json"
 
 
