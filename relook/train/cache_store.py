@@ -180,8 +180,8 @@ TENSOR_NAME = "data"  # the one tensor's name inside its file
 class ShardFolder:
     """Folder of tensors, one safetensors file each, named by content hash so that a corrupt file is detected.
 
-    `name in folder` reads and hashes the whole file, once per process. A corrupt file is removed, and the result is False. Tensors are
-    views of the memory-mapped file: pages are read on first access, and several processes share them.
+    `name in folder` reads and hashes the whole file, once per process. A corrupt file is removed, and the result is
+    False. Tensors are views of the memory-mapped file: pages are read on first access, and processes share them.
     """
 
     def __init__(self, folder: Path) -> None:
