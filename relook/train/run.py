@@ -86,8 +86,8 @@ def train_command(arguments: Sequence[str]) -> Path:
 def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | None = None) -> Path:
     """Train as the recipe says and return the output folder.
 
-    The folder holds the resolved recipe, the trained tensors with their JSON description (for a full run the whole
-    model) and `run.json` with the log. A finished run is not repeated; a killed run resumes from its last checkpoint.
+    The folder holds the resolved recipe, the trained tensors with `change.json` (for a full run the whole model)
+    and `run.json` with the log. A finished run is not repeated; a killed run resumes from its last checkpoint.
 
     Args:
         device: device of the model; None for the one that the training arguments choose.
