@@ -235,7 +235,7 @@ class Recipe:
     trunk_pass: str = "auto"  # attention of the language model over packed trees
     activation_memory_budget: float = 0.8  # share of a compiled layer's activations kept, not recomputed
     activation_offloading: float = 0.0  # share of layers whose activations are off the GPU until backward
-    of_the_model: Mapping[str, Any] = field(default_factory=dict)  # values that the model's config must have; see `relook.flags`
+    of_the_model: Mapping[str, Any] = field(default_factory=dict)  # must equal the model config's; see `relook.flags`
     training: Mapping[str, Any] = field(default_factory=dict)
     idle: Mapping[str, str] = field(default_factory=dict, compare=False)  # accepted keys without effect, and why
 
@@ -389,7 +389,7 @@ class Recipe:
 
     @property
     def encodes_images_once(self) -> bool:
-        """Return True if the trunk trains, but the features of its frozen vision tower may be computed once per image."""
+        """Return True if the trunk trains, but its frozen vision tower may run only once per image."""
         return not self.frozen_trunk and self.feature_cache != "off" and not self.mdpo_conditional_weight
 
     @property
