@@ -112,8 +112,8 @@ ALREADY: dict[str, Callable[[Any, Values], Any]] = {
 WORDS = {"feature_cache": "off", **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")}
 """Values that YAML reads as false where they are not quoted."""
 
-# transformers' keys that take effect only under a condition: its description when unmet, its test, and the keys. The test
-# sees the recipe's values over relook's defaults.
+# transformers' keys that take effect only under a condition. Each entry has the words for the unmet condition, its test
+# and the keys. The test sees the recipe's values over relook's defaults.
 DEFAULTS = {"save_strategy": "no", "logging_strategy": "steps", "report_to": "none"}
 SWITCHED: tuple[tuple[str, Callable[[Values], Any], tuple[str, ...]], ...] = (
     (
@@ -189,7 +189,7 @@ WANTED = {"eval_strategy", "eval_on_start", "load_best_model_at_end", "data_seed
 
 
 def idle_keys(said: Values) -> dict[str, str]:
-    """Find transformers' keys to which the other keys leave no effect, each with the reason."""
+    """Find the transformers keys that have no effect given the other keys, each with the reason."""
     given = {**DEFAULTS, **said}
     found: dict[str, str] = {}
     for where, on, keys in SWITCHED:
@@ -202,7 +202,7 @@ def idle_keys(said: Values) -> dict[str, str]:
 
 def refused(said: Values) -> Iterator[RecipeError]:
     """Yield an error for each group of idle keys that ask for something that would not happen."""
-    wanted = {*WANTED, *(() if "save_strategy" in said else ("save_steps",))}  # without save_strategy, transformers would save
+    wanted = {*WANTED, *(() if "save_strategy" in said else ("save_steps",))}  # transformers would save by default
     by_reason: dict[str, list[str]] = {}
     for key, where in idle_keys(said).items():
         if key in wanted:
