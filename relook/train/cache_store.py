@@ -77,7 +77,7 @@ class CachePlan:
         dtype: dtype of states and features; reference log-probs are float32.
         keep_all: True if the states of all positions are kept, not only those of the supervised ones.
         batch_positions: positions per batch of the trunk pass.
-        root: number of leading tokens that all trees share, stored once per batch.
+        root: number of leading tokens that all trees share; a batch holds them once.
     """
 
     examples: Sequence[Example]
