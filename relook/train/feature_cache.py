@@ -140,7 +140,7 @@ CACHE_DIR = "trunk_cache"  # next to the run folders
 
 @dataclass
 class TrunkCache:
-    """A filled store with its plan. The latest is kept in `current`, so runs in one process share the trunk pass.
+    """Filled store with its plan. The latest is kept in `current`, so runs in one process share the trunk pass.
 
     Args:
         key: hash of everything that determines the trunk's output (see `cache_inputs`).
@@ -385,6 +385,7 @@ def compute_trunk_states(
             if path in waiting:
                 waiting.remove(path)
                 made[FEATURES].append(one.to(plan.dtype))
+    # Batches are concatenated in order, so rows follow `plan.rows`.
     return {part: torch.cat(tensors) for part, tensors in made.items()}
 
 
