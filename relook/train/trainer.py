@@ -69,6 +69,7 @@ class ModalityLengthSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         size, whole, rest = self.batch_size * self.batches, [], []
+        # Cut each modality into whole steps; collect what is left over.
         for wanted in (True, False):
             members = [i for i, image in enumerate(self.has_image) if image == wanted]
             members = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
@@ -86,6 +87,7 @@ class ModalityLengthSampler(Sampler[int]):
         count = len(order) // self.batch_size
         if count * self.batch_size < len(order):  # the incomplete last step of an epoch
             return order
+        # Each round gives every batch one sample. Odd rounds run backwards, so that token counts even out.
         rounds = [order[start : start + count] for start in range(0, len(order), count)]
         turned = [members if i % 2 == 0 else members[::-1] for i, members in enumerate(rounds)]
         return [members[batch] for batch in range(count) for members in turned]
