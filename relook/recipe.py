@@ -306,7 +306,8 @@ class Recipe:
         plain = {item.name: item.default for item in dataclasses.fields(self)} | {"post_decoder": {}}
         dpo = self.dpo_weight > 0
         recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
-        elsewhere = [key for key in ("fsdp", "deepspeed", "use_cpu") if self.training.get(key)]  # else see `resolve_trunk_pass`
+        # `resolve_trunk_pass` checks the cases that depend on the machine.
+        elsewhere = [key for key in ("fsdp", "deepspeed", "use_cpu") if self.training.get(key)]
         for idle, where, keys in (
             (self.task != "dpo", "without task dpo", DPO_KEYS),
             (bool(self.pairs_path), "beside pairs_path", HADPO_KEYS),
