@@ -1,7 +1,7 @@
-"""Flags of HA-DPO's and LLaVA's command lines, and of transformers', that are no settings of a relook run.
+"""Flags from the command lines of HA-DPO, LLaVA and transformers that are not settings of a relook run.
 
-A flag that changes nothing, in a command that was pasted or because what it is about is switched off, is taken, and the
-run says so. One that asks for what does not happen is an error that says what to use.
+A flag without effect is accepted, and the run reports it. Such flags come from pasted commands, or their feature is
+switched off. A flag that asks for something that would not happen is an error that says what to use instead.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from relook.errors import RecipeError, preview
 
 Values = Mapping[str, Any]
 
-# Other names of keys: transformers' before version 5, and HA-DPO's.
+# Old names of keys: those of transformers before version 5, and of HA-DPO.
 RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "optimizer_type": "optim"}
 
 _SCORES = "relook logs its own fields over the held-out pairs"
 _SAME_LOGITS = "relook computes logits at the answers only"
 _SAME_PRECISION = "held-out pairs are measured in the precision of training"
-# Flags without effect, whatever they say, and why.
+# Flags without effect, whatever their value, and why.
 PASSED = {
     # LLaVA's and HA-DPO's
     "lazy_preprocess": "images are read when they are needed",
@@ -46,7 +46,7 @@ PASSED = {
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), _SAME_PRECISION),
 }
 
-# What the model's config says (`formats.llava_settings`); a recipe may say so, and is refused where they differ.
+# Keys of the model's config (`relook.model.checkpoint.llava_settings`). A recipe may repeat them, but not change them.
 OF_THE_MODEL = {
     "mm_vision_select_layer": "int",
     "mm_vision_select_feature": "str",
@@ -66,7 +66,7 @@ INSTEAD = {
     "max_prompt_length": "Use model_max_length: it bounds the whole row, and nothing is cut.",
     "max_length": "Use model_max_length: it bounds the whole row, and nothing is cut.",
     "logging_dir": "transformers reads it from TENSORBOARD_LOGGING_DIR in the environment.",
-    # transformers', without effect on relook's trainer
+    # transformers' keys without effect on relook's trainer
     "label_smoothing_factor": "Use loss_type robust and label_smoothing.",
     "average_tokens_across_devices": "A mean over tokens is one over those of all processes; leave it out.",
     "resume_from_checkpoint": "A run that is started again goes on from its last checkpoint; leave it out.",
@@ -86,7 +86,7 @@ INSTEAD = {
     ),
 }
 
-# Of those, what says only what is so anyway: a test of the value, given all values.
+# Keys of INSTEAD that are harmless if they only state what holds anyway: a test of the value, given all values.
 _REGIMES = ("lora_enable", "tune_post_decoder", "tune_lm_head")
 ALREADY: dict[str, Callable[[Any, Values], Any]] = {
     **dict.fromkeys(
@@ -112,8 +112,8 @@ ALREADY: dict[str, Callable[[Any, Values], Any]] = {
 WORDS = {"feature_cache": "off", **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")}
 """Values that YAML reads as false where they are not quoted."""
 
-# transformers' keys that another one switches on: what is missing, whether it is there, and the keys. A recipe's values
-# are looked at with relook's defaults under them.
+# transformers' keys that take effect only under a condition. Each entry has the words for the unmet condition, its test
+# and the keys. The test sees the recipe's values over relook's defaults.
 DEFAULTS = {"save_strategy": "no", "logging_strategy": "steps", "report_to": "none"}
 SWITCHED: tuple[tuple[str, Callable[[Values], Any], tuple[str, ...]], ...] = (
     (
@@ -179,17 +179,17 @@ SWITCHED: tuple[tuple[str, Callable[[Values], Any], tuple[str, ...]], ...] = (
         ("data_seed",),
     ),
 )
-# Of those, the ones whose false says what is so anyway.
+# Keys of SWITCHED for which false states what holds anyway.
 OFF = {
     *("eval_on_start", "load_best_model_at_end", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
     *("dataloader_persistent_workers", "gradient_checkpointing", "activation_checkpointing"),
 }
-# And the ones that ask for what would not happen; the others say only how.
+# Keys of SWITCHED that ask for something that would not happen; the others only say how something happens.
 WANTED = {"eval_strategy", "eval_on_start", "load_best_model_at_end", "data_seed"}
 
 
 def idle_keys(said: Values) -> dict[str, str]:
-    """Find the keys of transformers that the other keys leave without effect, and where that is."""
+    """Find the transformers keys that have no effect given the other keys, each with the reason."""
     given = {**DEFAULTS, **said}
     found: dict[str, str] = {}
     for where, on, keys in SWITCHED:
@@ -201,8 +201,8 @@ def idle_keys(said: Values) -> dict[str, str]:
 
 
 def refused(said: Values) -> Iterator[RecipeError]:
-    """Yield an error for the idle keys that ask for what would not happen."""
-    wanted = {*WANTED, *(() if "save_strategy" in said else ("save_steps",))}  # transformers' default is to save
+    """Yield an error for each group of idle keys that ask for something that would not happen."""
+    wanted = {*WANTED, *(() if "save_strategy" in said else ("save_steps",))}  # transformers would save by default
     by_reason: dict[str, list[str]] = {}
     for key, where in idle_keys(said).items():
         if key in wanted:
@@ -212,10 +212,10 @@ def refused(said: Values) -> Iterator[RecipeError]:
 
 
 def renamed(values: Values) -> dict[str, Any]:
-    """Put values under today's names.
+    """Rename old keys to their current names.
 
     Raises:
-        RecipeError: a key stands there under both its names with different values, or a share of the steps is none.
+        RecipeError: a key is given under both names with different values, or warmup_ratio is not a share.
     """
     new = {key: value for key, value in values.items() if key not in RENAMED}
     for key, name in RENAMED.items():
@@ -224,7 +224,7 @@ def renamed(values: Values) -> dict[str, Any]:
         value = values[key]
         if key == "warmup_ratio" and not _is_share(value):
             raise RecipeError(f"warmup_ratio is {value!r}, not a share of the steps.", "Give 0 to below 1.")
-        if (new.get(name) or value) != value:  # of warmup_steps 0 transformers takes warmup_ratio
+        if (new.get(name) or value) != value:  # with warmup_steps 0, transformers uses warmup_ratio
             raise RecipeError(f"{key} is {value!r}, {name} is {new[name]!r}: one setting.", "Leave one of them out.")
         new[name] = value
     return new
@@ -238,7 +238,15 @@ def _is_share(value: Any) -> bool:
 
 
 def check_model_settings(said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise a RecipeError where a recipe says another thing of the model than its config does."""
+    """Check that a recipe's model settings agree with the model's config.
+
+    Args:
+        said: settings in the recipe, by key.
+        found: settings in the model's config, by key.
+
+    Raises:
+        RecipeError: a setting differs.
+    """
     for key, value in said.items():
         if value != found[key]:
             raise RecipeError(

@@ -1,4 +1,4 @@
-"""Recipes: typed, validated, frozen descriptions of a training run. A YAML file is data; keys are checked by name."""
+"""Recipes: typed, validated, immutable descriptions of a training run, read from YAML and checked key by key."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ from relook.flags import ALREADY, INSTEAD, OF_THE_MODEL, PASSED, WORDS, idle_key
 from relook.model.post_decoder import PostDecoderSettings
 
 # ----------------------------------------------------------------------------------------------------
-# Keys and their values, wherever they stand: in YAML files, ones that ship with relook too, and on a command line.
+# Keys and values from YAML files, including those that ship with relook, and from the command line.
 
 
 def read_yaml_or_shipped(name: str, kind: str) -> dict[str, Any]:
-    """The keys of a YAML file, or of one that ships with relook.
+    """Read the keys of a YAML file, or of one that ships with relook.
 
     Args:
+        name: path of the file, or name of a shipped one.
         kind: "recipe" or "sweep".
+
+    Raises:
+        RecipeError: there is no such file, or it is not a YAML mapping.
     """
     path = Path(name)
     known = shipped_names(kind)
-    if path.is_file():  # a run's folder may be called as its recipe
+    if path.is_file():  # is_file, since a run folder may have the same name as its recipe
         text = read_text(path)
     elif name in known:
         text = (resources.files("relook") / f"{kind}s" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -49,16 +53,16 @@ def read_yaml_or_shipped(name: str, kind: str) -> dict[str, Any]:
 
 
 def shipped_names(kind: str) -> list[str]:
-    """Names of the recipes or sweeps that ship with relook."""
+    """List the names of the recipes or sweeps that ship with relook."""
     folder = resources.files("relook") / f"{kind}s"
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read `--key value` and `--key=value` pairs, values as YAML (`_value`).
+    """Parse `--key value` and `--key=value` pairs, with values as YAML (`_value`).
 
     Raises:
-        RecipeError: all words that are neither, and all keys without a value.
+        RecipeError: words that are neither, and keys without a value, all in one error.
     """
     overrides, faults = read_overrides(arguments)
     faults.check()
@@ -66,7 +70,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def read_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], Faults]:
-    """As `parse_overrides`, with the faults beside what could be read."""
+    """Parse pairs as `parse_overrides` does, but return the faults along with what could be read."""
     overrides: dict[str, Any] = {}
     faults = Faults()
     rest = list(arguments)
@@ -85,7 +89,7 @@ def read_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], Faults]:
 
 
 def _value(text: str) -> Any:
-    """As YAML reads it; but as it stands what that would change without being asked to: paths such as `a #2`, 0123."""
+    """Parse a value as YAML, but keep the text if YAML would silently change it: paths such as `a #2`, or 0123."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -139,11 +143,11 @@ CHOICES = {
     "quant_type": ("nf4", "fp4"),
     "lora_bias": ("none", "lora_only", "all"),
 }
-REFERENCE_FREE = ("simpo", "orpo")  # losses that compare with no reference model
-LENGTH_NORMALISED = ("ipo", *REFERENCE_FREE)  # losses of means over a response's tokens, not of sums
+REFERENCE_FREE = ("simpo", "orpo")  # losses without a reference model
+LENGTH_NORMALISED = ("ipo", *REFERENCE_FREE)  # losses of the mean over a response's tokens, not the sum
 MDPO_WEIGHTS = ("mdpo_conditional_weight", "mdpo_anchored_weight")
 WEIGHTS = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
-# Bounds of numbers that libraries find out late, or never: torch looks at the first of several learning rates alone.
+# Bounds that libraries check late or never: torch checks only the first of several learning rates.
 BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         (
@@ -170,39 +174,39 @@ KEPT_KEYS = ("activation_memory_budget", "activation_offloading")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. Keys not listed here are transformers' TrainingArguments and live in `training`.
+    """Description of one training run. Other keys are those of transformers' TrainingArguments, kept in `training`.
 
-    Names follow HA-DPO's and LLaVA's command lines where those have one.
+    Names follow the command lines of HA-DPO and LLaVA where those have one.
     """
 
     task: str
     model_name_or_path: str
     output_dir: str
-    adapter_name_or_path: str = ""  # a change that lies on the model before training, e.g. an SFT LoRA; it is merged
-    vision_tower: str = ""  # of a liuhaotian model: its tower's folder; empty: the one that its config names
-    bits: int = 16  # 8 and 4: the language model's linear layers are quantised (QLoRA)
+    adapter_name_or_path: str = ""  # an adapter that is merged into the model before training, e.g. an SFT LoRA
+    vision_tower: str = ""  # folder of a liuhaotian model's vision tower; empty: the one its config names
+    bits: int = 16  # 8 or 4: quantise the language model's linear layers (QLoRA)
     double_quant: bool = True
     quant_type: str = "nf4"
     # Data. DPO reads HA-DPO's files over Visual Genome or a parquet file, SFT reads LLaVA's conversations.
     vg_path: str = ""
     desc_data_path: str = ""
     pope_data_path: str = ""
-    pairs_path: str = ""  # TRL's, RLHF-V's or RLAIF-V's columns
+    pairs_path: str = ""  # with the columns of TRL, RLHF-V or RLAIF-V
     data_path: str = ""
     image_folder: str = ""
     on_bad: str = "drop"
     version: str = ""  # conversation template; empty: the model's own
-    image_aspect_ratio: str = ""  # empty: as the model's config says
+    image_aspect_ratio: str = ""  # empty: as in the model's config
     model_max_length: int = 2048
-    group_by_modality_length: bool = False  # steps with images apart from those without, batches of even length
+    group_by_modality_length: bool = False  # separate steps with and without images, batches of even length
     conversations_per_tree: int = 16  # SFT: how many conversations on one image share its prefix
-    eval_fraction: float = 0.0  # of the images: held out, for the loss on them
-    # What trains. With none of them, the projector and the language model (full).
+    eval_fraction: float = 0.0  # share of the images held out to measure the loss
+    # What trains. If none is set, the projector and the language model train (full).
     lora_enable: bool = False
     lora_r: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.0
-    lora_target_modules: Any = ALL_LINEAR  # or names of linear layers of the language model: [q_proj, v_proj]
+    lora_target_modules: Any = ALL_LINEAR  # or a list of the language model's linear layers: [q_proj, v_proj]
     lora_bias: str = "none"
     use_dora: bool = False
     use_rslora: bool = False
@@ -215,30 +219,30 @@ class Recipe:
     post_decoder_lr: float | None = None
     lm_head_lr: float | None = None
     mm_projector_lr: float | None = None
-    # Loss, under TRL's names where it has one
+    # Loss, with TRL's names where TRL has one
     loss_type: str = "sigmoid"
     beta: float = 0.1
-    label_smoothing: float = 0.0  # robust: the share of pairs that are swapped
+    label_smoothing: float = 0.0  # robust: the share of pairs with swapped labels
     simpo_gamma: float = 0.5  # simpo: the margin between the rewards
-    dpo_weight: float = 1.0  # of loss_type
-    nll_weight: float = 0.0  # of the supervised term on the chosen response
-    mdpo_conditional_weight: float = 0.0  # of the chosen response on its image against a corrupted one
-    mdpo_anchored_weight: float = 0.0  # of the chosen reward against mdpo_anchor
+    dpo_weight: float = 1.0  # weight of the loss_type term
+    nll_weight: float = 0.0  # weight of the supervised term on the chosen response
+    mdpo_conditional_weight: float = 0.0  # weight of the chosen response on its image vs a corrupted one
+    mdpo_anchored_weight: float = 0.0  # weight of the chosen reward vs mdpo_anchor
     mdpo_anchor: float = 0.0
     dpo_tokens: str = "all"
     feature_cache: str = "auto"
-    feature_cache_dir: str = ""  # of feature_cache disk; empty: trunk_cache beside output_dir
-    trunk_pass: str = "auto"  # how the language model reads packed trees
-    activation_memory_budget: float = 0.8  # share of a compiled layer's activations that is kept, not computed again
-    activation_offloading: float = 0.0  # share of the layers whose activations leave the GPU until the backward pass
-    of_the_model: Mapping[str, Any] = field(default_factory=dict)  # what its config must say; see `flags`
+    feature_cache_dir: str = ""  # for feature_cache disk; empty: trunk_cache next to output_dir
+    trunk_pass: str = "auto"  # attention of the language model over packed trees
+    activation_memory_budget: float = 0.8  # share of a compiled layer's activations kept, not recomputed
+    activation_offloading: float = 0.0  # share of layers whose activations are off the GPU until backward
+    of_the_model: Mapping[str, Any] = field(default_factory=dict)  # must equal the model config's; see `relook.flags`
     training: Mapping[str, Any] = field(default_factory=dict)
-    idle: Mapping[str, str] = field(default_factory=dict, compare=False)  # keys without effect that were taken, and why
+    idle: Mapping[str, str] = field(default_factory=dict, compare=False)  # accepted keys without effect, and why
 
     def __post_init__(self) -> None:
         faults = Faults()
         faults.errors += self._choices()
-        if not faults.errors:  # what other keys have no effect depends on them
+        if not faults.errors:  # which other keys have an effect depends on these
             faults.errors += refused(self._context)
             unused = idle_keys(self._context)
             object.__setattr__(self, "training", {k: v for k, v in self.training.items() if k not in unused})
@@ -298,11 +302,12 @@ class Recipe:
             )
 
     def _unused(self) -> Iterator[RecipeError]:
-        """A key must say nothing but its default where nothing reads it: it would be ignored."""
+        """Yield an error for keys that differ from their default where nothing reads them and they would be ignored."""
         plain = {item.name: item.default for item in dataclasses.fields(self)} | {"post_decoder": {}}
         dpo = self.dpo_weight > 0
         recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
-        elsewhere = [key for key in ("fsdp", "deepspeed", "use_cpu") if self.training.get(key)]  # else see `resolve`
+        # `resolve_trunk_pass` checks the cases that depend on the machine.
+        elsewhere = [key for key in ("fsdp", "deepspeed", "use_cpu") if self.training.get(key)]
         for idle, where, keys in (
             (self.task != "dpo", "without task dpo", DPO_KEYS),
             (bool(self.pairs_path), "beside pairs_path", HADPO_KEYS),
@@ -335,7 +340,7 @@ class Recipe:
                 ("dpo_tokens",),
             ),
         ):
-            # A learning rate of 0 (as in HA-DPO's command) says of what does not train that it does not.
+            # A learning rate of 0 (as in HA-DPO's command) is fine for a part that does not train.
             allowed = {key: (plain[key], 0) if key.endswith("_lr") else (plain[key],) for key in keys}
             found = [key for key in keys if getattr(self, key) not in allowed[key]]
             if idle and found:
@@ -348,7 +353,7 @@ class Recipe:
             )
 
     def _loss(self) -> Iterator[RecipeError]:
-        """Values that fit, and fit together."""
+        """Yield an error for loss settings that are out of range or do not fit together."""
         if self.beta <= 0:
             yield RecipeError(f"beta is {self.beta}, but must be above 0.", "Use dpo_weight 0 to train without DPO.")
         if not 0 <= self.label_smoothing < 0.5:
@@ -370,38 +375,41 @@ class Recipe:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with the log-probs of a reference model."""
+        """Return True if the loss needs the log-probs of a reference model."""
         return self.task == "dpo" and self.loss_type not in REFERENCE_FREE
 
     @property
     def full(self) -> bool:
-        """Projector and language model train, as in LLaVA's second stage."""
+        """Return True if the projector and the language model train, as in LLaVA's second stage."""
         return not (self.lora_enable or self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter)
 
     @property
     def cached_trunk(self) -> bool:
-        """Training reads cached trunk states, and the trunk itself is needed only to fill the cache."""
+        """Return True if training reads cached trunk states, so that the trunk is needed only to fill the cache."""
         return self.frozen_trunk and self.feature_cache != "off"
 
     @property
     def encodes_images_once(self) -> bool:
-        """The trunk trains, and what its frozen vision tower says of each image may be computed once."""
+        """Return True if the trunk trains, but its frozen vision tower may run only once per image."""
         return not self.frozen_trunk and self.feature_cache != "off" and not self.mdpo_conditional_weight
 
     @property
     def frozen_trunk(self) -> bool:
-        """Nothing before the post decoder trains, so the trunk's states may be computed once."""
+        """Return True if nothing before the post decoder trains, so that trunk states may be computed once."""
         return not (self.full or self.lora_enable or self.tune_mm_mlp_adapter)
 
     @property
     def explicit_keys(self) -> dict[str, Any]:
-        """transformers' keys, and relook's that switch some of them on."""
+        """Return transformers' keys, with the relook keys that switch some of them on."""
         names = ("eval_fraction", "group_by_modality_length", "cached_trunk")
         return {**self.training, **{name: getattr(self, name) for name in names}}
 
     @property
     def _context(self) -> dict[str, Any]:
-        """The same, with workers: how many there are by default depends on the device, known when a run begins."""
+        """Return `explicit_keys` with a default for the workers.
+
+        Their real default number depends on the device, which is known only when a run begins.
+        """
         return {"dataloader_num_workers": not self.cached_trunk, **self.explicit_keys}
 
     def to_yaml(self) -> str:
@@ -421,19 +429,23 @@ def _training_keys() -> dict[str, Any]:
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe from a YAML file or by the name of one that ships with relook, with some keys replaced.
+    """Load a recipe from a YAML file, or a shipped one by name, with some keys overridden.
+
+    Args:
+        name: path of the file, or name of a shipped recipe.
+        overrides: values that replace those of the file, by key.
 
     Raises:
-        RecipeError: no such recipe, not YAML, an unknown key, or a value that does not fit.
+        RecipeError: no such recipe, invalid YAML, an unknown key, or an invalid value.
     """
     return build_recipe({**renamed(read_yaml_or_shipped(name, "recipe")), **renamed(overrides or {})})
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
-    """Make a recipe from flat keys; `a.b` reaches into the mapping `a`.
+    """Build a recipe from flat keys; `a.b` sets key `b` of the mapping `a`.
 
     Raises:
-        RecipeError: all that is wrong with keys and values, unknown keys too.
+        RecipeError: everything that is wrong with keys and values, including unknown keys, in one error.
     """
     keys = sort_keys(values)
     own = keys.own
@@ -441,7 +453,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     if missing:
         what = f"The recipe sets no {', '.join(missing)}."
         keys.faults.errors.append(RecipeError(what, f"Give it in the recipe or as --{missing[0]}."))
-        if "task" in missing:  # all else depends on it
+        if "task" in missing:  # everything else depends on it
             keys.faults.check()
     nested = {name: getattr(keys, name) for name in ("post_decoder", "of_the_model", "training", "idle")}
     with keys.faults:
@@ -452,7 +464,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
 
 @dataclass
 class Keys:
-    """A recipe's flat keys by where they belong, and the faults of those that belong nowhere."""
+    """Flat recipe keys, sorted by the field they belong to, with the faults of the invalid ones."""
 
     own: dict[str, Any] = field(default_factory=dict)
     post_decoder: dict[str, Any] = field(default_factory=dict)
@@ -463,7 +475,7 @@ class Keys:
 
 
 def sort_keys(values: Mapping[str, Any]) -> Keys:
-    """Sort a recipe's flat keys, and check the type of each value."""
+    """Sort a recipe's flat keys by the field they belong to, and check the type of each value."""
     nested = ("training", "of_the_model", "post_decoder", "idle")
     own = {item.name: item.type for item in dataclasses.fields(Recipe) if item.name not in nested}
     training_keys = _training_keys()
@@ -488,7 +500,7 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
             elif key in OF_THE_MODEL:
                 keys.of_the_model[key] = coerce(key, value, OF_THE_MODEL[key])
             elif key in training_keys:
-                # transformers declares fsdp as a string, and asks for true.
+                # transformers declares fsdp as a string, but expects true.
                 keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])
             else:
                 close = difflib.get_close_matches(str(key), [*own, "post_decoder", *training_keys], 1)

@@ -1,7 +1,7 @@
-"""`relook sweep`: many training runs on one base and one trunk cache, POPE (and CHAIR) of each, one table.
+"""`relook sweep`: many training runs on one base and one trunk cache, POPE (and CHAIR) for each, and one table.
 
-A row is a recipe with some keys replaced. Each has a run folder and an evaluation folder of its own, so the same
-command goes on after Ctrl-C or a kill, and a finished row is not run again.
+A row is a recipe with some keys replaced. Each row has its own run folder and evaluation folder. After Ctrl-C or a
+kill the same command therefore resumes the sweep, and finished rows are not repeated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from relook.train.run import (
     training_arguments,
 )
 
-# What the examples of a row depend on, besides the base.
+# Recipe keys that a row's examples depend on, in addition to the base.
 DATA_KEYS = (
     *("task", "vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder", "on_bad"),
     *("image_aspect_ratio", "model_max_length", "conversations_per_tree"),
@@ -50,7 +50,7 @@ CHAIR_RATES = ("chair_i", "chair_s", "recall", "length")
 
 
 def sweep_command(arguments: Sequence[str]) -> Path:
-    """`relook sweep FILE [--key value ...]`; returns the report's path."""
+    """Run `relook sweep FILE [--key value ...]` and return the path of the report."""
     name, *keys = arguments
     values = read_yaml_or_shipped(name, "sweep")
     for key, value in parse_overrides(keys).items():
@@ -63,10 +63,11 @@ def sweep_command(arguments: Sequence[str]) -> Path:
 
 
 def run_sweep(values: Mapping[str, Any]) -> Path:
-    """Carry out a sweep, or what is left of it; returns the report's path.
+    """Run a sweep, or the rest of an unfinished one, and return the path of the report.
 
     Raises:
-        RelookError: anything wrong with a row, the data or the output folder, before anything runs.
+        RelookError: anything wrong with a row, the data or the output folder, before anything runs. Also raised if no
+            row could be trained.
     """
     sweep = build_sweep(values)
     with sole_writer(sweep.out):
@@ -97,7 +98,7 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
             status(f"{row.name} ({number} of {len(waiting)})", style="bold")
             try:
                 run = train(row.recipe, sweep.loading.device or None, encoded[_data_key(row)])
-            except RelookError as error:  # a rate that is too high must not cost the other rows
+            except RelookError as error:  # e.g. a learning rate that is too high; the other rows still run
                 failed[row.name] = str(error)
                 status(f"  {row.name} failed: {error}", style="red")
                 continue
@@ -115,9 +116,9 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
 
 
 def claim_sweep_dir(sweep: Sweep, values: Mapping[str, Any]) -> None:
-    """Take the output folder; each row takes its run folder, so that one of another recipe is refused now."""
+    """Claim the output folder and each row's run folder, so that runs of other recipes are refused up front."""
     held = sweep.out / SWEEP_FILE
-    is_free(sweep.out, SWEEP_FILE, "output_dir")  # a sweep may go on there, with rows more or fewer
+    is_free(sweep.out, SWEEP_FILE, "output_dir")  # an existing sweep may resume there, with rows added or removed
     faults, lost = Faults(), dict[str, RelookError]()
     for row in sweep.rows:
         with faults:
@@ -155,17 +156,17 @@ def _data_key(row: SweepRow) -> tuple[Any, ...]:
 
 
 def _execution_order(row: SweepRow) -> tuple[Any, ...]:
-    """Rows that share trunk states follow each other, those that need the vision features, too, first."""
+    """Return a sort key that puts rows with the same trunk states together, those with vision features first."""
     recipe = row.recipe
     attention = recipe.post_decoder.get("attention", "cross") if recipe.tune_post_decoder else "none"
     return (not recipe.frozen_trunk, attention == "self_cross", str(_data_key(row)), attention == "none")
 
 
 def read(rows: Sequence[SweepRow]) -> dict[tuple[Any, ...], Samples]:
-    """Read every distinct set of data among the rows, and look whether each row's run would learn from it.
+    """Read each distinct dataset of the rows, and check that each row has a step with a learning rate above 0.
 
     Raises:
-        RelookError: all files that cannot be read, and rows of which no step has a learning rate above 0.
+        RelookError: all files that cannot be read, and all rows without a step with a learning rate above 0.
     """
     samples: dict[tuple[Any, ...], Samples] = {}
     faults = Faults()
@@ -182,7 +183,7 @@ def read(rows: Sequence[SweepRow]) -> dict[tuple[Any, ...], Samples]:
 def encode_datasets(
     rows: Sequence[SweepRow], samples: Mapping[tuple[Any, ...], Samples], engine: CachedPope
 ) -> dict[tuple[Any, ...], EncodedSamples]:
-    """The examples of every distinct set of data among the rows."""
+    """Encode each distinct dataset of the rows."""
     found: dict[tuple[Any, ...], EncodedSamples] = {}
     for row in rows:
         if _data_key(row) not in found:
@@ -193,7 +194,7 @@ def encode_datasets(
 
 
 def evaluate_row(sweep: Sweep, name: str, model: Path, engine: CachedPope) -> None:
-    """POPE, and CHAIR where it is wanted, of one model; what is there already is not asked again."""
+    """Evaluate one model on POPE, and on CHAIR if the sweep asks for it; existing results are kept."""
     out = sweep.answers(name)
     claim_answers(sweep, name, model)
     if not (out / "pope.json").exists():
@@ -206,7 +207,7 @@ def evaluate_row(sweep: Sweep, name: str, model: Path, engine: CachedPope) -> No
 
 
 def collect_results(sweep: Sweep, finished: Sequence[SweepRow]) -> dict[str, Any]:
-    """What `results.json` says of the finished rows, from their files."""
+    """Collect the contents of `results.json` from the files of the finished rows."""
     data, base_folder = Path(sweep.data), sweep.answers(BASE)
     base_first = read_records(base_folder / FIRST_FILE)
     rows = []
@@ -273,7 +274,7 @@ LOSSES = {
 
 
 def objective_name(recipe: Recipe) -> str:
-    """The objective, as tables call it."""
+    """Return the name of the training objective for tables."""
     if recipe.task == "sft":
         return "SFT"
     parts = {
@@ -288,7 +289,7 @@ def objective_name(recipe: Recipe) -> str:
 
 
 def regime_name(recipe: Recipe) -> str:
-    """What trained."""
+    """Return the names of the trained parts, joined by plus signs."""
     parts = {
         "LoRA": recipe.lora_enable,
         "post decoder": recipe.tune_post_decoder,
@@ -300,7 +301,7 @@ def regime_name(recipe: Recipe) -> str:
 
 
 def aggregate_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over rows that differ in the seed alone."""
+    """Compute mean and sample standard deviation over rows that differ only in the seed."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["variant"], []).append(row)
@@ -323,7 +324,7 @@ def aggregate_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _mean_and_std(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Of a rate over seeds; None where one of them has none."""
+    """Compute a rate's mean and sample standard deviation over seeds; None if any seed has no value."""
     defined = [value for value in values if value is not None]
     if len(defined) < len(values):
         return {"mean": None, "sd": None}

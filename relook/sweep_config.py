@@ -1,6 +1,6 @@
-"""Sweep files: a recipe, keys that hold for every row, and the rows as a list, a grid or both.
+"""Sweep files: a recipe, keys shared by every row, and the rows as a list, a grid or both.
 
-Everything about every row is checked here, before anything runs.
+Every row is checked completely here, before anything runs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from relook.model.load import LoadOptions, folder_template, parse_dtype
 from relook.recipe import Recipe, coerce, load_recipe
 
 SWEEP_FILE = "sweep.yaml"
-BASE = "base"  # how the base is called among the rows
-SHARED = ("model_name_or_path", "vision_tower", "version")  # what the base's answers depend on
+BASE = "base"  # name of the base model among the rows
+SHARED = ("model_name_or_path", "vision_tower", "version")  # keys that the base model's answers depend on
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class SweepRow:
     """One run of a sweep.
 
     Args:
-        name: of its folders.
-        variant: the same without the seed: rows that share it are averaged.
-        keys: what sets it apart, by recipe key.
+        name: name of its folders.
+        variant: the name without the seed; rows with the same variant are averaged.
+        keys: the row's own values, by recipe key.
+        recipe: the complete recipe of the run.
     """
 
     name: str
@@ -42,15 +43,16 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file's own keys; all others are a recipe's, and hold for every row.
+    """Settings of a sweep file; all its other keys are recipe keys that apply to every row.
 
     Args:
         data: folder with pope/, val2014/ and, for CHAIR, annotations/.
         output_dir: folder of the sweep.
-        chair: describe the images, too.
-        dtype: of the models that answer.
-        batch_size: prompts a batch where answers are generated.
-        max_new_tokens: longest description, and longest of POPE's answers where that is below 64.
+        rows: the runs.
+        chair: run CHAIR too, which has the models describe images.
+        dtype: dtype of the models in evaluation.
+        batch_size: prompts per batch when generating answers.
+        max_new_tokens: maximum length of descriptions, and of POPE answers if it is below 64.
     """
 
     data: str
@@ -80,7 +82,7 @@ class Sweep:
         return self.rows[0].recipe.version or folder_template(self.base)
 
     def loading_of(self, name: str) -> LoadOptions:
-        """How a row comes into memory: a run names its vision tower itself."""
+        """Return the load options of a row or of the base; a run names its vision tower itself."""
         return self.loading if name == BASE else dataclasses.replace(self.loading, vision_tower=None)
 
     def answers(self, name: str) -> Path:
@@ -91,10 +93,10 @@ OWN = {item.name: item.type for item in dataclasses.fields(Sweep) if item.name !
 
 
 def build_sweep(values: Mapping[str, Any]) -> Sweep:
-    """A sweep from a file's keys: every row of `rows` with every combination of `grid`.
+    """Build a sweep from a file's keys: every row of `rows` with every combination of `grid`.
 
     Raises:
-        RecipeError: a key or value of any row that does not fit, rows of the same name, or rows with different bases.
+        RecipeError: an invalid key or value in any row, rows with the same name, or rows with different bases.
     """
     missing = [key for key in ("recipe", "output_dir", "data") if not values.get(key)]
     if missing:
@@ -137,7 +139,7 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
 
 
 def expand(rows: Any, grid: Any) -> list[dict[str, Any]]:
-    """Combine every row with every combination of the grid's values, the last key of the grid running fastest."""
+    """Combine every row with every combination of the grid's values; the grid's last key varies fastest."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RecipeError("rows must be a list of mappings.", "Write rows: [{key: value, ...}, ...].")
     if not isinstance(grid, dict):
@@ -162,9 +164,12 @@ def expand(rows: Any, grid: Any) -> list[dict[str, Any]]:
 
 
 def row_names(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """A safe file name for each row, from its `name` and the keys in which rows differ; and the same without seed.
+    """Build a safe file name for each row, from its `name` and the keys that differ between rows.
 
-    A row with a `name` shows, besides it, only the keys that differ between rows of that name.
+    After its `name`, a row shows only the keys that differ between rows of that name.
+
+    Returns:
+        For each row, its file name and the same without the seed.
     """
     found = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The plan of a trunk cache: which rows of which shard belong to which example or image, and how many bytes that is."""
+"""Layout and storage of a trunk cache: shards, their rows per example or image, their size in bytes, their files."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from relook.model.families import vision_feature_count, vision_feature_width
 # ----------------------------------------------------------------------------------------------------
 
 SHARD_BYTES = 256 << 20
-# Of the trunk's pass, with a row for each tree or all in one. Only trunk_pass, which is part of the key, decides
-# between them: nothing else changes the bits of what is stored. The one row is always that long, so that layers are
-# compiled once; trees of LLaVA's usual lengths leave one or two in a hundred of its positions empty.
+# Positions per batch of the trunk pass, with one row per tree or with all trees packed into one row. Only trunk_pass,
+# which is part of the key, decides between them, so nothing else changes the stored bits. The packed row always has
+# this length, so that layers are compiled once. Trees of LLaVA's usual lengths leave 1-2 % of its positions empty.
 BATCH_POSITIONS, PACKED_POSITIONS = 4096, 32768
 STATES, FEATURES, REFERENCE = "states", "features", "reference"  # the parts
 
 
 def fits_half_of_memory(size: int) -> bool:
-    """Whether so many bytes fit half of the memory that is free now: what `feature_cache auto` goes by."""
+    """Return True if `size` bytes fit in half of the free CPU memory, the criterion of `feature_cache auto`."""
     return bool(size <= psutil.virtual_memory().available // 2)
 
 
 class Store(Protocol):
-    """Tensors by name: a dict, or a folder."""
+    """Mapping of names to tensors: a dict or a `ShardFolder`."""
 
     def __contains__(self, name: str, /) -> bool: ...
     def __getitem__(self, name: str, /) -> Tensor: ...
@@ -50,7 +50,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Shard:
-    """Some batches of examples, by index, and those of their images that no earlier shard has."""
+    """Batches of example indices, with those of their images that no earlier shard has."""
 
     number: int
     batches: tuple[tuple[int, ...], ...]
@@ -66,16 +66,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What will be computed, and how large it is: known before a single forward pass.
+    """Layout and size of a trunk cache, known before the first forward pass.
 
     Args:
-        states, targets: rows of STATES and of REFERENCE that each example has.
-        features: rows of FEATURES that each distinct image has.
-        widths: numbers in a row of each part.
-        dtype: of states and features; reference log-probs are float32.
-        everything: whether the states of all positions are kept.
-        batch_positions: of the trunk's pass.
-        root: first tokens that all trees share, and a batch has once.
+        examples: the encoded examples.
+        states: rows of STATES per example.
+        targets: rows of REFERENCE per example.
+        features: rows of FEATURES per distinct image.
+        widths: values per row of each part.
+        dtype: dtype of states and features; reference log-probs are float32.
+        keep_all: True if the states of all positions are kept, not only those of the supervised ones.
+        batch_positions: positions per batch of the trunk pass.
+        root: number of leading tokens that all trees share; a batch holds them once.
     """
 
     examples: Sequence[Example]
@@ -114,28 +116,30 @@ class CachePlan:
         return self.widths[part] * (4 if part == REFERENCE else self.dtype.itemsize)
 
     def size(self, parts: Sequence[str]) -> int:
-        """Bytes of all tensors of these parts; as files, each shard has a header of some 100 bytes besides."""
+        """Compute the bytes of all tensors of these parts, without the header of about 100 bytes per shard file."""
         rows = {STATES: sum(self.states), FEATURES: sum(self.features.values()), REFERENCE: sum(self.targets)}
         return sum(rows[part] * self.row_bytes(part) for part in parts)
 
     @cached_property
     def batches(self) -> list[list[int]]:
-        """The examples, longest tree first, in batches of at most `batch_positions`, or of one example.
+        """Group the examples, longest tree first, into batches of at most `batch_positions`, or of one example.
 
-        They are filled before shards are cut, so that packed rows are full.
+        Batches are filled before shards are cut, so that packed rows are full.
         """
         order = sorted(range(len(self.examples)), key=lambda i: -len(self.examples[i].tree))
+        # The shared root counts once per batch, so it is taken off each tree and off the batch.
         lengths = [len(self.examples[i].tree) - self.root for i in order]
         filled = assign_rows(lengths, self.batch_positions - self.root)
         return [[order[place] for place in batch] for batch in filled]
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """Whole batches, as many as SHARD_BYTES take, and one at least."""
+        """Cut the batches into shards of at most SHARD_BYTES, with at least one whole batch each."""
         seen: set[Path] = set()
         groups: list[tuple[list[list[int]], list[Path]]] = []
-        used = SHARD_BYTES
+        used = SHARD_BYTES  # as if full, so that the first batch opens a shard
         for batch in self.batches:
+            # An image belongs to the first shard that shows it.
             new = [
                 path for path in dict.fromkeys(p for i in batch for p in self.examples[i].images) if path not in seen
             ]
@@ -152,32 +156,32 @@ class CachePlan:
         return [Shard(n, tuple(map(tuple, batches)), tuple(paths)) for n, (batches, paths) in enumerate(groups)]
 
     def rows(self, part: str, shard: Shard) -> list[int]:
-        """How the rows of a shard's tensor divide among its examples, or its images."""
+        """Return the number of rows of each example (for FEATURES, of each image) in a shard's tensor."""
         if part == FEATURES:
             return [self.features[path] for path in shard.images]
         return [(self.states if part == STATES else self.targets)[i] for i in shard.examples]
 
     def shards_with(self, part: str) -> list[Shard]:
-        """The shards that have a part: one without images of its own has no features."""
+        """Return the shards that have a part; a shard without images of its own has no FEATURES."""
         return [shard for shard in self.shards if part != FEATURES or shard.images]
 
     def missing(self, store: Store, parts: Sequence[str], shard: Shard) -> list[str]:
-        """Of these parts of a shard, those that a store does not have."""
+        """Return those of the given parts of a shard that the store lacks."""
         return [p for p in parts if (p != FEATURES or shard.images) and shard.name(p) not in store]
 
 
 # ----------------------------------------------------------------------------------------------------
-# Tensors by name as safetensors files in a folder: written whole or not at all, checked by content, mapped.
+# Tensors by name, as safetensors files in a folder: written atomically, checked by hash, memory-mapped.
 
 SUFFIX = ".safetensors"
 TENSOR_NAME = "data"  # the one tensor's name inside its file
 
 
 class ShardFolder:
-    """A folder of tensors. A file's name ends in the hash of its bytes, so that a broken one is noticed.
+    """Folder of tensors, one safetensors file each, named by content hash so that a corrupt file is detected.
 
-    `name in folder` reads the whole file, once per process; a broken file is removed, and the answer is no. Tensors are
-    views of the mapped file: pages are read when they are touched, and several processes share them.
+    `name in folder` reads and hashes the whole file, once per process. A corrupt file is removed, and the result is
+    False. Tensors are views of the memory-mapped file: pages are read on first access, and processes share them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -185,11 +189,11 @@ class ShardFolder:
         self.refresh()
 
     def refresh(self) -> None:
-        """Find out which files there are, also those of other processes."""
+        """List the folder's files again, including those that other processes wrote."""
         self._files = {path.name.rpartition("-")[0]: path for path in self.folder.glob(f"*{SUFFIX}")}
 
     def has_file(self, name: str) -> bool:
-        """Whether there is a file of that name, whatever is in it."""
+        """Return True if there is a file of that name; its contents are not checked."""
         return name in self._files
 
     def __contains__(self, name: str, /) -> bool:
@@ -219,7 +223,7 @@ class ShardFolder:
         self._files[name] = path
 
     def tidy(self) -> None:
-        """Remove what killed processes of this machine left half written."""
+        """Remove partial files that killed processes of this machine left."""
         for path in self.folder.glob(f".*{SUFFIX}.*.part"):
             if not process_is_alive(path.name.split(".")[-2]):
                 path.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
-"""The trunk cache: what a frozen trunk says about a data set, computed once, in memory or on disk.
+"""Cache of frozen-trunk hidden states, computed once per dataset and kept in memory or on disk.
 
-Three parts: states at the supervised positions (or at all, where the post decoder reads those), vision features once
-per distinct image, and reference log-probs. Each is cut into shards of whole examples. The cut depends on the data
-alone, so that a pass that was killed, or was shared by several processes, leaves the bytes of one that was not.
+The cache has three parts: hidden states, vision features once per distinct image, and reference log-probs. Hidden
+states are kept at the supervised positions, or at all positions if the post decoder reads those. Each part is cut into
+shards of whole examples. The cut depends on the data alone. A pass that was killed and resumed, or split over several
+processes, therefore produces the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ from relook.train.cache_store import (
 )
 
 # ----------------------------------------------------------------------------------------------------
-# What a trunk cache depends on, and so its name; what sets others in the same folder apart from it.
+# The cache key: everything a trunk cache depends on, and how other caches in the same folder differ from it.
 
-CACHE_FORMAT = 4  # of the files, of the numbers by which `plan` cuts them, and of `as_rgb`; part of the key
+CACHE_FORMAT = 4  # part of the key; raise it when the files, the sizes that cut shards or `as_rgb` change
 INDEX_FILE = "index.json"
 
 
@@ -62,15 +63,19 @@ def cache_inputs(
     adapter: str = "",
     bits: str = "16",
 ) -> dict[str, str]:
-    """Everything that determines what the trunk says: weights, tokens, pictures by content, precision, versions.
+    """Collect everything that determines the trunk's output: weights, tokens, image contents, precision, versions.
 
     An untrained post decoder changes no logit, so the reference log-probs depend on nothing else.
 
     Args:
-        model: the folder that the policy was loaded from, with this vision tower where it has none of its own.
-        weights: dtype of the trunk in memory.
-        adapter: the change that was laid on it.
-        bits: how its linear layers are quantised.
+        model: folder that the policy was loaded from.
+        vision_tower: vision tower to use if the model folder has none of its own.
+        policy: gives the dtype, the trunk pass, the cached positions and the device.
+        weights: dtype of the trunk's weights in memory.
+        examples: encoded examples, hashed by tokens and by image contents.
+        images: image loader, whose preprocessing is part of the key.
+        adapter: adapter that was merged into the model; empty for none.
+        bits: quantisation of its linear layers.
     """
     tower = tower_of(model, vision_tower, adapter or None)
     return {
@@ -91,7 +96,7 @@ def cache_inputs(
 
 
 def images_hash(examples: Sequence[Example]) -> str:
-    """Hash the examples' image files, in their order."""
+    """Hash the contents of the examples' image files, in order."""
     pictures = hashlib.sha256()
     for example in examples:
         for image in example.images:
@@ -113,7 +118,7 @@ def cache_key(source: dict[str, str]) -> str:
 
 
 def describe_other_caches(folder: Path, key: str, source: dict[str, str]) -> list[str]:
-    """A line for each cache in a folder that was made from something else: its size, and what differs."""
+    """Describe each cache in `folder` that was made from other inputs: one line with its size and what differs."""
     lines = []
     for index in sorted(folder.glob(f"*/{INDEX_FILE}")):
         if index.parent.name == key:
@@ -130,17 +135,18 @@ def describe_other_caches(folder: Path, key: str, source: dict[str, str]) -> lis
 
 # ----------------------------------------------------------------------------------------------------
 
-CACHE_DIR = "trunk_cache"  # beside the runs' folders
+CACHE_DIR = "trunk_cache"  # next to the run folders
 
 
 @dataclass
 class TrunkCache:
-    """A filled store. The last one is kept: regimes that a process trains in turn share the pass.
+    """Filled store with its plan. The latest is kept in `current`, so runs in one process share the trunk pass.
 
     Args:
-        key: a hash of everything that determines what the trunk says.
-        plan: what lies where in the store.
-        on_device: copies of the store's tensors on the GPU, where they fit.
+        key: hash of everything that determines the trunk's output (see `cache_inputs`).
+        plan: layout of the store.
+        store: tensors by name, in memory or on disk.
+        on_device: copies of the store's tensors on the GPU, if they fit.
     """
 
     key: str
@@ -152,11 +158,11 @@ class TrunkCache:
 
     @cached_property
     def targets(self) -> list[TreeTargets]:
-        """Where each example's targets are among its states."""
+        """Return the positions of each example's targets among its hidden states."""
         return [TreeTargets.of(example.tree, self.plan.keep_all) for example in self.plan.examples]
 
     def items(self, with_reference: bool) -> list[Item]:
-        """The examples with their states and reference log-probs: views of the shards, nothing is copied."""
+        """Return the examples with their hidden states and reference log-probs, as views of the shards (no copy)."""
         states = self._by_example(STATES)
         reference = self._by_example(REFERENCE) if with_reference else {}
         return [
@@ -165,7 +171,7 @@ class TrunkCache:
         ]
 
     def features(self) -> dict[Path, Tensor]:
-        """Vision features (M, V) by image."""
+        """Return the vision features of each image, shape (M, V)."""
         plan, found = self.plan, dict[Path, Tensor]()
         for shard in plan.shards:
             if shard.images:
@@ -174,7 +180,7 @@ class TrunkCache:
         return found
 
     def move_to(self, device: torch.device, names: Sequence[str]) -> None:
-        """Copy tensors to a GPU: batches are then made there, and a step waits for no transfer."""
+        """Copy the named tensors to a GPU, so that batches are built there and no step waits for a transfer."""
         for name in names:
             if name not in self.on_device:
                 self.on_device[name] = self.store[name].to(device)
@@ -192,16 +198,16 @@ class TrunkCache:
 def cached_items(
     recipe: Recipe, policy: Policy, examples: Sequence[Example], collator: Collator, whole: Callable[[], Policy]
 ) -> list[Item]:
-    """The examples with what a frozen trunk says about them, computed where it is not there yet.
+    """Return the examples with their cached trunk outputs, computing those that are missing.
 
-    The collator gets the vision features, where something reads them.
+    Sets the collator's vision features if the policy reads them.
 
     Args:
-        policy: what trains, whose trunk is not asked.
-        whole: loads the policy with its trunk; called where something has to be computed.
+        policy: the policy to train; its trunk is not run.
+        whole: loads the policy with its trunk; called only if something has to be computed.
 
     Raises:
-        RelookError: the disk is too small, or several machines do not share it.
+        RelookError: the disk is too small, or the machines do not share the cache folder.
     """
     path, tower = Path(recipe.model_name_or_path), recipe.vision_tower or None
     bits = f"{recipe.bits} {recipe.quant_type} {recipe.double_quant}" if recipe.bits == 4 else str(recipe.bits)
@@ -217,18 +223,19 @@ def cached_items(
     if recipe.needs_reference:
         parts.append(REFERENCE)
     if kept is None or kept.key != key:
-        TrunkCache.current = kept = None  # its memory counts as free
+        TrunkCache.current = kept = None  # free the old cache before measuring free memory
         kept = TrunkCache(key, plan, _choose_store(recipe, key, plan, parts))
     elif isinstance(kept.store, ShardFolder) and recipe.feature_cache == "memory":
-        kept.store.refresh()  # what is on disk already need not be computed for the memory
+        kept.store.refresh()  # shards already on disk are used from there, not recomputed in memory
     elif isinstance(kept.store, ShardFolder) or recipe.feature_cache == "disk":
         kept.store = _choose_store(recipe, key, plan, parts)
     fill_cache(kept, source, parts, policy, collator, whole)
     TrunkCache.current = kept
     if recipe.training.get("dataloader_num_workers"):
-        kept.on_device.clear()  # other processes cannot read a GPU's memory
+        kept.on_device.clear()  # DataLoader worker processes cannot read GPU memory
     elif policy.device.type == "cuda":
         torch.cuda.empty_cache()
+        # Keep the cache on the GPU if it takes at most half of what is free there.
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
             kept.move_to(policy.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.shards_with(p)])
     collator.features = kept.features() if policy.needs_vision_features else None
@@ -243,7 +250,7 @@ def fill_cache(
     collator: Collator,
     whole: Callable[[], Policy],
 ) -> None:
-    """Compute the shards that are missing. On disk each process makes a share of them, and all wait for the last.
+    """Compute the missing shards. On disk each process computes a share of them, and all wait for the last one.
 
     Raises:
         RelookError: see `cached_items`.
@@ -252,11 +259,13 @@ def fill_cache(
     missing = _missing(store, plan, parts)
     if isinstance(store, ShardFolder):
         _reserve_space(store, source, plan, parts, missing)
-        # All have looked at the free space before one of them takes of it.
+        # Every process must check the free space before any of them starts to use it.
         distributed.barrier("a look at the free space")
     elif missing:
         status(f"  trunk cache: {readable_size(plan.size(parts))} in memory")
+    # A folder is shared between processes; memory is not, so there each process computes every shard.
     share = distributed.shard if isinstance(store, ShardFolder) else list
+    # States and features come first: reference log-probs are computed from them.
     trunk = [part for part in parts if part != REFERENCE]
     wanted = {s: lacking for s, gone in missing.items() if (lacking := [p for p in gone if p != REFERENCE])}
     if mine := share(list(wanted)):
@@ -268,9 +277,10 @@ def fill_cache(
 
 
 def _missing(store: Store, plan: CachePlan, parts: Sequence[str]) -> dict[Shard, list[str]]:
-    """The shards of which parts are not there, and which: the same in all processes that share a folder.
+    """Return the missing parts of each incomplete shard, identical in all processes that share a folder.
 
-    Each reads a share of the files; what is missing is then divided anew, or one process might have most of it to make.
+    Each process checks a share of the files. The missing shards are then divided again, since otherwise one process
+    might have to compute most of them.
     """
 
     def look(shards: Sequence[Shard]) -> list[list[str]]:
@@ -278,7 +288,7 @@ def _missing(store: Store, plan: CachePlan, parts: Sequence[str]) -> dict[Shard,
 
     if isinstance(store, ShardFolder):
         found = distributed.map_sharded(plan.shards, look, "a look at the trunk cache")
-        store.refresh()  # what others found broken is gone
+        store.refresh()  # forget files that other processes found corrupt and removed
     else:
         found = look(plan.shards)
     return {shard: gone for shard, gone in zip(plan.shards, found, strict=True) if gone}
@@ -287,10 +297,10 @@ def _missing(store: Store, plan: CachePlan, parts: Sequence[str]) -> dict[Shard,
 def _fill_trunk(
     store: Store, plan: CachePlan, wanted: Mapping[Shard, Sequence[str]], policy: Policy, collator: Collator
 ) -> None:
-    """Images are read, and finished shards are stored, while the trunk goes on with other batches.
+    """Run the trunk over the wanted shards, while threads prefetch images and store finished shards.
 
     Args:
-        wanted: which of STATES and FEATURES are computed of which shards.
+        wanted: the parts (STATES, FEATURES) to compute for each shard.
     """
     policy.eval()
     work = [(shard, indices) for shard, parts in wanted.items() for indices in _batches(plan, shard, parts)]
@@ -304,11 +314,12 @@ def _fill_trunk(
     total, done = sum(len(shard.examples) for shard in wanted), 0
     stored: Future[None] | None = None
     with progress("trunk states") as report, ThreadPoolExecutor(1) as writer:
+        # Batches arrive in shard order: compute one shard while the thread stores the previous one.
         for shard, group in groupby(zip(work, batches, strict=True), lambda one: one[0][0]):
             named = ((indices, batch) for (_, indices), batch in group)
             made = compute_trunk_states(policy, plan, shard, wanted[shard], named)
             if stored is not None:
-                stored.result()  # raises what went wrong, and no more than two shards are in memory
+                stored.result()  # re-raises errors, and keeps at most two shards in memory
             ready = torch.cuda.current_stream().record_event() if gpu else None
             stored = writer.submit(_store_shard, store, shard, made, ready)
             done += len(shard.examples)
@@ -318,9 +329,12 @@ def _fill_trunk(
 
 
 def _store_shard(store: Store, shard: Shard, made: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
-    """On a GPU by a stream of its own, which does not wait for the batches that come after."""
+    """Copy a shard's tensors to the CPU and store them.
+
+    On a GPU the copy uses a CUDA stream of its own, so that it does not wait for later batches.
+    """
     with ExitStack() as stack:
-        if ready is not None:  # a thread begins on the first GPU, whichever this process has
+        if ready is not None:  # a new thread defaults to GPU 0, not to the GPU of this process
             stack.enter_context(torch.cuda.device(ready.device))
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
             ready.wait()
@@ -329,7 +343,7 @@ def _store_shard(store: Store, shard: Shard, made: dict[str, Tensor], ready: tor
 
 
 def _batches(plan: CachePlan, shard: Shard, parts: Sequence[str]) -> Iterator[Sequence[int]]:
-    """The batches of a shard that say something about these parts: for FEATURES alone, those with a new image."""
+    """Yield the shard's batches that the given parts need: for FEATURES alone, only those with a new image."""
     waiting = set(shard.images)
     for indices in shard.batches:
         found = waiting & {path for i in indices for path in plan.examples[i].images}
@@ -346,9 +360,10 @@ def compute_trunk_states(
     parts: Sequence[str],
     batches: Iterable[tuple[Sequence[int], LiveBatch]],
 ) -> dict[str, Tensor]:
-    """The frozen trunk once over a shard's batches: STATES (rows, D), FEATURES (rows, V), as asked for.
+    """Run the frozen trunk once over a shard's batches and return the requested parts.
 
-    Without STATES only the vision tower runs, on the same batches, so that its features have the same bits.
+    STATES has shape (rows, D) and FEATURES has shape (rows, V). Without STATES only the vision tower runs. It gets the
+    same batches, so that its features are bitwise identical.
     """
     made: dict[str, list[Tensor]] = {part: [] for part in parts}
     waiting = set(shard.images) if FEATURES in parts else set()
@@ -357,23 +372,28 @@ def compute_trunk_states(
         if STATES in parts:
             trunk = policy.trunk(live)
             features = trunk.features
-            # By an index from the CPU: a mask on the GPU would be waited for.
+            # Select the kept positions. The index is computed on the CPU: a boolean mask on the GPU would force a sync.
             filled = (batch.packed.targets.kept_branch >= 0).flatten().nonzero().squeeze(1)
             made[STATES].append(trunk.states.flatten(0, 1)[filled.to(live.packed.ids.device)].to(plan.dtype))
         else:
             features = None
             if live.pixel_values is not None:
                 features = policy.vision_features(live.pixel_values, live.image_sizes)
+        # Keep the features of each image once, from the first batch that shows it.
         paths = [path for i in indices for path in plan.examples[i].images]
         for path, one in zip(paths, features or [], strict=features is not None):
             if path in waiting:
                 waiting.remove(path)
                 made[FEATURES].append(one.to(plan.dtype))
+    # Batches are concatenated in order, so rows follow `plan.rows`.
     return {part: torch.cat(tensors) for part, tensors in made.items()}
 
 
 def _fill_reference(cache: TrunkCache, shards: Sequence[Shard], policy: Policy, collator: Collator) -> None:
-    """Reference log-probs from cached states: the untrained policy is the reference, and no trunk pass is needed."""
+    """Compute reference log-probs from the cached states.
+
+    The untrained policy is the reference, so no trunk pass is needed.
+    """
     total, done = sum(len(shard.examples) for shard in shards), 0
     if not total:
         return
@@ -390,7 +410,7 @@ def _fill_reference(cache: TrunkCache, shards: Sequence[Shard], policy: Policy, 
 
 
 def _wait_for_shards(store: Store, plan: CachePlan, parts: Sequence[str]) -> None:
-    """Until every process has made its shards; then all of them must be there."""
+    """Wait until every process has computed its shards, then check that all of them are there."""
     if not isinstance(store, ShardFolder):
         return
     distributed.barrier(f"the trunk cache's {', '.join(parts)}")
@@ -404,9 +424,10 @@ def _wait_for_shards(store: Store, plan: CachePlan, parts: Sequence[str]) -> Non
 
 
 def _choose_store(recipe: Recipe, key: str, plan: CachePlan, parts: Sequence[str]) -> Store:
-    """Where the recipe wants the cache: `auto` takes memory where half of what is free is enough.
+    """Choose memory or disk for the cache, as the recipe says.
 
-    Not with several processes, each of which would compute and hold everything, nor where the disk has it already.
+    `auto` chooses memory if the cache fits in half of the free memory. It chooses disk if there are several processes,
+    each of which would compute and hold everything, or if the cache is on disk already.
     """
     folder = Path(recipe.feature_cache_dir or Path(recipe.output_dir).parent / CACHE_DIR) / key
     fits = fits_half_of_memory(plan.size(parts))
@@ -425,7 +446,7 @@ def _reserve_space(
     parts: Sequence[str],
     missing: Mapping[Shard, Sequence[str]],
 ) -> None:
-    """Before anything is computed: is there room on the disk? The first process says what will be done."""
+    """Check for free disk space before anything is computed; the main process also reports and writes the index."""
     lacking = [(part, shard) for shard, gone in missing.items() for part in gone]
     needed = sum(sum(plan.rows(part, shard)) * plan.row_bytes(part) for part, shard in lacking)
     if not needed:
@@ -443,21 +464,23 @@ def _reserve_space(
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a frozen vision tower says of each image, computed once before a trunk trains behind it.
+# Features of a frozen vision tower, computed once before the trunk behind it trains.
 #
-# The tower is the same at every step, and LLaVA's features of an image, 1.2 MB in bf16, take less than its pixels. So
-# no
-# step decodes an image, or runs the tower, again.
+# The tower is the same at every step, and LLaVA's features of an image, 1.2 MB in bf16, take less than its pixels.
+# So no step decodes an image, or runs the tower, again.
 
-IMAGE_BATCH = 32  # at a time
+IMAGE_BATCH = 32  # images per forward pass of the vision tower
 
 
 def caches_vision_features(recipe: Recipe, config: Any, count: int) -> bool:
-    """Whether a recipe keeps vision features, where there is memory for them; `count` processes would each hold them.
+    """Return True if the recipe caches vision features, given enough memory.
+
+    Args:
+        count: number of processes, each of which would hold all features.
 
     Raises:
-        RecipeError: they are wanted of a model that cuts images into tiles, whose features the projector's rows are not
-            yet.
+        RecipeError: the recipe asks for them, but the model cuts images into tiles. Its features are not yet the rows
+            that the projector reads.
     """
     wanted = recipe.feature_cache == "memory"
     if not recipe.encodes_images_once or not (wanted or count == 1):
@@ -471,13 +494,13 @@ def caches_vision_features(recipe: Recipe, config: Any, count: int) -> bool:
 def cache_vision_features(
     recipe: Recipe, policy: Policy, examples: Sequence[Example], images: ImageLoader
 ) -> dict[Path, Tensor] | None:
-    """Vision features (M, V) by image; None where each step computes its own.
+    """Compute the vision features of each image, shape (M, V); return None if each step is to compute its own.
 
-    That is where they are not to be kept (`keeps_features`), and under `feature_cache auto` where they would take more
-    than half of the free memory.
+    That is the case if they are not cached (`caches_vision_features`). Under `feature_cache auto` it is also the case
+    if they would take more than half of the free memory.
 
     Raises:
-        RecipeError: see `keeps_features`.
+        RecipeError: see `caches_vision_features`.
     """
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
     if not paths or not caches_vision_features(recipe, policy.config, distributed.world_size()):

@@ -1,4 +1,4 @@
-"""One training run: read, encode, prepare, train, save. `relook train` and `python -m relook.train` call `train`."""
+"""Training run: read, encode, prepare, train, save. `relook train` and `python -m relook.train` call `train`."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ from relook.train.trainer import (
     save_trained,
 )
 
-RUN_FILE = "run.json"  # written last: a run that has it is finished
+RUN_FILE = "run.json"  # written last: its presence marks a finished run
 RECIPE_FILE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
-DATA_FILE = "data.json"  # hashes of what it trains on, written when training begins
+DATA_FILE = "data.json"  # hashes of the training data, written when training begins
 
 MODEL_KEYS = {"model_name_or_path", "adapter_name_or_path"}
 DATA_KEYS = {"vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder"}
 
 Samples = tuple[Sequence[PreferencePair | Conversation], ReadReport]
-EncodedSamples = tuple[list[Example], dict[str, Any]]  # examples, and what was dropped
+EncodedSamples = tuple[list[Example], dict[str, Any]]  # examples, and a record of the dropped samples
 
 
 def train_command(arguments: Sequence[str]) -> Path:
-    """`relook train RECIPE [--key value ...]`."""
+    """Run `relook train RECIPE [--key value ...]` and return the output folder."""
     name, *keys = arguments
     values, faults = parse_overrides(keys), Faults()
     with faults:
@@ -84,13 +84,14 @@ def train_command(arguments: Sequence[str]) -> Path:
 
 @writes_alone(lambda recipe, *_, **__: Path(recipe.output_dir))
 def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | None = None) -> Path:
-    """Carry out a recipe; returns its output folder.
+    """Train as the recipe says and return the output folder.
 
-    The folder holds the resolved recipe, what was trained (`change.json` and tensors; for a full run the whole model)
-    and `run.json` with the log. A finished run is not run again; one that was killed goes on from its last checkpoint.
+    The folder holds the resolved recipe, the trained tensors with `change.json` (for a full run the whole model)
+    and `run.json` with the log. A finished run is not repeated; a killed run resumes from its last checkpoint.
 
     Args:
-        encoded: what `encode_samples` makes of the recipe's data, where several runs share it.
+        device: device of the model; None for the one that the training arguments choose.
+        encoded: output of `encode_samples` for the recipe's data, if several runs share it.
     """
     out = Path(recipe.output_dir)
     if claim_run_dir(out, recipe):
@@ -139,16 +140,16 @@ def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | N
 
 
 def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArguments, Samples]:
-    """Look at all that a run needs before anything of size is loaded.
+    """Check everything that a run needs before anything large is loaded.
 
     Args:
-        read: whether the samples are to be read.
+        read: read the samples too.
 
     Returns:
-        transformers' arguments and the samples.
+        transformers' training arguments and the samples.
 
     Raises:
-        RelookError: all that is wrong, at once.
+        RelookError: everything that is wrong, in one error.
     """
     faults, arguments = Faults(), None
     samples: Samples = ([], ReadReport("", 0))
@@ -173,17 +174,18 @@ def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArgumen
 
 
 def missing(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
-    """Find the keys of a recipe whose files and folders are not there.
+    """Find the recipe keys whose files or folders do not exist.
 
     Args:
-        of: whose recipe it is, for the errors.
+        values: recipe values by key.
+        of: suffix that names the recipe in the errors, e.g. " of <row>".
     """
     wanted = {
         "model_name_or_path": "model folder",
         "adapter_name_or_path": "adapter",
         "vg_path": "Visual Genome folder",
         **dict.fromkeys(("desc_data_path", "pope_data_path", "pairs_path", "data_path"), ""),
-        **({"image_folder": ""} if values.get("task") == "sft" else {}),  # beside pairs_path, it is written to
+        **({"image_folder": ""} if values.get("task") == "sft" else {}),  # with pairs_path, images are written there
     }
     found = {}
     for key, what in wanted.items():
@@ -196,12 +198,12 @@ def missing(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
 
 
 def claim_run_dir(out: Path, recipe: Recipe) -> bool:
-    """Take an output folder for a recipe. True if this very run is already finished there.
+    """Claim an output folder for a recipe; return True if the same run is already finished there.
 
-    A run that left nothing to go on from makes room for one of another recipe, unless it still runs.
+    A run that left nothing to resume from is replaced by one of another recipe, unless it is still running.
 
     Raises:
-        RecipeError: the folder holds something else, a run of another recipe, or one on other data.
+        RecipeError: the folder holds something else, a run of another recipe, or a run on other data.
     """
     held = out / RECIPE_FILE
     new_folder = is_free(out, RECIPE_FILE, "output_dir")
@@ -221,7 +223,7 @@ def claim_run_dir(out: Path, recipe: Recipe) -> bool:
 
 
 def keep_data(out: Path, recipe: Recipe, examples: Sequence[Example]) -> None:
-    """Note what a run trains on, by content; refuse to go on with other images than it began with.
+    """Record content hashes of the training data, and refuse to resume if the data or images have changed.
 
     Raises:
         RecipeError: they have changed.
@@ -242,7 +244,7 @@ def keep_data(out: Path, recipe: Recipe, examples: Sequence[Example]) -> None:
 
 
 def data_hashes(recipe: Recipe) -> dict[str, str]:
-    """Hash the data files that a recipe names and that are there, by its keys."""
+    """Hash the existing data files that a recipe names, by recipe key."""
     files = {
         "vg_path": [Path(recipe.vg_path, "image_data.json")],
         **{key: [Path(getattr(recipe, key))] for key in ("desc_data_path", "pope_data_path", "data_path")},
@@ -256,13 +258,13 @@ def data_hashes(recipe: Recipe) -> dict[str, str]:
 
 
 def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
-    """Refuse to go on with a run, or to take it for this one, whose data were others.
+    """Refuse to resume or reuse a run that was trained on other data.
 
     Raises:
-        RecipeError: what has changed, by the keys that name it.
+        RecipeError: the data have changed; the error names the recipe keys.
     """
     if not (out / RUN_FILE).exists() and not _has_checkpoint(out):
-        return  # it begins anew
+        return  # nothing to resume: the run starts from scratch
     old = read_json_object(out / DATA_FILE, optional=True)
     if changed := [key for key, value in hashes.items() if old.get(key, value) != value]:
         raise RecipeError(
@@ -272,8 +274,8 @@ def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
 
 
 def begun(out: Path) -> bool:
-    """Whether a run's folder holds anything to go on from: a complete checkpoint, or what was trained."""
-    saved = (RUN_FILE, TENSORS_FILE, CONFIG_NAME)  # of a change, and of a whole model, the first file that is written
+    """Return True if a run folder holds a complete checkpoint or trained tensors."""
+    saved = (RUN_FILE, TENSORS_FILE, CONFIG_NAME)  # the first file written of an adapter, and of a whole model
     return any((out / name).exists() for name in saved) or _has_checkpoint(out)
 
 
@@ -282,7 +284,11 @@ def _has_checkpoint(out: Path) -> bool:
 
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
-    """transformers' arguments with relook's defaults; what the recipe says goes before."""
+    """Build transformers' TrainingArguments from relook's defaults, which the recipe overrides.
+
+    Raises:
+        RecipeError: values that do not fit together, an unmeasured metric, or fsdp with one process.
+    """
     gpu = torch.accelerator.is_available()
     defaults = {
         "report_to": "none",
@@ -291,16 +297,16 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "save_strategy": "no",
         "save_total_limit": 2,
         "logging_steps": 10,
-        "logging_nan_inf_filter": False,  # it hides such losses, and waits for the device at every step to do so
-        # A copy from memory that is not pinned waits for all that the GPU still has to do.
+        "logging_nan_inf_filter": False,  # it hides NaN and inf losses, and syncs with the device at every step
+        # A copy from memory that is not pinned waits for all queued GPU work.
         "dataloader_pin_memory": gpu,
         "accelerator_config": {"non_blocking": gpu},
         "seed": 42,
         "eval_strategy": "epoch" if recipe.eval_fraction else "no",
-        "use_cpu": not gpu,  # else bf16 is refused there
-        # Cached states are at hand; images are read while a GPU works. A CPU has no cores to spare for it.
+        "use_cpu": not gpu,  # otherwise bf16 is refused on a CPU
+        # Workers read images while a GPU computes. Cached states need none, and a CPU run has no cores to spare.
         "dataloader_num_workers": workers(recipe),
-        "ddp_find_unused_parameters": False,  # every batch uses all that trains (see Collator)
+        "ddp_find_unused_parameters": False,  # every batch uses all trainable parameters (see Collator)
     }
     given = acting(recipe)[0]
     if given.get("deepspeed"):
@@ -320,18 +326,22 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         raise RecipeError(f"metric_for_best_model {best} is not measured.", f"Choose one of {', '.join(names)}.")
     if arguments.fsdp and arguments.world_size == 1:
         raise RecipeError("fsdp needs several processes.", "Start it by torchrun; docs/clusters.md has the commands.")
-    # While this is set, transformers shards a model under ZeRO-3 as it is loaded; references need it whole.
+    # While this is set, transformers shards a model under ZeRO-3 as it loads; the reference pass needs it whole.
     unset_hf_deepspeed_config()
     return arguments
 
 
 def workers(recipe: Recipe) -> int:
-    """Count the processes that read images, where the recipe does not say."""
+    """Return the default number of DataLoader worker processes, which read images."""
     return 2 if torch.accelerator.is_available() and not recipe.cached_trunk else 0
 
 
 def acting(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
-    """Split the recipe's arguments for transformers into those that act on this machine, and why the others do not."""
+    """Split the recipe's transformers arguments into those with an effect on this machine and the others.
+
+    Returns:
+        The arguments with an effect, and for each of the others the reason why it has none.
+    """
     unused = idle_keys({"dataloader_num_workers": workers(recipe), **recipe.explicit_keys})
     if recipe.training.get("tf32") and not is_torch_tf32_available():
         unused["tf32"] = "without a GPU that has it"
@@ -339,10 +349,12 @@ def acting(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _check_arguments(arguments: TrainingArguments) -> None:
-    """Make once, of nothing, what the Trainer makes when all that comes before training is done: hours may lie there.
+    """Build the Trainer's callbacks, optimizer and schedule once on dummy data, to fail early.
+
+    The Trainer builds them only after the preparation, which may take hours.
 
     Raises:
-        ImportError, RuntimeError, ValueError, TypeError: a library is missing, or a value is none.
+        ImportError, RuntimeError, ValueError, TypeError: a library is missing, or a value is invalid.
     """
     for callback in get_reporting_integration_callbacks(arguments.report_to):
         callback()
@@ -350,10 +362,10 @@ def _check_arguments(arguments: TrainingArguments) -> None:
 
 
 def _schedule(arguments: TrainingArguments, steps: int, **settings: Any) -> tuple[torch.optim.Optimizer, Any]:
-    """Make an optimizer of one number, and the schedule of its learning rate over a run of so many steps.
+    """Build an optimizer of one dummy parameter, and its learning-rate schedule over `steps` steps.
 
     Args:
-        settings: of the optimizer, instead of those that the arguments say.
+        settings: keyword arguments of the optimizer that override the training arguments.
     """
     kind, said = Trainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer = kind([torch.zeros(1, requires_grad=True)], **{**said, **settings})
@@ -362,7 +374,7 @@ def _schedule(arguments: TrainingArguments, steps: int, **settings: Any) -> tupl
 
 
 def steps_of(arguments: TrainingArguments, samples: int) -> int:
-    """Count the optimizer's steps of a run over so many samples, as the Trainer does."""
+    """Count the optimizer steps of a run over `samples` samples, as the Trainer does."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
     whole = math.floor if arguments.dataloader_drop_last else math.ceil
@@ -373,13 +385,13 @@ def steps_of(arguments: TrainingArguments, samples: int) -> int:
 
 
 def check_schedule(arguments: TrainingArguments, samples: int) -> None:
-    """Refuse a run over so many samples of which no step has a learning rate above 0.
+    """Refuse a run over `samples` samples if no step has a learning rate above 0.
 
     Raises:
-        RecipeError: the warm-up, which begins at 0, is as long as the run.
+        RecipeError: the warm-up, which starts at 0, is as long as the run.
     """
     steps = steps_of(arguments, samples)
-    optimizer, schedule = _schedule(arguments, steps, lr=1.0)  # groups may have rates of their own
+    optimizer, schedule = _schedule(arguments, steps, lr=1.0)  # parameter groups may have their own rates
     for _ in range(steps):
         if optimizer.param_groups[0]["lr"] > 0:
             return
@@ -394,7 +406,7 @@ def check_schedule(arguments: TrainingArguments, samples: int) -> None:
 
 
 def read_samples(recipe: Recipe) -> Samples:
-    """The samples of the recipe's files, and what the reader left out."""
+    """Read the samples of the recipe's data files, and report what the reader left out."""
     if recipe.pairs_path:
         folder = Path(recipe.image_folder) if recipe.image_folder else None
         return read_pairs(Path(recipe.pairs_path), folder, on_bad=recipe.on_bad)
@@ -405,7 +417,11 @@ def read_samples(recipe: Recipe) -> Samples:
 
 
 def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], report: ReadReport) -> EncodedSamples:
-    """Samples as trees; what could not be used is counted, named and said."""
+    """Encode samples as token trees; count and report the samples that cannot be used.
+
+    Raises:
+        DataError: no sample can be used, or one cannot and `on_bad` is "error".
+    """
     encoder = loaded.encoder(recipe.version, recipe.model_max_length)
     faults: list[str] = []
     if recipe.task == "dpo":
@@ -427,7 +443,7 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
 
 
 def load_for_training(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bool = True) -> LoadedModel:
-    """The recipe's model; without `trunk` only what stands above it has weights."""
+    """Load the recipe's model; if `trunk` is False, only the parts above the trunk have weights."""
     loaded = load_model(
         recipe.model_name_or_path,
         adapter=recipe.adapter_name_or_path or None,
@@ -445,10 +461,10 @@ def load_for_training(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bo
 
 
 def build_policy(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy:
-    """The model with what the recipe trains; of one without a trunk, what stands above it."""
+    """Build the policy and set what the recipe trains; without trunk weights, it has only the parts above the trunk."""
     set_trainable(loaded, recipe)
     trunk = not loaded.core.get_input_embeddings().weight.is_meta
-    sharded = distributed.is_sharded(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
+    sharded = distributed.is_sharded(recipe.training) and not recipe.cached_trunk  # unsharded models fill the cache
     model = loaded.model if trunk else HeadModel(loaded.model)
     budget, away = recipe.activation_memory_budget, recipe.activation_offloading
     return Policy(model, dtype, recipe.trunk_pass, sharded, budget, away)
@@ -466,12 +482,13 @@ def prepare_items(
     batch_size: int,
     whole: Callable[[], Policy],
 ) -> list[Item]:
-    """What is computed once, before training: trunk states of a frozen trunk, and reference log-probs.
+    """Compute what is needed once before training: hidden states of a frozen trunk, and reference log-probs.
 
-    Equal examples share it: HA-DPO's mix has every description pair twice.
+    Equal examples share the results: HA-DPO's mix has every description pair twice.
 
     Args:
-        whole: loads the policy with its trunk, where `policy` may be without.
+        batch_size: examples per forward pass for the reference log-probs.
+        whole: loads the policy with its trunk, which `policy` may lack.
     """
     distinct = list(dict.fromkeys(examples))
     if recipe.cached_trunk:
@@ -500,12 +517,12 @@ def prepare_items(
 
 
 def save_run(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:
-    """Write what was trained: a whole model after a full run, else a change to be laid on the base.
+    """Write the result of training: the whole model after a full run, otherwise tensors to be applied to the base.
 
-    Every process calls it, since tensors may be sharded over them; the first one writes.
+    Every process must call it, since tensors may be sharded over them; only the main process writes.
     """
     if not recipe.full:
-        save_trained(policy.core, out / TENSORS_FILE, without="lora_")  # peft's file has those
+        save_trained(policy.core, out / TENSORS_FILE, without="lora_")  # those are in peft's file
     if recipe.full or recipe.lora_enable:
         tensors = gather_tensors(loaded.model, everything=recipe.full)
         if distributed.is_main():

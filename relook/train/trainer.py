@@ -1,6 +1,6 @@
-"""transformers' Trainer over trees: relook's losses and logged fields, and checkpoints of what trains only.
+"""transformers' Trainer for token trees: relook's losses, logged fields and checkpoints of trainable tensors only.
 
-Under several processes all of this is as with one: a step's loss is the mean over its pairs or tokens in all of them.
+Several processes give the same result as one: a step's loss is the mean over its pairs or tokens in all processes.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ from relook.train.loss import count_answer_tokens, preference_loss
 from relook.train.metrics import Meter, StepCosts
 
 # ----------------------------------------------------------------------------------------------------
-# The order in which SFT samples are taken: LLaVA's `group_by_modality_length`.
+# Order of SFT samples: LLaVA's `group_by_modality_length`.
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Indices in steps of one modality and even batches, as LLaVA's trainer draws them.
+    """Sampler of steps with one modality and balanced batches, as in LLaVA's trainer.
 
-    Samples with and without images are shuffled apart and cut into steps (the batches of all processes and
-    accumulation steps together). What is left over of both makes the last step; the others come in random order. Within
-    a step its samples are dealt out so that all batches have about as many tokens.
+    Samples with and without images are shuffled separately and cut into steps. A step holds the batches of all
+    processes and accumulation steps. The leftovers of both come last; the other steps come in random order. Within a
+    step, samples are distributed so that all batches have about the same number of tokens.
 
     Args:
-        lengths: of each sample, in tokens.
-        has_image: whether each sample has one.
-        batch_size: samples of one process and one forward pass.
-        batches: how many of those a step has.
+        lengths: length of each sample in tokens.
+        has_image: True for each sample with an image.
+        batch_size: samples per process and forward pass.
+        batches: batches per step, over all processes and accumulation steps.
+        seed: seed of the shuffling; the epoch is added to it.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ModalityLengthSampler(Sampler[int]):
     ) -> None:
         self.lengths, self.has_image = lengths, has_image
         self.batch_size, self.batches, self.seed = batch_size, batches, seed
-        self.epoch = 0  # each has an order of its own
+        self.epoch = 0  # every epoch has its own order
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -68,6 +69,7 @@ class ModalityLengthSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         size, whole, rest = self.batch_size * self.batches, [], []
+        # Cut each modality into whole steps; collect what is left over.
         for wanted in (True, False):
             members = [i for i, image in enumerate(self.has_image) if image == wanted]
             members = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
@@ -80,18 +82,19 @@ class ModalityLengthSampler(Sampler[int]):
             yield from self._deal(step)
 
     def _deal(self, step: Sequence[int]) -> list[int]:
-        """A step's samples in order of its batches: long ones are dealt out in turn, there and back."""
+        """Order a step's samples by batch, dealing them out longest first in a snake order that balances lengths."""
         order = sorted(step, key=lambda i: -self.lengths[i])
         count = len(order) // self.batch_size
-        if count * self.batch_size < len(order):  # the last step of an epoch
+        if count * self.batch_size < len(order):  # the incomplete last step of an epoch
             return order
+        # Each round gives every batch one sample. Odd rounds run backwards, so that token counts even out.
         rounds = [order[start : start + count] for start in range(0, len(order), count)]
         turned = [members if i % 2 == 0 else members[::-1] for i, members in enumerate(rounds)]
         return [members[batch] for batch in range(count) for members in turned]
 
 
 class SetSamplerEpoch(TrainerCallback):
-    """Tells a sampler which epoch begins. accelerate does not reach it where a resumed run skips batches."""
+    """Callback that sets the sampler's epoch; accelerate does not do so when a resumed run skips batches."""
 
     def __init__(self, sampler: ModalityLengthSampler) -> None:
         self.sampler = sampler
@@ -102,12 +105,12 @@ class SetSamplerEpoch(TrainerCallback):
 
 # ----------------------------------------------------------------------------------------------------
 
-COMPLETE_MARKER = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
+COMPLETE_MARKER = "complete"  # written last: a checkpoint without it is incomplete and is not resumed from
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"  # the Trainer's names
 
 
 class RelookTrainer(Trainer):
-    """Trains a `Policy` by SFT or DPO, as the recipe says."""
+    """Trainer of a `Policy` by SFT or DPO, as the recipe says."""
 
     def __init__(self, recipe: Recipe, policy: Policy, report: ProgressReport, **kwargs: Any) -> None:
         super().__init__(model=policy, **kwargs)
@@ -123,7 +126,7 @@ class RelookTrainer(Trainer):
         self.add_callback(_Bar(report))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        """The recipe's loss over one batch, shape (); its parts are kept for the log."""
+        """Compute the recipe's loss over one batch, shape (), and keep its terms for the log."""
         log_probs = model(inputs["batch"])
         loss, fields = self._loss(log_probs, inputs)
         self._meter.add({"loss": loss, **fields}, inputs["work"], self.state.global_step + 1)
@@ -137,8 +140,11 @@ class RelookTrainer(Trainer):
         return preference_loss(self.recipe, log_probs, targets, inputs.get("reference"), inputs["weight"], share)
 
     def _prepare_input(self, data: Any) -> Any:
-        """To the device, and as it is. Under DeepSpeed the Trainer would round all that floats to bf16: a sum of
-        reference log-probs of -1,000 moves by up to 4, and a micro-batch's share of the loss by 0.4 %."""
+        """Move an input to the device without changing its dtype.
+
+        Under DeepSpeed the Trainer would round all floating-point inputs to bf16. A sum of reference log-probs of
+        -1,000 then moves by up to 4, and a micro-batch's share of the loss by 0.4 %.
+        """
         return data.to(self.args.device) if hasattr(data, "to") else super()._prepare_input(data)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Tensor:
@@ -150,20 +156,22 @@ class RelookTrainer(Trainer):
         return loss
 
     def train(self, *arguments: Any, **more: Any) -> Any:
-        """The Trainer's training.
+        """Train as the Trainer does, then check the trained tensors.
 
         Raises:
-            RelookError: a loss or a trained tensor that is no number, or a policy that does not leave the reference.
+            RelookError: a loss or a trained tensor is NaN or inf, or the policy does not move away from the reference.
         """
         result = super().train(*arguments, **more)
         self._check_tensors()
         return result
 
     def _check_tensors(self) -> None:
-        """A step that overflows shows in the next loss; after the last one, and before tensors are kept, look at them.
+        """Check the trained tensors for NaN and inf, after the last step and before every checkpoint.
+
+        During training, a step that overflows shows in the next loss, so no check of the tensors is needed there.
 
         Raises:
-            RelookError: a trained tensor holds a number that is not finite, on any process.
+            RelookError: a trained tensor holds NaN or inf, on any process.
         """
         broken = self.accelerator.reduce(
             count_nonfinite_tensors(self.model.parameters(), self.args.device), "sum"
@@ -175,15 +183,15 @@ class RelookTrainer(Trainer):
             )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
-        """The micro-batches of a step, each with its `share` of what is a mean over tokens.
+        """Return the micro-batches of a step, each with its `share` of the mean over tokens.
 
-        The Trainer averages losses over micro-batches and processes, whose numbers of tokens differ: a mean over the
-        step's tokens weighs each by its own.
+        The Trainer averages losses over micro-batches and processes, which differ in their number of tokens. `share`
+        weights each micro-batch by its tokens, so that the average is a mean over the step's tokens.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.recipe.task == "sft" or self.recipe.nll_weight:
             counts = [count_answer_tokens(self.recipe, _targets(inputs["batch"])) for inputs in batches]
-            # All of it stays on the device: nothing waits for it.
+            # Everything stays on the device, so nothing here forces a sync.
             total = self.accelerator.reduce(torch.zeros((), device=device) + sum(counts), "mean")
             for inputs, count in zip(batches, counts, strict=True):
                 inputs["share"] = count * len(counts) / total
@@ -206,9 +214,10 @@ class RelookTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Loss and logged fields over the held-out items: means over pairs, for SFT over tokens.
+        """Compute the loss and logged fields over the held-out items: means over pairs, or over tokens for SFT.
 
-        Every process goes over all of them: none is counted twice to fill up a batch, and all agree on the best step.
+        Every process evaluates all items, so no item is counted twice to fill a batch, and all processes agree on the
+        best step.
         """
         assert isinstance(self.eval_dataset, ItemDataset)
         items, size = self.eval_dataset.items, self.args.per_device_eval_batch_size
@@ -228,17 +237,17 @@ class RelookTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's line with relook's fields; the one place where a step's numbers leave the device."""
+        """Log the Trainer's line with relook's fields; only here are a step's metrics copied to the CPU."""
         fields = self._meter.read(lambda sums: self.accelerator.reduce(sums, "sum"), self.accelerator.num_processes)
-        fields.pop("loss", None)  # the Trainer has it
+        fields.pop("loss", None)  # the Trainer logs it
         logs.update(fields)
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer over groups with learning rates of their own.
+        """Build the Trainer's optimizer over parameter groups with their own learning rates.
 
         Raises:
-            RecipeError: all of them are 0.
+            RecipeError: every learning rate is 0.
         """
         if getattr(self, "optimizer", None) is None:
             groups = parameter_groups(self.model, self.recipe, self.args.weight_decay)
@@ -248,9 +257,12 @@ class RelookTrainer(Trainer):
             self.optimizer: torch.optim.Optimizer = kind(groups, **arguments)
         return self.optimizer
 
-    # Checkpoints hold what trains, not the model.
+    # Checkpoints hold the trainable tensors, not the whole model.
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What a run leaves, so that a checkpoint is loaded as one; the adapter's tensors lie among the others."""
+        """Write the files of a finished run, so that a checkpoint loads like one.
+
+        Unlike in a finished run, the LoRA tensors are in the same file as the others.
+        """
         folder = Path(output_dir or self.args.output_dir)
         save_trained(self.model.model, folder / TENSORS_FILE)
         if distributed.is_main():
@@ -266,7 +278,10 @@ class RelookTrainer(Trainer):
         self._load_from_checkpoint(str(Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's; older ones go when the new one is whole, what a failure left is not resumed from."""
+        """Save a checkpoint as the Trainer does, and remove older ones once the new one is complete.
+
+        A checkpoint that a failure left incomplete is not resumed from.
+        """
         with self._meter.paused():
             self._check_tensors()
             self._save_complete(model, trial)
@@ -281,7 +296,7 @@ class RelookTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             distributed.barrier("the checkpoint's files")
         except BaseException:
-            if distributed.world_size() == 1:  # others may be writing there: what they leave goes when the run goes on
+            if distributed.world_size() == 1:  # else others may still be writing; resuming removes it
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
@@ -291,14 +306,14 @@ class RelookTrainer(Trainer):
             rotate_checkpoints(str(folder.parent), kept, self.state.best_model_checkpoint)
 
     def _checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: what trains and the optimizer's state, of all processes together."""
+        """Compute a checkpoint's bytes: trainable tensors and optimizer state, summed over all processes."""
         sizes = [full_shape(p).numel() for p in self.model.parameters() if p.requires_grad]
-        if self.is_deepspeed_enabled:  # two moments, a float32 copy and, but for ZeRO-3, the model's own beside it
+        if self.is_deepspeed_enabled:  # two moments, a float32 copy and, except under ZeRO-3, the model's own weights
             return 20 * sum(sizes)
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return 4 * sum(sizes) + sum(t.numel() * t.element_size() for t in moments)
 
-    # What is sharded is put together: the Trainer's own ways also write all that is frozen.
+    # Sharded state is gathered here, because the Trainer's own methods also write all frozen tensors.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
@@ -318,7 +333,7 @@ class RelookTrainer(Trainer):
             return
         if self.is_deepspeed_enabled:
             found, _ = self.model_wrapped.load_checkpoint(checkpoint, load_module_strict=False)
-            if found is None:  # it only warns, and would go on from the start
+            if found is None:  # DeepSpeed only warns, and would train from the start
                 raise RelookError(
                     f"DeepSpeed cannot read its part of {checkpoint}.",
                     "Remove the checkpoint, and run the same command again.",
@@ -333,7 +348,7 @@ class RelookTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_deepspeed_enabled:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-            # Not before: accelerate puts the whole model on the device.
+            # Offload only now, because accelerate moves the whole model to the device.
             if (
                 self.recipe.encodes_images_once
                 and self.data_collator.features is not None
@@ -341,9 +356,9 @@ class RelookTrainer(Trainer):
             ):
                 self.model.offload_vision_tower()
             return prepared
-        # DeepSpeed rounds buffers too: to bf16, rotary frequencies are wrong by radians at position 700.
+        # DeepSpeed rounds buffers too: rotary frequencies in bf16 are off by radians at position 700.
         exact = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        # The Trainer has DeepSpeed load strictly, and its checkpoints lack what is frozen.
+        # Do not resume here: the Trainer makes DeepSpeed load strictly, and these checkpoints lack the frozen tensors.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         for name, buffer in self.model.named_buffers():
             buffer.data = exact[name].to(buffer.device)
@@ -352,7 +367,7 @@ class RelookTrainer(Trainer):
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer, out of accelerate's wrapper."""
+        """Return the optimizer without accelerate's wrapper."""
         inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner
 
@@ -363,9 +378,12 @@ def _targets(batch: Any) -> Targets:
 
 
 def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
-    """Write the tensors of a model that train, by name, as one safetensors file; names with `without` are left out.
+    """Write a model's trainable tensors by name to one safetensors file.
 
-    Every process calls it, since tensors may be sharded over them; the first one writes.
+    Every process must call it, since tensors may be sharded over them; only the main process writes.
+
+    Args:
+        without: leave out tensors whose name contains this; no name contains the default.
     """
     tensors = {name: tensor for name, tensor in gather_tensors(model).items() if without not in name}
     if distributed.is_main():
@@ -374,11 +392,10 @@ def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
 
 
 def save_change(recipe: Recipe, config: Any, out: Path) -> None:
-    """Say beside trained tensors what they lie on: the base at the bottom, its tower, and the changes that were merged
-    into it before.
+    """Write next to the trained tensors what they apply to: the base, its vision tower and earlier merged changes.
 
     Args:
-        config: of the model that was trained.
+        config: config of the model that was trained.
     """
     base, tower, earlier = Path(recipe.model_name_or_path), recipe.vision_tower, list[Path]()
     if folder_kind(base) == "run":
@@ -391,7 +408,7 @@ def save_change(recipe: Recipe, config: Any, out: Path) -> None:
         change = read_adapter(adapter)
         earlier = [*change.previous, adapter]
         tower = tower or str(change.tower_for(base) or "")
-    if tower and Path(tower).is_dir():  # else it is a hub's name
+    if tower and Path(tower).is_dir():  # otherwise it is a name on the Hugging Face Hub
         tower = str(Path(tower).resolve())
     foundation = {
         "base": str(base.resolve()),
@@ -403,7 +420,11 @@ def save_change(recipe: Recipe, config: Any, out: Path) -> None:
 
 
 def gather_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tensor]:
-    """What trains of a model, or all of it, whole and on the CPU; nothing in a process that is not the first."""
+    """Gather a model's trainable tensors, unsharded and on the CPU; return an empty dict except in the main process.
+
+    Args:
+        everything: gather the frozen tensors too.
+    """
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or everything:
@@ -414,7 +435,7 @@ def gather_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tens
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint, the same in all processes; those cut off by a kill are removed."""
+    """Return the newest complete checkpoint, the same in all processes, and remove incomplete ones."""
     return distributed.broadcast_from_main(lambda: _last_checkpoint(folder))
 
 
@@ -429,7 +450,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 class _Bar(TrainerCallback):
-    """Feeds relook's progress bar from the Trainer's steps and logs."""
+    """Callback that updates relook's progress bar from the Trainer's steps and logs."""
 
     def __init__(self, report: ProgressReport) -> None:
         self.report, self.note, self.last = report, "", 0.0
