@@ -208,7 +208,7 @@ class LoraSettings:
         )
 
     def _for(self, module: str, patterns: str, key: str) -> Any:
-        """Return the number of the first pattern that matches the end of a module's path, or else the config's default."""
+        """Return the value of the first pattern that matches the end of a module's path, else the default."""
         each: dict[str, Any] = self.config.get(patterns) or {}
         return next((n for end, n in each.items() if re.match(rf"(.*\.)?({end})$", module)), self.config[key])
 
