@@ -113,7 +113,7 @@ class Adapter:
         return replace(source, config=config, tensors=tensors, adapter=self.path, beneath=(source, self))
 
     def without_adapter(self) -> tuple[Adapter, dict[str, LazyTensor]]:
-        """Split off the LoRA tensors: return the remaining tensors as an adapter, and the LoRA tensors under peft's names."""
+        """Split into the tensors other than LoRA, as an adapter, and the LoRA tensors under peft's names."""
         if self.path.is_file():
             tensors = read_tensor_file(self.path)
         elif any((self.path / name).exists() for name in ADAPTER_FILES):
@@ -180,7 +180,7 @@ class Adapter:
         return with_post_decoder(source.config, settings)
 
     def at_stage(self, stage: int, source: LazyModel) -> tuple[Adapter, list[str]]:
-        """Return the part of this and the previous adapters that a stage takes, and the names of the tensors it leaves out.
+        """Select what a stage takes from this and the previous adapters; also return the names it leaves out.
 
         Stage 0 adds the post decoder and replaces the head; stage 1 adds or replaces the post decoder only; stage 2
         replaces head and post decoder of a model that has one already.
@@ -240,7 +240,7 @@ def _untied(config: Any) -> Any:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """Read a relook training run, a LoRA folder of the original program, or bare trained tensors (a file or its folder).
+    """Read a relook training run, a LoRA folder of the original, or bare trained tensors (a file or its folder).
 
     Raises:
         CheckpointError: the path holds no adapter, or a LoRA variant that relook cannot merge.
@@ -254,7 +254,7 @@ def read_adapter(path: str | Path) -> Adapter:
         if not isinstance(change.get("base"), str):
             raise CheckpointError(f"{path / ADAPTER_FILE} does not name a base.", "Copy the run again.")
         tensors = read_tensor_file(path / TENSORS_FILE)
-        if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint keeps everything in one file
+        if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint has only one file
             tensors |= _read_lora_folder(path)
         earlier = change.get("earlier", [])
         if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
@@ -279,7 +279,7 @@ def _read_lora_folder(folder: Path) -> dict[str, LazyTensor]:
 
 
 def language_model_config(change: Adapter) -> dict[str, Any] | None:
-    """Return the liuhaotian config saved beside an adapter, which turns a bare language model into LLaVA; None if absent."""
+    """Return the liuhaotian config beside an adapter, which turns a bare language model into LLaVA; None if absent."""
     for path in (*change.previous, change.path):
         config = read_json_object(_folder(path) / "config.json", optional=True)
         if config.get("model_type") in LLAVA_TYPES and "text_config" not in config:
