@@ -133,7 +133,7 @@ class LazyModel:
         return tensors
 
     def check(self) -> None:
-        """Raise a CheckpointError that lists tensors that are missing, unused or of a shape the config does not have."""
+        """Raise a CheckpointError that lists missing and unused tensors, and those whose shape is not the config's."""
         who = self.who
         with torch.device("meta"):
             model = _build_checked(who, self.model_class, self.config)
@@ -213,7 +213,7 @@ def open_folder(
 
     Args:
         path: the model folder.
-        vision_tower: folder of the vision tower, instead of the one that `mm_vision_tower` in a liuhaotian config names.
+        vision_tower: folder of the vision tower, instead of the one that a liuhaotian `mm_vision_tower` names.
         weights: False opens the config alone; weights and tokenizer may then be absent.
         llava_config: a liuhaotian config that turns a bare language model, such as Vicuna, into LLaVA.
         tower_by_name: True infers the config of a missing CLIP tower from its name; only the config is then opened.
@@ -344,7 +344,7 @@ def named_tower(name: str, width: Any) -> tuple[CLIPVisionConfig, str] | None:
 
 
 def _tower_folder(path: Path, named: Any, given: str | Path | None) -> Path:
-    """Return the tower's folder, as given or as the model's config names it; a hub name is looked up in the hub cache."""
+    """Return the tower's folder, as given or as the config names it; a hub name is looked up in the hub cache."""
     name = str(given) if given else named
     if not name or not isinstance(name, str):
         raise CheckpointError(
