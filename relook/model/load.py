@@ -1,7 +1,7 @@
 """Strict model loading from disk: a missing or unused tensor is an error, never a random weight.
 
-The steps: folder -> `LazyModel` (any format, in transformers' terms) -> adapters applied -> checked by name and shape ->
-transformers' own loader.
+The steps: folder -> `LazyModel` (any format, in transformers' terms) -> adapters applied -> checked by name and
+shape -> transformers' own loader.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class LoadedModel:
 
     @property
     def pad_id(self) -> int:
-        """Return the padding token; the end-of-text token where there is none."""
+        """Return the id of the padding token, or of the end-of-text token if there is none."""
         tokenizer = self.processor.tokenizer
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
@@ -226,7 +226,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Options with which a command loads a model, named as in `load_model`. An empty device means a GPU if there is one."""
+    """Options with which a command loads a model, as in `load_model`. An empty device means a GPU if there is one."""
 
     adapter: Path | None = None
     vision_tower: Path | None = None
@@ -235,7 +235,7 @@ class LoadOptions:
     device: str = ""
 
     def identity(self, model: str | Path) -> dict[str, Any]:
-        """Return everything that answers depend on: the model's path and hash and the load options, but not the device."""
+        """Return everything that answers depend on: the model's path, hashes and load options, not the device."""
         how = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
         model = Path(model)
         parts = {
