@@ -255,7 +255,7 @@ FROM_CHANGE: Renames = (
     (r"\.(base_layer|modules_to_save\.default)\.", "."),
     *FROM_ANY,
 )
-COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # buffers in old files, computed anew today
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # buffers in old files; models compute them
 
 # LLaVA's own settings that prompts and preprocessing depend on; they stay in a converted config.
 KEPT = ("image_aspect_ratio", "mm_use_im_start_end", "mm_use_im_patch_token")
