@@ -243,7 +243,7 @@ def write_llava(source: LazyModel, folder: Path, shard_bytes: int) -> None:
 
 
 def _copy_sentencepiece(path: Path, folder: Path) -> bool:
-    """Copy the sentencepiece files, the only ones the original program reads; return True if the model is among them."""
+    """Copy the sentencepiece files, which the original program needs; return True if the model is among them."""
     for name in SENTENCEPIECE:
         if (path / name).exists():
             shutil.copyfile(path / name, folder / name)  # contents without the mode, which may be read-only
@@ -251,7 +251,7 @@ def _copy_sentencepiece(path: Path, folder: Path) -> bool:
 
 
 def _one_linear(source: LazyModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors as `_tensor_stream` does, but fuse the projector's two linears, which have no activation between."""
+    """Yield tensors as `_tensor_stream` does, but with the projector's two linears fused (no activation between)."""
     weight_1, bias_1, weight_2, bias_2 = (
         source.tensors[f"{PROJECTOR}linear_{i}.{part}"].read() for i in (1, 2) for part in ("weight", "bias")
     )
