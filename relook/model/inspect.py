@@ -185,7 +185,7 @@ class TrainableCount:
 
 
 def count_trainable(source: LazyModel) -> dict[str, TrainableCount]:
-    """Count the trainable parameters of each regime with the recipe's defaults, as `relook train` would set it up."""
+    """Count each regime's trainable parameters with the recipe's defaults, as `relook train` would set it up."""
     processor = source.processor()
     found = {}
     for name, keys in REGIMES.items():
