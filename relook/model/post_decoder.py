@@ -135,6 +135,7 @@ class FlatLayout:
     shape: tuple[int, int]
 
     def pad(self, flat_ND: Tensor) -> Tensor:
+        # Scatter (N, D) into a zero-padded (T, S, D).
         padded = flat_ND.new_zeros(*self.shape, flat_ND.shape[-1])
         filled: Tensor = padded.index_put((self.row, self.slot), flat_ND)
         return filled
@@ -267,7 +268,7 @@ class Block(nn.Module):
         if self.self_attention is not None and self.self_norm is not None:
             normed = self.self_norm(states)
             keys, values = self.self_attention.keys_values(normed)
-            if past is not None:
+            if past is not None:  # append to the KV cache, and attend to all of it
                 keys, values = past.update(keys, values)
             states = states + self.self_attention(normed, keys, values, self_mask)
         if self.cross_attention is not None and self.cross_norm is not None and image is not None:
