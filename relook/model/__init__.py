@@ -1,15 +1,15 @@
-"""Models: on disk, in memory, and what trains in them.
+"""Models: on disk, in memory, and which of their parameters train.
 
-checkpoint      named tensors in files, read one at a time, written in shards
-formats         what a folder is, how its tensors are called, how its config reads in transformers
-source          a model folder of any format in transformers' terms
-changes         what was trained on a base, laid on it tensor by tensor
-trunks          the families of models, and what differs between them
-load            `load_model`: all of it in memory, checked
-convert         `relook convert`, `merge`, `export`
-tokenizer       tokenizers as the original programs read them
-modeling_relook, post_decoder    the transformers classes; these two files travel with every saved model
-inspect         `relook inspect`: module tree, what trains, the tensors on their way
-regimes         which parameters train
-sharded         parameters that lie in parts over several processes, read and written whole
+checkpoint      tensor files, read lazily and written in shards; model formats, their tensor names and configs
+lazy_model      `LazyModel`: a model folder of any format in transformers' terms, with its tensors still on disk
+adapters        trained changes to a base model, applied tensor by tensor
+lora            settings and weight deltas of peft's LoRA adapters
+config_checks   checks of configs, generation settings and processors
+families        the model families, and what differs between them
+load            `load_model`: a model in memory, strictly checked
+export          `relook convert`, `merge`, `export`
+tokenizer       tokenizers that match the original programs
+modeling_relook, post_decoder    the transformers classes; these two files are saved with every model
+inspect         `relook inspect`: module tree, trainable parameters, traced tensors
+trainable       which parameters train, and the optimizer's groups
 """

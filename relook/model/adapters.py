@@ -1,7 +1,7 @@
-"""What was trained on a base model, read from whatever a training run left, and laid on the base tensor by tensor.
+"""Adapters: trained changes to a base model, read from whatever a training run left and applied tensor by tensor.
 
-LoRA is merged into the weights it belongs to (in float32, rounded once); everything else replaces the tensor of the
-same name. A post decoder brings tensors that the base need not have.
+LoRA is merged into its weights (in float32, rounded once); everything else replaces the tensor of the same name. A post
+decoder brings tensors that the base need not have.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ TENSORS_FILE = "trained.safetensors"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DECODER, HEAD = "model.post_decoder.", "lm_head."
 HEAD_WEIGHT, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
-ADDED = (DECODER, PROJECTOR)  # what a base need not have
-# What each stage of the old replace_bin takes from the change, and whether the base must have a post decoder already.
+ADDED = (DECODER, PROJECTOR)  # tensors that a base need not have
+# For each stage of the old replace_bin: the parts it takes from the adapter, and if the base must already have a post
+# decoder (None: either way).
 STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
     0: ((HEAD, DECODER), False),
     1: ((DECODER,), None),
@@ -50,17 +51,18 @@ STAGES: dict[int, tuple[tuple[str, ...], bool | None]] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """Tensors under transformers' names.
+    """Trained tensors under transformers' names, to be applied to a base model.
 
     Args:
-        replaced: tensors that take the place of the base's, or are added to it.
-        lora: by the name of the weight that it changes.
+        path: the folder or file they were read from.
+        tensors: replace the base's tensors of the same name, or are added to them.
+        lora: LoRA deltas, keyed by the name of the weight they change.
         adapter: the settings of `lora`.
-        modules: where `lora` lies, by the same name: the path of the layer in the model that peft wrapped.
-        post_decoder: its settings; None where the change has none, or does not know them.
-        base: the folder of the base model, where the change says it.
-        vision_tower: the folder of its tower, where it is not the one that the base's config names.
-        earlier: the changes that lay on the base already when this one was trained, in their order.
+        modules: paths of the LoRA layers in the model that peft wrapped, under the same keys as `lora`.
+        post_decoder: settings of the post decoder; None where the adapter has none, or does not know them.
+        base: the folder of the base model, if recorded.
+        vision_tower: the folder of its vision tower, if it is not the one that the base's config names.
+        previous: adapters that were already applied to the base when this one was trained, in order.
     """
 
     path: Path
@@ -74,17 +76,18 @@ class Adapter:
     previous: tuple[Path, ...] = ()
 
     def tower_for(self, base: Path) -> Path | None:
-        """The vision tower that this was trained with, where a base has none of its own."""
+        """Return the vision tower used in training if the base has none of its own, else None."""
         return self.vision_tower if folder_kind(base) == "llava" else None
 
     def apply_to(self, source: LazyModel, dtype: torch.dtype | None = None) -> LazyModel:
-        """The base with this change, and before it those that it was trained on.
+        """Apply the previous adapters, then this one, to a base.
 
         Args:
-            dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
+            source: the base model.
+            dtype: of the weights that LoRA is merged into; None keeps the stored dtype.
 
         Raises:
-            CheckpointError: a tensor that the base does not have, or has in another shape; a layer without its LoRA.
+            CheckpointError: a tensor that the base lacks or has in another shape, or a layer without its LoRA.
         """
         for path in self.previous:
             source = replace(read_adapter(path), previous=()).apply_to(source, dtype)
@@ -93,7 +96,7 @@ class Adapter:
             config = self._config_with_decoder(source)
             tensors = {name: t for name, t in tensors.items() if not name.startswith(DECODER)}
         self._check(source, tensors)
-        # peft's copies of a head, or of embeddings alone, share nothing.
+        # peft saves the head, or the embeddings alone, as copies that are no longer tied.
         untied = {HEAD_WEIGHT} & (self.tensors.keys() | self.lora.keys()) or (
             self.adapter is not None and EMBEDDINGS in self.tensors
         )
@@ -110,12 +113,12 @@ class Adapter:
         return replace(source, config=config, tensors=tensors, adapter=self.path, beneath=(source, self))
 
     def without_adapter(self) -> tuple[Adapter, dict[str, LazyTensor]]:
-        """What the change replaces beside its adapter, as a change; and the adapter's tensors as peft calls them."""
+        """Split into the tensors other than LoRA, as an adapter, and the LoRA tensors under peft's names."""
         if self.path.is_file():
             tensors = read_tensor_file(self.path)
         elif any((self.path / name).exists() for name in ADAPTER_FILES):
             tensors = _read_lora_folder(self.path)
-        else:  # a checkpoint of relook, which has all in one file
+        else:  # a relook checkpoint, which keeps everything in one file
             names = (
                 (name.replace(".default.", "."), t) for name, t in read_tensor_file(self.path / TENSORS_FILE).items()
             )
@@ -126,7 +129,7 @@ class Adapter:
 
     @property
     def has_llavas_names(self) -> bool:
-        """Whether the adapter was made in the original program, whose language model is at the top."""
+        """Return True if the original program made the adapter: there the language model is the top-level module."""
         return any(module.startswith("model.layers.") for module in self.modules.values())
 
     def _check(self, source: LazyModel, tensors: dict[str, LazyTensor]) -> None:
@@ -154,7 +157,10 @@ class Adapter:
             )
 
     def _note_projector(self) -> None:
-        """LLaVA writes what it trains beside LoRA at the end of a run only, not into its checkpoint-N folders."""
+        """Warn if a LLaVA adapter came without its projector.
+
+        LLaVA saves what it trains beside LoRA only at the end of a run, not in its checkpoint-N folders.
+        """
         has_projector = any(name.startswith(PROJECTOR) for name in self.tensors)
         if self.has_llavas_names and not has_projector and not (self.path / NON_LORA).exists():
             status(
@@ -174,7 +180,7 @@ class Adapter:
         return with_post_decoder(source.config, settings)
 
     def at_stage(self, stage: int, source: LazyModel) -> tuple[Adapter, list[str]]:
-        """What a stage takes from this change and those that it was trained on, and the names of what it leaves out.
+        """Select what a stage takes from this and the previous adapters; also return the names it leaves out.
 
         Stage 0 adds the post decoder and replaces the head; stage 1 adds or replaces the post decoder only; stage 2
         replaces head and post decoder of a model that has one already.
@@ -196,12 +202,12 @@ class Adapter:
         return replace(whole, tensors=taken, lora={}, adapter=None, modules={}), left
 
     def _with_earlier(self) -> Adapter:
-        """Put this change and those that it was trained on in one; of LoRA only the names count: no stage takes it."""
+        """Combine the previous adapters and this one; of LoRA only the names matter, since no stage takes it."""
         replaced: dict[str, LazyTensor] = {}
         lora: dict[str, LoraDelta] = {}
         settings = None
         for change in (*map(read_adapter, self.previous), self):
-            if any(name.startswith(DECODER) for name in change.tensors):  # which is a whole one
+            if any(name.startswith(DECODER) for name in change.tensors):  # a whole post decoder replaces an earlier one
                 replaced = {name: tensor for name, tensor in replaced.items() if not name.startswith(DECODER)}
                 settings = change.post_decoder
             replaced |= change.tensors
@@ -209,7 +215,7 @@ class Adapter:
         return replace(self, tensors=replaced, lora=lora, post_decoder=settings, previous=())
 
     def after(self, base: Path) -> Adapter:
-        """This change without those that a run, as its base, has in it already."""
+        """Drop the previous adapters that a training run used as the base already contains."""
         present = [*(path.resolve() for path in read_adapter(base).previous), base.resolve()]
         if [path.resolve() for path in self.previous[: len(present)]] == present:
             return replace(self, previous=self.previous[len(present) :])
@@ -217,7 +223,7 @@ class Adapter:
 
 
 def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:
-    """The shape of a base's tensor, () where there is none; a tied head has that of the embeddings."""
+    """Return the shape of a base's tensor, () if there is none; a tied head has the shape of the embeddings."""
     if name == HEAD_WEIGHT and name not in tensors:
         name = EMBEDDINGS
     return tensors[name].shape if name in tensors else ()
@@ -234,10 +240,10 @@ def _untied(config: Any) -> Any:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """Read a training run of relook, a LoRA folder of the original, or bare trained tensors (a file, or its folder).
+    """Read a relook training run, a LoRA folder of the original, or bare trained tensors (a file or its folder).
 
     Raises:
-        CheckpointError: nothing of the kind, or LoRA of a variety that relook cannot merge.
+        CheckpointError: the path holds no adapter, or a LoRA variant that relook cannot merge.
     """
     path = Path(path)
     kind = folder_kind(path)
@@ -248,7 +254,7 @@ def read_adapter(path: str | Path) -> Adapter:
         if not isinstance(change.get("base"), str):
             raise CheckpointError(f"{path / ADAPTER_FILE} does not name a base.", "Copy the run again.")
         tensors = read_tensor_file(path / TENSORS_FILE)
-        if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint has all in one file
+        if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint has only one file
             tensors |= _read_lora_folder(path)
         earlier = change.get("earlier", [])
         if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
@@ -273,7 +279,7 @@ def _read_lora_folder(folder: Path) -> dict[str, LazyTensor]:
 
 
 def language_model_config(change: Adapter) -> dict[str, Any] | None:
-    """The liuhaotian config that lies beside a change: what LLaVA makes of the bare language model below it."""
+    """Return the liuhaotian config beside an adapter, which turns a bare language model into LLaVA; None if absent."""
     for path in (*change.previous, change.path):
         config = read_json_object(_folder(path) / "config.json", optional=True)
         if config.get("model_type") in LLAVA_TYPES and "text_config" not in config:
@@ -285,7 +291,7 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-# `default` is peft's name of an adapter, which stands in a model's own names.
+# `default` is peft's name for an adapter, which appears in the parameter names of a wrapped model.
 LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<half>\w+?)(?:\.default)?(?P<bias>\.bias)?(?:\.weight)?")
 
 

@@ -1,7 +1,7 @@
-"""Tensors on disk: read one at a time from safetensors or PyTorch files, written as safetensors; sharded or not.
+"""Checkpoint files and formats: tensors read lazily from safetensors or PyTorch files and written as safetensors.
 
-What a file is, is read from its first bytes. A PyTorch file is a pickle, and a pickle can run code: it is read with
-`weights_only=True`, which refuses all but tensors and plain containers.
+The file type is detected from the first bytes. A PyTorch file is a pickle, and a pickle can run code, so it is read
+with `weights_only=True`, which refuses everything but tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is asked for: nothing holds a whole model but the one who wants it."""
+    """Tensor that is read from disk on demand, so that only the caller ever holds a whole model."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
@@ -44,15 +44,15 @@ class LazyTensor:
         return LazyTensor(tuple(tensor.shape), lambda: tensor)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
-        """The same tensor with a change that keeps its shape, made when it is read."""
+        """Return a lazy tensor that applies a shape-preserving function when it is read."""
         return LazyTensor(self.shape, lambda: change(self.read()))
 
 
 def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
-    """The named tensors of one file.
+    """Read the named tensors of one file, lazily.
 
     Raises:
-        CheckpointError: no tensor file, a truncated one, or a pickle that holds anything but tensors.
+        CheckpointError: not a tensor file, a truncated one, or a pickle that holds anything but tensors.
     """
     require_regular(path)
     tensors = _read(path)
@@ -94,7 +94,7 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
 def _read_pickle(path: Path, mmap: bool) -> dict[str, LazyTensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of foreign pickles, which are refused
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise CheckpointError(
@@ -110,7 +110,7 @@ def _read_pickle(path: Path, mmap: bool) -> dict[str, LazyTensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights; none where it holds none. Safetensors go before pickles.
+    """List the files that hold a folder's weights, if any. Safetensors are preferred to pickles.
 
     Raises:
         CheckpointError: an index that names a file which is not in the folder.
@@ -119,7 +119,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensor_folder(folder: Path) -> dict[str, LazyTensor]:
-    """The named tensors of a folder, sharded or not."""
+    """Read the named tensors of a folder, sharded or not, lazily.
+
+    Raises:
+        CheckpointError: there are no weights, or the shards lack tensors of the index.
+    """
     files, indexed = _layout(folder)
     if not files:
         raise CheckpointError(
@@ -135,7 +139,7 @@ def read_tensor_folder(folder: Path) -> dict[str, LazyTensor]:
 
 
 def _layout(folder: Path) -> tuple[list[Path], set[str]]:
-    """Weight files, and the tensors that an index names."""
+    """Return the weight files, and the names of the tensors that the index lists (none without an index)."""
     for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         if (folder / index).exists():
             weight_map = read_json_object(folder / index).get("weight_map")
@@ -155,7 +159,7 @@ def _layout(folder: Path) -> tuple[list[Path], set[str]]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read as they may any new file: `save_file` alone makes it private."""
+    """Write a safetensors file with the usual permissions of a new file; `save_file` alone makes it private."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
@@ -163,9 +167,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Write tensors as they come into `model.safetensors`, or into shards with an index; one shard is in memory.
+    """Write a stream of tensors to `model.safetensors`, or to shards with an index; one shard is in memory at a time.
 
     Args:
+        folder: where the files go.
+        tensors: names and tensors, in the order of writing.
         shard_bytes: largest size of a shard; a single tensor may be larger.
     """
     held: dict[str, Tensor] = {}
@@ -182,7 +188,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         if held and held_bytes + tensor.nbytes > shard_bytes:
             flush()
             held_bytes = 0
-        # A copy of its own: tensors of one file may share memory, which safetensors does not store.
+        # Copy: tensors of one file may share memory, which safetensors refuses to store.
         held[name] = tensor.detach().to("cpu", copy=True).contiguous()
         held_bytes += tensor.nbytes
         total += tensor.nbytes
@@ -199,17 +205,17 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 
 
 # ----------------------------------------------------------------------------------------------------
-# The formats of checkpoints: what a folder is, how its tensors are called, and how its config reads in transformers.
+# Checkpoint formats: the kind of a folder, the names of its tensors, and its config in transformers' terms.
 #
-# Inside relook every tensor has the name it has in transformers' LlavaForConditionalGeneration. The renames are data:
-# pairs of a pattern and its replacement, tried in order.
+# Inside relook every tensor has its name in transformers' LlavaForConditionalGeneration. The renames are data: pairs of
+# a pattern and its replacement, applied in order.
 
 Renames = tuple[tuple[str, str], ...]
 ADAPTER_FILE = "change.json"  # what a training run of relook changed: its base, post decoder settings, LoRA or not
 ADAPTER_CONFIG, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
 ADAPTER_FILES = (NON_LORA, "mm_projector.bin")  # what the original programs save beside a base
 LLAVA_TYPES = ("llava", "llava_llama")  # of a liuhaotian config; HA-DPO's fork calls it "llava"
-WHOLE_MODELS = ("llava", "llama", "hf", "relook")  # kinds of folders that hold no change
+WHOLE_MODELS = ("llava", "llama", "hf", "relook")  # kinds of folders that hold a model, not an adapter
 
 PROJECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 FROM_LLAVA: Renames = (
@@ -237,19 +243,19 @@ TO_HF: Renames = (
     (r"^model\.vision_tower\.", "vision_tower.vision_model."),
     (r"^model\.(?=multi_modal_projector\.|image_newline$)", ""),
 )
-# Names by any version of transformers or by LLaVA, of a whole model or of its base alone.
+# Names of any transformers version or of LLaVA, of a whole model or of its base model alone.
 FROM_ANY: Renames = (
     *FROM_HF,
     (r"^(?=(mm_projector|multi_modal_projector|post_decoder|language_model|layers|embed_tokens|norm)\.)", "model."),
     *FROM_LLAVA,
 )
-# Names of what a training run saved: with peft's prefix or without, of layers that it wrapped or not.
+# Names in a training run's files: with or without peft's prefix, of layers that it wrapped or not.
 FROM_CHANGE: Renames = (
     (r"^base_model\.model\.", ""),
     (r"\.(base_layer|modules_to_save\.default)\.", "."),
     *FROM_ANY,
 )
-COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # buffers that old files hold and nobody needs
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # buffers in old files; models compute them
 
 # LLaVA's own settings that prompts and preprocessing depend on; they stay in a converted config.
 KEPT = ("image_aspect_ratio", "mm_use_im_start_end", "mm_use_im_patch_token")
@@ -281,11 +287,14 @@ def rename(name: str, renames: Renames) -> str:
 
 
 def folder_kind(path: str | Path) -> str:
-    """What a path holds: "llava", "hf" or "relook" (models), "llama" (a language model alone), or a change to a model:
-    "run", "lora" or "trained".
+    """Detect what a path holds.
+
+    Returns:
+        "llava", "hf" or "relook" for a model, "llama" for a language model alone, or "run", "lora" or "trained" for an
+        adapter.
 
     Raises:
-        CheckpointError: nothing that relook knows; families it does not load are refused by name.
+        CheckpointError: nothing that relook knows; unsupported model types are named.
     """
     path = Path(path)
     require_regular(path)
@@ -331,9 +340,9 @@ def _model_kind(path: Path, config: dict[str, Any]) -> str:
 
 
 def config_template(config: dict[str, Any]) -> str:
-    """The conversation template a model was tuned with: LLaVA's v1 for liuhaotian's folders and their conversions.
+    """Return the conversation template a model was tuned with: v1 for liuhaotian's folders and their conversions.
 
-    LLaVA-NeXT over Mistral has Mistral's; over other language models its config does not tell Vicuna's from Yi's.
+    LLaVA-NeXT over Mistral uses Mistral's. Over other language models, its config does not tell Vicuna's from Yi's.
     """
     own = "llava_hf" if "text_config" in config else "v1"
     if config.get("model_type") == "llava_next" and config.get("text_config", {}).get("model_type") == "mistral":
@@ -342,11 +351,17 @@ def config_template(config: dict[str, Any]) -> str:
 
 
 def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig) -> LlavaConfig:
-    """A liuhaotian config in transformers' terms, but for the id of <image>, which its tokenizer knows. Sizes are taken
-    from it, never from defaults.
+    """Translate a liuhaotian config to transformers' terms, except the id of <image>, which only its tokenizer knows.
+
+    Sizes are taken from the config, never from defaults.
+
+    Args:
+        path: the folder, for error messages.
+        raw: the liuhaotian config.
+        vision: config of the vision tower.
 
     Raises:
-        CheckpointError: a size is not there, or a setting that transformers' LLaVA cannot express.
+        CheckpointError: a size is missing, or transformers' LLaVA cannot express a setting.
     """
     missing = [key for key in REQUIRED if raw.get(key) is None]
     if missing:
@@ -378,13 +393,13 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig)
 
 
 def one_rope(text: dict[str, Any]) -> dict[str, Any]:
-    """A text config with its rotary embeddings under the name of transformers 5 alone.
+    """Move a text config's rotary embedding settings to `rope_parameters`, the only name in transformers 5.
 
     transformers 4 and LLaVA have rope_theta and, where positions are scaled, rope_scaling, whose `type` became
-    `rope_type`. transformers 5 would ignore one of the two where both are there.
+    `rope_type`. If both are present, transformers 5 would ignore one of them.
 
     Raises:
-        ValueError: settings that are no objects, or a theta that is not a number above 0.
+        ValueError: settings that are not objects, or a theta that is not a number above 0.
     """
     rope: dict[str, Any] = {}
     for key in ROPE[:2]:
@@ -392,7 +407,7 @@ def one_rope(text: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(stated, dict):
             raise ValueError(f"{key} is {stated!r}, but must be an object")
         rope |= {"rope_type" if name == "type" else name: value for name, value in stated.items()}
-    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer, which LLaMA does not have
+    if any(isinstance(value, dict) for value in rope.values()):  # settings per layer type, which LLaMA does not have
         return text
     if text.get("rope_theta") is not None:
         rope.setdefault("rope_theta", text["rope_theta"])
@@ -404,13 +419,15 @@ def one_rope(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_llava_config(config: LlavaConfig, dtype: str, tower: str) -> dict[str, Any]:
-    """A transformers config in liuhaotian's terms.
+    """Translate a transformers config to liuhaotian's terms.
 
     Args:
-        tower: what `mm_vision_tower` says.
+        config: the transformers config.
+        dtype: written as `torch_dtype`.
+        tower: written as `mm_vision_tower`.
 
     Raises:
-        CheckpointError: a setting that liuhaotian's format cannot express.
+        CheckpointError: liuhaotian's format cannot express a setting.
     """
     if has_post_decoder(config):
         raise CheckpointError(
@@ -440,7 +457,7 @@ def to_llava_config(config: LlavaConfig, dtype: str, tower: str) -> dict[str, An
 
 
 def rope_settings(text: dict[str, Any]) -> dict[str, Any]:
-    """A text config's rotary embeddings as transformers 4 and liuhaotian's configs call them."""
+    """Return a text config's rotary embedding settings under the names of transformers 4 and liuhaotian's configs."""
     rope = dict(text.get("rope_parameters") or {})
     scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items() if key != "rope_theta"}
     return {
@@ -450,7 +467,7 @@ def rope_settings(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def llava_settings(config: Any) -> dict[str, Any]:
-    """How a liuhaotian config, and the flags of its training, call settings of a transformers config."""
+    """Return settings of a transformers config under the names of a liuhaotian config and its training flags."""
     strategies = {value: key for key, value in STRATEGIES.items()}
     projectors = {value: key for key, value in PROJECTORS.items()}
     return {

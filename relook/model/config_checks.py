@@ -1,7 +1,7 @@
-"""What config.json, generation_config.json and a processor's files may say: checked before anything is built from it.
+"""Checks of config.json, generation_config.json and processor files, made before anything is built from them.
 
-transformers takes what it is given: sizes that no machine holds, switches of its own, beams without end. Values that
-are used here are looked at; the others are left out of configs, and refused in settings of generation.
+transformers accepts anything: sizes that no machine can hold, internal switches, any number of beams. Values that are
+used here are checked. Others are dropped from configs, and refused in generation settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from relook.data.templates import IMAGE
 from relook.errors import CheckpointError, preview
 from relook.files import read_json_object
 
-# Largest values of a config: beyond what any model has, within what any machine can lay out.
+# Largest values of a config: more than any model has, but still within what a machine can address.
 SIZES = {
     "num_hidden_layers": 1 << 10,
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 1 << 18),
@@ -29,13 +29,15 @@ SIZES = {
     "vocab_size": 1 << 24,
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), 1 << 30),
 }
-SIDE = 1 << 13  # of a picture that a processor makes
+SIDE = 1 << 13  # of an image that a processor outputs, in pixels
 BEAMS = 64
 
 
 def plain_config(raw: Any) -> Any:
-    """A config without what is transformers' own business: how attention is computed, what is returned, names of
-    methods; of its parts, too."""
+    """Drop transformers' internal settings from a config and its parts.
+
+    They are the attention implementation, what is returned, and names of methods.
+    """
     if not isinstance(raw, dict):
         return raw
     return {
@@ -47,10 +49,14 @@ def plain_config(raw: Any) -> Any:
 
 
 def check_config(who: str, config: Any) -> None:
-    """Refuse a config of numbers that no model has.
+    """Refuse a config with values that no model can have.
+
+    Args:
+        who: the model's name in error messages.
+        config: the transformers config.
 
     Raises:
-        CheckpointError: all of them, by name.
+        CheckpointError: all wrong values, by name.
     """
     parts = {"": config, "text_config.": config.text_config, "vision_config.": config.vision_config}
     wrong = [f"{name}{key} {value!r}" for name, part in parts.items() for key, value in _wrong(part)]
@@ -93,7 +99,7 @@ def _id(words: Any) -> Callable[[Any], bool]:
 
 
 def _ids(words: Any) -> Callable[[Any], bool]:
-    """A token's id, or a list of such."""
+    """Build a check that accepts a token id or a list of them, of a vocabulary of `words` tokens."""
     return lambda value: all(map(_id(words), value if isinstance(value, list) else [value]))
 
 
@@ -102,13 +108,14 @@ def _flag(value: Any) -> bool:
 
 
 def generation_config(folder: Path, words: int) -> GenerationConfig:
-    """A folder's settings of generation.
+    """Read and check a folder's generation settings.
 
     Args:
+        folder: the model folder.
         words: size of the vocabulary.
 
     Raises:
-        CheckpointError: settings that answers are not made by here, or values that they cannot have, by name.
+        CheckpointError: settings that relook does not follow, or values out of range, by name.
     """
     file = folder / "generation_config.json"
     settings = {key: value for key, value in read_json_object(file).items() if key not in ("transformers_version",)}
@@ -130,7 +137,7 @@ def generation_config(folder: Path, words: int) -> GenerationConfig:
 
 
 def _generation(words: int) -> Mapping[str, Callable[[Any], bool]]:
-    """The settings that answers are made by, and their values besides those that are off."""
+    """Return the generation settings that relook follows, each with a check of its values."""
     share, length, one = _number(0, 1), _whole(0, 1 << 30), lambda value: value == 1
     return {
         **dict.fromkeys(("do_sample", "use_cache", "renormalize_logits", "_from_model_config"), _flag),
@@ -152,10 +159,16 @@ def _generation(words: int) -> Mapping[str, Callable[[Any], bool]]:
 
 
 def check_processor(who: str, tokenizer: Any, images: ImageLoader, config: Any) -> None:
-    """Try a processor's parts on a placeholder and on a small picture.
+    """Try a processor on the image placeholder and on a small image.
+
+    Args:
+        who: the model's name in error messages.
+        tokenizer: the processor's tokenizer.
+        images: image loader around the image processor.
+        config: the model's config.
 
     Raises:
-        CheckpointError: they fail, or give something that a model of this config does not take.
+        CheckpointError: it fails, or its output does not fit a model of this config.
     """
     placeholder, side = tokenizer.convert_tokens_to_ids(IMAGE), config.vision_config.image_size
     if placeholder != config.image_token_id:
@@ -174,7 +187,7 @@ def check_processor(who: str, tokenizer: Any, images: ImageLoader, config: Any) 
             raise ValueError(f"pictures become {list(pixels.shape)}, but the vision tower takes {[3, side, side]}")
         if not bool(pixels.isfinite().all()):
             raise ValueError("pixels become NaN or infinity: look at image_std and rescale_factor")
-    except Exception as error:  # what a library says of values that it was never meant to have
+    except Exception as error:  # a library may raise anything on values it was never meant to get
         raise CheckpointError(
             f"The image processor of {who} cannot be used: {str(error).rstrip('.')}.",
             "Correct its preprocessor_config.json or processor_config.json, or download it again.",

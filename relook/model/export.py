@@ -1,6 +1,6 @@
-"""`relook convert`, `merge` and `export`: a model folder written anew tensor by tensor, checked before it is named.
+"""`relook convert`, `merge` and `export`: model folders written tensor by tensor, and checked before they appear.
 
-All three write one `LazyModel`: as it is, with a change laid on it, or a training run with its base. One shard is in
+All three write one `LazyModel`: as it is, with an adapter applied, or a training run with its base. One shard is in
 memory at a time; the check that follows holds one model at a time.
 """
 
@@ -53,7 +53,7 @@ from relook.model.lora import PEFT_PREFIX
 Writer = Callable[[LazyModel, Path, int], None]
 TOWER_FOLDER = "vision_tower"
 SENTENCEPIECE = ("tokenizer.model", "added_tokens.json", "special_tokens_map.json")
-TOLERANCE = {torch.float32: 1e-4}  # of logits; half precision rounds at 1e-2
+TOLERANCE = {torch.float32: 1e-4}  # of logits; half precision rounds at about 1e-2
 TOKENIZER_KEYS = (
     *("add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token", "pad_token"),
     *("legacy", "model_max_length", "padding_side", "clean_up_tokenization_spaces"),
@@ -62,13 +62,13 @@ TOKENIZER_KEYS = (
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How a folder is written.
+    """Options for writing a model folder.
 
     Args:
-        force: replace a model folder that is there.
-        shard_gb: largest weight file in 10^9 bytes.
+        force: replace an existing model folder.
+        shard_gb: size of the largest weight file, in 10^9 bytes.
         check: compare the logits of source and result on a small input.
-        vision_tower: folder of a liuhaotian model's tower, where its config does not lead to it.
+        vision_tower: folder of a liuhaotian model's vision tower, where its config does not lead to it.
     """
 
     force: bool = False
@@ -78,13 +78,16 @@ class WriteOptions:
 
 
 def convert_model(source: str | Path, out: str | Path, to: str, how: WriteOptions = WriteOptions()) -> float | None:
-    """Write a model in another format; returns the largest difference of logits.
+    """Write a model in another format and return the largest logit difference, None if not checked.
 
     Args:
+        source: a model folder or a training run.
+        out: the folder to write.
         to: "hf" for transformers' format, "llava" for liuhaotian's (its tower goes into the folder `vision_tower`).
+        how: options for writing.
 
     Raises:
-        CheckpointError: the source is broken, the target exists, or the formats cannot say the same.
+        CheckpointError: the source is broken, the target exists, or the target format cannot express the model.
     """
     source, out = Path(source), Path(out)
     if to not in ("hf", "llava"):
@@ -97,12 +100,14 @@ def convert_model(source: str | Path, out: str | Path, to: str, how: WriteOption
 def merge_adapter(
     base: str | Path, change: str | Path, out: str | Path, stage: int | None = None, how: WriteOptions = WriteOptions()
 ) -> float | None:
-    """Write a base with a change laid on it, in transformers' format; a post decoder brings its code along.
+    """Write a base with an adapter applied, in transformers' format; a post decoder brings its code along.
 
     Args:
         base: a model folder, or a training run, which stands for its base with what was trained.
-        change: what `load_model` takes as adapter.
-        stage: take a part of the change only, as replace_bin's stages did (see `Adapter.at_stage`); None takes all.
+        change: an adapter, as for `load_model`.
+        out: the folder to write.
+        stage: take only part of the adapter, as replace_bin's stages did (see `Adapter.at_stage`); None takes all.
+        how: options for writing.
     """
     base, change, out = Path(base), Path(change), Path(out)
     trained = read_adapter(change)
@@ -121,16 +126,19 @@ def merge_adapter(
 
 
 def export_model(source: str | Path, out: str | Path, how: WriteOptions = WriteOptions()) -> float | None:
-    """Write a model or a training run as a whole folder that transformers loads where relook is not installed."""
+    """Write a model or a training run as a complete folder that transformers loads without relook installed."""
     source, out = Path(source), Path(out)
     return write_model(open_lazy(source, vision_tower=how.vision_tower), out, write_hf, how)
 
 
 def write_model(source: LazyModel, out: Path, write: Writer, how: WriteOptions) -> float | None:
-    """Write a source under a name that appears only when all is written and checked.
+    """Write a model to a folder that appears only once it is complete and checked.
 
     Args:
-        write: writes it into a folder, in files of so many bytes at most.
+        source: the model to write.
+        out: the folder to write.
+        write: writes a model into a folder, in files of at most the given number of bytes.
+        how: options for writing.
     """
     _check_target(source, out, how)
     difference = None
@@ -169,7 +177,7 @@ def _tensor_stream(source: LazyModel, renames: Any, tower: bool) -> Iterator[tup
 
 
 def write_hf(source: LazyModel, folder: Path, shard_bytes: int) -> None:
-    """transformers' format: llava-hf's names, or with a post decoder the module tree's own, and the code with them."""
+    """Write transformers' format: llava-hf's tensor names, or with a post decoder the module tree's, plus its code."""
     own = has_post_decoder(source.config)
     renames = () if own else TO_HF
     stream = (pair for tower in (True, False) for pair in _tensor_stream(source, renames, tower))
@@ -194,9 +202,9 @@ def write_hf(source: LazyModel, folder: Path, shard_bytes: int) -> None:
 
 
 def write_llava(source: LazyModel, folder: Path, shard_bytes: int) -> None:
-    """liuhaotian's format, its vision tower as a CLIP folder inside.
+    """Write liuhaotian's format, with the vision tower as a CLIP folder inside.
 
-    The original program looks for `mm_vision_tower` from its working directory: start it in this folder, or write the
+    The original program resolves `mm_vision_tower` from its working directory. Start it in this folder, or put the
     absolute path into config.json.
     """
     config = to_llava_config(source.config, str(source.dtype).removeprefix("torch."), TOWER_FOLDER)
@@ -235,18 +243,19 @@ def write_llava(source: LazyModel, folder: Path, shard_bytes: int) -> None:
 
 
 def _copy_sentencepiece(path: Path, folder: Path) -> bool:
-    """Keep the sentencepiece model beside tokenizer.json: the original program reads no other."""
+    """Copy the sentencepiece files, which the original program needs; return True if the model is among them."""
     for name in SENTENCEPIECE:
         if (path / name).exists():
-            shutil.copyfile(path / name, folder / name)  # not its mode, which may be read-only
+            shutil.copyfile(path / name, folder / name)  # contents without the mode, which may be read-only
     return (path / "tokenizer.model").exists()
 
 
 def _one_linear(source: LazyModel) -> Iterator[tuple[str, Tensor]]:
-    """As `_tensor_stream`, with the two linears of a projector that has no activation between them made one."""
+    """Yield tensors as `_tensor_stream` does, but with the projector's two linears fused (no activation between)."""
     weight_1, bias_1, weight_2, bias_2 = (
         source.tensors[f"{PROJECTOR}linear_{i}.{part}"].read() for i in (1, 2) for part in ("weight", "bias")
     )
+    # W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2)
     yield "model.mm_projector.weight", (weight_2.float() @ weight_1.float()).to(weight_1.dtype)
     yield "model.mm_projector.bias", (weight_2.float() @ bias_1.float() + bias_2.float()).to(bias_1.dtype)
     for name, tensor in _tensor_stream(source, TO_LLAVA, tower=False):
@@ -256,9 +265,9 @@ def _one_linear(source: LazyModel) -> Iterator[tuple[str, Tensor]]:
 
 @torch.inference_mode()
 def logit_difference(first: LazyModel, second: LazyModel) -> float:
-    """Largest absolute difference of two models' logits on one image and 16 tokens, in the dtype they are stored in.
+    """Compute the largest absolute logit difference of two models on one image and 16 tokens, in the stored dtype.
 
-    One model is held at a time; both are given what the first one's processor makes of the image.
+    Only one model is in memory at a time. Both get the pixels from the first one's processor.
     """
     loaded = materialize(first, first.dtype)
     inputs = _small_input(loaded)
@@ -268,9 +277,9 @@ def logit_difference(first: LazyModel, second: LazyModel) -> float:
 
 
 def check_with_peft(source: LazyModel, out: Path) -> str:
-    """Compare a model into which LoRA was merged with the same adapter as peft runs it; what to say of it.
+    """Compare a model with merged LoRA to the same adapter run by peft, and return a note on the outcome.
 
-    In float32, since the steps of usual adapters are less than what half precision rounds.
+    The comparison is in float32, since typical LoRA deltas are smaller than the rounding error of half precision.
 
     Raises:
         CheckpointError: their logits differ.
@@ -299,11 +308,11 @@ def check_with_peft(source: LazyModel, out: Path) -> str:
 
 @torch.inference_mode()
 def _logits_by_peft(beneath: LazyModel, change: Adapter) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits of a model with an adapter beside its weights, and their inputs.
+    """Compute the logits of a model whose adapter peft runs unmerged; return them with the inputs.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, RuntimeError: peft cannot load it, or has no layers for some of
-            its tensors.
+        ValueError, TypeError, KeyError, AttributeError, RuntimeError: peft cannot load the adapter, or has no layers
+            for some of its tensors.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
@@ -311,7 +320,7 @@ def _logits_by_peft(beneath: LazyModel, change: Adapter) -> tuple[Tensor, dict[s
     rest, tensors = change.without_adapter()
     loaded = materialize(rest.apply_to(beneath, torch.float32), torch.float32)
     core = wrapped = loaded.core
-    if change.has_llavas_names:  # the original's top is the language model, around which it puts the rest
+    if change.has_llavas_names:  # in the original, the language model is the top-level module
         with torch.device("meta"):
             wrapped = LlamaForCausalLM(core.config.text_config)
         wrapped.model, wrapped.lm_head = core.model.language_model, core.lm_head
@@ -347,14 +356,14 @@ def _small_input(loaded: LoadedModel) -> dict[str, Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# `relook export --for ENGINE`: a model as a folder that vLLM, SGLang or `transformers serve` loads by itself.
+# `relook export --for ENGINE`: a folder that vLLM, SGLang or `transformers serve` loads as it is.
 #
-# These engines know LLaVA's own layers and no others, so LoRA, head and projector are merged, and a post decoder is
-# refused. What they read was taken from their sources; docs/serving.md says which.
+# These engines support only LLaVA's own layers, so LoRA, head and projector are merged, and a post decoder is refused.
+# The files they read were determined from their source code; docs/serving.md says from which.
 
-# SGLang takes a tower for CLIP by this word in its path.
+# SGLang recognises a CLIP tower by this word in its path.
 CLIP_FOLDER = f"clip_{TOWER_FOLDER}"
-# Settings of generation that all three read, or that change no text.
+# Generation settings that all three engines follow, or that do not affect the text.
 FOLLOWED = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k", "use_cache"),
     *("output_attentions", "output_hidden_states", "transformers_version", "_from_model_config", "max_new_tokens"),
@@ -362,13 +371,16 @@ FOLLOWED = {
 
 
 def export_for(source: str | Path, out: str | Path, engine: str, how: WriteOptions) -> float | None:
-    """Write a model or a training run for an engine; returns the largest difference of logits.
+    """Write a model or a training run for a serving engine; return the largest logit difference, None if not checked.
 
     Args:
+        source: a model folder or a training run.
+        out: the folder to write.
         engine: "vllm", "sglang" or "transformers-serve".
+        how: options for writing.
 
     Raises:
-        CheckpointError: there is no such engine, or it cannot run this model: the error says why, and what can.
+        CheckpointError: there is no such engine, or it cannot run this model; the error says why, and what can.
     """
     source, out = Path(source), Path(out)
     if engine not in WRITERS:
@@ -383,7 +395,7 @@ def export_for(source: str | Path, out: str | Path, engine: str, how: WriteOptio
 
 
 def _write_plain(source: LazyModel, folder: Path, shard_bytes: int) -> None:
-    """transformers' format as version 4 reads it too, which vLLM runs on."""
+    """Write transformers' format so that version 4, which vLLM runs on, can read it too."""
     write_hf(source, folder, shard_bytes)
     config = read_json_object(folder / "config.json")
     text = config["text_config"]
@@ -395,7 +407,7 @@ def _write_plain(source: LazyModel, folder: Path, shard_bytes: int) -> None:
 
 
 def _write_sglang(source: LazyModel, folder: Path, shard_bytes: int) -> None:
-    """liuhaotian's format, with what SGLang looks for beside it: a CLIP folder of that name, and a processor."""
+    """Write liuhaotian's format plus what SGLang expects: a CLIP folder under `CLIP_FOLDER`, and a processor."""
     config = source.config
     if not isinstance(config, LlavaConfig) or config.text_config.model_type != "llama":
         raise CheckpointError(
@@ -409,16 +421,16 @@ def _write_sglang(source: LazyModel, folder: Path, shard_bytes: int) -> None:
         )
     write_llava(source, folder, shard_bytes)
     (folder / TOWER_FOLDER).rename(folder / CLIP_FOLDER)
-    for name in SENTENCEPIECE:  # they know no <image>
+    for name in SENTENCEPIECE:  # they lack the <image> token
         (folder / name).unlink(missing_ok=True)
     processor = _processor(source)
     said = read_json_object(folder / "config.json") | {
-        "model_type": "llava",  # transformers' class: the one that it knows
+        "model_type": "llava",  # the only one of transformers' names that SGLang knows
         "mm_vision_tower": CLIP_FOLDER,
         "image_token_index": config.image_token_id,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
-    if getattr(processor.image_processor, "do_pad", False):  # SGLang lays the square itself
+    if getattr(processor.image_processor, "do_pad", False):  # SGLang pads to a square itself
         processor.image_processor.do_pad, said["image_aspect_ratio"] = False, "pad"
     write_json(folder / "config.json", said)
     _write_speech(source, folder, processor)
@@ -432,7 +444,7 @@ def _processor(source: LazyModel) -> Any:
 
 
 def _write_speech(source: LazyModel, folder: Path, processor: Any) -> None:
-    """Processor, chat template and settings of generation, in the files of transformers 4 and 5 at once."""
+    """Write processor, chat template and generation settings so that both transformers 4 and 5 can read them."""
     processor.chat_template = processor.tokenizer.chat_template = chat_template(source, processor)
     processor.save_pretrained(folder)
     said = read_json_object(folder / "processor_config.json")
@@ -462,10 +474,10 @@ def _write_generation(source: LazyModel, folder: Path, tokenizer: Any) -> None:
 
 
 def chat_template(source: LazyModel, processor: Any) -> str:
-    """The model's conversation template for `apply_chat_template`, checked against what relook's encoder writes.
+    """Build the model's chat template for `apply_chat_template`, checked against relook's own encoder.
 
     Raises:
-        CheckpointError: no template gives this tokenizer the prompts that the model was tuned with.
+        CheckpointError: with this tokenizer, no template reproduces the prompts that the model was tuned with.
     """
     template, tokenizer = get_template(source.template), processor.tokenizer
     marked = getattr(source.config, "mm_use_im_start_end", False)
@@ -478,7 +490,7 @@ def chat_template(source: LazyModel, processor: Any) -> str:
         {"role": "user", "content": "And where is it?"},
     ]
     image = IM_START + IMAGE + IM_END if marked else IMAGE
-    for line in (f"{image}\n", f"{image} \n"):  # text after an image is tokenised alone: some tokenizers need the space
+    for line in (f"{image}\n", f"{image} \n"):  # text after an image is tokenised alone; some need the space
         made = _jinja(template, line, wanted[0] == tokenizer.bos_token_id)
         text = processor.apply_chat_template(asked, chat_template=made, add_generation_prompt=True)
         if tokenizer(text, add_special_tokens=False)["input_ids"] == wanted:
@@ -489,8 +501,11 @@ def chat_template(source: LazyModel, processor: Any) -> str:
 
 
 def _jinja(template: Template, image: str, bos: bool) -> str:
-    """A template in Jinja. As in `relook serve`: what comes before an answer is one turn, its images first, then its
-    texts, each on a line of its own; a system message is one of them."""
+    """Translate a template to Jinja.
+
+    As in `relook serve`, everything before an answer is one turn: first its images, then its texts, each on its own
+    line. A system message is one of these texts.
+    """
     first, later, cue, lead, end = (
         json.dumps(text) for text in (template.first, template.later, template.cue, template.lead, template.end)
     )

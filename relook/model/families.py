@@ -1,6 +1,6 @@
-"""The families of models that can carry a post decoder, and all that differs between them outside the model classes.
+"""Model families that can carry a post decoder, and everything that differs between them outside the model classes.
 
-A new one needs its three classes in `modeling_relook` and an entry here; docs/trunks.md says what else to think of.
+A new family needs its three classes in `modeling_relook` and an entry here; docs/trunks.md lists what else to consider.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models.
+    """Classes and image layout of one family of models.
 
     Args:
         config, model: transformers' classes.
         relook_config, relook_model: the same with a post decoder.
-        positions: from a model to the number of positions that one image takes; where that depends on the image, to a
-            function of its size.
-        tiles: from a model's config and an image's size to the number of rows of pixels that the image is cut into.
-        pads_to_square: `do_pad` of the family's image processor means a square canvas, which relook lays itself.
-        projects_rows: the projector's output of an image's features, as it is, stands at its positions.
+        positions: maps a model to the number of positions that one image takes. Where that depends on the image, it
+            returns a function of the image's size.
+        tiles: maps a model's config and an image's size to the number of tiles (rows of pixels) the image is cut into.
+        pads_to_square: `do_pad` of the family's image processor means padding to a square, which relook does itself.
+        projects_rows: the projected features of an image fill its positions unchanged.
     """
 
     config: Any
@@ -57,7 +57,7 @@ class Family:
 
 
 def _features_per_row(config: Any) -> int:
-    """What the tower gives for one row of pixels: its patches, and the class token where that is kept."""
+    """Count the vision features of one row of pixels: its patches, plus the class token where that is kept."""
     vision = config.vision_config
     whole = 0 if config.vision_feature_select_strategy == "default" else 1
     return int((vision.image_size // vision.patch_size) ** 2 + whole)
@@ -72,7 +72,10 @@ def _llava_next_tiles(config: Any, size: Size) -> int:
 
 
 def _llava_next_positions(core: Any) -> Callable[[Size], int]:
-    """The model's own packing of tiles, with its unpadding and line ends, of features that are one number wide."""
+    """Build a function that counts an image's positions.
+
+    It runs the model's own tile packing, with unpadding and line ends, on dummy features of width 1.
+    """
     config = core.config
 
     @cache
@@ -118,7 +121,7 @@ for trunk in FAMILIES.values():
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model, with or without a post decoder, by its config."""
+    """Return the family of a model, with or without a post decoder, by its config."""
     return MODEL_TYPES[config.model_type]
 
 
@@ -127,17 +130,17 @@ def has_post_decoder(config: Any) -> bool:
 
 
 def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
-    """The config of the same model with a post decoder of these settings."""
+    """Return the config of the same model with a post decoder of these settings."""
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     return family_of(config).relook_config(**{**values, "post_decoder": settings})
 
 
 def vision_feature_count(config: Any, size: Size) -> int:
-    """M of the vision features (M, V) of an image of this size: those of all its tiles."""
+    """Compute M of the vision features (M, V) of an image of this size, over all its tiles."""
     return family_of(config).tiles(config, size) * _features_per_row(config)
 
 
 def vision_feature_width(config: Any) -> int:
-    """V of the vision features: the tower's width, for each of its layers that the model reads."""
+    """Compute V of the vision features: the tower's width times the number of its layers that the model reads."""
     layers = config.vision_feature_layer
     return int(config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1))

@@ -1,7 +1,7 @@
-"""`relook inspect`: what a model is made of, what would train in it, and the tensors on their way through it.
+"""`relook inspect`: a model's module tree, the parameters that would train, and tensors traced through it.
 
-Module tree and counts come from a model without memory (torch's meta device) and from the shapes on disk, so that a 7B
-model costs nothing to look at. Only the tensors of an example need its weights.
+Module tree and counts come from a model on torch's meta device and from the shapes on disk, so inspecting a 7B model
+costs nothing. Only tracing an example needs the weights.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ REGIMES: dict[str, dict[str, bool]] = {
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """A line of the module tree: a module, or `repeats` equal ones in a row, of which the first is shown.
+    """Line of the module tree: a module, or `repeats` identical neighbours, of which the first is shown.
 
     Args:
-        parameters: of the module and all below it; of all equal ones together.
-        dtypes: what they are stored in.
+        parameters: number of parameters in the module and its submodules, over all repeats.
+        dtypes: the dtypes they are stored in.
     """
 
     depth: int
@@ -55,7 +55,7 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class TracedTensor:
-    """A tensor on its way: in the prefill, or in the decode step after it."""
+    """Shape and statistics of a tensor traced in the prefill, or in the decode step after it."""
 
     step: str
     name: str
@@ -70,7 +70,10 @@ class TracedTensor:
 
     @staticmethod
     def of(step: str, name: str, tensor: Tensor) -> TracedTensor:
-        """Mean, standard deviation (of the population) and extremes are those of the finite numbers, if any."""
+        """Compute a tensor's statistics.
+
+        Mean, population standard deviation, minimum and maximum cover the finite values only; None if there are none.
+        """
         values = tensor.detach().double().flatten()
         rest = values[values.isfinite()]
         some = (rest.mean(), rest.std(correction=0), rest.min(), rest.max()) if len(rest) else ()
@@ -88,9 +91,10 @@ def inspect_model(
     dtype: str = "float32",
     device: str = "",
 ) -> dict[str, Any]:
-    """All that the command shows, as plain values: "modules", "trains" and, for an example, "tensors".
+    """Collect what the command shows, as plain values: "modules", "trains" and, for an example, "tensors".
 
     Args:
+        path: a model folder or a training run.
         image, prompt: the example; with neither, no weights are loaded.
         adapter, vision_tower, dtype, device: as for `load_model`.
     """
@@ -116,12 +120,12 @@ def inspect_model(
 
 
 def module_tree(source: LazyModel) -> list[ModuleRow]:
-    """The modules of a model from the top, equal neighbours in a list as one."""
+    """List the modules of a model from the top, identical neighbours in a module list merged into one row."""
     return list(_walk(_without_memory(source, source.config), "", 0, source.tensors))
 
 
 def _without_memory(source: LazyModel, config: Any) -> Any:
-    config = copy.deepcopy(config)  # a regime may change it
+    config = copy.deepcopy(config)  # building a regime may change it
     with torch.device("meta"):
         return replace(source, config=config).model_class(config)
 
@@ -144,7 +148,7 @@ def _walk(module: nn.Module, path: str, depth: int, tensors: Mapping[str, LazyTe
 
 
 def _equal_children(module: nn.Module) -> Iterator[list[str]]:
-    """Children that hold parameters, by name; neighbours in a list with the same types and shapes together."""
+    """Yield the names of children with parameters, grouping list neighbours of the same types and shapes."""
     last, group = None, list[str]()
     for name, child in module.named_children():
         if next(child.parameters(), None) is None:
@@ -159,7 +163,7 @@ def _equal_children(module: nn.Module) -> Iterator[list[str]]:
 
 
 def _dtypes(module: nn.Module, path: str, tensors: Mapping[str, LazyTensor]) -> tuple[str, ...]:
-    """Of a module without children only: one tensor is read, the smallest."""
+    """Return the dtype of a module's own parameters on disk; only one tensor, of the fewest dimensions, is read."""
     own = [tensors[path + name] for name, _ in module.named_parameters(recurse=False) if path + name in tensors]
     return tuple(sorted({_short(tensor.read().dtype) for tensor in sorted(own, key=lambda t: len(t.shape))[:1]}))
 
@@ -173,7 +177,7 @@ def _short(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class TrainableCount:
-    """How many parameters a regime trains, of how many that the model then has; and by part of the model."""
+    """Number of parameters that a regime trains, of the model's total, and by part of the model."""
 
     trains: int
     of: int
@@ -181,7 +185,7 @@ class TrainableCount:
 
 
 def count_trainable(source: LazyModel) -> dict[str, TrainableCount]:
-    """Each regime with the recipe's defaults, as `relook train` would set it up."""
+    """Count each regime's trainable parameters with the recipe's defaults, as `relook train` would set it up."""
     processor = source.processor()
     found = {}
     for name, keys in REGIMES.items():
@@ -209,7 +213,7 @@ def count_trainable(source: LazyModel) -> dict[str, TrainableCount]:
 
 @torch.inference_mode()
 def trace_tensors(loaded: LoadedModel, images: Sequence[Path], prompt: str) -> list[TracedTensor]:
-    """The tensors of one prompt in `generate`: in the prefill, and in the first decode step, which uses the cache."""
+    """Trace the tensors of one prompt in `generate`: the prefill, and the first decode step, which uses the KV cache."""
     inputs = loaded.encode(images, prompt)
     seen = [TracedTensor.of("prefill", name, inputs[name]) for name in ("pixel_values",) if name in inputs]
     step = "prefill"
@@ -228,7 +232,7 @@ def trace_tensors(loaded: LoadedModel, images: Sequence[Path], prompt: str) -> l
 
 @contextmanager
 def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
-    """Call `note` with each tensor's name as it passes."""
+    """Install forward hooks that call `note` with each traced tensor and its name; remove them on exit."""
     base = core.model
 
     def given(name: str, argument: str) -> Callable[..., None]:
@@ -269,7 +273,7 @@ def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
 
 
 def print_tables(found: Mapping[str, Any]) -> None:
-    """What `inspect` found, on standard output; a pipe gets wide lines."""
+    """Print the findings of `inspect_model` to standard output; a pipe gets wide lines."""
     console = stdout_console()
     console.print(f"{found['model']}: {found['type']}")
     table = plain_table("module", "class", "parameters", "dtype", "shapes", right=("parameters",))

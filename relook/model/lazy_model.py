@@ -1,6 +1,6 @@
-"""A model on disk, of whatever format, in transformers' terms: its config, its tensors by name, its processor.
+"""Models on disk, of any format, in transformers' terms: config, named tensors and processor.
 
-Nothing is held in memory: tensors are read when they are asked for, one at a time.
+Nothing is held in memory: tensors are read on demand, one at a time.
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ V1_CHAT = (
 
 
 def v1_chat(tokenizer: PreTrainedTokenizerFast) -> str:
-    """V1_CHAT for a tokenizer. The original tokenises what follows an image by itself, with a space piece first; a
-    tokenizer that puts none after a special token is given the space."""
+    """Return V1_CHAT for a tokenizer.
+
+    The original tokenises the text after an image separately, so that it starts with a space piece. A tokenizer that
+    adds none after a special token gets the space in the template.
+    """
     after = tokenizer("<image>\n", add_special_tokens=False)["input_ids"][1:]
     alone = tokenizer("\n", add_special_tokens=False)["input_ids"]
     return V1_CHAT if after == alone else V1_CHAT.replace("<image>\n", "<image> \n")
@@ -75,16 +78,18 @@ def v1_chat(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @dataclass(frozen=True)
 class LazyModel:
-    """A model folder as transformers sees it.
+    """Model folder in transformers' terms, with its tensors still on disk.
 
     Args:
+        path: the folder.
         kind: "llava" (liuhaotian's format), "hf" (transformers') or "relook".
-        config: transformers' config of the family, or relook's of the same with a post decoder.
+        config: the family's config in transformers, or relook's where there is a post decoder.
         tensors: under the names of transformers' module tree, whatever they are called on disk.
+        template: name of the conversation template.
         tower: the folder of the vision tower, for "llava".
-        change: where a change that is laid on the model comes from.
-        beneath: the model without it, and the `Change`.
-        tower_note: what is assumed of a tower that is not there, where the config alone is opened.
+        adapter: path of the adapter that is applied to the model.
+        beneath: the model without that adapter, and the `Adapter`.
+        tower_note: assumptions about a missing vision tower, where only the config is opened.
     """
 
     path: Path
@@ -105,7 +110,7 @@ class LazyModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the language model is stored in."""
+        """Return the dtype that the language model is stored in."""
         return self.tensors["model.language_model.embed_tokens.weight"].read().dtype
 
     @property
@@ -113,10 +118,10 @@ class LazyModel:
         return str(self.path) if self.adapter is None else f"{self.path} with {self.adapter}"
 
     def read(self, *parts: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with one of `parts`, or all.
+        """Read the tensors whose names begin with one of `parts`, or all.
 
         Raises:
-            CheckpointError: some hold NaN or infinity, by name.
+            CheckpointError: tensors with NaN or inf, by name.
         """
         tensors = {name: tensor.read() for name, tensor in self.tensors.items() if name.startswith(parts or "")}
         broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
@@ -128,7 +133,7 @@ class LazyModel:
         return tensors
 
     def check(self) -> None:
-        """Raise a CheckpointError that lists what is missing, unused or of another shape than the config says."""
+        """Raise a CheckpointError that lists missing and unused tensors, and those whose shape is not the config's."""
         who = self.who
         with torch.device("meta"):
             model = _build_checked(who, self.model_class, self.config)
@@ -161,12 +166,12 @@ class LazyModel:
         return "Check that all files are of one model, or download it again."
 
     def processor(self) -> Any:
-        """The tokenizer and the image processor as one transformers processor."""
+        """Build one transformers processor from the tokenizer and the image processor."""
         try:
             if self.tower is None:
                 return AutoProcessor.from_pretrained(self.path, local_files_only=True)
             images = LlavaImageProcessorPil.from_pretrained(self.tower, local_files_only=True)
-        except Exception as error:  # tokenizers raises no other, and the readers of transformers any
+        except Exception as error:  # tokenizers raises bare Exception, and transformers any kind
             raise CheckpointError(
                 f"The processor of {self.path} cannot be loaded: {error}.", "Copy it again."
             ) from None
@@ -190,7 +195,10 @@ class LazyModel:
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Without a copy, at the speed of memory: NaN and infinity show in the extremes."""
+    """Return True if a tensor has no NaN or inf.
+
+    Both show in the minimum and maximum, which takes no copy and runs at memory bandwidth.
+    """
     return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
@@ -204,13 +212,14 @@ def open_folder(
     """Open a model folder of any format.
 
     Args:
-        vision_tower: folder of the vision tower, instead of what `mm_vision_tower` in a liuhaotian config names.
-        weights: False opens its config alone: there need not be weights, nor a tokenizer.
-        llava_config: a liuhaotian config, which says what LLaVA makes of a bare language model such as Vicuna.
-        tower_by_name: whether a CLIP tower that is not there may be known by its name, beside a config alone.
+        path: the model folder.
+        vision_tower: folder of the vision tower, instead of the one that a liuhaotian `mm_vision_tower` names.
+        weights: False opens the config alone; weights and tokenizer may then be absent.
+        llava_config: a liuhaotian config that turns a bare language model, such as Vicuna, into LLaVA.
+        tower_by_name: True infers the config of a missing CLIP tower from its name; only the config is then opened.
 
     Raises:
-        CheckpointError: it is no model folder, its files are broken, or its tower is not to be found.
+        CheckpointError: it is not a model folder, its files are broken, or its tower cannot be found.
     """
     path = Path(path)
     kind = folder_kind(path)
@@ -245,12 +254,12 @@ def open_folder(
 
 
 def _build_checked(path: Path | str, make: Callable[..., Any], *arguments: Any) -> Any:
-    """A config, or a model of it, made by transformers; what that says about a wrong value is passed on."""
+    """Build a config or model in transformers, and turn its complaints about wrong values into a CheckpointError."""
     try:
         return make(*arguments)
     except CheckpointError:
         raise
-    except Exception as error:  # what a library says of values that it was never meant to have
+    except Exception as error:  # a library may raise anything on values it was never meant to get
         reason = f"unknown value {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise CheckpointError(f"The config of {path} is not valid: {reason}.", "Download it again.") from None
 
@@ -262,10 +271,10 @@ def _renamed(tensors: Mapping[str, LazyTensor], renames: Renames) -> dict[str, L
 def _open_llava(
     path: Path, raw: dict[str, Any], vision_tower: str | Path | None, weights: bool, tower_by_name: bool
 ) -> LazyModel:
-    """A liuhaotian folder and its tower.
+    """Open a liuhaotian folder and its vision tower.
 
-    The tower's weights are those of the model's file only where `unfreeze_mm_vision_tower` says that they were trained
-    (or the tower's folder has none): otherwise the original program reads the tower's own, and so does this.
+    The tower's weights come from the model's files only if `unfreeze_mm_vision_tower` says that they were trained, or
+    the tower's folder has none. Otherwise they come from the tower's folder, as in the original program.
     """
     name = raw.get("mm_vision_tower") or raw.get("vision_tower")
     try:
@@ -310,10 +319,14 @@ def _open_llava(
 
 
 def named_tower(name: str, width: Any) -> tuple[CLIPVisionConfig, str] | None:
-    """The config of a CLIP tower by its name, and what is assumed of it; None of a name that does not say its patches.
+    """Infer the config of a CLIP tower from its name; also return a note on what is assumed.
 
     Args:
-        width: of its states, as the model's config has it.
+        name: the tower's name, such as openai/clip-vit-large-patch14-336.
+        width: of its hidden states, from the model's config.
+
+    Returns:
+        The config and the note; None if the name gives no patch size or the width is unknown.
     """
     found = re.search(r"patch(\d+)(?:-(\d+))?$", name)
     if found is None:
@@ -331,7 +344,7 @@ def named_tower(name: str, width: Any) -> tuple[CLIPVisionConfig, str] | None:
 
 
 def _tower_folder(path: Path, named: Any, given: str | Path | None) -> Path:
-    """A tower's folder: as given, or as the model's config names it; a hub's name is looked up in its cache."""
+    """Return the tower's folder, as given or as the config names it; a hub name is looked up in the hub cache."""
     name = str(given) if given else named
     if not name or not isinstance(name, str):
         raise CheckpointError(
@@ -352,13 +365,17 @@ def _tower_folder(path: Path, named: Any, given: str | Path | None) -> Path:
 
 
 def image_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A liuhaotian folder's tokenizer with an `<image>` that transformers' classes can use.
+    """Load a liuhaotian folder's tokenizer with an `<image>` token that transformers' classes can use.
 
-    The original marks images with -200, outside the vocabulary; transformers embeds every id before it puts the image
-    features in place, so the placeholder must be a row of the embeddings. A new row would change the softmax. The byte
-    piece `<0xFF>` is a row that no text is ever encoded to, since UTF-8 has no such byte: it becomes `<image>`, and
-    ids, shapes and softmax stay as they were. (A model that writes this byte, of which nothing readable can be made,
-    has it decoded as nothing.) A tokenizer that has an `<image>` within the vocabulary keeps it.
+    The original marks images with -200, outside the vocabulary. transformers embeds every id before it inserts the
+    image features, so the placeholder must be a row of the embeddings, and a new row would change the softmax. No text
+    is ever encoded to the byte piece `<0xFF>`, since UTF-8 has no such byte. It becomes `<image>`, so ids, shapes and
+    softmax stay unchanged. If a model generates this byte, which is never readable text, it decodes to nothing. A
+    tokenizer that already has an `<image>` within the vocabulary keeps it.
+
+    Args:
+        path: the model folder.
+        vocabulary: number of rows of the embeddings.
     """
     tokenizer: PreTrainedTokenizerFast = load_tokenizer(path)
     known = tokenizer.get_vocab()

@@ -1,7 +1,7 @@
-"""Models on disk to models in memory, strictly: a missing or unused tensor is an error, never a random weight.
+"""Strict model loading from disk: a missing or unused tensor is an error, never a random weight.
 
-The way of a model: folder -> `LazyModel` (any format, in transformers' terms) -> changes laid on it -> checked by
-name and shape -> transformers' own loader.
+The steps: folder -> `LazyModel` (any format, in transformers' terms) -> adapters applied -> checked by name and
+shape -> transformers' own loader.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from relook.model.lazy_model import LazyModel, open_folder
 from relook.model.tokenizer import UNFINISHED, decode_bytes
 
 # ----------------------------------------------------------------------------------------------------
-# What stands above a trunk, by itself: post decoder and lm_head. Runs on cached trunk states need nothing else.
+# The layers above the trunk by themselves: post decoder and lm_head. Runs on cached hidden states need nothing else.
 
 ABOVE = ("model.post_decoder.", "lm_head.")
 PROJECTOR = "model.multi_modal_projector."  # small, and a post decoder may start from it
@@ -41,7 +41,7 @@ EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
 class HeadModel(nn.Module):
-    """Post decoder, if any, and lm_head of a model, which it shares; parameters have the names that they have there."""
+    """Post decoder, if any, and lm_head of a model, shared with it and under the same parameter names."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -58,11 +58,11 @@ class HeadModel(nn.Module):
 
 
 def load_head_only(source: LazyModel, dtype: torch.dtype, device: str | torch.device) -> Any:
-    """A model with weights for what stands above its trunk, and for its projector; the trunk's have none ("meta")."""
+    """Load a model's projector and the layers above its trunk; the trunk stays on the meta device, without weights."""
     with torch.device("meta"):
         model: Any = source.model_class(copy.deepcopy(source.config)).to(dtype)
     tensors = source.read(*ABOVE, PROJECTOR)
-    if "lm_head.weight" not in tensors:  # it is tied to the embeddings, which are not there
+    if "lm_head.weight" not in tensors:  # it is tied to the embeddings, which are not loaded
         tensors["lm_head.weight"] = source.read(EMBEDDINGS)[EMBEDDINGS]
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
@@ -86,18 +86,20 @@ __all__ = [
     "model_hash",
 ]
 
-# What stays in full precision when the language model's linears are quantised, as in the original.
+# Modules that stay in full precision when the language model's linears are quantised, as in the original.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.post_decoder", "lm_head"]
 
 
 @dataclass
 class LoadedModel:
-    """A model with what is needed to talk to it.
+    """Model in memory, with its processor, image loader and conversation template.
 
     Args:
         model: a transformers model, possibly wrapped by peft.
-        aspect_ratio: "pad" lays pictures on a square first; anything else leaves them to the image processor.
-        template: the conversation template it was tuned with, taken where none is named.
+        processor: its transformers processor.
+        path: the folder it was loaded from.
+        aspect_ratio: "pad" pads images to a square first; anything else leaves them to the image processor.
+        template: the conversation template it was tuned with, used where none is named.
     """
 
     model: Any
@@ -116,23 +118,23 @@ class LoadedModel:
 
     @property
     def core(self) -> Any:
-        """The transformers model itself, below any adapter."""
+        """Return the transformers model itself, without any peft wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def image_positions(self) -> int | Callable[[ImageSource], int]:
-        """Positions that one image takes; a function of the image where its size decides."""
+        """Return the number of positions one image takes, or a function of the image where its size decides."""
         found = family_of(self.core.config).positions(self.core)
         return found if isinstance(found, int) else lambda image: found(self.images.size(image))
 
     @property
     def pad_id(self) -> int:
-        """The token that fills places which belong to nothing."""
+        """Return the id of the padding token, or of the end-of-text token if there is none."""
         tokenizer = self.processor.tokenizer
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def encoder(self, template: str = "", max_length: int = 0) -> Encoder:
-        """An encoder of prompts and samples; `max_length` 0 is what the language model was made for."""
+        """Build an encoder of prompts and samples; `max_length` 0 means the language model's maximum."""
         return Encoder(
             self.processor.tokenizer,
             get_template(template or self.template),
@@ -144,8 +146,11 @@ class LoadedModel:
         )
 
     def encode(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "") -> dict[str, Tensor]:
-        """Inputs of `generate` or of the model for one open prompt: input_ids, attention_mask, and what the image
-        processor makes of the images (pixel_values, and image_sizes where the model asks for them)."""
+        """Encode one open prompt as inputs of `generate` or of the model.
+
+        They are input_ids, attention_mask, and the image processor's outputs (pixel_values, and image_sizes if the
+        model takes them).
+        """
         ids = torch.tensor([self.encoder(template).prompt(text, images)])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
@@ -155,16 +160,17 @@ class LoadedModel:
 
     @torch.inference_mode()
     def generate(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "", **kwargs: Any) -> str:
-        """The answer to one prompt; keyword arguments go to transformers' `generate`."""
+        """Generate the answer to one prompt; keyword arguments go to transformers' `generate`."""
         inputs = self.encode(images, text, template)
         kwargs = {"do_sample": False, "max_new_tokens": 256, **self.stop_arguments(template), **kwargs}
         output = self.model.generate(**inputs, **kwargs)
         return self.decode(output[0, inputs["input_ids"].shape[1] :], template)
 
     def stop_arguments(self, template: str = "") -> dict[str, Any]:
-        """What `generate` needs to end an answer where the template does, besides the end-of-text token.
+        """Return the keyword arguments that make `generate` stop at the template's stop string.
 
-        That is nothing where the tokenizer cannot write the template's stop text: no answer holds it.
+        There are none if the tokenizer cannot produce the stop string, since no answer can then contain it. The
+        end-of-text token always stops generation.
         """
         stop, tokenizer = get_template(template or self.template).stop, self.processor.tokenizer
         if not stop or stop not in tokenizer.decode(tokenizer.encode(stop, add_special_tokens=False)):
@@ -172,7 +178,7 @@ class LoadedModel:
         return {"stop_strings": [stop], "tokenizer": tokenizer}
 
     def decode(self, ids: Tensor | Sequence[int], template: str = "") -> str:
-        """Generated ids as an answer, without what ends it."""
+        """Decode generated token ids to an answer, without its stop string."""
         tokenizer = self.processor.tokenizer
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         if UNFINISHED in text:
@@ -196,18 +202,20 @@ def load_model(
 
     Args:
         path: a model folder (liuhaotian's format, llava-hf's or relook's), or a training run of relook, which names its
-            base. What it is, is read from its files.
-        adapter: a change to be laid on the model: a training run, a LoRA folder of the original program, or bare
+            base. The kind is detected from its files.
+        adapter: an adapter to apply to the model: a training run, a LoRA folder of the original program, or bare
             trained tensors (`non_lora_trainables.bin`, `mm_projector.bin`, or the folder of one).
         vision_tower: folder of the CLIP tower of a liuhaotian model, instead of the one that its config names.
         dtype: of the model in memory; LoRA is merged in float32 and rounded to it once.
         bits: 8 or 4 quantise the language model's linears by bitsandbytes, after merging; 16 does not. Everything else
             stays in `dtype`.
-        double_quant, quant_type: of 4 bits: whether the scales are quantised too; "nf4" or "fp4".
-        trunk: False leaves the trunk's weights on disk, for work on its cached states (`HeadModel`).
+        device: where the model goes.
+        double_quant: for 4 bits, quantises the scales too.
+        quant_type: for 4 bits, "nf4" or "fp4".
+        trunk: False leaves the trunk's weights on disk, for work on its cached hidden states (`HeadModel`).
 
     Raises:
-        CheckpointError: what is missing, unused, broken or does not fit, by name, and what to pass.
+        CheckpointError: tensors are missing, unused, broken or do not fit, by name, with advice on what to pass.
     """
     kind = parse_dtype(dtype)
     source, place = open_lazy(Path(path), adapter, vision_tower, kind), parse_device(str(device))
@@ -218,7 +226,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a command brings a model into memory; the fields are `load_model`'s. An empty device is a GPU, if any."""
+    """Options with which a command loads a model, as in `load_model`. An empty device means a GPU if there is one."""
 
     adapter: Path | None = None
     vision_tower: Path | None = None
@@ -227,7 +235,7 @@ class LoadOptions:
     device: str = ""
 
     def identity(self, model: str | Path) -> dict[str, Any]:
-        """What answers depend on: the model, by path and hash, and how it is loaded; not the device."""
+        """Return everything that answers depend on: the model's path, hashes and load options, not the device."""
         how = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
         model = Path(model)
         parts = {
@@ -248,10 +256,11 @@ def open_lazy(
     vision_tower: str | Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> LazyModel:
-    """A model on disk with a change laid on it; nothing is read yet but names and shapes.
+    """Open a model on disk with an adapter applied; only names and shapes are read yet.
 
     Args:
-        dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
+        path, adapter, vision_tower: as for `load_model`.
+        dtype: of the weights that LoRA is merged into; None keeps the stored dtype.
     """
     path = Path(path)
     kind = checkpoint.folder_kind(path)
@@ -277,12 +286,12 @@ def open_lazy(
 
 
 def tower_of(path: Path, vision_tower: str | Path | None = None, adapter: str | Path | None = None) -> Path | None:
-    """Find the folder of the vision tower that lies beside a model, or beside a run's base; None where it has its own.
+    """Find the vision tower folder of a model, or of a run's base; None where the model contains its own tower.
 
     Args: as of `load_model`.
 
     Raises:
-        CheckpointError: there is no such model, or its tower is not to be found.
+        CheckpointError: there is no such model, or its tower cannot be found.
     """
     if (path / ADAPTER_FILE).exists():
         change = read_adapter(path)
@@ -293,7 +302,7 @@ def tower_of(path: Path, vision_tower: str | Path | None = None, adapter: str | 
 
 
 def open_base(path: Path, change: Adapter, vision_tower: str | Path | None = None, weights: bool = True) -> LazyModel:
-    """Open a model on disk to lay a change on; a bare language model becomes LLaVA as the change's config says."""
+    """Open the base model of an adapter; a bare language model becomes LLaVA as the adapter's config says."""
     tower = vision_tower or change.tower_for(path)
     return open_folder(path, tower, weights, llava_config=language_model_config(change))
 
@@ -304,10 +313,13 @@ def materialize(
     device: str | torch.device = "cpu",
     quantisation: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """The model in memory. Files are mapped, so what it takes is one copy in `dtype` at most.
+    """Load the model into memory. Files are memory-mapped, so it takes one copy in `dtype` at most.
 
     Args:
-        quantisation: what transformers' loader is told of it.
+        source: the model on disk.
+        dtype: of the model in memory.
+        device: where it goes.
+        quantisation: keyword arguments for transformers' loader.
     """
     model, report = source.model_class.from_pretrained(
         None,
@@ -323,14 +335,14 @@ def materialize(
         what = f"transformers did not take all tensors of {source.path}: {preview(wrong)}."
         raise CheckpointError(what, "Check that its config.json belongs to its weights.")
     model.generation_config = source.generation_config()
-    model.name_or_path = str(source.path)  # peft asks the hub about models without a path
+    model.name_or_path = str(source.path)  # peft queries the hub for models without a path
     if not quantisation:
         model.to(device)
     return wrap(model, source)
 
 
 def wrap(model: Any, source: LazyModel) -> LoadedModel:
-    """A model in memory, with the processor and the habits of its folder."""
+    """Combine a model in memory with its folder's processor, template and padding setting."""
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
     check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config)
@@ -365,7 +377,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def parse_device(name: str) -> str:
-    """A device that torch has; empty: a GPU where there is one."""
+    """Check that torch has the device and return its name; an empty name means a GPU if there is one."""
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -378,7 +390,7 @@ def parse_device(name: str) -> str:
 
 
 def folder_template(path: str | Path) -> str:
-    """The template of the model in `path`, or of a training run's base, without loading it."""
+    """Return the template of the model in `path`, or of a training run's base, without loading it."""
     path = Path(path)
     if checkpoint.folder_kind(path) == "run":
         path = read_adapter(path).base or path
@@ -388,9 +400,12 @@ def folder_template(path: str | Path) -> str:
 def add_post_decoder(
     model: PreTrainedModel, settings: dict[str, Any], generator: torch.Generator | None, init: str = "random"
 ) -> PreTrainedModel:
-    """Put an untrained post decoder into a model. The trunk's modules are moved, not copied.
+    """Add an untrained post decoder to a model. The trunk's modules are moved, not copied.
 
     Args:
+        model: the model without a post decoder.
+        settings: fields of `PostDecoderSettings`.
+        generator: random numbers for the initial weights; None uses torch's global generator.
         init: "random", or "projector" to start the alignment from the projector's weights where the shapes agree.
     """
     config = with_post_decoder(model.config, settings)
@@ -411,7 +426,7 @@ def add_post_decoder(
 
 
 def without_post_decoder(model: Any) -> Any:
-    """The same model with its post decoder switched off, on the same weights: none is copied."""
+    """Return the same model without its post decoder, sharing all weights."""
     family = family_of(model.config)
     values = {
         k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "post_decoder")
@@ -439,7 +454,7 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
         set_full(parameters[name], tensor)
 
 
-# What an answer depends on, besides the program.
+# Files besides the weights that an answer depends on.
 HASHED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("processor_config.json", "preprocessor_config.json", "adapter_config.json", ADAPTER_FILE),
@@ -447,13 +462,13 @@ HASHED = (
 
 
 def model_hash(path: str | Path) -> str:
-    """Hash a folder's weights and settings, and all that a run lies on: what a result names as its model.
+    """Hash a folder's weights and settings, and those of a run's base and previous adapters.
 
-    The folder may hold any part of a model, a vision tower or an adapter too.
+    Results record this hash as their model. The folder may also hold a vision tower or an adapter.
     """
     path = Path(path)
     if path.is_file():
-        return file_hash(path)[:16]  # of a change's tensors
+        return file_hash(path)[:16]  # an adapter's tensors
     if not path.is_dir():
         raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
     digest = hashlib.sha256()

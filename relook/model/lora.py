@@ -1,7 +1,7 @@
-"""peft's LoRA adapters: their settings, read strictly, and what their tensors add to a weight.
+"""LoRA adapters of peft: strict reading of their settings, and the delta that their tensors add to a weight.
 
-An adapter is merged only where every key of its adapter_config.json has a value whose meaning is known here: many of
-peft's varieties store the same two matrices and mean something else by them.
+An adapter is merged only if the meaning of every key and value of its adapter_config.json is known here. Many of peft's
+variants store the same two matrices but mean something else by them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from relook.model.checkpoint import ADAPTER_CONFIG, LazyTensor
 
 PEFT_PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
-EMBEDDINGS = re.compile(r"\.(embed_tokens|position_embedding)\.weight$")  # matrices that are no linear layers
+EMBEDDINGS = re.compile(r"\.(embed_tokens|position_embedding)\.weight$")  # matrices that are not linear layers
 
 
 def _flag(value: Any) -> bool:
@@ -50,19 +50,19 @@ def _regex(value: Any) -> bool:
 
 
 def _patterns(number: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """A mapping from regular expressions to numbers, or nothing."""
+    """Build a check that accepts None, or a mapping from regular expressions to numbers."""
     return lambda value: (
         value is None or (isinstance(value, dict) and all(_regex(key) and number(n) for key, n in value.items()))
     )
 
 
-# Keys that say how the adapter was trained or is served, and nothing about what it adds to a weight. fan_in_fan_out is
-# of GPT-2's transposed layers: peft sets it to false on the linear layers that all supported models have.
+# Keys that say how the adapter was trained or is served, but nothing about what it adds to a weight. fan_in_fan_out is
+# for GPT-2's transposed layers: peft sets it to false on the linear layers that all supported models have.
 IRRELEVANT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
     *("eva_config", "fan_in_fan_out", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
 }
-# Keys that are read, and their values. All others must be off.
+# Keys that are read, with a check of their values. All others must be off.
 UNDERSTOOD: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: value == "LORA",
     "r": _rank,
@@ -89,12 +89,12 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """What LoRA adds to one weight W (out, in): scale * B A (Hu et al. 2021, arXiv:2106.09685).
+    """LoRA delta of one weight W (out, in): scale * B A (Hu et al. 2021, arXiv:2106.09685).
 
     Args:
-        a, b: (r, in) and (out, r).
+        a, b: the matrices A (r, in) and B (out, r).
         magnitude: DoRA's norms (out,) of the rows of the result (Liu et al. 2024, arXiv:2402.09353, eq. 5).
-        bias: (out,), which scale * bias adds to the layer's own.
+        bias: LoRA bias (out,); scale * bias is added to the layer's own.
     """
 
     a: LazyTensor
@@ -108,9 +108,15 @@ class LoraDelta:
         return shape == (self.b.shape[0], self.a.shape[1]) and self.a.shape[0] == self.b.shape[1] and norms
 
     def merged(self, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
-        """W + scale * B A, for DoRA with its rows at their norms; in the weight's dtype where none is given."""
+        """Compute W + scale * B A in float32; DoRA then rescales each row to its norm.
+
+        Args:
+            dtype: of the result; None keeps the weight's.
+            weight: W (out, in).
+        """
         result = weight.float() + self.scale * (self.b.read().float() @ self.a.read().float())
         if self.magnitude is not None:
+            # DoRA: rescale each row to its learned norm.
             result = result * (self.magnitude.read().float() / result.norm(dim=1))[:, None]
         return result.to(dtype or weight.dtype)
 
@@ -123,7 +129,7 @@ HALVES = ({"A", "B"}, {"A", "B", "magnitude_vector"}, {"A", "B", "B.bias"})  # o
 
 
 class LoraSettings:
-    """What an adapter_config.json says of its tensors.
+    """LoRA settings of an adapter_config.json.
 
     Raises:
         CheckpointError: keys whose value is not understood, all of them by name.
@@ -150,14 +156,14 @@ class LoraSettings:
             )
 
     def pairs(self, halves: Mapping[str, Mapping[str, LazyTensor]], whole: Iterable[str]) -> dict[str, LoraDelta]:
-        """The tensors of each adapted module, by its path in the model that peft wrapped.
+        """Pair the LoRA tensors of each adapted module, keyed by its path in the model that peft wrapped.
 
         Args:
-            halves: of each module, by what follows `lora_` in their names.
+            halves: tensors of each module, keyed by what follows `lora_` in their names.
             whole: names of the tensors that are saved whole beside them.
 
         Raises:
-            CheckpointError: tensors that are not those of the config: too few, of another variety or another rank.
+            CheckpointError: the tensors do not match the config: too few, of another variant or another rank.
         """
         if not halves:
             raise CheckpointError(f"{self.file.parent} has no LoRA tensors.", "Copy it again, or save it again.")
@@ -195,19 +201,19 @@ class LoraSettings:
         return int(self._for(module, "rank_pattern", "r"))
 
     def scale(self, module: str) -> float:
-        """alpha / r of a module, or rank-stabilised alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
+        """Compute alpha / r of a module, or rank-stabilised alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
         rank = self.rank(module)
         return float(self._for(module, "alpha_pattern", "lora_alpha")) / (
             rank**0.5 if self.config.get("use_rslora") else rank
         )
 
     def _for(self, module: str, patterns: str, key: str) -> Any:
-        """A number that the first pattern which ends a module's path decides; the config's own where none does."""
+        """Return the value of the first pattern that matches the end of a module's path, else the default."""
         each: dict[str, Any] = self.config.get(patterns) or {}
         return next((n for end, n in each.items() if re.match(rf"(.*\.)?({end})$", module)), self.config[key])
 
     def targets(self, module: str) -> bool:
-        """Whether peft puts LoRA on a linear layer of that path."""
+        """Return True if peft puts LoRA on the linear layer with this path."""
         config = self.config
         if _ends(module, config.get("exclude_modules")):
             return False
@@ -225,13 +231,14 @@ class LoraSettings:
         return False
 
     def missing(self, modules: Mapping[str, str], base: Iterable[tuple[str, LazyTensor]]) -> list[str]:
-        """Linear layers of a base that the config names, and for which the adapter has no tensors.
+        """List the linear layers of a base that the config names but the adapter has no tensors for.
 
-        The language model is looked at always, any other part where the adapter changes something in it: LLaVA's own
-        adapters were made before the vision tower was there, which their target_modules would name, too.
+        The language model is always checked; any other part only if the adapter changes something in it. LLaVA's own
+        adapters were made before the vision tower was attached, yet their target_modules would match its layers too.
 
         Args:
-            modules: from the base's weight to the path in the model that peft wrapped, where it had other names.
+            modules: from each adapted weight of the base to its path in the model that peft wrapped.
+            base: names and tensors of the base.
         """
         prefixes = {LANGUAGE: LANGUAGE, **dict(_prefixes(modules))}
         return [
@@ -248,7 +255,7 @@ PARTS = (LANGUAGE, "model.vision_tower.", "model.post_decoder.", "lm_head")
 
 
 def _prefixes(modules: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """How the adapter calls each part of a model in which it changes something."""
+    """Yield each part of the model that the adapter changes, with the prefix the adapter uses for it."""
     for part in PARTS:
         for name, module in modules.items():
             tail = name[len(part) : -len(".weight")]
@@ -265,7 +272,7 @@ def _understood(key: str, value: Any) -> bool:
 
 
 def _ends(module: str, names: str | list[str] | None) -> bool:
-    """Whether a module's path is one of these, or ends in one; of a string, whether it matches that expression."""
+    """Return True if a module's path equals or ends in one of the names; a string is a regular expression to match."""
     if isinstance(names, str):
         return bool(re.fullmatch(names, module))
     return any(f".{module}".endswith(f".{name}") for name in names or ())

@@ -1,10 +1,10 @@
-"""LLaVA and LLaVA-NeXT with a post decoder inside their base model: transformers classes like any other.
+"""LLaVA and LLaVA-NeXT with a post decoder inside their base model, as ordinary transformers classes.
 
-The post decoder sits in the base model, and its output is `last_hidden_state`: fused-loss trainers and serving engines
-call the base model and then lm_head, and bypass whatever stands between them in `forward`.
+The post decoder sits in the base model, and its output is `last_hidden_state`. Fused-loss trainers and serving engines
+call the base model and then lm_head, and would bypass anything that sat between them in `forward`.
 
-The three mixins hold what is the same for every trunk. A family adds its three classes, and says which of the vision
-tower's features belong to which picture where a picture is more than one row of them.
+The three mixins hold what is common to every trunk. A family adds its three classes. Where an image takes more than one
+row of vision features, the family also says which rows belong to which image.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from .post_decoder import ImageContext, PostDecoder
 
-# What this transformers calls the argument for keys and values: 5.24 renamed it, and drops the old name in 5.40.
+# The KV cache argument as the installed transformers names it: 5.24 renamed it, and 5.40 drops the old name.
 CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
 
 
 class PostDecoderConfig:
-    """Mixin: a config with the post decoder's settings as the dict `post_decoder` (see `PostDecoderSettings`)."""
+    """Config mixin that stores the post decoder's settings as the dict `post_decoder` (see `PostDecoderSettings`)."""
 
     def __init__(self, post_decoder: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.post_decoder = dict(post_decoder or {})
@@ -41,22 +41,29 @@ class PostDecoderConfig:
 
 
 def selected_features(config: Any, hidden_states: Any) -> Tensor:
-    """The vision tower's features before the projector, (rows, P, V): its selected layers, without the class token."""
+    """Return the pre-projector vision features (rows, P, V) of the selected layers.
+
+    The "default" select strategy drops the class token; any other keeps it. Several layers are concatenated along V.
+    """
     layers = config.vision_feature_layer
     start = 1 if config.vision_feature_select_strategy == "default" else 0
     return torch.cat([hidden_states[i][:, start:] for i in (layers if isinstance(layers, list) else [layers])], dim=-1)
 
 
 def images_per_row(lengths: list[int], taken: list[int]) -> list[int]:
-    """How many images each row of a batch holds.
+    """Count the images in each row of a batch.
 
     Args:
-        lengths: positions of each image, in order of the rows.
-        taken: placeholders in each row.
+        lengths: positions of each image, in row order.
+        taken: image placeholder tokens in each row.
+
+    Raises:
+        ValueError: the placeholders do not match the positions of the images.
     """
     counts, at = [], 0
     for positions in taken:
         start = at
+        # Consume images until this row's placeholders are used up; they must come out even.
         while positions > 0 and at < len(lengths):
             positions -= lengths[at]
             at += 1
@@ -69,15 +76,18 @@ def images_per_row(lengths: list[int], taken: list[int]) -> list[int]:
 
 
 def for_each_beam(image: Any, taken: list[int]) -> None:
-    """Repeat projected features as beam search has repeated the rows: those of a row's images, then again.
+    """Repeat the projected features, in place, to match rows that beam search has expanded.
+
+    A row's images are repeated as a group: all of them, then all of them again.
 
     Args:
-        image: the images' outputs, of rows that were not repeated; or of all, which are left alone.
-        taken: placeholders in each row.
+        image: image outputs of the unexpanded rows. Outputs that already cover all rows are left alone.
+        taken: image placeholder tokens in each (expanded) row.
     """
     lengths = [len(projected) for projected in image.pooler_output]
-    beams = sum(taken) // sum(lengths)
+    beams = sum(taken) // sum(lengths)  # placeholders per projected position
     if beams > 1:
+        # Beams of one row are adjacent, so every `beams`-th row is an original one.
         pictures, repeated = iter(image.pooler_output), []
         for count in images_per_row(lengths, taken[::beams]):
             row = [next(pictures) for _ in range(count)]
@@ -86,7 +96,7 @@ def for_each_beam(image: Any, taken: list[int]) -> None:
 
 
 class PostDecoderModel(PreTrainedModel):
-    """Mixin over a transformers base model: its last hidden states pass the post decoder."""
+    """Base model mixin that passes the trunk's last hidden states through the post decoder."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -94,13 +104,14 @@ class PostDecoderModel(PreTrainedModel):
         self.post_init()
 
     def features_by_image(self, features_RPV: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
-        """The tower's features, R rows of P, as one (M, V) tensor for each image. Here a row is an image."""
+        """Split the vision features, R rows of P, into one (M, V) tensor per image. By default each row is an image."""
         return list(features_RPV)
 
     def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
-        """As the trunk's, with what the post decoder looks at as `vision_features`: one (M, V) tensor for each image.
+        """Extend the trunk's image outputs by `vision_features`, which the post decoder attends to.
 
-        `generate` calls this once per image, and hands its outcome to the first forward pass.
+        `vision_features` holds one (M, V) tensor per image. `generate` calls this once per image and passes the result
+        to the first forward pass.
         """
         sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
         outputs = super().get_image_features(pixel_values=pixel_values, **sizes, **{**kwargs, "return_dict": True})
@@ -109,18 +120,19 @@ class PostDecoderModel(PreTrainedModel):
         return outputs
 
     def _placeholders(self, input_ids: Tensor | None, embeds: Tensor) -> Tensor:
-        """Where rows have room for images, (B, S, 1) bool."""
+        """Return a (B, S, 1) bool mask of the image placeholder positions."""
         token = self.config.image_token_id
         if input_ids is not None:
             return torch.eq(input_ids, token).unsqueeze(-1)
+        # Without input_ids, find the placeholders by comparing with the embedding of the image token.
         placeholder = self.get_input_embeddings()(torch.tensor(token, device=embeds.device))
         return torch.eq(embeds, placeholder).all(-1, keepdim=True)
 
     def _context(self, image: Any, taken: list[int]) -> ImageContext | None:
-        """The image side for rows that have `taken` placeholders each.
+        """Build the image context for rows with `taken` placeholders each; None where no image is read.
 
-        Beams repeat rows and projected features, not those of the tower: the image side is computed once per image and
-        then repeated.
+        Beams repeat rows and projected features, but not the vision features. The keys and values are therefore
+        computed once per image and then repeated.
         """
         features, lengths = image.vision_features, [len(projected) for projected in image.pooler_output]
         per_row = images_per_row(lengths, taken)
@@ -140,14 +152,18 @@ class PostDecoderModel(PreTrainedModel):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the trunk's, with the post decoder applied to `last_hidden_state`.
+        """Run the trunk and apply the post decoder to its `last_hidden_state`.
 
-        The image side is prepared where an image comes in (as pixels, or encoded by `generate` beforehand) and kept on
-        the generation cache, from where the decode steps, which have no image, take it. The trunk is handed embeddings
-        in which the images already are, and makes its own output, whose fields differ between versions.
+        The image context is built when an image comes in, as pixels or already encoded by `generate`. It is kept on the
+        KV cache, where the decode steps, which get no image, find it. The trunk receives embeddings with the image
+        features already scattered in. It builds its own output, whose fields differ between transformers versions.
 
         Args:
-            past_key_values, cache: the generation cache; the same argument under its older and its newer name.
+            past_key_values, cache: the KV cache; the same argument under its older and its newer name.
+            mm_encoder_outputs: image outputs that `generate` computed beforehand, under "image".
+
+        Raises:
+            ValueError: a vision feature setting that differs from the config's.
         """
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             said = getattr(self.config, name)
@@ -156,6 +172,7 @@ class PostDecoderModel(PreTrainedModel):
         before = past_key_values if cache is None else cache
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        # Decode steps reuse the image context of the prefill.
         context: ImageContext | None = getattr(before, "relook_image", None)
         image, projected = (mm_encoder_outputs or {}).get("image"), None
         if image is None and pixel_values is not None:
@@ -164,7 +181,8 @@ class PostDecoderModel(PreTrainedModel):
             where = self._placeholders(input_ids, inputs_embeds)
             taken = where.flatten(1).sum(1).tolist()
             for_each_beam(image, taken)
-            context = self._context(image, taken)  # says so where images and placeholders do not fit
+            context = self._context(image, taken)  # raises if images and placeholders do not match
+            # Scatter the projected features over the placeholder embeddings.
             projected = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(where, projected)
             if before is not None:
@@ -173,7 +191,7 @@ class PostDecoderModel(PreTrainedModel):
         trunk: dict[str, Any] = {**kwargs, CACHE: before, "return_dict": True}
         outputs = super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **trunk)
         after = getattr(outputs, CACHE)
-        if after is not None and before is None:
+        if after is not None and before is None:  # the trunk has just created the cache
             after.relook_image = context
         outputs.last_hidden_state = self.post_decoder(
             outputs.last_hidden_state,
@@ -189,14 +207,21 @@ class PostDecoderModel(PreTrainedModel):
         return outputs
 
     def _self_mask(self, attention_mask: Any, embeds: Tensor, seen: int) -> Tensor | None:
-        """Causal mask (B, 1, S, seen + S) for the blocks' own self-attention; None where they have none."""
+        """Build the causal mask (B, 1, S, seen + S) of the blocks' self-attention; None if they have none.
+
+        Args:
+            attention_mask: padding mask (B, seen + S), or a 4D mask, boolean or additive; None masks no padding.
+            embeds: input embeddings (B, S, D).
+            seen: number of tokens already in the KV cache.
+        """
         if not self.post_decoder.reads_all_positions:
             return None
         B, S = embeds.shape[:2]
+        # Query i sits at position seen + i and may attend to keys 0 .. seen + i.
         causal = torch.ones(S, seen + S, dtype=torch.bool, device=embeds.device).tril(seen)
         if attention_mask is None:
             return causal.expand(B, 1, S, seen + S)
-        if attention_mask.ndim == 4:
+        if attention_mask.ndim == 4:  # already causal; an additive mask holds large negative numbers where it blocks
             allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1
             expanded: Tensor = allowed.expand(B, 1, S, seen + S)
             return expanded
@@ -205,22 +230,22 @@ class PostDecoderModel(PreTrainedModel):
 
 
 class PostDecoderForGeneration(PreTrainedModel):
-    """Mixin over a transformers generation model: its base model is the `trunk_class`, which has a post decoder."""
+    """Generation model mixin whose base model is the `trunk_class`, which has a post decoder."""
 
     trunk_class: type[PostDecoderModel]
 
     def __init__(self, config: Any) -> None:
-        # Not the family's own: it would build, and throw away, a trunk without the post decoder.
+        # Skip the family's own __init__: it would build a trunk without the post decoder, only to discard it.
         PreTrainedModel.__init__(self, config)
         self.model = self.trunk_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does for beams, but for pixels: see `for_each_beam`.
+        """Expand the inputs for beam search as transformers does, except the pixels (see `for_each_beam`).
 
-        Some versions, 5.17 among them, repeat each picture where they repeat rows: a row of two pictures would be given
-        the first one twice.
+        Some versions, 5.17 among them, repeat each image individually where they repeat rows. A row of two images would
+        then get the first one twice.
         """
         kept = {name: kwargs.pop(name) for name in ("pixel_values", "image_sizes") if name in kwargs}
         input_ids, more = super()._expand_inputs_for_generation(*args, **kwargs)
@@ -234,7 +259,7 @@ class PostDecoderForGeneration(PreTrainedModel):
 
 class RelookLlavaConfig(PostDecoderConfig, LlavaConfig):
     model_type = "relook_llava"
-    __init__ = PostDecoderConfig.__init__  # transformers makes one for a config class that has none
+    __init__ = PostDecoderConfig.__init__  # transformers generates one for a config class without its own
 
 
 class RelookLlavaModel(PostDecoderModel, LlavaModel):
@@ -256,7 +281,7 @@ class RelookLlavaNextModel(PostDecoderModel, LlavaNextModel):
     config: RelookLlavaNextConfig
 
     def features_by_image(self, features_RPV: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
-        """A picture is cut into tiles, as many as its size (height, width) asks for; each is a row."""
+        """Group the rows by image: each row is a tile, and an image's size (height, width) decides its tile count."""
         grid, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         assert image_sizes is not None
         tiles = [image_size_to_num_patches(size, grid, side) for size in image_sizes]

@@ -1,8 +1,9 @@
-"""The post decoder: a second look at the image, between the trunk's last hidden state and lm_head.
+"""Post decoder: a second look at the image, between the trunk's last hidden state and lm_head.
 
-This file and `modeling_relook.py` travel with every saved model (`trust_remote_code`): they import nothing of relook.
+This file and `modeling_relook.py` are saved with every model (`trust_remote_code`), so they import nothing from relook.
 
-Shape letters: B rows (or trees), S text positions, M image positions, D hidden size, V width of the vision features.
+Shape letters: B rows (or trees), S text positions, M image positions, D hidden size, V width of the vision features,
+N flat positions, and T rows of a padded batch.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from transformers.activations import ACT2FN
 
 @dataclass(frozen=True)
 class PostDecoderSettings:
-    """What a post decoder is made of; stored as a dict in the model's config under `post_decoder`.
+    """Architecture of a post decoder, stored as a dict in the model's config under `post_decoder`.
 
     Args:
-        depth: number of blocks, stacked.
-        attention: "cross" (to the image), "none" (MLP only) or "self_cross" (over the text so far, then to the image).
-        align: how vision features reach the hidden size: "linear", "mlp" or "mlp_twice".
+        depth: number of stacked blocks.
+        attention: "cross" (over the image), "none" (MLP only) or "self_cross" (over the text so far, then the image).
+        align: how vision features are mapped to the hidden size: "linear", "mlp" or "mlp_twice".
         align_size: width inside the alignment MLP; 0 means the hidden size (the projector's own shape).
-        activation: name of the activation in alignment and MLP, e.g. "silu" or "gelu".
+        activation: name of the activation in the alignment and the MLP, e.g. "silu" or "gelu".
         num_heads: attention heads; 0 means those of the language model.
         mlp_size: width inside the blocks' MLP; 0 means that of the language model.
     """
@@ -65,10 +66,11 @@ class PostDecoderSettings:
 
 @dataclass
 class ImageContext:
-    """The image side of every block, computed once per image and kept over all decode steps.
+    """Image keys and values of every block, computed once per image and kept over all decode steps.
 
-    `keys` and `values` hold one (B, heads, M, head size) tensor per block; `mask` is (B, M) bool where rows have
-    different numbers of image positions, else None. All beams of a row look at the same image, so nothing is reordered.
+    `keys` and `values` hold one (B, heads, M, head size) tensor per block. `mask` is (B, M) bool where rows have
+    different numbers of image positions, else None. All beams of a row attend to the same image, so beam search need
+    not reorder anything.
     """
 
     keys: list[Tensor]
@@ -76,24 +78,34 @@ class ImageContext:
     mask: Tensor | None
 
     def repeat(self, times: int) -> ImageContext:
-        """The same for rows that each stand `times` times, one after the other, as beams do."""
+        """Return a context in which each row is repeated `times` times in place, as beam search repeats rows."""
         mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
         keys, values = ([t.repeat_interleave(times, 0) for t in side] for side in (self.keys, self.values))
         return ImageContext(keys, values, mask)
 
     def select(self, rows: Tensor) -> ImageContext:
-        """The same for some of the rows, by number."""
+        """Return the context of the rows with these indices."""
         mask = None if self.mask is None else self.mask[rows]
         keys, values = ([t[rows] for t in side] for side in (self.keys, self.values))
         return ImageContext(keys, values, mask)
 
 
 def pad_images(features: Sequence[Tensor], per_row: list[int]) -> tuple[Tensor, Tensor | None]:
-    """Lay the images of each row side by side: an (M, V) tensor for each image to (B, most positions, V), and the mask.
+    """Concatenate the images of each row and pad the rows to one length.
 
-    The mask is (B, most positions) bool; None where all rows have the same number of positions.
+    Args:
+        features: one (M, V) tensor per image, in row order.
+        per_row: number of images in each row.
+
+    Returns:
+        The padded features (B, most positions, V), and a (B, most positions) bool mask of the valid positions. The mask
+        is None where all rows have the same number of positions.
+
+    Raises:
+        ValueError: the number of images is not the sum of `per_row`.
     """
     if sum(per_row) == 0 and len(features) == 1:
+        # One dummy image that no row sees: it is masked everywhere, yet keeps all parameters in the graph.
         padded = features[0].expand(len(per_row), -1, -1)
         return padded, torch.zeros(padded.shape[:2], dtype=torch.bool, device=padded.device)
     if sum(per_row) != len(features):
@@ -104,6 +116,7 @@ def pad_images(features: Sequence[Tensor], per_row: list[int]) -> tuple[Tensor, 
         rows.append(torch.cat(images) if images else features[0][:0])
     padded = pad_sequence(rows, batch_first=True)
     most = padded.shape[1]
+    # A batch without padding needs no mask, which keeps the fast attention kernels available.
     if all(len(row) == most for row in rows):
         return padded, None
     lengths = torch.tensor([len(row) for row in rows], device=padded.device)
@@ -112,16 +125,17 @@ def pad_images(features: Sequence[Tensor], per_row: list[int]) -> tuple[Tensor, 
 
 @dataclass
 class FlatLayout:
-    """Where N flat positions lie in a padded (T, S) batch: all but attention works on the flat ones only.
+    """Map between N flat positions and a padded (T, S) batch; everything but attention runs on the flat ones.
 
-    Answers of a few tokens and descriptions of a hundred stand in one batch, so most of a padded batch can be padding.
+    Answers of a few tokens share a batch with descriptions of a hundred, so most of a padded batch can be padding.
     """
 
-    row: Tensor  # (N,)
-    slot: Tensor  # (N,)
+    row: Tensor  # (N,), index of the row in the padded batch
+    slot: Tensor  # (N,), index within the row
     shape: tuple[int, int]
 
     def pad(self, flat_ND: Tensor) -> Tensor:
+        # Scatter (N, D) into a zero-padded (T, S, D).
         padded = flat_ND.new_zeros(*self.shape, flat_ND.shape[-1])
         filled: Tensor = padded.index_put((self.row, self.slot), flat_ND)
         return filled
@@ -131,11 +145,11 @@ class FlatLayout:
 
 
 class _Norm(nn.LayerNorm):
-    """LayerNorm; a name of its own only so that weight initialisation finds it."""
+    """LayerNorm under a name of its own, so that weight initialisation finds it."""
 
 
 class Alignment(nn.Module):
-    """Vision features (before the projector) to the language model's width, then a LayerNorm."""
+    """Projection of the vision features (before the projector) to the language model's width, with a LayerNorm."""
 
     def __init__(self, settings: PostDecoderSettings, vision_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -157,7 +171,7 @@ class Alignment(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values may be computed ahead of the queries."""
+    """Multi-head attention whose keys and values can be precomputed."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -177,21 +191,30 @@ class Attention(nn.Module):
     def forward(
         self, states: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, layout: FlatLayout | None = None
     ) -> Tensor:
-        """`mask` is (B, 1, S or 1, keys) bool. A query that may see nothing gets zeros, not NaN."""
+        """Attend from the states to the keys and values.
+
+        Args:
+            states: (B, S, D), or (N, D) with a `layout`.
+            keys, values: (B, heads, keys, head size).
+            mask: (B, 1, S or 1, keys) bool, true where attention is allowed. A query that may see nothing gets zeros,
+                not NaN.
+            layout: where flat states lie in the padded batch.
+        """
         projected = self.q_proj(states)
         queries = self.split(projected if layout is None else layout.pad(projected))
         if mask is None:
             mixed = F.scaled_dot_product_attention(queries, keys, values)
         else:
+            # A fully masked query would give NaN in the softmax: unmask it, then zero its output.
             sees = mask.any(-1, keepdim=True)
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask | ~sees)
             mixed = mixed * sees
-        mixed = mixed.transpose(1, 2).flatten(2)
+        mixed = mixed.transpose(1, 2).flatten(2)  # merge the heads: (B, S, D)
         output: Tensor = self.o_proj(mixed if layout is None else layout.unpad(mixed))
         return output
 
     def weights(self, states: Tensor, keys: Tensor) -> Tensor:
-        """Softmax weights averaged over heads, (B, S, keys): for looking at, not for training."""
+        """Compute softmax weights averaged over heads, (B, S, keys), for visualisation and not for training."""
         queries = self.split(self.q_proj(states))
         weights: Tensor = (queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5).softmax(-1).mean(1)
         return weights
@@ -213,7 +236,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention(s), residual, pre-norm MLP, residual. Its last projections start at zero: the identity."""
+    """Pre-norm attention(s) and pre-norm MLP, each with a residual connection.
+
+    The last projection of each branch starts at zero, so that a fresh block is the identity.
+    """
 
     def __init__(self, settings: PostDecoderSettings, hidden_size: int, num_heads: int, mlp_size: int) -> None:
         super().__init__()
@@ -242,7 +268,7 @@ class Block(nn.Module):
         if self.self_attention is not None and self.self_norm is not None:
             normed = self.self_norm(states)
             keys, values = self.self_attention.keys_values(normed)
-            if past is not None:
+            if past is not None:  # append to the KV cache, and attend to all of it
                 keys, values = past.update(keys, values)
             states = states + self.self_attention(normed, keys, values, self_mask)
         if self.cross_attention is not None and self.cross_norm is not None and image is not None:
@@ -252,22 +278,23 @@ class Block(nn.Module):
 
 
 class _BlockCache:
-    """One block's place in the generation cache: self-attention keys and values of the text so far."""
+    """View of one block's layer in the KV cache: self-attention keys and values of the text so far."""
 
     def __init__(self, cache: Cache, layer: int) -> None:
         self.cache, self.layer = cache, layer
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        while len(self.cache.layers) <= self.layer:  # a cache has layers for the trunk only
+        while len(self.cache.layers) <= self.layer:  # the cache was created with layers for the trunk only
             self.cache.layers.append(DynamicLayer())
         kept: tuple[Tensor, Tensor] = self.cache.update(keys, values, self.layer)
         return kept
 
 
 class PostDecoder(nn.Module):
-    """`depth` blocks over the trunk's last hidden states, each looking at the aligned image features.
+    """Stack of `depth` blocks over the trunk's last hidden states, each attending to the aligned image features.
 
-    An untrained post decoder changes no logit, bit for bit: every residual branch ends in a projection of zeros.
+    An untrained post decoder leaves every logit bit-identical, since every residual branch ends in a projection of
+    zeros.
     """
 
     def __init__(
@@ -283,7 +310,7 @@ class PostDecoder(nn.Module):
 
     @staticmethod
     def of(config: Any) -> PostDecoder:
-        """The post decoder that a model's config describes."""
+        """Build the post decoder that a model's config describes."""
         text, layers = config.text_config, config.vision_feature_layer
         return PostDecoder(
             PostDecoderSettings(**config.post_decoder),
@@ -295,16 +322,20 @@ class PostDecoder(nn.Module):
 
     @property
     def reads_all_positions(self) -> bool:
-        """Whether a position's output depends on the states of other positions (self-attention)."""
+        """Return True if a position's output depends on the hidden states of other positions (self-attention)."""
         return self.settings.attention == "self_cross"
 
     def image_context(self, features: Sequence[Tensor], per_row: list[int]) -> ImageContext | None:
-        """Prepare the image side of all blocks, once per image. None where there is no image, or none is read.
+        """Compute the image keys and values of all blocks, once per image.
 
         Args:
-            features: the vision tower's, one (M, V) tensor for each image, in order of the rows. Where no row has an
-                image, one that none of them sees: the outcome is that of no image, and all parameters are used.
-            per_row: how many images each row has.
+            features: vision features, one (M, V) tensor per image, in row order. If no row has an image, a single dummy
+                image may be given, which no row sees. The output is then that without an image, but all parameters
+                take part.
+            per_row: number of images in each row.
+
+        Returns:
+            The image context; None where there is no image, or the blocks read none.
         """
         if self.align is None or len(features) == 0:
             return None
@@ -323,12 +354,16 @@ class PostDecoder(nn.Module):
         first_layer: int = 0,
         layout: FlatLayout | None = None,
     ) -> Tensor:
-        """Hidden states in, hidden states out, (B, S, D), or (N, D) with a `layout` (not for "self_cross").
+        """Run all blocks over the hidden states and return hidden states of the same shape.
 
         Args:
+            states_BSD: hidden states (B, S, D), or (N, D) with a `layout`.
+            context: image keys and values; None skips the cross-attention.
             self_mask: (B, 1, S, keys) bool, for "self_cross" only.
-            cache: generation cache that keeps the self-attention's keys and values from layer `first_layer` on.
+            cache: KV cache that holds the self-attention's keys and values from layer `first_layer` on.
+            layout: where flat states lie in the padded batch (not for "self_cross").
         """
+        # (B, M) -> (B, 1, 1, M), to broadcast over heads and queries.
         image_mask = None if context is None or context.mask is None else context.mask[:, None, None, :]
         for i, block in enumerate(self.blocks):
             image = None if context is None else (context.keys[i], context.values[i])
@@ -339,7 +374,7 @@ class PostDecoder(nn.Module):
         return states_BSD
 
     def attention_maps(self, states_BSD: Tensor, context: ImageContext) -> Tensor:
-        """Where the last block looks: (B, S, M) weights over image positions, for a stack without self-attention."""
+        """Compute the last block's attention over image positions, (B, S, M), for a stack without self-attention."""
         blocks: list[Any] = list(self.blocks)
         *before, last = blocks
         for i, block in enumerate(before):
@@ -349,7 +384,7 @@ class PostDecoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
-        """Fresh weights: normal(0, std) everywhere but the last projections, which start at zero."""
+        """Initialise the weights: normal(0, std), norms at 1, and the last projections and all biases at zero."""
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 parameter.zero_()
@@ -360,7 +395,7 @@ class PostDecoder(nn.Module):
 
     @torch.no_grad()
     def start_from_projector(self, projector: nn.Module) -> bool:
-        """Copy a LLaVA projector into the alignment where the shapes agree. Returns whether it was done."""
+        """Copy a LLaVA projector into the alignment if the shapes agree; return True if it was copied."""
         linears: list[Any] = list(self.align.linears) if self.align is not None else []
         pairs = [(new, getattr(projector, f"linear_{i}", None)) for i, new in enumerate(linears, 1)]
         if len(pairs) != 2 or any(old is None or old.weight.shape != new.weight.shape for new, old in pairs):

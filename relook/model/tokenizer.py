@@ -1,9 +1,9 @@
 """Tokenizers of model folders, exactly as the original programs read them.
 
-transformers 5 rebuilds a Llama tokenizer from `tokenizer.model` with two differences to the sentencepiece one that
-LLaVA was trained with: merges are ranked by index where sentencepiece ranks them by score (the space-only pieces of
-Llama have low indices and the lowest score), and a text that begins with a space loses the space that sentencepiece
-puts before it. The tokenizer built here has neither.
+transformers 5 rebuilds a Llama tokenizer from `tokenizer.model`, with two differences from the sentencepiece tokenizer
+that LLaVA was trained with. It ranks merges by index, whereas sentencepiece ranks them by score: Llama's space-only
+pieces have low indices and the lowest score. And a text that begins with a space loses the space that sentencepiece
+puts before it. The tokenizer built here has neither difference.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ BPE = 2
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder: its `tokenizer.json` as it stands, or else one built from `tokenizer.model`.
+    """Load a model folder's tokenizer: its `tokenizer.json` unchanged, or else one built from `tokenizer.model`.
 
-    Where config.json asks for image marks (`mm_use_im_patch_token`, `mm_use_im_start_end`) that the tokenizer lacks,
-    they are added at its end, as LLaVA's builder does.
+    If config.json asks for image tokens (`mm_use_im_patch_token`, `mm_use_im_start_end`) that the tokenizer lacks, they
+    are appended, as LLaVA's builder does.
 
-    Built from `tokenizer.model`, it gives the ids of transformers 4.37's slow LlamaTokenizer, in either setting of
-    `legacy` (of tokenizer_config.json; true where the key is absent, as there):
+    A tokenizer built from `tokenizer.model` gives the ids of transformers 4.37's slow LlamaTokenizer, for either value
+    of `legacy` in tokenizer_config.json (true where the key is absent, as there):
 
     - legacy: a space goes before every stretch of text, at the start and after each special token.
     - not legacy: a space goes before the text only, and nowhere if it begins with a special token.
 
-    One difference remains, without `legacy` only: where a text begins with an added token that is none of the named
-    special ones (`<im_end>` of old checkpoints; their tokenizers are legacy), the original puts a lone space piece
-    before it and this tokenizer does not, as the tokenizers library puts no prefix before an added token.
+    One difference remains, and only without `legacy`. It concerns a text that begins with an added token outside the
+    named special ones, such as `<im_end>` of old checkpoints, whose tokenizers are legacy. The original puts a lone
+    space piece before it. This tokenizer does not, as the tokenizers library puts no prefix before an added token.
 
     Raises:
-        CheckpointError: there is no tokenizer, it cannot be read, or it is of a kind that would not be read exactly.
+        CheckpointError: there is no tokenizer, it cannot be read, or it is of a kind that cannot be reproduced exactly.
     """
     folder = Path(folder)
     try:
@@ -62,10 +62,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         config = read_json_object(folder / "config.json", optional=True)
         marks = [IM_PATCH] * bool(config.get("mm_use_im_patch_token"))
         marks += [IM_START, IM_END] * bool(config.get("mm_use_im_start_end"))
-        tokenizer.add_tokens(marks, special_tokens=True)  # those that it has are left alone
+        tokenizer.add_tokens(marks, special_tokens=True)  # existing ones are left alone
     except RelookError:
         raise
-    except Exception as error:  # bare Exception is what the tokenizers library raises for a file that it cannot parse
+    except Exception as error:  # the tokenizers library raises a bare Exception for a file it cannot parse
         raise CheckpointError(f"The tokenizer of {folder} cannot be read: {error}.", "Copy it again.") from None
     return tokenizer
 
@@ -73,7 +73,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 def token_bytes(tokenizer: Any, id: int) -> bytes:
     """Return the bytes that a token adds to a decoded text, its leading space included; none for a special token.
 
-    A character may take several tokens, whose bytes make it together: `UTF8` decodes them as they come.
+    A character may span several tokens; `UTF8` decodes their bytes incrementally.
     """
 
     def decode(*ids: int) -> str:
@@ -90,9 +90,9 @@ def token_bytes(tokenizer: Any, id: int) -> bytes:
 
 
 def decode_bytes(tokenizer: Any, ids: Iterable[int]) -> str:
-    """Decode tokens as sentencepiece does: a byte that is part of no character is one U+FFFD.
+    """Decode tokens as sentencepiece does: a byte that is part of no character becomes one U+FFFD.
 
-    transformers' fast tokenizers write U+FFFD for all bytes of a run that one such byte is in, whole characters too.
+    transformers' fast tokenizers write U+FFFD for every byte of a run with one such byte, even for whole characters.
     """
     return UTF8(EACH_BYTE).decode(b"".join(token_bytes(tokenizer, id) for id in ids), final=True)
 
@@ -103,7 +103,7 @@ def _each_byte(error: UnicodeError) -> tuple[str, int]:
 
 
 def _byte_level() -> dict[str, int]:
-    """Map the characters that GPT-2's kind of vocabulary writes for bytes: printable ones stand for themselves."""
+    """Map the characters of GPT-2-style byte-level vocabularies to bytes; printable ones stand for themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -118,7 +118,7 @@ codecs.register_error(EACH_BYTE, _each_byte)
 
 @dataclass(frozen=True)
 class Piece:
-    """An entry of a sentencepiece vocabulary."""
+    """Entry of a sentencepiece vocabulary."""
 
     text: str
     score: float
@@ -126,10 +126,10 @@ class Piece:
 
 
 def read_pieces(path: Path) -> list[Piece]:
-    """The vocabulary of a sentencepiece model file, in order of ids.
+    """Read the vocabulary of a sentencepiece model file, in order of ids.
 
     Raises:
-        CheckpointError: the file is no sentencepiece BPE model, or its normalizer changes the text.
+        CheckpointError: the file is not a sentencepiece BPE model, or its normalizer changes the text.
     """
     pieces, trainer, normalizer = [], {}, {}
     try:
@@ -155,7 +155,7 @@ def read_pieces(path: Path) -> list[Piece]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Fields of a protobuf message: number, and an int (varint) or bytes (anything else)."""
+    """Yield the fields of a protobuf message: number, and an int (varint) or bytes (anything else)."""
     at = 0
 
     def varint() -> int:
@@ -181,10 +181,10 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """The merges of a sentencepiece BPE vocabulary, best first: every way to put a piece together from two others.
+    """Derive the merges of a sentencepiece BPE vocabulary, best first: every split of a piece into two others.
 
-    sentencepiece merges the pair that makes the piece with the best score, the leftmost among equals. Only Llama's
-    space-only pieces share a score; with the longest left half first, a run of them grows from its left end as there.
+    sentencepiece merges the pair that makes the piece with the best score, and the leftmost among equals. Only Llama's
+    space-only pieces share a score. With the longest left half first, a run of them grows from the left, as there.
     """
     scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     merges = [
@@ -210,8 +210,8 @@ def _backend(pieces: list[Piece], unk: str, legacy: bool) -> Tokenizer:
     if legacy:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
     else:
-        # Metaspace leaves out the prefix where the text begins with it. A plain space is none after `spaces`: it is put
-        # before the text whatever that begins with, then written as SPACE.
+        # Metaspace omits its prefix if the text already begins with it. After `spaces`, no text begins with a plain
+        # space, so one is always prepended; the second Metaspace then writes it as SPACE.
         tokenizer.normalizer = spaces
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [

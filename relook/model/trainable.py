@@ -1,4 +1,4 @@
-"""What trains: from a recipe's flags to parameters that require gradients, and to the optimizer's groups."""
+"""Trainable parameters and optimizer groups, as set by a recipe's flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from relook.model.load import LoadedModel, add_post_decoder
 from relook.model.post_decoder import PostDecoderSettings
 from relook.recipe import ALL_LINEAR, Recipe
 
-PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' name for it
+PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute that permits packing
 
 
 def set_trainable(loaded: LoadedModel, recipe: Recipe) -> None:
@@ -23,7 +23,7 @@ def set_trainable(loaded: LoadedModel, recipe: Recipe) -> None:
 
 
 def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
-    """A model with the modules that the recipe trains, wrapped by peft for LoRA; all others are frozen.
+    """Add the modules that the recipe trains, with peft for LoRA, and freeze all others; return the model.
 
     The vision tower never trains: its unused last layer would get no gradient, and every regime of the originals
     keeps it frozen.
@@ -56,7 +56,7 @@ def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
             "Nothing would train.", "Set lora_enable, tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter."
         )
     for parameter in training:
-        # A bf16 weight has 8 bits: steps of the usual learning rates (2e-6) would be rounded away.
+        # bf16 has 8 significant bits: steps at the usual learning rates (2e-6) would be rounded away.
         parameter.data = parameter.data.float()
     return model
 
@@ -64,8 +64,8 @@ def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
 def _keep_unpacked(model: nn.Module) -> None:
     """Keep bitsandbytes from packing its weights for inference.
 
-    On a CPU with bf16 instructions it does so in the first pass without gradients, which is that for the reference.
-    Through packed weights no gradient flows, and no error says so.
+    On a CPU with bf16 instructions it packs them in the first pass without gradients, which is the reference pass.
+    Packed weights pass no gradient, and no error is raised.
     """
     for module in model.modules():
         if hasattr(module, PACKS):
@@ -73,7 +73,7 @@ def _keep_unpacked(model: nn.Module) -> None:
 
 
 def _check_post_decoder(config: Any, recipe: Recipe) -> None:
-    """A run that trains on has the post decoder that is there; the recipe may not ask for another."""
+    """Check that the recipe does not ask for another post decoder than the one the model already has."""
     if not (has_post_decoder(config) and recipe.tune_post_decoder):
         return
     held = PostDecoderSettings(**config.post_decoder)
@@ -96,12 +96,12 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
         use_rslora=recipe.use_rslora,
         task_type="CAUSAL_LM",
     )
-    # peft draws its weights from torch's global generator; the fork leaves that as it was.
+    # peft draws its initial weights from torch's global generator; the fork restores its state.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 for a name of before
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 uses a name that transformers 5.23 deprecates
         wrapped = get_peft_model(model, config)
-    for name, parameter in wrapped.named_parameters():  # peft's "all" are the biases of the image side, too
+    for name, parameter in wrapped.named_parameters():  # peft's "all" includes biases of the image side
         if parameter.requires_grad and ".language_model." not in name:
             parameter.requires_grad_(False)
     if recipe.lora_bias != "none" and not any(p.requires_grad and ".bias" in n for n, p in wrapped.named_parameters()):
@@ -112,7 +112,7 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
 
 
 def _targets(language_model: nn.Module, recipe: Recipe) -> list[str]:
-    """Names of the linear layers that LoRA goes on, without those of the modules around them."""
+    """Return the names of the linear layers that get LoRA, without their module paths."""
     linears = {
         name.rpartition(".")[2] for name, module in language_model.named_modules() if isinstance(module, nn.Linear)
     }
@@ -128,14 +128,14 @@ def _targets(language_model: nn.Module, recipe: Recipe) -> list[str]:
 
 
 def untie_head(model: Any) -> None:
-    """Give lm_head a weight of its own, where it shares the input embeddings'."""
+    """Give lm_head its own copy of the weight if it is tied to the input embeddings."""
     if model.lm_head.weight is model.get_input_embeddings().weight:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
 
 
 def learning_rate_group(name: str) -> str:
-    """Which learning rate a parameter takes: that of post_decoder, lm_head, mm_projector, or the common one."""
+    """Return a parameter's learning rate group: "post_decoder", "lm_head", "mm_projector", or "" for the common one."""
     for part, group in (
         ("post_decoder", "post_decoder"),
         ("lm_head", "lm_head"),
@@ -147,7 +147,7 @@ def learning_rate_group(name: str) -> str:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups by learning rate; norms and biases are not decayed."""
+    """Build the optimizer groups by learning rate; norms and biases get no weight decay."""
     rates = {
         "post_decoder": recipe.post_decoder_lr,
         "lm_head": recipe.lm_head_lr,
