@@ -117,7 +117,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that runs a function under `sole_writer`, for the folder `folder_of` gets from its arguments."""
+    """Return a decorator that runs a function under `sole_writer`; `folder_of` maps its arguments to the folder."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
