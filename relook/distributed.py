@@ -210,8 +210,8 @@ def _deepspeed(part: str) -> Any:
 # ----------------------------------------------------------------------------------------------------
 # Configuring FSDP2 and DeepSpeed for a policy.
 #
-# DDP, FSDP2 and DeepSpeed come from transformers' Trainer and accelerate, by their usual keys. Under each, every process
-# first loads the whole model and computes its share of the work before training; then the model is sharded.
+# DDP, FSDP2 and DeepSpeed come from transformers' Trainer and accelerate, by their usual keys. Every process first
+# loads the whole model and computes its share of the work before training; then the model is sharded.
 
 
 def is_sharded(training: Mapping[str, Any]) -> bool:
