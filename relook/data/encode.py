@@ -99,8 +99,8 @@ class Encoder:
         thus gets the tokens that it has in running text. A token is supervised if its characters are.
 
         Raises:
-            DataError: the row is longer than `max_length`, the text is not valid Unicode, a token straddles the edge of an
-                answer, or the model has no embedding for a token.
+            DataError: the row is longer than `max_length`, the text is not valid Unicode, a token straddles the edge of
+                an answer, or the model has no embedding for a token.
         """
         ids: list[int] = []
         if self.tokenizer.bos_token_id is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
