@@ -199,7 +199,7 @@ def _opened(file: Path | BytesIO, use: Callable[[Image.Image], T], name: str) ->
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     """Paste an image in the middle of a square canvas, half a pixel up or left if the margin is odd.
 
-    Equal to the original's `expand2square`. Pillow's `ImageOps.pad` rounds the other way for every second odd remainder.
+    Matches the original's `expand2square`. Pillow's `ImageOps.pad` rounds the other way for every second odd margin.
     """
     width, height = image.size
     if width == height:
@@ -227,14 +227,15 @@ class ImageLoader:
         self._kept: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
 
     def __call__(self, image: ImageSource) -> Tensor:
-        """Return the float32 pixel values of one picture: (3, H, W), or (tiles, 3, H, W) if the processor tiles images."""
+        """Return one picture's pixel values, float32: (3, H, W), or (tiles, 3, H, W) if the processor tiles images."""
         return self._inputs(image)["pixel_values"]
 
     def batch(self, images: Sequence[ImageSource]) -> dict[str, Tensor]:
         """Return the model inputs of some images, in order.
 
         These are pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with image_sizes (I, 2): the heights and
-        widths, which tell how many tiles of each image are real."""
+        widths, which tell how many tiles of each image are real.
+        """
         return stack([self._inputs(image) for image in images])
 
     def size(self, image: ImageSource) -> tuple[int, int]:
