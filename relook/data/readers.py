@@ -180,8 +180,8 @@ def read_llava(
 ) -> tuple[list[Conversation], ReadReport]:
     """Read a list of `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`.
 
-    `image` is one path or a list of paths under `image_folder`; entries without it are text only. A record is bad if its
-    turns do not alternate from human to gpt, a turn is empty, an image file is missing, or the human turns do not
+    `image` is one path or a list of paths under `image_folder`; entries without it are text only. A record is bad if
+    its turns do not alternate from human to gpt, a turn is empty, an image file is missing, or the human turns do not
     hold one `<image>` per image. LLaVA itself silently cuts a first turn that is not human's; here it makes the record
     bad.
 
