@@ -259,6 +259,7 @@ class ImageLoader:
         mean, std = (
             torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
         )
+        # Undo the normalisation: back to 8 bits per channel.
         whole = (255 * (pixels * std + mean)).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(whole.permute(1, 2, 0).numpy())
 
