@@ -1,4 +1,4 @@
-"""What a user sees while work goes on: phases with times, and progress bars on a terminal."""
+"""Console output during a run: timed phases, progress bars on a terminal, and tables."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ProgressReport = Callable[..., None]
 
 
 def prints_output() -> bool:
-    """Whether this process is the one of several, started by torchrun and the like, that speaks for all."""
+    """Return True if this process prints for all of them (rank 0 under torchrun and similar launchers)."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def progress(title: str) -> Iterator[ProgressReport]:
-    """A progress bar for one piece of work; where the output is not a terminal, one line at its end."""
+    """Show a progress bar for one piece of work; if the output is not a terminal, print one line at the end."""
     started = time.monotonic()
     bar = Progress(
         TextColumn("{task.description}"),
@@ -52,16 +52,16 @@ def progress(title: str) -> Iterator[ProgressReport]:
 
 
 def status(text: str, style: str = "") -> None:
-    """A line for the user, on standard error: standard output is kept for results.
+    """Print a line for the user on standard error; standard output is reserved for results.
 
-    No markup is read in it: a path may hold brackets.
+    Markup is not interpreted: a path may contain brackets.
     """
     if prints_output():
         console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def stdout_console() -> Console:
-    """Standard output, for tables. No markup is read in them, and a pipe gets wide lines."""
+    """Return a console on standard output, for tables. Markup is not interpreted, and a pipe gets wide lines."""
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = 200
@@ -69,7 +69,7 @@ def stdout_console() -> Console:
 
 
 def plain_table(*columns: str, right: Collection[str] = ()) -> Table:
-    """A table without lines; the columns named in `right` hold numbers."""
+    """Build a table without rules; the columns named in `right` hold numbers and are right-aligned."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -77,7 +77,7 @@ def plain_table(*columns: str, right: Collection[str] = ()) -> Table:
 
 
 def readable_size(size: float) -> str:
-    """A number of bytes for people: 1.5 GB."""
+    """Format a number of bytes for people: 1.5 GB."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]

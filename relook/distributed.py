@@ -1,4 +1,4 @@
-"""Several processes, as torchrun and accelerate start them: which one this is, and waiting for the others."""
+"""Ranks, barriers, collectives and sharded parameters, under torchrun and accelerate (DDP, FSDP2, DeepSpeed)."""
 
 from __future__ import annotations
 
@@ -26,48 +26,48 @@ from relook.errors import RecipeError, RelookError
 # ----------------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
-# The slowest process may have hours more to do. One that dies needs no time-out: its launcher ends the others.
+# The slowest process may need hours longer. A dead process needs no timeout: its launcher ends the others.
 TIMEOUT = timedelta(hours=24)
 
 
 def _state() -> PartialState:
-    """The one that the Trainer made, or a new one; without being told, it does not look for other processes on CPUs."""
+    """Return the Trainer's PartialState, or a new one. `cpu` must be set, or it ignores other processes on CPU."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return the rank of this process."""
     return int(_state().process_index)
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return int(_state().num_processes)
 
 
 def collective_device() -> Any:
-    """Where this process's collectives work."""
+    """Return the device that this process's collectives run on."""
     return _state().device
 
 
 def is_main() -> bool:
-    """Whether this process writes what all share."""
+    """Return True if this process (rank 0) writes the files that all processes share."""
     return rank() == 0
 
 
 def shard(values: Sequence[T]) -> Sequence[T]:
-    """This process's share: one value in as many as there are processes, so none is left over."""
+    """Return this process's share: every `world_size()`-th value from its rank on, so that none is left over."""
     return values[rank() :: world_size()]
 
 
 def barrier(what: str) -> None:
-    """Until every process has come this far.
+    """Wait until every process has reached this point.
 
     Args:
-        what: is waited for, as the error says it.
+        what: what is waited for, for the error message.
 
     Raises:
-        RelookError: one of them has not come within `TIMEOUT`.
+        RelookError: a process did not arrive within `TIMEOUT`.
     """
     if world_size() == 1:
         return
@@ -82,22 +82,22 @@ def barrier(what: str) -> None:
 
 @cache
 def _group() -> Any:
-    """NCCL, which the default group has on GPUs, ends a process that waits longer than its collectives may take."""
+    """Return a gloo group: NCCL, the default on GPUs, kills a process that waits longer than its own timeout."""
     return torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, in all of them."""
+    """Call `make` in the first process and return its result in all of them."""
     found: list[Any] = [make() if is_main() else None]
     value: T = broadcast_object_list(found)[0]
     return value
 
 
 def map_sharded(values: Sequence[T], make: Callable[[Sequence[T]], list[Any]], what: str) -> list[Any]:
-    """`make` over some values, each process over its share of them; the outcomes of all, in order, in every process.
+    """Apply `make` to each process's share of `values`; return all results, in order, in every process.
 
     Args:
-        what: is made, as `barrier` says it.
+        what: what is made, for the error message of `barrier`.
     """
     made = list(zip(shard(range(len(values))), make(shard(values)), strict=True))
     barrier(what)
@@ -106,19 +106,19 @@ def map_sharded(values: Sequence[T], make: Callable[[Sequence[T]], list[Any]], w
 
 
 def all_gather_objects(values: list[T]) -> list[T]:
-    """The values of all processes, in every one of them."""
+    """Gather the values of all processes in every process."""
     found: list[T] = gather_object(values)
     return found
 
 
 # ----------------------------------------------------------------------------------------------------
-# Parameters that may lie in parts over several processes: read and written whole, under DDP, FSDP2 and DeepSpeed.
+# Parameters that may be sharded over several processes: read and written whole, under DDP, FSDP2 and DeepSpeed.
 #
-# What reads or writes is collective: every process calls it, for the same parameters in the same order.
+# Reads and writes are collective: every process makes the same calls, for the same parameters in the same order.
 
 
 def gather_full(parameter: Tensor) -> Tensor:
-    """A parameter's values as one tensor on the CPU; of a DeepSpeed one the float32 values that its optimizer steps."""
+    """Gather a whole parameter as one CPU tensor; under DeepSpeed, the float32 values that its optimizer updates."""
     if isinstance(parameter, DTensor):
         full: Tensor = parameter.full_tensor()
         return full.detach().cpu()
@@ -133,20 +133,20 @@ def gather_full(parameter: Tensor) -> Tensor:
 
 
 def local_shard(parameter: Tensor) -> Tensor:
-    """The part of a parameter's values that lies in this process; it may be empty."""
+    """Return the shard of a parameter that this process holds; it may be empty."""
     if isinstance(parameter, DTensor):
         local: Tensor = parameter.to_local()
         return local
     part: Tensor | None = getattr(parameter, "ds_tensor", None)
     if part is None:
         return parameter
-    # Of ZeRO-3: equal parts, the last of which are filled up with anything.
+    # ZeRO-3 shards are of equal size; arbitrary values pad the last ones.
     start = part.numel() * dist.get_rank(getattr(parameter, "ds_process_group", None))
     return part.flatten()[: max(0, full_shape(parameter).numel() - start)]
 
 
 def set_full(parameter: Tensor, values: Tensor) -> None:
-    """Set a parameter to values of its full shape."""
+    """Set a parameter, sharded or not, to values of its full shape."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
             full = values.to(parameter.device, parameter.dtype)
@@ -158,16 +158,16 @@ def set_full(parameter: Tensor, values: Tensor) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """After a forward pass without a backward one: its parameters are those that the optimizer steps again.
+    """Reshard a model after a forward pass without a backward pass, so that the optimizer's parameters are back.
 
-    FSDP2 leaves its outermost unit whole then, and `zero_grad` would miss the gradients.
+    FSDP2 leaves its outermost unit unsharded then, and `zero_grad` would miss the gradients.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def gather_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's `state_dict` with whole tensors on the CPU, as one process alone would have it."""
+    """Return an optimizer's `state_dict` with whole tensors on the CPU, as a single process would have it."""
     state = optimizer.state_dict()
     each = {
         index: {name: gather_full(v) if isinstance(v, Tensor) else v for name, v in values.items()}
@@ -177,7 +177,7 @@ def gather_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load such a `state_dict`; of tensors in the shape of a sharded parameter each process takes its part."""
+    """Load a `state_dict` of whole tensors; each process takes its shard of those shaped like a sharded parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     each = {
         index: {name: _to_local_layout(v, parameters[index]) for name, v in values.items()}
@@ -195,7 +195,7 @@ def _to_local_layout(value: Any, parameter: Tensor) -> Any:
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole of it: under ZeRO-3 what a process holds of a parameter is empty."""
+    """Return the unsharded shape of a parameter: under ZeRO-3 the tensor that a process holds is empty."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -208,14 +208,14 @@ def _deepspeed(part: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------
-# How FSDP2 and DeepSpeed are told about a policy.
+# Configuring FSDP2 and DeepSpeed for a policy.
 #
-# DDP, FSDP2 and DeepSpeed come from transformers' Trainer and accelerate, by their usual keys. In all of them every
-# process first loads the whole model and makes its share of what is computed before training; then it is sharded.
+# DDP, FSDP2 and DeepSpeed come from transformers' Trainer and accelerate, by their usual keys. Every process first
+# loads the whole model and computes its share of the work before training; then the model is sharded.
 
 
 def is_sharded(training: Mapping[str, Any]) -> bool:
-    """Whether FSDP or DeepSpeed will take the model apart, by a recipe's keys or by accelerate's launcher."""
+    """Return True if FSDP or DeepSpeed will shard the model, set by a recipe's keys or accelerate's launcher."""
     launched = [os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")]
     return any(launched) or bool(training.get("fsdp") or training.get("deepspeed"))
 
@@ -224,13 +224,13 @@ def is_sharded(training: Mapping[str, Any]) -> bool:
 
 
 def deepspeed_names() -> list[str]:
-    """The DeepSpeed settings that ship with relook."""
+    """List the names of the DeepSpeed configurations that ship with relook."""
     files = (resources.files("relook") / "deepspeed").iterdir()
     return sorted(item.name.removesuffix(".json") for item in files if item.name.endswith(".json"))
 
 
 def deepspeed_config(given: Any) -> Any:
-    """What a recipe's `deepspeed` stands for: the path of a file that ships with relook, or what it says itself.
+    """Return the DeepSpeed configuration of a recipe: the path of a file that ships with relook, or `given` itself.
 
     Raises:
         RecipeError: DeepSpeed is not installed, or there is no such file.
@@ -250,24 +250,25 @@ def deepspeed_config(given: Any) -> Any:
 
 
 def prepare_fsdp(accelerator: Any, arguments: dict[str, Any] | None, dtype: torch.dtype) -> bool:
-    """Make accelerate's FSDP2 fit a policy, whether the recipe or `accelerate launch` asks for it.
+    """Configure accelerate's FSDP2 for a policy, whether the recipe or `accelerate launch` asks for it.
 
     accelerate's own mixed precision would round the log-probs of the policy to bfloat16, and reduce gradients in it.
 
     Args:
-        arguments: of accelerate's plugin, as the Trainer makes them of `fsdp_config`; None where it is not asked for.
+        arguments: keyword arguments of accelerate's plugin, as the Trainer builds them from `fsdp_config`; None if the
+            recipe does not ask for FSDP.
 
     Returns:
-        Whether the policy will be sharded.
+        True if the policy will be sharded.
 
     Raises:
-        RecipeError: FSDP's first version, or loading in the first process only.
+        RecipeError: FSDP1, loading in the first process only, or FSDP's own activation checkpointing is set.
     """
     state = accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
     launched = os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.num_processes > 1
     if plugin is None and (arguments is not None or launched):
-        # accelerate ignores FSDP where processes have no GPUs: there it would be DDP under another name.
+        # accelerate ignores FSDP for processes without GPUs, and would silently run DDP.
         plugin = state.fsdp_plugin = FullyShardedDataParallelPlugin(**(arguments or {}))
         state.distributed_type = DistributedType.FSDP
     if plugin is None:

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: what is wrong, why, and what to do."""
+"""Errors that a user can act on: what is wrong, why, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class RelookError(Exception):
-    """A mistake or a fault that the user can mend. The command prints it as one line and exits with status 2.
+    """Error that the user can fix. The command prints it as one line and exits with status 2.
 
     Args:
         what: what is wrong, naming the file, key or sample.
@@ -20,19 +20,19 @@ class RelookError(Exception):
 
 
 class DataError(RelookError):
-    """A dataset file, record or image that cannot be used."""
+    """Dataset file, record or image that cannot be used."""
 
 
 class RecipeError(RelookError):
-    """A recipe or a command-line key that cannot be used."""
+    """Recipe or command-line key that cannot be used."""
 
 
 class CheckpointError(RelookError):
-    """Model files that are missing, incomplete or do not fit."""
+    """Model files that are missing, incomplete or incompatible."""
 
 
 class Mistakes(RecipeError):
-    """Several mistakes of one command; the command prints a line for each."""
+    """Several errors of one command, which prints a line for each."""
 
     def __init__(self, errors: Sequence[RelookError]) -> None:
         self.errors = errors
@@ -40,7 +40,7 @@ class Mistakes(RecipeError):
 
 
 class Faults:
-    """Collect the errors that are raised in `with` blocks, to name all of them at once."""
+    """Collector of the errors raised in `with` blocks, so that all are reported at once."""
 
     def __init__(self) -> None:
         self.errors: list[RelookError] = []
@@ -55,13 +55,13 @@ class Faults:
         return True
 
     def check(self) -> None:
-        """Raise what was collected, equal ones once: the only error itself, several as `Mistakes`."""
+        """Raise the collected errors without repeats: a single error as it is, several as `Mistakes`."""
         errors = list({str(error): error for error in self.errors}.values())
         if errors:
             raise errors[0] if len(errors) == 1 else Mistakes(errors)
 
 
 def preview(names: Sequence[object], limit: int = 5) -> str:
-    """The first few of `names`, and how many more there are: for messages that list what is wrong."""
+    """Return the first few of `names` and the number of the rest, for messages that list what is wrong."""
     shown = ", ".join(str(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the few readers that every room needs."""
+"""Atomic writes, folder locks, shared readers and hashes of files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the final name, on any failure it is removed."""
+    """Yield a temporary path beside `path`: renamed to `path` on success, removed on any failure."""
     if path.is_dir():
         raise RelookError(f"{path} is a folder.", "Give a file's name.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """As `atomic_file`, for a folder. An existing folder under the final name is replaced at the end, by two renames.
+    """Yield a temporary folder beside `path`, as `atomic_file` does for a file.
 
-    What a killed process left of the same folder is removed first: it can be as large as a model, and is hidden.
+    An existing folder of the final name is replaced at the end, by two renames. Leftovers of a killed process for the
+    same folder are removed first: they are hidden, and can be as large as a model.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
@@ -63,7 +64,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def make_paths(settings: Any) -> None:
-    """Make Paths of the strings in a dataclass's fields that are paths, also in lists of them; None stays."""
+    """Convert strings to Path in the path fields of a dataclass, and in its lists of paths; None stays None."""
     for name, kind in ((field.name, str(field.type)) for field in fields(settings)):
         value = getattr(settings, name)
         if kind.startswith("Path") and isinstance(value, str):
@@ -73,7 +74,7 @@ def make_paths(settings: Any) -> None:
 
 
 def process_is_alive(process: str) -> bool:
-    """Whether a process of that number, as the names of half-written files have it, runs on this machine."""
+    """Return True if the process of this id (as in the names of half-written files) runs on this machine."""
     try:
         os.kill(int(process), 0)
     except (ValueError, OverflowError, ProcessLookupError):
@@ -85,13 +86,13 @@ def process_is_alive(process: str) -> bool:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep a folder, which need not be there yet, to this process and those that torchrun started with it.
+    """Lock a folder for this process and those that torchrun started with it. The folder need not exist yet.
 
-    The lock is the system's own and ends with the process, however it ends. On a file system without locks nothing is
-    kept.
+    The operating system holds the lock and releases it when the process ends, however it ends. On a file system
+    without locks, nothing is locked.
 
     Raises:
-        RelookError: another process writes there.
+        RelookError: another process is writing there.
     """
     if not prints_output() or (folder.exists() and not folder.is_dir()):
         yield
@@ -116,7 +117,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """A decorator: `sole_writer` around a function, of the folder that `folder_of` finds among its arguments."""
+    """Return a decorator that runs a function under `sole_writer`; `folder_of` maps its arguments to the folder."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
@@ -130,10 +131,10 @@ def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], C
 
 
 def require_disk_space(path: Path, needed: int, what: str, fix: str) -> None:
-    """Refuse to begin with a file or folder that the disk cannot take.
+    """Check that the disk has room for a file or folder before work on it begins.
 
     Raises:
-        RelookError: the bytes that are needed, and those that are free.
+        RelookError: there is too little space; the message gives the needed and the free bytes.
     """
     place = path
     while not place.exists():
@@ -159,10 +160,10 @@ def write_jsonl(path: Path, records: Iterable[object]) -> None:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is there and is neither a file nor a folder: reading a pipe that nobody writes to never ends.
+    """Refuse a path that exists but is neither a file nor a folder: reading a pipe without a writer never ends.
 
     Raises:
-        DataError: a named pipe, a socket or a device.
+        DataError: it is a named pipe, a socket or a device.
     """
     try:
         mode = path.stat().st_mode
@@ -173,16 +174,16 @@ def require_regular(path: Path) -> None:
 
 
 def require_regular_files(folder: Path) -> None:
-    """`require_regular` of all that lies in a folder, for libraries that read what they find there."""
+    """Call `require_regular` on every entry of a folder, for libraries that read whatever they find there."""
     for path in folder.iterdir():
         require_regular(path)
 
 
 def read_text(path: Path) -> str:
-    """Read a text file: UTF-8, or UTF-16 or UTF-32 as other systems' programs write it; without a byte order mark.
+    """Read a text file in UTF-8, UTF-16 or UTF-32, and drop its byte order mark.
 
     Raises:
-        DataError: it is not there, not a file, or not such a text.
+        DataError: it does not exist, is not a file, or is not text in one of these encodings.
     """
     require_regular(path)
     try:
@@ -199,12 +200,12 @@ def read_text(path: Path) -> str:
 
 
 def _text(data: bytes) -> str:
-    """Decode a text whose encoding its first bytes tell, with every end of line as a newline."""
+    """Decode text, taking the encoding from its first bytes; every line ending becomes a newline."""
     return io.TextIOWrapper(io.BytesIO(data), json.detect_encoding(data)).read()
 
 
 def opens_with(path: Path, mark: str) -> bool:
-    """Whether the first character of a text file that is no white space is this."""
+    """Return True if the text file begins with `mark`, leading white space aside."""
     with path.open("rb") as file:
         head = file.read(1024)
     return head.decode(json.detect_encoding(head), "ignore").lstrip().startswith(mark)
@@ -223,7 +224,7 @@ def read_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
 
 
 def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
-    """Read a file that holds one JSON object; with `optional`, nothing where there is no file."""
+    """Read a file that holds one JSON object; with `optional`, return an empty dict if there is no file."""
     content = {} if optional and not path.exists() else read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} is not a JSON object.", "Download it again.")
@@ -231,7 +232,7 @@ def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a list of JSON objects that is stored either as JSON lines or as one JSON array."""
+    """Read a list of JSON objects, stored either as JSON lines or as one JSON array."""
     text = read_text(path)
     records: list[dict[str, Any]] = []
     if text.lstrip()[:1] == "[":
@@ -250,10 +251,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_published_records(path: Path, source: str) -> list[dict[str, Any]]:
-    """As `read_records`, of a file that somebody else publishes and that cannot be missing or empty.
+    """Read records as `read_records` does, from a published file that must be neither missing nor empty.
 
     Args:
-        source: where it comes from, for the error.
+        source: where the file comes from, for the error message.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist.", source)
@@ -264,9 +265,10 @@ def read_published_records(path: Path, source: str) -> list[dict[str, Any]]:
 
 
 def is_free(folder: Path, settings: str, option: str) -> bool:
-    """Whether a job may take a folder as new; False where it holds the settings file of one that is under way.
+    """Return True if a job may use the folder as new, False if it holds the `settings` file of a job under way.
 
-    A settings file alone is of a job that never began; what a kill left of writing it does not count.
+    A settings file alone belongs to a job that never began. A half-written settings file of a killed process does not
+    count.
 
     Raises:
         RecipeError: the folder is a file, or holds something else.
@@ -283,14 +285,14 @@ def is_free(folder: Path, settings: str, option: str) -> bool:
 
 
 def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], what: str, **noted: Any) -> None:
-    """Take an output folder for a job, by a file of its settings; refuse one whose settings are others.
+    """Claim an output folder for a job by writing its settings there; refuse a folder with different settings.
 
     Args:
-        what: lies in such a folder, for the error.
-        noted: goes into the file, too, and may differ.
+        what: what such a folder contains, for the error message.
+        noted: further values for the file, which may differ from those already there.
 
     Raises:
-        RecipeError: the folder is of another job, or holds something else.
+        RecipeError: the folder belongs to another job, or holds something else.
     """
     if is_free(folder, name, "--out"):
         write_json(folder / name, {**settings, **noted})
@@ -301,12 +303,12 @@ def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], what:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex. A file that has not changed since is read once in a process."""
+    """Compute the SHA-256 of a file's bytes, in hex. An unchanged file is read once per process."""
     return _file_hash(path, *file_stamp(path))
 
 
 def file_stamp(path: Path) -> tuple[int, ...]:
-    """Numbers that change when a file does; for keys of what was read of it."""
+    """Return numbers that change when the file does, to key caches of its content."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -319,7 +321,7 @@ def _file_hash(path: Path, *_: int) -> str:
 
 
 def text_hash(*parts: str) -> str:
-    """SHA-256 of strings (their boundaries count), shortened to 16 hex digits: for keys and provenance."""
+    """Compute the SHA-256 of strings (boundaries count), cut to 16 hex digits, for keys and provenance."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)}:".encode())

@@ -1,4 +1,4 @@
-"""COCO annotations (Lin et al. 2014, arXiv:1405.0312): which objects are on which image, and what people said of it."""
+"""COCO annotations and captions (Lin et al. 2014, arXiv:1405.0312) and Visual Genome's objects, regions and sizes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Annotations:
-    """What an instances file says, by image file name.
+    """Content of a COCO instances file, by image file name.
 
     Args:
         images: file names, in the file's order.
         categories: names, in the file's order.
         objects: the categories on each image; empty for images without an annotation.
-        boxes: (category, (x, y, width, height) in pixels) of each annotation, in the file's order; None for a box that
-            the file does not have.
-        ids: COCO's number of each image, as `as_id` writes it, to its file name.
-        synonyms: other words for a category, where it has a key `synonyms` (an addition of relook's to COCO's layout).
+        boxes: (category, (x, y, width, height) in pixels) of each annotation, in the file's order; None for a missing
+            box.
+        ids: COCO's id of each image, as `as_id` writes it, to its file name.
+        synonyms: other words for a category, from its key `synonyms` (relook's addition to COCO's layout).
     """
 
     images: tuple[str, ...]
@@ -40,7 +40,7 @@ class Annotations:
 
 
 def read_coco(path: str | Path) -> Annotations:
-    """Read an `instances_*.json` file; one that has not changed since is read once in a process.
+    """Read an `instances_*.json` file; an unchanged file is read once per process.
 
     Raises:
         DataError: a part or a field is missing, or an annotation names an unknown image or category.
@@ -49,7 +49,7 @@ def read_coco(path: str | Path) -> Annotations:
     return _read_coco(path, *(file_stamp(path) if path.exists() else ()))
 
 
-@lru_cache(1)  # COCO's own has 150 MB
+@lru_cache(1)  # COCO's own file has 150 MB
 def _read_coco(path: Path, *_: int) -> Annotations:
     data = _parts(path, "images", "categories", "annotations")
     try:
@@ -80,9 +80,9 @@ def _box(numbers: Sequence[float] | None) -> Box | None:
 
 
 def read_captions(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Read a `captions_*.json` file: what people said, by image file name (CHAIR's truth needs it).
+    """Read a `captions_*.json` file: human captions by image file name, which CHAIR's ground truth needs.
 
-    One that has not changed since is read once in a process.
+    An unchanged file is read once per process.
 
     Raises:
         DataError: a part or a field is missing, or a caption names an unknown image.
@@ -91,7 +91,7 @@ def read_captions(path: str | Path) -> dict[str, tuple[str, ...]]:
     return _read_captions(path, *(file_stamp(path) if path.exists() else ()))
 
 
-@lru_cache(1)  # COCO's own has 200,000 of them
+@lru_cache(1)  # COCO's own file has 200,000 captions
 def _read_captions(path: Path, *_: int) -> dict[str, tuple[str, ...]]:
     data = _parts(path, "images", "annotations")
     try:
@@ -118,7 +118,7 @@ def _malformed(path: Path, error: Exception) -> DataError:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Visual Genome (Krishna et al. 2017, arXiv:1602.07332): where the images are, and what is on them.
+# Visual Genome (Krishna et al. 2017, arXiv:1602.07332): image paths, sizes, objects and regions.
 #
 # Image ids are strings here, as in the keys of HA-DPO's `desc_data.json`; Visual Genome's own files hold integers.
 
@@ -127,14 +127,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Region:
-    """A phrase about a part of an image; `box` is (x, y, width, height) in pixels."""
+    """Phrase about a part of an image; `box` is (x, y, width, height) in pixels."""
 
     phrase: str
     box: Box
 
 
 def read_image_paths(vg_path: str | Path) -> dict[str, Path]:
-    """Image id to file, from the last two parts of each url in `image_data.json` (`VG_100K` or `VG_100K_2`, and name).
+    """Map image ids to files, by the last two parts of each url in `image_data.json` (`VG_100K` or `VG_100K_2`, name).
 
     Raises:
         DataError: the folder or its `image_data.json` is missing, or a record has no image id or url.
@@ -146,7 +146,7 @@ def read_image_paths(vg_path: str | Path) -> dict[str, Path]:
 
 
 def read_sizes(vg_path: str | Path) -> dict[str, tuple[int, int]]:
-    """Image id to (width, height) in pixels, from `image_data.json`.
+    """Map image ids to (width, height) in pixels, from `image_data.json`.
 
     Raises:
         DataError: the file is missing, or a record has no image id or size.
@@ -158,13 +158,13 @@ def read_sizes(vg_path: str | Path) -> dict[str, tuple[int, int]]:
 
 
 def read_image_records(vg_path: str | Path) -> dict[str, dict[str, Any]]:
-    """Image id to the whole record of `image_data.json`. Raises DataError as `read_image_paths` does."""
+    """Map image ids to their whole records in `image_data.json`. Raises DataError as `read_image_paths` does."""
     vg_path = Path(vg_path)
     return _by_image(vg_path / "image_data.json", "image_id", lambda record: dict(record))
 
 
 def read_objects(vg_path: str | Path) -> dict[str, frozenset[str]]:
-    """Image id to the names of the objects on it, in lower case, from `objects.json`.
+    """Map image ids to the names of the objects on them, in lower case, from `objects.json`.
 
     Raises:
         DataError: the file is missing, or a record has no image id or objects.
@@ -178,9 +178,9 @@ def read_objects(vg_path: str | Path) -> dict[str, frozenset[str]]:
 
 
 def read_aliases(vg_path: str | Path) -> dict[str, str]:
-    """Other words for an object, in lower case, to its name, from `object_alias.txt`; empty where it is not there.
+    """Map the aliases of an object, in lower case, to its name, from `object_alias.txt`; empty without that file.
 
-    A line of the file is a name and its aliases, with commas between.
+    Each line of the file holds a name and its aliases, separated by commas.
     """
     vg_path = Path(vg_path)
     path = vg_path / "object_alias.txt"
@@ -190,7 +190,7 @@ def read_aliases(vg_path: str | Path) -> dict[str, str]:
 
 
 def read_regions(vg_path: str | Path) -> dict[str, tuple[Region, ...]]:
-    """Image id to its described regions, from `region_descriptions.json`.
+    """Map image ids to their described regions, from `region_descriptions.json`.
 
     Raises:
         DataError: the file is missing, or a record has no id, phrase or box.

@@ -1,4 +1,4 @@
-"""`relook data check`: what is there of a layout, and what is wrong with its records and images."""
+"""`relook data check` and `relook data fix`: missing parts, bad records and bad images of a dataset folder."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from relook.files import atomic_file, is_free, read_json_object, text_hash, writ
 
 # ----------------------------------------------------------------------------------------------------
 
-BATCH = 32  # images that a process takes at a time
-ALONE = 256  # images that are examined before other processes would have started
+BATCH = 32  # images per task of a worker process
+ALONE = 256  # up to so many images, one process is done before workers would have started
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """An index file: what was read, and the names of the records that cannot be used, by reason.
+    """Content of an index file, and the names of its unusable records by reason.
 
     `problem` says why the file itself could not be read.
     """
@@ -50,12 +50,12 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What `check` found.
+    """Findings of `check_folder`.
 
     Args:
-        images: every image that was examined, by name; whether a record names it.
-        faults: what is wrong with some of them.
-        turned: those that viewers turn by their EXIF orientation, and it. Training and evaluation, as LLaVA's, do not.
+        images: name of every examined image, to True if a record names it.
+        faults: reason and detail for each image with a fault.
+        turned: images that viewers turn, to their EXIF orientation. Training and evaluation ignore it, as LLaVA does.
     """
 
     layout: FolderLayout
@@ -70,7 +70,7 @@ class FolderReport:
         return not (missing or self.faults or any(one.faults or one.problem for one in self.indexes))
 
     def by_reason(self) -> dict[str, dict[str, str]]:
-        """Image faults: reason to name to detail."""
+        """Group the image faults: reason to name to detail."""
         found: dict[str, dict[str, str]] = {}
         for name, (reason, detail) in self.faults.items():
             found.setdefault(reason, {})[readable(name)] = detail
@@ -108,7 +108,7 @@ class FolderReport:
 
 
 def readable(name: str) -> str:
-    """A file's name to be shown or written: one that is no text comes with escapes."""
+    """Return a file name fit for display, with escapes if it is not printable."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
@@ -117,13 +117,13 @@ def check_folder(
 ) -> FolderReport:
     """Examine a dataset folder: its parts, every record, and every image.
 
-    A record has one fault at most, the first that is found; so has an image.
+    A record or an image has at most one fault, the first one found.
 
     Args:
         name: a layout of `relook.data.layouts`.
         images: see `find_layout`.
         named_only: leave out images that no record names.
-        workers: processes; 0 is one for each processor.
+        workers: number of processes; 0 means one per CPU.
 
     Raises:
         DataError: see `find_layout`.
@@ -143,7 +143,7 @@ def check_folder(
 
 
 def _read(index: IndexFile, names: dict[str, bool]) -> IndexReport:
-    """Judge an index's records by themselves; the images that they name are added to `names`."""
+    """Check the records of an index without their images; add the image names to `names`."""
     try:
         content = index.load()
     except DataError as error:
@@ -175,7 +175,7 @@ def _text_fault(record: Any) -> str:
 
 
 def _with_images(report: IndexReport, images: Mapping[str, Found]) -> IndexReport:
-    """The report with those records added whose images are missing or broken."""
+    """Return the report with faults added for records whose images are missing or broken."""
     lost = {name: reason for name, (reason, _) in images.items() if reason not in REPAIRABLE}
     if not lost:
         return report
@@ -190,8 +190,8 @@ def _with_images(report: IndexReport, images: Mapping[str, Found]) -> IndexRepor
 
 
 def _walk(layout: FolderLayout) -> Iterator[str]:
-    """Names of all image files of a layout, relative to its image root. Hidden ones are nobody's pictures."""
-    seen: set[tuple[int, int]] = set()  # links may lead round in a circle
+    """Yield the names of all image files of a layout, relative to its image root; hidden files are skipped."""
+    seen: set[tuple[int, int]] = set()  # symbolic links may form a cycle
     for top in layout.image_folders:
         for place, folders, files in os.walk(top, followlinks=True):
             status = os.stat(place)  # noqa: PTH116
@@ -207,15 +207,15 @@ def _walk(layout: FolderLayout) -> Iterator[str]:
 
 
 def _examined(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tuple[str, Found]]:
-    """The images of which there is something to say, in order."""
+    """Yield the images with a finding, in order."""
     workers = workers or os.cpu_count() or 1
     pool = None
     if workers > 1 and len(names) > ALONE:
-        # Spawned: a fork would copy the threads' locks, as of the progress bar's.
+        # Spawn: a fork would copy the locks of threads such as the progress bar's.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, initializer=_follow)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for _ in range(workers):  # each starts one: Ctrl-C is for the first process alone
+        for _ in range(workers):  # each call starts a worker with SIGINT blocked: Ctrl-C is for the main process alone
             pool.submit(int)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     batches = _batches(names)
@@ -238,7 +238,7 @@ def _examined(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[t
 
 
 def _follow() -> None:
-    """In a process that reads images: end with the first process, also where that is killed."""
+    """Make a worker process exit with the main process, even if that is killed."""
     first = multiprocessing.parent_process()
     assert first is not None
 
@@ -256,7 +256,7 @@ def _batches(names: Iterable[str]) -> Iterator[Sequence[str]]:
 
 
 def print_report(report: FolderReport) -> None:
-    """What `check` found, as tables on standard output."""
+    """Print the findings of `check_folder` as tables on standard output."""
     out, found = stdout_console(), report.to_json()
     out.print(f"{report.layout.name} in {report.layout.folder}: {'clean' if report.clean else 'has defects'}")
     parts = plain_table("part", "")
@@ -286,13 +286,13 @@ def print_report(report: FolderReport) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------
-# `relook data fix`: a folder without the defects that `relook data check` finds.
+# `relook data fix`: write a folder without the defects that `relook data check` finds.
 #
-# A job writes into a folder of its own, file by file, each whole or not at all, and skips what is there: killed at any
-# moment and run again, it ends in the same files. Fixing in place is the same job in a hidden folder, whose files are
-# then moved over the old ones.
+# A job writes into its own folder, each file atomically, and skips files that exist: killed at any moment and run
+# again, it ends in the same files. Fixing in place runs the same job in a hidden folder and then moves its files over
+# the old ones.
 
-FIX_FILE = "relook-fix.json"  # what a job is, and at its end what it did
+FIX_FILE = "relook-fix.json"  # the job's settings, and at its end what it did
 HIDDEN = ".relook-fix"
 BROKEN = ("drop", "list")
 TO_DO = ("written_again", "records_dropped", "records_listed")  # parts of relook-fix.json
@@ -309,20 +309,21 @@ def fix_folder(
     copy: bool = False,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Repair a dataset folder; returns what `relook-fix.json` says.
+    """Repair a dataset folder and return the content of `relook-fix.json`.
 
-    Pictures of another format than their name says, or of an unusual mode, are written again in RGB under that name;
-    so are those that lie under another extension than the records' (OCR-VQA's .gif). Records that cannot be used are
-    left out of the new index files. Files of the folder itself are changed only with `in_place`, and none is removed.
+    Images of another format than their name says, or of an unusual mode, are rewritten in RGB under that name. So are
+    images under another extension than the records' (OCR-VQA's .gif). Unusable records are left out of the new index
+    files. Files of the folder itself change only with `in_place`, and none is removed.
 
     Args:
-        out: a new folder of the same layout. Sound images are links to the old ones there.
-        broken: "drop" leaves records that cannot be used out; "list" keeps them and names them in `relook-fix.json`.
+        out: a new folder of the same layout, in which sound images are links to the old ones.
+        broken: "drop" leaves unusable records out; "list" keeps them and names them in `relook-fix.json`.
         copy: copy sound images instead of linking them.
 
     Raises:
-        RecipeError: not one of `out` and `in_place` is given, or `out` lies in the folder or holds something else.
-        DataError: see `check`; or an index file cannot be read.
+        RecipeError: neither or both of `out` and `in_place` are given, or `out` lies in the folder or holds something
+            else.
+        DataError: see `check_folder`; or an index file cannot be read.
     """
     folder = Path(folder)
     out = None if out is None else Path(out)
@@ -343,7 +344,7 @@ def fix_folder(
     }
     place = out or folder / HIDDEN
     if in_place and place.is_dir() and not (place / FIX_FILE).exists():
-        shutil.rmtree(place)  # a job whose last file was moved when it was killed
+        shutil.rmtree(place)  # left by a job that was killed after its last file was moved
     done = _finished(place, job)
     if done is None:
         report = check_folder(name, folder, images, workers=workers)
@@ -352,7 +353,7 @@ def fix_folder(
             raise DataError(f"An index file cannot be fixed: {unread}")
         plan = _plan(report, broken)
         if in_place and not any(plan[key] for key in TO_DO if key in plan) and (folder / FIX_FILE).exists():
-            return read_json_object(folder / FIX_FILE)  # what was done before is still to be read
+            return read_json_object(folder / FIX_FILE)  # nothing to do: keep the report of the earlier fix
         write_json(place / FIX_FILE, {**job, "finished": False})
         done = {**job, **plan, "finished": True}
         _write(report, place, done, links=not in_place)
@@ -362,7 +363,7 @@ def fix_folder(
 
 
 def summary(done: Mapping[str, Any]) -> str:
-    """What a job did, in a sentence: numbers, and why."""
+    """Summarise a job in one sentence: counts and reasons."""
     kind = "dropped" if "records_dropped" in done else "listed"
     records: Counter[str] = Counter()
     for faults in done[f"records_{kind}"].values():
@@ -379,7 +380,7 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 
 def _finished(place: Path, job: dict[str, Any]) -> dict[str, Any] | None:
-    """What a job has done that is finished; None for one that is new or was cut off."""
+    """Return the result of a finished job; None if it is new or was interrupted."""
     if is_free(place, FIX_FILE, "--out"):
         return None
     held = read_json_object(place / FIX_FILE)
@@ -390,7 +391,7 @@ def _finished(place: Path, job: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _plan(report: FolderReport, broken: str) -> dict[str, Any]:
-    """What is written again, what is left out, and which records are no longer (or still) there."""
+    """Plan which images are rewritten or left out, and which bad records are dropped (or only listed)."""
     faults = report.by_reason()
     records = {report.layout.relative(one.index.path): dict(one.faults) for one in report.indexes if one.faults}
     return {
@@ -401,7 +402,7 @@ def _plan(report: FolderReport, broken: str) -> dict[str, Any]:
 
 
 def _write(report: FolderReport, place: Path, done: dict[str, Any], links: bool) -> None:
-    """All files of the new folder; `links` to what is sound and stays as it is, too."""
+    """Write all files of the new folder; with `links`, also links to the sound, unchanged files."""
     layout = report.layout
     root = place / _beside(layout.image_root, layout)
 
@@ -427,13 +428,13 @@ def _write(report: FolderReport, place: Path, done: dict[str, Any], links: bool)
         target = place / _beside(part.path, layout)
         if part.path.is_file() and part.path not in dropping and not target.exists():
             _carry(part.path, target, done["copy"])
-    for left in place.rglob(".*.part"):  # of a job that was killed
+    for left in place.rglob(".*.part"):  # left by a killed job
         left.unlink()
     write_json(place / FIX_FILE, done)
 
 
 def _beside(path: Path, layout: FolderLayout) -> Path:
-    """Where a file has its place in the new folder; an image root from elsewhere keeps its last name."""
+    """Return a file's relative path in the new folder; an image root from elsewhere keeps its last name."""
     if path.is_relative_to(layout.folder):
         return path.relative_to(layout.folder)
     return layout.image_root.name / path.relative_to(layout.image_root)
@@ -459,7 +460,7 @@ def _write_index(report: IndexReport, target: Path) -> None:
 
 
 def _install(place: Path, folder: Path, images: Path | None) -> None:
-    """Move a finished job's files over the folder's own. Moved ones are gone from the job, so a second run goes on."""
+    """Move a finished job's files over the folder's own. Moved files leave the job, so a second run continues."""
     outside = images is not None and not images.is_relative_to(folder)
     for path in list(_files(place)):
         inside = path.relative_to(place)
@@ -477,7 +478,7 @@ def _install(place: Path, folder: Path, images: Path | None) -> None:
 
 
 def _files(place: Path) -> Iterator[Path]:
-    """Its files, `relook-fix.json` last: while it is there, the job has something to move."""
+    """Yield the files of a job, `relook-fix.json` last: while it exists, the job still has files to move."""
     for where, _, files in os.walk(place):
         yield from (Path(where, name) for name in files if Path(where, name) != place / FIX_FILE)
     yield place / FIX_FILE

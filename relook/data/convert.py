@@ -1,11 +1,11 @@
-"""`relook data convert`: preference pairs from one layout to another, without loss.
+"""`relook data convert`: lossless conversion of preference pairs between layouts.
 
     hadpo       a folder: desc_data.json, pope_data.json, and Visual Genome's image_data.json with images
     the others  one parquet file; see `relook.data.parquet`
 
-HA-DPO's records become a pair each, drawn as its trainer draws them; the whole record stays in a column
-`hadpo_record`. Pairs that come from elsewhere become records of `pope_data.json`, their further columns keys of these.
-What a layout cannot hold is refused by name before anything is written.
+Each HA-DPO record becomes one pair, drawn as its trainer draws it; the whole record stays in a column `hadpo_record`.
+Pairs from elsewhere become records of `pope_data.json`, with their further columns as keys. Rows that a layout cannot
+hold are refused by number, and nothing is written.
 """
 
 from __future__ import annotations
@@ -41,23 +41,24 @@ from relook.files import atomic_folder, read_json, read_json_object, write_json
 LAYOUTS = ("hadpo", *COLUMNS)
 DESC, POPE, IMAGES, NOTES = "desc_data.json", "pope_data.json", "image_data.json", "relook.json"
 RECORD = "hadpo_record"
-# Of a pair that HA-DPO never had, as a record of pope_data.json. Any further key is one of its columns.
+# Keys of a pope_data.json record for a pair that is not from HA-DPO. Any further key is one of its columns.
 QUESTION = ("image_id", "question", "chosen", "reject", "answer", "correct", "image_name")
 
 
 def convert_pairs(source: str | Path, target: str | Path, to: str, images: str | Path | None = None) -> int:
-    """Write the pairs of `source` in another layout; returns their number.
+    """Write the pairs of `source` in another layout and return their number.
 
     Args:
-        source: a folder of HA-DPO's layout, a parquet file, or a folder of parquet files. Its layout is read from it.
+        source: a folder in HA-DPO's layout, a parquet file, or a folder of parquet files. The layout is detected.
         target: a new folder (hadpo) or a new parquet file (the others).
         to: hadpo, trl, rlhfv or rlaifv.
-        images: Visual Genome's folder of a hadpo source, or the root of images that a parquet file only names; by
-            default the source's own folder.
+        images: Visual Genome's folder for a hadpo source, or the root of images that a parquet file only names. The
+            default is the source's own folder.
 
     Raises:
-        RecipeError: there is no such layout, or the target is there already or has a name of the other kind.
-        DataError: the source is none, or `to` cannot hold some of it; the rows are named, and nothing is written.
+        RecipeError: there is no such layout, or the target exists already or its name does not suit the layout.
+        DataError: the source is of no known layout, or `to` cannot hold some rows; these are named, and nothing is
+            written.
     """
     source, target = Path(source), Path(target)
     images = None if images is None else Path(images)
@@ -82,9 +83,9 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
 
 
 def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
-    """The rows that `to` can hold; at the end, an error that names the others, so that nothing is kept of the rest.
+    """Yield the rows that `to` can hold; at the end, raise an error that names the others, so that nothing is written.
 
-    What is no pair to train on (`check_pair`) is left out, and named on screen.
+    Rows that are no pair to train on (`check_pair`) are left out and named on screen.
     """
     faults: dict[str, list[int]] = {}
     useless: dict[str, list[int]] = {}
@@ -113,7 +114,7 @@ def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
 
 
 def _pair_fault(row: RawPair) -> str:
-    """Say why a row is no pair; a record that the model answered correctly comes along, and need be none."""
+    """Return why a row is no pair, or "". A record that the model answered correctly is kept, and need not be one."""
     try:
         return "" if answered_correctly(hadpo_record(row)) else check_pair(row.prompt, row.chosen, row.rejected)
     except BadRecord as bad:
@@ -127,7 +128,7 @@ def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
     """Open a folder with `desc_data.json`, `pope_data.json` or both.
 
     Raises:
-        DataError: a file is broken, or a record has not what its layout asks for.
+        DataError: a file is broken, or a record lacks a key of its layout.
     """
     described = read_json_object(folder / DESC, optional=True)
     asked = read_json(folder / POPE) if (folder / POPE).exists() else []
@@ -137,7 +138,7 @@ def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
         raise DataError(f"{folder} is not in HA-DPO's layout.", REPAIR)
     columns = _columns(notes)
     names = [field.name for field in columns]
-    # A folder that was converted from elsewhere gives its columns back; another one's records are kept whole.
+    # A folder converted from another layout gets its columns back; records of any other folder are kept whole.
     plain = bool(notes) and not described and all(_is_plain(record, names) for record in asked)
 
     def entries() -> Iterator[tuple[str, str, Any, tuple[Any, Any, Any]]]:
@@ -196,10 +197,10 @@ def _is_plain(record: Mapping[str, Any], columns: list[str]) -> bool:
 
 
 def image_place(record: Mapping[str, Any]) -> Path:
-    """Where an entry of `image_data.json` says that its image lies: the last two parts of its url.
+    """Return the relative path of an `image_data.json` entry's image: the last two parts of its url.
 
     Raises:
-        DataError: that would lead out of the folder.
+        DataError: the path would lead out of the folder.
     """
     parts = str(record.get("url")).split("/")[-2:]
     if len(parts) != 2 or {"", ".", ".."} & set(parts) or "\0" in "".join(parts):
@@ -211,10 +212,10 @@ def image_place(record: Mapping[str, Any]) -> Path:
 
 
 def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
-    """Write pairs as a folder of HA-DPO's layout, images included; returns their number.
+    """Write pairs as a folder in HA-DPO's layout, images included, and return their number.
 
     Raises:
-        DataError: a column has the name of one of the layout's keys, or holds what JSON cannot.
+        DataError: a column has the name of one of the layout's keys, or holds values that JSON cannot.
     """
     fields = [field for field in source.fields if field.name != RECORD]
     clash = [field.name for field in fields if field.name in QUESTION]
@@ -222,7 +223,7 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
         raise DataError(f"The source has columns named {', '.join(clash)}, as {POPE} has.", "Rename them.")
     described: dict[str, Any] = {}
     asked: list[Any] = []
-    images: dict[Path, tuple[Any, str]] = {}  # place to entry of image_data.json, and hash of the image
+    images: dict[Path, tuple[Any, str]] = {}  # path to entry of image_data.json and image hash
     count = new = edited = 0
     with atomic_folder(folder) as temporary:
         for row in rows:
@@ -263,7 +264,7 @@ def _write(path: Path, records: list[Any]) -> None:
 
 
 def _entry(image: Embedded) -> dict[str, Any]:
-    """An entry of `image_data.json` for an image that Visual Genome has not: its content gives it an id."""
+    """Build an `image_data.json` entry for an image not in Visual Genome, with an id from its content."""
     number = int(content_hash(image.data)[:12], 16)
     return {"image_id": number, "url": f"https://relook.invalid/VG_100K/{number}{image.suffix}"}
 
@@ -279,6 +280,6 @@ def _place(folder: Path, images: dict[Path, tuple[Any, str]], entry: dict[str, A
 
 
 def _says(record: Mapping[str, Any], row: RawPair) -> bool:
-    """Whether a row is still one of a description record's pairs."""
+    """Return True if a row is still one of a description record's pairs."""
     texts = row.chosen in record.get("chosen", ()) and row.rejected in record.get("rejected", ())
     return texts and row.prompt in DESCRIBE_PROMPTS

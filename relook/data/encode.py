@@ -1,4 +1,4 @@
-"""Samples to token ids: conversations, preference pairs and open prompts for one model's tokenizer."""
+"""Encoding of conversations, preference pairs and open prompts as token ids for one model's tokenizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Sample = TypeVar("Sample")
 
 @dataclass(frozen=True)
 class Example:
-    """A tree ready to be packed, the images of its prefix, and the name of what it was made from."""
+    """Tree ready for packing, the images of its prefix, and the id of the sample it was made from."""
 
     id: str
     tree: Tree
@@ -41,27 +41,27 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns samples into token ids and the mask of what is learned, for template v1 equal to LLaVA v1.2.2's trainer.
+    """Encoder of samples as token ids and a mask of supervised tokens; for template v1 equal to LLaVA v1.2.2's trainer.
 
-    That is under transformers 4.37. Under 4.31, which HA-DPO pins, a tokenizer without `legacy` splits the "USER" after
-    an end of text otherwise; single turns are the same. For the other templates the rule is the same: answers and what
-    ends them are learned.
+    The equality holds under transformers 4.37. Under 4.31, which HA-DPO pins, a tokenizer without `legacy` splits the
+    "USER" after an end-of-text token differently; single turns are the same. The other templates follow the same rule:
+    answers and their end marks are supervised.
 
-    A special token in the text of a training sample is that token, as in the original; in a prompt that is to be
-    answered it is text, since strangers write prompts.
+    A special token in the text of a training sample stays that token, as in the original. In a prompt to be answered
+    it is read as plain text, since prompts come from strangers.
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        template: what stands around prompts and answers.
+        template: text around prompts and answers.
         image_token_id: the placeholder's id, written `image_positions` times for each image.
-        image_positions: a number, or a function of the image for models whose images differ.
+        image_positions: positions per image, or a function of the image for models where images differ.
         max_length: longest row in tokens, images included. Longer samples are refused; nothing is ever truncated.
         image_start_end: put <im_start> and <im_end> around each image (`mm_use_im_start_end` of old checkpoints).
-        embeddings: how many ids the model embeds. On a GPU a larger one would be a device-side assert, after which the
-            process is lost; here it is an error that names the sample. Without it, none is looked for.
+        embeddings: number of ids that the model embeds. On a GPU a larger id triggers a device-side assert, which
+            kills the process; here it is an error that names the sample. Without `embeddings`, ids are not checked.
 
     Raises:
-        RecipeError: the template ends answers with </s>, and that does not end a text for this tokenizer.
+        RecipeError: the template ends answers with </s>, which is not this tokenizer's end-of-text token.
     """
 
     tokenizer: Any
@@ -81,7 +81,7 @@ class Encoder:
             )
 
     def positions(self, images: int | Sequence[ImageSource]) -> list[int]:
-        """How many positions each of some images takes; a bare number of images is enough where all take the same."""
+        """Return the number of positions of each image; an image count is enough if all images take the same number."""
         if isinstance(self.image_positions, int):
             return [self.image_positions] * (images if isinstance(images, int) else len(images))
         if isinstance(images, int):
@@ -91,23 +91,23 @@ class Encoder:
         return [self.image_positions(image) for image in images]
 
     def row(self, pieces: Sequence[TemplatePiece], images: Sequence[int], id: str = "prompt") -> TokenRow:
-        """Token ids of rendered pieces, with BOS first and the supervised tokens marked.
+        """Tokenise rendered pieces, with BOS first and the supervised tokens marked.
 
         `images` holds the number of positions of each image (see `positions`).
 
-        Text between two images is tokenised in one go, as it stands, special tokens in it included: an answer right
-        after "ASSISTANT:" gets the tokens that it has in running text. A token is supervised where its characters are.
+        Text between two images is tokenised in one go, special tokens included. An answer right after "ASSISTANT:"
+        thus gets the tokens that it has in running text. A token is supervised if its characters are.
 
         Raises:
-            DataError: the row is longer than `max_length`, the text is not valid Unicode, a token lies half in an
-                answer, or the model has no embedding for one.
+            DataError: the row is longer than `max_length`, the text is not valid Unicode, a token straddles the edge of
+                an answer, or the model has no embedding for a token.
         """
         ids: list[int] = []
         if self.tokenizer.bos_token_id is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
             ids = [self.tokenizer.bos_token_id]
         supervised = [False] * len(ids)
         text = "".join(piece.text for piece in pieces)
-        flags = [piece.supervised for piece in pieces for _ in piece.text]  # one a character
+        flags = [piece.supervised for piece in pieces for _ in piece.text]  # one flag per character
         at = 0
         for i, chunk in enumerate(text.split(IMAGE)):
             if i:
@@ -158,20 +158,20 @@ class Encoder:
     def prompt(
         self, text: str, images: int | Sequence[ImageSource] = 1, history: Sequence[Turn] = ()
     ) -> tuple[int, ...]:
-        """Ids of an open prompt for generation: `text` as the user's turn, the answer left to the model.
+        """Encode an open prompt for generation: `text` is the user's turn, and the model writes the answer.
 
-        A special token such as `</s>` in a turn is text: no question can end its turn.
+        A special token such as `</s>` in a turn is read as text, so no question can end its own turn.
 
         Args:
-            images: those that come with the whole conversation, or their number (see `positions`). Where no turn has
-                a placeholder, they are put before the first one's text.
-            history: the turns before this one.
+            images: the images of the whole conversation, or their number (see `positions`). If no turn has a
+                placeholder, they are put before the first turn's text.
+            history: the earlier turns.
         """
         pieces, positions = self._asked(text, images, history)
         return self.row(pieces, positions).ids
 
     def answered(self, text: str, response: str, images: int | Sequence[ImageSource] = 1) -> TokenRow:
-        """The prompt that `prompt` makes, with a given answer, and what ends it, as the supervised tokens."""
+        """Encode the prompt as `prompt` does, with `response` and its end mark as the supervised tokens."""
         pieces, positions = self._asked(text, images)
         template, response = self.template, self._literal.escape(response)
         return self.row([*pieces, TemplatePiece(f"{template.lead}{response}{template.end}", True)], positions, "answer")
@@ -188,7 +188,7 @@ class Encoder:
         return self.template.render(self._marked(turns), open_end=True), positions
 
     def pair(self, pair: PreferencePair) -> Example:
-        """A preference pair as a tree with two branches: chosen, then rejected.
+        """Encode a preference pair as a tree with two branches: chosen, then rejected.
 
         Raises:
             DataError: see `conversation`; or chosen and rejected have the same tokens.
@@ -202,30 +202,31 @@ class Encoder:
         return Example(pair.id, Tree.of(rows), (pair.image,))
 
     def pairs(self, pairs: Sequence[PreferencePair], faults: list[str] | None = None) -> list[Example]:
-        """Preference pairs as trees; `faults` as in `conversations`."""
+        """Encode preference pairs as trees; `faults` is as in `conversations`."""
         made = (_or_fault(self.pair, pair, faults) for pair in pairs)
         return [example for example in made if example is not None]
 
     def conversation(self, sample: Conversation) -> Example:
-        """A supervised conversation as a tree with a single branch.
+        """Encode a supervised conversation as a tree with a single branch.
 
         Raises:
-            DataError: an image without placeholder or the reverse, an empty prompt or answer, a text that holds what
-                the template puts around answers (LLaVA trains on nothing of such a sample, without an error), or a
-                sample that is too long. Each names the sample.
+            DataError: an image lacks a placeholder or the reverse, a prompt or answer is empty, a text contains the
+                template's own marks (LLaVA silently trains on nothing of such a sample), or the sample is too long.
+                The message names the sample.
         """
         return Example(sample.id, Tree.of([self._conversation_row(sample)]), sample.images)
 
     def conversations(
         self, samples: Sequence[Conversation], branches: int, faults: list[str] | None = None
     ) -> list[Example]:
-        """Conversations on one image as branches of a tree, at most `branches` of them: the image is read once.
+        """Encode conversations on the same image as branches of one tree, at most `branches`: the image is read once.
 
-        They share what stands before the image, too: one whose image comes in a later turn has a tree of its own.
+        Branches also share the text before the image. A conversation whose image comes in a later turn gets a tree of
+        its own.
 
         Args:
-            faults: takes what is wrong with samples that cannot be used, which are then left out; without it, the
-                first one raises.
+            faults: list that receives the errors of unusable samples, which are then left out; without it, the first
+                one raises.
         """
         groups: dict[tuple[tuple[Path, ...], tuple[int, ...]], list[list[tuple[str, TokenRow]]]] = {}
         singles: list[tuple[tuple[Path, ...], list[tuple[str, TokenRow]]]] = []
@@ -245,7 +246,7 @@ class Encoder:
         return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in shared]
 
     def _start(self, row: TokenRow) -> tuple[int, ...]:
-        """Return a row's tokens up to the end of its image; none where an answer stands before that."""
+        """Return a row's tokens up to the end of its image; none if an answer precedes it."""
         end = len(row.ids) - row.ids[::-1].index(self.image_token_id)
         return () if True in row.supervised[:end] else row.ids[:end]
 
@@ -253,7 +254,7 @@ class Encoder:
         return self.learned(sample.turns, sample.images, sample.id)
 
     def learned(self, turns: Sequence[Turn], images: Sequence[ImageSource], id: str) -> TokenRow:
-        """The row of a sample to be learned from. Raises DataError as `conversation` does."""
+        """Encode a training sample as a row. Raises DataError as `conversation` does."""
         self._check_images(turns, len(images), f"Sample {id}")
         turns = [replace(turn, prompt=image_first(turn.prompt)) for turn in turns]
         self._check_learnable(turns, id)
@@ -308,9 +309,9 @@ def _or_fault(make: Callable[[Sample], Made], sample: Sample, faults: list[str] 
 
 
 def differing_tokens(tree: Tree) -> list[bool]:
-    """For each target of a pair's tree, in order: does the token differ from the other response's?
+    """Mark the targets of a pair's tree, in order, whose token differs from the other response.
 
-    A token differs when it lies outside the matching blocks of the two responses (longest common subsequences of runs).
+    A token differs if it lies outside the matching blocks of the two responses (longest common subsequences of runs).
     """
     chosen, rejected = ([t for t, s in zip(b.ids, b.supervised, strict=True) if s] for b in tree.branches)
     same_chosen: set[int] = set()

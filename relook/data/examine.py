@@ -1,4 +1,4 @@
-"""What is wrong with an image file. Pillow and numpy alone: the processes that examine a folder start in a moment."""
+"""Checks of image files. Imports only Pillow and numpy, so that worker processes start fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from relook.data.paths import same_stem
 from relook.data.rgb import as_rgb, orientation
 
-# Pillow's names of what a suffix promises. MPO is a JPEG with further pictures behind it, as cameras write them.
+# Pillow's format names for each suffix. MPO is a JPEG followed by further pictures, as cameras write it.
 FORMATS = {
     ".jpg": ("JPEG", "MPO"),
     ".jpeg": ("JPEG", "MPO"),
@@ -26,27 +26,27 @@ FORMATS = {
     ".tiff": ("TIFF",),
 }
 QUALITY: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
-EXIF_BYTES = 65_000  # that a JPEG segment holds
-PLAIN_MODES = ("RGB", "L")  # what a vision tower sees of them is the picture itself
+EXIF_BYTES = 65_000  # that fit into a JPEG segment
+PLAIN_MODES = ("RGB", "L")  # modes that a vision tower sees unchanged
 MISSING, OTHER_SUFFIX = "missing", "there under another extension"
 EMPTY, NOT_IMAGE, TRUNCATED = "empty file", "not an image", "truncated"
 TOO_LARGE, UNREADABLE = "too many pixels", "unreadable"
 WRONG_SUFFIX, ODD_MODE = "wrong extension", "unusual mode"
-REPAIRABLE = (OTHER_SUFFIX, WRONG_SUFFIX, ODD_MODE)  # by writing the same picture again
-TURNED = "turned by EXIF"  # no fault, but viewers and servers show it otherwise than LLaVA trains on it
-SHOWN = ("", TURNED, *REPAIRABLE)  # what is said of files that show their picture
-Found = tuple[str, str]  # what is wrong, empty where nothing is, and a detail
+REPAIRABLE = (OTHER_SUFFIX, WRONG_SUFFIX, ODD_MODE)  # by rewriting the same picture
+TURNED = "turned by EXIF"  # no fault, but viewers and servers show the image otherwise than LLaVA trains on it
+SHOWN = ("", TURNED, *REPAIRABLE)  # findings on files that can be decoded
+Found = tuple[str, str]  # the fault (empty if there is none), and a detail
 
 
 def examine_all(root: Path, names: Sequence[str]) -> list[Found]:
-    """`examine_image` of some files under a folder."""
+    """Run `examine_image` on some files under a folder."""
     return [examine_image(root / name) for name in names]
 
 
 def examine_image(path: Path) -> Found:
-    """Decode a file whole and say the first thing that is wrong with it, with a detail.
+    """Decode a whole file and return its first fault, with a detail.
 
-    A file has one fault at most, so that counts add up: a GIF under a .jpg name is of the wrong extension, and its
+    A file has at most one fault, so that counts add up: a GIF under a .jpg name has the wrong extension, and its
     palette follows from that.
     """
     try:
@@ -58,7 +58,7 @@ def examine_image(path: Path) -> Found:
     except UnidentifiedImageError:
         return NOT_IMAGE, f"begins with {path.open('rb').read(8)!r}"
     except OSError as error:
-        if error.errno is not None:  # of the file system; Pillow's own have none
+        if error.errno is not None:  # a file system error; Pillow's own have no errno
             return UNREADABLE, str(error.strerror)
         return TRUNCATED, str(error)
     except Exception as error:  # Pillow's readers raise errors of many kinds for broken bytes
@@ -76,7 +76,7 @@ def _examined(path: Path) -> Found:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             form, mode = str(image.format), image.mode
-            image.draft(None, (1, 1))  # a JPEG is then read whole, but not computed at its full size
+            image.draft(None, (1, 1))  # a JPEG is then read whole, but decoded at a reduced size
             image.load()
             turn = orientation(image)
             key = image.info.get("transparency") is not None
@@ -97,8 +97,7 @@ def _examined(path: Path) -> Found:
 
 
 def _elsewhere(path: Path) -> Found:
-    """Say what became of a file that is not there: the same name has another extension, or is nowhere; a file that is
-    there, but broken, is called so."""
+    """Return the finding for a missing file: there under another extension, broken under that one, or missing."""
     order = [path.suffix.lower(), *FORMATS]
     others = [other for name in same_stem(path) if (other := path.with_name(name)).suffix.lower() in order]
     for other in sorted(others, key=lambda other: order.index(other.suffix.lower())):
@@ -109,11 +108,11 @@ def _elsewhere(path: Path) -> Found:
 
 
 def _ends(data: bytes, form: str) -> bool:
-    """Whether the mark that ends a picture is there. Pillow decodes a download whose rest is zeros without an error."""
+    """Return True if the end marker is there: Pillow decodes a download whose rest is zeros without an error."""
     if form == "PNG":
         return b"IEND" in data
     at = 2
-    while data[at + 1 : at + 2] != b"\xda":  # segment by segment to the scan: a thumbnail has an end of its own
+    while data[at + 1 : at + 2] != b"\xda":  # segment by segment to the scan: a thumbnail has its own end marker
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if data[at : at + 1] != b"\xff":
             return True  # fill bytes and the like: Pillow has read it
@@ -121,9 +120,9 @@ def _ends(data: bytes, form: str) -> bool:
 
 
 def rewritten(path: Path, suffix: str) -> bytes:
-    """The picture of a file as bytes of the format that a suffix promises, in RGB; the camera's notes (EXIF) kept.
+    """Encode a file's picture in RGB, in the format of `suffix`, and return the bytes; EXIF data is kept.
 
-    A file that is as it should be but for its name is passed on as it is.
+    A file that is sound except for its name is returned unchanged.
     """
     if FORMATS.get(path.suffix.lower()) == FORMATS.get(suffix.lower()) and examine_image(path)[0] in ("", TURNED):
         return path.read_bytes()
@@ -132,7 +131,7 @@ def rewritten(path: Path, suffix: str) -> bytes:
         with Image.open(path) as image:
             form = FORMATS.get(suffix.lower(), ("JPEG",))[0]
             how: dict[str, Any] = dict(QUALITY.get(form, {}))
-            rgb = as_rgb(image)  # first: a TIFF file is turned as it is decoded, and then says so no more
+            rgb = as_rgb(image)  # before EXIF is read: decoding a TIFF applies and clears its orientation
             if 0 < len(image.info.get("exif", b"")) < EXIF_BYTES and form in ("JPEG", "PNG", "WEBP"):
                 how["exif"] = image.info["exif"]
             made = io.BytesIO()

@@ -1,8 +1,8 @@
-"""What reading an image file would cost, told from its structure before anything is decoded.
+"""Limits on the cost of reading an image file, checked from its structure before anything is decoded.
 
 Pillow reads segments, chunks and comments in Python, some of them in quadratic time, and decodes every scan of a JPEG
-over all of its pixels: a small file can keep a processor busy for hours. The walks below follow the readers and stop
-at the first excess. What is broken they leave to Pillow's own errors.
+over all of its pixels: a small file can keep a CPU busy for hours. The walks below follow the readers and stop at
+the first excess. Broken files are left to Pillow's own errors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 
 from relook.errors import DataError
 
-JPEG_SCANS = 16  # over the most pixels; smaller pictures may have more. Encoders write about 10
+JPEG_SCANS = 16  # at the pixel limit; smaller pictures may have more. Encoders write about 10
 JPEG_SEGMENTS = 2_000  # a colour profile takes up to 255
 JPEG_FILL = 10_000  # bytes that belong to no segment
 PNG_CHUNKS = 20_000
@@ -22,10 +22,10 @@ AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)  # restart mark
 
 
 def check_structure(data: bytes, max_pixels: int) -> None:
-    """Refuse a file that takes far more work to read than a picture of so many pixels should.
+    """Refuse a file that takes far more work to read than a picture of `max_pixels` should.
 
     Raises:
-        DataError: which of its parts are too many.
+        DataError: the file has too many parts of a kind, which the message names.
     """
     try:
         if data.startswith(b"\xff\xd8"):
@@ -36,7 +36,7 @@ def check_structure(data: bytes, max_pixels: int) -> None:
             _check_gif(data)
         elif data.startswith(b"BM") and data[14:18] != b"\x0c\x00\x00\x00" and data[30] in (1, 2):
             raise DataError("The image is a run-length encoded BMP.", "Save it uncompressed, or as a PNG.")
-    except IndexError:  # it ends too early
+    except IndexError:  # the file ends too early
         pass
 
 
@@ -48,14 +48,14 @@ def _check_jpeg(data: bytes, max_pixels: int) -> None:
         end = match.start() if match else len(data)
         if marker != 0xDA:
             fill += end - at
-        elif data.find(b"\xff" * JPEG_FILL, at, end + 1) >= 0:  # libjpeg begins a run again with each buffer
+        elif data.find(b"\xff" * JPEG_FILL, at, end + 1) >= 0:  # libjpeg restarts a run of 0xFF with each buffer
             fill = JPEG_FILL + 1
         if fill > JPEG_FILL:
             raise DataError(f"The image has more than {JPEG_FILL:,} bytes of filling.", "Save it again.")
         if match is None or data[end + 1] == 0xD9:
             return
         at, marker = end + 2, data[end + 1]
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without content
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # a marker without content
             continue
         if marker in SIZES:
             pixels = max(pixels, _number(data[at + 3 : at + 5]) * _number(data[at + 5 : at + 7]))
@@ -78,10 +78,10 @@ def _check_png(data: bytes) -> None:
 def _check_gif(data: bytes) -> None:
     at, in_extension = 13 + _palette(data[10]), False
     for _ in range(GIF_BLOCKS):
-        if in_extension:  # blocks, each after its length, up to an empty one
+        if in_extension:  # blocks, each preceded by its length, up to an empty one
             in_extension = data[at] > 0
             at += 1 + data[at]
-        elif data[at] == 0x21:  # and the kind of extension
+        elif data[at] == 0x21:  # an extension: skip its introducer and its kind
             in_extension, at = True, at + 2
         elif data[at] in (0x2C, 0x3B):  # a picture, or the end
             return
@@ -91,7 +91,7 @@ def _check_gif(data: bytes) -> None:
 
 
 def _palette(flags: int) -> int:
-    """Bytes of a GIF's palette."""
+    """Return the size of a GIF's palette in bytes."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 

@@ -1,4 +1,4 @@
-"""Image files to pixel values, with the checks that untrusted bytes need."""
+"""Image decoding and preprocessing to pixel values, with the checks that untrusted bytes need."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from relook.data.rgb import as_rgb, upright
 from relook.errors import DataError
 
 # ----------------------------------------------------------------------------------------------------
-# The most recently used things, up to a number of bytes.
+# Least-recently-used cache, limited by a number of bytes.
 
 T = TypeVar("T")
-_LOCK = threading.Lock()  # of all memories; the module's, so that what holds one can be sent to another process
+_LOCK = threading.Lock()  # for all caches; module-level, so that an object holding a cache can be pickled
 
 
 class RecentCache(Generic[T]):
-    """A memory for what is costly to make again. Threads may share one.
+    """Least-recently-used cache for values that are costly to recompute. Threads may share one.
 
     Args:
-        limit: bytes that it may hold. The last thing put in may be larger by itself, and is then not kept.
-        size: bytes of a thing.
+        limit: most bytes that the cache holds. A value larger than this is not kept.
+        size: function that returns the bytes of a value.
     """
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
@@ -52,9 +52,10 @@ class RecentCache(Generic[T]):
 
     def put(self, key: Hashable, thing: T) -> None:
         with _LOCK:
-            if key not in self._kept:  # else another thread was faster
+            if key not in self._kept:  # otherwise another thread has stored it first
                 self._kept[key] = thing
                 self._bytes += self.size(thing)
+            # Evict the least recently used values until the rest fits.
             while self._bytes > self.limit:
                 self._bytes -= self.size(self._kept.popitem(last=False)[1])
 
@@ -62,26 +63,26 @@ class RecentCache(Generic[T]):
 # ----------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: beyond it an image is taken for a decompression bomb
-UNTRUSTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # formats of which no reader runs a program or fetches a file
-CROP_SHARE = (0.01, 0.2)  # of a picture's area, that a `RandomCrop` shows
+UNTRUSTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # formats whose readers run no program and fetch no file
+CROP_SHARE = (0.01, 0.2)  # share of a picture's area that a `RandomCrop` shows
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A small random part of an image file at the size of the whole: the corrupted image of mDPO (arXiv:2406.11839).
+    """Small random crop of an image file, resized to the whole image: the corrupted image of mDPO (arXiv:2406.11839).
 
-    The part has 1 to 20 % of the area and the picture's own proportions. Being as large as the picture, it takes as
-    many positions in the prompt.
+    The crop covers 1 to 20 % of the area and has the picture's aspect ratio. Being as large as the picture, it takes
+    as many positions in the prompt.
 
     Args:
-        seed: of the draw. The same seed cuts the same part.
+        seed: seed of the draw. The same seed gives the same crop.
     """
 
     path: Path
     seed: str
 
     def open(self) -> Image.Image:
-        """The part, in RGB. Raises DataError as `open_image` does."""
+        """Decode the file and return the crop in RGB. Raises DataError as `open_image` does."""
         image, rng = open_image(self.path), random.Random(self.seed)
         scale = rng.uniform(*CROP_SHARE) ** 0.5
         width, height = (max(1, round(side * scale)) for side in image.size)
@@ -92,11 +93,11 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class MemoryImage:
-    """A picture in memory, known by what it shows: equal pictures are equal, so that questions on them share it.
+    """Picture in memory, compared by its pixels, so that questions on equal pictures share one.
 
     Args:
-        key: of its pixels.
-        image: in RGB.
+        key: hash of its size and pixels.
+        image: the picture in RGB.
     """
 
     key: str
@@ -104,7 +105,7 @@ class MemoryImage:
 
     @staticmethod
     def of(image: Image.Image) -> MemoryImage:
-        """The picture in RGB as `open_image` has it. Raises ValueError as `as_rgb` does."""
+        """Build one from a picture, in RGB as `open_image` returns it. Raises ValueError as `as_rgb` does."""
         rgb = as_rgb(image)
         return MemoryImage(hashlib.sha256(b"%d %d " % rgb.size + rgb.tobytes()).hexdigest(), rgb)
 
@@ -114,51 +115,51 @@ class MemoryImage:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image file's bytes, as tables of questions hold them; equal bytes are equal.
+    """Bytes of an image file, as tables of questions hold them; compared by these bytes.
 
     Args:
-        name: of it in errors.
+        name: name of the image in errors.
     """
 
     data: bytes = field(repr=False)
     name: str = field(compare=False)
 
     def open(self) -> Image.Image:
-        """Decoded, in RGB. Raises DataError as `open_image` does."""
+        """Decode the bytes to RGB. Raises DataError as `open_image` does."""
         return _opened(BytesIO(self.data), as_rgb, self.name)
 
 
 Shown = (
     Path | RandomCrop | MemoryImage | EncodedImage
-)  # can be recognised, so that what is asked about one is asked together
-ImageSource = Shown | Image.Image  # or one in memory, as it is
+)  # hashable, so that questions on the same image can be grouped
+ImageSource = Shown | Image.Image  # or any Pillow image in memory
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Decode an image file to RGB as the original programs do: see `as_rgb`. Of an animation the first frame is taken.
+    """Decode an image file to RGB as the original programs do: see `as_rgb`. Of an animation, take the first frame.
 
     Raises:
-        DataError: what is wrong with the file, by name.
+        DataError: the file cannot be decoded; the message names it and says why.
     """
     path = Path(path)
     return _opened(path, as_rgb, str(path))
 
 
 def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], None]) -> Image.Image:
-    """Decode an image that a stranger sent, to RGB and upright as viewers show it; of the usual formats only.
+    """Decode an untrusted image of a common format to RGB, upright as viewers show it.
 
     Args:
-        check: of width and height, before anything is decoded; what it raises goes on.
+        check: called with width and height before anything is decoded; its exceptions are passed on.
 
     Raises:
-        DataError: what is wrong with it.
+        DataError: the image cannot be decoded or has too many pixels.
     """
 
     fix = f"Send a PNG, JPEG, WebP, GIF or BMP of at most {max_pixels:,} pixels."
     check_structure(data, max_pixels)
     try:
         with Image.open(BytesIO(data), formats=UNTRUSTED_FORMATS) as image:
-            if image.width * image.height <= max_pixels:  # not by Pillow's warning, whose filter threads share
+            if image.width * image.height <= max_pixels:  # rather than by Pillow's warning: threads share its filter
                 check(image.width, image.height)
                 return upright(image)
     except DataError:
@@ -177,7 +178,7 @@ def _size(image: Image.Image) -> tuple[int, int]:
 
 
 def _opened(file: Path | BytesIO, use: Callable[[Image.Image], T], name: str) -> T:
-    """What `use` makes of an opened file, which is closed again; errors call it `name`."""
+    """Open an image file, return `use` of it, and close it; errors call it `name`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -196,9 +197,9 @@ def _opened(file: Path | BytesIO, use: Callable[[Image.Image], T], name: str) ->
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """Lay an image in the middle of a square canvas, half a pixel up or left where it does not divide evenly.
+    """Paste an image in the middle of a square canvas, half a pixel up or left if the margin is odd.
 
-    The original's `expand2square`. Pillow's `ImageOps.pad` rounds the other way for every second odd remainder.
+    Matches the original's `expand2square`. Pillow's `ImageOps.pad` rounds the other way for every second odd margin.
     """
     width, height = image.size
     if width == height:
@@ -210,15 +211,15 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 
 class ImageLoader:
-    """Pixel values of images through a model's image processor, those of the most recent files kept in memory.
+    """Loader of pixel values through a model's image processor, with a cache of the most recent images.
 
     Threads may share one.
 
     Args:
         image_processor: transformers image processor of the model.
-        aspect_ratio: "pad" lays each picture on a square canvas in the processor's mean colour first, as LLaVA-1.5
-            does; anything else leaves resizing and cropping to the processor.
-        cache_bytes: how much decoded data to keep.
+        aspect_ratio: "pad" first pads each picture to a square in the processor's mean colour, as LLaVA-1.5 does;
+            anything else leaves resizing and cropping to the processor.
+        cache_bytes: most bytes of pixel values to cache.
     """
 
     def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
@@ -226,16 +227,19 @@ class ImageLoader:
         self._kept: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
 
     def __call__(self, image: ImageSource) -> Tensor:
-        """Pixel values of one picture, float32: (3, H, W), or (tiles, 3, H, W) where the processor cuts images up."""
+        """Return one picture's pixel values, float32: (3, H, W), or (tiles, 3, H, W) if the processor tiles images."""
         return self._inputs(image)["pixel_values"]
 
     def batch(self, images: Sequence[ImageSource]) -> dict[str, Tensor]:
-        """What a model takes for some images, in order: pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with
-        image_sizes (I, 2), the heights and widths that say how many tiles of each count."""
+        """Return the model inputs of some images, in order.
+
+        These are pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with image_sizes (I, 2): the heights and
+        widths, which tell how many tiles of each image are real.
+        """
         return stack([self._inputs(image) for image in images])
 
     def size(self, image: ImageSource) -> tuple[int, int]:
-        """Height and width of the picture that the processor is given; of a file only the head is read."""
+        """Return height and width of the picture that the processor gets; of a file, only the header is read."""
         if isinstance(image, EncodedImage):
             width, height = _opened(BytesIO(image.data), _size, image.name)
         elif isinstance(image, (MemoryImage, Image.Image)):
@@ -246,7 +250,7 @@ class ImageLoader:
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
     def seen(self, image: ImageSource) -> Image.Image:
-        """A picture as the model is given it: laid on a square or cut, and scaled; not of models with tiles.
+        """Return a picture as the model sees it: padded or cropped, and resized. Models with tiles are not supported.
 
         Raises:
             DataError: as `preprocess` does.
@@ -255,20 +259,21 @@ class ImageLoader:
         mean, std = (
             torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
         )
+        # Undo the normalisation: back to 8 bits per channel.
         whole = (255 * (pixels * std + mean)).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(whole.permute(1, 2, 0).numpy())
 
     def preprocess(self, images: Sequence[Image.Image], who: str = "An image") -> Tensor:
-        """Pixel values of images, (n, 3, H, W) float32.
+        """Compute the pixel values of images, (n, 3, H, W) float32.
 
         Raises:
-            DataError: an image is so long and thin that its square canvas, or its long side once the short one has the
+            DataError: an image is so long and thin that its square canvas, or the image with its short side at the
                 model's size, would have more than MAX_PIXELS pixels.
         """
         return pad_sequence([self._process(image, who)["pixel_values"] for image in images], batch_first=True)
 
     def check_shape(self, width: int, height: int, who: str = "The image") -> None:
-        """Raises DataError as `preprocess` does."""
+        """Check that an image is not too long and thin. Raises DataError as `preprocess` does."""
         target = self.image_processor.size.get("shortest_edge") or 0
         short, long = sorted((width, height))
         if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
@@ -279,7 +284,7 @@ class ImageLoader:
             return self._process(image, "An image")
         key = (
             image.key if isinstance(image, MemoryImage) else image
-        )  # a memory of pixel values need not hold the picture
+        )  # the cache of pixel values need not hold the picture
         kept = self._kept.get(key)
         if kept is not None:
             return kept
@@ -303,7 +308,7 @@ class ImageLoader:
 
 
 def _who(image: Shown) -> str:
-    """A picture in errors."""
+    """Name a picture in an error message."""
     if isinstance(image, MemoryImage):
         return "An image"
     name = image.path if isinstance(image, RandomCrop) else image.name if isinstance(image, EncodedImage) else image
@@ -311,7 +316,7 @@ def _who(image: Shown) -> str:
 
 
 def stack(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What a model takes for some images, from what it takes for each of them."""
+    """Stack the inputs of single images to a batch, padded to the most tiles."""
     return {name: pad_sequence([one[name] for one in each], batch_first=True) for name in each[0]}
 
 
@@ -320,21 +325,21 @@ def nbytes(inputs: Mapping[str, Tensor]) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Work that is done ahead, by threads or processes: reading and decoding images must not keep the model waiting.
+# Prefetching with threads or processes: the model must not wait for images to be read and decoded.
 
 A = TypeVar("A")
 B = TypeVar("B")
-WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # Pillow and numpy let other threads run while they work
+WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # Pillow and numpy release the GIL while they work
 
 
 def prefetch_map(
     function: Callable[[A], B], inputs: Iterable[A], pool: Executor | None = None, window: int = WORKERS
 ) -> Iterator[B]:
-    """`map`, in order, with the next few results already under way. An exception is raised where its result is due.
+    """Map in order, with the next few results prefetched. An exception is raised when its result is due.
 
     Args:
-        pool: who does the work, and is shut down at the end; without it, threads.
-        window: how many inputs are taken ahead of the result that is due.
+        pool: executor that does the work and is shut down at the end; the default is a pool of threads.
+        window: number of inputs submitted ahead of the result that is due.
     """
     waiting: deque[Future[B]] = deque()
     pool = pool or ThreadPoolExecutor(WORKERS)

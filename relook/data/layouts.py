@@ -1,7 +1,7 @@
-"""Layouts of dataset folders: which files belong to one, where its images are, and what is wrong with a record.
+"""Layouts of dataset folders: their files, their image folders, and the checks of their records.
 
-`find_layout` looks for the parts of a layout in a folder; each of its index files judges its own records. Nothing here
-opens an image.
+`find_layout` looks for the parts of a layout in a folder; each index file checks its own records. Nothing here opens
+an image.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from relook.files import opens_with, read_json, read_text
 
 VG_FOLDERS = ("VG_100K", "VG_100K_2")
 POPE_SPLITS = ("random", "popular", "adversarial")
-NOT_JSON = object()  # stands for a line that could not be read
+NOT_JSON = object()  # stands for a line that is not valid JSON
 
 
 @dataclass(frozen=True)
 class RecordCheck:
-    """What a record says of itself.
+    """Result of checking one record without its images.
 
     Args:
         images: the files that it names, relative to the layout's image root.
-        fault: why it cannot be used, empty where it can.
-        identity: two records with the same one are duplicates; empty where the format allows them.
+        fault: why the record cannot be used, empty if it can.
+        identity: records with the same identity are duplicates; empty if the format allows duplicates.
     """
 
     images: tuple[str, ...] = ()
@@ -54,11 +54,12 @@ class RecordCheck:
 
 @dataclass(frozen=True)
 class IndexFile:
-    """A file of records.
+    """File of records.
 
     Args:
-        prefix: a record's name is this and its position, or its key where the file is a JSON object.
+        prefix: start of a record's name; its position follows, or its key if the file is a JSON object.
         kind: "array", "object" or "lines".
+        judge: function that checks one record.
     """
 
     path: Path
@@ -67,10 +68,10 @@ class IndexFile:
     judge: Callable[[Any], RecordCheck]
 
     def load(self) -> list[Any]:
-        """The file's records; of an object its (key, value) pairs, also where a key stands twice.
+        """Read the file's records; for an object these are its (key, value) pairs, repeated keys included.
 
         Raises:
-            DataError: the file cannot be read as such.
+            DataError: the file cannot be read, or is not of its kind.
         """
         if self.kind == "lines":
             return [_line(line) for line in read_text(self.path).split("\n") if line.strip()]
@@ -89,7 +90,7 @@ class IndexFile:
         return content
 
     def names(self, content: Sequence[Any]) -> Iterator[str]:
-        """A name for each record, no two the same."""
+        """Yield a unique name for each record."""
         if self.kind != "object":
             yield from (f"{self.prefix}{number}" for number in range(len(content)))
             return
@@ -101,7 +102,7 @@ class IndexFile:
 
 @dataclass(frozen=True)
 class LayoutPart:
-    """A file or folder that belongs to a layout. `needed` where the layout cannot be used without it."""
+    """File or folder of a layout. `needed` is True if the layout cannot be used without it."""
 
     path: Path
     needed: bool = True
@@ -113,13 +114,13 @@ class LayoutPart:
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """A layout as it was found in a folder.
+    """Layout as found in a folder.
 
     Args:
-        parts: all files and folders that belong to it, there or not.
+        parts: all files and folders of the layout, whether they exist or not.
         indexes: the files of records among them.
-        image_root: what the records' image names are relative to.
-        image_folders: where all of its images lie.
+        image_root: folder that the records' image names are relative to.
+        image_folders: folders that hold all images.
     """
 
     name: str
@@ -130,18 +131,18 @@ class FolderLayout:
     image_folders: tuple[Path, ...]
 
     def relative(self, path: Path) -> str:
-        """A path as seen from the folder; one that is elsewhere as it is."""
+        """Return a path relative to the folder; a path outside of it is returned unchanged."""
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
 
 
 def find_layout(name: str, folder: str | Path, images: str | Path | None = None) -> FolderLayout:
-    """Look for a layout's parts.
+    """Find the parts of a layout in a folder.
 
     Args:
         name: hadpo, llava, pope, shr or amber.
-        folder: where its files are.
-        images: the root of its images, where that is elsewhere: Visual Genome's folder (hadpo, shr), LLaVA's image
-            root, COCO's val2014, AMBER's image folder.
+        folder: folder of its files.
+        images: root of its images, if elsewhere: Visual Genome's folder (hadpo, shr), LLaVA's image root, COCO's
+            val2014 or AMBER's image folder.
 
     Raises:
         DataError: there is no such layout or folder, no file of records in it, or Visual Genome's index is broken.
@@ -193,7 +194,7 @@ def _with_image(image: Any, fault: str, identity: str = "") -> RecordCheck:
 
 
 class _VisualGenome:
-    """Where the images of an id are. `image_data.json` is read at the first question."""
+    """Map from Visual Genome image ids to image paths. `image_data.json` is read at the first look-up."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -215,7 +216,7 @@ class _VisualGenome:
     @property
     def parts(self) -> tuple[LayoutPart, ...]:
         folders = [self.folder / name for name in VG_FOLDERS]
-        # Its two folders are one set in two downloads: a mined subset may need only one.
+        # The two folders are one dataset in two downloads: a mined subset may need only one.
         needed = not any(path.exists() for path in folders)
         return (LayoutPart(self.folder / "image_data.json"), *(LayoutPart(path, needed) for path in folders))
 
@@ -287,7 +288,7 @@ def _shr_image(vg: _VisualGenome, record: Any) -> RecordCheck:
 
 
 def _facts(record: Any) -> RecordCheck:
-    """One line: {image id: what is true of it}."""
+    """Check one line: {image id: facts about the image}."""
     if record is NOT_JSON:
         return RecordCheck((), "not valid JSON")
     if not isinstance(record, dict) or len(record) != 1:
@@ -316,7 +317,7 @@ def _llava_record(record: Any) -> RecordCheck:
         fault = next(filter(None, map(_name_fault, names)), "")
     except BadRecord as bad:
         fault = str(bad)
-    # Ids are shared in LLaVA's own mix: a duplicate says the same of the same image.
+    # LLaVA's own mix reuses ids: a duplicate has the same conversation on the same image.
     said = "" if fault else json.dumps([names, record["conversations"]])
     return RecordCheck(tuple(name for name in names if not _name_fault(name)), fault, said)
 

@@ -4,8 +4,8 @@
     rlhfv   image {bytes, path}, text: JSON of question, chosen, rejected   (Yu et al. 2024, arXiv:2312.00849)
     rlaifv  image {bytes, path}, question, chosen, rejected                 (Yu et al. 2024, arXiv:2405.17220)
 
-Every other column is kept by name. What of a row the four plain values cannot give back, as a question in two parts, is
-kept whole as JSON in a column `trl_record` or `rlhfv_record`.
+Every other column is kept by name. If the four plain values cannot restore a row, such as a question in two parts, its
+source is kept whole as JSON in a column `trl_record` or `rlhfv_record`.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from relook.errors import DataError
 from relook.files import atomic_file
 
 # ----------------------------------------------------------------------------------------------------
-# A preference pair with all that its file says of it: what conversions pass on, and parquet readers begin with.
+# A preference pair with all of its columns: the common form of converters and parquet readers.
 
 MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """An image file in memory, and its name in the source, where it had one."""
+    """Image file in memory, with its name in the source, if it had one."""
 
     data: bytes
     name: str | None
 
     @property
     def suffix(self) -> str:
-        """By the first bytes; .jpg where they say nothing."""
+        """Return the file suffix, by the first bytes; .jpg if they are unknown."""
         return next((suffix for mark, suffix in MAGIC.items() if self.data.startswith(mark)), ".jpg")
 
 
 def escapes_folder(name: str) -> bool:
-    """Whether a file name of a data set would lead out of its folder: what is read or written by name would follow."""
+    """Return True if a dataset's file name leads out of its folder, where it must not be read or written."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 class InvalidPair(BadRecord):
-    """Why a row is no preference pair of one image, one prompt and two answers."""
+    """Reason why a row is no preference pair of one image, one prompt and two answers."""
 
 
 @dataclass(frozen=True)
 class RawPair:
-    """A pair. What a layout has beyond it stands in `extra`, by column."""
+    """Preference pair as stored; `extra` holds the further columns of its layout, by name."""
 
     images: tuple[Embedded, ...]
     prompt: str
@@ -64,10 +64,10 @@ class RawPair:
 
     @property
     def image(self) -> Embedded:
-        """Its only image.
+        """Return the only image.
 
         Raises:
-            BadRow: it has none or several.
+            InvalidPair: there are none or several.
         """
         if len(self.images) != 1:
             raise InvalidPair(f"{len(self.images)} images")
@@ -76,15 +76,15 @@ class RawPair:
 
 @dataclass(frozen=True)
 class PairFile:
-    """An opened file or folder of pairs.
+    """Opened file or folder of pairs.
 
     Args:
-        rows: reads it from the start; a row that is no pair comes as a `InvalidPair`.
-        count: of rows.
+        rows: function that reads the rows from the start; a row that is no pair comes as an `InvalidPair`.
+        count: number of rows.
         fields: pyarrow fields of the columns in `extra`.
-        features: what Hugging Face's `datasets` says of those columns.
-        filled: columns that a conversion put in because other programs ask for them; they are not in `extra`.
-        forms: how the files of other layouts, from which this one was converted, were written.
+        features: the features of those columns for Hugging Face's `datasets`.
+        filled: columns that a conversion added because other programs require them; they are not in `extra`.
+        forms: schemas of the files in other layouts from which this one was converted, by layout.
     """
 
     layout: str
@@ -97,10 +97,10 @@ class PairFile:
 
 
 def pyarrow() -> Any:
-    """The libraries that read parquet files.
+    """Import and return pyarrow, with its parquet module.
 
     Raises:
-        DataError: they are not installed.
+        DataError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -118,7 +118,7 @@ COLUMNS = {
     "rlaifv": ("image", "question", "chosen", "rejected"),
 }
 TEXTS = ("question", "chosen", "rejected")
-# What RLHF-V's own programs ask for besides: type, and the value of a row that has none.
+# Further columns that RLHF-V's own programs require: type, and the value for a row without one.
 _META_COLUMNS: dict[str, tuple[str, Callable[[RawPair, int], Any]]] = {
     "ds_name": ("string", lambda row, number: "relook"),
     "origin_dataset": ("string", lambda row, number: "relook"),
@@ -132,18 +132,18 @@ IMAGE_FEATURES: dict[str, dict[str, Any]] = {
     "rlhfv": {"image": {"_type": "Image"}},
     "rlaifv": {"image": {"_type": "Image"}},
 }
-META = b"relook"  # key of a file's metadata
-ROWS = 64  # read or written at a time: they hold images
+META = b"relook"  # key in a file's metadata
+ROWS = 64  # rows read or written at a time; few, since they hold images
 
 
 # Reading
 
 
 def stored_columns(row: RawPair, layout: str) -> dict[str, Any]:
-    """What a conversion kept of a row's source of that layout, beside the plain texts; empty where it kept nothing.
+    """Return what a conversion kept of a row's source in `layout`, beside the plain texts; empty if nothing.
 
     Raises:
-        DataError: it is not what a conversion writes.
+        DataError: the column is not what a conversion writes.
     """
     text = row.extra.get(f"{layout}_record")
     try:
@@ -157,21 +157,21 @@ def stored_columns(row: RawPair, layout: str) -> dict[str, Any]:
 
 
 def hadpo_record(row: RawPair) -> dict[str, Any]:
-    """The record of HA-DPO's that a row was made of; empty where it comes from elsewhere."""
+    """Return the HA-DPO record that a row was made from; empty if it comes from elsewhere."""
     record: dict[str, Any] = stored_columns(row, "hadpo").get("record", {})
     return record
 
 
 def content_hash(data: bytes) -> str:
-    """SHA-256 of an image's bytes, shortened to 16 hex digits."""
+    """Compute the SHA-256 of an image's bytes, cut to 16 hex digits."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> PairFile:
-    """Open a parquet file, or the files of a folder in order of name, which must have the same columns.
+    """Open a parquet file, or all of a folder in order of name, which must have the same columns.
 
     Raises:
-        DataError: there is none, one is broken, or the columns are of no known layout.
+        DataError: there is no file, a file is broken, columns differ between files, or the layout is unknown.
     """
     path = Path(path)
     image_folder = None if image_folder is None else Path(image_folder)
@@ -202,13 +202,13 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Pa
 
     forms = {**_dict(notes.get("forms")), layout: base64.b64encode(schema.serialize().to_pybytes()).decode()}
     described = {name: value for name, value in features.items() if name not in native}
-    if layout != "rlaifv":  # whose columns are plain texts
+    if layout != "rlaifv":  # its columns are plain texts
         further.append(pyarrow().field(f"{layout}_record", "string"))
     return PairFile(layout, rows, count, tuple(further), described, filled, forms)
 
 
 def _batches(file: Path) -> Iterator[Any]:
-    """A file's rows by a few at a time."""
+    """Yield the rows of a file in small batches."""
     arrow = pyarrow()
     batches = _opened(lambda file: arrow.parquet.ParquetFile(file).iter_batches(ROWS), file)
     while (batch := _opened(lambda _: next(batches, None), file)) is not None:
@@ -225,10 +225,10 @@ def _opened(read: Callable[[Path], Any], file: Path) -> Any:
 
 
 def layout_of(columns: Sequence[str], path: str | Path) -> str:
-    """Which layout some columns are of.
+    """Return the layout that the columns belong to.
 
     Raises:
-        DataError: of none.
+        DataError: they belong to no known layout.
     """
     path = Path(path)
     has = set(columns)
@@ -259,7 +259,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """What Hugging Face's `datasets` wrote of the columns into a schema."""
+    """Return the column features that Hugging Face's `datasets` wrote into a schema."""
     info = _dict(_json((schema.metadata or {}).get(b"huggingface")).get("info"))
     return _dict(info.get("features"))
 
@@ -285,7 +285,7 @@ def _listed(images: Any) -> list[Any]:
 
 
 def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
-    """An image column's value: bytes, or a struct of bytes and path, either of which may be missing."""
+    """Read an image column's value: bytes, or a struct of bytes and path, either of which may be missing."""
     if isinstance(image, bytes):
         return Embedded(image, None)
     data, path = (image.get(key) for key in ("bytes", "path")) if isinstance(image, dict) else (None, image)
@@ -303,10 +303,10 @@ def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
 
 
 def _plain(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected as plain texts.
+    """Return prompt, chosen and rejected as plain texts.
 
     Raises:
-        BadRow: they are not one user's turn and two answers.
+        InvalidPair: they are not one user turn and two answers.
     """
     if layout == "trl":
         return (
@@ -326,7 +326,7 @@ def _plain(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _message_text(value: Any, column: str, role: str) -> str:
-    """The text of a TRL value: a string, or one message whose content is a string or parts."""
+    """Return the text of a TRL value: a string, or one message whose content is a string or parts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != role:
@@ -342,7 +342,7 @@ def _message_text(value: Any, column: str, role: str) -> str:
 
 
 def _without_none(value: Any) -> Any:
-    """A struct's missing fields come back as None."""
+    """Drop None values, which pyarrow returns for a struct's missing fields."""
     if isinstance(value, dict):
         return {key: _without_none(one) for key, one in value.items() if one is not None}
     return [_without_none(one) for one in value] if isinstance(value, list) else value
@@ -352,7 +352,7 @@ def _without_none(value: Any) -> Any:
 
 
 def native_schema(layout: str) -> Any:
-    """The columns of a layout as relook writes them where no earlier file says otherwise."""
+    """Build the schema of a layout as relook writes it, unless an earlier file had another."""
     arrow = pyarrow()
     image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     part = arrow.struct([("type", arrow.string()), ("text", arrow.string())])
@@ -363,7 +363,7 @@ def native_schema(layout: str) -> Any:
 
 
 def _native(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
-    """A row's plain texts as the layout's columns."""
+    """Convert a row's plain texts to the layout's columns."""
     texts = dict(zip(TEXTS, (row.prompt, row.chosen, row.rejected), strict=True))
     if layout == "rlaifv":
         return texts
@@ -387,11 +387,11 @@ def _message(kind: Any, role: str, text: str, images: int) -> Any:
 
 
 def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterator[RawPair]) -> int:
-    """Write pairs as one file of a layout; returns their number.
+    """Write pairs as one file of a layout and return their number.
 
     Raises:
-        DataError: a column of the source has the name of one of the layout's.
-        BadRow: the layout cannot hold a row's images.
+        DataError: a column of the source has the same name as one of the layout's columns.
+        InvalidPair: the layout cannot hold a row's images.
     """
     path = Path(path)
     arrow = pyarrow()
@@ -407,7 +407,7 @@ def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterato
     known = {field.name for field in further}
     filled = [name for name in fill if name not in known and old is None]
     fields = [*columns.values(), *further, *(arrow.field(name, fill[name][0]) for name in filled)]
-    if old is not None:  # as they stood
+    if old is not None:  # restore the original column order
         place = {name: number for number, name in enumerate(old.names)}
         fields.sort(key=lambda field: place.get(field.name, len(place)))
     notes = {"filled": filled, "forms": {name: form for name, form in source.forms.items() if name != layout}}
@@ -431,7 +431,7 @@ def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterato
 
 
 def _earlier(source: PairFile, layout: str) -> Any:
-    """The columns of the file of that layout which the source was converted from; None where there was none."""
+    """Return the schema of the file in `layout` that the source was converted from, or None."""
     held = source.forms.get(layout)
     if held is None:
         return None
@@ -454,7 +454,7 @@ def _table(batch: list[dict[str, Any]], schema: Any) -> Any:
 
 
 def _values(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
-    """The layout's own columns of a row; those of an earlier file of the layout, where they still say the same."""
+    """Return a row's values in the layout's columns; those kept from an earlier file if its texts are unchanged."""
     texts = _native(layout, row, schema)
     if row.extra.get(f"{layout}_record") is not None:
         earlier = stored_columns(row, layout)

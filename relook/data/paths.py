@@ -1,6 +1,8 @@
-"""Where a data folder has the benchmarks' files: as relook's own folders have them, as HA-DPO's tree (`ha_dpo/data`)
-has them, or as they are downloaded. `relook data check` and `relook eval` look here, so that one takes what the other
-knows."""
+"""Locations of the benchmarks' files in a data folder.
+
+Known are relook's own layout, HA-DPO's tree (`ha_dpo/data`) and the layouts as downloaded. `relook data check` and
+`relook eval` both look here, so that they find the same files.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ COCO = ("", "coco2014/")  # the second is HA-DPO's
 
 
 def first_existing(folder: Path, *places: str) -> Path:
-    """Return the first of some places in a folder that exists; the first of all where none does."""
+    """Return the first of `places` that exists in a folder, or the first place if none does."""
     return next((folder / place for place in places if (folder / place).exists()), folder / places[0])
 
 
@@ -31,7 +33,7 @@ def coco_images(folder: Path) -> Path:
 
 
 def coco_annotations(folder: Path, kind: str) -> Path:
-    """Return COCO's annotations of val2014: of `instances` or `captions`."""
+    """Return COCO's val2014 annotation file; `kind` is instances or captions."""
     return first_existing(folder, *(f"{place}annotations/{kind}_val2014.json" for place in COCO))
 
 
@@ -60,11 +62,11 @@ def _amber(folder: Path) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Image files whose extension is not the one in the record: `x.JPG` or `x.gif` for `x.jpg`. Standard library alone.
+# Image files whose extension differs from the record's: `x.JPG` or `x.gif` for `x.jpg`. Standard library only.
 
 
 def resolve_extension(path: Path) -> Path:
-    """Return the path, or where nothing is there, that of a file whose extension differs in case alone."""
+    """Return the path, or if nothing is there, that of a file whose extension differs only in case."""
     if path.is_file():
         return path
     same = (path.with_name(name) for name in same_stem(path) if Path(name).suffix.lower() == path.suffix.lower())
@@ -72,14 +74,14 @@ def resolve_extension(path: Path) -> Path:
 
 
 def same_stem(path: Path) -> Sequence[str]:
-    """List the files beside a path that have its name but for the extension, in order."""
+    """List the names of files beside a path that share its stem, in order."""
     try:
         return _by_stem(path.parent, path.parent.stat().st_mtime_ns).get(path.stem, ())
     except (OSError, ValueError):  # no such folder, a name too long, a NUL byte
         return ()
 
 
-@lru_cache(4)  # of hundreds of thousands of files each
+@lru_cache(4)  # each may hold hundreds of thousands of names
 def _by_stem(folder: Path, _: int) -> Mapping[str, Sequence[str]]:
     names: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)):  # noqa: PTH208 (names alone)

@@ -1,6 +1,7 @@
-"""HA-DPO's preference pairs over Visual Genome (Zhao et al. 2023, arXiv:2311.16839), drawn as the original draws them.
+"""Readers of training data: HA-DPO's pairs (Zhao et al. 2023, arXiv:2311.16839), LLaVA's files, parquet files.
 
-The original is `LazySupervisedDataset` in opendatalab/HA-DPO, ha_dpo/models/llava-v1_5/train_dpo.py.
+HA-DPO's pairs over Visual Genome are drawn as in the original, `LazySupervisedDataset` in opendatalab/HA-DPO,
+ha_dpo/models/llava-v1_5/train_dpo.py.
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ def read_hadpo(
 ) -> tuple[list[PreferencePair], ReadReport]:
     """Read `desc_data.json` and `pope_data.json`: the question pairs, then the description pairs twice.
 
-    One chosen and one rejected description and one of four prompts are drawn per image, in the file's order; questions
-    that the model got right (`correct`) are skipped. A description pair carries the same id in both its places.
+    One chosen and one rejected description and one of four prompts are drawn per image, in the file's order. Questions
+    that the model got right (`correct`) are skipped. A description pair has the same id both times.
 
     Args:
         vg_path: Visual Genome's folder, with `image_data.json`, `VG_100K` and `VG_100K_2`.
         desc_data_path: `{image id: {"chosen": [text, ...], "rejected": [text, ...]}}`, or None to read none.
         pope_data_path: `[{"image_id", "question", "chosen", "reject", "answer", "correct"}, ...]`, or None.
-        on_bad: "drop" reports records that cannot be used (missing field, empty text, chosen equal to rejected, unknown
-            image id, missing image file); "error" raises at the first one.
-        seed: of the draws; the original's is 42.
+        on_bad: "drop" reports unusable records (missing field, empty text, chosen equal to rejected, unknown image id,
+            missing image file); "error" raises at the first one.
+        seed: seed of the draws; the original's is 42.
 
     Raises:
         DataError: a file is missing or has another layout, or a record is bad and `on_bad` is "error".
@@ -108,10 +109,10 @@ def _descriptions(
 
 
 def choices(record: Any) -> tuple[list[Any], list[Any]]:
-    """Return the chosen and the rejected texts of a description record, of which one each is drawn.
+    """Return the chosen and the rejected texts of a description record, from which one each is drawn.
 
     Raises:
-        BadRecord: there are none.
+        BadRecord: there are no chosen or no rejected texts.
     """
     chosen, rejected = (record.get(key) if isinstance(record, dict) else None for key in ("chosen", "rejected"))
     if not (isinstance(chosen, list) and chosen and isinstance(rejected, list) and rejected):
@@ -120,7 +121,7 @@ def choices(record: Any) -> tuple[list[Any], list[Any]]:
 
 
 def draw_description_pair(record: Any, rng: random.Random) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected of one description record, drawn in the original's order.
+    """Draw prompt, chosen and rejected of one description record, in the original's order.
 
     Raises:
         BadRecord: see `choices`.
@@ -130,7 +131,7 @@ def draw_description_pair(record: Any, rng: random.Random) -> tuple[Any, Any, An
 
 
 def answered_correctly(record: Mapping[str, Any]) -> bool:
-    """Whether a question record says that the model's answer was right: there is nothing to prefer then.
+    """Return True if a question record says that the model's answer was right, so that there is no preference.
 
     Raises:
         BadRecord: `correct` is no truth value.
@@ -179,9 +180,10 @@ def read_llava(
 ) -> tuple[list[Conversation], ReadReport]:
     """Read a list of `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`.
 
-    `image` is one path or a list of paths under `image_folder`; entries without it are text only. A record is bad where
-    its turns do not alternate from human to gpt, an answer is empty, an image file is missing, or the human turns do
-    not hold one `<image>` per image. LLaVA itself silently cuts a first turn that is not human's; here it is bad.
+    `image` is one path or a list of paths under `image_folder`; entries without it are text only. A record is bad if
+    its turns do not alternate from human to gpt, a turn is empty, an image file is missing, or the human turns do not
+    hold one `<image>` per image. LLaVA itself silently cuts a first turn that is not human's; here it makes the record
+    bad.
 
     Args:
         on_bad: "drop" reports bad records; "error" raises at the first one.
@@ -213,10 +215,10 @@ def read_llava(
 
 
 def conversation(name: str, record: Any, image_folder: Path) -> Conversation:
-    """One record as a sample; whether its image files exist is not looked at.
+    """Convert one record to a sample, without checking that its image files exist.
 
     Raises:
-        BadRecord: why it cannot be used.
+        BadRecord: the record cannot be used.
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise BadRecord("no conversations")
@@ -254,15 +256,15 @@ def _turns(messages: list[Any]) -> tuple[Turn, ...]:
 def read_pairs(
     path: str | Path, image_folder: str | Path | None = None, on_bad: str = "drop"
 ) -> tuple[list[PreferencePair], ReadReport]:
-    """Read a parquet file, or all of a folder, as pairs to train on.
+    """Read a parquet file, or all parquet files of a folder, as training pairs.
 
-    Embedded images are written as files once, named by their content. A row is bad where it is not one image with one
+    Embedded images are written as files once, named by their content. A row is bad if it is not one image with one
     user turn and two answers, an answer is empty, or chosen equals rejected. Rows that HA-DPO's reader would skip
     (`correct` in a `hadpo_record`) are skipped.
 
     Args:
-        image_folder: where they go, and where images are looked up that a row only names; by default beside `path`,
-            in a folder of its name and `_images`.
+        image_folder: where embedded images are written, and where images that a row only names are looked up. The
+            default is a folder beside `path`, of its name and `_images`.
         on_bad: "drop" reports bad rows; "error" raises at the first one.
 
     Raises:

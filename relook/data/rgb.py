@@ -1,4 +1,4 @@
-"""From a decoded picture to the RGB that a model sees. Pillow and numpy alone."""
+"""Conversion of a decoded picture to the RGB that a model sees. Imports only Pillow and numpy."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image
 
-# Both are dropped on purpose. For good: filters are not a thread's own, and threads decode.
+# Transparency and EXIF are dropped on purpose. Set once: warning filters are not thread-local, and threads decode.
 for noise in ("Palette images with Transparency", "Corrupt EXIF data"):
     warnings.filterwarnings("ignore", noise, UserWarning)
 
-# What undoes each EXIF orientation but 1, in which a picture stands upright.
+# Transposition that undoes each EXIF orientation; 1 is upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -24,14 +24,14 @@ TURNS = {
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture as the original LLaVA does, by Pillow's `convert("RGB")`; but 16 bits are scaled, not clipped.
+    """Convert a picture as the original LLaVA does, by Pillow's `convert("RGB")`; but scale 16 bits, not clip.
 
     Transparency is dropped, whether as an alpha channel, in a palette or as one transparent colour (PNG's tRNS), and
-    EXIF orientation is ignored. The result holds pixels and no `info`: Pillow keeps the transparent colour there, and
-    transformers' image processors lay such a picture on white, or do not, depending on their version.
+    EXIF orientation is ignored. The result has an empty `info`: Pillow keeps the transparent colour there, and some
+    versions of transformers' image processors put such a picture on white.
 
     Raises:
-        ValueError: its values have no defined white: floats, or integers beyond 16 bits.
+        ValueError: the pixels have no defined white: floats, or integers beyond 16 bits.
     """
     rgb = (_high_byte(image) if image.mode.startswith(("I", "F")) else image).convert("RGB")
     rgb.info = {}
@@ -39,7 +39,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-    """Scale 16 bits, which Pillow also holds in 32, to 8, as Pillow itself does in 16-bit colour."""
+    """Scale 16-bit values, which Pillow may hold in 32 bits, to 8, as Pillow does for 16-bit colour."""
     values = np.asarray(image)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, of which the file does not say which is white")
@@ -49,16 +49,16 @@ def _high_byte(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Convert a picture as `as_rgb` does, turned as its EXIF orientation says: as every viewer shows it."""
-    rgb = as_rgb(image)  # first: Pillow turns TIFF files as it decodes them
+    """Convert a picture as `as_rgb` does, and apply its EXIF orientation, as every viewer does."""
+    rgb = as_rgb(image)  # before EXIF is read: Pillow applies the orientation of TIFF files when it decodes them
     method = TURNS.get(orientation(image))
     return rgb if method is None else rgb.transpose(method)
 
 
 def orientation(image: Image.Image) -> int:
-    """Read the EXIF orientation of a decoded picture, 1 to 8; 1 (upright) where there is none or it is broken."""
+    """Read the EXIF orientation of a decoded picture, 1 to 8; 1 (upright) if it is missing or broken."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow's reader raises errors of many kinds for broken notes, which viewers ignore
+    except Exception:  # Pillow's reader raises errors of many kinds for broken EXIF data, which viewers ignore
         return 1
     return value if isinstance(value, int) and value in TURNS else 1

@@ -1,4 +1,4 @@
-"""What every reader returns and every other room takes: three frozen kinds of sample."""
+"""Immutable sample types, read reports, and the rules for single records that all readers share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from relook.errors import DataError, RecipeError, preview
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One image and prompt with a preferred and a dispreferred response.
+    """Image and prompt with a preferred and a dispreferred response.
 
     `prompt` is the bare question, without `<image>`, role names or a template.
     """
@@ -29,7 +29,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange of a conversation. `prompt` may hold `<image>` placeholders, in the order of the images."""
+    """Single exchange of a conversation. `prompt` may hold `<image>` placeholders, in the order of the images."""
 
     prompt: str
     response: str
@@ -37,7 +37,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A supervised sample: zero or more images and one or more exchanges."""
+    """Supervised sample: zero or more images and one or more exchanges."""
 
     id: str
     images: tuple[Path, ...]
@@ -46,7 +46,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Question:
-    """A question on one image. `label` is the expected answer ("yes" or "no"), empty where none is known."""
+    """Question on one image. `label` is the expected answer ("yes" or "no"), empty if unknown."""
 
     id: str
     image: Path
@@ -55,21 +55,21 @@ class Question:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a reader kept, skipped and could not use: counted by reason and named, so that no sample is lost silently.
+# Records that a reader kept, skipped or dropped: counted by reason and named, so that none is lost silently.
 
 ON_BAD = ("drop", "error")
 
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What one reader did with its file.
+    """Account of one reader's samples: used, skipped and dropped.
 
     Args:
         source: the file or files that were read.
-        kept: samples returned.
-        reasons: why samples could not be used, and the names of those samples.
+        used: number of samples returned.
+        reasons: why samples were dropped, and the names of those samples.
         skipped: records that the format itself leaves out, counted by reason. They are no fault.
-        note: what else a user may wonder at.
+        note: anything else that may surprise a user.
     """
 
     source: str
@@ -83,7 +83,7 @@ class ReadReport:
         return sum(map(len, self.reasons.values()))
 
     def summary(self) -> str:
-        """One line: how many were kept, skipped and dropped, and why."""
+        """Summarise in one line how many samples were used, skipped and dropped, and why."""
         parts = [f"{self.used:,} samples"]
         parts += [f"{count:,} skipped ({reason})" for reason, count in self.skipped.items()]
         faults = "; ".join(f"{reason}: {len(names):,} ({preview(names, 3)})" for reason, names in self.reasons.items())
@@ -92,7 +92,7 @@ class ReadReport:
 
 
 class DropLog:
-    """Collects what a reader leaves out while it reads; `report` closes the account.
+    """Log of the records that a reader leaves out; `report` returns the result.
 
     Args:
         source: the file that is read, for messages.
@@ -113,7 +113,7 @@ class DropLog:
         """Note a sample that cannot be used.
 
         Raises:
-            DataError: bad samples are not to be dropped.
+            DataError: `on_bad` is "error".
         """
         if self._on_bad == "error":
             raise DataError(f"{self._source}, sample {name}: {reason}.", "Repair it, or set on_bad drop.")
@@ -133,13 +133,13 @@ class DropLog:
 
 
 class BadRecord(Exception):
-    """Why one record cannot be used."""
+    """Reason why a record cannot be used."""
 
 
 def check_pair(prompt: Any, chosen: Any, rejected: Any) -> str:
-    """Say why three texts are no preference pair; empty where they are one.
+    """Return why three texts are no preference pair; empty if they are one.
 
-    Each must be a text of more than white space, and the answers must differ in more than the white space around them.
+    Each must be a string with more than white space, and the answers must differ in more than surrounding white space.
     """
     texts = (prompt, chosen, rejected)
     if not all(isinstance(text, str) and text.strip() for text in texts):
@@ -151,10 +151,10 @@ TRUTH = dict.fromkeys(("true", "yes", "y", "1"), True) | dict.fromkeys(("false",
 
 
 def as_bool(value: Any) -> bool | None:
-    """Read a truth value in any of the ways that files write one: true, 1, 1.0, "True", "yes", ...; null is false.
+    """Parse a truth value in any of the forms found in files: true, 1, 1.0, "True", "yes", ...; null is false.
 
     Returns:
-        None where it is none of them.
+        The truth value, or None if the value is none of these.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -162,7 +162,7 @@ def as_bool(value: Any) -> bool | None:
 
 
 def as_id(value: Any) -> str:
-    """Write an id so that 42, "42", "000042" and 42.0 (pandas' numbers beside missing ones) are the same."""
+    """Normalise an id: 42, "42", "000042" and 42.0 (from pandas columns with missing values) become the same."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip()

@@ -1,4 +1,4 @@
-"""Special tokens in people's text, read as text.
+"""Tokenisation that reads special tokens in people's text as plain text.
 
 The tokenizers library finds special tokens wherever they stand: a question with `</s>` in it would end its own turn.
 """
@@ -14,17 +14,17 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-PRIVATE = 0x10F000  # the first of the code points that stand-ins are made of; Unicode gives them no meaning
+PRIVATE = 0x10F000  # first code point for stand-ins; Unicode assigns these no meaning
 
 
 @dataclass(frozen=True)
 class LiteralText:
-    """Reads special tokens as text where a person wrote them, and as tokens where a template did.
+    """Tokeniser that reads special tokens as text in a person's words, and as tokens in a template.
 
     `escape` the person's text, write the template around it, and `encode` the whole. Each special token has a stand-in
-    of the same length. `escape` puts the stand-in into the person's text, and `encode` exchanges the two: it reads the
-    token as text, and the stand-in, an added token of its own, as the template's token. A stand-in that somebody types
-    comes out as text, too.
+    of the same length. `escape` replaces special tokens in the person's text by their stand-ins. `encode` swaps the
+    two: the person's token is then read as text, and the template's, now a stand-in and an added token of its own, as
+    the special token. A stand-in that somebody types is read as text, too.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -51,11 +51,11 @@ class LiteralText:
 
     @cached_property
     def escape(self) -> Callable[[str], str]:
-        """Put stand-ins for the special tokens in a person's text."""
+        """Replace the special tokens in a person's text by stand-ins."""
         return _replacing(self._stand_ins)
 
     def escaped(self, text: str) -> bool:
-        """Tell whether a text has stand-ins; one without is read right by the tokenizer itself."""
+        """Return True if a text has stand-ins; without any, the tokenizer itself reads it correctly."""
         return any(stand_in in text for stand_in in self._stand_ins.values())
 
     @cached_property
@@ -63,7 +63,7 @@ class LiteralText:
         return _replacing(self._stand_ins | {stand_in: content for content, stand_in in self._stand_ins.items()})
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return ids, and where in the text each token begins and ends.
+        """Return the ids and the (start, end) offsets of each token in the text.
 
         Raises:
             TypeError or UnicodeError: the text is not valid Unicode.
@@ -74,7 +74,7 @@ class LiteralText:
 
     @cached_property
     def _backend(self) -> tuple[Tokenizer, dict[int, int]]:
-        """A copy of the tokenizer that reads special tokens as text, and the ids that its stand-ins' ids mean."""
+        """Build a tokenizer that reads special tokens as text, and the map from stand-in ids to special-token ids."""
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
         for token in content["added_tokens"]:
             token["special"] = token["id"] in self._special

@@ -1,4 +1,4 @@
-"""Conversation templates: what stands around a prompt and its answer."""
+"""Conversation templates: the text around prompts and answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EOS = "</s>"
 
 @dataclass(frozen=True)
 class TemplatePiece:
-    """A stretch of a rendered conversation: `supervised` where it is a response and what ends it."""
+    """Piece of a rendered conversation; `supervised` is True for a response and its end mark."""
 
     text: str
     supervised: bool = False
@@ -23,17 +23,17 @@ class TemplatePiece:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written as text: `first` prompt `cue` `lead` response `end` `later` prompt `cue` ...
+    """Text format of a conversation: `first` prompt `cue` `lead` response `end` `later` prompt `cue` ...
 
-    Facts from LLaVA v1.2.2's conversation.py and llava-hf's chat template. v1 is checked against prompts that the
-    original wrote; of the others there is no reference output.
+    The templates follow LLaVA v1.2.2's conversation.py and llava-hf's chat template. v1 is checked against prompts
+    that the original wrote; for the others there is no reference output.
 
     Args:
-        first: what stands before the first prompt: system text, examples, the user's name.
-        later: what stands before every other prompt.
-        cue: what stands after a prompt; here the model begins to write.
-        lead: the first thing that it writes.
-        end: the last thing that it writes.
+        first: text before the first prompt: system text, examples, the user's name.
+        later: text before every other prompt.
+        cue: text after a prompt; here the model begins to write.
+        lead: text that the model writes first.
+        end: text that the model writes last.
         captions: training keeps only the images of a prompt and leaves out `cue` (LLaVA's projector pretraining).
     """
 
@@ -47,11 +47,11 @@ class Template:
 
     @property
     def stop(self) -> str:
-        """The text that ends an answer, where that is not the end-of-text token: generation has to look for it."""
+        """Return the text that ends an answer, if that is not the end-of-text token: generation must look for it."""
         return self.end.replace(EOS, "").strip()
 
     def render(self, turns: Sequence[Turn], open_end: bool = False) -> list[TemplatePiece]:
-        """The pieces of a conversation. With `open_end` the last response is left for the model to write."""
+        """Render a conversation as pieces. With `open_end`, the last response is left for the model to write."""
         if self.captions and not open_end:
             return [
                 piece
@@ -73,7 +73,7 @@ _VICUNA = (
     "A chat between a curious {user} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {user}'s questions."
 )
-# The one example that Vicuna v0 was shown before the conversation.
+# The single example that Vicuna v0 sees before the conversation.
 _V0_EXAMPLE = (
     "Human: What are the key differences between renewable and non-renewable energy sources?###"
     "Assistant: Renewable energy sources are those that can be replenished naturally in a relatively short amount of "
@@ -108,8 +108,10 @@ _MPT = "A conversation between a user and an LLM-based AI assistant. The assista
 
 
 def _single(name: str, start: str) -> Template:
-    """Vicuna v0's layout. LLaVA's own v0 trainer writes "### Human: ..." lines instead; here training writes what
-    inference writes."""
+    """Build a template in Vicuna v0's layout.
+
+    LLaVA's own v0 trainer writes "### Human: ..." lines instead; here training and inference write the same text.
+    """
     return Template(name, f"{start}Human: ", "Human: ", "###Assistant:", " ", "###")
 
 
@@ -132,7 +134,7 @@ _KNOWN = (
     _single("v0", f"{_VICUNA.format(user='human')}###{_V0_EXAMPLE}"),
     _single("llava_v0", f"{_VICUNA.format(user='human')}###"),
     _two("v1", f"{_VICUNA.format(user='user')} "),
-    # HA-DPO's POPE script evaluates with this one.
+    # HA-DPO's POPE script evaluates with this template.
     _two("llava_v1", f"{_VICUNA.format(user='human')} "),
     _two("llava_hf", ""),
     _llama("llama_2", _LLAMA_2, "<s>"),
@@ -155,10 +157,10 @@ TEMPLATES |= {alias: TEMPLATES[name] for alias, name in _ALIASES.items()}
 
 
 def get_template(name: str) -> Template:
-    """The template of that name.
+    """Return the template of that name.
 
     Raises:
-        RecipeError: there is none; the known names are listed.
+        RecipeError: there is no such template; the message lists the known names.
     """
     try:
         return TEMPLATES[name]
@@ -169,7 +171,7 @@ def get_template(name: str) -> Template:
 
 
 def with_image(prompt: str, images: int = 1) -> str:
-    """Put image placeholders before a bare prompt, as LLaVA does; a prompt that has one is left alone."""
+    """Put image placeholders before a bare prompt, as LLaVA does; a prompt that has one is unchanged."""
     return prompt if IMAGE in prompt else f"{IMAGE}\n" * images + prompt
 
 
