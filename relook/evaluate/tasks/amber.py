@@ -137,7 +137,7 @@ def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
 def yes_or_no(answer: str) -> str:
     """Return "yes" or "no" by an answer's first word, in any case; "" for any other word, and for "yes and no".
 
-    The original requires exactly "Yes" or "No"; here the first word has to be one of them, whatever punctuation follows.
+    The original requires exactly "Yes" or "No"; here the first word must be one, whatever punctuation follows.
     """
     first = re.match(r"\W*(\w+)\b(?!\W*(?:and|or|/)\W*(?:yes|no)\b)", answer, re.IGNORECASE)
     word = first[1].lower() if first else ""
@@ -146,7 +146,7 @@ def yes_or_no(answer: str) -> str:
 
 @dataclass(frozen=True)
 class DescriptionCounts:
-    """Counts for one description: listed words, hallucinated ones among them, and the truths and temptations covered."""
+    """Counts for one description: listed words, hallucinated ones, and the truths and temptations covered."""
 
     nouns: int
     made_up: int
