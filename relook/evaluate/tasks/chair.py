@@ -73,7 +73,7 @@ class Vocabulary:
 
 
 def vocabulary_of(annotations: Annotations) -> Vocabulary:
-    """Return CHAIR's vocabulary if the categories are COCO's 80, else one of the annotations' categories and synonyms."""
+    """Return CHAIR's vocabulary if the categories are COCO's 80, else one built from the annotations."""
     coco = coco_vocabulary()
     if set(annotations.categories) == set(coco.phrases.values()) - {""} and not annotations.synonyms:
         return coco
@@ -136,7 +136,7 @@ def plural(phrase: str) -> str:
 
 
 def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
-    """Find every mention of an object, in order: whole words only, ignoring case, the longest phrase first."""
+    """Find every mention of an object, in order: whole words only, ignoring case, and the longest phrase wins."""
     words = [match.span() for match in _WORD.finditer(text)]
     found: list[tuple[str, int, int]] = []
     first = 0
