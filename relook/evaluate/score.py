@@ -190,7 +190,7 @@ def read_scores(out: str | Path, benchmarks: Sequence[str] = COMPARED) -> dict[s
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """Inputs to score answers against: a data folder, or single files; `images` lists the images that CHAIR describes."""
+    """Inputs to score answers against: a data folder, or single files; `images` lists those that CHAIR describes."""
 
     data: Path | None = None
     questions: Path | None = None
