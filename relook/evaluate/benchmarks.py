@@ -174,7 +174,7 @@ def _beside_stored(name: str, folder: Path, result: dict[str, Any]) -> dict[str,
 
 
 def _holds(stored: Any, result: Any) -> bool:
-    """Return True if a stored result has the same figures as another, ignoring provenance and judge."""
+    """Return True if a stored result contains all figures of another, ignoring provenance and judge."""
     if not isinstance(result, dict):
         return bool(stored == result)
     figures = result.keys() - {"provenance", "judge"}
