@@ -121,7 +121,7 @@ def distinct(text: str, n: int) -> float | None:
 
 
 def read_labels(reply: str, count: int) -> Labels | None:
-    """Parse a judge's labels; None unless lines 1 to `count` after "Judgement:" are numbered and labelled."""
+    """Parse a judge's labels; None unless the lines after "Judgement:" are labelled and numbered 1 to `count`."""
     head = re.search(r"judge?ment:", reply, re.IGNORECASE)
     if head is None:
         return None
