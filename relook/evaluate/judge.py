@@ -27,7 +27,7 @@ T = TypeVar("T")
 JUDGE_CACHE = "judge.jsonl"  # replies, beside the answers
 LONGEST_PROMPT = 200_000  # characters; a longer one is not sent
 LONGEST_REPLY = 20_000  # characters; what follows is dropped
-LONGEST_PAUSE = 120  # seconds; the longest pause between two requests that the endpoint may ask for
+LONGEST_PAUSE = 120  # seconds; the client waits no longer between two requests, whatever the endpoint asks
 MAX_FAILURES_IN_A_ROW = 5  # consecutive prompts without an answer that mean the endpoint is down
 NO_ANSWER, REFUSED, UNREADABLE, TOO_LONG = "no_answer", "refused", "nonsense", "too_long"
 PROBE = "Answer with one word: yes."
@@ -222,7 +222,7 @@ class Judge:
 
 
 class _JudgeRun:
-    """State of one call of `Judge.ask`: progress of the tasks, and health of the endpoint."""
+    """State of one call of `Judge.ask` or `Judge.probe`: progress of the tasks, and health of the endpoint."""
 
     def __init__(
         self, settings: JudgeSettings, cache: AnswerFile, fields: dict[str, Any], report: ProgressReport
