@@ -1,6 +1,6 @@
-"""The benchmarks: each is a value that says what is asked of a data folder, how answers are kept, and what they score.
+"""Benchmark definitions: for each, its questions over a data folder, the layout of its answers, and its scoring.
 
-No model is needed here, and none of its libraries.
+Nothing here needs a model or its libraries.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ Answers = Mapping[str, Sequence[Mapping[str, Any]]]  # records by stem, in the o
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What makes one benchmark differ from another.
+    """Definition of one benchmark.
 
     Args:
-        title: beside the progress bar.
-        questions: those of a data folder, by the stem of the answer file that they go to.
-        score: of (data folder, questions, answers, where they lie, judge), the result.
-        id_field, text_field, question_field: where a record keeps the question's id, the answer, and the question; an
-            empty last one keeps none.
+        title: label of the progress bar.
+        questions: reads the questions of a data folder, by the stem of their answer file.
+        score: maps (data folder, questions, answers, location of the answers, judge) to the result.
+        id_field, text_field, question_field: keys of a record's question id, answer and question; with an empty
+            `question_field`, records do not keep the question.
         number: whether ids are numbers in records.
-        yes_or_no: stems of files whose questions are answered by a word.
-        generate: settings of transformers' `generate`.
-        needs_judge: whether scores of a data folder need a judge.
-        judge_request: fields of the requests to a judge; None where none is asked.
-        read: an existing answer file of any layout that the benchmark knows.
+        yes_or_no: stems of files whose questions are answered with one word.
+        generate: keyword arguments of transformers' `generate`.
+        needs_judge: whether scoring a data folder needs a judge.
+        judge_request: fields of the requests to a judge; None if no judge is asked.
+        read: reads an existing answer file in any layout that the benchmark knows.
     """
 
     title: str
@@ -70,23 +70,23 @@ class Benchmark:
     read: Callable[[Path], list[dict[str, Any]]] = read_records
 
     def record(self, question: Question, text: str) -> dict[str, Any]:
-        """A line of an answer file."""
+        """Build the record of one answer, a line of an answer file."""
         record: dict[str, Any] = {self.id_field: int(question.id) if self.number else question.id}
-        record.setdefault("image", question.image.name)  # where the image is not the id itself
+        record.setdefault("image", question.image.name)  # unless the id is the image itself
         if self.question_field:
             record[self.question_field] = question.text
         return record | {self.text_field: text}
 
     def texts(self, answers: Answers) -> dict[str, str]:
-        """Answers by question id, of all files together."""
+        """Return answers by question id, over all files."""
         return {str(r[self.id_field]): r[self.text_field] for records in answers.values() for r in records}
 
 
 def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """Benchmarks by name.
+    """Look up benchmarks by name.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: there is no benchmark of that name.
     """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
@@ -95,10 +95,10 @@ def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
 
 
 def benchmark_questions(name: str, data: str | Path) -> Questions:
-    """A benchmark's questions.
+    """Read a benchmark's questions.
 
     Raises:
-        DataError: a file is missing, or a question's id stands twice.
+        DataError: a file is missing, or a question's id occurs twice.
     """
     data = Path(data)
     asked = BENCHMARKS[name].questions(data)
@@ -110,10 +110,10 @@ def benchmark_questions(name: str, data: str | Path) -> Questions:
 
 
 def require_images(asked: Questions) -> None:
-    """Refuse to begin where images are missing.
+    """Check that all images exist before anything starts.
 
     Raises:
-        DataError: the first of them, and how many there are.
+        DataError: images are missing; the message names the first and counts the others.
     """
     images = dict.fromkeys(question.image for questions in asked.values() for question in questions)
     missing = [image for image in images if not image.is_file()]
@@ -123,10 +123,10 @@ def require_images(asked: Questions) -> None:
 
 
 def require_judge(name: str, data: Path, judge: object) -> None:
-    """Refuse to begin what could not be scored.
+    """Check before anything starts that the benchmark can be scored.
 
     Raises:
-        RecipeError: the benchmark's scores need a judge, and there is none.
+        RecipeError: scoring needs a judge, and there is none.
     """
     if judge is None and BENCHMARKS[name].needs_judge(data):
         raise RecipeError(f"{name} is scored by a judge.", "Give --judge-url and --judge-model.")
@@ -135,11 +135,11 @@ def require_judge(name: str, data: Path, judge: object) -> None:
 def score_command(
     name: str, answers: Sequence[str | Path], given: ScoringInputs, parser: str, judge: JudgeSettings | None
 ) -> dict[str, Any]:
-    """`relook score`: existing answer files, or a folder of `relook eval`; no model is needed.
+    """Score existing answer files, or a `relook eval` folder, as `relook score` does; no model is needed.
 
     Raises:
         RelookError: an unknown benchmark, a missing option, no judge where one is needed, or questions and answers that
-            do not match; the ids are named.
+            do not match; the message names the ids.
     """
     (benchmark,) = get_benchmarks([name])
     paths = [Path(path) for path in answers]
@@ -166,7 +166,7 @@ def score_command(
 
 
 def _beside_stored(name: str, folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """The result; says how it replaces another one that a folder of `relook eval` holds."""
+    """Return the result; print how to replace a different one that a `relook eval` folder holds."""
     stored = folder / f"{name}.json"
     if folder.is_dir() and stored.exists() and not _holds(read_json_object(stored), result):
         status(f"{stored} holds another score; --json {stored} replaces it, and so does `relook eval` there.")
@@ -174,7 +174,7 @@ def _beside_stored(name: str, folder: Path, result: dict[str, Any]) -> dict[str,
 
 
 def _holds(stored: Any, result: Any) -> bool:
-    """Whether a stored result has all figures of another one, wherever they come from."""
+    """Return True if a stored result contains all figures of another, ignoring provenance and judge."""
     if not isinstance(result, dict):
         return bool(stored == result)
     figures = result.keys() - {"provenance", "judge"}
@@ -182,11 +182,11 @@ def _holds(stored: Any, result: Any) -> bool:
 
 
 def match_records(benchmark: Benchmark, asked: Questions, records: Sequence[Mapping[str, Any]]) -> Answers:
-    """Records in the order of the questions that they answer. A file's worth of questions may be left out as a whole.
+    """Sort records into the order of the questions that they answer. Whole files of questions may be left out.
 
     Raises:
-        DataError: there are no answers, a record has no id or text, ids stand twice or are unknown, questions have no
-            answer, or a record repeats another question.
+        DataError: there are no answers, a record has no id or text, ids occur twice or are unknown, questions have no
+            answer, or a record repeats another question's text.
     """
     fields = f"{benchmark.id_field} and {benchmark.text_field}"
     if not records:
@@ -217,20 +217,20 @@ def match_records(benchmark: Benchmark, asked: Questions, records: Sequence[Mapp
 
 
 def _with_provenance(place: Path, asked: Questions, answers: Answers, **about: Any) -> dict[str, Any]:
-    """Provenance of a result: that of the answers, and the hash of the image list."""
+    """Build a result's provenance: that of the answers, and the hash of the image list."""
     images = dict.fromkeys(question.image.name for stem in answers for question in asked[stem])
     return {"provenance": provenance(place, image_list=text_hash(*images), **about)}
 
 
 def _chair_questions(data: Path) -> Questions:
-    """Descriptions of the images of the annotation file, or of `chair_images.txt` where the data folder pins a list."""
+    """Build questions for the annotated images, or for those in `chair_images.txt` if the data folder pins a list."""
     names = chair_images(read_coco(annotation_file(data)), data / "chair_images.txt")
     images = coco_images(data)
     return {"chair": [Question(name, resolve_extension(images / name), CHAIR_PROMPT) for name in names]}
 
 
 def _score_shr(data: Path, asked: Questions, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
-    asked_so = dict(SHR.generate) if place.is_dir() else {}  # how others asked is not known
+    asked_so = dict(SHR.generate) if place.is_dir() else {}  # how other programs asked is unknown
     return shr.score_shr(data, SHR.texts(answers), judge) | _with_provenance(place, asked, answers, **asked_so)
 
 
@@ -243,7 +243,7 @@ def _score_amber(data: Path, asked: Questions, answers: Answers, place: Path, ju
     result = amber.score_amber(data, [q for stem in answers for q in asked[stem]], AMBER.texts(answers))
     about = _with_provenance(place, asked, answers)
     generation = about["provenance"].get("generation", {})
-    if longest := generation.get("max_new_tokens"):  # as `relook eval` asks: questions for a word less than others
+    if longest := generation.get("max_new_tokens"):  # `relook eval` caps one-word answers at fewer tokens
         generation["max_new_tokens"] = {
             stem: min(longest, LONGEST_ANSWER) if stem in AMBER.yes_or_no else longest for stem in answers
         }
@@ -251,7 +251,7 @@ def _score_amber(data: Path, asked: Questions, answers: Answers, place: Path, ju
 
 
 def _score_mmhal(data: Path, asked: Questions, answers: Answers, place: Path, judge: Judge | None) -> dict[str, Any]:
-    assert judge is not None  # `require_judge` has seen to it
+    assert judge is not None  # checked by `require_judge`
     return mmhal.score_mmhal(data, MMHAL.texts(answers), judge) | _with_provenance(place, asked, answers)
 
 

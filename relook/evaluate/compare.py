@@ -1,5 +1,5 @@
-"""Two models on the same images, from their answer files: how much one is better, how sure that is, and where they
-differ."""
+"""Comparison of two models on the same images, from their answer files: differences, significance, and where they
+disagree."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from relook.evaluate.tasks.pope import SPLITS, PopeRow, official_parse
 def compare(
     data: str | Path, first: str | Path, second: str | Path, benchmarks: Sequence[str] = COMPARED
 ) -> dict[str, Any]:
-    """Differences second - first of two `relook eval` folders over the same data.
+    """Compute the differences second - first of two `relook eval` folders over the same data.
 
     Returns:
-        For each POPE split the accuracy's difference with its paired 95 % interval over images and the exact McNemar
-        p-value over questions, and the other rates' differences with intervals; for CHAIR its rates' differences with
+        For each POPE split, the difference in accuracy with its paired 95 % interval over images and the exact McNemar
+        p-value over questions, and the other rates' differences with intervals. For CHAIR, its rates' differences with
         intervals, and for chair_s the p-value over captions.
 
     Raises:
-        DataError: the two did not answer the same.
+        DataError: the two did not answer the same questions or describe the same images.
     """
     data, first, second = Path(data), Path(first), Path(second)
     return compare_pooled([(data, first, second)], benchmarks)
 
 
 def compare_pooled(runs: Sequence[tuple[Path, Path, Path]], benchmarks: Sequence[str] = COMPARED) -> dict[str, Any]:
-    """As `compare`, over the images of several (data, first, second) taken together: for tables over seeds."""
+    """Compare like `compare`, pooling the images of several (data, first, second) runs: for tables over seeds."""
     result: dict[str, Any] = {}
     if "pope" in benchmarks:
         rows = [[_pope_rows(run[0], run[side]) for run in runs] for side in (1, 2)]
@@ -66,7 +66,7 @@ def _compare_chair(sides: Sequence[Sequence[ChairScore]]) -> dict[str, Any]:
 
 
 def _difference(first: Sequence[Ratio], second: Sequence[Ratio]) -> dict[str, Any]:
-    """A rate's difference and its interval; None where either rate is one of nothing."""
+    """Compute a rate's difference and its interval; None if either rate has a zero denominator."""
     pooled = [to_columns([pair for run in side for pair in run]) for side in (first, second)]
     one, other = (safe_ratio(sum(top), sum(bottom)) for top, bottom in pooled)
     difference = None if one is None or other is None else other - one
@@ -74,7 +74,7 @@ def _difference(first: Sequence[Ratio], second: Sequence[Ratio]) -> dict[str, An
 
 
 def differing_answers(data: str | Path, first: str | Path, second: str | Path) -> list[dict[str, Any]]:
-    """The questions of which one model says yes and the other does not, each once, with the splits it is in."""
+    """Return the questions on which the two predictions differ, each once, with the splits it is in."""
     data, first, second = Path(data), Path(first), Path(second)
     found: dict[tuple[str, str], dict[str, Any]] = {}
     sides = [_pope_rows(data, folder) for folder in (first, second)]
@@ -95,7 +95,10 @@ def differing_answers(data: str | Path, first: str | Path, second: str | Path) -
 
 
 def differing_captions(data: str | Path, first: str | Path, second: str | Path) -> list[dict[str, Any]]:
-    """The images of which one model names other absent objects than the other, or more often; most different first."""
+    """Return the images whose hallucinated mentions differ between the models; the most different come first.
+
+    Mentions are compared with their counts.
+    """
     data, first, second = Path(data), Path(first), Path(second)
     said = _same_images(first, second)
     truth = data_truth(data, list(said[0]))
@@ -111,12 +114,12 @@ def differing_captions(data: str | Path, first: str | Path, second: str | Path) 
 
 
 def captions(folder: Path) -> dict[str, str]:
-    """The captions of a `relook eval chair` folder, by image."""
+    """Read the captions of a `relook eval chair` folder, by image."""
     return read_captions_by_image(folder / "chair.jsonl")
 
 
 def _same_images(first: Path, second: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Both folders' captions; those of the second in any order."""
+    """Read both folders' captions, which must cover the same images; those of the second are in any order."""
     said = captions(first), captions(second)
     if odd := sorted(said[0].keys() ^ said[1].keys()):
         raise DataError(f"Only one of {first} and {second} describes {preview(odd)}.", "Give captions of equal lists.")
@@ -137,16 +140,16 @@ def _chair_scores(data: Path, first: Path, second: Path) -> list[ChairScore]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# How far a tuned model's first answer tokens are from the base's, and how often it hallucinates where.
+# Divergence of a tuned model's first answer token from the base's, and hallucination rate by divergence.
 
 KL_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))  # nats
 
 
 def kl_divergence(tuned: Tensor, base: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the tuned from the base distribution, in nats, (N,).
+    """Compute the Kullback-Leibler divergence of the tuned from the base distribution, in nats, (N,).
 
     KL(p || q) = sum over the whole vocabulary of p (log p - log q), p the tuned and q the base distribution of the
-    first answer token (Kullback and Leibler 1951). Rounding may leave a tiny negative sum: it is taken for 0.
+    first answer token (Kullback and Leibler 1951). Rounding may leave a tiny negative sum, which is clamped to 0.
 
     Args:
         tuned, base: log-probs, (N, vocabulary).
@@ -158,14 +161,14 @@ def kl_divergence(tuned: Tensor, base: Tensor) -> Tensor:
 def hallucination_by_divergence(
     tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """How often questions to be answered with no are answered with yes, by bins of their divergence.
+    """Compute how often questions labelled no are answered with yes, by bins of their divergence.
 
     Args:
-        tuned, base: records of FIRST_FILE of a row and of the base, in the same order.
+        tuned, base: records of FIRST_FILE of a tuned model (a row) and of the base, in the same order.
 
     Returns:
         For each bin [low, high) of KL_EDGES the number `n` of such questions, and the `rate` and `base_rate` at which
-        row and base answer yes (None in an empty bin). `high` is None where the bin has no end.
+        row and base answer yes (None in an empty bin). `high` is None if the bin is unbounded.
     """
     bins = []
     for low, high in pairwise(KL_EDGES):

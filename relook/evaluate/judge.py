@@ -1,7 +1,6 @@
-"""A judge: a language model behind any OpenAI-compatible endpoint, asked with bounded patience, never again about what
-it has judged.
+"""Client of a judge: a language model behind any OpenAI-compatible endpoint, with bounded retries and a reply cache.
 
-What comes back is untrusted text: it is bounded in length, kept, and means only what a strict parser reads in it.
+Replies are untrusted text: they are bounded in length, cached, and mean only what a strict parser reads in them.
 """
 
 from __future__ import annotations
@@ -28,26 +27,27 @@ T = TypeVar("T")
 JUDGE_CACHE = "judge.jsonl"  # replies, beside the answers
 LONGEST_PROMPT = 200_000  # characters; a longer one is not sent
 LONGEST_REPLY = 20_000  # characters; what follows is dropped
-LONGEST_PAUSE = 120  # seconds between two requests, if the endpoint asks for it; the client waits no longer
-MAX_FAILURES_IN_A_ROW = 5  # prompts without an answer, one after the other, that mean the endpoint is down
+LONGEST_PAUSE = 120  # seconds; the client waits no longer between two requests, whatever the endpoint asks
+MAX_FAILURES_IN_A_ROW = 5  # consecutive prompts without an answer that mean the endpoint is down
 NO_ANSWER, REFUSED, UNREADABLE, TOO_LONG = "no_answer", "refused", "nonsense", "too_long"
 PROBE = "Answer with one word: yes."
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Where a judge is and how it is asked.
+    """Address and request settings of a judge.
 
     Args:
-        url: base address of the endpoint, as `https://api.openai.com/v1`.
-        key_variable: environment variable with the key; it may be unset where the endpoint needs none.
-        price: dollars per million tokens, of prompts and of replies.
-        workers: prompts under way at once.
+        url: base address of the endpoint, such as `https://api.openai.com/v1`.
+        model: name of the model at the endpoint.
+        key_variable: environment variable with the API key; it may be unset if the endpoint needs none.
+        price: dollars per million tokens, for prompts and for replies.
+        workers: prompts in flight at once.
         timeout: seconds until a request counts as unanswered.
-        retries: of a request after 408, 409, 429, 5xx, a broken connection or a time-out, with growing pauses or those
-            that the endpoint asks for (`Retry-After`).
+        retries: retries of a request after 408, 409, 429, 5xx, a broken connection or a timeout, with growing pauses
+            or those that the endpoint asks for (`Retry-After`).
         tries: replies to one prompt until it counts as not judged.
-        request: further fields of a request, over those of the benchmark; null leaves a field out.
+        request: further request fields, which override those of the benchmark; null leaves a field out.
     """
 
     url: str
@@ -62,7 +62,7 @@ class JudgeSettings:
 
     @property
     def address(self) -> str:
-        """The url for people and results: without user, password and query."""
+        """Return the URL to show to people and in results: without user, password and query."""
         place = urlsplit(self.url)
         port = f":{place.port}" if place.port else ""
         return f"{place.scheme}://{place.hostname}{port}{place.path}"
@@ -71,10 +71,11 @@ class JudgeSettings:
 def judge_settings(
     url: str, model: str, price: tuple[float, float], key_variable: str, workers: int, request: str
 ) -> JudgeSettings | None:
-    """A judge as the command line names it; None where it names none.
+    """Build the settings of the judge that the command line names; None if it names none.
 
     Raises:
-        RecipeError: half of its name is missing, the address is none, or `request` is not a JSON object.
+        RecipeError: the address or the model is missing, the address is invalid, or `request` is not a JSON object or
+            sets fields that relook sets itself.
     """
     if not url and not model:
         return None
@@ -97,15 +98,15 @@ def _is_address(url: str) -> bool:
     try:
         place = urlsplit(url)
         return place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
-    except ValueError:  # half a bracket, or a port that is no number
+    except ValueError:  # unbalanced bracket, or a port that is not a number
         return False
 
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """A prompt, with an image where there is one, and what makes a verdict of a reply: None where it says nothing.
+    """Prompt with an optional image, and the parser that turns a reply into a verdict, or None if it has none.
 
-    `parse` may raise `NoVerdict` where it knows better than "nonsense" what is wrong with a reply.
+    `parse` may raise `NoVerdict` to give a more specific reason than "nonsense" for an unusable reply.
     """
 
     prompt: str
@@ -115,11 +116,12 @@ class Task(Generic[T]):
 
 @dataclass(frozen=True)
 class JudgeResults(Generic[T]):
-    """Verdicts in the order of the tasks, None where there is none, and how they came about.
+    """Verdicts with details of how they were obtained.
 
     Args:
-        about: the judge and its tokens, for results.
-        unjudged: why tasks have no verdict, and how many.
+        verdicts: verdicts in the order of the tasks, None where a task has none.
+        about: the judge and its token counts, for results.
+        unjudged: number of tasks without a verdict, by reason.
     """
 
     verdicts: list[T | None]
@@ -138,16 +140,17 @@ class JudgeReply:
 
 
 class NoVerdict(Exception):
-    """A task, or a reply, that has no verdict: `str` of it is the reason."""
+    """Exception for a task or a reply without a verdict; its `str` is the reason."""
 
 
 class Judge:
-    """An endpoint and a cache of its replies.
+    """Endpoint with a cache of its replies.
 
     Args:
-        cache: JSON lines of replies by model, request, prompt, image and number of the try, wherever the endpoint is.
-            It grows as they come and survives a kill. A prompt with a verdict in it is never asked again; one whose
-            replies all could not be read is, and the later line of a try counts.
+        settings: address and request settings.
+        cache: JSON lines file of replies, keyed by model, request, prompt, image and number of the try, but not by
+            endpoint. It grows as replies come and survives a kill. A prompt with a cached verdict is never asked
+            again. A prompt with only unreadable replies is, and the later line of a try counts.
     """
 
     def __init__(self, settings: JudgeSettings, cache: Path) -> None:
@@ -155,12 +158,13 @@ class Judge:
         self.cache = AnswerFile(cache, "key")
 
     def probe(self, request: Mapping[str, Any], image: Path | None = None) -> None:
-        """Ask something short whose reply is not kept: a wrong address, key, model or field of a request shows before
-        hours of other work.
+        """Ask a short question and discard the reply.
+
+        A wrong address, key, model or request field thus shows before hours of other work.
 
         Args:
-            request: as in `ask`.
-            image: goes with the prompt, where the judge must see.
+            request: request fields, as in `ask`.
+            image: image to send with the prompt, if the judge must see images.
 
         Raises:
             RelookError: there is no reply.
@@ -175,11 +179,13 @@ class Judge:
     def ask(
         self, tasks: Sequence[Task[T]], request: Mapping[str, Any], title: str, optional: bool = False
     ) -> JudgeResults[T]:
-        """Verdicts on all tasks, some at a time.
+        """Ask for verdicts on all tasks, several at a time.
 
         Args:
-            request: fields of a request besides model and messages, as temperature.
-            optional: whether the caller can do without a single verdict.
+            tasks: prompts with their parsers.
+            request: request fields besides model and messages, such as temperature.
+            title: label of the progress bar and of messages.
+            optional: whether the caller can do without any verdict.
 
         Raises:
             RelookError: the endpoint refuses the key or does not know the model, it answers nothing, or no reply can be
@@ -216,15 +222,15 @@ class Judge:
 
 
 class _JudgeRun:
-    """One call of `Judge.ask`: the tasks under way, and how the endpoint does."""
+    """State of one call of `Judge.ask` or `Judge.probe`: progress of the tasks, and health of the endpoint."""
 
     def __init__(
         self, settings: JudgeSettings, cache: AnswerFile, fields: dict[str, Any], report: ProgressReport
     ) -> None:
         self.settings, self.cache, self.fields, self.report = settings, cache, fields, report
         self.in_a_row = self.done = self.answered = 0
-        self.last = ""  # why the last prompt without an answer has none
-        self.unread = ""  # how the last reply that could not be read begins
+        self.last = ""  # why the last unanswered prompt has no answer
+        self.unread = ""  # beginning of the last reply that could not be parsed
 
     def _client(self) -> Any:
         try:
@@ -251,7 +257,7 @@ class _JudgeRun:
                 raise self._down() from None
 
     async def all(self, tasks: Sequence[Task[T]]) -> list[tuple[T | None, list[JudgeReply], str]]:
-        """(verdict, replies, why there is no verdict) of each task."""
+        """Return (verdict, replies, reason for no verdict) of each task."""
         gate = asyncio.Semaphore(self.settings.workers)
         async with self._client() as client:
 
@@ -279,12 +285,13 @@ class _JudgeRun:
             text_hash(self.settings.model, fields, task.prompt, image, str(number))
             for number in range(self.settings.tries)
         ]
+        # Try the cached replies first; the first one with a verdict settles the task.
         for record in (self.cache.records[key] for key in keys if key in self.cache.records):
             replies.append(JudgeReply(record["text"], record["prompt_tokens"], record["completion_tokens"]))
             verdict, _ = self._read(task.parse, replies[-1])
             if verdict is not None:
                 return verdict, replies, ""
-        replies, reason = [], UNREADABLE  # what could not be read may be read now, or be said better
+        replies, reason = [], UNREADABLE  # ask again: a new reply may be readable
         for key in keys:
             try:
                 replies.append(await self._reply(client, task))
@@ -298,7 +305,7 @@ class _JudgeRun:
         return None, replies, reason
 
     def _read(self, parse: Callable[[str], T | None], reply: JudgeReply) -> tuple[T | None, str]:
-        """The verdict of a reply, or None and why there is none."""
+        """Parse a reply; return its verdict and a reason, which counts only if the verdict is None."""
         try:
             verdict, reason = parse(reply.text), UNREADABLE
         except NoVerdict as fault:
@@ -310,15 +317,20 @@ class _JudgeRun:
         return verdict, reason
 
     async def _reply(self, client: Any, task: Task[T]) -> JudgeReply:
-        """A new reply; `NoVerdict` is raised where this prompt gets none, `RelookError` where no prompt gets one."""
+        """Request a new reply.
+
+        Raises:
+            NoVerdict: this prompt gets no reply.
+            RelookError: no prompt gets a reply.
+        """
         import openai
 
         from relook.evaluate.bounded_http import LONGEST_BODY
 
         message = {"role": "user", "content": _content(task)}
         reason = NO_ANSWER
-        longest = (self.settings.timeout + LONGEST_PAUSE) * (self.settings.retries + 1)  # a body may come in drops
-        for _ in range(self.settings.tries):  # a body that is no answer is asked for again; the client does the rest
+        longest = (self.settings.timeout + LONGEST_PAUSE) * (self.settings.retries + 1)  # a body may trickle in
+        for _ in range(self.settings.tries):  # repeats after an invalid body; the client handles other retries
             try:
                 async with asyncio.timeout(longest):
                     raw = await client.chat.completions.with_raw_response.create(
@@ -368,7 +380,7 @@ class _JudgeRun:
 
 
 def read_reply(body: str) -> JudgeReply | None:
-    """A chat completion's text and tokens; None of a body that is something else."""
+    """Parse a chat completion into its text and token counts; None if the body is anything else."""
     try:
         completion = json.loads(body)
         text = completion["choices"][0]["message"]["content"]
@@ -392,7 +404,7 @@ def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
 
 
 def _short(error: Exception | str) -> str:
-    """What an error or a reply says, on one line: an endpoint's words may hold anything, a terminal's commands, too."""
+    """Shorten an error or a reply to one printable line: endpoint text may hold anything, even terminal commands."""
     status, text = getattr(error, "status_code", None), str(error)
     if status and str(status) not in text:  # openai 3.0 leaves it out
         text = f"Error code: {status} - {text}"
@@ -400,14 +412,15 @@ def _short(error: Exception | str) -> str:
 
 
 def prompt_template(program: Path, name: str, own: str) -> tuple[str, dict[str, str]]:
-    """A benchmark's prompt, and what results say of it: the official one where its program lies in the data folder.
+    """Return a benchmark's prompt and its description for results; the official prompt if its program is available.
 
     Args:
-        program: is read, never run: the prompt is the string assigned to `name`.
-        own: relook's prompt, where there is no program.
+        program: official program in the data folder. It is parsed, never run.
+        name: variable in the program to which the prompt is assigned.
+        own: relook's prompt, used if there is no program.
 
     Raises:
-        DataError: the file is there, and is no Python or has no such string.
+        DataError: the file exists, but is not Python or has no such string.
     """
     official = program.exists()
     template = _assigned(program, name) if official else own
@@ -427,10 +440,10 @@ def _assigned(program: Path, name: str) -> str:
 
 
 def fill_template(template: str, *parts: str) -> str:
-    """A template with its `{}` replaced in order; braces in the parts mean nothing.
+    """Fill the `{}` of a template in order; braces in the parts have no meaning.
 
     Raises:
-        DataError: it has not as many places.
+        DataError: the numbers of places and parts differ.
     """
     pieces = template.split("{}")
     if len(pieces) != len(parts) + 1:

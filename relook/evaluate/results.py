@@ -1,4 +1,4 @@
-"""Answer files: JSON lines that grow as answers come, survive a kill, and end in the order of their questions."""
+"""Answer files (JSON lines that grow as answers come and survive a kill), and the provenance of results."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from relook.files import file_hash, read_json_object, write_jsonl
 
 
 class AnswerFile:
-    """An append-only file of answers, one JSON object a line, identified by `key`.
+    """Append-only file of answers, one JSON object per line, identified by `key`.
 
-    A last line that a kill cut off is dropped on opening, so at most the batch under way is lost.
+    A last line that was truncated by a kill is dropped on opening, so at most the current batch is lost.
 
-    Of several processes each appends to a file of its own beside it; all read all of them, and `finish` makes them one.
+    Each of several processes appends to its own file next to it; all processes read all files. `finish` merges them and
+    puts the answers in the order of their questions.
 
     Args:
-        rank: of the process; the first one's file is the file itself.
+        rank: rank of the process; rank 0 writes to the file itself.
 
     Raises:
-        DataError: another line is not an answer with that key.
+        DataError: any other line is not an answer with that key.
     """
 
     def __init__(self, path: Path, key: str, rank: int = 0) -> None:
@@ -44,7 +45,7 @@ class AnswerFile:
 
     def _read(self, part: Path) -> None:
         records = []
-        lines = part.read_bytes().split(b"\n")  # bytes: a kill may cut a character in two
+        lines = part.read_bytes().split(b"\n")  # bytes, since a kill may split a character
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
@@ -55,7 +56,7 @@ class AnswerFile:
                     raise DataError(
                         f"{part}, line {number}, is not an answer with {self.key}.", "Remove that line."
                     ) from None
-        if lines[-1] and part == self.own:  # the others are being written to
+        if lines[-1] and part == self.own:  # other processes may be writing to theirs
             write_jsonl(part, records)
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
@@ -66,7 +67,7 @@ class AnswerFile:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def finish(self, order: Sequence[str]) -> list[dict[str, Any]]:
-        """Rewrite the file in the order of the questions, as scripts that read line by line expect; returns it."""
+        """Rewrite the file in the order of the questions, as line-by-line scripts expect, and return its records."""
         records = [self.records[key] for key in order]
         write_jsonl(self.path, records)
         for part in self._parts():
@@ -75,32 +76,34 @@ class AnswerFile:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Where a number comes from: what every result says of itself under `provenance`.
+# Where a number comes from: what every result records under `provenance`.
 
 EVAL_FILE = "eval.json"  # what `relook eval` notes beside its answers
 LIBRARIES = ("torch", "transformers", "tokenizers", "Pillow", "numpy")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that a number may depend on; no library is imported. relook's is that of the code that runs: it need
-    not be installed, nor be the one that is."""
+    """Return the versions that a number may depend on, without importing any library.
+
+    relook's version is that of the running code, which may differ from the installed one, if any.
+    """
     own = {"python": platform.python_version(), "relook": __version__}
     return own | {name: version(name) for name in LIBRARIES}
 
 
 def utc_now() -> str:
-    """Date and time, UTC."""
+    """Return the date and time in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def provenance(answers: Path, longest: int | None = None, **about: Any) -> dict[str, Any]:
-    """What a result depends on.
+    """Collect what a result depends on.
 
     Args:
-        answers: a folder of `relook eval`: model and its hash, precision, template, generation settings, library
-            versions and date are those that it noted. A single file is known by its hash alone.
-        longest: tokens, where a benchmark never asks for more.
-        about: what the benchmark adds: its parser, the hash of its images, its judge, settings beside greedy.
+        answers: a `relook eval` folder, which records the model and its hash, precision, template, generation settings,
+            library versions and date; or a single file, which is identified by its hash alone.
+        longest: the benchmark's upper bound on generated tokens, if it has one.
+        about: what the benchmark adds: its parser, the hash of its images, its judge, settings besides greedy.
     """
     if not answers.is_dir():
         return {"answers_sha256": file_hash(answers), **about, "versions": library_versions(), "date": utc_now()}

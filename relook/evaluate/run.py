@@ -1,6 +1,6 @@
-"""`relook eval`: answers go to files, scores are computed from the files.
+"""Implementation of `relook eval`: answers go to files, and scores are computed from the files.
 
-Under torchrun each process answers for a share of the images; the first one scores.
+Under torchrun, each process answers for a shard of the images, and the main process scores.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def evaluate_model(
     loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
     judge: JudgeSettings | None = None,
 ) -> dict[str, Any]:
-    """Answer and score benchmarks; answers that are there already are not asked again.
+    """Answer and score benchmarks; questions that already have an answer are not asked again.
 
-    Scores are computed anew from the answers and the judge's replies, so that a result never outlives what it was made
-    of. Only a judge's result stays as it is where no judge is named.
+    Scores are always recomputed from the answers and the judge's replies, so a result never outlives its inputs. Only a
+    judge's result is kept as it is if no judge is given.
 
     Args:
-        judge: for benchmarks whose scores need one. Its replies are kept in `out/judge.jsonl`. It is asked something
-            short before anything is generated.
+        judge: judge for benchmarks whose scores need one. Its replies are kept in `out/judge.jsonl`. A short probe
+            checks it before anything is generated.
 
     Returns:
         One entry per benchmark, as written to `out/<benchmark>.json`.
@@ -92,7 +92,7 @@ def evaluate_model(
 
 
 def judged(out: Path, name: str) -> bool:
-    """Whether a result that is there is by a judge behind an endpoint; says so where it judged only a part."""
+    """Return True if an existing result is by a judge behind an endpoint; print how many answers it left unjudged."""
     result = read_json_object(out / f"{name}.json")
     if "url" not in result.get("judge", {}):
         return False
@@ -102,17 +102,17 @@ def judged(out: Path, name: str) -> bool:
 
 
 def shard_images(images: Iterable[Any]) -> set[Any]:
-    """The images that this process answers for."""
+    """Return the images that this process answers for."""
     return set(distributed.shard(list(dict.fromkeys(images))))
 
 
 def begin_evaluation(
     out: Path, model: Path, data: Path | None, how: GenerationSettings, loading: LoadOptions, **asked: Any
 ) -> GenerationSettings:
-    """Look at how a model is to be asked, and `claim_eval_dir` the output folder: the first process before the others.
+    """Check the settings and claim the output folder with `claim_eval_dir`, the main process before the others.
 
     Returns:
-        `how` with the model's own template where it names none.
+        `how`, with the model's own template if it names none.
     """
     how = dataclasses.replace(how, template=how.template or folder_template(model))
     get_template(how.template)
@@ -129,10 +129,10 @@ def begin_evaluation(
 def claim_eval_dir(
     out: Path, model: Path, data: Path | None, template: str, max_new_tokens: int, loading: LoadOptions, **asked: Any
 ) -> None:
-    """Take an output folder for one model, data and way of asking; refuse one that holds other answers.
+    """Claim an output folder for one model, data folder and settings; refuse one that holds other answers.
 
     Args:
-        asked: what else the answers depend on.
+        asked: further settings that the answers depend on.
     """
     for folder, what in ((model, "model"), (data, "data")):
         if folder is not None and not folder.is_dir():
@@ -154,7 +154,7 @@ def append_answers(
     files: Iterable[AnswerFile],
     size: int,
 ) -> None:
-    """Append answers to their files as they come, `size` at a time, and what is there when something fails."""
+    """Append answers to their files as they come, `size` at a time; on failure, write what is waiting."""
     waiting: dict[Path, list[dict[str, Any]]] = {file.path: [] for file in files}
 
     def put() -> None:
@@ -175,15 +175,17 @@ def append_answers(
 def ask_missing(
     name: str, asked: Questions, load: Callable[[], LoadedModel], out: Path, how: GenerationSettings
 ) -> None:
-    """Ask what has no answer yet, and append answers to their files as they come; equal questions are asked once.
+    """Ask the questions that have no answer yet, and append answers to their files as they come.
+
+    Equal questions are asked once.
 
     Args:
-        load: called when there is something to ask.
+        load: loads the model; called only if there is something to ask.
     """
     benchmark = BENCHMARKS[name]
     files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, distributed.rank()) for stem in asked}
     mine = shard_images(question.image for questions in asked.values() for question in questions)
-    beams = dict(benchmark.generate).get("num_beams", 1)  # each takes as much memory as a prompt
+    beams = dict(benchmark.generate).get("num_beams", 1)  # each beam takes as much memory as a prompt
     for short in (True, False):
         stems = [stem for stem in asked if (stem in benchmark.yes_or_no) == short]
         left = [(s, q) for s in stems for q in asked[s] if q.image in mine and q.id not in files[s].records]
@@ -214,7 +216,7 @@ def _ask(
 
 
 def write_result(name: str, data: Path, asked: Questions, out: Path, judge: Judge | None) -> dict[str, Any]:
-    """The result of answer files that are complete; they end in the order of the questions."""
+    """Compute the result of complete answer files, and rewrite these in the order of the questions."""
     answers = {
         stem: AnswerFile(out / f"{stem}.jsonl", BENCHMARKS[name].id_field).finish([q.id for q in questions])
         for stem, questions in asked.items()

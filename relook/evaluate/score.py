@@ -1,4 +1,4 @@
-"""Scores from files alone: no model, and none of its libraries. `relook score`, `eval` and the comparisons use it."""
+"""Scores from files alone, without a model or its libraries; used by `relook score`, `eval` and the comparisons."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LLAVA_QUESTIONS = "llava_pope_test.jsonl"  # LLaVA's own name
 
 
 def pope_questions(data: Path) -> dict[str, list[Question]]:
-    """A data folder's questions by split; with LLaVA's texts where its question file lies beside POPE's."""
+    """Read a data folder's questions by split, with LLaVA's texts if its question file is next to POPE's."""
     files, images = {split: pope_file(data, split) for split in SPLITS}, coco_images(data)
     llava = files[SPLITS[0]].with_name(LLAVA_QUESTIONS)
     if not llava.exists():
@@ -41,13 +41,13 @@ def annotation_file(data: Path) -> Path:
 
 
 def caption_file(data: Path) -> Path | None:
-    """What people said of the images, where it is there."""
+    """Return the path of the human captions; None if the file does not exist."""
     path = coco_annotations(data, "captions")
     return path if path.exists() else None
 
 
 def chair_images(annotations: Annotations, pinned: Path) -> list[str]:
-    """The images that are described: those that a file lists, one name a line, or all where it is not there."""
+    """Return the images to describe: those listed in the file `pinned`, one name per line, or all if it is missing."""
     if not pinned.exists():
         return list(annotations.images)
     names = list(dict.fromkeys(line.strip() for line in read_text(pinned).splitlines() if line.strip()))
@@ -57,11 +57,11 @@ def chair_images(annotations: Annotations, pinned: Path) -> list[str]:
 
 
 def read_truth(instances: str | Path, captions: str | Path | None, images: Sequence[str] | None = None) -> Annotations:
-    """Annotations whose objects are the truth by CHAIR's definition: also those that people name in their captions.
+    """Read annotations whose objects are the truth by CHAIR's definition, including objects named in human captions.
 
     Args:
-        captions: COCO's file of them; without it the annotated objects are the truth.
-        images: those whose captions are read; all where none are given.
+        captions: COCO's captions file; without it, the annotated objects alone are the truth.
+        images: images whose captions are read; all by default.
     """
     instances = Path(instances)
     captions = None if captions is None else Path(captions)
@@ -83,7 +83,7 @@ def data_truth(data: Path, images: Sequence[str] | None = None) -> Annotations:
 def score_pope(
     questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official"
 ) -> dict[str, Any]:
-    """Confusion counts and rates, with 95 % intervals over images."""
+    """Compute POPE's confusion counts and rates, with 95 % intervals over images."""
     return _score_rows(pope.match_answers(questions, answers, parser), parser)
 
 
@@ -92,13 +92,17 @@ def _score_rows(rows: Sequence[pope.PopeRow], parser: str) -> dict[str, Any]:
 
 
 def score_chair(captions: Mapping[str, str], annotations: Annotations) -> dict[str, Any]:
-    """CHAIR with 95 % intervals over images; the image list is identified by its hash."""
+    """Compute CHAIR with 95 % intervals over images; a hash identifies the image list."""
     scored = chair_counts(captions, annotations)
     return scored.to_json() | _intervals(scored.ratios()) | {"image_list": text_hash(*captions)}
 
 
 def chair_counts(captions: Mapping[str, str], annotations: Annotations) -> chair.ChairScore:
-    """CHAIR's counts. Raises DataError where a caption's image has no annotations."""
+    """Count CHAIR's mentions.
+
+    Raises:
+        DataError: a caption's image has no annotations.
+    """
     truth = {image: annotations.objects[image] for image in captions if image in annotations.objects}
     return chair.score_captions(captions, truth, chair.vocabulary_of(annotations))
 
@@ -111,7 +115,7 @@ def _intervals(ratios: Mapping[str, Ratio]) -> dict[str, Any]:
 
 
 def pope_results(data: Path, out: Path, parser: str = "official") -> dict[str, Any]:
-    """What `pope.json` says: each split's scores, and where they come from."""
+    """Compute the contents of `pope.json`: each split's scores, and their provenance."""
     questions = pope_questions(data)
     results: dict[str, Any] = {
         split: score_pope(asked, pope.read_pope_answers(out / f"pope_{split}.jsonl"), parser)
@@ -122,7 +126,7 @@ def pope_results(data: Path, out: Path, parser: str = "official") -> dict[str, A
 
 
 def _question_hashes(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
-    """Hashes of the questions and of their images."""
+    """Compute hashes of the questions and of their images."""
     texts = {
         split: text_hash(*(part for q in asked for part in (q.image.name, q.text, q.label)))
         for split, asked in questions.items()
@@ -132,7 +136,7 @@ def _question_hashes(questions: Mapping[str, Sequence[Question]]) -> dict[str, A
 
 
 def chair_results(data: Path, out: Path) -> dict[str, Any]:
-    """What `chair.json` says."""
+    """Compute the contents of `chair.json`: CHAIR's scores, and their provenance."""
     captions = read_captions_by_image(out / "chair.jsonl")
     result = score_chair(captions, data_truth(data, list(captions)))
     return {**result, "provenance": provenance(out, **_truth(result, caption_file(data)))}
@@ -146,10 +150,10 @@ def read_captions_by_image(path: str | Path, annotations: Annotations | None = N
     """Read captions by image: records with `caption` (or `text`), and `image`, or COCO's `image_id`.
 
     Args:
-        annotations: say which image has which id.
+        annotations: annotations that map image ids to images.
 
     Raises:
-        DataError: a record lacks one, an image stands twice, or the file holds none.
+        DataError: a record lacks its caption or image, an image occurs twice, or the file holds no caption.
     """
     path = Path(path)
     ids = annotations.ids if annotations else {}
@@ -175,7 +179,7 @@ COMPARED = tuple(RESULTS)  # the benchmarks by which two models are compared
 
 
 def read_scores(out: str | Path, benchmarks: Sequence[str] = COMPARED) -> dict[str, dict[str, Any]]:
-    """The scores alone, for tables that say once where all of theirs come from."""
+    """Read the scores without their provenance, for tables that state it once for all."""
     out = Path(out)
     found = {name: read_json_object(out / f"{name}.json") for name in benchmarks}
     return {name: {key: v for key, v in scores.items() if key != "provenance"} for name, scores in found.items()}
@@ -186,7 +190,7 @@ def read_scores(out: str | Path, benchmarks: Sequence[str] = COMPARED) -> dict[s
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """What answers are scored against: a data folder, or single files. `images` lists those that CHAIR describes."""
+    """Inputs to score answers against: a data folder, or single files; `images` lists those that CHAIR describes."""
 
     data: Path | None = None
     questions: Path | None = None
@@ -207,7 +211,7 @@ def score_answers(
         benchmark: one of `RESULTS`.
 
     Raises:
-        RelookError: what is missing, or what does not match; the ids or images are named.
+        RelookError: something is missing or does not match; the message names the ids or images.
     """
     answers = Path(answers)
     if parser not in PARSERS:
@@ -219,7 +223,7 @@ def score_answers(
 
 
 def data_of(out: str | Path) -> Path:
-    """The data folder of a folder of `relook eval`."""
+    """Return the data folder that a `relook eval` folder records."""
     out = Path(out)
     noted = read_json_object(out / EVAL_FILE, optional=True).get("data")
     return _required_path(

@@ -1,6 +1,6 @@
-"""How sure a number is: intervals over images, and paired comparisons of two models on the same images.
+"""Uncertainty of scores: bootstrap intervals over images, and paired comparisons of two models on the same images.
 
-Rows of one image depend on each other (POPE asks six questions on each), so images are resampled, never rows.
+Rows of one image are not independent (POPE asks six questions about each), so images are resampled, never rows.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ Columns = tuple[list[int], list[int]]  # the same as (numerators, denominators)
 
 
 def safe_ratio(part: float, whole: float) -> float | None:
-    """A rate; None of nothing, which is neither good nor bad."""
+    """Return part / whole; None if whole is zero, since a rate of nothing is neither good nor bad."""
     return part / whole if whole else None
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Of numbers; None of none."""
+    """Return the mean of numbers; None if there are none."""
     return safe_ratio(sum(values), len(values))
 
 
 def to_columns(ratio: Ratio) -> Columns:
-    """Numerators and denominators."""
+    """Split (numerator, denominator) pairs into numerators and denominators."""
     return [top for top, _ in ratio], [bottom for _, bottom in ratio]
 
 
 def sum_by_image(rows: Iterable[tuple[str, int, int]], images: Iterable[str] = ()) -> Columns:
-    """Numerators and denominators of rows (image, numerator, denominator), summed over each image.
+    """Sum numerators and denominators of rows (image, numerator, denominator) over each image.
 
     Args:
-        images: come first and in this order; one without rows has 0 of 0.
+        images: images that come first, in this order; one without rows has 0 of 0.
     """
     sums = dict.fromkeys(images, (0, 0))
     for image, top, bottom in rows:
@@ -49,14 +49,14 @@ def sum_by_image(rows: Iterable[tuple[str, int, int]], images: Iterable[str] = (
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval | None:
-    """95 % percentile bootstrap interval of sum(numerators) / sum(denominators) (Efron 1979).
+    """Compute the 95 % percentile bootstrap interval of sum(numerators) / sum(denominators) (Efron 1979).
 
     Args:
         numerators, denominators: one value per image. Resamples whose denominators sum to zero have no ratio and are
             left out.
 
     Returns:
-        [low, high]; None where the denominators sum to zero.
+        [low, high]; None if the denominators sum to zero.
 
     Raises:
         ValueError: the two differ in length.
@@ -70,14 +70,14 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], s
 def paired_interval(
     first: tuple[Sequence[float], Sequence[float]], second: tuple[Sequence[float], Sequence[float]], seed: int = 0
 ) -> Interval | None:
-    """95 % interval of ratio(second) - ratio(first): each resample takes the same images for both models.
+    """Compute the 95 % interval of ratio(second) - ratio(first); each resample takes the same images for both models.
 
     Args:
         first, second: (numerators, denominators) of a model, one value per image, in the same order of images.
 
     Returns:
-        [low, high]; None where either ratio is one of nothing. Without zero inside, the difference is significant at
-        5 %.
+        [low, high]; None if either ratio has a zero denominator. If zero lies outside, the difference is significant at
+        the 5 % level.
 
     Raises:
         ValueError: the four differ in length.
@@ -90,19 +90,23 @@ def paired_interval(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact McNemar test (McNemar 1947): p-value under "either model is as often right alone".
+    """Compute the p-value of the two-sided exact McNemar test (McNemar 1947).
+
+    The null hypothesis is that either model is equally often the only one that is right.
 
     Args:
         only_first, only_second: rows on which exactly that model is right; see `discordant_counts`.
     """
     n, fewer = only_first + only_second, min(only_first, only_second)
-    # Doubling the binomial tail counts the middle twice where the two are equal: hence the bound.
+    # Doubling the binomial tail counts the middle term twice when the two counts are equal: hence the bound.
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / (1 << n))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several comparisons with one base, corrected so that one false alarm among all stays at the level
-    (Holm 1979): the k-th smallest of m is multiplied by m - k + 1, and none falls below a smaller one's."""
+    """Correct the p-values of several comparisons with one base for the family-wise error rate (Holm 1979).
+
+    The k-th smallest of m is multiplied by m - k + 1, and none falls below the corrected value of a smaller one.
+    """
     corrected, most = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         most = max(most, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -111,7 +115,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def discordant_counts(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
-    """On how many rows only the first model is right, and only the second; rows in the same order.
+    """Count the rows on which only the first model is right, and only the second; rows are in the same order.
 
     Raises:
         ValueError: the two differ in length.
@@ -128,20 +132,21 @@ def _same_length(*columns: Sequence[object]) -> None:
 
 @lru_cache(2)  # a result has several rates over the same images
 def _draws(count: int, seed: int) -> Floats:
-    """How often each of `count` images is drawn in each resample: (RESAMPLES, count), each row summing to count."""
+    """Draw the resamples: how often each of `count` images occurs in each, (RESAMPLES, count); rows sum to count."""
     drawn = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    # Give each resample its own range of bins, so that one bincount counts all resamples at once.
     cells = drawn + count * np.arange(RESAMPLES)[:, None]
     return np.bincount(cells.ravel(), minlength=RESAMPLES * count).reshape(RESAMPLES, count).astype(np.float64)
 
 
 def _ratios(draws: Floats, numerators: Sequence[float], denominators: Sequence[float]) -> Floats:
-    """The ratio of each resample; NaN where its denominators sum to zero."""
+    """Compute the ratio of each resample, (RESAMPLES,); NaN where its denominators sum to zero."""
     top, bottom = (draws @ np.asarray(column, np.float64) for column in (numerators, denominators))
     return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom != 0)
 
 
 def _interval(values: Floats) -> Interval | None:
-    """Percentiles of the resamples that have a value; None where none has."""
+    """Compute the interval's percentiles over the resamples that are not NaN; None if all are."""
     values = values[~np.isnan(values)]
     if not len(values):
         return None

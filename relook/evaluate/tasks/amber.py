@@ -1,8 +1,8 @@
-"""AMBER (Wang et al. 2023, arXiv:2311.07397): what a description makes up, and yes/no questions, without a judge.
+"""AMBER (Wang et al. 2023, arXiv:2311.07397): hallucinations in descriptions, and yes/no questions, without a judge.
 
-The arithmetic is that of junyangwang0410/AMBER inference.py. It finds nouns by a tagger and near synonyms by word
-vectors; here `nouns` has rules for the words of the benchmark's own list, and a file near synonyms:
-docs/shr-amber-mmhal.md says what differs. Rates are fractions, not rounded, and no small numbers are added to
+The arithmetic follows inference.py of junyangwang0410/AMBER. The original finds nouns with a tagger and near synonyms
+with word vectors. Here `amber_nouns` has rules for the words of the benchmark's own list, and a file lists the near
+synonyms; docs/shr-amber-mmhal.md documents the differences. Rates are unrounded fractions, and no epsilon is added to
 denominators.
 """
 
@@ -42,10 +42,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Lists:
-    """The benchmark's word lists.
+    """Word lists of the benchmark.
 
     Args:
-        association: a word to other words for it, or for its parts.
+        association: maps a word to other words for it, or for its parts.
         safe: words that are never hallucinations.
         near: pairs of words that count as the same.
     """
@@ -56,13 +56,13 @@ class Lists:
 
     @cached_property
     def forms(self) -> dict[str, str]:
-        """Surface form, case counts, to a word of the list."""
+        """Map each case-sensitive surface form to a word of the list."""
         listed = {*self.association, *(word for words in self.association.values() for word in words)}
         forms = {many: word for word in sorted(listed) for many in plurals(word)} | {word: word for word in listed}
         return {form: word for form, word in forms.items() if form not in _NOT_COUNTED}
 
     def nouns(self, text: str) -> list[str]:
-        """The listed words that a text uses as nouns, in order."""
+        """Return the listed words that a text uses as nouns, in order."""
         words = tokens(text)
         listed = [(i, self.forms[word]) for i, word in enumerate(words) if word in self.forms]
         return [noun for i, noun in listed if is_noun(words, i, noun)]
@@ -72,7 +72,7 @@ class Lists:
 
 
 def required_amber_file(data: Path, name: str) -> Path:
-    """One of the benchmark's files, `data/amber/data/...` as in its repository."""
+    """Return the path of a benchmark file that must exist, `data/amber/data/...` as in its repository."""
     path = amber_file(data, name)
     if not path.exists():
         raise DataError(f"{path} does not exist.", SOURCE)
@@ -80,7 +80,7 @@ def required_amber_file(data: Path, name: str) -> Path:
 
 
 def read_lists(data: Path) -> Lists:
-    """The word lists below `data/amber/data`; `near_synonyms.txt` (two words a line) is optional."""
+    """Read the word lists in `data/amber/data`; `near_synonyms.txt` (two words per line) is optional."""
     near = amber_file(data, "near_synonyms.txt")
     pairs = [line.split() for line in read_text(near).splitlines() if line.strip()] if near.exists() else []
     odd = [" ".join(pair) for pair in pairs if len(pair) != 2]
@@ -93,7 +93,7 @@ def read_lists(data: Path) -> Lists:
 
 
 def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
-    """The generative and the discriminative questions of `query/query_all.json`, with images in `data/amber/image`.
+    """Read the generative and discriminative questions of `query/query_all.json`; images are in `data/amber/image`.
 
     Raises:
         DataError: a file is missing or empty, a record lacks a field, or a question has no annotation.
@@ -121,7 +121,7 @@ def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
 
 
 def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
-    """What is true of each question, by its id."""
+    """Read the ground truth of each question, by question id."""
     path = required_amber_file(data, "annotations.json")
     try:
         entries = {str(record["id"]): record for record in read_published_records(path, SOURCE)}
@@ -135,9 +135,9 @@ def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def yes_or_no(answer: str) -> str:
-    """ "yes" or "no" by an answer's first word, whatever its case; "" where it is another word, and for "yes and no".
+    """Return "yes" or "no" by an answer's first word, in any case; "" for any other word, and for "yes and no".
 
-    The original wants answers that are exactly "Yes" or "No", and so does this to what is before punctuation.
+    The original requires exactly "Yes" or "No"; here the first word must be one, whatever punctuation follows.
     """
     first = re.match(r"\W*(\w+)\b(?!\W*(?:and|or|/)\W*(?:yes|no)\b)", answer, re.IGNORECASE)
     word = first[1].lower() if first else ""
@@ -146,7 +146,7 @@ def yes_or_no(answer: str) -> str:
 
 @dataclass(frozen=True)
 class DescriptionCounts:
-    """What one description says: words of the list, of these made up, and truths and temptations that it covers."""
+    """Counts for one description: listed words, hallucinated ones, and the truths and temptations covered."""
 
     nouns: int
     made_up: int
@@ -157,14 +157,15 @@ class DescriptionCounts:
 
 
 def judge_description(text: str, truth: Sequence[str], hallu: Sequence[str], lists: Lists) -> DescriptionCounts:
-    """Count a description's words against what is on the image and what models tend to make up there.
+    """Count a description's words against the objects in the image and those that models tend to hallucinate there.
 
-    A word marks the first entry that it is another word for, an associated word before the entry itself. As in the
-    original, a word that is no truth may mark a temptation twice over: as itself, and as the first that it is close to.
+    A word marks the first entry that it is a synonym of; associated words are tried before the entries themselves. As
+    in the original, a word that is not a truth may mark two temptations: its own entry, and the first it is close to.
     """
     covered, tempted = _Marks(truth, lists), _Marks(hallu, lists)
     nouns, made_up = lists.nouns(text), 0
     for noun in nouns:
+        # An exact truth is settled first, so that it cannot mark a temptation.
         if noun in lists.safe or covered.mark(noun, exact=True):
             continue
         tempted.mark(noun, exact=True)
@@ -174,7 +175,7 @@ def judge_description(text: str, truth: Sequence[str], hallu: Sequence[str], lis
 
 
 class _Marks:
-    """Which of some annotated words a description has covered."""
+    """Record of which annotated words a description has covered."""
 
     def __init__(self, words: Sequence[str], lists: Lists) -> None:
         self.marked, self.lists = [False] * len(words), lists
@@ -182,7 +183,7 @@ class _Marks:
         self.ways = associated + [(word, i) for i, word in enumerate(words)]
 
     def mark(self, noun: str, exact: bool = False) -> bool:
-        """Mark the first word that the noun is, or is close to; whether there is one."""
+        """Mark the first word that the noun equals, or is close to, and return True if there is one."""
         for word, i in self.ways:
             if noun == word or (not exact and self.lists.close(noun, word)):
                 self.marked[i] = True
@@ -191,10 +192,10 @@ class _Marks:
 
 
 def score_amber(data: Path, asked: Sequence[Question], responses: Mapping[str, str]) -> dict[str, Any]:
-    """Generative and discriminative scores, and the AMBER score, with 95 % intervals over images.
+    """Compute the generative and discriminative scores and the AMBER score, with 95 % intervals over images.
 
-    "No" is the positive answer, as in the original. An answer that is neither yes nor no is wrong, and is counted in
-    `neither`. Scores of a part that was not asked are left out; a rate of nothing is None.
+    "No" is the positive class, as in the original. An answer that is neither yes nor no is wrong, and is counted in
+    `neither`. Scores of a part that was not asked are omitted; a rate with a zero denominator is None.
     """
     annotations, lists = read_annotations(data), read_lists(data)
     images = list(dict.fromkeys(question.image.name for question in asked))
@@ -224,8 +225,11 @@ def score_amber(data: Path, asked: Sequence[Question], responses: Mapping[str, s
 
 
 def generative(rows: Sequence[DescriptionCounts]) -> dict[str, Any]:
-    """CHAIR: made-up words / listed words. Cover: truths said / truths. Hal: descriptions with a made-up word.
-    Cog: temptations said / temptations."""
+    """Compute the rates of the generative part, with 95 % intervals over images.
+
+    CHAIR: hallucinated words / listed words. Cover: truths mentioned / truths. Hal: descriptions with a hallucinated
+    word / descriptions. Cog: temptations mentioned / temptations.
+    """
     pairs = {
         "chair": ([r.made_up for r in rows], [r.nouns for r in rows]),
         "cover": ([r.covered for r in rows], [r.truths for r in rows]),
@@ -237,7 +241,7 @@ def generative(rows: Sequence[DescriptionCounts]) -> dict[str, Any]:
 
 
 def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, and precision, recall and F1 of "no"."""
+    """Compute accuracy, and precision, recall and F1 with "no" as the positive class."""
     right = [(said == "no") == truth and said != "" for _, _, truth, said in answers]
     hits = [said == "no" and truth for _, _, truth, said in answers]
     said_no, truly_no = sum(said == "no" for *_, said in answers), sum(truth for _, _, truth, _ in answers)
@@ -255,7 +259,7 @@ def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequen
 
 
 def _f1_counts(answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]) -> Columns:
-    """F1 as one ratio: twice the hits / (said "no" + true "no"), by image."""
+    """Return F1 as one ratio per image: twice the hits / (answered "no" + truly "no")."""
     rows = ((image, 2 * (said == "no" and truth), (said == "no") + truth) for image, _, truth, said in answers)
     return sum_by_image(rows, images)
 
@@ -263,7 +267,7 @@ def _f1_counts(answers: Sequence[tuple[str, str, bool, str]], images: Sequence[s
 def _f1_minus_chair(
     made: Mapping[str, DescriptionCounts], answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]
 ) -> Interval | None:
-    """The interval of F1 - CHAIR, each resample taking the same images for both."""
+    """Compute the interval of F1 - CHAIR; each resample takes the same images for both."""
     chair = sum_by_image(((image, m.made_up, m.nouns) for image, m in made.items()), images)
     return paired_interval(chair, _f1_counts(answers, images))
 

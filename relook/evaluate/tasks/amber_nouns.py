@@ -1,8 +1,8 @@
-"""Which words of AMBER's list are nouns in an English description, as its program sees them.
+"""Rules for which words of AMBER's list are nouns in an English description, as its program sees them.
 
-The program asks nltk's tagger, which was trained on newspapers. Here rules say where a word is a verb (after a modal,
-after "to", before its object), and tables name what that tagger takes for adjectives where other readers see nouns.
-docs/shr-amber-mmhal.md says how far the two agree.
+The program uses nltk's tagger, which was trained on newspaper text. Here, rules find verbs (after a modal, after "to",
+before an object). Tables list the words that the tagger takes for adjectives and other readers for nouns.
+docs/shr-amber-mmhal.md reports how far the two agree.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def tokens(text: str) -> list[str]:
 
 
 def is_noun(words: Sequence[str], i: int, singular: str) -> bool:
-    """Whether token `i` of a text, a form of the noun `singular`, is used as a noun."""
+    """Return True if token `i` of a text, a form of the noun `singular`, is used as a noun."""
     if words[i] in _NEVER:
         return False
     second, before = ([".", "."] + [word.lower() for word in words[max(0, i - 2) : i]])[-2:]
@@ -79,7 +79,7 @@ def is_noun(words: Sequence[str], i: int, singular: str) -> bool:
 
 
 def _is_verb(base: bool, subject: str, after: str) -> bool:
-    """Whether a word that may be a verb is: `base` says that it has no -s, which agrees with a plural subject."""
+    """Return True if a possible verb is one; `base` means that it has no -s and so agrees with a plural `subject`."""
     if subject in (_BEFORE_BASE if base else _BEFORE_S):
         return True
     if after not in _OBJECTS:
@@ -89,7 +89,7 @@ def _is_verb(base: bool, subject: str, after: str) -> bool:
 
 
 def _is_adjective(word: str, second: str, before: str, after: str, goes_on: bool) -> bool:
-    """Whether the tagger takes a word for an adjective."""
+    """Return True if the tagger would take a word for an adjective."""
     if word == "orange" and before in _BE:
         return True
     if word in _ALSO_LAST and second in _BE and before in ("a", "an") and after in (".", ",") and goes_on:

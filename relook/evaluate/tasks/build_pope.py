@@ -1,4 +1,4 @@
-"""Building POPE's three splits from annotations, as RUCAIBox/POPE main.py and utils.py do."""
+"""Construction of POPE's three splits from annotations, as in main.py and utils.py of RUCAIBox/POPE."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def build_pope_files(
 ) -> dict[str, Any]:
     """Write the question files of the three splits, over images drawn from those with enough objects.
 
-    `out` gets `coco_pope_<split>.json`, the images in `images.txt`, and `pope.json`, which says what they were made of.
+    `out` receives `coco_pope_<split>.json`, the image list `images.txt`, and `pope.json`, which records their source.
 
     Args:
         annotations: COCO's instances file, or POPE's own layout: `{"image", "objects"}` records.
-        images: how many.
-        positives: objects that are asked of each image; as many absent ones are.
+        images: number of images to draw.
+        positives: number of present objects asked about per image; as many absent ones are asked about.
 
     Returns:
-        What `pope.json` says.
+        The contents of `pope.json`.
 
     Raises:
         RelookError: too few images have that many objects, or the folder holds something else.
@@ -66,10 +66,10 @@ def build_pope_files(
 
 
 def read_image_objects(path: str | Path) -> tuple[dict[str, list[str]], list[str]]:
-    """The distinct objects of each image, in the file's order, and the names of all categories.
+    """Read the distinct objects of each image, in the file's order, and the names of all categories.
 
     Raises:
-        DataError: the file is in neither of the two layouts, or an image stands in it twice.
+        DataError: the file is in neither of the two layouts, or an image occurs twice.
     """
     path = Path(path)
     if not _is_list_of_objects(path):
@@ -90,7 +90,7 @@ def read_image_objects(path: str | Path) -> tuple[dict[str, list[str]], list[str
 
 
 def _is_list_of_objects(path: Path) -> bool:
-    """Whether a file is in POPE's layout, as JSON lines or an array; COCO's is one object."""
+    """Return True if a file is in POPE's layout, JSON lines or an array; COCO's is a single object."""
     text = read_text(path).lstrip()
     first = text.split("\n", 1)[0]
     return text[:1] == "[" or ('"objects"' in first and '"categories"' not in first)
@@ -101,21 +101,24 @@ def build_splits(
 ) -> dict[str, list[dict[str, Any]]]:
     """Build the random, popular and adversarial question records from annotations, as POPE does from COCO's.
 
-    Images with fewer than `positives` objects are left out, and do not count for what is frequent. Of each other image
-    the first `positives` objects are asked, each followed by an absent one that was not asked yet: drawn at random;
-    the most frequent one; or the one that comes together most often with the object just asked (any, at random, where
-    none is left that ever did). Of equally frequent ones the first seen comes first. The yes-questions are the same in
-    the three splits.
+    Images with fewer than `positives` objects are left out, and do not count towards frequencies. For every other
+    image the first `positives` objects are asked about. Each is followed by an absent object not yet asked about:
 
-    Where all objects that occur are on an image or asked, POPE loops for ever: here the categories that never occur
-    follow, and an image with fewer than `positives` absent categories is left out.
+    - random: drawn at random;
+    - popular: the most frequent one;
+    - adversarial: the one that co-occurs most often with the object just asked about, or a random one if none is left.
+
+    Ties in frequency go to the object seen first. The yes-questions are the same in all three splits.
+
+    POPE loops forever once all occurring objects are in the image or asked about. Here the categories that never occur
+    come next, and an image with fewer than `positives` absent categories is left out.
 
     Args:
-        objects_by_image: a sequence is taken in its order; a set has none, so it is shuffled first.
+        objects_by_image: objects of each image; a sequence keeps its order, a set has none and is shuffled first.
         categories: all object names.
 
     Returns:
-        `{"question_id", "image", "text", "label"}` records by split; ids count from 1 in each.
+        `{"question_id", "image", "text", "label"}` records by split; ids start at 1 in each.
 
     Raises:
         DataError: an object is not among the categories.
@@ -141,6 +144,7 @@ def build_splits(
         for image, present in enough.items():
             used = set(present)
             for name in present[:positives]:
+                # Candidates in order: the split's own ranking, then a random order, then categories that never occur.
                 first = {"random": [], "popular": popular, "adversarial": companions[name]}[split]
                 absent = next(o for o in (*first, *rng.sample(popular, len(popular)), *never) if o not in used)
                 used.add(absent)

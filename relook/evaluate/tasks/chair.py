@@ -1,7 +1,7 @@
-"""CHAIR (Rohrbach et al. 2018, arXiv:1809.02156): objects that a caption names and the picture does not have.
+"""CHAIR (Rohrbach et al. 2018, arXiv:1809.02156): objects that a caption names but the image does not contain.
 
-The rules are those of LisaAnne/Hallucination utils/chair.py. It turns words into singulars with a library; here a
-vocabulary lists singulars and plurals, so that nothing has to be installed and a mention keeps its place in the text.
+The rules follow utils/chair.py of LisaAnne/Hallucination. The original singularizes words with a library. Here a
+vocabulary lists singulars and plurals, so nothing has to be installed and a mention keeps its position in the text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IRREGULAR = {"child": "children", "goose": "geese", "mouse": "mice", "ox": "oxe
 
 @dataclass(frozen=True)
 class Mention:
-    """A place where a text names an object: characters `start` to `end`."""
+    """Mention of an object in a text, at characters `start` to `end` (exclusive)."""
 
     object: str
     start: int
@@ -39,11 +39,11 @@ class Mention:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which words and phrases name which object.
+    """Mapping of words and phrases to the objects that they name.
 
     Args:
-        phrases: surface form in lower case, single spaces, singular or plural, to object; to "" where it names none.
-        hidden_by: surface forms that do not count where one of certain others stands in the same text.
+        phrases: maps a surface form (lower case, single spaces, singular or plural) to its object, or to "" for none.
+        hidden_by: surface forms that do not count if one of certain others occurs in the same text.
     """
 
     phrases: Mapping[str, str]
@@ -51,12 +51,12 @@ class Vocabulary:
 
     @cached_property
     def longest(self) -> int:
-        """Words in the longest phrase."""
+        """Return the number of words in the longest phrase."""
         return max((len(_WORD.findall(phrase)) for phrase in self.phrases), default=0)
 
     @cached_property
     def plurals(self) -> frozenset[str]:
-        """The phrases that are plurals of others, and not the same."""
+        """Return the phrases that are plurals of other phrases and differ from them."""
         return (
             frozenset(many for phrase in self.phrases for many in plurals(phrase) if many != phrase)
             & self.phrases.keys()
@@ -64,7 +64,7 @@ class Vocabulary:
 
     @staticmethod
     def of(names: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> Vocabulary:
-        """From object names and other words for them. A name goes before a synonym, and either before a plural."""
+        """Build a vocabulary from object names and synonyms; names override synonyms, and both override plurals."""
         phrases = {_surface_form(name): name for name in names}
         for name in names:
             for word in (synonyms or {}).get(name, ()):
@@ -73,7 +73,7 @@ class Vocabulary:
 
 
 def vocabulary_of(annotations: Annotations) -> Vocabulary:
-    """CHAIR's own where the categories are COCO's 80; else that of an annotation file's categories and synonyms."""
+    """Return CHAIR's vocabulary if the categories are COCO's 80, else one built from the annotations."""
     coco = coco_vocabulary()
     if set(annotations.categories) == set(coco.phrases.values()) - {""} and not annotations.synonyms:
         return coco
@@ -82,7 +82,7 @@ def vocabulary_of(annotations: Annotations) -> Vocabulary:
 
 @cache
 def coco_vocabulary() -> Vocabulary:
-    """CHAIR's vocabulary of COCO's 80 objects, with its rules for double words, from `coco_synonyms.txt`."""
+    """Load CHAIR's vocabulary of COCO's 80 objects, with its rules for double words, from `coco_synonyms.txt`."""
     text = files("relook.evaluate").joinpath("coco_synonyms.txt").read_text(encoding="utf-8")
     rows = [line.split(", ") for line in text.splitlines() if line and not line.startswith("#")]
     phrases = {word: row[0] for row in rows for word in row}
@@ -104,9 +104,9 @@ def _with_plurals(phrases: Mapping[str, str]) -> dict[str, str]:
 
 
 def plurals(phrase: str) -> list[str]:
-    """Return the plural of a noun or phrase, then regular ones that people write as well: persons, buffaloes, mouses.
+    """Return the plural of a noun or phrase, then the regular forms that people also write: persons, buffaloes, mouses.
 
-    The original takes -s and -es off any word, so it counts these too, right or wrong.
+    The original strips -s and -es from any word, so it counts these too, right or wrong.
     """
     return [
         plural(phrase),
@@ -116,7 +116,7 @@ def plurals(phrase: str) -> list[str]:
 
 
 def plural(phrase: str) -> str:
-    """The plural of a noun in lower case, or of a phrase's last word."""
+    """Return the plural of a lower-case noun, or of a phrase with its last word in the plural."""
     head, space, word = phrase.rpartition(" ")
     if word in _IRREGULAR:
         many = _IRREGULAR[word]
@@ -136,7 +136,7 @@ def plural(phrase: str) -> str:
 
 
 def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
-    """Every mention of an object, in order; the longest phrase wins, case does not matter, whole words only."""
+    """Find every mention of an object, in order: whole words only, ignoring case, and the longest phrase wins."""
     words = [match.span() for match in _WORD.finditer(text)]
     found: list[tuple[str, int, int]] = []
     first = 0
@@ -150,6 +150,7 @@ def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
                 first = last
                 break
         first += 1
+    # Phrases that name no object, or that another phrase in the text hides, are dropped only after matching.
     surfaces = {surface for surface, _, _ in found}
     return [
         Mention(vocabulary.phrases[surface], start, end)
@@ -161,7 +162,7 @@ def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
 def truth_of(
     annotations: Annotations, human_captions: Mapping[str, Iterable[str]], vocabulary: Vocabulary
 ) -> dict[str, frozenset[str]]:
-    """The objects on each image by CHAIR's definition: annotated ones, and those that people name in their captions.
+    """Return the objects in each image by CHAIR's definition: annotated ones, and those named in human captions.
 
     Published COCO figures use both (`relook.data.annotations.read_captions`); annotations alone give higher rates.
     """
@@ -174,11 +175,11 @@ def truth_of(
 
 @dataclass(frozen=True)
 class ChairScore:
-    """CHAIR over captions; the tuples hold one count per image, in the order of `images`.
+    """CHAIR counts over captions; the tuples hold one count per image, in the order of `images`.
 
     Captions without any mention add nothing to `chair_i` and, as in the original, count as free of hallucination in
-    `chair_s`. So that silence is not taken for sight, `empty` says how many there are, and they lower `recall`. Rates
-    are fractions; one whose denominator is zero is None.
+    `chair_s`. `empty` reports their share, and they lower `recall`, so that saying nothing is not mistaken for
+    accuracy. Rates are fractions; a rate with a zero denominator is None.
     """
 
     images: tuple[str, ...]
@@ -194,31 +195,31 @@ class ChairScore:
 
     @property
     def chair_i(self) -> float | None:
-        """Mentions of absent objects / mentions."""
+        """Return mentions of absent objects / mentions."""
         return safe_ratio(sum(self.hallucinated), sum(self.mentioned))
 
     @property
     def chair_s(self) -> float | None:
-        """Captions that mention an absent object / captions."""
+        """Return captions that mention an absent object / captions."""
         return safe_ratio(sum(count > 0 for count in self.hallucinated), self.n)
 
     @property
     def recall(self) -> float | None:
-        """Distinct present objects that were named / distinct present objects, summed over images."""
+        """Return distinct present objects that were named / distinct present objects, summed over images."""
         return safe_ratio(sum(self.found), sum(self.present))
 
     @property
     def length(self) -> float | None:
-        """Mean number of words."""
+        """Return the mean number of words."""
         return safe_ratio(sum(self.words), self.n)
 
     @property
     def empty(self) -> float | None:
-        """Captions without any mention / captions."""
+        """Return captions without any mention / captions."""
         return safe_ratio(sum(count == 0 for count in self.mentioned), self.n)
 
     def ratios(self) -> dict[str, Ratio]:
-        """Each rate's (numerator, denominator), one per image."""
+        """Return each rate's (numerator, denominator) pairs, one per image."""
         return {
             "chair_i": list(zip(self.hallucinated, self.mentioned, strict=True)),
             "chair_s": [(int(count > 0), 1) for count in self.hallucinated],
@@ -233,10 +234,10 @@ class ChairScore:
 def score_captions(
     captions: Mapping[str, str], truth: Mapping[str, Collection[str]], vocabulary: Vocabulary
 ) -> ChairScore:
-    """Count mentions in each image's caption against the objects that are there.
+    """Count mentions in each image's caption against the objects that are present.
 
     Raises:
-        DataError: images whose objects are not known; they are named.
+        DataError: the objects of some images are not known; the message names them.
     """
     unknown = [image for image in captions if image not in truth]
     if unknown:

@@ -1,6 +1,6 @@
 """MMHal-Bench (Sun et al. 2023, arXiv:2309.14525): 96 questions of eight types, rated 0 to 6 by a judge.
 
-The arithmetic is that of the benchmark's eval_gpt4.py, which comes with its files: a rating below 3 is a hallucination.
+The arithmetic follows the benchmark's own eval_gpt4.py: a rating below 3 is a hallucination.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Answer of the model: {}
 
 
 def read_entries(data: str | Path) -> list[dict[str, Any]]:
-    """The benchmark's records, from `data/mmhal/response_template.json`.
+    """Read the benchmark's records from `data/mmhal/response_template.json`.
 
     Raises:
         DataError: the file is missing, empty, or a record lacks a field.
@@ -61,7 +61,10 @@ def read_entries(data: str | Path) -> list[dict[str, Any]]:
 
 
 def mmhal_questions(data: Path) -> list[Question]:
-    """Questions with their place in the file as id; images are in `data/mmhal/images`, named as `image_src` ends."""
+    """Read the questions; ids are positions in the file.
+
+    Images are in `data/mmhal/images`, named by the last part of `image_src`.
+    """
     images = data / "mmhal" / "images"
     return [
         Question(
@@ -72,26 +75,25 @@ def mmhal_questions(data: Path) -> list[Question]:
 
 
 def read_mmhal_answers(path: str | Path) -> list[dict[str, Any]]:
-    """relook's JSON lines, or the benchmark's layout: its records in their order, with `model_answer` filled in."""
+    """Read relook's JSON lines, or the benchmark's layout: its records in order, with `model_answer` filled in."""
     path = Path(path)
     return [{"question_id": str(number), **record} for number, record in enumerate(read_records(path))]
 
 
 def read_rating(reply: str) -> int | None:
-    """The rating in a judge's reply; None where there is none, or more than one."""
+    """Return the rating in a judge's reply; None if there is none, or more than one."""
     found = {int(digit) for digit in re.findall(r"rating:[\s*]*([0-6])(?!\.?\d)", reply.lower())}
     return found.pop() if len(found) == 1 else None
 
 
 def score_mmhal(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any]:
-    """Mean rating, hallucination rate, and the mean of each question type, with 95 % intervals over images.
+    """Compute the mean rating, hallucination rate and mean per question type, with 95 % intervals over images.
 
-    Answers that were not judged are counted in `not_judged` and in nothing else; the original rates them 0. A type of
-    which none was judged has the mean None.
-    The prompt is the original's where `data/mmhal/eval_gpt4.py` is the benchmark's file, else relook's own.
+    Answers that were not judged count in `not_judged` only; the original rates them 0. A type without a judged answer
+    has the mean None. The prompt is the original's if `data/mmhal/eval_gpt4.py` exists, else relook's own.
 
     Args:
-        answers: by question id.
+        answers: answers by question id.
 
     Raises:
         RelookError: the judge rated no answer.

@@ -1,6 +1,6 @@
-"""POPE (Li et al. 2023, arXiv:2305.10355): yes/no questions about objects, and the official way of scoring them.
+"""POPE (Li et al. 2023, arXiv:2305.10355): yes/no questions about objects, with the official scoring.
 
-The official program is RUCAIBox/POPE evaluate.py. `pope_build` makes the questions.
+The official program is evaluate.py of RUCAIBox/POPE. `build_pope` builds the questions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from relook.evaluate.statistics import Ratio, safe_ratio
 from relook.files import read_records
 
 SPLITS = ("random", "popular", "adversarial")
-LONGEST_ANSWER = 64  # tokens: no longer one is asked for
+LONGEST_ANSWER = 64  # tokens: upper bound on what a yes/no question may generate
 
 
 def question_text(name: str) -> str:
-    """POPE's question about an object."""
+    """Return POPE's question about an object."""
     return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
 
 
@@ -33,7 +33,7 @@ def read_pope_questions(path: str | Path, image_root: str | Path) -> list[Questi
     As in the official program, any label but "no" counts as yes. LLaVA's question files have no label: theirs is empty.
 
     Raises:
-        DataError: a field is missing, an id stands twice, or the file has no question.
+        DataError: a field is missing, an id occurs twice, or the file has no question.
     """
     path, image_root = Path(path), Path(image_root)
     questions = []
@@ -57,13 +57,13 @@ def read_pope_questions(path: str | Path, image_root: str | Path) -> list[Questi
 
 
 def read_llava_questions(path: str | Path, labels: str | Path, image_root: str | Path) -> dict[str, list[Question]]:
-    """Read LLaVA's question file, which holds all splits by `category` and no label, by split.
+    """Read LLaVA's question file, which holds all splits by `category` and no labels, and group it by split.
 
-    Labels come from POPE's files in a folder: to the same image and the text's first line, since LLaVA's texts have a
-    second one ("Answer the question using a single word or phrase.").
+    Labels come from POPE's files in the folder `labels`. They are matched by image and by the first line of the text,
+    since LLaVA's texts have a second line ("Answer the question using a single word or phrase.").
 
     Raises:
-        DataError: questions without a label, or labels without a question; both are counted and named.
+        DataError: questions have no label, or labels no question; the message counts and names both.
     """
     path, labels, image_root = Path(path), Path(labels), Path(image_root)
     category = {str(r.get("question_id")): str(r.get("category", "")) for r in read_records(path)}
@@ -89,10 +89,11 @@ def read_llava_questions(path: str | Path, labels: str | Path, image_root: str |
 def read_pope_answers(path: str | Path) -> list[dict[str, Any]]:
     """Read an answer file: records with `question_id`, and `answer` (POPE's key) or `text` (LLaVA's), in any order.
 
-    In POPE's own layout, `{"question", "answer"}`, they may be without an id if all are: see `match`.
+    In POPE's own layout, `{"question", "answer"}`, ids may be missing if they are missing in all records: see
+    `match_answers`.
 
     Raises:
-        DataError: there is no record, one has no id or no text, or an id stands twice.
+        DataError: there is no record, one has no id or no text, or an id occurs twice.
     """
     path = Path(path)
     records = read_records(path)
@@ -119,17 +120,17 @@ def _refuse_twice(ids: Iterable[str], where: str) -> None:
 
 
 def official_parse(answer: str) -> bool:
-    """Whether POPE's evaluate.py takes an answer for yes.
+    """Return True if POPE's evaluate.py reads an answer as yes.
 
-    It looks at the text before the first full stop, removes commas, splits at spaces, and takes the answer for no when
-    one of the words is "No", "not" or "no". Everything else is yes: also "", "NO", "No!" and "No</s>".
+    It takes the text before the first full stop, removes commas and splits at spaces. The answer is no if one of the
+    words is "No", "not" or "no". Everything else is yes, including "", "NO", "No!" and "No</s>".
     """
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 
 
 def exact_parse(answer: str) -> bool | None:
-    """lmms-eval's rule (tasks/pope/utils.py): an answer is "yes" or "no" alone, in any case, or it is neither."""
+    """Apply lmms-eval's rule (tasks/pope/utils.py): "yes" or "no" alone, in any case; None for any other answer."""
     return {"yes": True, "no": False}.get(answer.lower().strip())
 
 
@@ -141,10 +142,10 @@ _RECONSIDERED = re.compile(r"\W*(yes|no)\W*(?:,|$)")
 
 
 def stated(answer: str) -> bool | None:
-    """Return what an answer says to a reader: True for yes, False for no, None for neither or both.
+    """Return what an answer means to a reader: True for yes, False for no, None for neither or both.
 
-    The first sentence decides, in any case and whatever marks stand around it: "**No**" is a no, as "Nope" is. A later
-    sentence counts where it takes that back ("Yes. No, wait."). Languages other than English are not read.
+    The first sentence decides, ignoring case and surrounding marks: "**No**" is a no, as is "Nope". A later sentence
+    counts only if it retracts the first ("Yes. No, wait."). Only English is supported.
     """
     first, *later = [text for text in re.split(r"[.!?\n]+", answer.lower()) if re.search(r"\w", text)] or [""]
     said = _stated(first)
@@ -173,10 +174,10 @@ PARSERS: dict[str, Callable[[str], bool | None]] = {
 class PopeScore:
     """Confusion counts with "yes" as positive, and the rates of evaluate.py as fractions.
 
-    A rate whose denominator is zero is None, where the official program stops with ZeroDivisionError. Answers that a
-    parser takes for neither yes nor no are `neither`: wrong in the accuracy, and in no other count, as in lmms-eval.
-    (Its "yes ratio" is that of the labels; here it is always that of the answers.) `unclear` counts the answers that do
-    not say what the parser takes them for: see `stated`. They are among the other counts.
+    A rate with a zero denominator is None, where the official program raises ZeroDivisionError. Answers that a parser
+    reads as neither yes nor no count in `neither`: they are wrong in the accuracy and in no other count, as in
+    lmms-eval. (Its "yes ratio" is that of the labels; here it is always that of the answers.) `unclear` counts the
+    answers whose meaning differs from what the parser reads: see `stated`. The other counts include them.
     """
 
     tp: int
@@ -218,7 +219,7 @@ class PopeScore:
 
 @dataclass(frozen=True)
 class PopeRow:
-    """One answered question: `prediction` and `label` are True for yes; a prediction may be None, for neither."""
+    """Answered question: `prediction` and `label` are True for yes; a prediction of None means neither."""
 
     question: Question
     answer: str
@@ -227,7 +228,7 @@ class PopeRow:
 
     @property
     def image(self) -> str:
-        """The image's file name: rows are resampled by image."""
+        """Return the image's file name; rows are resampled by image."""
         return self.question.image.name
 
     @property
@@ -236,7 +237,7 @@ class PopeRow:
 
     @property
     def unclear(self) -> bool:
-        """Whether the answer does not say what it was taken for."""
+        """Return True if the answer's meaning to a reader differs from the prediction."""
         said = stated(self.answer)
         return said is None or said != self.prediction
 
@@ -246,12 +247,12 @@ def match_answers(
 ) -> list[PopeRow]:
     """Pair answers with questions by id; their order does not matter. Rows are in the order of the questions.
 
-    Where an answer repeats its question (`question`, or LLaVA's `prompt`), the texts must agree. Answers without ids
-    are those to the questions in order, and repeat them.
+    If an answer repeats its question (`question`, or LLaVA's `prompt`), the texts must agree. Answers without ids are
+    matched to the questions in order, and repeat their texts.
 
     Raises:
-        DataError: questions without an answer or a label, answers without a question, ids that stand twice, or texts
-            that differ; the ids are named.
+        DataError: questions have no answer or label, answers have no question, ids occur twice, or texts differ; the
+            message names the ids.
     """
     parse = PARSERS[parser]
     if answers and all("question_id" not in record for record in answers):
@@ -279,7 +280,7 @@ def match_answers(
 
 
 def count_confusion(rows: Sequence[PopeRow], parser: str = "official") -> PopeScore:
-    """The counts of matched answers."""
+    """Count the confusion matrix of matched answers."""
     found = Counter((row.prediction, row.label) for row in rows)
     return PopeScore(
         tp=found[True, True],
@@ -295,12 +296,12 @@ def count_confusion(rows: Sequence[PopeRow], parser: str = "official") -> PopeSc
 def score_pope_answers(
     questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official"
 ) -> PopeScore:
-    """Score answers by a rule of `PARSERS`; see `match` for the errors."""
+    """Score answers by a rule of `PARSERS`; see `match_answers` for the errors."""
     return count_confusion(match_answers(questions, answers, parser), parser)
 
 
 def ratios(rows: Sequence[PopeRow]) -> dict[str, Ratio]:
-    """Each rate's numerators and denominators, one of each per image: rows of an image depend on each other."""
+    """Return each rate's (numerator, denominator) pairs, one per image: rows of one image are not independent."""
     by_image: dict[str, list[PopeRow]] = {}
     for row in rows:
         by_image.setdefault(row.image, []).append(row)

@@ -1,7 +1,7 @@
-"""SHR (Zhao et al. 2023, arXiv:2311.16839): the share of a description's sentences that are hallucinated.
+"""SHR (Zhao et al. 2023, arXiv:2311.16839): the share of hallucinated sentences in descriptions.
 
-The original programs are opendatalab/HA-DPO ha_dpo/shr_eval (shr_utils.py, gpt_utils.py, json_eval.py). A judge reads
-Visual Genome's region descriptions and the benchmark's facts about an image, and labels each sentence.
+The original programs are in opendatalab/HA-DPO, ha_dpo/shr_eval (shr_utils.py, gpt_utils.py, json_eval.py). A judge
+reads Visual Genome's region descriptions and the benchmark's facts about an image, and labels each sentence.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ Labels = tuple[str, ...]
 
 @dataclass(frozen=True)
 class DescribedImage:
-    """An image's id and the sentences that were said of it."""
+    """Image id with the sentences of its description."""
 
     image: str
     sentences: tuple[str, ...]
 
 
 class SentenceJudge(Protocol):
-    """Labels sentences: one label each, or None for an image whose sentences were not judged."""
+    """Interface of judges that give each sentence a label, or None for an image whose sentences were not judged."""
 
     def label(self, described: Sequence[DescribedImage]) -> JudgeResults[Labels]: ...
 
 
 def shr_questions(data: Path) -> list[Question]:
-    """One question an image of `data/shr/val_images_final.json`; the images are Visual Genome's, below `data/vg`.
+    """Build one question per image of `data/shr/val_images_final.json`; the Visual Genome images are in `data/vg`.
 
     Raises:
         DataError: a file is missing, the list is empty, an image is listed twice or is not Visual Genome's.
@@ -91,7 +91,7 @@ def shr_questions(data: Path) -> list[Question]:
 
 
 def read_shr_descriptions(path: Path) -> list[dict[str, Any]]:
-    """relook's records, or HA-DPO's layout: one object, image id to description."""
+    """Read relook's records, or HA-DPO's layout: one object that maps image ids to descriptions."""
     try:
         whole = json.loads(read_text(path))
     except ValueError:
@@ -102,7 +102,7 @@ def read_shr_descriptions(path: Path) -> list[dict[str, Any]]:
 
 
 def sentences_of(text: str) -> tuple[str, ...]:
-    """The sentences that are judged: cut at full stops; one that is part of an earlier one is left out."""
+    """Split a text at full stops into the sentences to judge, without those contained in an earlier one."""
     kept: list[str] = []
     for sentence in map(str.strip, text.split(".")):
         if sentence and not any(sentence in earlier for earlier in kept):
@@ -111,14 +111,17 @@ def sentences_of(text: str) -> tuple[str, ...]:
 
 
 def distinct(text: str, n: int) -> float | None:
-    """Distinct n-grams / n-grams of words, which the original calls n-gram repetition; None of fewer than n words."""
+    """Return distinct word n-grams / word n-grams; None for fewer than n words.
+
+    The original calls this n-gram repetition.
+    """
     words = re.sub(r"[.:\n?,]", "", text).split()
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     return len(set(grams)) / len(grams) if grams else None
 
 
 def read_labels(reply: str, count: int) -> Labels | None:
-    """A judge's labels; None unless the lines after "Judgement:" are numbered 1 to `count`, each with a label."""
+    """Parse a judge's labels; None unless the lines after "Judgement:" are labelled and numbered 1 to `count`."""
     head = re.search(r"judge?ment:", reply, re.IGNORECASE)
     if head is None:
         return None
@@ -131,9 +134,9 @@ def read_labels(reply: str, count: int) -> Labels | None:
 
 @dataclass(frozen=True)
 class KnowledgeJudge:
-    """A language model that is told what is known about each image.
+    """Language-model judge that is given the known facts about each image.
 
-    The prompt is the original's where `data/shr/gpt_utils.py` is HA-DPO's file, else relook's own.
+    The prompt is the original's if `data/shr/gpt_utils.py` exists, else relook's own.
     """
 
     judge: Judge
@@ -154,7 +157,7 @@ def _task(template: str, one: DescribedImage, regions: str, facts: str) -> Task[
 
 
 def read_knowledge(data: Path, images: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """What the judge is told about each image: its regions, with corners as fractions of the image, and its facts."""
+    """Read what the judge is told about each image: regions, with corners as fractions of the image, and facts."""
     facts: dict[str, str] = {}
     for name in FACTS:
         for record in read_records(shr_file(data, name)):
@@ -178,10 +181,11 @@ def read_knowledge(data: Path, images: Sequence[str]) -> dict[str, tuple[str, st
 
 
 class ExactJudge:
-    """Labels by annotations that name everything on an image: `data/shr/exact.json`, which toyworld writes.
+    """Judge by exhaustive annotations of each image, `data/shr/exact.json`, which toyworld writes.
 
-    `{"names": {name: [synonym, ...]}, "images": {image id: [name, ...]}}`. A sentence that names something absent is a
-    hallucination, another one that names something is correct, and one that names nothing cannot be judged.
+    The layout is `{"names": {name: [synonym, ...]}, "images": {image id: [name, ...]}}`. A sentence that names an
+    absent object is a hallucination. One that names only present objects is correct, and one that names none cannot
+    be judged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -209,20 +213,20 @@ class ExactJudge:
 
 
 def needs_judge(data: Path) -> bool:
-    """Whether the folder has no exact annotations to judge by."""
+    """Return True if the folder has no exact annotations, so that a judge is needed."""
     return not shr_file(data, EXACT).exists()
 
 
 def score_shr(data: Path, descriptions: Mapping[str, str], judge: Judge | None) -> dict[str, Any]:
-    """SHR and its companions, by the judge, or by exact annotations where there is none.
+    """Compute SHR and its companion figures, by the judge, or by exact annotations if there is no judge.
 
     Args:
-        descriptions: by image id.
+        descriptions: descriptions by image id.
 
     Returns:
         `shr` and `hal_words_ratio` over judged sentences, `hal_..._per_image` over judged images, lengths and
-        distinctness over all. `judged` and `not_judged` count sentences with and without a label; where every label is
-        "cannot judge" nothing was found out, and the rates are None.
+        distinctness over all. `judged` and `not_judged` count sentences with and without a label. If every label is
+        "cannot judge", the rates are None.
 
     Raises:
         RelookError: the judge labelled no sentence.
@@ -236,6 +240,7 @@ def score_shr(data: Path, descriptions: Mapping[str, str], judge: Judge | None) 
     columns = dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(_COLUMNS, ())
     total = {name: sum(column) for name, column in columns.items()}
     images, whole = len(all_said), sum(labels.get(one.image, ()) is not None for one in all_said)
+    # If every label is "cannot judge", zero denominators turn the rates into None.
     if total["open"] == total["judged_sents"]:
         columns |= dict.fromkeys(("judged_sents", "judged_words"), (0,) * images)
         whole = 0
