@@ -129,9 +129,7 @@ class EncodedImage:
         return _opened(BytesIO(self.data), as_rgb, self.name)
 
 
-Shown = (
-    Path | RandomCrop | MemoryImage | EncodedImage
-)  # hashable, so that questions on the same image can be grouped
+Shown = Path | RandomCrop | MemoryImage | EncodedImage  # hashable, so that questions on the same image can be grouped
 ImageSource = Shown | Image.Image  # or any Pillow image in memory
 
 

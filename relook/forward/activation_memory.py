@@ -89,9 +89,7 @@ class ActivationOffload:
         self.copied_out: list[Any] = []  # events on the copy stream, one per layer
         self.copied_back: dict[int, Any] = {}
         self.backward_layer = layers  # the layer that the backward pass has reached
-        copy_stream.wait_for(
-            copy_stream.record()
-        )  # an earlier pass may have been interrupted with copies in flight
+        copy_stream.wait_for(copy_stream.record())  # an earlier pass may have been interrupted with copies in flight
 
     def forward(self, number: int, layer: Callable[..., Tensor], *given: Any, **more: Any) -> Tensor:
         """Run a layer's forward pass and offload what it saves; `number` counts from 0."""
