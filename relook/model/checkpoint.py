@@ -1,6 +1,6 @@
 """Checkpoint files and formats: tensors read lazily from safetensors or PyTorch files and written as safetensors.
 
-The file type is detected from the first bytes. A PyTorch file is a pickle, and a pickle can run code, so it is read
+The file type is detected from the first bytes. A PyTorch file is a pickle, which can run code. It is therefore read
 with `weights_only=True`, which refuses everything but tensors and plain containers.
 """
 

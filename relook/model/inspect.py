@@ -213,7 +213,7 @@ def count_trainable(source: LazyModel) -> dict[str, TrainableCount]:
 
 @torch.inference_mode()
 def trace_tensors(loaded: LoadedModel, images: Sequence[Path], prompt: str) -> list[TracedTensor]:
-    """Trace the tensors of one prompt in `generate`: the prefill, and the first decode step, which uses the KV cache."""
+    """Trace the tensors of one prompt in `generate`: the prefill and the first decode step, which uses the KV cache."""
     inputs = loaded.encode(images, prompt)
     seen = [TracedTensor.of("prefill", name, inputs[name]) for name in ("pixel_values",) if name in inputs]
     step = "prefill"

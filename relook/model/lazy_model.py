@@ -368,7 +368,7 @@ def image_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     """Load a liuhaotian folder's tokenizer with an `<image>` token that transformers' classes can use.
 
     The original marks images with -200, outside the vocabulary. transformers embeds every id before it inserts the
-    image features, so the placeholder must be a row of the embeddings, and a new row would change the softmax. No text
+    image features, so the placeholder must be a row of the embeddings. A new row would change the softmax. No text
     is ever encoded to the byte piece `<0xFF>`, since UTF-8 has no such byte. It becomes `<image>`, so ids, shapes and
     softmax stay unchanged. If a model generates this byte, which is never readable text, it decodes to nothing. A
     tokenizer that already has an `<image>` within the vocabulary keeps it.

@@ -36,8 +36,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     If config.json asks for image tokens (`mm_use_im_patch_token`, `mm_use_im_start_end`) that the tokenizer lacks, they
     are appended, as LLaVA's builder does.
 
-    A tokenizer built from `tokenizer.model` gives the ids of transformers 4.37's slow LlamaTokenizer, for either value
-    of `legacy` in tokenizer_config.json (true where the key is absent, as there):
+    A tokenizer built from `tokenizer.model` gives the ids of transformers 4.37's slow LlamaTokenizer. This holds for
+    either value of `legacy` in tokenizer_config.json (true where the key is absent, as there):
 
     - legacy: a space goes before every stretch of text, at the start and after each special token.
     - not legacy: a space goes before the text only, and nowhere if it begins with a special token.
