@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -24,9 +23,9 @@ from tiny import dpo_keys, sft_keys, tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from relook import files, load_model
+from relook import load_model
 from relook.errors import CheckpointError, DataError, RecipeError, RelookError
-from relook.files import write_json
+from relook.files import sole_writer, write_json
 from relook.model.load import TENSORS_FILE
 from relook.model.regimes import apply_regime, parameter_groups
 from relook.recipe import Recipe, build_recipe
@@ -381,10 +380,8 @@ def test_a_folder_is_free_until_something_is_finished_there(base: Path, world: P
     (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # cut off
     assert not claim(out, other)
     assert not claim(out, recipe)
-    held = files._HELD.pop(out.resolve())  # as if by another process: its lock is still there
-    with pytest.raises(RecipeError, match=r"another recipe.*beta"):
-        claim(out, other)
-    os.close(held)
+    with sole_writer(out), pytest.raises(RelookError, match="is in use"):  # as by another process
+        train(other)
     assert not claim(out, other)
     for left in (out / "checkpoints" / "checkpoint-1" / "complete", out / TENSORS_FILE):
         left.touch()

@@ -137,7 +137,7 @@ def test_transformers_and_peft_end_before_a_release_that_no_test_has_seen() -> N
 
 def test_everything_that_is_imported_is_asked_for() -> None:
     """Not what comes along with something else: that may stop asking for it."""
-    names = {"PIL": "pillow", "yaml": "pyyaml", "lmms_eval": "lmms-eval"}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "lmms_eval": "lmms-eval", "pydantic_core": "pydantic-core"}
     asked = {wanted.name.lower() for wanted in requirements()} | {"relook", "lmms-eval"}
     imported: dict[str, Path] = {}
     for path in SOURCES:

@@ -268,7 +268,7 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     except CheckpointError:
         if weights or vision_tower or (named := named_tower(str(name), raw.get("mm_hidden_size"))) is None:
             raise
-        config = _valid(path, from_llava_config, path, raw, named[0], 0)
+        config = _valid(path, from_llava_config, path, raw, named[0])
         return ModelSource(path, "llava", config, {}, default_template(raw), tower_note=named[1])
     settings = read_config(tower)
     if settings.get("model_type") not in ("clip", "clip_vision_model"):

@@ -268,8 +268,8 @@ def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
     Raises:
         RecipeError: what has changed, by the keys that name it.
     """
-    if not begun(out):
-        return
+    if not (out / RUN_FILE).exists() and not _has_checkpoint(out):
+        return  # it begins anew
     old = read_object(out / DATA_FILE, optional=True)
     if changed := [key for key, value in hashes.items() if old.get(key, value) != value]:
         raise RecipeError(
@@ -281,7 +281,11 @@ def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
 def begun(out: Path) -> bool:
     """Whether a run's folder holds anything to go on from: a complete checkpoint, or what was trained."""
     saved = (RUN_FILE, TENSORS_FILE, CONFIG_NAME)  # of a change, and of a whole model, the first file that is written
-    return any((out / name).exists() for name in saved) or any((out / CHECKPOINTS).glob(f"*/{COMPLETE}"))
+    return any((out / name).exists() for name in saved) or _has_checkpoint(out)
+
+
+def _has_checkpoint(out: Path) -> bool:
+    return any((out / CHECKPOINTS).glob(f"*/{COMPLETE}"))
 
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
