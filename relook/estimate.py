@@ -176,7 +176,7 @@ def open_on_paper(recipe: Recipe) -> ModelSource:
             decoder = said.get("post_decoder", decoder)
             if change == path:
                 path, tower = Path(str(said.get("base"))), tower or said.get("vision_tower")
-    source = open_model(path, tower, weights=False)
+    source = open_model(path, tower, weights=False, tower_by_name=True)
     if decoder is not None and not has_post_decoder(source.config):
         source = replace(source, config=with_post_decoder(source.config, decoder))
     return source

@@ -357,10 +357,11 @@ class _Asking:
         )
 
     def _down(self) -> RelookError:
+        count = len(self.cache.records)
+        again = f" Its {count} replies so far are kept in {self.cache.path}: run the same command again."
         return RelookError(
             f"The judge at {self.settings.address} does not answer: {self.last}.",
-            "Check its address, --judge-model and --judge-request. "
-            f"Its {len(self.cache.records)} replies so far are kept in {self.cache.path}: run the same command again.",
+            f"Check its address, --judge-model and --judge-request.{again if count else ''}",
         )
 
 

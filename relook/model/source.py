@@ -197,14 +197,15 @@ def open_model(
     vision_tower: str | Path | None = None,
     weights: bool = True,
     llava_config: dict[str, Any] | None = None,
+    tower_by_name: bool = False,
 ) -> ModelSource:
     """Open a model folder of any format.
 
     Args:
         vision_tower: folder of the vision tower, instead of what `mm_vision_tower` in a liuhaotian config names.
-        weights: False opens its config alone: there need not be weights, nor a tokenizer, nor a CLIP tower whose name
-            says what it is.
+        weights: False opens its config alone: there need not be weights, nor a tokenizer.
         llava_config: a liuhaotian config, which says what LLaVA makes of a bare language model such as Vicuna.
+        tower_by_name: whether a CLIP tower that is not there may be known by its name, beside a config alone.
 
     Raises:
         CheckpointError: it is no model folder, its files are broken, or its tower is not to be found.
@@ -229,7 +230,7 @@ def open_model(
             )
         kind, raw = "llava", llava_config
     if kind == "llava":
-        return _open_llava(path, raw, vision_tower, weights)
+        return _open_llava(path, raw, vision_tower, weights, tower_by_name)
     if vision_tower is not None:
         raise CheckpointError(f"{path} has a vision tower of its own.", "Leave vision_tower out.")
     trunk = MODEL_TYPES[raw["model_type"]]
@@ -256,7 +257,9 @@ def _renamed(tensors: Mapping[str, LazyTensor], renames: Renames) -> dict[str, L
     return {rename(name, renames): tensor for name, tensor in tensors.items() if not COMPUTED.search(name)}
 
 
-def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None, weights: bool) -> ModelSource:
+def _open_llava(
+    path: Path, raw: dict[str, Any], vision_tower: str | Path | None, weights: bool, tower_by_name: bool
+) -> ModelSource:
     """A liuhaotian folder and its tower.
 
     The tower's weights are those of the model's file only where `unfreeze_mm_vision_tower` says that they were trained
@@ -266,7 +269,8 @@ def _open_llava(path: Path, raw: dict[str, Any], vision_tower: str | Path | None
     try:
         tower = _tower_folder(path, name, vision_tower)
     except CheckpointError:
-        if weights or vision_tower or (named := named_tower(str(name), raw.get("mm_hidden_size"))) is None:
+        named = named_tower(str(name), raw.get("mm_hidden_size")) if tower_by_name and not vision_tower else None
+        if named is None:
             raise
         config = _valid(path, from_llava_config, path, raw, named[0])
         return ModelSource(path, "llava", config, {}, default_template(raw), tower_note=named[1])
