@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, peak, sync, versions, write_questions
 
-from relook.evaluate.answer import Asking, Prompt, answer, generate_batch
 from relook.evaluate.benchmarks import CHAIR_PROMPT
-from relook.evaluate.pope import SPLITS, read_questions
+from relook.evaluate.tasks.pope import SPLITS, read_questions
 from relook.files import write_json
+from relook.generate.tree_decoding import Asking, Prompt, answer, generate_batch
 from relook.model.load import LoadedModel, as_dtype, load_model
+from relook.toyworld.build import shipped_base
 from relook.toyworld.layouts import write_eval
-from relook.toyworld.shipped import shipped_base
 
 TRAINED = {"images": 300, "new_tokens": 64, "single": 6000, "batched": 6000}
 SMALL = {"images": 12, "single": 40, "batched": 80, "dtype": "float32"}

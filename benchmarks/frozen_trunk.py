@@ -40,14 +40,14 @@ from shapes import (
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from relook.evaluate.pope import SPLITS
+from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, write_json
+from relook.forward.collate import Collator
 from relook.model.load import model_hash
 from relook.recipe import Recipe, build_recipe
 from relook.sweep import run_sweep
-from relook.train import cache
-from relook.train.batches import Collator
-from relook.train.cache import TrunkCache, cached_items
+from relook.train import feature_cache
+from relook.train.feature_cache import TrunkCache, cached_items
 from relook.train.run import encode_samples, load, policy_of, read_samples, train
 
 PEER_BATCH = 8
@@ -175,7 +175,7 @@ def cache_pass(
     policy = policy_of(recipe, loaded, DTYPE)
     collator = Collator(policy, loaded.images, loaded.pad_id)
     seconds: list[float] = []
-    fill = cache._fill_trunk
+    fill = feature_cache._fill_trunk
 
     def timed_fill(*arguments: Any) -> None:
         sync()
@@ -184,7 +184,7 @@ def cache_pass(
         sync()
         seconds.append(time.perf_counter() - started)
 
-    cache._fill_trunk = timed_fill
+    feature_cache._fill_trunk = timed_fill
     totals = []
     for _ in range(2):
         TrunkCache.last = None
@@ -193,7 +193,7 @@ def cache_pass(
         started = time.perf_counter()
         cached_items(recipe, policy, examples, collator, lambda: policy)
         totals.append(time.perf_counter() - started)
-    cache._fill_trunk = fill
+    feature_cache._fill_trunk = fill
     tree = examples[0].tree
     rate = len(examples) / seconds[1]
     tflops = rate * flops_of_pair(shape, len(tree.prefix), len(tree.branches[0].ids), both=False)

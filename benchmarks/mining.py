@@ -16,14 +16,13 @@ from typing import Any
 
 from relook.evaluate.run import evaluate_model
 from relook.files import read_json, write_json
-from relook.mine.match import lengths
+from relook.mine.jobs import Mining, Place
+from relook.mine.pairs import lengths
 from relook.mine.run import mine
-from relook.mine.settings import Mining, Place
 from relook.recipe import load_recipe
 from relook.toyworld import layouts
-from relook.toyworld.shipped import shipped_base
-from relook.toyworld.speech import describe
-from relook.toyworld.world import OBJECTS, Scene, sample_scenes
+from relook.toyworld.build import shipped_base
+from relook.toyworld.world import OBJECTS, Scene, describe, sample_scenes
 from relook.train.run import train
 
 PAIR_SCENES, TEST_SCENES = 1000, 1000

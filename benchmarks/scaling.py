@@ -195,13 +195,13 @@ def lora(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def cache_pass(options: argparse.Namespace) -> dict[str, Any]:
     """The trunk pass for a post decoder, shards on disk, twice: the first one compiles."""
-    from relook.train import cache
-    from relook.train.batches import Collator
+    from relook.forward.collate import Collator
+    from relook.train import feature_cache
     from relook.train.run import encode_samples, load, policy_of, read_samples, training_arguments
 
     data = options.work / f"cache{world()}"
     times: list[float] = []
-    claim, wait = cache._claim, cache._wait
+    claim, wait = feature_cache._claim, feature_cache._wait
 
     def timed(step: Callable[..., None], *arguments: Any) -> None:
         step(*arguments)
@@ -209,7 +209,7 @@ def cache_pass(options: argparse.Namespace) -> dict[str, Any]:
         times.append(time.perf_counter())
 
     # From here every process makes its shards, until it has seen those of the others; references come after that.
-    cache._claim, cache._wait = partial(timed, claim), partial(timed, wait)
+    feature_cache._claim, feature_cache._wait = partial(timed, claim), partial(timed, wait)
     first = None
     for turn in ("first", "second"):
         recipe = build_recipe(
@@ -233,15 +233,15 @@ def cache_pass(options: argparse.Namespace) -> dict[str, Any]:
             policy = first = policy_of(recipe, loaded, DTYPE)
             examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
             collator = Collator(policy, loaded.images, loaded.pad_id)
-        cache.TrunkCache.last = None
-        cache.cached_items(recipe, policy, examples, collator, partial(lambda whole: whole, policy))
+        feature_cache.TrunkCache.last = None
+        feature_cache.cached_items(recipe, policy, examples, collator, partial(lambda whole: whole, policy))
     seconds = [times[1] - times[0], times[4] - times[3]]
     return {"rate": round(len(examples) / seconds[1], 2), "seconds": [round(second, 1) for second in seconds]}
 
 
 def pope(options: argparse.Namespace) -> dict[str, Any]:
     """`relook eval pope`, twice: the first time for warmth. Rows a second while answers are made."""
-    from relook import processes
+    from relook import distributed
     from relook.evaluate import run as evaluation
     from relook.model.load import Loading
 
@@ -250,11 +250,11 @@ def pope(options: argparse.Namespace) -> dict[str, Any]:
 
     def timed(*arguments: Any) -> None:
         sync()
-        processes.wait("the models")
+        distributed.wait("the models")
         started = time.perf_counter()
         ask(*arguments)
         sync()
-        processes.wait("the answers")
+        distributed.wait("the answers")
         seconds.append(time.perf_counter() - started)
 
     evaluation._ask = timed

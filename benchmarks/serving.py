@@ -34,17 +34,16 @@ import torch
 from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, sync, versions, write_questions
 
 from relook import load_model
-from relook.data.prompts import with_image
 from relook.data.samples import Turn
-from relook.evaluate.answer import Asking, Prompt, answer, generate_batch
-from relook.evaluate.pope import question_text
+from relook.data.templates import with_image
+from relook.evaluate.tasks.pope import question_text
 from relook.files import write_json
+from relook.generate.engine import Engine
+from relook.generate.request import Limits, Request
+from relook.generate.tree_decoding import Asking, Prompt, answer, generate_batch
 from relook.model.load import LoadedModel
-from relook.serve.engine import Engine
-from relook.serve.request import Limits, Request
-from relook.toyworld.draw import draw
-from relook.toyworld.shipped import shipped_base
-from relook.toyworld.world import sample_scenes
+from relook.toyworld.build import shipped_base
+from relook.toyworld.world import draw, sample_scenes
 
 DESCRIBE = "Describe this image in detail."
 

@@ -23,12 +23,12 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from relook.data.ahead import ahead
-from relook.evaluate.pope import SPLITS, question_text
+from relook.data.images import ahead
+from relook.evaluate.tasks.pope import SPLITS, question_text
 from relook.files import write_json
 from relook.model.load import LoadedModel, add_post_decoder, load_model
 from relook.toyworld.build import make_processor
-from relook.toyworld.speech import vocabulary
+from relook.toyworld.world import vocabulary
 from relook.train.trainer import RelookTrainer
 
 GPU = torch.cuda.is_available()

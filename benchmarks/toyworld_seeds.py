@@ -22,8 +22,8 @@ import yaml
 
 from relook.demo import REGIMES, Places, evaluate, mine_pairs, train_regime
 from relook.evaluate.compare import compare_pooled
-from relook.evaluate.pope import SPLITS
 from relook.evaluate.score import read_scores
+from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, write_json
 from relook.toyworld import layouts
 

@@ -15,17 +15,17 @@ from typing import Any
 from relook.console import progress, say
 from relook.errors import RecipeError
 from relook.evaluate.compare import compare
-from relook.evaluate.provenance import versions
+from relook.evaluate.results import versions
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import read_scores
 from relook.files import claim_folder, read_json, write_json
+from relook.mine.jobs import Mining, Place
 from relook.mine.run import mine
-from relook.mine.settings import Mining, Place
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
-from relook.report.write import RESULTS_FILE, write_report
+from relook.report.pages import RESULTS_FILE, write_report
 from relook.toyworld import layouts
-from relook.toyworld.shipped import shipped_base
+from relook.toyworld.build import shipped_base
 from relook.train.run import train
 
 REGIMES = ("post_decoder", "nll_control", "post_decoder_head", "head", "lora")

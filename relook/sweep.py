@@ -16,20 +16,18 @@ import yaml
 
 from relook.console import say
 from relook.errors import RecipeError, RelookError
-from relook.evaluate.cached import FIRST_FILE, CachedPope
-from relook.evaluate.compare import compare
-from relook.evaluate.divergence import by_divergence
-from relook.evaluate.pope import SPLITS
-from relook.evaluate.provenance import versions
+from relook.evaluate.compare import by_divergence, compare
+from relook.evaluate.pope_from_cache import FIRST_FILE, CachedPope
+from relook.evaluate.results import versions
 from relook.evaluate.run import claim, evaluate_model
 from relook.evaluate.score import annotation_file, read_scores
 from relook.evaluate.statistics import holm
+from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, read_records, takes, write_json, write_text
-from relook.keys import parse_overrides, read_shipped
 from relook.model.load import model_hash
-from relook.recipe import Recipe
-from relook.report.write import RESULTS_FILE
-from relook.sweep_recipe import BASE, SWEEP_FILE, Row, Sweep, build_sweep
+from relook.recipe import Recipe, parse_overrides, read_shipped
+from relook.report.pages import RESULTS_FILE
+from relook.sweep_config import BASE, SWEEP_FILE, Row, Sweep, build_sweep
 from relook.train import run as training
 from relook.train.run import Encoded, encode_samples, read_samples, train, training_arguments
 

@@ -82,10 +82,10 @@ def served(media: Path) -> Iterator[Served]:
     from test_answer import as_loaded
     from tiny import tiny_relook
 
+    from relook.generate.engine import Engine
+    from relook.generate.request import Limits
     from relook.serve.api import Policy
-    from relook.serve.engine import Engine
     from relook.serve.media import Sources
-    from relook.serve.request import Limits
 
     models = {"tuned": as_loaded(tiny_relook()), "base": as_loaded(tiny_relook(seed=1))}
     engines = {name: Engine(loaded, Limits(slots=4)) for name, loaded in models.items()}
@@ -97,7 +97,7 @@ def served(media: Path) -> Iterator[Served]:
 @pytest.fixture
 def no_trunk_cache() -> Iterator[None]:
     """Nothing cached by an earlier test, and nothing left for the next one."""
-    from relook.train.cache import TrunkCache
+    from relook.train.feature_cache import TrunkCache
 
     TrunkCache.last = None
     yield

@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
+from relook.generate.engine import Engine
 from relook.serve.api import Policy
-from relook.serve.command import make_server, take_port
-from relook.serve.engine import Engine
+from relook.serve.server import make_server, take_port
 from relook.toyworld.build import IMAGE_SIZE
 
 KEY = "a key"

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from relook import processes
+from relook import distributed
 from relook.cli import main
+from relook.distributed import full_shape
 from relook.files import write_json
-from relook.model.sharded import full_shape
+from relook.forward.collate import Collator
 from relook.recipe import build_recipe
-from relook.train import plan, run, shards, trainer
-from relook.train.batches import Collator
+from relook.train import cache_store, run, trainer
 
 notes: dict[str, Any] = {}
 collate, prepared, save_trained = Collator.__call__, trainer.RelookTrainer._prepare_for_training, trainer.save_trained
@@ -40,7 +40,7 @@ def train_all(recipes: Sequence[dict[str, Any]]) -> None:
         kill = keys.pop("kill", 0)
         notes["images"] = []
         out = run.train(build_recipe(keys))
-        write_json(out.with_name(f"{out.name}-{processes.rank()}.json"), notes)
+        write_json(out.with_name(f"{out.name}-{distributed.rank()}.json"), notes)
 
 
 def noted_batch(self: Collator, items: Any) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def noted_shares(self: Any, *arguments: Any) -> Any:
 def killed_save(model: Any, path: Path, *rest: Any) -> None:
     save_trained(model, path, *rest)
     if kill and path.parent.name == f"checkpoint-{kill}":
-        if processes.first():
+        if distributed.first():
             path.write_bytes(path.read_bytes()[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -74,8 +74,8 @@ def fill_cache(keys: dict[str, Any], shard_bytes: int, positions: int, cut: str 
             os.kill(os.getpid(), signal.SIGKILL)
         return write_bytes(path, data)
 
-    plan.SHARD_BYTES, plan.BATCH_POSITIONS = shard_bytes, positions
-    shards.Path.write_bytes = cut_off  # type: ignore[method-assign, assignment]
+    cache_store.SHARD_BYTES, cache_store.BATCH_POSITIONS = shard_bytes, positions
+    cache_store.Path.write_bytes = cut_off  # type: ignore[method-assign, assignment]
     run.train(build_recipe(keys))
 
 

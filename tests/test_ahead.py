@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from relook.data.ahead import WORKERS, ahead
+from relook.data.images import WORKERS, ahead
 
 
 def test_it_is_map() -> None:

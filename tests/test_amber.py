@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from relook.errors import DataError
-from relook.evaluate import amber
-from relook.evaluate.amber import Lists, Made, judge_description
 from relook.evaluate.benchmarks import read_questions, score_command
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import Given
+from relook.evaluate.tasks import amber
+from relook.evaluate.tasks.amber import Lists, Made, judge_description
 from relook.files import read_records, write_json, write_jsonl
 
 ASSOCIATION = {

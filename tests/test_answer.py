@@ -19,12 +19,11 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from relook import LoadedModel, load_model
-from relook.data.prompts import TEMPLATES, get_template
+from relook.data.templates import TEMPLATES, get_template
 from relook.errors import DataError
-from relook.evaluate import answer as answering
-from relook.evaluate.answer import Asking, Prompt, Question, answer, shared
-from relook.evaluate.choose import Rule, sees_everything
-from relook.evaluate.decode import PromptTree
+from relook.generate import tree_decoding as answering
+from relook.generate.sampling import Rule, sees_everything
+from relook.generate.tree_decoding import Asking, Prompt, PromptTree, Question, answer, shared
 from relook.toyworld.build import IMAGE_SIZE, make_processor
 
 NEW = 10

@@ -20,17 +20,17 @@ from several import fill_cache
 from tiny import dpo_keys, sft_keys
 
 from relook import load_model
+from relook.data.packing import PADDING, ROOT
 from relook.errors import RelookError
+from relook.forward.collate import SHARING, Collator, Item
+from relook.forward.policy import Policy
 from relook.model.load import TENSORS_FILE
-from relook.model.regimes import apply_regime
+from relook.model.trainable import apply_regime
 from relook.recipe import build_recipe
-from relook.train import cache, plan, shards
-from relook.train.batches import SHARING, Collator, Item
-from relook.train.cache import TrunkCache, cached_items
-from relook.train.plan import Plan
-from relook.train.policy import Policy
+from relook.train import cache_store, feature_cache
+from relook.train.cache_store import Plan
+from relook.train.feature_cache import TrunkCache, cached_items
 from relook.train.run import encode_samples, read_samples, train
-from relook.tree import PADDING, ROOT
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache", "small_shards")
 CROSS: dict[str, Any] = {"tune_post_decoder": True}
@@ -42,7 +42,7 @@ SMALL = 40_000, 150  # bytes of a shard, positions of a batch
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six shards instead of one, and more than one batch in most of them."""
     for name, value in zip(("SHARD_BYTES", "BATCH_POSITIONS"), SMALL, strict=True):
-        monkeypatch.setattr(plan, name, value)
+        monkeypatch.setattr(cache_store, name, value)
 
 
 def prepared(keys: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Plan, list[Item], Collator]:
@@ -133,7 +133,7 @@ def test_a_second_run_finds_everything_on_disk(
     first = train(build_recipe(of_dpo(base, world, tmp_path / "1", **CROSS)))
     TrunkCache.last = None  # as in another process
     monkeypatch.setattr(Policy, "_trunk", never)
-    monkeypatch.setattr(cache, "reference_log_probs", never)
+    monkeypatch.setattr(feature_cache, "reference_log_probs", never)
     again = train(build_recipe(of_dpo(base, world, tmp_path / "2", **CROSS)))
     assert (again / TENSORS_FILE).read_bytes() == (first / TENSORS_FILE).read_bytes()
     TrunkCache.last = None
@@ -174,13 +174,13 @@ def test_features_are_added_to_the_states_of_a_run_that_needed_none(
 def test_the_size_is_known_before(
     keys: dict[str, Any], dtype: torch.dtype, base: Path, world: Path, tmp_path: Path
 ) -> None:
-    plan, items, collator = prepared(of_dpo(base, world, tmp_path / "run", **keys), dtype)
+    cache_store, items, collator = prepared(of_dpo(base, world, tmp_path / "run", **keys), dtype)
     parts = {"states", "reference"} | ({"features"} if "tune_post_decoder" in keys else set())
     files = list((tmp_path / "trunk_cache").rglob("*.safetensors"))
     assert {file.name.partition("-")[0] for file in files} == parts
     for part in parts:
         found = [file for file in files if file.name.startswith(part)]
-        assert plan.size([part]) == sum(map(payload, found))
+        assert cache_store.size([part]) == sum(map(payload, found))
         kept = torch.float32 if part == "reference" else dtype
         assert {tensor.dtype for file in found for tensor in load_file(file).values()} == {kept}
     assert len(items) == 18
@@ -208,7 +208,7 @@ def test_auto_takes_memory_where_there_is_enough(
     class Free:
         available = 2**40
 
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: Free)
+    monkeypatch.setattr(cache_store.psutil, "virtual_memory", lambda: Free)
     keys = dpo_keys(base, world, tmp_path / "run", **CROSS)
     size = prepared(keys)[0].size(["states", "features", "reference"])
     assert not (tmp_path / "trunk_cache").exists()
@@ -321,16 +321,16 @@ def test_a_killed_pass_ends_in_the_same_files(
     assert len(states) == 5
     assert any(name.endswith(".part") for name in left)
     made: list[int] = []
-    whole_pass = cache.trunk_pass
+    whole_pass = feature_cache.trunk_pass
 
     def counted(policy: Policy, plan: Plan, shard: Any, *rest: Any) -> Any:
         made.append(shard.number)
-        return whole_pass(policy, plan, shard, *rest)
+        return whole_pass(policy, cache_store, shard, *rest)
 
-    monkeypatch.setattr(cache, "trunk_pass", counted)
+    monkeypatch.setattr(feature_cache, "trunk_pass", counted)
     prepared(keys)
-    shards = len(list((tmp_path / "whole").rglob("states-*")))
-    assert made == list(range(4, shards))
+    cache_store = len(list((tmp_path / "whole").rglob("states-*")))
+    assert made == list(range(4, cache_store))
     assert contents(tmp_path / "killed" / "trunk_cache") == contents(tmp_path / "whole" / "trunk_cache")
 
 
@@ -377,8 +377,8 @@ def test_what_is_missing_is_divided_not_what_there_is(
     assert len(gone) == 3
     for path in gone:
         path.unlink()
-    monkeypatch.setattr(cache.processes, "shared", lambda values, make, what: make(values))
-    monkeypatch.setattr(cache.processes, "mine", lambda values: values[rank::2])
+    monkeypatch.setattr(feature_cache.processes, "shared", lambda values, make, what: make(values))
+    monkeypatch.setattr(feature_cache.processes, "mine", lambda values: values[rank::2])
     with pytest.raises(RelookError, match=rf"lacks {(1, 2)[rank]} shards that other processes made"):
         prepared(keys)
     assert [path.exists() for path in gone] == [[True, False, True], [False, True, False]][rank]
@@ -386,10 +386,10 @@ def test_what_is_missing_is_divided_not_what_there_is(
 
 def test_shards_that_other_processes_should_have_made(tmp_path: Path) -> None:
     """On machines that do not share the folder, each finds only its own."""
-    folder = shards.ShardFolder(tmp_path / "cache")
+    folder = cache_store.ShardFolder(tmp_path / "cache")
     folder["states-00000"] = torch.zeros(2, 3)
-    example = plan.Shard(0, ((0,),), ())
+    example = cache_store.Shard(0, ((0,),), ())
     made = Plan([], [2, 2], [1, 1], {}, {"states": 3}, torch.float32, False, 200, 0)
-    made.__dict__["shards"] = [example, plan.Shard(1, ((1,),), ())]
+    made.__dict__["shards"] = [example, cache_store.Shard(1, ((1,),), ())]
     with pytest.raises(RelookError, match=r"lacks 1 shards.*states-00001.*all machines share"):
-        cache._wait(folder, made, ["states"])
+        feature_cache._wait(folder, made, ["states"])

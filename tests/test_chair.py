@@ -9,10 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relook.data.coco import Annotations
+from relook.data.annotations import Annotations
 from relook.errors import DataError
-from relook.evaluate.chair import Mention, Vocabulary, coco_vocabulary, mentions, plural, score, truth_of, vocabulary_of
 from relook.evaluate.score import Given, score_answers
+from relook.evaluate.tasks.chair import (
+    Mention,
+    Vocabulary,
+    coco_vocabulary,
+    mentions,
+    plural,
+    score,
+    truth_of,
+    vocabulary_of,
+)
 
 # COCO's 80 category names in the order of its annotation files.
 COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,

@@ -19,9 +19,9 @@ from tiny import tiny_relook
 from relook import cli, load_model
 from relook.data.samples import Turn
 from relook.errors import RelookError
+from relook.generate.engine import Engine
+from relook.generate.request import Limits, Request
 from relook.model.load import without_post_decoder
-from relook.serve.engine import Engine
-from relook.serve.request import Limits, Request
 from relook.serve.terminal import Chat, _lines
 from relook.toyworld.build import make_processor
 

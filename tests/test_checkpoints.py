@@ -16,15 +16,14 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llava
 
 from relook import LoadedModel, load_model
+from relook.data.packing import Row, Tree, pack
 from relook.errors import RelookError
-from relook.model.changes import read_change
-from relook.model.checkpoint import read_file, read_folder
-from relook.model.formats import FROM_LLAVA, rename
+from relook.forward.policy import LiveBatch, Policy
+from relook.model.adapters import read_change
+from relook.model.checkpoint import FROM_LLAVA, read_file, read_folder, rename
 from relook.model.load import add_post_decoder, default_template
 from relook.toyworld.build import make_processor
-from relook.train.losses import dpo_sigmoid, negative_log_likelihood
-from relook.train.policy import LiveBatch, Policy
-from relook.tree import Row, Tree, pack
+from relook.train.loss import dpo_sigmoid, negative_log_likelihood
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 PATCHES = 16

@@ -18,7 +18,7 @@ from tiny import dpo_keys
 
 from relook import cli
 from relook.files import write_json, write_jsonl
-from relook.toyworld.shipped import shipped_base
+from relook.toyworld.build import shipped_base
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 
@@ -264,7 +264,7 @@ def test_a_vision_tower_may_be_a_name_in_the_cache(
     relook: Command, tiny: Path, tower: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("relook.model.source.snapshot_download", lambda name, **_: asked.append(name) or str(tower))
+    monkeypatch.setattr("relook.model.lazy_model.snapshot_download", lambda name, **_: asked.append(name) or str(tower))
     ended = relook("inspect", tiny / "ckpt_safetensors", "--vision-tower", "openai/tower")
     assert (ended.status, asked) == (0, ["openai/tower"]), ended.err
 

@@ -25,12 +25,11 @@ from relook import load_model
 from relook.cli import app
 from relook.errors import RelookError
 from relook.files import read_json, write_json
-from relook.model import convert as module
-from relook.model.checkpoint import read_folder, weight_files, write_tensors
-from relook.model.convert import Writing, convert, export, merge
-from relook.model.formats import CHANGE_FILE, KEPT
+from relook.model import export as module
+from relook.model.checkpoint import CHANGE_FILE, KEPT, read_folder, weight_files, write_tensors
+from relook.model.export import Writing, convert, export, merge
+from relook.model.lazy_model import open_model
 from relook.model.load import TENSORS_FILE, add_post_decoder
-from relook.model.source import open_model
 from relook.toyworld.build import make_processor
 
 FAST = Writing(check=False)

@@ -17,10 +17,8 @@ from damaged import encoded, write_llava
 from PIL import Image
 
 from relook import cli
-from relook.data.check import FolderReport, check
-from relook.data.fix import fix
-from relook.data.hadpo import read_hadpo
-from relook.data.llava import read_llava
+from relook.data.check import FolderReport, check, fix
+from relook.data.readers import read_hadpo, read_llava
 from relook.errors import DataError, RelookError
 from relook.files import write_json, write_jsonl
 

@@ -17,8 +17,7 @@ from tiny import dpo_keys
 from trl.data_utils import prepare_multimodal_messages
 
 from relook.data.convert import LAYOUTS, convert
-from relook.data.hadpo import read_hadpo
-from relook.data.pairs import read_pairs
+from relook.data.readers import read_hadpo, read_pairs
 from relook.errors import DataError, RecipeError
 from relook.files import read_json, write_json
 from relook.recipe import build_recipe

@@ -11,13 +11,13 @@ import pytest
 from interrupted import interrupt
 
 from relook import cli, demo
-from relook.evaluate import answer as answering
-from relook.evaluate.pope import SPLITS
-from relook.mine import write as mining
+from relook.evaluate.tasks.pope import SPLITS
+from relook.generate import tree_decoding as answering
+from relook.mine import output as mining
 from relook.model.load import TENSORS_FILE
 from relook.toyworld import layouts
 from relook.train import run as training
-from relook.train.cache import TrunkCache
+from relook.train.feature_cache import TrunkCache
 
 POPE = {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "n", "parser", "accuracy_ci"}
 CHAIR = {"chair_i", "chair_s", "recall", "length", "empty", "chair_i_ci", "recall_ci"}

@@ -10,10 +10,9 @@ import pytest
 from typer.main import get_command
 
 from relook.cli import app
-from relook.keys import shipped
 from relook.model.post_decoder import PostDecoderSettings
-from relook.recipe import Recipe
-from relook.sweep_recipe import OWN
+from relook.recipe import Recipe, shipped
+from relook.sweep_config import OWN
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")

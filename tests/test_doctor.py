@@ -18,8 +18,7 @@ import transformers.configuration_utils
 import transformers.tokenization_utils_base
 
 from relook import cli, doctor
-from relook.doctor import FAIL, NOTE, OK, WARN, Finding, examine, to_json
-from relook.notices import NOTICES, explain
+from relook.doctor import FAIL, NOTE, NOTICES, OK, WARN, Finding, examine, explain, to_json
 
 
 def state(found: list[Finding], check: str) -> str:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from reference import IGNORE, IMAGE_ID, reference_tokenizer, v1_labels
 
 from relook.data.encode import Encoder, Example
-from relook.data.prompts import TEMPLATES, get_template, image_first
 from relook.data.samples import Conversation, PreferencePair, Turn
+from relook.data.templates import TEMPLATES, get_template, image_first
 from relook.errors import DataError, RecipeError
 from relook.model.load import load_model
 from relook.model.tokenizer import load_tokenizer

@@ -42,18 +42,16 @@ from typer.testing import CliRunner
 from relook import load_model
 from relook.cli import app
 from relook.data.encode import Encoder
-from relook.data.prompts import get_template
+from relook.data.templates import get_template
 from relook.errors import RelookError
 from relook.files import read_json, write_json
-from relook.model.changes import TENSORS_FILE
-from relook.model.convert import Writing, export
-from relook.model.engines import WRITERS, export_for
-from relook.model.formats import CHANGE_FILE
+from relook.model.adapters import TENSORS_FILE
+from relook.model.checkpoint import CHANGE_FILE
+from relook.model.export import WRITERS, Writing, export, export_for
 from relook.serve.chat import read_turns
-from relook.serve.schemas import Message
-from relook.toyworld.draw import draw
-from relook.toyworld.shipped import shipped_base
-from relook.toyworld.world import sample_scenes
+from relook.serve.protocol import Message
+from relook.toyworld.build import shipped_base
+from relook.toyworld.world import draw, sample_scenes
 
 FAST, CHECKED = Writing(check=False), Writing()
 VLLM = {  # a name's prefix, the first that it has

@@ -22,17 +22,16 @@ from typer.testing import CliRunner
 
 from relook.cli import app
 from relook.errors import RelookError
-from relook.estimate import GIB, Assumed, estimate, job_of, on_paper, open_on_paper, policy_on_paper, read_lengths
+from relook.estimate.memory import Counts, Job, decoder_layer, within
+from relook.estimate.run import GIB, Assumed, estimate, job_of, on_paper, open_on_paper, policy_on_paper, read_lengths
 from relook.files import write_json
-from relook.model.above_trunk import AboveTrunk
+from relook.forward.collate import Collator, Item
+from relook.forward.packed_attention import ATTENTION_INPUTS, MLP_INPUTS, narrow
+from relook.model.load import AboveTrunk
 from relook.recipe import Recipe, build_recipe
-from relook.train.activations import Counts, decoder_layer, within
-from relook.train.batches import Collator, Item
-from relook.train.logs import Costs
-from relook.train.lora_products import ATTENTION_INPUTS, MLP_INPUTS, narrow
-from relook.train.memory import Job
+from relook.train.feature_cache import features_once
+from relook.train.metrics import Costs
 from relook.train.run import encode_samples, load, policy_of, prepare, read_samples, train
-from relook.train.sight import features_once
 
 NAMES = (*ATTENTION_INPUTS, "o_proj", *MLP_INPUTS, "down_proj")
 WIDTH, INNER, ROW = 32, 80, 48  # of the layers below

@@ -20,21 +20,21 @@ from tiny import save_tiny
 
 import relook
 from relook import load_model
-from relook.data.coco import read_coco
-from relook.data.prompts import TEMPLATES, get_template
+from relook.data.annotations import read_coco
+from relook.data.templates import TEMPLATES, get_template
 from relook.errors import DataError, RecipeError
-from relook.evaluate import answer as answering
-from relook.evaluate import provenance
-from relook.evaluate.answer import Asking, answer
-from relook.evaluate.answer_file import AnswerFile
+from relook.evaluate import results
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.compare import compare, differing_answers
-from relook.evaluate.pope import SPLITS, match, official_parse, read_questions
+from relook.evaluate.results import AnswerFile
 from relook.evaluate.run import evaluate_model, keep
 from relook.evaluate.score import LLAVA_QUESTIONS, Given, pope_questions, score_answers
+from relook.evaluate.tasks.pope import SPLITS, match, official_parse, read_questions
 from relook.files import read_json, read_records, text_hash, write_json, write_jsonl
+from relook.generate import tree_decoding as answering
+from relook.generate.tree_decoding import Asking, answer
 from relook.model.load import model_hash
-from relook.toyworld.shipped import shipped_base
+from relook.toyworld.build import shipped_base
 
 POPE_KEYS = {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "n", "parser"}
 CHAIR_KEYS = {"chair_i", "chair_s", "recall", "length", "empty"}
@@ -111,8 +111,8 @@ def test_relook_runs_from_its_sources_where_it_is_not_installed(monkeypatch: pyt
             raise PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(provenance, "version", not_installed)
-    assert provenance.versions()["relook"] == relook.__version__
+    monkeypatch.setattr(results, "version", not_installed)
+    assert results.versions()["relook"] == relook.__version__
 
 
 def test_the_version_stands_in_two_files_and_is_one() -> None:

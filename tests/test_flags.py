@@ -16,9 +16,8 @@ from transformers.integrations import integration_utils
 from relook import load_model
 from relook.errors import RecipeError
 from relook.flags import FIXED, INSTEAD, OF_THE_MODEL, OFF, SWITCHED, check_model
-from relook.keys import parse_overrides
-from relook.model.formats import llava_settings, read_config
-from relook.recipe import Recipe, build_recipe, load_recipe
+from relook.model.checkpoint import llava_settings, read_config
+from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides
 from relook.train.run import training_arguments
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}

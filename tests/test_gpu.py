@@ -14,24 +14,24 @@ from tiny import dpo_keys, save_tiny, tilted, tiny_llava, write_world
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from relook import load_model, tree
-from relook.data.prompts import with_image
+from relook import load_model
+from relook.data import packing
+from relook.data.packing import Tree, pack, to_device, to_host
 from relook.data.samples import Turn
+from relook.data.templates import with_image
 from relook.doctor import OK, examine
-from relook.evaluate.answer import Asking, Prompt, generate_batch
-from relook.evaluate.pope import question_text
+from relook.evaluate.tasks.pope import question_text
 from relook.files import read_object
+from relook.forward import activation_memory
+from relook.forward.packed_attention import TreePass
+from relook.generate.engine import Engine
+from relook.generate.request import Limits, Request
+from relook.generate.tree_decoding import Asking, Prompt, generate_batch
 from relook.recipe import build_recipe
-from relook.serve.engine import Engine
-from relook.serve.request import Limits, Request
 from relook.toyworld import build
-from relook.toyworld.draw import draw
-from relook.toyworld.shipped import shipped_base
-from relook.toyworld.world import OBJECTS, Scene, sample_scenes
-from relook.train import offload
+from relook.toyworld.build import shipped_base
+from relook.toyworld.world import OBJECTS, Scene, draw, sample_scenes
 from relook.train.run import train
-from relook.train.tree_pass import TreePass
-from relook.tree import Tree, pack, to_device, to_host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_trunk_cache")]
 REGIMES: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ REGIMES: dict[str, dict[str, Any]] = {
 def test_a_copy_to_the_host_is_the_same(
     dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tree, "STAGING_BYTES", 5000)
+    monkeypatch.setattr(packing, "STAGING_BYTES", 5000)
     values = (1000 * torch.randn(*shape, device="cuda")).to(dtype)
     found = to_host(values)
     assert not found.is_pinned()
@@ -64,7 +64,7 @@ def test_packed_states_and_gradients_are_those_of_the_cpu(how: str, everything: 
     here, there = (tiny_llava().model.language_model.to(device) for device in ("cpu", "cuda"))
     reads = TreePass(there, how)
     for number, times in enumerate((5, 60, 30, 5, 100)):
-        packed = pack(trees(times), PAD, everything, 10_000, tree.whole_blocks, root=1)
+        packed = pack(trees(times), PAD, everything, 10_000, packing.whole_blocks, root=1)
         found: list[tuple[Tensor, Tensor]] = []
         for model, work in ((here, TreePass(here, "dense")), (there, reads)):
             placed = to_device(packed, model.device)
@@ -92,7 +92,7 @@ def test_training_is_that_of_the_cpu(keys: dict[str, Any], base: Path, tmp_path:
 
 def test_training_with_activations_that_leave_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed lengths, micro-batches, and measuring in between."""
-    monkeypatch.setattr(offload, "LEAST", 1)
+    monkeypatch.setattr(activation_memory, "LEAST", 1)
     monkeypatch.setattr(build, "LAYERS", 6)
     base, world = save_tiny(tmp_path / "base"), write_world(tmp_path / "world")
     fetched = counted_returns(monkeypatch)
@@ -121,7 +121,7 @@ def test_activations_that_leave_come_back_and_lend_their_memory(how: str) -> Non
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaModel(LlamaConfig(vocab_size=128, **sizes)).train()
-    packed = to_device(pack(trees(400), PAD, False, 10_000, tree.whole_blocks, root=1), model.device)
+    packed = to_device(pack(trees(400), PAD, False, 10_000, packing.whole_blocks, root=1), model.device)
     embeds = model.embed_tokens(packed.ids).detach()
     peaks, gradients = [], []
     for share in (0, 0.5, 1):

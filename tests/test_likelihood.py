@@ -15,9 +15,9 @@ from torch import Tensor
 
 from relook import load_model
 from relook.data.images import Held
-from relook.evaluate.answer import Asking, answer
 from relook.evaluate.likelihood import Weighed, likelihoods
-from relook.toyworld.shipped import shipped_base
+from relook.generate.tree_decoding import Asking, answer
+from relook.toyworld.build import shipped_base
 
 
 def picture(seed: int) -> Held:

@@ -18,12 +18,19 @@ from relook import load_model
 from relook.cli import app
 from relook.data.images import Encoded, open_image
 from relook.errors import DataError, RecipeError
-from relook.evaluate import answer as answering
-from relook.evaluate.llava import LETTER, LETTER_CN, answer_questions, read_questions
-from relook.evaluate.submission import NO_NEED, SUBMISSIONS, write_submission
-from relook.evaluate.vqa_answer import vqa_answer
+from relook.evaluate.llava_bench import (
+    LETTER,
+    LETTER_CN,
+    NO_NEED,
+    SUBMISSIONS,
+    answer_questions,
+    read_questions,
+    vqa_answer,
+    write_submission,
+)
 from relook.files import read_json, read_records, write_json, write_jsonl
-from relook.toyworld.shipped import shipped_base
+from relook.generate import tree_decoding as answering
+from relook.toyworld.build import shipped_base
 
 
 @pytest.fixture(scope="module")

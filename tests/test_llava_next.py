@@ -20,17 +20,17 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from relook import LoadedModel, load_model
 from relook.data.samples import PreferencePair, Turn
 from relook.errors import RelookError
-from relook.evaluate.answer import Asking, answer
-from relook.model.convert import convert, export
-from relook.model.formats import default_template
+from relook.forward.collate import Collator, Item
+from relook.forward.policy import Policy
+from relook.generate.tree_decoding import Asking, answer
+from relook.model.checkpoint import default_template
+from relook.model.export import convert, export
 from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import RelookLlavaNextForConditionalGeneration, images_per_row
 from relook.model.post_decoder import PostDecoder
 from relook.recipe import build_recipe
-from relook.report.attention import attention_before
+from relook.report.plots import attention_before
 from relook.toyworld.build import IMAGE_SIZE, PATCH, make_processor
-from relook.train.batches import Collator, Item
-from relook.train.policy import Policy
 from relook.train.run import train
 
 GRID = [[96, 192], [192, 96], [192, 192], [288, 96]]

@@ -19,12 +19,12 @@ from PIL import Image, ImageFile
 from relook import LoadedModel, load_model
 from relook.data.images import Held
 from relook.errors import DataError, RecipeError, RelookError
-from relook.evaluate import answer as answering
-from relook.evaluate.answer import Asking
 from relook.evaluate.lmms import evaluate_tasks, manifest
 from relook.files import read_json, read_records, write_jsonl
+from relook.generate import tree_decoding as answering
+from relook.generate.tree_decoding import Asking
 from relook.model.load import Loading
-from relook.toyworld.shipped import shipped_base
+from relook.toyworld.build import shipped_base
 
 pytest.importorskip("lmms_eval", reason="pip install --no-deps lmms-eval")
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from relook.train import log_probs
-from relook.train.log_probs import LogProb, log_prob
+from relook.forward import policy
+from relook.forward.policy import LogProb, log_prob
 
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts, the last one shorter."""
-    monkeypatch.setattr(log_probs, "ROWS", 3)
+    monkeypatch.setattr(policy, "ROWS", 3)
 
 
 def drawn(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

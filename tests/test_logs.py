@@ -18,14 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from relook import load_model
 from relook.errors import RecipeError, RelookError
+from relook.forward.collate import Collator, Item, Work
+from relook.forward.policy import Policy
 from relook.model.load import TENSORS_FILE
 from relook.recipe import build_recipe
 from relook.train import run
-from relook.train.batches import Collator, Item
-from relook.train.logs import Costs, Meter, Work, linear_flops
-from relook.train.policy import Policy
+from relook.train.callbacks import FirstStep
+from relook.train.metrics import Costs, Meter, linear_flops
 from relook.train.run import encode_samples, read_samples, train
-from relook.train.stops import FirstStep
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 HEAD: dict[str, Any] = {"tune_lm_head": True, "optim": "sgd", "max_grad_norm": 0.0}
@@ -262,7 +262,7 @@ def test_what_trains_beside_the_output_stops_the_run(
     base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A post decoder whose output is not used learns nothing, however large its steps."""
-    from relook.train import policy
+    from relook.forward import policy
 
     whole = policy.predicting_states
 

@@ -19,15 +19,15 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, LlavaForCondition
 
 from relook import load_model
 from relook.errors import CheckpointError, RecipeError
-from relook.evaluate.cached import shares_trunk
-from relook.model.convert import merge
+from relook.evaluate.pope_from_cache import shares_trunk
+from relook.forward.collate import Collator, Item
+from relook.forward.policy import Policy
+from relook.model.export import merge
 from relook.model.load import TENSORS_FILE, model_hash
-from relook.model.regimes import apply_regime
+from relook.model.trainable import apply_regime
 from relook.recipe import build_recipe, load_recipe
 from relook.toyworld.build import make_processor
-from relook.train.batches import Collator, Item
-from relook.train.policy import Policy
-from relook.train.preference import preference_loss
+from relook.train.loss import preference_loss
 from relook.train.run import encode_samples, prepare, read_samples, train
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified
 from transformers import LlamaConfig, LlamaModel
 
-from relook.train import recompute
-from relook.train.lora_products import Beside, NarrowLinear, narrow
-from relook.train.tree_pass import TreePass
-from relook.tree import Tree, pack, whole_blocks
+from relook.data.packing import Tree, pack, whole_blocks
+from relook.forward import activation_memory
+from relook.forward.packed_attention import Beside, NarrowLinear, TreePass, narrow
 
 WIDTH = 32
 CONFIG = LlamaConfig(hidden_size=WIDTH, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=8)
@@ -186,7 +185,7 @@ def test_a_compiled_trunk_says_what_another_one_does(again: dict[str, bool], mon
     for model, how in zip(with_lora(), ("dense", "compiled"), strict=True):
         trunk = model.train().get_base_model()
         if again:
-            recompute.enable(trunk, **{f"{recompute.NAME}_kwargs": again})
+            activation_memory.enable(trunk, **{f"{activation_memory.NAME}_kwargs": again})
         passes.append((model, TreePass(trunk, how)))
     torch._dynamo.utils.counters.clear()
     for times in (2, 30):

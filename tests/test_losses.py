@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tiny import pixels, prompt, tiny_llava, tiny_relook
 from torch import Tensor
 
+from relook.data.packing import Row, Tree, pack
+from relook.forward import policy
+from relook.forward.policy import LiveBatch, Policy, token_log_probs
 from relook.recipe import Recipe
 from relook.toyworld.build import make_processor
-from relook.train import losses, policy
-from relook.train.losses import dpo_sigmoid, negative_log_likelihood
-from relook.train.policy import LiveBatch, Policy, token_log_probs
-from relook.train.preference import pair_loss, preference_loss
-from relook.tree import Row, Tree, pack
+from relook.train import loss
+from relook.train.loss import dpo_sigmoid, negative_log_likelihood, pair_loss, preference_loss
 
 
 def recipe(**keys: Any) -> Recipe:
@@ -67,20 +67,20 @@ LN3 = math.log(3)
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
-        (losses.dpo_ipo(one(2.0), one(-1.0), 0.25), 1.0),  # (3 - 2)^2
-        (losses.dpo_ipo(one(0.0), one(0.0), 0.1), 25.0),  # (0 - 5)^2
-        (losses.dpo_hinge(one(2.0), one(-1.0), 0.1), 0.7),  # 1 - 0.3
-        (losses.dpo_hinge(one(20.0), one(0.0), 0.1), 0.0),
+        (loss.dpo_ipo(one(2.0), one(-1.0), 0.25), 1.0),  # (3 - 2)^2
+        (loss.dpo_ipo(one(0.0), one(0.0), 0.1), 25.0),  # (0 - 5)^2
+        (loss.dpo_hinge(one(2.0), one(-1.0), 0.1), 0.7),  # 1 - 0.3
+        (loss.dpo_hinge(one(20.0), one(0.0), 0.1), 0.0),
         # sigmoid(ln 3) = 3/4: (0.8 ln 4/3 - 0.2 ln 4) / 0.6
-        (losses.dpo_robust(one(LN3), one(0.0), 1.0, 0.2), (0.8 * math.log(4 / 3) - 0.2 * math.log(4)) / 0.6),
-        (losses.simpo(one(LN3), one(0.0), 2.0, LN3), math.log(4 / 3)),  # 2 ln 3 - ln 3 = ln 3
-        (losses.simpo(one(-1.0), one(-1.0), 2.0, 0.0), math.log(2)),
+        (loss.dpo_robust(one(LN3), one(0.0), 1.0, 0.2), (0.8 * math.log(4 / 3) - 0.2 * math.log(4)) / 0.6),
+        (loss.simpo(one(LN3), one(0.0), 2.0, LN3), math.log(4 / 3)),  # 2 ln 3 - ln 3 = ln 3
+        (loss.simpo(one(-1.0), one(-1.0), 2.0, 0.0), math.log(2)),
         # p = 3/4 has odds 3, p = 1/2 has odds 1
-        (losses.orpo(one(math.log(0.75)), one(math.log(0.5)), 0.5), 0.5 * math.log(4 / 3)),
-        (losses.orpo(one(-4.0), one(-4.0), 1.0), math.log(2)),
-        (losses.mdpo_conditional(one(1.0), one(1.0 - 2 * LN3), 0.5), math.log(4 / 3)),
-        (losses.mdpo_anchored(one(2 * LN3), 0.5, 0.0), math.log(4 / 3)),
-        (losses.mdpo_anchored(one(0.0), 0.5, -LN3), math.log(4 / 3)),
+        (loss.orpo(one(math.log(0.75)), one(math.log(0.5)), 0.5), 0.5 * math.log(4 / 3)),
+        (loss.orpo(one(-4.0), one(-4.0), 1.0), math.log(2)),
+        (loss.mdpo_conditional(one(1.0), one(1.0 - 2 * LN3), 0.5), math.log(4 / 3)),
+        (loss.mdpo_anchored(one(2 * LN3), 0.5, 0.0), math.log(4 / 3)),
+        (loss.mdpo_anchored(one(0.0), 0.5, -LN3), math.log(4 / 3)),
     ],
 )
 def test_the_other_losses_by_hand(loss: Tensor, expected: float) -> None:
@@ -105,8 +105,8 @@ def test_equal_answers_give_ln_2(value: float, beta: float) -> None:
         assert pair_loss(of_kind(kind, beta), same, same).item() == pytest.approx(math.log(2), rel=1e-5)
     assert pair_loss(of_kind("orpo", beta), same, same).item() == pytest.approx(beta * math.log(2), rel=1e-5)
     assert pair_loss(of_kind("hinge", beta), same, same).item() == 1
-    assert losses.mdpo_conditional(same, same, beta).item() == pytest.approx(math.log(2), rel=1e-5)
-    assert losses.mdpo_anchored(0 * same, beta, 0.0).item() == pytest.approx(math.log(2), rel=1e-5)
+    assert loss.mdpo_conditional(same, same, beta).item() == pytest.approx(math.log(2), rel=1e-5)
+    assert loss.mdpo_anchored(0 * same, beta, 0.0).item() == pytest.approx(math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,7 +127,7 @@ def test_every_loss_is_finite_and_pulls_the_right_way(kind: str, chosen: float, 
 @given(numbers, numbers, betas)
 def test_no_smoothing_is_dpo(chosen: float, rejected: float, beta: float) -> None:
     torch.testing.assert_close(
-        losses.dpo_robust(one(chosen), one(rejected), beta, 0.0), dpo_sigmoid(one(chosen), one(rejected), beta)
+        loss.dpo_robust(one(chosen), one(rejected), beta, 0.0), dpo_sigmoid(one(chosen), one(rejected), beta)
     )
 
 

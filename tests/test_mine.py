@@ -24,26 +24,32 @@ from PIL import Image
 
 from relook.data.check import check
 from relook.data.convert import convert
-from relook.data.hadpo import DESCRIBE_PROMPTS, read_hadpo
-from relook.data.pairs import read_pairs
+from relook.data.readers import DESCRIBE_PROMPTS, read_hadpo, read_pairs
 from relook.demo import mining_settings
 from relook.errors import DataError, RecipeError
-from relook.evaluate.answer_file import AnswerFile
-from relook.evaluate.chair import Mention, Vocabulary, coco_vocabulary, mentions
 from relook.evaluate.judge import JudgeSettings
-from relook.evaluate.pope import official_parse, question_text
+from relook.evaluate.results import AnswerFile
+from relook.evaluate.tasks.chair import Mention, Vocabulary, coco_vocabulary, mentions
+from relook.evaluate.tasks.pope import official_parse, question_text
 from relook.files import read_json, write_json
-from relook.mine import apart, grow, judged, match, write
-from relook.mine.correct import NEUTRAL, correct, exchange, hallucinations
-from relook.mine.describe import STILL_FALSE, find_pairs
-from relook.mine.match import Pair, length, lengths, near_duplicates, same_length, shingles
-from relook.mine.pictures import Annotated, Picture, read_pictures
-from relook.mine.questions import balance, co_occurrence, weighted_sample
+from relook.mine import jobs, output, pairs, pictures
+from relook.mine.candidates import STILL_FALSE, balance, co_occurrence, find_pairs, weighted_sample
+from relook.mine.jobs import Mining, Place
+from relook.mine.pairs import (
+    Pair,
+    correct,
+    exchange,
+    hallucinations,
+    length,
+    lengths,
+    near_duplicates,
+    same_length,
+    shingles,
+)
+from relook.mine.pictures import NEUTRAL, Annotated, Picture, read_pictures
 from relook.mine.run import mine
-from relook.mine.settings import Mining, Place
-from relook.toyworld.shipped import shipped_base
-from relook.toyworld.speech import FILLERS, SYNONYMS, describe, words
-from relook.toyworld.world import OBJECTS, SETTINGS, sample_scene
+from relook.toyworld.build import shipped_base
+from relook.toyworld.world import FILLERS, OBJECTS, SETTINGS, SYNONYMS, describe, sample_scene, words
 
 VOCABULARY = Vocabulary.of(OBJECTS, SYNONYMS)
 names = st.lists(st.sampled_from(OBJECTS), max_size=8)
@@ -188,9 +194,9 @@ def test_means_are_alike_and_no_more_is_dropped_than_needs_be(sides: list[tuple[
     pairs = [Pair(NOWHERE, *side) for side in sides]
     kept, dropped = same_length(pairs)
     assert len(kept) + sum(dropped.values()) == len(pairs)
-    assert all(abs(pair.longer) <= match.MOST_APART * max(map(length, (pair.chosen, pair.rejected))) for pair in kept)
+    assert all(abs(pair.longer) <= pairs.MOST_APART * max(map(length, (pair.chosen, pair.rejected))) for pair in kept)
     found = lengths([(pair.chosen, pair.rejected) for pair in kept])
-    assert found["means_differ"] <= match.MEANS_APART
+    assert found["means_differ"] <= pairs.MEANS_APART
     assert found["chosen_longer"] + found["chosen_shorter"] + found["same_length"] == len(kept)
     assert same_length(kept) == (kept, {})
 
@@ -233,8 +239,8 @@ def save(path: Path, index: int, size: int = 0, quality: int = 95) -> Path:
 
 def reasons(folder: Path, listed: Collection[str] = (), shown: Sequence[Path] = ()) -> dict[str, str]:
     pictures = read_pictures(folder, "none").pictures
-    seen = {picture.id: apart.look_at(picture.id, picture.path) for picture in pictures}
-    return apart.Apart(seen, frozenset(listed), [apart.look_at("", path) for path in shown]).left_out(pictures)
+    seen = {picture.id: pictures.look_at(picture.id, picture.path) for picture in pictures}
+    return pictures.Apart(seen, frozenset(listed), [pictures.look_at("", path) for path in shown]).left_out(pictures)
 
 
 def test_pictures_that_are_left_out(tmp_path: Path) -> None:
@@ -247,24 +253,24 @@ def test_pictures_that_are_left_out(tmp_path: Path) -> None:
     (folder / "sub" / "broken.png").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("1.jpg")
     shown = [save(other / "x.jpg", 2), save(other / "y.jpg", 3, size=50, quality=50)]
-    assert reasons(folder, apart.names_in(folder / "notes.txt"), shown) == {
-        "1.jpg": apart.LISTED,
-        "2.jpg": apart.SHOWN,
-        "3.jpg": apart.LOOKS_SHOWN,
-        "again.jpg": apart.TWICE,
-        "smaller.jpg": apart.LOOKS_TWICE,
-        "sub/broken.png": apart.UNREADABLE,
+    assert reasons(folder, pictures.names_in(folder / "notes.txt"), shown) == {
+        "1.jpg": pictures.LISTED,
+        "2.jpg": pictures.SHOWN,
+        "3.jpg": pictures.LOOKS_SHOWN,
+        "again.jpg": pictures.TWICE,
+        "smaller.jpg": pictures.LOOKS_TWICE,
+        "sub/broken.png": pictures.UNREADABLE,
     }
 
 
 def test_hashes_of_scenes_do_not_meet_and_all_that_are_near_are_found() -> None:
-    looks = apart.Looks()
+    looks = pictures.Looks()
     rng = random.Random(0)
     held = [rng.getrandbits(64) for _ in range(50)]
     for look in held:
         looks.add(look)
     for look in held:
-        bits = rng.sample(range(64), apart.NEAR + 1)
+        bits = rng.sample(range(64), pictures.NEAR + 1)
         near = look ^ sum(1 << bit for bit in bits[1:])
         assert looks.near(near)
         assert not looks.near(near ^ (1 << bits[0]))
@@ -290,7 +296,7 @@ THIRD = {"id:3", "000000000003.jpg", "coco:3"}
 )
 def test_names_of_evaluation_images(tmp_path: Path, name: str, text: str, found: set[str]) -> None:
     (tmp_path / name).write_text(text)
-    assert apart.names_in(tmp_path / name) == found
+    assert pictures.names_in(tmp_path / name) == found
 
 
 def test_a_picture_of_cocos_is_known_under_visual_genomes_name(world: Path, tmp_path: Path) -> None:
@@ -301,8 +307,8 @@ def test_a_picture_of_cocos_is_known_under_visual_genomes_name(world: Path, tmp_
     (tmp_path / "pope.json").write_text('{"image": "COCO_val2014_000000000042.jpg"}')
     (tmp_path / "captions.json").write_text('[{"image_id": 42, "caption": "A cup."}]')
     first = read_pictures(tmp_path / "vg", "vg").pictures[0]
-    assert first.names & apart.names_in(tmp_path / "pope.json") == {"coco:42"}
-    assert first.names & apart.names_in(tmp_path / "captions.json") == {"id:42"}
+    assert first.names & pictures.names_in(tmp_path / "pope.json") == {"coco:42"}
+    assert first.names & pictures.names_in(tmp_path / "captions.json") == {"id:42"}
 
 
 @pytest.mark.parametrize(
@@ -387,7 +393,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
         for index in reversed(range(len(questions))):  # answers come in an order of their own
             yield index, "There is a cup. There is a dog." if questions[index][1] in DESCRIBE_PROMPTS else "Yes."
 
-    monkeypatch.setattr(grow, "answer", answer)
+    monkeypatch.setattr(jobs, "answer", answer)
     return asked
 
 
@@ -423,7 +429,7 @@ def test_repeated_texts_and_evaluation_images(said: list[tuple[Path, str]], kitc
     (tmp_path / "list.txt").write_text("2\n")
     place = Place(kitchen, "vg", exclude=[tmp_path / "list.txt"])
     card = mine(shipped_base(), place, tmp_path / "out", Mining(questions=2, near_texts=0.2, parquet=False))
-    assert card["pictures"] == {"found": 4, "left_out": {apart.LISTED: 1}, "mined": 3}
+    assert card["pictures"] == {"found": 4, "left_out": {pictures.LISTED: 1}, "mined": 3}
     assert card["descriptions"]["dropped"] == {"near-duplicate": 1}
     assert card["apart"] == {"given": ["list.txt"], "names": 1, "images": 0}
     assert not (tmp_path / "out" / "pairs.parquet").exists()
@@ -470,7 +476,7 @@ FILES = ("desc_data.json", "pope_data.json", "image_data.json", "pairs.parquet",
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    files = [*(out / name for name in FILES), *(out / write.FOLDER).iterdir()]
+    files = [*(out / name for name in FILES), *(out / output.FOLDER).iterdir()]
     return {path.name: path.read_bytes() for path in files}
 
 
@@ -520,14 +526,14 @@ def test_stopped_anywhere_it_ends_in_the_same_files(
     out = tmp_path / "out"
     model, place, how = toys(world)
     moments: list[tuple[Any, str, int]] = [
-        (apart, "open_image", 3),
-        (grow, "answer", 2),
+        (pictures, "open_image", 3),
+        (jobs, "answer", 2),
         (AnswerFile, "finish", 1),
-        (grow, "answer", 3),
-        (grow, "answer", 5),
-        *((write, name, 1) for name in ("write_pairs", "_link", "write_parquet", "write_card")),
-        (write, "write_json", 2),
-        (write, "write_json", 4),
+        (jobs, "answer", 3),
+        (jobs, "answer", 5),
+        *((output, name, 1) for name in ("write_pairs", "_link", "write_parquet", "write_card")),
+        (output, "write_json", 2),
+        (output, "write_json", 4),
     ]
     for owner, name, at in moments:
         with monkeypatch.context() as patch:
@@ -626,7 +632,7 @@ def test_without_annotations_a_judge_finds_and_corrects(world: Path, tmp_path: P
     for image, pair in pairs.items():
         assert hallucinations(pair["rejected"][0], truth[image], VOCABULARY)
         assert not hallucinations(pair["chosen"][0], truth[image], VOCABULARY)
-        assert len(judged.sentences_apart(pair["chosen"][0])) == len(judged.sentences_apart(pair["rejected"][0]))
+        assert len(pairs.sentences_apart(pair["chosen"][0])) == len(pairs.sentences_apart(pair["rejected"][0]))
     records = read_json(tmp_path / "out" / "pope_data.json")
     for record in records:
         name = next((name for name in OBJECTS if question_text(name) == record["question"]), "unicorn")
@@ -662,7 +668,7 @@ LISTS = "In the image: cup, Red dog.\nNot in the image: pot, cup, fork-lift, 7 d
     ],
 )
 def test_a_judges_reply_counts_whole_or_not_at_all(reply: str, corrected: str | None) -> None:
-    found = judged.read_check(TEXT, reply)
+    found = pairs.read_check(TEXT, reply)
     assert (found and found.corrected) == corrected
     if found:
         assert (found.present, found.absent) == (("red dog",), ("pot", "fork-lift"))
@@ -675,8 +681,8 @@ PIECES = st.sampled_from([*LINES, "\n", ", ", " ", ".", "İ", "\x1c", "\ud800"])
 @given(st.lists(PIECES, max_size=9), st.lists(st.sampled_from(["a cup", ".", " ", "\n", "!", "\x1c"]), max_size=6))
 def test_any_reply_is_read_without_an_error(reply: list[str], text: list[str]) -> None:
     for between in ("", "\n"):
-        judged.read_check("".join(text) or "a cup", between.join(reply))
-        judged.read_style(Pair(NOWHERE, "a cup", "a pot"), VOCABULARY, between.join(reply))
+        pairs.read_check("".join(text) or "a cup", between.join(reply))
+        pairs.read_style(Pair(NOWHERE, "a cup", "a pot"), VOCABULARY, between.join(reply))
 
 
 PAIR = Pair(Picture("1", Path(), frozenset({"cup"}), frozenset({"cup"})), "There is a cup.", "There is a dog.")
@@ -697,7 +703,7 @@ PAIR = Pair(Picture("1", Path(), frozenset({"cup"}), frozenset({"cup"})), "There
     ],
 )
 def test_a_new_style_keeps_what_is_said(reply: str, taken: bool) -> None:
-    assert (judged.read_style(PAIR, VOCABULARY, reply) is not None) == taken
+    assert (pairs.read_style(PAIR, VOCABULARY, reply) is not None) == taken
 
 
 def test_with_annotations_a_judge_gives_both_sides_one_style(kitchen: Path, said: object, tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from endpoint import Answer, Request, endpoint
 from PIL import Image
 
 from relook.errors import DataError, RecipeError
-from relook.evaluate import mmhal
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.judge import JudgeSettings
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import Given
+from relook.evaluate.tasks import mmhal
 from relook.files import read_records, write_json
 
 RATINGS = {"first": 6, "second": 2, "third": 3, "fourth": 0}

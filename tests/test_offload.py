@@ -16,22 +16,22 @@ from tiny import dpo_keys, save_tiny, tilted, write_world
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
+from relook.data.packing import Tree, pack
 from relook.errors import RecipeError
+from relook.forward import activation_memory, policy
+from relook.forward.activation_memory import Lane, Offload, Saved, staying
+from relook.forward.packed_attention import TreePass, resolve
+from relook.forward.policy import Policy
 from relook.recipe import build_recipe
 from relook.toyworld import build
-from relook.train import offload, policy
-from relook.train.offload import Lane, Offload, Saved, staying
-from relook.train.policy import Policy
 from relook.train.run import train
-from relook.train.tree_pass import TreePass, resolve
-from relook.tree import Tree, pack
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def small_ones_leave_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST", 1)
+    monkeypatch.setattr(activation_memory, "LEAST", 1)
 
 
 def counted_returns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -123,7 +123,7 @@ class Saves(torch.autograd.Function):
 
 
 def test_a_tensor_saved_twice_leaves_once_and_small_or_odd_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST", 16)
+    monkeypatch.setattr(activation_memory, "LEAST", 16)
     x, weight = torch.randn(4, 4), torch.randn(4, 4)
     kept = [x, x, x.T, weight.T, x[0, :3], x[:, :2], x.expand(2, 4, 4)]
     work, seen = Offload(4, 2, frozenset({weight.untyped_storage().data_ptr()}), Lane(CPU)), list[Tensor]()

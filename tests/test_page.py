@@ -17,18 +17,18 @@ from test_answer import TEXTS, as_loaded
 from tiny import tiny_llava, tiny_relook
 
 from relook.data.images import image_from_bytes
-from relook.data.prompts import with_image
 from relook.data.samples import Turn
-from relook.report.attention import attention_before, has_maps
+from relook.data.templates import with_image
+from relook.generate.engine import Engine
+from relook.generate.request import Limits
+from relook.report.plots import attention_before, has_maps
 from relook.serve.api import Policy
-from relook.serve.engine import Engine
-from relook.serve.errors import APIError
 from relook.serve.media import Sources
-from relook.serve.page import uploads
+from relook.serve.page import actions
 from relook.serve.page.actions import Page, Sampling
-from relook.serve.page.mount import MOST_ASKED
+from relook.serve.page.app import MOST_ASKED
 from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, explain, language_of
-from relook.serve.request import Limits
+from relook.serve.protocol import APIError
 from relook.toyworld.world import sample_scenes
 
 POLICY = Policy(KEY, Sources(max_bytes=200_000), max_body=1_100_000, body_seconds=1)
@@ -90,7 +90,7 @@ def test_each_model_goes_on_in_its_own_conversation(page: Page, place: str) -> N
 
 
 def asked(engine: Engine, turns: Sequence[Turn], image: Any) -> Any:
-    from relook.serve.request import Request
+    from relook.generate.request import Request
 
     return Request(engine.prompt(turns, [image]), (image,), NEW)
 
@@ -187,11 +187,11 @@ def test_a_conversation_comes_back_from_the_browser_as_it_was_said() -> None:
     """And nothing of it is HTML on the way."""
     from gradio import Chatbot
 
-    from relook.serve.page import layout
+    from relook.serve.page import app
 
     turns = [Turn(" a <b>bold</b> & &lt;\n  question ", "\n<img src=x> $$x$$\n"), Turn("b", "")]
-    shown = Chatbot().postprocess(layout._messages(turns)).model_dump()
-    assert layout._turns(shown) == turns
+    shown = Chatbot().postprocess(app._messages(turns)).model_dump()
+    assert app._turns(shown) == turns
     assert "<" not in json.dumps(shown)
 
 
@@ -280,7 +280,7 @@ def test_uploads_are_limited(paged: Served, monkeypatch: pytest.MonkeyPatch) -> 
     assert paged.uploads is not None
     assert (Path(path).parent.parent, Path(path).name) == (paged.uploads, "escape.png")
     assert upload(paged, PICTURES[0], name="..")[0] == 400
-    monkeypatch.setattr(uploads, "MOST_FILES", 3)
+    monkeypatch.setattr(actions, "MOST_FILES", 3)
     assert_refused(upload(paged, PICTURES[0]), 429, "Too many pictures")
 
 
@@ -310,13 +310,13 @@ def test_other_sites_can_neither_ask_nor_read(paged: Served, headers: dict[str, 
 def test_no_upload_stays(tmp_path: Path) -> None:
     """Whatever Gradio leaves of it; but what lay there at the start does."""
     (tmp_path / "own.png").write_bytes(b"own")
-    lying = uploads.Uploads(tmp_path)
+    lying = actions.Uploads(tmp_path)
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         for file in (tmp_path / name / "a.png", tmp_path / f"{name}.tmp"):
             file.write_bytes(b"picture")
     (tmp_path / "empty").mkdir()
-    long_ago = time.time() - 2 * uploads.KEPT_SECONDS
+    long_ago = time.time() - 2 * actions.KEPT_SECONDS
     for path in ("own.png", "old/a.png", "old.tmp", "old", "empty"):
         os.utime(tmp_path / path, (long_ago, long_ago))
     assert lying.sweep() == (3, len(b"ownpicturepicture"))

@@ -20,13 +20,13 @@ from serving import KEY, Served, noise, serving, until
 from test_answer import as_loaded
 
 from relook import load_model
+from relook.generate.engine import Engine
+from relook.generate.request import Limits
 from relook.model.load import add_post_decoder, without_post_decoder
 from relook.serve.api import Policy
-from relook.serve.engine import Engine
 from relook.serve.media import Sources
 from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, TEXTS
-from relook.serve.request import Limits
-from relook.toyworld.shipped import shipped_base
+from relook.toyworld.build import shipped_base
 
 pytestmark = pytest.mark.slow
 STEP = 0.1  # seconds, so that somebody can watch an answer grow

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError
-from relook.evaluate.pope import (
+from relook.evaluate.score import Given, score_answers
+from relook.evaluate.tasks.build_pope import build_pope, build_splits
+from relook.evaluate.tasks.pope import (
     PARSERS,
     SPLITS,
     PopeScore,
@@ -26,8 +28,6 @@ from relook.evaluate.pope import (
     read_questions,
     score,
 )
-from relook.evaluate.pope_build import build_pope, build_splits
-from relook.evaluate.score import Given, score_answers
 
 OFFICIAL_FILES = ("minigpt4_origin_random.jsonl", "minigpt4_origin_popular.jsonl")
 

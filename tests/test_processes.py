@@ -23,20 +23,18 @@ from several import train_all
 from test_train import Bench, log_of
 from tiny import dpo_keys, scramble, sft_keys
 
-from relook import processes
+from relook import distributed
+from relook.distributed import held
 from relook.errors import RecipeError, RelookError
 from relook.files import write_json
-from relook.model import sharded
+from relook.forward.collate import Collator
+from relook.forward.packed_attention import resolve
 from relook.model.load import TENSORS_FILE
-from relook.model.sharded import held
 from relook.recipe import Recipe, build_recipe
-from relook.train import sharding, trainer
-from relook.train.batches import Collator
+from relook.train import trainer
+from relook.train.callbacks import broken_tensors
 from relook.train.run import train, training_arguments
-from relook.train.sampling import ModalityLengthSampler
-from relook.train.stops import broken_tensors
-from relook.train.trainer import COMPLETE
-from relook.train.tree_pass import resolve
+from relook.train.trainer import COMPLETE, ModalityLengthSampler
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 ROOT = Path(__file__).parents[1]
@@ -184,7 +182,7 @@ def test_deepspeed_trains_as_one_process(keys_of: Callable[..., Keys], tmp_path:
     ones = {name: train(build_recipe(keys_of(f"one {name}", keys))) for name, keys in WAYS.items()}
     files = {"zero2": "zero2"}
     for name in ("zero3", "zero3_offload"):
-        config = json.loads(Path(sharding.deepspeed_config(name)).read_text())
+        config = json.loads(Path(distributed.deepspeed_config(name)).read_text())
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing so small is cut up
         files[name] = str(tmp_path / f"{name}.json")
         write_json(Path(files[name]), config)
@@ -387,7 +385,7 @@ def test_a_process_that_fails_leaves_the_checkpoint_to_the_others(
     keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They may be writing into it. The same command goes on from the one before."""
-    recipe, several = saving(keys_of, "run"), SimpleNamespace(**vars(processes))
+    recipe, several = saving(keys_of, "run"), SimpleNamespace(**vars(distributed))
     several.count, several.wait = lambda: 2, lambda what: None
     folder = Path(recipe.output_dir) / "checkpoints"
 
@@ -411,7 +409,7 @@ def test_the_part_held_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, part in enumerate(parts):
         parameter: Any = torch.nn.Parameter(torch.empty(0))
         parameter.ds_tensor, parameter.ds_shape, parameter.ds_process_group = part, (5,), None
-        monkeypatch.setattr(sharded.dist, "get_rank", lambda group, rank=rank: rank)
+        monkeypatch.setattr(distributed.dist, "get_rank", lambda group, rank=rank: rank)
         assert held(parameter).tolist() == [1, 2, 3, 4, 5][3 * rank : 3 * rank + 3]
         assert broken_tensors([parameter], torch.device("cpu")) == 0
         part[0] = torch.inf
@@ -451,23 +449,23 @@ def test_a_process_says_what_it_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_taken_apart_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [resolve("auto", "cuda", sharded) for sharded in (False, True)] == ["compiled", "flex"]
-    assert [resolve("auto", "cpu", sharded) for sharded in (False, True)] == ["dense", "dense"]
+    assert [resolve("auto", "cuda", distributed) for distributed in (False, True)] == ["compiled", "flex"]
+    assert [resolve("auto", "cpu", distributed) for distributed in (False, True)] == ["dense", "dense"]
     assert resolve("compiled", "cuda") == "compiled"
     with pytest.raises(RecipeError, match="compiled does not go with FSDP or DeepSpeed"):
         resolve("compiled", "cuda", sharded=True)
-    assert not sharding.shard({"fsdp": False, "deepspeed": None})
-    assert sharding.shard({"fsdp": True})
-    assert sharding.shard({"deepspeed": "zero3"})
+    assert not distributed.shard({"fsdp": False, "deepspeed": None})
+    assert distributed.shard({"fsdp": True})
+    assert distributed.shard({"deepspeed": "zero3"})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert sharding.shard({})
+    assert distributed.shard({})
 
 
 def test_deepspeed_files_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
     stages = {}
-    for name in sharding.deepspeed_names():
-        content = json.loads(Path(sharding.deepspeed_config(name)).read_text())
+    for name in distributed.deepspeed_names():
+        content = json.loads(Path(distributed.deepspeed_config(name)).read_text())
         stages[name] = content["zero_optimization"]["stage"]
         offloaded = "offload_optimizer" in content["zero_optimization"]
         assert offloaded == name.endswith("offload")
@@ -476,13 +474,13 @@ def test_deepspeed_files_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_
     assert stages == {"zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
     own = tmp_path / "own.json"
     own.write_text("{}")
-    assert sharding.deepspeed_config(str(own)) == str(own)
+    assert distributed.deepspeed_config(str(own)) == str(own)
     with pytest.raises(RecipeError, match=r"no DeepSpeed file 'zero4'.*zero2"):
-        sharding.deepspeed_config("zero4")
+        distributed.deepspeed_config("zero4")
 
 
 def test_what_is_missing_is_said(keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     for keys, message in (
         ({"deepspeed": "zero2"}, r"not installed.*pip install 'relook\[deepspeed\]'"),
         ({"fsdp": True}, "fsdp needs several processes.*torchrun"),

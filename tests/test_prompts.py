@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from relook.data.prompts import EOS, IMAGE, TEMPLATES, get_template, image_first, with_image
 from relook.data.samples import Turn
+from relook.data.templates import EOS, IMAGE, TEMPLATES, get_template, image_first, with_image
 from relook.errors import RecipeError
 
 

@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 
-from relook.data.coco import read_captions, read_coco
-from relook.data.hadpo import read_hadpo
-from relook.data.llava import read_llava
-from relook.data.report import ReadReport
-from relook.data.samples import PreferencePair, Turn
-from relook.data.vg import Region, read_image_paths, read_objects, read_regions
+from relook.data.annotations import Region, read_captions, read_coco, read_image_paths, read_objects, read_regions
+from relook.data.readers import read_hadpo, read_llava
+from relook.data.samples import PreferencePair, ReadReport, Turn
 from relook.errors import DataError, RecipeError
 
 

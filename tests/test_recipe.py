@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from relook.errors import RecipeError
-from relook.keys import parse_overrides, read_shipped, shipped
-from relook.recipe import Recipe, build_recipe, load_recipe
+from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides, read_shipped, shipped
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}

@@ -33,11 +33,11 @@ from tiny import save_tiny, tiny_relook
 
 from relook import load_model
 from relook.errors import RelookError
+from relook.generate.engine import Engine
+from relook.generate.request import Limits
 from relook.model.load import Loading
 from relook.serve.api import Policy
-from relook.serve.command import load_models, take_port
-from relook.serve.engine import Engine
-from relook.serve.request import Limits
+from relook.serve.server import load_models, take_port
 
 # --- OpenAI's client
 

@@ -27,16 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from relook import LoadedModel, load_model
 from relook.data.images import Encoded
-from relook.data.prompts import TEMPLATES, Template, with_image
 from relook.data.samples import Turn
+from relook.data.templates import TEMPLATES, Template, with_image
 from relook.errors import CheckpointError, DataError, RelookError
-from relook.evaluate.answer import Asking, Prompt, generate_batch
-from relook.evaluate.decode import AnyLength
-from relook.model.regimes import untie_head
-from relook.serve.answer import Answer, AnswerText
-from relook.serve.batch import Batch
-from relook.serve.engine import Engine
-from relook.serve.request import Busy, Event, Limits, Request, TooLong
+from relook.generate.engine import Engine
+from relook.generate.request import Answer, AnswerText, Busy, Event, Limits, Request, TooLong
+from relook.generate.scheduler import Batch
+from relook.generate.tree_decoding import AnyLength, Asking, Prompt, generate_batch
+from relook.model.trainable import untie_head
 from relook.toyworld.build import make_processor
 
 Question = tuple[tuple[bytes, ...], str]
@@ -323,7 +321,7 @@ def test_stop_texts_end_an_answer_and_are_not_part_of_it() -> None:
 @pytest.fixture(params=[1, 3, 32], ids="window {}".format)
 def window(request: pytest.FixtureRequest) -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relook.serve.answer.WINDOW", request.param)
+        patch.setattr("relook.generate.request.WINDOW", request.param)
         yield request.param
 
 

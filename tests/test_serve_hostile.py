@@ -25,8 +25,8 @@ from serving import KEY, PICTURES, Served, assert_refused, assert_well, data_url
 from serving import with_picture as asking_about
 
 from relook.errors import DataError
-from relook.serve import command
 from relook.serve import media as media_module
+from relook.serve import server
 from relook.serve.media import Sources, is_public
 
 ROUTE = "/v1/chat/completions"
@@ -418,7 +418,7 @@ def test_addresses_that_are_public() -> None:
 def test_half_open_connections_are_closed_and_nobody_waits_for_them(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 1.0)
     head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n"
     clients = [socket.create_connection(("127.0.0.1", served.port), timeout=20) for _ in range(60)]
     for i, client in enumerate(clients):

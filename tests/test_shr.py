@@ -11,15 +11,15 @@ from endpoint import Answer, Request, endpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relook.data.vg import read_image_paths
+from relook.data.annotations import read_image_paths
 from relook.errors import DataError, RecipeError
-from relook.evaluate import shr
 from relook.evaluate.benchmarks import score_command
 from relook.evaluate.judge import Judge, JudgeSettings
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.score import Given
+from relook.evaluate.tasks import shr
 from relook.files import read_json, read_object, read_records, write_json, write_jsonl
-from relook.toyworld.shipped import shipped_base
+from relook.toyworld.build import shipped_base
 
 
 def test_sentences_are_those_of_the_original() -> None:

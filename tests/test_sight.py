@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from tiny import dpo_keys, sft_keys
 from torch import Tensor
 
-from relook import load_model, processes
+from relook import distributed, load_model
 from relook.errors import RecipeError
+from relook.forward.collate import Collator, Item
+from relook.forward.policy import Policy
 from relook.recipe import build_recipe
-from relook.train import sight
-from relook.train.batches import Collator, Item
-from relook.train.policy import Policy
+from relook.train import feature_cache
+from relook.train.feature_cache import features_once
 from relook.train.run import encode_samples, load, policy_of, read_samples, train
-from relook.train.sight import features_once
 
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 LORA: dict[str, Any] = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0}
@@ -44,7 +44,7 @@ def test_training_is_the_same_and_does_without_the_tower(
     regime: str, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of, keys = REGIMES[regime]
-    monkeypatch.setattr(sight, "IMAGES", 4)
+    monkeypatch.setattr(feature_cache, "IMAGES", 4)
     seen: list[int] = []
     whole = Policy._images
     monkeypatch.setattr(Policy, "_images", lambda self, *of: seen.append(len(of[0])) or whole(self, *of))
@@ -120,7 +120,7 @@ def test_where_each_step_computes_its_own(
     take = lambda recipe: features_once(recipe, policy, examples, collator.images)  # noqa: E731
     assert take(recipe) is not None
     with monkeypatch.context() as several:
-        several.setattr(processes, "count", lambda: 2)
+        several.setattr(distributed, "count", lambda: 2)
         assert take(recipe) is None
         assert take(wanted) is not None
     with monkeypatch.context() as small:
@@ -131,7 +131,7 @@ def test_where_each_step_computes_its_own(
         small.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size + 2))
         assert take(recipe) is not None
     with monkeypatch.context() as tiles:
-        tiles.setattr(sight, "trunk_of", lambda config: SimpleNamespace(projects_rows=False))
+        tiles.setattr(feature_cache, "trunk_of", lambda config: SimpleNamespace(projects_rows=False))
         assert take(recipe) is None
         with pytest.raises(RecipeError, match="cuts images into tiles"):
             take(wanted)

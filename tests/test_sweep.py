@@ -19,21 +19,20 @@ from torch import Tensor
 
 from relook import cli, load_model, sweep
 from relook.errors import RecipeError, RelookError
-from relook.evaluate import cached
-from relook.evaluate.cached import FIRST_FILE, CachedPope, States, shares_trunk
-from relook.evaluate.divergence import by_divergence, divergence
-from relook.evaluate.pope import SPLITS
+from relook.evaluate import pope_from_cache
+from relook.evaluate.compare import by_divergence, divergence
+from relook.evaluate.pope_from_cache import FIRST_FILE, CachedPope, States, shares_trunk
 from relook.evaluate.run import evaluate_model
+from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, read_records
-from relook.keys import read_shipped, shipped
+from relook.forward.policy import Policy
 from relook.model.load import Loading
-from relook.recipe import build_recipe
-from relook.report.write import write_report
+from relook.recipe import build_recipe, read_shipped, shipped
+from relook.report.pages import write_report
 from relook.sweep import sweep_command
-from relook.sweep_recipe import build_sweep, expand, names
-from relook.toyworld.shipped import shipped_base
-from relook.train.cache import TrunkCache
-from relook.train.policy import Policy
+from relook.sweep_config import build_sweep, expand, names
+from relook.toyworld.build import shipped_base
+from relook.train.feature_cache import TrunkCache
 from relook.train.run import train
 
 CPU = Loading(device="cpu")
@@ -176,11 +175,11 @@ def engine_of(base: Path, world: Path, folder: Path) -> CachedPope:
     return CachedPope(base, world / "test", folder / "states.safetensors", "llava_hf", CPU, 32)
 
 
-@pytest.mark.parametrize("words", [cached.DECIDED, ("Yes",)], ids=["decided by yes and no", "by yes alone"])
+@pytest.mark.parametrize("words", [pope_from_cache.DECIDED, ("Yes",)], ids=["decided by yes and no", "by yes alone"])
 def test_scores_are_those_of_full_generation(
     words: Sequence[str], runs: dict[str, Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cached, "DECIDED", words)
+    monkeypatch.setattr(pope_from_cache, "DECIDED", words)
     engine = engine_of(runs["base"], world, tmp_path)
     engine.evaluate(runs["base"], tmp_path / "base")
     engine.release()

@@ -14,41 +14,39 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relook.data.coco import read_coco
-from relook.data.hadpo import DESCRIBE_PROMPTS
-from relook.data.llava import read_llava
-from relook.data.vg import read_image_paths, read_objects
+from relook.data.annotations import read_coco, read_image_paths, read_objects
+from relook.data.readers import DESCRIBE_PROMPTS, read_llava
 from relook.errors import DataError
-from relook.evaluate.pope import question_text, read_questions
+from relook.evaluate.tasks.pope import question_text, read_questions
 from relook.toyworld import layouts
-from relook.toyworld.draw import BACKGROUNDS, SHAPES, draw
-from relook.toyworld.speech import (
+from relook.toyworld.world import (
+    BACKGROUNDS,
     EXACT,
     FILLERS,
-    QUESTIONS,
-    SYNONYMS,
-    Annotator,
-    ask_about,
-    describe,
-    mention,
-    opening,
-    sft_samples,
-    vocabulary,
-    words,
-)
-from relook.toyworld.world import (
     IMAGE_SIZE,
     OBJECTS,
     P_COMMON,
     P_CORE,
     P_OTHER,
+    QUESTIONS,
     SETTINGS,
+    SHAPES,
     SIZES,
     SPLIT_SIZE,
     SPLITS,
+    SYNONYMS,
+    Annotator,
     Scene,
+    ask_about,
+    describe,
+    draw,
+    mention,
+    opening,
     sample_scene,
     sample_scenes,
+    sft_samples,
+    vocabulary,
+    words,
 )
 
 Write = Callable[[Path, layouts.Progress | None], Path]

@@ -25,16 +25,16 @@ from transformers import LlavaForConditionalGeneration
 from relook import load_model
 from relook.errors import CheckpointError, DataError, RecipeError, RelookError
 from relook.files import write_json
+from relook.forward.collate import Collator, hold_out
+from relook.forward.policy import Policy
 from relook.model.load import TENSORS_FILE
-from relook.model.regimes import apply_regime, parameter_groups
+from relook.model.trainable import apply_regime, parameter_groups
 from relook.recipe import Recipe, build_recipe
 from relook.toyworld.build import make_processor
-from relook.train import cache
+from relook.train import feature_cache
 from relook.train import run as training
-from relook.train.batches import Collator, hold_out
-from relook.train.cache import TrunkCache, trunk_pass
-from relook.train.policy import Policy
-from relook.train.preference import measures, preference_loss
+from relook.train.feature_cache import TrunkCache, trunk_pass
+from relook.train.loss import measures, preference_loss
 from relook.train.run import encode_samples, prepare, read_samples, train
 from relook.train.trainer import COMPLETE
 
@@ -198,7 +198,7 @@ def test_every_loss_is_learned(
             raise AssertionError("a reference was asked")
 
         monkeypatch.setattr(training, "reference_log_probs", never)
-        monkeypatch.setattr(cache, "reference_log_probs", never)
+        monkeypatch.setattr(feature_cache, "reference_log_probs", never)
     out = train(recipe_for(base, world, tmp_path / "run", **{"tune_post_decoder": True, "num_train_epochs": 2} | keys))
     for field in ("loss", "rewards/margins"):
         values = log_of(out, field)
@@ -287,7 +287,8 @@ def test_accumulated_batches_are_one_batch(base: Path, world: Path, tmp_path: Pa
 def test_cached_states_train_as_live_ones(keys: dict[str, Any], base: Path, world: Path, tmp_path: Path) -> None:
     keys = {**keys, "optim": "sgd", "learning_rate": 0.1, "max_steps": 5}
     outs = [
-        train(recipe_for(base, world, tmp_path / cache, **keys, feature_cache=cache)) for cache in ("off", "memory")
+        train(recipe_for(base, world, tmp_path / feature_cache, **keys, feature_cache=feature_cache))
+        for feature_cache in ("off", "memory")
     ]
     for field in ("loss", "rewards/margins", "policy_logps/rejected", "grad_norm"):
         live, cached = (log_of(out, field) for out in outs)
@@ -310,7 +311,7 @@ def test_regimes_on_the_same_data_share_the_trunks_pass(
         passes.append(len(shard.examples) if "states" in parts else 0)
         return trunk_pass(policy, plan, shard, parts, *rest)
 
-    monkeypatch.setattr(cache, "trunk_pass", counted)
+    monkeypatch.setattr(feature_cache, "trunk_pass", counted)
     train(recipe_for(base, world, tmp_path / "1", tune_post_decoder=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "2", tune_lm_head=True, max_steps=1))
     train(recipe_for(base, world, tmp_path / "3", tune_post_decoder=True, max_steps=1))
@@ -586,8 +587,8 @@ def test_text_only_conversations_train_beside_others(base: Path, world: Path, tm
     write_json(tmp_path / "mix.json", records)
     keys = {"data_path": tmp_path / "mix.json", "tune_post_decoder": True, "per_device_train_batch_size": 6}
     outs = [
-        train(build_recipe(sft_keys(base, world, tmp_path / cache, feature_cache=cache, **keys)))
-        for cache in ("off", "memory")
+        train(build_recipe(sft_keys(base, world, tmp_path / feature_cache, feature_cache=feature_cache, **keys)))
+        for feature_cache in ("off", "memory")
     ]
     live, cached = (log_of(out, "loss") for out in outs)
     assert cached == pytest.approx(live, abs=1e-5)

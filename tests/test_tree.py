@@ -17,9 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from transformers import AttentionInterface, GemmaConfig, GemmaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from relook.train import tree_pass
-from relook.train.tree_pass import TreePass, block_mask
-from relook.tree import (
+from relook.data.packing import (
     PADDING,
     PREFIX,
     ROOT,
@@ -32,6 +30,8 @@ from relook.tree import (
     to_device,
     whole_blocks,
 )
+from relook.forward import packed_attention
+from relook.forward.packed_attention import TreePass, block_mask
 
 PAD = 3
 LANGUAGE_MODEL = tiny_llava().model.language_model
@@ -284,7 +284,7 @@ def test_models_share_compiled_code_whatever_is_kept(monkeypatch: pytest.MonkeyP
         return graph
 
     monkeypatch.setattr(torch, "compile", lambda layer, dynamic: whole(layer, backend=backend))
-    monkeypatch.setattr(tree_pass, "last_mlp_at_kept", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "last_mlp_at_kept", lambda *_: True)
     models = [tiny_llava(seed).model.language_model for seed in (0, 1)]
     passes = [TreePass(model, "compiled") for model in models]
     with torch.no_grad():
@@ -338,9 +338,9 @@ def test_a_last_layer_that_is_not_known_runs_whole() -> None:
     plain = patched.layers[-1].forward
     patched.layers[-1].forward = lambda *of, **more: calls.append(len(of)) or plain(*of, **more)
     for model in (gemma, patched):
-        assert not tree_pass.last_mlp_at_kept(model, "dense")
+        assert not packed_attention.last_mlp_at_kept(model, "dense")
         assert TreePass(model, "dense").last is None
-    assert tree_pass.last_mlp_at_kept(LANGUAGE_MODEL, "dense")
+    assert packed_attention.last_mlp_at_kept(LANGUAGE_MODEL, "dense")
     with torch.no_grad():
         embeds = LANGUAGE_MODEL.embed_tokens(packed.ids)
         found, expected = TreePass(patched, "dense")(embeds, packed), TreePass(LANGUAGE_MODEL, "dense")(embeds, packed)

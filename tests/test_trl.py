@@ -16,11 +16,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from relook.data.packing import Row, Tree, pack
+from relook.forward.policy import LiveBatch, Policy
 from relook.recipe import Recipe
 from relook.toyworld.build import make_processor
-from relook.train.policy import LiveBatch, Policy
-from relook.train.preference import preference_loss
-from relook.tree import Row, Tree, pack
+from relook.train.loss import preference_loss
 
 PAD, IGNORE = 3, -100
 Gradients = dict[str, Tensor]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from relook.data.coco import read_coco
+from relook.data.annotations import read_coco
 from relook.errors import DataError, RecipeError
-from relook.evaluate.pope import SPLITS, read_questions
+from relook.evaluate.tasks.pope import SPLITS, read_questions
 from relook.files import read_json, write_json, write_jsonl
-from relook.report import two_models
-from relook.report.two_models import write_comparison
-from relook.report.write import write_reports
+from relook.report import comparison
+from relook.report.comparison import write_comparison
+from relook.report.pages import write_reports
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)> No"
 
@@ -124,7 +124,7 @@ def test_a_page_is_bounded(
         for q in read_questions(data / "pope" / f"coco_pope_{split}.json", Path())
     }
     other = write_evaluation(tmp_path / "other", data, everything, dict.fromkeys(images, "A dog and a dog." * 400))
-    monkeypatch.setattr(two_models, "PICTURES", 2)
+    monkeypatch.setattr(comparison, "PICTURES", 2)
     lost = data / "val2014" / images[0]
     lost.unlink()
     page = write_comparison(pair[1], other, tmp_path / "page")

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
-from relook.evaluate.pope import question_text
+from relook.evaluate.tasks.pope import question_text
 from relook.files import write_json
 from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import RelookLlavaForConditionalGeneration
-from relook.model.regimes import untie_head
+from relook.model.trainable import untie_head
 from relook.toyworld import layouts
 from relook.toyworld.build import IMAGE_SIZE, PATCH, WIDTH, assemble, make_processor
-from relook.toyworld.speech import describe
-from relook.toyworld.world import OBJECTS, sample_scenes
+from relook.toyworld.world import OBJECTS, describe, sample_scenes
 
 SCENES = 6
 

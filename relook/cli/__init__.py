@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from relook.cli import data, evaluate, machine, models, serve, train
+from relook.cli import data, evaluate, models, serve, train
 from relook.errors import RelookError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for room in (train, evaluate, models, data, serve, machine):
+for room in (train, evaluate, models, data, serve, models):
     app.add_typer(room.app)
 
 

@@ -71,7 +71,7 @@ def data_fix(
 ) -> None:
     """Write images of a wrong format or mode again, and an index without the records that cannot be used."""
     from relook.console import say
-    from relook.data.fix import fix, summary
+    from relook.data.check import fix, summary
 
     done = fix(layout, folder, out, in_place=in_place, images=images, broken=broken, copy=copy, workers=workers)
     if as_json:
@@ -129,8 +129,8 @@ def mine(
     """Preference pairs from a model's own mistakes; torchrun (`-m relook mine ...`) shares the work."""
     from relook.console import say
     from relook.evaluate.judge import judge_settings
+    from relook.mine.jobs import Mining, Place
     from relook.mine.run import mine
-    from relook.mine.settings import Mining, Place
     from relook.model.load import Loading
 
     url = "" if judge == "exact" else judge

@@ -66,7 +66,7 @@ def evaluate(
 
     `lmms` asks tasks of lmms-eval, `llava` a question file of LLaVA's, for `relook submission`.
     """
-    from relook import processes
+    from relook import distributed
     from relook.evaluate.judge import judge_settings
     from relook.model.load import Loading
 
@@ -84,7 +84,7 @@ def evaluate(
         named = [name.strip() for name in _required(tasks, "--tasks").split(",")]
         results = evaluate_tasks(model, named, *how, limit, include_path, loading)
     elif alone == "llava":
-        from relook.evaluate.llava import answer_questions
+        from relook.evaluate.llava_bench import answer_questions
 
         results = answer_questions(model, _required(questions, "--questions"), data, *how, loading)
     else:
@@ -92,7 +92,7 @@ def evaluate(
 
         judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
         results = evaluate_model(model, benchmarks, _required(data, "--data"), *how, loading, judge)
-    if processes.first():
+    if distributed.first():
         typer.echo(json.dumps(results, indent=1))
 
 
@@ -158,7 +158,7 @@ def submission(
     questions: Annotated[Path | None, input_option("The benchmark's own file (docs/lmms-eval.md).")] = None,
 ) -> None:
     """Write answers in the form that a benchmark's server or official script takes."""
-    from relook.evaluate.submission import write_submission
+    from relook.evaluate.llava_bench import write_submission
 
     typer.echo(json.dumps(write_submission(benchmark, answers, out, questions), indent=1))
 
@@ -171,7 +171,7 @@ def build_pope(
     seed: Annotated[int, typer.Option(help="Seed of the drawn images and objects.")] = 0,
 ) -> None:
     """Build POPE's random, popular and adversarial questions from annotations."""
-    from relook.evaluate.pope_build import build_pope
+    from relook.evaluate.tasks.build_pope import build_pope
 
     typer.echo(json.dumps(build_pope(annotations, out, images, seed), indent=1))
 
@@ -185,7 +185,7 @@ def report(
     data: Annotated[Path | None, input_option("The evaluations' data folder, where it has moved.")] = None,
 ) -> None:
     """Two evaluations side by side in one HTML file; or the report of a demo or a sweep again, from its files."""
-    from relook.report.write import write_reports
+    from relook.report.pages import write_reports
 
     for page in write_reports(folders, out, data):
         typer.echo(str(page))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from relook.cli.options import Adapter, AsJson, Device, Dtype, Tower, input_argument, input_option
+
+# ----------------------------------------------------------------------------------------------------
 
 app = typer.Typer()
 Force = Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")]
@@ -27,7 +30,7 @@ def convert(
     vision_tower: Tower = None,
 ) -> None:
     """Write a model in another format."""
-    from relook.model.convert import Writing, convert
+    from relook.model.export import Writing, convert
 
     convert(source, out, to, Writing(force, max_shard_gb, check, vision_tower))
 
@@ -50,7 +53,7 @@ def merge(
     vision_tower: Tower = None,
 ) -> None:
     """Write a base model with what was trained on it."""
-    from relook.model.convert import Writing, merge
+    from relook.model.export import Writing, merge
 
     merge(base, change, out, stage, Writing(force, max_shard_gb, check, vision_tower))
 
@@ -68,8 +71,7 @@ def export(
     vision_tower: Tower = None,
 ) -> None:
     """Write a whole model that transformers loads where relook is not installed."""
-    from relook.model.convert import Writing, export
-    from relook.model.engines import export_for
+    from relook.model.export import Writing, export, export_for
 
     how = Writing(force, max_shard_gb, check, vision_tower)
     if engine is None:
@@ -97,3 +99,31 @@ def inspect(
         typer.echo(json.dumps(found, indent=1))
     else:
         print_tables(found)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command on this machine.
+
+
+@app.command()
+def doctor(
+    explain: Annotated[
+        str,
+        typer.Option(help="A warning's text: what it means here. - reads a log from standard input, all lists all."),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Whether this machine can do the work, and what to mend. Status 0: it can, 1: something is missing."""
+    if explain:
+        from relook.doctor import print_notices
+
+        sys.exit(print_notices(sys.stdin.read() if explain == "-" else explain, as_json))
+    from relook.doctor import examine, print_findings, to_json
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(to_json(found), indent=1))
+    else:
+        print_findings(found)
+    if not to_json(found)["healthy"]:
+        sys.exit(1)

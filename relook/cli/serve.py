@@ -53,12 +53,12 @@ def serve(
     from relook.serve import check_installed
 
     check_installed()
+    from relook.generate.request import Limits
     from relook.model.load import Loading
-    from relook.serve import command as run
     from relook.serve import page as pages
+    from relook.serve import server as run
     from relook.serve.api import Policy
     from relook.serve.media import Sources
-    from relook.serve.request import Limits
 
     sources = Sources(int(max_image_mb * 1e6), allow_http, media_root)
     if page:
@@ -92,8 +92,8 @@ def chat(
     from relook.serve import check_installed
 
     check_installed()
+    from relook.generate.request import Request
     from relook.model.load import Loading
-    from relook.serve.request import Request
     from relook.serve.terminal import converse
 
     how = Request((), (), max_tokens, temperature, top_p, seed)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from relook.cli.options import AsJson, input_option
-from relook.keys import parse_overrides, read_shipped
+from relook.recipe import parse_overrides, read_shipped
 
 app = typer.Typer()
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -63,7 +63,7 @@ def estimate(
 ) -> None:
     """Predict a recipe's memory on each GPU, its trunk cache and its work; any of its keys may follow."""
     look_at(recipe, context.args)
-    from relook.estimate import Assumed, estimate_command, print_estimate
+    from relook.estimate.run import Assumed, estimate_command, print_estimate
 
     assumed = Assumed(prompt_tokens, response_tokens, samples)
     found = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)

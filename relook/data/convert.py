@@ -18,10 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from relook.console import progress, say
-from relook.data.hadpo import DESCRIBE_PROMPTS, draw
-from relook.data.parquet import COLUMNS, content_hash, kept, open_parquet, write_parquet
-from relook.data.rows import BadRow, Embedded, Row, Source, pyarrow
-from relook.data.vg import read_image_records
+from relook.data.annotations import read_image_records
+from relook.data.parquet import (
+    COLUMNS,
+    BadRow,
+    Embedded,
+    Row,
+    Source,
+    content_hash,
+    kept,
+    open_parquet,
+    pyarrow,
+    write_parquet,
+)
+from relook.data.readers import DESCRIBE_PROMPTS, draw
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_json, read_object, whole_folder, write_json
 

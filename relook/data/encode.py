@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from relook.data.images import Picture
-from relook.data.prompts import EOS, IM_END, IM_START, IMAGE, Piece, Template, image_first, with_image
+from relook.data.packing import Row, Tree
 from relook.data.samples import Conversation, PreferencePair, Turn
+from relook.data.templates import EOS, IM_END, IM_START, IMAGE, Piece, Template, image_first, with_image
 from relook.errors import DataError, RecipeError
-from relook.tree import Row, Tree
 
 Made = TypeVar("Made")
 Sample = TypeVar("Sample")

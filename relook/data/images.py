@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -17,9 +21,44 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from relook.errors import DataError
-from relook.recent import Recent
+
+# ----------------------------------------------------------------------------------------------------
+# The most recently used things, up to a number of bytes.
 
 T = TypeVar("T")
+_LOCK = threading.Lock()  # of all memories; the module's, so that what holds one can be sent to another process
+
+
+class Recent(Generic[T]):
+    """A memory for what is costly to make again. Threads may share one.
+
+    Args:
+        limit: bytes that it may hold. The last thing put in may be larger by itself, and is then not kept.
+        size: bytes of a thing.
+    """
+
+    def __init__(self, limit: int, size: Callable[[T], int]) -> None:
+        self.limit, self.size = limit, size
+        self._kept: OrderedDict[Hashable, T] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: Hashable) -> T | None:
+        with _LOCK:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def put(self, key: Hashable, thing: T) -> None:
+        with _LOCK:
+            if key not in self._kept:  # else another thread was faster
+                self._kept[key] = thing
+                self._bytes += self.size(thing)
+            while self._bytes > self.limit:
+                self._bytes -= self.size(self._kept.popitem(last=False)[1])
+
+
+# ----------------------------------------------------------------------------------------------------
+
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: beyond it an image is taken for a decompression bomb
 FROM_STRANGERS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # formats of which no reader runs a program or fetches a file
 CROP_SHARE = (0.01, 0.2)  # of a picture's area, that a `Crop` shows
@@ -273,3 +312,33 @@ def stack(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def nbytes(inputs: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in inputs.values())
+
+
+# ----------------------------------------------------------------------------------------------------
+# Work that is done ahead, by threads or processes: reading and decoding images must not keep the model waiting.
+
+A = TypeVar("A")
+B = TypeVar("B")
+WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # Pillow and numpy let other threads run while they work
+
+
+def ahead(
+    function: Callable[[A], B], inputs: Iterable[A], pool: Executor | None = None, window: int = WORKERS
+) -> Iterator[B]:
+    """`map`, in order, with the next few results already under way. An exception is raised where its result is due.
+
+    Args:
+        pool: who does the work, and is shut down at the end; without it, threads.
+        window: how many inputs are taken ahead of the result that is due.
+    """
+    waiting: deque[Future[B]] = deque()
+    pool = pool or ThreadPoolExecutor(WORKERS)
+    try:
+        for one in inputs:
+            waiting.append(pool.submit(function, one))
+            if len(waiting) > window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from relook.data.hadpo import QUESTION_FIELDS
-from relook.data.llava import BadRecord, conversation
-from relook.data.rows import leads_out
-from relook.data.vg import read_image_paths
+from relook.data.annotations import read_image_paths
+from relook.data.parquet import leads_out
+from relook.data.readers import QUESTION_FIELDS, BadRecord, conversation
 from relook.errors import DataError
 from relook.files import read_json, read_text
 

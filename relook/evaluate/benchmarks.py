@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.data.coco import read_coco
+from relook.data.annotations import read_coco
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError, some
-from relook.evaluate import amber, mmhal, shr
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
-from relook.evaluate.pope import LONGEST_ANSWER, SPLITS
-from relook.evaluate.provenance import provenance
+from relook.evaluate.results import provenance
 from relook.evaluate.score import (
     RESULTS,
     Given,
@@ -29,6 +27,8 @@ from relook.evaluate.score import (
     pope_results,
     score_answers,
 )
+from relook.evaluate.tasks import amber, mmhal, shr
+from relook.evaluate.tasks.pope import LONGEST_ANSWER, SPLITS
 from relook.files import file_hash, read_records, text_hash
 
 CHAIR_PROMPT = "Describe this image in detail."

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from relook.console import Report, progress
 from relook.errors import DataError, RecipeError, RelookError, some
-from relook.evaluate.answer_file import AnswerFile
+from relook.evaluate.results import AnswerFile
 from relook.files import file_hash, read_text, text_hash
 
 T = TypeVar("T")

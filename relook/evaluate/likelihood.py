@@ -13,13 +13,11 @@ from itertools import pairwise
 import torch
 
 from relook.console import Report
-from relook.data.ahead import ahead
-from relook.data.images import Shown
+from relook.data.images import Shown, ahead
+from relook.data.packing import Tree
+from relook.forward.collate import live_batch
+from relook.forward.policy import LOGITS_BYTES, LiveBatch, Policy, log_prob, predicting_states
 from relook.model.load import LoadedModel
-from relook.train.batches import live_batch
-from relook.train.log_probs import log_prob
-from relook.train.policy import LOGITS_BYTES, LiveBatch, Policy, predicting_states
-from relook.tree import Tree
 
 Weighed = tuple[tuple[Shown, ...], str, str]  # images, a question, and an answer to it
 

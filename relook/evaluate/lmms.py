@@ -14,12 +14,12 @@ from typing import Any
 
 from PIL import ImageFile
 
-from relook import processes
+from relook import distributed
 from relook.errors import DataError, RecipeError, RelookError
-from relook.evaluate.answer import Asking
-from relook.evaluate.provenance import provenance
+from relook.evaluate.results import provenance
 from relook.evaluate.run import begin
 from relook.files import read_json, write_json
+from relook.generate.tree_decoding import Asking
 from relook.model.load import Loading
 
 INSTALL = "Run: pip install 'relook[lmms]' && pip install --no-deps lmms-eval==0.7.3"
@@ -69,9 +69,9 @@ def evaluate_tasks(
         for name in left:
             found = _evaluate(relook, name, manager, limit, out)
             relook.finish()
-            if processes.first():
+            if distributed.first():
                 write_json(out / f"{name}.json", json.loads(json.dumps(_result(found, out), default=_plain)))
-            processes.wait(f"the scores of {name}")
+            distributed.wait(f"the scores of {name}")
     return {name: read_json(out / f"{name}.json") for name in tasks}
 
 

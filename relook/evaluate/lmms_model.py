@@ -18,18 +18,17 @@ from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from relook import processes
+from relook import distributed
 from relook.console import Report, progress
-from relook.data.ahead import ahead
-from relook.data.images import Held
+from relook.data.images import Held, ahead
 from relook.errors import DataError, RecipeError, some
-from relook.evaluate.answer import Asking, answer
-from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.likelihood import Likelihood, likelihoods
+from relook.evaluate.results import AnswerFile
 from relook.evaluate.run import keep
 from relook.files import text_hash
-from relook.keys import fit
+from relook.generate.tree_decoding import Asking, answer
 from relook.model.load import LoadedModel, Loading
+from relook.recipe import fit
 
 WINDOW = 1 << 28  # bytes of pictures that are in memory at a time: about 300 of COCO's
 FILLER = ["\n\n"]  # what lmms-eval writes as `until` where a task names none; its own LLaVA follows no `until` at all
@@ -71,9 +70,9 @@ class RelookModel(lmms):
 
     def __init__(self, load: Callable[[], LoadedModel], how: Asking, out: Path) -> None:
         super().__init__()
-        self.device = processes.device()  # where the evaluator gathers
+        self.device = distributed.device()  # where the evaluator gathers
         self._load, self._how = cache(load), how
-        self._file = cache(lambda task: AnswerFile(out / f"{task}.jsonl", "id", processes.rank()))
+        self._file = cache(lambda task: AnswerFile(out / f"{task}.jsonl", "id", distributed.rank()))
         self.asked: dict[str, dict[str, None]] = {}  # keys by task, as a set in order
 
     @classmethod
@@ -189,13 +188,13 @@ class RelookModel(lmms):
 
     def finish(self) -> None:
         """Make each task's answers one file, in the order of its documents; what no longer is asked is left out."""
-        keys = processes.gathered([(task, key) for task, keys in self.asked.items() for key in keys])
-        if processes.first():
+        keys = distributed.gathered([(task, key) for task, keys in self.asked.items() for key in keys])
+        if distributed.first():
             for task in dict.fromkeys(task for task, _ in keys):
                 file = AnswerFile(self._file(task).path, "id")  # read again: with what the others have added
                 order = dict.fromkeys(key for other, key in keys if other == task)
                 file.finish(sorted(order, key=lambda key: file.records[key]["doc_id"]))
-        processes.wait("the answers")
+        distributed.wait("the answers")
 
 
 def asking(how: Asking, one: Wanted) -> tuple[Asking, list[str]]:

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from relook import processes
+from relook import distributed
 from relook.console import progress
-from relook.data.prompts import get_template
 from relook.data.samples import Question
+from relook.data.templates import get_template
 from relook.errors import DataError, RecipeError
-from relook.evaluate.answer import Asking, answer
-from relook.evaluate.answer_file import AnswerFile
 from relook.evaluate.benchmarks import (
     BENCHMARKS,
     Asked,
@@ -28,9 +26,10 @@ from relook.evaluate.benchmarks import (
     require_judge,
 )
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
-from relook.evaluate.pope import LONGEST_ANSWER
-from relook.evaluate.provenance import EVAL_FILE, now, versions
+from relook.evaluate.results import EVAL_FILE, AnswerFile, now, versions
+from relook.evaluate.tasks.pope import LONGEST_ANSWER
 from relook.files import claim_folder, read_json, write_json
+from relook.generate.tree_decoding import Asking, answer
 from relook.model.load import LoadedModel, Loading, as_device, default_template
 
 Said = TypeVar("Said")
@@ -72,11 +71,11 @@ def evaluate_model(
     load = functools.cache(lambda: loading.load(model))
     for name in left:
         ask(name, asked[name], load, out, how)
-        processes.wait(f"the answers to {name}")
-        if processes.first():
+        distributed.wait(f"the answers to {name}")
+        if distributed.first():
             endpoint = Judge(judge, out / JUDGE_CACHE) if judge else None
             write_json(out / f"{name}.json", finish(name, data, asked[name], out, endpoint))
-        processes.wait(f"the scores of {name}")
+        distributed.wait(f"the scores of {name}")
     return {name: read_json(out / f"{name}.json") for name in benchmarks}
 
 
@@ -93,7 +92,7 @@ def require_same_judge(name: str, result: Mapping[str, Any], judge: JudgeSetting
 
 def share(images: Iterable[Any]) -> set[Any]:
     """The images that this process answers for."""
-    return set(processes.mine(list(dict.fromkeys(images))))
+    return set(distributed.mine(list(dict.fromkeys(images))))
 
 
 def begin(out: Path, model: Path, data: Path | None, how: Asking, loading: Loading, **asked: Any) -> Asking:
@@ -106,10 +105,10 @@ def begin(out: Path, model: Path, data: Path | None, how: Asking, loading: Loadi
     get_template(how.template)
     as_device(loading.device)
     taken = (out, model, data, how.template, how.max_new_tokens, loading)
-    if processes.first():
+    if distributed.first():
         claim(*taken, **asked)
-    processes.wait("the output folder")
-    if not processes.first():
+    distributed.wait("the output folder")
+    if not distributed.first():
         claim(*taken, **asked)
     return how
 
@@ -167,7 +166,7 @@ def ask(name: str, asked: Asked, load: Callable[[], LoadedModel], out: Path, how
         load: called when there is something to ask.
     """
     benchmark = BENCHMARKS[name]
-    files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, processes.rank()) for stem in asked}
+    files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, distributed.rank()) for stem in asked}
     mine = share(question.image for questions in asked.values() for question in questions)
     beams = dict(benchmark.generate).get("num_beams", 1)  # each takes as much memory as a prompt
     for short in (True, False):

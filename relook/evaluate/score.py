@@ -8,13 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from relook.data.coco import Annotations, read_captions, read_coco
+from relook.data.annotations import Annotations, read_captions, read_coco
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError, some
-from relook.evaluate import chair, pope
-from relook.evaluate.pope import PARSERS, SPLITS
-from relook.evaluate.provenance import EVAL_FILE, provenance
+from relook.evaluate.results import EVAL_FILE, provenance
 from relook.evaluate.statistics import Ratio, columns, ratio_interval
+from relook.evaluate.tasks import chair, pope
+from relook.evaluate.tasks.pope import PARSERS, SPLITS
 from relook.files import read_object, read_records, read_text, text_hash
 
 LLAVA_QUESTIONS = "llava_pope_test.jsonl"  # LLaVA's own name

@@ -15,26 +15,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relook import processes
+from relook import distributed
 from relook.data.convert import DESC, POPE
-from relook.data.prompts import get_template
-from relook.data.rows import pyarrow
+from relook.data.parquet import pyarrow
+from relook.data.templates import get_template
 from relook.errors import DataError, RecipeError
-from relook.evaluate.answer import Asking
-from relook.evaluate.chair import Vocabulary
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
-from relook.evaluate.pope import LONGEST_ANSWER
-from relook.evaluate.provenance import versions
+from relook.evaluate.results import versions
+from relook.evaluate.tasks.chair import Vocabulary
+from relook.evaluate.tasks.pope import LONGEST_ANSWER
 from relook.files import claim_folder, read_json, read_text, text_hash
-from relook.mine import match, questions, write
-from relook.mine.apart import Apart, evaluation_files, names_in
-from relook.mine.describe import Described, describe, find_pairs
-from relook.mine.grow import ask_all, look_at_all
-from relook.mine.match import Pair
-from relook.mine.page import write_page
-from relook.mine.pictures import Picture, read_pictures
-from relook.mine.questions import Asked
-from relook.mine.settings import Mining, Place
+from relook.generate.tree_decoding import Asking
+from relook.mine import candidates, output, pairs
+from relook.mine.candidates import Asked, Described, describe, find_pairs
+from relook.mine.jobs import Mining, Place, ask_all, look_at_all
+from relook.mine.output import write_page
+from relook.mine.pairs import Pair
+from relook.mine.pictures import Apart, Picture, evaluation_files, names_in, read_pictures
 from relook.model.load import Loading, as_device, default_template, model_hash
 
 SETTINGS, WORK = "mine.json", "work"
@@ -62,29 +59,29 @@ def mine(
     annotated = read_pictures(place.images, place.annotations, place.synonyms)
     listed = frozenset[str]().union(*(names_in(path) for path in place.exclude if not path.is_dir()))
     shown = [path for folder in place.exclude if folder.is_dir() for path in evaluation_files(folder)]
-    if processes.first():
+    if distributed.first():
         excluded = [*sorted(listed), *(str(path.resolve()) for path in shown)]
         claim_folder(out, SETTINGS, _settings(model, place, annotated.pictures, excluded, how, judge, loading), "pairs")
-    processes.wait("the output folder")
-    if (out / write.CARD).exists():
-        return dict(read_json(out / write.CARD))
+    distributed.wait("the output folder")
+    if (out / output.CARD).exists():
+        return dict(read_json(out / output.CARD))
     work, load = out / WORK, functools.cache(lambda: loading.load(model))
     apart = _look(annotated.pictures, listed, shown, work)
     pictures, left_out = _mined(place, annotated.pictures, apart)
     describing, choosing = (random.Random(f"{how.seed}/{what}") for what in ("describe", "ask"))
     texts = describe(pictures, how, load, work, describing)
-    endpoint = Judge(judge, work / JUDGE_CACHE) if judge and processes.first() else None
+    endpoint = Judge(judge, work / JUDGE_CACHE) if judge and distributed.first() else None
     found = None
-    if processes.first():
+    if distributed.first():
         found = find_pairs(pictures, texts, annotated, how.near_texts, endpoint, describing)
-    processes.wait("pairs of descriptions")
-    asked = processes.of_the_first(lambda: _choose(pictures, found, place, how, choosing))
+    distributed.wait("pairs of descriptions")
+    asked = distributed.of_the_first(lambda: _choose(pictures, found, place, how, choosing))
     asking = Asking(how.template, min(how.max_new_tokens, LONGEST_ANSWER), how.batch_size)
     prompts = [(one.key, (one.picture.path, one.text)) for one in asked]
     answers = ask_all(work / "answers.jsonl", load, prompts, asking, "yes/no questions")
     if found is not None:
-        records = questions.records(asked, answers)
-        kept = questions.balance(records, choosing)
+        records = candidates.records(asked, answers)
+        kept = candidates.balance(records, choosing)
         finish(out, pictures, annotated.vocabulary, found.pairs, kept, apart, how.parquet)
         card = {
             "model": model.name,
@@ -95,9 +92,9 @@ def mine(
             "apart": {"given": [path.name for path in place.exclude], "names": len(listed), "images": len(apart.shown)},
             **_card_of_pairs(found, records, kept),
         }
-        write.write_card(out, card)
-    processes.wait("the pairs")
-    return dict(read_json(out / write.CARD))
+        output.write_card(out, card)
+    distributed.wait("the pairs")
+    return dict(read_json(out / output.CARD))
 
 
 def _checked(
@@ -165,8 +162,8 @@ def _choose(
 ) -> list[Asked]:
     assert found is not None, "only the first process chooses"
     if place.annotations == "none":
-        return questions.choose_checked(pictures, found.checked, how.questions, rng)
-    return questions.choose(pictures, how.questions, rng)
+        return candidates.choose_checked(pictures, found.checked, how.questions, rng)
+    return candidates.choose(pictures, how.questions, rng)
 
 
 def _card_of_pairs(
@@ -175,8 +172,8 @@ def _card_of_pairs(
     """What the data card says of the pairs, and of the questions that were asked for them."""
     return {
         "descriptions": found.to_json(),
-        "questions": questions.summary(records, kept),
-        "lengths": match.lengths([(pair.chosen, pair.rejected) for pair in found.pairs]),
+        "questions": candidates.summary(records, kept),
+        "lengths": pairs.lengths([(pair.chosen, pair.rejected) for pair in found.pairs]),
         "judge": found.judge,
     }
 
@@ -191,11 +188,11 @@ def finish(
     parquet: bool,
 ) -> None:
     """All files but the card, with which the folder is complete; no picture in them may be one that is left out."""
-    write.write_pairs(out, pairs, records)
+    output.write_pairs(out, pairs, records)
     names = {*read_json(out / DESC), *(record["image_id"] for record in read_json(out / POPE))}
     used = {picture.id: picture for picture in pictures if picture.id in names}
     assert not apart.left_out(used.values()), "an evaluation image, or one twice, got into the pairs"
-    write.write_images(out, used.values(), {image: apart.seen[image]["content"] for image in used})
+    output.write_images(out, used.values(), {image: apart.seen[image]["content"] for image in used})
     if parquet:
-        write.write_parquet(out)
+        output.write_parquet(out)
     write_page(out, pairs, records, used, vocabulary)

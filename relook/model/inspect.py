@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from relook.console import output, plain_table
 from relook.model.checkpoint import LazyTensor
+from relook.model.families import has_post_decoder, with_post_decoder
+from relook.model.lazy_model import ModelSource
 from relook.model.load import LoadedModel, as_device, as_dtype, build, open_source
-from relook.model.regimes import apply_regime
-from relook.model.source import ModelSource
-from relook.model.trunks import has_post_decoder, with_post_decoder
+from relook.model.trainable import apply_regime
 from relook.recipe import build_recipe
 
 PROMPT = "Describe this image in detail."

@@ -20,16 +20,59 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from relook.data.encode import Encoder
 from relook.data.images import ImageLoader, Picture
-from relook.data.prompts import get_template
+from relook.data.templates import get_template
+from relook.distributed import full_shape, put
 from relook.errors import CheckpointError, some
 from relook.files import file_hash
-from relook.model import formats
-from relook.model.above_trunk import without_trunk
-from relook.model.changes import TENSORS_FILE, read_change
-from relook.model.formats import CHANGE_FILE
-from relook.model.sharded import full_shape, put
-from relook.model.source import ModelSource, open_model
-from relook.model.trunks import trunk_of, with_post_decoder
+from relook.model import checkpoint
+from relook.model.adapters import TENSORS_FILE, read_change
+from relook.model.checkpoint import CHANGE_FILE
+from relook.model.families import trunk_of, with_post_decoder
+from relook.model.lazy_model import ModelSource, open_model
+
+# ----------------------------------------------------------------------------------------------------
+# What stands above a trunk, by itself: post decoder and lm_head. Runs on cached trunk states need nothing else.
+
+ABOVE = ("model.post_decoder.", "lm_head.")
+PROJECTOR = "model.multi_modal_projector."  # small, and a post decoder may start from it
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+
+
+class AboveTrunk(nn.Module):
+    """Post decoder, if any, and lm_head of a model, which it shares; parameters have the names that they have there."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config = model.config
+        self.model = nn.Module()
+        if hasattr(model.model, "post_decoder"):
+            self.model.post_decoder = model.model.post_decoder
+        self.lm_head = model.lm_head
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.lm_head.weight.device
+        return found
+
+
+def without_trunk(source: ModelSource, dtype: torch.dtype, device: str | torch.device) -> Any:
+    """A model with weights for what stands above its trunk, and for its projector; the trunk's have none ("meta")."""
+    with torch.device("meta"):
+        model = source.model_class._from_config(source.config, attn_implementation="sdpa", dtype=dtype)
+    tensors = {name: t for name, t in source.tensors.items() if name.startswith((*ABOVE, PROJECTOR))}
+    if "lm_head.weight" not in tensors:  # it is tied to the embeddings, which are not there
+        tensors["lm_head.weight"] = source.tensors[EMBEDDINGS]
+        model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    read = {name: t.read().to(device, dtype) for name, t in tensors.items()}
+    model.load_state_dict(read, strict=False, assign=True)
+    lacking = [n for n, p in model.named_parameters() if p.is_meta and n.startswith((*ABOVE, PROJECTOR))]
+    if lacking:
+        raise CheckpointError(f"{source.path} has no {lacking[0]}.", "Check that the folder is complete.")
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------
 
 __all__ = ["CHANGE_FILE", "TENSORS_FILE", "LoadedModel", "add_post_decoder", "load_model", "load_tensors", "model_hash"]
 
@@ -190,7 +233,7 @@ def open_source(
     Args:
         dtype: of the weights that LoRA is merged into; None keeps what they are stored in.
     """
-    kind = formats.kind_of(path)
+    kind = checkpoint.kind_of(path)
     if kind == "run" or (kind == "lora" and adapter is None):
         if adapter is not None:
             raise CheckpointError(f"{path} is itself a training run.", "Give its base as the model.")
@@ -290,9 +333,9 @@ def as_device(name: str) -> str:
 
 def default_template(path: Path) -> str:
     """The template of the model in `path`, or of a training run's base, without loading it."""
-    if formats.kind_of(path) == "run":
+    if checkpoint.kind_of(path) == "run":
         path = read_change(path).base or path
-    return formats.default_template(formats.read_config(path))
+    return checkpoint.default_template(checkpoint.read_config(path))
 
 
 def add_post_decoder(
@@ -368,7 +411,7 @@ def model_hash(path: Path) -> str:
     for file in sorted(path.iterdir()):
         if file.suffix in (".safetensors", ".bin") or file.name in HASHED:
             digest.update(f"{file.name}:{file_hash(file)}\n".encode())
-    if formats.kind_of(path) == "run":
+    if checkpoint.kind_of(path) == "run":
         change = read_change(path)
         for below in (change.base, *change.earlier):
             if below is not None:

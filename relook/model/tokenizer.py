@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from relook.data.prompts import IM_END, IM_PATCH, IM_START
+from relook.data.templates import IM_END, IM_PATCH, IM_START
 from relook.errors import CheckpointError, RelookError
 from relook.files import read_object
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from relook.evaluate.pope import SPLITS
+from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, write_text
-from relook.report.parts import document, table
+from relook.report.pages import document, table
 from relook.report.plots import against_rate, curves
 
 TABLE_FILE, REPORT_FILE = "table.md", "report.html"

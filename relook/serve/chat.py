@@ -10,15 +10,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from relook.data.prompts import IMAGE, with_image
 from relook.data.samples import Turn
+from relook.data.templates import IMAGE, with_image
 from relook.errors import DataError
-from relook.serve.answer import Answer
-from relook.serve.engine import Engine
-from relook.serve.errors import APIError
+from relook.generate.engine import Engine
+from relook.generate.request import Answer, Busy, Event, ReadImage, Request, Said, TooLong
 from relook.serve.media import Sources
-from relook.serve.request import Busy, Event, ReadImage, Request, Said, TooLong
-from relook.serve.schemas import (
+from relook.serve.protocol import (
+    APIError,
     ChatRequest,
     Choice,
     Chunk,

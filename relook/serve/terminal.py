@@ -13,10 +13,10 @@ from pathlib import Path
 from relook.console import say
 from relook.data.samples import Turn
 from relook.errors import DataError, RelookError
+from relook.generate.engine import Engine
+from relook.generate.request import Limits, ReadImage, Request
 from relook.model.load import LoadedModel, Loading
-from relook.serve.command import beside, load_models, start_engines, switched_off
-from relook.serve.engine import Engine
-from relook.serve.request import Limits, ReadImage, Request
+from relook.serve.server import beside, load_models, start_engines, switched_off
 
 HELP = """/image FILE   talk about another picture
 /reset        forget what was said

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,17 @@ from transformers import (
 )
 
 from relook.console import progress, say
+from relook.errors import CheckpointError
 from relook.evaluate.run import evaluate_model
-from relook.files import whole_folder, write_json
+from relook.files import read_json, whole_folder, write_json
 from relook.model.load import load_model, model_hash
-from relook.model.regimes import untie_head
+from relook.model.trainable import untie_head
 from relook.recipe import load_recipe
 from relook.toyworld import layouts
-from relook.toyworld.draw import draw
-from relook.toyworld.speech import vocabulary
-from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SETTINGS, Scene, sample_scene
+from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SETTINGS, Scene, draw, sample_scene, vocabulary
 from relook.train.run import train
+
+# ----------------------------------------------------------------------------------------------------
 
 PATCH = 16
 SIDE = IMAGE_SIZE // PATCH
@@ -334,3 +336,17 @@ def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Any) -> None
     loss.backward()
     optimizer.step()
     schedule.step()
+
+
+# ----------------------------------------------------------------------------------------------------
+# The base model that ships with relook.
+
+
+def shipped_base() -> Path:
+    """Folder of the base model that was trained by `relook demo --rebuild` and ships with the package."""
+    folder = Path(str(resources.files("relook.toyworld") / "base"))
+    if not (folder / "config.json").exists():
+        raise CheckpointError("This installation ships no base model.", "Use `relook demo --rebuild`.")
+    if model_hash(folder) != read_json(folder / "gate.json")["model_hash"]:
+        raise CheckpointError(f"The base model in {folder} is not the one that was shipped.", "Install relook again.")
+    return folder

@@ -13,12 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from relook.errors import DataError
-from relook.evaluate.pope_build import build_splits
-from relook.evaluate.shr import EXACT, FACTS, IMAGES
+from relook.evaluate.tasks.build_pope import build_splits
+from relook.evaluate.tasks.shr import EXACT, FACTS, IMAGES
 from relook.files import read_json, whole_file, write_json, write_jsonl
-from relook.toyworld.draw import draw
-from relook.toyworld.speech import SYNONYMS, Annotator, mention, opening, sft_samples
-from relook.toyworld.world import IMAGE_SIZE, OBJECTS, SETTINGS, SPLIT_SIZE, SPLITS, Scene, sample_scenes
+from relook.toyworld.world import (
+    IMAGE_SIZE,
+    OBJECTS,
+    SETTINGS,
+    SPLIT_SIZE,
+    SPLITS,
+    SYNONYMS,
+    Annotator,
+    Scene,
+    draw,
+    mention,
+    opening,
+    sample_scenes,
+    sft_samples,
+)
 
 Progress = Callable[[int, int], object]  # called with (scenes written, scenes in all)
 FORMAT = 3  # raise when the files of the same seed change

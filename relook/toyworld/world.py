@@ -7,8 +7,17 @@ phenomenon that relook is about, small enough for two CPU cores.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from relook.data.readers import DESCRIBE_PROMPTS
+from relook.evaluate.tasks.pope import question_text
+
+# ----------------------------------------------------------------------------------------------------
 
 IMAGE_SIZE = 96
 CELLS = 3  # objects stand in the cells of a 3 x 3 grid, so they never overlap
@@ -95,3 +104,287 @@ def _box(cell: int, rng: random.Random) -> tuple[int, int, int, int]:
     x = column * CELL + rng.randint(0, CELL - width)
     y = row * CELL + rng.randint(0, CELL - height)
     return x, y, width, height
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scenes to pictures: each object is a few Pillow primitives in the unit square, each setting a two-part background.
+
+NOISE = 8.0  # standard deviation of the pixel noise, of 255
+Color = tuple[int, int, int]
+
+RED, BLUE, GREEN, YELLOW = (205, 50, 45), (50, 90, 200), (45, 140, 60), (235, 200, 60)
+WHITE, GREY, DARK, BROWN = (240, 240, 235), (140, 140, 145), (45, 45, 55), (125, 80, 45)
+ORANGE, PINK, PURPLE, CYAN = (235, 130, 40), (235, 130, 165), (130, 70, 165), (90, 190, 205)
+
+# name: primitives (kind, points of the unit square, color). Kinds are Pillow's; "line" has a width of 1/10 of the box.
+SHAPES: dict[str, tuple[tuple[str, tuple[float, ...], Color], ...]] = {
+    "apple": (
+        ("ellipse", (0.1, 0.25, 0.9, 1), RED),
+        ("line", (0.5, 0.3, 0.6, 0), BROWN),
+        ("ellipse", (0.55, 0.02, 0.9, 0.2), GREEN),
+    ),
+    "ball": (
+        ("ellipse", (0, 0, 1, 1), WHITE),
+        ("pieslice", (0, 0, 1, 1, 0, 60), RED),
+        ("pieslice", (0, 0, 1, 1, 120, 180), BLUE),
+        ("pieslice", (0, 0, 1, 1, 240, 300), YELLOW),
+    ),
+    "bed": (
+        ("rectangle", (0, 0.1, 0.12, 1), BROWN),
+        ("rectangle", (0.12, 0.5, 1, 0.8), PURPLE),
+        ("rectangle", (0.12, 0.38, 0.4, 0.55), WHITE),
+        ("rectangle", (0.9, 0.6, 1, 1), BROWN),
+    ),
+    "bench": (
+        ("rectangle", (0, 0.15, 1, 0.3), BROWN),
+        ("rectangle", (0, 0.5, 1, 0.65), BROWN),
+        ("rectangle", (0.1, 0.65, 0.2, 1), DARK),
+        ("rectangle", (0.8, 0.65, 0.9, 1), DARK),
+    ),
+    "bicycle": (
+        ("ring", (0, 0.4, 0.45, 1), DARK),
+        ("ring", (0.55, 0.4, 1, 1), DARK),
+        ("line", (0.2, 0.7, 0.45, 0.2), RED),
+        ("line", (0.45, 0.2, 0.78, 0.7), RED),
+        ("line", (0.7, 0.15, 0.78, 0.7), RED),
+    ),
+    "bird": (
+        ("ellipse", (0.1, 0.35, 0.75, 0.85), CYAN),
+        ("ellipse", (0.6, 0.15, 0.95, 0.5), CYAN),
+        ("polygon", (0.92, 0.25, 1, 0.35, 0.9, 0.4), ORANGE),
+        ("polygon", (0.2, 0.5, 0.6, 0.5, 0.3, 0), DARK),
+    ),
+    "boat": (
+        ("polygon", (0, 0.65, 1, 0.65, 0.8, 1, 0.2, 1), BROWN),
+        ("polygon", (0.5, 0, 0.5, 0.58, 0.05, 0.58), WHITE),
+        ("polygon", (0.56, 0.15, 0.56, 0.58, 0.9, 0.58), RED),
+    ),
+    "book": (
+        ("rectangle", (0.05, 0.05, 0.95, 0.95), BLUE),
+        ("rectangle", (0.05, 0.05, 0.2, 0.95), DARK),
+        ("rectangle", (0.35, 0.2, 0.8, 0.4), YELLOW),
+    ),
+    "bottle": (
+        ("rectangle", (0.25, 0.35, 0.75, 1), GREEN),
+        ("rectangle", (0.4, 0, 0.6, 0.4), GREEN),
+        ("rectangle", (0.25, 0.55, 0.75, 0.75), WHITE),
+    ),
+    "bus": (
+        ("rectangle", (0, 0.1, 1, 0.8), YELLOW),
+        ("rectangle", (0.08, 0.2, 0.92, 0.42), CYAN),
+        ("ellipse", (0.1, 0.65, 0.35, 1), DARK),
+        ("ellipse", (0.65, 0.65, 0.9, 1), DARK),
+    ),
+    "car": (
+        ("rectangle", (0, 0.45, 1, 0.8), RED),
+        ("polygon", (0.2, 0.45, 0.35, 0.12, 0.7, 0.12, 0.85, 0.45), CYAN),
+        ("ellipse", (0.1, 0.65, 0.35, 1), DARK),
+        ("ellipse", (0.65, 0.65, 0.9, 1), DARK),
+    ),
+    "cat": (
+        ("ellipse", (0.15, 0.4, 0.85, 1), ORANGE),
+        ("ellipse", (0.25, 0.15, 0.75, 0.6), ORANGE),
+        ("polygon", (0.25, 0.3, 0.3, 0, 0.45, 0.2), ORANGE),
+        ("polygon", (0.55, 0.2, 0.7, 0, 0.75, 0.3), ORANGE),
+        ("ellipse", (0.36, 0.3, 0.44, 0.4), DARK),
+        ("ellipse", (0.56, 0.3, 0.64, 0.4), DARK),
+    ),
+    "chair": (
+        ("rectangle", (0.1, 0, 0.25, 1), BROWN),
+        ("rectangle", (0.1, 0.5, 0.9, 0.65), BROWN),
+        ("rectangle", (0.75, 0.6, 0.9, 1), BROWN),
+    ),
+    "clock": (
+        ("ellipse", (0, 0, 1, 1), DARK),
+        ("ellipse", (0.12, 0.12, 0.88, 0.88), WHITE),
+        ("line", (0.5, 0.5, 0.5, 0.2), DARK),
+        ("line", (0.5, 0.5, 0.72, 0.6), RED),
+    ),
+    "cup": (
+        ("rectangle", (0.1, 0.2, 0.7, 0.95), BLUE),
+        ("ring", (0.55, 0.35, 1, 0.8), BLUE),
+        ("ellipse", (0.1, 0.1, 0.7, 0.3), WHITE),
+    ),
+    "dog": (
+        ("ellipse", (0.05, 0.35, 0.8, 0.8), BROWN),
+        ("ellipse", (0.6, 0.1, 1, 0.5), BROWN),
+        ("rectangle", (0.12, 0.7, 0.24, 1), BROWN),
+        ("rectangle", (0.6, 0.7, 0.72, 1), BROWN),
+        ("ellipse", (0.62, 0.1, 0.74, 0.45), DARK),
+    ),
+    "flower": (
+        ("line", (0.5, 0.5, 0.5, 1), GREEN),
+        ("ellipse", (0.05, 0.2, 0.5, 0.6), PINK),
+        ("ellipse", (0.5, 0.2, 0.95, 0.6), PINK),
+        ("ellipse", (0.28, 0, 0.72, 0.4), PINK),
+        ("ellipse", (0.28, 0.38, 0.72, 0.75), PINK),
+        ("ellipse", (0.36, 0.26, 0.64, 0.52), YELLOW),
+    ),
+    "kite": (
+        ("polygon", (0.5, 0, 0.95, 0.35, 0.5, 0.8, 0.05, 0.35), PURPLE),
+        ("line", (0.5, 0, 0.5, 0.8), YELLOW),
+        ("line", (0.05, 0.35, 0.95, 0.35), YELLOW),
+        ("line", (0.5, 0.8, 0.75, 1), DARK),
+    ),
+    "lamp": (
+        ("polygon", (0.3, 0, 0.7, 0, 1, 0.5, 0, 0.5), YELLOW),
+        ("rectangle", (0.45, 0.5, 0.55, 0.9), DARK),
+        ("rectangle", (0.2, 0.88, 0.8, 1), DARK),
+    ),
+    "plate": (("ellipse", (0, 0.1, 1, 0.9), WHITE), ("ring", (0.2, 0.27, 0.8, 0.73), GREY)),
+    "pot": (
+        ("rectangle", (0.12, 0.35, 0.88, 0.95), GREY),
+        ("rectangle", (0, 0.45, 1, 0.58), DARK),
+        ("ellipse", (0.12, 0.2, 0.88, 0.45), DARK),
+        ("ellipse", (0.42, 0.05, 0.58, 0.25), RED),
+    ),
+    "sign": (
+        ("rectangle", (0.45, 0.5, 0.55, 1), GREY),
+        ("polygon", (0.3, 0, 0.7, 0, 0.95, 0.2, 0.95, 0.45, 0.7, 0.65, 0.3, 0.65, 0.05, 0.45, 0.05, 0.2), RED),
+        ("rectangle", (0.2, 0.26, 0.8, 0.4), WHITE),
+    ),
+    "tree": (("rectangle", (0.4, 0.55, 0.6, 1), BROWN), ("ellipse", (0.05, 0, 0.95, 0.7), GREEN)),
+    "umbrella": (
+        ("pieslice", (0, 0.02, 1, 1.1, 180, 360), ORANGE),
+        ("pieslice", (0.3, 0.02, 0.7, 1.1, 180, 360), WHITE),
+        ("line", (0.5, 0.5, 0.5, 1), DARK),
+    ),
+}
+
+# setting: upper color, lower color, where the border lies (0 is the top).
+BACKGROUNDS: dict[str, tuple[Color, Color, float]] = {
+    "kitchen": ((225, 215, 190), (175, 160, 150), 0.7),
+    "street": ((170, 195, 220), (110, 110, 115), 0.5),
+    "park": ((160, 205, 235), (120, 180, 90), 0.4),
+    "bedroom": ((200, 190, 215), (165, 130, 100), 0.65),
+    "beach": ((120, 185, 225), (230, 210, 155), 0.55),
+}
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Draw a scene: 96 x 96 pixels, RGB."""
+    rng = random.Random(f"draw/{scene.seed}")
+    upper, lower, border = BACKGROUNDS[scene.setting]
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), _jitter(upper, rng))
+    pen = ImageDraw.Draw(image)
+    top = int(IMAGE_SIZE * (border + rng.uniform(-0.08, 0.08)))
+    pen.rectangle((0, top, IMAGE_SIZE, IMAGE_SIZE), fill=_jitter(lower, rng))
+    for item in scene.objects:
+        for kind, points, color in SHAPES[item.name]:
+            _primitive(pen, kind, points, item.box, _jitter(color, rng))
+    noise = np.random.default_rng([*scene.seed.encode()]).normal(0, NOISE, (IMAGE_SIZE, IMAGE_SIZE, 3))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+
+
+def _primitive(
+    pen: ImageDraw.ImageDraw, kind: str, points: tuple[float, ...], box: tuple[int, int, int, int], color: Color
+) -> None:
+    x, y, width, height = box
+    flat = points[:4] if kind == "pieslice" else points
+    place = [(x + px * (width - 1), y + py * (height - 1)) for px, py in zip(flat[::2], flat[1::2], strict=True)]
+    stroke = max(1, round(min(width, height) / 10))
+    if kind == "ring":
+        pen.ellipse(place, outline=color, width=stroke)
+    elif kind == "line":
+        pen.line(place, fill=color, width=stroke)
+    elif kind == "pieslice":
+        pen.pieslice(place, start=points[4], end=points[5], fill=color)
+    else:
+        getattr(pen, kind)(place, fill=color)
+
+
+def _jitter(color: Color, rng: random.Random) -> Color:
+    r, g, b = (max(0, min(255, channel + rng.randint(-12, 12))) for channel in color)
+    return r, g, b
+
+
+# ----------------------------------------------------------------------------------------------------
+# Toyworld's texts: exact and noisy descriptions, questions and answers.
+#
+# Each object takes one sentence, and sentences without an object are as long ("There is a cup." and "It looks quite
+# calm." are five tokens), so a sentence can be exchanged for another without changing a text's length.
+
+FILLERS = ("The colors are bright.", "It looks quite calm.", "The light is soft.", "Everything is in place.")
+SYNONYMS = {"bicycle": ["bike"], "boat": ["ship"], "cup": ["mug"], "dog": ["puppy"], "flower": ["blossom"]}
+QUESTIONS = 8
+
+
+def article(name: str) -> str:
+    return "an" if name[0] in "aeiou" else "a"
+
+
+def opening(setting: str) -> str:
+    return f"The picture shows a {setting}."
+
+
+def mention(name: str) -> str:
+    return f"There is {article(name)} {name}."
+
+
+def describe(names: Sequence[str], setting: str, fillers: int = 0, rng: random.Random | None = None) -> str:
+    """A description that names these objects, in this order, with some neutral sentences strewn in."""
+    sentences = [mention(name) for name in names]
+    if fillers and rng is not None:
+        for filler in rng.sample(FILLERS, fillers):
+            sentences.insert(rng.randint(0, len(sentences)), filler)
+    return " ".join([opening(setting), *sentences])
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """Who writes the texts: probabilities of claiming an absent usual object, and of missing a present one.
+
+    The defaults are as careless as GPT-written conversations; zeros give the truth.
+    """
+
+    claim_core: float = 0.5
+    claim_common: float = 0.2
+    miss: float = 0.1
+
+    def believe(self, scene: Scene, rng: random.Random) -> list[str]:
+        """The objects this annotator takes to be in the scene, in random order."""
+        setting = SETTINGS[scene.setting]
+        claims = {**dict.fromkeys(setting.core, self.claim_core), **dict.fromkeys(setting.common, self.claim_common)}
+        believed = [
+            name for name in OBJECTS if rng.random() < (1 - self.miss if name in scene.names else claims.get(name, 0.0))
+        ]
+        rng.shuffle(believed)
+        return believed
+
+
+EXACT = Annotator(0.0, 0.0, 0.0)
+
+
+def sft_samples(scene: Scene, annotator: Annotator, rng: random.Random) -> list[tuple[str, str]]:
+    """(prompt, response) samples for supervised tuning: one description and some yes/no questions."""
+    text = describe(annotator.believe(scene, rng), scene.setting, rng.randint(0, 2), rng)
+    samples = [(rng.choice(DESCRIBE_PROMPTS), text)]
+    believed = annotator.believe(scene, rng)
+    samples += [(question_text(n), "Yes." if n in believed else "No.") for n in ask_about(scene, QUESTIONS, rng)]
+    return samples
+
+
+def ask_about(scene: Scene, count: int, rng: random.Random) -> list[str]:
+    """Objects to ask about: up to half of them present, of the absent ones two thirds usual in the setting."""
+    setting = SETTINGS[scene.setting]
+    present = rng.sample(sorted(scene.names), min(count // 2, len(scene.names)))
+    usual = [n for n in (*setting.core, *setting.common) if n not in scene.names]
+    rare = [n for n in OBJECTS if n not in scene.names and n not in usual]
+    absent = count - len(present)
+    tempting = rng.sample(usual, min(len(usual), round(absent * 2 / 3)))
+    names = [*present, *tempting, *rng.sample(rare, absent - len(tempting))]
+    rng.shuffle(names)
+    return names
+
+
+def words(text: str) -> list[str]:
+    """A text's tokens: words, and each punctuation mark by itself."""
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def vocabulary() -> list[str]:
+    """Every word that toyworld's prompts and responses can hold."""
+    texts = ["USER: ASSISTANT: Yes, No. and image picture", *DESCRIBE_PROMPTS, *FILLERS, *map(question_text, OBJECTS)]
+    texts += [opening(setting) for setting in SETTINGS] + [mention(name) for name in OBJECTS]
+    texts += [word for synonyms in SYNONYMS.values() for word in synonyms]
+    return sorted({word for text in texts for word in words(text)})

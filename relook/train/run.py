@@ -17,26 +17,16 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from relook import processes
+from relook import distributed
 from relook.console import progress, say
 from relook.data.encode import Example
-from relook.data.hadpo import read_hadpo
-from relook.data.llava import read_llava
-from relook.data.pairs import read_pairs
-from relook.data.report import ReadReport
-from relook.data.samples import Conversation, PreferencePair
+from relook.data.readers import read_hadpo, read_llava, read_pairs
+from relook.data.samples import Conversation, PreferencePair, ReadReport
 from relook.errors import DataError, RecipeError, some
 from relook.files import read_text, takes, write_json
 from relook.flags import check_model, check_switched
-from relook.keys import parse_overrides
-from relook.model.above_trunk import AboveTrunk
-from relook.model.changes import read_change
-from relook.model.formats import kind_of, llava_settings
-from relook.model.load import CHANGE_FILE, TENSORS_FILE, LoadedModel, load_model
-from relook.model.regimes import apply_regime
-from relook.recipe import Recipe, load_recipe
-from relook.train import recompute, sharding
-from relook.train.batches import (
+from relook.forward import activation_memory
+from relook.forward.collate import (
     Collator,
     Item,
     Items,
@@ -46,10 +36,14 @@ from relook.train.batches import (
     preference_weight,
     reference_log_probs,
 )
-from relook.train.cache import cached_items
-from relook.train.policy import Policy
-from relook.train.preference import measures
-from relook.train.sight import features_once
+from relook.forward.policy import Policy
+from relook.model.adapters import read_change
+from relook.model.checkpoint import kind_of, llava_settings
+from relook.model.load import CHANGE_FILE, TENSORS_FILE, AboveTrunk, LoadedModel, load_model
+from relook.model.trainable import apply_regime
+from relook.recipe import Recipe, load_recipe, parse_overrides
+from relook.train.feature_cache import cached_items, features_once
+from relook.train.loss import measures
 from relook.train.trainer import RelookTrainer, last_checkpoint, save_trained, whole_tensors
 
 RUN_FILE = "run.json"  # written last: a run that has it is finished
@@ -107,7 +101,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
     save(recipe, loaded, policy, out)
-    if processes.first():
+    if distributed.first():
         write_json(
             out / RUN_FILE,
             {
@@ -118,7 +112,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: Encoded | None = N
                 "log": trainer.state.log_history,
             },
         )
-    processes.wait("the run's files")
+    distributed.wait("the run's files")
     return out
 
 
@@ -166,10 +160,10 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     check_switched({"dataloader_num_workers": defaults["dataloader_num_workers"], **recipe.said})
     given = dict(recipe.training)
     if given.get("deepspeed"):
-        given["deepspeed"] = sharding.deepspeed_config(given["deepspeed"])
+        given["deepspeed"] = distributed.deepspeed_config(given["deepspeed"])
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
-        told = recompute.renamed(given)
+        told = activation_memory.renamed(given)
         arguments = TrainingArguments(**{**defaults, **told, "output_dir": str(out / CHECKPOINTS)})
         _rehearse(arguments)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
@@ -255,7 +249,7 @@ def policy_of(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy
     """The model with what the recipe trains; of one without a trunk, what stands above it."""
     apply_regime(loaded, recipe)
     trunk = not loaded.core.get_input_embeddings().weight.is_meta
-    sharded = sharding.shard(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
+    sharded = distributed.shard(recipe.training) and not recipe.cached_trunk  # a cache is filled by whole models
     model = loaded.model if trunk else AboveTrunk(loaded.model)
     budget, away = recipe.activation_memory_budget, recipe.activation_offloading
     return Policy(model, dtype, recipe.trunk_pass, sharded, budget, away)
@@ -291,7 +285,7 @@ def prepare(
             items += [corrupted(item, seed) for item in items]
         if recipe.needs_reference:
             with progress("reference log-probs") as report:
-                found = processes.shared(
+                found = distributed.shared(
                     items,
                     lambda mine: reference_log_probs(policy, mine, collator, batch_size, report),
                     "the reference log-probs",
@@ -315,9 +309,9 @@ def save(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None
         save_trained(policy.core, out / TENSORS_FILE, without="lora_")  # peft's file has those
     if recipe.full or recipe.lora_enable:
         tensors = whole_tensors(loaded.model, everything=recipe.full)
-        if processes.first():
+        if distributed.first():
             loaded.model.save_pretrained(out, state_dict=tensors)
-    if not processes.first():
+    if not distributed.first():
         return
     if recipe.full:
         loaded.processor.save_pretrained(out)

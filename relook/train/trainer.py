@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,87 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from relook import processes
+from relook import distributed
 from relook.console import Report
+from relook.data.packing import Targets
+from relook.distributed import full_shape, lay_down, put_state, whole, whole_state
 from relook.errors import RecipeError, RelookError
 from relook.files import require_room, whole_file, write_text
+from relook.forward.collate import Items
+from relook.forward.policy import Policy
 from relook.model.checkpoint import save_tensors
 from relook.model.load import TENSORS_FILE, load_tensors
-from relook.model.regimes import parameter_groups
-from relook.model.sharded import full_shape, lay_down, put_state, whole, whole_state
+from relook.model.trainable import parameter_groups
 from relook.recipe import Recipe
-from relook.train import losses, sharding
-from relook.train.batches import Items
-from relook.train.logs import Costs, Meter
-from relook.train.policy import Policy
-from relook.train.preference import answer_tokens, preference_loss
-from relook.train.sampling import Epochs, ModalityLengthSampler
-from relook.train.stops import FirstStep, broken_tensors
-from relook.tree import Targets
+from relook.train import loss
+from relook.train.callbacks import FirstStep, broken_tensors
+from relook.train.loss import answer_tokens, preference_loss
+from relook.train.metrics import Costs, Meter
+
+# ----------------------------------------------------------------------------------------------------
+# The order in which SFT samples are taken: LLaVA's `group_by_modality_length`.
+
+
+class ModalityLengthSampler(Sampler[int]):
+    """Indices in steps of one modality and even batches, as LLaVA's trainer draws them.
+
+    Samples with and without images are shuffled apart and cut into steps (the batches of all processes and
+    accumulation steps together). What is left over of both makes the last step; the others come in random order. Within
+    a step its samples are dealt out so that all batches have about as many tokens.
+
+    Args:
+        lengths: of each sample, in tokens.
+        has_image: whether each sample has one.
+        batch_size: samples of one process and one forward pass.
+        batches: how many of those a step has.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], has_image: Sequence[bool], batch_size: int, batches: int, seed: int
+    ) -> None:
+        self.lengths, self.has_image = lengths, has_image
+        self.batch_size, self.batches, self.seed = batch_size, batches, seed
+        self.epoch = 0  # each has an order of its own
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        size, whole, rest = self.batch_size * self.batches, [], []
+        for wanted in (True, False):
+            members = [i for i, image in enumerate(self.has_image) if image == wanted]
+            members = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            full = len(members) // size * size
+            whole += [members[start : start + size] for start in range(0, full, size)]
+            rest += members[full:]
+        steps = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+        steps += [rest[start : start + size] for start in range(0, len(rest), size)]
+        for step in steps:
+            yield from self._dealt(step)
+
+    def _dealt(self, step: Sequence[int]) -> list[int]:
+        """A step's samples in order of its batches: long ones are dealt out in turn, there and back."""
+        order = sorted(step, key=lambda i: -self.lengths[i])
+        count = len(order) // self.batch_size
+        if count * self.batch_size < len(order):  # the last step of an epoch
+            return order
+        rounds = [order[start : start + count] for start in range(0, len(order), count)]
+        turned = [members if i % 2 == 0 else members[::-1] for i, members in enumerate(rounds)]
+        return [members[batch] for batch in range(count) for members in turned]
+
+
+class Epochs(TrainerCallback):
+    """Tells a sampler which epoch begins. accelerate does not reach it where a resumed run skips batches."""
+
+    def __init__(self, sampler: ModalityLengthSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.epoch = int(state.epoch + 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------
 
 COMPLETE = "complete"  # written last into a checkpoint: one without it was cut off and is not resumed from
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"  # the Trainer's names
@@ -45,7 +110,7 @@ class RelookTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, policy: Policy, report: Report, **kwargs: Any) -> None:
         super().__init__(model=policy, **kwargs)
-        self.is_fsdp_enabled = sharding.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
+        self.is_fsdp_enabled = distributed.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
         self._meter = Meter(Costs.of(policy))
@@ -66,7 +131,7 @@ class RelookTrainer(Trainer):
     def _loss(self, log_probs: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         share = inputs.get("share", 1.0)
         if self.recipe.task == "sft":
-            return share * losses.negative_log_likelihood(log_probs), {}
+            return share * loss.negative_log_likelihood(log_probs), {}
         targets = _targets(inputs["batch"])
         return preference_loss(self.recipe, log_probs, targets, inputs.get("reference"), inputs["weight"], share)
 
@@ -199,20 +264,20 @@ class RelookTrainer(Trainer):
 
     def _save_whole(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if processes.first():
+        if distributed.first():
             fix = "Make room and run the same command again: it goes on from the checkpoint before."
             require_room(folder, self._checkpoint_bytes(), "The checkpoint", fix)
         kept, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
-            processes.wait("the checkpoint's files")
+            distributed.wait("the checkpoint's files")
         except BaseException:
-            if processes.count() == 1:  # others may be writing there: what they leave goes when the run goes on
+            if distributed.count() == 1:  # others may be writing there: what they leave goes when the run goes on
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             self.args.save_total_limit = kept
-        if processes.first():
+        if distributed.first():
             write_text(folder / COMPLETE, "")
             rotate_checkpoints(str(folder.parent), kept, self.state.best_model_checkpoint)
 
@@ -230,12 +295,12 @@ class RelookTrainer(Trainer):
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:
             state = whole_state(self._inner_optimizer)
-            if processes.first():
+            if distributed.first():
                 torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        if processes.first():
+        if distributed.first():
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -258,7 +323,7 @@ class RelookTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             # Not before: accelerate puts the whole model on the device.
-            if self.recipe.sees_once and self.data_collator.features is not None and processes.count() == 1:
+            if self.recipe.sees_once and self.data_collator.features is not None and distributed.count() == 1:
                 self.model.rest_tower()
             return prepared
         # DeepSpeed rounds buffers too: to bf16, rotary frequencies are wrong by radians at position 700.
@@ -288,7 +353,7 @@ def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
     Every process calls it, since tensors may be sharded over them; the first one writes.
     """
     tensors = {name: tensor for name, tensor in whole_tensors(model).items() if without not in name}
-    if processes.first():
+    if distributed.first():
         with whole_file(path) as temporary:
             save_tensors(tensors, temporary)
 
@@ -299,14 +364,14 @@ def whole_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tenso
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or everything:
             tensor = whole(parameter)
-            if processes.first():
+            if distributed.first():
                 tensors[name] = tensor.contiguous()
     return tensors
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint, the same in all processes; those cut off by a kill are removed."""
-    return processes.of_the_first(lambda: _last_checkpoint(folder))
+    return distributed.of_the_first(lambda: _last_checkpoint(folder))
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relook.serve.errors import APIError
+from relook.serve.protocol import APIError
 
 ENGLISH = {
     "picture": "Picture",

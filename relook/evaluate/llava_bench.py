@@ -1,0 +1,488 @@
+"""`relook eval llava`: LLaVA's question files, answered into its answer layout, which other programs score.
+
+Three layouts, told apart by their content (haotian-liu/LLaVA, `model_vqa.py`, `model_vqa_science.py`,
+`model_vqa_mmbench.py`): question lines, ScienceQA's conversations, and MMBench's table with pictures in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from relook import distributed
+from relook.console import progress
+from relook.data.images import Encoded, Shown
+from relook.data.templates import IMAGE
+from relook.errors import DataError, RecipeError, some
+from relook.evaluate.results import AnswerFile, provenance
+from relook.evaluate.run import begin, keep, share
+from relook.files import (
+    file_hash,
+    read_json,
+    read_object,
+    read_records,
+    read_text,
+    some_records,
+    text_hash,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
+from relook.generate.tree_decoding import Asking, answer
+from relook.model.load import Loading
+
+# ----------------------------------------------------------------------------------------------------
+
+NAME = "llava"  # of the answer file and of the result
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
+OPTIONS = "ABCD"
+# What pandas, which LLaVA reads MMBench's tables with, takes for no value. "Na" is one: sodium.
+NO_VALUE = {"", "N/A", "n/a", "NA", "<NA>", "NULL", "null", "NaN", "nan", "-NaN", "-nan", "None"}
+NO_VALUE |= {"#N/A", "#N/A N/A", "#NA", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
+
+
+@dataclass(frozen=True)
+class LlavaQuestion:
+    """One question.
+
+    Args:
+        text: as the model reads it; `prompt` as LLaVA keeps it.
+        more: further fields of its answer.
+        repeat: how often the same stood in the file before.
+    """
+
+    id: Any
+    images: tuple[Shown, ...]
+    text: str
+    prompt: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+    repeat: int = 0
+
+    @property
+    def key(self) -> str:
+        """Ids are not enough: TextVQA's are those of images."""
+        return text_hash(str(self.id), self.prompt, *[str(self.repeat)] * bool(self.repeat))
+
+    def answered(self, text: str, model: str) -> dict[str, Any]:
+        """The answer as LLaVA writes it. Its `answer_id` is random; here the same answer has the same one."""
+        said = {"question_id": self.id, **self.more, "prompt": self.prompt, "text": text}
+        return {**said, "answer_id": self.key, "model_id": model, "metadata": {}}
+
+
+def answer_questions(
+    model: Path,
+    questions: Path,
+    data: Path | None,
+    out: Path,
+    template: str = "",
+    batch_size: int = 64,
+    max_new_tokens: int = 512,
+    loading: Loading = Loading(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Answer a question file into `out/llava.jsonl`, in its order; answers that are there are not asked again.
+
+    Args:
+        data: folder of the images; text-only questions and tables with pictures in them need none.
+
+    Returns:
+        The answer file, how many answers, and what they depend on, as written to `out/llava.json`.
+
+    Raises:
+        RelookError: a question file that cannot be used, a missing image, or an output folder with other answers.
+    """
+    asked = read_questions(questions, data)
+    how = Asking(template, max_new_tokens, batch_size)
+    how = begin(out, model, data, how, loading, questions=file_hash(questions))
+    result = out / f"{NAME}.json"
+    if not result.exists():
+        file = AnswerFile(out / f"{NAME}.jsonl", "answer_id", distributed.rank())
+        mine = share(question.images for question in asked)
+        left = [q for q in asked if q.images in mine and q.key not in file.records]
+        if left:
+            loaded = loading.load(model)
+            with progress(questions.name) as report:
+                said = answer(loaded, [(question.images, question.text) for question in left], how, report)
+                keep(said, lambda i, text: (file, left[i].answered(text, model.name)), [file], batch_size)
+        distributed.wait("the answers")
+        if distributed.first():
+            answers = AnswerFile(file.path, "answer_id").finish([question.key for question in asked])
+            held = {"answers": str(file.path), "n": len(answers), "provenance": provenance(out)}
+            write_json(result, held)
+        distributed.wait("the result")
+    found: dict[str, Any] = read_json(result)
+    return found
+
+
+def read_questions(path: Path, images: Path | None) -> list[LlavaQuestion]:
+    """The questions of a file in one of LLaVA's layouts.
+
+    Raises:
+        DataError: no question, one without id or text, or an image that is missing.
+    """
+    if "\t" in (text := read_text(path))[:4096].partition("\n")[0]:
+        rows = read_table(text, str(path))
+        pictures = {row["index"]: row["image"] for row in rows}  # one may name another's row instead
+        asked = [_of_row({**row, "image": pictures.get(row["image"], row["image"])}) for row in rows]
+    else:
+        asked = [_of_record(one, images, f"{path}: question {n}") for n, one in enumerate(read_records(path), 1)]
+    if not asked:
+        raise DataError(f"{path} holds no question.", "Give a question file.")
+    seen: Counter[str] = Counter()
+    for place, question in enumerate(asked):
+        asked[place] = replace(question, repeat=seen[question.key])
+        seen[question.key] += 1
+    files = dict.fromkeys(image for question in asked for image in question.images if isinstance(image, Path))
+    missing = [image for image in files if not image.is_file()]
+    if missing:
+        raise DataError(f"{len(missing)} images do not exist: {some(missing, 2)}.", "Check --data.")
+    return asked
+
+
+def _of_record(record: Mapping[str, Any], images: Path | None, who: str) -> LlavaQuestion:
+    try:
+        return (_of_conversation if "conversations" in record else _of_line)(record, images)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise DataError(f"{who} is in none of LLaVA's layouts.", "See docs/lmms-eval.md.") from None
+
+
+def _of_line(record: Mapping[str, Any], images: Path | None) -> LlavaQuestion:
+    """`{"question_id", "image"?, "text", "category"?}`."""
+    return LlavaQuestion(record["question_id"], _images(record, images), str(record["text"]), str(record["text"]))
+
+
+def _of_conversation(record: Mapping[str, Any], images: Path | None) -> LlavaQuestion:
+    """`{"id", "image"?, "conversations": [{"value"}, ...]}`, as ScienceQA's; LLaVA-1.5's script asks for a letter."""
+    text = record["conversations"][0]["value"].replace(IMAGE, "").strip() + f"\n{LETTER}"
+    shown = _images(record, images)
+    return LlavaQuestion(record["id"], shown, text, f"{IMAGE}\n{text}" if shown else text)
+
+
+def _images(record: Mapping[str, Any], images: Path | None) -> tuple[Path, ...]:
+    name = record.get("image")
+    if not name:
+        return ()
+    if images is None:
+        raise DataError("The questions are about images.", "Give their folder as --data.")
+    return (images / name,)
+
+
+def read_table(text: str, name: str) -> list[dict[str, str]]:
+    """Rows of a tab-separated table, as MMBench's.
+
+    Raises:
+        DataError: it is empty, lacks a column that questions need, or a row has another number of columns.
+    """
+    csv.field_size_limit(1 << 31)  # pictures are in it
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
+    rows = list(reader)
+    lacking = {"index", "question", "image", "A", "B"} - set(reader.fieldnames or ())
+    if lacking:
+        raise DataError(f"{name} has no column {some(sorted(lacking))}.", "Give one of MMBench's tables.")
+    if not rows:
+        raise DataError(f"{name} has no rows.", "Give one of MMBench's tables.")
+    torn = [number for number, row in enumerate(rows, 2) if None in row or None in row.values()]
+    if torn:
+        raise DataError(f"{name}: row {torn[0]} has another number of columns.", "Download it again.")
+    return rows
+
+
+def _of_row(row: Mapping[str, str]) -> LlavaQuestion:
+    """A row of MMBench: hint, question and options; a Chinese question is answered in Chinese."""
+    index = int(row["index"]) if row["index"].isdecimal() else row["index"]
+    options = []
+    for letter in OPTIONS:
+        if not has_value(row.get(letter, "")):
+            break
+        options.append(row[letter])
+    hint = row.get("hint", "")
+    lines = [*([hint] if has_value(hint) else []), row["question"]]
+    prompt = "\n".join([*lines, *(f"{letter}. {option}" for letter, option in zip(OPTIONS, options, strict=False))])
+    letter = LETTER_CN if re.search("[\u4e00-\u9fff]", row["question"]) else LETTER
+    try:
+        picture = Encoded(base64.b64decode(row["image"], validate=True), f"of question {index}")
+    except (binascii.Error, ValueError):
+        raise DataError(f"The image of question {index} is not base64.", "Download the table again.") from None
+    more = {"round_id": 0, "options": options, "option_char": list(OPTIONS[: len(options)])}
+    return LlavaQuestion(index, (picture,), f"{prompt}\n{letter}", prompt, more)
+
+
+def has_value(text: str) -> bool:
+    """Whether a cell of a table says something, to pandas and to LLaVA."""
+    return text not in NO_VALUE and text.lower() not in ("nan", "none")
+
+
+# ----------------------------------------------------------------------------------------------------
+# The form in which VQA's servers compare answers (EvalAI; mmf's and LLaVA's `EvalAIAnswerProcessor`).
+
+# Words that may have lost one of their apostrophes. What begins with a capital never comes: the text is in lower case.
+_WHOLE = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()  # noqa: SIM905 (a table)
+_CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _WHOLE for i, letter in enumerate(word) if letter == "'"}
+_CONTRACTIONS["somebody'd"] = "somebodyd"  # the table's own slip, which the servers share
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
+_ARTICLES = {"a", "an", "the"}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
+_PERIODS = 32  # at most: the original hands a flag over in the place of a count
+
+
+def vqa_answer(text: str) -> str:
+    """An answer in lower case, without articles and punctuation, its numbers as digits."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    given = text.replace("\n", " ").replace("\t", " ").strip()
+    text = given
+    for mark in _PUNCTUATION:
+        at_edge = f"{mark} " in given or f" {mark}" in given
+        text = text.replace(mark, "" if at_edge else " ")
+    text = re.sub(r"\.(?!\d)", "", text, count=_PERIODS)
+    words = (_DIGITS.get(word, word) for word in text.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+# ----------------------------------------------------------------------------------------------------
+# `relook submission`: answers in LLaVA's layout, as the benchmarks' servers and official scripts want them.
+#
+# Each benchmark is a function from answers, and the benchmark's own file where it needs one, to what is written.
+# Formats: haotian-liu/LLaVA `scripts/convert_*_for_*.py`; MME: `convert_answer_to_mme.py` of its eval.zip.
+
+Answers = Sequence[Mapping[str, Any]]  # in LLaVA's layout: question_id, prompt, text
+Table = list[list[Any]]  # rows, the first one of column names
+Written = str | Table | dict[str, str]  # a file's text, a table, or a folder's files by name
+
+NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category"}
+NO_NEED = {
+    "scienceqa": "llava/eval/eval_science_qa.py",
+    "textvqa": "llava/eval/eval_textvqa.py",
+    "pope": "relook score pope --annotations",
+    "llava-bench": "llava/eval/eval_gpt_review_bench.py",
+}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """How one benchmark's answers are handed in.
+
+    Args:
+        make: of the answers and the benchmark's file.
+        questions: what that file is; empty where none is needed.
+    """
+
+    make: Callable[[Answers, Path], Written]
+    questions: str = ""
+
+
+def write_submission(name: str, answers: Path, out: Path, questions: Path | None) -> dict[str, Any]:
+    """Convert an answer file, and write what the benchmark's server takes.
+
+    Raises:
+        RelookError: an unknown benchmark, one that needs no conversion, a missing option, or answers that do not fit
+            the questions.
+    """
+    if name in NO_NEED:
+        raise RecipeError(f"{name} takes LLaVA's answers as they are.", f"Score them: {NO_NEED[name]}.")
+    if name not in SUBMISSIONS:
+        raise RecipeError(f"There is no submission {name!r}.", f"Known ones: {', '.join(SUBMISSIONS)}.")
+    submission = SUBMISSIONS[name]
+    if bool(questions) != bool(submission.questions):
+        wanted = f"Give {submission.questions}." if submission.questions else "Leave it out."
+        raise RecipeError(f"{name} {'needs' if submission.questions else 'reads no'} --questions.", wanted)
+    records = some_records(answers, "Give LLaVA's answers.")
+    for number, record in enumerate(records, 1):
+        if "question_id" not in record or not isinstance(record.get("text"), str):
+            raise DataError(f"{answers}: answer {number} has not both question_id and text.", "Give LLaVA's layout.")
+    made = submission.make(records, questions or Path())
+    _write(out, made)
+    return {"submission": str(out), "answers": len(records)}
+
+
+def _by_id(answers: Answers) -> dict[str, str]:
+    """Texts by question id, as a string: files differ in whether ids are numbers."""
+    twice = [id for id, count in Counter(str(answer["question_id"]) for answer in answers).items() if count > 1]
+    if twice:
+        raise DataError(f"The answers to {some(twice)} stand more than once.", "Remove the duplicates.")
+    return {str(answer["question_id"]): answer["text"] for answer in answers}
+
+
+def _matched(answers: Answers, ids: Sequence[Any], all_of_them: bool = True) -> list[str | None]:
+    """The texts that belong to some question ids, in order; None where there is none and that may be.
+
+    Raises:
+        DataError: answers to other questions, or questions without an answer.
+    """
+    texts, known = _by_id(answers), {str(id) for id in ids}
+    strange = [id for id in texts if id not in known]
+    if strange:
+        raise DataError(f"{len(strange)} answers have no question ({some(strange)}).", "Give their question file.")
+    missing = [id for id in ids if str(id) not in texts]
+    if missing and all_of_them:
+        raise DataError(f"{len(missing)} questions have no answer ({some(missing)}).", "Answer them all first.")
+    return [texts.get(str(id)) for id in ids]
+
+
+def _vqav2(answers: Answers, questions: Path) -> str:
+    """Every question of the test set, of which a split is answered; the others' answers are empty."""
+    ids = [record["question_id"] for record in _asked(questions, "question_id")]
+    texts = _matched(answers, ids, all_of_them=False)
+    return json.dumps(
+        [
+            {"question_id": id, "answer": "" if text is None else vqa_answer(text)}
+            for id, text in zip(ids, texts, strict=True)
+        ]
+    )
+
+
+def _vizwiz(answers: Answers, questions: Path) -> str:
+    """By image."""
+    asked = _asked(questions, "question_id", "image")
+    texts = _matched(answers, [record["question_id"] for record in asked])
+    return json.dumps(
+        [
+            {"image": record["image"], "answer": vqa_answer(text or "")}
+            for record, text in zip(asked, texts, strict=True)
+        ]
+    )
+
+
+def _gqa(answers: Answers, questions: Path) -> str:
+    """For GQA's own eval.py."""
+    _by_id(answers)
+    said = [(answer["question_id"], answer["text"]) for answer in answers]
+    return json.dumps([{"questionId": id, "prediction": text.rstrip(".").lower()} for id, text in said])
+
+
+def _mmvet(answers: Answers, questions: Path) -> str:
+    """For MM-Vet's judge."""
+    return json.dumps({f"v1_{id}": text for id, text in _by_id(answers).items()}, indent=2)
+
+
+def _seed(answers: Answers, questions: Path) -> str:
+    """JSON lines in the order of the benchmark's file."""
+    asked = read_object(questions).get("questions")
+    if not isinstance(asked, list) or not all(isinstance(one, dict) and "question_id" in one for one in asked):
+        raise DataError(f"{questions} has no questions with question_id.", f"Give {SUBMISSIONS['seed'].questions}.")
+    ids = [one["question_id"] for one in asked]
+    lines = [{"question_id": id, "prediction": text} for id, text in zip(ids, _matched(answers, ids), strict=True)]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _mmbench(answers: Answers, questions: Path) -> Table:
+    """The table without pictures and whatever the server knows, with a column of predictions."""
+    rows = read_table(read_text(questions), str(questions))
+    columns = [name for name in rows[0] if name not in NOT_SUBMITTED]
+    columns.insert(6, "prediction")
+    texts = _matched(answers, [row["index"] for row in rows])
+    filled = [{**row, "prediction": text or ""} for row, text in zip(rows, texts, strict=True)]
+    return [columns, *([_cell(name, row[name]) for name in columns] for row in filled)]
+
+
+def _cell(column: str, text: str) -> Any:
+    if column == "index" and text.isdecimal():
+        return int(text)
+    return text if column == "prediction" or has_value(text) else None
+
+
+def _mme(answers: Answers, questions: Path) -> dict[str, str]:
+    """A file for each category, for MME's calculation.py: picture, question, truth and answer in a line."""
+    truths = {}
+    for file in sorted(questions.glob("*/*.txt")) + sorted(questions.glob("*/questions_answers_YN/*.txt")):
+        category = file.relative_to(questions).parts[0]
+        for line in read_text(file).splitlines():
+            question, _, truth = line.strip().partition("\t")
+            truths[category, file.name, " ".join(question.split())] = (question, truth)
+    lines: dict[str, list[str]] = {}
+    answered = set()
+    for answer in answers:
+        id = str(answer["question_id"])
+        category, name = id.split("/")[0], f"{id.split('/')[-1].split('.')[0]}.txt"
+        asked = str(answer.get("prompt", "")).replace("Answer the question using a single word or phrase.", "").strip()
+        if "Please answer yes or no." not in asked:
+            asked += " Please answer yes or no."
+        key = (category, name, " ".join(asked.split()))  # some of MME's questions have two spaces
+        if key not in truths:
+            raise DataError(f"MME does not ask {asked!r} about {id}.", "Check --questions and the answers.")
+        answered.add(key)
+        said = " ".join(answer["text"].split())  # a line is an answer
+        lines.setdefault(f"{category}.txt", []).append("\t".join((name, *truths[key], said)) + "\n")
+    missing = [" ".join(key) for key in truths if f"{key[0]}.txt" in lines and key not in answered]
+    if missing:  # calculation.py takes two in a row for those of one picture
+        raise DataError(f"{len(missing)} questions have no answer ({some(missing)}).", "Answer them all first.")
+    return {name: "".join(said) for name, said in lines.items()}
+
+
+def _asked(path: Path, *fields: str) -> list[dict[str, Any]]:
+    records = read_records(path)
+    for number, record in enumerate(records, 1):
+        lacking = [name for name in fields if name not in record]
+        if lacking:
+            raise DataError(f"{path}: question {number} has no {some(lacking)}.", "Give LLaVA's question file.")
+    return records
+
+
+SUBMISSIONS = {
+    "vqav2": Submission(_vqav2, "LLaVA's llava_vqav2_mscoco_test2015.jsonl"),
+    "vizwiz": Submission(_vizwiz, "LLaVA's llava_test.jsonl"),
+    "gqa": Submission(_gqa),
+    "mmbench": Submission(_mmbench, "the table that was asked, as mmbench_dev_20230712.tsv"),
+    "mmbench-cn": Submission(_mmbench, "the table that was asked, as mmbench_dev_cn_20231003.tsv"),
+    "seed": Submission(_seed, "SEED-Bench.json"),
+    "mm-vet": Submission(_mmvet),
+    "mme": Submission(_mme, "the folder MME_Benchmark_release_version"),
+}
+
+
+def _write(out: Path, made: Written) -> None:
+    if isinstance(made, str):
+        write_text(out, made)
+    elif isinstance(made, dict):
+        if out.exists():
+            raise RecipeError(f"{out} exists.", "Choose another --out.")
+        with whole_folder(out) as folder:
+            for name, text in made.items():
+                write_text(folder / name, text)
+    elif out.suffix == ".xlsx":
+        _write_sheet(out, made)
+    else:
+        lines = io.StringIO(newline="")
+        csv.writer(lines, delimiter="\t", lineterminator="\n").writerows(made)
+        write_text(out, lines.getvalue())
+
+
+def _write_sheet(out: Path, rows: Table) -> None:
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell import WriteOnlyCell
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    except ImportError:
+        raise RecipeError(
+            "An .xlsx file needs openpyxl.", "Run: pip install 'relook[lmms]'; or name a .tsv file."
+        ) from None
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet()
+    for row in rows:
+        cells = [
+            WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("", cell) if isinstance(cell, str) else cell) for cell in row
+        ]
+        for cell, value in zip(cells, row, strict=True):
+            if isinstance(value, str):
+                cell.data_type = "s"  # an answer that begins with = is no formula
+        sheet.append(cells)
+    with whole_file(out) as temporary:
+        book.save(temporary)

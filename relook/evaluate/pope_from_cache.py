@@ -1,0 +1,289 @@
+"""POPE from trunk states: the first answer token of every question, without a trunk pass for every variant.
+
+Variants with a frozen trunk differ in what stands above it: post decoder and lm_head. The trunk's last hidden state at
+the end of each prompt, and the vision features of each image, are computed once for the base, kept in memory and on
+disk, and every variant answers from them. Models with a trunk of their own (LoRA, full), or whose post decoder reads
+all positions, take one pass of their own over the same trees.
+
+An answer whose first token is Yes or No is done: POPE's parser reads it so, unless the model goes on to contradict
+itself before the first full stop ("Yes, there is no dog"). All others are generated in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from relook.console import progress
+from relook.data.encode import Encoder, Example
+from relook.data.images import ahead
+from relook.data.packing import Row, Tree, targets_of, to_host
+from relook.data.samples import Question
+from relook.evaluate.benchmarks import POPE
+from relook.evaluate.compare import divergence
+from relook.evaluate.score import pope_questions, pope_results
+from relook.evaluate.tasks.pope import LONGEST_ANSWER, SPLITS
+from relook.files import whole_file, write_json, write_jsonl
+from relook.forward.collate import Collator, Item
+from relook.forward.policy import Policy, TrunkStates, predicting_states
+from relook.generate.sampling import Rule
+from relook.generate.tree_decoding import Asking, answer
+from relook.model import checkpoint
+from relook.model.adapters import read_change
+from relook.model.families import has_post_decoder
+from relook.model.load import ABOVE, AboveTrunk, LoadedModel, Loading, add_post_decoder, as_device, as_dtype, load_model
+from relook.train.feature_cache import key_of, made_from
+
+FIRST_FILE = "first_tokens.jsonl"
+DECIDED = ("Yes", "yes", "No", "no")
+LogProbs = Iterator[Tensor]  # (n, vocabulary) float32, of successive questions
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The distinct questions of POPE's splits as trees, one an image. `asked` is in the order of their branches."""
+
+    asked: list[Question]
+    examples: list[Example]
+
+    @staticmethod
+    def of(encoder: Encoder, questions: Sequence[Question]) -> Prompts:
+        by_image: dict[Path, dict[str, Question]] = {}
+        for question in questions:
+            by_image.setdefault(question.image, {}).setdefault(question.text, question)
+        asked = [question for group in by_image.values() for question in group.values()]
+        examples = []
+        for image, group in by_image.items():
+            rows = [encoder.prompt(text, [image]) for text in group]
+            # One supervised token more, whichever: the state at the prompt's end is the one that predicts it.
+            tree = Tree.of([Row((*ids, 0), (*[False] * len(ids), True)) for ids in rows])
+            examples.append(Example(image.name, tree, (image,)))
+        return Prompts(asked, examples)
+
+
+@dataclass(frozen=True)
+class States:
+    """For each tree the trunk's states that predict the answers' first tokens, (S, D), and its image's features."""
+
+    states: list[Tensor]
+    features: list[Tensor] | None  # (M, V) each
+
+    def save(self, path: Path, key: str) -> None:
+        tensors = {}
+        for name, parts in (("states", self.states), ("features", self.features or [])):
+            if parts:
+                tensors[name] = torch.cat(parts)
+                tensors[f"{name}.lengths"] = torch.tensor([len(part) for part in parts])
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, {"key": key})
+
+    @staticmethod
+    def load(path: Path, key: str) -> States | None:
+        """What `save` wrote under that key; None where there is nothing, or something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("key") != key:
+                    return None
+                parts = {
+                    name: list(file.get_tensor(name).split(file.get_tensor(f"{name}.lengths").tolist()))
+                    for name in ("states", "features")
+                    if name in file.keys()  # noqa: SIM118 (not a dict)
+                }
+        except (OSError, SafetensorError):
+            return None
+        return States(parts["states"], parts.get("features"))
+
+
+def first_log_probs(policy: Policy, trunk: TrunkStates) -> Tensor:
+    """log p of every first answer token, (N, vocabulary) float32."""
+    logits = policy.core.lm_head(predicting_states(policy.post_decoder, trunk))
+    log_probs: Tensor = logits.float().log_softmax(-1)
+    return log_probs
+
+
+class CachedPope:
+    """POPE of many models over one base and one set of questions.
+
+    Args:
+        base: the model whose trunk the others share.
+        data: folder with pope/ and val2014/, as `relook eval` takes it.
+        states: the file that keeps the base's trunk states.
+        template: conversation template.
+        loading: how models come into memory.
+    """
+
+    def __init__(
+        self, base: Path, data: Path, states: Path, template: str, loading: Loading, batch_size: int = 64
+    ) -> None:
+        self.base, self.file, self.loading = base, states, loading
+        self.dtype, self.device = as_dtype(loading.dtype), as_device(loading.device)
+        self.how = Asking(template, LONGEST_ANSWER, batch_size)
+        self.images = max(1, batch_size // 8)  # trees a batch: each holds up to 18 questions
+        self.data, self.splits = data, pope_questions(data)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The base; see `release`."""
+        return self.loading.load(self.base)
+
+    def release(self) -> None:
+        """Let the base's weights go. What other models need of it is computed before."""
+        _ = self.base_log_probs, self.decisive
+        self.loaded.model = None
+
+    @cached_property
+    def decisive(self) -> dict[int, str]:
+        """Tokens that decide an answer when they are the likeliest first ones, as text.
+
+        None do where the model's generation settings do more than take the likeliest token.
+        """
+        tokenizer, trees = self.loaded.processor.tokenizer, [example.tree for example in self.prompts.examples]
+        longest = max(len(tree.prefix) + len(branch.ids) for tree in trees for branch in tree.branches)
+        rule = Rule.of(self.loaded, self.how.template, self.how.settings, longest)
+        if rule is None:
+            return {}
+        suppressed = {*rule.never.tolist(), *rule.not_first.tolist()}
+        words = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
+        return {token: word for token, word in words.items() if word in DECIDED and token not in suppressed}
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        questions = [question for split in SPLITS for question in self.splits[split]]
+        return Prompts.of(self.loaded.encoder(self.how.template), questions)
+
+    @cached_property
+    def states(self) -> States:
+        """The base's, from the file where it fits."""
+        model = self.loaded.model
+        if not has_post_decoder(model.config):  # one that is never asked, so that the vision features come out
+            model = add_post_decoder(model, {}, None)
+        policy, examples = Policy(model), self.prompts.examples
+        bits, images = str(self.loading.bits), self.loaded.images
+        key = key_of(made_from(self.base, self.loading.vision_tower, policy, self.dtype, examples, images, bits=bits))
+        found = States.load(self.file, key)
+        if found is None:
+            found = self._compute(policy)
+            found.save(self.file, key)
+        return found
+
+    def _compute(self, policy: Policy) -> States:
+        states: list[Tensor] = []
+        features: list[Tensor] = []
+        for trunk in self._passes(policy, "trunk states of the questions"):
+            counts = (trunk.targets.kept_branch >= 0).sum(1).tolist()
+            states += [kept[:count].clone() for kept, count in zip(to_host(trunk.states), counts, strict=True)]
+            features += [to_host(kept).clone() for kept in trunk.features or []]
+        return States(states, features or None)
+
+    @torch.inference_mode()
+    def _passes(self, policy: Policy, title: str) -> Iterator[TrunkStates]:
+        """The trunk over the trees, batch by batch."""
+        policy.eval()
+        collator = Collator(policy, self.loaded.images, self.loaded.pad_id)
+        examples = self.prompts.examples
+        with progress(title) as report:
+            items = [Item(example) for example in examples]
+            batches = [items[start : start + self.images] for start in range(0, len(items), self.images)]
+            done = 0
+            for batch, live in zip(batches, ahead(collator.live, batches), strict=True):
+                yield policy.trunk(live.to(policy.core.device))
+                done += len(batch)
+                report(done, len(items))
+
+    @torch.inference_mode()
+    def _from_states(self, policy: Policy) -> LogProbs:
+        states, features = self.states.states, self.states.features
+        for start in range(0, len(states), self.images):
+            here = slice(start, start + self.images)
+            trees = [example.tree for example in self.prompts.examples[here]]
+            padded = pad_sequence(states[here], batch_first=True)
+            trunk = TrunkStates(padded, features[here] if features else None, [1] * len(trees), targets_of(trees))
+            yield first_log_probs(policy, trunk.to(self.device))
+
+    @torch.inference_mode()
+    def _live(self, loaded: LoadedModel) -> LogProbs:
+        policy = Policy(loaded.model)
+        for trunk in self._passes(policy, "first answer tokens"):
+            yield first_log_probs(policy, trunk)
+
+    def log_probs(self, model: Path, load: Callable[[], LoadedModel]) -> LogProbs:
+        """First-token log-probs of the base or of a model trained on it, in the order of `prompts.asked`."""
+        if shares_trunk(model, self.base):
+            tower = self.loading.vision_tower if model == self.base else None
+            above = load_model(model, None, tower, self.dtype, device=self.device, trunk=False)
+            policy = Policy(AboveTrunk(above.model))
+            if not policy.keeps_everything:
+                return self._from_states(policy)
+        return self._live(load())
+
+    @cached_property
+    def base_log_probs(self) -> Tensor:
+        """The base's, (questions, vocabulary)."""
+        return torch.cat(list(self.log_probs(self.base, lambda: self.loaded)))
+
+    def evaluate(self, model: Path, out: Path) -> dict[str, Any]:
+        """Answer and score all splits; writes `relook eval`'s files and FIRST_FILE under `out`.
+
+        Returns:
+            As `relook eval pope`, with the number of questions that were `generated` in full.
+        """
+        if model == self.base:
+            loading: Callable[[], LoadedModel] = lambda: self.loaded  # noqa: E731
+        else:
+            loading = cache(lambda: replace(self.loading, vision_tower=None).load(model))  # a run names its own
+        records = self._first_tokens(model, loading)
+        waiting = [index for index, record in enumerate(records) if record["generated"]]
+        if waiting:
+            questions = [(self.prompts.asked[i].image, self.prompts.asked[i].text) for i in waiting]
+            with progress("answers generated in full") as report:
+                for number, text in answer(loading(), questions, self.how, report):
+                    records[waiting[number]]["answer"] = text
+        said = {(record["image"], record["question"]): record for record in records}
+        generated = {}
+        for split, questions_of in self.splits.items():
+            found = [said[question.image.name, question.text] for question in questions_of]
+            answers = [POPE.record(q, record["answer"]) for q, record in zip(questions_of, found, strict=True)]
+            write_jsonl(out / f"pope_{split}.jsonl", answers)
+            generated[split] = sum(record["generated"] for record in found)
+        results = pope_results(self.data, out)
+        for split, count in generated.items():
+            results[split]["generated"] = count
+        write_jsonl(out / FIRST_FILE, records)
+        write_json(out / "pope.json", results)
+        return results
+
+    def _first_tokens(self, model: Path, load: Callable[[], LoadedModel]) -> list[dict[str, Any]]:
+        """One record a distinct question: its first token, and how far its distribution is from the base's."""
+        tokenizer = self.loaded.processor.tokenizer
+        records: list[dict[str, Any]] = []
+        for log_probs in self.log_probs(model, load):
+            base = self.base_log_probs[len(records) : len(records) + len(log_probs)]
+            kl = divergence(log_probs, base).tolist()
+            for token, distance in zip(log_probs.argmax(-1).tolist(), kl, strict=True):
+                question = self.prompts.asked[len(records)]
+                word = self.decisive.get(token)
+                record = {"image": question.image.name, "question": question.text, "label": question.label}
+                record |= {"first": tokenizer.decode([token]), "kl": distance}
+                records.append({**record, "answer": word, "generated": word is None})
+        return records
+
+
+def shares_trunk(model: Path, base: Path) -> bool:
+    """Whether a model is the base but for post decoder and lm_head, read from its files."""
+    if model.resolve() == base.resolve():
+        return True
+    if checkpoint.kind_of(model) != "run":
+        return False
+    change = read_change(model)
+    alone = not (change.lora or change.earlier)
+    same = alone and change.base is not None and change.base.resolve() == base.resolve()
+    return same and all(name.startswith(ABOVE) for name in change.replaced)

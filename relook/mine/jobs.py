@@ -1,0 +1,130 @@
+"""Long work whose results grow in a file: killed anywhere and run again, or by several processes, the same file.
+
+Work is done in parts that do not depend on what is there already, so that a model sees the same batches every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from relook import distributed
+from relook.console import Report, progress
+from relook.data.images import ahead
+from relook.evaluate.results import AnswerFile
+from relook.generate.tree_decoding import Asking, Question, answer
+from relook.mine.pictures import look_at
+from relook.model.load import LoadedModel
+
+# ----------------------------------------------------------------------------------------------------
+
+Record = dict[str, Any]  # its `key` says what it is about
+BATCHES = 4  # of the model in a part: as much is lost in a kill
+FILES = 256  # images that are looked at in a part
+
+
+def grow(
+    path: Path, keys: Sequence[str], size: int, make: Callable[[range, Report], list[Record]], title: str
+) -> dict[str, Record]:
+    """A record for each key, in every process; each makes its share of the parts, `size` keys a part.
+
+    Args:
+        make: the records of a part, given as places in `keys`; its report counts within the part.
+    """
+    file = AnswerFile(path, "key", distributed.rank())
+    parts = [range(start, min(start + size, len(keys))) for start in range(0, len(keys), size)]
+    left = [part for part in distributed.mine(parts) if not all(keys[i] in file.records for i in part)]
+    total, done = sum(map(len, left)), 0
+    with progress(title) as report:
+        for part in left:
+            file.append(make(part, lambda n, _, done=done: report(done + n, total)))
+            done += len(part)
+            report(done, total)
+    distributed.wait(title)
+    if distributed.first():
+        AnswerFile(path, "key").finish(keys)
+    distributed.wait(title)
+    return AnswerFile(path, "key").records
+
+
+def look_at_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -> dict[str, Record]:
+    """What `look_at` finds in image files, by key; `files` are keys and paths."""
+
+    def make(part: range, report: Report) -> list[Record]:
+        records = []
+        for record in ahead(lambda file: look_at(*file), [files[i] for i in part]):
+            records.append(record)
+            report(len(records), len(part))
+        return records
+
+    return grow(path, [key for key, _ in files], FILES, make, title)
+
+
+def ask_all(
+    path: Path,
+    load: Callable[[], LoadedModel],
+    asked: Sequence[tuple[str, Question]],
+    how: Asking,
+    title: str,
+) -> list[str]:
+    """Answers to questions, each with a key, in order.
+
+    Args:
+        load: called when there is something to ask.
+    """
+
+    def make(part: range, report: Report) -> list[Record]:
+        answers = [""] * len(part)
+        settings = replace(how, first=part.start)
+        for index, text in answer(load(), [asked[i][1] for i in part], settings, report):
+            answers[index] = text
+        return [{"key": asked[i][0], "answer": text} for i, text in zip(part, answers, strict=True)]
+
+    records = grow(path, [key for key, _ in asked], BATCHES * how.batch_size, make, title)
+    return [records[key]["answer"] for key, _ in asked]
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a job of mining is told.
+
+
+@dataclass(frozen=True)
+class Mining:
+    """How pairs are mined.
+
+    Args:
+        samples: sampled descriptions an image, besides the greedy one; the first with a mistake is used.
+        questions: yes/no questions an image, half about present objects.
+        temperature: of the sampled descriptions.
+        near_texts: similarity (Jaccard, of runs of five words) from which the texts of a pair count as those of an
+            earlier one; 0 keeps all.
+        parquet: write TRL's file, too.
+    """
+
+    seed: int = 0
+    samples: int = 1
+    questions: int = 6
+    temperature: float = 1.0
+    batch_size: int = 64
+    max_new_tokens: int = 256
+    template: str = ""
+    near_texts: float = 0.9
+    parquet: bool = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Pictures to mine, and what they are kept apart from.
+
+    Args:
+        images: folder in one of the layouts that `annotations` names (`relook.mine.pictures.KINDS`).
+        synonyms: a file of further words for the annotated objects.
+        exclude: files that name evaluation images, and folders of them.
+    """
+
+    images: Path
+    annotations: str
+    synonyms: Path | None = None
+    exclude: Sequence[Path] = ()

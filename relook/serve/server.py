@@ -1,0 +1,223 @@
+"""`relook serve`: models into memory, a port, and the end of both."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h11
+import psutil
+import torch
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from relook.console import say
+from relook.errors import RelookError
+from relook.generate.engine import Engine
+from relook.generate.request import Limits
+from relook.model.adapters import read_change
+from relook.model.checkpoint import kind_of
+from relook.model.families import has_post_decoder
+from relook.model.load import LoadedModel, Loading, without_post_decoder
+from relook.serve.api import Policy, make_app
+from relook.serve.middleware import App
+
+HEAD_SECONDS = 10.0  # for the head of a request to arrive
+READ_SECONDS = 60.0  # for a client to take what it was sent
+CACHE_SHARE = 0.5  # of the free memory
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Where a server listens, and how it ends.
+
+    Args:
+        port: 0 takes a free one.
+        stop_seconds: that answers may still take once the server is told to stop.
+        template: of conversations; empty for the model's own.
+        page: whether there is a page for people at `/`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    stop_seconds: int = 30
+    template: str = ""
+    page: bool = False
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which waits for ever for a request's head and for a client that does not read."""
+
+    waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._within(HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._cancel()
+        elif self.waiting is None:
+            self._within(HEAD_SECONDS)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._cancel()
+        self._within(READ_SECONDS)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(exc)
+
+    def _within(self, seconds: float) -> None:
+        self.waiting = self.loop.call_later(seconds, self.transport.abort)
+
+    def _cancel(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
+
+def serve(serving: Serving, limits: Limits, policy: Policy, load: Callable[[], Mapping[str, LoadedModel]]) -> None:
+    """Answer over HTTP until a signal says to stop.
+
+    Args:
+        limits: as `start_engines` takes them.
+        load: the models by name; called once the port is there, for it may take minutes.
+    """
+    taken = take_port(serving.host, serving.port)
+    engines = start_engines(load(), limits, serving.template)
+    for name, engine in engines.items():
+        say(f"{name}: {limits.slots} slots of {engine.length:,} positions")
+    # uvicorn finishes the running answers, then raises the signal that it was sent again; before it runs, making the
+    # page takes seconds. Either signal ends it all the same way.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as until_end:
+        uploads = None
+        if serving.page:
+            uploads = Path(until_end.enter_context(tempfile.TemporaryDirectory(prefix="relook-page-")))
+        server = make_server(engines, policy, serving.stop_seconds, uploads)
+        host, port = taken.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        say(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
+        if not policy.api_key and serving.host not in ("127.0.0.1", "::1", "localhost"):
+            say("No --api-key: whoever reaches this port may use it.", style="yellow")
+        server.run(sockets=[taken])
+    for engine in engines.values():
+        engine.stop()
+
+
+def start_engines(models: Mapping[str, LoadedModel], limits: Limits, template: str = "") -> dict[str, Engine]:
+    """An engine for each model.
+
+    Args:
+        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are there.
+        template: of conversations; empty for the models' own.
+    """
+    if not limits.cache_gb:
+        device = next(iter(models.values())).core.device
+        limits = replace(limits, cache_gb=CACHE_SHARE * free_bytes(device) / 1e9 / len(models))
+    return {name: Engine(loaded, limits, template) for name, loaded in models.items()}
+
+
+def make_server(
+    engines: Mapping[str, Engine], policy: Policy, stop_seconds: int, uploads: Path | None = None
+) -> uvicorn.Server:
+    """A server that is not started yet; with a folder for uploads, the page is part of it."""
+    app: App = make_app(engines, policy)
+    if uploads is not None:
+        from relook.serve.page.app import with_page
+
+        app = with_page(app, engines, policy, uploads)
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=stop_seconds,
+    )
+    return uvicorn.Server(config)
+
+
+def take_port(host: str, port: int) -> socket.socket:
+    """A socket with that address. It does not listen yet: until the models are there, balancers are refused."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, asyncio sends small pieces at once (TCP_NODELAY): else each answer waits 40 ms.
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+    except (OSError, OverflowError) as error:
+        taken.close()
+        raise RelookError(f"Cannot listen on {host}, port {port}: {error}.", "Choose another --port.") from None
+    return taken
+
+
+def free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def load_models(model: Path, loading: Loading, base: Path | None, with_base: bool) -> dict[str, LoadedModel]:
+    """The models to be served, by name: the folder's name, and for what it is compared with, that folder's or
+    NAME-base.
+
+    Args:
+        base: a model to compare with.
+        with_base: compare with the model itself, its change switched off.
+    """
+    loaded, name = loading.load(model), model.resolve().name
+    models = {name: loaded}
+    if with_base:
+        models[f"{name}-base"] = switched_off(loaded, model, loading)
+    if base is not None:
+        models[base.resolve().name if base.resolve().name != name else f"{name}-base"] = beside(loaded, base, loading)
+    return models
+
+
+def switched_off(loaded: LoadedModel, model: Path, loading: Loading) -> LoadedModel:
+    """The model without what was trained on it: without its adapter, a run's base, or without its post decoder.
+
+    Raises:
+        RelookError: there is nothing to switch off.
+    """
+    if loading.adapter is not None:
+        return beside(loaded, model, loading)
+    if kind_of(model) == "run":
+        change = read_change(model)
+        under = change.earlier[-1] if change.earlier else change.base
+        assert under is not None, "a run names its base"
+        return beside(loaded, under, loading)
+    if not has_post_decoder(loaded.core.config):
+        raise RelookError(f"{model} has nothing that could be switched off.", "Give a base to compare with: --base.")
+    return replace(loaded, model=without_post_decoder(loaded.core))
+
+
+def beside(loaded: LoadedModel, path: Path, loading: Loading) -> LoadedModel:
+    """Another model, which shares what is equal with one that is loaded."""
+    other = replace(loading, adapter=None).load(path)
+    share_equal_tensors(other.core, loaded.core)
+    return other
+
+
+@torch.no_grad()
+def share_equal_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Let a model use another's tensors where they are equal, so that memory holds what was trained twice only."""
+    others = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        same = others.get(name)
+        if same is not None and type(same) is type(parameter) is torch.nn.Parameter and torch.equal(same, parameter):
+            parameter.data = same.data
