@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -135,3 +136,69 @@ def sees_everything(text_config: Any, longest: int) -> bool:
     window = getattr(text_config, "sliding_window", None)
     layers = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
     return layers <= {"sliding_attention"} and (window is None or longest <= window)
+
+
+@dataclass
+class RowSampling:
+    """How each of N rows draws its next token.
+
+    Attributes:
+        temperature: (N,) float64; 0 takes the most likely token.
+        top_k, top_p: (N,); 0 and 1 leave all tokens.
+        draws: (N, T) float64 uniform numbers, one for each token that a row may get.
+        filters: whether any row restricts its tokens, which takes a sort.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    draws: Tensor
+    filters: bool
+
+    @property
+    def key(self) -> tuple[int, bool]:
+        return self.draws.shape[1], self.filters
+
+    def copy_(self, other: RowSampling) -> None:
+        """Take over another one's numbers, of the same shape."""
+        for name in ("temperature", "top_k", "top_p", "draws"):
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+
+
+def choose_tokens(
+    logits_NV: Tensor,
+    banned: Sequence[Tensor],
+    sampling: RowSampling | None,
+    count: Tensor | None = None,
+    first: bool = False,
+) -> Tensor:
+    """Choose the next token of every row, (N,): the most likely one, or one that is drawn.
+
+    Equal to transformers' warpers (temperature, top-k, top-p, in that order) and inverse transform sampling.
+
+    Args:
+        banned: ids that are never chosen.
+        count: (N,) tokens that each row has, which picks its draw; not read where `first`.
+    """
+    scores = logits_NV.float()
+    for ids in banned:
+        scores = scores.index_fill(-1, ids, -torch.inf)
+    likeliest = scores.argmax(-1)
+    if sampling is None:
+        return likeliest
+    greedy = sampling.temperature == 0
+    scores = scores / torch.where(greedy, 1.0, sampling.temperature).float()[:, None]
+    if sampling.filters:
+        ordered, index = scores.sort(dim=-1)
+        rank = torch.arange(ordered.shape[-1], 0, -1, device=scores.device)  # 1 for the most likely
+        top_k = torch.where(sampling.top_k == 0, ordered.shape[-1], sampling.top_k)[:, None]
+        kth = ordered.gather(1, (ordered.shape[-1] - top_k).clamp(min=0))  # ties with it stay
+        ordered = ordered.masked_fill(ordered < kth, -torch.inf)
+        outside = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p[:, None]
+        outside &= (sampling.top_p < 1)[:, None] & (rank > 1)
+        ordered = ordered.masked_fill(outside, -torch.inf)
+        scores = torch.empty_like(scores).scatter_(1, index, ordered)
+    draw = sampling.draws[:, 0] if first or count is None else sampling.draws.gather(1, count[:, None].long())[:, 0]
+    shares = scores.double().softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(shares, (draw * shares[:, -1])[:, None], right=True)[:, 0]
+    return torch.where(greedy, likeliest, drawn.clamp(max=scores.shape[-1] - 1))

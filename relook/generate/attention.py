@@ -1,0 +1,178 @@
+"""Attention over a pool of keys and values that many texts share.
+
+The keys and values of all texts lie in one pool of places, (P, K, D) a layer. A text owns an *extent*: neighbouring
+places, as many as its prompt and its longest answer need. A pass is flat: N new positions of any texts, one after the
+other, without padding. `Reads` says which extent each group of neighbouring positions reads; what several texts share
+(image and prompt) is one extent that one group of queries reads once. Several reads of a query are merged exactly by
+their log-sum-exp (Milakov and Gimelshein 2018, arXiv:1805.02867).
+
+Nothing here depends on what is inside the tensors, so a CUDA graph can replay it.
+
+Shape letters: N new positions, P places, H query heads, K key heads, D head size, S groups, L places of an extent,
+Q queries of a group, C pieces into which an extent is cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+try:
+    from relook.generate.decode_kernel import decode_attention
+except ImportError:  # no Triton: CPUs, and platforms that it does not support
+    decode_attention = None
+
+ATTENTION_NAME = "relook_pool"  # under which transformers' layers find `pool_attention`
+
+
+@dataclass
+class Reads:
+    """Groups of neighbouring queries, each with the extent it reads. Bounds are numbers, all else is on the device.
+
+    Attributes:
+        ends: (S + 1,) int32; group s is the queries ends[s]:ends[s + 1].
+        first: (S + 1,) int32 first place of each group's extent; the last entry only fills FlashAttention's argument.
+        used: (S,) int32 places of the extent that are read; 0 reads nothing.
+        max_queries, max_places: bounds over all groups.
+        causal: the last query of a group sees all its places, the one before all but one, and so on.
+        pieces: C; extents are read in so many pieces at a time, because few rows alone do not fill a GPU.
+    """
+
+    ends: Tensor
+    first: Tensor
+    used: Tensor
+    max_queries: int
+    max_places: int
+    causal: bool
+    pieces: int = 1
+
+
+@dataclass
+class PassView:
+    """Where a pass writes its new positions, (N,) places, and what they read."""
+
+    places: Tensor
+    reads: list[Reads]
+    is_step: bool  # one new position a text, whose reads are all of the decode kernel's kind
+
+
+class KVPool:
+    """Keys and values of every layer, (P + 1, K, D) each. The last place takes what belongs to no text."""
+
+    def __init__(self, layers: int, places: int, heads: int, head_size: int, like: Tensor) -> None:
+        self.places = places
+        shape = (places + 1, heads, head_size)
+        # Zeros: a masked value is multiplied by 0, and 0 times a stray NaN is NaN.
+        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
+
+    @staticmethod
+    def place_bytes(layers: int, heads: int, head_size: int, dtype: torch.dtype) -> int:
+        """Return the bytes that one place takes over all layers."""
+        return 2 * layers * heads * head_size * dtype.itemsize
+
+
+def pool_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float,
+    kv: tuple[Tensor, Tensor],
+    view: PassView,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Write the new keys and values, then attend: transformers' attention interface, (1, H, N, D) to (1, N, H, D)."""
+    write_positions(kv, view.places, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    return attend(query[0].transpose(0, 1), kv, view, scaling)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, pool_attention)
+
+
+def write_positions(kv: tuple[Tensor, Tensor], places: Tensor, keys_NKD: Tensor, values_NKD: Tensor) -> None:
+    """Store new positions' keys and values; reads of the same pass then see them, too."""
+    for stored, new in zip(kv, (keys_NKD, values_NKD), strict=True):
+        stored.index_copy_(0, places, new)
+
+
+def attend(query_NHD: Tensor, kv: tuple[Tensor, Tensor], view: PassView, scale: float) -> Tensor:
+    """Attend to all reads together, (N, H, D). A query that sees nothing gets zeros."""
+    parts = [_read(query_NHD, kv, reads, view.is_step, scale) for reads in view.reads]
+    if len(parts) == 1 and parts[0][0].ndim == 3:
+        return parts[0][0].to(query_NHD.dtype)
+    # (C, N, H, D) and (C, N, H): the pieces of all reads, side by side.
+    out = torch.cat([out if out.ndim == 4 else out[None] for out, _ in parts]).float()
+    lse = torch.cat([lse if lse.ndim == 3 else lse[None] for _, lse in parts])
+    lse = torch.where(lse == torch.inf, -torch.inf, lse)  # FlashAttention's sign of an empty read
+    weights = (lse - lse.amax(0).clamp(min=-1e30)).exp()
+    weights = weights / weights.sum(0).clamp(min=1e-30)
+    return (out * weights[..., None]).sum(0).to(query_NHD.dtype)
+
+
+def _read(
+    query_NHD: Tensor, kv: tuple[Tensor, Tensor], reads: Reads, is_step: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention to one set of reads and its log-sum-exp: (N, H, D) and (N, H), or with a leading C."""
+    if query_NHD.is_cuda and is_step and decode_attention is not None:
+        return decode_attention(query_NHD, *kv, reads.ends, reads.first, reads.used, reads.max_queries, reads.pieces, scale)
+    if query_NHD.is_cuda and query_NHD.dtype in (torch.bfloat16, torch.float16):
+        return _flash(query_NHD, *kv, reads, scale)
+    return _gathered(query_NHD, *kv, reads, scale)
+
+
+def _flash(query_NHD: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float) -> tuple[Tensor, Tensor]:
+    """FlashAttention over extents: with `seqused_k`, `cum_seq_k` is no more than each extent's first place.
+
+    torch 2.12 has this as `torch.nn.attention.varlen.varlen_attn`; before, it is this operator.
+    """
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query_NHD,
+        keys,
+        values,
+        reads.ends,
+        reads.first,
+        reads.max_queries,
+        reads.max_places,
+        0.0,
+        reads.causal,
+        False,
+        scale=scale,
+        seqused_k=reads.used,
+    )
+    return out, lse.transpose(0, 1)
+
+
+def _gathered(query_NHD: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float) -> tuple[Tensor, Tensor]:
+    """The same in plain operations of static shapes: on a CPU, and in float32 on a GPU."""
+    N, H, D = query_NHD.shape
+    S, Q, L = len(reads.used), reads.max_queries, reads.max_places
+    device = query_NHD.device
+    ends, first, used = reads.ends.long(), reads.first[:-1].long(), reads.used.long()
+    query_index, place_index = torch.arange(Q, device=device), torch.arange(L, device=device)
+    # Queries of each group side by side, (S, Q), and the places that it reads, (S, L); both run over their end.
+    queries = (ends[:-1, None] + query_index).clamp(max=N - 1)
+    places = (first[:, None] + place_index).clamp(max=len(keys) - 1)
+    k_SLKD, v_SLKD = keys[places], values[places]
+    K = k_SLKD.shape[2]
+    q_SKGQD = query_NHD[queries].view(S, Q, K, H // K, D).permute(0, 2, 3, 1, 4)
+    scores = torch.einsum("skgqd,slkd->skgql", q_SKGQD.float(), k_SLKD.float()) * scale
+    visible = used[:, None].expand(S, Q)  # places that each query sees
+    if reads.causal:
+        visible = visible - (ends[1:] - ends[:-1])[:, None] + 1 + query_index
+    seen = (place_index < visible[..., None])[:, None, None]  # (S, 1, 1, Q, L)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = scores.logsumexp(-1)  # (S, K, G, Q)
+    weights = (scores - lse.clamp(min=-1e30)[..., None]).exp()
+    out = torch.einsum("skgql,slkd->sqkgd", weights, v_SLKD.float()).flatten(2, 3).to(query_NHD.dtype)  # (S, Q, H, D)
+    lse = lse.permute(0, 3, 1, 2).flatten(2)  # (S, Q, H)
+    # Back to flat positions; those of no group see nothing.
+    position = torch.arange(N, device=device)
+    group = (torch.searchsorted(ends, position, right=True) - 1).clamp(0, S - 1)
+    slot = (position - ends[group]).clamp(0, Q - 1)
+    inside = (position >= ends[0]) & (position < ends[-1])
+    return out[group, slot] * inside[:, None, None], lse[group, slot].masked_fill(~inside[:, None], -torch.inf)

@@ -1,0 +1,307 @@
+"""The device's side of answering: flat passes of a model over a pool of keys and values.
+
+Reading prompts (`prefill`) and growing answers (`step`) are the same walk: embed, decoder layers, post decoder,
+lm_head, choose. A step works on tensors that stay in place and changes them itself, so that a CUDA graph replays it
+and the host never waits for a token before it launches the next step.
+
+Shape letters: N positions of a pass or rows of a step, T texts of a prefill, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relook.console import say
+from relook.data.images import stack
+from relook.generate.attention import ATTENTION_NAME, KVPool, PassView, Reads, attend, write_positions
+from relook.generate.shared_projections import share_projections
+from relook.generate.sampling import RowSampling, choose_tokens
+from relook.model.load import LoadedModel
+from relook.model.post_decoder import PostDecoder
+
+# Rows of a step are rounded up to these, so that a few graphs serve any number of texts.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 576, 768, 1024)
+TARGET_PROGRAMS = 1024  # of the decode kernel: with fewer, extents are cut into pieces
+MAX_PIECES = 16
+
+
+@dataclass
+class StepState:
+    """The rows of a step, some of them nobody's; a step changes them in place.
+
+    Attributes:
+        tokens: (N,) the last token of each row.
+        ints: all of the following integers in one tensor, so that one copy brings them to the device.
+        moves: (N,) 1, or 0 where the row is nobody's: it writes into the pool's last place and stays there.
+        own, prefix, image: reads of each row's own extent, of what it shares, of its images in the post decoder.
+        count: (N,) tokens so far.
+    """
+
+    tokens: Tensor
+    ints: Tensor
+    positions: Tensor
+    places: Tensor
+    moves: Tensor
+    count: Tensor
+    own: Reads
+    prefix: Reads | None
+    image: Reads | None
+    sampling: RowSampling | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One flat pass over new positions: ids and positions (N,), places, reads, and where each text's last one is.
+
+    Attributes:
+        image_rows: projected image features for the placeholders in `ids`, in order.
+        last: (T,) indices of positions whose next token is chosen.
+        image: reads of the T texts' images by the post decoder.
+        image_all: the same for all N positions, where the post decoder reads all of them.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    places: Tensor
+    reads: list[Reads]
+    image_rows: list[Tensor]
+    last: Tensor
+    image: Reads | None
+    image_all: Reads | None
+    sampling: RowSampling | None
+
+
+def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: tuple[Tensor, Tensor], view: PassView) -> Tensor:
+    """Run one of transformers' decoder layers over flat positions, (1, N, D)."""
+    output = layer(hidden, attention_mask=None, position_embeddings=angles, use_cache=False, kv=kv, view=view)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: tuple[Tensor, Tensor], view: PassView) -> Tensor:
+    """`run_layer` under a code object of its own, so that its compiled variants are counted apart."""
+    return run_layer(layer, hidden, angles, kv, view)
+
+
+class ModelRunner:
+    """A model and its pools.
+
+    Args:
+        places: positions that the pool holds for all texts.
+        image_places: vision features that the post decoder's pool holds; 0 where nothing reads it.
+        banned: token ids that are never chosen, and further ones that are not chosen first.
+        compiled: compile the decoder layers and replay steps as CUDA graphs (GPUs only).
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        places: int,
+        image_places: int = 0,
+        banned: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        compiled: bool = True,
+    ) -> None:
+        self.loaded, self.core = loaded, loaded.core
+        text = self.core.config.text_config
+        self.device: torch.device = self.core.lm_head.weight.device
+        self.post_decoder: PostDecoder | None = getattr(self.core.model, "post_decoder", None)
+        blocks: list[Any] = list(self.post_decoder.blocks) if self.post_decoder is not None else []
+        like = self.core.get_input_embeddings().weight
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.pool = KVPool(text.num_hidden_layers, places, text.num_key_value_heads, head_size, like)
+        # The post decoder's self-attention reads the same extents; its image side has a pool of its own.
+        self.self_pool = self.image_pool = None
+        if self.post_decoder is not None and self.post_decoder.reads_all_positions:
+            heads = blocks[0].self_attention.num_heads
+            self.self_pool = KVPool(len(blocks), places, heads, text.hidden_size // heads, like)
+        if self.post_decoder is not None and self.post_decoder.align is not None:
+            heads = blocks[0].cross_attention.num_heads
+            self.image_pool = KVPool(len(blocks), image_places, heads, text.hidden_size // heads, like)
+        self.banned = [torch.tensor(list(ids), dtype=torch.long, device=self.device) for ids in banned]
+        self.compiled = compiled and self.device.type == "cuda"
+        # Steps are compiled for one row and for any number; reading, whose lengths always differ, once for any.
+        self._step_layer = self._read_layer = run_layer
+        if self.compiled:
+            share_projections(self.core.model.language_model.layers)
+            self._step_layer = torch.compile(run_layer, fullgraph=True)
+            self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
+        self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
+        self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
+
+    # --- images
+
+    @torch.inference_mode()
+    def encode_images(self, inputs: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
+        """Return each image's projected features (P, D) and what the post decoder reads of it, (M, V) or None.
+
+        Args:
+            inputs: what the image processor made of each image, without a batch dimension.
+        """
+        dtype = self.core.dtype
+        batch = {
+            name: tensor.to(self.device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+            for name, tensor in stack(inputs).items()
+        }
+        outputs = self.core.model.get_image_features(**batch, return_dict=True)
+        read = getattr(outputs, "vision_features", None) or [None] * len(inputs)
+        # Copies: a view would keep the features of the whole batch in memory.
+        return [
+            (projected.to(dtype).clone(), None if features is None else features.clone())
+            for projected, features in zip(outputs.pooler_output, read, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def store_image_context(self, features: Sequence[Tensor], first: int) -> None:
+        """Write the post decoder's image keys and values of one text's images into its pool, from a place on."""
+        assert self.post_decoder is not None and self.image_pool is not None
+        context = self.post_decoder.look(list(features), [len(features)])
+        assert context is not None
+        for kv, keys, values in zip(self.image_pool.layers, context.keys, context.values, strict=True):
+            places = slice(first, first + keys.shape[2])
+            for stored, new in zip(kv, (keys, values), strict=True):
+                stored[places] = new[0].transpose(0, 1)
+
+    # --- passes
+
+    @torch.inference_mode()
+    def prefill(self, batch: Prefill) -> Tensor:
+        """Read new positions and choose the token after each of `last`, (T,)."""
+        embeds = self.core.get_input_embeddings()(batch.ids)
+        if batch.image_rows:
+            placeholder = (batch.ids == self.core.config.image_token_id)[:, None]
+            embeds = embeds.masked_scatter(placeholder, torch.cat(batch.image_rows).to(embeds.dtype))
+        view = PassView(batch.places, batch.reads, is_step=False)
+        with self._pool_attention():
+            states = self._trunk(embeds, batch.positions, view)
+        if self.post_decoder is not None and self.post_decoder.reads_all_positions:
+            states = self._post_decode(states, view, batch.image_all)[batch.last]
+        else:
+            states = self._post_decode(states[batch.last], view, batch.image)
+        banned = [ids for ids in self.banned if len(ids)]
+        return choose_tokens(self.core.lm_head(states), banned, batch.sampling, first=True)
+
+    @torch.inference_mode()
+    def step(self, state: StepState) -> None:
+        """Append one token to every row: `state.tokens` holds it afterwards."""
+        if not self.compiled:
+            with self._pool_attention():
+                self._step(state)
+            return
+        key = _graph_key(state)
+        if key not in self._graphs:
+            self._graphs[key] = state, self._capture(state)
+        owner, graph = self._graphs[key]
+        assert owner is state, "rows are placed by `place` before they are stepped"
+        graph.replay()
+
+    @torch.inference_mode()
+    def place(self, state: StepState) -> StepState:
+        """Return the state whose tensors the graph of this shape works on, set to the given one."""
+        stored = self._graphs.get(_graph_key(state)) if self.compiled else None
+        if stored is None:
+            return state
+        target = stored[0]
+        target.tokens.copy_(state.tokens, non_blocking=True)
+        target.ints.copy_(state.ints, non_blocking=True)
+        if state.sampling is not None and target.sampling is not None:
+            target.sampling.copy_(state.sampling)
+        return target
+
+    def _step(self, state: StepState) -> None:
+        reads = [reads for reads in (state.prefix, state.own) if reads is not None]
+        view = PassView(state.places.long(), reads, is_step=True)
+        embeds = self.core.get_input_embeddings()(state.tokens)
+        states = self._post_decode(self._trunk(embeds, state.positions, view), view, state.image)
+        banned = [self.banned[0]] if len(self.banned[0]) else []
+        chosen = choose_tokens(self.core.lm_head(states), banned, state.sampling, count=state.count)
+        state.tokens.copy_(chosen)
+        for counter in (state.count, state.positions, state.places, state.own.used):
+            counter.add_(state.moves)
+        state.own.max_places += 1
+
+    def _trunk(self, embeds_ND: Tensor, positions_N: Tensor, view: PassView) -> Tensor:
+        """Run the language model over flat positions: last hidden states, (N, D)."""
+        model = self.core.model.language_model
+        run = self._step_layer if view.is_step else self._read_layer
+        hidden = embeds_ND[None]
+        angles = model.rotary_emb(hidden, position_ids=positions_N[None])
+        for layer, kv in zip(model.layers, self.pool.layers, strict=True):
+            hidden = run(layer, hidden, angles, kv, view)
+        return model.norm(hidden)[0]
+
+    def _post_decode(self, states_ND: Tensor, view: PassView, image: Reads | None) -> Tensor:
+        """Run the post decoder over flat positions, whose image side lies in its pool."""
+        for index, block in enumerate(self.post_decoder.blocks if self.post_decoder is not None else ()):
+            if block.self_attention is not None:
+                assert self.self_pool is not None
+                attention, normed = block.self_attention, block.self_norm(states_ND)
+                query, key, value = (
+                    projection(normed).unflatten(-1, (attention.num_heads, -1))
+                    for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+                )
+                kv = self.self_pool.layers[index]
+                write_positions(kv, view.places, key, value)
+                mixed = attend(query, kv, view, query.shape[-1] ** -0.5)
+                states_ND = states_ND + attention.o_proj(mixed.flatten(1))
+            if block.cross_attention is not None and image is not None:
+                assert self.image_pool is not None
+                attention = block.cross_attention
+                query = attention.q_proj(block.cross_norm(states_ND)).unflatten(-1, (attention.num_heads, -1))
+                looking = PassView(view.places, [image], view.is_step)
+                mixed = attend(query, self.image_pool.layers[index], looking, query.shape[-1] ** -0.5)
+                states_ND = states_ND + attention.o_proj(mixed.flatten(1))
+            states_ND = states_ND + block.mlp(block.mlp_norm(states_ND))
+        return states_ND
+
+    @contextmanager
+    def _pool_attention(self) -> Iterator[None]:
+        """Have the language model's layers attend to the pool."""
+        config = self.core.model.language_model.config
+        before, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    # --- CUDA graphs
+
+    def _capture(self, state: StepState) -> torch.cuda.CUDAGraph:
+        """Record a step on these tensors. Warm-up and capture run with nobody in the rows, and change nothing."""
+        before = state.tokens.clone(), state.ints.clone()
+        state.moves.zero_()
+        state.places.fill_(self.pool.places)
+        with self._pool_attention():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(state)  # compiles, and lets libraries take their workspaces
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_memory):
+                self._step(state)
+        state.tokens.copy_(before[0])
+        state.ints.copy_(before[1])
+        return graph
+
+
+def _graph_key(state: StepState) -> tuple[Any, ...]:
+    """Return what a graph is good for: shapes, and which parts there are; never what is in a tensor."""
+    parts = tuple(None if reads is None else (reads.max_queries, reads.pieces) for reads in (state.own, state.prefix, state.image))
+    return state.rows, parts, None if state.sampling is None else state.sampling.key
+
+
+def pieces_of(groups: int, key_heads: int) -> int:
+    """Return into how many pieces the decode kernel cuts extents, so that its programs fill a GPU."""
+    pieces = 1
+    while pieces < MAX_PIECES and groups * key_heads * pieces < TARGET_PROGRAMS:
+        pieces *= 2
+    return pieces
