@@ -151,7 +151,7 @@ class CachedPope:
         rule = Rule.of(self.loaded, self.how.template, self.how.settings, longest)
         if rule is None:
             return {}
-        suppressed = {*rule.never.tolist(), *rule.not_first.tolist()}
+        suppressed = {*rule.never, *rule.not_first}
         words = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
         return {token: word for token, word in words.items() if word in DECIDED and token not in suppressed}
 

@@ -8,8 +8,10 @@ their log-sum-exp (Milakov and Gimelshein 2018, arXiv:1805.02867).
 
 Nothing here depends on what is inside the tensors, so a CUDA graph can replay it.
 
-Shape letters: N new positions, P places, H query heads, K key heads, D head size, S groups, L places of an extent,
-Q queries of a group, C pieces into which an extent is cut.
+`Reads` is for kernels that read extents where they lie; `DenseReads` (`dense_attention.py`) does without.
+
+Shape letters: N new positions, P places, H query heads, K key heads, D head size, S groups, C pieces into which an
+extent is cut.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from relook.generate.dense_attention import KV, DenseReads
+
+decode_attention: Any
 try:
     from relook.generate.decode_kernel import decode_attention
 except ImportError:  # no Triton: CPUs, and platforms that it does not support
@@ -53,11 +58,15 @@ class Reads:
 
 @dataclass
 class PassView:
-    """Where a pass writes its new positions, (N,) places, and what they read."""
+    """Where a pass writes its new positions, (N,) places, and what they read.
+
+    Attributes:
+        is_step: one new position a text, whose reads are all of the decode kernel's kind.
+    """
 
     places: Tensor
-    reads: list[Reads]
-    is_step: bool  # one new position a text, whose reads are all of the decode kernel's kind
+    reads: list[Reads] | DenseReads
+    is_step: bool
 
 
 class KVPool:
@@ -82,26 +91,29 @@ def pool_attention(
     value: Tensor,
     attention_mask: Any,
     scaling: float,
-    kv: tuple[Tensor, Tensor],
+    kv: KV,
     view: PassView,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Write the new keys and values, then attend: transformers' attention interface, (1, H, N, D) to (1, N, H, D)."""
-    write_positions(kv, view.places, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    return attend(query[0].transpose(0, 1), kv, view, scaling)[None], None
+    new = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    return attend(query[0].transpose(0, 1), kv, view, scaling, new)[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, pool_attention)
 
 
-def write_positions(kv: tuple[Tensor, Tensor], places: Tensor, keys_NKD: Tensor, values_NKD: Tensor) -> None:
-    """Store new positions' keys and values; reads of the same pass then see them, too."""
-    for stored, new in zip(kv, (keys_NKD, values_NKD), strict=True):
-        stored.index_copy_(0, places, new)
+def attend(query_NHD: Tensor, kv: KV, view: PassView, scale: float, new: KV | None = None) -> Tensor:
+    """Attend to all reads together, (N, H, D). A query that sees nothing gets zeros.
 
-
-def attend(query_NHD: Tensor, kv: tuple[Tensor, Tensor], view: PassView, scale: float) -> Tensor:
-    """Attend to all reads together, (N, H, D). A query that sees nothing gets zeros."""
+    Args:
+        new: keys and values of the new positions, (N, K, D) each, which are written first: reads see them, too.
+    """
+    if isinstance(view.reads, DenseReads):
+        return view.reads.attend(query_NHD, kv, scale, new, view.places)
+    if new is not None:
+        for stored, side in zip(kv, new, strict=True):
+            stored.index_copy_(0, view.places, side)
     parts = [_read(query_NHD, kv, reads, view.is_step, scale) for reads in view.reads]
     if len(parts) == 1 and parts[0][0].ndim == 3:
         return parts[0][0].to(query_NHD.dtype)
@@ -114,15 +126,13 @@ def attend(query_NHD: Tensor, kv: tuple[Tensor, Tensor], view: PassView, scale: 
     return (out * weights[..., None]).sum(0).to(query_NHD.dtype)
 
 
-def _read(
-    query_NHD: Tensor, kv: tuple[Tensor, Tensor], reads: Reads, is_step: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _read(query_NHD: Tensor, kv: KV, reads: Reads, is_step: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Return attention to one set of reads and its log-sum-exp: (N, H, D) and (N, H), or with a leading C."""
-    if query_NHD.is_cuda and is_step and decode_attention is not None:
-        return decode_attention(query_NHD, *kv, reads.ends, reads.first, reads.used, reads.max_queries, reads.pieces, scale)
-    if query_NHD.is_cuda and query_NHD.dtype in (torch.bfloat16, torch.float16):
-        return _flash(query_NHD, *kv, reads, scale)
-    return _gathered(query_NHD, *kv, reads, scale)
+    if is_step:
+        assert decode_attention is not None
+        bounds = reads.max_queries, reads.pieces
+        return decode_attention(query_NHD, *kv, reads.ends, reads.first, reads.used, *bounds, scale)
+    return _flash(query_NHD, *kv, reads, scale)
 
 
 def _flash(query_NHD: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float) -> tuple[Tensor, Tensor]:
@@ -147,32 +157,19 @@ def _flash(query_NHD: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale:
     return out, lse.transpose(0, 1)
 
 
-def _gathered(query_NHD: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float) -> tuple[Tensor, Tensor]:
-    """The same in plain operations of static shapes: on a CPU, and in float32 on a GPU."""
-    N, H, D = query_NHD.shape
-    S, Q, L = len(reads.used), reads.max_queries, reads.max_places
-    device = query_NHD.device
-    ends, first, used = reads.ends.long(), reads.first[:-1].long(), reads.used.long()
-    query_index, place_index = torch.arange(Q, device=device), torch.arange(L, device=device)
-    # Queries of each group side by side, (S, Q), and the places that it reads, (S, L); both run over their end.
-    queries = (ends[:-1, None] + query_index).clamp(max=N - 1)
-    places = (first[:, None] + place_index).clamp(max=len(keys) - 1)
-    k_SLKD, v_SLKD = keys[places], values[places]
-    K = k_SLKD.shape[2]
-    q_SKGQD = query_NHD[queries].view(S, Q, K, H // K, D).permute(0, 2, 3, 1, 4)
-    scores = torch.einsum("skgqd,slkd->skgql", q_SKGQD.float(), k_SLKD.float()) * scale
-    visible = used[:, None].expand(S, Q)  # places that each query sees
-    if reads.causal:
-        visible = visible - (ends[1:] - ends[:-1])[:, None] + 1 + query_index
-    seen = (place_index < visible[..., None])[:, None, None]  # (S, 1, 1, Q, L)
-    scores = scores.masked_fill(~seen, -torch.inf)
-    lse = scores.logsumexp(-1)  # (S, K, G, Q)
-    weights = (scores - lse.clamp(min=-1e30)[..., None]).exp()
-    out = torch.einsum("skgql,slkd->sqkgd", weights, v_SLKD.float()).flatten(2, 3).to(query_NHD.dtype)  # (S, Q, H, D)
-    lse = lse.permute(0, 3, 1, 2).flatten(2)  # (S, Q, H)
-    # Back to flat positions; those of no group see nothing.
-    position = torch.arange(N, device=device)
-    group = (torch.searchsorted(ends, position, right=True) - 1).clamp(0, S - 1)
-    slot = (position - ends[group]).clamp(0, Q - 1)
-    inside = (position >= ends[0]) & (position < ends[-1])
-    return out[group, slot] * inside[:, None, None], lse[group, slot].masked_fill(~inside[:, None], -torch.inf)
+def has_flash(head_sizes: set[int], like: Tensor) -> bool:
+    """Return whether FlashAttention reads such keys."""
+    return (
+        like.is_cuda
+        and like.dtype in (torch.bfloat16, torch.float16)
+        and all(size <= 256 and size % 8 == 0 for size in head_sizes)
+    )
+
+
+def has_decode_kernel(head_sizes: set[int], like: Tensor) -> bool:
+    """Return whether the decode kernel reads such keys."""
+    return (
+        like.is_cuda
+        and decode_attention is not None
+        and all(16 <= size <= 256 and size & (size - 1) == 0 for size in head_sizes)
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 BLOCK_PLACES = 64
 LN2 = 0.6931471805599453
 
+
 @triton.jit
 def _decode_kernel(
     query_ptr,
@@ -82,8 +83,11 @@ def _decode_kernel(
         out = mixed / tl.maximum(total, 1e-30)[:, None]
         lse = tl.where(total > 0, (largest + tl.log2(tl.maximum(total, 1e-30))) * 0.6931471805599453, float("-inf"))
         target = (piece * N + query) * HEADS + head
-        tl.store(out_ptr + target[:, None] * HEAD_SIZE + d[None, :], out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+        tl.store(
+            out_ptr + target[:, None] * HEAD_SIZE + d[None, :], out.to(out_ptr.dtype.element_ty), mask=is_row[:, None]
+        )
         tl.store(lse_ptr + target, lse, mask=is_row)
+
 
 def decode_attention(
     query_NHD: Tensor,
@@ -119,7 +123,6 @@ def decode_attention(
         used,
         query_NHD.stride(0),
         query_NHD.stride(1),
-
         N,
         SCALE_LOG2=scale / LN2,
         HEADS=H,

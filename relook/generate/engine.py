@@ -23,16 +23,17 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from relook.console import say
 from relook.data.images import Recent, image_from_bytes
 from relook.data.samples import Turn
 from relook.data.templates import get_template
 from relook.errors import CheckpointError, RelookError
+from relook.generate.model_runner import ModelRunner
 from relook.generate.request import Answer, AnswerText, Busy, Event, Limits, ReadImage, Request, TooLong
-from relook.generate.sampling import settings_followed, uniform
-from relook.generate.scheduler import Batch
-from relook.generate.tree_decoding import any_length
+from relook.generate.sampling import Rule, uniform
+from relook.generate.texts import Image, Text, TextBatch, feature_bytes
 from relook.model.load import LoadedModel
 
 Made = TypeVar("Made")
@@ -55,14 +56,21 @@ class Engine:
     def __init__(self, loaded: LoadedModel, limits: Limits, template: str = "") -> None:
         self.loaded, self.limits = loaded, limits
         self.length = slot_length(loaded.core.config.text_config, limits, loaded.core.dtype)
-        if settings_followed(loaded, {"do_sample": False}, self.length) is None:
+        rule = Rule.of(loaded, template, {"do_sample": False}, self.length)
+        if rule is None:
             raise CheckpointError(
                 f"generation_config.json of {loaded.path} asks for what only `generate` follows.",
                 "Take beams, penalties and the like out of it.",
             )
         self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_positions)
         self.ends, self.stops = _endings(loaded, get_template(template or loaded.template).stop)
-        self.batch = Batch(loaded, limits, self.length)
+        self.batch = TextBatch(
+            ModelRunner(loaded, limits.slots * self.length, (rule.never, rule.not_first)),
+            limits.slots,
+            self._image_inputs,
+            Recent(int(limits.image_gb * 1e9), feature_bytes),
+        )
+        self._answers: dict[Text, Answer] = {}  # that are in the batch
         self._images: Recent[ReadImage] = Recent(READ_IMAGES, lambda image: image.nbytes)
         self._decoding = threading.Semaphore(DECODERS)
         self._waiting: deque[Answer] = deque()
@@ -122,10 +130,9 @@ class Engine:
             Busy: the queue is full, or the engine stops.
         """
         most = max(1, min(request.max_new_tokens, self.length - len(request.ids)))
-        draws = uniform(request.seed, 0, most).tolist() if request.temperature else []
         text = AnswerText(self.loaded.processor.tokenizer, (*self.stops, *request.stop))
         until = time.monotonic() + self.limits.seconds
-        answer = Answer(request, emit, text, self.ends, most, draws, until)
+        answer = Answer(request, emit, text, self.ends, most, until)
         with self._wake:
             if self._stopping:
                 raise Busy("The server is stopping.")
@@ -202,8 +209,6 @@ class Engine:
         self._ending = True
         self._thread.join()
 
-    @any_length
-    @torch.inference_mode()
     def _run(self) -> None:
         while True:
             with self._wake:
@@ -215,26 +220,60 @@ class Engine:
                 self._turn()
             except Exception as error:  # whatever it was, the next request deserves an answer
                 say(f"relook serve: a step failed: {type(error).__name__}: {error}", style="red")
+                for answer in self._ended(lambda text: text.failed):
+                    answer.report("error")
 
     @property
     def _busy(self) -> bool:
-        return bool(self._waiting or self._calls or self.batch.live)
+        return bool(self._waiting or self._calls or self.batch.busy)
 
     def _turn(self) -> None:
         """Let go of who is gone, take in who waits, and take one step."""
-        while self._calls:
-            self._calls.popleft()()
+        with torch.inference_mode():
+            while self._calls:
+                self._calls.popleft()()
         now = math.inf if self._ending else time.monotonic()
-        self.batch.leave(now)
+        for text, answer in self._answers.items():
+            if answer.over(now):
+                self.batch.cancel(text)
+                answer.report("timeout")
         with self._wake:
             over = [answer for answer in self._waiting if answer.over(now)]
             for answer in over:
                 self._waiting.remove(answer)
+            while self._waiting and self.batch.live < self.limits.slots:
+                self._take_in(self._waiting.popleft())
         for answer in over:
             answer.report("timeout")
-        self.batch.admit(self._waiting)
-        if self.batch.live:
+        if self.batch.busy:
             self.batch.step()
+        self._ended(lambda text: text.ended)
+
+    def _take_in(self, answer: Answer) -> None:
+        """Queue a request's text in the batch."""
+        request = answer.request
+        text = Text(
+            request.ids,
+            tuple(image.key for image in request.images),
+            answer.most,
+            lambda token, likely: answer.take(token, likely, text.reused),
+            request.temperature,
+            0,
+            request.top_p,
+            uniform(request.seed, 0, answer.most) if request.temperature else None,
+            request.top if request.logprobs else -1,
+        )
+        self._answers[text] = answer
+        self.batch.waiting.append(text)
+
+    def _ended(self, which: Callable[[Text], bool]) -> list[Answer]:
+        """Take out the answers whose texts have ended so."""
+        return [self._answers.pop(text) for text in list(self._answers) if which(text)]
+
+    def _image_inputs(self, key: Image) -> dict[str, Tensor]:
+        """Return what the image processor made of an image that a request in the batch shows."""
+        images = (image for answer in self._answers.values() for image in answer.request.images)
+        return next(image.inputs for image in images if image.key == key)
 
 
 def slot_length(text_config: Any, limits: Limits, dtype: torch.dtype) -> int:

@@ -9,6 +9,7 @@ Shape letters: N positions of a pass or rows of a step, T texts of a prefill, D 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,18 @@ from torch import Tensor
 
 from relook.console import say
 from relook.data.images import stack
-from relook.generate.attention import ATTENTION_NAME, KVPool, PassView, Reads, attend, write_positions
+from relook.generate.attention import (
+    ATTENTION_NAME,
+    KVPool,
+    PassView,
+    Reads,
+    attend,
+    has_decode_kernel,
+    has_flash,
+)
+from relook.generate.dense_attention import DenseReads
+from relook.generate.sampling import RowSampling, choose_tokens, log_probs_of
 from relook.generate.shared_projections import share_projections
-from relook.generate.sampling import RowSampling, choose_tokens
 from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
@@ -31,32 +41,42 @@ TARGET_PROGRAMS = 1024  # of the decode kernel: with fewer, extents are cut into
 MAX_PIECES = 16
 
 
+AnyReads = list[Reads] | DenseReads
+
+
 @dataclass
 class StepState:
     """The rows of a step, some of them nobody's; a step changes them in place.
 
     Attributes:
         tokens: (N,) the last token of each row.
-        ints: all of the following integers in one tensor, so that one copy brings them to the device.
-        moves: (N,) 1, or 0 where the row is nobody's: it writes into the pool's last place and stays there.
-        own, prefix, image: reads of each row's own extent, of what it shares, of its images in the post decoder.
-        count: (N,) tokens so far.
+        ints: all integers of the rows in one tensor, so that one copy brings them to the device.
+        counters: (4, N) of `ints`: each row's position and place, tokens so far, and places of its own extent.
+        moves: (N,) of `ints`: 1, or 0 where the row is nobody's: it writes into the pool's last place and stays there.
+        reads: of the beginning that a row shares, and of its own extent.
+        image: reads of its images by the post decoder.
+        rooms: places of each row's own extent; only dense reads ask for it.
+        likely: log-probabilities and ids as `log_probs_of` returns them, where any row wants them.
     """
 
     tokens: Tensor
     ints: Tensor
-    positions: Tensor
-    places: Tensor
+    counters: Tensor
     moves: Tensor
-    count: Tensor
-    own: Reads
-    prefix: Reads | None
-    image: Reads | None
+    reads: AnyReads
+    image: AnyReads | None
     sampling: RowSampling | None
+    rooms: Sequence[int] = ()
+    likely: tuple[Tensor, Tensor] | None = None
 
     @property
     def rows(self) -> int:
         return len(self.tokens)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its reads serve no further step."""
+        return isinstance(self.reads, DenseReads) and self.reads.step >= self.reads.steps
 
 
 @dataclass(frozen=True)
@@ -66,19 +86,19 @@ class Prefill:
     Attributes:
         image_rows: projected image features for the placeholders in `ids`, in order.
         last: (T,) indices of positions whose next token is chosen.
-        image: reads of the T texts' images by the post decoder.
-        image_all: the same for all N positions, where the post decoder reads all of them.
+        image: reads of the post decoder's images: by the T texts, or by all N positions where it reads all of them.
+        top: likeliest tokens that are wanted beside each chosen one; -1 where log-probabilities are not.
     """
 
     ids: Tensor
     positions: Tensor
     places: Tensor
-    reads: list[Reads]
+    reads: AnyReads
     image_rows: list[Tensor]
     last: Tensor
-    image: Reads | None
-    image_all: Reads | None
+    image: AnyReads | None
     sampling: RowSampling | None
+    top: int = -1
 
 
 def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: tuple[Tensor, Tensor], view: PassView) -> Tensor:
@@ -97,7 +117,6 @@ class ModelRunner:
 
     Args:
         places: positions that the pool holds for all texts.
-        image_places: vision features that the post decoder's pool holds; 0 where nothing reads it.
         banned: token ids that are never chosen, and further ones that are not chosen first.
         compiled: compile the decoder layers and replay steps as CUDA graphs (GPUs only).
     """
@@ -106,7 +125,6 @@ class ModelRunner:
         self,
         loaded: LoadedModel,
         places: int,
-        image_places: int = 0,
         banned: tuple[Sequence[int], Sequence[int]] = ((), ()),
         compiled: bool = True,
     ) -> None:
@@ -115,27 +133,51 @@ class ModelRunner:
         self.device: torch.device = self.core.lm_head.weight.device
         self.post_decoder: PostDecoder | None = getattr(self.core.model, "post_decoder", None)
         blocks: list[Any] = list(self.post_decoder.blocks) if self.post_decoder is not None else []
-        like = self.core.get_input_embeddings().weight
+        like = self.core.get_input_embeddings().weight.new_empty(0, dtype=self.core.dtype)
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.pool = KVPool(text.num_hidden_layers, places, text.num_key_value_heads, head_size, like)
+        head_sizes = {head_size}
         # The post decoder's self-attention reads the same extents; its image side has a pool of its own.
         self.self_pool = self.image_pool = None
         if self.post_decoder is not None and self.post_decoder.reads_all_positions:
             heads = blocks[0].self_attention.num_heads
+            head_sizes.add(text.hidden_size // heads)
             self.self_pool = KVPool(len(blocks), places, heads, text.hidden_size // heads, like)
         if self.post_decoder is not None and self.post_decoder.align is not None:
             heads = blocks[0].cross_attention.num_heads
+            head_sizes.add(text.hidden_size // heads)
+            # An image has as many features as positions; where it is cut into tiles, those of its margins besides.
+            image_places = places * (1 if isinstance(loaded.image_positions, int) else 4)
             self.image_pool = KVPool(len(blocks), image_places, heads, text.hidden_size // heads, like)
+        self.banned_ids = banned
         self.banned = [torch.tensor(list(ids), dtype=torch.long, device=self.device) for ids in banned]
-        self.compiled = compiled and self.device.type == "cuda"
+        self.flash, self.has_kernel = has_flash(head_sizes, like), has_decode_kernel(head_sizes, like)
+        self.compiled = compiled and self.has_kernel
+        self._open: StepState | None = None  # whose keys and values are not in the pool yet
         # Steps are compiled for one row and for any number; reading, whose lengths always differ, once for any.
         self._step_layer = self._read_layer = run_layer
         if self.compiled:
             share_projections(self.core.model.language_model.layers)
             self._step_layer = torch.compile(run_layer, fullgraph=True)
-            self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
+            if self.flash:
+                self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
         self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
+
+    @staticmethod
+    def of(loaded: LoadedModel, places: int, banned: tuple[Sequence[int], Sequence[int]]) -> ModelRunner:
+        """Return a model's runner with at least so many places, the one it had before where that will do.
+
+        On a GPU a model keeps its runner: graphs are not recorded again for each set of questions.
+        """
+        runner = loaded.runner
+        if isinstance(runner, ModelRunner) and runner.pool.places >= places and runner.banned_ids == banned:
+            return runner
+        loaded.runner = runner = None  # before the next one takes memory
+        new = ModelRunner(loaded, places, banned)
+        if new.compiled:
+            loaded.runner = new
+        return new
 
     # --- images
 
@@ -173,8 +215,22 @@ class ModelRunner:
     # --- passes
 
     @torch.inference_mode()
-    def prefill(self, batch: Prefill) -> Tensor:
-        """Read new positions and choose the token after each of `last`, (T,)."""
+    def prefill(self, batch: Prefill) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Read new positions and choose the token after each of `last`: (T,), and what `log_probs_of` says of them."""
+        self.write_back()
+        try:
+            states = self._read_prompts(batch)
+        except Exception as error:
+            if self._read_layer is run_layer:
+                raise
+            self._fall_back(error)
+            states = self._read_prompts(batch)
+        logits = self.core.lm_head(states)
+        chosen = choose_tokens(logits, [ids for ids in self.banned if len(ids)], batch.sampling, first=True)
+        return chosen, None if batch.top < 0 else log_probs_of(logits, chosen, batch.top)
+
+    def _read_prompts(self, batch: Prefill) -> Tensor:
+        """Return the states that predict the next tokens, (T, D)."""
         embeds = self.core.get_input_embeddings()(batch.ids)
         if batch.image_rows:
             placeholder = (batch.ids == self.core.config.image_token_id)[:, None]
@@ -182,26 +238,45 @@ class ModelRunner:
         view = PassView(batch.places, batch.reads, is_step=False)
         with self._pool_attention():
             states = self._trunk(embeds, batch.positions, view)
-        if self.post_decoder is not None and self.post_decoder.reads_all_positions:
-            states = self._post_decode(states, view, batch.image_all)[batch.last]
-        else:
-            states = self._post_decode(states[batch.last], view, batch.image)
-        banned = [ids for ids in self.banned if len(ids)]
-        return choose_tokens(self.core.lm_head(states), banned, batch.sampling, first=True)
+        if self.self_pool is not None:
+            return self._post_decode(states, view, batch.image)[batch.last]
+        return self._post_decode(states[batch.last], view, batch.image)
 
     @torch.inference_mode()
     def step(self, state: StepState) -> None:
         """Append one token to every row: `state.tokens` holds it afterwards."""
         if not self.compiled:
+            if self._open is not state:
+                self.write_back()
+                self._open = state
             with self._pool_attention():
                 self._step(state)
-            return
+            return None
         key = _graph_key(state)
         if key not in self._graphs:
-            self._graphs[key] = state, self._capture(state)
+            try:
+                self._graphs[key] = state, self._capture(state)
+            except Exception as error:
+                self._fall_back(error)
+                return self.step(state)
         owner, graph = self._graphs[key]
         assert owner is state, "rows are placed by `place` before they are stepped"
         graph.replay()
+        return None
+
+    def write_back(self) -> None:
+        """Bring the keys and values of the steps since the last pass into the pool."""
+        if self._open is not None and isinstance(self._open.reads, DenseReads):
+            self._open.reads.write_back(self._open.rooms)
+        self._open = None
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the keys and values of neighbouring places."""
+        self.write_back()
+        for pool in (self.pool, self.self_pool):
+            for side in itertools.chain.from_iterable(pool.layers if pool is not None else ()):
+                side[target : target + count] = side[source : source + count]
 
     @torch.inference_mode()
     def place(self, state: StepState) -> StepState:
@@ -217,16 +292,27 @@ class ModelRunner:
         return target
 
     def _step(self, state: StepState) -> None:
-        reads = [reads for reads in (state.prefix, state.own) if reads is not None]
-        view = PassView(state.places.long(), reads, is_step=True)
+        positions, places, count, _ = state.counters
+        view = PassView(places.long(), state.reads, is_step=True)
         embeds = self.core.get_input_embeddings()(state.tokens)
-        states = self._post_decode(self._trunk(embeds, state.positions, view), view, state.image)
+        states = self._post_decode(self._trunk(embeds, positions, view), view, state.image)
+        logits = self.core.lm_head(states)
         banned = [self.banned[0]] if len(self.banned[0]) else []
-        chosen = choose_tokens(self.core.lm_head(states), banned, state.sampling, count=state.count)
+        chosen = choose_tokens(logits, banned, state.sampling, count=count)
         state.tokens.copy_(chosen)
-        for counter in (state.count, state.positions, state.places, state.own.used):
-            counter.add_(state.moves)
-        state.own.max_places += 1
+        if state.likely is not None:
+            for stored, new in zip(state.likely, log_probs_of(logits, chosen, state.likely[1].shape[1]), strict=True):
+                stored.copy_(new)
+        state.counters.add_(state.moves)
+        if isinstance(state.reads, DenseReads):
+            state.reads.advance()
+
+    def _fall_back(self, error: Exception) -> None:
+        """Go on without compiled layers and graphs, and say so."""
+        self.compiled, self._graphs = False, {}
+        self._step_layer = self._read_layer = run_layer
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        say(f"This model cannot be compiled ({reason}); it answers without, several times slower.", style="yellow")
 
     def _trunk(self, embeds_ND: Tensor, positions_N: Tensor, view: PassView) -> Tensor:
         """Run the language model over flat positions: last hidden states, (N, D)."""
@@ -236,11 +322,13 @@ class ModelRunner:
         angles = model.rotary_emb(hidden, position_ids=positions_N[None])
         for layer, kv in zip(model.layers, self.pool.layers, strict=True):
             hidden = run(layer, hidden, angles, kv, view)
-        return model.norm(hidden)[0]
+        normed: Tensor = model.norm(hidden)[0]
+        return normed
 
-    def _post_decode(self, states_ND: Tensor, view: PassView, image: Reads | None) -> Tensor:
+    def _post_decode(self, states_ND: Tensor, view: PassView, image: AnyReads | None) -> Tensor:
         """Run the post decoder over flat positions, whose image side lies in its pool."""
-        for index, block in enumerate(self.post_decoder.blocks if self.post_decoder is not None else ()):
+        blocks: Any = self.post_decoder.blocks if self.post_decoder is not None else ()
+        for index, block in enumerate(blocks):
             if block.self_attention is not None:
                 assert self.self_pool is not None
                 attention, normed = block.self_attention, block.self_norm(states_ND)
@@ -249,14 +337,13 @@ class ModelRunner:
                     for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
                 )
                 kv = self.self_pool.layers[index]
-                write_positions(kv, view.places, key, value)
-                mixed = attend(query, kv, view, query.shape[-1] ** -0.5)
+                mixed = attend(query, kv, view, query.shape[-1] ** -0.5, (key, value))
                 states_ND = states_ND + attention.o_proj(mixed.flatten(1))
             if block.cross_attention is not None and image is not None:
                 assert self.image_pool is not None
                 attention = block.cross_attention
                 query = attention.q_proj(block.cross_norm(states_ND)).unflatten(-1, (attention.num_heads, -1))
-                looking = PassView(view.places, [image], view.is_step)
+                looking = PassView(view.places, image, view.is_step)
                 mixed = attend(query, self.image_pool.layers[index], looking, query.shape[-1] ** -0.5)
                 states_ND = states_ND + attention.o_proj(mixed.flatten(1))
             states_ND = states_ND + block.mlp(block.mlp_norm(states_ND))
@@ -278,25 +365,33 @@ class ModelRunner:
         """Record a step on these tensors. Warm-up and capture run with nobody in the rows, and change nothing."""
         before = state.tokens.clone(), state.ints.clone()
         state.moves.zero_()
-        state.places.fill_(self.pool.places)
-        with self._pool_attention():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._step(state)  # compiles, and lets libraries take their workspaces
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._graph_memory):
-                self._step(state)
-        state.tokens.copy_(before[0])
-        state.ints.copy_(before[1])
+        state.counters[1].fill_(self.pool.places)
+        try:
+            with self._pool_attention():
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    self._step(state)  # compiles, and lets libraries take their workspaces
+                torch.cuda.current_stream().wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._graph_memory):
+                    self._step(state)
+        finally:
+            state.tokens.copy_(before[0])
+            state.ints.copy_(before[1])
         return graph
 
 
 def _graph_key(state: StepState) -> tuple[Any, ...]:
     """Return what a graph is good for: shapes, and which parts there are; never what is in a tensor."""
-    parts = tuple(None if reads is None else (reads.max_queries, reads.pieces) for reads in (state.own, state.prefix, state.image))
-    return state.rows, parts, None if state.sampling is None else state.sampling.key
+    parts = tuple(
+        (reads.max_queries, reads.pieces)
+        for part in (state.reads, state.image)
+        for reads in (part if isinstance(part, list) else ())
+    )
+    counts = tuple(len(part) if isinstance(part, list) else 0 for part in (state.reads, state.image))
+    top = None if state.likely is None else state.likely[1].shape[1]
+    return state.rows, counts, parts, top, None if state.sampling is None else state.sampling.key
 
 
 def pieces_of(groups: int, key_heads: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from relook.data.images import nbytes
 from relook.errors import DataError, RelookError
+from relook.generate.sampling import Likely
 
 # ----------------------------------------------------------------------------------------------------
 # What the engine is asked, and what it says while it answers.
@@ -186,7 +187,6 @@ class Answer:
         emit: takes the events, and must not wait.
         ends: tokens that end it.
         most: tokens that it may have.
-        draws: a uniform number for each of them; empty where the most likely token is taken.
         until: when it must be whole, by the monotonic clock.
     """
 
@@ -195,7 +195,6 @@ class Answer:
     text: AnswerText
     ends: frozenset[int]
     most: int
-    draws: Sequence[float]
     until: float
     reused: int = 0
     said: list[Said] = field(default_factory=list)
@@ -209,6 +208,14 @@ class Answer:
     def over(self, now: float) -> bool:
         """Whether nobody waits for it any more."""
         return self.cancelled or now > self.until
+
+    def take(self, token: int, likely: Likely | None, reused: int) -> bool:
+        """Take the next token and tell what is new. Returns whether the answer ends."""
+        self.reused = reused
+        finish = self.add(Said(token) if likely is None else Said(token, likely[0], tuple(likely[1])))
+        if finish or self.request.stream:
+            self.report(finish)
+        return bool(finish)
 
     def add(self, said: Said) -> str:
         """Take the next token: why the answer ends with it, if it does."""

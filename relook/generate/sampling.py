@@ -1,6 +1,6 @@
-"""Which token comes next, and when an answer ends: as transformers' `generate` has it, for many branches at once.
+"""Which token comes next, and when an answer ends: as transformers' `generate` has it, for many texts at once.
 
-`Rule.of` is the one place that decides whether the trees' own loop decodes, or `generate` itself.
+`Rule.of` is the one place that decides whether relook's own engine answers, or `generate` itself.
 """
 
 from __future__ import annotations
@@ -12,13 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig
 
 from relook.model.load import LoadedModel
 
@@ -37,39 +31,29 @@ NEUTRAL = {
 TOP_K = 50  # what `generate` takes where nobody says
 
 
+@dataclass(frozen=True)
 class Rule:
-    """How tokens are chosen, for a whole run.
+    """How tokens are chosen and where answers end, for a whole run.
 
     Args:
-        settings: of generation, the model's own with the caller's laid on them.
-        pad: fills places that belong to nothing.
-        stop: a criterion that knows the text that ends an answer, where that is not a token.
+        temperature, top_k, top_p: of sampling; temperature 0 takes the most likely token.
+        eos: tokens that end an answer. stops: texts that do.
+        never, not_first: tokens that are never chosen, and further ones that are not chosen first.
         seed: of sampling; each question's draws depend on it and on the question's number alone.
-        device: where the logits will be.
     """
 
-    def __init__(
-        self, settings: GenerationConfig, pad: int, stop: StopStringCriteria | None, seed: int, device: torch.device
-    ) -> None:
-        self.pad, self.stop, self.seed = pad, stop, seed
-        self.eos, self.never, self.not_first = (
-            torch.tensor([] if ids is None else ids, dtype=torch.long, device=device).flatten()
-            for ids in (settings.eos_token_id, settings.suppress_tokens, settings.begin_suppress_tokens)
-        )
-        self.samples = bool(settings.do_sample)
-        self.warpers: list[Any] = []
-        if self.samples:
-            top_k = TOP_K if settings.top_k is None else settings.top_k
-            if settings.temperature not in (None, 1):
-                self.warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-            if top_k:
-                self.warpers.append(TopKLogitsWarper(top_k))
-            if settings.top_p is not None and settings.top_p < 1:
-                self.warpers.append(TopPLogitsWarper(settings.top_p))
+    temperature: float
+    top_k: int
+    top_p: float
+    eos: frozenset[int]
+    never: tuple[int, ...]
+    not_first: tuple[int, ...]
+    stops: tuple[str, ...] = ()
+    seed: int = 0
 
     @staticmethod
     def of(loaded: LoadedModel, template: str, generate: dict[str, Any], longest: int, seed: int = 0) -> Rule | None:
-        """The rule that says what `generate` would; None where only `generate` itself does.
+        """Return the rule that chooses as `generate` would; None where only `generate` itself does.
 
         That is: beams, penalties and whatever else looks at earlier tokens or at other rows, and language models with
         layers that do not see the whole text.
@@ -81,36 +65,27 @@ class Rule:
         settings = settings_followed(loaded, generate, longest)
         if settings is None:
             return None
-        stop = loaded.stopping(template)
-        criterion = StopStringCriteria(stop["tokenizer"], stop["stop_strings"]) if stop else None
-        return Rule(settings, loaded.pad_id, criterion, seed, loaded.core.device)
+        eos, never, not_first = (
+            tuple(torch.tensor([] if ids is None else ids, dtype=torch.long).flatten().tolist())
+            for ids in (settings.eos_token_id, settings.suppress_tokens, settings.begin_suppress_tokens)
+        )
+        top_k = TOP_K if settings.top_k is None else settings.top_k
+        top_p = 1.0 if settings.top_p is None else settings.top_p
+        temperature = 1.0 if settings.temperature is None else settings.temperature
+        return Rule(
+            float(temperature) if settings.do_sample else 0.0,
+            int(top_k),
+            float(top_p),
+            frozenset(eos),
+            never,
+            not_first,
+            tuple(loaded.stopping(template).get("stop_strings", ())),
+            seed,
+        )
 
-    def draws(self, numbers: Sequence[int], tokens: int) -> Tensor | None:
-        """(n, tokens) uniform numbers, one for each token of each numbered question; None where nothing is drawn."""
-        if not self.samples:
-            return None
-        return torch.stack([uniform(self.seed, number, tokens) for number in numbers])
-
-    def choose(self, logits_NV: Tensor, draws_N: Tensor | None, first: bool) -> Tensor:
-        """The next tokens, (N,)."""
-        scores = logits_NV.float()
-        for banned in (self.never, self.not_first) if first else (self.never,):
-            if len(banned):
-                scores = scores.index_fill(-1, banned, -torch.inf)
-        if draws_N is None:
-            return scores.argmax(-1)
-        for warper in self.warpers:
-            scores = warper(None, scores)
-        shares = scores.double().softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(shares, (draws_N * shares[:, -1])[:, None], right=True).squeeze(-1)
-        return drawn.clamp(max=scores.shape[-1] - 1)
-
-    def ends(self, said_NT: Tensor) -> Tensor:
-        """Whether the last of these tokens ends an answer, (N,) bool."""
-        ends = (said_NT[:, -1:] == self.eos).any(-1)
-        if self.stop is not None:
-            ends |= self.stop(said_NT, None)
-        return ends
+    def draws(self, number: int, tokens: int) -> Tensor | None:
+        """Return (tokens,) uniform numbers for the question of that number; None where nothing is drawn."""
+        return uniform(self.seed, number, tokens) if self.temperature else None
 
 
 def uniform(seed: int, number: int, tokens: int) -> Tensor:
@@ -202,3 +177,13 @@ def choose_tokens(
     shares = scores.double().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(shares, (draw * shares[:, -1])[:, None], right=True)[:, 0]
     return torch.where(greedy, likeliest, drawn.clamp(max=scores.shape[-1] - 1))
+
+
+Likely = tuple[float, list[tuple[int, float]]]  # a token's log-probability, and the likeliest tokens with theirs
+
+
+def log_probs_of(logits_NV: Tensor, tokens_N: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities (N, 1 + top), of each row's token and of its likeliest ones, and the latter's ids."""
+    log_probs = logits_NV.float().log_softmax(-1)
+    values, ids = log_probs.topk(min(top, log_probs.shape[-1]))
+    return torch.cat([log_probs.gather(1, tokens_N[:, None].long()), values], 1), ids
