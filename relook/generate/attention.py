@@ -131,7 +131,10 @@ def _read(query_NHD: Tensor, kv: KV, reads: Reads, is_step: bool, scale: float) 
     if is_step:
         assert decode_attention is not None
         bounds = reads.max_queries, reads.pieces
-        return decode_attention(query_NHD, *kv, reads.ends, reads.first, reads.used, *bounds, scale)
+        mixed: tuple[Tensor, Tensor] = decode_attention(
+            query_NHD, *kv, reads.ends, reads.first, reads.used, *bounds, scale
+        )
+        return mixed
     return _flash(query_NHD, *kv, reads, scale)
 
 

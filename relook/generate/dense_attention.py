@@ -80,7 +80,8 @@ class DenseReads:
         self._gathered: dict[int, tuple[KV, KV]] = {}  # by the pool's tensor: it, and what was gathered
         self._written: list[KV] = []  # (pool, gathered) that new keys and values went into
         self._batches: list[_Batch] = []
-        N, places = sum(counts), []
+        N = sum(counts)
+        places: list[int] = []
         slots = torch.full((N,), -1)  # of each query among those of all batches
         columns = [0] * len(counts)  # of each text: where what it has alone begins among the places of all batches
         size = 0
@@ -190,8 +191,8 @@ class DenseReads:
             for step in range(min(self.step, room - used + 1)):
                 sources.append((number, step))
                 targets.append(first + used - 1 + step)
-        text, step = torch.tensor(sources, dtype=torch.long).view(-1, 2).unbind(1)
-        source = begin[text.to(self._device)] + step.to(self._device)
+        pairs = torch.tensor(sources, dtype=torch.long).view(-1, 2).to(self._device)
+        source = begin[pairs[:, 0]] + pairs[:, 1]
         target = torch.tensor(targets, dtype=torch.long).to(self._device)
         for kv in self._written:
             for stored, side in zip(kv, self._gathered[id(kv[0])][1], strict=True):
@@ -226,14 +227,15 @@ def _alike(rows: Iterator[_Row]) -> list[list[_Row]]:
     batches: list[list[_Row]] = []
     sizes: list[tuple[int, int]] = []
     for row in rows:
-        q, l = len(row.queries), len(row.columns)
-        for n, (most_q, most_l) in enumerate(sizes):
-            if max(q, most_q) <= 2 * min(q, most_q) + 4 and max(l, most_l) <= 2 * min(l, most_l):
+        size = len(row.queries), len(row.columns)
+        for n, other in enumerate(sizes):
+            # A few queries more or less cost nothing.
+            if all(max(a, b) <= 2 * min(a, b) + slack for a, b, slack in zip(size, other, (4, 0), strict=True)):
                 batches[n].append(row)
                 break
         else:
             batches.append([row])
-            sizes.append((q, l))
+            sizes.append(size)
     return batches
 
 

@@ -220,8 +220,6 @@ class Engine:
                 self._turn()
             except Exception as error:  # whatever it was, the next request deserves an answer
                 say(f"relook serve: a step failed: {type(error).__name__}: {error}", style="red")
-                for answer in self._ended(lambda text: text.failed):
-                    answer.report("error")
 
     @property
     def _busy(self) -> bool:
@@ -245,9 +243,14 @@ class Engine:
                 self._take_in(self._waiting.popleft())
         for answer in over:
             answer.report("timeout")
-        if self.batch.busy:
-            self.batch.step()
-        self._ended(lambda text: text.ended)
+        try:
+            if self.batch.busy:
+                self.batch.step()
+        finally:
+            for text in [text for text in self._answers if text.ended]:
+                answer = self._answers.pop(text)
+                if text.failed:
+                    answer.report("error")
 
     def _take_in(self, answer: Answer) -> None:
         """Queue a request's text in the batch."""
@@ -265,10 +268,6 @@ class Engine:
         )
         self._answers[text] = answer
         self.batch.waiting.append(text)
-
-    def _ended(self, which: Callable[[Text], bool]) -> list[Answer]:
-        """Take out the answers whose texts have ended so."""
-        return [self._answers.pop(text) for text in list(self._answers) if which(text)]
 
     def _image_inputs(self, key: Image) -> dict[str, Tensor]:
         """Return what the image processor made of an image that a request in the batch shows."""

@@ -104,7 +104,8 @@ class Prefill:
 def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: tuple[Tensor, Tensor], view: PassView) -> Tensor:
     """Run one of transformers' decoder layers over flat positions, (1, N, D)."""
     output = layer(hidden, attention_mask=None, position_embeddings=angles, use_cache=False, kv=kv, view=view)
-    return output[0] if isinstance(output, tuple) else output
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: tuple[Tensor, Tensor], view: PassView) -> Tensor:
@@ -204,7 +205,8 @@ class ModelRunner:
     @torch.inference_mode()
     def store_image_context(self, features: Sequence[Tensor], first: int) -> None:
         """Write the post decoder's image keys and values of one text's images into its pool, from a place on."""
-        assert self.post_decoder is not None and self.image_pool is not None
+        assert self.post_decoder is not None
+        assert self.image_pool is not None
         context = self.post_decoder.look(list(features), [len(features)])
         assert context is not None
         for kv, keys, values in zip(self.image_pool.layers, context.keys, context.values, strict=True):

@@ -2,7 +2,7 @@
 
 Texts come and go. A prompt that begins like a text that is there, over the same images, reads that beginning where it
 lies: the questions on one image, the turns of a conversation. Long prompts are read in chunks between the steps of the
-others. The host launches a step before it has read the tokens of the last one; a text that ended runs one step too many.
+others. On a GPU the host launches a step before it has read the tokens of the one before.
 """
 
 from __future__ import annotations
@@ -579,15 +579,17 @@ class TextBatch:
         """Return reads whose numbers are all on the device, so that they hold for any texts in as many rows."""
         pool, image_pool = self.runner.pool, self.runner.image_pool
         heads = pool.layers[0][0].shape[1]
-        reads = [Reads(*parts[5:7], parts[3], 1, ANY_NUMBER, False, pieces_of(rows, heads))]
+        reads = [Reads(parts[5], parts[6], parts[3], 1, ANY_NUMBER, False, pieces_of(rows, heads))]
         rest = parts[7:]
         image = None
         if image_pool is not None:
             heads_there = image_pool.layers[0][0].shape[1]
-            image = [Reads(*rest[-3:], GROUP_QUERIES, ANY_NUMBER, False, pieces_of(groups, heads_there))]
+            ends, first, used = rest[-3:]
+            image = [Reads(ends, first, used, GROUP_QUERIES, ANY_NUMBER, False, pieces_of(groups, heads_there))]
             rest = rest[:-3]
         if rest:
-            reads.insert(0, Reads(*rest, GROUP_QUERIES, ANY_NUMBER, False, pieces_of(groups, heads)))
+            ends, first, used = rest
+            reads.insert(0, Reads(ends, first, used, GROUP_QUERIES, ANY_NUMBER, False, pieces_of(groups, heads)))
         return reads, image
 
     def _dense_reads(self, own: Sequence[Places], shared: Sequence[Places]) -> tuple[DenseReads, DenseReads | None]:
@@ -668,7 +670,8 @@ def _group_reads(rows: int, groups: Sequence[Sequence[int]], extents: Sequence[P
 def _fail(texts: Sequence[Text]) -> None:
     """End texts whose pass failed: of what it wrote nothing is known."""
     for text in texts:
-        text.ended = text.failed = True
+        text.failed = not text.ended
+        text.ended = True
         text.launched = min(text.launched, 1)
 
 

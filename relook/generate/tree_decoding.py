@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from relook.console import Report
 from relook.data.images import ImageLoader, Recent, Shown, ahead
@@ -129,9 +130,9 @@ def answer(
         if rule is None:
             answers = _by_generate(loaded, ready, how)
         else:
-            answers = _by_texts(
-                loaded, ready, how, rule, longest, sum(len(p.ids) + how.max_new_tokens for p in prompts)
-            )
+            whole = sum(len(prompt.ids) + how.max_new_tokens for prompt in prompts)
+            places = max(longest, min(how.batch_size * longest, whole))
+            answers = _by_texts(loaded, ready, how, rule, places)
         for done, (prompt, text) in enumerate(answers, 1):
             for index in indices[prompt.number - how.first]:
                 yield index, text
@@ -166,19 +167,17 @@ def _by_generate(loaded: LoadedModel, batches: Iterator[Group], how: Asking) -> 
 
 
 def _by_texts(
-    loaded: LoadedModel, groups: Iterator[Group], how: Asking, rule: Rule, longest: int, positions: int
+    loaded: LoadedModel, groups: Iterator[Group], how: Asking, rule: Rule, places: int
 ) -> Iterator[tuple[Prompt, str]]:
-    """Yield answers as they end.
+    """Yield answers as they end; no more than `places` positions are in memory."""
 
-    Args:
-        longest: positions of the longest prompt with its answer.
-        positions: of all prompts with their answers.
-    """
-    places = min(how.batch_size * longest, max(positions, longest))
+    def image_inputs(image: Any) -> dict[str, Tensor]:
+        return {name: tensor[0] for name, tensor in loaded.images.batch([image]).items()}
+
     batch = TextBatch(
         ModelRunner.of(loaded, places, (rule.never, rule.not_first)),
         BUCKETS[-1],
-        lambda image: {name: tensor[0] for name, tensor in loaded.images.batch([image]).items()},
+        image_inputs,
         Recent(FEATURES, feature_bytes),
         goes_on=False,
     )
@@ -244,7 +243,7 @@ class _Answering:
         return ends
 
 
-def _images(loaded: LoadedModel, paths: Sequence[Shown]) -> dict[str, torch.Tensor]:
+def _images(loaded: LoadedModel, paths: Sequence[Shown]) -> dict[str, Tensor]:
     core = loaded.core
     inputs = loaded.images.batch(paths) if paths else {}
     return {n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in inputs.items()}
