@@ -126,11 +126,11 @@ def test_an_interrupted_demo_ends_with_the_same_results(whole: Path, small: Any,
     trainer = training.RelookTrainer
     places: list[tuple[Any, str, int]] = [
         (layouts, "draw", 11),
-        (answering, "answer_batch", 2),
+        (answering, "submit", 4),
         (mining, "write_json", 2),
         (trainer, "compute_loss", 3),
         (training, "save", 1),
-        (answering, "answer_batch", 1),
+        (answering, "submit", 1),
         (demo, "write_report", 1),
     ]
     for owner, name, count in places:
