@@ -78,15 +78,17 @@ def test_dense_reads_are_attention_over_the_places_that_each_query_sees(
     torch.testing.assert_close(mixed, torch.stack(expected))
 
 
-@given(texts(), st.integers(1, 5), st.integers(1, 5))
+@given(texts(), st.integers(1, 5), st.integers(1, 5), st.integers(0, 5))
 def test_steps_see_what_the_steps_before_wrote_and_leave_it_in_the_pool(
-    drawn: tuple[list[int], list[Places], list[Places]], steps: int, room: int
+    drawn: tuple[list[int], list[Places], list[Places]], steps: int, room: int, stop: int
 ) -> None:
     _, own, shared = drawn
     own = [(20 + 10 * i, used or 1) for i, (_, used) in enumerate(own)]  # with room behind them
     size = max(first + used for first, used in own) + 6
     kv = (numbers(0, size, KEY_HEADS, SIZE), numbers(1, size, KEY_HEADS, SIZE))
     pool = (kv[0].clone(), kv[1].clone())
+    before = [side.clone() for side in pool]
+    rooms = [used - 1 + room for _, used in own]
     rows = len(own)
     reads = DenseReads([1] * rows, own, shared, kv[0], steps)
     for step in range(steps):
@@ -97,11 +99,11 @@ def test_steps_see_what_the_steps_before_wrote_and_leave_it_in_the_pool(
                 side[first + used - 1 + step] = fresh[row]
         mixed = reads.attend(query, pool, SIZE**-0.5, new)
         reads.advance()
+        if step == stop:
+            reads.write_back(rooms)
         for row, ((first, used), (begin, length)) in enumerate(zip(own, shared, strict=True)):
             seen = [*range(begin, begin + length), *range(first, first + used + step)]
             torch.testing.assert_close(mixed[row], attention_by_hand(query[row], seen, kv))
-    before = [side.clone() for side in pool]
-    rooms = [used - 1 + room for _, used in own]
     reads.write_back(rooms)
     for side, stored, untouched in zip(kv, pool, before, strict=True):
         expected = untouched.clone()

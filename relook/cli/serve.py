@@ -42,6 +42,7 @@ def serve(
     page: Annotated[
         bool | None, typer.Option("--page/--no-page", help="A page for people at /; there where gradio is installed.")
     ] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Compile everything before taking requests (GPUs).")] = False,
     version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,
@@ -65,7 +66,7 @@ def serve(
         pages.check_installed()
     loading = Loading(adapter, vision_tower, dtype, bits, device)
     run.serve(
-        run.Serving(host, port, stop_timeout, version, pages.installed() if page is None else page),
+        run.Serving(host, port, stop_timeout, version, pages.installed() if page is None else page, warm),
         Limits(slots, queue, max_length, cache_gb, seconds=timeout),
         Policy(api_key, sources, max_images, int(max_body_mb * 1e6)),
         lambda: run.load_models(model, loading, base, with_base),

@@ -75,7 +75,7 @@ class DenseReads:
     def __init__(
         self, counts: Sequence[int], own: Sequence[Places], shared: Sequence[Places], like: Tensor, steps: int = 0
     ) -> None:
-        self.steps, self.step = steps, 0
+        self.steps, self.step, self._stored = steps, 0, 0
         self._own, self._device = own, like.device
         self._gathered: dict[int, tuple[KV, KV]] = {}  # by the pool's tensor: it, and what was gathered
         self._written: list[KV] = []  # (pool, gathered) that new keys and values went into
@@ -178,17 +178,15 @@ class DenseReads:
                 batch.steps.add_(1)
 
     def write_back(self, rooms: Sequence[int]) -> None:
-        """Write the keys and values of all steps into the pool.
+        """Write the keys and values of the steps since the last call into the pool.
 
         Args:
             rooms: places that each text may have alone. What it wrote beyond them goes nowhere.
         """
-        if not self._written or not self.step:
-            return
         begin = self._new - min(self.step, self.steps - 1)
         sources, targets = [], []
         for number, ((first, used), room) in enumerate(zip(self._own, rooms, strict=True)):
-            for step in range(min(self.step, room - used + 1)):
+            for step in range(self._stored, min(self.step, room - used + 1)):
                 sources.append((number, step))
                 targets.append(first + used - 1 + step)
         pairs = torch.tensor(sources, dtype=torch.long).view(-1, 2).to(self._device)
@@ -197,7 +195,7 @@ class DenseReads:
         for kv in self._written:
             for stored, side in zip(kv, self._gathered[id(kv[0])][1], strict=True):
                 stored.index_copy_(0, target, side.index_select(0, source))
-        self._written = []
+        self._stored = self.step
 
 
 def _rows(counts: Sequence[int], own: Sequence[Places], shared: Sequence[Places], spare: int) -> Iterator[_Row]:

@@ -30,10 +30,10 @@ from relook.data.images import Recent, image_from_bytes
 from relook.data.samples import Turn
 from relook.data.templates import get_template
 from relook.errors import CheckpointError, RelookError
-from relook.generate.model_runner import ModelRunner
+from relook.generate.model_runner import BUCKETS, ModelRunner
 from relook.generate.request import Answer, AnswerText, Busy, Event, Limits, ReadImage, Request, TooLong
 from relook.generate.sampling import Rule, uniform
-from relook.generate.texts import Image, Text, TextBatch, feature_bytes
+from relook.generate.texts import MIN_SHARED, Image, Text, TextBatch, feature_bytes
 from relook.model.load import LoadedModel
 
 Made = TypeVar("Made")
@@ -79,6 +79,20 @@ class Engine:
         self._stopping = self._ending = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    def warm(self) -> None:
+        """Answer made-up prompts, so that all is compiled and captured before the first request."""
+
+        def answer_all() -> None:
+            for rows in (bucket for bucket in BUCKETS if bucket <= self.limits.slots):
+                for shared in (0, 2 * MIN_SHARED):
+                    for row in range(rows):
+                        ids = (1,) * shared + tuple(2 + (rows + row + i) % 200 for i in range(MIN_SHARED - 1))
+                        self.batch.waiting.append(Text(ids[: self.length - 4], (), 4, lambda *_: False))
+                    while self.batch.busy:
+                        self.batch.step()
+
+        self.run(answer_all)
 
     def image(self, data: bytes) -> ReadImage:
         """An image file's bytes, decoded and prepared; one that was sent lately is remembered.

@@ -29,7 +29,7 @@ from relook.generate.attention import (
     has_decode_kernel,
     has_flash,
 )
-from relook.generate.dense_attention import DenseReads
+from relook.generate.dense_attention import KV, DenseReads
 from relook.generate.sampling import RowSampling, choose_tokens, log_probs_of
 from relook.generate.shared_projections import share_projections
 from relook.model.load import LoadedModel
@@ -39,6 +39,7 @@ from relook.model.post_decoder import PostDecoder
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 576, 768, 1024)
 TARGET_PROGRAMS = 1024  # of the decode kernel: with fewer, extents are cut into pieces
 MAX_PIECES = 16
+PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # Llama's layers, and those like them
 
 
 AnyReads = list[Reads] | DenseReads
@@ -101,14 +102,23 @@ class Prefill:
     top: int = -1
 
 
-def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: tuple[Tensor, Tensor], view: PassView) -> Tensor:
+def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -> Tensor:
     """Run one of transformers' decoder layers over flat positions, (1, N, D)."""
     output = layer(hidden, attention_mask=None, position_embeddings=angles, use_cache=False, kv=kv, view=view)
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
-def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: tuple[Tensor, Tensor], view: PassView) -> Tensor:
+def _run_last_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView, wanted: Tensor) -> Tensor:
+    """Run a decoder layer whose output is read at some positions only, (1, T, D): the others need no MLP."""
+    normed = layer.input_layernorm(hidden)
+    mixed = layer.self_attn(normed, attention_mask=None, position_embeddings=angles, kv=kv, view=view)[0]
+    states: Tensor = hidden[:, wanted] + mixed[:, wanted]
+    states = states + layer.mlp(layer.post_attention_layernorm(states))
+    return states
+
+
+def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -> Tensor:
     """`run_layer` under a code object of its own, so that its compiled variants are counted apart."""
     return run_layer(layer, hidden, angles, kv, view)
 
@@ -239,10 +249,9 @@ class ModelRunner:
             embeds = embeds.masked_scatter(placeholder, torch.cat(batch.image_rows).to(embeds.dtype))
         view = PassView(batch.places, batch.reads, is_step=False)
         with self._pool_attention():
-            states = self._trunk(embeds, batch.positions, view)
-        if self.self_pool is not None:
-            return self._post_decode(states, view, batch.image)[batch.last]
-        return self._post_decode(states[batch.last], view, batch.image)
+            states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None)
+        states = self._post_decode(states, view, batch.image)
+        return states if self.self_pool is None else states[batch.last]
 
     @torch.inference_mode()
     def step(self, state: StepState) -> None:
@@ -256,6 +265,8 @@ class ModelRunner:
             return None
         key = _graph_key(state)
         if key not in self._graphs:
+            if not self._graphs:
+                say("Compiling the model's layers (a minute at most; the next run finds them on disk).", style="dim")
             try:
                 self._graphs[key] = state, self._capture(state)
             except Exception as error:
@@ -316,14 +327,20 @@ class ModelRunner:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         say(f"This model cannot be compiled ({reason}); it answers without, several times slower.", style="yellow")
 
-    def _trunk(self, embeds_ND: Tensor, positions_N: Tensor, view: PassView) -> Tensor:
-        """Run the language model over flat positions: last hidden states, (N, D)."""
+    def _trunk(self, embeds_ND: Tensor, positions_N: Tensor, view: PassView, wanted: Tensor | None = None) -> Tensor:
+        """Run the language model over flat positions: last hidden states, (N, D), or of the `wanted` positions only."""
         model = self.core.model.language_model
         run = self._step_layer if view.is_step else self._read_layer
         hidden = embeds_ND[None]
         angles = model.rotary_emb(hidden, position_ids=positions_N[None])
-        for layer, kv in zip(model.layers, self.pool.layers, strict=True):
+        *layers, last = zip(model.layers, self.pool.layers, strict=True)
+        for layer, kv in layers:
             hidden = run(layer, hidden, angles, kv, view)
+        if wanted is None or {name for name, _ in last[0].named_children()} != PRE_NORM:
+            hidden = run(last[0], hidden, angles, last[1], view)
+            hidden = hidden if wanted is None else hidden[:, wanted]
+        else:
+            hidden = _run_last_layer(last[0], hidden, angles, last[1], view, wanted)
         normed: Tensor = model.norm(hidden)[0]
         return normed
 

@@ -32,6 +32,7 @@ ANY_NUMBER = 1 << 30  # a bound where kernels read lengths from the device
 API_TOP = 20  # likeliest tokens that OpenAI's API gives: room for as many serves all requests
 
 Image = Hashable  # the key of an image's features
+Results = Callable[[], tuple[list[int], list[Likely] | None]]  # each row's token, and its log-probabilities
 Features = tuple[Tensor, Tensor | None]  # of an image: projected (P, D), and what the post decoder looks at (M, V)
 
 
@@ -181,9 +182,11 @@ class TextBatch:
         self._latest: Extent | None = None  # of the last text that began by itself
         self._state: StepState | None = None
         self._fresh: list[Tensor] = []  # first tokens of texts whose prompts were just read
-        self._unread: deque[tuple[list[Text], Callable[[], tuple[list[int], list[Likely] | None]]]] = deque()
-        # On a GPU a step is launched before the tokens of the one before are read; a text that ends runs one too many.
-        self._ahead = int(runner.device.type == "cuda")
+        self._turn = 0
+        self._unread: deque[tuple[int, list[Text], Results]] = deque()  # of which turn, whose tokens, and what they are
+        # On a GPU passes are launched before the tokens of the turn before are read, so that it never waits for the
+        # host; a text that ends runs a step too many.
+        self._ahead = runner.device.type == "cuda"
 
     @property
     def busy(self) -> bool:
@@ -201,13 +204,15 @@ class TextBatch:
         Raises:
             Exception: whatever a pass raised; the texts that it was for have failed, and others go on.
         """
+        self._turn += 1
         changed = self._release_ended()
         self._admit()
         changed |= self._prefill()
         try:
             self._grow(changed)
-            while len(self._unread) > (self._ahead if self.growing else 0):
-                self._hand_out(*self._unread.popleft())
+            ahead = self._ahead and any(text.launched < text.max_new_tokens for text in self.growing)
+            while self._unread and not (ahead and self._unread[0][0] == self._turn):
+                self._hand_out(*self._unread.popleft()[1:])
         except Exception:
             _fail(self.growing)
             self._state, self._fresh = None, []
@@ -228,12 +233,12 @@ class TextBatch:
         self.runner.step(self._state)
         for text in self.growing:
             text.launched += 1
-        self._unread.append((list(self.growing), _read_later(self._state.tokens, self._state.likely)))
+        self._unread.append((self._turn, list(self.growing), _read_later(self._state.tokens, self._state.likely)))
         self.counts.steps += 1
 
     # --- texts come and go
 
-    def _hand_out(self, texts: Sequence[Text], results: Callable[[], tuple[list[int], list[Likely] | None]]) -> None:
+    def _hand_out(self, texts: Sequence[Text], results: Results) -> None:
         tokens, likely = results()  # the host waits here, for a step that is over
         for row, text in enumerate(texts):
             if text.ended:
@@ -451,7 +456,7 @@ class TextBatch:
             text.row, text.launched = rows + index, 1
             self.reading.remove(text)
         self._fresh.append(chosen)
-        self._unread.append((finished, _read_later(chosen, likely)))
+        self._unread.append((self._turn, finished, _read_later(chosen, likely)))
         self.growing += finished
         self.counts.steps += 1
         return True
@@ -675,9 +680,7 @@ def _fail(texts: Sequence[Text]) -> None:
         text.launched = min(text.launched, 1)
 
 
-def _read_later(
-    tokens: Tensor, likely: tuple[Tensor, Tensor] | None
-) -> Callable[[], tuple[list[int], list[Likely] | None]]:
+def _read_later(tokens: Tensor, likely: tuple[Tensor, Tensor] | None) -> Results:
     """Copy what tensors hold now to the host; the returned function waits for no more than what made it."""
     parts = [_host_copy(part) for part in (tokens, *(likely or ()))]
     event = torch.cuda.Event() if tokens.is_cuda else None

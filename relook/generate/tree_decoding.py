@@ -23,7 +23,7 @@ from relook.errors import RecipeError
 from relook.generate.model_runner import BUCKETS, ModelRunner
 from relook.generate.request import AnswerText
 from relook.generate.sampling import Likely, Rule
-from relook.generate.texts import Text, TextBatch, feature_bytes, shared_length
+from relook.generate.texts import PREFILL_POSITIONS, Text, TextBatch, feature_bytes, shared_length
 from relook.model.load import LoadedModel
 
 FEATURES = 1 << 30  # bytes of image features that are remembered
@@ -179,6 +179,7 @@ def _by_texts(
         BUCKETS[-1],
         image_inputs,
         Recent(FEATURES, feature_bytes),
+        chunk=PREFILL_POSITIONS,  # nobody waits for a step
         goes_on=False,
     )
     ended: deque[tuple[Prompt, str]] = deque()
