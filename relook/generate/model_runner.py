@@ -109,13 +109,18 @@ def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -
     return states
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device. A GPU's host goes on at once, which it only does from pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def _run_last_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView, wanted: Tensor) -> Tensor:
     """Run a decoder layer whose output is read at some positions only, (1, T, D): the others need no MLP."""
     normed = layer.input_layernorm(hidden)
     mixed = layer.self_attn(normed, attention_mask=None, position_embeddings=angles, kv=kv, view=view)[0]
     states: Tensor = hidden[:, wanted] + mixed[:, wanted]
-    states = states + layer.mlp(layer.post_attention_layernorm(states))
-    return states
+    output: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
+    return output
 
 
 def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -> Tensor:
@@ -201,7 +206,7 @@ class ModelRunner:
         """
         dtype = self.core.dtype
         batch = {
-            name: tensor.to(self.device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+            name: to_device(tensor, self.device).to(dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in stack(inputs).items()
         }
         outputs = self.core.model.get_image_features(**batch, return_dict=True)

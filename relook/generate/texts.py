@@ -18,7 +18,7 @@ from torch import Tensor
 from relook.data.images import Recent
 from relook.generate.attention import Reads
 from relook.generate.dense_attention import NOTHING, DenseReads, Places
-from relook.generate.model_runner import BUCKETS, AnyReads, ModelRunner, Prefill, StepState, pieces_of
+from relook.generate.model_runner import BUCKETS, AnyReads, ModelRunner, Prefill, StepState, pieces_of, to_device
 from relook.generate.sampling import Likely, RowSampling
 
 MIN_SHARED = 16  # positions: shorter beginnings are read again
@@ -518,10 +518,7 @@ class TextBatch:
         return Reads(self._ints(ends), self._ints([*firsts, 0]), self._ints(used), *bounds, causal)
 
     def _ints(self, values: Sequence[int]) -> Tensor:
-        host = torch.tensor(values, dtype=torch.int32)
-        return (
-            host.pin_memory().to(self.runner.device, non_blocking=True) if self.runner.device.type == "cuda" else host
-        )
+        return to_device(torch.tensor(values, dtype=torch.int32), self.runner.device)
 
     # --- the rows of a step
 
@@ -635,8 +632,8 @@ class TextBatch:
             if text.draws is not None:
                 draws[row, : len(text.draws)] = text.draws
         filters = any(text.top_k or text.top_p < 1 for text in texts)
-        temperature, top_k, top_p = settings.to(self.runner.device)
-        return RowSampling(temperature, top_k.long(), top_p, draws.to(self.runner.device), filters)
+        temperature, top_k, top_p = to_device(settings, self.runner.device)
+        return RowSampling(temperature, top_k.long(), top_p, to_device(draws, self.runner.device), filters)
 
     def _likely(self, texts: Sequence[Text], rows: int) -> tuple[Tensor, Tensor] | None:
         """Return room for the log-probabilities of a step, where a text wants them."""
