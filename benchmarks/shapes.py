@@ -247,9 +247,7 @@ def step_bytes(core: Any, positions: int) -> int:
     weights = sum(p.nbytes for module in read if module is not None for p in module.parameters())
     text = core.config.text_config
     size = text.hidden_size // text.num_attention_heads
-    return weights + positions * KVPool.place_bytes(
-        text.num_hidden_layers, text.num_key_value_heads, size, core.dtype
-    )
+    return weights + positions * KVPool.place_bytes(text.num_hidden_layers, text.num_key_value_heads, size, core.dtype)
 
 
 def flops_of_pair(shape: dict[str, Any], prompt: int, response: int, both: bool) -> float:

@@ -244,7 +244,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(settings: dict[str, Any]) 
     assert rule is not None
     rows = torch.tensor([[rule.temperature], [rule.top_k], [rule.top_p]], dtype=torch.float64).expand(3, n)
     draws = torch.stack([draw for number in range(n) if (draw := rule.draws(number, 1)) is not None])
-    drawn = choose_tokens(logits.expand(n, -1), [], RowSampling(rows[0], rows[1].long(), rows[2], draws, True), first=True)
+    sampling = RowSampling(rows[0], rows[1].long(), rows[2], draws, True)
+    drawn = choose_tokens(logits.expand(n, -1), [], sampling, first=True)
     share = (logits / settings.get("temperature", 1)).softmax(-1)
     order = share.argsort(descending=True)
     kept = order[: settings.get("top_k", 50) or len(share)]

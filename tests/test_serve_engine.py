@@ -273,6 +273,14 @@ def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -
     assert own[5] - own[4] <= plain[5] - plain[4]
 
 
+def test_a_warm_engine_answers_as_a_cold_one() -> None:
+    loaded = as_loaded(tiny_relook())
+    with engine_of(loaded, slots=5) as engine:
+        engine.warm()
+        assert engine.batch.counts.new_tokens == 0
+        assert at_once(engine, QUESTIONS[:8]) == one_by_one(loaded, QUESTIONS[:8])
+
+
 # --- sampling, stops, log-probs
 
 

@@ -33,7 +33,7 @@ from relook.errors import CheckpointError, RelookError
 from relook.generate.model_runner import BUCKETS, ModelRunner
 from relook.generate.request import Answer, AnswerText, Busy, Event, Limits, ReadImage, Request, TooLong
 from relook.generate.sampling import Rule, uniform
-from relook.generate.texts import MIN_SHARED, Image, Text, TextBatch, feature_bytes
+from relook.generate.texts import MIN_SHARED, Counts, Image, Text, TextBatch, feature_bytes
 from relook.model.load import LoadedModel
 
 Made = TypeVar("Made")
@@ -83,14 +83,18 @@ class Engine:
     def warm(self) -> None:
         """Answer made-up prompts, so that all is compiled and captured before the first request."""
 
+        a, b = [id for id in range(3) if id != self.batch.image_token][:2]
+
         def answer_all() -> None:
             for rows in (bucket for bucket in BUCKETS if bucket <= self.limits.slots):
                 for shared in (0, 2 * MIN_SHARED):
                     for row in range(rows):
-                        ids = (1,) * shared + tuple(2 + (rows + row + i) % 200 for i in range(MIN_SHARED - 1))
+                        own = tuple(b if row >> i & 1 else a for i in range(MIN_SHARED - 1))  # the row's number
+                        ids = (a,) * shared + own
                         self.batch.waiting.append(Text(ids[: self.length - 4], (), 4, lambda *_: False))
                     while self.batch.busy:
                         self.batch.step()
+            self.batch.counts = Counts()
 
         self.run(answer_all)
 
