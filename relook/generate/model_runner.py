@@ -39,6 +39,7 @@ from relook.model.post_decoder import PostDecoder
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 576, 768, 1024)
 TARGET_PROGRAMS = 1024  # of the decode kernel: with fewer, extents are cut into pieces
 MAX_PIECES = 16
+LAYER_VARIANTS = 64
 PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # Llama's layers, and those like them
 
 
@@ -379,7 +380,9 @@ class ModelRunner:
         config = self.core.model.language_model.config
         before, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
         try:
-            yield
+            # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
+            with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
+                yield
         finally:
             config._attn_implementation = before
 
