@@ -12,7 +12,7 @@ from typer.main import get_command
 from relook.cli import app
 from relook.model.post_decoder import PostDecoderSettings
 from relook.recipe import Recipe, shipped_names
-from relook.sweep_config import OWN
+from relook.sweep_config import SWEEP_KEYS
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -27,7 +27,7 @@ def test_every_recipe_key_is_documented() -> None:
 
 def test_every_sweep_key_and_shipped_sweep_is_documented() -> None:
     text = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    assert not [key for key in (*OWN, "rows", "grid", "recipe", *shipped_names("sweep")) if f"`{key}`" not in text]
+    assert not [key for key in (*SWEEP_KEYS, "rows", "grid", "recipe", *shipped_names("sweep")) if f"`{key}`" not in text]
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -71,27 +71,28 @@ def evaluate(
     from relook.model.load import LoadOptions
 
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
-    how = (out, version, batch_size, max_new_tokens)
+    settings = (out, version, batch_size, max_new_tokens)
     alone = benchmarks[0] if len(benchmarks) == 1 else ""
     if not alone and USED.keys() & set(benchmarks):
         raise RecipeError("lmms and llava are asked by themselves.", "Give one of them alone.")
-    given = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
-    _refuse_unused_options({**given, "judge-url": judge_url}, USED.get(alone, USED[""]))
+    # Options of the other kinds of benchmarks are refused, since they would do nothing.
+    options = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
+    _refuse_unused_options({**options, "judge-url": judge_url}, USED.get(alone, USED[""]))
     results: Any
     if alone == "lmms":
         from relook.evaluate.lmms import evaluate_tasks
 
-        named = [name.strip() for name in _required(tasks, "--tasks").split(",")]
-        results = evaluate_tasks(model, named, *how, limit, include_path, loading)
+        task_names = [name.strip() for name in _required(tasks, "--tasks").split(",")]
+        results = evaluate_tasks(model, task_names, *settings, limit, include_path, loading)
     elif alone == "llava":
         from relook.evaluate.llava_bench import answer_question_file
 
-        results = answer_question_file(model, _required(questions, "--questions"), data, *how, loading)
+        results = answer_question_file(model, _required(questions, "--questions"), data, *settings, loading)
     else:
         from relook.evaluate.run import evaluate_model
 
         judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-        results = evaluate_model(model, benchmarks, _required(data, "--data"), *how, loading, judge)
+        results = evaluate_model(model, benchmarks, _required(data, "--data"), *settings, loading, judge)
     if distributed.is_main():
         typer.echo(json.dumps(results, indent=1))
 
@@ -102,13 +103,13 @@ def _required(value: T | None, option: str) -> T:
     return value
 
 
-def _refuse_unused_options(given: Mapping[str, object], used: Collection[str]) -> None:
-    """Options that belong to another kind of benchmark would do nothing.
+def _refuse_unused_options(options: Mapping[str, object], used: Collection[str]) -> None:
+    """Refuse options that belong to another kind of benchmark.
 
     Raises:
-        RecipeError: one is given.
+        RecipeError: such an option is set.
     """
-    idle = [f"--{name}" for name, value in given.items() if value and name not in used]
+    idle = [f"--{name}" for name, value in options.items() if value and name not in used]
     if idle:
         raise RecipeError(f"{preview(idle)} would do nothing here.", "Leave it out, or ask lmms or llava by itself.")
 
@@ -141,8 +142,8 @@ def score(
     from relook.evaluate.score import ScoringInputs
 
     judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    given = ScoringInputs(data, questions, annotations, captions, images)
-    result = score_command(benchmark, answers, given, parser, judge)
+    inputs = ScoringInputs(data, questions, annotations, captions, images)
+    result = score_command(benchmark, answers, inputs, parser, judge)
     if json_out is not None:
         from relook.files import write_json
 
