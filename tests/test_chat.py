@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.serving import NEW, PICTURES, until
+from helpers.tiny import tiny_relook
 from PIL import Image
-from serving import NEW, PICTURES, until
-from test_answer import TEXTS, as_loaded
-from tiny import tiny_relook
+from test_tree_decoding import TEXTS, as_loaded
 
 from relook import cli, load_model
 from relook.data.samples import Turn

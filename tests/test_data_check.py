@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damaged import encoded, write_llava
+from helpers.damaged import encoded, write_llava
 from PIL import Image
 
 from relook import cli

@@ -11,9 +11,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damaged import encoded
+from helpers.damaged import encoded
+from helpers.tiny import dpo_keys
 from PIL import Image
-from tiny import dpo_keys
 from trl.data_utils import prepare_multimodal_messages
 
 from relook.data.convert import LAYOUTS, convert_pairs

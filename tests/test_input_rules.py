@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damaged import encoded, talk
+from helpers.damaged import encoded, talk
 from PIL import Image
 
 from relook.data.check import check_folder, fix_folder, print_report, summary
