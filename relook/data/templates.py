@@ -52,6 +52,7 @@ class Template:
 
     def render(self, turns: Sequence[Turn], open_end: bool = False) -> list[TemplatePiece]:
         """Render a conversation as pieces. With `open_end`, the last response is left for the model to write."""
+        # LLaVA's `preprocess_plain`: images, caption, end mark, and no word of the prompt.
         if self.captions and not open_end:
             return [
                 piece
@@ -62,6 +63,7 @@ class Template:
                 )
             ]
         pieces = []
+        # The cue belongs to the prompt; the lead is written by the model and therefore supervised.
         for i, turn in enumerate(turns):
             pieces.append(TemplatePiece(f"{self.later if i else self.first}{turn.prompt}{self.cue}"))
             if not (open_end and i == len(turns) - 1):
