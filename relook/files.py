@@ -31,6 +31,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     if path.is_dir():
         raise RelookError(f"{path} is a folder.", "Give a file's name.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic within one file system only; one name per process.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -65,6 +66,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def make_paths(settings: Any) -> None:
     """Convert strings to Path in the path fields of a dataclass, and in its lists of paths; None stays None."""
+    # Annotations are strings here, and a frozen dataclass takes new values by object.__setattr__ only.
     for name, kind in ((field.name, str(field.type)) for field in fields(settings)):
         value = getattr(settings, name)
         if kind.startswith("Path") and isinstance(value, str):
@@ -208,6 +210,7 @@ def _text(data: bytes) -> str:
 
 def opens_with(path: Path, mark: str) -> bool:
     """Return True if the text file begins with `mark`, leading white space aside."""
+    # The head is enough, and may end within a character: "ignore" drops that.
     with path.open("rb") as file:
         head = file.read(1024)
     return head.decode(json.detect_encoding(head), "ignore").lstrip().startswith(mark)
@@ -312,6 +315,7 @@ def file_hash(path: Path) -> str:
 
 def file_stamp(path: Path) -> tuple[int, ...]:
     """Return numbers that change when the file does, to key caches of its content."""
+    # mtime alone is too coarse on some file systems, and tools set it back; ctime they cannot.
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 

@@ -24,12 +24,12 @@ _SAME_PRECISION = "held-out pairs are measured in the precision of training"
 IGNORED = {
     # LLaVA's and HA-DPO's
     "lazy_preprocess": "images are read when they are needed",
-    "is_multimodal": "a sample with an image has one",
-    "mpt_attn_impl": "it is of MPT models",
+    "is_multimodal": "each record says whether it has an image",
+    "mpt_attn_impl": "it belongs to MPT models",
     "ignore_bias_buffers": "there are no such buffers",
     "log_freq": "the original does not use it, either: logging_steps decides",
     # transformers'
-    "local_rank": "launchers say it by the environment",
+    "local_rank": "launchers pass it in the environment",
     "remove_unused_columns": "there are no such columns",
     "label_names": "there are no such columns",
     "length_column_name": "lengths are counted in tokens",
@@ -61,7 +61,7 @@ UNSUPPORTED = {
     # LLaVA's and HA-DPO's
     "pretrain_mm_mlp_adapter": "Use adapter_name_or_path: it takes an mm_projector.bin.",
     "lora_weight_path": "The original reads it and does nothing with it. Use adapter_name_or_path.",
-    "freeze_mm_mlp_adapter": "It trains with tune_mm_mlp_adapter, and in a full run, where mm_projector_lr 0 holds it.",
+    "freeze_mm_mlp_adapter": "It trains with tune_mm_mlp_adapter and in a full run; mm_projector_lr 0 freezes it there.",
     "mm_vision_tower": "Use vision_tower.",
     "image_grid_pinpoints": "They are read from the model's config; leave it out.",
     "cache_dir": "Set HF_HOME, and give folders: relook downloads nothing.",

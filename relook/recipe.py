@@ -421,6 +421,7 @@ class Recipe:
         return {"dataloader_num_workers": not self.cached_trunk, **self.explicit_keys}
 
     def to_yaml(self) -> str:
+        # Flat again, as `build_recipe` takes them; `idle` keys had no effect and are left out.
         values = dataclasses.asdict(self)
         del values["idle"]
         flat = {**values.pop("of_the_model"), **values.pop("training")}
@@ -492,6 +493,7 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
     settings: dict[str, Any] = {}
     with keys.faults:
         values = renamed(values)
+    # Which class a key belongs to is decided here alone; every key ends in one of them or in a fault.
     for key, value in values.items():
         value = FALSE_WORDS.get(key, value) if value is False else value  # unquoted `no` and `off`
         head, _, rest = str(key).partition(".")
@@ -505,7 +507,7 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
             elif key in UNSUPPORTED:
                 if key not in HARMLESS or not HARMLESS[key](value, values):
                     raise RecipeError(f"{key} would have no effect.", UNSUPPORTED[key])
-                keys.idle[key] = "it is so anyway"
+                keys.idle[key] = "that is the case anyway"
             elif key in MODEL_KEYS:
                 keys.of_the_model[key] = coerce(key, value, MODEL_KEYS[key])
             elif key in training_keys:

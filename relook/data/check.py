@@ -177,6 +177,7 @@ def _unicode_fault(record: Any) -> str:
 
 def _with_images(report: IndexReport, images: Mapping[str, Finding]) -> IndexReport:
     """Return the report with faults added for records whose images are missing or broken."""
+    # An image that a rewrite repairs does not make its record unusable.
     lost = {name: reason for name, (reason, _) in images.items() if reason not in REPAIRABLE}
     if not lost:
         return report
@@ -470,6 +471,7 @@ def _install(job_folder: Path, folder: Path, images: Path | None) -> None:
     outside = images is not None and not images.is_relative_to(folder)
     for path in list(_job_files(job_folder)):  # a list: the loop moves what it walks over
         relative = path.relative_to(job_folder)
+        # Images from another folder go back there, all else into the dataset's folder.
         if outside and images is not None and relative.parts[0] == images.name:
             target = images / relative.relative_to(images.name)
         else:

@@ -134,6 +134,7 @@ def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
     # A folder converted from another layout gets its columns back; records of any other folder are kept whole.
     plain = bool(notes) and not described and all(_is_plain(record, names) for record in questions)
 
+    # Both files as (file, image id, record, (prompt, chosen, rejected)), drawn in the order of HA-DPO's trainer.
     def entries() -> Iterator[tuple[str, str, Any, tuple[Any, Any, Any]]]:
         rng = random.Random(42)  # the seed of HA-DPO's trainer
         for key, record in described.items():
@@ -185,6 +186,7 @@ def _columns(notes: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _is_plain(record: Mapping[str, Any], columns: list[str]) -> bool:
+    # Exactly what `write_hadpo` writes for a pair from elsewhere.
     written = record.keys() == {*QUESTION, *columns} and record["answer"] == record["reject"]
     return written and record["correct"] is False
 
@@ -223,6 +225,7 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
             count += 1
             further = {field.name: row.extra.get(field.name) for field in fields}
             added = {name: value for name, value in further.items() if value is not None}
+            # The HA-DPO record that the row was made from, if there is one.
             stored = stored_columns(row, "hadpo")
             entry = stored["image"] if stored else _entry(row.image)
             _write_image(temporary, images, entry, row.image)
@@ -233,6 +236,7 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
                 texts = {"question": row.prompt, "chosen": row.chosen, "reject": row.rejected}
                 questions.append({**stored["record"], **texts, **added})
             else:
+                # Only pope_data.json holds free questions: it takes pairs from elsewhere and edited descriptions.
                 values = (entry["image_id"], row.prompt, row.chosen, row.rejected, row.rejected, False, row.image.name)
                 questions.append({**dict(zip(QUESTION, values, strict=True)), **further})
                 new, edited = new + (not stored), edited + bool(stored)
@@ -242,6 +246,7 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
             _write_records(temporary / POPE, questions)
         write_json(temporary / IMAGES, [entry for entry, _ in images.values()])
         if new:
+            # An Arrow schema says of the columns what JSON cannot: types, and which of them hold no value at all.
             columns = base64.b64encode(pyarrow().schema(fields).serialize().to_pybytes()).decode()
             notes = {"filled": source.filled, "forms": source.forms, "features": source.features}
             write_json(temporary / NOTES, {"columns": columns, **notes})

@@ -95,9 +95,6 @@ class Encoder:
 
         `images` holds the number of positions of each image (see `positions`).
 
-        Text between two images is tokenised in one go, special tokens included. An answer right after "ASSISTANT:"
-        thus gets the tokens that it has in running text. A token is supervised if its characters are.
-
         Raises:
             DataError: the row is longer than `max_length`, the text is not valid Unicode, a token straddles the edge of
                 an answer, or the model has no embedding for a token.
@@ -115,6 +112,8 @@ class Encoder:
                 ids += [self.image_token_id] * images[i - 1]
                 supervised += [False] * images[i - 1]
                 offset += len(IMAGE)
+            # Text between two images is tokenised in one go, special tokens included, so that an answer right after
+            # "ASSISTANT:" gets the tokens that it has in running text.
             if chunk:
                 chunk_ids, offsets = self._tokenise(chunk, id)
                 # First and last character of each token. A token of no characters (a byte of an emoji) gets one.
@@ -124,6 +123,7 @@ class Encoder:
                         f"Sample {id}: a token lies half in an answer and half outside.",
                         f"Template {self.template.name} does not suit this model's tokenizer, or this text.",
                     )
+                # A token is supervised if its characters are.
                 ids += chunk_ids
                 supervised += [flags[last] for _, last in spans]
             offset += len(chunk)
@@ -136,6 +136,7 @@ class Encoder:
         return TokenRow(tuple(ids), tuple(supervised))
 
     def _check_embedded(self, ids: Sequence[int], id: str) -> None:
+        # The tokenizer may have more ids than the embedding has rows, e.g. after tokens were added to it alone.
         largest = max(ids, default=0)
         if self.embeddings is not None and largest >= self.embeddings:
             token = self.tokenizer.convert_ids_to_tokens(largest)
@@ -224,9 +225,6 @@ class Encoder:
     ) -> list[Example]:
         """Encode conversations on the same image as branches of one tree, at most `branches`: the image is read once.
 
-        Branches also share the text before the image. A conversation whose image comes in a later turn gets a tree of
-        its own.
-
         Args:
             faults: list that receives the errors of unusable samples, which are then left out; without it, the first
                 one raises.
@@ -239,7 +237,8 @@ class Encoder:
             if row is None:
                 continue
             start = self._start(row) if len(sample.images) == 1 else ()
-            if not start:  # no image, several, or an answer before it: nothing worth sharing
+            # Without an image, with several, or with an answer before the image, the conversation gets its own tree.
+            if not start:
                 singles.append((sample.images, [(sample.id, row)]))
                 continue
             chunks = groups.setdefault((sample.images, start), [[]])

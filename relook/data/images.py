@@ -179,6 +179,7 @@ def _open(file: Path | BytesIO, use: Callable[[Image.Image], T], name: str) -> T
     """Open an image file, return `use` of it, and close it; errors call it `name`."""
     try:
         with warnings.catch_warnings():
+            # Pillow refuses an image only beyond twice its threshold, and warns below that.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 return use(image)
@@ -238,6 +239,7 @@ class ImageLoader:
 
     def size(self, image: ImageSource) -> tuple[int, int]:
         """Return height and width of the picture that the processor gets; of a file, only the header is read."""
+        # Pillow decodes when pixels are asked for, not when a file is opened.
         if isinstance(image, EncodedImage):
             width, height = _open(BytesIO(image.data), _size, image.name)
         elif isinstance(image, (MemoryImage, Image.Image)):
@@ -298,9 +300,11 @@ class ImageLoader:
         except ValueError as error:
             raise DataError(f"{subject} cannot be read: {error}.", "Convert it to 8 bits a channel.") from None
         if self.aspect_ratio == "pad":
+            # Truncated, not rounded, as in LLaVA.
             red, green, blue = (int(255 * channel) for channel in self.image_processor.image_mean)
             image = pad_to_square(image, (red, green, blue))
         processed = self.image_processor(images=[image], return_tensors="pt")
+        # Drop the batch axis of one image.
         inputs = {name: processed[name][0] for name in self.image_processor.model_input_names}
         return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
 

@@ -72,6 +72,7 @@ class IndexFile:
         Raises:
             DataError: the file cannot be read, or is not of its kind.
         """
+        # split, not splitlines: a JSON string may hold other line separators, such as U+2028.
         if self.kind == "lines":
             return [_line(line) for line in read_text(self.path).split("\n") if line.strip()]
         if self.kind == "array":
@@ -93,6 +94,7 @@ class IndexFile:
         if self.kind != "object":
             yield from (f"{self.prefix}{number}" for number in range(len(content)))
             return
+        # JSON objects may repeat a key; the number keeps the names apart.
         times: Counter[str] = Counter()
         for key, _ in content:
             times[key] += 1
@@ -249,7 +251,7 @@ def _description(vg: _VisualGenome, entry: tuple[str, Any]) -> RecordCheck:
 
 def _hadpo_question(vg: _VisualGenome, record: Any) -> RecordCheck:
     fault = _field_fault(record, *QUESTION_FIELDS)
-    if fault:
+    if fault:  # a fault does not make its image unnamed
         image_id = record.get("image_id") if isinstance(record, dict) else None
         return RecordCheck((), fault) if image_id is None else vg.check(image_id, fault)
     texts = record["question"], record["chosen"], record["reject"]
@@ -288,6 +290,7 @@ def _facts(record: Any) -> RecordCheck:
 
 
 def _llava(folder: Path, images: Path | None) -> FolderLayout:
+    # Conversations are JSON arrays; a folder's other JSON files, such as relook-fix.json, are objects.
     files = [path for path in sorted(folder.glob("*.json")) if opens_with(path, "[")]
     root = images or (folder / "images" if (folder / "images").is_dir() else folder)
     several = len(files) > 1
@@ -297,6 +300,7 @@ def _llava(folder: Path, images: Path | None) -> FolderLayout:
 
 
 def _llava_record(record: Any) -> RecordCheck:
+    # The names are collected first: even a bad record's images count as named.
     image_field = record.get("image") if isinstance(record, dict) else None
     listed = image_field if isinstance(image_field, list) else [image_field]
     names = tuple(name for name in listed if isinstance(name, str) and name)
@@ -312,6 +316,7 @@ def _llava_record(record: Any) -> RecordCheck:
 
 def _pope(folder: Path, images: Path | None) -> FolderLayout:
     expected = [pope_file(folder, split) for split in POPE_SPLITS]
+    # Beside the three expected splits, check whatever other POPE files lie there.
     files = {path for directory in {path.parent for path in expected} for path in directory.glob("*pope*.json")}
     indexes = tuple(
         IndexFile(path, f"{path.stem}-", "array" if opens_with(path, "[") else "lines", _pope_question)
@@ -342,6 +347,7 @@ def _amber(folder: Path, images: Path | None) -> FolderLayout:
     query, annotations = amber_file(folder, "query"), amber_file(folder, "annotations.json")
     dimensions = [f"discriminative-{of}" for of in ("existence", "attribute", "relation")]
     files = [query / f"query_{kind}.json" for kind in ("all", "generative", "discriminative", *dimensions)]
+    # The files overlap (query_all.json holds them all), so any one of them is enough.
     queries = [IndexFile(path, f"{path.stem}-", "array", _amber_query) for path in files if path.exists()]
     truth = [IndexFile(annotations, "annotations-", "array", _amber_annotation)] if annotations.exists() else []
     parts = (*(LayoutPart(path, needed=not queries) for path in files), LayoutPart(annotations), LayoutPart(root))

@@ -144,6 +144,7 @@ def stored_columns(row: RawPair, layout: str) -> dict[str, Any]:
         stored = json.loads(text or "{}")
     except (TypeError, ValueError):
         stored = None
+    # A file is data from strangers: the column is checked, not trusted because of its name.
     parts = ("image", "record") if layout == "hadpo" and text else ()
     if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in parts):
         raise DataError(f"{layout}_record is not what a conversion writes: {text!r:.60}.", "Convert the source again.")
@@ -174,6 +175,7 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Pa
     if not files or not files[0].exists():
         raise DataError(f"{path} is neither a parquet file nor a folder of some.", "Check the path.")
     schemas = [_open(parquet.read_schema, file) for file in files]
+    # One schema for all files: rows of a folder are read as those of one table.
     odd = next((file for file, schema in zip(files, schemas, strict=True) if not schema.equals(schemas[0])), None)
     if odd is not None:
         raise DataError(f"{odd} has other columns than {files[0]}.", "Convert the files one by one.")
@@ -207,6 +209,7 @@ def _batches(file: Path) -> Iterator[Any]:
     """Yield the rows of a file in small batches."""
     arrow = pyarrow()
     batches = _open(lambda file: arrow.parquet.ParquetFile(file).iter_batches(ROWS), file)
+    # `next` is called under `_open`, since pyarrow finds broken pages only when it reads them.
     while (batch := _open(lambda _: next(batches, None), file)) is not None:
         yield batch
 
@@ -334,6 +337,7 @@ def _message_text(value: Any, column: str, role: str) -> str:
     content = value[0].get("content")
     if isinstance(content, str):
         return content
+    # The other parts of a prompt are placeholders of its image.
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     texts: list[Any] = [part.get("text") for part in parts if part.get("type") == "text"]
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -396,6 +400,7 @@ def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterato
     """
     path = Path(path)
     arrow = pyarrow()
+    # The columns: the layout's own, then the source's further ones, then those that other programs require.
     old = _earlier_schema(source, layout)
     columns = {field.name: field for field in native_schema(layout)}
     further = [field for field in source.fields if field.name != f"{layout}_record"]
@@ -412,8 +417,10 @@ def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterato
     if old is not None:  # restore the original column order
         order = {name: number for number, name in enumerate(old.names)}
         fields.sort(key=lambda field: order.get(field.name, len(order)))
+    # The notes let a conversion back drop what was added and restore the other layout's schema.
     notes = {"filled": filled, "forms": {name: form for name, form in source.forms.items() if name != layout}}
     metadata = {META: json.dumps(notes)}
+    # Hugging Face's `datasets` reads from these that a struct is an image to decode.
     features = _features(old) if old is not None else {}
     features = {**IMAGE_FEATURES[layout], **source.features, **features}
     metadata[b"huggingface"] = json.dumps({"info": {"features": features}})

@@ -172,6 +172,7 @@ def _questions(data: list[Any], paths: Mapping[str, Path], drop_log: DropLog) ->
 def _pair(
     name: str, image_id: Any, prompt: Any, chosen: Any, rejected: Any, paths: Mapping[str, Path]
 ) -> PreferencePair:
+    # The order decides which reason a report counts: first the texts, then the image.
     if fault := check_pair(prompt, chosen, rejected):
         raise BadRecord(fault)
     if (path := paths.get(as_id(image_id))) is None:

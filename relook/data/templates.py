@@ -122,11 +122,13 @@ def _two(name: str, system: str) -> Template:
 
 
 def _llama(name: str, system: str, bos: str) -> Template:
+    # The system text lies inside the first prompt; in LLaMA-2's format every later exchange begins with BOS again.
     start = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
     return Template(name, f"[INST] {start}", f"{bos}[INST] ", " [/INST]", " ", f" {EOS}")
 
 
 def _chatml(name: str, system: str) -> Template:
+    # LLaVA writes no newline after <|im_end|>, unlike ChatML itself.
     user = "<|im_start|>user\n"
     start = f"<|im_start|>system\n{system}<|im_end|>{user}"
     return Template(name, start, user, "<|im_end|><|im_start|>assistant\n", "", "<|im_end|>")
