@@ -175,7 +175,7 @@ def gather_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     # Indexed by position, not by name as torch's get_optimizer_state_dict: a checkpoint then suits one process as well.
     state = optimizer.state_dict()
     full_state = {
-        index: {name: gather_full(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        index: {name: gather_full(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         for index, values in state["state"].items()
     }
     return {**state, "state": full_state}
@@ -185,7 +185,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     """Load a `state_dict` of whole tensors; each process takes its shard of those shaped like a sharded parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     local_state = {
-        index: {name: _to_local_layout(v, parameters[index]) for name, v in values.items()}
+        index: {name: _to_local_layout(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": local_state})
@@ -234,7 +234,7 @@ def is_sharded(training: Mapping[str, Any]) -> bool:
 def deepspeed_names() -> list[str]:
     """List the names of the DeepSpeed configurations that ship with relook."""
     files = (resources.files("relook") / "deepspeed").iterdir()
-    return sorted(item.name.removesuffix(".json") for item in files if item.name.endswith(".json"))
+    return sorted(path.name.removesuffix(".json") for path in files if path.name.endswith(".json"))
 
 
 def deepspeed_config(config: Any) -> Any:

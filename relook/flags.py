@@ -61,7 +61,7 @@ UNSUPPORTED = {
     # LLaVA's and HA-DPO's
     "pretrain_mm_mlp_adapter": "Use adapter_name_or_path: it takes an mm_projector.bin.",
     "lora_weight_path": "The original reads it and does nothing with it. Use adapter_name_or_path.",
-    "freeze_mm_mlp_adapter": "It trains with tune_mm_mlp_adapter and in a full run; mm_projector_lr 0 freezes it there.",
+    "freeze_mm_mlp_adapter": "It trains with tune_mm_mlp_adapter, or in a full run; mm_projector_lr 0 freezes it.",
     "mm_vision_tower": "Use vision_tower.",
     "image_grid_pinpoints": "They are read from the model's config; leave it out.",
     "cache_dir": "Set HF_HOME, and give folders: relook downloads nothing.",
@@ -221,17 +221,17 @@ def renamed(values: Values) -> dict[str, Any]:
     Raises:
         RecipeError: a key is given under both names with different values, or warmup_ratio is not a share.
     """
-    new = {key: value for key, value in values.items() if key not in RENAMED}
+    current = {key: value for key, value in values.items() if key not in RENAMED}
     for key, name in RENAMED.items():
         if key not in values:
             continue
         value = values[key]
         if key == "warmup_ratio" and not _is_share(value):
             raise RecipeError(f"warmup_ratio is {value!r}, not a share of the steps.", "Give 0 to below 1.")
-        if (new.get(name) or value) != value:  # with warmup_steps 0, transformers uses warmup_ratio
-            raise RecipeError(f"{key} is {value!r}, {name} is {new[name]!r}: one setting.", "Leave one of them out.")
-        new[name] = value
-    return new
+        if (current.get(name) or value) != value:  # with warmup_steps 0, transformers uses warmup_ratio
+            raise RecipeError(f"{key} is {value!r}, {name} is {current[name]!r}: one setting.", "Leave one out.")
+        current[name] = value
+    return current
 
 
 def _is_share(value: Any) -> bool:

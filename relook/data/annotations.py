@@ -176,7 +176,7 @@ def read_objects(vg_path: str | Path) -> dict[str, frozenset[str]]:
     return _by_image(
         vg_path / "objects.json",
         "image_id",
-        lambda record: frozenset(str(n).strip().lower() for item in record["objects"] for n in item["names"]),
+        lambda record: frozenset(str(n).strip().lower() for entry in record["objects"] for n in entry["names"]),
     )
 
 

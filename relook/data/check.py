@@ -178,13 +178,13 @@ def _unicode_fault(record: Any) -> str:
 def _with_images(report: IndexReport, images: Mapping[str, Finding]) -> IndexReport:
     """Return the report with faults added for records whose images are missing or broken."""
     # An image that a rewrite repairs does not make its record unusable.
-    lost = {name: reason for name, (reason, _) in images.items() if reason not in REPAIRABLE}
-    if not lost:
+    unusable = {name: reason for name, (reason, _) in images.items() if reason not in REPAIRABLE}
+    if not unusable:
         return report
     bad, faults = report.bad, dict(report.faults)
     for name, record in zip(report.index.names(report.content), report.content, strict=True):
         if name not in bad:
-            reasons = [lost[image] for image in report.index.check(record).images if image in lost]
+            reasons = [unusable[image] for image in report.index.check(record).images if image in unusable]
             if reasons:  # the first image decides: a record has one fault
                 fault = "image file missing" if reasons[0] == MISSING else "image file broken"
                 faults.setdefault(fault, []).append(name)
@@ -194,8 +194,8 @@ def _with_images(report: IndexReport, images: Mapping[str, Finding]) -> IndexRep
 def _walk(layout: FolderLayout) -> Iterator[str]:
     """Yield the names of all image files of a layout, relative to its image root; hidden files are skipped."""
     seen: set[tuple[int, int]] = set()  # symbolic links may form a cycle
-    for top in layout.image_folders:
-        for directory, folders, files in os.walk(top, followlinks=True):
+    for image_folder in layout.image_folders:
+        for directory, folders, files in os.walk(image_folder, followlinks=True):
             status = os.stat(directory)  # noqa: PTH116
             # os.walk descends into what is left in `folders`: emptying it in place ends this branch.
             if (status.st_dev, status.st_ino) in seen:
@@ -217,11 +217,11 @@ def _examine_images(root: Path, names: Mapping[str, bool], workers: int) -> Iter
         # Spawn: a fork would copy the locks of threads such as the progress bar's.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, initializer=_exit_with_parent)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         # Each call starts a worker, which inherits the blocked SIGINT: Ctrl-C is for the main process alone.
         for _ in range(workers):
             pool.submit(int)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
     batches = _batches(names)
     examined = partial(examine_all, root)
     results = (
@@ -255,8 +255,8 @@ def _exit_with_parent() -> None:
 
 
 def _batches(names: Iterable[str]) -> Iterator[Sequence[str]]:
-    rest = iter(names)
-    while batch := tuple(islice(rest, BATCH)):
+    remaining = iter(names)
+    while batch := tuple(islice(remaining, BATCH)):
         yield batch
 
 
@@ -350,8 +350,8 @@ def fix_folder(
     job_folder = out or folder / HIDDEN
     if in_place and job_folder.is_dir() and not (job_folder / FIX_FILE).exists():
         shutil.rmtree(job_folder)  # left by a job that was killed after its last file was moved
-    done = _read_result(job_folder, job)
-    if done is None:
+    result = _read_result(job_folder, job)
+    if result is None:
         report = check_folder(name, folder, images, workers=workers)
         unread = next((file.problem for file in report.indexes if file.problem), "")
         if unread:
@@ -361,23 +361,23 @@ def fix_folder(
             return read_json_object(folder / FIX_FILE)  # nothing to do: keep the report of the earlier fix
         # Claim the folder before the first file is written; `_write` notes the end.
         write_json(job_folder / FIX_FILE, {**job, "finished": False})
-        done = {**job, **plan, "finished": True}
-        _write(report, job_folder, done, links=not in_place)
+        result = {**job, **plan, "finished": True}
+        _write(report, job_folder, result, links=not in_place)
     if in_place:
         _install(job_folder, folder, images)
-    return done
+    return result
 
 
-def summary(done: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """Summarise a job in one sentence: counts and reasons."""
-    kind = "dropped" if "records_dropped" in done else "listed"
+    kind = "dropped" if "records_dropped" in result else "listed"
     records: Counter[str] = Counter()
-    for faults in done[f"records_{kind}"].values():
+    for faults in result[f"records_{kind}"].values():
         records.update({reason: len(names) for reason, names in faults.items()})
-    again, lost = (
-        {why: len(names) for why, names in done[key].items()} for key in ("written_again", "images_left_out")
+    repaired, left_out = (
+        {why: len(names) for why, names in result[key].items()} for key in ("written_again", "images_left_out")
     )
-    changes = {"images written again": again, "images missing or broken": lost, f"records {kind}": records}
+    changes = {"images written again": repaired, "images missing or broken": left_out, f"records {kind}": records}
     return ", ".join(f"{sum(counts.values()):,} {label}{_reasons(counts)}" for label, counts in changes.items()) + "."
 
 
@@ -407,7 +407,7 @@ def _plan(report: FolderReport, broken: str) -> dict[str, Any]:
     }
 
 
-def _write(report: FolderReport, job_folder: Path, done: dict[str, Any], links: bool) -> None:
+def _write(report: FolderReport, job_folder: Path, result: dict[str, Any], links: bool) -> None:
     """Write all files of the new folder; with `links`, also links to the sound, unchanged files."""
     layout = report.layout
     root = job_folder / _target_path(layout.image_root, layout)
@@ -422,22 +422,22 @@ def _write(report: FolderReport, job_folder: Path, done: dict[str, Any], links: 
             with atomic_file(target) as temporary:
                 temporary.write_bytes(rewritten(picture, target.suffix))
         elif links and not reason:
-            _link_or_copy(source, target, done["copy"])
+            _link_or_copy(source, target, result["copy"])
 
-    with progress("images written") as shown:
+    with progress("images written") as report_progress:
         for number, _ in enumerate(prefetch_map(write, report.images), 1):
-            shown(number, len(report.images))
+            report_progress(number, len(report.images))
     # Index files without a fault are linked like any other part.
-    dropping = {file.index.path: file for file in report.indexes if file.faults and done["broken"] == "drop"}
+    dropping = {file.index.path: file for file in report.indexes if file.faults and result["broken"] == "drop"}
     for file in dropping.values():
         _write_index(file, job_folder / _target_path(file.index.path, layout))
     for part in layout.parts if links else ():
         target = job_folder / _target_path(part.path, layout)
         if part.path.is_file() and part.path not in dropping and not target.exists():
-            _link_or_copy(part.path, target, done["copy"])
+            _link_or_copy(part.path, target, result["copy"])
     for leftover in job_folder.rglob(".*.part"):  # left by a killed job
         leftover.unlink()
-    write_json(job_folder / FIX_FILE, done)
+    write_json(job_folder / FIX_FILE, result)
 
 
 def _target_path(path: Path, layout: FolderLayout) -> Path:

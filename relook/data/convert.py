@@ -88,7 +88,7 @@ def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
     Rows that are no pair to train on (`check_pair`) are left out and named on screen.
     """
     faults: dict[str, list[int]] = {}
-    useless: dict[str, list[int]] = {}
+    unusable: dict[str, list[int]] = {}
     with progress("pairs") as report:
         for number, row in enumerate(source.rows()):
             report(number + 1, source.count)
@@ -101,16 +101,16 @@ def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
                 faults.setdefault(str(bad), []).append(number)
                 continue
             if fault := pair_fault(hadpo_record(row), row.prompt, row.chosen, row.rejected):
-                useless.setdefault(fault, []).append(number)
+                unusable.setdefault(fault, []).append(number)
             elif not faults:  # after the first fault nothing is written, and the rest is read only to name all of them
                 yield row
     refused, left_out = (
-        "; ".join(f"{reason}: {preview(rows, 3)}" for reason, rows in numbers.items()) for numbers in (faults, useless)
+        "; ".join(f"{reason}: {preview(rows, 3)}" for reason, rows in numbers.items()) for numbers in (faults, unusable)
     )
     if faults:
         raise DataError(f"Layout {to} cannot hold all rows ({refused}).", "Repair or remove these, or choose another.")
-    if useless:
-        status(f"  {sum(map(len, useless.values())):,} rows are no pairs and were left out ({left_out})")
+    if unusable:
+        status(f"  {sum(map(len, unusable.values())):,} rows are no pairs and were left out ({left_out})")
 
 
 # Reading HA-DPO's layout
@@ -223,22 +223,22 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
     with atomic_folder(folder) as temporary:
         for row in rows:
             count += 1
-            further = {field.name: row.extra.get(field.name) for field in fields}
-            added = {name: value for name, value in further.items() if value is not None}
+            extra = {field.name: row.extra.get(field.name) for field in fields}
+            present = {name: value for name, value in extra.items() if value is not None}
             # The HA-DPO record that the row was made from, if there is one.
             stored = stored_columns(row, "hadpo")
             entry = stored["image"] if stored else _entry(row.image)
             _write_image(temporary, images, entry, row.image)
             # A row goes back into the record it came from, unless its texts were edited since.
             if stored.get("file") == DESC and _holds_pair(stored["record"], row):
-                described[str(entry["image_id"])] = {**stored["record"], **added}
+                described[str(entry["image_id"])] = {**stored["record"], **present}
             elif stored.get("file") == POPE:
                 texts = {"question": row.prompt, "chosen": row.chosen, "reject": row.rejected}
-                questions.append({**stored["record"], **texts, **added})
+                questions.append({**stored["record"], **texts, **present})
             else:
                 # Only pope_data.json holds free questions: it takes pairs from elsewhere and edited descriptions.
                 values = (entry["image_id"], row.prompt, row.chosen, row.rejected, row.rejected, False, row.image.name)
-                questions.append({**dict(zip(QUESTION, values, strict=True)), **further})
+                questions.append({**dict(zip(QUESTION, values, strict=True)), **extra})
                 new, edited = new + (not stored), edited + bool(stored)
         if described:
             write_json(temporary / DESC, described)

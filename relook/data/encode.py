@@ -245,8 +245,8 @@ class Encoder:
             if len(chunks[-1]) == branches:
                 chunks.append([])
             chunks[-1].append((sample.id, row))
-        shared = [(images, chunk) for (images, _), chunks in groups.items() for chunk in chunks] + singles
-        return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in shared]
+        grouped = [(images, chunk) for (images, _), chunks in groups.items() for chunk in chunks] + singles
+        return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in grouped]
 
     def _start(self, row: TokenRow) -> tuple[int, ...]:
         """Return a row's tokens up to the end of its image, or () if an answer precedes it."""

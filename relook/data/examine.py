@@ -101,12 +101,13 @@ def _examine(path: Path) -> Finding:
 def _find_other_suffix(path: Path) -> Finding:
     """Return the finding for a missing file: there under another extension, broken under that one, or missing."""
     # Prefer the suffix itself in another case, then the formats in their order.
-    order = [path.suffix.lower(), *FORMATS]
-    candidates = [other for name in same_stem(path) if (other := path.with_name(name)).suffix.lower() in order]
-    for other in sorted(candidates, key=lambda other: order.index(other.suffix.lower())):
-        if other.is_file():
-            reason, detail = examine_image(other)
-            return (OTHER_SUFFIX, other.name) if reason in SHOWN else (reason, f"{other.name}: {detail}")
+    suffixes = [path.suffix.lower(), *FORMATS]
+    siblings = map(path.with_name, same_stem(path))
+    candidates = [sibling for sibling in siblings if sibling.suffix.lower() in suffixes]
+    for candidate in sorted(candidates, key=lambda other: suffixes.index(other.suffix.lower())):
+        if candidate.is_file():
+            reason, detail = examine_image(candidate)
+            return (OTHER_SUFFIX, candidate.name) if reason in SHOWN else (reason, f"{candidate.name}: {detail}")
     return MISSING, ""
 
 

@@ -345,7 +345,7 @@ def _pope_question(record: Any) -> RecordCheck:
 def _amber(folder: Path, images: Path | None) -> FolderLayout:
     root = images or amber_images(folder)
     query, annotations = amber_file(folder, "query"), amber_file(folder, "annotations.json")
-    dimensions = [f"discriminative-{of}" for of in ("existence", "attribute", "relation")]
+    dimensions = [f"discriminative-{dimension}" for dimension in ("existence", "attribute", "relation")]
     files = [query / f"query_{kind}.json" for kind in ("all", "generative", "discriminative", *dimensions)]
     # The files overlap (query_all.json holds them all), so any one of them is enough.
     queries = [IndexFile(path, f"{path.stem}-", "array", _amber_query) for path in files if path.exists()]

@@ -71,10 +71,10 @@ class Tree:
         return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
 
 
-T_ = TypeVar("T_")
+Value = TypeVar("T_")
 
 
-def to_device(value: T_, device: torch.device | str) -> T_:
+def to_device(value: Value, device: torch.device | str) -> Value:
     """Move every tensor field of a dataclass, and tensors in list fields, to a device; copies to a GPU do not block.
 
     After `pin_memory`, the copy need not wait for the GPU either. A copy from pageable memory starts only once the GPU
@@ -84,7 +84,7 @@ def to_device(value: T_, device: torch.device | str) -> T_:
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=asynchronous))
 
 
-def pin_memory(value: T_) -> T_:
+def pin_memory(value: Value) -> Value:
     """Return a copy of a dataclass with its CPU tensors in pinned memory; tensors on a GPU stay there."""
     return _map_tensors(value, lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
@@ -99,15 +99,15 @@ def copy_to_cpu(tensor: Tensor) -> Tensor:
     copied = torch.empty_like(tensor, device="cpu")
     rows = max(1, STAGING_BYTES // max(1, tensor[:1].nbytes))
     buffer = torch.empty_like(tensor[:rows], device="cpu", pin_memory=True)
-    for to, part in zip(copied.split(rows), tensor.split(rows), strict=True):
+    for target, part in zip(copied.split(rows), tensor.split(rows), strict=True):
         # Device to pinned buffer, then to the result; the buffer is reused, so wait for each chunk.
         staged = buffer[: len(part)].copy_(part, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
-        to.copy_(staged)
+        target.copy_(staged)
     return copied
 
 
-def _map_tensors(value: T_, function: Callable[[Tensor], Tensor]) -> T_:
+def _map_tensors(value: Value, function: Callable[[Tensor], Tensor]) -> Value:
     mapped: dict[str, Any] = {}
     for field in fields(value):  # type: ignore[arg-type]
         content = getattr(value, field.name)

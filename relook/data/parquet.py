@@ -176,16 +176,16 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Pa
         raise DataError(f"{path} is neither a parquet file nor a folder of some.", "Check the path.")
     schemas = [_open(parquet.read_schema, file) for file in files]
     # One schema for all files: rows of a folder are read as those of one table.
-    odd = next((file for file, schema in zip(files, schemas, strict=True) if not schema.equals(schemas[0])), None)
-    if odd is not None:
-        raise DataError(f"{odd} has other columns than {files[0]}.", "Convert the files one by one.")
+    differing = next((file for file, schema in zip(files, schemas, strict=True) if not schema.equals(schemas[0])), None)
+    if differing is not None:
+        raise DataError(f"{differing} has other columns than {files[0]}.", "Convert the files one by one.")
     schema, layout = schemas[0], layout_of(schemas[0].names, path)
     metadata = schema.metadata or {}
     notes = _json(metadata.get(META))
     filled = tuple(name for name in _listed(notes.get("filled")) if isinstance(name, str))
     # Columns that the layout itself names; what is left, apart from added ones, travels along by name.
     native = {_image_column(schema.names) if name == "images" else name for name in COLUMNS[layout]}
-    further = [field for field in schema if field.name not in native and field.name not in filled]
+    extra_fields = [field for field in schema if field.name not in native and field.name not in filled]
     features = _features(schema)
     root = image_folder or path.parent
 
@@ -195,14 +195,14 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Pa
         for file in files:
             for batch in _batches(file):
                 for values in batch.to_pylist():
-                    yield _row(layout, values, [field.name for field in further], schema, (file.parent, root))
+                    yield _row(layout, values, [field.name for field in extra_fields], schema, (file.parent, root))
 
     # The whole schema travels along, so that a conversion back gives the same columns in the same order.
     forms = {**_dict(notes.get("forms")), layout: base64.b64encode(schema.serialize().to_pybytes()).decode()}
-    described = {name: value for name, value in features.items() if name not in native}
+    extra_features = {name: value for name, value in features.items() if name not in native}
     if layout != "rlaifv":  # its columns are plain texts
-        further.append(pyarrow().field(f"{layout}_record", "string"))
-    return PairFile(layout, rows, count, tuple(further), described, filled, forms)
+        extra_fields.append(pyarrow().field(f"{layout}_record", "string"))
+    return PairFile(layout, rows, count, tuple(extra_fields), extra_features, filled, forms)
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -266,7 +266,7 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 def _row(
-    layout: str, values: dict[str, Any], further: Sequence[str], schema: Any, folders: Sequence[Path]
+    layout: str, values: dict[str, Any], extra_names: Sequence[str], schema: Any, folders: Sequence[Path]
 ) -> RawPair | InvalidPair:
     column = _image_column(list(values))
     texts = {name: values[name] for name in COLUMNS[layout] if name not in ("image", "images")}
@@ -275,7 +275,7 @@ def _row(
         prompt, chosen, rejected = _plain_texts(layout, texts)
     except InvalidPair as bad:
         return bad
-    row = RawPair(images, prompt, chosen, rejected, {name: values[name] for name in further if name in values})
+    row = RawPair(images, prompt, chosen, rejected, {name: values[name] for name in extra_names if name in values})
     # Keep the source texts only if the plain ones do not restore them, e.g. a prompt in several parts.
     if _without_none(_native_columns(layout, row, schema)) == _without_none(texts):
         return row
@@ -401,27 +401,27 @@ def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterato
     path = Path(path)
     arrow = pyarrow()
     # The columns: the layout's own, then the source's further ones, then those that other programs require.
-    old = _earlier_schema(source, layout)
+    earlier = _earlier_schema(source, layout)
     columns = {field.name: field for field in native_schema(layout)}
-    further = [field for field in source.fields if field.name != f"{layout}_record"]
+    extra_fields = [field for field in source.fields if field.name != f"{layout}_record"]
     # Types of an earlier file win: its texts may have been messages or large strings.
-    if old is not None:
-        columns = {name: old.field(name) for name in old.names if name in (*columns, "image")}
-    clash = [field.name for field in further if field.name in columns]
+    if earlier is not None:
+        columns = {name: earlier.field(name) for name in earlier.names if name in (*columns, "image")}
+    clash = [field.name for field in extra_fields if field.name in columns]
     if clash:
         raise DataError(f"The source has columns named {', '.join(clash)}, as {layout} has.", "Rename them.")
     fill = FILLED.get(layout, {})
-    further_names = {field.name for field in further}
-    filled = [name for name in fill if name not in further_names and old is None]
-    fields = [*columns.values(), *further, *(arrow.field(name, fill[name][0]) for name in filled)]
-    if old is not None:  # restore the original column order
-        order = {name: number for number, name in enumerate(old.names)}
+    extra_names = {field.name for field in extra_fields}
+    filled = [name for name in fill if name not in extra_names and earlier is None]
+    fields = [*columns.values(), *extra_fields, *(arrow.field(name, fill[name][0]) for name in filled)]
+    if earlier is not None:  # restore the original column order
+        order = {name: number for number, name in enumerate(earlier.names)}
         fields.sort(key=lambda field: order.get(field.name, len(order)))
     # The notes let a conversion back drop what was added and restore the other layout's schema.
-    notes = {"filled": filled, "forms": {name: form for name, form in source.forms.items() if name != layout}}
+    notes = {"filled": filled, "forms": {name: stored for name, stored in source.forms.items() if name != layout}}
     metadata = {META: json.dumps(notes)}
     # Hugging Face's `datasets` reads from these that a struct is an image to decode.
-    features = _features(old) if old is not None else {}
+    features = _features(earlier) if earlier is not None else {}
     features = {**IMAGE_FEATURES[layout], **source.features, **features}
     metadata[b"huggingface"] = json.dumps({"info": {"features": features}})
     schema = arrow.schema(fields, metadata)

@@ -71,8 +71,9 @@ def resolve_extension(path: Path) -> Path:
     """Return the path, or if nothing is there, that of a file whose extension differs only in case."""
     if path.is_file():
         return path
-    same = (path.with_name(name) for name in same_stem(path) if Path(name).suffix.lower() == path.suffix.lower())
-    return next((other for other in same if other.is_file()), path)
+    siblings = map(path.with_name, same_stem(path))
+    candidates = (sibling for sibling in siblings if sibling.suffix.lower() == path.suffix.lower())
+    return next(filter(Path.is_file, candidates), path)
 
 
 def same_stem(path: Path) -> Sequence[str]:

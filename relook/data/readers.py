@@ -87,20 +87,20 @@ def read_hadpo(
 
 
 def _typed(path: Path, kind: type) -> Any:
-    data = read_json(path)
-    if not isinstance(data, kind):
+    content = read_json(path)
+    if not isinstance(content, kind):
         raise DataError(
-            f"{path} holds a {type(data).__name__}, but a {kind.__name__} is expected.",
+            f"{path} holds a {type(content).__name__}, but a {kind.__name__} is expected.",
             "desc_data_path takes a JSON object, pope_data_path a JSON array.",
         )
-    return data
+    return content
 
 
 def _descriptions(
-    data: Mapping[str, Any], paths: Mapping[str, Path], rng: random.Random, drop_log: DropLog
+    records: Mapping[str, Any], paths: Mapping[str, Path], rng: random.Random, drop_log: DropLog
 ) -> list[PreferencePair]:
     pairs = []
-    for image_id, record in data.items():
+    for image_id, record in records.items():
         name = f"desc-{image_id}"
         try:
             # The draws come before any check: dropping a record must not change what is drawn for the next ones.
@@ -152,9 +152,9 @@ def pair_fault(record: Mapping[str, Any], prompt: Any, chosen: Any, rejected: An
         return str(bad)
 
 
-def _questions(data: list[Any], paths: Mapping[str, Path], drop_log: DropLog) -> list[PreferencePair]:
+def _questions(records: list[Any], paths: Mapping[str, Path], drop_log: DropLog) -> list[PreferencePair]:
     pairs = []
-    for number, record in enumerate(data):
+    for number, record in enumerate(records):
         name = f"pope-{number}"
         try:
             if fault := missing_fields(record, *QUESTION_FIELDS):

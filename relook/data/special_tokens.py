@@ -70,9 +70,9 @@ class LiteralText:
             TypeError or UnicodeError: the text is not valid Unicode.
         """
         # The person's stand-ins become tokens that are read as text; the template's tokens become stand-ins.
-        backend, meant = self._backend
+        backend, special_ids = self._backend
         encoding = backend.encode(self._exchange(text), add_special_tokens=False)
-        return [meant.get(id, id) for id in encoding.ids], encoding.offsets
+        return [special_ids.get(id, id) for id in encoding.ids], encoding.offsets
 
     @cached_property
     def _backend(self) -> tuple[Tokenizer, dict[int, int]]:
@@ -85,11 +85,11 @@ class LiteralText:
         backend.encode_special_tokens = True  # its name is misleading: they are encoded as text
         flags = ("single_word", "lstrip", "rstrip", "normalized")
         for token in self._special.values():
-            same = {flag: getattr(token, flag) for flag in flags}
-            backend.add_tokens([AddedToken(self._stand_ins[token.content], special=False, **same)])
-        meant = {self._stand_ins[token.content]: id for id, token in self._special.items()}
+            token_flags = {flag: getattr(token, flag) for flag in flags}
+            backend.add_tokens([AddedToken(self._stand_ins[token.content], special=False, **token_flags)])
+        special_ids = {self._stand_ins[token.content]: id for id, token in self._special.items()}
         added = backend.get_added_tokens_decoder().items()
-        return backend, {id: meant[token.content] for id, token in added if token.content in meant}
+        return backend, {id: special_ids[token.content] for id, token in added if token.content in special_ids}
 
 
 def _replacing(table: Mapping[str, str]) -> Callable[[str], str]:
