@@ -135,7 +135,7 @@ def test_a_mistake_changes_nothing(engines: tuple[Engine, Engine], tmp_path: Pat
     (tmp_path / "no.png").write_bytes(b"no picture")
     answer = talk(TEXTS[0])
     for line, what in {
-        f"/image {tmp_path / 'no.png'}": "none of a known format",
+        f"/image {tmp_path / 'no.png'}": "in no known format",
         f"/image {tmp_path}": "cannot be read",
         "/image": "cannot be read",
         "<image>": "images are given",
