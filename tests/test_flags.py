@@ -28,7 +28,7 @@ from relook.flags import (
 )
 from relook.model.checkpoint import llava_settings, read_config
 from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides
-from relook.train.run import acting, training_arguments
+from relook.train.run import effective_arguments, training_arguments
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
@@ -211,7 +211,7 @@ def test_workers_are_there_by_default_where_a_device_is() -> None:
     """A recipe for a GPU may rely on them; on a CPU they say nothing."""
     recipe = build_recipe({**DPO, "lora_enable": True, "dataloader_prefetch_factor": 4})
     assert recipe.training["dataloader_prefetch_factor"] == 4
-    assert ("dataloader_prefetch_factor" in acting(recipe)[1]) == (not torch.accelerator.is_available())
+    assert ("dataloader_prefetch_factor" in effective_arguments(recipe)[1]) == (not torch.accelerator.is_available())
     training_arguments(recipe, Path("out"))
     cached = build_recipe({**DPO, "tune_lm_head": True, "dataloader_prefetch_factor": 4})
     assert "dataloader_prefetch_factor" in cached.idle

@@ -379,7 +379,7 @@ def test_what_is_missing_is_divided_not_what_there_is(
         path.unlink()
     monkeypatch.setattr(feature_cache.distributed, "map_sharded", lambda values, make, what: make(values))
     monkeypatch.setattr(feature_cache.distributed, "shard", lambda values: values[rank::2])
-    with pytest.raises(RelookError, match=rf"lacks {(1, 2)[rank]} shards that other processes made"):
+    with pytest.raises(RelookError, match=rf"lacks {(1, 2)[rank]} shards that other processes computed"):
         prepared(keys)
     assert [path.exists() for path in gone] == [[True, False, True], [False, True, False]][rank]
 
