@@ -109,7 +109,6 @@ class Adapter:
             if lora.bias is not None:
                 bias = _bias_of(name)
                 tensors[bias] = tensors[bias].map(partial(lora.merged_bias, dtype))
-        self._note_projector()
         return replace(source, config=config, tensors=tensors, adapter=self.path, beneath=(source, self))
 
     def without_adapter(self) -> tuple[Adapter, dict[str, LazyTensor]]:
@@ -156,7 +155,7 @@ class Adapter:
                 "Copy it again: the file is incomplete, or the adapter belongs to a smaller model.",
             )
 
-    def _note_projector(self) -> None:
+    def note_projector(self) -> None:
         """Warn if a LLaVA adapter came without its projector.
 
         LLaVA saves what it trains beside LoRA only at the end of a run, not in its checkpoint-N folders.

@@ -169,7 +169,11 @@ class LazyModel:
         """Build one transformers processor from the tokenizer and the image processor."""
         try:
             if self.tower is None:
-                return AutoProcessor.from_pretrained(self.path, local_files_only=True)
+                processor = AutoProcessor.from_pretrained(self.path, local_files_only=True)
+                # Without a known processor class, transformers falls back to the tokenizer alone.
+                if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
+                    raise ValueError(f"it is a {type(processor).__name__}, without pictures or without text")
+                return processor
             images = LlavaImageProcessorPil.from_pretrained(self.tower, local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exception, and transformers any kind
             raise CheckpointError(

@@ -303,6 +303,7 @@ def tower_of(path: Path, vision_tower: str | Path | None = None, adapter: str | 
 
 def open_base(path: Path, change: Adapter, vision_tower: str | Path | None = None, weights: bool = True) -> LazyModel:
     """Open the base model of an adapter; a bare language model becomes LLaVA as the adapter's config says."""
+    change.note_projector()
     tower = vision_tower or change.tower_for(path)
     return open_folder(path, tower, weights, llava_config=language_model_config(change))
 
