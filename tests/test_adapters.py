@@ -21,9 +21,9 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 from relook import load_model
 from relook.errors import CheckpointError
 from relook.files import read_json, write_json
-from relook.model.checkpoint import read_tensor_file
+from relook.model.checkpoint import parse_folder, read_tensor_file
 from relook.model.export import WriteOptions, merge_adapter
-from relook.model.load import folder_template, model_hash
+from relook.model.load import model_hash
 from relook.model.lora import LoraSettings
 from relook.recipe import build_recipe
 from relook.toyworld.build import make_processor
@@ -458,7 +458,7 @@ def test_a_checkpoint_of_a_run_is_loaded_as_the_run_is(
     assert ("from peft's own" in capsys.readouterr().err) == ("lora_enable" in REGIMES[regime])
     merged = load_model(tmp_path / "merged").model.state_dict()
     assert all(torch.equal(tensor, merged[name]) for name, tensor in earlier.items())
-    assert folder_template(first) == "llava_hf"
+    assert parse_folder(first).template == "llava_hf"
     assert model_hash(first) != model_hash(last)
 
 
