@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from command import Command, Ended
-from tiny import dpo_keys
+from helpers.command import Command, Ended
+from helpers.tiny import dpo_keys
 
 from relook.files import write_json, write_jsonl
 from relook.toyworld.build import shipped_base

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.tiny import dpo_keys, sft_keys, tiny_llava, tiny_relook
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import dpo_keys, sft_keys, tiny_llava, tiny_relook
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

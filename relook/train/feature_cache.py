@@ -38,6 +38,7 @@ from relook.errors import DataError, RecipeError, RelookError
 from relook.files import file_hash, read_json, require_disk_space, text_hash, write_json
 from relook.forward.collate import Collator, Item, reference_log_probs
 from relook.forward.policy import LiveBatch, Policy
+from relook.model.checkpoint import parse_folder
 from relook.model.families import family_of, vision_feature_count, vision_feature_width
 from relook.model.load import model_hash, tower_of
 from relook.recipe import Recipe
@@ -83,10 +84,11 @@ def cache_inputs(
         adapter: adapter that was merged into the model; empty for none.
         bits: quantisation of its linear layers.
     """
-    tower = tower_of(model, vision_tower, adapter or None)
+    folder = parse_folder(model)
+    tower = tower_of(folder, vision_tower, adapter or None)
     return {
         "format": str(CACHE_FORMAT),
-        "model": model_hash(model),
+        "model": model_hash(folder),
         "adapter": model_hash(Path(adapter)) if adapter else "",
         "bits": bits,
         "vision tower": model_hash(tower) if tower else "",

@@ -39,8 +39,9 @@ from relook.forward.collate import (
     split_held_out,
 )
 from relook.forward.policy import Policy
+from relook.model.adapters import read_adapter
 from relook.model.checkpoint import llava_settings
-from relook.model.load import TENSORS_FILE, HeadModel, LoadedModel, load_model, tower_of
+from relook.model.load import TENSORS_FILE, HeadModel, LoadedModel, base_and_adapter, load_model, open_base
 from relook.model.trainable import set_trainable
 from relook.recipe import Recipe, load_recipe, parse_overrides, read_yaml_or_shipped
 from relook.train.feature_cache import cache_vision_features, cached_items, images_hash
@@ -164,7 +165,10 @@ def check_run(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArg
             get_template(recipe.version)
     with faults:
         if not absent.keys() & MODEL_KEYS:
-            tower_of(Path(recipe.model_name_or_path), recipe.vision_tower or None, recipe.adapter_name_or_path or None)
+            base, adapter = base_and_adapter(recipe.model_name_or_path, recipe.adapter_name_or_path or None)
+            if adapter is not None:
+                read_adapter(adapter)  # reads no weights yet, but finds what cannot be read
+            open_base(base, adapter, recipe.vision_tower or None, weights=False)
     with faults:
         if read and not absent.keys() & DATA_KEYS:
             samples = read_samples(recipe)

@@ -26,9 +26,8 @@ from relook.errors import RecipeError, RelookError
 from relook.files import atomic_file, require_disk_space, write_json, write_text
 from relook.forward.collate import ItemDataset
 from relook.forward.policy import Policy
-from relook.model.adapters import read_adapter
-from relook.model.checkpoint import ADAPTER_FILE, folder_kind, save_tensors
-from relook.model.load import TENSORS_FILE, load_tensors
+from relook.model.checkpoint import ADAPTER_FILE, save_tensors
+from relook.model.load import TENSORS_FILE, base_and_adapter, load_tensors
 from relook.model.trainable import parameter_groups
 from relook.recipe import Recipe
 from relook.train.callbacks import SanityCheckCallback, count_nonfinite_tensors
@@ -384,24 +383,16 @@ def save_change(recipe: Recipe, config: Any, out: Path) -> None:
     Args:
         config: config of the model that was trained.
     """
-    base, tower, earlier = Path(recipe.model_name_or_path), recipe.vision_tower, list[Path]()
+    base, adapter = base_and_adapter(recipe.model_name_or_path, recipe.adapter_name_or_path or None)
     # A run on top of a run, or of an adapter, lists all earlier changes in the order in which they are applied.
-    if folder_kind(base) == "run":
-        run = read_adapter(base)
-        assert run.base is not None
-        earlier = [*run.previous, base]
-        base, tower = run.base, tower or str(run.vision_tower or "")
-    elif recipe.adapter_name_or_path:
-        adapter = Path(recipe.adapter_name_or_path)
-        change = read_adapter(adapter)
-        earlier = [*change.previous, adapter]
-        tower = tower or str(change.tower_for(base) or "")
+    earlier = [] if adapter is None else [*adapter.previous, adapter]
+    tower = recipe.vision_tower or str((adapter and adapter.tower_for(base)) or "")
     if tower and Path(tower).is_dir():  # otherwise it is a name on the Hugging Face Hub
         tower = str(Path(tower).resolve())
     foundation = {
-        "base": str(base.resolve()),
+        "base": str(base.path.resolve()),
         "vision_tower": tower or None,
-        "earlier": [str(path.resolve()) for path in earlier],
+        "earlier": [str(folder.path.resolve()) for folder in earlier],
     }
     settings = getattr(config, "post_decoder", None)
     write_json(out / ADAPTER_FILE, {**foundation, "post_decoder": settings, "lora": recipe.lora_enable})

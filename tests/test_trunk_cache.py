@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from forked import forked
+from helpers.forked import forked
+from helpers.several import fill_cache
+from helpers.tiny import dpo_keys, sft_keys
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from several import fill_cache
-from tiny import dpo_keys, sft_keys
 
 from relook import load_model
 from relook.data.packing import PADDING, ROOT

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import pixels, prompt, tiny_llava, tiny_relook
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import pixels, prompt, tiny_llava, tiny_relook
 from torch import Tensor
 
 from relook.data.packing import TokenRow, Tree, batch_targets, pack
