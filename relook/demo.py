@@ -7,7 +7,8 @@ after Ctrl-C or a kill.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
     if base is not None and not base.is_dir():
         raise RecipeError(f"There is no model folder {base}.", "Check --base.")
     paths = DemoPaths(out)
+    # Written into the folder: the same command goes on there, one with other settings is refused.
     settings = {"seed": seed, "rebuild": rebuild, "base": str(base.resolve()) if base else "shipped"}
     claim_output_dir(out, DEMO_FILE, settings, "a demo")
     report = out / REPORT_FILE  # written last but one: its presence marks a finished demo
@@ -176,19 +178,14 @@ class _Clock:
         self.path = path
         self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
 
-    def phase(self, name: str) -> _Phase:
-        return _Phase(self, name)
-
-
-class _Phase:
-    def __init__(self, clock: _Clock, name: str) -> None:
-        self.clock, self.name = clock, name
-
-    def __enter__(self) -> None:
-        status(self.name, style="bold")
-        self.started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.monotonic() - self.started
-        self.clock.seconds[self.name] = round(self.clock.seconds.get(self.name, 0.0) + spent, 2)
-        write_json(self.clock.path, self.clock.seconds)
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announce a phase, and add up its seconds, also those of a phase that is interrupted."""
+        status(name, style="bold")
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - started
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 2)
+            write_json(self.path, self.seconds)

@@ -44,6 +44,7 @@ class CheckResult:
 def run_checks(folder: str | Path = Path()) -> list[CheckResult]:
     """Run all checks; `folder` is where free disk space is measured."""
     folder = Path(folder)
+    # In this order: a missing library explains later failures.
     checks: Sequence[tuple[str, Callable[[], Iterator[CheckResult]]]] = (
         ("Python", _python),
         ("libraries", _libraries),
@@ -177,6 +178,7 @@ def _driver() -> str:
         return ""
     words = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
+        # A hung driver hangs nvidia-smi too.
         ended = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:
         return "that does not answer"
@@ -213,6 +215,7 @@ def _flex() -> Iterator[CheckResult]:
             "FlexAttention", WARN, "no C compiler, which torch.compile needs", "Install gcc; else trunk_pass dense."
         )
         return
+    # Batch 1, 2 heads, 128 positions, width 32: one block of the mask.
     query, key, value = torch.randn(3, 1, 2, 128, 32, device=device, generator=torch.Generator(device).manual_seed(0))
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device=str(device))
     attend: Any = torch.compile(flex_attention) if compiled else flex_attention

@@ -41,7 +41,7 @@ from relook.train.run import (
 )
 
 # Recipe keys that a row's examples depend on, in addition to the base.
-DATA_KEYS = (
+EXAMPLE_KEYS = (
     *("task", "vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder", "on_bad"),
     *("image_aspect_ratio", "model_max_length", "conversations_per_tree"),
 )
@@ -54,6 +54,7 @@ def sweep_command(arguments: Sequence[str]) -> Path:
     name, *keys = arguments
     values = read_yaml_or_shipped(name, "sweep")
     for key, value in parse_overrides(keys).items():
+        # --grid.learning_rate replaces one key of the grid, other words replace whole keys of the file.
         head, _, rest = key.partition(".")
         if head == "grid" and rest:
             values["grid"] = {**(values.get("grid") or {}), rest: value}
@@ -109,7 +110,7 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
     if not done:
         reason = next(iter(failed.values()))
         raise RelookError(
-            f"No row of the sweep could be trained: {reason}", "Mend that, and run the same command again."
+            f"No row of the sweep could be trained: {reason}", "Fix that, and run the same command again."
         )
     write_json(sweep.out / RESULTS_FILE, {**collect_results(sweep, done), "failed": failed})
     from relook.report.sweep_page import write_sweep_page
@@ -131,6 +132,7 @@ def claim_sweep_dir(sweep: Sweep, values: Mapping[str, Any]) -> None:
             absent.setdefault(str(getattr(row.recipe, key)), error)  # once per path, not per row
     faults.errors += absent.values()
     faults.check()
+    # Paths become strings, and tuples lists, as a file has them.
     plain = yaml.safe_load(yaml.safe_dump({key: _json_value(value) for key, value in values.items()}))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     # Written at once, so that the folder belongs to a sweep; written again below once every row has its folder.
@@ -157,7 +159,7 @@ def _finished(sweep: Sweep, name: str) -> bool:
 
 
 def _data_key(row: SweepRow) -> tuple[Any, ...]:
-    return tuple(getattr(row.recipe, key) for key in DATA_KEYS)
+    return tuple(getattr(row.recipe, key) for key in EXAMPLE_KEYS)
 
 
 def _execution_order(row: SweepRow) -> tuple[Any, ...]:
@@ -193,7 +195,7 @@ def encode_datasets(
     encoded: dict[tuple[Any, ...], EncodedSamples] = {}
     for row in rows:
         if _data_key(row) not in encoded:
-            loaded = dataclasses.replace(engine.loaded)  # with an image loader of its own
+            loaded = dataclasses.replace(engine.loaded)  # a copy with an image loader of its own
             loaded.images.aspect_ratio = row.recipe.image_aspect_ratio or loaded.aspect_ratio
             encoded[_data_key(row)] = encode_samples(row.recipe, loaded, *samples[_data_key(row)])
     return encoded
@@ -241,8 +243,8 @@ def collect_results(sweep: Sweep, finished: Sequence[SweepRow]) -> dict[str, Any
     # All rows of a split are compared with one base, so their p-values are corrected together.
     for split in SPLITS:
         corrected = holm([row["paired"]["pope"][split]["mcnemar_p"] for row in rows])
-        for row, p in zip(rows, corrected, strict=True):
-            row["paired"]["pope"][split]["mcnemar_p_holm"] = p
+        for result, p in zip(rows, corrected, strict=True):
+            result["paired"]["pope"][split]["mcnemar_p_holm"] = p
     return {
         "base": _scores(sweep, BASE),
         "rows": rows,
@@ -267,6 +269,7 @@ def _benchmarks(sweep: Sweep) -> list[str]:
 
 
 def _epochs(sweep: Sweep, row: SweepRow) -> float:
+    # The last line of a run's log has the epoch at its end; max_steps may have stopped it early.
     log = read_json(Path(row.recipe.output_dir) / training.RUN_FILE)["log"]
     return round(float(log[-1]["epoch"]), 2) if log else 0.0
 

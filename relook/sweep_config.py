@@ -22,7 +22,7 @@ from relook.recipe import Recipe, coerce, load_recipe
 
 SWEEP_FILE = "sweep.yaml"
 BASE = "base"  # name of the base model among the rows
-SHARED = ("model_name_or_path", "vision_tower", "version")  # keys that the base model's answers depend on
+SHARED_KEYS = ("model_name_or_path", "vision_tower", "version")  # keys that the base model's answers depend on
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
     twice = [name for name, count in Counter(name.lower() for name, _ in labels).items() if count > 1 or name == BASE]
     if twice:
         raise RecipeError(
-            f"Rows of the sweep are called {preview(twice)} twice.", "Give the rows of `rows` other names."
+            f"Several rows of the sweep are called {preview(twice)}.", "Give each row of `rows` a name of its own."
         )
     built = []
     faults = Faults()
@@ -134,7 +134,7 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
             recipe = load_recipe(str(keys.pop("recipe")), keys)
             built.append(SweepRow(name, variant, {key: value for key, value in row.items() if key != "name"}, recipe))
     faults.check()
-    for key in SHARED:
+    for key in SHARED_KEYS:
         distinct = {str(getattr(row.recipe, key)) for row in built}
         if len(distinct) > 1:
             raise RecipeError(f"The rows differ in {key} ({preview(sorted(distinct))}).", "Write one sweep for each.")
@@ -153,6 +153,7 @@ def expand(rows: Any, grid: Any) -> list[dict[str, Any]]:
             fault = f"grid.{key} is {choices!r}, but grid must map keys to lists of values, of one at least."
             faults.errors.append(RecipeError(fault, f"Write {key}: [value, ...], or leave it out."))
     faults.check()
+    # Keys of the sweep itself, and the folder that each row gets from it.
     reserved = {"output_dir", *SWEEP_KEYS, *(("name",) if "name" in grid else ())}
     used = set(grid).union(*rows)
     if used & reserved:
@@ -197,4 +198,5 @@ def _short(value: Any) -> str:
 
 def _safe_name(parts: Sequence[str]) -> str:
     text = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts)).strip("._,") or "run"
+    # File names end at 255 bytes, and runs add suffixes to this one.
     return text if len(text) <= 100 else f"{text[:80]}-{text_hash(text)}"

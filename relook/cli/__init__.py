@@ -19,8 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for room in (train, evaluate, models, data, serve, models):
-    app.add_typer(room.app)
+for group in (train, evaluate, models, data, serve):
+    app.add_typer(group.app)
 
 
 # DeepSpeed's launcher and older ones of torch put this before a program's own arguments; LOCAL_RANK says the same.

@@ -72,9 +72,10 @@ def evaluate(
 
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
     settings = (out, version, batch_size, max_new_tokens)
+    # lmms and llava have options and formats of their own.
     alone = benchmarks[0] if len(benchmarks) == 1 else ""
     if not alone and USED.keys() & set(benchmarks):
-        raise RecipeError("lmms and llava are asked by themselves.", "Give one of them alone.")
+        raise RecipeError("lmms and llava cannot be combined with other benchmarks.", "Give one of them alone.")
     # Options of the other kinds of benchmarks are refused, since they would do nothing.
     options = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
     _refuse_unused_options({**options, "judge-url": judge_url}, USED.get(alone, USED[""]))
@@ -93,13 +94,13 @@ def evaluate(
 
         judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
         results = evaluate_model(model, benchmarks, _required(data, "--data"), *settings, loading, judge)
-    if distributed.is_main():
+    if distributed.is_main():  # under torchrun every process gets here
         typer.echo(json.dumps(results, indent=1))
 
 
 def _required(value: T | None, option: str) -> T:
     if not value:
-        raise RecipeError(f"{option} is missing.", "Give it.")
+        raise RecipeError(f"{option} is missing.", "Add it to the command.")
     return value
 
 
@@ -111,7 +112,7 @@ def _refuse_unused_options(options: Mapping[str, object], used: Collection[str])
     """
     idle = [f"--{name}" for name, value in options.items() if value and name not in used]
     if idle:
-        raise RecipeError(f"{preview(idle)} would do nothing here.", "Leave it out, or ask lmms or llava by itself.")
+        raise RecipeError(f"{preview(idle)} would do nothing here.", "Leave it out, or give lmms or llava alone.")
 
 
 @app.command()
