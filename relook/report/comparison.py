@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relook.data.annotations import read_coco
 from relook.data.paths import coco_images, resolve_extension
 from relook.errors import RecipeError
-from relook.evaluate.benchmarks import BENCHMARKS
-from relook.evaluate.compare import compare, differing_answers, differing_captions
-from relook.evaluate.score import RESULTS, annotation_file, data_of
-from relook.evaluate.tasks.chair import vocabulary_of
+from relook.evaluate.benchmark import ScoringInputs
+from relook.evaluate.compare import compare
+from relook.evaluate.results import data_folder_of
+from relook.evaluate.tasks import BENCHMARKS, get_benchmark, get_benchmarks
+from relook.evaluate.tasks.chair import instances_file, vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json_object, write_json, write_text
 from relook.report.pages import card, described, document, format_number, format_percent, table, thumbnail
@@ -22,7 +23,6 @@ RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
 LONGEST = 2000  # characters of an answer that are shown
 RATES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio"}
-RATINGS = ("score",)  # rates that are no fractions: MMHal-Bench's mean rating
 CHAIR_RATES = {"chair_i": "CHAIR<sub>i</sub>", "chair_s": "CHAIR<sub>s</sub>", "recall": "recall", "length": "words"}
 NOTE = (
     "Percent; in brackets 95 % intervals from a bootstrap over images, paired for differences, which are bold where 0 "
@@ -49,19 +49,20 @@ def write_comparison(
     out = None if out is None else Path(out)
     data = None if data is None else Path(data)
     first, second = first.resolve(), second.resolve()
-    out, data = out or first.parent / f"{first.name}-{second.name}", data or data_of(first)
+    out, data = out or first.parent / f"{first.name}-{second.name}", data or data_folder_of(first)
     is_free(out, RESULTS_FILE, "--out")
     results = compare_folders(first, second, data)
     write_json(out / RESULTS_FILE, results)
     names, differing = results["models"], results["differing"]
     title = " and ".join(names)
     sections = [f"<h1>{html.escape(title)}</h1>", f"<p>{NOTE}</p>"]
-    if "pope" in results["paired"]:
-        sections += ["<h2>POPE</h2>", pope_table(results), *pope_cards(differing["pope"], names, data)]
-    if "chair" in results["paired"]:
-        sections += ["<h2>CHAIR</h2>", chair_table(results), *chair_cards(differing["chair"], names, data)]
+    own_sections = {"pope": (pope_table, pope_cards), "chair": (chair_table, chair_cards)}
+    for name, (make_table, make_cards) in own_sections.items():
+        if name in results["paired"]:
+            heading = f"<h2>{name.upper()}</h2>"
+            sections += [heading, make_table(results), *make_cards(differing[name], names, data)]
     for name in results["scores"][0]:
-        if name not in results["paired"]:
+        if name not in own_sections:
             sections += [f"<h2>{name.upper()}</h2>", "<p>Side by side, not paired.</p>", side_by_side(results, name)]
     sections += ["<h2>Where the numbers come from</h2>", f"<div class=wrap>{provenance_table(results)}</div>"]
     write_text(out / REPORT_FILE, document(title, sections))
@@ -81,18 +82,21 @@ def compare_folders(first: Path, second: Path, data: Path) -> dict[str, Any]:
             f"{first} and {second} have no finished benchmark in common.",
             f"Finish one of {known} in both, by `relook eval`.",
         )
-    differing = {"pope": differing_answers, "chair": differing_captions}
-    paired = [name for name in both if name in differing]
+    definitions = get_benchmarks(both)
+    paired = [name for name in both if definitions[name].compare]
     return {
         "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
         "scores": [{name: _scores(name, data, folder) for name in both} for folder in folders],
         "paired": compare(data, first, second, paired),
-        "differing": {name: differing[name](data, first, second) for name in paired},
+        "differing": {
+            name: list_rows(data, first, second) for name in paired if (list_rows := definitions[name].differing)
+        },
     }
 
 
 def _scores(name: str, data: Path, folder: Path) -> dict[str, Any]:
-    return RESULTS[name](data, folder) if name in RESULTS else read_json_object(folder / f"{name}.json")
+    rescore = get_benchmark(name).rescore
+    return rescore(folder, ScoringInputs(data), "official") if rescore else read_json_object(folder / f"{name}.json")
 
 
 def pope_table(results: Mapping[str, Any]) -> str:
@@ -121,7 +125,8 @@ def chair_table(results: Mapping[str, Any]) -> str:
 
 def side_by_side(results: Mapping[str, Any], name: str) -> str:
     """A line per rate with an interval, of a benchmark and its parts; first what a judge has and has not judged."""
-    sides = [_judged(scores[name]) | _rates(scores[name]) for scores in results["scores"]]
+    ratings = get_benchmark(name).ratings
+    sides = [_judged(scores[name]) | _rates(scores[name], ratings) for scores in results["scores"]]
     cells = [_heads(results)[:3]]
     for rate in dict.fromkeys(rate for side in sides for rate in side):
         cells.append([html.escape(rate), *(side.get(rate, "") for side in sides)])
@@ -137,14 +142,14 @@ def _judged(scores: Mapping[str, Any]) -> dict[str, str]:
     return {"judged / not judged": f"{judged} / {unjudged}{undecided}"}
 
 
-def _rates(scores: Mapping[str, Any], part: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
+def _rates(scores: Mapping[str, Any], ratings: Collection[str], part: str = "") -> dict[str, str]:
+    cells: dict[str, str] = {}
     for key, value in scores.items():
         if isinstance(value, dict):
-            found |= _rates(value, f"{part}{key}, ")
+            cells |= _rates(value, ratings, f"{part}{key}, ")
         elif f"{key}_ci" in scores:
-            found[part + key] = format_number(value, scores[f"{key}_ci"], 1 if key in RATINGS else 100)
-    return found
+            cells[part + key] = format_number(value, scores[f"{key}_ci"], 1 if key in ratings else 100)
+    return cells
 
 
 def _heads(results: Mapping[str, Any]) -> list[str]:
@@ -185,7 +190,7 @@ def pope_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Pa
 
 def chair_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> list[str]:
     """The pictures of which the two name absent objects differently, and both captions."""
-    vocabulary, cards = vocabulary_of(read_coco(annotation_file(data))), []
+    vocabulary, cards = vocabulary_of(read_coco(instances_file(data))), []
     for row in rows[:PICTURES]:
         said = [(name, caption[:LONGEST]) for name, caption in zip(names, row["captions"], strict=True)]
         cards.append(_card(data, row["image"], described(row["objects"], said, vocabulary)))
