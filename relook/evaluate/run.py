@@ -21,7 +21,8 @@ from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, utc
 from relook.evaluate.tasks import get_benchmarks
 from relook.files import claim_output_dir, read_json, read_json_object, write_json, writes_alone
 from relook.generate.tree_decoding import GenerationSettings, answer_questions
-from relook.model.load import LoadedModel, LoadOptions, folder_template, parse_device
+from relook.model.checkpoint import AnyFolder, parse_folder
+from relook.model.load import LoadedModel, LoadOptions, parse_device
 
 if TYPE_CHECKING:
     from relook.evaluate.judge import Judge, JudgeSettings
@@ -57,9 +58,9 @@ def evaluate_model(
         RelookError: an unknown benchmark, missing data or images, no judge where one is needed, a judge that does not
             answer, or an output folder with another model's answers.
     """
-    model, data, out = Path(model), Path(data), Path(out)
+    folder, data, out = parse_folder(model), Path(data), Path(out)
     definitions = get_benchmarks(benchmarks)
-    settings = begin_evaluation(out, model, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
+    settings = begin_evaluation(out, folder, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
     scored = [name for name in benchmarks if (out / f"{name}.json").exists()]
     remaining = [name for name in benchmarks if judge or name not in scored or not judged(out, name)]
     questions = {name: definitions[name].read_questions(data) for name in remaining}
@@ -74,7 +75,7 @@ def evaluate_model(
         # A judge that does not answer should show before hours of generation, and before the model is loaded.
         if judge and probes and distributed.is_main():
             judge.open(out).probe(probes[0])
-        return loading.load(model)
+        return loading.load(folder)
 
     for name in remaining:
         ask_missing(definitions[name], questions[name], load, out, settings)
@@ -102,14 +103,15 @@ def shard_images(images: Iterable[Any]) -> set[Any]:
 
 
 def begin_evaluation(
-    out: Path, model: Path, data: Path | None, settings: GenerationSettings, loading: LoadOptions, **inputs: Any
+    out: Path, model: AnyFolder, data: Path | None, settings: GenerationSettings, loading: LoadOptions, **inputs: Any
 ) -> GenerationSettings:
     """Check the settings and claim the output folder with `claim_eval_dir`, the main process before the others.
 
     Returns:
         The settings, with the model's own template if they name none.
     """
-    settings = dataclasses.replace(settings, template=settings.template or folder_template(model))
+    model = parse_folder(model)
+    settings = dataclasses.replace(settings, template=settings.template or model.template)
     get_template(settings.template)
     parse_device(loading.device)
     claimed = (out, model, data, settings.template, settings.max_new_tokens, loading)
@@ -123,16 +125,21 @@ def begin_evaluation(
 
 
 def claim_eval_dir(
-    out: Path, model: Path, data: Path | None, template: str, max_new_tokens: int, loading: LoadOptions, **inputs: Any
+    out: Path,
+    model: AnyFolder,
+    data: Path | None,
+    template: str,
+    max_new_tokens: int,
+    loading: LoadOptions,
+    **inputs: Any,
 ) -> None:
     """Claim an output folder for one model, data folder and settings; refuse one that holds other answers.
 
     Args:
         inputs: further settings that the answers depend on.
     """
-    for folder, option in ((model, "model"), (data, "data")):
-        if folder is not None and not folder.is_dir():
-            raise DataError(f"There is no {option} folder {folder}.", f"Check --{option}.")
+    if data is not None and not data.is_dir():
+        raise DataError(f"There is no data folder {data}.", "Check --data.")
     settings = {
         **loading.identity(model),
         "data": data and str(data.resolve()),

@@ -121,7 +121,7 @@ def thumbnail(path: Path) -> str:
     try:
         image = open_image(path)
     except DataError as error:
-        return f"<small>{html.escape(error.what)}</small>"
+        return f"<small>{html.escape(error.problem)}</small>"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
