@@ -117,8 +117,8 @@ def require_images(questions: Questions) -> None:
     images = dict.fromkeys(question.image for of_file in questions.values() for question in of_file)
     missing = [image for image in images if not image.is_file()]
     if missing:
-        more = f", nor do {len(missing) - 1} others" if missing[1:] else ""
-        raise DataError(f"The image {missing[0]} does not exist{more}.", "Check the image folder.")
+        others_clause = f", nor do {len(missing) - 1} others" if missing[1:] else ""
+        raise DataError(f"The image {missing[0]} does not exist{others_clause}.", "Check the image folder.")
 
 
 def require_judge(name: str, data: Path, judge: object) -> None:
@@ -179,6 +179,7 @@ def score_command(
     require_judge(name, data, judge)
     questions = benchmark.read_questions(data)
     files = [first / f"{stem}.jsonl" for stem in questions] if first.is_dir() else paths
+    # Of a `relook eval` folder each stem has its file; files of other programs are named anyhow and may be one.
     matched = match_records(benchmark, questions, [record for path in files for record in benchmark.read_answers(path)])
     endpoint = judge.open(first if first.is_dir() else first.parent) if judge else None
     result = benchmark.score(data, questions, matched, first, endpoint)
@@ -216,6 +217,7 @@ def match_records(benchmark: Benchmark, questions: Questions, records: Sequence[
     for number, record in enumerate(records, 1):
         if benchmark.id_field not in record or not isinstance(record.get(benchmark.text_field), str):
             raise DataError(f"Answer {number} has not both {fields}.", "Give the benchmark's or relook's layout.")
+    # As strings: files differ in whether ids are numbers.
     by_id = {str(record[benchmark.id_field]): record for record in records}
     counts = Counter(str(record[benchmark.id_field]) for record in records)
     # AMBER's generative and discriminative parts may be answered alone: a part without any answer is left out.

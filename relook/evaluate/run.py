@@ -61,6 +61,7 @@ def evaluate_model(
     folder, data, out = parse_folder(model), Path(data), Path(out)
     definitions = get_benchmarks(benchmarks)
     settings = begin_evaluation(out, folder, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
+    # Scores are cheap and are computed anew, unless they need a judge and none is given.
     scored = [name for name in benchmarks if (out / f"{name}.json").exists()]
     remaining = [name for name in benchmarks if judge or name not in scored or not judged(out, name)]
     questions = {name: definitions[name].read_questions(data) for name in remaining}
@@ -197,7 +198,7 @@ def ask_missing(
     files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, distributed.rank()) for stem in questions}
     images = shard_images(question.image for of_file in questions.values() for question in of_file)
     beams = dict(benchmark.generate).get("num_beams", 1)  # each beam takes as much memory as a prompt
-    for short in (True, False):
+    for short in (True, False):  # a batch has one bound on its answers, so one-word answers come apart
         stems = [stem for stem in questions if (stem in benchmark.yes_or_no) == short]
         missing = [(s, q) for s in stems for q in questions[s] if q.image in images and q.id not in files[s].records]
         own_settings = dataclasses.replace(

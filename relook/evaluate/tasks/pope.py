@@ -170,6 +170,7 @@ def stated(answer: str) -> bool | None:
     The first sentence decides, ignoring case and surrounding marks: "**No**" is a no, as is "Nope". A later sentence
     counts only if it retracts the first ("Yes. No, wait."). Only English is supported.
     """
+    # Sentences with a word in them; an empty answer has none and means nothing.
     first, *later = [text for text in re.split(r"[.!?\n]+", answer.lower()) if re.search(r"\w", text)] or [""]
     meaning = _stated(first)
     retractions = [match[1] == "yes" for text in later if (match := _RECONSIDERED.match(text))]
