@@ -114,6 +114,7 @@ def require_images(questions: Questions) -> None:
     Raises:
         DataError: images are missing; the message names the first and counts the others.
     """
+    # Several questions share an image: look at each file once.
     images = dict.fromkeys(question.image for of_file in questions.values() for question in of_file)
     missing = [image for image in images if not image.is_file()]
     if missing:
@@ -169,10 +170,11 @@ def score_command(
         raise RecipeError(
             f"{preview(file_names)}: several --answers are files of different names.", "Give a folder alone."
         )
-    if benchmark.rescore:
+    if benchmark.rescore:  # POPE and CHAIR take single files as the truth, too
         if len(paths) > 1:
             raise RecipeError(f"{name} is scored by one answer file.", "Give --answers once.")
         return _note_other_score(name, first, benchmark.rescore(first, inputs, parser))
+    # A `relook eval` folder records its data folder; a single file of answers does not.
     data = inputs.data or (data_folder_of(first) if first.is_dir() else None)
     if data is None:
         raise RecipeError(f"{name} is scored by the benchmark's files.", "Give their folder as --data.")
@@ -184,6 +186,7 @@ def score_command(
     endpoint = judge.open(first if first.is_dir() else first.parent) if judge else None
     result = benchmark.score(data, questions, matched, first, endpoint)
     if len(paths) > 1:
+        # `score` saw one location; record the hash of every file.
         result["provenance"]["answers_sha256"] = {path.name: file_hash(path) for path in paths}
     return _note_other_score(name, first, result)
 

@@ -95,6 +95,7 @@ def hallucination_by_divergence(
         For each bin [low, high) of KL_EDGES the number `n` of such questions, and the `rate` and `base_rate` at which
         row and base answer yes (None in an empty bin). `high` is None if the bin is unbounded.
     """
+    # Only questions labelled no can be hallucinated: a yes to them names an absent object.
     bins = []
     for low, high in pairwise(KL_EDGES):
         inside = [

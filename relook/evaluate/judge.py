@@ -212,6 +212,7 @@ class Judge:
                 f"Check --judge-model and --judge-request; its replies are in {self.cache.path}, and the same command "
                 "asks again.",
             )
+        # Cached replies count, too: the figures are those of the replies in use, whenever they were made.
         replies = [reply for _, used, _ in done for reply in used]
         tokens = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
         description: dict[str, Any] = {
@@ -266,7 +267,7 @@ class _JudgeRun:
 
     async def all(self, tasks: Sequence[Task[T]]) -> list[tuple[T | None, list[JudgeReply], str]]:
         """Return (verdict, replies, reason for no verdict) of each task."""
-        gate = asyncio.Semaphore(self.settings.workers)  # bounds the requests in flight, not the tasks
+        gate = asyncio.Semaphore(self.settings.workers)
         async with self._client() as client:
 
             async def judge_task(task: Task[T]) -> tuple[T | None, list[JudgeReply], str]:
@@ -302,7 +303,7 @@ class _JudgeRun:
             if verdict is not None:
                 return verdict, replies, ""
         replies, reason = [], UNREADABLE  # ask again: a new reply may be readable
-        for key in keys:
+        for key in keys:  # at a temperature above 0, the next try may be one that can be read
             try:
                 replies.append(await self._reply(client, task))
             except NoVerdict as fault:
@@ -360,6 +361,7 @@ class _JudgeRun:
                 self.last = _short(error)
                 if isinstance(error, openai.APIStatusError) and error.response.is_redirect:
                     raise self._redirected(error.response.headers.get("Location", "")) from None
+                # A prompt that is too long or refused by a filter says nothing about the next one.
                 client_fault = getattr(error, "status_code", 500) in (400, 413, 422)  # this prompt, not the endpoint
                 reason = REFUSED if client_fault else NO_ANSWER
                 break
@@ -410,6 +412,7 @@ def read_reply(body: str) -> JudgeReply | None:
 def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
     if task.image is None:
         return task.prompt
+    # The file's own bytes: the judge should see the picture that the model saw.
     kind = mimetypes.guess_type(task.image.name)[0] or "image/jpeg"
     data = base64.b64encode(task.image.read_bytes()).decode("ascii")
     image = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}

@@ -163,6 +163,7 @@ def read_llava_bench_questions(path: str | Path, images: str | Path | None) -> l
     for index, question in enumerate(questions):
         questions[index] = replace(question, repeat=seen[question.key])
         seen[question.key] += 1
+    # Pictures in a table are in memory; only paths can be missing.
     files = dict.fromkeys(image for question in questions for image in question.images if isinstance(image, Path))
     missing = [image for image in files if not image.is_file()]
     if missing:
@@ -357,6 +358,7 @@ def _matched(answers: LlavaAnswers, ids: Sequence[Any], complete: bool = True) -
     Raises:
         DataError: an answer has no question, or a question no answer.
     """
+    # Answers to other questions come from another split or file: their ids would be lost without a word.
     texts, known_ids = _by_id(answers), {str(id) for id in ids}
     unknown = [id for id in texts if id not in known_ids]
     if unknown:

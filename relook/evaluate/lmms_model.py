@@ -164,8 +164,9 @@ class RelookModel(lmms):
         files = [self._file(task) for task in dict.fromkeys(request.task for request in requests)]
         with progress(", ".join(file.path.stem for file in files)) as report:
             done = 0
+            # Window by window: a task's pictures together may not fit into memory.
             for window, pictures in _windows(requests):
-
+                # Bind the window as a default: a closure would see the loop's next one.
                 def record(
                     index: int, answer: dict[str, Any], window: Sequence[LmmsRequest] = window
                 ) -> tuple[AnswerFile, dict[str, Any]]:
@@ -212,6 +213,7 @@ class RelookModel(lmms):
 
         Answers to requests that the task no longer has are left out.
         """
+        # Each process knows the keys of its own share alone.
         keys = distributed.all_gather_objects([(task, key) for task, keys in self.asked.items() for key in keys])
         if distributed.is_main():
             for task in dict.fromkeys(task for task, _ in keys):
@@ -263,6 +265,7 @@ def _cut(text: str, until: Sequence[str]) -> str:
 
 def _generation_request(request: Instance, documents: Any, repeat: int) -> LmmsRequest:
     text, settings, visuals, document, task, split = request.args
+    # The hash covers all that the answer depends on: a changed prompt or setting is asked anew.
     key = f"{document}-{text_hash(text, json.dumps(settings, sort_keys=True), str(repeat))}"
     return LmmsRequest(
         task, document, key, text, lambda: visuals(documents[task][split][document]), settings, repeat=repeat

@@ -170,6 +170,7 @@ class CachedPope:
             return {}
         # A token that sampling never chooses cannot be the first, however likely it is.
         suppressed = {*rule.never.tolist(), *rule.not_first.tolist()}
+        # Several tokens decode to the same word, with and without a leading space: all of them count.
         words = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
         return {token: word for token, word in words.items() if word in DECISIVE_MARGIN and token not in suppressed}
 

@@ -36,6 +36,7 @@ class AnswerFile:
         self.path, self.key = path, key
         self.own = path.with_suffix(f".{rank}{path.suffix}") if rank else path
         self.records: dict[str, dict[str, Any]] = {}
+        # Read the other processes' files too, also those of a run that was killed with more processes than now.
         for part in (path, *self._parts()):
             if part.exists():
                 self._read(part)

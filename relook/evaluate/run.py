@@ -80,6 +80,7 @@ def evaluate_model(
 
     for name in remaining:
         ask_missing(definitions[name], questions[name], load, out, settings)
+        # The main process scores the answers of all, so it must wait for the slowest.
         distributed.barrier(f"the answers to {name}")
         if distributed.is_main():
             result = write_result(definitions[name], data, questions[name], out, judge.open(out) if judge else None)
@@ -90,6 +91,7 @@ def evaluate_model(
 
 def judged(out: Path, name: str) -> bool:
     """Return True if an existing result is by a judge behind an endpoint; print how many answers it left unjudged."""
+    # Exact annotations are a judge without an address: their score is recomputed like any other.
     result = read_json_object(out / f"{name}.json")
     if "url" not in result.get("judge", {}):
         return False
@@ -100,6 +102,7 @@ def judged(out: Path, name: str) -> bool:
 
 def shard_images(images: Iterable[Any]) -> set[Any]:
     """Return the images that this process answers for."""
+    # Whole images, not questions: all prompts about an image share its prefix in one process.
     return set(distributed.shard(list(dict.fromkeys(images))))
 
 

@@ -61,6 +61,7 @@ class Lists:
     @cached_property
     def forms(self) -> dict[str, str]:
         """Map each case-sensitive surface form to a word of the list."""
+        # Listed words override plurals of others, and where two words share a plural the last in order has it.
         listed = {*self.association, *(word for words in self.association.values() for word in words)}
         forms = {form: word for word in sorted(listed) for form in plurals(word)} | {word: word for word in listed}
         return {form: word for form, word in forms.items() if form not in _NOT_COUNTED}
@@ -143,6 +144,7 @@ def yes_or_no(answer: str) -> str:
     The original requires exactly "Yes" or "No"; here the first word must be one, whatever punctuation follows.
     """
     first = re.match(r"\W*(\w+)\b(?!\W*(?:and|or|/)\W*(?:yes|no)\b)", answer, re.IGNORECASE)
+    # The pattern's lookahead rejects "yes and no" and "yes/no", which answer nothing.
     word = first[1].lower() if first else ""
     return word if word in ("yes", "no") else ""
 
@@ -241,6 +243,7 @@ def generative(rows: Sequence[DescriptionCounts]) -> dict[str, Any]:
         "hal": ([int(r.made_up > 0) for r in rows], [1] * len(rows)),
         "cog": ([r.tempted for r in rows], [r.temptations for r in rows]),
     }
+    # Ratios of sums over images, not means of ratios: a long description weighs more than a short one.
     rates = {name: safe_ratio(sum(top), sum(bottom)) for name, (top, bottom) in pairs.items()}
     return rates | {f"{n}_ci": ratio_interval(*pair) for n, pair in pairs.items()} | {"n": len(rows)}
 

@@ -50,6 +50,7 @@ def build_pope_files(
             f"{len(usable)} images of {annotations} have {positives} objects or more; {images} are wanted.",
             f"Set --images to 1 to {len(usable)}." if usable else "Give annotations of more objects.",
         )
+    # Generators are seeded by name, so that drawing images does not shift the draws of objects.
     chosen = random.Random(f"pope/{seed}/images").sample(usable, images)
     card = {
         "annotations_sha256": file_hash(annotations),
@@ -137,6 +138,7 @@ def build_splits(
     for present in enough.values():
         for name in present:
             together[name].update(other for other in present if other != name)
+    # Categories that occur in no image have no rank, but are absent everywhere.
     popular, never = _by_frequency(frequency), [name for name in categories if name not in frequency]
     companions = {name: _by_frequency(counts) for name, counts in together.items()}
 

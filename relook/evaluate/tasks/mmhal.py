@@ -84,6 +84,7 @@ def read_mmhal_answers(path: str | Path) -> list[dict[str, Any]]:
 
 def read_rating(reply: str) -> int | None:
     """Return the rating in a judge's reply; None if there is none, or more than one."""
+    # A judge that repeats its rating is read, one that gives two different ones is not; "4.5" and "10" are no ratings.
     ratings = {int(digit) for digit in re.findall(r"rating:[\s*]*([0-6])(?!\.?\d)", reply.lower())}
     return ratings.pop() if len(ratings) == 1 else None
 

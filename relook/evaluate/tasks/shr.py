@@ -170,6 +170,7 @@ def read_knowledge(data: Path, images: Sequence[str]) -> dict[str, tuple[str, st
     facts: dict[str, str] = {}
     for name in FACTS:
         for record in read_records(shr_file(data, name)):
+            # A record maps image ids to lists of facts; later files replace earlier facts about the same image.
             facts |= {as_id(image): "".join(f"{fact}\n" for fact in of_image) for image, of_image in record.items()}
     vg = visual_genome(data)
     regions, sizes = read_regions(vg), read_sizes(vg)
@@ -220,6 +221,7 @@ class ExactJudge:
         )
 
     def _label(self, sentence: str, present: frozenset[str]) -> str:
+        # One absent object is enough, whatever else the sentence names.
         mentioned = {mention.object for mention in mentions(sentence, self.vocabulary)}
         return HALLUCINATION if mentioned - present else CORRECT if mentioned else CANNOT_JUDGE
 
@@ -249,6 +251,7 @@ def score_shr(data: Path, descriptions: Mapping[str, str], judge: Judge | None) 
     judged = sentence_judge.label(described)
     labels = {description.image: verdict for description, verdict in zip(described, judged.verdicts, strict=True)}
     rows = [_counts(description, labels.get(description.image, ())) for description in split]
+    # One row per image becomes one column per count: the bootstrap resamples images.
     columns = dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(_COLUMNS, ())
     total = {name: sum(column) for name, column in columns.items()}
     # An image without sentences counts as judged, one whose sentences got no label (None) does not.
