@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from relook.errors import RecipeError
 from relook.evaluate.statistics import safe_ratio
 from relook.evaluate.tasks import BENCHMARKS, get_benchmarks
 from relook.evaluate.tasks.pope import official_parse
 from relook.files import read_json_object
+
+if TYPE_CHECKING:  # scores are compared without a model's libraries
+    from torch import Tensor
 
 # ----------------------------------------------------------------------------------------------------
 
