@@ -22,6 +22,7 @@ RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
 LONGEST = 2000  # characters of an answer that are shown
 RATES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio"}
+OWN_SECTIONS = ("pope", "chair")  # comparison.html.j2 shows them paired; others are side by side
 
 
 def write_comparison(
@@ -61,7 +62,7 @@ def write_comparison(
         unpaired={
             name: side_by_side([scores[name] for scores in both], get_benchmark(name).ratings)
             for name in both[0]
-            if name not in paired
+            if name not in OWN_SECTIONS
         },
         sources=provenance(both),
         limit=PICTURES,
