@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from relook.data.samples import ON_BAD
 from relook.errors import Faults, RecipeError, preview
 from relook.files import read_text, write_text
 from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_KEYS, UNSUPPORTED, idle_keys, refused, renamed
@@ -136,7 +137,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
 
 CHOICES = {
     "task": ("sft", "dpo"),
-    "on_bad": ("drop", "error"),
+    "on_bad": ON_BAD,
     "dpo_tokens": ("all", "differing"),
     "loss_type": ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
     "post_decoder_init": ("random", "projector"),

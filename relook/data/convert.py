@@ -34,7 +34,7 @@ from relook.data.parquet import (
 )
 from relook.data.paths import resolve_extension
 from relook.data.readers import DESCRIBE_PROMPTS, draw_description_pair, pair_fault
-from relook.data.samples import BadRecord, as_id, missing_fields
+from relook.data.samples import ID_UNKNOWN, IMAGE_MISSING, BadRecord, as_id, missing_fields
 from relook.errors import DataError, RecipeError, preview
 from relook.files import atomic_folder, read_json, read_json_object, write_json
 
@@ -152,7 +152,7 @@ def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
             entry = image_records.get(image_id)
             path = None if entry is None else resolve_extension(vg_path / entry_image_path(entry))
             if path is None or not path.is_file():
-                yield InvalidPair("image file missing" if path else "image id not in image_data.json")
+                yield InvalidPair(IMAGE_MISSING if path else ID_UNKNOWN)
                 continue
             if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
                 yield InvalidPair("no question, chosen or rejected")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.paths import resolve_extension
-from relook.data.samples import BadRecord, path_fault
+from relook.data.samples import IMAGE_MISSING, BadRecord, path_fault
 from relook.errors import DataError
 from relook.files import atomic_file
 
@@ -298,7 +298,7 @@ def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
             raise InvalidPair(fault)
         source = next((file for folder in folders if (file := resolve_extension(folder / name)).is_file()), None)
         if source is None:
-            raise InvalidPair("image file missing")
+            raise InvalidPair(IMAGE_MISSING)
         data = source.read_bytes()
     if not isinstance(data, bytes):
         raise InvalidPair("no image")

@@ -16,6 +16,8 @@ from relook.data.annotations import read_image_paths
 from relook.data.parquet import Embedded, InvalidPair, content_hash, hadpo_record, open_parquet
 from relook.data.paths import resolve_extension
 from relook.data.samples import (
+    ID_UNKNOWN,
+    IMAGE_MISSING,
     BadRecord,
     Conversation,
     DropLog,
@@ -176,9 +178,9 @@ def _pair(
     if fault := check_pair(prompt, chosen, rejected):
         raise BadRecord(fault)
     if (path := paths.get(as_id(image_id))) is None:
-        raise BadRecord("image id not in image_data.json")
+        raise BadRecord(ID_UNKNOWN)
     if not (path := resolve_extension(path)).is_file():
-        raise BadRecord("image file missing")
+        raise BadRecord(IMAGE_MISSING)
     return PreferencePair(name, path, prompt, chosen, rejected)
 
 
@@ -222,7 +224,7 @@ def read_llava(
         if all(image.is_file() for image in images):
             samples.append(replace(sample, images=images))
         else:
-            drop_log.drop(name, "image file missing")
+            drop_log.drop(name, IMAGE_MISSING)
     return samples, drop_log.report(len(samples))
 
 

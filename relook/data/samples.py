@@ -132,6 +132,9 @@ class DropLog:
 # The rules about single records that every reader, converter and check shares.
 
 
+IMAGE_MISSING, ID_UNKNOWN = "image file missing", "image id not in image_data.json"
+
+
 class BadRecord(Exception):
     """Reason why a record cannot be used."""
 
