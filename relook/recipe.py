@@ -125,7 +125,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
                     number = convert(value)
                 except (ValueError, OverflowError):
                     continue
-                if name == "float" or float(value) == number:  # 2.5 is no int
+                if name == "float" or float(value) == number:  # 2.5 is not an int
                     return number
         if "str" in kinds:
             return str(value)

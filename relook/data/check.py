@@ -251,7 +251,7 @@ def _exit_with_parent() -> None:
         main_process.join()
         os._exit(1)
 
-    # The pool cannot do this: a killed parent shuts nothing down, and its workers would wait for tasks for ever.
+    # The pool cannot do this: a killed parent shuts nothing down, and its workers would wait for tasks forever.
     Thread(target=end, daemon=True).start()
 
 
@@ -317,9 +317,9 @@ def fix_folder(
 ) -> dict[str, Any]:
     """Repair a dataset folder and return the content of `relook-fix.json`.
 
-    Images of another format than their name says, or of an unusual mode, are rewritten in RGB under that name. So are
-    images under another extension than the records' (OCR-VQA's .gif). Unusable records are left out of the new index
-    files. Files of the folder itself change only with `in_place`, and none is removed.
+    Images whose format does not match their extension, or of an unusual mode, are rewritten in RGB under that name. So
+    are images under another extension than the records' (OCR-VQA's .gif). Unusable records are left out of the new
+    index files. Files of the folder itself change only with `in_place`, and none is removed.
 
     Args:
         out: a new folder of the same layout, in which sound images are links to the old ones.

@@ -85,7 +85,7 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
 def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
     """Yield the rows that `to` can hold; at the end, raise an error that names the others, so that nothing is written.
 
-    Rows that are no pair to train on (`check_pair`) are left out and named on screen.
+    Rows that are not a pair to train on (`check_pair`) are left out and named on screen.
     """
     faults: dict[str, list[int]] = {}
     unusable: dict[str, list[int]] = {}
@@ -246,7 +246,7 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
             _write_records(temporary / POPE, questions)
         write_json(temporary / IMAGES, [entry for entry, _ in images.values()])
         if new:
-            # An Arrow schema says of the columns what JSON cannot: types, and which of them hold no value at all.
+            # An Arrow schema keeps what JSON cannot: the columns' types, and columns without any value.
             columns = base64.b64encode(pyarrow().schema(fields).serialize().to_pybytes()).decode()
             notes = {"filled": source.filled, "forms": source.forms, "features": source.features}
             write_json(temporary / NOTES, {"columns": columns, **notes})

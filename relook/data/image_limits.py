@@ -43,7 +43,7 @@ def check_structure(data: bytes, max_pixels: int) -> None:
 def _check_jpeg(data: bytes, max_pixels: int) -> None:
     position, scans, pixels, marker, filling = 2, 0, 0, 0, 0
     for _ in range(JPEG_SEGMENTS):
-        # As libjpeg does, skip whatever stands before the next marker.
+        # As libjpeg does, skip whatever precedes the next marker.
         match = (AFTER_SCAN if marker == 0xDA else MARKER).search(data, position)
         end = match.start() if match else len(data)
         if marker != 0xDA:

@@ -43,7 +43,7 @@ class Embedded:
 
 
 class InvalidPair(BadRecord):
-    """Reason why a row is no preference pair of one image, one prompt and two answers."""
+    """Reason why a row is not a preference pair of one image, one prompt and two answers."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class PairFile:
     """Opened file or folder of pairs.
 
     Args:
-        rows: function that reads the rows from the start; a row that is no pair comes as an `InvalidPair`.
+        rows: function that reads the rows from the start; a row that is not a pair comes as an `InvalidPair`.
         count: number of rows.
         fields: pyarrow fields of the columns in `extra`.
         features: the features of those columns for Hugging Face's `datasets`.
@@ -144,7 +144,7 @@ def stored_columns(row: RawPair, layout: str) -> dict[str, Any]:
         stored = json.loads(text or "{}")
     except (TypeError, ValueError):
         stored = None
-    # A file is data from strangers: the column is checked, not trusted because of its name.
+    # Files come from anywhere: a column of this name need not be what a conversion wrote.
     parts = ("image", "record") if layout == "hadpo" and text else ()
     if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in parts):
         raise DataError(f"{layout}_record is not what a conversion writes: {text!r:.60}.", "Convert the source again.")

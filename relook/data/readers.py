@@ -138,7 +138,7 @@ def answered_correctly(record: Mapping[str, Any]) -> bool:
     """Return True if a question record says that the model's answer was right, so that there is no preference.
 
     Raises:
-        BadRecord: `correct` is no truth value.
+        BadRecord: `correct` is not a truth value.
     """
     correct = as_bool(record.get("correct"))
     if correct is None:
@@ -147,7 +147,7 @@ def answered_correctly(record: Mapping[str, Any]) -> bool:
 
 
 def pair_fault(record: Mapping[str, Any], prompt: Any, chosen: Any, rejected: Any) -> str:
-    """Return why texts are no pair to train on, or ""; a record answered correctly is sound and need not be one."""
+    """Return why texts are not a pair to train on, or ""; a record answered correctly is sound and need not be one."""
     try:
         return "" if answered_correctly(record) else check_pair(prompt, chosen, rejected)
     except BadRecord as bad:
