@@ -48,7 +48,7 @@ IGNORED = {
 }
 
 # Keys of the model's config (`relook.model.checkpoint.llava_settings`). A recipe may repeat them, but not change them.
-MODEL_KEYS = {
+MODEL_CONFIG_KEYS = {
     "mm_vision_select_layer": "int",
     "mm_vision_select_feature": "str",
     "mm_projector_type": "str",

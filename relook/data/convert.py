@@ -38,7 +38,7 @@ from relook.data.samples import ID_UNKNOWN, IMAGE_MISSING, BadRecord, as_id, mis
 from relook.errors import DataError, RecipeError, preview
 from relook.files import atomic_folder, read_json, read_json_object, write_json
 
-LAYOUTS = ("hadpo", *COLUMNS)
+PAIR_LAYOUTS = ("hadpo", *COLUMNS)
 DESC, POPE, IMAGES, NOTES = "desc_data.json", "pope_data.json", "image_data.json", "relook.json"
 RECORD = "hadpo_record"
 # Keys of a pope_data.json record for a pair that is not from HA-DPO. Any further key is one of its columns.
@@ -62,8 +62,8 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
     """
     source, target = Path(source), Path(target)
     images = None if images is None else Path(images)
-    if to not in LAYOUTS:
-        raise RecipeError(f"There is no preference layout {to!r}.", f"Known ones: {', '.join(LAYOUTS)}.")
+    if to not in PAIR_LAYOUTS:
+        raise RecipeError(f"There is no preference layout {to!r}.", f"Known ones: {', '.join(PAIR_LAYOUTS)}.")
     if target.exists():
         raise RecipeError(f"{target} is there already.", "Choose another place, or remove it.")
     if (target.suffix == ".parquet") != (to != "hadpo"):

@@ -111,7 +111,7 @@ COLUMNS = {
     "rlhfv": ("image", "text"),
     "rlaifv": ("image", "question", "chosen", "rejected"),
 }
-TEXTS = ("question", "chosen", "rejected")
+TEXT_COLUMNS = ("question", "chosen", "rejected")
 # Further columns that RLHF-V's own programs require: type, and the value for a row without one.
 _META_COLUMNS: dict[str, tuple[str, Callable[[RawPair, int], Any]]] = {
     "ds_name": ("string", lambda row, number: "relook"),
@@ -235,7 +235,7 @@ def layout_of(columns: Sequence[str], path: str | Path) -> str:
     present = set(columns)
     if {"prompt", "chosen", "rejected"} <= present and present & {"images", "image"}:
         return "trl"
-    if {"image", *TEXTS} <= present:
+    if {"image", *TEXT_COLUMNS} <= present:
         return "rlaifv"
     if {"image", "text"} <= present:
         return "rlhfv"
@@ -322,7 +322,7 @@ def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
             texts = json.loads(texts["text"])
         except (TypeError, ValueError):
             raise InvalidPair("text is not JSON") from None
-    plain = [texts.get(name) if isinstance(texts, dict) else None for name in TEXTS]
+    plain = [texts.get(name) if isinstance(texts, dict) else None for name in TEXT_COLUMNS]
     if not all(isinstance(text, str) for text in plain):
         raise InvalidPair("no question, chosen or rejected")
     return plain[0], plain[1], plain[2]  # type: ignore[return-value]
@@ -368,7 +368,7 @@ def native_schema(layout: str) -> Any:
 
 def _native_columns(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
     """Convert a row's plain texts to the layout's columns."""
-    texts = dict(zip(TEXTS, (row.prompt, row.chosen, row.rejected), strict=True))
+    texts = dict(zip(TEXT_COLUMNS, (row.prompt, row.chosen, row.rejected), strict=True))
     if layout == "rlaifv":
         return texts
     if layout == "rlhfv":
