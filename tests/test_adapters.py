@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import dpo_keys, pixels, prompt, tiny_llava
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from test_checkpoints import copied
-from tiny import dpo_keys, pixels, prompt, tiny_llava
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 

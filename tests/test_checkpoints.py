@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import tiny_llava
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llava
 
 from relook import LoadedModel, load_model
 from relook.data.packing import TokenRow, Tree, pack
