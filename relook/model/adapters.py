@@ -205,16 +205,16 @@ class Adapter:
 
     def _with_earlier(self) -> Adapter:
         """Combine the previous adapters and this one; of LoRA only the names matter, since no stage takes it."""
-        replaced: dict[str, LazyTensor] = {}
+        tensors: dict[str, LazyTensor] = {}
         lora: dict[str, LoraDelta] = {}
         settings = None
-        for change in (*map(read_adapter, self.previous), self):
-            if any(name.startswith(DECODER) for name in change.tensors):  # a whole post decoder replaces an earlier one
-                replaced = {name: tensor for name, tensor in replaced.items() if not name.startswith(DECODER)}
-                settings = change.post_decoder
-            replaced |= change.tensors
-            lora |= change.lora
-        return replace(self, tensors=replaced, lora=lora, post_decoder=settings, previous=())
+        for adapter in (*map(read_adapter, self.previous), self):
+            if any(name.startswith(DECODER) for name in adapter.tensors):  # replaces an earlier one
+                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER)}
+                settings = adapter.post_decoder
+            tensors |= adapter.tensors
+            lora |= adapter.lora
+        return replace(self, tensors=tensors, lora=lora, post_decoder=settings, previous=())
 
     def after(self, base: ModelFolder) -> Adapter:
         """Drop the previous adapters that a training run used as the base already contains."""
