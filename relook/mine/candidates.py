@@ -103,8 +103,10 @@ def find_pairs(
         result.dropped += Counter({"near-duplicate": len(repeated)})
     if judge and annotated.vocabulary:
         styled = match_style(judge, result.pairs, annotated.vocabulary)
+        # A pair that the judge could not rewrite as asked stays as it is.
         result.pairs = [new or old for new, old in zip(styled.verdicts, result.pairs, strict=True)]
         result.judge.append(styled.to_json())
+    # Lengths last: all before changes texts, or which pairs there are.
     result.pairs, dropped = match_lengths(result.pairs)
     result.dropped += dropped
     return result
@@ -254,6 +256,7 @@ def co_occurrence(objects: Sequence[Collection[str]]) -> dict[str, Counter[str]]
 
 def weighted_sample(weights: Mapping[str, float], count: int, rng: random.Random) -> list[str]:
     """Draw distinct names in proportion to weight + 1, by the largest of u^(1/w) (Efraimidis and Spirakis 2006)."""
+    # Sorted, so that each name gets the same random number every time.
     keys = {name: rng.random() ** (1 / (weight + 1)) for name, weight in sorted(weights.items())}
     return sorted(keys, key=lambda name: -keys[name])[:count]
 
@@ -262,5 +265,6 @@ def balance_answers(pairs: list[dict[str, Any]], rng: random.Random) -> list[dic
     """Drop pairs of the more frequent kind until as many end in yes as in no."""
     kinds = [[r for r in pairs if r["chosen"] == word] for word in ("Yes.", "No.")]
     fewest = min(map(len, kinds))
+    # By identity, because two records may be equal.
     selected = {id(record) for kind in kinds for record in rng.sample(kind, fewest)}
     return [record for record in pairs if id(record) in selected]

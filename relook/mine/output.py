@@ -42,6 +42,7 @@ def write_images(out: Path, pictures: Iterable[MinedImage], contents: Mapping[st
     entries = []
     for picture in pictures:
         name = f"{contents[picture.id][:16]}{picture.path.suffix.lower()}"
+        # Readers take folder and file from the end of the url, as with Visual Genome's own.
         entries.append({"image_id": picture.id, "url": f"https://relook.invalid/{FOLDER}/{name}"})
         _link(picture.path, out / FOLDER / name)
     write_json(out / IMAGES, entries)
@@ -59,6 +60,7 @@ def _link(source: Path, target: Path) -> None:
 
 def write_pairs_parquet(out: Path) -> None:
     """Write TRL's columns, converted from the files of `write_pairs` and `write_images`."""
+    # A stopped run may have left one, and a conversion overwrites nothing.
     (out / PARQUET).unlink(missing_ok=True)
     convert_pairs(out, out / PARQUET, "trl")
 
@@ -149,6 +151,7 @@ def write_pairs_page(
     Args:
         vocabulary: of the annotations; without one the words in which the texts differ are marked.
     """
+    # Questions fill the room that description pairs leave, and the other way round.
     questions = _sample_evenly(records, CARDS - min(len(pairs), DESCRIBED))
     shown = _sample_evenly(pairs, CARDS - len(questions))
     page = render(
@@ -187,5 +190,6 @@ def _question_texts(record: Mapping[str, Any]) -> list[tuple[str, Spans]]:
 def mark_differences(text: str, other: str) -> Spans:
     """Cut a text at the words that another one does not have in their place, which are the wrong spans."""
     words, other_words = (re.findall(r"\s+|\S+", side) for side in (text, other))
+    # autojunk would leave frequent words of long texts out of the comparison.
     blocks = SequenceMatcher(None, words, other_words, autojunk=False).get_opcodes()
     return [("".join(words[start:end]), kind != "equal") for kind, start, end, _, _ in blocks if end > start]

@@ -141,8 +141,8 @@ def correct_description(
     where none is left, its sentence is exchanged for a neutral one. All else stays as it is, also line breaks and a
     last sentence that was cut off.
     """
-    named = {mention.object for mention in mentions(text, vocabulary)}
-    missing = sorted(set(truth) - named)
+    mentioned = {mention.object for mention in mentions(text, vocabulary)}
+    missing = sorted(set(truth) - mentioned)
     rng.shuffle(missing)
     replacements: dict[str, str] = {}
 

@@ -131,6 +131,7 @@ def _unannotated(images: Path, _: Synonyms) -> AnnotatedImages:
 
 def _coco(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) -> AnnotatedImages:
     """Read COCO's objects; `images` is the folder of one split, or COCO's folder if it has one split only."""
+    # COCO's folder has its annotations inside, a split's folder beside it.
     root = images if (images / "annotations").is_dir() else images.parent
     files = sorted((root / "annotations").glob("instances_*.json"))
     splits = {file.stem.removeprefix("instances_"): file for file in files}
@@ -315,7 +316,8 @@ def excluded_names(path: Path) -> frozenset[str]:
         try:
             content = read_json(path)
         except DataError:
-            content = read_records(path)
+            content = read_records(path)  # JSON lines
+        # A single record, COCO's instances, or HA-DPO's descriptions, whose keys are ids.
         if isinstance(content, dict):
             content = [content] if _image_values(content) else content.get("images", list(content))
         values = [value for record in content for value in _image_values(record)]
@@ -330,11 +332,13 @@ def excluded_names(path: Path) -> frozenset[str]:
 def _image_values(record: Any) -> list[Any]:
     if not isinstance(record, dict):
         return [record] if isinstance(record, (str, int)) else []
+    # `id` is an image's in COCO's list of images alone, where a file name stands beside it.
     keys = ("image", "image_id", "image_name", "file_name", *(("id",) if "file_name" in record else ()))
     return [record[key] for key in keys if isinstance(record.get(key), (str, int))]
 
 
 def _names(value: str) -> frozenset[str]:
+    # A bare number may be COCO's or Visual Genome's: pictures have both kinds as `id:`.
     return frozenset({f"id:{int(value)}"}) if value.isdecimal() else image_names(value)
 
 

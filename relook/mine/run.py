@@ -183,9 +183,9 @@ def _claim_folder(out: Path, settings: Mapping[str, Any], judge: JudgeSettings |
     claim_output_dir(out, SETTINGS, settings, "pairs", judge=judge_identity)
     if not (out / output.CARD).exists():
         write_json(out / SETTINGS, {**settings, "judge": judge_identity})
-    elif (read_json_object(out / SETTINGS)["judge"] or [])[-2:] != (
-        judge_identity or []
-    ):  # earlier versions wrote the address first
+        return
+    stored = read_json_object(out / SETTINGS)["judge"] or []
+    if stored[-2:] != (judge_identity or []):  # earlier versions wrote the address first
         raise RecipeError(f"{out} holds pairs made with another judge.", "Choose another --out.")
 
 
