@@ -37,7 +37,8 @@ from relook.mine.jobs import MiningSettings, MiningSource, fingerprint_all, gene
 from relook.mine.output import write_pairs_page
 from relook.mine.pairs import REQUEST, MinedPair
 from relook.mine.pictures import ExclusionFilter, MinedImage, evaluation_files, excluded_names, read_pictures
-from relook.model.load import LoadedModel, LoadOptions, folder_template, model_hash, parse_device
+from relook.model.checkpoint import ModelFolder, parse_folder
+from relook.model.load import LoadedModel, LoadOptions, model_hash, parse_device
 
 SETTINGS, WORK = "mine.json", "work"
 
@@ -61,20 +62,20 @@ def mine_pairs(
         RelookError: settings that contradict each other, data that cannot be used, a judge that does not answer, or a
             folder with other pairs.
     """
-    model, out = Path(model), Path(out)
-    settings = _check_settings(model, source, out, settings, judge, loading)
+    folder, out = parse_folder(model), Path(out)
+    settings = _check_settings(folder, source, out, settings, judge, loading)
     annotated = read_pictures(source.images, source.annotations, source.synonyms)
     listed = frozenset[str]().union(*(excluded_names(path) for path in source.exclude if not path.is_dir()))
-    evaluation_images = [path for folder in source.exclude if folder.is_dir() for path in evaluation_files(folder)]
+    evaluation_images = [path for entry in source.exclude if entry.is_dir() for path in evaluation_files(entry)]
     if distributed.is_main():
         excluded = [*sorted(listed), *(str(path.resolve()) for path in evaluation_images)]
-        _claim_folder(out, _identity(model, source, annotated.pictures, excluded, settings, loading), judge)
+        _claim_folder(out, _identity(folder, source, annotated.pictures, excluded, settings, loading), judge)
     distributed.barrier("the output folder")
     if (out / output.CARD).exists():
         return dict(read_json(out / output.CARD))
 
     # Select. The model is loaded when there is something to ask it: a finished stage needs none.
-    work, load = out / WORK, functools.cache(lambda: loading.load(model))
+    work, load = out / WORK, functools.cache(lambda: loading.load(folder))
     exclusion = _fingerprint(annotated.pictures, listed, evaluation_images, work)
     pictures, left_out = _select_images(source, annotated.pictures, exclusion)
     description_rng, question_rng = (random.Random(f"{settings.seed}/{stage}") for stage in ("describe", "ask"))
@@ -108,8 +109,8 @@ def mine_pairs(
         selected = candidates.balance_answers(records, question_rng)
         write_outputs(out, pictures, annotated.vocabulary, described.pairs, selected, exclusion, settings.parquet)
         card = {
-            "model": model.name,
-            "model_hash": model_hash(model),
+            "model": folder.path.name,
+            "model_hash": model_hash(folder),
             "annotations": source.annotations,
             **dataclasses.asdict(settings),
             "pictures": {"found": len(annotated.pictures), "left_out": left_out, "mined": len(pictures)},
@@ -126,7 +127,7 @@ def mine_pairs(
 
 
 def _check_settings(
-    model: Path,
+    model: ModelFolder,
     source: MiningSource,
     out: Path,
     settings: MiningSettings,
@@ -143,7 +144,7 @@ def _check_settings(
     if settings.samples and settings.temperature <= 0:
         raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
     parse_device(loading.device)
-    settings = dataclasses.replace(settings, template=settings.template or folder_template(model))
+    settings = dataclasses.replace(settings, template=settings.template or model.template)
     get_template(settings.template)
     return settings
 
@@ -190,7 +191,7 @@ def _claim_folder(out: Path, settings: Mapping[str, Any], judge: JudgeSettings |
 
 
 def _identity(
-    model: Path,
+    model: ModelFolder,
     source: MiningSource,
     pictures: Sequence[MinedImage],
     excluded: Sequence[str],

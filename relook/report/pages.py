@@ -72,7 +72,7 @@ def thumbnail(path: Path) -> dict[str, str]:
     try:
         image = open_image(path)
     except DataError as error:
-        return {"fault": error.what}
+        return {"fault": error.problem}
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
