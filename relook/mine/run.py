@@ -172,7 +172,7 @@ def _select_images(
     return [picture for picture in pictures if picture.id not in reasons], counts
 
 
-def _claim_folder(out: Path, settings: Mapping[str, Any], judge: JudgeSettings | None) -> None:
+def _claim_folder(out: Path, identity: Mapping[str, Any], judge: JudgeSettings | None) -> None:
     """Claim the folder for a job, or go on there.
 
     Raises:
@@ -181,9 +181,9 @@ def _claim_folder(out: Path, settings: Mapping[str, Any], judge: JudgeSettings |
     # Descriptions do not depend on a judge: until the pairs are finished another one may take over. Finished ones
     # belong to their judge's model and request, not to its address.
     judge_identity = judge and [judge.model, dict(judge.request)]
-    claim_output_dir(out, SETTINGS, settings, "pairs", judge=judge_identity)
+    claim_output_dir(out, SETTINGS, identity, "pairs", judge=judge_identity)
     if not (out / output.CARD).exists():
-        write_json(out / SETTINGS, {**settings, "judge": judge_identity})
+        write_json(out / SETTINGS, {**identity, "judge": judge_identity})
         return
     stored = read_json_object(out / SETTINGS)["judge"] or []
     if stored[-2:] != (judge_identity or []):  # earlier versions wrote the address first
