@@ -25,10 +25,10 @@ from relook.data.convert import DESC, POPE
 from relook.data.parquet import pyarrow
 from relook.data.templates import get_template
 from relook.errors import DataError, RecipeError
+from relook.evaluate.benchmark import YES_NO_MAX_TOKENS
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import library_versions
 from relook.evaluate.tasks.chair import Vocabulary
-from relook.evaluate.tasks.pope import LONGEST_ANSWER
 from relook.files import claim_output_dir, read_json, read_json_object, read_text, text_hash, write_json, writes_alone
 from relook.generate.tree_decoding import GenerationSettings
 from relook.mine import candidates, output, pairs
@@ -98,7 +98,7 @@ def mine_pairs(
         lambda: _choose_questions(pictures, described, source, settings, question_rng)
     )
     generation = GenerationSettings(
-        settings.template, min(settings.max_new_tokens, LONGEST_ANSWER), settings.batch_size
+        settings.template, min(settings.max_new_tokens, YES_NO_MAX_TOKENS), settings.batch_size
     )
     prompts = [(question.key, (question.picture.path, question.text)) for question in questions]
     answers = generate_all(work / "answers.jsonl", load, prompts, generation, "yes/no questions")
