@@ -43,6 +43,7 @@ def write_comparison(
     first, second = Path(first), Path(second)
     out = None if out is None else Path(out)
     data = None if data is None else Path(data)
+    # Resolved, because "." has no name to show.
     first, second = first.resolve(), second.resolve()
     out, data = out or first.parent / f"{first.name}-{second.name}", data or data_folder_of(first)
     is_free(out, RESULTS_FILE, "--out")
@@ -87,6 +88,7 @@ def compare_folders(first: Path, second: Path, data: Path) -> dict[str, Any]:
     definitions = get_benchmarks(both)
     paired = [name for name in both if definitions[name].compare]
     return {
+        # Two folders of one name are told apart by their paths.
         "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
         "scores": [{name: _scores(name, data, folder) for name in both} for folder in folders],
         "paired": compare(data, first, second, paired),
