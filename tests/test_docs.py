@@ -21,17 +21,8 @@ from relook.sweep_config import OWN
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
-WAITING = [
-    "architecture",
-    "clusters",
-    "coming-from-hadpo",
-    "estimate",
-    "lmms-eval",
-    "recipes",
-    "serving",
-    "shr-amber-mmhal",
-    "trunks",
-]
+WAITING = {"architecture", "clusters", "coming-from-hadpo", "estimate", "lmms-eval", "recipes"}
+WAITING |= {"serving", "shr-amber-mmhal", "trunks"}
 PAGES = [
     *READMES,
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem not in WAITING),
