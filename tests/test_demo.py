@@ -120,6 +120,7 @@ def test_the_report_can_be_written_again(whole: Path, monkeypatch: pytest.Monkey
     assert len((whole / "report.html").read_bytes()) == pytest.approx(len(page), rel=0.01)
 
 
+@pytest.mark.slow  # each of its parts is killed and goes on in a test of its own
 def test_an_interrupted_demo_ends_with_the_same_results(whole: Path, small: Any, tmp_path: Path) -> None:
     """Ctrl-C while drawing, answering, mining, at a training step, before saving and in the report; then again."""
     out = tmp_path / "out"

@@ -102,7 +102,7 @@ def test_a_frozen_trunk_is_cached_wherever_the_tower_is(
     fine(relook("eval", "pope", "--model", tmp_path / "runs" / "disk", *short, "--out", tmp_path / "eval"))
 
 
-@pytest.mark.parametrize("original", [PLACES[0], PLACES[2]], indirect=True)
+@pytest.mark.parametrize("original", [pytest.param(PLACES[0], marks=pytest.mark.slow), PLACES[2]], indirect=True)
 def test_every_command_of_the_page(
     original: Original, relook: Command, world: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

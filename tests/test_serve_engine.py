@@ -132,11 +132,13 @@ def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -
 @pytest.mark.parametrize("name", MODELS)
 def test_many_at_once_each_get_the_text_of_generate(name: str) -> None:
     loaded = as_loaded(MODELS[name]())
-    expected = one_by_one(loaded, QUESTIONS)
+    expected = one_by_one(loaded, QUESTIONS, max_new_tokens=6)
     assert len(set(expected)) > 6
     with engine_of(loaded) as engine:
-        assert at_once(engine, QUESTIONS) == expected
-        assert at_once(engine, QUESTIONS[6::-1]) == expected[6::-1]  # with all slots full of earlier ones
+        assert at_once(engine, QUESTIONS, max_new_tokens=6) == expected
+        assert (
+            at_once(engine, QUESTIONS[6::-1], max_new_tokens=6) == expected[6::-1]
+        )  # with all slots full of earlier ones
         until(lambda: engine.running == engine.waiting == 0)
         assert engine.batch.counts.images == len(PICTURES)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,14 @@ SCENES = 6
 
 
 def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
-    """Toyworld's architecture with random weights."""
+    """Toyworld's architecture with random weights; a copy of one that is built once."""
+    model, state = _built_llava(seed)
+    torch.set_rng_state(state)  # tests go on to draw from where the weights ended
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _built_llava(seed: int) -> tuple[LlavaForConditionalGeneration, Tensor]:
     torch.manual_seed(seed)
     tower = CLIPVisionModel(
         CLIPVisionConfig(
@@ -36,7 +45,7 @@ def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
             patch_size=PATCH,
         )
     )
-    return assemble(tower, seed).eval()
+    return assemble(tower, seed).eval(), torch.get_rng_state()
 
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:
