@@ -136,9 +136,7 @@ class LazyModel:
     def check(self) -> None:
         """Raise a CheckpointError that lists missing and unused tensors, and those whose shape is not the config's."""
         who = self.who
-        with torch.device("meta"):
-            model = _build_checked(who, self.model_class, self.config)
-        wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        wanted = _build_checked(who, _shapes_of, self.model_class, self.config)
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         missing = sorted(wanted.keys() - self.tensors.keys() - tied)
         unused = sorted(self.tensors.keys() - wanted.keys())
@@ -197,6 +195,25 @@ class LazyModel:
         return GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
+
+
+def _shapes_of(model_class: type[PreTrainedModel], config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter that a model of this config has.
+
+    Without weights a model still takes long to build, and one process often opens models of one config: a base and
+    its runs, or a source and its conversion. So the last ones are remembered.
+    """
+    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    if key not in _known_shapes:
+        while len(_known_shapes) >= 16:
+            del _known_shapes[next(iter(_known_shapes))]
+        with torch.device("meta"):
+            model = model_class(config)
+        _known_shapes[key] = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    return _known_shapes[key]
+
+
+_known_shapes: dict[tuple[type[PreTrainedModel], str], dict[str, tuple[int, ...]]] = {}
 
 
 def _finite(tensor: Tensor) -> bool:
