@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.damaged import encoded, write_llava
+from helpers.forked import FORK
 from PIL import Image
 
 from relook import cli
@@ -137,7 +137,7 @@ def test_a_killed_fix_ends_in_the_same_files(in_place: bool, tmp_path: Path) -> 
 
     def run(writes: int, folder: str) -> int:
         place = {"in_place": True} if in_place else {"out": tmp_path / f"out-{folder}"}
-        process = multiprocessing.get_context("fork").Process(target=fix, args=(writes, tmp_path / folder, place))
+        process = FORK.Process(target=fix, args=(writes, tmp_path / folder, place))
         process.start()
         process.join()
         assert process.exitcode is not None
