@@ -334,7 +334,8 @@ def test_an_image_goes_with_its_prompt(tmp_path: Path) -> None:
 
 def ask_twelve(url: str, cache: Path) -> None:
     judge = Judge(JudgeSettings(url, "tester", workers=1), cache)
-    print(judge.ask([Task(f"prompt {n}", str) for n in range(12)], {}, "judge").verdicts)
+    verdicts = judge.ask([Task(f"prompt {n}", str) for n in range(12)], {}, "judge").verdicts
+    sys.stdout.write(f"{verdicts}\n")
 
 
 def test_a_kill_loses_no_reply(tmp_path: Path) -> None:
