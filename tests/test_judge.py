@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import signal
+import sys
 import time
 import tracemalloc
 import zlib
