@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -130,13 +131,14 @@ def no_trunk_cache() -> Iterator[None]:
 
 @pytest.fixture
 def relook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process."""
+    """Run the command in this process; `stdin` is what it reads."""
     from helpers.command import Ended
 
     from relook import cli
 
-    def run(*words: Any) -> Ended:
+    def run(*words: Any, stdin: str = "") -> Ended:
         monkeypatch.setattr(sys, "argv", ["relook", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
         try:
             cli.main()

@@ -7,17 +7,16 @@ import json
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.command import Command
 from helpers.damaged import encoded, write_llava
 from helpers.forked import FORK
 from PIL import Image
 
-from relook import cli
 from relook.data.check import FolderReport, check_folder, fix_folder
 from relook.data.readers import read_hadpo, read_llava
 from relook.errors import DataError, RelookError
@@ -338,15 +337,10 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         fix_folder("llava", folder, tmp_path / "new")
 
 
-def test_status_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_and_json(tmp_path: Path, relook: Command) -> None:
     def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["relook", "data", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, *capsys.readouterr()
+        ended = relook("data", *words)
+        return ended.status, ended.out, ended.err
 
     write_llava(tmp_path / "bad", 20, 1)
     write_json(tmp_path / "good" / "mix.json", [])

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.command import Command
 from helpers.tiny import dpo_keys
 from torch import Tensor
 
-from relook import cli, load_model, sweep
+from relook import load_model, sweep
 from relook.errors import RecipeError, RelookError
 from relook.evaluate import pope_from_cache
 from relook.evaluate.compare import hallucination_by_divergence, kl_divergence
@@ -451,16 +452,13 @@ def test_a_row_that_diverges_does_not_stop_the_others(world: Path, tmp_path: Pat
         sweep.run_sweep({**keys, "output_dir": str(tmp_path / "none"), "grid": {"learning_rate": [1e38]}})
 
 
-def test_the_command(world: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(world: Path, tmp_path: Path, alone: None, relook: Command) -> None:
     keys = {key: str(value) if isinstance(value, Path) else value for key, value in keys_of(world, tmp_path).items()}
     keys |= {"output_dir": "elsewhere", "recipe": "toyworld-head"}
     (tmp_path / "mine.yaml").write_text(json.dumps(keys))  # JSON is YAML
     out = tmp_path / "out"
     words = [str(tmp_path / "mine.yaml"), "--output_dir", str(out), "--grid.learning_rate", "[1e-3, 2.0e-3]"]
-    monkeypatch.setattr("sys.argv", ["relook", "sweep", *words])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
+    assert relook("sweep", *words).status == 0
     rows = read_json(out / "results.json")["rows"]
     assert [row["learning_rate"] for row in rows] == [1e-3, 2e-3]
     assert "chair" not in rows[0]

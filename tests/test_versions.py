@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command import Command
 from helpers.tiny import pixels, prompt, tiny_relook
 from packaging.requirements import Requirement
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer
 
 import relook
 from relook import load_model
-from relook.cli import main
 from relook.model import modeling_relook
 from relook.toyworld.build import make_processor
 from relook.train import trainer
@@ -164,7 +164,7 @@ def test_the_base_model_takes_the_cache_by_its_older_and_its_newer_name(name: st
 
 
 def test_a_folder_with_an_older_modelling_file_loads_and_a_conversion_brings_todays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, relook: Command
 ) -> None:
     model = tiny_relook(depth=2)
     old, new = tmp_path / "old", tmp_path / "new"
@@ -175,8 +175,6 @@ def test_a_folder_with_an_older_modelling_file_loads_and_a_conversion_brings_tod
     text = model.generate(**inputs, do_sample=False, max_new_tokens=6).tolist()
     assert load_model(old).model.generate(**inputs, do_sample=False, max_new_tokens=6).tolist() == text
 
-    monkeypatch.setattr(sys, "argv", ["relook", "convert", str(old), str(new), "--to", "hf"])
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main()
+    assert relook("convert", old, new, "--to", "hf").status == 0
     # With this file saved models load in a process without relook: see test_model.py.
     assert (new / "modeling_relook.py").read_bytes() == Path(str(modeling_relook.__file__)).read_bytes()
