@@ -16,6 +16,7 @@ import torch.distributed.run
 import torch.utils.checkpoint
 import transformers.configuration_utils
 import transformers.tokenization_utils_base
+from helpers.command import Command
 
 from relook import doctor
 from relook.doctor import FAIL, KNOWN_WARNINGS, NOTE, OK, WARN, CheckResult, find_known_warnings, run_checks, to_json

@@ -433,7 +433,7 @@ def test_hadpos_recipe_runs_as_it_ships(base: Path, world: Path, tmp_path: Path)
     keys = dpo_keys(base, world, tmp_path / "run")
     paths = {k: keys[k] for k in ("model_name_or_path", "output_dir", "vg_path", "desc_data_path", "pope_data_path")}
     said = {"mm_projector_lr": 0, "mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}
-    recipe = load_recipe("hadpo-lora", {**paths, **said, "use_cpu": True, "max_steps": 1, "learning_rate": 1e-3})
+    recipe = load_recipe("hadpo-lora", {**paths, **said, "use_cpu": True, "max_steps": 2, "learning_rate": 1e-3})
     assert (recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout, recipe.beta) == (128, 256, 0.0, 0.1)
     out = train(recipe)
     log = [e for e in json.loads((out / "run.json").read_text())["log"] if "loss" in e]
