@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from relook import load_model
 from relook.errors import CheckpointError
+from relook.model.export import WriteOptions, convert_model
 from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import RelookLlavaForConditionalGeneration
 from relook.model.post_decoder import FlatLayout, PostDecoder, PostDecoderSettings, pad_images
@@ -393,6 +395,11 @@ def test_saved_models_load_where_relook_is_not_installed(tmp_path: Path) -> None
         with torch.no_grad():
             text = model.generate(**inputs, do_sample=False, max_new_tokens=6).tolist()
             expected.append((model(**inputs).logits, text))
+    make_processor().save_pretrained(folders[0])
+    convert_model(folders[0], tmp_path / "converted", "hf", WriteOptions(check=False))
+    shutil.copyfile(folders[0] / "inputs.pt", tmp_path / "converted" / "inputs.pt")
+    folders.append(tmp_path / "converted")
+    expected.append(expected[0])
     # Nothing in them may be what transformers is about to drop.
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-I", "-W", "error::FutureWarning", "-c", ALONE, *map(str, folders)]
