@@ -122,7 +122,7 @@ MODELS: dict[str, Any] = {
 
 
 @pytest.mark.usefixtures("trees_only")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"cross"}))  # "cross, deep" is more
 def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list[Question]) -> None:
     loaded = as_loaded(MODELS[name]())
     expected = one_by_one(loaded, questions)

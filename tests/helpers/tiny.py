@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,11 +74,18 @@ def save_biased(folder: Path) -> Path:
 
 def tiny_relook(trained: bool = True, seed: int = 0, **settings: Any) -> RelookLlavaForConditionalGeneration:
     """With a post decoder; `trained` gives its zero projections weights, so that it changes what the model says."""
+    model, state = _built_relook(trained, seed, json.dumps(settings))
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _built_relook(trained: bool, seed: int, settings: str) -> tuple[RelookLlavaForConditionalGeneration, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    model = add_post_decoder(tiny_llava(seed), settings, generator)
+    model = add_post_decoder(tiny_llava(seed), json.loads(settings), generator)
     if trained:
         scramble(model.model.post_decoder, generator)
-    return model.eval()
+    return model.eval(), torch.get_rng_state()
 
 
 @torch.no_grad()
