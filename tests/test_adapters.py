@@ -435,7 +435,6 @@ def test_weights_that_are_no_numbers(where: str, number: float, tiny: Path, towe
 REGIMES: dict[str, dict[str, Any]] = {
     "head": {"tune_lm_head": True},
     "post decoder": {"tune_post_decoder": True, "post_decoder": {"depth": 2}},
-    "post decoder and head": {"tune_post_decoder": True, "tune_lm_head": True},
     "lora": {"lora_enable": True, "lora_r": 3},
     "dora, projector and head": {
         "lora_enable": True,
@@ -445,7 +444,6 @@ REGIMES: dict[str, dict[str, Any]] = {
         "tune_mm_mlp_adapter": True,
         "tune_lm_head": True,
     },
-    "projector": {"tune_mm_mlp_adapter": True},
     "full": {},
 }
 

@@ -223,7 +223,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     [
         *((regime, torch.float32) for regime in REGIMES),
         # LayerNorm, which the post decoder has, stays in bfloat16 on a CPU; CUDA's autocast takes float32.
-        *((regime, torch.bfloat16) for regime in ("head", "projector", "lora", "recomputed lora", "full")),
+        *((regime, torch.bfloat16) for regime in ("projector", "lora", "full")),
     ],
     ids=str,
 )
