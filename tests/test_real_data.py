@@ -151,6 +151,7 @@ def test_every_command_of_the_page(
     assert fine(relook(*words, stdin="What is there?\n")).out.strip()
 
 
+@pytest.mark.slow  # as the sweeps of test_sweep.py
 @pytest.mark.parametrize("original", [PLACES[3]], indirect=True)
 def test_a_sweep_answers_as_an_evaluation_does(
     original: Original, relook: Command, world: Path, tmp_path: Path
