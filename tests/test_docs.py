@@ -17,7 +17,7 @@ from typer.main import get_command
 from relook.cli import app
 from relook.model.post_decoder import PostDecoderSettings
 from relook.recipe import Recipe, read_overrides, shipped_names, sort_keys
-from relook.sweep_config import OWN
+from relook.sweep_config import SWEEP_KEYS
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -38,7 +38,9 @@ def test_every_recipe_key_is_documented() -> None:
 
 def test_every_sweep_key_and_shipped_sweep_is_documented() -> None:
     text = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    assert not [key for key in (*OWN, "rows", "grid", "recipe", *shipped_names("sweep")) if f"`{key}`" not in text]
+    assert not [
+        key for key in (*SWEEP_KEYS, "rows", "grid", "recipe", *shipped_names("sweep")) if f"`{key}`" not in text
+    ]
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -136,7 +138,9 @@ def parse_command(words: list[str]) -> None:
         assert file in {*shipped_names(kind), "RECIPE"} or file.endswith(".yaml")
         values, odd = read_overrides(context.args)
         odd.check()
-        sort_keys({key: value for key, value in values.items() if kind == "recipe" or key not in OWN}).faults.check()
+        sort_keys(
+            {key: value for key, value in values.items() if kind == "recipe" or key not in SWEEP_KEYS}
+        ).faults.check()
     else:
         assert not context.args
 
