@@ -74,7 +74,7 @@ def describe_keys() -> list[KeyDescription]:
             ]
         elif "meaning" in own.metadata:
             choices = CHOICES.get(own.name)
-            kind = " | ".join(map(str, choices)) if choices else str(own.type).removesuffix(" | None")
+            kind = " | ".join(map(str, choices)) if choices else str(own.type).removesuffix(" | None").replace("Any", "str | list")
             default = REQUIRED if own.default is dataclasses.MISSING else own.default
             described.append(KeyDescription(own.name, section, kind, default, own.metadata["meaning"]))
     for argument in dataclasses.fields(TrainingArguments):
@@ -153,7 +153,7 @@ def print_recipe(name: str, command: str) -> None:
     console = stdout_console()
     console.print(f"Usage: {command} {name} [--KEY VALUE]...\n")
     if name in shipped_names("recipe"):
-        console.print(" ".join(filter(None, (shipped_description(name)[0], f"Source: {shipped_description(name)[1]}\n"))))
+        console.print("{}\nSource: {}\n".format(*shipped_description(name)))
     console.print("A key in a recipe's file or as --KEY VALUE; * marks what this recipe sets.\n")
     other_task = DPO_KEYS if values.get("task") == "sft" else SFT_KEYS
     flat = {**values, **{f"post_decoder.{key}": value for key, value in (values.get("post_decoder") or {}).items()}}
