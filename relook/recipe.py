@@ -227,7 +227,9 @@ class Recipe:
     task: str = field(metadata={"meaning": "dpo (preference pairs) or sft (conversations)"})
     model_name_or_path: str = field(metadata={"meaning": "folder of the base model, or of an earlier run"})
     output_dir: str = field(metadata={"meaning": "folder of the run"})
-    adapter_name_or_path: str = _key("", "adapter merged into the model before training: a run, a LoRA, mm_projector.bin")
+    adapter_name_or_path: str = _key(
+        "", "adapter merged into the model before training: a run, a LoRA, mm_projector.bin"
+    )
     vision_tower: str = _key(
         "", "CLIP tower of a model in liuhaotian's format: folder, or name in Hugging Face's cache; empty: the config's"
     )
@@ -238,14 +240,17 @@ class Recipe:
     desc_data_path: str = _key("", "dpo: HA-DPO's file of description pairs")
     pope_data_path: str = _key("", "dpo: HA-DPO's file of yes/no pairs; one of the two, or both")
     pairs_path: str = _key(
-        "", "dpo, instead of these: parquet file or folder with TRL's, RLHF-V's or RLAIF-V's columns (needs relook[data])"
+        "",
+        "dpo, instead of these: parquet file or folder with TRL's, RLHF-V's or RLAIF-V's columns (needs relook[data])",
     )
     data_path: str = _key("", "sft: LLaVA's conversation file")
     image_folder: str = _key("", "sft: root of its images; with pairs_path: receives embedded images, empty: beside it")
     on_bad: str = _key("drop", "samples that cannot be used: drop counts and names them, error stops at the first")
     version: str = _key("", "conversation template; empty: the model's own")
     image_aspect_ratio: str = _key("", "pad pads images to a square; empty: as in the model's config")
-    model_max_length: int = _key(2048, "longest sequence in tokens, image included; longer samples are bad, none is cut")
+    model_max_length: int = _key(
+        2048, "longest sequence in tokens, image included; longer samples are bad, none is cut"
+    )
     group_by_modality_length: bool = _key(
         False, "steps with images apart from steps without, batches of similar length, as in LLaVA's trainer"
     )
@@ -286,12 +291,15 @@ class Recipe:
     dpo_tokens: str = _key("all", "differing counts only tokens in which the responses differ; not for means or mDPO")
     feature_cache: str = _key("auto", "where states of a frozen trunk are kept; auto: in memory if half of it suffices")
     feature_cache_dir: str = _key("", "folder of caches on disk, shared by runs; empty: trunk_cache beside output_dir")
-    trunk_pass: str = _key("auto", "attention over packed trees: FlexAttention compiled or not, or SDPA with a dense mask")
+    trunk_pass: str = _key(
+        "auto", "attention over packed trees: FlexAttention compiled or not, or SDPA with a dense mask"
+    )
     activation_memory_budget: float = _key(
         0.8, "share of a compiled layer's activations that is kept; torch recomputes the rest. 1 is fastest"
     )
     activation_offloading: float = _key(
-        0.0, "share of layers whose activations wait in CPU memory until the backward pass; not with gradient_checkpointing"
+        0.0,
+        "share of layers whose activations wait in CPU memory until the backward pass; not with gradient_checkpointing",
     )
     of_the_model: Mapping[str, Any] = field(default_factory=dict)  # must equal the model config's; see `relook.flags`
     training: Mapping[str, Any] = field(default_factory=dict)

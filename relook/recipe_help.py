@@ -74,14 +74,20 @@ def describe_keys() -> list[KeyDescription]:
             ]
         elif "meaning" in own.metadata:
             choices = CHOICES.get(own.name)
-            kind = " | ".join(map(str, choices)) if choices else str(own.type).removesuffix(" | None").replace("Any", "str | list")
+            kind = (
+                " | ".join(map(str, choices))
+                if choices
+                else str(own.type).removesuffix(" | None").replace("Any", "str | list")
+            )
             default = REQUIRED if own.default is dataclasses.MISSING else own.default
             described.append(KeyDescription(own.name, section, kind, default, own.metadata["meaning"]))
     for argument in dataclasses.fields(TrainingArguments):
         if argument.name in (*IGNORED, *UNSUPPORTED, "output_dir"):
             continue
         kind = argument.type.__name__ if isinstance(argument.type, type) else str(argument.type).replace(" | None", "")
-        default = None if argument.default is dataclasses.MISSING else getattr(argument.default, "value", argument.default)
+        default = (
+            None if argument.default is dataclasses.MISSING else getattr(argument.default, "value", argument.default)
+        )
         default = DEFAULTS.get(argument.name, default)
         # The first sentence; the rest is in transformers' documentation.
         meaning = re.split(r"(?<=[a-z)`])\. ", " ".join(argument.metadata.get("help", "").split()))[0].rstrip(".")

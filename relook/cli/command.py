@@ -55,7 +55,9 @@ class Command(TyperCommand):
         Returns:
             The values by parameter, and the words that are left over.
         """
-        options = [option for parameter in self.get_params(ctx) for option in (*parameter.opts, *parameter.secondary_opts)]
+        options = [
+            option for parameter in self.get_params(ctx) for option in (*parameter.opts, *parameter.secondary_opts)
+        ]
         while True:
             try:
                 values, rest, _ = self.make_parser(ctx).parse_args(args=list(words))

@@ -72,9 +72,12 @@ def data_fix(
     out: Annotated[Path | None, typer.Option(help="A new folder; run again to go on there.")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Change the folder itself.")] = False,
     images: Images = None,
-    broken: Annotated[str, typer.Option(
-        **choice("--broken", ("drop", "list"), "drop leaves records that cannot be used out, list names them.")
-    )] = "drop",
+    broken: Annotated[
+        str,
+        typer.Option(
+            **choice("--broken", ("drop", "list"), "drop leaves records that cannot be used out, list names them.")
+        ),
+    ] = "drop",
     copy: Annotated[bool, typer.Option("--copy", help="Copy sound images instead of linking them.")] = False,
     workers: Workers = 0,
     as_json: AsJson = False,
@@ -114,7 +117,12 @@ def data_convert(
 def mine(
     model: Annotated[Path, input_option("The model whose mistakes are corrected.")],
     images: Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")],
-    annotations: Annotated[str, typer.Option(**choice("kind of annotations", ANNOTATIONS, "What says what is on them: coco, vg, toyworld or none."))],
+    annotations: Annotated[
+        str,
+        typer.Option(
+            **choice("kind of annotations", ANNOTATIONS, "What says what is on them: coco, vg, toyworld or none.")
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
     judge: Annotated[str, typer.Option(help="exact: annotations alone; or a judge's endpoint.")] = "exact",
     judge_model: JudgeModel = "",

@@ -146,7 +146,9 @@ def score(
     captions: Annotated[Path | None, input_option("chair: COCO's captions file; its objects count, too.")] = None,
     images: Annotated[Path | None, input_option("chair: file that lists the images, one name a line.")] = None,
     parser: Annotated[str, typer.Option(**choice("parser", PARSERS, f"pope: {', '.join(PARSERS)}."))] = "official",
-    json_out: Annotated[Path | None, typer.Option("--json", help="File for the scores, too; - prints JSON on a terminal.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="File for the scores, too; - prints JSON on a terminal.")
+    ] = None,
     judge_url: JudgeUrl = "",
     judge_model: JudgeModel = "",
     judge_price: JudgePrice = (0.0, 0.0),

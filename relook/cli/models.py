@@ -24,7 +24,9 @@ Check = Annotated[bool, typer.Option(help="Compare the logits of source and resu
 def convert(
     source: Annotated[Path, input_argument("A model folder.")],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
-    to: Annotated[str, typer.Option(**choice("format", ("hf", "llava"), "hf (transformers) or llava (liuhaotian's format)."))],
+    to: Annotated[
+        str, typer.Option(**choice("format", ("hf", "llava"), "hf (transformers) or llava (liuhaotian's format)."))
+    ],
     force: Force = False,
     max_shard_gb: ShardSize = 4.0,
     check: Check = True,

@@ -149,4 +149,6 @@ def sweep(
     from relook.sweep import sweep_command
 
     folder = sweep_command([file, *context.args]).parent
-    print_result(read_json(folder / RESULTS_FILE), as_json, lambda _: typer.echo(write_table([folder], "text"), nl=False))
+    print_result(
+        read_json(folder / RESULTS_FILE), as_json, lambda _: typer.echo(write_table([folder], "text"), nl=False)
+    )

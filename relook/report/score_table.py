@@ -164,7 +164,11 @@ def _epoch(run: Path) -> str:
 
 def _model_name(path: Path) -> str:
     # Hugging Face's cache: models--ORGANISATION--NAME/snapshots/HASH
-    return path.parent.parent.name.removeprefix("models--").replace("--", "/") if path.parent.name == "snapshots" else path.name
+    return (
+        path.parent.parent.name.removeprefix("models--").replace("--", "/")
+        if path.parent.name == "snapshots"
+        else path.name
+    )
 
 
 def _as_text(rows: Sequence[Mapping[str, str]]) -> str:

@@ -32,7 +32,8 @@ def describe_fields(logs: Mapping[str, Any], prefix: str = "") -> str:
     """
     values = {key: (float(logs[prefix + key]), *shown) for key, shown in FIELDS.items() if prefix + key in logs}
     return ", ".join(
-        f"{value:{spec}} {name}" if name == "tokens/s" else f"{name} {value:{spec}}" for value, name, spec in values.values()
+        f"{value:{spec}} {name}" if name == "tokens/s" else f"{name} {value:{spec}}"
+        for value, name, spec in values.values()
     )
 
 
