@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from relook.errors import RecipeError as RecipeError
     from relook.errors import RelookError as RelookError
     from relook.evaluate.benchmark import ScoringInputs as ScoringInputs
-    from relook.evaluate.benchmark import score_command as score_answers
-    from relook.evaluate.compare import compare as compare_evaluations
+    from relook.evaluate.benchmark import score_command as score_answers  # noqa: F401
+    from relook.evaluate.compare import compare as compare_evaluations  # noqa: F401
     from relook.evaluate.run import evaluate_model as evaluate_model
     from relook.mine.jobs import MiningSettings as MiningSettings
     from relook.mine.jobs import MiningSource as MiningSource
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from relook.recipe import build_recipe as build_recipe
     from relook.recipe import load_recipe as load_recipe
     from relook.sweep import run_sweep as run_sweep
-    from relook.train.run import train as train_recipe
+    from relook.train.run import train as train_recipe  # noqa: F401
 
 __version__ = "0.1.0"
 
@@ -60,7 +60,7 @@ _PUBLIC = {
     "run_sweep": "relook.sweep",
     **dict.fromkeys(("CheckpointError", "DataError", "RecipeError", "RelookError"), "relook.errors"),
 }
-__all__ = [*_PUBLIC]  # noqa: PLE0604 (names are strings)
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

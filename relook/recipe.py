@@ -263,7 +263,9 @@ class Recipe:
     lora_r: int = _key(128, "rank of LoRA")
     lora_alpha: int = _key(256, "scale of LoRA: its product is multiplied by alpha / r")
     lora_dropout: float = _key(0.0, "LoRA's dropout, in training steps only")
-    lora_target_modules: Any = _key(ALL_LINEAR, "or names of the language model's linear layers: [q_proj, v_proj]")
+    lora_target_modules: Any = _key(  # noqa: RUF009 (a string)
+        ALL_LINEAR, "or names of the language model's linear layers: [q_proj, v_proj]"
+    )
     lora_bias: str = _key("none", "lora_only trains the biases of layers with LoRA, all those of the language model")
     use_dora: bool = _key(False, "DoRA (arXiv:2402.09353)")
     use_rslora: bool = _key(False, "rank-stabilised LoRA, alpha / sqrt(r) (arXiv:2312.03732)")

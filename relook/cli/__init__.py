@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import warnings
-
 from typing import Annotated
 
 import typer

@@ -71,7 +71,8 @@ def evaluate(
 ) -> None:
     """Answer benchmarks and score the answers.
 
-    Under torchrun (`-m relook eval ...`) each process takes a share. `lmms` asks tasks of lmms-eval, `llava` a question file of LLaVA's, for `relook submission`.
+    Under torchrun (`-m relook eval ...`) each process takes a share. `lmms` asks tasks of lmms-eval, `llava` a question
+    file of LLaVA's, for `relook submission`.
     """
     from relook.evaluate.judge import judge_settings
 

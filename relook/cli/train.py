@@ -91,7 +91,8 @@ def recipes(as_json: AsJson = False) -> None:
 def train(context: typer.Context, recipe: RecipeName) -> None:
     """Train by a recipe; its keys may follow as --key value.
 
-    So may those of transformers' TrainingArguments. `relook recipes` lists the shipped recipes, `relook train RECIPE --help` the keys of one.
+    So may those of transformers' TrainingArguments. `relook recipes` lists the shipped recipes, `relook train RECIPE
+    --help` the keys of one.
     """
     check_names(recipe, context.args)
     from relook.console import status

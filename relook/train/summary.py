@@ -93,13 +93,14 @@ def run_summary(recipe: Recipe, out: Path) -> str:
     lines = [entry for entry in log if "loss" in entry]
     steps = max((entry["step"] for entry in log), default=0)
     unit = "conversations" if recipe.task == "sft" else "pairs"
+    model, answers = shlex.quote(str(out)), shlex.quote(f"{out}-eval")
     facts = {
         "trained": f"{regime_name(vars(recipe))} by {objective_name(vars(recipe))}, {run['samples']:,} {unit}, "
         f"{steps:,} steps in {readable_seconds(run['seconds'])}",
         "folder": str(out),
         "best": _best(log, recipe),
         "last": f"step {lines[-1]['step']:,}: {describe_fields(lines[-1])}" if lines else "",
-        "next": f"relook eval pope chair --model {shlex.quote(str(out))} --data DATA --out {shlex.quote(f'{out}-eval')}",
+        "next": f"relook eval pope chair --model {model} --data DATA --out {answers}",
     }
     return "\n".join(f"{name + ':':9}{text}" for name, text in facts.items() if text)
 
