@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from relook.data.samples import ON_BAD
-from relook.errors import Faults, RecipeError, did_you_mean, preview
+from relook.errors import Faults, RecipeError, did_you_mean, most_similar, preview
 from relook.files import read_text, write_text
 from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_CONFIG_KEYS, UNSUPPORTED, idle_keys, refused, renamed
 
@@ -329,8 +329,9 @@ class Recipe:
     def _choices(self) -> Iterator[RecipeError]:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                hint = did_you_mean(getattr(self, name), allowed, f"It must be one of {', '.join(map(str, allowed))}.")
-                yield RecipeError(f"{name} is {getattr(self, name)!r}.", hint)
+                value, close = getattr(self, name), most_similar(getattr(self, name), allowed)
+                meant = f" Did you mean {close}?" if close else ""
+                yield RecipeError(f"{name} is {value!r}.{meant}", f"It must be one of {', '.join(map(str, allowed))}.")
 
     def _needed(self) -> Iterator[RecipeError]:
         needed = ["data_path", "image_folder"] if self.task == "sft" else [] if self.pairs_path else ["vg_path"]
@@ -617,7 +618,7 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
                 keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])
             else:
                 known = [*field_types, "post_decoder", *training_keys, *MODEL_CONFIG_KEYS]
-                hint = did_you_mean(str(key), known, "`relook train RECIPE --help` lists all keys.")
+                hint = did_you_mean(str(key), known, "`relook train RECIPE --help` and docs/recipes.md list all keys.")
                 raise RecipeError(f"There is no recipe key {key!r}.", hint)
     with keys.faults:
         keys.post_decoder = _fit_settings(settings)
@@ -637,8 +638,7 @@ def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     field_types = {field.name: field.type for field in dataclasses.fields(PostDecoderSettings)}
     unknown = [key for key in settings if key not in field_types]
     if unknown:
-        hint = did_you_mean(unknown[0], field_types, f"Its keys are {_settings_keys()}.")
-        raise RecipeError(f"post_decoder has no key {preview(unknown)}.", hint)
+        raise RecipeError(f"post_decoder has no key {preview(unknown)}.", f"Its keys are {_settings_keys()}.")
     return {key: coerce(f"post_decoder.{key}", value, field_types[key]) for key, value in settings.items()}
 
 

@@ -56,7 +56,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app()
+        app(prog_name="relook")
     except RelookError as error:
         for mistake in error.errors if isinstance(error, Mistakes) else [error]:
             line = " ".join(map(str.strip, str(mistake).splitlines()))  # a library's reason in it may have several

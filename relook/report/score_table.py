@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from relook.console import plain_table, stdout_console
 from relook.errors import DataError, Faults
@@ -139,7 +142,8 @@ def training_labels(evaluation: Mapping[str, Any]) -> dict[str, str]:
     run = Path(evaluation.get("adapter") or model)
     # A checkpoint of a run stands two folders below its recipe.
     recipe = next((path for folder in (run, run.parent.parent) if (path := folder / "recipe.yaml").is_file()), None)
-    if recipe is None:
+    # The shipped base has its recipe beside it, but is where others start.
+    if recipe is None or not any((run / name).is_file() for name in ("run.json", "trainer_state.json")):
         adapter = {} if run == model else {"Method": run.name}
         return {"Model": _model_name(model), "Regime": "" if adapter else "base", **adapter}
     values = parse_yaml(read_text(recipe), str(recipe))
@@ -172,19 +176,43 @@ def _model_name(path: Path) -> str:
 
 
 def _as_text(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return a flat table where it fits into the terminal, else a block of splits under a line for each evaluation."""
+    console = stdout_console()
+    rates = [*POPE_RATES.values(), *CHAIR_RATES.values()]
     # The folder stands only where nothing else tells evaluations apart; its name alone, if that suffices.
     labels = {tuple(row[column] for column in row if column in LABELS) for row in rows}
-    columns = [column for column in rows[0] if column != "Folder" or len(labels) < len(rows)]
     folders = {row["Folder"] for row in rows}
     short = len({Path(folder).name for folder in folders}) == len(folders)
-    table = plain_table(*columns, right=[*POPE_RATES.values(), *CHAIR_RATES.values(), "lr", "Epoch"])
+    rows = [{**row, "Folder": Path(row["Folder"]).name if short else row["Folder"]} for row in rows]
+    columns = [column for column in rows[0] if column != "Folder" or len(labels) < len(rows)]
+    table = plain_table(*columns, right=[*rates, "lr", "Epoch"])
     for row in rows:
-        cells = {**row, "Folder": Path(row["Folder"]).name if short else row["Folder"]}
-        table.add_row(*(cells[column] for column in columns))
+        table.add_row(*(row[column] for column in columns))
+    if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+        return "\n".join(_lines(table)) + "\n"
+    table = plain_table("", *(shown := [column for column in columns if column in rates]), right=shown)
+    for row in rows:
+        table.add_row(f"  {row.get('Split', '')}", *(row[column] for column in shown))
+    head, *lines = _lines(table)
+    blocks = [head]
+    for _, group in itertools.groupby(zip(rows, lines, strict=True), key=lambda pair: pair[0]["Folder"]):
+        members = list(group)
+        blocks += [_heading(members[0][0]), *(line for _, line in members)]
+    return "\n".join(blocks) + "\n"
+
+
+def _heading(row: Mapping[str, str]) -> str:
+    words = {"lr": "lr ", "Epoch": "epoch "}
+    labels = [f"{words.get(column, '')}{row[column]}" for column in LABELS if column != "Split" and row.get(column)]
+    return f"{row['Folder']}: {', '.join(labels)}"
+
+
+def _lines(table: Table) -> list[str]:
+    """Render a table to its lines."""
     console = stdout_console()
     with console.capture() as captured:
         console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
 def _as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
