@@ -1,4 +1,4 @@
-"""Answers per second: relook's trees against transformers' `generate` at batch 1 and 16, in one run, random weights.
+"""Answers per second: relook's engine against transformers' `generate` at batch 1 and 16, in one run, random weights.
 
     python benchmarks/answering.py --out answering.json     # LLaVA-1.5-7B's shape, 500 images x 18 questions, one GPU
     python benchmarks/answering.py --tiny                   # the same on a CPU, float32, in seconds
@@ -16,6 +16,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, pe
 from relook.evaluate.benchmarks import CHAIR_PROMPT
 from relook.evaluate.tasks.pope import SPLITS, read_pope_questions
 from relook.files import write_json
-from relook.generate.tree_decoding import GenerationSettings, Prompt, answer_questions, generate_batch
+from relook.generate.answering import GenerationSettings, Prompt, answer_questions, generate_batch
 from relook.model.load import LoadedModel, load_model, parse_dtype
 from relook.toyworld.build import shipped_base
 from relook.toyworld.layouts import write_eval
@@ -47,19 +48,20 @@ def main() -> None:
             found = dict(answer_questions(loaded, some, asking, lambda *_: None))
             return [found[i] for i in range(len(some))]
 
-        def generate(size: int) -> Callable[[Sequence[Question]], list[str]]:
-            encoder = loaded.encoder(asking.template)
+        def generate(size: int, **settings: Any) -> Callable[[Sequence[Question]], list[str]]:
+            encoder, how = loaded.encoder(asking.template), replace(asking, generate=tuple(settings.items()))
             prompt = lambda row: Prompt(0, (row[0],), encoder.prompt(row[1], [row[0]]))  # noqa: E731
             return lambda some: [
                 text
                 for start in range(0, len(some), size)
-                for text in generate_batch(loaded, [prompt(row) for row in some[start : start + size]], asking)
+                for text in generate_batch(loaded, [prompt(row) for row in some[start : start + size]], how)
             ]
 
         ways: dict[str, tuple[Callable[[Sequence[Question]], list[str]], int]] = {
             "relook": (engine, len(rows)),
             "generate_1": (generate(1), options.single),
             "generate_16": (generate(16), options.batched),
+            "generate_static_16": (generate(16, cache_implementation="static"), options.batched),
         }
         for name, (ask, count) in ways.items():
             ask(rows[: min(count, 36)])  # warm-up, of the images' cache too

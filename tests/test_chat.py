@@ -185,7 +185,7 @@ def test_a_question_that_the_model_failed_on_is_not_in_the_conversation(
     talk = Talk(engines)
     answer = talk(TEXTS[0])
     with monkeypatch.context() as failing:
-        failing.setattr(engines[0].batch, "admit", lambda waiting: waiting.popleft().report("error"))
+        failing.setattr(engines[0].batch.runner, "prefill", lambda *_: 1 / 0)
         with pytest.raises(RelookError, match="failed on this question"):
             talk(TEXTS[1])
     assert talk.chat.turns == [Turn(TEXTS[0], answer)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from relook import load_model
 from relook.data.images import MemoryImage
 from relook.evaluate.likelihood import ScoredAnswer, likelihoods
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.toyworld.build import shipped_base
 
 

@@ -29,7 +29,7 @@ from relook.evaluate.llava_bench import (
     write_submission,
 )
 from relook.files import read_json, read_records, write_json, write_jsonl
-from relook.generate import tree_decoding as answering
+from relook.generate import answering
 from relook.toyworld.build import shipped_base
 
 
@@ -75,15 +75,15 @@ def test_a_run_that_was_cut_off_goes_on(
 ) -> None:
     how: Any = {"max_new_tokens": 6, "batch_size": 1}
     answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "whole", **how)
-    whole, batches = answering.answer_batch, []
+    submit, groups = answering.submit, []
 
-    def interrupted(loaded: Any, batch: answering.Batch, *more: Any) -> list[str]:
-        batches.append(batch)
-        if len(batches) == 2:
+    def interrupted(batch: Any, group: answering.Group, *more: Any) -> None:
+        groups.append(group)
+        if len(groups) == 3:
             raise KeyboardInterrupt
-        return whole(loaded, batch, *more)
+        submit(batch, group, *more)
 
-    monkeypatch.setattr(answering, "answer_batch", interrupted)
+    monkeypatch.setattr(answering, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **how)
     left = 5 - len(read_records(tmp_path / "out" / "llava.jsonl"))

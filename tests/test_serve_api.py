@@ -330,7 +330,7 @@ def test_a_failing_step_is_a_short_error(served: Served, monkeypatch: pytest.Mon
         raise RuntimeError("/work/secret/path.py")
 
     with monkeypatch.context() as patch:
-        patch.setattr(served.engines["tuned"].batch, "_read", failing)
+        patch.setattr(served.engines["tuned"].batch.runner, "prefill", failing)
         assert_refused(served.chat("A"), 500, "failed")
         body = json.dumps({"model": "tuned", "messages": [user("A")], "stream": True}).encode()
         _, events = served.send("POST", "/v1/chat/completions", body)

@@ -40,7 +40,7 @@ from relook.files import (
     write_text,
     writes_alone,
 )
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.load import LoadOptions
 
 # ----------------------------------------------------------------------------------------------------

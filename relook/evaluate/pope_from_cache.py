@@ -35,8 +35,8 @@ from relook.evaluate.tasks.pope import LONGEST_ANSWER, SPLITS
 from relook.files import atomic_file, write_json, write_jsonl
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy, TrunkStates, prediction_states
+from relook.generate.answering import GenerationSettings, answer_questions, require_finite
 from relook.generate.sampling import Sampler
-from relook.generate.tree_decoding import GenerationSettings, answer_questions, require_finite
 from relook.model import checkpoint
 from relook.model.adapters import read_adapter
 from relook.model.families import has_post_decoder
@@ -168,7 +168,7 @@ class CachedPope:
         rule = Sampler.of(self.loaded, self.how.template, self.how.generate_arguments, longest)
         if rule is None:
             return {}
-        suppressed = {*rule.never.tolist(), *rule.not_first.tolist()}
+        suppressed = {*rule.never, *rule.not_first}
         words = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
         return {token: word for token, word in words.items() if word in DECISIVE_MARGIN and token not in suppressed}
 

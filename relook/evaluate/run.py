@@ -29,7 +29,7 @@ from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, utc_now
 from relook.evaluate.tasks.pope import LONGEST_ANSWER
 from relook.files import claim_output_dir, read_json, read_json_object, write_json, writes_alone
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.load import LoadedModel, LoadOptions, folder_template, parse_device
 
 AnswerT = TypeVar("AnswerT")

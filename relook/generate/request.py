@@ -10,6 +10,7 @@ from torch import Tensor
 
 from relook.data.images import nbytes
 from relook.errors import DataError, RelookError
+from relook.generate.sampling import TokenLogprobs
 from relook.model.tokenizer import EACH_BYTE, UTF8
 
 # ----------------------------------------------------------------------------------------------------
@@ -235,8 +236,7 @@ class ActiveRequest:
     Args:
         emit: takes the events, and must not wait.
         ends: tokens that end it.
-        most: tokens that it may have.
-        draws: a uniform number for each of them; empty where the most likely token is taken.
+        max_new_tokens: tokens that it may have.
         until: when it must be whole, by the monotonic clock.
     """
 
@@ -244,8 +244,7 @@ class ActiveRequest:
     emit: Callable[[Event], None]
     text: IncrementalText
     ends: frozenset[int]
-    most: int
-    draws: Sequence[float]
+    max_new_tokens: int
     until: float
     reused: int = 0
     said: list[TokenOutput] = field(default_factory=list)
@@ -259,13 +258,21 @@ class ActiveRequest:
         """Whether nobody waits for it any more."""
         return self.cancelled or now > self.until
 
-    def add(self, said: TokenOutput) -> str:
-        """Take the next token: why the answer ends with it, if it does."""
-        self.said.append(said)
-        self.text.add(said.id)
-        if said.id in self.ends or self.text.stopped:
+    def take(self, id: int, logprobs: TokenLogprobs | None, reused: int) -> bool:
+        """Take the next token and report what is new. Return True if the answer ends."""
+        self.reused = reused
+        finish = self.add(TokenOutput(id) if logprobs is None else TokenOutput(id, logprobs[0], tuple(logprobs[1])))
+        if finish or self.request.stream:
+            self.report(finish)
+        return bool(finish)
+
+    def add(self, token: TokenOutput) -> str:
+        """Take the next token. Return why the answer ends with it, or nothing if it goes on."""
+        self.said.append(token)
+        self.text.add(token.id)
+        if token.id in self.ends or self.text.stopped:
             return "stop"
-        return "length" if len(self.said) == self.most else ""
+        return "length" if len(self.said) == self.max_new_tokens else ""
 
     def report(self, finish: str = "") -> None:
         """Tell what is new: text that can be shown, and the tokens that wrote it."""

@@ -47,6 +47,7 @@ class ServeOptions:
         stop_seconds: that answers may still take once the server is told to stop.
         template: of conversations; empty for the model's own.
         page: whether there is a page for people at `/`.
+        warm: whether all is compiled before requests are taken.
     """
 
     host: str = "127.0.0.1"
@@ -54,6 +55,7 @@ class ServeOptions:
     stop_seconds: int = 30
     template: str = ""
     page: bool = False
+    warm: bool = False
 
 
 class Protocol(H11Protocol):
@@ -110,6 +112,8 @@ def serve(
     engines = start_engines(load(), limits, serving.template)
     for name, engine in engines.items():
         status(f"{name}: {limits.slots} slots of {engine.length:,} positions")
+        if serving.warm:
+            engine.warm()
     # uvicorn finishes the running answers, then raises the signal that it was sent again; before it runs, making the
     # page takes seconds. Either signal ends it all the same way.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,0 +1,294 @@
+"""Answering lists of questions, as evaluation, mining and sweeps do.
+
+Equal questions are asked once, and those over the same images share what their prompts begin with. Where the settings
+of generation allow it (`Sampler.of`), all texts grow side by side in one `Scheduler`, which admits the next as soon as
+there is room; otherwise transformers' `generate` answers batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from relook.console import ProgressReport
+from relook.data.images import ImageLoader, RecentCache, Shown, prefetch_map
+from relook.errors import CheckpointError, RecipeError
+from relook.generate.attention import without_cudnn_attention
+from relook.generate.kv_extents import shared_length
+from relook.generate.model_runner import BUCKETS, ModelRunner
+from relook.generate.request import IncrementalText
+from relook.generate.sampling import Sampler, TokenLogprobs
+from relook.generate.scheduler import PREFILL_POSITIONS, Scheduler, feature_bytes
+from relook.generate.text import Text
+from relook.model.load import LoadedModel
+from relook.model.tokenizer import token_bytes
+
+FEATURE_BYTES = 1 << 30  # image features that are cached
+
+Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How questions are put and answered.
+
+    Args:
+        template: conversation template; empty for the model's own.
+        batch_size: bounds memory: that many of the longest prompts with their answers fit into the pool of keys and
+            values, so of prompts that share images more do. Answers do not depend on it (fp32).
+        generate: keyword arguments of transformers' `generate`, e.g. do_sample, temperature, num_beams.
+        seed: of sampling. A question's draws depend on it and on the question's index among the distinct ones; with
+            settings that only `generate` itself follows, on the batches too.
+        first: index of the first distinct question, where these are a part of a longer list that is asked in parts.
+    """
+
+    template: str = ""
+    max_new_tokens: int = 64
+    batch_size: int = 64
+    generate: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+    first: int = 0
+
+    @property
+    def generate_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `generate`: greedy unless set otherwise, whatever the model's own settings are."""
+        return {"do_sample": False, **dict(self.generate)}
+
+    def __post_init__(self) -> None:
+        """Raise a RecipeError where a batch holds no prompt, or an answer no token."""
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}.", "Give 1 or more.")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A distinct question as the model reads it; `number` is its index among the distinct ones."""
+
+    number: int
+    images: tuple[Shown, ...]
+    ids: tuple[int, ...]
+
+
+Group = list[Prompt]  # over the same images
+
+
+def answer_questions(
+    loaded: LoadedModel, questions: Sequence[Question], settings: GenerationSettings, report: ProgressReport
+) -> Iterator[tuple[int, str]]:
+    """Yield (index of the question, answer text) as answers end; equal questions are asked once.
+
+    Long prompts are asked first, so the order of yields is not that of the questions.
+
+    Raises:
+        CheckpointError: the model's logits are NaN or infinite.
+    """
+    distinct: dict[tuple[tuple[Shown, ...], str], list[int]] = {}
+    for index, (images, text) in enumerate(questions):
+        distinct.setdefault((images if isinstance(images, tuple) else (images,), text), []).append(index)
+    encoder = loaded.encoder(settings.template)
+    prompts = [
+        Prompt(number, images, encoder.prompt(text, images))
+        for number, (images, text) in enumerate(distinct, settings.first)
+    ]
+    if not prompts:
+        return
+    indices = list(distinct.values())
+    longest = max(len(prompt.ids) for prompt in prompts) + settings.max_new_tokens
+    sampler = Sampler.of(loaded, settings.template, settings.generate_arguments, longest, settings.seed)
+    groups = batch_by_length(prompts, settings.batch_size) if sampler is None else group_by_images(prompts)
+    # Threads decode the images of the next groups meanwhile.
+    ready = prefetch_map(partial(load_images, loaded.images), groups)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if sampler is None:
+            answers = _answer_by_generate(loaded, ready, settings)
+        else:
+            total = sum(len(prompt.ids) + settings.max_new_tokens for prompt in prompts)
+            cells = max(longest, min(settings.batch_size * longest, total))
+            answers = _answer_by_engine(loaded, ready, settings, sampler, cells)
+        for done, (prompt, text) in enumerate(answers, 1):
+            for index in indices[prompt.number - settings.first]:
+                yield index, text
+            report(done, len(prompts))
+
+
+def batch_by_length(prompts: Sequence[Prompt], batch_size: int) -> list[Group]:
+    """Return batches of prompts of similar length."""
+    by_length = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+    return [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+
+
+def group_by_images(prompts: Sequence[Prompt]) -> list[Group]:
+    """Return groups of prompts over the same images, long ones first."""
+    groups: dict[tuple[Shown, ...], Group] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.images, []).append(prompt)
+    return sorted(groups.values(), key=lambda group: -max(len(prompt.ids) for prompt in group))
+
+
+def load_images(loader: ImageLoader, group: Group) -> Group:
+    """Return the group once its images are in the loader's cache."""
+    for prompt in group:
+        for image in prompt.images:
+            loader(image)
+    return group
+
+
+# ----------------------------------------------------------------------------------------------------
+# By the engine
+
+
+def _answer_by_engine(
+    loaded: LoadedModel, groups: Iterator[Group], settings: GenerationSettings, sampler: Sampler, cells: int
+) -> Iterator[tuple[Prompt, str]]:
+    """Yield answers as they end; no more than `cells` positions are in memory."""
+
+    def image_inputs(image: Any) -> dict[str, Tensor]:
+        return {name: tensor[0] for name, tensor in loaded.images.batch([image]).items()}
+
+    scheduler = Scheduler(
+        ModelRunner.of(loaded, cells, (sampler.never, sampler.not_first)),
+        BUCKETS[-1],
+        image_inputs,
+        RecentCache(FEATURE_BYTES, feature_bytes),
+        chunk=PREFILL_POSITIONS,  # nobody waits for a step
+        keeps_answers=False,
+    )
+    finished: deque[tuple[Prompt, str]] = deque()
+    bytes_of = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
+
+    def step() -> Iterator[tuple[Prompt, str]]:
+        scheduler.step()
+        require_finite(not scheduler.counts.not_finite)
+        while finished:
+            yield finished.popleft()
+
+    for group in groups:
+        submit(
+            scheduler,
+            [
+                _GrowingAnswer(prompt, loaded, settings, sampler, IncrementalText(bytes_of, sampler.stops), finished)
+                for prompt in group
+            ],
+        )
+        # Some texts always wait, so that a pass is full; no more do, so that few images are in memory.
+        while len(scheduler.waiting) >= settings.batch_size:
+            yield from step()
+    while scheduler.busy:
+        yield from step()
+
+
+@dataclass
+class _GrowingAnswer:
+    """A prompt's answer while it grows; it goes to `finished` with its last token."""
+
+    prompt: Prompt
+    loaded: LoadedModel
+    settings: GenerationSettings
+    sampler: Sampler
+    text: IncrementalText
+    finished: deque[tuple[Prompt, str]]
+    ids: list[int] = field(default_factory=list)
+
+    def add(self, token: int, _: TokenLogprobs | None) -> bool:
+        """Take the next token. Return True if the answer ends with it."""
+        self.ids.append(token)
+        if self.sampler.stops:
+            self.text.add(token)
+        ends = token in self.sampler.eos or self.text.stopped
+        if ends or len(self.ids) == self.settings.max_new_tokens:
+            self.finished.append((self.prompt, self.loaded.decode(self.ids, self.settings.template)))
+        return ends
+
+
+def submit(scheduler: Scheduler, answers: Sequence[_GrowingAnswer]) -> None:
+    """Queue the prompts of a group."""
+    first = answers[0].prompt.ids
+    common = min(shared_length(first, answer.prompt.ids, len(answer.prompt.ids) - 1) for answer in answers)
+    for answer in answers:
+        sampler, most = answer.sampler, answer.settings.max_new_tokens
+        scheduler.waiting.append(
+            Text(
+                answer.prompt.ids,
+                answer.prompt.images,
+                most,
+                answer.add,
+                sampler.temperature,
+                sampler.top_k,
+                sampler.top_p,
+                sampler.draws(answer.prompt.number, most),
+                max_shared=common,
+            )
+        )
+
+
+# ----------------------------------------------------------------------------------------------------
+# By transformers' `generate`
+
+
+def require_finite(finite: Tensor | bool) -> None:
+    """Refuse answers of a model whose logits are no numbers.
+
+    Raises:
+        CheckpointError: `finite` is false.
+    """
+    if not finite:
+        raise CheckpointError(
+            "The model's logits are NaN or infinite, though all of its weights are numbers.",
+            "float16 overflows where bfloat16 and float32 do not: choose another --dtype.",
+        )
+
+
+def _answer_by_generate(
+    loaded: LoadedModel, batches: Iterator[Group], settings: GenerationSettings
+) -> Iterator[tuple[Prompt, str]]:
+    for batch in batches:
+        yield from zip(batch, generate_batch(loaded, batch, settings), strict=True)
+
+
+class _NaNCheck(LogitsProcessor):
+    """Processor that leaves scores as they are and records whether all of them are numbers."""
+
+    def __init__(self) -> None:
+        self.finite: Tensor | bool = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.finite = ~scores.isnan().any() & self.finite
+        return scores
+
+
+@without_cudnn_attention
+@torch.inference_mode()
+def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], settings: GenerationSettings) -> list[str]:
+    """Return transformers' answers to left-padded prompts with their images, decoded without special tokens.
+
+    Raises:
+        CheckpointError: the model's logits are NaN.
+    """
+    pad, core = loaded.pad_id, loaded.core
+    longest = max(len(prompt.ids) for prompt in batch)
+    ids = torch.tensor([[pad] * (longest - len(prompt.ids)) + list(prompt.ids) for prompt in batch])
+    mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])
+    images = [image for prompt in batch for image in prompt.images]
+    inputs = loaded.images.batch(images) if images else {}
+    check = _NaNCheck()
+    output = loaded.model.generate(
+        input_ids=ids.to(core.device),
+        attention_mask=mask.to(core.device),
+        **{n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in inputs.items()},
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=pad,
+        logits_processor=LogitsProcessorList([check]),
+        **loaded.stop_arguments(settings.template),
+        **settings.generate_arguments,
+    )
+    require_finite(check.finite)
+    return [loaded.decode(ids, settings.template) for ids in output[:, longest:]]
