@@ -7,8 +7,9 @@ there is room; otherwise transformers' `generate` answers batch by batch.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -18,7 +19,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from relook.console import ProgressReport
-from relook.data.images import ImageLoader, RecentCache, Shown, prefetch_map
+from relook.data.encode import Encoder
+from relook.data.images import RecentCache, Shown, prefetch_map
+from relook.data.samples import Turn
 from relook.errors import CheckpointError, RecipeError
 from relook.generate.attention import without_cudnn_attention
 from relook.generate.kv_extents import shared_length
@@ -31,6 +34,7 @@ from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
 FEATURE_BYTES = 1 << 30  # image features that are cached
+EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around images
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
 
@@ -70,7 +74,7 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A distinct question as the model reads it; `number` is its index among the distinct ones."""
+    """A distinct question as the model reads it."""
 
     number: int
     images: tuple[Shown, ...]
@@ -85,61 +89,66 @@ def answer_questions(
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of the question, answer text) as answers end; equal questions are asked once.
 
-    Long prompts are asked first, so the order of yields is not that of the questions.
+    Long prompts are asked first, so the order of yields is not that of the questions. Tokenising and reading images run
+    ahead on threads.
 
     Raises:
         CheckpointError: the model's logits are NaN or infinite.
     """
-    distinct: dict[tuple[tuple[Shown, ...], str], list[int]] = {}
+    indices: dict[tuple[tuple[Shown, ...], str], list[int]] = {}  # of the questions that are equal to each distinct one
     for index, (images, text) in enumerate(questions):
-        distinct.setdefault((images if isinstance(images, tuple) else (images,), text), []).append(index)
-    encoder = loaded.encoder(settings.template)
-    prompts = [
-        Prompt(number, images, encoder.prompt(text, images))
-        for number, (images, text) in enumerate(distinct, settings.first)
-    ]
-    if not prompts:
+        indices.setdefault((images if isinstance(images, tuple) else (images,), text), []).append(index)
+    if not indices:
         return
-    indices = list(distinct.values())
-    longest = max(len(prompt.ids) for prompt in prompts) + settings.max_new_tokens
-    sampler = Sampler.of(loaded, settings.template, settings.generate_arguments, longest, settings.seed)
-    groups = batch_by_length(prompts, settings.batch_size) if sampler is None else group_by_images(prompts)
-    # Threads decode the images of the next groups meanwhile.
-    ready = prefetch_map(partial(load_images, loaded.images), groups)
+    distinct = [DistinctQuestion(n, images, text) for n, (images, text) in enumerate(indices, settings.first)]
+    encoder = loaded.encoder(settings.template)
+    bounds = {question: max_length(encoder, question) + settings.max_new_tokens for question in distinct}
+    longest = max(distinct, key=lambda question: bounds[question])
+    sampler = Sampler.of(loaded, settings.template, settings.generate_arguments, bounds[longest], settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if sampler is None:
-            answers = _answer_by_generate(loaded, ready, settings)
+            answers = _answer_by_generate(loaded, encoder, distinct, settings)
         else:
-            total = sum(len(prompt.ids) + settings.max_new_tokens for prompt in prompts)
-            cells = max(longest, min(settings.batch_size * longest, total))
-            answers = _answer_by_engine(loaded, ready, settings, sampler, cells)
+            length = len(longest.encode(encoder).ids) + settings.max_new_tokens
+            cells = max(bounds[longest], min(settings.batch_size * length, sum(bounds.values())))
+            groups = group_by_images(distinct, bounds)
+            answers = _answer_by_engine(loaded, encoder, groups, settings, sampler, cells)
+        by_number = list(indices.values())
         for done, (prompt, text) in enumerate(answers, 1):
-            for index in indices[prompt.number - settings.first]:
+            for index in by_number[prompt.number - settings.first]:
                 yield index, text
-            report(done, len(prompts))
+            report(done, len(distinct))
 
 
-def batch_by_length(prompts: Sequence[Prompt], batch_size: int) -> list[Group]:
-    """Return batches of prompts of similar length."""
-    by_length = sorted(prompts, key=lambda prompt: -len(prompt.ids))
-    return [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+@dataclass(frozen=True)
+class DistinctQuestion:
+    """A text asked about images; `number` is its index among the distinct questions."""
+
+    number: int
+    images: tuple[Shown, ...]
+    text: str
+
+    def encode(self, encoder: Encoder) -> Prompt:
+        """Tokenise the question."""
+        return Prompt(self.number, self.images, encoder.prompt(self.text, self.images))
 
 
-def group_by_images(prompts: Sequence[Prompt]) -> list[Group]:
-    """Return groups of prompts over the same images, long ones first."""
-    groups: dict[tuple[Shown, ...], Group] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.images, []).append(prompt)
-    return sorted(groups.values(), key=lambda group: -max(len(prompt.ids) for prompt in group))
+def max_length(encoder: Encoder, question: DistinctQuestion) -> int:
+    """Return an upper bound of a prompt's positions, without the cost of tokenising: a token has a byte at least."""
+    template = encoder.template.render([Turn("", "")], open_end=True)
+    text = "".join([*(piece.text for piece in template), question.text])
+    return sum(encoder.positions(question.images)) + len(text.encode(errors="surrogatepass")) + EXTRA_TOKENS
 
 
-def load_images(loader: ImageLoader, group: Group) -> Group:
-    """Return the group once its images are in the loader's cache."""
-    for prompt in group:
-        for image in prompt.images:
-            loader(image)
-    return group
+def group_by_images(
+    questions: Sequence[DistinctQuestion], bounds: Mapping[DistinctQuestion, int]
+) -> list[list[DistinctQuestion]]:
+    """Return groups of questions over the same images, long ones first."""
+    groups: dict[tuple[Shown, ...], list[DistinctQuestion]] = {}
+    for question in questions:
+        groups.setdefault(question.images, []).append(question)
+    return sorted(groups.values(), key=lambda group: -max(bounds[question] for question in group))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -147,9 +156,20 @@ def load_images(loader: ImageLoader, group: Group) -> Group:
 
 
 def _answer_by_engine(
-    loaded: LoadedModel, groups: Iterator[Group], settings: GenerationSettings, sampler: Sampler, cells: int
+    loaded: LoadedModel,
+    encoder: Encoder,
+    groups: Sequence[Sequence[DistinctQuestion]],
+    settings: GenerationSettings,
+    sampler: Sampler,
+    cells: int,
 ) -> Iterator[tuple[Prompt, str]]:
     """Yield answers as they end; no more than `cells` positions are in memory."""
+
+    def prepare(questions: Sequence[DistinctQuestion]) -> Group:
+        """Tokenise a group and bring its images into the loader's cache, on another thread."""
+        for image in questions[0].images:
+            loaded.images(image)
+        return [question.encode(encoder) for question in questions]
 
     def image_inputs(image: Any) -> dict[str, Tensor]:
         return {name: tensor[0] for name, tensor in loaded.images.batch([image]).items()}
@@ -171,14 +191,11 @@ def _answer_by_engine(
         while finished:
             yield finished.popleft()
 
-    for group in groups:
-        submit(
-            scheduler,
-            [
-                _GrowingAnswer(prompt, loaded, settings, sampler, IncrementalText(bytes_of, sampler.stops), finished)
-                for prompt in group
-            ],
-        )
+    def begin(prompt: Prompt) -> _GrowingAnswer:
+        return _GrowingAnswer(prompt, loaded, settings, sampler, IncrementalText(bytes_of, sampler.stops), finished)
+
+    for group in prefetch_map(prepare, groups):
+        submit(scheduler, group, begin)
         # Some texts always wait, so that a pass is full; no more do, so that few images are in memory.
         while len(scheduler.waiting) >= settings.batch_size:
             yield from step()
@@ -209,25 +226,21 @@ class _GrowingAnswer:
         return ends
 
 
-def submit(scheduler: Scheduler, answers: Sequence[_GrowingAnswer]) -> None:
-    """Queue the prompts of a group."""
-    first = answers[0].prompt.ids
-    common = min(shared_length(first, answer.prompt.ids, len(answer.prompt.ids) - 1) for answer in answers)
-    for answer in answers:
-        sampler, most = answer.sampler, answer.settings.max_new_tokens
-        scheduler.waiting.append(
-            Text(
-                answer.prompt.ids,
-                answer.prompt.images,
-                most,
-                answer.add,
-                sampler.temperature,
-                sampler.top_k,
-                sampler.top_p,
-                sampler.draws(answer.prompt.number, most),
-                max_shared=common,
-            )
-        )
+def submit(scheduler: Scheduler, group: Group, begin: Callable[[Prompt], _GrowingAnswer]) -> None:
+    """Queue the prompts of a group.
+
+    Args:
+        begin: makes the answer that takes a prompt's tokens.
+    """
+    first = group[0].ids
+    common = min(shared_length(first, prompt.ids, len(prompt.ids) - 1) for prompt in group)
+    for prompt in group:
+        answer = begin(prompt)
+        sampler, max_new_tokens = answer.sampler, answer.settings.max_new_tokens
+        text = Text(prompt.ids, prompt.images, max_new_tokens, answer.add, max_shared=common)
+        text.temperature, text.top_k, text.top_p = sampler.temperature, sampler.top_k, sampler.top_p
+        text.draws = sampler.draws(prompt.number, max_new_tokens)
+        scheduler.waiting.append(text)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -248,9 +261,19 @@ def require_finite(finite: Tensor | bool) -> None:
 
 
 def _answer_by_generate(
-    loaded: LoadedModel, batches: Iterator[Group], settings: GenerationSettings
+    loaded: LoadedModel, encoder: Encoder, questions: Sequence[DistinctQuestion], settings: GenerationSettings
 ) -> Iterator[tuple[Prompt, str]]:
-    for batch in batches:
+    """Yield the answers of batches of prompts of similar length."""
+    prompts = sorted((question.encode(encoder) for question in questions), key=lambda prompt: -len(prompt.ids))
+    size = settings.batch_size
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+    def load_images(batch: Group) -> Group:
+        for image in itertools.chain.from_iterable(prompt.images for prompt in batch):
+            loaded.images(image)
+        return batch
+
+    for batch in prefetch_map(load_images, batches):
         yield from zip(batch, generate_batch(loaded, batch, settings), strict=True)
 
 

@@ -37,7 +37,7 @@ from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
 # Rows of a step are rounded up to these, so that a few graphs serve any number of texts.
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 576, 768, 1024)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 896, 1024)
 TARGET_PROGRAMS = 1024  # of the decode kernel: with fewer, extents are cut into pieces
 MAX_PIECES = 16
 LAYER_VARIANTS = 64
