@@ -75,6 +75,13 @@ def main() -> None:
     tokens.set_defaults(measure=measure_tokens)
     tokens.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
     tokens.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 32, 64, 128])
+    tokens.add_argument(
+        "--peers",
+        nargs="*",
+        choices=("generate", "static"),
+        default=["generate", "static"],
+        help="transformers' `generate` with its usual cache, and with a static one, which it compiles",
+    )
     tokens.add_argument("--new-tokens", type=int, default=128)
     tokens.add_argument("--rounds", type=int, default=2, help="requests of each client")
     tokens.add_argument("--bits", type=int, default=16, help="8 or 4: quantised by bitsandbytes")
@@ -220,21 +227,19 @@ def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
         for count in options.at_once:
             some = rows[: count * options.rounds]
             served = engine_speed(loaded, warm, some, count, options.new_tokens)
-            plain = generate_speed(loaded, warm, some, count, options.new_tokens)
-            static = generate_speed(loaded, warm, some, count, options.new_tokens, static=True)
-            positions = served.pop("positions")
-            limit = count * result["bytes_per_s"] / step_bytes(loaded.core, count * positions)
-            result[str(count)] = {
+            limit = count * result["bytes_per_s"] / step_bytes(loaded.core, count * served.pop("positions"))
+            row: dict[str, Any] = {
                 "engine": served,
-                "generate": plain,
-                "generate static": static,
-                "times": round(served["tokens_per_s"] / plain["tokens_per_s"], 2),
-                "times static": round(served["tokens_per_s"] / static["tokens_per_s"], 2),
                 "byte limit": round(limit, 1),
                 "share of the byte limit": round(served["tokens_per_s"] / limit, 3),
             }
-            print(count, result[str(count)], file=sys.stderr, flush=True)
-    if 1 in options.at_once:
+            print(count, row, file=sys.stderr, flush=True)
+            for peer in options.peers:
+                row[peer] = generate_speed(loaded, warm, some, count, options.new_tokens, peer == "static")
+                row[f"times {peer}"] = round(served["tokens_per_s"] / row[peer]["tokens_per_s"], 2)
+                print(count, {key: row[key] for key in (peer, f"times {peer}")}, file=sys.stderr, flush=True)
+            result[str(count)] = row
+    if 1 in options.at_once and "generate" in options.peers:
         one = result["1"]["generate"]["tokens_per_s"]
         result["times generate one after the other"] = {
             count: round(result[str(count)]["engine"]["tokens_per_s"] / one, 2) for count in map(str, options.at_once)

@@ -28,11 +28,11 @@ def _decode_kernel(
     query_stride,
     head_stride,
     N,
+    pieces,
     SCALE_LOG2: tl.constexpr,
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    PIECES: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -47,7 +47,7 @@ def _decode_kernel(
     used = tl.load(used_ptr + group)
 
     # This piece's cells, whole blocks of the extent.
-    size = tl.cdiv(tl.cdiv(used, BLOCK_N), PIECES) * BLOCK_N
+    size = tl.cdiv(tl.cdiv(used, BLOCK_N), pieces) * BLOCK_N
     low = piece * size
     high = tl.minimum(low + size, used)
 
@@ -124,11 +124,11 @@ def decode_attention(
         query_NHD.stride(0),
         query_NHD.stride(1),
         N,
+        pieces,
         SCALE_LOG2=scale / LN2,
         HEADS=H,
         KEY_HEADS=K,
         HEAD_SIZE=D,
-        PIECES=pieces,
         BLOCK_Q=16 if rows <= 16 else 32,
         BLOCK_N=BLOCK_CELLS,
         num_warps=4,

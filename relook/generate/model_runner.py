@@ -10,9 +10,11 @@ Shape letters: N positions of a pass or rows of a step, T texts of a prefill, D 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,6 +177,9 @@ class ModelRunner:
         # Steps are compiled for one row and for any number; reading, whose lengths always differ, once for any.
         self._step_layer = self._read_layer = run_layer
         if self.compiled:
+            # On disk, so that the next run finds what this one compiled.
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "relook" / "compiled"))
             share_projections(self.core.model.language_model.layers)
             self._step_layer = torch.compile(run_layer, fullgraph=True)
             if self.flash:

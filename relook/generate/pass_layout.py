@@ -21,6 +21,7 @@ from relook.generate.text import Chunk, ImageFeatures, ImageKey, Text
 
 DENSE_STEPS = 16  # steps for which dense reads are gathered at a time
 GROUP_QUERIES = 32  # a bound that the decode kernel takes for a group of rows of any size
+ROWS_PER_GROUP = 16  # assumed when extents of groups are cut into pieces; more pieces than needed cost little
 ANY_LENGTH = 1 << 30  # a bound for kernels that read lengths from the device
 API_TOP = 20  # the most likeliest tokens of OpenAI's API: with room for these, one graph serves every request
 DRAWS_MULTIPLE = 256  # draws are padded to a multiple, so that few graphs serve all lengths
@@ -147,7 +148,7 @@ class PassLayout:
         ints = self._ints([value for column in columns for value in column])
         views = list(ints.split([len(column) for column in columns]))
         if kernels:
-            reads, image = self._kernel_reads(views, rows, len(groups))
+            reads, image = self._kernel_reads(views, rows)
         else:
             reads, image = self._dense_reads(texts, own, beginnings)
         sources = self._ints(padded([text.row for text in texts], 0)).long()
@@ -165,10 +166,12 @@ class PassLayout:
             self._logprobs(texts, rows),
         )
 
-    def _kernel_reads(
-        self, columns: Sequence[Tensor], rows: int, groups: int
-    ) -> tuple[AnyReads, list[ExtentReads] | None]:
-        """Return reads whose numbers are all on the device, so that a graph holds for any texts in as many rows."""
+    def _kernel_reads(self, columns: Sequence[Tensor], rows: int) -> tuple[AnyReads, list[ExtentReads] | None]:
+        """Return reads whose numbers are all on the device, so that a graph holds for any texts in as many rows.
+
+        Into how many pieces extents are cut follows from the number of rows alone, for the same reason.
+        """
+        groups = max(1, rows // ROWS_PER_GROUP)
         pool, image_pool = self.runner.pool, self.runner.image_pool
         heads = pool.layers[0][0].shape[1]
         reads = [ExtentReads(columns[5], columns[6], columns[3], 1, ANY_LENGTH, False, pieces_of(rows, heads))]
