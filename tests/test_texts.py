@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from relook.generate.dense_attention import NOTHING, DenseReads, Span
 from relook.generate.kv_extents import ExtentAllocator, shared_length
 from relook.generate.model_runner import ModelRunner
 from relook.generate.scheduler import Scheduler
+from relook.generate.shared_projections import share_projections
 from relook.generate.text import Text
+from relook.serve.server import share_equal_tensors
 
 POOL, HEADS, KEY_HEADS, SIZE = 60, 4, 2, 8
 NEW = 8
@@ -333,3 +336,34 @@ def test_what_cannot_be_compiled_is_said_once(
     assert [text.tokens for text in texts] == by_generate["plain"]
     assert len(said) == 1
     assert "cannot be compiled (ZeroDivisionError" in said[0]
+
+
+# --- projections that share one product
+
+
+@pytest.mark.parametrize("make", [tiny_llava, tiny_relook])
+def test_a_model_whose_projections_share_a_matrix_is_saved_as_before(make: Any, tmp_path: Path) -> None:
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    share_projections(model.model.language_model.layers)
+    model.save_pretrained(tmp_path)
+    after = type(model).from_pretrained(tmp_path).state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_models_that_share_tensors_share_joint_matrices() -> None:
+    first, second = tiny_llava(), tiny_llava()
+    projection = lambda model: model.model.language_model.layers[0].self_attn.k_proj  # noqa: E731
+    share_projections(first.model.language_model.layers)
+    group = projection(first).group
+    share_projections(first.model.language_model.layers)
+    assert projection(first).group is group
+    share_equal_tensors(second, first)
+    share_projections(second.model.language_model.layers)
+    assert projection(second).group.weight.data_ptr() == group.weight.data_ptr()
+    projection(second).weight.data = projection(second).weight + 1  # other weights: the matrix is made anew
+    share_projections(second.model.language_model.layers)
+    assert projection(second).group.weight.data_ptr() != group.weight.data_ptr()
+    q, k, _ = projection(second).group.sizes
+    assert torch.equal(projection(second).group.weight[q : q + k], projection(first).weight + 1)

@@ -1,7 +1,7 @@
-"""Projections that read the same states as one product: queries, keys and values; gate and up.
+"""Projections that read the same hidden states as one product: queries, keys and values; gate and up.
 
-Each is a narrow product by itself, which at a few rows does not reach the memory's speed. Their weights become views
-of one matrix, so nothing is stored twice, and every other use of the layers stays as it was.
+Each is a narrow product by itself, which at a few rows does not reach the memory's bandwidth. Their weights become
+views of one matrix, so nothing is stored twice, and every other use of the layers, saving included, stays as it was.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ class _Group:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.sizes = [layer.out_features for layer in layers]
         with torch.no_grad():
-            self.weight = torch.cat([layer.weight for layer in layers])
-            for layer, part in zip(layers, self.weight.split(self.sizes), strict=True):
-                layer.weight.data = part
+            weight = _joint_weight(layers)
+            if weight is None:
+                weight = torch.cat([layer.weight for layer in layers])
+                for layer, part in zip(layers, weight.split(self.sizes), strict=True):
+                    layer.weight.data = part
+        self.weight = weight
         self.states: Tensor | None = None
         self.pending: dict[int, Tensor] = {}
 
     def product(self, states: Tensor, index: int) -> Tensor:
+        """Return one layer's part of the joint product, without its bias."""
         if self.states is not states or index not in self.pending:
             parts = linear(states, self.weight).split(self.sizes, -1)
             self.states, self.pending = states, dict(enumerate(parts))
@@ -52,11 +56,42 @@ class SharedLinear(nn.Linear):
 
 
 def share_projections(layers: nn.Module) -> None:
-    """Let plain linear layers that read the same states share one product where they are compiled, in place."""
+    """Let plain linear layers that read the same states share one product where they are compiled, in place.
+
+    Layers that share already stay as they are, unless their weights were replaced meanwhile.
+    """
     for module in list(layers.modules()):
         for names in GROUPS:
             group: list[Any] = [getattr(module, name, None) for name in names]
-            if all(type(layer) is nn.Linear for layer in group) and len({layer.weight.dtype for layer in group}) == 1:
-                shared = _Group(group)
-                for index, layer in enumerate(group):
-                    layer.__class__, layer.group, layer.index = SharedLinear, shared, index
+            if not all(type(layer) in (nn.Linear, SharedLinear) for layer in group):
+                continue  # quantised, or wrapped by an adapter
+            if len({layer.weight.dtype for layer in group}) > 1 or _is_shared(group):
+                continue
+            shared = _Group(group)
+            for index, layer in enumerate(group):
+                layer.__class__, layer.group, layer.index = SharedLinear, shared, index
+
+
+def _is_shared(layers: Sequence[Any]) -> bool:
+    joint = _joint_weight(layers)
+    return (
+        joint is not None
+        and all(type(layer) is SharedLinear and layer.group is layers[0].group for layer in layers)
+        and joint.data_ptr() == layers[0].group.weight.data_ptr()
+    )
+
+
+def _joint_weight(layers: Sequence[nn.Linear]) -> Tensor | None:
+    """Return one matrix over weights that lie one behind the other in memory; None where they do not.
+
+    They do where the layers, or those of another model that shares its tensors, were in a group before.
+    """
+    first, end = layers[0].weight, layers[0].weight.data_ptr()
+    for layer in layers:
+        weight = layer.weight
+        same_storage = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same_storage or not weight.is_contiguous() or weight.data_ptr() != end:
+            return None
+        end += weight.nbytes
+    rows = sum(layer.out_features for layer in layers)
+    return first.data.as_strided((rows, first.shape[1]), (first.shape[1], 1))

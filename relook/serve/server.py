@@ -24,6 +24,7 @@ from relook.console import status
 from relook.errors import RelookError
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits
+from relook.generate.shared_projections import share_projections
 from relook.model.adapters import read_adapter
 from relook.model.checkpoint import folder_kind
 from relook.model.families import has_post_decoder
@@ -257,7 +258,9 @@ def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedM
 
 
 def load_sharing_tensors(loaded: LoadedModel, path: Path, loading: LoadOptions) -> LoadedModel:
-    """Another model, which shares what is equal with one that is loaded."""
+    """Load another model, which shares the tensors that are equal with one in memory."""
+    if loaded.core.device.type == "cuda":  # before any is shared: both engines then use the joint matrices
+        share_projections(loaded.core.model.language_model.layers)
     other = replace(loading, adapter=None).load(path)
     share_equal_tensors(other.core, loaded.core)
     return other
