@@ -46,9 +46,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     prompts: list[tuple[str, tuple[int, ...]]] = []
     submit = answering.submit
 
-    def counted(batch: Any, group: answering.Group, *more: Any) -> None:
+    def counted(batch: Any, group: answering.Group, *more: Any) -> int:
         prompts.extend((prompt.images[0].name, prompt.ids) for prompt in group)
-        submit(batch, group, *more)
+        return submit(batch, group, *more)
 
     monkeypatch.setattr(answering, "submit", counted)
     return prompts
@@ -218,11 +218,11 @@ def test_answers_are_kept_while_they_come(world: Path, tmp_path: Path, monkeypat
     """Ctrl-C after some answers: those are on disk and are not asked again."""
     submit, groups = answering.submit, []
 
-    def interrupted(batch: Any, group: answering.Group, *more: Any) -> None:
+    def interrupted(batch: Any, group: answering.Group, *more: Any) -> int:
         groups.append(group)
         if len(groups) == 4:
             raise KeyboardInterrupt
-        submit(batch, group, *more)
+        return submit(batch, group, *more)
 
     monkeypatch.setattr(answering, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -189,11 +189,11 @@ def test_a_run_that_was_cut_off_goes_on(
 ) -> None:
     submit, groups = answering.submit, []
 
-    def interrupted(batch: Any, group: answering.Group, *more: Any) -> None:
+    def interrupted(batch: Any, group: answering.Group, *more: Any) -> int:
         groups.append(len(group))
         if len(groups) == 3:
             raise KeyboardInterrupt
-        submit(batch, group, *more)
+        return submit(batch, group, *more)
 
     monkeypatch.setattr(answering, "submit", interrupted)
     out = tmp_path / "out"

@@ -34,6 +34,7 @@ from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
 FEATURE_BYTES = 1 << 30  # image features that are cached
+WAVE_REST = 4  # a share of 1 / 4 of a wave's texts may still grow when the next one comes
 EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around images
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
@@ -194,11 +195,19 @@ def _answer_by_engine(
     def begin(prompt: Prompt) -> _GrowingAnswer:
         return _GrowingAnswer(prompt, loaded, settings, sampler, IncrementalText(bytes_of, sampler.stops), finished)
 
+    queued = 0  # positions that the texts of the next wave need
     for group in prefetch_map(prepare, groups):
-        submit(scheduler, group, begin)
-        # Some texts always wait, so that a pass is full; no more do, so that few images are in memory.
-        while len(scheduler.waiting) >= settings.batch_size:
-            yield from step()
+        queued += submit(scheduler, group, begin)
+        if scheduler.runner.has_kernel:
+            # Some texts always wait, so that a pass is full; no more do, so that few images are in memory.
+            while len(scheduler.waiting) >= settings.batch_size:
+                yield from step()
+        elif queued >= cells:
+            # Without kernels each coming and going copies what all texts read: they come in waves.
+            wave = scheduler.live
+            while scheduler.live > wave // WAVE_REST:
+                yield from step()
+            queued = 0
     while scheduler.busy:
         yield from step()
 
@@ -226,14 +235,15 @@ class _GrowingAnswer:
         return ends
 
 
-def submit(scheduler: Scheduler, group: Group, begin: Callable[[Prompt], _GrowingAnswer]) -> None:
-    """Queue the prompts of a group.
+def submit(scheduler: Scheduler, group: Group, begin: Callable[[Prompt], _GrowingAnswer]) -> int:
+    """Queue the prompts of a group. Return the positions that they need.
 
     Args:
         begin: makes the answer that takes a prompt's tokens.
     """
     first = group[0].ids
     common = min(shared_length(first, prompt.ids, len(prompt.ids) - 1) for prompt in group)
+    needed = common
     for prompt in group:
         answer = begin(prompt)
         sampler, max_new_tokens = answer.sampler, answer.settings.max_new_tokens
@@ -241,6 +251,8 @@ def submit(scheduler: Scheduler, group: Group, begin: Callable[[Prompt], _Growin
         text.temperature, text.top_k, text.top_p = sampler.temperature, sampler.top_k, sampler.top_p
         text.draws = sampler.draws(prompt.number, max_new_tokens)
         scheduler.waiting.append(text)
+        needed += len(prompt.ids) - common + max_new_tokens
+    return needed
 
 
 # ----------------------------------------------------------------------------------------------------

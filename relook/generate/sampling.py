@@ -169,7 +169,7 @@ def choose_tokens(
     scores = scores / torch.where(greedy, 1.0, sampling.temperature).float()[:, None]
     if sampling.filters:
         # Top-k and top-p on scores in ascending order, then back to the order of ids.
-        ordered, index = scores.sort(dim=-1)
+        ordered, order = scores.sort(dim=-1)
         rank = torch.arange(ordered.shape[-1], 0, -1, device=scores.device)  # 1 for the most likely
         top_k = torch.where(sampling.top_k == 0, ordered.shape[-1], sampling.top_k)[:, None]
         kth = ordered.gather(1, (ordered.shape[-1] - top_k).clamp(min=0))  # ties with it stay
@@ -177,8 +177,12 @@ def choose_tokens(
         outside = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p[:, None]
         outside &= (sampling.top_p < 1)[:, None] & (rank > 1)
         ordered = ordered.masked_fill(outside, -torch.inf)
-        scores = torch.empty_like(scores).scatter_(1, index, ordered)
-    draw = sampling.draws[:, 0] if first or count is None else sampling.draws.gather(1, count[:, None].long())[:, 0]
+        scores = torch.empty_like(scores).scatter_(1, order, ordered)
+    draw = sampling.draws[:, 0]
+    if count is not None and not first:
+        # A row whose text is over may still take part, beyond its last draw.
+        index = count.long().clamp(max=sampling.draws.shape[1] - 1)
+        draw = sampling.draws.gather(1, index[:, None])[:, 0]
     # Inverse transform: the first token at which the cumulative probability passes the draw.
     shares = scores.double().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(shares, (draw * shares[:, -1])[:, None], right=True)[:, 0]
