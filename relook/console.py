@@ -26,6 +26,7 @@ def prints_output() -> bool:
 def progress(title: str) -> Iterator[ProgressReport]:
     """Show a progress bar for one piece of work; if the output is not a terminal, print one line at the end."""
     started = time.monotonic()
+    # Without a terminal the bar would fill a log file with escape codes.
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -63,6 +64,7 @@ def status(text: str, style: str = "") -> None:
 def stdout_console() -> Console:
     """Return a console on standard output, for tables. Markup is not interpreted, and a pipe gets wide lines."""
     console = Console(markup=False, highlight=False)
+    # rich assumes 80 columns for a pipe and would fold cells that a program reads.
     if not console.is_terminal:
         console.width = 200
     return console
@@ -70,10 +72,10 @@ def stdout_console() -> Console:
 
 def plain_table(*columns: str, right: Collection[str] = ()) -> Table:
     """Build a table without rules; the columns named in `right` hold numbers and are right-aligned."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
 
 
 def readable_size(size: float) -> str:

@@ -60,23 +60,24 @@ def shard(values: Sequence[T]) -> Sequence[T]:
     return values[rank() :: world_size()]
 
 
-def barrier(what: str) -> None:
+def barrier(awaited: str) -> None:
     """Wait until every process has reached this point.
 
     Args:
-        what: what is waited for, for the error message.
+        awaited: what is waited for, for the error message.
 
     Raises:
         RelookError: a process did not arrive within `TIMEOUT`.
     """
     if world_size() == 1:
         return
+    # Unlike `barrier`, it names the ranks that are missing; it needs gloo.
     try:
         torch.distributed.monitored_barrier(_group(), TIMEOUT, wait_all_ranks=True)
     except RuntimeError as error:
         raise RelookError(
-            f"Process {rank()} waited up to {TIMEOUT} for {what}, in vain: {str(error).splitlines()[0]}.",
-            "See what the other processes said last.",
+            f"Process {rank()} waited up to {TIMEOUT} for {awaited}, in vain: {str(error).splitlines()[0]}.",
+            "See the last messages of the other processes.",
         ) from None
 
 
@@ -88,27 +89,29 @@ def _group() -> Any:
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
     """Call `make` in the first process and return its result in all of them."""
-    found: list[Any] = [make() if is_main() else None]
-    value: T = broadcast_object_list(found)[0]
+    # accelerate fills the list in place in the other processes.
+    shared: list[Any] = [make() if is_main() else None]
+    value: T = broadcast_object_list(shared)[0]
     return value
 
 
-def map_sharded(values: Sequence[T], make: Callable[[Sequence[T]], list[Any]], what: str) -> list[Any]:
+def map_sharded(values: Sequence[T], make: Callable[[Sequence[T]], list[Any]], awaited: str) -> list[Any]:
     """Apply `make` to each process's share of `values`; return all results, in order, in every process.
 
     Args:
-        what: what is made, for the error message of `barrier`.
+        awaited: what is made, for the error message of `barrier`.
     """
-    made = list(zip(shard(range(len(values))), make(shard(values)), strict=True))
-    barrier(what)
-    found = dict(all_gather_objects(made))
-    return [found[i] for i in range(len(values))]
+    # Pair each result with its index: the shares interleave, and are gathered rank by rank.
+    local_results = list(zip(shard(range(len(values))), make(shard(values)), strict=True))
+    barrier(awaited)
+    by_index = dict(all_gather_objects(local_results))
+    return [by_index[i] for i in range(len(values))]
 
 
 def all_gather_objects(values: list[T]) -> list[T]:
     """Gather the values of all processes in every process."""
-    found: list[T] = gather_object(values)
-    return found
+    gathered: list[T] = gather_object(values)
+    return gathered
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -119,14 +122,14 @@ def all_gather_objects(values: list[T]) -> list[T]:
 
 def gather_full(parameter: Tensor) -> Tensor:
     """Gather a whole parameter as one CPU tensor; under DeepSpeed, the float32 values that its optimizer updates."""
-    if isinstance(parameter, DTensor):
+    if isinstance(parameter, DTensor):  # FSDP2
         full: Tensor = parameter.full_tensor()
         return full.detach().cpu()
     if _stepped_by_deepspeed(parameter):
         values = _deepspeed("utils").safe_get_full_fp32_param(parameter)
         if values is not None:
             return torch.as_tensor(values).detach().cpu().view(full_shape(parameter))
-    if hasattr(parameter, "ds_id"):
+    if hasattr(parameter, "ds_id"):  # frozen under ZeRO-3: sharded, but without an optimizer's copy
         with _deepspeed("zero").GatheredParameters([parameter]):
             return parameter.detach().cpu().clone()
     return parameter.detach().cpu()
@@ -138,7 +141,7 @@ def local_shard(parameter: Tensor) -> Tensor:
         local: Tensor = parameter.to_local()
         return local
     part: Tensor | None = getattr(parameter, "ds_tensor", None)
-    if part is None:
+    if part is None:  # not sharded
         return parameter
     # ZeRO-3 shards are of equal size; arbitrary values pad the last ones.
     start = part.numel() * dist.get_rank(getattr(parameter, "ds_process_group", None))
@@ -149,6 +152,7 @@ def set_full(parameter: Tensor, values: Tensor) -> None:
     """Set a parameter, sharded or not, to values of its full shape."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
+            # Every process has the full values, so none is sent: each keeps its own shard.
             full = values.to(parameter.device, parameter.dtype)
             parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
         elif _stepped_by_deepspeed(parameter):
@@ -168,25 +172,27 @@ def reshard(model: nn.Module) -> None:
 
 def gather_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return an optimizer's `state_dict` with whole tensors on the CPU, as a single process would have it."""
+    # Indexed by position, not by name as torch's get_optimizer_state_dict: a checkpoint then suits one process as well.
     state = optimizer.state_dict()
-    each = {
-        index: {name: gather_full(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+    full_state = {
+        index: {name: gather_full(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    return {**state, "state": each}
+    return {**state, "state": full_state}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a `state_dict` of whole tensors; each process takes its shard of those shaped like a sharded parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    each = {
-        index: {name: _to_local_layout(v, parameters[index]) for name, v in values.items()}
+    local_state = {
+        index: {name: _to_local_layout(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": each})
+    optimizer.load_state_dict({**state, "state": local_state})
 
 
 def _to_local_layout(value: Any, parameter: Tensor) -> Any:
+    # Moments have the parameter's shape; a step counter is a scalar, and stays whole.
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(
@@ -200,6 +206,7 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def _stepped_by_deepspeed(parameter: Tensor) -> bool:
+    # DeepSpeed marks parameters with ds_id under ZeRO-3, and with _hp_mapping below it.
     return parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"))
 
 
@@ -216,6 +223,7 @@ def _deepspeed(part: str) -> Any:
 
 def is_sharded(training: Mapping[str, Any]) -> bool:
     """Return True if FSDP or DeepSpeed will shard the model, set by a recipe's keys or accelerate's launcher."""
+    # The environment variables are those that `accelerate launch` sets for its processes.
     launched = [os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")]
     return any(launched) or bool(training.get("fsdp") or training.get("deepspeed"))
 
@@ -226,24 +234,24 @@ def is_sharded(training: Mapping[str, Any]) -> bool:
 def deepspeed_names() -> list[str]:
     """List the names of the DeepSpeed configurations that ship with relook."""
     files = (resources.files("relook") / "deepspeed").iterdir()
-    return sorted(item.name.removesuffix(".json") for item in files if item.name.endswith(".json"))
+    return sorted(path.name.removesuffix(".json") for path in files if path.name.endswith(".json"))
 
 
-def deepspeed_config(given: Any) -> Any:
-    """Return the DeepSpeed configuration of a recipe: the path of a file that ships with relook, or `given` itself.
+def deepspeed_config(config: Any) -> Any:
+    """Return the DeepSpeed configuration of a recipe: the path of a file that ships with relook, or `config` itself.
 
     Raises:
         RecipeError: DeepSpeed is not installed, or there is no such file.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise RecipeError("The recipe sets deepspeed, which is not installed.", "Run: pip install 'relook[deepspeed]'")
-    if not isinstance(given, str) or Path(given).is_file():
-        return given
-    if given not in deepspeed_names():
+    if not isinstance(config, str) or Path(config).is_file():
+        return config
+    if config not in deepspeed_names():
         raise RecipeError(
-            f"There is no DeepSpeed file {given!r}.", f"Give its path or one of {', '.join(deepspeed_names())}."
+            f"There is no DeepSpeed file {config!r}.", f"Give its path or one of {', '.join(deepspeed_names())}."
         )
-    return str(resources.files("relook") / "deepspeed" / f"{given}.json")
+    return str(resources.files("relook") / "deepspeed" / f"{config}.json")
 
 
 # --- FSDP2
@@ -282,6 +290,7 @@ def prepare_fsdp(accelerator: Any, arguments: dict[str, Any] | None, dtype: torc
         )
     if plugin.activation_checkpointing:
         raise RecipeError("FSDP's activation_checkpointing is not supported.", "Set gradient_checkpointing instead.")
+    # Parameters are gathered in the low type and gradients summed in float32; what goes in and out is left as it is.
     low = None if dtype == torch.float32 else dtype
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=low, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False

@@ -14,9 +14,9 @@ class RelookError(Exception):
         fix: what to do about it.
     """
 
-    def __init__(self, what: str, fix: str = "") -> None:
-        self.what, self.fix = what, fix
-        super().__init__(f"{what} {fix}".strip())
+    def __init__(self, problem: str, fix: str = "") -> None:
+        self.problem, self.fix = problem, fix
+        super().__init__(f"{problem} {fix}".strip())
 
 
 class DataError(RelookError):
@@ -49,6 +49,7 @@ class Faults:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        # Bugs and Ctrl-C must not be collected: only errors that the user can fix.
         if not isinstance(error, RelookError):
             return False
         self.errors += error.errors if isinstance(error, Mistakes) else [error]
@@ -56,6 +57,7 @@ class Faults:
 
     def check(self) -> None:
         """Raise the collected errors without repeats: a single error as it is, several as `Mistakes`."""
+        # A dict by message drops repeats and keeps the order.
         errors = list({str(error): error for error in self.errors}.values())
         if errors:
             raise errors[0] if len(errors) == 1 else Mistakes(errors)

@@ -31,6 +31,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     if path.is_dir():
         raise RelookError(f"{path} is a folder.", "Give a file's name.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic within one file system only; one name per process.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -43,28 +44,29 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, as `atomic_file` does for a file.
 
-    An existing folder of the final name is replaced at the end, by two renames. Leftovers of a killed process for the
-    same folder are removed first: they are hidden, and can be as large as a model.
+    An existing folder of the final name is replaced at the end, by two renames.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if not process_is_alive(owner := left.name.split(".")[-2]) or owner == str(os.getpid()):
-            shutil.rmtree(left, ignore_errors=True)
+    # Remove what a killed process left for the same folder: it is hidden, and can be as large as a model.
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not process_is_alive(owner := leftover.name.split(".")[-2]) or owner == str(os.getpid()):
+            shutil.rmtree(leftover, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     replaced = path.with_name(f".{path.name}.old.{os.getpid()}.part")
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
+        if path.exists():  # a rename onto a folder that is not empty fails
             path.replace(replaced)
         temporary.replace(path)
     finally:
-        for left in (temporary, replaced):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def make_paths(settings: Any) -> None:
     """Convert strings to Path in the path fields of a dataclass, and in its lists of paths; None stays None."""
+    # Annotations are strings here, and a frozen dataclass takes new values by object.__setattr__ only.
     for name, kind in ((field.name, str(field.type)) for field in fields(settings)):
         value = getattr(settings, name)
         if kind.startswith("Path") and isinstance(value, str):
@@ -76,7 +78,7 @@ def make_paths(settings: Any) -> None:
 def process_is_alive(process: str) -> bool:
     """Return True if the process of this id (as in the names of half-written files) runs on this machine."""
     try:
-        os.kill(int(process), 0)
+        os.kill(int(process), 0)  # signal 0 only checks that the process exists
     except (ValueError, OverflowError, ProcessLookupError):
         return False
     except PermissionError:  # under another user
@@ -88,16 +90,17 @@ def process_is_alive(process: str) -> bool:
 def sole_writer(folder: Path) -> Iterator[None]:
     """Lock a folder for this process and those that torchrun started with it. The folder need not exist yet.
 
-    The operating system holds the lock and releases it when the process ends, however it ends. On a file system
-    without locks, nothing is locked.
+    On a file system without locks, nothing is locked.
 
     Raises:
         RelookError: another process is writing there.
     """
+    # One process of torchrun holds the lock for all. A file in the folder's place is reported by whoever writes there.
     if not prints_output() or (folder.exists() and not folder.is_dir()):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
+    # flock, not a lock file: the operating system releases it when the process ends, however it ends.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,13 +109,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
         raise RelookError(
             f"{folder} is in use: another relook is writing there.", "Wait until it ends, or choose another folder."
         ) from None
-    except OSError:
+    except OSError:  # no locks on this file system
         pass
     try:
         yield
     finally:
         with suppress(OSError):
-            folder.rmdir()  # where nothing came of it
+            folder.rmdir()  # succeeds only if it is empty: nothing came of the job
         os.close(descriptor)
 
 
@@ -130,19 +133,19 @@ def writes_alone(folder_of: Callable[..., Path]) -> Callable[[Callable[P, T]], C
     return decorate
 
 
-def require_disk_space(path: Path, needed: int, what: str, fix: str) -> None:
+def require_disk_space(path: Path, needed: int, subject: str, fix: str) -> None:
     """Check that the disk has room for a file or folder before work on it begins.
 
     Raises:
         RelookError: there is too little space; the message gives the needed and the free bytes.
     """
-    place = path
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = path  # or the nearest folder above it that exists
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise RelookError(
-            f"{what} needs {readable_size(needed)} on disk, but {path.parent} has {readable_size(free)} free.", fix
+            f"{subject} needs {readable_size(needed)} on disk, but {path.parent} has {readable_size(free)} free.", fix
         )
 
 
@@ -170,7 +173,7 @@ def require_regular(path: Path) -> None:
     except (OSError, ValueError):  # what reads it says why
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise DataError(f"{path} is a pipe, a socket or a device, not a file.", "Give a file.")
+        raise DataError(f"{path} is a pipe, a socket or a device, not a file.", "Give a regular file.")
 
 
 def require_regular_files(folder: Path) -> None:
@@ -193,19 +196,21 @@ def read_text(path: Path) -> str:
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, but a file is expected here.", "Give the path of the file.") from None
     except UnicodeDecodeError as error:
-        what = f"{path} is not {error.encoding.upper()} text ({error.reason} at byte {error.start})."
-        raise DataError(what, "Save it as UTF-8.") from None
+        problem = f"{path} is not {error.encoding.upper()} text ({error.reason} at byte {error.start})."
+        raise DataError(problem, "Save it as UTF-8.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _text(data: bytes) -> str:
     """Decode text, taking the encoding from its first bytes; every line ending becomes a newline."""
+    # detect_encoding tells UTF-8, -16 and -32 apart by their byte order mark or by zero bytes, as JSON's RFC has it.
     return io.TextIOWrapper(io.BytesIO(data), json.detect_encoding(data)).read()
 
 
 def opens_with(path: Path, mark: str) -> bool:
     """Return True if the text file begins with `mark`, leading white space aside."""
+    # The head is enough, and may end within a character: "ignore" drops that.
     with path.open("rb") as file:
         head = file.read(1024)
     return head.decode(json.detect_encoding(head), "ignore").lstrip().startswith(mark)
@@ -234,6 +239,7 @@ def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read a list of JSON objects, stored either as JSON lines or as one JSON array."""
     text = read_text(path)
+    # The first character tells the two apart: a line of JSON lines is an object.
     records: list[dict[str, Any]] = []
     if text.lstrip()[:1] == "[":
         records = read_json(path)
@@ -267,8 +273,7 @@ def read_published_records(path: Path, source: str) -> list[dict[str, Any]]:
 def is_free(folder: Path, settings: str, option: str) -> bool:
     """Return True if a job may use the folder as new, False if it holds the `settings` file of a job under way.
 
-    A settings file alone belongs to a job that never began. A half-written settings file of a killed process does not
-    count.
+    A settings file alone belongs to a job that never began.
 
     Raises:
         RecipeError: the folder is a file, or holds something else.
@@ -277,6 +282,7 @@ def is_free(folder: Path, settings: str, option: str) -> bool:
         return True
     if not folder.is_dir():
         raise RecipeError(f"{folder} is a file.", f"Choose another {option}.")
+    # Empty, or nothing but settings, whole or half-written: no work would be lost.
     if all(path.name == settings or path.match(f".{settings}.*.part") for path in folder.iterdir()):
         return True
     if not (folder / settings).exists():
@@ -284,22 +290,22 @@ def is_free(folder: Path, settings: str, option: str) -> bool:
     return False
 
 
-def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], what: str, **noted: Any) -> None:
+def claim_output_dir(folder: Path, name: str, settings: Mapping[str, Any], contents: str, **notes: Any) -> None:
     """Claim an output folder for a job by writing its settings there; refuse a folder with different settings.
 
     Args:
-        what: what such a folder contains, for the error message.
-        noted: further values for the file, which may differ from those already there.
+        contents: what such a folder contains, for the error message.
+        notes: further values for the file, which may differ from those already there.
 
     Raises:
         RecipeError: the folder belongs to another job, or holds something else.
     """
     if is_free(folder, name, "--out"):
-        write_json(folder / name, {**settings, **noted})
+        write_json(folder / name, {**settings, **notes})
         return
-    old = read_json_object(folder / name)
-    if changed := [key for key in settings if old.get(key) != settings[key]]:
-        raise RecipeError(f"{folder} holds {what} made with another {', '.join(changed)}.", "Choose another --out.")
+    stored = read_json_object(folder / name)
+    if changed := [key for key in settings if stored.get(key) != settings[key]]:
+        raise RecipeError(f"{folder} holds {contents} made with another {', '.join(changed)}.", "Choose another --out.")
 
 
 def file_hash(path: Path) -> str:
@@ -309,11 +315,12 @@ def file_hash(path: Path) -> str:
 
 def file_stamp(path: Path) -> tuple[int, ...]:
     """Return numbers that change when the file does, to key caches of its content."""
+    # mtime alone is too coarse on some file systems, and tools set it back; ctime they cannot.
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-@cache
+@cache  # by path and stamp, so that a changed file is read again
 def _file_hash(path: Path, *_: int) -> str:
     require_regular(path)
     with path.open("rb") as file:
@@ -324,6 +331,6 @@ def text_hash(*parts: str) -> str:
     """Compute the SHA-256 of strings (boundaries count), cut to 16 hex digits, for keys and provenance."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(f"{len(part)}:".encode())
+        digest.update(f"{len(part)}:".encode())  # ("ab", "c") and ("a", "bc") differ
         digest.update(part.encode())
     return digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Flags from the command lines of HA-DPO, LLaVA and transformers that are not settings of a relook run.
 
 A flag without effect is accepted, and the run reports it. Such flags come from pasted commands, or their feature is
-switched off. A flag that asks for something that would not happen is an error that says what to use instead.
+switched off. A flag that asks for something that would not happen is an error that names the alternative.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ Values = Mapping[str, Any]
 # Old names of keys: those of transformers before version 5, and of HA-DPO.
 RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "optimizer_type": "optim"}
 
+# Reasons that several flags share.
 _SCORES = "relook logs its own fields over the held-out pairs"
 _SAME_LOGITS = "relook computes logits at the answers only"
 _SAME_PRECISION = "held-out pairs are measured in the precision of training"
 # Flags without effect, whatever their value, and why.
-PASSED = {
+IGNORED = {
     # LLaVA's and HA-DPO's
     "lazy_preprocess": "images are read when they are needed",
-    "is_multimodal": "a sample with an image has one",
-    "mpt_attn_impl": "it is of MPT models",
+    "is_multimodal": "each record says whether it has an image",
+    "mpt_attn_impl": "it belongs to MPT models",
     "ignore_bias_buffers": "there are no such buffers",
     "log_freq": "the original does not use it, either: logging_steps decides",
     # transformers'
-    "local_rank": "launchers say it by the environment",
+    "local_rank": "launchers pass it in the environment",
     "remove_unused_columns": "there are no such columns",
     "label_names": "there are no such columns",
     "length_column_name": "lengths are counted in tokens",
@@ -47,7 +48,7 @@ PASSED = {
 }
 
 # Keys of the model's config (`relook.model.checkpoint.llava_settings`). A recipe may repeat them, but not change them.
-OF_THE_MODEL = {
+MODEL_KEYS = {
     "mm_vision_select_layer": "int",
     "mm_vision_select_feature": "str",
     "mm_projector_type": "str",
@@ -55,11 +56,12 @@ OF_THE_MODEL = {
     "mm_use_im_patch_token": "bool",
 }
 
-INSTEAD = {
+# Flags that ask for something that relook does in another way or not at all, and what to do about it.
+UNSUPPORTED = {
     # LLaVA's and HA-DPO's
     "pretrain_mm_mlp_adapter": "Use adapter_name_or_path: it takes an mm_projector.bin.",
     "lora_weight_path": "The original reads it and does nothing with it. Use adapter_name_or_path.",
-    "freeze_mm_mlp_adapter": "It trains with tune_mm_mlp_adapter, and in a full run, where mm_projector_lr 0 holds it.",
+    "freeze_mm_mlp_adapter": "It trains with tune_mm_mlp_adapter, or in a full run; mm_projector_lr 0 freezes it.",
     "mm_vision_tower": "Use vision_tower.",
     "image_grid_pinpoints": "They are read from the model's config; leave it out.",
     "cache_dir": "Set HF_HOME, and give folders: relook downloads nothing.",
@@ -86,9 +88,9 @@ INSTEAD = {
     ),
 }
 
-# Keys of INSTEAD that are harmless if they only state what holds anyway: a test of the value, given all values.
+# Keys of UNSUPPORTED that are harmless if they only state what holds anyway: a test of the value, given all values.
 _REGIMES = ("lora_enable", "tune_post_decoder", "tune_lm_head")
-ALREADY: dict[str, Callable[[Any, Values], Any]] = {
+HARMLESS: dict[str, Callable[[Any, Values], Any]] = {
     **dict.fromkeys(
         (
             *("pretrain_mm_mlp_adapter", "lora_weight_path", "image_grid_pinpoints", "cache_dir", "do_eval"),
@@ -109,16 +111,16 @@ ALREADY: dict[str, Callable[[Any, Values], Any]] = {
     ),
 }
 
-WORDS = {"feature_cache": "off", **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")}
-"""Values that YAML reads as false where they are not quoted."""
+# Values that YAML 1.1 reads as false where they are not quoted (`off`, `no`), by key.
+FALSE_WORDS = {"feature_cache": "off", **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")}
 
 # transformers' keys that take effect only under a condition. Each entry has the words for the unmet condition, its test
 # and the keys. The test sees the recipe's values over relook's defaults.
 DEFAULTS = {"save_strategy": "no", "logging_strategy": "steps", "report_to": "none"}
-SWITCHED: tuple[tuple[str, Callable[[Values], Any], tuple[str, ...]], ...] = (
+CONDITIONAL: tuple[tuple[str, Callable[[Values], Any], tuple[str, ...]], ...] = (
     (
         "with cached trunk states",
-        lambda said: not said.get("cached_trunk"),
+        lambda values: not values.get("cached_trunk"),
         (
             *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
             *("activation_checkpointing", "activation_checkpointing_kwargs"),
@@ -126,89 +128,91 @@ SWITCHED: tuple[tuple[str, Callable[[Values], Any], tuple[str, ...]], ...] = (
     ),
     (
         "without gradient_checkpointing",
-        lambda said: said.get("gradient_checkpointing") or said.get("activation_checkpointing"),
+        lambda values: values.get("gradient_checkpointing") or values.get("activation_checkpointing"),
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
     ),
     (
         "without eval_fraction: nothing is held out",
-        lambda said: said.get("eval_fraction"),
+        lambda values: values.get("eval_fraction"),
         (
             *("per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
             "load_best_model_at_end",
         ),
     ),
-    ("without eval_strategy steps", lambda said: said.get("eval_strategy") == "steps", ("eval_steps",)),
+    ("without eval_strategy steps", lambda values: values.get("eval_strategy") == "steps", ("eval_steps",)),
     (
         "where no best step is looked for (load_best_model_at_end, save_strategy best)",
-        lambda said: (
-            said.get("load_best_model_at_end")
-            or said["save_strategy"] == "best"
-            or said.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+        lambda values: (
+            values.get("load_best_model_at_end")
+            or values["save_strategy"] == "best"
+            or values.get("lr_scheduler_type") == "reduce_lr_on_plateau"
         ),
         ("metric_for_best_model", "greater_is_better"),
     ),
-    ("without save_strategy steps", lambda said: said["save_strategy"] == "steps", ("save_steps",)),
+    ("without save_strategy steps", lambda values: values["save_strategy"] == "steps", ("save_steps",)),
     (
         "without a save_strategy",
-        lambda said: said["save_strategy"] != "no",
+        lambda values: values["save_strategy"] != "no",
         ("save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
     ),
-    ("without logging_strategy steps", lambda said: said["logging_strategy"] == "steps", ("logging_steps",)),
+    ("without logging_strategy steps", lambda values: values["logging_strategy"] == "steps", ("logging_steps",)),
     (
         "without report_to",
-        lambda said: said["report_to"] not in ("none", ["none"], []),
+        lambda values: values["report_to"] not in ("none", ["none"], []),
         ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     ),
     (
         "without dataloader_num_workers",
-        lambda said: said.get("dataloader_num_workers"),
+        lambda values: values.get("dataloader_num_workers"),
         (
             *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"),
             "dataloader_in_order",
         ),
     ),
-    ("without fsdp", lambda said: said.get("fsdp"), ("fsdp_config",)),
+    ("without fsdp", lambda values: values.get("fsdp"), ("fsdp_config",)),
     (
         "with an optimizer that is no Adam or Lion",
-        lambda said: any(word in str(said.get("optim", "adamw")) for word in ("adam", "lion", "adema")),
+        lambda values: any(word in str(values.get("optim", "adamw")) for word in ("adam", "lion", "adema")),
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
     ),
     (
         "with group_by_modality_length, which takes seed",
-        lambda said: not said.get("group_by_modality_length"),
+        lambda values: not values.get("group_by_modality_length"),
         ("data_seed",),
     ),
 )
-# Keys of SWITCHED for which false states what holds anyway.
-OFF = {
+# Keys of CONDITIONAL for which false states what holds anyway.
+FALSE_IS_DEFAULT = {
     *("eval_on_start", "load_best_model_at_end", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
     *("dataloader_persistent_workers", "gradient_checkpointing", "activation_checkpointing"),
 }
-# Keys of SWITCHED that ask for something that would not happen; the others only say how something happens.
-WANTED = {"eval_strategy", "eval_on_start", "load_best_model_at_end", "data_seed"}
+# Keys of CONDITIONAL that ask for something that would not happen; the others only say how something happens.
+REQUESTS = {"eval_strategy", "eval_on_start", "load_best_model_at_end", "data_seed"}
 
 
-def idle_keys(said: Values) -> dict[str, str]:
+def idle_keys(values: Values) -> dict[str, str]:
     """Find the transformers keys that have no effect given the other keys, each with the reason."""
-    given = {**DEFAULTS, **said}
-    found: dict[str, str] = {}
-    for where, on, keys in SWITCHED:
-        if not on(given):
+    # Defaults decide a condition, but only keys that the user gave are reported.
+    settings = {**DEFAULTS, **values}
+    idle: dict[str, str] = {}
+    for reason, condition, keys in CONDITIONAL:
+        if not condition(settings):
             for key in keys:
-                if said.get(key) not in (None, "no") and not (key in OFF and not said[key]):
-                    found.setdefault(key, where)
-    return found
+                if values.get(key) not in (None, "no") and not (key in FALSE_IS_DEFAULT and not values[key]):
+                    idle.setdefault(key, reason)  # the first unmet condition explains best
+    return idle
 
 
-def refused(said: Values) -> Iterator[RecipeError]:
+def refused(values: Values) -> Iterator[RecipeError]:
     """Yield an error for each group of idle keys that ask for something that would not happen."""
-    wanted = {*WANTED, *(() if "save_strategy" in said else ("save_steps",))}  # transformers would save by default
+    # Without a save_strategy transformers would save every save_steps; relook's default is not to save.
+    requests = REQUESTS if "save_strategy" in values else REQUESTS | {"save_steps"}
     by_reason: dict[str, list[str]] = {}
-    for key, where in idle_keys(said).items():
-        if key in wanted:
-            by_reason.setdefault(where, []).append(key)
-    for where, keys in by_reason.items():
-        yield RecipeError(f"{preview(keys)} would have no effect {where}.", "Change that, or leave it out.")
+    for key, reason in idle_keys(values).items():
+        if key in requests:
+            by_reason.setdefault(reason, []).append(key)
+    for reason, keys in by_reason.items():
+        yield RecipeError(f"{preview(keys)} would have no effect {reason}.", "Change that, or leave it out.")
 
 
 def renamed(values: Values) -> dict[str, Any]:
@@ -217,17 +221,17 @@ def renamed(values: Values) -> dict[str, Any]:
     Raises:
         RecipeError: a key is given under both names with different values, or warmup_ratio is not a share.
     """
-    new = {key: value for key, value in values.items() if key not in RENAMED}
+    current = {key: value for key, value in values.items() if key not in RENAMED}
     for key, name in RENAMED.items():
         if key not in values:
             continue
         value = values[key]
         if key == "warmup_ratio" and not _is_share(value):
             raise RecipeError(f"warmup_ratio is {value!r}, not a share of the steps.", "Give 0 to below 1.")
-        if (new.get(name) or value) != value:  # with warmup_steps 0, transformers uses warmup_ratio
-            raise RecipeError(f"{key} is {value!r}, {name} is {new[name]!r}: one setting.", "Leave one of them out.")
-        new[name] = value
-    return new
+        if (current.get(name) or value) != value:  # with warmup_steps 0, transformers uses warmup_ratio
+            raise RecipeError(f"{key} is {value!r}, {name} is {current[name]!r}: one setting.", "Leave one out.")
+        current[name] = value
+    return current
 
 
 def _is_share(value: Any) -> bool:
@@ -237,19 +241,19 @@ def _is_share(value: Any) -> bool:
         return False
 
 
-def check_model_settings(said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_model_settings(stated: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Check that a recipe's model settings agree with the model's config.
 
     Args:
-        said: settings in the recipe, by key.
-        found: settings in the model's config, by key.
+        stated: settings in the recipe, by key.
+        config: settings in the model's config, by key.
 
     Raises:
         RecipeError: a setting differs.
     """
-    for key, value in said.items():
-        if value != found[key]:
+    for key, value in stated.items():
+        if value != config[key]:
             raise RecipeError(
-                f"{key} is {value!r}, but the model's config says {found[key]!r}, and the model was trained so.",
+                f"{key} is {value!r}, but the model's config says {config[key]!r}, and the model was trained so.",
                 "Leave it out, or give the model that you mean.",
             )

@@ -14,7 +14,7 @@ import yaml
 
 from relook.errors import Faults, RecipeError, preview
 from relook.files import read_text, write_text
-from relook.flags import ALREADY, INSTEAD, OF_THE_MODEL, PASSED, WORDS, idle_keys, refused, renamed
+from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_KEYS, UNSUPPORTED, idle_keys, refused, renamed
 from relook.model.post_decoder import PostDecoderSettings
 
 # ----------------------------------------------------------------------------------------------------
@@ -32,37 +32,37 @@ def read_yaml_or_shipped(name: str, kind: str) -> dict[str, Any]:
         RecipeError: there is no such file, or it is not a YAML mapping.
     """
     path = Path(name)
-    known = shipped_names(kind)
+    shipped = shipped_names(kind)
     if path.is_file():  # is_file, since a run folder may have the same name as its recipe
         text = read_text(path)
-    elif name in known:
+    elif name in shipped:
         text = (resources.files("relook") / f"{kind}s" / f"{name}.yaml").read_text(encoding="utf-8")
     elif path.suffix in (".yaml", ".yml"):
-        raise RecipeError(f"There is no {kind} file {path}.", f"Shipped {kind}s: {', '.join(known)}.")
+        raise RecipeError(f"There is no {kind} file {path}.", f"Shipped {kind}s: {', '.join(shipped)}.")
     else:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"Did you mean {close[0]}?" if close else f"Give a .yaml file or one of {', '.join(known)}."
+        close = difflib.get_close_matches(name, shipped, 1)
+        hint = f"Did you mean {close[0]}?" if close else f"Give a .yaml file or one of {', '.join(shipped)}."
         raise RecipeError(f"There is no {kind} {name!r}.", hint)
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not valid YAML: {error}.", "Correct it there.") from None
+        raise RecipeError(f"{name} is not valid YAML: {error}.", "Correct the file at that line.") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{name} is not a mapping of keys to values.", "Write key: value, one a line.")
+        raise RecipeError(f"{name} is not a mapping of keys to values.", "Write one `key: value` a line.")
     return values
 
 
 def shipped_names(kind: str) -> list[str]:
     """List the names of the recipes or sweeps that ship with relook."""
     folder = resources.files("relook") / f"{kind}s"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse `--key value` and `--key=value` pairs, with values as YAML (`_value`).
 
     Raises:
-        RecipeError: words that are neither, and keys without a value, all in one error.
+        RecipeError: words that are neither key nor value, and keys without a value, all in one error.
     """
     overrides, faults = read_overrides(arguments)
     faults.check()
@@ -94,9 +94,11 @@ def _value(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    asked = value is None or isinstance(value, (bool, list, dict)) or text.startswith(("'", '"'))
-    number = isinstance(value, (int, float)) and str(value) == text
-    return value if asked or number else text
+    # Words and brackets with a type of their own in YAML are meant as such; quotes ask for YAML's reading.
+    explicit = value is None or isinstance(value, (bool, list, dict)) or text.startswith(("'", '"'))
+    # 0123 would become 83 (octal), 1_000 would lose its underscore: a number must be written as Python prints it.
+    exact_number = isinstance(value, (int, float)) and str(value) == text
+    return value if explicit or exact_number else text
 
 
 def coerce(key: str, value: Any, annotation: Any) -> Any:
@@ -106,12 +108,13 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
     # Annotations are strings in relook's dataclasses and types in transformers'.
     kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     kinds = {part.strip() for part in kind.split("|")}
+    # Mappings, lists and types of other libraries are checked where they are used.
     if not kinds & {"bool", "int", "float", "str"} or kinds - {"bool", "int", "float", "str", "None"}:
         return value
     if value is None:
         if "None" in kinds:
             return value
-    elif isinstance(value, bool):
+    elif isinstance(value, bool):  # before int, which bool is a subclass of
         if "bool" in kinds:
             return value
     elif isinstance(value, (int, float, str)):
@@ -121,7 +124,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
                     number = convert(value)
                 except (ValueError, OverflowError):
                     continue
-                if name == "float" or float(value) == number:
+                if name == "float" or float(value) == number:  # 2.5 is no int
                     return number
         if "str" in kinds:
             return str(value)
@@ -169,7 +172,7 @@ LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lor
 HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")
 DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", *WEIGHTS)
 SFT_KEYS = ("data_path", "conversations_per_tree")
-KEPT_KEYS = ("activation_memory_budget", "activation_offloading")
+ACTIVATION_KEYS = ("activation_memory_budget", "activation_offloading")
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,7 @@ class Recipe:
     idle: Mapping[str, str] = field(default_factory=dict, compare=False)  # accepted keys without effect, and why
 
     def __post_init__(self) -> None:
+        # All faults are collected before any is raised, so that the user can mend a recipe in one go.
         faults = Faults()
         faults.errors += self._choices()
         if not faults.errors:  # which other keys have an effect depends on these
@@ -277,10 +281,10 @@ class Recipe:
             yield RecipeError(f"activation_memory_budget is {self.activation_memory_budget}.", "Give above 0 to 1.")
 
     def _numbers(self) -> Iterator[RecipeError]:
-        given = {**vars(self), **self.training}
-        for name, (fits, wanted) in BOUNDS.items():
-            if given.get(name) is not None and not fits(given[name]):
-                yield RecipeError(f"{name} is {given[name]}.", f"Give {wanted}.")
+        settings = {**vars(self), **self.training}
+        for name, (fits, allowed) in BOUNDS.items():
+            if settings.get(name) is not None and not fits(settings[name]):
+                yield RecipeError(f"{name} is {settings[name]}.", f"Give {allowed}.")
 
     def _what_trains(self) -> Iterator[RecipeError]:
         if self.freeze_backbone and not (self.tune_post_decoder or self.tune_lm_head or self.tune_mm_mlp_adapter):
@@ -293,8 +297,10 @@ class Recipe:
         if self.full and self.bits != 16:
             yield RecipeError(f"Weights of {self.bits} bits cannot train.", "Set lora_enable, or bits 16.")
         if self.lora_enable and not (self.lora_r > 0 and self.lora_alpha > 0 and 0 <= self.lora_dropout < 1):
-            said = f"lora_r {self.lora_r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}"
-            yield RecipeError(f"{said} make no LoRA.", "Give a rank and an alpha above 0, a dropout from 0 to below 1.")
+            rates = f"lora_r {self.lora_r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}"
+            yield RecipeError(
+                f"{rates} make no LoRA.", "Give a rank and an alpha above 0, a dropout from 0 to below 1."
+            )
         names = self.lora_target_modules
         if names != ALL_LINEAR and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
             yield RecipeError(
@@ -302,13 +308,14 @@ class Recipe:
             )
 
     def _unused(self) -> Iterator[RecipeError]:
-        """Yield an error for keys that differ from their default where nothing reads them and they would be ignored."""
-        plain = {item.name: item.default for item in dataclasses.fields(self)} | {"post_decoder": {}}
+        """Yield an error for keys that differ from their default although nothing reads them in this recipe."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)} | {"post_decoder": {}}
         dpo = self.dpo_weight > 0
         recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         # `resolve_trunk_pass` checks the cases that depend on the machine.
         elsewhere = [key for key in ("fsdp", "deepspeed", "use_cpu") if self.training.get(key)]
-        for idle, where, keys in (
+        # Each row: whether the keys are idle, the words for it, and the keys.
+        for idle, reason, keys in (
             (self.task != "dpo", "without task dpo", DPO_KEYS),
             (bool(self.pairs_path), "beside pairs_path", HADPO_KEYS),
             (self.task != "sft", "without task sft", SFT_KEYS),
@@ -324,8 +331,8 @@ class Recipe:
             (not (self.tune_mm_mlp_adapter or self.full), "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
             (not dpo or self.loss_type != "robust", "without loss_type robust and a dpo_weight", ("label_smoothing",)),
             (not dpo or self.loss_type != "simpo", "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
-            (self.cached_trunk, "with cached trunk states", KEPT_KEYS),
-            (bool(recomputed), f"beside {' '.join(recomputed)}", KEPT_KEYS),
+            (self.cached_trunk, "with cached trunk states", ACTIVATION_KEYS),
+            (bool(recomputed), f"beside {' '.join(recomputed)}", ACTIVATION_KEYS),
             (self.frozen_trunk, "where no gradient flows through the trunk", ("activation_offloading",)),
             (bool(elsewhere), f"with {' '.join(elsewhere)}", ("activation_offloading",)),
             (not self.mdpo_anchored_weight, "without mdpo_anchored_weight", ("mdpo_anchor",)),
@@ -341,14 +348,14 @@ class Recipe:
             ),
         ):
             # A learning rate of 0 (as in HA-DPO's command) is fine for a part that does not train.
-            allowed = {key: (plain[key], 0) if key.endswith("_lr") else (plain[key],) for key in keys}
-            found = [key for key in keys if getattr(self, key) not in allowed[key]]
-            if idle and found:
-                yield RecipeError(f"{preview(found)} would have no effect {where}.", "Change that, or leave it out.")
+            allowed = {key: (defaults[key], 0) if key.endswith("_lr") else (defaults[key],) for key in keys}
+            changed = [key for key in keys if getattr(self, key) not in allowed[key]]
+            if idle and changed:
+                yield RecipeError(f"{preview(changed)} would have no effect {reason}.", "Change that, or leave it out.")
         if not self.frozen_trunk and (self.feature_cache == "disk" or self.feature_cache_dir):
-            given = "feature_cache disk" if self.feature_cache == "disk" else "feature_cache_dir"
+            setting = "feature_cache disk" if self.feature_cache == "disk" else "feature_cache_dir"
             yield RecipeError(
-                f"{given} would have no effect: the trunk trains, and there are no states of it to keep.",
+                f"{setting} would have no effect: the trunk trains, and there are no states of it to cache.",
                 "Leave it out.",
             )
 
@@ -365,11 +372,12 @@ class Recipe:
             yield RecipeError(f"{', '.join(WEIGHTS)} are all 0: there is no loss.", "Set one of them.")
         if self.loss_type == "orpo" and self.dpo_weight and not self.nll_weight:
             yield RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
-        wanted = self.feature_cache != "off" if self.frozen_trunk else self.feature_cache == "memory"
-        if self.mdpo_conditional_weight and wanted:
-            what = "The trunk cache has no states" if self.frozen_trunk else "No vision features are kept"
+        # Both caches hold whole images by path; the term reads random crops of them.
+        caches = self.feature_cache != "off" if self.frozen_trunk else self.feature_cache == "memory"
+        if self.mdpo_conditional_weight and caches:
+            problem = "The trunk cache has no states" if self.frozen_trunk else "No vision features are kept"
             yield RecipeError(
-                f"{what} of corrupted images, which mdpo_conditional_weight needs.",
+                f"{problem} of corrupted images, which mdpo_conditional_weight needs.",
                 "Set feature_cache off, or mdpo_conditional_weight 0.",
             )
 
@@ -413,6 +421,7 @@ class Recipe:
         return {"dataloader_num_workers": not self.cached_trunk, **self.explicit_keys}
 
     def to_yaml(self) -> str:
+        # Flat again, as `build_recipe` takes them; `idle` keys had no effect and are left out.
         values = dataclasses.asdict(self)
         del values["idle"]
         flat = {**values.pop("of_the_model"), **values.pop("training")}
@@ -425,7 +434,7 @@ class Recipe:
 def _training_keys() -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    return {item.name: item.type for item in dataclasses.fields(TrainingArguments)}
+    return {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -448,16 +457,17 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         RecipeError: everything that is wrong with keys and values, including unknown keys, in one error.
     """
     keys = sort_keys(values)
-    own = keys.own
-    missing = [name for name in ("task", "model_name_or_path", "output_dir") if name not in own]
+    top_level = keys.top_level
+    missing = [name for name in ("task", "model_name_or_path", "output_dir") if name not in top_level]
     if missing:
-        what = f"The recipe sets no {', '.join(missing)}."
-        keys.faults.errors.append(RecipeError(what, f"Give it in the recipe or as --{missing[0]}."))
+        problem = f"The recipe sets no {', '.join(missing)}."
+        keys.faults.errors.append(RecipeError(problem, f"Give it in the recipe or as --{missing[0]}."))
         if "task" in missing:  # everything else depends on it
             keys.faults.check()
     nested = {name: getattr(keys, name) for name in ("post_decoder", "of_the_model", "training", "idle")}
+    # Placeholders for missing keys let the checks of all other keys run; `check` raises either way.
     with keys.faults:
-        recipe = Recipe(**{**dict.fromkeys(missing, "not given"), **own}, **nested)
+        recipe = Recipe(**{**dict.fromkeys(missing, "not given"), **top_level}, **nested)
     keys.faults.check()
     return recipe
 
@@ -466,7 +476,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
 class Keys:
     """Flat recipe keys, sorted by the field they belong to, with the faults of the invalid ones."""
 
-    own: dict[str, Any] = field(default_factory=dict)
+    top_level: dict[str, Any] = field(default_factory=dict)
     post_decoder: dict[str, Any] = field(default_factory=dict)
     of_the_model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -476,34 +486,35 @@ class Keys:
 
 def sort_keys(values: Mapping[str, Any]) -> Keys:
     """Sort a recipe's flat keys by the field they belong to, and check the type of each value."""
-    nested = ("training", "of_the_model", "post_decoder", "idle")
-    own = {item.name: item.type for item in dataclasses.fields(Recipe) if item.name not in nested}
+    nested = ("training", "of_the_model", "post_decoder", "idle")  # filled from keys of other names
+    field_types = {field.name: field.type for field in dataclasses.fields(Recipe) if field.name not in nested}
     training_keys = _training_keys()
     keys = Keys()
     settings: dict[str, Any] = {}
     with keys.faults:
         values = renamed(values)
+    # Which class a key belongs to is decided here alone; every key ends in one of them or in a fault.
     for key, value in values.items():
-        value = WORDS.get(key, value) if value is False else value
+        value = FALSE_WORDS.get(key, value) if value is False else value  # unquoted `no` and `off`
         head, _, rest = str(key).partition(".")
         with keys.faults:
             if head == "post_decoder":
                 settings.update({rest: value} if rest else _mapping(head, value))
-            elif key in own:
-                keys.own[key] = coerce(key, value, own[key])
-            elif key in PASSED:
-                keys.idle[key] = PASSED[key]
-            elif key in INSTEAD:
-                if key not in ALREADY or not ALREADY[key](value, values):
-                    raise RecipeError(f"{key} would have no effect.", INSTEAD[key])
-                keys.idle[key] = "it is so anyway"
-            elif key in OF_THE_MODEL:
-                keys.of_the_model[key] = coerce(key, value, OF_THE_MODEL[key])
+            elif key in field_types:
+                keys.top_level[key] = coerce(key, value, field_types[key])
+            elif key in IGNORED:
+                keys.idle[key] = IGNORED[key]
+            elif key in UNSUPPORTED:
+                if key not in HARMLESS or not HARMLESS[key](value, values):
+                    raise RecipeError(f"{key} would have no effect.", UNSUPPORTED[key])
+                keys.idle[key] = "that is the case anyway"
+            elif key in MODEL_KEYS:
+                keys.of_the_model[key] = coerce(key, value, MODEL_KEYS[key])
             elif key in training_keys:
                 # transformers declares fsdp as a string, but expects true.
                 keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])
             else:
-                close = difflib.get_close_matches(str(key), [*own, "post_decoder", *training_keys], 1)
+                close = difflib.get_close_matches(str(key), [*field_types, "post_decoder", *training_keys], 1)
                 hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."
                 raise RecipeError(f"There is no recipe key {key!r}.", hint)
     with keys.faults:
@@ -518,11 +529,11 @@ def _mapping(key: str, value: Any) -> Mapping[str, Any]:
 
 
 def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    known = {item.name: item.type for item in dataclasses.fields(PostDecoderSettings)}
-    unknown = [key for key in settings if key not in known]
+    field_types = {field.name: field.type for field in dataclasses.fields(PostDecoderSettings)}
+    unknown = [key for key in settings if key not in field_types]
     if unknown:
         raise RecipeError(f"post_decoder has no key {preview(unknown)}.", f"Its keys are {_settings_keys()}.")
-    return {key: coerce(f"post_decoder.{key}", value, known[key]) for key, value in settings.items()}
+    return {key: coerce(f"post_decoder.{key}", value, field_types[key]) for key, value in settings.items()}
 
 
 def _settings_keys() -> str:

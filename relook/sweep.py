@@ -34,7 +34,7 @@ from relook.train.run import (
     Samples,
     check_schedule,
     encode_samples,
-    missing,
+    missing_paths,
     read_samples,
     train,
     training_arguments,
@@ -123,7 +123,7 @@ def claim_sweep_dir(sweep: Sweep, values: Mapping[str, Any]) -> None:
     for row in sweep.rows:
         with faults:
             training_arguments(row.recipe, Path(row.recipe.output_dir))
-        for key, error in missing(vars(row.recipe), f" of {row.name}").items():
+        for key, error in missing_paths(vars(row.recipe), f" of {row.name}").items():
             lost.setdefault(str(getattr(row.recipe, key)), error)
     faults.errors += lost.values()
     faults.check()

@@ -16,7 +16,8 @@ from typing import Any
 
 from relook.errors import Faults, RecipeError, preview
 from relook.files import text_hash
-from relook.model.load import LoadOptions, folder_template, parse_dtype
+from relook.model.checkpoint import parse_folder
+from relook.model.load import LoadOptions, parse_dtype
 from relook.recipe import Recipe, coerce, load_recipe
 
 SWEEP_FILE = "sweep.yaml"
@@ -79,7 +80,7 @@ class Sweep:
 
     @property
     def template(self) -> str:
-        return self.rows[0].recipe.version or folder_template(self.base)
+        return self.rows[0].recipe.version or parse_folder(self.base).template
 
     def loading_of(self, name: str) -> LoadOptions:
         """Return the load options of a row or of the base; a run names its vision tower itself."""

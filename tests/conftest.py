@@ -13,8 +13,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from command import Command
-    from serving import Served
+    from helpers.command import Command
+    from helpers.serving import Served
 
 # Models this small gain nothing from threads, and threads that wait for each other on a busy machine lose minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,7 +58,7 @@ def tower(tiny: Path) -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA folder with random weights and a real processor; lm_head is its own, as in real LLaVA models."""
-    from tiny import save_tiny
+    from helpers.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("base"))
 
@@ -66,7 +66,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose attention has biases, which Llama's has not."""
-    from tiny import save_biased
+    from helpers.tiny import save_biased
 
     return save_biased(tmp_path_factory.mktemp("biased"))
 
@@ -74,7 +74,7 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small toyworld: `vg` with preference pairs of both kinds, `llava` and `test`."""
-    from tiny import write_world
+    from helpers.tiny import write_world
 
     return write_world(tmp_path_factory.mktemp("world"))
 
@@ -88,9 +88,9 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def served(media: Path) -> Iterator[Served]:
     """A server of two models, "tuned" and "base", with small limits."""
-    from serving import KEY, serving
-    from test_answer import as_loaded
-    from tiny import tiny_relook
+    from helpers.serving import KEY, serving
+    from helpers.tiny import tiny_relook
+    from test_answering import as_loaded
 
     from relook.generate.engine import Engine
     from relook.generate.request import EngineLimits
@@ -117,7 +117,7 @@ def no_trunk_cache() -> Iterator[None]:
 @pytest.fixture
 def relook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run the command in this process."""
-    from command import Ended
+    from helpers.command import Ended
 
     from relook import cli
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import dpo_keys, sft_keys
+from helpers.tiny import dpo_keys, sft_keys
 
 from relook.errors import DataError
 from relook.recipe import build_recipe

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.serving import NEW, PICTURES, until
+from helpers.tiny import tiny_relook
 from PIL import Image
-from serving import NEW, PICTURES, until
-from test_answer import TEXTS, as_loaded
-from tiny import tiny_relook
+from test_answering import TEXTS, as_loaded
 
 from relook import cli, load_model
 from relook.data.samples import Turn
@@ -135,7 +135,7 @@ def test_a_mistake_changes_nothing(engines: tuple[Engine, Engine], tmp_path: Pat
     (tmp_path / "no.png").write_bytes(b"no picture")
     answer = talk(TEXTS[0])
     for line, what in {
-        f"/image {tmp_path / 'no.png'}": "none of a known format",
+        f"/image {tmp_path / 'no.png'}": "in no known format",
         f"/image {tmp_path}": "cannot be read",
         "/image": "cannot be read",
         "<image>": "images are given",

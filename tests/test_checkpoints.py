@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import tiny_llava
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llava
 
 from relook import LoadedModel, load_model
 from relook.data.packing import TokenRow, Tree, pack
 from relook.errors import RelookError
 from relook.forward.policy import LiveBatch, Policy
 from relook.model.adapters import read_adapter
-from relook.model.checkpoint import FROM_LLAVA, read_tensor_file, read_tensor_folder, rename
-from relook.model.load import add_post_decoder, folder_template
+from relook.model.checkpoint import FROM_LLAVA, parse_folder, read_tensor_file, read_tensor_folder, rename
+from relook.model.load import add_post_decoder
 from relook.toyworld.build import make_processor
 from relook.train.loss import dpo_sigmoid, negative_log_likelihood
 
@@ -284,7 +284,7 @@ def test_settings_that_are_null_are_as_absent(tiny: Path, tower: Path, tmp_path:
 def test_templates_and_dtypes(tiny: Path, tower: Path) -> None:
     loaded = load_model(tiny / "ckpt_safetensors", vision_tower=tower, dtype="bfloat16")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
-    assert loaded.template == folder_template(tiny / "ckpt_safetensors") == "v1"
+    assert loaded.template == parse_folder(tiny / "ckpt_safetensors").template == "v1"
     assert loaded.aspect_ratio == loaded.images.aspect_ratio == "pad"
     with pytest.raises(RelookError, match="dtype"):
         load_model(tiny / "ckpt_safetensors", vision_tower=tower, dtype="int8")
@@ -576,7 +576,7 @@ def test_a_lora_run_of_relook_names_its_base_and_is_merged(tmp_path: Path) -> No
     merged = model.merge_and_unload().state_dict()
     torch.testing.assert_close(load_model(run).model.state_dict(), merged)
     torch.testing.assert_close(load_model(base, run).model.state_dict(), merged)
-    assert folder_template(run) == "llava_hf"
+    assert parse_folder(run).template == "llava_hf"
 
 
 @pytest.mark.parametrize(

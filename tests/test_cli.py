@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from command import Command, Ended
-from tiny import dpo_keys
+from helpers.command import Command, Ended
+from helpers.tiny import dpo_keys
 
 from relook.files import write_json, write_jsonl
 from relook.toyworld.build import shipped_base
@@ -265,7 +265,7 @@ def test_ctrl_c_is_one_line_and_130(relook: Command, recipe: Path, monkeypatch: 
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("relook.train.run.train_command", stopped)
+    monkeypatch.setattr("relook.train.run.recipe_of_command", stopped)
     ended = relook("train", recipe)
     assert ended.status == 130
     assert ended.err.strip() == "relook: stopped. Run the same command again to go on from here."
@@ -277,7 +277,7 @@ def test_a_fault_of_relooks_own_keeps_its_traceback(
     def fault(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("relook.train.run.train_command", fault)
+    monkeypatch.setattr("relook.train.run.recipe_of_command", fault)
     with pytest.raises(ZeroDivisionError):
         relook("train", recipe)
 

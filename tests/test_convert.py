@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import tiny_llava
 from safetensors.torch import save_file
-from tiny import tiny_llava
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from typer.testing import CliRunner

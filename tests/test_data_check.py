@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damaged import encoded, write_llava
+from helpers.damaged import encoded, write_llava
 from PIL import Image
 
 from relook import cli
@@ -57,7 +57,7 @@ def test_every_defect_among_20000_files(tmp_path: Path) -> None:
 
 def test_several_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_llava(tmp_path, 100, 1)
-    monkeypatch.setattr("relook.data.check.ALONE", 10)
+    monkeypatch.setattr("relook.data.check.ONE_PROCESS_LIMIT", 10)
     assert check_folder("llava", tmp_path, workers=2).to_json() == check_folder("llava", tmp_path, workers=1).to_json()
 
 
@@ -215,7 +215,7 @@ def test_pope(tmp_path: Path) -> None:
         file.write('{"question_id": 7, "ima\n')
     (tmp_path / "val2014").mkdir()
     report = check_folder("pope", tmp_path)
-    assert [part.path.name for part in report.layout.parts if part.needed and not part.there] == [
+    assert [part.path.name for part in report.layout.parts if part.needed and not part.exists] == [
         "coco_pope_adversarial.json"
     ]
     popular, random_ = (one.faults for one in report.indexes)
@@ -242,7 +242,7 @@ def test_shr(tmp_path: Path) -> None:
         "empty text": {"factual_part1-1"},
         "not one image id with its facts": {"factual_part1-2"},
     }
-    missing = [part.path.name for part in report.layout.parts if part.needed and not part.there]
+    missing = [part.path.name for part in report.layout.parts if part.needed and not part.exists]
     assert missing == ["shr_factual_part2.jsonl", "region_descriptions.json"]
 
 

@@ -11,9 +11,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damaged import encoded
+from helpers.damaged import encoded
+from helpers.tiny import dpo_keys
 from PIL import Image
-from tiny import dpo_keys
 from trl.data_utils import prepare_multimodal_messages
 
 from relook.data.convert import LAYOUTS, convert_pairs
@@ -221,7 +221,7 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         convert_pairs(source, tmp_path / "a", "trl")
     with pytest.raises(RecipeError, match="is there already"):
         convert_pairs(source, source, "trl")
-    with pytest.raises(DataError, match="no parquet file"):
+    with pytest.raises(DataError, match="neither a parquet file"):
         convert_pairs(tmp_path / "none.parquet", tmp_path / "a.parquet", "trl")
     (tmp_path / "broken.parquet").write_bytes(source.read_bytes()[:200])
     with pytest.raises(DataError, match="cannot be read as parquet"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interrupted import interrupt
+from helpers.interrupted import interrupt
 
 from relook import cli, demo
 from relook.evaluate.tasks.pope import SPLITS

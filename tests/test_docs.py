@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from relook.cli import app
 from relook.model.post_decoder import PostDecoderSettings
-from relook.recipe import Recipe, shipped_names
+from relook.recipe import Recipe, read_overrides, shipped_names, sort_keys
 from relook.sweep_config import OWN
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
+WAITING = [
+    "architecture",
+    "clusters",
+    "coming-from-hadpo",
+    "estimate",
+    "lmms-eval",
+    "recipes",
+    "serving",
+    "shr-amber-mmhal",
+    "trunks",
+]
+PAGES = [
+    *READMES,
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem not in WAITING),
+]
+# Pages name the programs of HA-DPO, LLaVA and the benchmarks, too.
+FOREIGN = re.compile(
+    r"HA-DPO|LLaVA|llava|ha_dpo|POPE|shr_eval|inference\.py|eval\.py|calculation\.py|gpt_utils|eval_gpt4|vLLM|SGLang|modeling"
+)
 
 
 def test_every_recipe_key_is_documented() -> None:
@@ -63,8 +87,141 @@ def test_documents_name_recipes_that_exist() -> None:
     assert named <= {*shipped_names("recipe")}
 
 
-@pytest.mark.parametrize("document", [*READMES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("document", PAGES)
 def test_links_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
     assert not [link for link in links if not ((ROOT / document).parent / link).exists()]
+
+
+# --- The documents' commands, through the real command line.
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Return the fenced blocks of a page that are marked with a language; the empty one is no language."""
+    fenced = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.M | re.S)
+    return [textwrap.dedent(block) for _, marked, block in fenced if marked == language]
+
+
+def command_words(block: str, variables: dict[str, str]) -> Iterator[list[str]]:
+    """Yield the words of every relook or make command of a block of shell lines."""
+    for line in block.replace("\\\n", " ").splitlines():
+        assigned = re.fullmatch(r'(\w+)="(.*)"', line)
+        if assigned:
+            variables[assigned[1]] = assigned[2]
+        lexer = shlex.shlex(re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), line), True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set(";|&"):
+                if words[:1] == ["relook"] or words[:1] == ["make"]:
+                    yield words
+                for flag in ("-m", "--module"):
+                    if flag in words and words[words.index(flag) + 1].startswith("relook"):
+                        module, *arguments = words[words.index(flag) + 1 :]
+                        yield ["relook", *module.split(".")[1:], *arguments]
+                words = []
+            elif words or not (word in ("do", "time") or re.match(r"\w+=", word)):
+                words.append(word)
+
+
+def parse_command(words: list[str]) -> None:
+    """Parse a command as the command line does: names, options, types, paths (which exist here), and recipe keys."""
+    program, *words = words
+    if program == "make":
+        targets = re.findall(r"^(\w+)(?= .*:|:)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        assert set(words) <= set(targets)
+        return
+    command: Any = get_command(app)
+    name = ""
+    while hasattr(command, "commands"):
+        name, *words = words
+        command = command.commands[name]
+    for word in words:
+        if not word.startswith("-") and not Path(word).is_absolute():
+            Path(word).mkdir(parents=True, exist_ok=True)
+    context = command.make_context(name, list(words))
+    if name in ("train", "estimate", "sweep"):
+        kind = "sweep" if name == "sweep" else "recipe"
+        file = context.params["file" if kind == "sweep" else "recipe"]
+        assert file in {*shipped_names(kind), "RECIPE"} or file.endswith(".yaml")
+        values, odd = read_overrides(context.args)
+        odd.check()
+        sort_keys({key: value for key, value in values.items() if kind == "recipe" or key not in OWN}).faults.check()
+    else:
+        assert not context.args
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_opens_with_a_sentence_and_an_example(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    opening = re.match(r"# .+\n\n(?:\S.*\n){1,3}\n?```bash\n(.*?)^```$", text, re.M | re.S)
+    assert opening or page in READMES
+    first = opening[1] if opening else blocks(text, "bash")[0]
+    assert list(command_words(first, {})), "The first example shows no command of relook."
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_taken(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    variables: dict[str, str] = {}
+    for block in blocks(text, "bash"):
+        for words in command_words(block, variables):
+            try:
+                parse_command(words)
+            except Exception as error:
+                pytest.fail(f"{' '.join(words)}: {error!r}")
+    assert not re.findall(r"^relook \w+", "".join(blocks(text, "")), re.M), "Blocks of commands are marked bash."
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_named_in_a_sentence_or_a_table_exist(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    for line in re.findall(r"`relook ([a-z][^`]*)`", text):
+        command: Any = get_command(app)
+        words = line.replace("\\|", "|").split()
+        while hasattr(command, "commands") and words:
+            names = words.pop(0).split("|")
+            assert set(names) <= set(command.commands), line
+            command = command.commands[names[0]]
+        if getattr(command, "context_settings", {}).get("ignore_unknown_options"):
+            continue
+        options = {option for parameter in getattr(command, "params", []) for option in parameter.opts}
+        options |= {option for parameter in getattr(command, "params", []) for option in parameter.secondary_opts}
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(words))) <= options, line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_in_python_and_yaml_are_read(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for block in blocks(text, "python"):
+        compile(block, page, "exec")
+    for block in blocks(text, "yaml"):
+        yaml.safe_load(block)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_are_short_but_for_tables(page: str) -> None:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 110 and not line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_files_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    tracked = [
+        path.as_posix() for folder in ("relook", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    ]
+    foreign = {path for line in text.splitlines() if FOREIGN.search(line) for path in re.findall(r"[\w/.-]+\.py", line)}
+    named = set(re.findall(r"`([\w/.-]+\.py)`", text)) - foreign
+    assert not [name for name in named if not any(path.endswith(f"/{name}") for path in tracked)]
+
+
+def architecture_page_names_what_the_code_has() -> None:
+    """Every backticked identifier appears in the code."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "relook").rglob("*.py"))
+    words = set(re.findall(r"\w+", source))
+    named = {word for span in re.findall(r"`([\w.]+)`", text) if not span.endswith(".py") for word in span.split(".")}
+    assert named <= words | {path.name for path in ROOT.iterdir()} | {"json", "yaml", "py"}

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.reference import IGNORE, IMAGE_ID, reference_tokenizer, v1_labels
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference import IGNORE, IMAGE_ID, reference_tokenizer, v1_labels
 
 from relook.data.encode import Encoder, Example
 from relook.data.samples import Conversation, PreferencePair, Turn

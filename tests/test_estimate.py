@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import dpo_keys, sft_keys
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import dpo_keys, sft_keys
 from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel, LlavaConfig
 from typer.testing import CliRunner

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from forked import forked
-from several import command
-from tiny import save_tiny
+from helpers.forked import forked
+from helpers.several import command
+from helpers.tiny import save_tiny
 
 import relook
 from relook import load_model

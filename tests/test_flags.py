@@ -15,10 +15,20 @@ from transformers.integrations import integration_utils
 
 from relook import load_model
 from relook.errors import Mistakes, RecipeError
-from relook.flags import ALREADY, INSTEAD, OF_THE_MODEL, OFF, PASSED, RENAMED, SWITCHED, WANTED, check_model_settings
+from relook.flags import (
+    CONDITIONAL,
+    FALSE_IS_DEFAULT,
+    HARMLESS,
+    IGNORED,
+    MODEL_KEYS,
+    RENAMED,
+    REQUESTS,
+    UNSUPPORTED,
+    check_model_settings,
+)
 from relook.model.checkpoint import llava_settings, read_config
 from relook.recipe import Recipe, build_recipe, load_recipe, parse_overrides
-from relook.train.run import acting, training_arguments
+from relook.train.run import effective_arguments, training_arguments
 
 DPO = {"task": "dpo", "model_name_or_path": "m", "output_dir": "o", "vg_path": "v", "pope_data_path": "p"}
 SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path": "d", "image_folder": "i"}
@@ -77,7 +87,7 @@ def test_hadpos_command_is_taken() -> None:
             key in recipe.training and key != "warmup_steps"
         ):  # there the script's own default, warmup_ratio 0.03, counts
             assert recipe.training[key] == value
-    assert recipe.of_the_model.keys() < OF_THE_MODEL.keys()
+    assert recipe.of_the_model.keys() < MODEL_KEYS.keys()
     assert recipe.idle.keys() == {"lazy_preprocess", "per_device_eval_batch_size"}
     assert "per_device_eval_batch_size" not in recipe.to_yaml()
     here = {key: value for key, value in recipe.training.items() if key not in ("deepspeed", "report_to")}
@@ -90,18 +100,18 @@ def test_all_faults_of_a_command_are_named_at_once() -> None:
     odd = ["--learning_rat", "1", "--max_length", "7", "--seed", "x", "--evaluation_strategy", "steps", "--beta", "-1"]
     with pytest.raises(Mistakes) as caught:
         load_recipe("hadpo-lora", parse_overrides([*COMMAND.split(), *odd]))
-    named = [error.what for error in caught.value.errors]
+    named = [error.problem for error in caught.value.errors]
     for what in ("'learning_rat'", "max_length would", "seed is 'x'", "eval_strategy would", "beta is -1"):
         assert sum(what in line for line in named) == 1, named
     assert len(named) == 5
 
 
-@pytest.mark.parametrize("flag", PASSED)
+@pytest.mark.parametrize("flag", IGNORED)
 @pytest.mark.parametrize("value", [True, False, 3, "x"])
 def test_what_changes_nothing_is_taken_and_named(flag: str, value: Any) -> None:
     recipe = build_recipe({**DPO, flag: value})
     assert recipe == build_recipe(DPO)
-    assert recipe.idle == {flag: PASSED[flag]}
+    assert recipe.idle == {flag: IGNORED[flag]}
     assert flag not in recipe.to_yaml()
 
 
@@ -144,7 +154,13 @@ def test_keys_under_their_old_names() -> None:
 
 def test_every_argument_of_transformers_has_its_class() -> None:
     """A version with a new one needs a decision: does it do anything here?"""
-    classes = (INSTEAD, PASSED, EFFECTIVE.split(), {key for _, _, keys in SWITCHED for key in keys}, {"output_dir"})
+    classes = (
+        UNSUPPORTED,
+        IGNORED,
+        EFFECTIVE.split(),
+        {key for _, _, keys in CONDITIONAL for key in keys},
+        {"output_dir"},
+    )
     for field in dataclasses.fields(TrainingArguments):
         assert sum(field.name in members for members in classes) == 1, field.name
 
@@ -153,11 +169,11 @@ THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
 @pytest.mark.parametrize(
-    ("where", "key"), [(where, key) for where, _, keys in SWITCHED for key in keys if key in THEIRS]
+    ("where", "key"), [(where, key) for where, _, keys in CONDITIONAL for key in keys if key in THEIRS]
 )
 def test_what_another_key_switches_on(where: str, key: str) -> None:
     """A key that says how is taken and named; one that asks for what would not happen is refused."""
-    value: Any = True if key in (*OFF, "greater_is_better", "dataloader_in_order") else 1
+    value: Any = True if key in (*FALSE_IS_DEFAULT, "greater_is_better", "dataloader_in_order") else 1
     keys: dict[str, Any] = {"lora_enable": True, key: value}
     keys |= {
         "with an optimizer that is no Adam or Lion": {"optim": "sgd"},
@@ -167,7 +183,7 @@ def test_what_another_key_switches_on(where: str, key: str) -> None:
         "without dataloader_num_workers": {"dataloader_num_workers": 0},
         "with cached trunk states": {"lora_enable": False, "tune_lm_head": True},
     }.get(where, {})
-    if key in WANTED or key == "save_steps":
+    if key in REQUESTS or key == "save_steps":
         with pytest.raises(RecipeError, match=f"{key} would have no effect {re.escape(where)}"):
             build_recipe({**DPO, **keys})
     else:
@@ -195,7 +211,7 @@ def test_workers_are_there_by_default_where_a_device_is() -> None:
     """A recipe for a GPU may rely on them; on a CPU they say nothing."""
     recipe = build_recipe({**DPO, "lora_enable": True, "dataloader_prefetch_factor": 4})
     assert recipe.training["dataloader_prefetch_factor"] == 4
-    assert ("dataloader_prefetch_factor" in acting(recipe)[1]) == (not torch.accelerator.is_available())
+    assert ("dataloader_prefetch_factor" in effective_arguments(recipe)[1]) == (not torch.accelerator.is_available())
     training_arguments(recipe, Path("out"))
     cached = build_recipe({**DPO, "tune_lm_head": True, "dataloader_prefetch_factor": 4})
     assert "dataloader_prefetch_factor" in cached.idle
@@ -231,21 +247,21 @@ def test_every_flag_has_its_place_and_its_line_in_the_page() -> None:
     ours = {field.name for field in dataclasses.fields(Recipe)}
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     for flag in ORIGINAL.split():
-        places = [flag in ours, flag in PASSED, flag in OF_THE_MODEL, flag in INSTEAD, flag in RENAMED]
+        places = [flag in ours, flag in IGNORED, flag in MODEL_KEYS, flag in UNSUPPORTED, flag in RENAMED]
         assert sum(places) == 1 or (sum(places) == 0 and flag in theirs), flag
         assert f"`{flag}`" in page, flag
         assert ("error" in next(line for line in page.splitlines() if f"`{flag}`" in line and line[0] == "|")) or (
-            flag not in INSTEAD
+            flag not in UNSUPPORTED
         ), flag
-    assert not ours & (INSTEAD.keys() | PASSED.keys() | OF_THE_MODEL.keys() | RENAMED.keys())
+    assert not ours & (UNSUPPORTED.keys() | IGNORED.keys() | MODEL_KEYS.keys() | RENAMED.keys())
 
 
-@pytest.mark.parametrize("flag", [key for key in INSTEAD if not (key in ALREADY and ALREADY[key]("x", {}))])
+@pytest.mark.parametrize("flag", [key for key in UNSUPPORTED if not (key in HARMLESS and HARMLESS[key]("x", {}))])
 def test_flags_without_effect_say_what_to_use(flag: str) -> None:
     with pytest.raises(RecipeError) as caught:
         build_recipe({**DPO, flag: "x"})
-    assert caught.value.what == f"{flag} would have no effect."
-    assert caught.value.fix == INSTEAD[flag]
+    assert caught.value.problem == f"{flag} would have no effect."
+    assert caught.value.fix == UNSUPPORTED[flag]
 
 
 def test_what_the_model_says_is_checked(base: Path, tiny: Path) -> None:
@@ -255,7 +271,7 @@ def test_what_the_model_says_is_checked(base: Path, tiny: Path) -> None:
     found = llava_settings(
         load_model(folder, vision_tower=tiny / "vision_towers" / raw["mm_vision_tower"]).model.config
     )
-    assert found.keys() == OF_THE_MODEL.keys()
+    assert found.keys() == MODEL_KEYS.keys()
     assert {key: raw.get(key, found[key]) for key in found} == found
     assert len(raw.keys() & found.keys()) >= 4
     said = {key: found[key] for key in ("mm_projector_type", "mm_use_im_start_end")}

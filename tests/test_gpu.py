@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_answer import as_loaded
-from test_offload import counted_returns
-from test_tree import PAD, row
-from tiny import dpo_keys, save_tiny, tilted, tiny_llava, tiny_relook, write_world
+from helpers.tiny import dpo_keys, save_tiny, tilted, tiny_llava, tiny_relook, write_world
+from test_activation_memory import counted_returns
+from test_answering import as_loaded
+from test_packing import PAD, row
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 

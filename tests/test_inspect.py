@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import dpo_keys
 from PIL import Image
 from test_llava_next import GRID, next_processor, tiny_next
-from tiny import dpo_keys
 from typer.testing import CliRunner
 
 from relook import load_model, toyworld

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint import Answer, Request, completion, endpoint
+from helpers.endpoint import Answer, Request, completion, endpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import IMAGE_SIZE, tiny_llava, tiny_relook
 from PIL import Image
-from test_answer import as_loaded
-from tiny import IMAGE_SIZE, tiny_llava, tiny_relook
+from test_answering import as_loaded
 from torch import Tensor
 
 from relook import load_model

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import dpo_keys, left_padded, scramble, tiny_llava, write_world
 from PIL import Image
-from tiny import dpo_keys, left_padded, scramble, tiny_llava, write_world
 from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import dpo_keys, sft_keys
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import dpo_keys, sft_keys
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 

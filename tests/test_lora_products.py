@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import tilted
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
-from test_tree import PAD, flex_attention_by_sdpa, row
-from tiny import tilted
+from test_packing import PAD, flex_attention_by_sdpa, row
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified
 from transformers import LlamaConfig, LlamaModel

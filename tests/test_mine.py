@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint import Answer, Request, endpoint
+from helpers.endpoint import Answer, Request, endpoint
+from helpers.interrupted import interrupt
 from hypothesis import given
 from hypothesis import strategies as st
-from interrupted import interrupt
 from PIL import Image
 
 from relook.data.check import check_folder

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint import Answer, Request, endpoint
+from helpers.endpoint import Answer, Request, endpoint
 from PIL import Image
 
 from relook.errors import DataError, RecipeError

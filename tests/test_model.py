@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import left_padded, pixels, prompt, scramble, tiny_llava, tiny_relook
 from safetensors.torch import load_file, save_file
-from tiny import left_padded, pixels, prompt, scramble, tiny_llava, tiny_relook
 from torch import Tensor
 
 from relook import load_model

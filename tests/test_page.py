@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import KEY, NEW, PICTURES, Served, assert_refused, noise, serving, until
-from test_answer import TEXTS, as_loaded
-from tiny import tiny_llava, tiny_relook
+from helpers.serving import KEY, NEW, PICTURES, Served, assert_refused, noise, serving, until
+from helpers.tiny import tiny_llava, tiny_relook
+from test_answering import TEXTS, as_loaded
 
 from relook.data.images import image_from_bytes
 from relook.data.samples import Turn

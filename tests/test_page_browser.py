@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from serving import KEY, Served, noise, serving, until
-from test_answer import as_loaded
+from helpers.serving import KEY, Served, noise, serving, until
+from test_answering import as_loaded
 
 from relook import load_model
 from relook.generate.engine import Engine

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import write_world
+from helpers.tiny import write_world
 
 import relook
 from relook import load_model

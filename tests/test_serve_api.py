@@ -13,8 +13,7 @@ from typing import Any
 
 import openai
 import pytest
-from PIL import Image
-from serving import (
+from helpers.serving import (
     KEY,
     NEW,
     PICTURES,
@@ -28,8 +27,9 @@ from serving import (
     user,
     with_picture,
 )
-from test_answer import TEXTS, as_loaded
-from tiny import save_tiny, tiny_relook
+from helpers.tiny import save_tiny, tiny_relook
+from PIL import Image
+from test_answering import TEXTS, as_loaded
 
 from relook import load_model
 from relook.data.samples import Turn

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.serving import NEW, PICTURES, Held, png, until
+from helpers.tiny import tiny_llava, tiny_relook
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from serving import NEW, PICTURES, Held, png, until
-from test_answer import MODELS, TEXTS, as_loaded
+from test_answering import MODELS, TEXTS, as_loaded
 from test_llava_next import as_loaded as as_loaded_next
 from test_llava_next import picture as next_picture
 from test_llava_next import tiny_next, with_decoder
-from tiny import tiny_llava, tiny_relook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relook import LoadedModel, load_model

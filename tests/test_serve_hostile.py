@@ -24,14 +24,26 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.serving import (
+    KEY,
+    PICTURES,
+    Served,
+    assert_refused,
+    assert_well,
+    data_url,
+    image_part,
+    png,
+    serving,
+    until,
+    user,
+)
+from helpers.serving import with_picture as asking_about
+from helpers.tiny import tiny_relook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from serving import KEY, PICTURES, Served, assert_refused, assert_well, data_url, image_part, png, serving, until, user
-from serving import with_picture as asking_about
 from starlette.exceptions import HTTPException
-from test_answer import as_loaded
-from tiny import tiny_relook
+from test_answering import as_loaded
 
 from relook.errors import DataError, RelookError
 from relook.generate.engine import DECODERS, Engine

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from serving import KEY, Served, assert_well, until, user
+from helpers.serving import KEY, Served, assert_well, until, user
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint import Answer, Request, endpoint
+from helpers.endpoint import Answer, Request, endpoint
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import dpo_keys
+from helpers.tiny import dpo_keys
 from torch import Tensor
 
 from relook import cli, load_model, sweep

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.reference import ids_around_images, reference_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ids_around_images, reference_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from damaged import talk
-from forked import forked
+from helpers.damaged import talk
+from helpers.forked import forked
+from helpers.several import train_all
+from helpers.tiny import dpo_keys, sft_keys, tiny_llava
 from peft import PeftModel
 from safetensors.torch import load_file
-from several import train_all
-from tiny import dpo_keys, sft_keys, tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from test_losses import pairs, recipe
-from tiny import pixels, scramble, tiny_llava
+from helpers.tiny import pixels, scramble, tiny_llava
+from test_loss import pairs, recipe
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer

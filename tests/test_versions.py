@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import pixels, prompt, tiny_relook
 from packaging.requirements import Requirement
 from test_model import ALONE
-from tiny import pixels, prompt, tiny_relook
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer
 
 import relook

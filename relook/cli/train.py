@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,35 +17,36 @@ app = typer.Typer()
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def check_names(name: str, keys: list[str], kind: str = "recipe", whole: bool = True) -> None:
-    """Find a wrong name, or a word that is no key, before libraries are loaded, which takes seconds.
+def check_names(name: str, keys: list[str], kind: str = "recipe", complete: bool = True) -> None:
+    """Check names of recipe and keys before libraries are loaded, which takes seconds.
 
     Args:
-        whole: whether the recipe has to be complete.
+        complete: True if the recipe must set every required key.
 
     Raises:
-        RecipeError: all of them, and where there are some all that is wrong with the other keys.
+        RecipeError: a wrong recipe name or words that are no keys; then also everything that is wrong with the others.
     """
     faults, file = Faults(), dict[str, Any]()
     if name.startswith("--"):
-        what = f"The command names no {kind} before {name}."
-        faults.errors.append(RecipeError(what, f"Give a .yaml file or one of {', '.join(shipped_names(kind))}."))
+        fault = f"The command names no {kind} before {name}."
+        faults.errors.append(RecipeError(fault, f"Give a .yaml file or one of {', '.join(shipped_names(kind))}."))
         keys = [name, *keys]
     else:
         with faults:
             file = read_yaml_or_shipped(name, kind)
     values, odd = read_overrides(keys)
     faults.errors += odd.errors
+    # The command fails anyway, so the seconds are well spent on finding the rest of what is wrong.
     if faults.errors and kind == "recipe":
         from relook.recipe import build_recipe, sort_keys
-        from relook.train.run import missing
+        from relook.train.run import missing_paths
 
         with faults:
-            if file and whole:
+            if file and complete:
                 build_recipe({**file, **values})
             else:
                 sort_keys(values).faults.check()
-        faults.errors += missing({**file, **values}).values()
+        faults.errors += missing_paths({**file, **values}).values()
     faults.check()
 
 
@@ -71,9 +73,12 @@ def train(
 ) -> None:
     """Train by a recipe; any of its keys, or of transformers' TrainingArguments, may follow as --key value."""
     check_names(recipe, context.args)
-    from relook.train.run import train_command
+    from relook.console import status
+    from relook.train import run
 
-    train_command([recipe, *context.args])
+    out = run.train(run.recipe_of_command(recipe, context.args))
+    model = shlex.quote(str(out))
+    status(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {model} --data DATA --out OUT")
 
 
 @app.command(context_settings=EXTRA)
@@ -89,15 +94,15 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Predict a recipe's memory on each GPU, its trunk cache and its work; any of its keys may follow."""
-    check_names(recipe, context.args, whole=False)
+    check_names(recipe, context.args, complete=False)
     from relook.estimate.run import AssumedData, estimate_command, print_estimate
 
     assumed = AssumedData(prompt_tokens, response_tokens, samples)
-    found = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)
+    estimated = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(estimated, indent=1))
     else:
-        print_estimate(found)
+        print_estimate(estimated)
 
 
 @app.command(context_settings=EXTRA)

@@ -51,13 +51,15 @@ def read_coco(path: str | Path) -> Annotations:
 
 @lru_cache(1)  # COCO's own file has 150 MB
 def _read_coco(path: Path, *_: int) -> Annotations:
-    data = _parts(path, "images", "categories", "annotations")
+    content = _parts(path, "images", "categories", "annotations")
     try:
-        names = {as_id(image["id"]): str(image["file_name"]) for image in data["images"]}
-        categories = {as_id(category["id"]): str(category["name"]) for category in data["categories"]}
-        synonyms = {str(c["name"]): tuple(c["synonyms"]) for c in data["categories"] if c.get("synonyms")}
+        # Ids are normalised by `as_id`: some tools write them as strings or floats.
+        names = {as_id(image["id"]): str(image["file_name"]) for image in content["images"]}
+        categories = {as_id(category["id"]): str(category["name"]) for category in content["categories"]}
+        synonyms = {str(c["name"]): tuple(c["synonyms"]) for c in content["categories"] if c.get("synonyms")}
+        # Start from every image, so that those without an annotation are there with no objects.
         boxes: dict[str, list[tuple[str, Box | None]]] = {name: [] for name in names.values()}
-        for annotation in data["annotations"]:
+        for annotation in content["annotations"]:
             category = categories[as_id(annotation["category_id"])]
             boxes[names[as_id(annotation["image_id"])]].append((category, _box(annotation.get("bbox"))))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -65,8 +67,8 @@ def _read_coco(path: Path, *_: int) -> Annotations:
     return Annotations(
         images=tuple(names.values()),
         categories=tuple(categories.values()),
-        objects={image: frozenset(name for name, _ in found) for image, found in boxes.items()},
-        boxes={image: tuple(found) for image, found in boxes.items()},
+        objects={image: frozenset(name for name, _ in image_boxes) for image, image_boxes in boxes.items()},
+        boxes={image: tuple(image_boxes) for image, image_boxes in boxes.items()},
         synonyms=synonyms,
         ids=names,
     )
@@ -75,7 +77,7 @@ def _read_coco(path: Path, *_: int) -> Annotations:
 def _box(numbers: Sequence[float] | None) -> Box | None:
     if not numbers:
         return None
-    x, y, width, height = numbers
+    x, y, width, height = numbers  # a ValueError here is reported as malformed
     return x, y, width, height
 
 
@@ -93,28 +95,29 @@ def read_captions(path: str | Path) -> dict[str, tuple[str, ...]]:
 
 @lru_cache(1)  # COCO's own file has 200,000 captions
 def _read_captions(path: Path, *_: int) -> dict[str, tuple[str, ...]]:
-    data = _parts(path, "images", "annotations")
+    content = _parts(path, "images", "annotations")
     try:
-        names = {as_id(image["id"]): str(image["file_name"]) for image in data["images"]}
+        names = {as_id(image["id"]): str(image["file_name"]) for image in content["images"]}
         captions: dict[str, list[str]] = {name: [] for name in names.values()}
-        for annotation in data["annotations"]:
+        for annotation in content["annotations"]:
             captions[names[as_id(annotation["image_id"])]].append(str(annotation["caption"]))
     except (KeyError, TypeError) as error:
         raise _malformed(path, error) from None
-    return {image: tuple(said) for image, said in captions.items()}
+    return {image: tuple(texts) for image, texts in captions.items()}
 
 
 def _parts(path: Path, *keys: str) -> dict[str, Any]:
-    data = read_json(path)
-    missing = [key for key in keys if not isinstance(data, dict) or not isinstance(data.get(key), list)]
+    content = read_json(path)
+    missing = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
         raise DataError(f"{path} has no list {', '.join(missing)}.", "Give one of COCO's annotation files.")
-    return dict(data)
+    return dict(content)
 
 
 def _malformed(path: Path, error: Exception) -> DataError:
-    what = f"an entry lacks or names the unknown {error.args[0]}" if isinstance(error, KeyError) else str(error)
-    return DataError(f"{path} is not in COCO's layout: {what}.", "Give one of COCO's annotation files.")
+    # A KeyError is either a missing key or the id of an image or category that the file does not list.
+    reason = f"an entry lacks or names the unknown {error.args[0]}" if isinstance(error, KeyError) else str(error)
+    return DataError(f"{path} is not in COCO's layout: {reason}.", "Give one of COCO's annotation files.")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def read_objects(vg_path: str | Path) -> dict[str, frozenset[str]]:
     return _by_image(
         vg_path / "objects.json",
         "image_id",
-        lambda record: frozenset(str(n).strip().lower() for item in record["objects"] for n in item["names"]),
+        lambda record: frozenset(str(n).strip().lower() for entry in record["objects"] for n in entry["names"]),
     )
 
 
@@ -215,13 +218,13 @@ def _by_image(path: Path, key: str, value: Callable[[Any], T]) -> dict[str, T]:
     records = read_json(path)
     if not isinstance(records, list):
         raise DataError(f"{path} is not a JSON array.", "Give Visual Genome's own file.")
-    found = {}
+    by_image = {}
     for number, record in enumerate(records, 1):
         try:
-            found[as_id(record[key])] = value(record)
+            by_image[as_id(record[key])] = value(record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{path}: record {number} is not in Visual Genome's layout ({type(error).__name__}: {error}).",
                 "Give Visual Genome's own file.",
             ) from None
-    return found
+    return by_image

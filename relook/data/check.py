@@ -19,7 +19,7 @@ from threading import Thread
 from typing import Any
 
 from relook.console import plain_table, progress, stdout_console
-from relook.data.examine import FORMATS, MISSING, OTHER_SUFFIX, REPAIRABLE, TURNED, Found, examine_all, rewritten
+from relook.data.examine import FORMATS, MISSING, OTHER_SUFFIX, REPAIRABLE, TURNED, Finding, examine_all, rewritten
 from relook.data.images import prefetch_map
 from relook.data.layouts import FolderLayout, IndexFile, find_layout
 from relook.errors import DataError, RecipeError, RelookError, preview
@@ -28,7 +28,7 @@ from relook.files import atomic_file, is_free, read_json_object, text_hash, writ
 # ----------------------------------------------------------------------------------------------------
 
 BATCH = 32  # images per task of a worker process
-ALONE = 256  # up to so many images, one process is done before workers would have started
+ONE_PROCESS_LIMIT = 256  # up to so many images, one process is done before workers would have started
 
 
 @dataclass(frozen=True)
@@ -61,44 +61,45 @@ class FolderReport:
     layout: FolderLayout
     indexes: tuple[IndexReport, ...]
     images: Mapping[str, bool]
-    faults: Mapping[str, Found]
+    faults: Mapping[str, Finding]
     turned: Mapping[str, str]
 
     @property
     def clean(self) -> bool:
-        missing = any(part.needed and not part.there for part in self.layout.parts)
-        return not (missing or self.faults or any(one.faults or one.problem for one in self.indexes))
+        missing = any(part.needed and not part.exists for part in self.layout.parts)
+        return not (missing or self.faults or any(file.faults or file.problem for file in self.indexes))
 
     def by_reason(self) -> dict[str, dict[str, str]]:
         """Group the image faults: reason to name to detail."""
-        found: dict[str, dict[str, str]] = {}
+        grouped: dict[str, dict[str, str]] = {}
         for name, (reason, detail) in self.faults.items():
-            found.setdefault(reason, {})[readable(name)] = detail
-        return found
+            grouped.setdefault(reason, {})[readable(name)] = detail
+        return grouped
 
     def to_json(self) -> dict[str, Any]:
+        # `images` has the missing files that records name, too.
         layout, absent = self.layout, sum(reason in (MISSING, OTHER_SUFFIX) for reason, _ in self.faults.values())
-        named = sum(self.images.values())
+        referenced = sum(self.images.values())
         return {
             "layout": layout.name,
             "folder": str(layout.folder),
             "clean": self.clean,
             "parts": [
-                {"path": layout.relative(part.path), "there": part.there, "needed": part.needed}
+                {"path": layout.relative(part.path), "there": part.exists, "needed": part.needed}
                 for part in layout.parts
             ],
             "records": {
-                layout.relative(one.index.path): {
-                    "count": len(one.content),
-                    "sound": len(one.content) - len(one.bad),
-                    "problem": one.problem,
-                    "faults": dict(one.faults),
+                layout.relative(file.index.path): {
+                    "count": len(file.content),
+                    "sound": len(file.content) - len(file.bad),
+                    "problem": file.problem,
+                    "faults": dict(file.faults),
                 }
-                for one in self.indexes
+                for file in self.indexes
             },
             "images": {
-                "named": named,
-                "not_named": len(self.images) - named,
+                "named": referenced,
+                "not_named": len(self.images) - referenced,
                 "on_disk": len(self.images) - absent,
                 "sound": len(self.images) - len(self.faults),
                 "faults": self.by_reason(),
@@ -132,14 +133,14 @@ def check_folder(
     images = None if images is None else Path(images)
     layout = find_layout(name, folder, images)
     names: dict[str, bool] = {}
-    read = [_read(index, names) for index in layout.indexes]
+    index_reports = [_read(index, names) for index in layout.indexes]
     if not named_only:
-        for found in _walk(layout):
-            names.setdefault(found, False)
-    said = dict(_examined(layout.image_root, names, workers))
-    turned = {name: detail for name, (reason, detail) in said.items() if reason == TURNED}
-    faults = {name: fault for name, fault in said.items() if name not in turned}
-    return FolderReport(layout, tuple(_with_images(one, faults) for one in read), names, faults, turned)
+        for image_name in _walk(layout):
+            names.setdefault(image_name, False)
+    findings = dict(_examine_images(layout.image_root, names, workers))
+    turned = {name: detail for name, (reason, detail) in findings.items() if reason == TURNED}
+    faults = {name: fault for name, fault in findings.items() if name not in turned}
+    return FolderReport(layout, tuple(_with_images(file, faults) for file in index_reports), names, faults, turned)
 
 
 def _read(index: IndexFile, names: dict[str, bool]) -> IndexReport:
@@ -152,11 +153,11 @@ def _read(index: IndexFile, names: dict[str, bool]) -> IndexReport:
     identities: set[str] = set()
     with progress(f"records of {index.path.name}") as report:
         for number, (name, record) in enumerate(zip(index.names(content), content, strict=True), 1):
-            judged = index.judge(record)
-            names.update(dict.fromkeys(judged.images, True))
-            fault = judged.fault or _text_fault(record)
-            if not fault and judged.identity:
-                identity = text_hash(judged.identity)
+            checked = index.check(record)
+            names.update(dict.fromkeys(checked.images, True))
+            fault = checked.fault or _unicode_fault(record)
+            if not fault and checked.identity:
+                identity = text_hash(checked.identity)  # 16 characters, where a conversation may have thousands
                 fault = "duplicate" if identity in identities else ""
                 identities.add(identity)
             if fault:
@@ -166,7 +167,7 @@ def _read(index: IndexFile, names: dict[str, bool]) -> IndexReport:
     return IndexReport(index, content, faults)
 
 
-def _text_fault(record: Any) -> str:
+def _unicode_fault(record: Any) -> str:
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # a lone surrogate, which JSON can carry
@@ -174,16 +175,17 @@ def _text_fault(record: Any) -> str:
     return ""
 
 
-def _with_images(report: IndexReport, images: Mapping[str, Found]) -> IndexReport:
+def _with_images(report: IndexReport, images: Mapping[str, Finding]) -> IndexReport:
     """Return the report with faults added for records whose images are missing or broken."""
-    lost = {name: reason for name, (reason, _) in images.items() if reason not in REPAIRABLE}
-    if not lost:
+    # An image that a rewrite repairs does not make its record unusable.
+    unusable = {name: reason for name, (reason, _) in images.items() if reason not in REPAIRABLE}
+    if not unusable:
         return report
     bad, faults = report.bad, dict(report.faults)
     for name, record in zip(report.index.names(report.content), report.content, strict=True):
         if name not in bad:
-            reasons = [lost[image] for image in report.index.judge(record).images if image in lost]
-            if reasons:
+            reasons = [unusable[image] for image in report.index.check(record).images if image in unusable]
+            if reasons:  # the first image decides: a record has one fault
                 fault = "image file missing" if reasons[0] == MISSING else "image file broken"
                 faults.setdefault(fault, []).append(name)
     return IndexReport(report.index, report.content, faults, report.problem)
@@ -192,32 +194,34 @@ def _with_images(report: IndexReport, images: Mapping[str, Found]) -> IndexRepor
 def _walk(layout: FolderLayout) -> Iterator[str]:
     """Yield the names of all image files of a layout, relative to its image root; hidden files are skipped."""
     seen: set[tuple[int, int]] = set()  # symbolic links may form a cycle
-    for top in layout.image_folders:
-        for place, folders, files in os.walk(top, followlinks=True):
-            status = os.stat(place)  # noqa: PTH116
+    for image_folder in layout.image_folders:
+        for directory, folders, files in os.walk(image_folder, followlinks=True):
+            status = os.stat(directory)  # noqa: PTH116
+            # os.walk descends into what is left in `folders`: emptying it in place ends this branch.
             if (status.st_dev, status.st_ino) in seen:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            start = os.path.relpath(place, layout.image_root)
+            start = os.path.relpath(directory, layout.image_root)
             for name in sorted(files):
                 if not name.startswith(".") and os.path.splitext(name)[1].lower() in FORMATS:  # noqa: PTH122
                     yield name if start == "." else f"{start}/{name}"
 
 
-def _examined(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tuple[str, Found]]:
+def _examine_images(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[tuple[str, Finding]]:
     """Yield the images with a finding, in order."""
     workers = workers or os.cpu_count() or 1
     pool = None
-    if workers > 1 and len(names) > ALONE:
+    if workers > 1 and len(names) > ONE_PROCESS_LIMIT:
         # Spawn: a fork would copy the locks of threads such as the progress bar's.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, initializer=_follow)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for _ in range(workers):  # each call starts a worker with SIGINT blocked: Ctrl-C is for the main process alone
+        pool = ProcessPoolExecutor(workers, context, initializer=_exit_with_parent)
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Each call starts a worker, which inherits the blocked SIGINT: Ctrl-C is for the main process alone.
+        for _ in range(workers):
             pool.submit(int)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
     batches = _batches(names)
     examined = partial(examine_all, root)
     results = (
@@ -226,10 +230,10 @@ def _examined(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[t
     done = 0
     with progress("images") as report:
         try:
-            for batch, found in zip(batches, results, strict=True):
+            for batch, findings in zip(batches, results, strict=True):
                 done += len(batch)
                 report(done, len(names))
-                yield from ((name, fault) for name, fault in zip(batch, found, strict=True) if fault[0])
+                yield from ((name, fault) for name, fault in zip(batch, findings, strict=True) if fault[0])
         except BrokenProcessPool:
             raise RelookError(
                 f"A process that reads images was ended, at image {done:,} or soon after.",
@@ -237,51 +241,52 @@ def _examined(root: Path, names: Mapping[str, bool], workers: int) -> Iterator[t
             ) from None
 
 
-def _follow() -> None:
+def _exit_with_parent() -> None:
     """Make a worker process exit with the main process, even if that is killed."""
-    first = multiprocessing.parent_process()
-    assert first is not None
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
 
     def end() -> None:
-        first.join()
+        main_process.join()
         os._exit(1)
 
+    # The pool cannot do this: a killed parent shuts nothing down, and its workers would wait for tasks for ever.
     Thread(target=end, daemon=True).start()
 
 
 def _batches(names: Iterable[str]) -> Iterator[Sequence[str]]:
-    rest = iter(names)
-    while batch := tuple(islice(rest, BATCH)):
+    remaining = iter(names)
+    while batch := tuple(islice(remaining, BATCH)):
         yield batch
 
 
 def print_report(report: FolderReport) -> None:
     """Print the findings of `check_folder` as tables on standard output."""
-    out, found = stdout_console(), report.to_json()
+    out, content = stdout_console(), report.to_json()
     out.print(f"{report.layout.name} in {report.layout.folder}: {'clean' if report.clean else 'has defects'}")
     parts = plain_table("part", "")
-    for part in found["parts"]:
+    for part in content["parts"]:
         parts.add_row(
             part["path"], "there" if part["there"] else "MISSING" if part["needed"] else "optional, not there"
         )
     records = plain_table("records", "all", "sound", "fault", "number", "first", right=("all", "sound", "number"))
-    for name, one in found["records"].items():
-        records.add_row(name, f"{one['count']:,}", f"{one['sound']:,}", one["problem"])
-        for reason, names in one["faults"].items():
+    for name, counts in content["records"].items():
+        records.add_row(name, f"{counts['count']:,}", f"{counts['sound']:,}", counts["problem"])
+        for reason, names in counts["faults"].items():
             records.add_row("", "", "", reason, f"{len(names):,}", preview(names, 3))
     images = plain_table("images", "number", "first", right=("number",))
     for key in ("named", "not_named", "on_disk", "sound"):
-        images.add_row(key.replace("_", " "), f"{found['images'][key]:,}")
-    for reason, names in found["images"]["faults"].items():
+        images.add_row(key.replace("_", " "), f"{content['images'][key]:,}")
+    for reason, names in content["images"]["faults"].items():
         first = [f"{name} ({detail})" if detail else name for name, detail in names.items()]
         images.add_row(reason, f"{len(names):,}", preview(first, 3))
-    for one in (parts, records, images):
-        out.print(one)
-    if turned := found["images"]["turned_by_exif"]:
-        named = preview([f"{name} ({detail})" for name, detail in turned.items()], 3)
+    for table in (parts, records, images):
+        out.print(table)
+    if turned := content["images"]["turned_by_exif"]:
+        examples = preview([f"{name} ({detail})" for name, detail in turned.items()], 3)
         out.print(
-            f"{len(turned):,} images are turned by their EXIF orientation: {named}. Viewers, relook's server, chat and "
-            "page turn them; training and evaluation read them as they are stored, as LLaVA does."
+            f"{len(turned):,} images are turned by their EXIF orientation: {examples}. Viewers, relook's server, chat "
+            "and page turn them; training and evaluation read them as they are stored, as LLaVA does."
         )
 
 
@@ -329,7 +334,7 @@ def fix_folder(
     out = None if out is None else Path(out)
     images = None if images is None else Path(images)
     if (out is None) != in_place:
-        raise RecipeError("A fixed folder needs a place.", "Give --out FOLDER or --in-place, one of them.")
+        raise RecipeError("A fixed folder needs a place.", "Give either --out FOLDER or --in-place.")
     if broken not in BROKEN:
         raise RecipeError(f"broken is {broken!r}.", f"Choose one of: {', '.join(BROKEN)}.")
     if out is not None and out.resolve().is_relative_to(folder.resolve()):
@@ -342,58 +347,59 @@ def fix_folder(
         "broken": broken,
         "copy": copy,
     }
-    place = out or folder / HIDDEN
-    if in_place and place.is_dir() and not (place / FIX_FILE).exists():
-        shutil.rmtree(place)  # left by a job that was killed after its last file was moved
-    done = _finished(place, job)
-    if done is None:
+    job_folder = out or folder / HIDDEN
+    if in_place and job_folder.is_dir() and not (job_folder / FIX_FILE).exists():
+        shutil.rmtree(job_folder)  # left by a job that was killed after its last file was moved
+    result = _read_result(job_folder, job)
+    if result is None:
         report = check_folder(name, folder, images, workers=workers)
-        unread = next((one.problem for one in report.indexes if one.problem), "")
+        unread = next((file.problem for file in report.indexes if file.problem), "")
         if unread:
             raise DataError(f"An index file cannot be fixed: {unread}")
         plan = _plan(report, broken)
         if in_place and not any(plan[key] for key in TO_DO if key in plan) and (folder / FIX_FILE).exists():
             return read_json_object(folder / FIX_FILE)  # nothing to do: keep the report of the earlier fix
-        write_json(place / FIX_FILE, {**job, "finished": False})
-        done = {**job, **plan, "finished": True}
-        _write(report, place, done, links=not in_place)
+        # Claim the folder before the first file is written; `_write` notes the end.
+        write_json(job_folder / FIX_FILE, {**job, "finished": False})
+        result = {**job, **plan, "finished": True}
+        _write(report, job_folder, result, links=not in_place)
     if in_place:
-        _install(place, folder, images)
-    return done
+        _install(job_folder, folder, images)
+    return result
 
 
-def summary(done: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """Summarise a job in one sentence: counts and reasons."""
-    kind = "dropped" if "records_dropped" in done else "listed"
+    kind = "dropped" if "records_dropped" in result else "listed"
     records: Counter[str] = Counter()
-    for faults in done[f"records_{kind}"].values():
+    for faults in result[f"records_{kind}"].values():
         records.update({reason: len(names) for reason, names in faults.items()})
-    again, lost = (
-        {why: len(names) for why, names in done[key].items()} for key in ("written_again", "images_left_out")
+    repaired, left_out = (
+        {why: len(names) for why, names in result[key].items()} for key in ("written_again", "images_left_out")
     )
-    whats = {"images written again": again, "images missing or broken": lost, f"records {kind}": records}
-    return ", ".join(f"{sum(counts.values()):,} {what}{_reasons(counts)}" for what, counts in whats.items()) + "."
+    changes = {"images written again": repaired, "images missing or broken": left_out, f"records {kind}": records}
+    return ", ".join(f"{sum(counts.values()):,} {label}{_reasons(counts)}" for label, counts in changes.items()) + "."
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
     return f" ({', '.join(f'{reason}: {count:,}' for reason, count in counts.items())})" if counts else ""
 
 
-def _finished(place: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+def _read_result(job_folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     """Return the result of a finished job; None if it is new or was interrupted."""
-    if is_free(place, FIX_FILE, "--out"):
+    if is_free(job_folder, FIX_FILE, "--out"):
         return None
-    held = read_json_object(place / FIX_FILE)
-    if any(held.get(key) != value for key, value in job.items()):
-        other = ", ".join(f"{key} {held.get(key)}" for key, value in job.items() if held.get(key) != value)
-        raise RecipeError(f"{place} holds another fix ({other}).", "Choose another --out, or remove it.")
-    return held if held.get("finished") else None
+    stored = read_json_object(job_folder / FIX_FILE)
+    if any(stored.get(key) != value for key, value in job.items()):
+        other = ", ".join(f"{key} {stored.get(key)}" for key, value in job.items() if stored.get(key) != value)
+        raise RecipeError(f"{job_folder} holds another fix ({other}).", "Choose another --out, or remove it.")
+    return stored if stored.get("finished") else None
 
 
 def _plan(report: FolderReport, broken: str) -> dict[str, Any]:
     """Plan which images are rewritten or left out, and which bad records are dropped (or only listed)."""
     faults = report.by_reason()
-    records = {report.layout.relative(one.index.path): dict(one.faults) for one in report.indexes if one.faults}
+    records = {report.layout.relative(file.index.path): dict(file.faults) for file in report.indexes if file.faults}
     return {
         "written_again": {reason: faults[reason] for reason in REPAIRABLE if reason in faults},
         "images_left_out": {reason: list(names) for reason, names in faults.items() if reason not in REPAIRABLE},
@@ -401,46 +407,47 @@ def _plan(report: FolderReport, broken: str) -> dict[str, Any]:
     }
 
 
-def _write(report: FolderReport, place: Path, done: dict[str, Any], links: bool) -> None:
+def _write(report: FolderReport, job_folder: Path, result: dict[str, Any], links: bool) -> None:
     """Write all files of the new folder; with `links`, also links to the sound, unchanged files."""
     layout = report.layout
-    root = place / _beside(layout.image_root, layout)
+    root = job_folder / _target_path(layout.image_root, layout)
 
     def write(name: str) -> None:
         reason, detail = report.faults.get(name, ("", ""))
         source, target = layout.image_root / name, root / name
-        if target.exists():
+        if target.exists():  # an interrupted job has written it
             return
         if reason in REPAIRABLE:
-            other = source.with_name(detail) if reason == OTHER_SUFFIX else source
+            picture = source.with_name(detail) if reason == OTHER_SUFFIX else source
             with atomic_file(target) as temporary:
-                temporary.write_bytes(rewritten(other, target.suffix))
+                temporary.write_bytes(rewritten(picture, target.suffix))
         elif links and not reason:
-            _carry(source, target, done["copy"])
+            _link_or_copy(source, target, result["copy"])
 
-    with progress("images written") as shown:
+    with progress("images written") as report_progress:
         for number, _ in enumerate(prefetch_map(write, report.images), 1):
-            shown(number, len(report.images))
-    dropping = {one.index.path: one for one in report.indexes if one.faults and done["broken"] == "drop"}
-    for one in dropping.values():
-        _write_index(one, place / _beside(one.index.path, layout))
+            report_progress(number, len(report.images))
+    # Index files without a fault are linked like any other part.
+    dropping = {file.index.path: file for file in report.indexes if file.faults and result["broken"] == "drop"}
+    for file in dropping.values():
+        _write_index(file, job_folder / _target_path(file.index.path, layout))
     for part in layout.parts if links else ():
-        target = place / _beside(part.path, layout)
+        target = job_folder / _target_path(part.path, layout)
         if part.path.is_file() and part.path not in dropping and not target.exists():
-            _carry(part.path, target, done["copy"])
-    for left in place.rglob(".*.part"):  # left by a killed job
-        left.unlink()
-    write_json(place / FIX_FILE, done)
+            _link_or_copy(part.path, target, result["copy"])
+    for leftover in job_folder.rglob(".*.part"):  # left by a killed job
+        leftover.unlink()
+    write_json(job_folder / FIX_FILE, result)
 
 
-def _beside(path: Path, layout: FolderLayout) -> Path:
+def _target_path(path: Path, layout: FolderLayout) -> Path:
     """Return a file's relative path in the new folder; an image root from elsewhere keeps its last name."""
     if path.is_relative_to(layout.folder):
         return path.relative_to(layout.folder)
     return layout.image_root.name / path.relative_to(layout.image_root)
 
 
-def _carry(source: Path, target: Path, copy: bool) -> None:
+def _link_or_copy(source: Path, target: Path, copy: bool) -> None:
     with atomic_file(target) as temporary:
         if copy:
             shutil.copyfile(source, temporary)
@@ -451,34 +458,35 @@ def _carry(source: Path, target: Path, copy: bool) -> None:
 
 def _write_index(report: IndexReport, target: Path) -> None:
     index, bad = report.index, report.bad
-    named = zip(index.names(report.content), report.content, strict=True)
-    kept = [record for name, record in named if name not in bad]
+    named_records = zip(index.names(report.content), report.content, strict=True)
+    sound_records = [record for name, record in named_records if name not in bad]
     if index.kind == "lines":
-        write_jsonl(target, kept)
+        write_jsonl(target, sound_records)
     else:
-        write_json(target, dict(kept) if index.kind == "object" else kept)
+        write_json(target, dict(sound_records) if index.kind == "object" else sound_records)
 
 
-def _install(place: Path, folder: Path, images: Path | None) -> None:
+def _install(job_folder: Path, folder: Path, images: Path | None) -> None:
     """Move a finished job's files over the folder's own. Moved files leave the job, so a second run continues."""
     outside = images is not None and not images.is_relative_to(folder)
-    for path in list(_files(place)):
-        inside = path.relative_to(place)
-        if outside and images is not None and inside.parts[0] == images.name:
-            target = images / inside.relative_to(images.name)
+    for path in list(_job_files(job_folder)):  # a list: the loop moves what it walks over
+        relative = path.relative_to(job_folder)
+        # Images from another folder go back there, all else into the dataset's folder.
+        if outside and images is not None and relative.parts[0] == images.name:
+            target = images / relative.relative_to(images.name)
         else:
-            target = folder / inside
+            target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.parent.stat().st_dev == path.stat().st_dev:
             path.replace(target)
         else:  # a linked folder on another disk
-            _carry(path, target, copy=True)
+            _link_or_copy(path, target, copy=True)
             path.unlink()
-    shutil.rmtree(place)
+    shutil.rmtree(job_folder)
 
 
-def _files(place: Path) -> Iterator[Path]:
+def _job_files(job_folder: Path) -> Iterator[Path]:
     """Yield the files of a job, `relook-fix.json` last: while it exists, the job still has files to move."""
-    for where, _, files in os.walk(place):
-        yield from (Path(where, name) for name in files if Path(where, name) != place / FIX_FILE)
-    yield place / FIX_FILE
+    for directory, _, files in os.walk(job_folder):
+        yield from (Path(directory, name) for name in files if Path(directory, name) != job_folder / FIX_FILE)
+    yield job_folder / FIX_FILE

@@ -33,8 +33,8 @@ from relook.data.parquet import (
     write_parquet,
 )
 from relook.data.paths import resolve_extension
-from relook.data.readers import DESCRIBE_PROMPTS, answered_correctly, draw_description_pair
-from relook.data.samples import BadRecord, as_id, check_pair
+from relook.data.readers import DESCRIBE_PROMPTS, draw_description_pair, pair_fault
+from relook.data.samples import BadRecord, as_id, missing_fields
 from relook.errors import DataError, RecipeError, preview
 from relook.files import atomic_folder, read_json, read_json_object, write_json
 
@@ -77,7 +77,7 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
     count = write_parquet(target, to, opened, rows)
     if folder and (source / DESC).exists():
         status(
-            "  a description pair stands there once; a run on HA-DPO's files takes it twice an epoch, as the original"
+            "  each description pair is written once; a run on HA-DPO's files takes it twice an epoch, as the original"
         )
     return count
 
@@ -88,37 +88,29 @@ def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
     Rows that are no pair to train on (`check_pair`) are left out and named on screen.
     """
     faults: dict[str, list[int]] = {}
-    useless: dict[str, list[int]] = {}
+    unusable: dict[str, list[int]] = {}
     with progress("pairs") as report:
         for number, row in enumerate(source.rows()):
             report(number + 1, source.count)
             try:
                 if isinstance(row, InvalidPair):
                     raise row
-                if to != "trl":
+                if to != "trl":  # the other layouts hold exactly one image; raises InvalidPair
                     _ = row.image
             except InvalidPair as bad:
                 faults.setdefault(str(bad), []).append(number)
                 continue
-            if fault := _pair_fault(row):
-                useless.setdefault(fault, []).append(number)
-            elif not faults:
+            if fault := pair_fault(hadpo_record(row), row.prompt, row.chosen, row.rejected):
+                unusable.setdefault(fault, []).append(number)
+            elif not faults:  # after the first fault nothing is written, and the rest is read only to name all of them
                 yield row
-    named, left_out = (
-        "; ".join(f"{reason}: {preview(rows, 3)}" for reason, rows in found.items()) for found in (faults, useless)
+    refused, left_out = (
+        "; ".join(f"{reason}: {preview(rows, 3)}" for reason, rows in numbers.items()) for numbers in (faults, unusable)
     )
     if faults:
-        raise DataError(f"Layout {to} cannot hold all rows ({named}).", "Repair or remove these, or choose another.")
-    if useless:
-        status(f"  {sum(map(len, useless.values())):,} rows are no pairs and were left out ({left_out})")
-
-
-def _pair_fault(row: RawPair) -> str:
-    """Return why a row is no pair, or "". A record that the model answered correctly is kept, and need not be one."""
-    try:
-        return "" if answered_correctly(hadpo_record(row)) else check_pair(row.prompt, row.chosen, row.rejected)
-    except BadRecord as bad:
-        return str(bad)
+        raise DataError(f"Layout {to} cannot hold all rows ({refused}).", "Repair or remove these, or choose another.")
+    if unusable:
+        status(f"  {sum(map(len, unusable.values())):,} rows are no pairs and were left out ({left_out})")
 
 
 # Reading HA-DPO's layout
@@ -131,32 +123,34 @@ def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
         DataError: a file is broken, or a record lacks a key of its layout.
     """
     described = read_json_object(folder / DESC, optional=True)
-    asked = read_json(folder / POPE) if (folder / POPE).exists() else []
+    questions = read_json(folder / POPE) if (folder / POPE).exists() else []
     notes = read_json_object(folder / NOTES, optional=True)
-    known = read_image_records(vg_path)
-    if not isinstance(asked, list) or not all(isinstance(one, dict) for one in (*asked, *described.values())):
+    image_records = read_image_records(vg_path)
+    lists = isinstance(questions, list)
+    if not lists or not all(isinstance(record, dict) for record in (*questions, *described.values())):
         raise DataError(f"{folder} is not in HA-DPO's layout.", REPAIR)
     columns = _columns(notes)
     names = [field.name for field in columns]
     # A folder converted from another layout gets its columns back; records of any other folder are kept whole.
-    plain = bool(notes) and not described and all(_is_plain(record, names) for record in asked)
+    plain = bool(notes) and not described and all(_is_plain(record, names) for record in questions)
 
+    # Both files as (file, image id, record, (prompt, chosen, rejected)), drawn in the order of HA-DPO's trainer.
     def entries() -> Iterator[tuple[str, str, Any, tuple[Any, Any, Any]]]:
-        rng = random.Random(42)
+        rng = random.Random(42)  # the seed of HA-DPO's trainer
         for key, record in described.items():
             try:
                 yield DESC, as_id(key), record, draw_description_pair(record, rng)
             except BadRecord as bad:
                 raise DataError(f"{folder / DESC}: {key} has {bad}.", REPAIR) from None
-        for number, record in enumerate(asked):
-            missing = [name for name in QUESTION[:4] if name not in record]
-            if missing:
-                raise DataError(f"{folder / POPE}: record {number} has no {', '.join(missing)}.", REPAIR)
+        for number, record in enumerate(questions):
+            if fault := missing_fields(record, *QUESTION[:4]):
+                raise DataError(f"{folder / POPE}: record {number} has {fault}.", REPAIR)
             yield POPE, as_id(record["image_id"]), record, (record["question"], record["chosen"], record["reject"])
 
     def rows() -> Iterator[RawPair | InvalidPair]:
         for file, image_id, record, (prompt, chosen, rejected) in entries():
-            path = resolve_extension(vg_path / image_place(known[image_id])) if image_id in known else None
+            entry = image_records.get(image_id)
+            path = None if entry is None else resolve_extension(vg_path / entry_image_path(entry))
             if path is None or not path.is_file():
                 yield InvalidPair("image file missing" if path else "image id not in image_data.json")
                 continue
@@ -167,13 +161,13 @@ def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
             if plain:
                 yield RawPair((image,), prompt, chosen, rejected, {name: record[name] for name in names})
             else:
-                whole = {"file": file, "image": known[image_id], "record": record}
-                yield RawPair((image,), prompt, chosen, rejected, {RECORD: json.dumps(whole, ensure_ascii=False)})
+                stored = {"file": file, "image": entry, "record": record}
+                yield RawPair((image,), prompt, chosen, rejected, {RECORD: json.dumps(stored, ensure_ascii=False)})
 
     if plain:
         filled, forms, features = notes.get("filled", ()), notes.get("forms", {}), notes.get("features", {})
-        return PairFile("hadpo", rows, len(asked), columns, features, tuple(filled), forms)
-    return PairFile("hadpo", rows, len(described) + len(asked), (pyarrow().field(RECORD, "string"),))
+        return PairFile("hadpo", rows, len(questions), columns, features, tuple(filled), forms)
+    return PairFile("hadpo", rows, len(described) + len(questions), (pyarrow().field(RECORD, "string"),))
 
 
 REPAIR = "`relook data check` names all such records, `relook data fix` leaves them out."
@@ -192,11 +186,12 @@ def _columns(notes: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _is_plain(record: Mapping[str, Any], columns: list[str]) -> bool:
+    # Exactly what `write_hadpo` writes for a pair from elsewhere.
     written = record.keys() == {*QUESTION, *columns} and record["answer"] == record["reject"]
     return written and record["correct"] is False
 
 
-def image_place(record: Mapping[str, Any]) -> Path:
+def entry_image_path(record: Mapping[str, Any]) -> Path:
     """Return the relative path of an `image_data.json` entry's image: the last two parts of its url.
 
     Raises:
@@ -222,32 +217,36 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
     if clash:
         raise DataError(f"The source has columns named {', '.join(clash)}, as {POPE} has.", "Rename them.")
     described: dict[str, Any] = {}
-    asked: list[Any] = []
+    questions: list[Any] = []
     images: dict[Path, tuple[Any, str]] = {}  # path to entry of image_data.json and image hash
     count = new = edited = 0
     with atomic_folder(folder) as temporary:
         for row in rows:
             count += 1
-            further = {field.name: row.extra.get(field.name) for field in fields}
-            added = {name: value for name, value in further.items() if value is not None}
-            whole = stored_columns(row, "hadpo")
-            entry = whole["image"] if whole else _entry(row.image)
-            _place(temporary, images, entry, row.image)
-            if whole.get("file") == DESC and _says(whole["record"], row):
-                described[str(entry["image_id"])] = {**whole["record"], **added}
-            elif whole.get("file") == POPE:
-                said = {"question": row.prompt, "chosen": row.chosen, "reject": row.rejected}
-                asked.append({**whole["record"], **said, **added})
+            extra = {field.name: row.extra.get(field.name) for field in fields}
+            present = {name: value for name, value in extra.items() if value is not None}
+            # The HA-DPO record that the row was made from, if there is one.
+            stored = stored_columns(row, "hadpo")
+            entry = stored["image"] if stored else _entry(row.image)
+            _write_image(temporary, images, entry, row.image)
+            # A row goes back into the record it came from, unless its texts were edited since.
+            if stored.get("file") == DESC and _holds_pair(stored["record"], row):
+                described[str(entry["image_id"])] = {**stored["record"], **present}
+            elif stored.get("file") == POPE:
+                texts = {"question": row.prompt, "chosen": row.chosen, "reject": row.rejected}
+                questions.append({**stored["record"], **texts, **present})
             else:
+                # Only pope_data.json holds free questions: it takes pairs from elsewhere and edited descriptions.
                 values = (entry["image_id"], row.prompt, row.chosen, row.rejected, row.rejected, False, row.image.name)
-                asked.append({**dict(zip(QUESTION, values, strict=True)), **further})
-                new, edited = new + (not whole), edited + bool(whole)
+                questions.append({**dict(zip(QUESTION, values, strict=True)), **extra})
+                new, edited = new + (not stored), edited + bool(stored)
         if described:
             write_json(temporary / DESC, described)
-        if asked or not described:
-            _write(temporary / POPE, asked)
+        if questions or not described:
+            _write_records(temporary / POPE, questions)
         write_json(temporary / IMAGES, [entry for entry, _ in images.values()])
         if new:
+            # An Arrow schema says of the columns what JSON cannot: types, and which of them hold no value at all.
             columns = base64.b64encode(pyarrow().schema(fields).serialize().to_pybytes()).decode()
             notes = {"filled": source.filled, "forms": source.forms, "features": source.features}
             write_json(temporary / NOTES, {"columns": columns, **notes})
@@ -256,7 +255,7 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
     return count
 
 
-def _write(path: Path, records: list[Any]) -> None:
+def _write_records(path: Path, records: list[Any]) -> None:
     try:
         write_json(path, records)
     except TypeError as error:
@@ -265,21 +264,22 @@ def _write(path: Path, records: list[Any]) -> None:
 
 def _entry(image: Embedded) -> dict[str, Any]:
     """Build an `image_data.json` entry for an image not in Visual Genome, with an id from its content."""
+    # 48 bits: exact in a JSON reader that holds numbers as floats. `.invalid` is reserved: no such host can exist.
     number = int(content_hash(image.data)[:12], 16)
     return {"image_id": number, "url": f"https://relook.invalid/VG_100K/{number}{image.suffix}"}
 
 
-def _place(folder: Path, images: dict[Path, tuple[Any, str]], entry: dict[str, Any], image: Embedded) -> None:
-    place, content = image_place(entry), content_hash(image.data)
-    if place not in images:
-        images[place] = entry, content
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_bytes(image.data)
-    elif images[place][1] != content:
-        raise DataError(f"Two rows have different images for {place}.", "Give one of them another id.")
+def _write_image(folder: Path, images: dict[Path, tuple[Any, str]], entry: dict[str, Any], image: Embedded) -> None:
+    path, content = entry_image_path(entry), content_hash(image.data)
+    if path not in images:
+        images[path] = entry, content
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(image.data)
+    elif images[path][1] != content:
+        raise DataError(f"Two rows have different images for {path}.", "Give one of them another id.")
 
 
-def _says(record: Mapping[str, Any], row: RawPair) -> bool:
+def _holds_pair(record: Mapping[str, Any], row: RawPair) -> bool:
     """Return True if a row is still one of a description record's pairs."""
     texts = row.chosen in record.get("chosen", ()) and row.rejected in record.get("rejected", ())
     return texts and row.prompt in DESCRIBE_PROMPTS

@@ -26,7 +26,7 @@ from relook.data.templates import (
 )
 from relook.errors import DataError, RecipeError
 
-Made = TypeVar("Made")
+Encoded = TypeVar("Encoded")
 Sample = TypeVar("Sample")
 
 
@@ -95,36 +95,38 @@ class Encoder:
 
         `images` holds the number of positions of each image (see `positions`).
 
-        Text between two images is tokenised in one go, special tokens included. An answer right after "ASSISTANT:"
-        thus gets the tokens that it has in running text. A token is supervised if its characters are.
-
         Raises:
             DataError: the row is longer than `max_length`, the text is not valid Unicode, a token straddles the edge of
                 an answer, or the model has no embedding for a token.
         """
         ids: list[int] = []
+        # Llama's tokenizers put BOS first; others have none, or say in their config that it is not added.
         if self.tokenizer.bos_token_id is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
             ids = [self.tokenizer.bos_token_id]
         supervised = [False] * len(ids)
         text = "".join(piece.text for piece in pieces)
         flags = [piece.supervised for piece in pieces for _ in piece.text]  # one flag per character
-        at = 0
+        offset = 0  # of the chunk in the text, in characters
         for i, chunk in enumerate(text.split(IMAGE)):
-            if i:
+            if i:  # the image before this chunk: its positions, none of which is a target
                 ids += [self.image_token_id] * images[i - 1]
                 supervised += [False] * images[i - 1]
-                at += len(IMAGE)
+                offset += len(IMAGE)
+            # Text between two images is tokenised in one go, special tokens included, so that an answer right after
+            # "ASSISTANT:" gets the tokens that it has in running text.
             if chunk:
                 chunk_ids, offsets = self._tokenise(chunk, id)
-                spans = [(at + start, at + max(end - 1, start)) for start, end in offsets]
+                # First and last character of each token. A token of no characters (a byte of an emoji) gets one.
+                spans = [(offset + start, offset + max(end - 1, start)) for start, end in offsets]
                 if any(flags[first] != flags[last] for first, last in spans):
                     raise DataError(
                         f"Sample {id}: a token lies half in an answer and half outside.",
                         f"Template {self.template.name} does not suit this model's tokenizer, or this text.",
                     )
+                # A token is supervised if its characters are.
                 ids += chunk_ids
                 supervised += [flags[last] for _, last in spans]
-            at += len(chunk)
+            offset += len(chunk)
         if len(ids) > self.max_length:
             raise DataError(
                 f"Sample {id} has {len(ids)} positions, more than model_max_length {self.max_length}.",
@@ -134,6 +136,7 @@ class Encoder:
         return TokenRow(tuple(ids), tuple(supervised))
 
     def _check_embedded(self, ids: Sequence[int], id: str) -> None:
+        # The tokenizer may have more ids than the embedding has rows, e.g. after tokens were added to it alone.
         largest = max(ids, default=0)
         if self.embeddings is not None and largest >= self.embeddings:
             token = self.tokenizer.convert_ids_to_tokens(largest)
@@ -167,22 +170,23 @@ class Encoder:
                 placeholder, they are put before the first turn's text.
             history: the earlier turns.
         """
-        pieces, positions = self._asked(text, images, history)
+        pieces, positions = self._open_prompt(text, images, history)
         return self.row(pieces, positions).ids
 
     def answered(self, text: str, response: str, images: int | Sequence[ImageSource] = 1) -> TokenRow:
         """Encode the prompt as `prompt` does, with `response` and its end mark as the supervised tokens."""
-        pieces, positions = self._asked(text, images)
+        pieces, positions = self._open_prompt(text, images)
         template, response = self.template, self._literal.escape(response)
         return self.row([*pieces, TemplatePiece(f"{template.lead}{response}{template.end}", True)], positions, "answer")
 
-    def _asked(
+    def _open_prompt(
         self, text: str, images: int | Sequence[ImageSource], history: Sequence[Turn] = ()
     ) -> tuple[list[TemplatePiece], list[int]]:
         turns, positions = [*history, Turn(text, "")], self.positions(images)
         if positions and not any(IMAGE in turn.prompt for turn in turns):
             turns[0] = replace(turns[0], prompt=with_image(turns[0].prompt, len(positions)))
         self._check_images(turns, len(positions), "The prompt")
+        # From here on a special token in the words of a person or of the model is text.
         escape = self._literal.escape
         turns = [Turn(escape(turn.prompt), escape(turn.response)) for turn in turns]
         return self.template.render(self._marked(turns), open_end=True), positions
@@ -203,8 +207,8 @@ class Encoder:
 
     def pairs(self, pairs: Sequence[PreferencePair], faults: list[str] | None = None) -> list[Example]:
         """Encode preference pairs as trees; `faults` is as in `conversations`."""
-        made = (_or_fault(self.pair, pair, faults) for pair in pairs)
-        return [example for example in made if example is not None]
+        examples = (_or_fault(self.pair, pair, faults) for pair in pairs)
+        return [example for example in examples if example is not None]
 
     def conversation(self, sample: Conversation) -> Example:
         """Encode a supervised conversation as a tree with a single branch.
@@ -221,13 +225,11 @@ class Encoder:
     ) -> list[Example]:
         """Encode conversations on the same image as branches of one tree, at most `branches`: the image is read once.
 
-        Branches also share the text before the image. A conversation whose image comes in a later turn gets a tree of
-        its own.
-
         Args:
             faults: list that receives the errors of unusable samples, which are then left out; without it, the first
                 one raises.
         """
+        # By images and by tokens up to the image's end, the prefix that they share; each group in chunks of `branches`.
         groups: dict[tuple[tuple[Path, ...], tuple[int, ...]], list[list[tuple[str, TokenRow]]]] = {}
         singles: list[tuple[tuple[Path, ...], list[tuple[str, TokenRow]]]] = []
         for sample in samples:
@@ -235,6 +237,7 @@ class Encoder:
             if row is None:
                 continue
             start = self._start(row) if len(sample.images) == 1 else ()
+            # Without an image, with several, or with an answer before the image, the conversation gets its own tree.
             if not start:
                 singles.append((sample.images, [(sample.id, row)]))
                 continue
@@ -242,11 +245,11 @@ class Encoder:
             if len(chunks[-1]) == branches:
                 chunks.append([])
             chunks[-1].append((sample.id, row))
-        shared = [(images, chunk) for (images, _), chunks in groups.items() for chunk in chunks] + singles
-        return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in shared]
+        grouped = [(images, chunk) for (images, _), chunks in groups.items() for chunk in chunks] + singles
+        return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in grouped]
 
     def _start(self, row: TokenRow) -> tuple[int, ...]:
-        """Return a row's tokens up to the end of its image; none if an answer precedes it."""
+        """Return a row's tokens up to the end of its image, or () if an answer precedes it."""
         end = len(row.ids) - row.ids[::-1].index(self.image_token_id)
         return () if True in row.supervised[:end] else row.ids[:end]
 
@@ -265,12 +268,13 @@ class Encoder:
         return [replace(turn, prompt=turn.prompt.replace(IMAGE, marked)) for turn in turns]
 
     @staticmethod
-    def _check_images(turns: Sequence[Turn], images: int, who: str) -> None:
-        named = sum(turn.prompt.count(IMAGE) for turn in turns)
-        if named != images:
-            raise DataError(f"{who} has {named} {IMAGE}, but {images} images are given.", "Write one for each image.")
+    def _check_images(turns: Sequence[Turn], images: int, subject: str) -> None:
+        placeholders = sum(turn.prompt.count(IMAGE) for turn in turns)
+        if placeholders != images:
+            problem = f"{subject} has {placeholders} {IMAGE}, but {images} images are given."
+            raise DataError(problem, "Write one for each image.")
         if any(IMAGE in turn.response for turn in turns):
-            raise DataError(f"{who} has {IMAGE} in an answer.", "Put it into the prompt.")
+            raise DataError(f"{subject} has {IMAGE} in an answer.", "Put it into the prompt.")
 
     def _check_learnable(self, turns: Sequence[Turn], id: str) -> None:
         template = self.template
@@ -281,24 +285,26 @@ class Encoder:
                 f"Sample {id} is not one image with one caption, as template {template.name} needs.",
                 "Choose another template.",
             )
+        # Generation stops at an end mark, and the cue tells where an answer begins: neither may occur in the texts,
+        # nor arise where prompt, cue and answer meet.
         cue = template.cue + template.lead
         ends = [end for end in (template.end.strip(), self.tokenizer.eos_token) if end]
         for turn in turns:
             if not turn.prompt or not turn.response:
                 raise DataError(f"Sample {id} has an empty prompt or answer.", "Fill it in or remove the sample.")
-            wrong = next((end for end in ends if end in turn.prompt or end in turn.response), "")
-            asked = template.later + turn.prompt
-            around = asked + cue + turn.response
-            if cue.strip() and (around.count(cue) != 1 or around.index(cue) != len(asked)):
-                wrong = cue
-            if wrong:
+            mark = next((end for end in ends if end in turn.prompt or end in turn.response), "")
+            prompt = template.later + turn.prompt
+            exchange = prompt + cue + turn.response
+            if cue.strip() and (exchange.count(cue) != 1 or exchange.index(cue) != len(prompt)):
+                mark = cue
+            if mark:
                 raise DataError(
-                    f"Sample {id} has {wrong.strip()!r} in its text, a mark of template {template.name}.",
+                    f"Sample {id} has {mark.strip()!r} in its text, a mark of template {template.name}.",
                     "Remove it from the text or choose another template.",
                 )
 
 
-def _or_fault(make: Callable[[Sample], Made], sample: Sample, faults: list[str] | None) -> Made | None:
+def _or_fault(make: Callable[[Sample], Encoded], sample: Sample, faults: list[str] | None) -> Encoded | None:
     try:
         return make(sample)
     except DataError as error:
@@ -313,7 +319,11 @@ def differing_tokens(tree: Tree) -> list[bool]:
 
     A token differs if it lies outside the matching blocks of the two responses (longest common subsequences of runs).
     """
-    chosen, rejected = ([t for t, s in zip(b.ids, b.supervised, strict=True) if s] for b in tree.branches)
+    # Supervised tokens alone: both responses, each with its end mark.
+    chosen, rejected = (
+        [id for id, supervised in zip(branch.ids, branch.supervised, strict=True) if supervised]
+        for branch in tree.branches
+    )
     same_chosen: set[int] = set()
     same_rejected: set[int] = set()
     for a, b, size in difflib.SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks():

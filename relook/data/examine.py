@@ -35,24 +35,24 @@ WRONG_SUFFIX, ODD_MODE = "wrong extension", "unusual mode"
 REPAIRABLE = (OTHER_SUFFIX, WRONG_SUFFIX, ODD_MODE)  # by rewriting the same picture
 TURNED = "turned by EXIF"  # no fault, but viewers and servers show the image otherwise than LLaVA trains on it
 SHOWN = ("", TURNED, *REPAIRABLE)  # findings on files that can be decoded
-Found = tuple[str, str]  # the fault (empty if there is none), and a detail
+Finding = tuple[str, str]  # the fault (empty if there is none), and a detail
 
 
-def examine_all(root: Path, names: Sequence[str]) -> list[Found]:
+def examine_all(root: Path, names: Sequence[str]) -> list[Finding]:
     """Run `examine_image` on some files under a folder."""
     return [examine_image(root / name) for name in names]
 
 
-def examine_image(path: Path) -> Found:
+def examine_image(path: Path) -> Finding:
     """Decode a whole file and return its first fault, with a detail.
 
     A file has at most one fault, so that counts add up: a GIF under a .jpg name has the wrong extension, and its
     palette follows from that.
     """
     try:
-        return _examined(path)
+        return _examine(path)
     except FileNotFoundError:
-        return _elsewhere(path)
+        return _find_other_suffix(path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return TOO_LARGE, f"more than {Image.MAX_IMAGE_PIXELS:,}"
     except UnidentifiedImageError:
@@ -65,7 +65,8 @@ def examine_image(path: Path) -> Found:
         return TRUNCATED, f"{type(error).__name__}: {error}"
 
 
-def _examined(path: Path) -> Found:
+def _examine(path: Path) -> Finding:
+    # The order decides which fault is named: first what makes a file useless, then what a rewrite repairs.
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         return UNREADABLE, "not a file"
@@ -73,50 +74,54 @@ def _examined(path: Path) -> Found:
         return EMPTY, ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Pillow only warns up to twice MAX_IMAGE_PIXELS.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
-            form, mode = str(image.format), image.mode
+            format, mode = str(image.format), image.mode
             image.draft(None, (1, 1))  # a JPEG is then read whole, but decoded at a reduced size
             image.load()
             turn = orientation(image)
-            key = image.info.get("transparency") is not None
-            odd = mode not in PLAIN_MODES or key
+            # PNG's tRNS makes one colour transparent without changing the mode.
+            odd = mode not in PLAIN_MODES or image.info.get("transparency") is not None
             if odd:
                 try:
                     as_rgb(image)
                 except ValueError as error:
                     return UNREADABLE, str(error)
-    if form in ("JPEG", "MPO", "PNG") and not _ends(path.read_bytes(), form):
+    if format in ("JPEG", "MPO", "PNG") and not _has_end_marker(path.read_bytes(), format):
         return TRUNCATED, "its end is missing"
     allowed = FORMATS.get(path.suffix.lower())
-    if allowed and form not in allowed:
-        return WRONG_SUFFIX, f"{form} under {path.suffix}"
-    if odd and form != "GIF":  # a GIF has a palette by its nature
-        return ODD_MODE, f"{form} in mode {mode}" + " with a transparent colour" * (mode in PLAIN_MODES)
+    if allowed and format not in allowed:
+        return WRONG_SUFFIX, f"{format} under {path.suffix}"
+    if odd and format != "GIF":  # a GIF has a palette by its nature
+        return ODD_MODE, f"{format} in mode {mode}" + " with a transparent colour" * (mode in PLAIN_MODES)
     return (TURNED, f"orientation {turn}") if turn != 1 else ("", "")
 
 
-def _elsewhere(path: Path) -> Found:
+def _find_other_suffix(path: Path) -> Finding:
     """Return the finding for a missing file: there under another extension, broken under that one, or missing."""
-    order = [path.suffix.lower(), *FORMATS]
-    others = [other for name in same_stem(path) if (other := path.with_name(name)).suffix.lower() in order]
-    for other in sorted(others, key=lambda other: order.index(other.suffix.lower())):
-        if other.is_file():
-            reason, detail = examine_image(other)
-            return (OTHER_SUFFIX, other.name) if reason in SHOWN else (reason, f"{other.name}: {detail}")
+    # Prefer the suffix itself in another case, then the formats in their order.
+    suffixes = [path.suffix.lower(), *FORMATS]
+    siblings = map(path.with_name, same_stem(path))
+    candidates = [sibling for sibling in siblings if sibling.suffix.lower() in suffixes]
+    for candidate in sorted(candidates, key=lambda other: suffixes.index(other.suffix.lower())):
+        if candidate.is_file():
+            reason, detail = examine_image(candidate)
+            return (OTHER_SUFFIX, candidate.name) if reason in SHOWN else (reason, f"{candidate.name}: {detail}")
     return MISSING, ""
 
 
-def _ends(data: bytes, form: str) -> bool:
+def _has_end_marker(data: bytes, format: str) -> bool:
     """Return True if the end marker is there: Pillow decodes a download whose rest is zeros without an error."""
-    if form == "PNG":
+    if format == "PNG":
         return b"IEND" in data
-    at = 2
-    while data[at + 1 : at + 2] != b"\xda":  # segment by segment to the scan: a thumbnail has its own end marker
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if data[at : at + 1] != b"\xff":
+    position = 2  # after the start-of-image marker
+    # Segment by segment to the scan: a thumbnail in a segment has its own end marker.
+    while data[position + 1 : position + 2] != b"\xda":
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if data[position : position + 1] != b"\xff":
             return True  # fill bytes and the like: Pillow has read it
-    return data.find(b"\xff\xd9", at) >= 0
+    return data.find(b"\xff\xd9", position) >= 0
 
 
 def rewritten(path: Path, suffix: str) -> bytes:
@@ -129,11 +134,11 @@ def rewritten(path: Path, suffix: str) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:
-            form = FORMATS.get(suffix.lower(), ("JPEG",))[0]
-            how: dict[str, Any] = dict(QUALITY.get(form, {}))
+            format = FORMATS.get(suffix.lower(), ("JPEG",))[0]
+            options: dict[str, Any] = dict(QUALITY.get(format, {}))
             rgb = as_rgb(image)  # before EXIF is read: decoding a TIFF applies and clears its orientation
-            if 0 < len(image.info.get("exif", b"")) < EXIF_BYTES and form in ("JPEG", "PNG", "WEBP"):
-                how["exif"] = image.info["exif"]
-            made = io.BytesIO()
-            rgb.save(made, form, **how)
-    return made.getvalue()
+            if 0 < len(image.info.get("exif", b"")) < EXIF_BYTES and format in ("JPEG", "PNG", "WEBP"):
+                options["exif"] = image.info["exif"]
+            buffer = io.BytesIO()
+            rgb.save(buffer, format, **options)
+    return buffer.getvalue()

@@ -41,58 +41,61 @@ def check_structure(data: bytes, max_pixels: int) -> None:
 
 
 def _check_jpeg(data: bytes, max_pixels: int) -> None:
-    at, scans, pixels, marker, fill = 2, 0, 0, 0, 0
+    position, scans, pixels, marker, filling = 2, 0, 0, 0, 0
     for _ in range(JPEG_SEGMENTS):
         # As libjpeg does, skip whatever stands before the next marker.
-        match = (AFTER_SCAN if marker == 0xDA else MARKER).search(data, at)
+        match = (AFTER_SCAN if marker == 0xDA else MARKER).search(data, position)
         end = match.start() if match else len(data)
         if marker != 0xDA:
-            fill += end - at
-        elif data.find(b"\xff" * JPEG_FILL, at, end + 1) >= 0:  # libjpeg restarts a run of 0xFF with each buffer
-            fill = JPEG_FILL + 1
-        if fill > JPEG_FILL:
+            filling += end - position
+        elif data.find(b"\xff" * JPEG_FILL, position, end + 1) >= 0:  # libjpeg restarts a run of 0xFF with each buffer
+            filling = JPEG_FILL + 1
+        if filling > JPEG_FILL:
             raise DataError(f"The image has more than {JPEG_FILL:,} bytes of filling.", "Save it again.")
         if match is None or data[end + 1] == 0xD9:
             return
-        at, marker = end + 2, data[end + 1]
+        position, marker = end + 2, data[end + 1]
         if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # a marker without content
             continue
-        if marker in SIZES:
-            pixels = max(pixels, _number(data[at + 3 : at + 5]) * _number(data[at + 5 : at + 7]))
+        if marker in SIZES:  # segment length (2 bytes), bits per sample (1), height (2), width (2)
+            height, width = _number(data[position + 3 : position + 5]), _number(data[position + 5 : position + 7])
+            pixels = max(pixels, height * width)
+        # Progressive JPEGs are decoded once per scan, each time over the whole picture.
         scans += marker == 0xDA
         if scans * pixels > JPEG_SCANS * max_pixels:
             raise DataError(f"The image has more than {scans - 1} scans.", "Save it as a baseline JPEG.")
-        at += max(2, _number(data[at : at + 2]))
+        position += max(2, _number(data[position : position + 2]))
     raise DataError(f"The image has more than {JPEG_SEGMENTS:,} segments.", "Save it without metadata.")
 
 
 def _check_png(data: bytes) -> None:
-    at = 8
+    position = 8  # after the signature; a chunk is length, type, content and checksum
     for _ in range(PNG_CHUNKS):
-        if at >= len(data):
+        if position >= len(data):
             return
-        at += 12 + _number(data[at : at + 4])
+        position += 12 + _number(data[position : position + 4])
     raise DataError(f"The image has more than {PNG_CHUNKS:,} chunks.", "Save it again, without metadata.")
 
 
 def _check_gif(data: bytes) -> None:
-    at, in_extension = 13 + _palette(data[10]), False
+    # 13 bytes of signature and screen descriptor, then the global palette.
+    position, in_extension = 13 + _palette(data[10]), False
     for _ in range(GIF_BLOCKS):
         if in_extension:  # blocks, each preceded by its length, up to an empty one
-            in_extension = data[at] > 0
-            at += 1 + data[at]
-        elif data[at] == 0x21:  # an extension: skip its introducer and its kind
-            in_extension, at = True, at + 2
-        elif data[at] in (0x2C, 0x3B):  # a picture, or the end
+            in_extension = data[position] > 0
+            position += 1 + data[position]
+        elif data[position] == 0x21:  # an extension: skip its introducer and its kind
+            in_extension, position = True, position + 2
+        elif data[position] in (0x2C, 0x3B):  # a picture, or the end
             return
         else:  # Pillow skips such a byte
-            at += 1
+            position += 1
     raise DataError(f"The image has more than {GIF_BLOCKS:,} blocks before its picture.", "Save it without comments.")
 
 
 def _palette(flags: int) -> int:
     """Return the size of a GIF's palette in bytes."""
-    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0  # 3 bytes for each of 2 ** (n + 1) colours
 
 
 def _number(data: bytes) -> int:

@@ -41,23 +41,23 @@ class RecentCache(Generic[T]):
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
         self.limit, self.size = limit, size
-        self._kept: OrderedDict[Hashable, T] = OrderedDict()
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
         self._bytes = 0
 
     def get(self, key: Hashable) -> T | None:
         with _LOCK:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            return self._kept.get(key)
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
 
-    def put(self, key: Hashable, thing: T) -> None:
+    def put(self, key: Hashable, value: T) -> None:
         with _LOCK:
-            if key not in self._kept:  # otherwise another thread has stored it first
-                self._kept[key] = thing
-                self._bytes += self.size(thing)
+            if key not in self._values:  # otherwise another thread has stored it first
+                self._values[key] = value
+                self._bytes += self.size(value)
             # Evict the least recently used values until the rest fits.
             while self._bytes > self.limit:
-                self._bytes -= self.size(self._kept.popitem(last=False)[1])
+                self._bytes -= self.size(self._values.popitem(last=False)[1])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -84,11 +84,10 @@ class RandomCrop:
     def open(self) -> Image.Image:
         """Decode the file and return the crop in RGB. Raises DataError as `open_image` does."""
         image, rng = open_image(self.path), random.Random(self.seed)
-        scale = rng.uniform(*CROP_SHARE) ** 0.5
+        scale = rng.uniform(*CROP_SHARE) ** 0.5  # of each side: the share is one of the area
         width, height = (max(1, round(side * scale)) for side in image.size)
-        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-        part = (left, top, left + width, top + height)
-        return image.resize(image.size, Image.Resampling.BICUBIC, box=part)
+        x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        return image.resize(image.size, Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class EncodedImage:
 
     def open(self) -> Image.Image:
         """Decode the bytes to RGB. Raises DataError as `open_image` does."""
-        return _opened(BytesIO(self.data), as_rgb, self.name)
+        return _open(BytesIO(self.data), as_rgb, self.name)
 
 
 Shown = Path | RandomCrop | MemoryImage | EncodedImage  # hashable, so that questions on the same image can be grouped
@@ -140,7 +139,7 @@ def open_image(path: str | Path) -> Image.Image:
         DataError: the file cannot be decoded; the message names it and says why.
     """
     path = Path(path)
-    return _opened(path, as_rgb, str(path))
+    return _open(path, as_rgb, str(path))
 
 
 def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], None]) -> Image.Image:
@@ -157,13 +156,14 @@ def image_from_bytes(data: bytes, max_pixels: int, check: Callable[[int, int], N
     check_structure(data, max_pixels)
     try:
         with Image.open(BytesIO(data), formats=UNTRUSTED_FORMATS) as image:
-            if image.width * image.height <= max_pixels:  # rather than by Pillow's warning: threads share its filter
+            # Not by Pillow's warning, as `_open` does: threads share the warning filters.
+            if image.width * image.height <= max_pixels:
                 check(image.width, image.height)
                 return upright(image)
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError("The image is none of a known format.", fix) from None
+        raise DataError("The image is in no known format.", fix) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         pass
     except Exception:  # Pillow's readers raise errors of many kinds for broken bytes
@@ -175,10 +175,11 @@ def _size(image: Image.Image) -> tuple[int, int]:
     return image.size
 
 
-def _opened(file: Path | BytesIO, use: Callable[[Image.Image], T], name: str) -> T:
+def _open(file: Path | BytesIO, use: Callable[[Image.Image], T], name: str) -> T:
     """Open an image file, return `use` of it, and close it; errors call it `name`."""
     try:
         with warnings.catch_warnings():
+            # Pillow refuses an image only beyond twice its threshold, and warns below that.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 return use(image)
@@ -222,7 +223,7 @@ class ImageLoader:
 
     def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
         self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
-        self._kept: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
+        self._cache: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
 
     def __call__(self, image: ImageSource) -> Tensor:
         """Return one picture's pixel values, float32: (3, H, W), or (tiles, 3, H, W) if the processor tiles images."""
@@ -238,13 +239,14 @@ class ImageLoader:
 
     def size(self, image: ImageSource) -> tuple[int, int]:
         """Return height and width of the picture that the processor gets; of a file, only the header is read."""
+        # Pillow decodes when pixels are asked for, not when a file is opened.
         if isinstance(image, EncodedImage):
-            width, height = _opened(BytesIO(image.data), _size, image.name)
+            width, height = _open(BytesIO(image.data), _size, image.name)
         elif isinstance(image, (MemoryImage, Image.Image)):
             width, height = (image.image if isinstance(image, MemoryImage) else image).size
         else:
             path = Path(image.path if isinstance(image, RandomCrop) else image)
-            width, height = _opened(path, _size, str(path))
+            width, height = _open(path, _size, str(path))
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
     def seen(self, image: ImageSource) -> Image.Image:
@@ -258,64 +260,66 @@ class ImageLoader:
             torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
         )
         # Undo the normalisation: back to 8 bits per channel.
-        whole = (255 * (pixels * std + mean)).round().clamp(0, 255).to(torch.uint8)
-        return Image.fromarray(whole.permute(1, 2, 0).numpy())
+        pixels_8bit = (255 * (pixels * std + mean)).round().clamp(0, 255).to(torch.uint8)
+        return Image.fromarray(pixels_8bit.permute(1, 2, 0).numpy())
 
-    def preprocess(self, images: Sequence[Image.Image], who: str = "An image") -> Tensor:
+    def preprocess(self, images: Sequence[Image.Image], subject: str = "An image") -> Tensor:
         """Compute the pixel values of images, (n, 3, H, W) float32.
 
         Raises:
             DataError: an image is so long and thin that its square canvas, or the image with its short side at the
                 model's size, would have more than MAX_PIXELS pixels.
         """
-        return pad_sequence([self._process(image, who)["pixel_values"] for image in images], batch_first=True)
+        return pad_sequence([self._process(image, subject)["pixel_values"] for image in images], batch_first=True)
 
-    def check_shape(self, width: int, height: int, who: str = "The image") -> None:
+    def check_shape(self, width: int, height: int, subject: str = "The image") -> None:
         """Check that an image is not too long and thin. Raises DataError as `preprocess` does."""
         target = self.image_processor.size.get("shortest_edge") or 0
+        # Padding makes a square of the long side; the processor scales the short side to its target.
         short, long = sorted((width, height))
         if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
-            raise DataError(f"{who} is too long and thin: {width} x {height} pixels.", "Crop it.")
+            raise DataError(f"{subject} is too long and thin: {width} x {height} pixels.", "Crop it.")
 
     def _inputs(self, image: ImageSource) -> dict[str, Tensor]:
         if isinstance(image, Image.Image):
             return self._process(image, "An image")
-        key = (
-            image.key if isinstance(image, MemoryImage) else image
-        )  # the cache of pixel values need not hold the picture
-        kept = self._kept.get(key)
-        if kept is not None:
-            return kept
+        # The hash is key enough: a MemoryImage as key would keep its whole picture in memory.
+        key = image.key if isinstance(image, MemoryImage) else image
+        cached = self._cache.get(key)
+        if cached is not None:
+            return cached
         opened = open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
-        inputs = self._process(opened, _who(image))
-        self._kept.put(key, inputs)
+        inputs = self._process(opened, _subject(image))
+        self._cache.put(key, inputs)
         return inputs
 
-    def _process(self, image: Image.Image, who: str) -> dict[str, Tensor]:
-        self.check_shape(*image.size, who)
+    def _process(self, image: Image.Image, subject: str) -> dict[str, Tensor]:
+        self.check_shape(*image.size, subject)  # before anything of that size is allocated
         try:
             image = as_rgb(image)
         except ValueError as error:
-            raise DataError(f"{who} cannot be read: {error}.", "Convert it to 8 bits a channel.") from None
+            raise DataError(f"{subject} cannot be read: {error}.", "Convert it to 8 bits a channel.") from None
         if self.aspect_ratio == "pad":
+            # Truncated, not rounded, as in LLaVA.
             red, green, blue = (int(255 * channel) for channel in self.image_processor.image_mean)
             image = pad_to_square(image, (red, green, blue))
-        made = self.image_processor(images=[image], return_tensors="pt")
-        inputs = {name: made[name][0] for name in self.image_processor.model_input_names}
+        processed = self.image_processor(images=[image], return_tensors="pt")
+        # Drop the batch axis of one image.
+        inputs = {name: processed[name][0] for name in self.image_processor.model_input_names}
         return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
 
 
-def _who(image: Shown) -> str:
-    """Name a picture in an error message."""
+def _subject(image: Shown) -> str:
+    """Return the subject of an error message about a picture."""
     if isinstance(image, MemoryImage):
         return "An image"
     name = image.path if isinstance(image, RandomCrop) else image.name if isinstance(image, EncodedImage) else image
     return f"The image {name}"
 
 
-def stack(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack the inputs of single images to a batch, padded to the most tiles."""
-    return {name: pad_sequence([one[name] for one in each], batch_first=True) for name in each[0]}
+    return {name: pad_sequence([image[name] for image in inputs], batch_first=True) for name in inputs[0]}
 
 
 def nbytes(inputs: Mapping[str, Tensor]) -> int:
@@ -339,14 +343,15 @@ def prefetch_map(
         pool: executor that does the work and is shut down at the end; the default is a pool of threads.
         window: number of inputs submitted ahead of the result that is due.
     """
-    waiting: deque[Future[B]] = deque()
+    waiting: deque[Future[B]] = deque()  # in the order of the inputs: the left one is due
     pool = pool or ThreadPoolExecutor(WORKERS)
     try:
-        for one in inputs:
-            waiting.append(pool.submit(function, one))
+        for value in inputs:
+            waiting.append(pool.submit(function, value))
+            # Submitting no further than this bounds the memory that finished results take.
             if len(waiting) > window:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # also if the consumer stops early

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.annotations import read_image_paths
-from relook.data.parquet import escapes_folder
 from relook.data.paths import (
     amber_file,
     amber_images,
@@ -27,14 +26,14 @@ from relook.data.paths import (
     shr_file,
     visual_genome,
 )
-from relook.data.readers import DESCRIBE_PROMPTS, QUESTION_FIELDS, answered_correctly, choices, conversation
-from relook.data.samples import BadRecord, as_id, check_pair
+from relook.data.readers import DESCRIBE_PROMPTS, QUESTION_FIELDS, choices, conversation, pair_fault
+from relook.data.samples import BadRecord, as_id, check_pair, missing_fields, path_fault, text_fault
 from relook.errors import DataError
 from relook.files import opens_with, read_json, read_text
 
 VG_FOLDERS = ("VG_100K", "VG_100K_2")
 POPE_SPLITS = ("random", "popular", "adversarial")
-NOT_JSON = object()  # stands for a line that is not valid JSON
+NOT_JSON = object()  # placeholder for a line that is not valid JSON
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,13 @@ class IndexFile:
     Args:
         prefix: start of a record's name; its position follows, or its key if the file is a JSON object.
         kind: "array", "object" or "lines".
-        judge: function that checks one record.
+        check: function that checks one record.
     """
 
     path: Path
     prefix: str
     kind: str
-    judge: Callable[[Any], RecordCheck]
+    check: Callable[[Any], RecordCheck]
 
     def load(self) -> list[Any]:
         """Read the file's records; for an object these are its (key, value) pairs, repeated keys included.
@@ -73,6 +72,7 @@ class IndexFile:
         Raises:
             DataError: the file cannot be read, or is not of its kind.
         """
+        # split, not splitlines: a JSON string may hold other line separators, such as U+2028.
         if self.kind == "lines":
             return [_line(line) for line in read_text(self.path).split("\n") if line.strip()]
         if self.kind == "array":
@@ -94,6 +94,7 @@ class IndexFile:
         if self.kind != "object":
             yield from (f"{self.prefix}{number}" for number in range(len(content)))
             return
+        # JSON objects may repeat a key; the number keeps the names apart.
         times: Counter[str] = Counter()
         for key, _ in content:
             times[key] += 1
@@ -108,7 +109,7 @@ class LayoutPart:
     needed: bool = True
 
     @property
-    def there(self) -> bool:
+    def exists(self) -> bool:
         return self.path.exists()
 
 
@@ -156,8 +157,8 @@ def find_layout(name: str, folder: str | Path, images: str | Path | None = None)
             raise DataError(f"There is no folder {path}.", "Check the path.")
     layout = LAYOUTS[name](folder.absolute(), images and images.absolute())
     if not layout.indexes:
-        wanted = ", ".join(dict.fromkeys(part.path.name for part in layout.parts if part.path.suffix))
-        raise DataError(f"{folder} has none of {name}'s files ({wanted}).", "Check the folder and --layout.")
+        expected = ", ".join(dict.fromkeys(part.path.name for part in layout.parts if part.path.suffix))
+        raise DataError(f"{folder} has none of {name}'s files ({expected}).", "Check the folder and --layout.")
     return layout
 
 
@@ -168,25 +169,17 @@ def _line(text: str) -> Any:
         return NOT_JSON
 
 
-def _missing_fields(record: Any, *fields: str) -> str:
+def _field_fault(record: Any, *fields: str) -> str:
     if record is NOT_JSON:
         return "not valid JSON"
-    missing = [key for key in fields if not isinstance(record, dict) or key not in record]
-    return f"no {', '.join(missing)}" if missing else ""
-
-
-def _text_fault(*texts: Any) -> str:
-    return "" if all(isinstance(text, str) and text.strip() for text in texts) else "empty text"
-
-
-def _name_fault(name: str) -> str:
-    return "image path leads out of its folder" if escapes_folder(name) else ""
+    return missing_fields(record, *fields)
 
 
 def _with_image(image: Any, fault: str, identity: str = "") -> RecordCheck:
     if not isinstance(image, str) or not image:
         return RecordCheck((), fault or "image is not a path")
-    unsafe = _name_fault(image)
+    # An unsafe name is not passed on, so nothing outside of the folder is opened.
+    unsafe = path_fault(image)
     return RecordCheck((), fault or unsafe) if unsafe else RecordCheck((image,), fault, identity)
 
 
@@ -202,12 +195,12 @@ class _VisualGenome:
 
     def name(self, image_id: Any) -> str | None:
         if self._names is None:
-            there = (self.folder / "image_data.json").exists()
-            paths = read_image_paths(self.folder) if there else {}
+            # Without its index every record gets a fault of its own, rather than the folder one for all.
+            paths = read_image_paths(self.folder) if (self.folder / "image_data.json").exists() else {}
             self._names = {id: path.relative_to(self.folder).as_posix() for id, path in paths.items()}
         return self._names.get(as_id(image_id))
 
-    def judge(self, image_id: Any, fault: str, identity: str = "") -> RecordCheck:
+    def check(self, image_id: Any, fault: str, identity: str = "") -> RecordCheck:
         name = self.name(image_id)
         if name is None:
             return RecordCheck((), fault or "image id not in image_data.json")
@@ -225,66 +218,62 @@ class _VisualGenome:
         return tuple(self.folder / name for name in VG_FOLDERS)
 
 
-def _vg_place(folder: Path, images: Path | None) -> _VisualGenome:
+def _vg_folder(folder: Path, images: Path | None) -> _VisualGenome:
     return _VisualGenome(images or visual_genome(folder))
 
 
 def _hadpo(folder: Path, images: Path | None) -> FolderLayout:
-    vg = _vg_place(folder, images)
-    inside = ("", "hadpo/", "hadpo/llava-v1.5/", "llava-v1.5/")
+    vg = _vg_folder(folder, images)
+    prefixes = ("", "hadpo/", "hadpo/llava-v1.5/", "llava-v1.5/")
     desc, pope = (
-        first_existing(folder, *(f"{place}{name}" for place in inside)) for name in ("desc_data.json", "pope_data.json")
+        first_existing(folder, *(f"{prefix}{name}" for prefix in prefixes))
+        for name in ("desc_data.json", "pope_data.json")
     )
-    known = (
+    possible = (  # a folder may hold either file or both
         IndexFile(desc, "desc-", "object", partial(_description, vg)),
         IndexFile(pope, "pope-", "array", partial(_hadpo_question, vg)),
     )
-    indexes = tuple(index for index in known if index.path.exists())
-    parts = tuple(LayoutPart(index.path, needed=not indexes) for index in known)
+    indexes = tuple(index for index in possible if index.path.exists())
+    parts = tuple(LayoutPart(index.path, needed=not indexes) for index in possible)
     return FolderLayout("hadpo", folder, (*parts, *vg.parts), indexes, vg.folder, vg.folders)
 
 
 def _description(vg: _VisualGenome, entry: tuple[str, Any]) -> RecordCheck:
     image_id, record = entry
     try:
+        # Any chosen text may be drawn with any rejected one; the prompt makes no difference.
         pairs = product(DESCRIBE_PROMPTS[:1], *choices(record))
         fault = next(filter(None, starmap(check_pair, pairs)), "")
     except BadRecord as bad:
         fault = str(bad)
-    return vg.judge(image_id, fault, image_id)
+    return vg.check(image_id, fault, image_id)
 
 
 def _hadpo_question(vg: _VisualGenome, record: Any) -> RecordCheck:
-    fault = _missing_fields(record, *QUESTION_FIELDS)
-    if fault:
+    fault = _field_fault(record, *QUESTION_FIELDS)
+    if fault:  # a fault does not make its image unnamed
         image_id = record.get("image_id") if isinstance(record, dict) else None
-        return RecordCheck((), fault) if image_id is None else vg.judge(image_id, fault)
+        return RecordCheck((), fault) if image_id is None else vg.check(image_id, fault)
     texts = record["question"], record["chosen"], record["reject"]
-    fault = ""
-    try:
-        if not answered_correctly(record):
-            fault = check_pair(*texts)
-    except BadRecord as bad:
-        fault = str(bad)
-    return vg.judge(record["image_id"], fault, json.dumps([as_id(record["image_id"]), *texts]))
+    return vg.check(record["image_id"], pair_fault(record, *texts), json.dumps([as_id(record["image_id"]), *texts]))
 
 
 def _shr(folder: Path, images: Path | None) -> FolderLayout:
-    vg = _vg_place(folder, images)
+    vg = _vg_folder(folder, images)
     names = ("val_images_final.json", "shr_factual_part1.jsonl", "shr_factual_part2.jsonl")
     val, *factual = (shr_file(folder, name) for name in names)
     facts = [
         IndexFile(path, f"{path.stem.removeprefix('shr_')}-", "lines", _facts) for path in factual if path.exists()
     ]
-    known = [IndexFile(val, "val-", "array", partial(_shr_image, vg))] if val.exists() else []
+    val_index = [IndexFile(val, "val-", "array", partial(_shr_image, vg))] if val.exists() else []
     regions = LayoutPart(vg.folder / "region_descriptions.json")
     parts = (*(LayoutPart(path) for path in (val, *factual)), *vg.parts, regions)
-    return FolderLayout("shr", folder, parts, (*known, *facts), vg.folder, vg.folders)
+    return FolderLayout("shr", folder, parts, (*val_index, *facts), vg.folder, vg.folders)
 
 
 def _shr_image(vg: _VisualGenome, record: Any) -> RecordCheck:
-    fault = _missing_fields(record, "image_id")
-    return RecordCheck((), fault) if fault else vg.judge(record["image_id"], "", as_id(record["image_id"]))
+    fault = _field_fault(record, "image_id")
+    return RecordCheck((), fault) if fault else vg.check(record["image_id"], "", as_id(record["image_id"]))
 
 
 def _facts(record: Any) -> RecordCheck:
@@ -301,30 +290,34 @@ def _facts(record: Any) -> RecordCheck:
 
 
 def _llava(folder: Path, images: Path | None) -> FolderLayout:
+    # Conversations are JSON arrays; a folder's other JSON files, such as relook-fix.json, are objects.
     files = [path for path in sorted(folder.glob("*.json")) if opens_with(path, "[")]
     root = images or (folder / "images" if (folder / "images").is_dir() else folder)
-    many = len(files) > 1
-    indexes = tuple(IndexFile(path, f"{path.stem}-" if many else "", "array", _llava_record) for path in files)
+    several = len(files) > 1
+    indexes = tuple(IndexFile(path, f"{path.stem}-" if several else "", "array", _llava_record) for path in files)
     parts = (*(LayoutPart(path) for path in files or [folder / "llava_v1_5_mix665k.json"]), LayoutPart(root))
     return FolderLayout("llava", folder, parts, indexes, root, (root,))
 
 
 def _llava_record(record: Any) -> RecordCheck:
-    given = record.get("image") if isinstance(record, dict) else None
-    names = tuple(name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str) and name)
+    # The names are collected first: even a bad record's images count as named.
+    image_field = record.get("image") if isinstance(record, dict) else None
+    listed = image_field if isinstance(image_field, list) else [image_field]
+    names = tuple(name for name in listed if isinstance(name, str) and name)
     try:
         conversation("", record, Path())
-        fault = next(filter(None, map(_name_fault, names)), "")
+        fault = next(filter(None, map(path_fault, names)), "")
     except BadRecord as bad:
         fault = str(bad)
     # LLaVA's own mix reuses ids: a duplicate has the same conversation on the same image.
-    said = "" if fault else json.dumps([names, record["conversations"]])
-    return RecordCheck(tuple(name for name in names if not _name_fault(name)), fault, said)
+    identity = "" if fault else json.dumps([names, record["conversations"]])
+    return RecordCheck(tuple(name for name in names if not path_fault(name)), fault, identity)
 
 
 def _pope(folder: Path, images: Path | None) -> FolderLayout:
     expected = [pope_file(folder, split) for split in POPE_SPLITS]
-    files = {path for where in {path.parent for path in expected} for path in where.glob("*pope*.json")}
+    # Beside the three expected splits, check whatever other POPE files lie there.
+    files = {path for directory in {path.parent for path in expected} for path in directory.glob("*pope*.json")}
     indexes = tuple(
         IndexFile(path, f"{path.stem}-", "array" if opens_with(path, "[") else "lines", _pope_question)
         for path in sorted(files)
@@ -339,11 +332,11 @@ def _pope(folder: Path, images: Path | None) -> FolderLayout:
 
 
 def _pope_question(record: Any) -> RecordCheck:
-    fault = _missing_fields(record, "question_id", "image", "text", "label")
+    fault = _field_fault(record, "question_id", "image", "text", "label")
     if fault:
         image = record.get("image") if isinstance(record, dict) else None
         return _with_image(image, fault) if image else RecordCheck((), fault)
-    fault = _text_fault(record["text"])
+    fault = text_fault(record["text"])
     if not fault and record["label"] not in ("yes", "no"):
         fault = "label is neither yes nor no"
     return _with_image(record["image"], fault, str(record["question_id"]))
@@ -352,24 +345,25 @@ def _pope_question(record: Any) -> RecordCheck:
 def _amber(folder: Path, images: Path | None) -> FolderLayout:
     root = images or amber_images(folder)
     query, annotations = amber_file(folder, "query"), amber_file(folder, "annotations.json")
-    dimensions = [f"discriminative-{of}" for of in ("existence", "attribute", "relation")]
+    dimensions = [f"discriminative-{dimension}" for dimension in ("existence", "attribute", "relation")]
     files = [query / f"query_{kind}.json" for kind in ("all", "generative", "discriminative", *dimensions)]
-    asked = [IndexFile(path, f"{path.stem}-", "array", _amber_query) for path in files if path.exists()]
-    true = [IndexFile(annotations, "annotations-", "array", _amber_annotation)] if annotations.exists() else []
-    parts = (*(LayoutPart(path, needed=not asked) for path in files), LayoutPart(annotations), LayoutPart(root))
-    return FolderLayout("amber", folder, parts, (*asked, *true), root, (root,))
+    # The files overlap (query_all.json holds them all), so any one of them is enough.
+    queries = [IndexFile(path, f"{path.stem}-", "array", _amber_query) for path in files if path.exists()]
+    truth = [IndexFile(annotations, "annotations-", "array", _amber_annotation)] if annotations.exists() else []
+    parts = (*(LayoutPart(path, needed=not queries) for path in files), LayoutPart(annotations), LayoutPart(root))
+    return FolderLayout("amber", folder, parts, (*queries, *truth), root, (root,))
 
 
 def _amber_query(record: Any) -> RecordCheck:
-    fault = _missing_fields(record, "id", "image", "query")
+    fault = _field_fault(record, "id", "image", "query")
     if fault:
         image = record.get("image") if isinstance(record, dict) else None
         return _with_image(image, fault) if image else RecordCheck((), fault)
-    return _with_image(record["image"], _text_fault(record["query"]), str(record["id"]))
+    return _with_image(record["image"], text_fault(record["query"]), str(record["id"]))
 
 
 def _amber_annotation(record: Any) -> RecordCheck:
-    fault = _missing_fields(record, "id", "type", "truth")
+    fault = _field_fault(record, "id", "type", "truth")
     return RecordCheck((), fault, "" if fault else str(record["id"]))
 
 

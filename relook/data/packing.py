@@ -57,6 +57,7 @@ class Tree:
         Raises:
             ValueError: the rows have no common unsupervised prefix.
         """
+        # Up to the first target of any row, and one token less than the shortest row.
         length = min(
             min(row.supervised.index(True) if True in row.supervised else len(row.ids) for row in rows),
             min(len(row.ids) for row in rows) - 1,
@@ -70,20 +71,20 @@ class Tree:
         return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
 
 
-T_ = TypeVar("T_")
+Value = TypeVar("T_")
 
 
-def to_device(value: T_, device: torch.device | str) -> T_:
+def to_device(value: Value, device: torch.device | str) -> Value:
     """Move every tensor field of a dataclass, and tensors in list fields, to a device; copies to a GPU do not block.
 
     After `pin_memory`, the copy need not wait for the GPU either. A copy from pageable memory starts only once the GPU
     has finished all earlier work.
     """
-    ahead = torch.device(device).type != "cpu"  # a copy to the CPU must block: its result is read at once
-    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=ahead))
+    asynchronous = torch.device(device).type != "cpu"  # a copy to the CPU must block: its result is read at once
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=asynchronous))
 
 
-def pin_memory(value: T_) -> T_:
+def pin_memory(value: Value) -> Value:
     """Return a copy of a dataclass with its CPU tensors in pinned memory; tensors on a GPU stay there."""
     return _map_tensors(value, lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
@@ -98,24 +99,24 @@ def copy_to_cpu(tensor: Tensor) -> Tensor:
     copied = torch.empty_like(tensor, device="cpu")
     rows = max(1, STAGING_BYTES // max(1, tensor[:1].nbytes))
     buffer = torch.empty_like(tensor[:rows], device="cpu", pin_memory=True)
-    for to, part in zip(copied.split(rows), tensor.split(rows), strict=True):
+    for target, part in zip(copied.split(rows), tensor.split(rows), strict=True):
         # Device to pinned buffer, then to the result; the buffer is reused, so wait for each chunk.
         staged = buffer[: len(part)].copy_(part, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
-        to.copy_(staged)
+        target.copy_(staged)
     return copied
 
 
-def _map_tensors(value: T_, function: Callable[[Tensor], Tensor]) -> T_:
+def _map_tensors(value: Value, function: Callable[[Tensor], Tensor]) -> Value:
     mapped: dict[str, Any] = {}
     for field in fields(value):  # type: ignore[arg-type]
-        item = getattr(value, field.name)
-        if isinstance(item, Tensor):
-            mapped[field.name] = function(item)
-        elif isinstance(item, list):
-            mapped[field.name] = [function(one) if isinstance(one, Tensor) else one for one in item]
-        elif hasattr(item, "__dataclass_fields__"):
-            mapped[field.name] = _map_tensors(item, function)
+        content = getattr(value, field.name)
+        if isinstance(content, Tensor):
+            mapped[field.name] = function(content)
+        elif isinstance(content, list):
+            mapped[field.name] = [function(element) if isinstance(element, Tensor) else element for element in content]
+        elif hasattr(content, "__dataclass_fields__"):
+            mapped[field.name] = _map_tensors(content, function)
     return replace(value, **mapped)  # type: ignore[type-var]
 
 
@@ -168,8 +169,9 @@ class PackedTrees:
 
         It is causal: a position sees its root and, within its tree, only the prefix and its own branch.
         """
-        place = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return ((place[:, None] >= place) & (place[:, None] <= self.last_query[:, None]))[:, None]
+        position = torch.arange(self.ids.shape[1], device=self.ids.device)
+        # (L, L) causal, and (R, L, L) with the last query of each key; the axis of length 1 is that of the heads.
+        return ((position[:, None] >= position) & (position[:, None] <= self.last_query[:, None]))[:, None]
 
 
 def assign_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
@@ -220,16 +222,20 @@ def _branch_numbers(tree: Tree) -> list[int]:
 
 
 def _last_queries(tree: Tree) -> list[int]:
-    """Return, for every position of a tree, the last position that sees it, counted from the tree's start."""
-    places = [len(tree) - 1] * len(tree.prefix)
+    """Return, for every position of a tree, the last position that sees it, counted from the tree's start.
+
+    A prefix is seen to the end of the tree, a branch to its own end.
+    """
+    last_query = [len(tree) - 1] * len(tree.prefix)
     for branch in tree.branches:
-        places += [len(places) + len(branch.ids) - 1] * len(branch.ids)
-    return places
+        last_query += [len(last_query) + len(branch.ids) - 1] * len(branch.ids)
+    return last_query
 
 
 def _position_ids(tree: Tree) -> list[int]:
     start = len(tree.prefix)
     positions = list(range(start))
+    # Every branch goes on from the prefix, as in a row of its own.
     for branch in tree.branches:
         positions += range(start, start + len(branch.ids))
     return positions
@@ -248,12 +254,14 @@ class TreeTargets:
     @staticmethod
     def of(tree: Tree, keep_all: bool = False) -> TreeTargets:
         """Build the targets of a tree; `keep_all` keeps the hidden states of all positions."""
-        kept = kept_positions(tree, keep_all)
-        slot_of = {position: slot for slot, position in enumerate(kept)}
+        positions = kept_positions(tree, keep_all)
+        slot_of = {position: slot for slot, position in enumerate(positions)}
         numbers = _branch_numbers(tree)
+        # One row (slot, token id, branch) per target; the view serves trees without any.
         rows = torch.tensor([(slot_of[source], token, branch) for source, token, branch in _predictions(tree)])
         slot, id, branch = rows.view(-1, 3).unbind(1)
-        return TreeTargets(slot, id, branch, len(tree.branches), torch.tensor([numbers[position] for position in kept]))
+        kept_branch = torch.tensor([numbers[position] for position in positions])
+        return TreeTargets(slot, id, branch, len(tree.branches), kept_branch)
 
 
 def concatenate_targets(trees: Sequence[TreeTargets]) -> Targets:
@@ -281,6 +289,7 @@ def common_root_length(trees: Sequence[Tree], image_token_id: int) -> int:
 
     Every tree keeps at least one prefix token of its own.
     """
+    # The -1 leaves the last prefix token to each tree: it predicts the first token of every branch.
     length = common_prefix_length([tree.prefix for tree in trees], min(len(tree.prefix) for tree in trees) - 1)
     beginning = trees[0].prefix[:length]
     return beginning.index(image_token_id) if image_token_id in beginning else length
@@ -311,38 +320,41 @@ def pack(
         root_length: leading tokens that the trees of a row store once; see `common_root_length`.
         trees_per_root: most trees that share a root; the trees after them get a new root. None: one root per row.
     """
-    each = trees_per_root or len(trees)
-    once = 0 if trees_per_root else root_length  # a row may hold several roots: count each tree with a root of its own
-    rows = assign_rows([len(tree) - once for tree in trees], None if row_length is None else row_length - once)
+    group_size = trees_per_root or len(trees)
+    # With one root per row, a row has room for one root and its trees' own tokens. A row of several roots may need
+    # one for each tree, so every tree counts with a root of its own.
+    per_row = 0 if trees_per_root else root_length
+    rows = assign_rows([len(tree) - per_row for tree in trees], None if row_length is None else row_length - per_row)
     # Length of the longest row: its roots, plus its trees without the shared tokens.
     L = round_up(
-        max(root_length * -(-len(row) // each) + sum(len(trees[t]) - root_length for t in row) for row in rows)
+        max(root_length * -(-len(row) // group_size) + sum(len(trees[t]) - root_length for t in row) for row in rows)
     )
     shape = (len(rows), L)
     # Start from all padding, where every position sees only itself.
     ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
     tree_RL = torch.full(shape, PADDING)
-    last = torch.arange(L, dtype=torch.int32).repeat(len(rows), 1)
+    last_query = torch.arange(L, dtype=torch.int32).repeat(len(rows), 1)
     targets = batch_targets(trees, keep_all)
     keep = torch.zeros(targets.kept_branch.shape, dtype=torch.long)
     for r, row in enumerate(rows):
-        start = shared = 0  # where the next tree starts, and where the current root starts
-        for number, t in enumerate(row):
+        start = root_start = 0  # where the next tree starts, and where the current root starts
+        for in_row, t in enumerate(row):
             tree = trees[t]
             tokens = [*tree.prefix, *(token for branch in tree.branches for token in branch.ids)]
-            skipped = root_length if number % each else 0  # root tokens that an earlier tree has already stored
-            here = slice(start, start + len(tree) - skipped)
-            ids[r, here] = torch.tensor(tokens[skipped:])
-            positions[r, here] = torch.tensor(_position_ids(tree)[skipped:])
-            tree_RL[r, here] = t
-            last[r, here] = start - skipped + torch.tensor(_last_queries(tree)[skipped:], dtype=torch.int32)
+            skipped = root_length if in_row % group_size else 0  # root tokens that an earlier tree has already stored
+            span = slice(start, start + len(tree) - skipped)
+            ids[r, span] = torch.tensor(tokens[skipped:])
+            positions[r, span] = torch.tensor(_position_ids(tree)[skipped:])
+            tree_RL[r, span] = t
+            last_query[r, span] = start - skipped + torch.tensor(_last_queries(tree)[skipped:], dtype=torch.int32)
             if not skipped:  # this tree brings a new root
-                shared = start
+                root_start = start
                 tree_RL[r, start : start + root_length] = ROOT
             # The root stays visible up to the end of the last tree that shares it.
-            last[r, shared : shared + root_length] = here.stop - 1
-            kept = torch.tensor(kept_positions(tree, keep_all))
+            last_query[r, root_start : root_start + root_length] = span.stop - 1
+            in_tree = torch.tensor(kept_positions(tree, keep_all))
             # Positions inside the root lie at the shared copy, all others at the tree's own offset.
-            keep[t, : len(kept)] = r * L + kept + torch.where(kept < root_length, shared, start - skipped)
-            start = here.stop
-    return PackedTrees(ids, positions, tree_RL, last, keep, targets)
+            offset = torch.where(in_tree < root_length, root_start, start - skipped)
+            keep[t, : len(in_tree)] = r * L + in_tree + offset
+            start = span.stop
+    return PackedTrees(ids, positions, tree_RL, last_query, keep, targets)

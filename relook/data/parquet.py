@@ -15,11 +15,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from relook.data.paths import resolve_extension
-from relook.data.samples import BadRecord
+from relook.data.samples import BadRecord, path_fault
 from relook.errors import DataError
 from relook.files import atomic_file
 
@@ -40,12 +40,6 @@ class Embedded:
     def suffix(self) -> str:
         """Return the file suffix, by the first bytes; .jpg if they are unknown."""
         return next((suffix for mark, suffix in MAGIC.items() if self.data.startswith(mark)), ".jpg")
-
-
-def escapes_folder(name: str) -> bool:
-    """Return True if a dataset's file name leads out of its folder, where it must not be read or written."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 class InvalidPair(BadRecord):
@@ -140,20 +134,21 @@ ROWS = 64  # rows read or written at a time; few, since they hold images
 
 
 def stored_columns(row: RawPair, layout: str) -> dict[str, Any]:
-    """Return what a conversion kept of a row's source in `layout`, beside the plain texts; empty if nothing.
+    """Return what a conversion kept of a row's source in `layout`, beside the plain texts; empty if there is none.
 
     Raises:
         DataError: the column is not what a conversion writes.
     """
     text = row.extra.get(f"{layout}_record")
     try:
-        found = json.loads(text or "{}")
+        stored = json.loads(text or "{}")
     except (TypeError, ValueError):
-        found = None
+        stored = None
+    # A file is data from strangers: the column is checked, not trusted because of its name.
     parts = ("image", "record") if layout == "hadpo" and text else ()
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in parts):
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in parts):
         raise DataError(f"{layout}_record is not what a conversion writes: {text!r:.60}.", "Convert the source again.")
-    return found
+    return stored
 
 
 def hadpo_record(row: RawPair) -> dict[str, Any]:
@@ -178,17 +173,19 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Pa
     parquet = pyarrow().parquet
     files = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].exists():
-        raise DataError(f"{path} is no parquet file, and no folder of some.", "Check the path.")
-    schemas = [_opened(parquet.read_schema, file) for file in files]
-    odd = next((file for file, schema in zip(files, schemas, strict=True) if not schema.equals(schemas[0])), None)
-    if odd is not None:
-        raise DataError(f"{odd} has other columns than {files[0]}.", "Convert the files one by one.")
+        raise DataError(f"{path} is neither a parquet file nor a folder of some.", "Check the path.")
+    schemas = [_open(parquet.read_schema, file) for file in files]
+    # One schema for all files: rows of a folder are read as those of one table.
+    differing = next((file for file, schema in zip(files, schemas, strict=True) if not schema.equals(schemas[0])), None)
+    if differing is not None:
+        raise DataError(f"{differing} has other columns than {files[0]}.", "Convert the files one by one.")
     schema, layout = schemas[0], layout_of(schemas[0].names, path)
     metadata = schema.metadata or {}
     notes = _json(metadata.get(META))
     filled = tuple(name for name in _listed(notes.get("filled")) if isinstance(name, str))
+    # Columns that the layout itself names; what is left, apart from added ones, travels along by name.
     native = {_image_column(schema.names) if name == "images" else name for name in COLUMNS[layout]}
-    further = [field for field in schema if field.name not in native and field.name not in filled]
+    extra_fields = [field for field in schema if field.name not in native and field.name not in filled]
     features = _features(schema)
     root = image_folder or path.parent
 
@@ -198,24 +195,27 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Pa
         for file in files:
             for batch in _batches(file):
                 for values in batch.to_pylist():
-                    yield _row(layout, values, [field.name for field in further], schema, (file.parent, root))
+                    yield _row(layout, values, [field.name for field in extra_fields], schema, (file.parent, root))
 
+    # The whole schema travels along, so that a conversion back gives the same columns in the same order.
     forms = {**_dict(notes.get("forms")), layout: base64.b64encode(schema.serialize().to_pybytes()).decode()}
-    described = {name: value for name, value in features.items() if name not in native}
+    extra_features = {name: value for name, value in features.items() if name not in native}
     if layout != "rlaifv":  # its columns are plain texts
-        further.append(pyarrow().field(f"{layout}_record", "string"))
-    return PairFile(layout, rows, count, tuple(further), described, filled, forms)
+        extra_fields.append(pyarrow().field(f"{layout}_record", "string"))
+    return PairFile(layout, rows, count, tuple(extra_fields), extra_features, filled, forms)
 
 
 def _batches(file: Path) -> Iterator[Any]:
     """Yield the rows of a file in small batches."""
     arrow = pyarrow()
-    batches = _opened(lambda file: arrow.parquet.ParquetFile(file).iter_batches(ROWS), file)
-    while (batch := _opened(lambda _: next(batches, None), file)) is not None:
+    batches = _open(lambda file: arrow.parquet.ParquetFile(file).iter_batches(ROWS), file)
+    # `next` is called under `_open`, since pyarrow finds broken pages only when it reads them.
+    while (batch := _open(lambda _: next(batches, None), file)) is not None:
         yield batch
 
 
-def _opened(read: Callable[[Path], Any], file: Path) -> Any:
+def _open(read: Callable[[Path], Any], file: Path) -> Any:
+    # ArrowException is not an OSError, and pyarrow raises both kinds for broken files.
     try:
         return read(file)
     except FileNotFoundError:
@@ -231,15 +231,16 @@ def layout_of(columns: Sequence[str], path: str | Path) -> str:
         DataError: they belong to no known layout.
     """
     path = Path(path)
-    has = set(columns)
-    if {"prompt", "chosen", "rejected"} <= has and has & {"images", "image"}:
+    # rlaifv before rlhfv: RLAIF-V's files may have a further column `text`.
+    present = set(columns)
+    if {"prompt", "chosen", "rejected"} <= present and present & {"images", "image"}:
         return "trl"
-    if {"image", *TEXTS} <= has:
+    if {"image", *TEXTS} <= present:
         return "rlaifv"
-    if {"image", "text"} <= has:
+    if {"image", "text"} <= present:
         return "rlhfv"
-    known = "; ".join(f"{name}: {', '.join(wanted)}" for name, wanted in COLUMNS.items())
-    raise DataError(f"{path} has the columns {', '.join(columns)}.", f"Known are {known}.")
+    layouts = "; ".join(f"{name}: {', '.join(required)}" for name, required in COLUMNS.items())
+    raise DataError(f"{path} has the columns {', '.join(columns)}.", f"Known are {layouts}.")
 
 
 def _image_column(columns: Sequence[str]) -> str:
@@ -248,10 +249,10 @@ def _image_column(columns: Sequence[str]) -> str:
 
 def _json(text: bytes | None) -> dict[str, Any]:
     try:
-        found = json.loads(text or b"{}")
+        content = json.loads(text or b"{}")
     except ValueError:
-        found = {}
-    return _dict(found)
+        content = {}
+    return _dict(content)
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -265,17 +266,18 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 def _row(
-    layout: str, values: dict[str, Any], further: Sequence[str], schema: Any, folders: Sequence[Path]
+    layout: str, values: dict[str, Any], extra_names: Sequence[str], schema: Any, folders: Sequence[Path]
 ) -> RawPair | InvalidPair:
     column = _image_column(list(values))
     texts = {name: values[name] for name in COLUMNS[layout] if name not in ("image", "images")}
     try:
-        images = tuple(_embedded(one, folders) for one in _listed(values[column]))
-        prompt, chosen, rejected = _plain(layout, texts)
+        images = tuple(_embedded(image, folders) for image in _listed(values[column]))
+        prompt, chosen, rejected = _plain_texts(layout, texts)
     except InvalidPair as bad:
         return bad
-    row = RawPair(images, prompt, chosen, rejected, {name: values[name] for name in further if name in values})
-    if _without_none(_native(layout, row, schema)) == _without_none(texts):
+    row = RawPair(images, prompt, chosen, rejected, {name: values[name] for name in extra_names if name in values})
+    # Keep the source texts only if the plain ones do not restore them, e.g. a prompt in several parts.
+    if _without_none(_native_columns(layout, row, schema)) == _without_none(texts):
         return row
     return replace(row, extra={**row.extra, f"{layout}_record": json.dumps(texts)})
 
@@ -288,21 +290,22 @@ def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
     """Read an image column's value: bytes, or a struct of bytes and path, either of which may be missing."""
     if isinstance(image, bytes):
         return Embedded(image, None)
+    # Bytes come first: a path beside them only says where the image once was.
     data, path = (image.get(key) for key in ("bytes", "path")) if isinstance(image, dict) else (None, image)
     name = path if isinstance(path, str) else None
     if not data and name:
-        if escapes_folder(name):
-            raise InvalidPair("image path leads out of its folder")
-        found = next((file for folder in folders if (file := resolve_extension(folder / name)).is_file()), None)
-        if found is None:
+        if fault := path_fault(name):
+            raise InvalidPair(fault)
+        source = next((file for folder in folders if (file := resolve_extension(folder / name)).is_file()), None)
+        if source is None:
             raise InvalidPair("image file missing")
-        data = found.read_bytes()
+        data = source.read_bytes()
     if not isinstance(data, bytes):
         raise InvalidPair("no image")
     return Embedded(data, name)
 
 
-def _plain(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
+def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
     """Return prompt, chosen and rejected as plain texts.
 
     Raises:
@@ -319,10 +322,10 @@ def _plain(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
             texts = json.loads(texts["text"])
         except (TypeError, ValueError):
             raise InvalidPair("text is not JSON") from None
-    found = [texts.get(name) if isinstance(texts, dict) else None for name in TEXTS]
-    if not all(isinstance(text, str) for text in found):
+    plain = [texts.get(name) if isinstance(texts, dict) else None for name in TEXTS]
+    if not all(isinstance(text, str) for text in plain):
         raise InvalidPair("no question, chosen or rejected")
-    return found[0], found[1], found[2]  # type: ignore[return-value]
+    return plain[0], plain[1], plain[2]  # type: ignore[return-value]
 
 
 def _message_text(value: Any, column: str, role: str) -> str:
@@ -334,6 +337,7 @@ def _message_text(value: Any, column: str, role: str) -> str:
     content = value[0].get("content")
     if isinstance(content, str):
         return content
+    # The other parts of a prompt are placeholders of its image.
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     texts: list[Any] = [part.get("text") for part in parts if part.get("type") == "text"]
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -344,8 +348,8 @@ def _message_text(value: Any, column: str, role: str) -> str:
 def _without_none(value: Any) -> Any:
     """Drop None values, which pyarrow returns for a struct's missing fields."""
     if isinstance(value, dict):
-        return {key: _without_none(one) for key, one in value.items() if one is not None}
-    return [_without_none(one) for one in value] if isinstance(value, list) else value
+        return {key: _without_none(element) for key, element in value.items() if element is not None}
+    return [_without_none(element) for element in value] if isinstance(value, list) else value
 
 
 # Writing
@@ -356,13 +360,13 @@ def native_schema(layout: str) -> Any:
     arrow = pyarrow()
     image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     part = arrow.struct([("type", arrow.string()), ("text", arrow.string())])
-    said = arrow.list_(arrow.struct([("role", arrow.string()), ("content", arrow.list_(part))]))
+    messages = arrow.list_(arrow.struct([("role", arrow.string()), ("content", arrow.list_(part))]))
     kinds = {"image": image, "images": arrow.list_(image)}
-    text = said if layout == "trl" else arrow.string()
+    text = messages if layout == "trl" else arrow.string()
     return arrow.schema([(name, kinds.get(name, text)) for name in COLUMNS[layout]])
 
 
-def _native(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
+def _native_columns(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
     """Convert a row's plain texts to the layout's columns."""
     texts = dict(zip(TEXTS, (row.prompt, row.chosen, row.rejected), strict=True))
     if layout == "rlaifv":
@@ -377,6 +381,7 @@ def _native(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
 
 
 def _message(kind: Any, role: str, text: str, images: int) -> Any:
+    # The schema decides: plain text, a message with a text, or a message in parts as TRL writes it.
     types = pyarrow().types
     if types.is_string(kind) or types.is_large_string(kind):
         return text
@@ -395,24 +400,28 @@ def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterato
     """
     path = Path(path)
     arrow = pyarrow()
-    old = _earlier(source, layout)
+    # The columns: the layout's own, then the source's further ones, then those that other programs require.
+    earlier = _earlier_schema(source, layout)
     columns = {field.name: field for field in native_schema(layout)}
-    further = [field for field in source.fields if field.name != f"{layout}_record"]
-    if old is not None:
-        columns = {name: old.field(name) for name in old.names if name in (*columns, "image")}
-    clash = [field.name for field in further if field.name in columns]
+    extra_fields = [field for field in source.fields if field.name != f"{layout}_record"]
+    # Types of an earlier file win: its texts may have been messages or large strings.
+    if earlier is not None:
+        columns = {name: earlier.field(name) for name in earlier.names if name in (*columns, "image")}
+    clash = [field.name for field in extra_fields if field.name in columns]
     if clash:
         raise DataError(f"The source has columns named {', '.join(clash)}, as {layout} has.", "Rename them.")
     fill = FILLED.get(layout, {})
-    known = {field.name for field in further}
-    filled = [name for name in fill if name not in known and old is None]
-    fields = [*columns.values(), *further, *(arrow.field(name, fill[name][0]) for name in filled)]
-    if old is not None:  # restore the original column order
-        place = {name: number for number, name in enumerate(old.names)}
-        fields.sort(key=lambda field: place.get(field.name, len(place)))
-    notes = {"filled": filled, "forms": {name: form for name, form in source.forms.items() if name != layout}}
+    extra_names = {field.name for field in extra_fields}
+    filled = [name for name in fill if name not in extra_names and earlier is None]
+    fields = [*columns.values(), *extra_fields, *(arrow.field(name, fill[name][0]) for name in filled)]
+    if earlier is not None:  # restore the original column order
+        order = {name: number for number, name in enumerate(earlier.names)}
+        fields.sort(key=lambda field: order.get(field.name, len(order)))
+    # The notes let a conversion back drop what was added and restore the other layout's schema.
+    notes = {"filled": filled, "forms": {name: stored for name, stored in source.forms.items() if name != layout}}
     metadata = {META: json.dumps(notes)}
-    features = _features(old) if old is not None else {}
+    # Hugging Face's `datasets` reads from these that a struct is an image to decode.
+    features = _features(earlier) if earlier is not None else {}
     features = {**IMAGE_FEATURES[layout], **source.features, **features}
     metadata[b"huggingface"] = json.dumps({"info": {"features": features}})
     schema = arrow.schema(fields, metadata)
@@ -423,26 +432,26 @@ def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterato
             values = {name: value(row, count) for name, (_, value) in fill.items() if name in filled}
             batch.append({**row.extra, **values, **_values(layout, row, schema)})
             count += 1
-            if len(batch) == ROWS:
+            if len(batch) == ROWS:  # images of more rows would fill the memory
                 writer.write_table(_table(batch, schema))
                 batch = []
         writer.write_table(_table(batch, schema))
     return count
 
 
-def _earlier(source: PairFile, layout: str) -> Any:
+def _earlier_schema(source: PairFile, layout: str) -> Any:
     """Return the schema of the file in `layout` that the source was converted from, or None."""
-    held = source.forms.get(layout)
-    if held is None:
+    encoded = source.forms.get(layout)
+    if encoded is None:
         return None
     arrow = pyarrow()
     try:
-        old = arrow.ipc.read_schema(arrow.py_buffer(base64.b64decode(held)))
+        schema = arrow.ipc.read_schema(arrow.py_buffer(base64.b64decode(encoded)))
     except (arrow.ArrowException, OSError, TypeError, ValueError) as error:
         raise DataError(
             f"The source's note of its columns is broken: {error}.", "Convert from its own source."
         ) from None
-    return old if layout_of(old.names, Path("The source's note")) == layout else None
+    return schema if layout_of(schema.names, Path("The source's note")) == layout else None
 
 
 def _table(batch: list[dict[str, Any]], schema: Any) -> Any:
@@ -455,12 +464,12 @@ def _table(batch: list[dict[str, Any]], schema: Any) -> Any:
 
 def _values(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
     """Return a row's values in the layout's columns; those kept from an earlier file if its texts are unchanged."""
-    texts = _native(layout, row, schema)
+    texts = _native_columns(layout, row, schema)
     if row.extra.get(f"{layout}_record") is not None:
         earlier = stored_columns(row, layout)
-        if _plain(layout, earlier) == (row.prompt, row.chosen, row.rejected):
+        if _plain_texts(layout, earlier) == (row.prompt, row.chosen, row.rejected):
             texts = earlier
     column = _image_column(schema.names)
-    held = row.images if column == "images" else [row.image]
-    images = [{"bytes": image.data, "path": image.name} for image in held]
-    return {**texts, column: images if column == "images" else images[0]}
+    images = row.images if column == "images" else (row.image,)
+    structs = [{"bytes": image.data, "path": image.name} for image in images]
+    return {**texts, column: structs if column == "images" else structs[0]}

@@ -16,29 +16,31 @@ from pathlib import Path
 COCO = ("", "coco2014/")  # the second is HA-DPO's
 
 
-def first_existing(folder: Path, *places: str) -> Path:
-    """Return the first of `places` that exists in a folder, or the first place if none does."""
-    return next((folder / place for place in places if (folder / place).exists()), folder / places[0])
+def first_existing(folder: Path, *candidates: str) -> Path:
+    """Return the first of `candidates` that exists in a folder, or the first one if none does."""
+    paths = [folder / candidate for candidate in candidates]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def pope_file(folder: Path, split: str) -> Path:
     """Return POPE's question file of a split."""
-    places = ("pope/", "", "output/coco/", "POPE/output/coco/")
-    return first_existing(folder, *(f"{place}coco_pope_{split}.json" for place in places))
+    prefixes = ("pope/", "", "output/coco/", "POPE/output/coco/")
+    return first_existing(folder, *(f"{prefix}coco_pope_{split}.json" for prefix in prefixes))
 
 
 def coco_images(folder: Path) -> Path:
     """Return the folder of COCO's val2014 images."""
-    return first_existing(folder, *(f"{place}val2014" for place in COCO), "images")
+    return first_existing(folder, *(f"{prefix}val2014" for prefix in COCO), "images")
 
 
 def coco_annotations(folder: Path, kind: str) -> Path:
     """Return COCO's val2014 annotation file; `kind` is instances or captions."""
-    return first_existing(folder, *(f"{place}annotations/{kind}_val2014.json" for place in COCO))
+    return first_existing(folder, *(f"{prefix}annotations/{kind}_val2014.json" for prefix in COCO))
 
 
 def visual_genome(folder: Path) -> Path:
     """Return Visual Genome's folder, with `image_data.json`."""
+    # The index decides, not the folder's name: an empty vg/ must not hide VG/.
     return first_existing(folder, "vg/image_data.json", "VG/image_data.json", "image_data.json").parent
 
 
@@ -69,13 +71,15 @@ def resolve_extension(path: Path) -> Path:
     """Return the path, or if nothing is there, that of a file whose extension differs only in case."""
     if path.is_file():
         return path
-    same = (path.with_name(name) for name in same_stem(path) if Path(name).suffix.lower() == path.suffix.lower())
-    return next((other for other in same if other.is_file()), path)
+    siblings = map(path.with_name, same_stem(path))
+    candidates = (sibling for sibling in siblings if sibling.suffix.lower() == path.suffix.lower())
+    return next(filter(Path.is_file, candidates), path)
 
 
 def same_stem(path: Path) -> Sequence[str]:
     """List the names of files beside a path that share its stem, in order."""
     try:
+        # A folder's mtime changes when a file is added or removed, so the listing is read anew then.
         return _by_stem(path.parent, path.parent.stat().st_mtime_ns).get(path.stem, ())
     except (OSError, ValueError):  # no such folder, a name too long, a NUL byte
         return ()

@@ -25,6 +25,7 @@ from relook.data.samples import (
     as_bool,
     as_id,
     check_pair,
+    missing_fields,
 )
 from relook.data.templates import IMAGE
 from relook.errors import DataError
@@ -71,40 +72,41 @@ def read_hadpo(
     pope_data_path = None if pope_data_path is None else Path(pope_data_path)
     if desc_data_path is None and pope_data_path is None:
         raise DataError("There are no preference pairs to read.", "Set desc_data_path, pope_data_path or both.")
-    sieve = DropLog(" + ".join(str(path) for path in (desc_data_path, pope_data_path) if path), on_bad)
+    drop_log = DropLog(" + ".join(str(path) for path in (desc_data_path, pope_data_path) if path), on_bad)
     paths = read_image_paths(vg_path)
     pairs: list[PreferencePair] = []
     note = ""
     if pope_data_path is not None:
-        pairs += _questions(_typed(pope_data_path, list), paths, sieve)
+        pairs += _questions(_typed(pope_data_path, list), paths, drop_log)
     if desc_data_path is not None:
-        described = _descriptions(_typed(desc_data_path, dict), paths, random.Random(seed), sieve)
+        # One generator for the whole file, as in the original: the draws depend on the order of all records.
+        described = _descriptions(_typed(desc_data_path, dict), paths, random.Random(seed), drop_log)
         note = f"each of {len(described):,} description pairs is taken twice an epoch, as in HA-DPO's training"
         pairs += described * DESCRIPTION_REPEATS
-    return pairs, sieve.report(len(pairs), note)
+    return pairs, drop_log.report(len(pairs), note)
 
 
 def _typed(path: Path, kind: type) -> Any:
-    data = read_json(path)
-    if not isinstance(data, kind):
+    content = read_json(path)
+    if not isinstance(content, kind):
         raise DataError(
-            f"{path} holds a {type(data).__name__}, but a {kind.__name__} is expected.",
+            f"{path} holds a {type(content).__name__}, but a {kind.__name__} is expected.",
             "desc_data_path takes a JSON object, pope_data_path a JSON array.",
         )
-    return data
+    return content
 
 
 def _descriptions(
-    data: Mapping[str, Any], paths: Mapping[str, Path], rng: random.Random, sieve: DropLog
+    records: Mapping[str, Any], paths: Mapping[str, Path], rng: random.Random, drop_log: DropLog
 ) -> list[PreferencePair]:
     pairs = []
-    for image_id, record in data.items():
+    for image_id, record in records.items():
         name = f"desc-{image_id}"
         try:
             # The draws come before any check: dropping a record must not change what is drawn for the next ones.
             pairs.append(_pair(name, image_id, *draw_description_pair(record, rng), paths))
         except BadRecord as bad:
-            sieve.drop(name, str(bad))
+            drop_log.drop(name, str(bad))
     return pairs
 
 
@@ -142,26 +144,35 @@ def answered_correctly(record: Mapping[str, Any]) -> bool:
     return correct
 
 
-def _questions(data: list[Any], paths: Mapping[str, Path], sieve: DropLog) -> list[PreferencePair]:
+def pair_fault(record: Mapping[str, Any], prompt: Any, chosen: Any, rejected: Any) -> str:
+    """Return why texts are no pair to train on, or ""; a record answered correctly is sound and need not be one."""
+    try:
+        return "" if answered_correctly(record) else check_pair(prompt, chosen, rejected)
+    except BadRecord as bad:
+        return str(bad)
+
+
+def _questions(records: list[Any], paths: Mapping[str, Path], drop_log: DropLog) -> list[PreferencePair]:
     pairs = []
-    for number, record in enumerate(data):
+    for number, record in enumerate(records):
         name = f"pope-{number}"
         try:
-            if missing := [key for key in QUESTION_FIELDS if not isinstance(record, dict) or key not in record]:
-                raise BadRecord(f"no {', '.join(missing)}")
+            if fault := missing_fields(record, *QUESTION_FIELDS):
+                raise BadRecord(fault)
             if answered_correctly(record):
-                sieve.skip("answered correctly")
+                drop_log.skip("answered correctly")
                 continue
             texts = record["question"], record["chosen"], record["reject"]
             pairs.append(_pair(name, record["image_id"], *texts, paths))
         except BadRecord as bad:
-            sieve.drop(name, str(bad))
+            drop_log.drop(name, str(bad))
     return pairs
 
 
 def _pair(
     name: str, image_id: Any, prompt: Any, chosen: Any, rejected: Any, paths: Mapping[str, Path]
 ) -> PreferencePair:
+    # The order decides which reason a report counts: first the texts, then the image.
     if fault := check_pair(prompt, chosen, rejected):
         raise BadRecord(fault)
     if (path := paths.get(as_id(image_id))) is None:
@@ -192,7 +203,7 @@ def read_llava(
         DataError: the file or folder is missing, the file is no JSON array, or a record is bad and `on_bad` is "error".
     """
     data_path, image_folder = Path(data_path), Path(image_folder)
-    sieve = DropLog(str(data_path), on_bad)
+    drop_log = DropLog(str(data_path), on_bad)
     records = read_json(data_path)
     if not isinstance(records, list):
         raise DataError(f"{data_path} is not a JSON array.", "Give a file in LLaVA's conversation layout.")
@@ -200,18 +211,19 @@ def read_llava(
         raise DataError(f"There is no image folder {image_folder}.", "Check image_folder.")
     samples = []
     for number, record in enumerate(records):
+        # A record without an id is named by its number.
         name = str(record.get("id", number) if isinstance(record, dict) else number)
         try:
             sample = conversation(name, record, image_folder)
         except BadRecord as bad:
-            sieve.drop(name, str(bad))
+            drop_log.drop(name, str(bad))
             continue
         images = tuple(map(resolve_extension, sample.images))
         if all(image.is_file() for image in images):
             samples.append(replace(sample, images=images))
         else:
-            sieve.drop(name, "image file missing")
-    return samples, sieve.report(len(samples))
+            drop_log.drop(name, "image file missing")
+    return samples, drop_log.report(len(samples))
 
 
 def conversation(name: str, record: Any, image_folder: Path) -> Conversation:
@@ -230,23 +242,23 @@ def conversation(name: str, record: Any, image_folder: Path) -> Conversation:
     return Conversation(name, images, turns)
 
 
-def _images(given: Any, image_folder: Path) -> tuple[Path, ...]:
-    names = given if isinstance(given, list) else [given] if given else []
+def _images(image_field: Any, image_folder: Path) -> tuple[Path, ...]:
+    names = image_field if isinstance(image_field, list) else [image_field] if image_field else []
     if not all(isinstance(name, str) and name for name in names):
         raise BadRecord("image is not a path")
     return tuple(image_folder / name for name in names)
 
 
 def _turns(messages: list[Any]) -> tuple[Turn, ...]:
-    if not all(isinstance(m, dict) and isinstance(m.get("value"), str) for m in messages):
+    if not all(isinstance(message, dict) and isinstance(message.get("value"), str) for message in messages):
         raise BadRecord("a turn without text")
-    if not messages or [m.get("from") for m in messages] != ["human", "gpt"] * (len(messages) // 2):
+    if not messages or [message.get("from") for message in messages] != ["human", "gpt"] * (len(messages) // 2):
         raise BadRecord("turns do not alternate between human and gpt")
-    if not all(said["value"].strip() for said in messages[1::2]):
+    if not all(answer["value"].strip() for answer in messages[1::2]):
         raise BadRecord("empty answer")
-    if not all(asked["value"] for asked in messages[::2]):
+    if not all(question["value"] for question in messages[::2]):
         raise BadRecord("empty question")
-    return tuple(Turn(a["value"], s["value"]) for a, s in zip(messages[::2], messages[1::2], strict=True))
+    return tuple(Turn(human["value"], gpt["value"]) for human, gpt in zip(messages[::2], messages[1::2], strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -273,26 +285,26 @@ def read_pairs(
     path = Path(path)
     image_folder = None if image_folder is None else Path(image_folder)
     folder = image_folder or path.with_name(f"{path.stem}_images")
-    sieve, pairs = DropLog(str(path), on_bad), []
+    drop_log, pairs = DropLog(str(path), on_bad), []
     for number, row in enumerate(open_parquet(path, folder).rows()):
         name = f"row-{number}"
         try:
             if isinstance(row, InvalidPair):
                 raise row
             if answered_correctly(hadpo_record(row)):
-                sieve.skip("answered correctly")
+                drop_log.skip("answered correctly")
                 continue
             if fault := check_pair(row.prompt, row.chosen, row.rejected):
                 raise BadRecord(fault)
             pairs.append(PreferencePair(name, _extracted(row.image, folder), row.prompt, row.chosen, row.rejected))
         except BadRecord as bad:
-            sieve.drop(name, str(bad))
-    return pairs, sieve.report(len(pairs))
+            drop_log.drop(name, str(bad))
+    return pairs, drop_log.report(len(pairs))
 
 
 def _extracted(image: Embedded, folder: Path) -> Path:
     path = folder / f"{content_hash(image.data)}{image.suffix}"
-    if not path.exists():
+    if not path.exists():  # the name is the content's hash: a file that exists is the same image
         with atomic_file(path) as temporary:
             temporary.write_bytes(image.data)
     return path

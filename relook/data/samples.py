@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from relook.errors import DataError, RecipeError, preview
@@ -55,7 +55,7 @@ class Question:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Records that a reader kept, skipped or dropped: counted by reason and named, so that none is lost silently.
+# Records that a reader used, skipped or dropped: counted by reason and named, so that none is lost silently.
 
 ON_BAD = ("drop", "error")
 
@@ -123,9 +123,9 @@ class DropLog:
         """Note a sound record that the format leaves out."""
         self._skipped[reason] += 1
 
-    def report(self, kept: int, note: str = "") -> ReadReport:
+    def report(self, used: int, note: str = "") -> ReadReport:
         reasons = {reason: tuple(names) for reason, names in self._reasons.items()}
-        return ReadReport(self._source, kept, reasons, dict(self._skipped), note)
+        return ReadReport(self._source, used, reasons, dict(self._skipped), note)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -136,14 +136,31 @@ class BadRecord(Exception):
     """Reason why a record cannot be used."""
 
 
+def missing_fields(record: Any, *fields: str) -> str:
+    """Return "no a, b" for the fields that a record lacks, or ""; what is not a JSON object lacks all."""
+    missing = [key for key in fields if not isinstance(record, dict) or key not in record]
+    return f"no {', '.join(missing)}" if missing else ""
+
+
+def text_fault(*texts: Any) -> str:
+    """Return "empty text" unless each text is a string with more than white space; "" if all are."""
+    return "" if all(isinstance(text, str) and text.strip() for text in texts) else "empty text"
+
+
+def path_fault(name: str) -> str:
+    """Return a fault if a dataset's file name leads out of its folder, where nothing must be read or written."""
+    path = PurePosixPath(name)
+    outside = path.is_absolute() or ".." in path.parts or "\0" in name
+    return "image path leads out of its folder" if outside else ""
+
+
 def check_pair(prompt: Any, chosen: Any, rejected: Any) -> str:
     """Return why three texts are no preference pair; empty if they are one.
 
-    Each must be a string with more than white space, and the answers must differ in more than surrounding white space.
+    None may be empty, and the answers must differ in more than surrounding white space.
     """
-    texts = (prompt, chosen, rejected)
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        return "empty text"
+    if fault := text_fault(prompt, chosen, rejected):
+        return fault
     return "chosen equals rejected" if chosen.strip() == rejected.strip() else ""
 
 
@@ -157,7 +174,7 @@ def as_bool(value: Any) -> bool | None:
         The truth value, or None if the value is none of these.
     """
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
+        value = int(value)  # str(1.0) is no key of TRUTH
     return TRUTH.get(str(value).strip().lower())
 
 

@@ -46,6 +46,7 @@ class LiteralText:
 
     @cached_property
     def _stand_ins(self) -> dict[str, str]:
+        # As long as the token itself, so that offsets in the escaped text hold for the original.
         contents = [token.content for token in self._special.values()]
         return {content: chr(PRIVATE + i) * len(content) for i, content in enumerate(contents)}
 
@@ -68,13 +69,15 @@ class LiteralText:
         Raises:
             TypeError or UnicodeError: the text is not valid Unicode.
         """
-        backend, meant = self._backend
+        # The person's stand-ins become tokens that are read as text; the template's tokens become stand-ins.
+        backend, special_ids = self._backend
         encoding = backend.encode(self._exchange(text), add_special_tokens=False)
-        return [meant.get(id, id) for id in encoding.ids], encoding.offsets
+        return [special_ids.get(id, id) for id in encoding.ids], encoding.offsets
 
     @cached_property
     def _backend(self) -> tuple[Tokenizer, dict[int, int]]:
         """Build a tokenizer that reads special tokens as text, and the map from stand-in ids to special-token ids."""
+        # A copy: the model's own tokenizer stays as it is. Only tokens marked special are then encoded as text.
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
         for token in content["added_tokens"]:
             token["special"] = token["id"] in self._special
@@ -82,14 +85,15 @@ class LiteralText:
         backend.encode_special_tokens = True  # its name is misleading: they are encoded as text
         flags = ("single_word", "lstrip", "rstrip", "normalized")
         for token in self._special.values():
-            same = {flag: getattr(token, flag) for flag in flags}
-            backend.add_tokens([AddedToken(self._stand_ins[token.content], special=False, **same)])
-        meant = {self._stand_ins[token.content]: id for id, token in self._special.items()}
+            token_flags = {flag: getattr(token, flag) for flag in flags}
+            backend.add_tokens([AddedToken(self._stand_ins[token.content], special=False, **token_flags)])
+        special_ids = {self._stand_ins[token.content]: id for id, token in self._special.items()}
         added = backend.get_added_tokens_decoder().items()
-        return backend, {id: meant[token.content] for id, token in added if token.content in meant}
+        return backend, {id: special_ids[token.content] for id, token in added if token.content in special_ids}
 
 
 def _replacing(table: Mapping[str, str]) -> Callable[[str], str]:
+    # Alternatives match in order: a token that another begins with must come after it. (?!) matches nothing.
     longest_first = sorted(table, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
     return lambda text: pattern.sub(lambda match: table[match[0]], text)

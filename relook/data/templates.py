@@ -52,6 +52,7 @@ class Template:
 
     def render(self, turns: Sequence[Turn], open_end: bool = False) -> list[TemplatePiece]:
         """Render a conversation as pieces. With `open_end`, the last response is left for the model to write."""
+        # LLaVA's `preprocess_plain`: images, caption, end mark, and no word of the prompt.
         if self.captions and not open_end:
             return [
                 piece
@@ -62,6 +63,7 @@ class Template:
                 )
             ]
         pieces = []
+        # The cue belongs to the prompt; the lead is written by the model and therefore supervised.
         for i, turn in enumerate(turns):
             pieces.append(TemplatePiece(f"{self.later if i else self.first}{turn.prompt}{self.cue}"))
             if not (open_end and i == len(turns) - 1):
@@ -120,11 +122,13 @@ def _two(name: str, system: str) -> Template:
 
 
 def _llama(name: str, system: str, bos: str) -> Template:
+    # The system text lies inside the first prompt; in LLaMA-2's format every later exchange begins with BOS again.
     start = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
     return Template(name, f"[INST] {start}", f"{bos}[INST] ", " [/INST]", " ", f" {EOS}")
 
 
 def _chatml(name: str, system: str) -> Template:
+    # LLaVA writes no newline after <|im_end|>, unlike ChatML itself.
     user = "<|im_start|>user\n"
     start = f"<|im_start|>system\n{system}<|im_end|>{user}"
     return Template(name, start, user, "<|im_end|><|im_start|>assistant\n", "", "<|im_end|>")

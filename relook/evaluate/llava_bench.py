@@ -41,6 +41,7 @@ from relook.files import (
     writes_alone,
 )
 from relook.generate.answering import GenerationSettings, answer_questions
+from relook.model.checkpoint import parse_folder
 from relook.model.load import LoadOptions
 
 # ----------------------------------------------------------------------------------------------------
@@ -104,21 +105,23 @@ def answer_question_file(
     Raises:
         RelookError: a question file that cannot be used, a missing image, or an output folder with other answers.
     """
-    model, questions, out = Path(model), Path(questions), Path(out)
+    folder, questions, out = parse_folder(model), Path(questions), Path(out)
     data = None if data is None else Path(data)
     asked = read_llava_bench_questions(questions, data)
     how = GenerationSettings(template, max_new_tokens, batch_size)
-    how = begin_evaluation(out, model, data, how, loading, questions=file_hash(questions))
+    how = begin_evaluation(out, folder, data, how, loading, questions=file_hash(questions))
     result = out / f"{NAME}.json"
     if not result.exists():
         file = AnswerFile(out / f"{NAME}.jsonl", "answer_id", distributed.rank())
         mine = shard_images(question.images for question in asked)
         left = [q for q in asked if q.images in mine and q.key not in file.records]
         if left:
-            loaded = loading.load(model)
+            loaded = loading.load(folder)
             with progress(questions.name) as report:
                 said = answer_questions(loaded, [(question.images, question.text) for question in left], how, report)
-                append_answers(said, lambda i, text: (file, left[i].answered(text, model.name)), [file], batch_size)
+                append_answers(
+                    said, lambda i, text: (file, left[i].answered(text, folder.path.name)), [file], batch_size
+                )
         distributed.barrier("the answers")
         if distributed.is_main():
             answers = AnswerFile(file.path, "answer_id").finish([question.key for question in asked])

@@ -20,6 +20,7 @@ from relook.evaluate.results import provenance
 from relook.evaluate.run import begin_evaluation
 from relook.files import read_json, write_json
 from relook.generate.answering import GenerationSettings
+from relook.model.checkpoint import parse_folder
 from relook.model.load import LoadOptions
 
 INSTALL = "Run: pip install 'relook[lmms]' && pip install --no-deps lmms-eval==0.7.3"
@@ -58,16 +59,17 @@ def evaluate_tasks(
         RelookError: lmms-eval is missing, a task is unknown or cannot be loaded, or the output folder holds other
             answers.
     """
-    model, out = Path(model), Path(out)
+    folder, out = parse_folder(model), Path(out)
     include_path = None if include_path is None else Path(include_path)
     manager = _task_manager(tasks, include_path)
     asked = {"tasks_from": include_path and str(include_path.resolve()), "limit": limit}
-    how = begin_evaluation(out, model, None, GenerationSettings(template, max_new_tokens, batch_size), loading, **asked)
+    how = GenerationSettings(template, max_new_tokens, batch_size)
+    how = begin_evaluation(out, folder, None, how, loading, **asked)
     left = [name for name in tasks if not (out / f"{name}.json").exists()]
     if left:
         from relook.evaluate.lmms_model import RelookModel
 
-        relook = RelookModel(lambda: loading.load(model), how, out)
+        relook = RelookModel(lambda: loading.load(folder), how, out)
         for name in left:
             found = _evaluate(relook, name, manager, limit, out)
             relook.finish()

@@ -37,8 +37,8 @@ from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy, TrunkStates, prediction_states
 from relook.generate.answering import GenerationSettings, answer_questions, require_finite
 from relook.generate.sampling import Sampler
-from relook.model import checkpoint
 from relook.model.adapters import read_adapter
+from relook.model.checkpoint import parse_folder
 from relook.model.families import has_post_decoder
 from relook.model.load import (
     ABOVE,
@@ -301,9 +301,8 @@ def shares_trunk(model: Path, base: Path) -> bool:
     """Whether a model is the base but for post decoder and lm_head, read from its files."""
     if model.resolve() == base.resolve():
         return True
-    if checkpoint.folder_kind(model) != "run":
+    run = parse_folder(model)
+    if run.kind != "run" or run.previous or run.base.path.resolve() != base.resolve():
         return False
-    change = read_adapter(model)
-    alone = not (change.lora or change.previous)
-    same = alone and change.base is not None and change.base.resolve() == base.resolve()
-    return same and all(name.startswith(ABOVE) for name in change.tensors)
+    change = read_adapter(run)
+    return not change.lora and all(name.startswith(ABOVE) for name in change.tensors)

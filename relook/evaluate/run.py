@@ -30,7 +30,8 @@ from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, utc
 from relook.evaluate.tasks.pope import LONGEST_ANSWER
 from relook.files import claim_output_dir, read_json, read_json_object, write_json, writes_alone
 from relook.generate.answering import GenerationSettings, answer_questions
-from relook.model.load import LoadedModel, LoadOptions, folder_template, parse_device
+from relook.model.checkpoint import AnyFolder, parse_folder
+from relook.model.load import LoadedModel, LoadOptions, parse_device
 
 AnswerT = TypeVar("AnswerT")
 
@@ -63,9 +64,9 @@ def evaluate_model(
         RelookError: an unknown benchmark, missing data or images, no judge where one is needed, a judge that does not
             answer, or an output folder with another model's answers.
     """
-    model, data, out = Path(model), Path(data), Path(out)
+    folder, data, out = parse_folder(model), Path(data), Path(out)
     get_benchmarks(benchmarks)
-    how = begin_evaluation(out, model, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
+    how = begin_evaluation(out, folder, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
     scored = [name for name in benchmarks if (out / f"{name}.json").exists()]
     left = [name for name in benchmarks if judge or name not in scored or not judged(out, name)]
     asked = {name: benchmark_questions(name, data) for name in left}
@@ -79,7 +80,7 @@ def evaluate_model(
     def load() -> LoadedModel:
         if judge and probes and distributed.is_main():
             Judge(judge, out / JUDGE_CACHE).probe(probes[0])
-        return loading.load(model)
+        return loading.load(folder)
 
     for name in left:
         ask_missing(name, asked[name], load, out, how)
@@ -107,14 +108,15 @@ def shard_images(images: Iterable[Any]) -> set[Any]:
 
 
 def begin_evaluation(
-    out: Path, model: Path, data: Path | None, how: GenerationSettings, loading: LoadOptions, **asked: Any
+    out: Path, model: AnyFolder, data: Path | None, how: GenerationSettings, loading: LoadOptions, **asked: Any
 ) -> GenerationSettings:
     """Check the settings and claim the output folder with `claim_eval_dir`, the main process before the others.
 
     Returns:
         `how`, with the model's own template if it names none.
     """
-    how = dataclasses.replace(how, template=how.template or folder_template(model))
+    model = parse_folder(model)
+    how = dataclasses.replace(how, template=how.template or model.template)
     get_template(how.template)
     parse_device(loading.device)
     taken = (out, model, data, how.template, how.max_new_tokens, loading)
@@ -127,16 +129,21 @@ def begin_evaluation(
 
 
 def claim_eval_dir(
-    out: Path, model: Path, data: Path | None, template: str, max_new_tokens: int, loading: LoadOptions, **asked: Any
+    out: Path,
+    model: AnyFolder,
+    data: Path | None,
+    template: str,
+    max_new_tokens: int,
+    loading: LoadOptions,
+    **asked: Any,
 ) -> None:
     """Claim an output folder for one model, data folder and settings; refuse one that holds other answers.
 
     Args:
         asked: further settings that the answers depend on.
     """
-    for folder, what in ((model, "model"), (data, "data")):
-        if folder is not None and not folder.is_dir():
-            raise DataError(f"There is no {what} folder {folder}.", f"Check --{what}.")
+    if data is not None and not data.is_dir():
+        raise DataError(f"There is no data folder {data}.", "Check --data.")
     settings = {
         **loading.identity(model),
         "data": data and str(data.resolve()),

@@ -6,7 +6,6 @@ lie beside it, as links where the disk has them already.
 
 from __future__ import annotations
 
-import html
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from relook.evaluate.tasks.chair import Vocabulary
 from relook.files import atomic_file, write_json, write_text
 from relook.mine.pairs import MinedPair
 from relook.mine.pictures import MinedImage
-from relook.report.pages import card, described, document, lines, thumbnail
+from relook.report.pages import Spans, described, render, thumbnail
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -142,7 +141,7 @@ def write_pairs_page(
     out: Path,
     pairs: Sequence[MinedPair],
     records: Sequence[Mapping[str, Any]],
-    pictures: Mapping[str, MinedImage],
+    images: Mapping[str, MinedImage],
     vocabulary: Vocabulary | None,
 ) -> None:
     """Write `out/pairs.html`: pairs from all over the list.
@@ -150,42 +149,43 @@ def write_pairs_page(
     Args:
         vocabulary: of the annotations; without one the words in which the texts differ are marked.
     """
-    asked = _sample_evenly(records, CARDS - min(len(pairs), DESCRIBED))
-    shown = _sample_evenly(pairs, CARDS - len(asked))
-    cards = [card(thumbnail(pair.picture.path), _described(pair, vocabulary)) for pair in shown]
-    cards += [card(thumbnail(pictures[record["image_id"]].path), _asked(record)) for record in asked]
-    heads = [
-        "<h1>Preference pairs from the model's own mistakes</h1>",
-        f"<p>{len(shown)} of {len(pairs):,} pairs of descriptions, {len(asked)} of {len(records):,} of answers</p>",
-    ]
-    write_text(out / PAGE, document("relook mine", [*heads, *cards]))
+    questions = _sample_evenly(records, CARDS - min(len(pairs), DESCRIBED))
+    shown = _sample_evenly(pairs, CARDS - len(questions))
+    page = render(
+        "pairs.html.j2",
+        title="relook mine",
+        description_count=len(pairs),
+        question_count=len(records),
+        descriptions=[
+            {"thumbnail": thumbnail(pair.picture.path), "texts": _description_texts(pair, vocabulary)} for pair in shown
+        ],
+        questions=[
+            {"thumbnail": thumbnail(images[record["image_id"]].path), "texts": _question_texts(record)}
+            for record in questions
+        ],
+    )
+    write_text(out / PAGE, page)
 
 
 def _sample_evenly(values: Sequence[Any], count: int) -> list[Any]:
-    """Up to `count` values from all over a list."""
+    """Return up to `count` values from all over a list."""
     count = min(count, len(values))
     return [values[i * len(values) // count] for i in range(count)]
 
 
-def _described(pair: MinedPair, vocabulary: Vocabulary | None) -> str:
+def _description_texts(pair: MinedPair, vocabulary: Vocabulary | None) -> list[tuple[str, Spans]]:
     if vocabulary is None:
-        return lines([("chosen", html.escape(pair.chosen)), ("rejected", mark_differences(pair.rejected, pair.chosen))])
+        return [("chosen", [(pair.chosen, False)]), ("rejected", mark_differences(pair.rejected, pair.chosen))]
     return described(pair.picture.objects, [("chosen", pair.chosen), ("rejected", pair.rejected)], vocabulary)
 
 
-def _asked(record: Mapping[str, Any]) -> str:
-    said = {name: html.escape(record[name]) for name in ("question", "chosen", "reject", "answer")}
-    wrong = ("rejected", f"<mark>{said['reject']}</mark>")
-    return lines(
-        [("question", said["question"]), ("chosen", said["chosen"]), wrong, ("the model said", said["answer"])]
-    )
+def _question_texts(record: Mapping[str, Any]) -> list[tuple[str, Spans]]:
+    titles = {"question": "question", "chosen": "chosen", "reject": "rejected", "answer": "the model said"}
+    return [(title, [(record[key], key == "reject")]) for key, title in titles.items()]
 
 
-def mark_differences(text: str, other: str) -> str:
-    """A text as HTML, the words marked that another one does not have in their place."""
-    words, others = (re.findall(r"\s+|\S+", one) for one in (text, other))
-    parts = []
-    for kind, start, end, _, _ in SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
-        part = html.escape("".join(words[start:end]))
-        parts.append(f"<mark>{part}</mark>" if kind != "equal" and part else part)
-    return "".join(parts)
+def mark_differences(text: str, other: str) -> Spans:
+    """Cut a text at the words that another one does not have in their place, which are the wrong spans."""
+    words, other_words = (re.findall(r"\s+|\S+", side) for side in (text, other))
+    blocks = SequenceMatcher(None, words, other_words, autojunk=False).get_opcodes()
+    return [("".join(words[start:end]), kind != "equal") for kind, start, end, _, _ in blocks if end > start]

@@ -257,7 +257,7 @@ def fingerprint(key: str, path: Path) -> dict[str, Any]:
     try:
         image = open_image(path)
     except DataError as error:
-        return {"key": key, "fault": error.what}
+        return {"key": key, "fault": error.problem}
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=int)
     bits = (grey[:, 1:] > grey[:, :-1]).ravel()
     return {"key": key, "content": file_hash(path), "look": np.packbits(bits).tobytes().hex()}

@@ -32,7 +32,8 @@ from relook.mine.jobs import MiningSettings, MiningSource, fingerprint_all, gene
 from relook.mine.output import write_pairs_page
 from relook.mine.pairs import REQUEST, MinedPair
 from relook.mine.pictures import ExclusionFilter, MinedImage, evaluation_files, excluded_names, read_pictures
-from relook.model.load import LoadedModel, LoadOptions, folder_template, model_hash, parse_device
+from relook.model.checkpoint import ModelFolder, parse_folder
+from relook.model.load import LoadedModel, LoadOptions, model_hash, parse_device
 
 SETTINGS, WORK = "mine.json", "work"
 
@@ -56,18 +57,18 @@ def mine_pairs(
         RelookError: settings that contradict each other, data that cannot be used, a judge that does not answer, or a
             folder with other pairs.
     """
-    model, out = Path(model), Path(out)
-    how = _check_settings(model, place, out, how, judge, loading)
+    folder, out = parse_folder(model), Path(out)
+    how = _check_settings(folder, place, out, how, judge, loading)
     annotated = read_pictures(place.images, place.annotations, place.synonyms)
     listed = frozenset[str]().union(*(excluded_names(path) for path in place.exclude if not path.is_dir()))
     shown = [path for folder in place.exclude if folder.is_dir() for path in evaluation_files(folder)]
     if distributed.is_main():
         excluded = [*sorted(listed), *(str(path.resolve()) for path in shown)]
-        _claim(out, _settings(model, place, annotated.pictures, excluded, how, loading), judge)
+        _claim(out, _settings(folder, place, annotated.pictures, excluded, how, loading), judge)
     distributed.barrier("the output folder")
     if (out / output.CARD).exists():
         return dict(read_json(out / output.CARD))
-    work, load = out / WORK, functools.cache(lambda: loading.load(model))
+    work, load = out / WORK, functools.cache(lambda: loading.load(folder))
     apart = _fingerprint(annotated.pictures, listed, shown, work)
     pictures, left_out = _select_images(place, annotated.pictures, apart)
     describing, choosing = (random.Random(f"{how.seed}/{what}") for what in ("describe", "ask"))
@@ -92,8 +93,8 @@ def mine_pairs(
         kept = candidates.balance_answers(records, choosing)
         write_outputs(out, pictures, annotated.vocabulary, found.pairs, kept, apart, how.parquet)
         card = {
-            "model": model.name,
-            "model_hash": model_hash(model),
+            "model": folder.path.name,
+            "model_hash": model_hash(folder),
             "annotations": place.annotations,
             **dataclasses.asdict(how),
             "pictures": {"found": len(annotated.pictures), "left_out": left_out, "mined": len(pictures)},
@@ -106,7 +107,12 @@ def mine_pairs(
 
 
 def _check_settings(
-    model: Path, place: MiningSource, out: Path, how: MiningSettings, judge: JudgeSettings | None, loading: LoadOptions
+    model: ModelFolder,
+    place: MiningSource,
+    out: Path,
+    how: MiningSettings,
+    judge: JudgeSettings | None,
+    loading: LoadOptions,
 ) -> MiningSettings:
     """The settings with the model's own template in them, once nothing contradicts."""
     if place.annotations == "none" and judge is None:
@@ -118,7 +124,7 @@ def _check_settings(
     if how.samples and how.temperature <= 0:
         raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
     parse_device(loading.device)
-    how = dataclasses.replace(how, template=how.template or folder_template(model))
+    how = dataclasses.replace(how, template=how.template or model.template)
     get_template(how.template)
     return how
 
@@ -161,7 +167,7 @@ def _claim(out: Path, settings: Mapping[str, Any], judge: JudgeSettings | None) 
 
 
 def _settings(
-    model: Path,
+    model: ModelFolder,
     place: MiningSource,
     pictures: Sequence[MinedImage],
     excluded: Sequence[str],

@@ -16,18 +16,18 @@ import torch
 
 from relook.console import status
 from relook.errors import CheckpointError, preview
-from relook.files import read_json_object
 from relook.model.checkpoint import (
     ADAPTER_CONFIG,
-    ADAPTER_FILE,
     FROM_CHANGE,
     LLAVA_TYPES,
     NON_LORA,
     PROJECTOR,
     WHOLE_MODELS,
+    AnyFolder,
     LazyTensor,
+    ModelFolder,
     adapter_files,
-    folder_kind,
+    parse_folder,
     read_tensor_file,
     rename,
 )
@@ -54,30 +54,26 @@ class Adapter:
     """Trained tensors under transformers' names, to be applied to a base model.
 
     Args:
-        path: the folder or file they were read from.
+        folder: what they were read from.
         tensors: replace the base's tensors of the same name, or are added to them.
         lora: LoRA deltas, keyed by the name of the weight they change.
-        adapter: the settings of `lora`.
+        lora_settings: the adapter_config.json of `lora`.
         modules: paths of the LoRA layers in the model that peft wrapped, under the same keys as `lora`.
         post_decoder: settings of the post decoder; None where the adapter has none, or does not know them.
-        base: the folder of the base model, if recorded.
-        vision_tower: the folder of its vision tower, if it is not the one that the base's config names.
-        previous: adapters that were already applied to the base when this one was trained, in order.
+        previous: adapters to be applied to the base before this one, in order.
     """
 
-    path: Path
+    folder: ModelFolder
     tensors: dict[str, LazyTensor]
     lora: dict[str, LoraDelta] = field(default_factory=dict)
-    adapter: LoraSettings | None = None
+    lora_settings: LoraSettings | None = None
     modules: dict[str, str] = field(default_factory=dict)
     post_decoder: dict[str, Any] | None = None
-    base: Path | None = None
-    vision_tower: Path | None = None
-    previous: tuple[Path, ...] = ()
+    previous: tuple[ModelFolder, ...] = ()
 
-    def tower_for(self, base: Path) -> Path | None:
-        """Return the vision tower used in training if the base has none of its own, else None."""
-        return self.vision_tower if folder_kind(base) == "llava" else None
+    @property
+    def path(self) -> Path:
+        return self.folder.path
 
     def apply_to(self, source: LazyModel, dtype: torch.dtype | None = None) -> LazyModel:
         """Apply the previous adapters, then this one, to a base.
@@ -89,8 +85,8 @@ class Adapter:
         Raises:
             CheckpointError: a tensor that the base lacks or has in another shape, or a layer without its LoRA.
         """
-        for path in self.previous:
-            source = replace(read_adapter(path), previous=()).apply_to(source, dtype)
+        for folder in self.previous:
+            source = replace(read_adapter(folder), previous=()).apply_to(source, dtype)
         config, tensors = source.config, dict(source.tensors)
         if any(name.startswith(DECODER) for name in self.tensors):
             config = self._config_with_decoder(source)
@@ -98,7 +94,7 @@ class Adapter:
         self._check(source, tensors)
         # peft saves the head, or the embeddings alone, as copies that are no longer tied.
         untied = {HEAD_WEIGHT} & (self.tensors.keys() | self.lora.keys()) or (
-            self.adapter is not None and EMBEDDINGS in self.tensors
+            self.lora_settings is not None and EMBEDDINGS in self.tensors
         )
         if config.tie_word_embeddings and untied:
             config = _untied(config)
@@ -109,7 +105,6 @@ class Adapter:
             if lora.bias is not None:
                 bias = _bias_of(name)
                 tensors[bias] = tensors[bias].map(partial(lora.merged_bias, dtype))
-        self._note_projector()
         return replace(source, config=config, tensors=tensors, adapter=self.path, beneath=(source, self))
 
     def without_adapter(self) -> tuple[Adapter, dict[str, LazyTensor]]:
@@ -125,7 +120,7 @@ class Adapter:
             tensors = {name: tensor for name, tensor in names if ".lora_" in name}
         beside = self.tensors.keys() - {rename(name, FROM_CHANGE) for name in tensors}
         rest = {name: self.tensors[name] for name in beside}
-        return Adapter(self.path, rest, post_decoder=self.post_decoder), tensors
+        return Adapter(self.folder, rest, post_decoder=self.post_decoder), tensors
 
     @property
     def has_llavas_names(self) -> bool:
@@ -150,13 +145,13 @@ class Adapter:
                 f"{self.path} does not fit {source.path}: {len(wrong)} tensors ({preview(wrong)}).",
                 "Give the base that it was trained on.",
             )
-        if self.adapter and (missing := self.adapter.missing(self.modules, tensors.items())):
+        if self.lora_settings and (missing := self.lora_settings.missing(self.modules, tensors.items())):
             raise CheckpointError(
                 f"{self.path} lacks LoRA for {len(missing)} layers that its target_modules name ({preview(missing)}).",
                 "Copy it again: the file is incomplete, or the adapter belongs to a smaller model.",
             )
 
-    def _note_projector(self) -> None:
+    def note_projector(self) -> None:
         """Warn if a LLaVA adapter came without its projector.
 
         LLaVA saves what it trains beside LoRA only at the end of a run, not in its checkpoint-N folders.
@@ -199,7 +194,7 @@ class Adapter:
             raise CheckpointError(what, "Choose another stage, or leave it out to take the whole change.")
         taken = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(parts)}
         left = sorted((whole.tensors.keys() - taken.keys()) | whole.lora.keys())
-        return replace(whole, tensors=taken, lora={}, adapter=None, modules={}), left
+        return replace(whole, tensors=taken, lora={}, lora_settings=None, modules={}), left
 
     def _with_earlier(self) -> Adapter:
         """Combine the previous adapters and this one; of LoRA only the names matter, since no stage takes it."""
@@ -214,10 +209,10 @@ class Adapter:
             lora |= change.lora
         return replace(self, tensors=replaced, lora=lora, post_decoder=settings, previous=())
 
-    def after(self, base: Path) -> Adapter:
+    def after(self, base: ModelFolder) -> Adapter:
         """Drop the previous adapters that a training run used as the base already contains."""
-        present = [*(path.resolve() for path in read_adapter(base).previous), base.resolve()]
-        if [path.resolve() for path in self.previous[: len(present)]] == present:
+        present = [folder.path.resolve() for folder in (*base.previous, base)]
+        if [folder.path.resolve() for folder in self.previous[: len(present)]] == present:
             return replace(self, previous=self.previous[len(present) :])
         return self
 
@@ -239,32 +234,36 @@ def _untied(config: Any) -> Any:
     return type(config).from_dict(values)
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def parse_adapter(path: AnyFolder) -> ModelFolder:
+    """Parse the folder or file of an adapter.
+
+    Raises:
+        CheckpointError: the path holds a whole model, or nothing that relook knows.
+    """
+    folder = parse_folder(path)
+    if folder.kind in WHOLE_MODELS:
+        raise CheckpointError(f"{folder.path} is a whole model, not a change to one.", "Load it by itself.")
+    return folder
+
+
+def read_adapter(path: AnyFolder) -> Adapter:
     """Read a relook training run, a LoRA folder of the original, or bare trained tensors (a file or its folder).
 
     Raises:
         CheckpointError: the path holds no adapter, or a LoRA variant that relook cannot merge.
     """
-    path = Path(path)
-    kind = folder_kind(path)
-    if kind in WHOLE_MODELS:
-        raise CheckpointError(f"{path} is a whole model, not a change to one.", "Load it by itself.")
-    if kind == "run":
-        change = read_json_object(path / ADAPTER_FILE)
-        if not isinstance(change.get("base"), str):
-            raise CheckpointError(f"{path / ADAPTER_FILE} does not name a base.", "Copy the run again.")
+    folder = parse_adapter(path)
+    path = folder.path
+    if folder.kind == "run":
         tensors = read_tensor_file(path / TENSORS_FILE)
-        if change.get("lora") and not any(".lora_" in name for name in tensors):  # a checkpoint has only one file
+        # A finished run keeps LoRA in peft's own file; a checkpoint of a run has one file for everything.
+        if folder.change.get("lora") and not any(".lora_" in name for name in tensors):
             tensors |= _read_lora_folder(path)
-        earlier = change.get("earlier", [])
-        if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
-            raise CheckpointError(f"{path / ADAPTER_FILE} has {earlier!r} as earlier changes.", "Copy the run again.")
-        read = _build_adapter(path, tensors, change.get("post_decoder"), Path(change["base"]))
-        tower = Path(change["vision_tower"]) if change.get("vision_tower") else None
-        return replace(read, vision_tower=tower, previous=tuple(map(Path, earlier)))
-    if kind == "lora":
-        return _build_adapter(path, _read_lora_folder(path) | _read_bare_tensors(path))
-    return _build_adapter(path, read_tensor_file(path) if path.is_file() else _read_bare_tensors(path))
+    elif folder.kind == "lora":
+        tensors = _read_lora_folder(path) | _read_bare_tensors(path)
+    else:
+        tensors = read_tensor_file(path) if path.is_file() else _read_bare_tensors(path)
+    return _build_adapter(folder, tensors)
 
 
 def _read_bare_tensors(folder: Path) -> dict[str, LazyTensor]:
@@ -278,30 +277,22 @@ def _read_lora_folder(folder: Path) -> dict[str, LazyTensor]:
     raise CheckpointError(f"{folder} has an adapter_config.json but no adapter_model.", "Copy it again.")
 
 
-def language_model_config(change: Adapter) -> dict[str, Any] | None:
+def language_model_config(adapter: ModelFolder) -> dict[str, Any] | None:
     """Return the liuhaotian config beside an adapter, which turns a bare language model into LLaVA; None if absent."""
-    for path in (*change.previous, change.path):
-        config = read_json_object(_folder(path) / "config.json", optional=True)
-        if config.get("model_type") in LLAVA_TYPES and "text_config" not in config:
-            return config
-    return None
-
-
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
+    configs = (folder.config for folder in (*adapter.previous, adapter))
+    return next((c for c in configs if c.get("model_type") in LLAVA_TYPES and "text_config" not in c), None)
 
 
 # `default` is peft's name for an adapter, which appears in the parameter names of a wrapped model.
 LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<half>\w+?)(?:\.default)?(?P<bias>\.bias)?(?:\.weight)?")
 
 
-def _build_adapter(
-    path: Path, tensors: dict[str, LazyTensor], settings: dict[str, Any] | None = None, base: Path | None = None
-) -> Adapter:
+def _build_adapter(folder: ModelFolder, tensors: dict[str, LazyTensor]) -> Adapter:
+    path, settings = folder.path, folder.change.get("post_decoder")
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors.", "Copy it again, or save it again.")
     if settings is None:
-        settings = read_json_object(_folder(path) / "config.json", optional=True).get("post_decoder")
+        settings = folder.config.get("post_decoder")
     replaced: dict[str, LazyTensor] = {}
     halves: dict[str, dict[str, LazyTensor]] = {}
     for raw, tensor in tensors.items():
@@ -311,9 +302,9 @@ def _build_adapter(
         else:
             replaced[rename(raw, FROM_CHANGE)] = tensor
     if not halves and (path.is_file() or not (path / ADAPTER_CONFIG).exists()):
-        return Adapter(path, replaced, post_decoder=settings, base=base)
-    adapter = LoraSettings(_folder(path))
-    pairs = adapter.pairs(halves, replaced)
+        return Adapter(folder, replaced, post_decoder=settings, previous=folder.previous)
+    lora_settings = LoraSettings(path if path.is_dir() else path.parent)
+    pairs = lora_settings.pairs(halves, replaced)
     modules: dict[str, str] = {}
     for module in pairs:
         weight = rename(f"{module}.weight", FROM_CHANGE)
@@ -323,4 +314,4 @@ def _build_adapter(
             )
         modules[weight] = module
     lora = {name: pairs[module] for name, module in modules.items()}
-    return Adapter(path, replaced, lora, adapter, modules, settings, base)
+    return Adapter(folder, replaced, lora, lora_settings, modules, settings, folder.previous)

@@ -11,8 +11,8 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -286,29 +286,93 @@ def rename(name: str, renames: Renames) -> str:
     return name
 
 
-def folder_kind(path: str | Path) -> str:
-    """Detect what a path holds.
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a path holds: a model, or an adapter to one. `parse_folder` reads it once; it is then passed on.
 
-    Returns:
-        "llava", "hf" or "relook" for a model, "llama" for a language model alone, or "run", "lora" or "trained" for an
-        adapter.
+    Args:
+        path: the folder, or the file of an adapter's tensors.
+        kind: "llava", "hf" or "relook" for a model, "llama" for a language model alone, or "run", "lora" or "trained"
+            for an adapter. It is detected from the files, never from the name.
+        config: content of config.json; may be empty for an adapter.
+        change: content of a run's change.json; empty for all other kinds.
+    """
+
+    path: Path
+    kind: str
+    config: dict[str, Any]
+    change: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def base(self) -> ModelFolder:
+        """Return the model that a run was trained on; every other folder is its own base.
+
+        Raises:
+            CheckpointError: the base is not there, or is not a folder that relook knows.
+        """
+        if self.kind != "run":
+            return self
+        base = Path(self.change["base"])
+        if not base.is_dir():
+            raise CheckpointError(
+                f"The base of the run {self.path}, {base}, is not there.",
+                "Give the base by itself: `relook merge BASE RUN OUT`, or load_model(base, adapter=run).",
+            )
+        return parse_folder(base)
+
+    @cached_property
+    def previous(self) -> tuple[ModelFolder, ...]:
+        """Return the adapters that were already applied to the base when a run was trained, in order."""
+        return tuple(map(parse_folder, self.change.get("earlier", ())))
+
+    @property
+    def template(self) -> str:
+        """Return the conversation template that the model, or a run's base, was tuned with."""
+        return config_template(self.base.config)
+
+    def tower_for(self, base: ModelFolder) -> Path | None:
+        """Return the vision tower that a run was trained with if the base has none of its own, else None."""
+        tower = self.change.get("vision_tower")
+        return Path(tower) if tower and base.kind in ("llava", "llama") else None
+
+
+AnyFolder = str | Path | ModelFolder  # what public functions take: a path, or a folder that is parsed already
+
+
+def parse_folder(path: AnyFolder) -> ModelFolder:
+    """Detect what a path holds and read its configs; a folder that is parsed already is returned as it is.
 
     Raises:
         CheckpointError: nothing that relook knows; unsupported model types are named.
     """
+    if isinstance(path, ModelFolder):
+        return path
     path = Path(path)
     require_regular(path)
-    if path.is_file():
-        return "trained"
+    if path.is_file():  # bare tensors; a config.json beside them may give the post decoder's settings
+        return ModelFolder(path, "trained", read_json_object(path.parent / "config.json", optional=True))
     if not path.is_dir():
         raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
     require_regular_files(path)
-    for name, kind in ((ADAPTER_FILE, "run"), (ADAPTER_CONFIG, "lora")):
-        if (path / name).exists():
-            return kind
-    if not weight_files(path) and adapter_files(path):
-        return "trained"
-    return _model_kind(path, read_config(path))
+    if (path / ADAPTER_FILE).exists():
+        kind, change = "run", _read_change(path / ADAPTER_FILE)
+    else:
+        change = {}
+        kind = "lora" if (path / ADAPTER_CONFIG).exists() else ""
+    if kind or (not weight_files(path) and adapter_files(path)):
+        return ModelFolder(path, kind or "trained", read_json_object(path / "config.json", optional=True), change)
+    config = read_config(path)
+    return ModelFolder(path, _model_kind(path, config), config)
+
+
+def _read_change(path: Path) -> dict[str, Any]:
+    change = read_json_object(path)
+    if not isinstance(change.get("base"), str):
+        raise CheckpointError(f"{path} does not name a base.", "Copy the run again.")
+    earlier = change.get("earlier", [])
+    if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
+        raise CheckpointError(f"{path} has {earlier!r} as earlier changes.", "Copy the run again.")
+    return change
 
 
 def adapter_files(folder: Path) -> list[Path]:

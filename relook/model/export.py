@@ -37,7 +37,7 @@ from relook.model.checkpoint import (
     TO_HF,
     TO_LLAVA,
     TOWER,
-    folder_kind,
+    parse_folder,
     rename,
     rope_settings,
     to_llava_config,
@@ -109,13 +109,13 @@ def merge_adapter(
         stage: take only part of the adapter, as replace_bin's stages did (see `Adapter.at_stage`); None takes all.
         how: options for writing.
     """
-    base, change, out = Path(base), Path(change), Path(out)
-    trained = read_adapter(change)
-    if folder_kind(base) == "run":
-        trained = trained.after(base)
-        source = open_lazy(base, vision_tower=how.vision_tower or trained.tower_for(base))
+    model, trained, out = parse_folder(base), read_adapter(change), Path(out)
+    trained.note_projector()
+    if model.kind == "run":
+        trained = trained.after(model)
+        source = open_lazy(model, vision_tower=how.vision_tower)
     else:
-        source = open_base(base, trained, how.vision_tower)
+        source = open_base(model, trained.folder, how.vision_tower)
     if stage is not None:
         trained, left = trained.at_stage(stage, source)
         if left:
@@ -316,7 +316,7 @@ def _logits_by_peft(beneath: LazyModel, change: Adapter) -> tuple[Tensor, dict[s
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    assert change.adapter is not None
+    assert change.lora_settings is not None
     rest, tensors = change.without_adapter()
     loaded = materialize(rest.apply_to(beneath, torch.float32), torch.float32)
     core = wrapped = loaded.core
@@ -330,7 +330,7 @@ def _logits_by_peft(beneath: LazyModel, change: Adapter) -> tuple[Tensor, dict[s
         named = {PEFT_PREFIX + name: tensor.read() for name, tensor in plain.items()}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(wrapped, LoraConfig.from_pretrained(str(change.adapter.file.parent))).eval()
+        model = get_peft_model(wrapped, LoraConfig.from_pretrained(str(change.lora_settings.file.parent))).eval()
         report = set_peft_model_state_dict(model, named)
     lost = [*report.unexpected_keys, *(name for name in report.missing_keys if ".lora_" in name)]
     if lost:

@@ -37,12 +37,13 @@ from relook.model.checkpoint import (
     PROJECTOR,
     TOWER,
     WHOLE_MODELS,
+    AnyFolder,
     LazyTensor,
     Renames,
     config_template,
-    folder_kind,
     from_llava_config,
     one_rope,
+    parse_folder,
     read_config,
     read_tensor_folder,
     rename,
@@ -169,7 +170,11 @@ class LazyModel:
         """Build one transformers processor from the tokenizer and the image processor."""
         try:
             if self.tower is None:
-                return AutoProcessor.from_pretrained(self.path, local_files_only=True)
+                processor = AutoProcessor.from_pretrained(self.path, local_files_only=True)
+                # Without a known processor class, transformers falls back to the tokenizer alone.
+                if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
+                    raise ValueError(f"it is a {type(processor).__name__}, without pictures or without text")
+                return processor
             images = LlavaImageProcessorPil.from_pretrained(self.tower, local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exception, and transformers any kind
             raise CheckpointError(
@@ -203,7 +208,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def open_folder(
-    path: str | Path,
+    path: AnyFolder,
     vision_tower: str | Path | None = None,
     weights: bool = True,
     llava_config: dict[str, Any] | None = None,
@@ -221,13 +226,12 @@ def open_folder(
     Raises:
         CheckpointError: it is not a model folder, its files are broken, or its tower cannot be found.
     """
-    path = Path(path)
-    kind = folder_kind(path)
+    folder = parse_folder(path)
+    path, kind, raw = folder.path, folder.kind, folder.config
     if kind not in WHOLE_MODELS:
         raise CheckpointError(
             f"{path} holds a change to a model, not a model.", "Pass its base as path, and this as adapter."
         )
-    raw = read_config(path)
     if raw.get("quantization_config"):
         raise CheckpointError(
             f"The weights in {path} are quantised already.",
@@ -247,7 +251,7 @@ def open_folder(
     trunk = MODEL_TYPES[raw["model_type"]]
     config_class = trunk.relook_config if kind == "relook" else trunk.config
     tensors = _renamed(read_tensor_folder(path), FROM_HF) if weights else {}
-    raw["text_config"] = _build_checked(path, one_rope, raw["text_config"])
+    raw = raw | {"text_config": _build_checked(path, one_rope, raw["text_config"])}
     config = _build_checked(path, config_class.from_dict, plain_config(raw))
     check_config(str(path), config)
     return LazyModel(path, kind, config, tensors, _build_checked(path, config_template, raw))

@@ -24,9 +24,8 @@ from relook.data.templates import get_template
 from relook.distributed import full_shape, set_full
 from relook.errors import CheckpointError, preview
 from relook.files import file_hash
-from relook.model import checkpoint
-from relook.model.adapters import TENSORS_FILE, Adapter, language_model_config, read_adapter
-from relook.model.checkpoint import ADAPTER_FILE
+from relook.model.adapters import TENSORS_FILE, language_model_config, parse_adapter, read_adapter
+from relook.model.checkpoint import ADAPTER_FILE, AnyFolder, ModelFolder, parse_folder
 from relook.model.config_checks import check_processor
 from relook.model.families import family_of, with_post_decoder
 from relook.model.lazy_model import LazyModel, open_folder
@@ -189,8 +188,8 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path,
-    adapter: str | Path | None = None,
+    path: AnyFolder,
+    adapter: AnyFolder | None = None,
     vision_tower: str | Path | None = None,
     dtype: str | torch.dtype = "float32",
     bits: int = 16,
@@ -219,7 +218,7 @@ def load_model(
         CheckpointError: tensors are missing, unused, broken or do not fit, by name, with advice on what to pass.
     """
     kind = parse_dtype(dtype)
-    source, place = open_lazy(Path(path), adapter, vision_tower, kind), parse_device(str(device))
+    source, place = open_lazy(path, adapter, vision_tower, kind), parse_device(str(device))
     if not trunk:
         return wrap(load_head_only(source, kind, place), source)
     return materialize(source, kind, place, _quantisation(bits, kind, place, double_quant, quant_type))
@@ -235,25 +234,25 @@ class LoadOptions:
     bits: int = 16
     device: str = ""
 
-    def identity(self, model: str | Path) -> dict[str, Any]:
+    def identity(self, path: AnyFolder) -> dict[str, Any]:
         """Return everything that answers depend on: the model's path, hashes and load options, not the device."""
-        how = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
-        model = Path(model)
+        options = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
+        model = parse_folder(path)
         parts = {
             "model": model,
             "adapter": self.adapter,
             "vision_tower": tower_of(model, self.vision_tower, self.adapter),
         }
-        hashes = {f"{name}_hash": model_hash(path) for name, path in parts.items() if path is not None}
-        return {**how, "model": str(model.resolve()), **hashes}
+        hashes = {f"{name}_hash": model_hash(part) for name, part in parts.items() if part is not None}
+        return {**options, "model": str(model.path.resolve()), **hashes}
 
-    def load(self, path: str | Path) -> LoadedModel:
+    def load(self, path: AnyFolder) -> LoadedModel:
         return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, self.device)
 
 
 def open_lazy(
-    path: str | Path,
-    adapter: str | Path | None = None,
+    path: AnyFolder,
+    adapter: AnyFolder | None = None,
     vision_tower: str | Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> LazyModel:
@@ -263,30 +262,32 @@ def open_lazy(
         path, adapter, vision_tower: as for `load_model`.
         dtype: of the weights that LoRA is merged into; None keeps the stored dtype.
     """
-    path = Path(path)
-    kind = checkpoint.folder_kind(path)
-    if kind == "run" or (kind == "lora" and adapter is None):
-        if adapter is not None:
-            raise CheckpointError(f"{path} is itself a training run.", "Give its base as the model.")
-        change = read_adapter(path)
-        if change.base is None:
-            raise CheckpointError(f"{path} is an adapter.", "Pass its base as path, and this folder as adapter.")
-        if not change.base.is_dir():
-            raise CheckpointError(
-                f"The base of the run {path}, {change.base}, is not there.",
-                "Give the base by itself: `relook merge BASE RUN OUT`, or load_model(base, adapter=run).",
-            )
-        path, adapter = change.base, path
-    if adapter is None:
-        source = open_folder(path, vision_tower)
-    else:
-        change = read_adapter(Path(adapter))
-        source = change.apply_to(open_base(path, change, vision_tower), dtype)
+    base, change = base_and_adapter(path, adapter)
+    trained = None if change is None else read_adapter(change)
+    source = open_base(base, change, vision_tower)
+    if trained is not None:
+        trained.note_projector()
+        source = trained.apply_to(source, dtype)
     source.check()
     return source
 
 
-def tower_of(path: Path, vision_tower: str | Path | None = None, adapter: str | Path | None = None) -> Path | None:
+def base_and_adapter(path: AnyFolder, adapter: AnyFolder | None = None) -> tuple[ModelFolder, ModelFolder | None]:
+    """Return a model's base and the adapter on it, if any; a run is an adapter on the base that it names.
+
+    Args: as of `load_model`.
+    """
+    model = parse_folder(path)
+    if adapter is not None and model.kind == "run":
+        raise CheckpointError(f"{model.path} is itself a training run.", "Give its base as the model.")
+    if adapter is None and model.kind == "lora":
+        raise CheckpointError(f"{model.path} is an adapter.", "Pass its base as path, and this folder as adapter.")
+    if model.kind == "run":
+        return model.base, model
+    return model, None if adapter is None else parse_adapter(adapter)
+
+
+def tower_of(path: AnyFolder, vision_tower: str | Path | None = None, adapter: AnyFolder | None = None) -> Path | None:
     """Find the vision tower folder of a model, or of a run's base; None where the model contains its own tower.
 
     Args: as of `load_model`.
@@ -294,18 +295,17 @@ def tower_of(path: Path, vision_tower: str | Path | None = None, adapter: str | 
     Raises:
         CheckpointError: there is no such model, or its tower cannot be found.
     """
-    if (path / ADAPTER_FILE).exists():
-        change = read_adapter(path)
-        path, vision_tower = change.base or path, vision_tower or change.vision_tower
-    elif adapter is not None:
-        return open_base(path, read_adapter(Path(adapter)), vision_tower, weights=False).tower
-    return open_folder(path, vision_tower, weights=False).tower
+    return open_base(*base_and_adapter(path, adapter), vision_tower, weights=False).tower
 
 
-def open_base(path: Path, change: Adapter, vision_tower: str | Path | None = None, weights: bool = True) -> LazyModel:
+def open_base(
+    base: ModelFolder, adapter: ModelFolder | None, vision_tower: str | Path | None = None, weights: bool = True
+) -> LazyModel:
     """Open the base model of an adapter; a bare language model becomes LLaVA as the adapter's config says."""
-    tower = vision_tower or change.tower_for(path)
-    return open_folder(path, tower, weights, llava_config=language_model_config(change))
+    if adapter is None:
+        return open_folder(base, vision_tower, weights)
+    llava_config = language_model_config(adapter) if base.kind == "llama" else None
+    return open_folder(base, vision_tower or adapter.tower_for(base), weights, llava_config)
 
 
 def materialize(
@@ -390,14 +390,6 @@ def parse_device(name: str) -> str:
     return name
 
 
-def folder_template(path: str | Path) -> str:
-    """Return the template of the model in `path`, or of a training run's base, without loading it."""
-    path = Path(path)
-    if checkpoint.folder_kind(path) == "run":
-        path = read_adapter(path).base or path
-    return checkpoint.config_template(checkpoint.read_config(path))
-
-
 def add_post_decoder(
     model: PreTrainedModel, settings: dict[str, Any], generator: torch.Generator | None, init: str = "random"
 ) -> PreTrainedModel:
@@ -462,12 +454,12 @@ HASHED = (
 )
 
 
-def model_hash(path: str | Path) -> str:
+def model_hash(folder: AnyFolder) -> str:
     """Hash a folder's weights and settings, and those of a run's base and previous adapters.
 
     Results record this hash as their model. The folder may also hold a vision tower or an adapter.
     """
-    path = Path(path)
+    path = folder.path if isinstance(folder, ModelFolder) else Path(folder)
     if path.is_file():
         return file_hash(path)[:16]  # an adapter's tensors
     if not path.is_dir():
@@ -477,8 +469,7 @@ def model_hash(path: str | Path) -> str:
         if file.suffix in (".safetensors", ".bin") or file.name in HASHED:
             digest.update(f"{file.name}:{file_hash(file)}\n".encode())
     if (path / ADAPTER_FILE).exists():
-        change = read_adapter(path)
-        for below in (change.base, *change.previous):
-            if below is not None:
-                digest.update(model_hash(below).encode())
+        run = parse_folder(folder)
+        for below in (run.base, *run.previous):
+            digest.update(model_hash(below).encode())
     return digest.hexdigest()[:16]

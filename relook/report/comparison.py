@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,13 @@ from relook.evaluate.score import RESULTS, annotation_file, data_of
 from relook.evaluate.tasks.chair import vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json_object, write_json, write_text
-from relook.report.pages import card, described, document, format_number, format_percent, table, thumbnail
+from relook.report.pages import described, render, thumbnail
 
 RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
 LONGEST = 2000  # characters of an answer that are shown
 RATES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio"}
 RATINGS = ("score",)  # rates that are no fractions: MMHal-Bench's mean rating
-CHAIR_RATES = {"chair_i": "CHAIR<sub>i</sub>", "chair_s": "CHAIR<sub>s</sub>", "recall": "recall", "length": "words"}
-NOTE = (
-    "Percent; in brackets 95 % intervals from a bootstrap over images, paired for differences, which are bold where 0 "
-    "is outside. p: exact McNemar test over questions, or over captions with and without a hallucination."
-)
 
 
 def write_comparison(
@@ -53,33 +47,37 @@ def write_comparison(
     is_free(out, RESULTS_FILE, "--out")
     results = compare_folders(first, second, data)
     write_json(out / RESULTS_FILE, results)
-    names, differing = results["models"], results["differing"]
-    title = " and ".join(names)
-    sections = [f"<h1>{html.escape(title)}</h1>", f"<p>{NOTE}</p>"]
-    if "pope" in results["paired"]:
-        sections += ["<h2>POPE</h2>", pope_table(results), *pope_cards(differing["pope"], names, data)]
-    if "chair" in results["paired"]:
-        sections += ["<h2>CHAIR</h2>", chair_table(results), *chair_cards(differing["chair"], names, data)]
-    for name in results["scores"][0]:
-        if name not in results["paired"]:
-            sections += [f"<h2>{name.upper()}</h2>", "<p>Side by side, not paired.</p>", side_by_side(results, name)]
-    sections += ["<h2>Where the numbers come from</h2>", f"<div class=wrap>{provenance_table(results)}</div>"]
-    write_text(out / REPORT_FILE, document(title, sections))
+    both, paired, differing = results["scores"], results["paired"], results["differing"]
+    page = render(
+        "comparison.html.j2",
+        title=" and ".join(results["models"]),
+        models=results["models"],
+        both=both,
+        paired=paired,
+        splits=SPLITS,
+        pope_rates=RATES,
+        questions=differing_questions(differing["pope"], data) if "pope" in paired else None,
+        captions=caption_cards(differing["chair"], results["models"], data) if "chair" in paired else None,
+        unpaired={name: side_by_side([scores[name] for scores in both]) for name in both[0] if name not in paired},
+        sources=provenance(both),
+        limit=PICTURES,
+        results_file=RESULTS_FILE,
+    )
+    write_text(out / REPORT_FILE, page)
     return out / REPORT_FILE
 
 
 def compare_folders(first: Path, second: Path, data: Path) -> dict[str, Any]:
-    """What `comparison.json` says: scores, differences (second - first), and the rows on which the two differ.
+    """Return the content of `comparison.json`: scores, differences (second - first), rows on which the two differ.
 
     POPE and CHAIR are scored from the answers and paired; of other benchmarks the finished scores are taken.
     """
     folders = [first, second]
     both = [name for name in BENCHMARKS if all((folder / f"{name}.json").exists() for folder in folders)]
     if not both:
-        known = ", ".join(BENCHMARKS)
         raise RecipeError(
             f"{first} and {second} have no finished benchmark in common.",
-            f"Finish one of {known} in both, by `relook eval`.",
+            f"Finish one of {', '.join(BENCHMARKS)} in both, by `relook eval`.",
         )
     differing = {"pope": differing_answers, "chair": differing_captions}
     paired = [name for name in both if name in differing]
@@ -95,128 +93,87 @@ def _scores(name: str, data: Path, folder: Path) -> dict[str, Any]:
     return RESULTS[name](data, folder) if name in RESULTS else read_json_object(folder / f"{name}.json")
 
 
-def pope_table(results: Mapping[str, Any]) -> str:
-    """A line per split and rate."""
-    cells = [_heads(results)]
-    for split in SPLITS:
-        sides, paired = [scores["pope"][split] for scores in results["scores"]], results["paired"]["pope"][split]
-        for rate, title in RATES.items():
-            shown = [format_percent(side[rate], side[f"{rate}_ci"]) for side in sides]
-            cells.append([f"{split}, {title}", *shown, *_difference(paired if rate == "accuracy" else paired[rate])])
-        counts = [" / ".join(str(side[key]) for key in ("tp", "fp", "tn", "fn")) for side in sides]
-        cells.append([f"{split}, TP / FP / TN / FN", *counts, "", ""])
-        cells.append([f"{split}, unclear answers", *(str(side["unclear"]) for side in sides), "", ""])
-    return table(cells)
+def side_by_side(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return both models' cells by rate: (value, interval, scale), or a text; empty where one has no such rate.
+
+    What a judge has and has not judged comes first, then each rate with an interval, of the benchmark and its parts.
+    """
+    cells = [_judged(scores) | _rates(scores) for scores in sides]
+    return {
+        rate: [side.get(rate, "") for side in cells] for rate in dict.fromkeys(rate for side in cells for rate in side)
+    }
 
 
-def chair_table(results: Mapping[str, Any]) -> str:
-    cells = [_heads(results)]
-    sides, paired = [scores["chair"] for scores in results["scores"]], results["paired"]["chair"]
-    for rate, title in CHAIR_RATES.items():
-        scale = 1 if rate == "length" else 100
-        shown = [format_number(side[rate], side[f"{rate}_ci"], scale) for side in sides]
-        cells.append([title, *shown, *_difference(paired[rate], scale)])
-    return table(cells)
-
-
-def side_by_side(results: Mapping[str, Any], name: str) -> str:
-    """A line per rate with an interval, of a benchmark and its parts; first what a judge has and has not judged."""
-    sides = [_judged(scores[name]) | _rates(scores[name]) for scores in results["scores"]]
-    cells = [_heads(results)[:3]]
-    for rate in dict.fromkeys(rate for side in sides for rate in side):
-        cells.append([html.escape(rate), *(side.get(rate, "") for side in sides)])
-    return table(cells)
-
-
-def _judged(scores: Mapping[str, Any]) -> dict[str, str]:
+def _judged(scores: Mapping[str, Any]) -> dict[str, Any]:
     if "not_judged" not in scores:
         return {}
     unjudged = scores["not_judged"]
+    # Earlier versions wrote only how many replies had no verdict, of `sentences` or of `n` answers.
     judged = scores.get("judged", scores.get("sentences", scores["n"]) - unjudged)
     undecided = f", {scores['cannot_judge']} of them “cannot judge”" if "cannot_judge" in scores else ""
     return {"judged / not judged": f"{judged} / {unjudged}{undecided}"}
 
 
-def _rates(scores: Mapping[str, Any], part: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
+def _rates(scores: Mapping[str, Any], part: str = "") -> dict[str, Any]:
+    rates: dict[str, Any] = {}
     for key, value in scores.items():
         if isinstance(value, dict):
-            found |= _rates(value, f"{part}{key}, ")
+            rates |= _rates(value, f"{part}{key}, ")
         elif f"{key}_ci" in scores:
-            found[part + key] = format_number(value, scores[f"{key}_ci"], 1 if key in RATINGS else 100)
-    return found
+            rates[part + key] = (value, scores[f"{key}_ci"], 1 if key in RATINGS else 100)
+    return rates
 
 
-def _heads(results: Mapping[str, Any]) -> list[str]:
-    return ["", *(html.escape(name) for name in results["models"]), "difference", "p"]
-
-
-def _difference(found: Mapping[str, Any], scale: float = 100) -> list[str]:
-    text = format_number(found["difference"], found["ci"], scale, "+")
-    p = f"{found['mcnemar_p']:.2g}" if "mcnemar_p" in found else ""
-    low, high = found["ci"] or (0, 0)
-    return [f"<b>{text}</b>" if low > 0 or high < 0 else text, p]
-
-
-def pope_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> list[str]:
-    """The pictures with the most questions on which the two differ, and these questions."""
-    names = [html.escape(name) for name in names]
+def differing_questions(rows: Sequence[Mapping[str, Any]], data: Path) -> dict[str, Any]:
+    """Count the questions on which the two differ, and return those of the pictures that have the most as cards."""
     by_image: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_image.setdefault(row["image"], []).append(row)
-    shown = sorted(by_image, key=lambda image: -len(by_image[image]))[:PICTURES]
-    alone = [sum(row["right"][side] and not row["right"][1 - side] for row in rows) for side in (0, 1)]
-    text = (
-        f"{len(rows)} distinct questions on {len(by_image)} pictures are answered differently: {names[0]} alone is "
-        f"right {alone[0]} times, {names[1]} alone {alone[1]} times."
-    )
     cards = []
-    for image in shown:
-        cells = [["question", "truth", *names]]
-        for row in by_image[image]:
-            said = [
-                f"<span class={'right' if right else 'wrong'}>{_short(answer)}</span>"
-                for answer, right in zip(row["answers"], row["right"], strict=True)
-            ]
-            cells.append([_short(row["question"]), row["label"], *said])
-        cards.append(_card(data, image, table(cells)))
-    return [f"<p>{text}{_shorten_list(len(by_image))}</p>", *cards]
+    for image in sorted(by_image, key=lambda image: -len(by_image[image]))[:PICTURES]:
+        shown = [
+            {
+                "question": _short(row["question"]),
+                "label": row["label"],
+                "answers": list(zip(map(_short, row["answers"]), row["right"], strict=True)),
+            }
+            for row in by_image[image]
+        ]
+        cards.append({"image": image, "thumbnail": _thumbnail(data, image), "rows": shown})
+    return {
+        "count": len(rows),
+        "images": len(by_image),
+        "alone": [sum(row["right"][side] and not row["right"][1 - side] for row in rows) for side in (0, 1)],
+        "cards": cards,
+    }
 
 
-def chair_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> list[str]:
-    """The pictures of which the two name absent objects differently, and both captions."""
+def caption_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> dict[str, Any]:
+    """Return the pictures of which the two name different absent objects, with both captions, as cards."""
     vocabulary, cards = vocabulary_of(read_coco(annotation_file(data))), []
     for row in rows[:PICTURES]:
-        said = [(name, caption[:LONGEST]) for name, caption in zip(names, row["captions"], strict=True)]
-        cards.append(_card(data, row["image"], described(row["objects"], said, vocabulary)))
-    text = f"{len(rows)} pictures are described with other absent objects; their words are marked."
-    return [f"<p>{text}{_shorten_list(len(rows))}</p>", *cards]
+        captions = [(name, caption[:LONGEST]) for name, caption in zip(names, row["captions"], strict=True)]
+        texts = described(row["objects"], captions, vocabulary)
+        cards.append({"image": row["image"], "thumbnail": _thumbnail(data, row["image"]), "texts": texts})
+    return {"count": len(rows), "cards": cards}
 
 
-def _shorten_list(pictures: int) -> str:
-    return f" The first {PICTURES} pictures are shown; {RESULTS_FILE} has all rows." if pictures > PICTURES else ""
-
-
-def _card(data: Path, image: str, content: str) -> str:
-    picture = f"{thumbnail(resolve_extension(coco_images(data) / image))}<br><small>{html.escape(image)}</small>"
-    return card(picture, content)
+def _thumbnail(data: Path, image: str) -> dict[str, str]:
+    return thumbnail(resolve_extension(coco_images(data) / image))
 
 
 def _short(text: str) -> str:
-    return html.escape(text if len(text) <= LONGEST else f"{text[:LONGEST]} …")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
-def provenance_table(results: Mapping[str, Any]) -> str:
-    """What each number depends on; lines on which the two differ are bold."""
-    cells = [["", *(html.escape(name) for name in results["models"])]]
-    for benchmark in results["scores"][0]:
-        sides = [_sources(side[benchmark]) for side in results["scores"]]
+def provenance(both: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return what each number depends on, for both models, by benchmark and key."""
+    lines = {}
+    for benchmark in both[0]:
+        sides = [_sources(scores[benchmark]) for scores in both]
         for key in dict.fromkeys(key for side in sides for key in side):
-            values = [html.escape(_plain(side.get(key, ""))) for side in sides]
-            if values[0] != values[1]:
-                values = [f"<b>{value}</b>" for value in values]
-            cells.append([f"{benchmark}: {html.escape(key)}", *values])
-    return table(cells)
+            lines[f"{benchmark}: {key}"] = [_plain(side.get(key, "")) for side in sides]
+    return lines
 
 
 def _sources(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,4 +185,4 @@ def _sources(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from markupsafe import Markup
 
 from relook.data.images import ImageSource
 from relook.data.packing import Tree
@@ -26,8 +27,8 @@ FIELDS = {
 }
 
 
-def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One panel per logged field, one line per run, as an SVG element.
+def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
+    """Plot one panel per logged field, one line per run, as an SVG element.
 
     Args:
         logs: the Trainer's log history of each run.
@@ -47,8 +48,8 @@ def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 Points = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def against_rate(panels: Mapping[str, Points], base: Mapping[str, float]) -> str:
-    """Scores against the learning rate, one panel each, one line per variant, as an SVG element.
+def against_rate(panels: Mapping[str, Points], base: Mapping[str, float]) -> Markup:
+    """Plot scores against the learning rate, one panel each, one line per variant, as an SVG element.
 
     Args:
         panels: by title, by variant: (learning rate, score) points in order.
@@ -61,8 +62,8 @@ def against_rate(panels: Mapping[str, Points], base: Mapping[str, float]) -> str
         panel.axhline(base[title], color="#888", linestyle="--", linewidth=1, label="base")
         rates = sorted({rate for points in lines.values() for rate, _ in points})
         panel.set_xscale("log")
-        named = rates[:: -(-len(rates) // 6)]  # more would run into each other
-        panel.set_xticks(named, [f"{rate:g}" for rate in named])
+        ticks = rates[:: -(-len(rates) // 6)]  # more labels would run into each other
+        panel.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         panel.minorticks_off()
         _label(panel, title, "learning rate")
     axes[0].legend(fontsize=8 if len(lines) < 8 else 5)
@@ -72,6 +73,7 @@ def against_rate(panels: Mapping[str, Points], base: Mapping[str, float]) -> str
 def _panels(count: int) -> tuple[Any, Any, Any]:
     import matplotlib
 
+    # Chosen before pyplot is imported: the default backend would look for a display.
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
@@ -86,11 +88,12 @@ def _label(panel: Any, title: str, below: str) -> None:
     panel.tick_params(labelsize=8)
 
 
-def _svg(plt: Any, figure: Any) -> str:
+def _svg(plt: Any, figure: Any) -> Markup:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})  # without a date: the same bytes each time
     plt.close(figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    # The XML head is for files of their own. Matplotlib escapes the labels, so templates may take the rest as it is.
+    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -98,12 +101,12 @@ def _svg(plt: Any, figure: Any) -> str:
 
 
 def has_attention_maps(loaded: LoadedModel) -> bool:
-    """Whether a model has a post decoder whose attention over an image can be shown."""
+    """Return True if a model has a post decoder whose attention over an image can be shown."""
     return _attention_recorder(_policy(loaded))
 
 
 def _policy(loaded: LoadedModel) -> Policy:
-    """One conversation is not worth the compilation of layers."""
+    # One conversation is not worth the compilation of layers.
     return Policy(loaded.model.eval(), trunk_pass="dense")
 
 
@@ -115,20 +118,20 @@ def _attention_recorder(policy: Policy) -> bool:
 def attention_before(
     loaded: LoadedModel, image: ImageSource, turns: Sequence[Turn], starts: Sequence[int], template: str = ""
 ) -> list[list[list[float]]]:
-    """Attention of the post decoder's last block over the image, averaged over heads, at the states that predict words.
+    """Return the last post decoder block's attention over the image, averaged over heads, where words are predicted.
 
     Args:
-        turns: a conversation about the image, whose `<image>` is in its first prompt. The last answer, by whichever
-            model, is the one that is looked at.
+        turns: a conversation about the image, whose `<image>` is in its first prompt. Words are looked up in the
+            last answer, whichever model gave it.
         starts: character offsets in that answer where words begin.
         template: of the conversation; empty for the model's own.
 
     Returns:
-        For each word a square grid of weights that sum to 1; empty where the model has no cross-attention, or looks at
-        more than one square grid of features (the tiles of LLaVA-NeXT).
+        For each word a square grid of weights that sum to 1; no grids where the model has no cross-attention, or looks
+        at more than one square grid of features (the tiles of LLaVA-NeXT).
 
     Raises:
-        DataError: the conversation is none that could be trained on: too long, an empty answer, marks of the template.
+        DataError: training would refuse the conversation: too long, an empty answer, marks of the template.
     """
     policy = _policy(loaded)
     if not _attention_recorder(policy) or policy.post_decoder is None:
@@ -142,6 +145,7 @@ def attention_before(
     context = policy.post_decoder.image_context(trunk.features, trunk.image_counts)
     if context is None:
         return []
+    # trunk.states are the states before each supervised token; maps: (states, image features).
     maps = policy.post_decoder.attention_maps(trunk.states, context)[0]
     vision = policy.config.vision_config
     side = vision.image_size // vision.patch_size
@@ -152,5 +156,5 @@ def attention_before(
     text = turns[-1].response
     tokens = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     # A token's offsets may begin with the space before the word, so the word's token is the one that ends after it.
-    places = [next(i for i, (_, end) in enumerate(tokens) if end > start) for start in starts]
-    return [maps[int(trunk.targets.slot[first + place])].view(side, side).tolist() for place in places]
+    positions = [next(i for i, (_, end) in enumerate(tokens) if end > start) for start in starts]
+    return [maps[int(trunk.targets.slot[first + position])].view(side, side).tolist() for position in positions]

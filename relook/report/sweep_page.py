@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, write_text
-from relook.report.pages import NOTHING, document, table
+from relook.report.pages import NOTHING, render
 from relook.report.plots import against_rate, curves
 
 TABLE_FILE, REPORT_FILE = "table.md", "report.html"
@@ -31,28 +30,34 @@ Cells = list[list[str]]  # the first line is the head
 def write_sweep_page(out: Path) -> Path:
     """Write `table.md` and `report.html` of a finished sweep."""
     results = read_json(out / "results.json")
-    seeds = seed_table(results)
     tables = {
         "POPE": sweep_pope_table(results),
-        "Mean ± standard deviation over seeds": seeds,
+        "Mean ± standard deviation over seeds": seed_table(results),
         "CHAIR": sweep_chair_table(results),
         "Hallucination by divergence from the base": divergence_table(results),
     }
     tables = {title: cells for title, cells in tables.items() if len(cells) > 1}
-    notes = {"POPE": P_NOTE, "Hallucination by divergence from the base": KL_NOTE}
-    text = [f"## {title}\n\n{markdown(cells)}\n{notes.get(title, '')}\n" for title, cells in tables.items()]
+    notes = dict.fromkeys(tables, "") | {"POPE": P_NOTE, "Hallucination by divergence from the base": KL_NOTE}
+    text = [f"## {title}\n\n{markdown(cells)}\n{notes[title]}\n" for title, cells in tables.items()]
     write_text(out / TABLE_FILE, "\n".join([*text, _failures(results)]).rstrip() + "\n")
-    body = [f"<h2>{title}</h2>{as_html(cells)}<p>{notes.get(title, '')}</p>" for title, cells in tables.items()]
     logs = {row["name"]: read_json(out / "runs" / row["name"] / "run.json")["log"] for row in results["rows"]}
-    plots = ["<h2>Training</h2>", curves(logs), "<h2>Against the learning rate</h2>", rate_plots(results)]
-    end = f"<p>{html.escape(_failures(results))}</p><p><small>{html.escape(str(results['provenance']))}</small></p>"
-    title = f"<h1>Sweep: {len(logs)} rows on one base</h1>"
-    write_text(out / REPORT_FILE, document("relook sweep", [title, *body, *plots, end]))
+    page = render(
+        "sweep.html.j2",
+        title="relook sweep",
+        rows=len(logs),
+        tables=tables,
+        notes=notes,
+        curves=curves(logs),
+        rate_plots=rate_plots(results),
+        failures=_failures(results),
+        provenance=results["provenance"],
+    )
+    write_text(out / REPORT_FILE, page)
     return out / REPORT_FILE
 
 
 def _failures(results: Mapping[str, Any]) -> str:
-    return "\n".join(f"{name} failed: {said}" for name, said in results["failed"].items())
+    return "\n".join(f"{name} failed: {reason}" for name, reason in results["failed"].items())
 
 
 def plain_percent(value: float | None, sign: str = "") -> str:
@@ -60,7 +65,7 @@ def plain_percent(value: float | None, sign: str = "") -> str:
 
 
 def row_labels(results: Mapping[str, Any], row: Mapping[str, Any] | None) -> list[str]:
-    """What a line is about: the cells under HEADS."""
+    """Return the cells under HEADS: which model a line is about; the base for None."""
     model = Path(results["provenance"]["model"]).name
     if row is None:
         return [model, "base", "", "", "", "", ""]
@@ -69,7 +74,7 @@ def row_labels(results: Mapping[str, Any], row: Mapping[str, Any] | None) -> lis
 
 
 def sweep_pope_table(results: Mapping[str, Any]) -> Cells:
-    """One line per row and split."""
+    """Return a line per row and split."""
     lines: Cells = [[*HEADS, "Split", *RATES.values(), "Unclear", "− base", "p (Holm)"]]
     for row in (None, *results["rows"]):
         for split in SPLITS:
@@ -87,8 +92,8 @@ def seed_table(results: Mapping[str, Any]) -> Cells:
     lines: Cells = [["Variant", "Seeds", "Split", *RATES.values()]]
     for group in results["over_seeds"]:
         for split in SPLITS:
-            found = [group["pope"][split][rate] for rate in RATES]
-            spread = [f"{plain_percent(value['mean'])} ± {plain_percent(value['sd'])}" for value in found]
+            moments = [group["pope"][split][rate] for rate in RATES]
+            spread = [f"{plain_percent(rate['mean'])} ± {plain_percent(rate['sd'])}" for rate in moments]
             lines.append([group["variant"], str(len(group["seeds"])), split, *spread])
     return lines
 
@@ -113,27 +118,27 @@ def sweep_chair_table(results: Mapping[str, Any]) -> Cells:
     return lines
 
 
-def _difference(found: Mapping[str, Any]) -> str:
-    ends = f" [{', '.join(plain_percent(end, '+') for end in found['ci'])}]" if found["ci"] else ""
-    return plain_percent(found["difference"], "+") + ends
+def _difference(paired: Mapping[str, Any]) -> str:
+    ends = f" [{', '.join(plain_percent(end, '+') for end in paired['ci'])}]" if paired["ci"] else ""
+    return plain_percent(paired["difference"], "+") + ends
 
 
 def divergence_table(results: Mapping[str, Any]) -> Cells:
-    """Mean divergence of each row, and the hallucination rate in each of its bins."""
+    """Return the mean divergence of each row, and the hallucination rate in each of its bins."""
     bins = results["rows"][0]["kl_bins"]
     titles = [f"{b['low']:g} to {b['high']:g}" if b["high"] is not None else f"over {b['low']:g}" for b in bins]
     lines: Cells = [["Row", "mean KL", *titles]]
     for row in results["rows"]:
-        found = [
+        rates = [
             f"{plain_percent(b['rate'])} ({plain_percent(b['base_rate'])}), n {b['n']}" if b["n"] else ""
             for b in row["kl_bins"]
         ]
-        lines.append([row["name"], f"{row['kl']:.3g}", *found])
+        lines.append([row["name"], f"{row['kl']:.3g}", *rates])
     return lines
 
 
 def rate_plots(results: Mapping[str, Any]) -> str:
-    """Accuracy and yes ratio of popular and adversarial questions against the learning rate, a line per variant."""
+    """Plot accuracy and yes ratio on popular and adversarial questions against the learning rate, by variant."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     base = {}
     for rate in ("accuracy", "yes_ratio"):
@@ -148,16 +153,13 @@ def rate_plots(results: Mapping[str, Any]) -> str:
 
 
 def line_name(row: Mapping[str, Any]) -> str:
-    """A row's name without its learning rate: rows that share it are one line of a plot."""
+    """Return a row's name without its learning rate: rows that share it are one line of a plot."""
     parts = row["name"].split(",")
     return ",".join(part for part in parts if not part.startswith("learning_rate=")) or row["regime"]
 
 
 def markdown(cells: Cells) -> str:
+    # A name may contain a bar, which would end its cell.
     head, *lines = ([cell.replace("|", "\\|") for cell in line] for line in cells)
     rows = [head, ["---"] * len(head), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in rows)
-
-
-def as_html(cells: Cells) -> str:
-    return table([[html.escape(cell) for cell in line] for line in cells])

@@ -25,8 +25,7 @@ from relook.errors import RelookError
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits
 from relook.generate.shared_projections import share_projections
-from relook.model.adapters import read_adapter
-from relook.model.checkpoint import folder_kind
+from relook.model.checkpoint import AnyFolder, parse_folder
 from relook.model.families import has_post_decoder
 from relook.model.load import LoadedModel, LoadOptions, without_post_decoder
 from relook.serve.api import ServerLimits, make_app
@@ -247,17 +246,15 @@ def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedM
     """
     if loading.adapter is not None:
         return load_sharing_tensors(loaded, model, loading)
-    if folder_kind(model) == "run":
-        change = read_adapter(model)
-        under = change.previous[-1] if change.previous else change.base
-        assert under is not None, "a run names its base"
-        return load_sharing_tensors(loaded, under, loading)
+    folder = parse_folder(model)
+    if folder.kind == "run":
+        return load_sharing_tensors(loaded, folder.previous[-1] if folder.previous else folder.base, loading)
     if not has_post_decoder(loaded.core.config):
         raise RelookError(f"{model} has nothing that could be switched off.", "Give a base to compare with: --base.")
     return replace(loaded, model=without_post_decoder(loaded.core))
 
 
-def load_sharing_tensors(loaded: LoadedModel, path: Path, loading: LoadOptions) -> LoadedModel:
+def load_sharing_tensors(loaded: LoadedModel, path: AnyFolder, loading: LoadOptions) -> LoadedModel:
     """Load another model, which shares the tensors that are equal with one in memory."""
     if loaded.core.device.type == "cuda":  # before any is shared: both engines then use the joint matrices
         share_projections(loaded.core.model.language_model.layers)

@@ -76,7 +76,7 @@ class Chat:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.", "Give the path of an image.") from None
         except DataError as error:
-            raise DataError(f"{path}: {error.what}", error.fix) from None
+            raise DataError(f"{path}: {error.problem}", error.fix) from None
         self.turns.clear()
 
     def switch(self, to_base: bool) -> None:

@@ -92,6 +92,7 @@ class CachePlan:
 
     @staticmethod
     def of(policy: Policy, examples: Sequence[Example], images: ImageLoader) -> CachePlan:
+        """Plan the cache from trees, image sizes and the policy's config alone."""
         trees = [example.tree for example in examples]
         return CachePlan(
             examples,
@@ -126,11 +127,12 @@ class CachePlan:
 
         Batches are filled before shards are cut, so that packed rows are full.
         """
+        # Longest first: trees of similar length share a batch, which pads little.
         order = sorted(range(len(self.examples)), key=lambda i: -len(self.examples[i].tree))
         # The shared root counts once per batch, so it is taken off each tree and off the batch.
         lengths = [len(self.examples[i].tree) - self.root for i in order]
         filled = assign_rows(lengths, self.batch_positions - self.root)
-        return [[order[place] for place in batch] for batch in filled]
+        return [[order[position] for position in batch] for batch in filled]
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -143,6 +145,7 @@ class CachePlan:
             new = [
                 path for path in dict.fromkeys(p for i in batch for p in self.examples[i].images) if path not in seen
             ]
+            # Reference log-probs do not count: 4 bytes per row, against thousands of a hidden state.
             size = sum(self.states[i] for i in batch) * self.row_bytes(STATES)
             size += sum(self.features[path] for path in new) * self.row_bytes(FEATURES)
             if used + size > SHARD_BYTES:
@@ -152,7 +155,6 @@ class CachePlan:
             seen.update(new)
             groups[-1][0].append(batch)
             groups[-1][1].extend(new)
-        groups = [group for group in groups if group[0]]
         return [Shard(n, tuple(map(tuple, batches)), tuple(paths)) for n, (batches, paths) in enumerate(groups)]
 
     def rows(self, part: str, shard: Shard) -> list[int]:
@@ -200,6 +202,7 @@ class ShardFolder:
         path = self._files.get(name)
         if path is None:
             return False
+        # The name ends in the hash of the content, so reading the file once shows whether it is intact.
         if path.name == _file_name(name, file_hash(path)):
             return True
         status(f"  {path} is broken: it is computed again", style="yellow")

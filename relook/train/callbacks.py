@@ -84,26 +84,29 @@ class SanityCheckCallback(TrainerCallback):
 
     def _check_equals_reference(self, policy: Tensor, reference: Tensor) -> None:
         finite = torch.stack([policy.isfinite().all(), reference.isfinite().all()]).float()
-        found = torch.cat([finite, (policy - reference).abs().mean().float()[None]])
-        of_all = self.accelerator.gather(found[None])  # one row per process
-        if not of_all[:, :2].all():
-            who = "reference" if not of_all[:, 1].all() else "policy"
+        local = torch.cat([finite, (policy - reference).abs().mean().float()[None]])
+        # One row per process: policy is finite, reference is finite, mean gap in nats per token. Every process sees
+        # all rows, so that all of them raise, and none waits for the others.
+        by_process = self.accelerator.gather(local[None])
+        if not by_process[:, :2].all():
+            model = "reference" if not by_process[:, 1].all() else "policy"
             raise RelookError(
-                f"Some log-probs of the {who} are not finite before the first step.",
+                f"Some log-probs of the {model} are NaN or inf before the first step.",
                 "Look for broken weights; where fp16 overflows, use bf16.",
             )
-        apart = of_all[:, 2].max().item()
-        if apart > (MAX_GAP_EXACT if self.exact else MAX_GAP):
+        gap = by_process[:, 2].max().item()
+        if gap > (MAX_GAP_EXACT if self.exact else MAX_GAP):
             please = "Please" if self.trunk_pass == "dense" else "Set trunk_pass dense to go on, and please"
             raise RelookError(
                 "Before the first step policy and reference are the same model, but their log-probs differ by "
-                f"{apart:.3g} a token: one of the two passes through it is wrong here.",
+                f"{gap:.3g} a token: one of the two passes through it is wrong here.",
                 f"{please} report this with what `relook doctor` says.",
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if self.done or self.before is None or self.accelerator.optimizer_step_was_skipped:
             return
+        # `initial_lr` is the peak rate, which the scheduler stores in each group.
         warms_up = any(group["lr"] < group.get("initial_lr", 0) for group in optimizer.param_groups)
         if self._in_any((self._log_probs() != self.before).any()):
             self._finish()
@@ -143,6 +146,7 @@ class SanityCheckCallback(TrainerCallback):
         assert self.weights is not None
         moved: Tensor = (self._sums() != self.weights).any()
         gradients = [local_shard(p.grad).any() for p in self._trained() if p.grad is not None]
+        # Weight decay alone moves a weight; a nonzero gradient shows that the loss depends on it.
         return moved & torch.stack(gradients).any() if gradients else moved  # DeepSpeed hides gradients
 
     def _sums(self) -> Tensor:
@@ -155,10 +159,10 @@ class SanityCheckCallback(TrainerCallback):
     @torch.no_grad()
     def _log_probs(self) -> Tensor:
         training = self.model.training
-        self.model.eval()
+        self.model.eval()  # without dropout, so that only the weights differ
         try:
             log_probs: Tensor = self.model(self.batch)
         finally:
             self.model.train(training)
-        reshard(self.model)
+        reshard(self.model)  # outside a training step FSDP2 would keep the gathered weights
         return log_probs

@@ -4,6 +4,12 @@ The cache has three parts: hidden states, vision features once per distinct imag
 states are kept at the supervised positions, or at all positions if the post decoder reads those. Each part is cut into
 shards of whole examples. The cut depends on the data alone. A pass that was killed and resumed, or split over several
 processes, therefore produces the same bytes as an uninterrupted one.
+
+The walk of `cached_items`: hash what the trunk's output depends on (`cache_inputs`), plan shards (`CachePlan`), choose
+memory or disk (`_choose_store`), compute missing shards (`fill_cache`), return views of them (`TrunkCache.items`).
+
+There are no locks. Processes divide the missing shards among themselves, files appear whole under the hash of their
+content, and barriers separate looking, filling and reading.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from relook.errors import DataError, RecipeError, RelookError
 from relook.files import file_hash, read_json, require_disk_space, text_hash, write_json
 from relook.forward.collate import Collator, Item, reference_log_probs
 from relook.forward.policy import LiveBatch, Policy
+from relook.model.checkpoint import parse_folder
 from relook.model.families import family_of, vision_feature_count, vision_feature_width
 from relook.model.load import model_hash, tower_of
 from relook.recipe import Recipe
@@ -77,10 +84,11 @@ def cache_inputs(
         adapter: adapter that was merged into the model; empty for none.
         bits: quantisation of its linear layers.
     """
-    tower = tower_of(model, vision_tower, adapter or None)
+    folder = parse_folder(model)
+    tower = tower_of(folder, vision_tower, adapter or None)
     return {
         "format": str(CACHE_FORMAT),
-        "model": model_hash(model),
+        "model": model_hash(folder),
         "adapter": model_hash(Path(adapter)) if adapter else "",
         "bits": bits,
         "vision tower": model_hash(tower) if tower else "",
@@ -97,20 +105,20 @@ def cache_inputs(
 
 def images_hash(examples: Sequence[Example]) -> str:
     """Hash the contents of the examples' image files, in order."""
-    pictures = hashlib.sha256()
+    digest = hashlib.sha256()
     for example in examples:
         for image in example.images:
-            pictures.update(file_hash(image).encode())
-    return pictures.hexdigest()
+            digest.update(file_hash(image).encode())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=2)  # the runs of a sweep share their examples
 def _tokens_hash(examples: tuple[Example, ...]) -> str:
-    data = hashlib.sha256()
+    digest = hashlib.sha256()
     for example in examples:
-        data.update(repr(example.tree).encode())
-        data.update(f"{len(example.images)};".encode())
-    return data.hexdigest()
+        digest.update(repr(example.tree).encode())
+        digest.update(f"{len(example.images)};".encode())  # which images is in `images_hash`
+    return digest.hexdigest()
 
 
 def cache_key(source: dict[str, str]) -> str:
@@ -126,10 +134,10 @@ def describe_other_caches(folder: Path, key: str, source: dict[str, str]) -> lis
         try:
             old = read_json(index)["made_from"]
             differs = ", ".join(name for name in source if old.get(name) != source[name])
-        except (DataError, KeyError, TypeError, AttributeError):
-            differs = "nobody knows what"
+        except (DataError, KeyError, TypeError, AttributeError):  # a damaged index, or one of another program
+            differs = "unknown inputs"
         size = readable_size(sum(file.stat().st_size for file in index.parent.iterdir()))
-        lines.append(f"{index.parent} ({size}) does not serve here (it differs in {differs}): left as it is")
+        lines.append(f"{index.parent} ({size}) cannot be used here (it differs in {differs}): left as it is")
     return lines
 
 
@@ -172,12 +180,12 @@ class TrunkCache:
 
     def features(self) -> dict[Path, Tensor]:
         """Return the vision features of each image, shape (M, V)."""
-        plan, found = self.plan, dict[Path, Tensor]()
+        plan, by_image = self.plan, dict[Path, Tensor]()
         for shard in plan.shards:
             if shard.images:
-                parts = self._tensor(shard.name(FEATURES)).split(plan.rows(FEATURES, shard))
-                found.update(zip(shard.images, parts, strict=True))
-        return found
+                features = self._tensor(shard.name(FEATURES)).split(plan.rows(FEATURES, shard))
+                by_image.update(zip(shard.images, features, strict=True))
+        return by_image
 
     def move_to(self, device: torch.device, names: Sequence[str]) -> None:
         """Copy the named tensors to a GPU, so that batches are built there and no step waits for a transfer."""
@@ -186,17 +194,23 @@ class TrunkCache:
                 self.on_device[name] = self.store[name].to(device)
 
     def _tensor(self, name: str) -> Tensor:
+        """Return a shard's tensor: its copy on the GPU, or the stored one."""
         return self.on_device[name] if name in self.on_device else self.store[name]
 
     def _by_example(self, part: str) -> dict[int, Tensor]:
-        plan, found = self.plan, dict[int, Tensor]()
+        """Split the shards of a part into one view per example, by the example's index."""
+        plan, views = self.plan, dict[int, Tensor]()
         for shard in plan.shards:
-            found.update(zip(shard.examples, self._tensor(shard.name(part)).split(plan.rows(part, shard)), strict=True))
-        return found
+            views.update(zip(shard.examples, self._tensor(shard.name(part)).split(plan.rows(part, shard)), strict=True))
+        return views
 
 
 def cached_items(
-    recipe: Recipe, policy: Policy, examples: Sequence[Example], collator: Collator, whole: Callable[[], Policy]
+    recipe: Recipe,
+    policy: Policy,
+    examples: Sequence[Example],
+    collator: Collator,
+    load_with_trunk: Callable[[], Policy],
 ) -> list[Item]:
     """Return the examples with their cached trunk outputs, computing those that are missing.
 
@@ -204,7 +218,7 @@ def cached_items(
 
     Args:
         policy: the policy to train; its trunk is not run.
-        whole: loads the policy with its trunk; called only if something has to be computed.
+        load_with_trunk: loads the policy with its trunk; called only if something has to be computed.
 
     Raises:
         RelookError: the disk is too small, or the machines do not share the cache folder.
@@ -215,31 +229,34 @@ def cached_items(
         path, tower, policy, policy.dtype, examples, collator.images, adapter=recipe.adapter_name_or_path, bits=bits
     )
     key = cache_key(source)
-    kept = TrunkCache.current
-    plan = kept.plan if kept is not None and kept.key == key else CachePlan.of(policy, examples, collator.images)
+    # Plan: the process's last cache, if it has the same key, has the same plan.
+    cache = TrunkCache.current
+    plan = cache.plan if cache is not None and cache.key == key else CachePlan.of(policy, examples, collator.images)
     parts = [STATES]
     if policy.needs_vision_features:
         parts.append(FEATURES)
     if recipe.needs_reference:
         parts.append(REFERENCE)
-    if kept is None or kept.key != key:
-        TrunkCache.current = kept = None  # free the old cache before measuring free memory
-        kept = TrunkCache(key, plan, _choose_store(recipe, key, plan, parts))
-    elif isinstance(kept.store, ShardFolder) and recipe.feature_cache == "memory":
-        kept.store.refresh()  # shards already on disk are used from there, not recomputed in memory
-    elif isinstance(kept.store, ShardFolder) or recipe.feature_cache == "disk":
-        kept.store = _choose_store(recipe, key, plan, parts)
-    fill_cache(kept, source, parts, policy, collator, whole)
-    TrunkCache.current = kept
+    # Store: a new one for another key. For the same key the last one is kept, unless the recipe wants another place.
+    if cache is None or cache.key != key:
+        TrunkCache.current = cache = None  # free the old cache before measuring free memory
+        cache = TrunkCache(key, plan, _choose_store(recipe, key, plan, parts))
+    elif isinstance(cache.store, ShardFolder) and recipe.feature_cache == "memory":
+        cache.store.refresh()  # shards already on disk are used from there, not recomputed in memory
+    elif isinstance(cache.store, ShardFolder) or recipe.feature_cache == "disk":
+        cache.store = _choose_store(recipe, key, plan, parts)
+    fill_cache(cache, source, parts, policy, collator, load_with_trunk)
+    TrunkCache.current = cache  # only now: a pass that fails leaves no half-filled cache behind
     if recipe.training.get("dataloader_num_workers"):
-        kept.on_device.clear()  # DataLoader worker processes cannot read GPU memory
+        cache.on_device.clear()  # DataLoader worker processes cannot read GPU memory
     elif policy.device.type == "cuda":
         torch.cuda.empty_cache()
         # Keep the cache on the GPU if it takes at most half of what is free there.
         if plan.size([STATES, FEATURES]) <= torch.cuda.mem_get_info()[0] // 2:
-            kept.move_to(policy.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.shards_with(p)])
-    collator.features = kept.features() if policy.needs_vision_features else None
-    return kept.items(recipe.needs_reference)
+            cache.move_to(policy.device, [s.name(p) for p in parts if p != REFERENCE for s in plan.shards_with(p)])
+    # Read back: items and features are views of the shards.
+    collator.features = cache.features() if policy.needs_vision_features else None
+    return cache.items(recipe.needs_reference)
 
 
 def fill_cache(
@@ -248,7 +265,7 @@ def fill_cache(
     parts: Sequence[str],
     policy: Policy,
     collator: Collator,
-    whole: Callable[[], Policy],
+    load_with_trunk: Callable[[], Policy],
 ) -> None:
     """Compute the missing shards. On disk each process computes a share of them, and all wait for the last one.
 
@@ -266,13 +283,14 @@ def fill_cache(
     # A folder is shared between processes; memory is not, so there each process computes every shard.
     share = distributed.shard if isinstance(store, ShardFolder) else list
     # States and features come first: reference log-probs are computed from them.
-    trunk = [part for part in parts if part != REFERENCE]
-    wanted = {s: lacking for s, gone in missing.items() if (lacking := [p for p in gone if p != REFERENCE])}
-    if mine := share(list(wanted)):
-        _fill_trunk(store, plan, {shard: wanted[shard] for shard in mine}, whole(), collator)
-    _wait_for_shards(store, plan, trunk)
+    trunk_parts = [part for part in parts if part != REFERENCE]
+    to_compute = {s: lacking for s, absent in missing.items() if (lacking := [p for p in absent if p != REFERENCE])}
+    if local := share(list(to_compute)):
+        # The trunk is loaded here, so that a process with nothing to compute never loads it.
+        _fill_trunk(store, plan, {shard: to_compute[shard] for shard in local}, load_with_trunk(), collator)
+    _wait_for_shards(store, plan, trunk_parts)
     if REFERENCE in parts:
-        _fill_reference(cache, share([s for s, gone in missing.items() if REFERENCE in gone]), policy, collator)
+        _fill_reference(cache, share([s for s, absent in missing.items() if REFERENCE in absent]), policy, collator)
         _wait_for_shards(store, plan, [REFERENCE])
 
 
@@ -283,52 +301,53 @@ def _missing(store: Store, plan: CachePlan, parts: Sequence[str]) -> dict[Shard,
     might have to compute most of them.
     """
 
-    def look(shards: Sequence[Shard]) -> list[list[str]]:
+    def look(shards: Sequence[Shard]) -> list[list[str]]:  # reads and hashes the shards' files
         return [plan.missing(store, parts, shard) for shard in shards]
 
     if isinstance(store, ShardFolder):
-        found = distributed.map_sharded(plan.shards, look, "a look at the trunk cache")
+        missing = distributed.map_sharded(plan.shards, look, "a look at the trunk cache")
         store.refresh()  # forget files that other processes found corrupt and removed
     else:
-        found = look(plan.shards)
-    return {shard: gone for shard, gone in zip(plan.shards, found, strict=True) if gone}
+        missing = look(plan.shards)
+    return {shard: absent for shard, absent in zip(plan.shards, missing, strict=True) if absent}
 
 
 def _fill_trunk(
-    store: Store, plan: CachePlan, wanted: Mapping[Shard, Sequence[str]], policy: Policy, collator: Collator
+    store: Store, plan: CachePlan, to_compute: Mapping[Shard, Sequence[str]], policy: Policy, collator: Collator
 ) -> None:
-    """Run the trunk over the wanted shards, while threads prefetch images and store finished shards.
+    """Run the trunk over shards, while threads prefetch images and store finished shards.
 
     Args:
-        wanted: the parts (STATES, FEATURES) to compute for each shard.
+        to_compute: the parts (STATES, FEATURES) to compute for each shard.
     """
     policy.eval()
-    work = [(shard, indices) for shard, parts in wanted.items() for indices in _batches(plan, shard, parts)]
+    work = [(shard, indices) for shard, parts in to_compute.items() for indices in _batches(plan, shard, parts)]
     gpu = policy.device.type == "cuda"
 
-    def read(one: tuple[Shard, Sequence[int]]) -> LiveBatch:
-        batch = collator.live_batch([Item(plan.examples[i]) for i in one[1]], plan.batch_positions)
-        return batch.pin_memory() if gpu else batch
+    def read(shard_and_indices: tuple[Shard, Sequence[int]]) -> LiveBatch:
+        batch = collator.live_batch([Item(plan.examples[i]) for i in shard_and_indices[1]], plan.batch_positions)
+        return batch.pin_memory() if gpu else batch  # a copy from pinned memory does not wait for the GPU
 
     batches = prefetch_map(read, work)
-    total, done = sum(len(shard.examples) for shard in wanted), 0
+    total, done = sum(len(shard.examples) for shard in to_compute), 0
     stored: Future[None] | None = None
     with progress("trunk states") as report, ThreadPoolExecutor(1) as writer:
         # Batches arrive in shard order: compute one shard while the thread stores the previous one.
-        for shard, group in groupby(zip(work, batches, strict=True), lambda one: one[0][0]):
-            named = ((indices, batch) for (_, indices), batch in group)
-            made = compute_trunk_states(policy, plan, shard, wanted[shard], named)
+        for shard, group in groupby(zip(work, batches, strict=True), lambda step: step[0][0]):
+            indexed_batches = ((indices, batch) for (_, indices), batch in group)
+            tensors = compute_trunk_states(policy, plan, shard, to_compute[shard], indexed_batches)
             if stored is not None:
                 stored.result()  # re-raises errors, and keeps at most two shards in memory
+            # The GPU may still be computing these tensors: the writer waits for this event, not for later batches.
             ready = torch.cuda.current_stream().record_event() if gpu else None
-            stored = writer.submit(_store_shard, store, shard, made, ready)
+            stored = writer.submit(_store_shard, store, shard, tensors, ready)
             done += len(shard.examples)
             report(done, total)
         if stored is not None:
             stored.result()
 
 
-def _store_shard(store: Store, shard: Shard, made: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
+def _store_shard(store: Store, shard: Shard, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
     """Copy a shard's tensors to the CPU and store them.
 
     On a GPU the copy uses a CUDA stream of its own, so that it does not wait for later batches.
@@ -338,17 +357,17 @@ def _store_shard(store: Store, shard: Shard, made: dict[str, Tensor], ready: tor
             stack.enter_context(torch.cuda.device(ready.device))
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
             ready.wait()
-        for part, tensor in made.items():
+        for part, tensor in tensors.items():
             store[shard.name(part)] = copy_to_cpu(tensor)
 
 
 def _batches(plan: CachePlan, shard: Shard, parts: Sequence[str]) -> Iterator[Sequence[int]]:
     """Yield the shard's batches that the given parts need: for FEATURES alone, only those with a new image."""
-    waiting = set(shard.images)
+    unseen = set(shard.images)
     for indices in shard.batches:
-        found = waiting & {path for i in indices for path in plan.examples[i].images}
-        waiting -= found
-        if STATES in parts or (FEATURES in parts and found):
+        new = unseen & {path for i in indices for path in plan.examples[i].images}
+        unseen -= new
+        if STATES in parts or (FEATURES in parts and new):
             yield indices
 
 
@@ -365,28 +384,29 @@ def compute_trunk_states(
     STATES has shape (rows, D) and FEATURES has shape (rows, V). Without STATES only the vision tower runs. It gets the
     same batches, so that its features are bitwise identical.
     """
-    made: dict[str, list[Tensor]] = {part: [] for part in parts}
-    waiting = set(shard.images) if FEATURES in parts else set()
+    tensors: dict[str, list[Tensor]] = {part: [] for part in parts}
+    unseen = set(shard.images) if FEATURES in parts else set()
     for indices, batch in batches:
         live = batch.to(policy.device)
         if STATES in parts:
             trunk = policy.trunk(live)
             features = trunk.features
             # Select the kept positions. The index is computed on the CPU: a boolean mask on the GPU would force a sync.
+            # Slots of shorter trees are padding, with a branch below 0.
             filled = (batch.packed.targets.kept_branch >= 0).flatten().nonzero().squeeze(1)
-            made[STATES].append(trunk.states.flatten(0, 1)[filled.to(live.packed.ids.device)].to(plan.dtype))
+            tensors[STATES].append(trunk.states.flatten(0, 1)[filled.to(live.packed.ids.device)].to(plan.dtype))
         else:
             features = None
             if live.pixel_values is not None:
                 features = policy.vision_features(live.pixel_values, live.image_sizes)
         # Keep the features of each image once, from the first batch that shows it.
         paths = [path for i in indices for path in plan.examples[i].images]
-        for path, one in zip(paths, features or [], strict=features is not None):
-            if path in waiting:
-                waiting.remove(path)
-                made[FEATURES].append(one.to(plan.dtype))
+        for path, image_features in zip(paths, features or [], strict=features is not None):
+            if path in unseen:
+                unseen.remove(path)
+                tensors[FEATURES].append(image_features.to(plan.dtype))
     # Batches are concatenated in order, so rows follow `plan.rows`.
-    return {part: torch.cat(tensors) for part, tensors in made.items()}
+    return {part: torch.cat(pieces) for part, pieces in tensors.items()}
 
 
 def _fill_reference(cache: TrunkCache, shards: Sequence[Shard], policy: Policy, collator: Collator) -> None:
@@ -401,10 +421,10 @@ def _fill_reference(cache: TrunkCache, shards: Sequence[Shard], policy: Policy, 
     items = cache.items(with_reference=False)
     with progress("reference log-probs") as report:
         for shard in shards:
-            found: list[Tensor] = []
-            for indices in shard.batches:
-                found += reference_log_probs(policy, [items[i] for i in indices], collator, len(indices))
-            cache.store[shard.name(REFERENCE)] = torch.cat(found)
+            log_probs: list[Tensor] = []
+            for indices in shard.batches:  # the trunk's batches, so that every process computes the same bits
+                log_probs += reference_log_probs(policy, [items[i] for i in indices], collator, len(indices))
+            cache.store[shard.name(REFERENCE)] = torch.cat(log_probs)
             done += len(shard.examples)
             report(done, total)
 
@@ -415,10 +435,11 @@ def _wait_for_shards(store: Store, plan: CachePlan, parts: Sequence[str]) -> Non
         return
     distributed.barrier(f"the trunk cache's {', '.join(parts)}")
     store.refresh()
+    # After the barrier every shard has its file, unless each machine has a folder of its own.
     names = [s.name(p) for p in parts for s in plan.shards_with(p)]
     if lacking := [name for name in names if not store.has_file(name)]:
         raise RelookError(
-            f"{store.folder} lacks {len(lacking)} shards that other processes made ({lacking[0]}, ...).",
+            f"{store.folder} lacks {len(lacking)} shards that other processes computed ({lacking[0]}, ...).",
             "Give a feature_cache_dir that all machines share, or set feature_cache off.",
         )
 
@@ -434,8 +455,8 @@ def _choose_store(recipe: Recipe, key: str, plan: CachePlan, parts: Sequence[str
     alone = distributed.world_size() == 1
     small = fits and alone and not (folder / INDEX_FILE).exists()
     if recipe.feature_cache == "memory" or (recipe.feature_cache == "auto" and small):
-        held: dict[str, Tensor] = {}
-        return held
+        in_memory: dict[str, Tensor] = {}
+        return in_memory
     return ShardFolder(folder)
 
 
@@ -447,7 +468,7 @@ def _reserve_space(
     missing: Mapping[Shard, Sequence[str]],
 ) -> None:
     """Check for free disk space before anything is computed; the main process also reports and writes the index."""
-    lacking = [(part, shard) for shard, gone in missing.items() for part in gone]
+    lacking = [(part, shard) for shard, absent in missing.items() for part in absent]
     needed = sum(sum(plan.rows(part, shard)) * plan.row_bytes(part) for part, shard in lacking)
     if not needed:
         return
@@ -456,9 +477,10 @@ def _reserve_space(
     if distributed.is_main():
         for line in describe_other_caches(store.folder.parent, store.folder.name, source):
             status(f"  {line}")
-        whole = readable_size(plan.size(parts))
-        status(f"  trunk cache: {whole} in {store.folder}, {readable_size(needed)} of it to be computed")
+        size = readable_size(plan.size(parts))
+        status(f"  trunk cache: {size} in {store.folder}, {readable_size(needed)} of it to be computed")
         store.tidy()
+        # Only `describe_other_caches` and people read the index: the plan is computed anew from the data.
         shards = [{"examples": len(shard.examples), "images": len(shard.images)} for shard in plan.shards]
         write_json(store.folder / INDEX_FILE, {"made_from": source, "widths": plan.widths, "shards": shards})
 
@@ -482,10 +504,10 @@ def caches_vision_features(recipe: Recipe, config: Any, count: int) -> bool:
         RecipeError: the recipe asks for them, but the model cuts images into tiles. Its features are not yet the rows
             that the projector reads.
     """
-    wanted = recipe.feature_cache == "memory"
-    if not recipe.encodes_images_once or not (wanted or count == 1):
+    requested = recipe.feature_cache == "memory"
+    if not recipe.encodes_images_once or not (requested or count == 1):
         return False
-    if not family_of(config).projects_rows and wanted:
+    if not family_of(config).projects_rows and requested:
         raise RecipeError("feature_cache memory: this model cuts images into tiles.", "Set feature_cache off.")
     return family_of(config).projects_rows
 
@@ -505,18 +527,19 @@ def cache_vision_features(
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
     if not paths or not caches_vision_features(recipe, policy.config, distributed.world_size()):
         return None
+    # Families that project rows resize every image to the same shape, so the first one's size holds for all.
     rows = vision_feature_count(policy.config, images.size(paths[0]))
     size = len(paths) * rows * vision_feature_width(policy.config) * policy.dtype.itemsize
     if recipe.feature_cache == "auto" and not fits_half_of_memory(size):
         return None
     status(f"  vision features: {readable_size(size)} in memory")
-    found: dict[Path, Tensor] = {}
+    by_image: dict[Path, Tensor] = {}
     policy.eval()
     batches = [paths[start : start + IMAGE_BATCH] for start in range(0, len(paths), IMAGE_BATCH)]
     read = prefetch_map(lambda batch: images.batch(batch)["pixel_values"], batches)
     with progress("vision features") as report:
         for batch, pixels in zip(batches, read, strict=True):
             features = policy.vision_features(pixels.to(policy.device))
-            found.update(zip(batch, copy_to_cpu(torch.stack(features).to(policy.dtype)), strict=True))
-            report(len(found), len(paths))
-    return found
+            by_image.update(zip(batch, copy_to_cpu(torch.stack(features).to(policy.dtype)), strict=True))
+            report(len(by_image), len(paths))
+    return by_image

@@ -6,11 +6,15 @@ reference. A *ratio* is log pi(y|x) - log pi_ref(y|x), summed over the tokens of
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relook.data.packing import Targets, TokenRow, Tree, batch_targets
+from relook.data.packing import Targets
 from relook.recipe import LENGTH_NORMALISED, REFERENCE_FREE, Recipe
 
 # ----------------------------------------------------------------------------------------------------
@@ -153,7 +157,80 @@ def negative_log_likelihood(log_probs: Tensor, counts: Tensor | None = None) -> 
 
 
 # ----------------------------------------------------------------------------------------------------
-# A recipe's loss over a batch of pairs, composed of the equations above, and the fields it logs.
+# The registry: the equation behind each `loss_type`, with the names of the metrics that a run with it logs.
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Registry entry of a `loss_type`.
+
+    Args:
+        equation: maps a recipe and the values of chosen and rejected answers, (P,) each, to the loss per pair, (P,).
+            The values are log ratios or log-probs, as sums or means over tokens (see `preference_loss`).
+        metrics: names of the logged fields, in the order in which `preference_loss` returns them.
+    """
+
+    equation: Callable[[Recipe, Tensor, Tensor], Tensor]
+    metrics: tuple[str, ...]
+
+
+REFERENCE_FREE_METRICS = (
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("policy_logps/chosen", "policy_logps/rejected", "nll"),
+)
+METRICS = (*REFERENCE_FREE_METRICS[:-1], "reference_logps/chosen", "reference_logps/rejected", "nll")
+MDPO_METRICS = ("rewards/corrupted", "rewards/corrupted_accuracies")  # added by mDPO's conditional term
+
+PAIR_LOSSES = {
+    "sigmoid": PairLoss(lambda recipe, chosen, rejected: dpo_sigmoid(chosen, rejected, recipe.beta), METRICS),
+    "ipo": PairLoss(lambda recipe, chosen, rejected: dpo_ipo(chosen, rejected, recipe.beta), METRICS),
+    "hinge": PairLoss(lambda recipe, chosen, rejected: dpo_hinge(chosen, rejected, recipe.beta), METRICS),
+    "robust": PairLoss(
+        lambda recipe, chosen, rejected: dpo_robust(chosen, rejected, recipe.beta, recipe.label_smoothing), METRICS
+    ),
+    "simpo": PairLoss(
+        lambda recipe, chosen, rejected: simpo(chosen, rejected, recipe.beta, recipe.simpo_gamma),
+        REFERENCE_FREE_METRICS,
+    ),
+    "orpo": PairLoss(lambda recipe, chosen, rejected: orpo(chosen, rejected, recipe.beta), REFERENCE_FREE_METRICS),
+}
+
+
+def metric_names(recipe: Recipe) -> list[str]:
+    """Return the names of the fields that an evaluation of the recipe's loss logs, in their order."""
+    if recipe.task == "sft":
+        return ["loss"]
+    names = ["loss", *PAIR_LOSSES[recipe.loss_type].metrics]
+    if recipe.mdpo_conditional_weight:
+        end_of_rewards = names.index("rewards/margins") + 1
+        names[end_of_rewards:end_of_rewards] = MDPO_METRICS
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------
+# A recipe's loss over a batch, composed of the equations above, and the fields it logs.
+
+
+def batch_loss(recipe: Recipe, log_probs: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the recipe's loss over one batch, shape (), and the logged fields besides it, each of shape ().
+
+    Args:
+        recipe: selects the loss.
+        log_probs: policy log-probs of the batch's targets, (N,).
+        inputs: what `Collator` returns, with the batch's `share` of a mean over a step's tokens (see
+            `RelookTrainer.get_batch_samples`).
+    """
+    share = inputs.get("share", 1.0)
+    if recipe.task == "sft":
+        return share * negative_log_likelihood(log_probs), {}
+    targets = targets_of(inputs["batch"])
+    return preference_loss(recipe, log_probs, targets, inputs.get("reference"), inputs["weight"], share)
+
+
+def targets_of(batch: Any) -> Targets:
+    """Return the targets of a batch of packed trees or of cached trunk states."""
+    targets: Targets = batch.packed.targets if hasattr(batch, "packed") else batch.targets
+    return targets
 
 
 def count_answer_tokens(recipe: Recipe, targets: Targets) -> Tensor | int:
@@ -203,11 +280,13 @@ def preference_loss(
     if reference is not None:
         reference_sums = targets.sum_by_branch(reference * weight)
         ratio = policy_sums - reference_sums
+    # IPO, SimPO and ORPO compare means per token, so that long answers have no larger margins.
     normalised = ratio / lengths if recipe.loss_type in LENGTH_NORMALISED else ratio
     chosen, _ = _sides(ratio, pairs)
     loss = log_probs.new_zeros(())
     if recipe.dpo_weight:
-        loss = loss + recipe.dpo_weight * pair_loss(recipe, *_sides(normalised, pairs)).mean()
+        per_pair = PAIR_LOSSES[recipe.loss_type].equation(recipe, *_sides(normalised, pairs))
+        loss = loss + recipe.dpo_weight * per_pair.mean()
     if recipe.mdpo_conditional_weight:
         corrupted = ratio[2 * pairs :]  # after the chosen and rejected branches
         conditional = mdpo_conditional(chosen, corrupted, recipe.beta)
@@ -226,35 +305,6 @@ def preference_loss(
             fields |= _side_means("reference_logps", reference_sums, pairs)
         fields["nll"] = nll
     return loss, fields
-
-
-def metric_names(recipe: Recipe) -> list[str]:
-    """Return the names of the fields that an evaluation of the recipe's loss logs."""
-    if recipe.task == "sft":
-        return ["loss"]
-    # Evaluate the loss on a minimal pair, with one token per answer, and read off its fields.
-    token = TokenRow((0,), (True,))
-    trees = [Tree((0,), (token, token)), *([Tree((0,), (token,))] if recipe.mdpo_conditional_weight else [])]
-    targets = batch_targets(trees)
-    each = torch.ones(len(targets.id))
-    _, fields = preference_loss(recipe, -each, targets, -each if recipe.needs_reference else None, each)
-    return ["loss", *fields]
-
-
-def pair_loss(recipe: Recipe, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Compute the recipe's `loss_type` per pair, (P,), from token sums or means of log ratios or log-probs."""
-    beta = recipe.beta
-    if recipe.loss_type == "ipo":
-        return dpo_ipo(chosen, rejected, beta)
-    if recipe.loss_type == "hinge":
-        return dpo_hinge(chosen, rejected, beta)
-    if recipe.loss_type == "robust":
-        return dpo_robust(chosen, rejected, beta, recipe.label_smoothing)
-    if recipe.loss_type == "simpo":
-        return simpo(chosen, rejected, beta, recipe.simpo_gamma)
-    if recipe.loss_type == "orpo":
-        return orpo(chosen, rejected, beta)
-    return dpo_sigmoid(chosen, rejected, beta)
 
 
 def _reward_metrics(rewards: Tensor, pairs: int) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class StepCosts:
         """
         base = policy.core.model
         names = ("vision_tower", "projector", "trunk", "last_mlp", "post_decoder_image", "post_decoder", "lm_head")
-        found = dict.fromkeys(names, 0)
+        costs = dict.fromkeys(names, 0)
         # With cached trunk states, the trunk is absent.
         parts = {
             "vision_tower": [getattr(base, "vision_tower", None)],
@@ -59,6 +59,7 @@ class StepCosts:
             "post_decoder": [policy.post_decoder],
             "lm_head": [policy.core.lm_head],
         }
+        # `flows`: the layer needs an input gradient, because something before it in the data flow trains.
         flows, last = False, f"layers.{policy.config.text_config.num_hidden_layers - 1}.mlp."
         for part, modules in parts.items():
             for name, module in (pair for root in modules if root is not None for pair in root.named_modules()):
@@ -67,9 +68,9 @@ class StepCosts:
                     image_side = part == "post_decoder" and ("align." in name or _cross_keys(name))
                     last_mlp = part == "trunk" and name.startswith(last)
                     cost = linear_flops(module.in_features * module.out_features, trained, flows)
-                    found["post_decoder_image" if image_side else "last_mlp" if last_mlp else part] += cost
+                    costs["post_decoder_image" if image_side else "last_mlp" if last_mlp else part] += cost
                 flows = flows or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        return StepCosts(**found)
+        return StepCosts(**costs)
 
     def flops(self, work: BatchStats) -> float:
         """Return the useful FLOPs of one step on a batch."""
@@ -77,6 +78,7 @@ class StepCosts:
         if work.live:
             trunk = self.vision_tower * work.encoded + self.projector * work.features
             trunk += self.trunk * work.tokens + self.last_mlp * work.last_mlp
+        # Cached trunk states leave only what stands above the trunk.
         after = self.post_decoder_image * work.features + self.post_decoder * work.states + self.lm_head * work.targets
         return float(trunk + after)
 
@@ -112,14 +114,15 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time spent inside the context from the speeds."""
-        begun = time.perf_counter()
+        entered = time.perf_counter()
         yield
-        if self.started is not None:
-            self.started += time.perf_counter() - begun
+        if self.started is not None:  # move the start forward by the length of the pause
+            self.started += time.perf_counter() - entered
 
     @torch.no_grad()
     def add(self, fields: dict[str, Tensor], work: BatchStats, step: int, weight: float = 1.0) -> None:
         """Add the fields of a micro-batch: scalars, of which the first is the loss."""
+        # Nothing here reads a value on the CPU, so no step waits for the GPU.
         values = torch.stack([value.detach().float() for value in fields.values()])
         if self.sums is None or self.first_bad_step is None:
             self.names, self.sums = list(fields), torch.zeros_like(values)
@@ -148,21 +151,22 @@ class Meter:
         """
         if self.sums is None or self.first_bad_step is None:
             return {}
-        rest = self.sums.new_tensor([*self.totals, self.weight])
-        *sums, pairs, tokens, operations, weight = reduce(torch.cat([self.sums, rest])).tolist()
+        # One all-reduce and one transfer for everything that the line shows.
+        totals = self.sums.new_tensor([*self.totals, self.weight])
+        *sums, pairs, tokens, tflop, weight = reduce(torch.cat([self.sums, totals])).tolist()
         means = {name: value / weight for name, value in zip(self.names, sums, strict=True)}
         if not math.isfinite(sums[0]):
             step = int(self.first_bad_step)
-            where = f"step {step}" if step >= 0 else "a step of another process"
+            when = f"step {step}" if step >= 0 else "a step of another process"
             raise RelookError(
-                f"The loss is {means['loss']} at {where}.",
+                f"The loss is {means['loss']} at {when}.",
                 "Lower the learning rate, or look for a broken sample; the last checkpoint is kept.",
             )
         if self.costs is not None and self.started is not None:
             seconds = max(time.perf_counter() - self.started, 1e-9)
             means["pairs_per_second"] = pairs / seconds
             means["tokens_per_second"] = tokens / seconds
-            means["tflops"] = operations / seconds / processes
+            means["tflops"] = tflop / seconds / processes
             if self.sums.is_cuda:
                 means["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.sums.device) / 2**30
         self.reset()

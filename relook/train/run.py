@@ -1,10 +1,9 @@
-"""Training run: read, encode, prepare, train, save. `relook train` and `python -m relook.train` call `train`."""
+"""Training run: read, encode, prepare, train, save. `relook train`, sweeps and the demo call `train`."""
 
 from __future__ import annotations
 
 import logging
 import math
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -40,8 +39,9 @@ from relook.forward.collate import (
     split_held_out,
 )
 from relook.forward.policy import Policy
+from relook.model.adapters import read_adapter
 from relook.model.checkpoint import llava_settings
-from relook.model.load import TENSORS_FILE, HeadModel, LoadedModel, load_model, tower_of
+from relook.model.load import TENSORS_FILE, HeadModel, LoadedModel, base_and_adapter, load_model, open_base
 from relook.model.trainable import set_trainable
 from relook.recipe import Recipe, load_recipe, parse_overrides, read_yaml_or_shipped
 from relook.train.feature_cache import cache_vision_features, cached_items, images_hash
@@ -67,19 +67,19 @@ Samples = tuple[Sequence[PreferencePair | Conversation], ReadReport]
 EncodedSamples = tuple[list[Example], dict[str, Any]]  # examples, and a record of the dropped samples
 
 
-def train_command(arguments: Sequence[str]) -> Path:
-    """Run `relook train RECIPE [--key value ...]` and return the output folder."""
-    name, *keys = arguments
+def recipe_of_command(name: str, keys: Sequence[str]) -> Recipe:
+    """Load the recipe of `relook train NAME [--key value ...]`.
+
+    Raises:
+        RelookError: everything that is wrong with it, missing paths included, in one error.
+    """
     values, faults = parse_overrides(keys), Faults()
     with faults:
         recipe = load_recipe(name, values)
-    if faults.errors:
-        faults.errors += missing({**read_yaml_or_shipped(name, "recipe"), **values}).values()
+    if faults.errors:  # the paths of a valid recipe are checked by `check_run`
+        faults.errors += missing_paths({**read_yaml_or_shipped(name, "recipe"), **values}).values()
     faults.check()
-    out = train(recipe)
-    model = shlex.quote(str(out))
-    status(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {model} --data DATA --out OUT")
-    return out
+    return recipe
 
 
 @writes_alone(lambda recipe, *_, **__: Path(recipe.output_dir))
@@ -98,19 +98,21 @@ def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | N
         status(f"  {out} is finished: nothing to do")
         return out
     started = time.monotonic()
-    arguments, read = check(recipe, out, read=encoded is None)
-    if unused := {**recipe.idle, **acting(recipe)[1]}:
+    # Nothing large is loaded before everything that a user may get wrong has been checked.
+    arguments, samples = check_run(recipe, out, read=encoded is None)
+    if unused := {**recipe.idle, **effective_arguments(recipe)[1]}:
         status(f"  without effect here: {', '.join(f'{key} ({why})' for key, why in unused.items())}")
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    place = device or str(arguments.device)
-    loaded = load_for_training(recipe, dtype, place, trunk=not recipe.cached_trunk)
-    examples, dropped = encode_samples(recipe, loaded, *read) if encoded is None else encoded
+    device = device or str(arguments.device)
+    # With cached trunk states the trunk is loaded only if some of them have to be computed.
+    loaded = load_for_training(recipe, dtype, device, trunk=not recipe.cached_trunk)
+    examples, dropped = encode_samples(recipe, loaded, *samples) if encoded is None else encoded
     check_schedule(arguments, len(split_held_out([Item(example) for example in examples], recipe.eval_fraction)[0]))
-    keep_data(out, recipe, examples)
+    record_data_hashes(out, recipe, examples)
     policy = build_policy(recipe, loaded, dtype)
     collator = Collator(policy, loaded.images, loaded.pad_id)
-    whole = partial(build_policy_with_trunk, recipe, dtype, place)
-    items = prepare_items(recipe, policy, examples, collator, arguments.per_device_train_batch_size, whole)
+    load_with_trunk = partial(build_policy_with_trunk, recipe, dtype, device)
+    items = prepare_items(recipe, policy, examples, collator, arguments.per_device_train_batch_size, load_with_trunk)
     items, held_out = split_held_out(items, recipe.eval_fraction)
     with progress(f"training {out.name}") as report:
         trainer = RelookTrainer(
@@ -124,6 +126,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | N
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
     save_run(recipe, loaded, policy, out)
+    # Last, because this file marks the run as finished.
     if distributed.is_main():
         write_json(
             out / RUN_FILE,
@@ -139,7 +142,7 @@ def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | N
     return out
 
 
-def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArguments, Samples]:
+def check_run(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArguments, Samples]:
     """Check everything that a run needs before anything large is loaded.
 
     Args:
@@ -155,16 +158,19 @@ def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArgumen
     samples: Samples = ([], ReadReport("", 0))
     with faults:
         arguments = training_arguments(recipe, out)
-    lost = missing(vars(recipe))
-    faults.errors += lost.values()
+    absent = missing_paths(vars(recipe))
+    faults.errors += absent.values()
     with faults:
         if recipe.version:
             get_template(recipe.version)
     with faults:
-        if not lost.keys() & MODEL_KEYS:
-            tower_of(Path(recipe.model_name_or_path), recipe.vision_tower or None, recipe.adapter_name_or_path or None)
+        if not absent.keys() & MODEL_KEYS:
+            base, adapter = base_and_adapter(recipe.model_name_or_path, recipe.adapter_name_or_path or None)
+            if adapter is not None:
+                read_adapter(adapter)  # reads no weights yet, but finds what cannot be read
+            open_base(base, adapter, recipe.vision_tower or None, weights=False)
     with faults:
-        if read and not lost.keys() & DATA_KEYS:
+        if read and not absent.keys() & DATA_KEYS:
             samples = read_samples(recipe)
             if arguments:
                 check_schedule(arguments, len(samples[0]))
@@ -173,28 +179,29 @@ def check(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArgumen
     return arguments, samples
 
 
-def missing(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
+def missing_paths(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
     """Find the recipe keys whose files or folders do not exist.
 
     Args:
         values: recipe values by key.
         of: suffix that names the recipe in the errors, e.g. " of <row>".
     """
-    wanted = {
+    kinds = {
         "model_name_or_path": "model folder",
         "adapter_name_or_path": "adapter",
         "vg_path": "Visual Genome folder",
         **dict.fromkeys(("desc_data_path", "pope_data_path", "pairs_path", "data_path"), ""),
         **({"image_folder": ""} if values.get("task") == "sft" else {}),  # with pairs_path, images are written there
     }
-    found = {}
-    for key, what in wanted.items():
+    errors = {}
+    for key, kind in kinds.items():
         path = values.get(key)
         if path and not Path(str(path)).exists():
-            fault = f"{key}{of}: there is no {what} {path}." if what else f"{key} {path}{of} does not exist."
+            fault = f"{key}{of}: there is no {kind} {path}." if kind else f"{key} {path}{of} does not exist."
+            # A name on the Hugging Face Hub is a frequent reason.
             hub = " relook downloads nothing: hf download does." if key in MODEL_KEYS else ""
-            found[key] = RecipeError(fault, f"Check the path.{hub}")
-    return found
+            errors[key] = RecipeError(fault, f"Check the path.{hub}")
+    return errors
 
 
 def claim_run_dir(out: Path, recipe: Recipe) -> bool:
@@ -205,13 +212,14 @@ def claim_run_dir(out: Path, recipe: Recipe) -> bool:
     Raises:
         RecipeError: the folder holds something else, a run of another recipe, or a run on other data.
     """
-    held = out / RECIPE_FILE
+    recipe_path = out / RECIPE_FILE
     new_folder = is_free(out, RECIPE_FILE, "output_dir")
     out.mkdir(parents=True, exist_ok=True)
-    if new_folder or not begun(out):
-        recipe.save(held)
+    if new_folder or not has_saved_state(out):
+        recipe.save(recipe_path)
         return False
-    old, new = yaml.safe_load(read_text(held)), yaml.safe_load(recipe.to_yaml())
+    # Compare as YAML gives them back, so that tuples equal lists.
+    old, new = yaml.safe_load(read_text(recipe_path)), yaml.safe_load(recipe.to_yaml())
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         raise RecipeError(
@@ -222,14 +230,15 @@ def claim_run_dir(out: Path, recipe: Recipe) -> bool:
     return (out / RUN_FILE).exists()
 
 
-def keep_data(out: Path, recipe: Recipe, examples: Sequence[Example]) -> None:
+def record_data_hashes(out: Path, recipe: Recipe, examples: Sequence[Example]) -> None:
     """Record content hashes of the training data, and refuse to resume if the data or images have changed.
 
     Raises:
         RecipeError: they have changed.
     """
 
-    def note() -> RecipeError | None:
+    # The main process returns the error instead of raising it, so that all processes raise it.
+    def record() -> RecipeError | None:
         hashes = {**data_hashes(recipe), "images": images_hash(examples)}
         try:
             refuse_other_data(out, hashes)
@@ -238,7 +247,7 @@ def keep_data(out: Path, recipe: Recipe, examples: Sequence[Example]) -> None:
         write_json(out / DATA_FILE, hashes)
         return None
 
-    error = distributed.broadcast_from_main(note)
+    error = distributed.broadcast_from_main(record)
     if error is not None:
         raise error
 
@@ -273,7 +282,7 @@ def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
         )
 
 
-def begun(out: Path) -> bool:
+def has_saved_state(out: Path) -> bool:
     """Return True if a run folder holds a complete checkpoint or trained tensors."""
     saved = (RUN_FILE, TENSORS_FILE, CONFIG_NAME)  # the first file written of an adapter, and of a whole model
     return any((out / name).exists() for name in saved) or _has_checkpoint(out)
@@ -305,16 +314,16 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "eval_strategy": "epoch" if recipe.eval_fraction else "no",
         "use_cpu": not gpu,  # otherwise bf16 is refused on a CPU
         # Workers read images while a GPU computes. Cached states need none, and a CPU run has no cores to spare.
-        "dataloader_num_workers": workers(recipe),
+        "dataloader_num_workers": default_workers(recipe),
         "ddp_find_unused_parameters": False,  # every batch uses all trainable parameters (see Collator)
     }
-    given = acting(recipe)[0]
-    if given.get("deepspeed"):
-        given["deepspeed"] = distributed.deepspeed_config(given["deepspeed"])
+    options = effective_arguments(recipe)[0]
+    if options.get("deepspeed"):
+        options["deepspeed"] = distributed.deepspeed_config(options["deepspeed"])
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
-        told = activation_memory.rename_checkpointing_keys(given)
-        arguments = TrainingArguments(**{**defaults, **told, "output_dir": str(out / CHECKPOINTS)})
+        options = activation_memory.rename_checkpointing_keys(options)
+        arguments = TrainingArguments(**{**defaults, **options, "output_dir": str(out / CHECKPOINTS)})
         _check_arguments(arguments)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
         raise RecipeError(
@@ -331,18 +340,18 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     return arguments
 
 
-def workers(recipe: Recipe) -> int:
+def default_workers(recipe: Recipe) -> int:
     """Return the default number of DataLoader worker processes, which read images."""
     return 2 if torch.accelerator.is_available() and not recipe.cached_trunk else 0
 
 
-def acting(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
+def effective_arguments(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
     """Split the recipe's transformers arguments into those with an effect on this machine and the others.
 
     Returns:
         The arguments with an effect, and for each of the others the reason why it has none.
     """
-    unused = idle_keys({"dataloader_num_workers": workers(recipe), **recipe.explicit_keys})
+    unused = idle_keys({"dataloader_num_workers": default_workers(recipe), **recipe.explicit_keys})
     if recipe.training.get("tf32") and not is_torch_tf32_available():
         unused["tf32"] = "without a GPU that has it"
     return {key: value for key, value in recipe.training.items() if key not in unused}, unused
@@ -367,20 +376,21 @@ def _schedule(arguments: TrainingArguments, steps: int, **settings: Any) -> tupl
     Args:
         settings: keyword arguments of the optimizer that override the training arguments.
     """
-    kind, said = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    optimizer = kind([torch.zeros(1, requires_grad=True)], **{**said, **settings})
-    warmup, more = arguments.get_warmup_steps(steps), arguments.lr_scheduler_kwargs
-    return optimizer, get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, more)
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **{**options, **settings})
+    warmup, schedule_options = arguments.get_warmup_steps(steps), arguments.lr_scheduler_kwargs
+    return optimizer, get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, schedule_options)
 
 
 def steps_of(arguments: TrainingArguments, samples: int) -> int:
     """Count the optimizer steps of a run over `samples` samples, as the Trainer does."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    whole = math.floor if arguments.dataloader_drop_last else math.ceil
-    batches = whole(whole(samples / arguments.train_batch_size) / arguments.world_size)
-    a_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    steps: int = math.ceil(arguments.num_train_epochs * a_epoch)
+    rounded = math.floor if arguments.dataloader_drop_last else math.ceil
+    # Batches of one process; the last accumulation of an epoch may be incomplete, but it is a step.
+    batches = rounded(rounded(samples / arguments.train_batch_size) / arguments.world_size)
+    steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps: int = math.ceil(arguments.num_train_epochs * steps_per_epoch)
     return steps
 
 
@@ -437,8 +447,8 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     if report.note:
         status(f"  {report.note}")
     if report.dropped or report.skipped or faults:
-        named = f" {len(faults):,} faults in encoding and decoding: {preview(faults, 3)}" if faults else ""
-        status(f"  {'dropped' if report.dropped or faults else 'skipped'}: {report.summary()}{named}")
+        reasons = f" {len(faults):,} faults in encoding and decoding: {preview(faults, 3)}" if faults else ""
+        status(f"  {'dropped' if report.dropped or faults else 'skipped'}: {report.summary()}{reasons}")
     return examples, {"reader": report.summary(), "reasons": dict(report.reasons), "faults": faults}
 
 
@@ -455,6 +465,7 @@ def load_for_training(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bo
         quant_type=recipe.quant_type,
         trunk=trunk,
     )
+    # Keys that state something about the model, as in LLaVA's commands, must agree with its config.
     check_model_settings(recipe.of_the_model, llava_settings(loaded.core.config))
     loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
     return loaded
@@ -463,11 +474,12 @@ def load_for_training(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bo
 def build_policy(recipe: Recipe, loaded: LoadedModel, dtype: torch.dtype) -> Policy:
     """Build the policy and set what the recipe trains; without trunk weights, it has only the parts above the trunk."""
     set_trainable(loaded, recipe)
+    # Parts that were not loaded are on the meta device.
     trunk = not loaded.core.get_input_embeddings().weight.is_meta
     sharded = distributed.is_sharded(recipe.training) and not recipe.cached_trunk  # unsharded models fill the cache
     model = loaded.model if trunk else HeadModel(loaded.model)
-    budget, away = recipe.activation_memory_budget, recipe.activation_offloading
-    return Policy(model, dtype, recipe.trunk_pass, sharded, budget, away)
+    budget, offloaded = recipe.activation_memory_budget, recipe.activation_offloading
+    return Policy(model, dtype, recipe.trunk_pass, sharded, budget, offloaded)
 
 
 def build_policy_with_trunk(recipe: Recipe, dtype: torch.dtype, device: str) -> Policy:
@@ -480,7 +492,7 @@ def prepare_items(
     examples: list[Example],
     collator: Collator,
     batch_size: int,
-    whole: Callable[[], Policy],
+    load_with_trunk: Callable[[], Policy],
 ) -> list[Item]:
     """Compute what is needed once before training: hidden states of a frozen trunk, and reference log-probs.
 
@@ -488,32 +500,33 @@ def prepare_items(
 
     Args:
         batch_size: examples per forward pass for the reference log-probs.
-        whole: loads the policy with its trunk, which `policy` may lack.
+        load_with_trunk: loads the policy with its trunk, which `policy` may lack.
     """
     distinct = list(dict.fromkeys(examples))
     if recipe.cached_trunk:
-        items = cached_items(recipe, policy, distinct, collator, whole)
+        items = cached_items(recipe, policy, distinct, collator, load_with_trunk)
     else:
         collator.features = cache_vision_features(recipe, policy, distinct, collator.images)
         items = [Item(example) for example in distinct]
         if recipe.mdpo_conditional_weight:
+            # Behind all pairs: the chosen answers once more, on corrupted images.
             seed = int(recipe.training.get("seed", 42))
             items += [corrupt(item, seed) for item in items]
         if recipe.needs_reference:
             with progress("reference log-probs") as report:
-                found = distributed.map_sharded(
+                log_probs = distributed.map_sharded(
                     items,
-                    lambda mine: reference_log_probs(policy, mine, collator, batch_size, report),
+                    lambda share: reference_log_probs(policy, share, collator, batch_size, report),
                     "the reference log-probs",
                 )
-            items = [replace(item, reference=reference) for item, reference in zip(items, found, strict=True)]
+            items = [replace(item, reference=reference) for item, reference in zip(items, log_probs, strict=True)]
     if recipe.task == "dpo":
         items = [replace(item, weight=preference_weights(item.example, recipe.dpo_tokens)) for item in items]
-    pairs, others = items[: len(distinct)], items[len(distinct) :]
-    if others:
-        pairs = [replace(pair, corrupted=other) for pair, other in zip(pairs, others, strict=True)]
-    ready = dict(zip(distinct, pairs, strict=True))
-    return [ready[example] for example in examples]
+    pairs, corrupted = items[: len(distinct)], items[len(distinct) :]
+    if corrupted:
+        pairs = [replace(pair, corrupted=copy) for pair, copy in zip(pairs, corrupted, strict=True)]
+    item_of = dict(zip(distinct, pairs, strict=True))
+    return [item_of[example] for example in examples]
 
 
 def save_run(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> None:
@@ -531,5 +544,5 @@ def save_run(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> 
         return
     if recipe.full:
         loaded.processor.save_pretrained(out)
-        return
+        return  # a whole model has no base to name
     save_change(recipe, loaded.core.config, out)

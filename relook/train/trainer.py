@@ -21,20 +21,17 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from relook import distributed
 from relook.console import ProgressReport
-from relook.data.packing import Targets
 from relook.distributed import full_shape, gather_full, gather_optimizer_state, load_optimizer_state, reshard
 from relook.errors import RecipeError, RelookError
 from relook.files import atomic_file, require_disk_space, write_json, write_text
 from relook.forward.collate import ItemDataset
 from relook.forward.policy import Policy
-from relook.model.adapters import read_adapter
-from relook.model.checkpoint import ADAPTER_FILE, folder_kind, save_tensors
-from relook.model.load import TENSORS_FILE, load_tensors
+from relook.model.checkpoint import ADAPTER_FILE, save_tensors
+from relook.model.load import TENSORS_FILE, base_and_adapter, load_tensors
 from relook.model.trainable import parameter_groups
 from relook.recipe import Recipe
-from relook.train import loss
 from relook.train.callbacks import SanityCheckCallback, count_nonfinite_tensors
-from relook.train.loss import count_answer_tokens, preference_loss
+from relook.train.loss import batch_loss, count_answer_tokens, targets_of
 from relook.train.metrics import Meter, StepCosts
 
 # ----------------------------------------------------------------------------------------------------
@@ -68,16 +65,16 @@ class ModalityLengthSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        size, whole, rest = self.batch_size * self.batches, [], []
-        # Cut each modality into whole steps; collect what is left over.
-        for wanted in (True, False):
-            members = [i for i, image in enumerate(self.has_image) if image == wanted]
+        size, full_steps, leftovers = self.batch_size * self.batches, [], []
+        # Cut each modality into full steps; collect what is left over.
+        for with_image in (True, False):
+            members = [i for i, image in enumerate(self.has_image) if image == with_image]
             members = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-            full = len(members) // size * size
-            whole += [members[start : start + size] for start in range(0, full, size)]
-            rest += members[full:]
-        steps = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
-        steps += [rest[start : start + size] for start in range(0, len(rest), size)]
+            end = len(members) // size * size
+            full_steps += [members[start : start + size] for start in range(0, end, size)]
+            leftovers += members[end:]
+        steps = [full_steps[i] for i in torch.randperm(len(full_steps), generator=generator).tolist()]
+        steps += [leftovers[start : start + size] for start in range(0, len(leftovers), size)]
         for step in steps:
             yield from self._deal(step)
 
@@ -89,8 +86,8 @@ class ModalityLengthSampler(Sampler[int]):
             return order
         # Each round gives every batch one sample. Odd rounds run backwards, so that token counts even out.
         rounds = [order[start : start + count] for start in range(0, len(order), count)]
-        turned = [members if i % 2 == 0 else members[::-1] for i, members in enumerate(rounds)]
-        return [members[batch] for batch in range(count) for members in turned]
+        snake = [members if i % 2 == 0 else members[::-1] for i, members in enumerate(rounds)]
+        return [members[batch] for batch in range(count) for members in snake]
 
 
 class SetSamplerEpoch(TrainerCallback):
@@ -128,16 +125,9 @@ class RelookTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Compute the recipe's loss over one batch, shape (), and keep its terms for the log."""
         log_probs = model(inputs["batch"])
-        loss, fields = self._loss(log_probs, inputs)
+        loss, fields = batch_loss(self.recipe, log_probs, inputs)
         self._meter.add({"loss": loss, **fields}, inputs["work"], self.state.global_step + 1)
         return (loss, log_probs) if return_outputs else loss
-
-    def _loss(self, log_probs: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        share = inputs.get("share", 1.0)
-        if self.recipe.task == "sft":
-            return share * loss.negative_log_likelihood(log_probs), {}
-        targets = _targets(inputs["batch"])
-        return preference_loss(self.recipe, log_probs, targets, inputs.get("reference"), inputs["weight"], share)
 
     def _prepare_input(self, data: Any) -> Any:
         """Move an input to the device without changing its dtype.
@@ -147,21 +137,21 @@ class RelookTrainer(Trainer):
         """
         return data.to(self.args.device) if hasattr(data, "to") else super()._prepare_input(data)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self._meter.start()
-        if not self._sanity_check.done:
+        if not self._sanity_check.done:  # costs one more forward pass, on the first step only
             inputs = self._prepare_inputs(inputs)
             self._sanity_check.before_step(model, inputs["batch"], inputs.get("reference"), self.optimizer)
-        loss: Tensor = super().training_step(model, inputs, *rest, **more)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
-    def train(self, *arguments: Any, **more: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does, then check the trained tensors.
 
         Raises:
             RelookError: a loss or a trained tensor is NaN or inf, or the policy does not move away from the reference.
         """
-        result = super().train(*arguments, **more)
+        result = super().train(*args, **kwargs)
         self._check_tensors()
         return result
 
@@ -178,7 +168,7 @@ class RelookTrainer(Trainer):
         ).item()
         if broken:
             raise RelookError(
-                f"{broken} trained tensors hold numbers that are not finite after step {self.state.global_step}.",
+                f"{broken} trained tensors hold NaN or inf after step {self.state.global_step}.",
                 "Lower the learning rate, or look for a broken sample; the last checkpoint is kept.",
             )
 
@@ -190,7 +180,7 @@ class RelookTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.recipe.task == "sft" or self.recipe.nll_weight:
-            counts = [count_answer_tokens(self.recipe, _targets(inputs["batch"])) for inputs in batches]
+            counts = [count_answer_tokens(self.recipe, targets_of(inputs["batch"])) for inputs in batches]
             # Everything stays on the device, so nothing here forces a sync.
             total = self.accelerator.reduce(torch.zeros((), device=device) + sum(counts), "mean")
             for inputs, count in zip(batches, counts, strict=True):
@@ -226,7 +216,7 @@ class RelookTrainer(Trainer):
         with self._meter.paused():
             for start in range(0, len(items), size):
                 inputs = self._prepare_inputs(self.data_collator(items[start : start + size]))
-                loss, fields = self._loss(self.model(inputs["batch"]), inputs)
+                loss, fields = batch_loss(self.recipe, self.model(inputs["batch"]), inputs)
                 work = inputs["work"]
                 count = work.targets if self.recipe.task == "sft" else work.pairs
                 meter.add({"loss": loss, **fields}, work, self.state.global_step, count)
@@ -253,8 +243,8 @@ class RelookTrainer(Trainer):
             groups = parameter_groups(self.model, self.recipe, self.args.weight_decay)
             if not any(group.get("lr", self.args.learning_rate) for group in groups):
                 raise RecipeError("Nothing would train: every learning rate is 0.", "Set learning_rate.")
-            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer: torch.optim.Optimizer = kind(groups, **arguments)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     # Checkpoints hold the trainable tensors, not the whole model.
@@ -291,7 +281,8 @@ class RelookTrainer(Trainer):
         if distributed.is_main():
             fix = "Make room and run the same command again: it goes on from the checkpoint before."
             require_disk_space(folder, self._checkpoint_bytes(), "The checkpoint", fix)
-        kept, self.args.save_total_limit = self.args.save_total_limit, None
+        # Without its limit the Trainer removes no older checkpoint before this one is complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
             distributed.barrier("the checkpoint's files")
@@ -300,10 +291,10 @@ class RelookTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
-            self.args.save_total_limit = kept
+            self.args.save_total_limit = limit
         if distributed.is_main():
             write_text(folder / COMPLETE_MARKER, "")
-            rotate_checkpoints(str(folder.parent), kept, self.state.best_model_checkpoint)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
 
     def _checkpoint_bytes(self) -> int:
         """Compute a checkpoint's bytes: trainable tensors and optimizer state, summed over all processes."""
@@ -332,8 +323,8 @@ class RelookTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         if self.is_deepspeed_enabled:
-            found, _ = self.model_wrapped.load_checkpoint(checkpoint, load_module_strict=False)
-            if found is None:  # DeepSpeed only warns, and would train from the start
+            loaded_from, _ = self.model_wrapped.load_checkpoint(checkpoint, load_module_strict=False)
+            if loaded_from is None:  # DeepSpeed only warns, and would train from the start
                 raise RelookError(
                     f"DeepSpeed cannot read its part of {checkpoint}.",
                     "Remove the checkpoint, and run the same command again.",
@@ -360,7 +351,7 @@ class RelookTrainer(Trainer):
         exact = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         # Do not resume here: the Trainer makes DeepSpeed load strictly, and these checkpoints lack the frozen tensors.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in self.model.named_buffers():  # put the float32 buffers back
             buffer.data = exact[name].to(buffer.device)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
@@ -370,11 +361,6 @@ class RelookTrainer(Trainer):
         """Return the optimizer without accelerate's wrapper."""
         inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner
-
-
-def _targets(batch: Any) -> Targets:
-    targets: Targets = batch.packed.targets if hasattr(batch, "packed") else batch.targets
-    return targets
 
 
 def save_trained(model: nn.Module, path: Path, without: str = "-") -> None:
@@ -397,23 +383,16 @@ def save_change(recipe: Recipe, config: Any, out: Path) -> None:
     Args:
         config: config of the model that was trained.
     """
-    base, tower, earlier = Path(recipe.model_name_or_path), recipe.vision_tower, list[Path]()
-    if folder_kind(base) == "run":
-        run = read_adapter(base)
-        assert run.base is not None
-        earlier = [*run.previous, base]
-        base, tower = run.base, tower or str(run.vision_tower or "")
-    elif recipe.adapter_name_or_path:
-        adapter = Path(recipe.adapter_name_or_path)
-        change = read_adapter(adapter)
-        earlier = [*change.previous, adapter]
-        tower = tower or str(change.tower_for(base) or "")
+    base, adapter = base_and_adapter(recipe.model_name_or_path, recipe.adapter_name_or_path or None)
+    # A run on top of a run, or of an adapter, lists all earlier changes in the order in which they are applied.
+    earlier = [] if adapter is None else [*adapter.previous, adapter]
+    tower = recipe.vision_tower or str((adapter and adapter.tower_for(base)) or "")
     if tower and Path(tower).is_dir():  # otherwise it is a name on the Hugging Face Hub
         tower = str(Path(tower).resolve())
     foundation = {
-        "base": str(base.resolve()),
+        "base": str(base.path.resolve()),
         "vision_tower": tower or None,
-        "earlier": [str(path.resolve()) for path in earlier],
+        "earlier": [str(folder.path.resolve()) for folder in earlier],
     }
     settings = getattr(config, "post_decoder", None)
     write_json(out / ADAPTER_FILE, {**foundation, "post_decoder": settings, "lora": recipe.lora_enable})
@@ -429,7 +408,7 @@ def gather_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tens
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or everything:
             tensor = gather_full(parameter)
-            if distributed.is_main():
+            if distributed.is_main():  # all processes take part in gathering, but only one keeps the result
                 tensors[name] = tensor.contiguous()
     return tensors
 
@@ -440,13 +419,13 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    found = []
+    complete = []  # (step, folder)
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / COMPLETE_MARKER).exists():
-            found.append((int(checkpoint.name.rpartition("-")[2]), checkpoint))
+            complete.append((int(checkpoint.name.rpartition("-")[2]), checkpoint))
         else:
             shutil.rmtree(checkpoint)
-    return str(max(found)[1]) if found else None
+    return str(max(complete)[1]) if complete else None
 
 
 class _Bar(TrainerCallback):
@@ -463,6 +442,7 @@ class _Bar(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.monotonic()
+        # Redraw ten times a second at most; toyworld's steps are shorter than that.
         if now - self.last > 0.1 or state.global_step == state.max_steps:
             self.last = now
             self.report(state.global_step, state.max_steps, self.note)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import html
 import io
 import os
 import re
@@ -31,7 +30,7 @@ from relook.errors import DataError
 from relook.evaluate.tasks.chair import Vocabulary, mentions
 from relook.generate.engine import Engine
 from relook.generate.request import QueueFull, Request
-from relook.report.pages import image_svg
+from relook.report.pages import data_url, render
 from relook.report.plots import attention_before
 from relook.serve.api import ServerLimits
 from relook.serve.chat import AnswerStream, read_request
@@ -204,7 +203,7 @@ class Page:
         Raises:
             APIError: the picture is gone, or the conversation is not one that the model could have had.
         """
-        nothing = f"<p>{html.escape(translate(language, 'no_map', model=name))}</p>"
+        nothing = render("attention.html.j2", grid=None, caption=translate(language, "no_map", model=name))
         if not turns or not place:
             return nothing
         pieces, engine = self.pieces(turns[-1].response), self.engines[name]
@@ -225,8 +224,9 @@ class Page:
             return nothing
         buffer = io.BytesIO()
         loaded.images.seen(image).save(buffer, "PNG")
-        caption = html.escape(translate(language, "before", model=name, word=pieces[index].text))
-        return f"{image_svg(buffer.getvalue(), maps[0], 'png')}<p>{caption}</p>"
+        caption = translate(language, "before", model=name, word=pieces[index].text)
+        source = data_url(buffer.getvalue(), "png")
+        return render("attention.html.j2", source=source, grid=maps[0], caption=caption)
 
 
 def _url(place: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damaged import encoded, talk
+from helpers.damaged import encoded, talk
 from PIL import Image
 
 from relook.data.check import check_folder, fix_folder, print_report, summary
@@ -230,7 +230,7 @@ def test_hadpos_own_tree_is_checked_and_evaluated_like_relooks(world: Path, tmp_
         shutil.copytree(own / source, data / target)
     for name in ("pope", "shr"):
         layout = find_layout(name, data)
-        assert all(part.there for part in layout.parts)
+        assert all(part.exists for part in layout.parts)
     assert check_folder("pope", data).clean
     names = ["pope", "chair", "shr"]
     for folder, out in ((data, "hers"), (own, "ours")):

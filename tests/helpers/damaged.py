@@ -58,7 +58,7 @@ IMAGES: dict[str, tuple[str, Damage, str]] = {
     "zeroed": (".jpg", zeroed, "truncated"),
     "cut png": (".png", lambda rng: encoded(rng, "PNG")[:-12], "truncated"),
     "empty": (".jpg", lambda rng: b"", "empty file"),
-    "text": (".jpg", lambda rng: b"<html>404 Not Found</html>", "not an image"),
+    "text": (".jpg", lambda rng: b"<html>404 Not Finding</html>", "not an image"),
     "noise": (".jpg", lambda rng: rng.randbytes(900), "not an image"),
     "missing": (".jpg", lambda rng: None, "missing"),
 }

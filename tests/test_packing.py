@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import tilted, tiny_llava
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tilted, tiny_llava
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import AttentionInterface, GemmaConfig, GemmaModel

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from forked import forked
+from helpers.forked import forked
+from helpers.several import train_all
+from helpers.tiny import dpo_keys, scramble, sft_keys
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from several import train_all
 from test_train import Bench, log_of
-from tiny import dpo_keys, scramble, sft_keys
 
 from relook import distributed
 from relook.distributed import local_shard
@@ -95,12 +95,12 @@ def keys_of(base: Path, world: Path, mix: Path, tmp_path: Path) -> Callable[...,
 
 
 def torchrun(runs: list[Keys], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Carry out recipes in two processes by tests/several.py."""
+    """Carry out recipes in two processes by tests/helpers/several.py."""
     plain = [{key: str(v) if isinstance(v, Path) else v for key, v in keys.items()} for keys in runs]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [*command, "tests/several.py", json.dumps(plain)],
+        [*command, "tests/helpers/several.py", json.dumps(plain)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
         capture_output=True,

@@ -20,9 +20,9 @@ from typing import Any
 import openai
 import pytest
 import torch
+from helpers.serving import PICTURES, png, until, with_picture
+from helpers.serving import user as asks
 from safetensors.torch import load_file, save_file
-from serving import PICTURES, png, until, with_picture
-from serving import user as asks
 from test_convert import decoder_run
 from test_llava_next import next_processor, tiny_next
 from test_serve_processes import healthy

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from serving import noise
-from test_answer import as_loaded
-from tiny import tiny_relook
+from helpers.serving import noise
+from helpers.tiny import tiny_relook
+from test_answering import as_loaded
 from torch import Tensor
 
 from relook.data.images import image_from_bytes

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.tiny import dpo_keys, sft_keys
 from safetensors.torch import load_file
-from tiny import dpo_keys, sft_keys
 from torch import Tensor
 
 from relook import distributed, load_model

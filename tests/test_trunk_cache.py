@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from forked import forked
+from helpers.forked import forked
+from helpers.several import fill_cache
+from helpers.tiny import dpo_keys, sft_keys
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from several import fill_cache
-from tiny import dpo_keys, sft_keys
 
 from relook import load_model
 from relook.data.packing import PADDING, ROOT
@@ -379,7 +379,7 @@ def test_what_is_missing_is_divided_not_what_there_is(
         path.unlink()
     monkeypatch.setattr(feature_cache.distributed, "map_sharded", lambda values, make, what: make(values))
     monkeypatch.setattr(feature_cache.distributed, "shard", lambda values: values[rank::2])
-    with pytest.raises(RelookError, match=rf"lacks {(1, 2)[rank]} shards that other processes made"):
+    with pytest.raises(RelookError, match=rf"lacks {(1, 2)[rank]} shards that other processes computed"):
         prepared(keys)
     assert [path.exists() for path in gone] == [[True, False, True], [False, True, False]][rank]
 

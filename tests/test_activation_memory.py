@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import dpo_keys, save_tiny, tilted, write_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_tree import PAD, row
-from tiny import dpo_keys, save_tiny, tilted, write_world
+from test_packing import PAD, row
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.serving import PICTURES
+from helpers.tiny import tiny_llava, tiny_relook
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import PICTURES
-from test_answer import TEXTS, as_loaded
-from tiny import tiny_llava, tiny_relook
+from test_answering import TEXTS, as_loaded
 from torch import Tensor
 
 from relook import LoadedModel

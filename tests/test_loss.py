@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import pixels, prompt, tiny_llava, tiny_relook
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import pixels, prompt, tiny_llava, tiny_relook
 from torch import Tensor
 
-from relook.data.packing import TokenRow, Tree, pack
+from relook.data.packing import TokenRow, Tree, batch_targets, pack
 from relook.forward import policy
 from relook.forward.policy import LiveBatch, Policy, token_log_probs
-from relook.recipe import Recipe
+from relook.recipe import CHOICES, LENGTH_NORMALISED, REFERENCE_FREE, Recipe
 from relook.toyworld.build import make_processor
 from relook.train import loss
-from relook.train.loss import dpo_sigmoid, negative_log_likelihood, pair_loss, preference_loss
+from relook.train.loss import PAIR_LOSSES, dpo_sigmoid, metric_names, negative_log_likelihood, preference_loss
 
 
 def recipe(**keys: Any) -> Recipe:
@@ -90,12 +90,32 @@ def test_the_other_losses_by_hand(loss: Tensor, expected: float) -> None:
 
 numbers = st.floats(-200, 0, width=32)
 betas = st.floats(0.01, 3)
-KINDS = ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo")
 
 
-def of_kind(kind: str, beta: float) -> Recipe:
+def of_kind(kind: str, beta: float, **keys: float) -> Recipe:
     more = {"robust": {"label_smoothing": 0.1}, "orpo": {"nll_weight": 1.0}}.get(kind, {})
-    return recipe(loss_type=kind, beta=beta, **more)
+    return recipe(loss_type=kind, beta=beta, **more, **keys)
+
+
+def pair_loss(recipe: Recipe, chosen: Tensor, rejected: Tensor) -> Tensor:
+    return PAIR_LOSSES[recipe.loss_type].equation(recipe, chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "corrupted"),
+    [*((kind, 0.0) for kind in PAIR_LOSSES), *((kind, 1.0) for kind in PAIR_LOSSES if kind not in LENGTH_NORMALISED)],
+)
+def test_a_loss_logs_what_it_declares(kind: str, corrupted: float) -> None:
+    """In that order, on a pair with answers of one token, and mDPO's copy of it on a corrupted image."""
+    how, token = of_kind(kind, 2.0, mdpo_conditional_weight=corrupted), TokenRow((0,), (True,))
+    targets = batch_targets([Tree((0,), (token, token)), *([Tree((0,), (token,))] if corrupted else [])])
+    each = torch.ones(len(targets.id))
+    _, fields = preference_loss(how, -each, targets, None if kind in REFERENCE_FREE else -each, each)
+    assert ["loss", *fields] == metric_names(how)
+
+
+def test_every_loss_type_is_registered() -> None:
+    assert tuple(PAIR_LOSSES) == CHOICES["loss_type"]
 
 
 @given(numbers, betas)
@@ -109,7 +129,7 @@ def test_equal_answers_give_ln_2(value: float, beta: float) -> None:
     assert loss.mdpo_anchored(0 * same, beta, 0.0).item() == pytest.approx(math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PAIR_LOSSES)
 @given(chosen=numbers, rejected=numbers, beta=betas)
 def test_every_loss_is_finite_and_pulls_the_right_way(kind: str, chosen: float, rejected: float, beta: float) -> None:
     """Up to log-probs of 0, where odds are infinite. IPO pulls back from beyond its aim, robust from the far side."""

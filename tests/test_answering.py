@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import tiny_llava, tiny_relook
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny import tiny_llava, tiny_relook
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 

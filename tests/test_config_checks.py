@@ -189,6 +189,12 @@ def test_a_processor_of_wrong_values(
         load_model(tiny / "ckpt_safetensors", vision_tower=images)
 
 
+def test_a_processor_of_an_unknown_class(model: Path) -> None:
+    put(model / "processor_config.json", "processor_class", "x")
+    with pytest.raises(RelookError, match=r"processor of .* without pictures or without text"):
+        load_model(model)
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", '{"model": 3}', '{"version": "1.0", "model": {"type": "BPE"}}'])
 def test_a_tokenizer_that_is_none(content: str, model: Path) -> None:
     (model / "tokenizer.json").write_text(content)

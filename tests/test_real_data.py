@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import Command, Ended
+from helpers.command import Command, Ended
 from safetensors.torch import load_file
 from torch import Tensor
 
