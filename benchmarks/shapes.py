@@ -26,7 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from relook.data.images import prefetch_map
 from relook.evaluate.tasks.pope import SPLITS, question_text
 from relook.files import write_json
-from relook.generate.attention import KVPool
+from relook.generate.attention import PoolShape
 from relook.model.load import LoadedModel, add_post_decoder, load_model
 from relook.toyworld.build import make_processor
 from relook.toyworld.world import vocabulary
@@ -247,7 +247,7 @@ def step_bytes(core: Any, positions: int) -> int:
     weights = sum(p.nbytes for module in read if module is not None for p in module.parameters())
     text = core.config.text_config
     size = text.hidden_size // text.num_attention_heads
-    return weights + positions * KVPool.cell_bytes(text.num_hidden_layers, text.num_key_value_heads, size, core.dtype)
+    return weights + positions * PoolShape(text.num_hidden_layers, text.num_key_value_heads, size).nbytes(core.dtype)
 
 
 def flops_of_pair(shape: dict[str, Any], prompt: int, response: int, both: bool) -> float:

@@ -114,7 +114,7 @@ def answer_questions(
             length = len(longest.encode(encoder).ids) + settings.max_new_tokens
             cells = max(bounds[longest], min(settings.batch_size * length, sum(bounds.values())))
             groups = group_by_images(distinct, bounds)
-            answers = _answer_by_engine(loaded, encoder, groups, settings, sampler, cells)
+            answers = _answer_by_engine(loaded, encoder, groups, settings, sampler, cells, bounds[longest])
         by_number = list(indices.values())
         for done, (prompt, text) in enumerate(answers, 1):
             for index in by_number[prompt.number - settings.first]:
@@ -163,8 +163,14 @@ def _answer_by_engine(
     settings: GenerationSettings,
     sampler: Sampler,
     cells: int,
+    minimum: int,
 ) -> Iterator[tuple[Prompt, str]]:
-    """Yield answers as they end; no more than `cells` positions are in memory."""
+    """Yield answers as they end.
+
+    Args:
+        cells: positions that are in memory at most.
+        minimum: positions of the longest text.
+    """
 
     def prepare(questions: Sequence[DistinctQuestion]) -> Group:
         """Tokenise a group and bring its images into the loader's cache, on another thread."""
@@ -176,7 +182,7 @@ def _answer_by_engine(
         return {name: tensor[0] for name, tensor in loaded.images.batch([image]).items()}
 
     scheduler = Scheduler(
-        ModelRunner.of(loaded, cells, (sampler.never, sampler.not_first)),
+        ModelRunner.of(loaded, cells, minimum, (sampler.never, sampler.not_first)),
         BUCKETS[-1],
         image_inputs,
         RecentCache(FEATURE_BYTES, feature_bytes),

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from relook.generate.dense_attention import KV, DenseReads
+from relook.model.load import LoadedModel
 
 decode_attention: Any
 try:
@@ -71,19 +72,49 @@ class PassView:
     is_step: bool
 
 
+@dataclass(frozen=True)
+class PoolShape:
+    """Sizes of a pool of keys and values.
+
+    Attributes:
+        cells: for each position of a text.
+    """
+
+    layers: int
+    heads: int
+    head_size: int
+    cells: int = 1
+
+    @staticmethod
+    def of(loaded: LoadedModel) -> dict[str, PoolShape]:
+        """Return the shapes of a model's pools: "text", and for a post decoder "self" and "image" as it attends."""
+        text, decoder = loaded.core.config.text_config, getattr(loaded.core.model, "post_decoder", None)
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        shapes = {"text": PoolShape(text.num_hidden_layers, text.num_key_value_heads, size)}
+        blocks: Any = [] if decoder is None else decoder.blocks
+        if decoder is not None and decoder.reads_all_positions:
+            heads = blocks[0].self_attention.num_heads
+            shapes["self"] = PoolShape(len(blocks), heads, text.hidden_size // heads)
+        if decoder is not None and decoder.align is not None:
+            heads = blocks[0].cross_attention.num_heads
+            # An image has as many features as positions; where it is cut into tiles, those of its margins besides.
+            cells = 1 if isinstance(loaded.image_positions, int) else 4
+            shapes["image"] = PoolShape(len(blocks), heads, text.hidden_size // heads, cells)
+        return shapes
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of one position's keys and values over all layers."""
+        return 2 * self.layers * self.heads * self.head_size * self.cells * dtype.itemsize
+
+
 class KVPool:
     """Keys and values of every layer, (P + 1, K, D) each. The last cell takes what belongs to no text."""
 
-    def __init__(self, layers: int, cells: int, heads: int, head_size: int, like: Tensor) -> None:
+    def __init__(self, shape: PoolShape, cells: int, like: Tensor) -> None:
         self.cells = cells
-        shape = (cells + 1, heads, head_size)
+        size = (cells + 1, shape.heads, shape.head_size)
         # Zeros: a masked value is multiplied by 0, and 0 times a stray NaN is NaN.
-        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
-
-    @staticmethod
-    def cell_bytes(layers: int, heads: int, head_size: int, dtype: torch.dtype) -> int:
-        """Return the bytes that one cell takes over all layers."""
-        return 2 * layers * heads * head_size * dtype.itemsize
+        self.layers = [(like.new_zeros(size), like.new_zeros(size)) for _ in range(shape.layers)]
 
 
 def pool_attention(

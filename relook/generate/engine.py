@@ -32,7 +32,7 @@ from relook.data.samples import Turn
 from relook.data.templates import get_template
 from relook.errors import CheckpointError, RelookError
 from relook.generate.kv_extents import MIN_SHARED
-from relook.generate.model_runner import BUCKETS, ModelRunner
+from relook.generate.model_runner import BUCKETS, ModelRunner, position_bytes
 from relook.generate.request import (
     ActiveRequest,
     ContextTooLong,
@@ -69,7 +69,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, limits: EngineLimits, template: str = "") -> None:
         self.loaded, self.limits = loaded, limits
-        self.length = slot_length(loaded.core.config.text_config, limits, loaded.core.dtype)
+        self.length = slot_length(loaded, limits)
         sampler = Sampler.of(loaded, template, {"do_sample": False}, self.length)
         if sampler is None:
             raise CheckpointError(
@@ -315,11 +315,10 @@ class Engine:
         return next(image.inputs for image in images if image.key == key)
 
 
-def slot_length(text_config: Any, limits: EngineLimits, dtype: torch.dtype) -> int:
+def slot_length(loaded: LoadedModel, limits: EngineLimits) -> int:
     """Return the positions of a slot: what the language model was made for, or less if that exceeds `cache_gb`."""
-    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    position = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * size * dtype.itemsize
-    fits = int(limits.cache_gb * 1e9) // (position * limits.slots)
+    text_config = loaded.core.config.text_config
+    fits = int(limits.cache_gb * 1e9) // (position_bytes(loaded) * limits.slots)
     window = getattr(text_config, "sliding_window", None)
     maximum = text_config.max_position_embeddings
     length = min(limits.length or maximum, maximum, window or maximum, fits)

@@ -27,6 +27,7 @@ from relook.generate.attention import (
     ExtentReads,
     KVPool,
     PassView,
+    PoolShape,
     attend,
     has_decode_kernel,
     has_flash,
@@ -42,7 +43,8 @@ from relook.model.post_decoder import PostDecoder
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 896, 1024)
 TARGET_PROGRAMS = 1024  # of the decode kernel: with fewer, extents are cut into pieces
 MAX_PIECES = 16
-LAYER_VARIANTS = 64
+LAYER_VARIANTS = 64  # that dynamo may compile of a layer's code
+POOL_SHARE = 0.7  # of a GPU's free memory; the rest is for the vision tower and for the states of a pass
 PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # Llama's layers, and those like them
 
 
@@ -132,6 +134,11 @@ def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView)
     return run_layer(layer, hidden, angles, kv, view)
 
 
+def position_bytes(loaded: LoadedModel) -> int:
+    """Return the bytes that one position of a text takes in all of a model's pools."""
+    return sum(shape.nbytes(loaded.core.dtype) for shape in PoolShape.of(loaded).values())
+
+
 class ModelRunner:
     """A model and its pools.
 
@@ -149,27 +156,16 @@ class ModelRunner:
         compiled: bool = True,
     ) -> None:
         self.loaded, self.core = loaded, loaded.core
-        text = self.core.config.text_config
         self.device: torch.device = self.core.lm_head.weight.device
         self.post_decoder: PostDecoder | None = getattr(self.core.model, "post_decoder", None)
-        blocks: list[Any] = list(self.post_decoder.blocks) if self.post_decoder is not None else []
         like = self.core.get_input_embeddings().weight.new_empty(0, dtype=self.core.dtype)
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.pool = KVPool(text.num_hidden_layers, cells, text.num_key_value_heads, head_size, like)
-        head_sizes = {head_size}
+        shapes = PoolShape.of(loaded)
+        self.pool = KVPool(shapes["text"], cells, like)
         # The post decoder's self-attention reads the same extents; its image side has a pool of its own.
-        self.self_pool = self.image_pool = None
-        if self.post_decoder is not None and self.post_decoder.reads_all_positions:
-            heads = blocks[0].self_attention.num_heads
-            head_sizes.add(text.hidden_size // heads)
-            self.self_pool = KVPool(len(blocks), cells, heads, text.hidden_size // heads, like)
-        if self.post_decoder is not None and self.post_decoder.align is not None:
-            heads = blocks[0].cross_attention.num_heads
-            head_sizes.add(text.hidden_size // heads)
-            # An image has as many features as positions; where it is cut into tiles, those of its margins besides.
-            image_cells = cells * (1 if isinstance(loaded.image_positions, int) else 4)
-            self.image_pool = KVPool(len(blocks), image_cells, heads, text.hidden_size // heads, like)
-        self.banned_ids = banned
+        self.self_pool = KVPool(shapes["self"], cells, like) if "self" in shapes else None
+        self.image_pool = KVPool(shapes["image"], cells * shapes["image"].cells, like) if "image" in shapes else None
+        head_sizes = {shape.head_size for shape in shapes.values()}
+        self.banned_ids, self.wanted_cells = banned, cells
         self.banned = [torch.tensor(list(ids), dtype=torch.long, device=self.device) for ids in banned]
         self.flash, self.has_kernel = has_flash(head_sizes, like), has_decode_kernel(head_sizes, like)
         self.compiled = compiled and self.has_kernel
@@ -188,16 +184,27 @@ class ModelRunner:
         self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
 
     @staticmethod
-    def of(loaded: LoadedModel, cells: int, banned: tuple[Sequence[int], Sequence[int]]) -> ModelRunner:
-        """Return a model's runner with at least so many cells, the one it had before where that will do.
+    def of(loaded: LoadedModel, cells: int, minimum: int, banned: tuple[Sequence[int], Sequence[int]]) -> ModelRunner:
+        """Return a model's runner with so many cells, or as many as fit the free memory of its GPU.
 
         On a GPU a model keeps its runner: graphs are not recorded again for each set of questions.
+
+        Args:
+            minimum: cells that are needed in any case.
         """
         runner = loaded.runner
-        if isinstance(runner, ModelRunner) and runner.pool.cells >= cells and runner.banned_ids == banned:
-            return runner
+        if isinstance(runner, ModelRunner) and runner.banned_ids == banned:
+            if runner.wanted_cells >= cells and runner.pool.cells >= minimum:
+                return runner
+            cells = max(cells, runner.wanted_cells)
         loaded.runner = runner = None  # before the next one takes memory
+        wanted, device = cells, loaded.core.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(device)[0]
+            cells = max(minimum, min(cells, int(POOL_SHARE * free) // position_bytes(loaded)))
         new = ModelRunner(loaded, cells, banned)
+        new.wanted_cells = wanted
         if new.compiled:
             loaded.runner = new
         return new

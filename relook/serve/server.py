@@ -20,9 +20,10 @@ import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from relook.console import status
+from relook.console import readable_size, status
 from relook.errors import RelookError
 from relook.generate.engine import Engine
+from relook.generate.model_runner import position_bytes
 from relook.generate.request import EngineLimits
 from relook.generate.shared_projections import share_projections
 from relook.model.checkpoint import AnyFolder, parse_folder
@@ -111,7 +112,11 @@ def serve(
     policy = replace(policy, hosts=own_hosts(serving.host, address, policy))
     engines = start_engines(load(), limits, serving.template)
     for name, engine in engines.items():
-        status(f"{name}: {limits.slots} slots of {engine.length:,} positions")
+        size = readable_size(limits.slots * engine.length * position_bytes(engine.loaded))
+        status(
+            f"{name}: {limits.slots} requests at a time fit, of {engine.length:,} positions each with the answer "
+            f"({size} for keys and values)"
+        )
         if serving.warm:
             engine.warm()
     # uvicorn finishes the running answers, then raises the signal that it was sent again; before it runs, making the
