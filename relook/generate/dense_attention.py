@@ -4,41 +4,119 @@ What a pass reads is laid out once, for all its layers. Neighbouring texts that 
 padded batch, which holds that beginning once, followed by what each of them has alone; a mask says who sees what. Rows
 of similar size form a batch, and each batch is one `scaled_dot_product_attention`.
 
-Shape letters: N new positions, H query heads, K key heads, D head size, S rows of a batch, Q queries and L cells of a
-row, C cells of all batches.
+Shape letters: N new positions, T texts, H query heads, K key heads, D head size, S rows of a batch, Q queries and L
+columns of a row, C columns of all batches.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-Span = tuple[int, int]  # the first, and how many
+Span = tuple[int, int]  # the first cell, and how many
 NOTHING: Span = (0, 0)
 KV = tuple[Tensor, Tensor]  # keys and values, (cells, K, D) each
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 # Owners of columns that belong to no single text, and the text of a query that does not exist.
 _ALL, _NOBODY, _NO_QUERY = -1, -2, -3
 
 
 @dataclass(frozen=True)
-class _Row:
-    """Texts that share a beginning: what they read, and the queries that read it.
+class _Rows:
+    """Rows of texts that share a beginning, flat: arrays have an entry for each column, query or text.
 
     Attributes:
-        columns: (place, owner, offset in what its owner has alone) of each place.
-        queries: (flat position, text, how much of what its text has alone it sees) of each query.
-        texts: (number, column where what it has alone begins, its first query) of each text.
+        sizes: (queries, columns) of each row.
+        row, column: of each column its row and its index there.
+        cell, owner, offset: of each column the cell it reads, the text that has it alone or _ALL, and its offset in
+            what that text has alone.
+        query_row, query: of each query its row and its index there.
+        query_text, limit: of each query its text, and how much of what its text has alone it sees.
+        text_row, text_column, text_query: of each text its row, the column where what it has alone begins, and its
+            first query.
     """
 
-    columns: list[tuple[int, int, int]]
-    queries: list[tuple[int, int, int]]
-    texts: list[tuple[int, int, int]]
+    sizes: list[Span]
+    row: Ints
+    column: Ints
+    cell: Ints
+    owner: Ints
+    offset: Ints
+    query_row: Ints
+    query: Ints
+    query_text: Ints
+    limit: Ints
+    text_row: Ints
+    text_column: Ints
+    text_query: Ints
+
+    @staticmethod
+    def of(counts: Sequence[int], own: Sequence[Span], shared: Sequence[Span], spare: int) -> _Rows:
+        """Lay texts out; one that shares nothing has a row to itself.
+
+        Args:
+            spare: columns behind what a text has alone, for later steps.
+        """
+        T = len(counts)
+        count = np.array(counts, dtype=np.int64)
+        (first, used), (shared_first, shared_length) = (
+            np.array(spans, dtype=np.int64).reshape(T, 2).T for spans in (own, shared)
+        )
+        # A text joins the row of the text before it where both read the same beginning.
+        joins = [n > 0 and shared[n][1] > 0 and shared[n] == shared[n - 1] for n in range(T)]
+        text_row = np.cumsum(np.logical_not(joins)) - 1
+        R = int(text_row[-1]) + 1 if T else 0
+        # Each text brings two segments of columns: the beginning, where it opens a row, and what it has alone.
+        widths = np.stack([np.where(joins, 0, shared_length), np.where(used > 0, used + spare, 0)], 1).ravel()
+        segment_start = np.cumsum(widths) - widths
+        segment = np.repeat(np.arange(2 * T), widths)
+        offset = np.arange(len(segment)) - segment_start[segment]
+        segment_used = np.stack([shared_length, used], 1).ravel()[segment]
+        # Spare columns read any cell, until a step writes there.
+        cell = np.stack([shared_first, first], 1).ravel()[segment] + np.where(offset < segment_used, offset, 0)
+        owner = np.stack([np.full(T, _ALL), np.arange(T)], 1).ravel()[segment]
+        row = text_row[segment // 2]
+        columns = np.bincount(row, minlength=R)
+        row_start = np.cumsum(columns) - columns
+        # Queries, N of them, one text after the other.
+        query_text = np.repeat(np.arange(T), count)
+        query_start = np.cumsum(count) - count
+        within = np.arange(len(query_text)) - query_start[query_text]
+        query_row = text_row[query_text]
+        queries = np.bincount(query_row, minlength=R)
+        row_query_start = np.cumsum(queries) - queries
+        return _Rows(
+            list(zip(queries.tolist(), columns.tolist(), strict=True)),
+            row,
+            np.arange(len(row)) - row_start[row],
+            cell,
+            owner,
+            offset,
+            query_row,
+            np.arange(len(query_row)) - row_query_start[query_row],
+            query_text,
+            (used - count + 1)[query_text] + within,
+            text_row,
+            segment_start[1::2] - row_start[text_row],
+            query_start - row_query_start[text_row],
+        )
+
+    def padded(self, rows: Sequence[int], of_queries: bool, width: int, values: Ints, fill: int) -> Tensor:
+        """Return values of columns or queries as (S, width), for some rows."""
+        index = np.full(len(self.sizes), -1)
+        index[rows] = np.arange(len(rows))
+        target = index[self.query_row if of_queries else self.row]
+        chosen = target >= 0
+        full = np.full((len(rows), width), fill)
+        full[target[chosen], (self.query if of_queries else self.column)[chosen]] = values[chosen]
+        return torch.from_numpy(full)
 
 
 @dataclass(frozen=True)
@@ -46,14 +124,14 @@ class _Batch:
     """Padded rows.
 
     Attributes:
-        cells: where their cells lie among those of all batches.
+        columns: where their columns are among those of all batches.
         shape: S, Q, L.
         queries: (S * Q,) flat positions; None where these are all of the pass, in order.
         mask: (S, 1, Q, L), 0 or minus infinity.
         steps: (texts of the batch,) entries of the mask that the next step opens; empty without steps.
     """
 
-    cells: slice
+    columns: slice
     shape: tuple[int, int, int]
     queries: Tensor | None
     mask: Tensor
@@ -80,45 +158,52 @@ class DenseReads:
         self._gathered: dict[int, tuple[KV, KV]] = {}  # by the pool's tensor: it, and what was gathered
         self._written: list[KV] = []  # (pool, gathered) that new keys and values went into
         self._batches: list[_Batch] = []
-        N = sum(counts)
-        cells: list[int] = []
+        rows = _Rows.of(counts, own, shared, max(0, steps - 1))
+        used = np.array([length for _, length in own], dtype=np.int64)
+        N, cells, size = sum(counts), [torch.zeros(0, dtype=torch.long)], 0
         slots = torch.full((N,), -1)  # of each query among those of all batches
-        columns = [0] * len(counts)  # of each text: where what it has alone begins among the cells of all batches
-        size = 0
-        for rows in _alike(_rows(counts, own, shared, max(0, steps - 1))):
-            S, Q, L = len(rows), max(len(row.queries) for row in rows), max(len(row.columns) for row in rows)
-            place, owner, offset = _padded([row.columns for row in rows], L, (0, _NOBODY, 0))
-            query, text, limit = _padded([row.queries for row in rows], Q, (-1, _NO_QUERY, 0))
-            sees = (owner == _ALL)[:, None] | (
-                (owner[:, None] == text[..., None]) & (offset[:, None] < limit[..., None])
+        new = np.zeros(len(counts), dtype=np.int64)  # of each text: the column of its next new position
+        for members in _alike(rows.sizes):
+            S, (Q, L) = len(members), np.array([rows.sizes[row] for row in members]).max(0).tolist()
+            owner, offset = (
+                rows.padded(members, False, L, values, fill)
+                for values, fill in ((rows.owner, _NOBODY), (rows.offset, 0))
             )
+            query, text, limit = (
+                rows.padded(members, True, Q, values, fill)
+                for values, fill in ((np.arange(N), -1), (rows.query_text, _NO_QUERY), (rows.limit, 0))
+            )
+            # A query sees what its row shares, and of what its text has alone the first `limit` columns: (S, Q, L).
+            sees = (owner[:, None] == text[..., None]) & (offset[:, None] < limit[..., None])
+            sees |= (owner == _ALL)[:, None]
             mask = torch.zeros(sees.shape, dtype=like.dtype).masked_fill_(~sees, -torch.inf)[:, None]
-            opens = []
-            for s, row in enumerate(rows):
-                for number, column, first in row.texts:
-                    columns[number] = len(cells) + s * L + column
-                    opens.append((s * Q + first) * L + column + own[number][1])
+            index = np.full(len(rows.sizes), -1)
+            index[members] = np.arange(S)
+            s = index[rows.text_row]
+            texts = s >= 0
+            first_column = sum(map(len, cells))
+            new[texts] = (first_column + s * L + rows.text_column + used - 1)[texts]
+            opens = ((s * Q + rows.text_query) * L + rows.text_column + used)[texts] if steps else new[:0]
             real = query >= 0
             slots[query[real]] = torch.arange(size, size + S * Q).view(S, Q)[real]
             in_order = N == S * Q and torch.equal(query.flatten(), torch.arange(N))
             self._batches.append(
                 _Batch(
-                    slice(len(cells), len(cells) + S * L),
+                    slice(first_column, first_column + S * L),
                     (S, Q, L),
                     None if in_order else query.clamp(min=0).flatten().to(like.device),
                     mask.to(like.device),
-                    torch.tensor(opens if steps else [], dtype=torch.long).to(like.device),
+                    torch.from_numpy(opens).to(like.device),
                 )
             )
-            cells += place.flatten().tolist()
+            cells.append(rows.padded(members, False, L, rows.cell, 0).flatten())
             size += S * Q
-        self._cells = torch.tensor(cells, dtype=torch.long).to(like.device)
-        # Queries that see nothing take the zeros that stand behind all others.
+        self._cells = torch.cat(cells).to(like.device)
+        # Queries that see nothing take the zeros that follow all others.
         self._blind = bool((slots < 0).any())
         in_order = size == N and torch.equal(slots, torch.arange(N))
         self._slots = None if in_order else torch.where(slots < 0, size, slots).to(like.device)
-        self._new = torch.tensor([column + used - 1 for column, (_, used) in zip(columns, own, strict=True)])
-        self._new = self._new.to(like.device)  # (N,) of a step: where its keys and values go
+        self._new = torch.from_numpy(new).to(like.device)  # (T,) of a step: where its keys and values go
 
     def attend(
         self, query_NHD: Tensor, kv: KV, scale: float, new: KV | None = None, cells: Tensor | None = None
@@ -139,8 +224,8 @@ class DenseReads:
             query = query_NHD if batch.queries is None else query_NHD.index_select(0, batch.queries)
             mixed = scaled_dot_product_attention(
                 query.view(S, Q, H, -1).transpose(1, 2),
-                keys[batch.cells].view(S, L, K, -1).transpose(1, 2),
-                values[batch.cells].view(S, L, K, -1).transpose(1, 2),
+                keys[batch.columns].view(S, L, K, -1).transpose(1, 2),
+                values[batch.columns].view(S, L, K, -1).transpose(1, 2),
                 attn_mask=batch.mask,
                 scale=scale,
                 enable_gqa=H != K,
@@ -198,46 +283,26 @@ class DenseReads:
         self._stored = self.step
 
 
-def _rows(counts: Sequence[int], own: Sequence[Span], shared: Sequence[Span], spare: int) -> Iterator[_Row]:
-    """Yield the rows of texts that see anything; a text that shares nothing has one to itself.
+def _alike(sizes: Sequence[Span]) -> list[list[int]]:
+    """Group rows by (queries, columns), so that none is padded to more than about twice its size.
 
-    Args:
-        spare: cells behind what a text has alone, for later steps.
+    Rows without columns, whose queries see nothing, are in no group.
     """
-    starts = [0, *itertools.accumulate(counts)]
-    key = lambda number: (shared[number], number if not shared[number][1] else -1)  # noqa: E731
-    for (beginning, _), numbers in itertools.groupby(range(len(counts)), key):
-        first, length = beginning
-        row = _Row([(place, _ALL, 0) for place in range(first, first + length)], [], [])
-        for number in numbers:
-            (place, used), count = own[number], counts[number]
-            row.texts.append((number, len(row.columns), len(row.queries)))
-            row.queries.extend((starts[number] + i, number, used - count + 1 + i) for i in range(count))
-            if used:
-                row.columns.extend((place + i, number, i) for i in range(used))
-                row.columns.extend((place, number, used + i) for i in range(spare))
-        if row.columns:
-            yield row
-
-
-def _alike(rows: Iterator[_Row]) -> list[list[_Row]]:
-    """Return the rows in batches that are padded to less than about twice their size."""
-    batches: list[list[_Row]] = []
-    sizes: list[tuple[int, int]] = []
-    for row in rows:
-        size = len(row.queries), len(row.columns)
-        for n, other in enumerate(sizes):
+    groups: list[list[int]] = []
+    first_sizes: list[Span] = []
+    for row, (queries, columns) in enumerate(sizes):
+        if not columns:
+            continue
+        for group, (other_queries, other_columns) in zip(groups, first_sizes, strict=True):
             # A few queries more or less cost nothing.
-            if all(max(a, b) <= 2 * min(a, b) + slack for a, b, slack in zip(size, other, (4, 0), strict=True)):
-                batches[n].append(row)
+            if _close(queries, other_queries, 4) and _close(columns, other_columns, 0):
+                group.append(row)
                 break
         else:
-            batches.append([row])
-            sizes.append(size)
-    return batches
+            groups.append([row])
+            first_sizes.append((queries, columns))
+    return groups
 
 
-def _padded(rows: Sequence[Sequence[tuple[int, int, int]]], width: int, fill: tuple[int, int, int]) -> Sequence[Tensor]:
-    """Return three tensors (rows, width), one for each part of the entries."""
-    full = [[*row, *[fill] * (width - len(row))] for row in rows]
-    return torch.tensor(full, dtype=torch.long).view(len(rows), width, 3).unbind(-1)
+def _close(a: int, b: int, slack: int) -> bool:
+    return max(a, b) <= 2 * min(a, b) + slack
