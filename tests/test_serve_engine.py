@@ -479,7 +479,7 @@ def test_what_does_not_fit_is_said() -> None:
             asked(engine, (), "a " * 10_000)
         events = list(engine.stream(asked(engine, *QUESTIONS[0], max_new_tokens=400)))
         assert events[-1].finish in ("length", "stop")
-        with pytest.raises(DataError, match="is none"):
+        with pytest.raises(DataError, match="no known format"):
             engine.image(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
     with pytest.raises(RelookError, match="16 slots do not fit"):
         Engine(loaded, EngineLimits(cache_gb=1e-6))

@@ -25,7 +25,8 @@ from relook.data.samples import Turn
 from relook.errors import CheckpointError, RecipeError
 from relook.generate.attention import without_cudnn_attention
 from relook.generate.kv_extents import shared_length
-from relook.generate.model_runner import BUCKETS, ModelRunner
+from relook.generate.model_runner import ModelRunner
+from relook.generate.passes import BUCKETS
 from relook.generate.request import IncrementalText
 from relook.generate.sampling import Sampler, TokenLogprobs
 from relook.generate.scheduler import PREFILL_POSITIONS, Scheduler, feature_bytes

@@ -147,6 +147,7 @@ def attend(query_NHD: Tensor, kv: KV, view: PassView, scale: float, new: KV | No
     if new is not None:
         for stored, side in zip(kv, new, strict=True):
             stored.index_copy_(0, view.cells, side)
+    # One part for each set of reads: what a text has alone, and the beginning that it shares.
     parts = [_read(query_NHD, kv, reads, view.is_step, scale) for reads in view.reads]
     if len(parts) == 1 and parts[0][0].ndim == 3:
         return parts[0][0].to(query_NHD.dtype)
@@ -154,6 +155,7 @@ def attend(query_NHD: Tensor, kv: KV, view: PassView, scale: float, new: KV | No
     out = torch.cat([out if out.ndim == 4 else out[None] for out, _ in parts]).float()
     lse = torch.cat([lse if lse.ndim == 3 else lse[None] for _, lse in parts])
     lse = torch.where(lse == torch.inf, -torch.inf, lse)  # FlashAttention's sign of an empty read
+    # Softmax over the parts: exp(lse) is the sum of a part's exponentials, so this is exact.
     weights = (lse - lse.amax(0).clamp(min=-1e30)).exp()
     weights = weights / weights.sum(0).clamp(min=1e-30)
     return (out * weights[..., None]).sum(0).to(query_NHD.dtype)

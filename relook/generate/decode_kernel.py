@@ -51,6 +51,7 @@ def _decode_kernel(
     low = piece * size
     high = tl.minimum(low + size, used)
 
+    # Few rows: usually one block of queries, and the loop over the extent is inside it.
     d = tl.arange(0, HEAD_SIZE)
     n = tl.arange(0, BLOCK_N)
     for start in range(0, rows, BLOCK_Q):
@@ -69,9 +70,11 @@ def _decode_kernel(
         for at in range(low, high, BLOCK_N):
             seen = at + n < high
             offset = ((first + at + n)[:, None] * KEY_HEADS + key_head) * HEAD_SIZE + d[None, :]
+            # All queries of the group share this block of keys: it is loaded once.
             k = tl.load(keys_ptr + offset, mask=seen[:, None], other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE_LOG2
             scores = tl.where(seen[None, :], scores, float("-inf"))
+            # Online softmax (Milakov and Gimelshein): rescale what was summed when a larger score comes.
             new_largest = tl.maximum(largest, tl.max(scores, 1))
             weights = tl.exp2(scores - new_largest[:, None])
             rescale = tl.exp2(largest - new_largest)

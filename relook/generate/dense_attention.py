@@ -58,7 +58,7 @@ class _Rows:
     text_query: Ints
 
     @staticmethod
-    def of(counts: Sequence[int], own: Sequence[Span], shared: Sequence[Span], spare: int) -> _Rows:
+    def of(counts: Sequence[int], private: Sequence[Span], shared: Sequence[Span], spare: int) -> _Rows:
         """Lay texts out; one that shares nothing has a row to itself.
 
         Args:
@@ -67,7 +67,7 @@ class _Rows:
         T = len(counts)
         count = np.array(counts, dtype=np.int64)
         (first, used), (shared_first, shared_length) = (
-            np.array(spans, dtype=np.int64).reshape(T, 2).T for spans in (own, shared)
+            np.array(spans, dtype=np.int64).reshape(T, 2).T for spans in (private, shared)
         )
         # A text joins the row of the text before it where both read the same beginning.
         joins = [n > 0 and shared[n][1] > 0 and shared[n] == shared[n - 1] for n in range(T)]
@@ -151,15 +151,15 @@ class DenseReads:
     """
 
     def __init__(
-        self, counts: Sequence[int], own: Sequence[Span], shared: Sequence[Span], like: Tensor, steps: int = 0
+        self, counts: Sequence[int], private: Sequence[Span], shared: Sequence[Span], like: Tensor, steps: int = 0
     ) -> None:
         self.steps, self.step, self._stored = steps, 0, 0
-        self._own, self._device = own, like.device
+        self._own, self._device = private, like.device
         self._gathered: dict[int, tuple[KV, KV]] = {}  # by the pool's tensor: it, and what was gathered
         self._written: list[KV] = []  # (pool, gathered) that new keys and values went into
         self._batches: list[_Batch] = []
-        rows = _Rows.of(counts, own, shared, max(0, steps - 1))
-        used = np.array([length for _, length in own], dtype=np.int64)
+        rows = _Rows.of(counts, private, shared, max(0, steps - 1))
+        used = np.array([length for _, length in private], dtype=np.int64)
         N, cells, size = sum(counts), [torch.zeros(0, dtype=torch.long)], 0
         slots = torch.full((N,), -1)  # of each query among those of all batches
         new = np.zeros(len(counts), dtype=np.int64)  # of each text: the column of its next new position

@@ -26,13 +26,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from relook.console import status
+from relook.console import progress, status
 from relook.data.images import RecentCache, image_from_bytes
 from relook.data.samples import Turn
 from relook.data.templates import get_template
 from relook.errors import CheckpointError, RelookError
 from relook.generate.kv_extents import MIN_SHARED
-from relook.generate.model_runner import BUCKETS, ModelRunner, position_bytes
+from relook.generate.model_runner import ModelRunner, position_bytes
+from relook.generate.passes import BUCKETS
 from relook.generate.request import (
     ActiveRequest,
     ContextTooLong,
@@ -103,7 +104,8 @@ class Engine:
         first, second = [id for id in range(3) if id != self.batch.image_token][:2]
 
         def answer_all() -> None:
-            for rows in (bucket for bucket in BUCKETS if bucket <= self.limits.slots):
+            buckets = [bucket for bucket in BUCKETS if bucket <= self.limits.slots]
+            for rows in buckets:
                 for shared in (0, 2 * MIN_SHARED):
                     for row in range(rows):
                         # The row's number in binary, so that no prompt is equal to another.
@@ -112,9 +114,11 @@ class Engine:
                         self.batch.waiting.append(Text(ids, (), WARM_TOKENS, lambda *_: False))
                     while self.batch.busy:
                         self.batch.step()
+                report(buckets.index(rows) + 1, len(buckets))
             self.batch.counts = EngineCounts()
 
-        self.run(answer_all)
+        with progress("Warming up") as report:
+            self.run(answer_all)
 
     def image(self, data: bytes) -> ProcessedImage:
         """Decode and process an image file's bytes; recent images are cached.
@@ -276,6 +280,7 @@ class Engine:
                 self.batch.cancel(text)
                 active.report("timeout")
         with self._wake:
+            # The scheduler admits first come, first served; no more are given to it than there are slots.
             late = [active for active in self._waiting if active.over(now)]
             for active in late:
                 self._waiting.remove(active)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from relook.console import status
 from relook.data.images import stack
 from relook.generate.attention import (
     ATTENTION_NAME,
-    ExtentReads,
     KVPool,
     PassView,
     PoolShape,
@@ -34,78 +33,15 @@ from relook.generate.attention import (
     without_cudnn_attention,
 )
 from relook.generate.dense_attention import KV, DenseReads
-from relook.generate.sampling import RowSampling, choose_tokens, token_logprobs
+from relook.generate.passes import AnyReads, Prefill, StepState, to_device
+from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
 from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
-# Rows of a step are rounded up to these, so that a few graphs serve any number of texts.
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 896, 1024)
-TARGET_PROGRAMS = 1024  # of the decode kernel: with fewer, extents are cut into pieces
-MAX_PIECES = 16
 LAYER_VARIANTS = 64  # that dynamo may compile of a layer's code
 POOL_SHARE = 0.7  # of a GPU's free memory; the rest is for the vision tower and for the states of a pass
 PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # Llama's layers, and those like them
-
-
-AnyReads = list[ExtentReads] | DenseReads
-
-
-@dataclass
-class StepState:
-    """The rows of a step, some of them nobody's; a step changes them in place.
-
-    Attributes:
-        tokens: (N,) the last token of each row.
-        ints: all integers of the rows in one tensor, so that one copy brings them to the device.
-        counters: (4, N) of `ints`: each row's position and place, tokens so far, and cells of its own extent.
-        moves: (N,) of `ints`: 1, or 0 where the row is nobody's: it writes into the pool's last cell and stays there.
-        reads: of the beginning that a row shares, and of its own extent.
-        image: reads of its images by the post decoder.
-        rooms: cells of each row's own extent; only dense reads ask for it.
-        logprobs: log-probabilities and ids as `token_logprobs` returns them, where any row wants them.
-    """
-
-    tokens: Tensor
-    ints: Tensor
-    counters: Tensor
-    moves: Tensor
-    reads: AnyReads
-    image: AnyReads | None
-    sampling: RowSampling | None
-    rooms: Sequence[int] = ()
-    logprobs: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def rows(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether its reads serve no further step."""
-        return isinstance(self.reads, DenseReads) and self.reads.step >= self.reads.steps
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """One flat pass over new positions: ids and positions (N,), cells, reads, and where each text's last one is.
-
-    Attributes:
-        image_rows: projected image features for the placeholders in `ids`, in order.
-        last: (T,) indices of positions whose next token is chosen.
-        image: reads of the post decoder's images: by the T texts, or by all N positions where it reads all of them.
-        top: likeliest tokens that are wanted beside each chosen one; -1 where log-probabilities are not.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    cells: Tensor
-    reads: AnyReads
-    image_rows: list[Tensor]
-    last: Tensor
-    image: AnyReads | None
-    sampling: RowSampling | None
-    top: int = -1
 
 
 def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -> Tensor:
@@ -115,16 +51,11 @@ def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -
     return states
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device. A GPU's host goes on at once, which it only does from pinned memory."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _run_last_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView, wanted: Tensor) -> Tensor:
+def _run_last_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView, selected: Tensor) -> Tensor:
     """Run a decoder layer whose output is read at some positions only, (1, T, D): the others need no MLP."""
     normed = layer.input_layernorm(hidden)
     mixed = layer.self_attn(normed, attention_mask=None, position_embeddings=angles, kv=kv, view=view)[0]
-    states: Tensor = hidden[:, wanted] + mixed[:, wanted]
+    states: Tensor = hidden[:, selected] + mixed[:, selected]
     output: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
     return output
 
@@ -165,7 +96,7 @@ class ModelRunner:
         self.self_pool = KVPool(shapes["self"], cells, like) if "self" in shapes else None
         self.image_pool = KVPool(shapes["image"], cells * shapes["image"].cells, like) if "image" in shapes else None
         head_sizes = {shape.head_size for shape in shapes.values()}
-        self.banned_ids, self.wanted_cells = banned, cells
+        self.banned_ids, self.requested_cells = banned, cells
         self.banned = [torch.tensor(list(ids), dtype=torch.long, device=self.device) for ids in banned]
         self.flash, self.has_kernel = has_flash(head_sizes, like), has_decode_kernel(head_sizes, like)
         self.compiled = compiled and self.has_kernel
@@ -180,6 +111,7 @@ class ModelRunner:
             self._step_layer = torch.compile(run_layer, fullgraph=True)
             if self.flash:
                 self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
+        self._compiling: float | None = None  # when the first compilation began
         self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
 
@@ -194,17 +126,17 @@ class ModelRunner:
         """
         runner = loaded.runner
         if isinstance(runner, ModelRunner) and runner.banned_ids == banned:
-            if runner.wanted_cells >= cells and runner.pool.cells >= minimum:
+            if runner.requested_cells >= cells and runner.pool.cells >= minimum:
                 return runner
-            cells = max(cells, runner.wanted_cells)
+            cells = max(cells, runner.requested_cells)
         loaded.runner = runner = None  # before the next one takes memory
-        wanted, device = cells, loaded.core.device
+        requested, device = cells, loaded.core.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(device)[0]
             cells = max(minimum, min(cells, int(POOL_SHARE * free) // position_bytes(loaded)))
         new = ModelRunner(loaded, cells, banned)
-        new.wanted_cells = wanted
+        new.requested_cells = requested
         if new.compiled:
             loaded.runner = new
         return new
@@ -254,6 +186,9 @@ class ModelRunner:
             The tokens, (T,), -1 where logits are not finite, and `token_logprobs` of them if they are wanted.
         """
         self.write_back()
+        if self._read_layer is not run_layer and self._compiling is None:
+            status("Compiling the model's layers (a minute at most; the next run finds them on disk).", style="dim")
+            self._compiling = time.perf_counter()
         try:
             states = self._read_prompts(batch)
         except Exception as error:
@@ -269,6 +204,7 @@ class ModelRunner:
         """Return the states that predict the next tokens, (T, D)."""
         embeds = self.core.get_input_embeddings()(batch.ids)
         if batch.image_rows:
+            # Image features take the positions of the placeholders, in order.
             placeholder = (batch.ids == self.core.config.image_token_id)[:, None]
             embeds = embeds.masked_scatter(placeholder, torch.cat(batch.image_rows).to(embeds.dtype))
         view = PassView(batch.cells, batch.reads, is_step=False)
@@ -289,13 +225,15 @@ class ModelRunner:
             return None
         key = _graph_key(state)
         if key not in self._graphs:
-            if not self._graphs:
-                status("Compiling the model's layers (a minute at most; the next run finds them on disk).", style="dim")
             try:
-                self._graphs[key] = state, self._capture(state)
+                graph = self._capture(state)
             except Exception as error:
                 self._fall_back(error)
                 return self.step(state)
+            if not self._graphs and self._compiling is not None:
+                torch.cuda.synchronize()
+                status(f"Compiled in {time.perf_counter() - self._compiling:.0f} s.", style="dim")
+            self._graphs[key] = state, graph
         owner, graph = self._graphs[key]
         assert owner is state, "rows are placed by `place` before they are stepped"
         graph.replay()
@@ -347,14 +285,14 @@ class ModelRunner:
             state.reads.advance()
 
     def _fall_back(self, error: Exception) -> None:
-        """Go on without compiled layers and graphs, and say so."""
+        """Go on without compiled layers and graphs, and say so, once: nothing is tried again."""
         self.compiled, self._graphs = False, {}
         self._step_layer = self._read_layer = run_layer
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         status(f"This model cannot be compiled ({reason}); it answers without, several times slower.", style="yellow")
 
-    def _trunk(self, embeds_ND: Tensor, positions_N: Tensor, view: PassView, wanted: Tensor | None = None) -> Tensor:
-        """Run the language model over flat positions: last hidden states, (N, D), or of the `wanted` positions only."""
+    def _trunk(self, embeds_ND: Tensor, positions_N: Tensor, view: PassView, selected: Tensor | None = None) -> Tensor:
+        """Run the language model over flat positions; return the last hidden states, (N, D), or the `selected` ones."""
         model = self.core.model.language_model
         run = self._step_layer if view.is_step else self._read_layer
         hidden = embeds_ND[None]
@@ -362,11 +300,12 @@ class ModelRunner:
         *layers, last = zip(model.layers, self.pool.layers, strict=True)
         for layer, kv in layers:
             hidden = run(layer, hidden, angles, kv, view)
-        if wanted is None or {name for name, _ in last[0].named_children()} != PRE_NORM:
+        # Of a prompt the last layer's keys and values are needed everywhere, its output only where a token is chosen.
+        if selected is None or {name for name, _ in last[0].named_children()} != PRE_NORM:
             hidden = run(last[0], hidden, angles, last[1], view)
-            hidden = hidden if wanted is None else hidden[:, wanted]
+            hidden = hidden if selected is None else hidden[:, selected]
         else:
-            hidden = _run_last_layer(last[0], hidden, angles, last[1], view, wanted)
+            hidden = _run_last_layer(last[0], hidden, angles, last[1], view, selected)
         normed: Tensor = model.norm(hidden)[0]
         return normed
 
@@ -375,6 +314,7 @@ class ModelRunner:
         blocks: Any = self.post_decoder.blocks if self.post_decoder is not None else ()
         for index, block in enumerate(blocks):
             if block.self_attention is not None:
+                # As in a decoder layer: its own keys and values of all positions, in the cells of the same extents.
                 assert self.self_pool is not None
                 attention, normed = block.self_attention, block.self_norm(states_ND)
                 query, key, value = (
@@ -385,6 +325,7 @@ class ModelRunner:
                 mixed = attend(query, kv, view, query.shape[-1] ** -0.5, (key, value))
                 states_ND = states_ND + attention.o_proj(mixed.flatten(1))
             if block.cross_attention is not None and image is not None:
+                # The image's keys and values were written once, by `store_image_context`.
                 assert self.image_pool is not None
                 attention = block.cross_attention
                 query = attention.q_proj(block.cross_norm(states_ND)).unflatten(-1, (attention.num_heads, -1))
@@ -396,7 +337,10 @@ class ModelRunner:
 
     @contextmanager
     def _pool_attention(self) -> Iterator[None]:
-        """Have the language model's layers attend to the pool."""
+        """Let the language model's layers attend to the pool.
+
+        transformers looks the attention function up by the config's name of it, at each call of a layer.
+        """
         config = self.core.model.language_model.config
         before, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
         try:
@@ -409,8 +353,9 @@ class ModelRunner:
     # --- CUDA graphs
 
     def _capture(self, state: StepState) -> torch.cuda.CUDAGraph:
-        """Record a step on these tensors. Warm-up and capture run with nobody in the rows, and change nothing."""
+        """Record a step on these tensors. Warm-up and capture run without any text in the rows, and change nothing."""
         before = state.tokens.clone(), state.ints.clone()
+        # Without moves, counters stay as they are; all rows write into the pool's last cell, which is no text's.
         state.moves.zero_()
         state.counters[1].fill_(self.pool.cells)
         try:
@@ -439,11 +384,3 @@ def _graph_key(state: StepState) -> tuple[Any, ...]:
     counts = tuple(len(part) if isinstance(part, list) else 0 for part in (state.reads, state.image))
     top = None if state.logprobs is None else state.logprobs[1].shape[1]
     return state.rows, counts, parts, top, None if state.sampling is None else state.sampling.key
-
-
-def pieces_of(groups: int, key_heads: int) -> int:
-    """Return into how many pieces the decode kernel cuts extents, so that its programs fill a GPU."""
-    pieces = 1
-    while pieces < MAX_PIECES and groups * key_heads * pieces < TARGET_PROGRAMS:
-        pieces *= 2
-    return pieces

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from relook.generate.attention import ExtentReads
 from relook.generate.dense_attention import NOTHING, DenseReads, Span
-from relook.generate.model_runner import BUCKETS, AnyReads, ModelRunner, Prefill, StepState, pieces_of, to_device
+from relook.generate.model_runner import ModelRunner
+from relook.generate.passes import BUCKETS, AnyReads, Prefill, StepState, pieces_of, to_device
 from relook.generate.sampling import RowSampling
 from relook.generate.text import Chunk, ImageFeatures, ImageKey, Text
 
@@ -59,7 +60,7 @@ class PassLayout:
                 image_rows.append(rows[before : before + placeholders])
         counts = [end - start for _, start, end in chunks]
         ends = dict(zip((chunk.text for chunk in chunks), itertools.accumulate(counts), strict=True))
-        own = [(text.extent.first, end - text.shared) for text, _, end in chunks]
+        private = [(text.extent.first, end - text.shared) for text, _, end in chunks]
         shared = [(text.base.first, text.shared) if text.base is not None else NOTHING for text, _, _ in chunks]
         # The post decoder runs where a token is chosen, or over all positions where its self-attention needs them.
         image_counts, images = counts, [text.extent.image for text, _, _ in chunks]
@@ -69,7 +70,7 @@ class PassLayout:
             self._ints(ids),
             self._ints(positions),
             self._ints(cells).long(),
-            self._prefill_reads(counts, own, shared),
+            self._prefill_reads(counts, private, shared),
             image_rows,
             self._ints([ends[text] - 1 for text in finished]),
             None if self.runner.image_pool is None else self._image_reads(image_counts, images),
@@ -77,10 +78,10 @@ class PassLayout:
             max((text.top for text in finished), default=-1),
         )
 
-    def _prefill_reads(self, counts: Sequence[int], own: Sequence[Span], shared: Sequence[Span]) -> AnyReads:
+    def _prefill_reads(self, counts: Sequence[int], private: Sequence[Span], shared: Sequence[Span]) -> AnyReads:
         if not self.runner.flash:
-            return DenseReads(counts, own, shared, self.runner.pool.layers[0][0])
-        reads = [self._reads(counts, own, True)]
+            return DenseReads(counts, private, shared, self.runner.pool.layers[0][0])
+        reads = [self._reads(counts, private, True)]
         if any(length for _, length in shared):
             groups = [list(group) for _, group in itertools.groupby(range(len(counts)), lambda i: shared[i])]
             sizes = [sum(counts[i] for i in group) for group in groups]
@@ -122,7 +123,7 @@ class PassLayout:
         groups = [list(group) for _, group in itertools.groupby(range(len(texts)), lambda i: group_of(texts[i]))]
         # A text whose own extent is others' beginning reads that with them, and alone only what lies behind it.
         offsets = [shared[text] if text.base is None else 0 for text in texts]
-        own = [
+        private = [
             (text.extent.first + offset, text.written + 1 - offset) for text, offset in zip(texts, offsets, strict=True)
         ]
         beginnings = [((text.base or text.extent).first, shared[text]) if shared[text] else NOTHING for text in texts]
@@ -135,11 +136,11 @@ class PassLayout:
             padded([len(text.ids) + text.launched - 1 for text in texts], 0),  # position
             padded([text.extent.first + text.written for text in texts], self.runner.pool.cells),  # cell
             padded([text.launched for text in texts], 0),  # tokens so far
-            padded([length for _, length in own], 0),  # cells of its own that it reads
+            padded([length for _, length in private], 0),  # cells of its own that it reads
             padded([1] * len(texts), 0),  # how far the above move in a step
         ]
         if kernels:
-            columns += [list(range(rows + 1)), [*padded([first for first, _ in own], 0), 0]]
+            columns += [list(range(rows + 1)), [*padded([first for first, _ in private], 0), 0]]
             if any(shared.values()):
                 columns += _group_reads(rows, groups, [beginnings[group[0]] for group in groups])
             if self.runner.image_pool is not None:
@@ -147,10 +148,12 @@ class PassLayout:
         # One copy brings all integers to the device; the columns are views of it.
         ints = self._ints([value for column in columns for value in column])
         views = list(ints.split([len(column) for column in columns]))
+        reads: AnyReads
+        image: AnyReads | None
         if kernels:
             reads, image = self._kernel_reads(views, rows)
         else:
-            reads, image = self._dense_reads(texts, own, beginnings)
+            reads, image = self._dense_reads(texts, private, beginnings)
         sources = self._ints(padded([text.row for text in texts], 0)).long()
         for row, text in enumerate(texts):
             text.row = row
@@ -166,7 +169,7 @@ class PassLayout:
             self._logprobs(texts, rows),
         )
 
-    def _kernel_reads(self, columns: Sequence[Tensor], rows: int) -> tuple[AnyReads, list[ExtentReads] | None]:
+    def _kernel_reads(self, columns: Sequence[Tensor], rows: int) -> tuple[list[ExtentReads], list[ExtentReads] | None]:
         """Return reads whose numbers are all on the device, so that a graph holds for any texts in as many rows.
 
         Into how many pieces extents are cut follows from the number of rows alone, for the same reason.
@@ -178,24 +181,26 @@ class PassLayout:
         rest, image = columns[7:], None
         if image_pool is not None:
             pieces = pieces_of(groups, image_pool.layers[0][0].shape[1])
-            image = [ExtentReads(*rest[-3:], GROUP_QUERIES, ANY_LENGTH, False, pieces)]
+            ends, first, lengths = rest[-3:]
+            image = [ExtentReads(ends, first, lengths, GROUP_QUERIES, ANY_LENGTH, False, pieces)]
             rest = rest[:-3]
         if rest:
             pieces = pieces_of(groups, heads)
-            reads.insert(0, ExtentReads(*rest, GROUP_QUERIES, ANY_LENGTH, False, pieces))
+            ends, first, lengths = rest
+            reads.insert(0, ExtentReads(ends, first, lengths, GROUP_QUERIES, ANY_LENGTH, False, pieces))
         return reads, image
 
     def _dense_reads(
-        self, texts: Sequence[Text], own: Sequence[Span], shared: Sequence[Span]
+        self, texts: Sequence[Text], private: Sequence[Span], shared: Sequence[Span]
     ) -> tuple[DenseReads, DenseReads | None]:
         """Return reads for the next steps, as many as are worth gathering keys and values for."""
         steps = min(DENSE_STEPS, max(1, *(text.max_new_tokens - text.launched for text in texts)))
-        counts, image_pool = [1] * len(own), self.runner.image_pool
-        reads = DenseReads(counts, own, shared, self.runner.pool.layers[0][0], steps)
+        counts, image_pool = [1] * len(private), self.runner.image_pool
+        reads = DenseReads(counts, private, shared, self.runner.pool.layers[0][0], steps)
         if image_pool is None:
             return reads, None
         images = [text.extent.image for text in texts]
-        return reads, DenseReads(counts, [NOTHING] * len(own), images, image_pool.layers[0][0], steps)
+        return reads, DenseReads(counts, [NOTHING] * len(private), images, image_pool.layers[0][0], steps)
 
     # --- choosing tokens
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from relook.data.images import RecentCache
 from relook.generate.dense_attention import DenseReads
 from relook.generate.kv_extents import KVExtents
-from relook.generate.model_runner import ModelRunner, StepState
+from relook.generate.model_runner import ModelRunner
 from relook.generate.pass_layout import PassLayout
+from relook.generate.passes import StepState
 from relook.generate.sampling import TokenLogprobs
 from relook.generate.text import Chunk, ImageFeatures, ImageKey, Text
 
@@ -189,11 +190,11 @@ class Scheduler:
         features = self._features_for_placing(next_texts)
         for text in next_texts:
             idle = not self.growing and not self.reading
-            place = self.extents.place
+            try_place = self.extents.place
             # Alone, a text may take the whole pool: then even what it would share must make room.
             if not (
-                place(text, features, True, self.counts.steps)
-                or (idle and place(text, features, False, self.counts.steps))
+                try_place(text, features, True, self.counts.steps)
+                or (idle and try_place(text, features, False, self.counts.steps))
             ):
                 if idle:
                     self.waiting.popleft()

@@ -41,14 +41,14 @@ ORIGIN = re.compile(r"\*|https?://[a-z0-9._-]+(:\d+)?|https?://\[[0-9a-f:.]+\](:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where a server listens, and how it ends.
+    """Where a server listens, and how it starts and stops.
 
     Args:
         port: 0 takes a free one.
-        stop_seconds: that answers may still take once the server is told to stop.
-        template: of conversations; empty for the model's own.
+        stop_seconds: time that running answers get once the server is told to stop.
+        template: conversation template; empty for the model's own.
         page: whether there is a page for people at `/`.
-        warm: whether all is compiled before requests are taken.
+        warm: whether everything is compiled before requests are taken.
     """
 
     host: str = "127.0.0.1"
@@ -60,7 +60,7 @@ class ServeOptions:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which waits for ever for a request's head and for a client that does not read."""
+    """uvicorn's protocol with time limits for a request's head, and for a client that does not read."""
 
     waiting: asyncio.TimerHandle | None = None
 
@@ -104,7 +104,7 @@ def serve(
 
     Args:
         limits: as `start_engines` takes them.
-        load: the models by name; called once the port is there, for it may take minutes.
+        load: returns the models by name; called once the port is bound, since loading may take minutes.
     """
     check_names(policy)
     taken = bind_socket(serving.host, serving.port)
@@ -137,11 +137,11 @@ def serve(
 
 
 def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, template: str = "") -> dict[str, Engine]:
-    """An engine for each model.
+    """Start an engine for each model.
 
     Args:
-        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are there.
-        template: of conversations; empty for the models' own.
+        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are loaded.
+        template: conversation template; empty for the models' own.
     """
     if not limits.cache_gb:
         device = next(iter(models.values())).core.device
@@ -152,7 +152,7 @@ def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, templ
 def make_server(
     engines: Mapping[str, Engine], policy: ServerLimits, stop_seconds: int, uploads: str | Path | None = None
 ) -> uvicorn.Server:
-    """A server that is not started yet; with a folder for uploads, the page is part of it."""
+    """Build a server that is not started yet; with a folder for uploads, it serves the page too."""
     uploads = None if uploads is None else Path(uploads)
     app: App = make_app(engines, policy)
     if uploads is not None:
@@ -174,10 +174,10 @@ def make_server(
 
 
 def own_hosts(host: str, address: str, policy: ServerLimits) -> frozenset[str]:
-    """The names under which a server is answered; empty for any, where a key or a network decides who asks.
+    """Return the host names that are answered; empty for any, where a key or a network decides who may ask.
 
     Args:
-        host: that it was told to listen on; `address` is what that means.
+        host: the name it was told to listen on; `address` is what that resolved to.
     """
     if not policy.hosts and (policy.api_key or not ip_address(address).is_loopback):
         return frozenset()
@@ -185,7 +185,7 @@ def own_hosts(host: str, address: str, policy: ServerLimits) -> frozenset[str]:
 
 
 def check_names(policy: ServerLimits) -> None:
-    """Raises RelookError where a policy names hosts or origins that no browser sends."""
+    """Raise RelookError if a policy names hosts or origins that no browser sends."""
     wrong = [
         f"--allow-host {name}"
         for name in policy.hosts
@@ -198,12 +198,12 @@ def check_names(policy: ServerLimits) -> None:
 
 
 def bracketed(host: str) -> str:
-    """A host as URLs have it."""
+    """Return a host as it is written in URLs."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket with that address. It does not listen yet: until the models are there, balancers are refused."""
+    """Bind a socket, which does not listen yet: until the models are loaded, load balancers are refused."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol named, asyncio sends small pieces at once (TCP_NODELAY): else each answer waits 40 ms.
     taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -223,8 +223,7 @@ def free_bytes(device: torch.device) -> int:
 def load_models(
     model: str | Path, loading: LoadOptions, base: str | Path | None, with_base: bool
 ) -> dict[str, LoadedModel]:
-    """The models to be served, by name: the folder's name, and for what it is compared with, that folder's or
-    NAME-base.
+    """Load the models to be served, by name: the folder's name, and for the base that folder's or NAME-base.
 
     Args:
         base: a model to compare with.
@@ -244,7 +243,7 @@ def load_models(
 
 
 def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedModel:
-    """The model without what was trained on it: without its adapter, a run's base, or without its post decoder.
+    """Load the model without what was trained on it: its adapter, a run's training, or its post decoder.
 
     Raises:
         RelookError: there is nothing to switch off.
@@ -271,8 +270,8 @@ def load_sharing_tensors(loaded: LoadedModel, path: AnyFolder, loading: LoadOpti
 @torch.no_grad()
 def share_equal_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
     """Let a model use another's tensors where they are equal, so that memory holds what was trained twice only."""
-    others = dict(other.named_parameters())
+    other_parameters = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
-        same = others.get(name)
+        same = other_parameters.get(name)
         if same is not None and type(same) is type(parameter) is torch.nn.Parameter and torch.equal(same, parameter):
             parameter.data = same.data
