@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, peak, sync, versions, write_questions
 
-from relook.evaluate.benchmarks import CHAIR_PROMPT
+from relook.evaluate.tasks.chair import CHAIR_PROMPT
 from relook.evaluate.tasks.pope import SPLITS, read_pope_questions
 from relook.files import write_json
 from relook.generate.answering import GenerationSettings, Prompt, answer_questions, generate_batch

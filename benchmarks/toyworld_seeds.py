@@ -21,8 +21,7 @@ from typing import Any
 import yaml
 
 from relook.demo import REGIMES, DemoPaths, evaluate_split, mine_pairs, train_regime
-from relook.evaluate.compare import compare_pooled
-from relook.evaluate.score import read_scores
+from relook.evaluate.compare import compare_pooled, read_scores
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, write_json
 from relook.toyworld import layouts

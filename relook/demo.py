@@ -14,10 +14,9 @@ from typing import Any
 
 from relook.console import progress, status
 from relook.errors import RecipeError
-from relook.evaluate.compare import compare
+from relook.evaluate.compare import compare, read_scores
 from relook.evaluate.results import library_versions
 from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import read_scores
 from relook.files import claim_output_dir, read_json, write_json
 from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.run import mine_pairs

@@ -16,12 +16,12 @@ import yaml
 
 from relook.console import status
 from relook.errors import Faults, RelookError
-from relook.evaluate.compare import compare, hallucination_by_divergence
+from relook.evaluate.compare import compare, hallucination_by_divergence, read_scores
 from relook.evaluate.pope_from_cache import FIRST_FILE, CachedPope
 from relook.evaluate.results import library_versions
 from relook.evaluate.run import claim_eval_dir, evaluate_model
-from relook.evaluate.score import annotation_file, read_scores
 from relook.evaluate.statistics import holm
+from relook.evaluate.tasks.chair import instances_file
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json, read_records, sole_writer, write_json, write_text
 from relook.model.load import model_hash
@@ -86,7 +86,7 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
         sweep.max_new_tokens,
     )
     if sweep.chair:
-        read_json(annotation_file(Path(sweep.data)))
+        read_json(instances_file(Path(sweep.data)))
     failed: dict[str, str] = {}
     waiting = [row for row in sweep.rows if not _finished(sweep, row.name)]
     samples = read(waiting)

@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from relook.errors import DataError
-from relook.evaluate.benchmarks import benchmark_questions, score_command
+from relook.evaluate.benchmark import ScoringInputs, score_command
 from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import ScoringInputs
 from relook.evaluate.tasks import amber
 from relook.evaluate.tasks.amber import DescriptionCounts, Lists, judge_description
 from relook.files import read_records, write_json, write_jsonl
@@ -249,11 +248,11 @@ def test_odd_files_are_refused(data: Path) -> None:
     ):
         write_json(folder / "query" / "query_all.json", odd)
         with pytest.raises(DataError, match=message):
-            benchmark_questions("amber", data)
+            amber.BENCHMARK.read_questions(data)
     for name in ("query/query_all.json", "annotations.json"):
         (folder / name).write_text("")
         with pytest.raises(DataError, match=rf"{name} is empty.*junyangwang0410/AMBER"):
-            benchmark_questions("amber", data)
+            amber.BENCHMARK.read_questions(data)
     (folder / "near_synonyms.txt").write_text("cat dog\n\nman\n")
     with pytest.raises(DataError, match="not two words: man"):
         amber.read_lists(data)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from relook.data.annotations import Annotations
 from relook.errors import DataError
-from relook.evaluate.score import ScoringInputs, score_answers
+from relook.evaluate.benchmark import ScoringInputs, score_command
 from relook.evaluate.tasks.chair import (
     Mention,
     Vocabulary,
@@ -101,7 +101,9 @@ def test_captions_are_scored_without_boxes(tmp_path: Path) -> None:
     }
     (tmp_path / "instances.json").write_text(json.dumps(instances))
     (tmp_path / "captions.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "A dog and a cat."}))
-    found = score_answers("chair", tmp_path / "captions.jsonl", ScoringInputs(annotations=tmp_path / "instances.json"))
+    found = score_command(
+        "chair", [tmp_path / "captions.jsonl"], ScoringInputs(annotations=tmp_path / "instances.json")
+    )
     assert (found["chair_i"], found["recall"]) == (0.5, 1)
 
 
@@ -178,7 +180,7 @@ def test_score_by_hand() -> None:
     assert found.images == ("a", "b", "c", "d")
     assert found.mentioned == (3, 1, 0, 3)
     assert found.hallucinated == (1, 0, 0, 2)
-    assert (found.found, found.present) == ((1, 1, 0, 1), (2, 1, 1, 1))
+    assert (found.covered, found.present) == ((1, 1, 0, 1), (2, 1, 1, 1))
     assert found.words == (9, 2, 4, 7)
     assert found.to_json() == {
         "chair_i": 3 / 7,
@@ -236,11 +238,11 @@ def test_captions_of_any_program_are_scored(coco: Path) -> None:
     answers = coco.with_name("answers.json")  # the layout of COCO's caption results
     said = [{"image_id": 8, "caption": "A man and his cat."}, {"image_id": 7, "caption": "A puppy, a sofa and a lady."}]
     answers.write_text(json.dumps(said))
-    found = score_answers("chair", answers, ScoringInputs(annotations=coco))
+    found = score_command("chair", [answers], ScoringInputs(annotations=coco))
     assert (found["chair_i"], found["chair_s"], found["recall"], found["n"]) == (2 / 5, 1.0, 1.0, 2)
     assert found["chair_s_ci"] == [1.0, 1.0]
     assert found["provenance"]["truth"] == "instances"
-    both = score_answers("chair", answers, ScoringInputs(annotations=coco, captions=coco.with_name("captions.json")))
+    both = score_command("chair", [answers], ScoringInputs(annotations=coco, captions=coco.with_name("captions.json")))
     assert (both["chair_i"], both["chair_s"]) == (1 / 5, 0.5)
     assert both["provenance"]["truth"] == "instances and captions"
 
@@ -249,14 +251,14 @@ def test_a_pinned_list_decides_which_captions_count(coco: Path) -> None:
     answers, images = coco.with_name("answers.jsonl"), coco.with_name("images.txt")
     names = [f"COCO_val2014_00000000000{i}.jpg" for i in (7, 8)]
     answers.write_text("".join(json.dumps({"image": n, "text": "A man."}) + "\n" for n in names))
-    whole = score_answers("chair", answers, ScoringInputs(annotations=coco))
+    whole = score_command("chair", [answers], ScoringInputs(annotations=coco))
     images.write_text(f"{names[1]}\n")
-    found = score_answers("chair", answers, ScoringInputs(annotations=coco, images=images))
+    found = score_command("chair", [answers], ScoringInputs(annotations=coco, images=images))
     assert (whole["n"], found["n"], found["chair_i"]) == (2, 1, 0.0)
     assert whole["image_list"] != found["image_list"] == found["provenance"]["image_list"]
     answers.write_text(json.dumps({"image": names[0], "caption": "A dog."}))
     with pytest.raises(DataError, match=r"1 images of .*images\.txt have no caption: .*8\.jpg"):
-        score_answers("chair", answers, ScoringInputs(annotations=coco, images=images))
+        score_command("chair", [answers], ScoringInputs(annotations=coco, images=images))
 
 
 @pytest.mark.parametrize(
@@ -275,4 +277,4 @@ def test_captions_that_cannot_be_scored(coco: Path, records: list[dict], message
     answers = coco.with_name("answers.json")
     answers.write_text(json.dumps(records))
     with pytest.raises(DataError, match=message):
-        score_answers("chair", answers, ScoringInputs(annotations=coco))
+        score_command("chair", [answers], ScoringInputs(annotations=coco))

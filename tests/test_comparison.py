@@ -12,7 +12,7 @@ import pytest
 from relook.data.annotations import read_coco
 from relook.errors import DataError, RecipeError
 from relook.evaluate.tasks.pope import SPLITS, read_pope_questions
-from relook.files import read_json, write_json, write_jsonl
+from relook.files import read_json, read_records, write_json, write_jsonl
 from relook.report import comparison
 from relook.report.comparison import write_comparison
 from relook.report.pages import write_reports
@@ -103,6 +103,26 @@ def test_two_models_side_by_side(pair: tuple[Path, Path], data: Path) -> None:
     pictures = [attributes["src"] for tag, attributes in shown.tags if tag == "img"]
     assert len(pictures) == 2
     assert all(source and source.startswith("data:image/jpeg;base64,") for source in pictures)
+
+
+def test_a_rate_of_nothing_is_a_dash(pair: tuple[Path, Path], data: Path) -> None:
+    """A model that answers every question with no and describes nothing has no precision and no CHAIR_i."""
+    first, second = pair
+    for split in SPLITS:
+        records = [{**record, "answer": "No"} for record in read_records(second / f"pope_{split}.jsonl")]
+        write_jsonl(second / f"pope_{split}.jsonl", records)
+    silent = [{**record, "caption": "It is calm."} for record in read_records(second / "chair.jsonl")]
+    write_jsonl(second / "chair.jsonl", silent)
+    page = write_comparison(first, second)
+    results = read_json(page.with_name("comparison.json"))
+    scores, paired = results["scores"][1], results["paired"]
+    nothing = {"difference": None, "ci": None}
+    assert (scores["pope"]["random"]["precision"], scores["pope"]["random"]["precision_ci"]) == (None, None)
+    assert (scores["pope"]["random"]["recall"], scores["pope"]["random"]["f1"]) == (0, 0)
+    assert (scores["chair"]["chair_i"], scores["chair"]["chair_i_ci"]) == (None, None)
+    assert paired["pope"]["random"]["precision"] == paired["chair"]["chair_i"] == nothing
+    row = page.read_text().split("<td>random, precision</td>")[1].split("</tr>")[0]
+    assert row.endswith("<td>–</td><td>–</td><td></td>")
 
 
 def test_what_models_and_people_wrote_is_shown_as_text(pair: tuple[Path, Path]) -> None:

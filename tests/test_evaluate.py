@@ -24,12 +24,19 @@ from relook.data.annotations import read_coco
 from relook.data.templates import TEMPLATES, get_template
 from relook.errors import DataError, RecipeError
 from relook.evaluate import results
-from relook.evaluate.benchmarks import score_command
-from relook.evaluate.compare import compare, differing_answers
+from relook.evaluate.benchmark import ScoringInputs, score_command
+from relook.evaluate.compare import compare
 from relook.evaluate.results import AnswerFile
 from relook.evaluate.run import append_answers, evaluate_model
-from relook.evaluate.score import LLAVA_QUESTIONS, ScoringInputs, pope_questions, score_answers
-from relook.evaluate.tasks.pope import SPLITS, match_answers, official_parse, read_pope_questions
+from relook.evaluate.tasks.pope import (
+    LLAVA_QUESTIONS,
+    SPLITS,
+    differing_answers,
+    match_answers,
+    official_parse,
+    pope_questions,
+    read_pope_questions,
+)
 from relook.files import read_json, read_records, text_hash, write_json, write_jsonl
 from relook.generate import answering
 from relook.generate.answering import GenerationSettings, answer_questions
@@ -122,18 +129,18 @@ def test_the_version_stands_in_two_files_and_is_one() -> None:
 
 def test_an_evaluation_is_scored_again_without_its_model(finished: Path, world: Path, tmp_path: Path) -> None:
     for name in ("pope", "chair"):
-        assert score_answers(name, finished, ScoringInputs()) == read_json(finished / f"{name}.json")
+        assert score_command(name, [finished], ScoringInputs()) == read_json(finished / f"{name}.json")
     out, data = tmp_path / "out", tmp_path / "data"
     shutil.copytree(finished, out)
     shutil.copytree(world / "test", data)
     (out / "eval.json").unlink()
     with pytest.raises(RecipeError, match=r"does not say what data.*--data"):
-        score_answers("pope", out, ScoringInputs())
-    exact = score_answers("pope", out, ScoringInputs(data=data), "lmms-eval")
+        score_command("pope", [out], ScoringInputs())
+    exact = score_command("pope", [out], ScoringInputs(data=data), "lmms-eval")
     assert exact["random"]["neither"] == exact["random"]["n"]  # toyworld answers "Yes."
     assert exact["provenance"]["parser"] == "lmms-eval"
     with pytest.raises(RecipeError, match="no parser 'mine'"):
-        score_answers("pope", out, ScoringInputs(data=data), "mine")
+        score_command("pope", [out], ScoringInputs(data=data), "mine")
 
 
 def test_llavas_questions_are_asked_where_they_lie_beside_popes(finished: Path, world: Path, tmp_path: Path) -> None:
@@ -433,7 +440,7 @@ def test_scores_of_an_answer_file(tmp_path: Path) -> None:
         [{"question_id": i, "image": "a.jpg", "text": f"Is there {i}?", "label": v} for i, v in enumerate(labels)],
     )
     write_json(tmp_path / "a.json", [{"question_id": i, "answer": v} for i, v in enumerate(said)][::-1])
-    result = score_answers("pope", tmp_path / "a.json", ScoringInputs(questions=tmp_path / "q.json"))
+    result = score_command("pope", [tmp_path / "a.json"], ScoringInputs(questions=tmp_path / "q.json"))
     assert result.keys() >= POPE_KEYS
     assert {key: result[key] for key in ("tp", "fn", "tn", "fp", "n")} == {"tp": 2, "fn": 1, "tn": 3, "fp": 1, "n": 7}
     expected = {"accuracy": 5 / 7, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 7}

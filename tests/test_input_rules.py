@@ -20,8 +20,8 @@ from relook.data.layouts import find_layout
 from relook.data.readers import read_hadpo, read_llava, read_pairs
 from relook.data.samples import ReadReport, as_bool, as_id
 from relook.errors import DataError
-from relook.evaluate.benchmarks import benchmark_questions
 from relook.evaluate.run import evaluate_model
+from relook.evaluate.tasks import get_benchmark
 from relook.files import read_json, read_records, read_text, write_json
 from relook.toyworld.build import shipped_base
 
@@ -159,7 +159,11 @@ def test_no_record_is_lost_to_an_encoding(world: Path, tmp_path: Path, encoding:
         text = json.dumps(read_records(file)) if array else file.read_text()
         file.write_text(text, encoding=encoding)
     assert not any(one.faults for one in check_folder("pope", tmp_path / "test").indexes)
-    assert benchmark_questions("pope", tmp_path / "test").keys() == {"pope_random", "pope_popular", "pope_adversarial"}
+    assert get_benchmark("pope").read_questions(tmp_path / "test").keys() == {
+        "pope_random",
+        "pope_popular",
+        "pope_adversarial",
+    }
     done = fix_folder("pope", tmp_path / "test", tmp_path / "fixed")
     assert done["records_dropped"] == {}
     mix = read_json(world / "llava/toyworld_mix.json")
@@ -204,13 +208,16 @@ def test_a_broken_file_under_another_extension_is_broken(tmp_path: Path) -> None
 def test_evaluations_find_images_whose_extension_is_in_another_case(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "test", tmp_path / "test")
     expected = {
-        name: {stem: [q.image.stem for q in qs] for stem, qs in benchmark_questions(name, tmp_path / "test").items()}
+        name: {
+            stem: [q.image.stem for q in qs]
+            for stem, qs in get_benchmark(name).read_questions(tmp_path / "test").items()
+        }
         for name in ("pope", "chair", "shr")
     }
     for image in (tmp_path / "test").rglob("*.jpg"):
         image.rename(image.with_suffix(".JPG"))
     for name, stems in expected.items():
-        asked = benchmark_questions(name, tmp_path / "test")
+        asked = get_benchmark(name).read_questions(tmp_path / "test")
         assert {stem: [q.image.stem for q in qs] for stem, qs in asked.items()} == stems
         assert all(q.image.is_file() for qs in asked.values() for q in qs)
 

@@ -10,10 +10,9 @@ from helpers.endpoint import Answer, Request, endpoint
 from PIL import Image
 
 from relook.errors import DataError, RecipeError
-from relook.evaluate.benchmarks import score_command
+from relook.evaluate.benchmark import ScoringInputs, score_command
 from relook.evaluate.judge import JudgeSettings
 from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import ScoringInputs
 from relook.evaluate.tasks import mmhal
 from relook.files import read_records, write_json
 

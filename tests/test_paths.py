@@ -19,10 +19,9 @@ from relook.data.check import check_folder, fix_folder
 from relook.data.convert import convert_pairs as convert_pairs
 from relook.data.images import open_image
 from relook.data.readers import read_hadpo, read_llava, read_pairs
-from relook.evaluate.benchmarks import score_command
-from relook.evaluate.compare import compare
+from relook.evaluate.benchmark import ScoringInputs, score_command
+from relook.evaluate.compare import compare, read_scores
 from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import ScoringInputs, read_scores
 from relook.evaluate.tasks.build_pope import build_pope_files
 from relook.evaluate.tasks.pope import read_pope_answers, read_pope_questions
 from relook.files import read_json

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from relook.data.samples import Question
 from relook.errors import DataError, RecipeError
-from relook.evaluate.score import ScoringInputs, score_answers
+from relook.evaluate.benchmark import ScoringInputs, score_command
 from relook.evaluate.tasks.build_pope import build_pope_files, build_splits
 from relook.evaluate.tasks.pope import (
     PARSERS,
@@ -113,7 +113,7 @@ def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Pat
             read_pope_questions(folder / "questions.jsonl", Path()), read_pope_answers(folder / "answers.jsonl")
         )
     given_files = ScoringInputs(questions=folder / "questions.jsonl", annotations=folder / "annotations")
-    found = score_answers("pope", folder / "answers.jsonl", given_files, "llava")
+    found = score_command("pope", [folder / "answers.jsonl"], given_files, "llava")
     counts = {split: tuple(found[split][key] for key in ("tp", "fp", "tn", "fn")) for split in ("random", "popular")}
     assert counts == {"random": (23, 21, 3, 1), "popular": (23, 19, 5, 1)}
     assert found["popular"]["accuracy"] == pytest.approx(0.5833333333333334)
@@ -124,8 +124,8 @@ def test_llava_layout_scores_as_llavas_program_says(refdata: Path, tmp_path: Pat
         lines = (folder / f"annotations/coco_pope_{name}.json").read_text().splitlines(keepends=True)
         (labels / f"coco_pope_{name}.json").write_text("".join(lines[:-1] if name == "popular" else lines))
     with pytest.raises(DataError, match=r"in popular: 1 questions have no label \(95\), 0 labels"):
-        score_answers(
-            "pope", folder / "answers.jsonl", ScoringInputs(questions=folder / "questions.jsonl", annotations=labels)
+        score_command(
+            "pope", [folder / "answers.jsonl"], ScoringInputs(questions=folder / "questions.jsonl", annotations=labels)
         )
 
 
@@ -180,7 +180,7 @@ def test_any_file_scores_as_the_official_rule_says(rows: list[tuple[str, str]]) 
         asked_of = [{"question_id": i, "image": f"{i % 3}", "text": f"{i}?", "label": r[1]} for i, r in enumerate(rows)]
         questions = write_lines(Path(folder) / "q.json", asked_of)
         answers = write_lines(Path(folder) / "a.json", answered([text for text, _ in rows])[::-1])
-        found = score_answers("pope", answers, ScoringInputs(questions=questions))
+        found = score_command("pope", [answers], ScoringInputs(questions=questions))
     places = {"tp": (True, True), "fp": (True, False), "tn": (False, False), "fn": (False, True)}
     assert {key: found[key] for key in places} == {key: expected[place] for key, place in places.items()}
     for rate in ("accuracy", "precision", "recall", "f1", "yes_ratio"):

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from relook.data.annotations import read_image_paths
 from relook.errors import DataError, RecipeError, RelookError
-from relook.evaluate.benchmarks import score_command
+from relook.evaluate.benchmark import ScoringInputs, score_command
 from relook.evaluate.judge import Judge, JudgeSettings
 from relook.evaluate.run import evaluate_model
-from relook.evaluate.score import ScoringInputs
 from relook.evaluate.tasks import shr
 from relook.files import read_json, read_json_object, read_records, write_json, write_jsonl
 from relook.toyworld.build import shipped_base

@@ -29,6 +29,7 @@ from relook.forward.policy import Policy
 from relook.model.load import LoadOptions
 from relook.recipe import build_recipe, read_yaml_or_shipped, shipped_names
 from relook.report.pages import write_report
+from relook.report.sweep_page import sweep_chair_table, sweep_pope_table
 from relook.sweep import sweep_command
 from relook.sweep_config import build_sweep, expand, row_names
 from relook.toyworld.build import shipped_base
@@ -303,6 +304,7 @@ def test_divergence_by_hand() -> None:
     kept = [{"label": "yes", "kl": 0.0, "answer": "Yes"}]
     bins = hallucination_by_divergence([*tuned, *kept], [*other, *kept])
     assert [found["n"] for found in bins] == [2, 0, 0, 1, 0]
+    assert (bins[1]["rate"], bins[1]["base_rate"]) == (None, None)
     assert (bins[0]["rate"], bins[0]["base_rate"]) == (0.5, 1.0)
     assert (bins[3]["rate"], bins[3]["base_rate"]) == (1.0, 0.0)
 
@@ -374,6 +376,21 @@ def test_the_table_has_the_files_numbers(whole: Path) -> None:
     assert "http:" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
+
+
+def test_a_rate_of_nothing_is_a_dash_in_the_tables(whole: Path) -> None:
+    results = read_json(whole / "results.json")
+    row = results["rows"][0]
+    results["base"]["pope"]["random"]["precision"] = results["base"]["chair"]["chair_i"] = None
+    row["paired"]["chair"]["chair_i"] = {"difference": None, "ci": None}
+    head, base, *_ = sweep_pope_table(results)
+    assert dict(zip(head, base, strict=True))["Precision"] == "–"
+    head, base, first, *_ = sweep_chair_table(results)
+    assert dict(zip(head, base, strict=True))["CHAIR_i"] == dict(zip(head, first, strict=True))["CHAIR_i − base"] == "–"
+    seeds = sweep.aggregate_seeds([{**row, "seed": seed} for seed in (0, 1)])
+    row["pope"]["random"]["precision"] = None
+    assert seeds[0]["pope"]["random"]["precision"]["sd"] == 0
+    assert sweep.aggregate_seeds([row, row])[0]["pope"]["random"]["precision"] == {"mean": None, "sd": None}
 
 
 def test_the_report_can_be_written_again(whole: Path) -> None:

@@ -26,10 +26,11 @@ from relook.cli.options import (
     input_option,
 )
 from relook.errors import RecipeError, preview
+from relook.evaluate.tasks import BENCHMARKS
 
 T = TypeVar("T")
 app = typer.Typer()
-BENCHMARKS_HELP = "pope, chair, shr, amber, mmhal"
+BENCHMARKS_HELP = ", ".join(BENCHMARKS)
 # Options that only some benchmarks have, by those that are asked by themselves, and for all others.
 USED = {"lmms": ["tasks", "limit", "include-path"], "llava": ["questions", "data"], "": ["data", "judge-url"]}
 ASKED_HELP = f"{BENCHMARKS_HELP}; or lmms, or llava, by itself"
@@ -136,13 +137,12 @@ def score(
     judge_request: JudgeRequest = "{}",
 ) -> None:
     """Score existing answers; no model is loaded. A judge's replies are kept beside them, in judge.jsonl."""
-    from relook.evaluate.benchmarks import score_command
+    from relook.evaluate.benchmark import ScoringInputs, score_command
     from relook.evaluate.judge import judge_settings
-    from relook.evaluate.score import ScoringInputs
 
     judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    given = ScoringInputs(data, questions, annotations, captions, images)
-    result = score_command(benchmark, answers, given, parser, judge)
+    inputs = ScoringInputs(data, questions, annotations, captions, images)
+    result = score_command(benchmark, answers, inputs, parser, judge)
     if json_out is not None:
         from relook.files import write_json
 

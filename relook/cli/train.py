@@ -78,7 +78,7 @@ def train(
 
     out = run.train(run.recipe_of_command(recipe, context.args))
     model = shlex.quote(str(out))
-    status(f"{out} holds the result. Evaluate it with: relook eval pope chair --model {model} --data DATA --out OUT")
+    status(f"{out} holds the result. To evaluate it: relook eval pope chair --model {model}, with --data and --out.")
 
 
 @app.command(context_settings=EXTRA)

@@ -71,7 +71,7 @@ class Tree:
         return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
 
 
-Value = TypeVar("T_")
+Value = TypeVar("Value")
 
 
 def to_device(value: Value, device: torch.device | str) -> Value:

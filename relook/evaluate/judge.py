@@ -63,9 +63,13 @@ class JudgeSettings:
     @property
     def address(self) -> str:
         """Return the URL to show to people and in results: without user, password and query."""
-        place = urlsplit(self.url)
-        port = f":{place.port}" if place.port else ""
-        return f"{place.scheme}://{place.hostname}{port}{place.path}"
+        parts = urlsplit(self.url)
+        port = f":{parts.port}" if parts.port else ""
+        return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
+
+    def open(self, folder: Path) -> Judge:
+        """Open the judge with the cache of its replies in a folder of answers."""
+        return Judge(self, folder / JUDGE_CACHE)
 
 
 def judge_settings(
@@ -96,8 +100,8 @@ def judge_settings(
 
 def _is_address(url: str) -> bool:
     try:
-        place = urlsplit(url)
-        return place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # unbalanced bracket, or a port that is not a number
         return False
 

@@ -28,10 +28,9 @@ from relook.data.encode import Encoder, Example
 from relook.data.images import prefetch_map
 from relook.data.packing import TokenRow, Tree, batch_targets, copy_to_cpu
 from relook.data.samples import Question
-from relook.evaluate.benchmarks import POPE
+from relook.evaluate.benchmark import YES_NO_MAX_TOKENS
 from relook.evaluate.compare import kl_divergence
-from relook.evaluate.score import pope_questions, pope_results
-from relook.evaluate.tasks.pope import LONGEST_ANSWER, SPLITS
+from relook.evaluate.tasks.pope import BENCHMARK, SPLITS, pope_questions, pope_results
 from relook.files import atomic_file, write_json, write_jsonl
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy, TrunkStates, prediction_states
@@ -128,7 +127,7 @@ class CachedPope:
         states: the file that keeps the base's trunk states.
         template: conversation template.
         loading: how models come into memory.
-        max_new_tokens: of answers that are generated in full, LONGEST_ANSWER at most.
+        max_new_tokens: upper bound on answers that are generated in full, YES_NO_MAX_TOKENS at most.
     """
 
     def __init__(
@@ -139,11 +138,11 @@ class CachedPope:
         template: str,
         loading: LoadOptions,
         batch_size: int = 64,
-        max_new_tokens: int = LONGEST_ANSWER,
+        max_new_tokens: int = YES_NO_MAX_TOKENS,
     ) -> None:
         self.base, self.file, self.loading = base, states, loading
         self.dtype, self.device = parse_dtype(loading.dtype), parse_device(loading.device)
-        self.how = GenerationSettings(template, min(max_new_tokens, LONGEST_ANSWER), batch_size)
+        self.how = GenerationSettings(template, min(max_new_tokens, YES_NO_MAX_TOKENS), batch_size)
         self.images = max(1, batch_size // 8)  # trees a batch: each holds up to 18 questions
         self.data, self.splits = data, pope_questions(data)
 
@@ -270,7 +269,7 @@ class CachedPope:
         generated = {}
         for split, questions_of in self.splits.items():
             found = [said[question.image.name, question.text] for question in questions_of]
-            answers = [POPE.record(q, record["answer"]) for q, record in zip(questions_of, found, strict=True)]
+            answers = [BENCHMARK.record(q, record["answer"]) for q, record in zip(questions_of, found, strict=True)]
             write_jsonl(out / f"pope_{split}.jsonl", answers)
             generated[split] = sum(record["generated"] for record in found)
         results = pope_results(self.data, out)

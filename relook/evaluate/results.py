@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from relook import __version__
-from relook.errors import DataError
+from relook.errors import DataError, RecipeError
 from relook.files import file_hash, read_json_object, write_jsonl
 
 # ----------------------------------------------------------------------------------------------------
@@ -87,8 +87,8 @@ def library_versions() -> dict[str, str]:
 
     relook's version is that of the running code, which may differ from the installed one, if any.
     """
-    own = {"python": platform.python_version(), "relook": __version__}
-    return own | {name: version(name) for name in LIBRARIES}
+    interpreter = {"python": platform.python_version(), "relook": __version__}
+    return interpreter | {name: version(name) for name in LIBRARIES}
 
 
 def utc_now() -> str:
@@ -96,18 +96,31 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def provenance(answers: Path, longest: int | None = None, **about: Any) -> dict[str, Any]:
+def provenance(answers: Path, longest: int | None = None, **details: Any) -> dict[str, Any]:
     """Collect what a result depends on.
 
     Args:
         answers: a `relook eval` folder, which records the model and its hash, precision, template, generation settings,
             library versions and date; or a single file, which is identified by its hash alone.
         longest: the benchmark's upper bound on generated tokens, if it has one.
-        about: what the benchmark adds: its parser, the hash of its images, its judge, settings besides greedy.
+        details: what the benchmark adds: its parser, the hash of its images, its judge, settings besides greedy.
     """
     if not answers.is_dir():
-        return {"answers_sha256": file_hash(answers), **about, "versions": library_versions(), "date": utc_now()}
-    noted = {"versions": library_versions(), "date": utc_now()} | read_json_object(answers / EVAL_FILE, optional=True)
-    tokens = [n for n in (noted.pop("max_new_tokens", None), longest) if n]
+        return {"answers_sha256": file_hash(answers), **details, "versions": library_versions(), "date": utc_now()}
+    recorded: dict[str, Any] = {"versions": library_versions(), "date": utc_now()}
+    recorded |= read_json_object(answers / EVAL_FILE, optional=True)
+    tokens = [n for n in (recorded.pop("max_new_tokens", None), longest) if n]
     generation = {"do_sample": False, **({"max_new_tokens": min(tokens)} if tokens else {})}
-    return {**noted, "generation": generation, **about}
+    return {**recorded, "generation": generation, **details}
+
+
+def data_folder_of(out: Path) -> Path:
+    """Return the data folder that a `relook eval` folder records.
+
+    Raises:
+        RecipeError: the folder does not record it.
+    """
+    recorded = read_json_object(out / EVAL_FILE, optional=True).get("data")
+    if not recorded:
+        raise RecipeError(f"{out} does not say what data its answers are about.", "Give --data.")
+    return Path(recorded)

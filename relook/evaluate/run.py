@@ -9,29 +9,23 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from relook import distributed
 from relook.console import progress, status
 from relook.data.samples import Question
 from relook.data.templates import get_template
 from relook.errors import DataError
-from relook.evaluate.benchmarks import (
-    BENCHMARKS,
-    Benchmark,
-    Questions,
-    benchmark_questions,
-    get_benchmarks,
-    require_images,
-    require_judge,
-)
-from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
+from relook.evaluate.benchmark import YES_NO_MAX_TOKENS, Benchmark, Questions, require_images, require_judge
 from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, utc_now
-from relook.evaluate.tasks.pope import LONGEST_ANSWER
+from relook.evaluate.tasks import get_benchmarks
 from relook.files import claim_output_dir, read_json, read_json_object, write_json, writes_alone
 from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.checkpoint import AnyFolder, parse_folder
 from relook.model.load import LoadedModel, LoadOptions, parse_device
+
+if TYPE_CHECKING:
+    from relook.evaluate.judge import Judge, JudgeSettings
 
 AnswerT = TypeVar("AnswerT")
 
@@ -65,29 +59,30 @@ def evaluate_model(
             answer, or an output folder with another model's answers.
     """
     folder, data, out = parse_folder(model), Path(data), Path(out)
-    get_benchmarks(benchmarks)
-    how = begin_evaluation(out, folder, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
+    definitions = get_benchmarks(benchmarks)
+    settings = begin_evaluation(out, folder, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
     scored = [name for name in benchmarks if (out / f"{name}.json").exists()]
-    left = [name for name in benchmarks if judge or name not in scored or not judged(out, name)]
-    asked = {name: benchmark_questions(name, data) for name in left}
-    for name in left:
+    remaining = [name for name in benchmarks if judge or name not in scored or not judged(out, name)]
+    questions = {name: definitions[name].read_questions(data) for name in remaining}
+    for name in remaining:
         if name not in scored:
-            require_images(asked[name])
+            require_images(questions[name])
         require_judge(name, data, judge)
-    probes = [request for name in left if (request := BENCHMARKS[name].judge_request) is not None]
+    probes = [request for name in remaining if (request := definitions[name].judge_request) is not None]
 
     @functools.cache
     def load() -> LoadedModel:
+        # A judge that does not answer should show before hours of generation, and before the model is loaded.
         if judge and probes and distributed.is_main():
-            Judge(judge, out / JUDGE_CACHE).probe(probes[0])
+            judge.open(out).probe(probes[0])
         return loading.load(folder)
 
-    for name in left:
-        ask_missing(name, asked[name], load, out, how)
+    for name in remaining:
+        ask_missing(definitions[name], questions[name], load, out, settings)
         distributed.barrier(f"the answers to {name}")
         if distributed.is_main():
-            endpoint = Judge(judge, out / JUDGE_CACHE) if judge else None
-            write_json(out / f"{name}.json", write_result(name, data, asked[name], out, endpoint))
+            result = write_result(definitions[name], data, questions[name], out, judge.open(out) if judge else None)
+            write_json(out / f"{name}.json", result)
         distributed.barrier(f"the scores of {name}")
     return {name: read_json(out / f"{name}.json") for name in benchmarks}
 
@@ -108,24 +103,25 @@ def shard_images(images: Iterable[Any]) -> set[Any]:
 
 
 def begin_evaluation(
-    out: Path, model: AnyFolder, data: Path | None, how: GenerationSettings, loading: LoadOptions, **asked: Any
+    out: Path, model: AnyFolder, data: Path | None, settings: GenerationSettings, loading: LoadOptions, **inputs: Any
 ) -> GenerationSettings:
     """Check the settings and claim the output folder with `claim_eval_dir`, the main process before the others.
 
     Returns:
-        `how`, with the model's own template if it names none.
+        The settings, with the model's own template if they name none.
     """
     model = parse_folder(model)
-    how = dataclasses.replace(how, template=how.template or model.template)
-    get_template(how.template)
+    settings = dataclasses.replace(settings, template=settings.template or model.template)
+    get_template(settings.template)
     parse_device(loading.device)
-    taken = (out, model, data, how.template, how.max_new_tokens, loading)
+    claimed = (out, model, data, settings.template, settings.max_new_tokens, loading)
+    # The main process creates the folder's record; the others then find it and only compare.
     if distributed.is_main():
-        claim_eval_dir(*taken, **asked)
+        claim_eval_dir(*claimed, **inputs)
     distributed.barrier("the output folder")
     if not distributed.is_main():
-        claim_eval_dir(*taken, **asked)
-    return how
+        claim_eval_dir(*claimed, **inputs)
+    return settings
 
 
 def claim_eval_dir(
@@ -135,12 +131,12 @@ def claim_eval_dir(
     template: str,
     max_new_tokens: int,
     loading: LoadOptions,
-    **asked: Any,
+    **inputs: Any,
 ) -> None:
     """Claim an output folder for one model, data folder and settings; refuse one that holds other answers.
 
     Args:
-        asked: further settings that the answers depend on.
+        inputs: further settings that the answers depend on.
     """
     if data is not None and not data.is_dir():
         raise DataError(f"There is no data folder {data}.", "Check --data.")
@@ -149,7 +145,7 @@ def claim_eval_dir(
         "data": data and str(data.resolve()),
         "template": template,
         "max_new_tokens": max_new_tokens,
-        **asked,
+        **inputs,
         "versions": library_versions(),
     }
     claim_output_dir(out, EVAL_FILE, settings, "answers", date=utc_now())
@@ -161,26 +157,35 @@ def append_answers(
     files: Iterable[AnswerFile],
     size: int,
 ) -> None:
-    """Append answers to their files as they come, `size` at a time; on failure, write what is waiting."""
+    """Append answers to their files as they come, `size` at a time; on failure, write what is waiting.
+
+    Args:
+        answers: (index, answer) pairs.
+        record: maps an index and its answer to the file and the record to append.
+    """
     waiting: dict[Path, list[dict[str, Any]]] = {file.path: [] for file in files}
 
-    def put() -> None:
+    def flush() -> None:
         for file in files:
             file.append(waiting[file.path])
             waiting[file.path].clear()
 
     try:
-        for number, (index, text) in enumerate(answers, 1):
-            file, one = record(index, text)
-            waiting[file.path].append(one)
+        for number, (index, answer) in enumerate(answers, 1):
+            file, line = record(index, answer)
+            waiting[file.path].append(line)
             if number % size == 0:
-                put()
-    finally:
-        put()
+                flush()
+    finally:  # an error or a keyboard interrupt must not cost answers that are complete
+        flush()
 
 
 def ask_missing(
-    name: str, asked: Questions, load: Callable[[], LoadedModel], out: Path, how: GenerationSettings
+    benchmark: Benchmark,
+    questions: Questions,
+    load: Callable[[], LoadedModel],
+    out: Path,
+    settings: GenerationSettings,
 ) -> None:
     """Ask the questions that have no answer yet, and append answers to their files as they come.
 
@@ -189,43 +194,46 @@ def ask_missing(
     Args:
         load: loads the model; called only if there is something to ask.
     """
-    benchmark = BENCHMARKS[name]
-    files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, distributed.rank()) for stem in asked}
-    mine = shard_images(question.image for questions in asked.values() for question in questions)
+    files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, distributed.rank()) for stem in questions}
+    images = shard_images(question.image for of_file in questions.values() for question in of_file)
     beams = dict(benchmark.generate).get("num_beams", 1)  # each beam takes as much memory as a prompt
     for short in (True, False):
-        stems = [stem for stem in asked if (stem in benchmark.yes_or_no) == short]
-        left = [(s, q) for s in stems for q in asked[s] if q.image in mine and q.id not in files[s].records]
-        settings = dataclasses.replace(
-            how,
-            max_new_tokens=min(how.max_new_tokens, LONGEST_ANSWER) if short else how.max_new_tokens,
-            batch_size=max(1, how.batch_size // beams),
+        stems = [stem for stem in questions if (stem in benchmark.yes_or_no) == short]
+        missing = [(s, q) for s in stems for q in questions[s] if q.image in images and q.id not in files[s].records]
+        own_settings = dataclasses.replace(
+            settings,
+            max_new_tokens=min(settings.max_new_tokens, YES_NO_MAX_TOKENS) if short else settings.max_new_tokens,
+            batch_size=max(1, settings.batch_size // beams),
             generate=benchmark.generate,
         )
-        if left:
-            _ask(benchmark, left, load(), {stem: files[stem] for stem in stems}, settings)
+        if missing:
+            _ask(benchmark, missing, load(), {stem: files[stem] for stem in stems}, own_settings)
 
 
 def _ask(
     benchmark: Benchmark,
-    left: Sequence[tuple[str, Question]],
+    questions: Sequence[tuple[str, Question]],
     loaded: LoadedModel,
     files: Mapping[str, AnswerFile],
-    how: GenerationSettings,
+    settings: GenerationSettings,
 ) -> None:
     def record(index: int, text: str) -> tuple[AnswerFile, dict[str, Any]]:
-        stem, question = left[index]
+        stem, question = questions[index]
         return files[stem], benchmark.record(question, text)
 
     with progress(benchmark.title) as report:
-        answers = answer_questions(loaded, [(question.image, question.text) for _, question in left], how, report)
-        append_answers(answers, record, list(files.values()), how.batch_size)
+        answers = answer_questions(
+            loaded, [(question.image, question.text) for _, question in questions], settings, report
+        )
+        append_answers(answers, record, list(files.values()), settings.batch_size)
 
 
-def write_result(name: str, data: Path, asked: Questions, out: Path, judge: Judge | None) -> dict[str, Any]:
+def write_result(
+    benchmark: Benchmark, data: Path, questions: Questions, out: Path, judge: Judge | None
+) -> dict[str, Any]:
     """Compute the result of complete answer files, and rewrite these in the order of the questions."""
     answers = {
-        stem: AnswerFile(out / f"{stem}.jsonl", BENCHMARKS[name].id_field).finish([q.id for q in questions])
-        for stem, questions in asked.items()
+        stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field).finish([question.id for question in of_file])
+        for stem, of_file in questions.items()
     }
-    return BENCHMARKS[name].score(data, asked, answers, out, judge)
+    return benchmark.score(data, questions, answers, out, judge)

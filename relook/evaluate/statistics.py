@@ -6,8 +6,9 @@ Rows of one image are not independent (POPE asks six questions about each), so i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,22 @@ def paired_interval(
         return None
     draws = _draws(len(first[0]), seed)
     return _interval(_ratios(draws, *second) - _ratios(draws, *first))
+
+
+def rate_intervals(ratios: Mapping[str, Ratio]) -> dict[str, Interval | None]:
+    """Compute each rate's interval, under the rate's name followed by `_ci`."""
+    return {f"{rate}_ci": ratio_interval(*to_columns(ratio)) for rate, ratio in ratios.items()}
+
+
+def rate_difference(first: Sequence[Ratio], second: Sequence[Ratio]) -> dict[str, Any]:
+    """Compute the difference second - first of a rate, and its paired interval, over the images of several runs.
+
+    Both are None if either rate has a zero denominator.
+    """
+    pooled = [to_columns([pair for run in side for pair in run]) for side in (first, second)]
+    first_rate, second_rate = (safe_ratio(sum(tops), sum(bottoms)) for tops, bottoms in pooled)
+    difference = None if first_rate is None or second_rate is None else second_rate - first_rate
+    return {"difference": difference, "ci": paired_interval(pooled[0], pooled[1])}
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -17,8 +17,7 @@ from relook.data.examine import FORMATS
 from relook.data.images import open_image
 from relook.data.paths import resolve_extension
 from relook.errors import DataError, RecipeError, preview
-from relook.evaluate.score import read_truth
-from relook.evaluate.tasks.chair import Vocabulary, mentions, plural, vocabulary_of
+from relook.evaluate.tasks.chair import Vocabulary, mentions, plural, read_truth, vocabulary_of
 from relook.files import file_hash, read_json, read_json_object, read_records, read_text
 from relook.toyworld.layouts import MARKER
 from relook.toyworld.world import FILLERS, OBJECTS, SYNONYMS

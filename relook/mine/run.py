@@ -20,10 +20,10 @@ from relook.data.convert import DESC, POPE
 from relook.data.parquet import pyarrow
 from relook.data.templates import get_template
 from relook.errors import DataError, RecipeError
+from relook.evaluate.benchmark import YES_NO_MAX_TOKENS
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import library_versions
 from relook.evaluate.tasks.chair import Vocabulary
-from relook.evaluate.tasks.pope import LONGEST_ANSWER
 from relook.files import claim_output_dir, read_json, read_json_object, read_text, text_hash, write_json, writes_alone
 from relook.generate.answering import GenerationSettings
 from relook.mine import candidates, output, pairs
@@ -85,7 +85,7 @@ def mine_pairs(
         found = find_pairs(pictures, texts, annotated, how.near_texts, endpoint, describing)
     distributed.barrier("pairs of descriptions")
     asked = distributed.broadcast_from_main(lambda: _choose_questions(pictures, found, place, how, choosing))
-    asking = GenerationSettings(how.template, min(how.max_new_tokens, LONGEST_ANSWER), how.batch_size)
+    asking = GenerationSettings(how.template, min(how.max_new_tokens, YES_NO_MAX_TOKENS), how.batch_size)
     prompts = [(one.key, (one.picture.path, one.text)) for one in asked]
     answers = generate_all(work / "answers.jsonl", load, prompts, asking, "yes/no questions")
     if found is not None:

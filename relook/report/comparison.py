@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relook.data.annotations import read_coco
 from relook.data.paths import coco_images, resolve_extension
 from relook.errors import RecipeError
-from relook.evaluate.benchmarks import BENCHMARKS
-from relook.evaluate.compare import compare, differing_answers, differing_captions
-from relook.evaluate.score import RESULTS, annotation_file, data_of
-from relook.evaluate.tasks.chair import vocabulary_of
+from relook.evaluate.benchmark import ScoringInputs
+from relook.evaluate.compare import compare
+from relook.evaluate.results import data_folder_of
+from relook.evaluate.tasks import BENCHMARKS, get_benchmark, get_benchmarks
+from relook.evaluate.tasks.chair import instances_file, vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json_object, write_json, write_text
 from relook.report.pages import described, render, thumbnail
@@ -21,7 +22,6 @@ RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
 LONGEST = 2000  # characters of an answer that are shown
 RATES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio"}
-RATINGS = ("score",)  # rates that are no fractions: MMHal-Bench's mean rating
 
 
 def write_comparison(
@@ -43,7 +43,7 @@ def write_comparison(
     out = None if out is None else Path(out)
     data = None if data is None else Path(data)
     first, second = first.resolve(), second.resolve()
-    out, data = out or first.parent / f"{first.name}-{second.name}", data or data_of(first)
+    out, data = out or first.parent / f"{first.name}-{second.name}", data or data_folder_of(first)
     is_free(out, RESULTS_FILE, "--out")
     results = compare_folders(first, second, data)
     write_json(out / RESULTS_FILE, results)
@@ -58,7 +58,11 @@ def write_comparison(
         pope_rates=RATES,
         questions=differing_questions(differing["pope"], data) if "pope" in paired else None,
         captions=caption_cards(differing["chair"], results["models"], data) if "chair" in paired else None,
-        unpaired={name: side_by_side([scores[name] for scores in both]) for name in both[0] if name not in paired},
+        unpaired={
+            name: side_by_side([scores[name] for scores in both], get_benchmark(name).ratings)
+            for name in both[0]
+            if name not in paired
+        },
         sources=provenance(both),
         limit=PICTURES,
         results_file=RESULTS_FILE,
@@ -79,26 +83,29 @@ def compare_folders(first: Path, second: Path, data: Path) -> dict[str, Any]:
             f"{first} and {second} have no finished benchmark in common.",
             f"Finish one of {', '.join(BENCHMARKS)} in both, by `relook eval`.",
         )
-    differing = {"pope": differing_answers, "chair": differing_captions}
-    paired = [name for name in both if name in differing]
+    definitions = get_benchmarks(both)
+    paired = [name for name in both if definitions[name].compare]
     return {
         "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
         "scores": [{name: _scores(name, data, folder) for name in both} for folder in folders],
         "paired": compare(data, first, second, paired),
-        "differing": {name: differing[name](data, first, second) for name in paired},
+        "differing": {
+            name: list_rows(data, first, second) for name in paired if (list_rows := definitions[name].differing)
+        },
     }
 
 
 def _scores(name: str, data: Path, folder: Path) -> dict[str, Any]:
-    return RESULTS[name](data, folder) if name in RESULTS else read_json_object(folder / f"{name}.json")
+    rescore = get_benchmark(name).rescore
+    return rescore(folder, ScoringInputs(data), "official") if rescore else read_json_object(folder / f"{name}.json")
 
 
-def side_by_side(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def side_by_side(sides: Sequence[Mapping[str, Any]], ratings: Collection[str]) -> dict[str, list[Any]]:
     """Return both models' cells by rate: (value, interval, scale), or a text; empty where one has no such rate.
 
     What a judge has and has not judged comes first, then each rate with an interval, of the benchmark and its parts.
     """
-    cells = [_judged(scores) | _rates(scores) for scores in sides]
+    cells = [_judged(scores) | _rates(scores, ratings) for scores in sides]
     return {
         rate: [side.get(rate, "") for side in cells] for rate in dict.fromkeys(rate for side in cells for rate in side)
     }
@@ -114,13 +121,13 @@ def _judged(scores: Mapping[str, Any]) -> dict[str, Any]:
     return {"judged / not judged": f"{judged} / {unjudged}{undecided}"}
 
 
-def _rates(scores: Mapping[str, Any], part: str = "") -> dict[str, Any]:
+def _rates(scores: Mapping[str, Any], ratings: Collection[str], part: str = "") -> dict[str, Any]:
     rates: dict[str, Any] = {}
     for key, value in scores.items():
         if isinstance(value, dict):
-            rates |= _rates(value, f"{part}{key}, ")
+            rates |= _rates(value, ratings, f"{part}{key}, ")
         elif f"{key}_ci" in scores:
-            rates[part + key] = (value, scores[f"{key}_ci"], 1 if key in RATINGS else 100)
+            rates[part + key] = (value, scores[f"{key}_ci"], 1 if key in ratings else 100)
     return rates
 
 
@@ -150,7 +157,7 @@ def differing_questions(rows: Sequence[Mapping[str, Any]], data: Path) -> dict[s
 
 def caption_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> dict[str, Any]:
     """Return the pictures of which the two name different absent objects, with both captions, as cards."""
-    vocabulary, cards = vocabulary_of(read_coco(annotation_file(data))), []
+    vocabulary, cards = vocabulary_of(read_coco(instances_file(data))), []
     for row in rows[:PICTURES]:
         captions = [(name, caption[:LONGEST]) for name, caption in zip(names, row["captions"], strict=True)]
         texts = described(row["objects"], captions, vocabulary)

@@ -17,11 +17,15 @@ from relook.data.paths import coco_images
 from relook.data.samples import Turn
 from relook.data.templates import with_image
 from relook.errors import DataError, RecipeError
-from relook.evaluate.benchmarks import CHAIR_PROMPT
-from relook.evaluate.compare import captions
 from relook.evaluate.results import EVAL_FILE
-from relook.evaluate.score import annotation_file
-from relook.evaluate.tasks.chair import Vocabulary, mentions, vocabulary_of
+from relook.evaluate.tasks.chair import (
+    CHAIR_PROMPT,
+    Vocabulary,
+    instances_file,
+    mentions,
+    read_eval_captions,
+    vocabulary_of,
+)
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, write_text
 from relook.model.load import load_model
@@ -110,9 +114,9 @@ def write_demo_page(out: Path) -> Path:
 
 def gallery(out: Path, folder: Path, runs: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the pictures on which the base hallucinates: all captions, and where the post decoder looked."""
-    annotations = read_coco(annotation_file(folder))
+    annotations = read_coco(instances_file(folder))
     vocabulary = vocabulary_of(annotations)
-    answers = {name: captions(out / "eval" / "test" / name) for name in ("base", *runs)}
+    answers = {name: read_eval_captions(out / "eval" / "test" / name) for name in ("base", *runs)}
     loaded = load_model(out / "runs" / LOOKING)
     for image, text in answers["base"].items():
         present = annotations.objects[image]

@@ -13,15 +13,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relook.data.paths import amber_file, amber_images, resolve_extension
 from relook.data.samples import Question
 from relook.errors import DataError, preview
+from relook.evaluate.benchmark import YES_NO_MAX_TOKENS, Answers, Benchmark, Questions, answers_provenance
 from relook.evaluate.statistics import Columns, Interval, paired_interval, ratio_interval, safe_ratio, sum_by_image
 from relook.evaluate.tasks.amber_nouns import is_noun, tokens
 from relook.evaluate.tasks.chair import plurals
 from relook.files import file_hash, read_json_object, read_published_records, read_text
+
+if TYPE_CHECKING:
+    from relook.evaluate.judge import Judge
 
 SOURCE = "It comes from github.com/junyangwang0410/AMBER; see docs/shr-amber-mmhal.md."
 PARSER = "first word"
@@ -58,7 +62,7 @@ class Lists:
     def forms(self) -> dict[str, str]:
         """Map each case-sensitive surface form to a word of the list."""
         listed = {*self.association, *(word for words in self.association.values() for word in words)}
-        forms = {many: word for word in sorted(listed) for many in plurals(word)} | {word: word for word in listed}
+        forms = {form: word for word in sorted(listed) for form in plurals(word)} | {word: word for word in listed}
         return {form: word for form, word in forms.items() if form not in _NOT_COUNTED}
 
     def nouns(self, text: str) -> list[str]:
@@ -275,3 +279,27 @@ def _f1_minus_chair(
 def _near_hash(data: Path) -> str:
     path = data / "amber" / "data" / "near_synonyms.txt"
     return file_hash(path) if path.exists() else "none"
+
+
+def _results(data: Path, questions: Questions, answers: Answers, location: Path, judge: Judge | None) -> dict[str, Any]:
+    answered = [question for stem in answers for question in questions[stem]]
+    result = score_amber(data, answered, BENCHMARK.texts(answers))
+    sources = answers_provenance(location, questions, answers)
+    generation = sources["provenance"].get("generation", {})
+    if longest := generation.get("max_new_tokens"):  # `relook eval` caps one-word answers at fewer tokens
+        generation["max_new_tokens"] = {
+            stem: min(longest, YES_NO_MAX_TOKENS) if stem in BENCHMARK.yes_or_no else longest for stem in answers
+        }
+    return result | sources
+
+
+BENCHMARK = Benchmark(
+    "AMBER",
+    questions=lambda data: dict(zip(("amber_generative", "amber_discriminative"), amber_questions(data), strict=True)),
+    score=_results,
+    id_field="id",
+    text_field="response",
+    question_field="query",
+    numeric_ids=True,
+    yes_or_no=["amber_discriminative"],
+)

@@ -7,16 +7,24 @@ vocabulary lists singulars and plurals, so nothing has to be installed and a men
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from relook.data.annotations import Annotations
+from relook.data.annotations import Annotations, read_captions, read_coco
+from relook.data.paths import coco_annotations, coco_images, resolve_extension
+from relook.data.samples import Question, as_id
 from relook.errors import DataError, preview
-from relook.evaluate.statistics import Ratio, safe_ratio
+from relook.evaluate.benchmark import Benchmark, ScoringInputs, require_option
+from relook.evaluate.results import data_folder_of, provenance
+from relook.evaluate.statistics import Ratio, discordant_counts, mcnemar, rate_difference, rate_intervals, safe_ratio
+from relook.files import read_records, read_text, text_hash
 
+CHAIR_PROMPT = "Describe this image in detail."
 # A hyphen belongs to its word, as in "man-made", and so does an apostrophe, as in "o'clock", that ends no verb or noun.
 WORD = r"\w+(?:-\w+|['’](?!(?:s|d|m|t|ll|re|ve)\b)\w+)*"
 _WORD = re.compile(WORD)
@@ -26,6 +34,10 @@ _NO_OBJECT = ("baby animal", "adult animal", "baby cub", "adult cub", "home plat
 _IRREGULAR = {"child": "children", "goose": "geese", "mouse": "mice", "ox": "oxen", "person": "people"} | {
     name: name for name in ("sheep", "people", "cattle", "aircraft", "scissors", "skis", "luggage")
 }
+
+
+# ----------------------------------------------------------------------------------------------------
+# Mentions of objects in a text.
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Vocabulary:
     def plurals(self) -> frozenset[str]:
         """Return the phrases that are plurals of other phrases and differ from them."""
         return (
-            frozenset(many for phrase in self.phrases for many in plurals(phrase) if many != phrase)
+            frozenset(form for phrase in self.phrases for form in plurals(phrase) if form != phrase)
             & self.phrases.keys()
         )
 
@@ -99,7 +111,7 @@ def _surface_form(phrase: str) -> str:
 
 
 def _with_plurals(phrases: Mapping[str, str]) -> dict[str, str]:
-    regular = {many: name for phrase, name in phrases.items() for many in plurals(phrase)[1:]}
+    regular = {form: name for phrase, name in phrases.items() for form in plurals(phrase)[1:]}
     return regular | {plural(phrase): name for phrase, name in phrases.items()} | dict(phrases)
 
 
@@ -119,26 +131,26 @@ def plural(phrase: str) -> str:
     """Return the plural of a lower-case noun, or of a phrase with its last word in the plural."""
     head, space, word = phrase.rpartition(" ")
     if word in _IRREGULAR:
-        many = _IRREGULAR[word]
+        form = _IRREGULAR[word]
     elif word.endswith("child"):
-        many = word + "ren"
+        form = word + "ren"
     elif word.endswith("man") and word not in ("human", "german"):
-        many = word[:-3] + "men"
+        form = word[:-3] + "men"
     elif re.search(r"([nlw]ife|(thie|shel|lea|loa|cal|hal|wol|scar)f)$", word):
-        many = re.sub(r"fe?$", "ves", word)
+        form = re.sub(r"fe?$", "ves", word)
     elif re.search(r"(s|x|z|ch|sh)$", word):
-        many = word + "es"
+        form = word + "es"
     elif re.search(r"[^aeiou]y$", word):
-        many = word[:-1] + "ies"
+        form = word[:-1] + "ies"
     else:
-        many = word + "s"
-    return head + space + many
+        form = word + "s"
+    return head + space + form
 
 
 def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
     """Find every mention of an object, in order: whole words only, ignoring case, and the longest phrase wins."""
     words = [match.span() for match in _WORD.finditer(text)]
-    found: list[tuple[str, int, int]] = []
+    matches: list[tuple[str, int, int]] = []
     first = 0
     while first < len(words):
         # A dictionary lookup per length, not one pattern: Visual Genome has tens of thousands of names.
@@ -146,17 +158,21 @@ def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
             start, end = words[first][0], words[last][1]
             surface = _surface_form(text[start:end])
             if surface in vocabulary.phrases:
-                found.append((surface, start, end))
+                matches.append((surface, start, end))
                 first = last
                 break
         first += 1
     # Phrases that name no object, or that another phrase in the text hides, are dropped only after matching.
-    surfaces = {surface for surface, _, _ in found}
+    surfaces = {surface for surface, _, _ in matches}
     return [
         Mention(vocabulary.phrases[surface], start, end)
-        for surface, start, end in found
+        for surface, start, end in matches
         if vocabulary.phrases[surface] and surfaces.isdisjoint(vocabulary.hidden_by.get(surface, ()))
     ]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which objects are in an image.
 
 
 def truth_of(
@@ -173,6 +189,96 @@ def truth_of(
     }
 
 
+def instances_file(data: Path) -> Path:
+    return coco_annotations(data, "instances")
+
+
+def caption_file(data: Path) -> Path | None:
+    """Return the path of the human captions; None if the file does not exist."""
+    path = coco_annotations(data, "captions")
+    return path if path.exists() else None
+
+
+def read_truth(instances: str | Path, captions: str | Path | None, images: Sequence[str] | None = None) -> Annotations:
+    """Read annotations whose objects are the truth by CHAIR's definition, including objects named in human captions.
+
+    Args:
+        captions: COCO's captions file; without it, the annotated objects alone are the truth.
+        images: images whose captions are read; all by default.
+    """
+    instances = Path(instances)
+    captions = None if captions is None else Path(captions)
+    annotations = read_coco(instances)
+    if captions is None:
+        return annotations
+    human = read_captions(captions)
+    human = {image: human[image] for image in (images or annotations.images) if image in human}
+    return replace(annotations, objects=truth_of(annotations, human, vocabulary_of(annotations)))
+
+
+def data_truth(data: Path, images: Sequence[str] | None = None) -> Annotations:
+    """Read a data folder's truth; see `read_truth`."""
+    return read_truth(instances_file(data), caption_file(data), images)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Questions and captions.
+
+
+def chair_images(annotations: Annotations, pinned: Path) -> list[str]:
+    """Return the images to describe: those listed in the file `pinned`, one name per line, or all if it is missing."""
+    if not pinned.exists():
+        return list(annotations.images)
+    names = list(dict.fromkeys(line.strip() for line in read_text(pinned).splitlines() if line.strip()))
+    if unknown := sorted(set(names) - set(annotations.images)):
+        raise DataError(f"{pinned} names images without annotations: {preview(unknown)}.", "Remove them from the list.")
+    return names
+
+
+def chair_questions(data: Path) -> list[Question]:
+    """Build questions for the annotated images, or for those in `chair_images.txt` if the data folder pins a list."""
+    names = chair_images(read_coco(instances_file(data)), data / "chair_images.txt")
+    images = coco_images(data)
+    return [Question(name, resolve_extension(images / name), CHAIR_PROMPT) for name in names]
+
+
+def read_captions_by_image(path: str | Path, annotations: Annotations | None = None) -> dict[str, str]:
+    """Read captions by image: records with `caption` (or `text`), and `image`, or COCO's `image_id`.
+
+    Args:
+        annotations: annotations that map image ids to images.
+
+    Raises:
+        DataError: a record lacks its caption or image, an image occurs twice, or the file holds no caption.
+    """
+    path = Path(path)
+    images = annotations.ids if annotations else {}
+    captions: dict[str, str] = {}
+    for number, record in enumerate(read_records(path), 1):
+        image_id, caption = record.get("image_id"), record.get("caption", record.get("text"))
+        image = record.get("image", images.get(as_id(image_id)))
+        if not isinstance(image, str) or not isinstance(caption, str):
+            raise DataError(
+                f"{path}: record {number} needs caption, and image or the image_id of an annotated image.",
+                'Write {"image": file name, "caption": ...}.',
+            )
+        if image in captions:
+            raise DataError(f"{path}: {image} stands more than once.", "Remove the duplicates.")
+        captions[image] = caption
+    if not captions:
+        raise DataError(f"{path} holds no caption.", "Give a file of captions.")
+    return captions
+
+
+def read_eval_captions(folder: Path) -> dict[str, str]:
+    """Read the captions of a `relook eval chair` folder, by image."""
+    return read_captions_by_image(folder / "chair.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scores.
+
+
 @dataclass(frozen=True)
 class ChairScore:
     """CHAIR counts over captions; the tuples hold one count per image, in the order of `images`.
@@ -185,7 +291,7 @@ class ChairScore:
     images: tuple[str, ...]
     mentioned: tuple[int, ...]  # mentions of objects
     hallucinated: tuple[int, ...]  # of these, of absent ones
-    found: tuple[int, ...]  # distinct present objects that were named
+    covered: tuple[int, ...]  # distinct present objects that were named
     present: tuple[int, ...]  # distinct present objects
     words: tuple[int, ...]  # separated by white space
 
@@ -206,7 +312,7 @@ class ChairScore:
     @property
     def recall(self) -> float | None:
         """Return distinct present objects that were named / distinct present objects, summed over images."""
-        return safe_ratio(sum(self.found), sum(self.present))
+        return safe_ratio(sum(self.covered), sum(self.present))
 
     @property
     def length(self) -> float | None:
@@ -223,7 +329,7 @@ class ChairScore:
         return {
             "chair_i": list(zip(self.hallucinated, self.mentioned, strict=True)),
             "chair_s": [(int(count > 0), 1) for count in self.hallucinated],
-            "recall": list(zip(self.found, self.present, strict=True)),
+            "recall": list(zip(self.covered, self.present, strict=True)),
             "length": [(count, 1) for count in self.words],
         }
 
@@ -244,7 +350,121 @@ def score_captions(
         raise DataError(f"There are no annotations for {preview(unknown)}.", "Give the annotations of the same images.")
     rows = []
     for image, caption in captions.items():
-        named, there = [mention.object for mention in mentions(caption, vocabulary)], set(truth[image])
-        wrong = sum(name not in there for name in named)
-        rows.append((image, len(named), wrong, len(there & set(named)), len(there), len(caption.split())))
+        objects, present = [mention.object for mention in mentions(caption, vocabulary)], set(truth[image])
+        absent = sum(name not in present for name in objects)
+        covered = len(present & set(objects))
+        rows.append((image, len(objects), absent, covered, len(present), len(caption.split())))
     return ChairScore(*(tuple(column) for column in zip(*rows, strict=True))) if rows else ChairScore(*((),) * 6)
+
+
+def chair_counts(captions: Mapping[str, str], annotations: Annotations) -> ChairScore:
+    """Count mentions against a dataset's annotations.
+
+    Raises:
+        DataError: a caption's image has no annotations.
+    """
+    truth = {image: annotations.objects[image] for image in captions if image in annotations.objects}
+    return score_captions(captions, truth, vocabulary_of(annotations))
+
+
+def score_chair(captions: Mapping[str, str], annotations: Annotations) -> dict[str, Any]:
+    """Compute CHAIR with 95 % intervals over images; a hash identifies the image list."""
+    score = chair_counts(captions, annotations)
+    return score.to_json() | rate_intervals(score.ratios()) | {"image_list": text_hash(*captions)}
+
+
+def chair_results(data: Path, out: Path) -> dict[str, Any]:
+    """Compute the contents of `chair.json`: CHAIR's scores, and their provenance."""
+    captions = read_eval_captions(out)
+    result = score_chair(captions, data_truth(data, list(captions)))
+    return {**result, "provenance": provenance(out, **_truth(result, caption_file(data)))}
+
+
+def _truth(result: Mapping[str, Any], captions: Path | None) -> dict[str, Any]:
+    return {"truth": "instances and captions" if captions else "instances", "image_list": result["image_list"]}
+
+
+def rescore_chair(answers: Path, inputs: ScoringInputs, parser: str = "") -> dict[str, Any]:
+    """Score a caption file made by any program, or a folder of `relook eval` again; no parser is involved.
+
+    Raises:
+        RelookError: something is missing or does not match; the message names the images.
+    """
+    if answers.is_dir():
+        return chair_results(inputs.data or data_folder_of(answers), answers)
+    file = require_option(
+        inputs.annotations, "--annotations, COCO's instances file", "There is no truth about the images"
+    )
+    annotations = read_coco(file)
+    captions = read_captions_by_image(answers, annotations)
+    if inputs.images is not None:
+        names = chair_images(annotations, inputs.images)
+        if missing := [name for name in names if name not in captions]:
+            fault = f"{len(missing)} images of {inputs.images} have no caption: {preview(missing)}."
+            raise DataError(fault, "Describe them, too, or take them off the list.")
+        captions = {name: captions[name] for name in names}
+    result = score_chair(captions, read_truth(file, inputs.captions, list(captions)))
+    return {**result, "provenance": provenance(answers, **_truth(result, inputs.captions))}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Two models.
+
+
+def compare_chair(runs: Sequence[tuple[Path, Path, Path]]) -> dict[str, Any]:
+    """Compute the differences second - first of the rates, over the images of several (data, first, second) runs."""
+    scores = [_scores_of_both(*run) for run in runs]
+    sides = [[run[side] for run in scores] for side in (0, 1)]
+    rates = [[run.ratios() for run in side] for side in sides]
+    differences = {rate: rate_difference(*([run[rate] for run in side] for side in rates)) for rate in rates[0][0]}
+    free = [[count == 0 for run in side for count in run.hallucinated] for side in sides]
+    differences["chair_s"]["mcnemar_p"] = mcnemar(*discordant_counts(*free))
+    return differences
+
+
+def differing_captions(data: Path, first: Path, second: Path) -> list[dict[str, Any]]:
+    """Return the images whose hallucinated mentions differ between the models; the most different come first.
+
+    Mentions are compared with their counts.
+    """
+    sides = _captions_of_both(first, second)
+    truth = data_truth(data, list(sides[0]))
+    vocabulary, rows = vocabulary_of(truth), []
+    for image in sides[0]:
+        captions = [side[image] for side in sides]
+        objects = [[mention.object for mention in mentions(caption, vocabulary)] for caption in captions]
+        absent = [[name for name in side if name not in truth.objects[image]] for side in objects]
+        if Counter(absent[0]) != Counter(absent[1]):
+            row = {"image": image, "objects": sorted(truth.objects[image])}
+            rows.append({**row, "captions": captions, "hallucinated": absent})
+    return sorted(rows, key=lambda row: -abs(len(row["hallucinated"][0]) - len(row["hallucinated"][1])))
+
+
+def _captions_of_both(first: Path, second: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Read both folders' captions, which must cover the same images; those of the second are in any order."""
+    sides = read_eval_captions(first), read_eval_captions(second)
+    if unpaired := sorted(sides[0].keys() ^ sides[1].keys()):
+        raise DataError(
+            f"Only one of {first} and {second} describes {preview(unpaired)}.", "Give captions of equal lists."
+        )
+    return sides
+
+
+def _scores_of_both(data: Path, first: Path, second: Path) -> list[ChairScore]:
+    sides = _captions_of_both(first, second)
+    annotations = data_truth(data, list(sides[0]))
+    # Both in the first one's order of images, so that resampled images are the same.
+    return [chair_counts({image: side[image] for image in sides[0]}, annotations) for side in sides]
+
+
+BENCHMARK = Benchmark(
+    "descriptions for CHAIR",
+    questions=lambda data: {"chair": chair_questions(data)},
+    score=lambda data, questions, answers, folder, judge: chair_results(data, folder),
+    id_field="image",
+    text_field="caption",
+    question_field="",
+    rescore=rescore_chair,
+    compare=compare_chair,
+    differing=differing_captions,
+)

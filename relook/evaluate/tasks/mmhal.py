@@ -13,6 +13,7 @@ from typing import Any
 from relook.data.paths import resolve_extension
 from relook.data.samples import Question
 from relook.errors import DataError
+from relook.evaluate.benchmark import Answers, Benchmark, Questions, answers_provenance
 from relook.evaluate.judge import Judge, Task, fill_template, prompt_template
 from relook.evaluate.statistics import Interval, mean, ratio_interval, sum_by_image
 from relook.files import read_published_records, read_records
@@ -82,8 +83,8 @@ def read_mmhal_answers(path: str | Path) -> list[dict[str, Any]]:
 
 def read_rating(reply: str) -> int | None:
     """Return the rating in a judge's reply; None if there is none, or more than one."""
-    found = {int(digit) for digit in re.findall(r"rating:[\s*]*([0-6])(?!\.?\d)", reply.lower())}
-    return found.pop() if len(found) == 1 else None
+    ratings = {int(digit) for digit in re.findall(r"rating:[\s*]*([0-6])(?!\.?\d)", reply.lower())}
+    return ratings.pop() if len(ratings) == 1 else None
 
 
 def score_mmhal(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[str, Any]:
@@ -126,3 +127,21 @@ def _task(template: str, entry: Mapping[str, Any], answer: str) -> Task[int]:
 
 def _interval(rows: Sequence[tuple[Mapping[str, Any], int]]) -> Interval | None:
     return ratio_interval(*sum_by_image((str(entry["image_src"]), value, 1) for entry, value in rows))
+
+
+def _results(data: Path, questions: Questions, answers: Answers, location: Path, judge: Judge | None) -> dict[str, Any]:
+    assert judge is not None  # checked by `require_judge`
+    return score_mmhal(data, BENCHMARK.texts(answers), judge) | answers_provenance(location, questions, answers)
+
+
+BENCHMARK = Benchmark(
+    "MMHal-Bench",
+    questions=lambda data: {"mmhal": mmhal_questions(data)},
+    score=_results,
+    id_field="question_id",
+    text_field="model_answer",
+    needs_judge=lambda data: True,
+    judge_request=REQUEST,
+    read_answers=read_mmhal_answers,
+    ratings=("score",),
+)

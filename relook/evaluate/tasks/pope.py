@@ -9,17 +9,24 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from relook.data.paths import resolve_extension
+from relook.data.paths import coco_images, pope_file, resolve_extension
 from relook.data.samples import Question
-from relook.errors import DataError, preview
-from relook.evaluate.statistics import Ratio, safe_ratio
-from relook.files import read_records
+from relook.errors import DataError, RecipeError, preview
+from relook.evaluate.benchmark import YES_NO_MAX_TOKENS, Benchmark, ScoringInputs, require_option
+from relook.evaluate.results import data_folder_of, provenance
+from relook.evaluate.statistics import Ratio, discordant_counts, mcnemar, rate_difference, rate_intervals, safe_ratio
+from relook.files import read_records, text_hash
 
 SPLITS = ("random", "popular", "adversarial")
-LONGEST_ANSWER = 64  # tokens: upper bound on what a yes/no question may generate
+LLAVA_QUESTIONS = "llava_pope_test.jsonl"  # LLaVA's own name
+
+
+# ----------------------------------------------------------------------------------------------------
+# Questions and answers.
 
 
 def question_text(name: str) -> str:
@@ -73,17 +80,29 @@ def read_llava_questions(path: str | Path, labels: str | Path, image_root: str |
     for split, questions in splits.items():
         official = read_pope_questions(labels / f"coco_pope_{split}.json", image_root)
         label = {(q.image, q.text): q.label for q in official}
-        places = [(q.image, q.text.split("\n")[0]) for q in questions]
-        unknown = [q.id for q, place in zip(questions, places, strict=True) if place not in label]
-        unasked = [q.id for q in official if (q.image, q.text) not in set(places)]
+        keys = [(q.image, q.text.split("\n")[0]) for q in questions]
+        unknown = [q.id for q, key in zip(questions, keys, strict=True) if key not in label]
+        unasked = [q.id for q in official if (q.image, q.text) not in set(keys)]
         if unknown or unasked:
             raise DataError(
                 f"{path} and {labels} do not match in {split}: {len(unknown)} questions have no label "
                 f"({preview(unknown)}), {len(unasked)} labels have no question ({preview(unasked)}).",
                 "Give the label files that belong to the questions.",
             )
-        splits[split] = [replace(q, label=label[place]) for q, place in zip(questions, places, strict=True)]
+        splits[split] = [replace(q, label=label[key]) for q, key in zip(questions, keys, strict=True)]
     return splits
+
+
+def pope_questions(data: Path) -> dict[str, list[Question]]:
+    """Read a data folder's questions by split, with LLaVA's texts if its question file is next to POPE's."""
+    files, images = {split: pope_file(data, split) for split in SPLITS}, coco_images(data)
+    llava = files[SPLITS[0]].with_name(LLAVA_QUESTIONS)
+    if not llava.exists():
+        return {split: read_pope_questions(file, images) for split, file in files.items()}
+    splits = read_llava_questions(llava, llava.parent, images)
+    if missing := [split for split in SPLITS if split not in splits]:
+        raise DataError(f"{llava} has no questions of category {preview(missing)}.", "Download it again.")
+    return {split: splits[split] for split in SPLITS}
 
 
 def read_pope_answers(path: str | Path) -> list[dict[str, Any]]:
@@ -113,10 +132,14 @@ def _answer(record: Mapping[str, Any]) -> Any:
     return record["answer"] if "answer" in record else record.get("text")
 
 
-def _refuse_twice(ids: Iterable[str], where: str) -> None:
+def _refuse_twice(ids: Iterable[str], source: str) -> None:
     twice = [id for id, count in Counter(ids).items() if count > 1]
     if twice:
-        raise DataError(f"{where}: question_id {preview(twice)} stands more than once.", "Remove the duplicates.")
+        raise DataError(f"{source}: question_id {preview(twice)} stands more than once.", "Remove the duplicates.")
+
+
+# ----------------------------------------------------------------------------------------------------
+# What an answer says: the rules of the programs that score POPE, and a reader's.
 
 
 def official_parse(answer: str) -> bool:
@@ -148,19 +171,20 @@ def stated(answer: str) -> bool | None:
     counts only if it retracts the first ("Yes. No, wait."). Only English is supported.
     """
     first, *later = [text for text in re.split(r"[.!?\n]+", answer.lower()) if re.search(r"\w", text)] or [""]
-    said = _stated(first)
-    takes_back = [match[1] == "yes" for text in later if (match := _RECONSIDERED.match(text))]
-    return None if (not said) in takes_back else said
+    meaning = _stated(first)
+    retractions = [match[1] == "yes" for text in later if (match := _RECONSIDERED.match(text))]
+    return None if (not meaning) in retractions else meaning
 
 
 def _stated(sentence: str) -> bool | None:
-    known = _UNSURE.sub("", sentence)
-    yes, no = bool(_YES.search(known)), bool(_NO.search(known))
+    # "I am not sure" is no no: take such phrases out before looking for the words.
+    certain = _UNSURE.sub("", sentence)
+    yes, no = bool(_YES.search(certain)), bool(_NO.search(certain))
     if yes and no:
         return None
     if yes or no:
         return yes
-    return True if known == sentence and _THERE_IS.match(sentence) else None
+    return True if certain == sentence and _THERE_IS.match(sentence) else None
 
 
 PARSERS: dict[str, Callable[[str], bool | None]] = {
@@ -168,6 +192,10 @@ PARSERS: dict[str, Callable[[str], bool | None]] = {
     "llava": official_parse,  # llava/eval/eval_pope.py has the same rule
     "lmms-eval": exact_parse,
 }
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scores.
 
 
 @dataclass(frozen=True)
@@ -238,8 +266,8 @@ class PopeRow:
     @property
     def unclear(self) -> bool:
         """Return True if the answer's meaning to a reader differs from the prediction."""
-        said = stated(self.answer)
-        return said is None or said != self.prediction
+        meaning = stated(self.answer)
+        return meaning is None or meaning != self.prediction
 
 
 def match_answers(
@@ -255,17 +283,18 @@ def match_answers(
             message names the ids.
     """
     parse = PARSERS[parser]
+    # POPE's own answer files have no ids: number them as the questions, and let surplus answers become unknown ids.
     if answers and all("question_id" not in record for record in answers):
         ids = [question.id for question in questions] + [f"line {i + 1}" for i in range(len(questions), len(answers))]
         answers = [{**record, "question_id": id} for id, record in zip(ids, answers, strict=False)]
     _refuse_twice((question.id for question in questions), "Questions")
     _refuse_twice((str(record["question_id"]) for record in answers), "Answers")
     by_id = {str(record["question_id"]): record for record in answers}
-    known = {question.id for question in questions}
+    known_ids = {question.id for question in questions}
     pairs = [(question, by_id[question.id]) for question in questions if question.id in by_id]
     faults = {
         "questions have no answer": [q.id for q in questions if q.id not in by_id],
-        "answers have no question": [id for id in by_id if id not in known],
+        "answers have no question": [id for id in by_id if id not in known_ids],
         "answers are to another question text": [
             question.id
             for question, record in pairs
@@ -273,7 +302,7 @@ def match_answers(
         ],
         "questions have no label": [q.id for q in questions if not q.label],
     }
-    problems = [f"{len(ids)} {what} ({preview(ids)})" for what, ids in faults.items() if ids]
+    problems = [f"{len(ids)} {fault} ({preview(ids)})" for fault, ids in faults.items() if ids]
     if problems:
         raise DataError(f"Questions and answers do not match: {'; '.join(problems)}.", "Give the two files of one run.")
     return [PopeRow(q, _answer(record), parse(_answer(record)), q.label == "yes") for q, record in pairs]
@@ -281,13 +310,13 @@ def match_answers(
 
 def count_confusion(rows: Sequence[PopeRow], parser: str = "official") -> PopeScore:
     """Count the confusion matrix of matched answers."""
-    found = Counter((row.prediction, row.label) for row in rows)
+    counts = Counter((row.prediction, row.label) for row in rows)
     return PopeScore(
-        tp=found[True, True],
-        fp=found[True, False],
-        tn=found[False, False],
-        fn=found[False, True],
-        neither=found[None, True] + found[None, False],
+        tp=counts[True, True],
+        fp=counts[True, False],
+        tn=counts[False, False],
+        fn=counts[False, True],
+        neither=counts[None, True] + counts[None, False],
         parser=parser,
         unclear=sum(row.unclear for row in rows),
     )
@@ -305,7 +334,7 @@ def ratios(rows: Sequence[PopeRow]) -> dict[str, Ratio]:
     by_image: dict[str, list[PopeRow]] = {}
     for row in rows:
         by_image.setdefault(row.image, []).append(row)
-    counts = [count_confusion(found) for found in by_image.values()]
+    counts = [count_confusion(of_image) for of_image in by_image.values()]
     return {
         "accuracy": [(c.tp + c.tn, c.n) for c in counts],
         "precision": [(c.tp, c.tp + c.fp) for c in counts],
@@ -313,3 +342,117 @@ def ratios(rows: Sequence[PopeRow]) -> dict[str, Ratio]:
         "f1": [(2 * c.tp, 2 * c.tp + c.fp + c.fn) for c in counts],
         "yes_ratio": [(c.tp + c.fp, c.n) for c in counts],
     }
+
+
+def score_pope(
+    questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], parser: str = "official"
+) -> dict[str, Any]:
+    """Compute confusion counts and rates, with 95 % intervals over images."""
+    return _score_rows(match_answers(questions, answers, parser), parser)
+
+
+def _score_rows(rows: Sequence[PopeRow], parser: str) -> dict[str, Any]:
+    return count_confusion(rows, parser).to_json() | rate_intervals(ratios(rows))
+
+
+def pope_results(data: Path, out: Path, parser: str = "official") -> dict[str, Any]:
+    """Compute the contents of `pope.json`: each split's scores, and their provenance."""
+    questions = pope_questions(data)
+    results: dict[str, Any] = {
+        split: score_pope(of_split, read_pope_answers(out / f"pope_{split}.jsonl"), parser)
+        for split, of_split in questions.items()
+    }
+    results["provenance"] = provenance(out, YES_NO_MAX_TOKENS, parser=parser, **_question_hashes(questions))
+    return results
+
+
+def _question_hashes(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
+    """Compute hashes of the questions and of their images."""
+    texts = {
+        split: text_hash(*(part for q in of_split for part in (q.image.name, q.text, q.label)))
+        for split, of_split in questions.items()
+    }
+    images = dict.fromkeys(q.image.name for of_split in questions.values() for q in of_split)
+    return {"questions": texts, "image_list": text_hash(*images)}
+
+
+def rescore_pope(answers: Path, inputs: ScoringInputs, parser: str = "official") -> dict[str, Any]:
+    """Score an answer file made by any program, or a folder of `relook eval` again.
+
+    Raises:
+        RelookError: an unknown parser, something is missing, or questions and answers do not match; the message names
+            the ids.
+    """
+    if parser not in PARSERS:
+        raise RecipeError(f"There is no parser {parser!r}.", f"Known ones: {', '.join(PARSERS)}.")
+    if answers.is_dir():
+        return pope_results(inputs.data or data_folder_of(answers), answers, parser)
+    file = require_option(inputs.questions, "--questions, POPE's file", "There are no questions to an answer file")
+    records = read_pope_answers(answers)
+    if inputs.annotations is None:
+        questions = read_pope_questions(file, Path())
+        hashes = _question_hashes({file.stem: questions})
+        return score_pope(questions, records, parser) | {"provenance": provenance(answers, parser=parser, **hashes)}
+    # LLaVA's file holds all splits: match once, so that an answer to none of them shows, then deal the rows out.
+    splits = read_llava_questions(file, inputs.annotations, Path())
+    rows = iter(match_answers([q for questions in splits.values() for q in questions], records, parser))
+    result = {split: _score_rows(list(islice(rows, len(splits[split]))), parser) for split in splits}
+    return result | {"provenance": provenance(answers, parser=parser, **_question_hashes(splits))}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Two models.
+
+
+def compare_pope(runs: Sequence[tuple[Path, Path, Path]]) -> dict[str, Any]:
+    """Compute the differences second - first of each split, over the images of several (data, first, second) runs."""
+    rows = [[_matched_rows(run[0], run[side]) for run in runs] for side in (1, 2)]
+    return {split: _compare_split([[run[split] for run in side] for side in rows]) for split in SPLITS}
+
+
+def _compare_split(sides: Sequence[Sequence[list[PopeRow]]]) -> dict[str, Any]:
+    rates = [[ratios(rows) for rows in side] for side in sides]
+    right = [[row.right for rows in side for row in rows] for side in sides]
+    differences = {rate: rate_difference(*([run[rate] for run in side] for side in rates)) for rate in rates[0][0]}
+    return {**differences.pop("accuracy"), "mcnemar_p": mcnemar(*discordant_counts(*right)), **differences}
+
+
+def differing_answers(data: Path, first: Path, second: Path) -> list[dict[str, Any]]:
+    """Return the questions on which the two predictions differ, each once, with the splits it is in."""
+    by_question: dict[tuple[str, str], dict[str, Any]] = {}
+    sides = [_matched_rows(data, folder) for folder in (first, second)]
+    for split in SPLITS:
+        for row, other in zip(sides[0][split], sides[1][split], strict=True):
+            if row.prediction == other.prediction:
+                continue
+            record: dict[str, Any] = {
+                "image": row.image,
+                "question": row.question.text,
+                "label": row.question.label,
+                "answers": [row.answer, other.answer],
+                "right": [row.right, other.right],
+                "splits": [],
+            }
+            # The questions to be answered with yes are the same in all splits.
+            by_question.setdefault((row.image, row.question.text), record)["splits"].append(split)
+    return list(by_question.values())
+
+
+def _matched_rows(data: Path, folder: Path) -> dict[str, list[PopeRow]]:
+    return {
+        split: match_answers(questions, read_pope_answers(folder / f"pope_{split}.jsonl"))
+        for split, questions in pope_questions(data).items()
+    }
+
+
+BENCHMARK = Benchmark(
+    "POPE",
+    questions=lambda data: {f"pope_{split}": questions for split, questions in pope_questions(data).items()},
+    score=lambda data, questions, answers, folder, judge: pope_results(data, folder),
+    id_field="question_id",
+    text_field="answer",
+    yes_or_no=[f"pope_{split}" for split in SPLITS],
+    rescore=rescore_pope,
+    compare=compare_pope,
+    differing=differing_answers,
+)

@@ -18,6 +18,7 @@ from relook.data.annotations import read_image_paths, read_regions, read_sizes
 from relook.data.paths import resolve_extension, shr_file, visual_genome
 from relook.data.samples import Question, as_id
 from relook.errors import DataError, preview
+from relook.evaluate.benchmark import Answers, Benchmark, Questions, answers_provenance
 from relook.evaluate.judge import Judge, JudgeResults, Task, fill_template, prompt_template
 from relook.evaluate.statistics import mean, ratio_interval, safe_ratio
 from relook.evaluate.tasks.chair import Vocabulary, mentions
@@ -282,3 +283,23 @@ def _counts(one: DescribedImage, labels: Labels | None) -> tuple[int, ...]:
         sum(w for w, f in zip(words, false, strict=False) if f),
         sum(label == CANNOT_JUDGE for label in labels or ()),
     )
+
+
+def _results(data: Path, questions: Questions, answers: Answers, location: Path, judge: Judge | None) -> dict[str, Any]:
+    settings = dict(BENCHMARK.generate) if location.is_dir() else {}  # how other programs generated is unknown
+    result = score_shr(data, BENCHMARK.texts(answers), judge)
+    return result | answers_provenance(location, questions, answers, **settings)
+
+
+BENCHMARK = Benchmark(
+    "descriptions for SHR",
+    questions=lambda data: {"shr": shr_questions(data)},
+    score=_results,
+    id_field="image_id",
+    text_field="description",
+    question_field="",
+    generate=(("num_beams", 5),),
+    needs_judge=needs_judge,
+    judge_request=REQUEST,
+    read_answers=read_shr_descriptions,
+)
