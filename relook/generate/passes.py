@@ -31,7 +31,7 @@ class StepState:
         tokens: (N,) the last token of each row.
         ints: all integers of the rows in one tensor, so that one copy brings them to the device.
         counters: (4, N) of `ints`: each row's position and cell, tokens so far, and cells of its own extent.
-        moves: (N,) of `ints`: 1, or 0 where a row belongs to no text: it stays at the pool's last cell and writes there.
+        moves: (N,) of `ints`: 1, or 0 where a row belongs to no text and stays at the pool's last cell.
         reads: of the beginning that a row shares, and of its own extent.
         image: reads of the images' keys and values by the post decoder.
         rooms: cells of each row's own extent; only dense reads ask for it.
