@@ -9,7 +9,8 @@ an answer that is not the one of its picture is counted. It is measured three ti
 with one slot (what answers one at a time), and one client. Weights of `tokens` are random: speed does not depend on
 them (`shapes.py`). It sends 1, 8, 32, 64 and 128 requests at a time; beside the engine's rate stand that of `generate`,
 plain and with `cache_implementation="static"`, which compiles, and what the memory's bandwidth allows: a step must read
-the language model's weights once, and the keys and values of every row.
+the language model's weights once, and the keys and values of every row. Rates are end to end, prompts and images
+included, and of the steps alone: those are what bandwidth bounds, while reading prompts is bound by products.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import asyncio
 import base64
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -55,10 +57,12 @@ from relook.files import write_json
 from relook.generate.answering import GenerationSettings, Prompt, answer_questions, generate_batch
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits, Request
+from relook.generate.text import Text
 from relook.model.load import LoadedModel
 from relook.toyworld.build import shipped_base
 from relook.toyworld.world import draw_scene, sample_scenes
 
+STEPS = 64  # that are timed by themselves
 DESCRIBE = "Describe this image in detail."
 
 
@@ -231,13 +235,14 @@ def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
             row: dict[str, Any] = {
                 "engine": served,
                 "byte limit": round(limit, 1),
-                "share of the byte limit": round(served["tokens_per_s"] / limit, 3),
+                "share of the byte limit": round(served["step_tokens_per_s"] / limit, 3),
             }
             print(count, row, file=sys.stderr, flush=True)
             for peer in options.peers:
                 row[peer] = generate_speed(loaded, warm, some, count, options.new_tokens, peer == "static")
-                row[f"times {peer}"] = round(served["tokens_per_s"] / row[peer]["tokens_per_s"], 2)
-                print(count, {key: row[key] for key in (peer, f"times {peer}")}, file=sys.stderr, flush=True)
+                for rate, name in (("tokens_per_s", "times"), ("step_tokens_per_s", "step times")):
+                    row[f"{name} {peer}"] = round(served[rate] / row[peer][rate], 2)
+                print(count, {key: row[key] for key in row if peer in key}, file=sys.stderr, flush=True)
             result[str(count)] = row
     if 1 in options.at_once and "generate" in options.peers:
         one = result["1"]["generate"]["tokens_per_s"]
@@ -277,13 +282,42 @@ def engine_speed(loaded: LoadedModel, warm: Question, rows: Sequence[Question], 
         thread.join()
     wall = time.perf_counter() - started
     said = engine.batch.counts.new_tokens - said
+    length = round(statistics.mean(len(request.ids) for request in requests)) + new // 2 - STEPS // 2
+    steps = engine.run(lambda: step_speed(engine, length, count))
     engine.stop()
     return {
-        "positions": round(statistics.mean(len(request.ids) for request in requests)) + new // 2,
+        "positions": length + STEPS // 2,
         "tokens_per_s": round(said / wall, 1),
+        "step_tokens_per_s": round(steps, 1),
         "first_token_s": round(statistics.median(firsts), 3),
         "seconds": round(wall, 2),
     }
+
+
+def step_speed(engine: Engine, length: int, count: int) -> float:
+    """Tokens a second of steps alone, with so many texts of that length on average."""
+    rng, vocabulary = random.Random(count), engine.loaded.core.config.text_config.vocab_size
+    texts = [
+        Text(tuple(rng.randrange(300, vocabulary) for _ in range(length)), (), 4 * STEPS, lambda *_: False)
+        for _ in range(count)
+    ]
+    scheduler = engine.batch
+    scheduler.waiting.extend(texts)
+    while scheduler.waiting or scheduler.reading:
+        scheduler.step()
+    for _ in range(4):
+        scheduler.step()
+    sync()
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        scheduler.step()
+    sync()
+    seconds = time.perf_counter() - started
+    for text in texts:
+        scheduler.cancel(text)
+    while scheduler.busy:
+        scheduler.step()
+    return count * STEPS / seconds
 
 
 def generate_speed(
@@ -302,7 +336,18 @@ def generate_speed(
         generate_batch(loaded, prompts[start : start + count], asking)
     sync()
     wall = time.perf_counter() - started
-    return {"tokens_per_s": round(len(rows) * new / wall, 1), "seconds": round(wall, 2)}
+    # A single token is reading alone, which `generate` does not compile.
+    one = replace(asking, max_new_tokens=1, generate=())
+    generate_batch(loaded, prompts[:count], one)
+    started = time.perf_counter()
+    generate_batch(loaded, prompts[:count], one)
+    sync()
+    reading = (time.perf_counter() - started) * len(rows) / count
+    return {
+        "tokens_per_s": round(len(rows) * new / wall, 1),
+        "step_tokens_per_s": round(len(rows) * (new - 1) / max(wall - reading, 1e-9), 1),
+        "seconds": round(wall, 2),
+    }
 
 
 if __name__ == "__main__":

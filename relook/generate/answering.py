@@ -30,7 +30,7 @@ from relook.generate.passes import BUCKETS
 from relook.generate.request import IncrementalText
 from relook.generate.sampling import Sampler, TokenLogprobs
 from relook.generate.scheduler import PREFILL_POSITIONS, Scheduler, feature_bytes
-from relook.generate.text import Text
+from relook.generate.text import ImageFeatures, ImageKey, Text
 from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
@@ -113,7 +113,9 @@ def answer_questions(
             answers = _answer_by_generate(loaded, encoder, distinct, settings)
         else:
             length = len(longest.encode(encoder).ids) + settings.max_new_tokens
-            cells = max(bounds[longest], min(settings.batch_size * length, sum(bounds.values())))
+            cells = max(bounds[longest], settings.batch_size * length)
+            if loaded.core.device.type == "cpu":
+                cells = min(cells, sum(bounds.values()))  # a GPU keeps its pool for the next questions, however many
             groups = group_by_images(distinct, bounds)
             answers = _answer_by_engine(loaded, encoder, groups, settings, sampler, cells, bounds[longest])
         by_number = list(indices.values())
@@ -172,21 +174,30 @@ def _answer_by_engine(
         cells: positions that are in memory at most.
         minimum: positions of the longest text.
     """
+    runner = ModelRunner.of(loaded, cells, minimum, (sampler.never, sampler.not_first))
+    features: RecentCache[ImageFeatures] = RecentCache(FEATURE_BYTES, feature_bytes)
+    ready: dict[ImageKey, dict[str, Tensor]] = {}  # inputs of images that were read ahead
+
+    def read_image(image: Any) -> dict[str, Tensor]:
+        return runner.staged({name: tensor[0] for name, tensor in loaded.images.batch([image]).items()})
 
     def prepare(questions: Sequence[DistinctQuestion]) -> Group:
-        """Tokenise a group and bring its images into the loader's cache, on another thread."""
+        """Tokenise a group and read its images, on another thread: the scheduler's has no time for that."""
         for image in questions[0].images:
-            loaded.images(image)
+            if features.get(image) is None:
+                ready[image] = read_image(image)
         return [question.encode(encoder) for question in questions]
 
-    def image_inputs(image: Any) -> dict[str, Tensor]:
-        return {name: tensor[0] for name, tensor in loaded.images.batch([image]).items()}
+    def image_inputs(image: ImageKey) -> dict[str, Tensor]:
+        """Return what was read ahead; where features were evicted since, the image is read again."""
+        inputs = ready.pop(image, None)
+        return read_image(image) if inputs is None else inputs
 
     scheduler = Scheduler(
-        ModelRunner.of(loaded, cells, minimum, (sampler.never, sampler.not_first)),
+        runner,
         BUCKETS[-1],
         image_inputs,
-        RecentCache(FEATURE_BYTES, feature_bytes),
+        features,
         chunk=PREFILL_POSITIONS,  # nobody waits for a step
         keeps_answers=False,
     )
@@ -205,7 +216,7 @@ def _answer_by_engine(
     queued = 0  # positions that the texts of the next wave need
     for group in prefetch_map(prepare, groups):
         queued += submit(scheduler, group, begin)
-        if scheduler.runner.has_kernel:
+        if runner.has_kernel:
             # Some texts always wait, so that a pass is full; no more do, so that few images are in memory.
             while len(scheduler.waiting) >= settings.batch_size:
                 yield from step()

@@ -16,6 +16,7 @@ extent is cut.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from contextlib import ContextDecorator
 from dataclasses import dataclass
@@ -115,6 +116,10 @@ class KVPool:
         size = (cells + 1, shape.heads, shape.head_size)
         # Zeros: a masked value is multiplied by 0, and 0 times a stray NaN is NaN.
         self.layers = [(like.new_zeros(size), like.new_zeros(size)) for _ in range(shape.layers)]
+        if like.is_cuda:
+            for tensor in itertools.chain.from_iterable(self.layers):
+                # What is compiled holds for pools of any size: another one is not compiled for again.
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def pool_attention(

@@ -131,7 +131,9 @@ class Engine:
         if processed is None:
             with self._decoding:
                 picture = image_from_bytes(data, self.limits.max_pixels, self.loaded.images.check_shape)
-                inputs = {name: t[0] for name, t in self.loaded.images.batch([picture]).items()}
+                inputs = self.batch.runner.staged(
+                    {name: t[0] for name, t in self.loaded.images.batch([picture]).items()}
+                )
             positions = self.loaded.image_positions
             processed = ProcessedImage(key, inputs, positions if isinstance(positions, int) else positions(picture))
             self._images.put(key, processed)

@@ -40,6 +40,7 @@ from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
 LAYER_VARIANTS = 64  # that dynamo may compile of a layer's code
+CELLS_MULTIPLE = 8192  # of a pool that a GPU keeps for the next questions
 POOL_SHARE = 0.7  # of a GPU's free memory; the rest is for the vision tower and for the states of a pass
 PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # Llama's layers, and those like them
 
@@ -134,9 +135,11 @@ class ModelRunner:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(device)[0]
+            # Rounded up, so that questions a little longer find their room there.
+            cells = -(-cells // CELLS_MULTIPLE) * CELLS_MULTIPLE
             cells = max(minimum, min(cells, int(POOL_SHARE * free) // position_bytes(loaded)))
         new = ModelRunner(loaded, cells, banned)
-        new.requested_cells = requested
+        new.requested_cells = max(requested, new.pool.cells)
         if new.compiled:
             loaded.runner = new
         return new
@@ -152,9 +155,11 @@ class ModelRunner:
             inputs: what the image processor made of each image, without a batch dimension.
         """
         dtype = self.core.dtype
+        # Copied one by one and stacked on the device: on the host that would take longer than the vision tower does.
+        on_device = [{name: to_device(tensor, self.device) for name, tensor in image.items()} for image in inputs]
         batch = {
-            name: to_device(tensor, self.device).to(dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in stack(inputs).items()
+            name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in stack(on_device).items()
         }
         outputs = self.core.model.get_image_features(**batch, return_dict=True)
         read = getattr(outputs, "vision_features", None) or [None] * len(inputs)
@@ -163,6 +168,12 @@ class ModelRunner:
             (projected.to(dtype).clone(), None if features is None else features.clone())
             for projected, features in zip(outputs.pooler_output, read, strict=True)
         ]
+
+    def staged(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return an image's inputs in pinned memory where the model is on a GPU, from which copies do not block."""
+        if self.device.type != "cuda":
+            return inputs
+        return {name: tensor.pin_memory() for name, tensor in inputs.items()}
 
     @torch.inference_mode()
     def store_image_context(self, features: Sequence[Tensor], first: int) -> None:
@@ -344,8 +355,11 @@ class ModelRunner:
         config = self.core.model.language_model.config
         before, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
         try:
-            # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
-            with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
+            if self.compiled:
+                # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
+                with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
+                    yield
+            else:  # without dynamo, whose import takes a second
                 yield
         finally:
             config._attn_implementation = before
@@ -365,8 +379,9 @@ class ModelRunner:
                 with torch.cuda.stream(side):
                     self._step(state)  # compiles, and lets libraries take their workspaces
                 torch.cuda.current_stream().wait_stream(side)
+                # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._graph_memory):
+                with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
                     self._step(state)
         finally:
             state.tokens.copy_(before[0])

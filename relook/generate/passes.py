@@ -16,7 +16,7 @@ from relook.generate.dense_attention import DenseReads
 from relook.generate.sampling import RowSampling
 
 # Rows of a step are rounded up to these, so that a few graphs serve any number of texts.
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 896, 1024)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
 TARGET_PROGRAMS = 1024  # of the decode kernel: with fewer, extents are cut into pieces
 MAX_PIECES = 16
 
@@ -82,7 +82,7 @@ class Prefill:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device. A GPU's host goes on at once, which it only does from pinned memory."""
+    """Copy a tensor to a device; the host goes on at once, which takes pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
