@@ -197,7 +197,7 @@ class ModelRunner:
             The tokens, (T,), -1 where logits are not finite, and `token_logprobs` of them if they are wanted.
         """
         self.write_back()
-        if self._read_layer is not run_layer and self._compiling is None:
+        if self.compiled and self._compiling is None:
             status("Compiling the model's layers (a minute at most; the next run finds them on disk).", style="dim")
             self._compiling = time.perf_counter()
         try:
