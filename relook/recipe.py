@@ -16,7 +16,6 @@ from relook.data.samples import ON_BAD
 from relook.errors import Faults, RecipeError, preview
 from relook.files import read_text, write_text
 from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_CONFIG_KEYS, UNSUPPORTED, idle_keys, refused, renamed
-from relook.model.post_decoder import PostDecoderSettings
 
 # ----------------------------------------------------------------------------------------------------
 # Keys and values from YAML files, including those that ship with relook, and from the command line.
@@ -87,6 +86,33 @@ def read_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], Faults]:
                 value = rest.pop(0)
             overrides[key] = _value(value)
     return overrides, faults
+
+
+HUB_KEYS = {"model_name_or_path", "adapter_name_or_path"}  # which a user may name as on the Hugging Face Hub
+
+
+def missing_paths(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
+    """Find the recipe keys whose files or folders do not exist.
+
+    Args:
+        values: recipe values by key.
+        of: suffix that names the recipe in the errors, e.g. " of <row>".
+    """
+    kinds = {
+        "model_name_or_path": "model folder",
+        "adapter_name_or_path": "adapter",
+        "vg_path": "Visual Genome folder",
+        **dict.fromkeys(("desc_data_path", "pope_data_path", "pairs_path", "data_path"), ""),
+        **({"image_folder": ""} if values.get("task") == "sft" else {}),  # with pairs_path, images are written there
+    }
+    errors = {}
+    for key, kind in kinds.items():
+        path = values.get(key)
+        if path and not Path(str(path)).exists():
+            fault = f"{key}{of}: there is no {kind} {path}." if kind else f"{key} {path}{of} does not exist."
+            hub = " relook downloads nothing: hf download does." if key in HUB_KEYS else ""
+            errors[key] = RecipeError(fault, f"Check the path.{hub}")
+    return errors
 
 
 def _value(text: str) -> Any:
@@ -254,6 +280,8 @@ class Recipe:
             object.__setattr__(self, "idle", {**self.idle, **unused})
             faults.errors += self._unused()
         faults.errors += (*self._needed(), *self._numbers(), *self._loss(), *self._what_trains())
+        from relook.model.post_decoder import PostDecoderSettings  # as in `_fit_settings`
+
         try:
             PostDecoderSettings(**self.post_decoder)
         except (TypeError, ValueError) as error:
@@ -530,6 +558,9 @@ def _mapping(key: str, value: Any) -> Mapping[str, Any]:
 
 
 def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    # Here, since it loads transformers, which takes seconds: a mistake in a command is found without.
+    from relook.model.post_decoder import PostDecoderSettings
+
     field_types = {field.name: field.type for field in dataclasses.fields(PostDecoderSettings)}
     unknown = [key for key in settings if key not in field_types]
     if unknown:
@@ -538,4 +569,6 @@ def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings_keys() -> str:
+    from relook.model.post_decoder import PostDecoderSettings
+
     return ", ".join(PostDecoderSettings.names())

@@ -25,7 +25,7 @@ from relook.evaluate.tasks.chair import instances_file
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json, read_records, sole_writer, write_json, write_text
 from relook.model.load import model_hash
-from relook.recipe import Recipe, parse_overrides, read_yaml_or_shipped
+from relook.recipe import Recipe, missing_paths, parse_overrides, read_yaml_or_shipped
 from relook.report.pages import RESULTS_FILE
 from relook.sweep_config import BASE, SWEEP_FILE, Sweep, SweepRow, build_sweep
 from relook.train import run as training
@@ -34,7 +34,6 @@ from relook.train.run import (
     Samples,
     check_schedule,
     encode_samples,
-    missing_paths,
     read_samples,
     train,
     training_arguments,

@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from helpers.endpoint import Answer, Request, completion, endpoint
+from helpers.forked import FORK, forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -333,19 +333,16 @@ def test_an_image_goes_with_its_prompt(tmp_path: Path) -> None:
     assert [base64.b64decode(url.removeprefix(head)) for url in urls] == [b"pixels", b"others"]
 
 
-CHILD = """
-import sys
-from pathlib import Path
-from relook.evaluate.judge import Judge, JudgeSettings, Task
-judge = Judge(JudgeSettings(sys.argv[1], "tester", workers=1), Path(sys.argv[2]))
-print(judge.ask([Task(f"prompt {n}", str) for n in range(12)], {}, "judge").verdicts)
-"""
+def ask_twelve(url: str, cache: Path) -> None:
+    judge = Judge(JudgeSettings(url, "tester", workers=1), cache)
+    verdicts = judge.ask([Task(f"prompt {n}", str) for n in range(12)], {}, "judge").verdicts
+    sys.stdout.write(f"{verdicts}\n")
 
 
 def test_a_kill_loses_no_reply(tmp_path: Path) -> None:
     """kill -9 while the sixth prompt is before the judge; a half-written line is left, too."""
     cache = tmp_path / "c.jsonl"
-    running: list[subprocess.Popen[str]] = []
+    running: list[Any] = []
 
     def answer(request: Request, number: int) -> Answer:
         if number == 5:
@@ -353,14 +350,15 @@ def test_a_kill_loses_no_reply(tmp_path: Path) -> None:
         return Answer(request["messages"][0]["content"].upper())
 
     with endpoint(answer) as server:
-        arguments = [sys.executable, "-c", CHILD, server.url, str(cache)]
-        how: dict[str, Any] = {"cwd": Path(__file__).parents[1], "text": True, "stdout": subprocess.PIPE}
-        running.append(subprocess.Popen(arguments, **how))
-        assert running[0].wait() == -signal.SIGKILL
+        running.append(FORK.Process(target=ask_twelve, args=(server.url, cache)))
+        running[0].start()
+        running[0].join()
+        assert running[0].exitcode == -signal.SIGKILL
         held = cache.read_bytes()
         assert held.count(b"\n") == 5
         cache.write_bytes(held + b'{"key": "ab')
-        done = subprocess.run(arguments, check=True, **how)
+        done = forked(ask_twelve, server.url, cache)
+    assert done.codes == [0], done.stderr
     assert done.stdout.strip() == str([f"PROMPT {n}" for n in range(12)])
     assert len(server.requests) == 6 + 7
     assert cache.read_bytes().startswith(held)

@@ -27,7 +27,6 @@ from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources
 from relook.serve.page import actions
 from relook.serve.page.actions import Page, Sampling
-from relook.serve.page.app import MOST_ASKED
 from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, explain_error, language_of
 from relook.serve.protocol import APIError
 from relook.toyworld.world import sample_scenes
@@ -345,6 +344,8 @@ def test_no_upload_stays(tmp_path: Path) -> None:
 def test_files_that_a_request_may_name(paged: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else Gradio would copy them among the uploads, or fetch them."""
     import gradio.processing_utils
+
+    from relook.serve.page.app import MOST_ASKED
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("it was looked at")

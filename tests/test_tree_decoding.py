@@ -34,7 +34,7 @@ from relook.generate.tree_decoding import (
 )
 from relook.toyworld.build import IMAGE_SIZE, make_processor
 
-NEW = 10
+NEW = 6
 TEXTS = ("Is there a cup?", "Is there a dog in the image?", "Is there a cup in the image?", "Describe this image.")
 
 
@@ -122,7 +122,7 @@ MODELS: dict[str, Any] = {
 
 
 @pytest.mark.usefixtures("trees_only")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"cross"}))  # "cross, deep" is more
 def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list[Question]) -> None:
     loaded = as_loaded(MODELS[name]())
     expected = one_by_one(loaded, questions)
@@ -132,6 +132,7 @@ def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list
 
 
 @pytest.mark.usefixtures("trees_only")
+@pytest.mark.slow  # answers that end with a text leave rows and batch in the same way
 @pytest.mark.parametrize("settings", [{}, {"attention": "self_cross"}], ids=str)
 def test_answers_of_all_lengths(settings: dict[str, Any], questions: list[Question]) -> None:
     """Some end at once, some never: branches leave their rows, and rows the batch."""

@@ -15,11 +15,20 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from relook.console import plain_table, progress, stdout_console
-from relook.data.examine import FORMATS, MISSING, OTHER_SUFFIX, REPAIRABLE, TURNED, Finding, examine_all, rewritten
+from relook.data.examine import (
+    FORMATS,
+    MISSING,
+    OTHER_SUFFIX,
+    REPAIRABLE,
+    TURNED,
+    Finding,
+    examine_all,
+    exit_with_parent,
+    rewritten,
+)
 from relook.data.images import prefetch_map
 from relook.data.layouts import FolderLayout, IndexFile, find_layout
 from relook.data.samples import IMAGE_MISSING
@@ -217,7 +226,7 @@ def _examine_images(root: Path, names: Mapping[str, bool], workers: int) -> Iter
     if workers > 1 and len(names) > ONE_PROCESS_LIMIT:
         # Spawn: a fork would copy the locks of threads such as the progress bar's.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, initializer=_exit_with_parent)
+        pool = ProcessPoolExecutor(workers, context, initializer=exit_with_parent)
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         # Each call starts a worker, which inherits the blocked SIGINT: Ctrl-C is for the main process alone.
         for _ in range(workers):
@@ -240,19 +249,6 @@ def _examine_images(root: Path, names: Mapping[str, bool], workers: int) -> Iter
                 f"A process that reads images was ended, at image {done:,} or soon after.",
                 "Was memory short? Give fewer --workers.",
             ) from None
-
-
-def _exit_with_parent() -> None:
-    """Make a worker process exit with the main process, even if that is killed."""
-    main_process = multiprocessing.parent_process()
-    assert main_process is not None
-
-    def end() -> None:
-        main_process.join()
-        os._exit(1)
-
-    # The pool cannot do this: a killed parent shuts nothing down, and its workers would wait for tasks forever.
-    Thread(target=end, daemon=True).start()
 
 
 def _batches(names: Iterable[str]) -> Iterator[Sequence[str]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
 import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -142,3 +145,16 @@ def rewritten(path: Path, suffix: str) -> bytes:
             buffer = io.BytesIO()
             rgb.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def exit_with_parent() -> None:
+    """Make a worker process exit with the main process, even if that is killed."""
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+
+    def end() -> None:
+        main_process.join()
+        os._exit(1)
+
+    # The pool cannot do this: a killed parent shuts nothing down, and its workers would wait for tasks for ever.
+    Thread(target=end, daemon=True).start()

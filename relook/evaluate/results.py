@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections.abc import Iterable, Sequence
@@ -89,7 +90,12 @@ def library_versions() -> dict[str, str]:
     relook's version is that of the running code, which may differ from the installed one, if any.
     """
     interpreter = {"python": platform.python_version(), "relook": __version__}
-    return interpreter | {name: version(name) for name in LIBRARIES}
+    return interpreter | {name: _installed_version(name) for name in LIBRARIES}
+
+
+@functools.cache
+def _installed_version(name: str) -> str:
+    return version(name)  # which parses all of a library's metadata
 
 
 def utc_now() -> str:

@@ -136,11 +136,8 @@ class LazyModel:
 
     def check(self) -> None:
         """Raise a CheckpointError that lists missing and unused tensors, and those whose shape is not the config's."""
-        label = self.label
         # transformers' own model says which tensors there must be; on the meta device it has shapes but no memory.
-        with torch.device("meta"):
-            model = _build_checked(label, self.model_class, self.config)
-        expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        expected = _build_checked(self.label, _shapes_of, self.model_class, self.config)
         # A tied lm_head is not on disk; transformers takes the embeddings.
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         missing = sorted(expected.keys() - self.tensors.keys() - tied)
@@ -155,13 +152,15 @@ class LazyModel:
         depth = self.config.vision_config.num_hidden_layers
         if any(not 1 <= abs(layer) <= depth for layer in (layers if isinstance(layers, list) else [layers])):
             raise CheckpointError(
-                f"{label} takes its image features from layer {layers} of a vision tower that has {depth}.",
+                f"{self.label} takes its image features from layer {layers} of a vision tower that has {depth}.",
                 "Check that the config and the tower belong together.",
             )
         problems = (("missing", missing), ("unused", unused), ("of another shape", wrong))
         listed = "; ".join(f"{len(names)} {problem}: {preview(names)}" for problem, names in problems if names)
         if listed:
-            raise CheckpointError(f"The tensors of {label} do not fit its config ({listed}).", self._advice(missing))
+            raise CheckpointError(
+                f"The tensors of {self.label} do not fit its config ({listed}).", self._advice(missing)
+            )
 
     def _advice(self, missing: list[str]) -> str:
         if missing and all(name.startswith(TOWER) for name in missing):
@@ -203,6 +202,25 @@ class LazyModel:
         return GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
+
+
+def _shapes_of(model_class: type[PreTrainedModel], config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter that a model of this config has.
+
+    Without weights a model still takes long to build, and one process often opens models of one config: a base and
+    its runs, or a source and its conversion. So the last ones are remembered.
+    """
+    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    if key not in _known_shapes:
+        while len(_known_shapes) >= 16:
+            del _known_shapes[next(iter(_known_shapes))]
+        with torch.device("meta"):
+            model = model_class(config)
+        _known_shapes[key] = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    return _known_shapes[key]
+
+
+_known_shapes: dict[tuple[type[PreTrainedModel], str], dict[str, tuple[int, ...]]] = {}
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -43,7 +43,14 @@ from relook.model.adapters import read_adapter
 from relook.model.checkpoint import llava_settings
 from relook.model.load import TENSORS_FILE, HeadModel, LoadedModel, base_and_adapter, load_model, open_base
 from relook.model.trainable import set_trainable
-from relook.recipe import Recipe, load_recipe, parse_overrides, read_yaml_or_shipped
+from relook.recipe import (
+    HUB_KEYS,
+    Recipe,
+    load_recipe,
+    missing_paths,
+    parse_overrides,
+    read_yaml_or_shipped,
+)
 from relook.train.feature_cache import cache_vision_features, cached_items, images_hash
 from relook.train.loss import metric_names
 from relook.train.trainer import (
@@ -60,7 +67,6 @@ RECIPE_FILE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 DATA_FILE = "data.json"  # hashes of the training data, written when training begins
 
-MODEL_KEYS = {"model_name_or_path", "adapter_name_or_path"}
 DATA_KEYS = {"vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder"}
 
 Samples = tuple[Sequence[PreferencePair | Conversation], ReadReport]
@@ -166,7 +172,7 @@ def check_run(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArg
         if recipe.version:
             get_template(recipe.version)
     with faults:
-        if not absent.keys() & MODEL_KEYS:
+        if not absent.keys() & HUB_KEYS:
             base, adapter = base_and_adapter(recipe.model_name_or_path, recipe.adapter_name_or_path or None)
             if adapter is not None:
                 read_adapter(adapter)  # reads no weights yet, but finds what cannot be read
@@ -180,31 +186,6 @@ def check_run(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArg
     faults.check()
     assert arguments is not None
     return arguments, samples
-
-
-def missing_paths(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
-    """Find the recipe keys whose files or folders do not exist.
-
-    Args:
-        values: recipe values by key.
-        of: suffix that names the recipe in the errors, e.g. " of <row>".
-    """
-    kinds = {
-        "model_name_or_path": "model folder",
-        "adapter_name_or_path": "adapter",
-        "vg_path": "Visual Genome folder",
-        **dict.fromkeys(("desc_data_path", "pope_data_path", "pairs_path", "data_path"), ""),
-        **({"image_folder": ""} if values.get("task") == "sft" else {}),  # with pairs_path, images are written there
-    }
-    errors = {}
-    for key, kind in kinds.items():
-        path = values.get(key)
-        if path and not Path(str(path)).exists():
-            fault = f"{key}{of}: there is no {kind} {path}." if kind else f"{key} {path}{of} does not exist."
-            # A name on the Hugging Face Hub is a frequent reason.
-            hub = " relook downloads nothing: hf download does." if key in MODEL_KEYS else ""
-            errors[key] = RecipeError(fault, f"Check the path.{hub}")
-    return errors
 
 
 def claim_run_dir(out: Path, recipe: Recipe) -> bool:
