@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
+from relook.data.samples import ON_BAD
 from relook.errors import Faults, RecipeError, preview
 from relook.files import read_text, write_text
-from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_KEYS, UNSUPPORTED, idle_keys, refused, renamed
+from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_CONFIG_KEYS, UNSUPPORTED, idle_keys, refused, renamed
 
 # ----------------------------------------------------------------------------------------------------
 # Keys and values from YAML files, including those that ship with relook, and from the command line.
@@ -150,7 +151,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
                     number = convert(value)
                 except (ValueError, OverflowError):
                     continue
-                if name == "float" or float(value) == number:  # 2.5 is no int
+                if name == "float" or float(value) == number:  # 2.5 is not an int
                     return number
         if "str" in kinds:
             return str(value)
@@ -162,7 +163,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
 
 CHOICES = {
     "task": ("sft", "dpo"),
-    "on_bad": ("drop", "error"),
+    "on_bad": ON_BAD,
     "dpo_tokens": ("all", "differing"),
     "loss_type": ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
     "post_decoder_init": ("random", "projector"),
@@ -536,8 +537,8 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
                 if key not in HARMLESS or not HARMLESS[key](value, values):
                     raise RecipeError(f"{key} would have no effect.", UNSUPPORTED[key])
                 keys.idle[key] = "that is the case anyway"
-            elif key in MODEL_KEYS:
-                keys.of_the_model[key] = coerce(key, value, MODEL_KEYS[key])
+            elif key in MODEL_CONFIG_KEYS:
+                keys.of_the_model[key] = coerce(key, value, MODEL_CONFIG_KEYS[key])
             elif key in training_keys:
                 # transformers declares fsdp as a string, but expects true.
                 keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])

@@ -148,7 +148,9 @@ NO_ATTENTION = {"target_modules": ["gate_proj", "down_proj"]}
 )
 def test_a_layer_keeps_what_is_said(dtype: torch.dtype, kind: str, kv_heads: int, lora: dict[str, Any]) -> None:
     model, low = language_model(1, kind, dtype, kv_heads, lora), dtype.itemsize
-    attention, mlp = decoder_layer_bytes(model.layers[0], model.config, ROW, "dense", low, mixed=low < 4, dropout=0.0)
+    attention, mlp = decoder_layer_bytes(
+        model.layers[0], model.config, ROW, "dense", low, mixed_precision=low < 4, dropout=0.0
+    )
     real = kept_by_a_layer(kind, dtype, kv_heads, lora)
     tolerance = 0.05 if lora.get("use_dora") else 0.005  # DoRA's norms and scales, (out,) each, are left out
     assert attention.of(ROW) + mlp.of(ROW) == pytest.approx(real, rel=tolerance)
@@ -172,7 +174,9 @@ def test_a_compiled_layer_keeps_what_is_said(kind: str, lora: dict[str, Any]) ->
     """By the partitioner that Inductor uses, and on budgets."""
     model, row = language_model(1, kind, torch.bfloat16, 4, lora), 512
     dropout = lora.get("lora_dropout", 0.0)
-    attention, mlp = decoder_layer_bytes(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=dropout)
+    attention, mlp = decoder_layer_bytes(
+        model.layers[0], model.config, row, "compiled", 2, mixed_precision=True, dropout=dropout
+    )
     real = kept_by_a_layer(kind, torch.bfloat16, 4, lora, PARTITIONED, row)
     # Inductor sees that casting the attention's output to float32 and back changes nothing; this backend does not.
     copied = WIDTH * 2 if kind == "lora" and not dropout and "o_proj" in lora.get("target_modules", NAMES) else 0
@@ -185,7 +189,9 @@ def test_a_compiled_layer_keeps_what_is_said(kind: str, lora: dict[str, Any]) ->
 @pytest.mark.parametrize(("kind", "lora"), [("lora", {}), ("full", {})], ids=str)
 def test_a_budget_is_kept(kind: str, lora: dict[str, Any], budget: float) -> None:
     model, row = language_model(1, kind, torch.bfloat16, 4, lora), 1024
-    attention, mlp = decoder_layer_bytes(model.layers[0], model.config, row, "compiled", 2, mixed=True, dropout=0.0)
+    attention, mlp = decoder_layer_bytes(
+        model.layers[0], model.config, row, "compiled", 2, mixed_precision=True, dropout=0.0
+    )
     with torch._functorch.config.patch(activation_memory_budget=budget):
         real = kept_by_a_layer(kind, torch.bfloat16, 4, lora, PARTITIONED, row)
     said = saved_within_budget(budget, row * WIDTH * (4 if kind == "full" else 2), (attention, row), (mlp, row))

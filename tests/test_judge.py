@@ -194,7 +194,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 def test_nonsense_is_asked_again_a_few_times_and_counted(tmp_path: Path) -> None:
     with endpoint(lambda request, n: Answer("what?" if "odd" in request["messages"][0]["content"] else "7")) as server:
         found = ask(server.url, tmp_path / "c.jsonl", ["odd", "a"], tries=3)
-        assert (found.verdicts, found.unjudged, found.about["replies"]) == ([None, 7], {"nonsense": 1}, 4)
+        assert (found.verdicts, found.unjudged, found.details["replies"]) == ([None, 7], {"nonsense": 1}, 4)
         with pytest.raises(RelookError, match=r"judged none of 1 prompts \(1 nonsense\).*begins: 'what\?'"):
             ask(server.url, tmp_path / "c.jsonl", ["odd"], tries=2)
 
@@ -205,9 +205,9 @@ def test_what_could_not_be_read_is_asked_again_by_the_next_command(tmp_path: Pat
     with endpoint(lambda request, n: Answer("7" if n >= 4 or request["messages"][0]["content"] == "a" else "7!")) as s:
         assert ask(s.url, cache, prompts, tries=3).unjudged == {"nonsense": 1}
         better = ask(s.url, cache, prompts, lambda reply: int(reply.rstrip("!")), tries=3)
-        assert (better.verdicts, better.about["replies"], len(s.requests)) == ([7, 7], 2, 4)
+        assert (better.verdicts, better.details["replies"], len(s.requests)) == ([7, 7], 2, 4)
         mended = ask(s.url, cache, prompts, tries=3)
-        assert (mended.verdicts, mended.about["replies"], len(s.requests)) == ([7, 7], 2, 5)
+        assert (mended.verdicts, mended.details["replies"], len(s.requests)) == ([7, 7], 2, 5)
         assert ask(s.url, cache, prompts, tries=3).verdicts == [7, 7]
         assert len(s.requests) == 5
 

@@ -158,9 +158,9 @@ def test_words_join_to_the_answer_and_what_is_not_there_is_marked(page: Page) ->
 def test_examples_are_known(page: Page, place: str) -> None:
     paths = page.draw_examples()
     for path, scene in zip(paths, sample_scenes(0, "test", len(paths)), strict=True):
-        assert page.there(str(path)) == set(scene.names)
-    assert page.there(place) is None
-    assert page.there("") is None
+        assert page.known_objects(str(path)) == set(scene.names)
+    assert page.known_objects(place) is None
+    assert page.known_objects("") is None
 
 
 def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> None:

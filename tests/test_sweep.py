@@ -254,10 +254,10 @@ def test_first_tokens_are_the_models_own(
     found = torch.cat(list(engine.log_probs(runs[name], lambda: load_model(runs[name]))))
     engine.evaluate(runs[name], tmp_path / "out")
     records = read_records(tmp_path / "out" / FIRST_FILE)
-    assert len(records) == len(found) == len(engine.prompts.asked)
+    assert len(records) == len(found) == len(engine.prompts.questions)
     assert sum(record["kl"] for record in records) > 0
     for index in (0, 7, len(found) - 1):
-        question = engine.prompts.asked[index]
+        question = engine.prompts.questions[index]
         tuned = next_token(runs[name], question.image, question.text)
         untuned = next_token(runs["base"], question.image, question.text)
         torch.testing.assert_close(found[index], tuned, atol=2e-4, rtol=1e-5)
@@ -310,7 +310,7 @@ def test_states_are_kept_until_something_changes(
     assert engine.states is not None
     assert len(passes) == 2
     other = engine_of(runs["base"], world, tmp_path)
-    other.how = replace(other.how, template="v1")
+    other.settings = replace(other.settings, template="v1")
     assert other.states is not None
     assert len(passes) == 3
     (tmp_path / "states.safetensors").write_bytes(b"torn")

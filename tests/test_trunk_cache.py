@@ -162,7 +162,7 @@ def test_a_second_run_finds_everything_on_disk(
 ) -> None:
     first = train(build_recipe(of_dpo(base, world, tmp_path / "1", **CROSS)))
     TrunkCache.current = None  # as in another process
-    monkeypatch.setattr(Policy, "_trunk", never)
+    monkeypatch.setattr(Policy, "trunk", never)
     monkeypatch.setattr(feature_cache, "reference_log_probs", never)
     again = train(build_recipe(of_dpo(base, world, tmp_path / "2", **CROSS)))
     assert (again / TENSORS_FILE).read_bytes() == (first / TENSORS_FILE).read_bytes()
@@ -191,7 +191,7 @@ def test_features_are_added_to_the_states_of_a_run_that_needed_none(
     cached.copy_cache(tmp_path / "whole")
     prepared(of_dpo(base, world, tmp_path / "parts" / "run", tune_lm_head=True))
     assert not list((tmp_path / "parts").rglob("features*"))
-    monkeypatch.setattr(Policy, "_trunk", never)  # the language model need not run again
+    monkeypatch.setattr(Policy, "trunk", never)  # the language model need not run again
     prepared(of_dpo(base, world, tmp_path / "parts" / "run", **CROSS))
     assert contents(tmp_path / "parts" / "trunk_cache") == contents(tmp_path / "whole" / "trunk_cache")
 

@@ -31,6 +31,7 @@ from relook.data.examine import (
 )
 from relook.data.images import prefetch_map
 from relook.data.layouts import FolderLayout, IndexFile, find_layout
+from relook.data.samples import IMAGE_MISSING
 from relook.errors import DataError, RecipeError, RelookError, preview
 from relook.files import atomic_file, is_free, read_json_object, text_hash, write_json, write_jsonl
 
@@ -195,7 +196,7 @@ def _with_images(report: IndexReport, images: Mapping[str, Finding]) -> IndexRep
         if name not in bad:
             reasons = [unusable[image] for image in report.index.check(record).images if image in unusable]
             if reasons:  # the first image decides: a record has one fault
-                fault = "image file missing" if reasons[0] == MISSING else "image file broken"
+                fault = IMAGE_MISSING if reasons[0] == MISSING else "image file broken"
                 faults.setdefault(fault, []).append(name)
     return IndexReport(report.index, report.content, faults, report.problem)
 
@@ -312,9 +313,9 @@ def fix_folder(
 ) -> dict[str, Any]:
     """Repair a dataset folder and return the content of `relook-fix.json`.
 
-    Images of another format than their name says, or of an unusual mode, are rewritten in RGB under that name. So are
-    images under another extension than the records' (OCR-VQA's .gif). Unusable records are left out of the new index
-    files. Files of the folder itself change only with `in_place`, and none is removed.
+    Images whose format does not match their extension, or of an unusual mode, are rewritten in RGB under that name. So
+    are images under another extension than the records' (OCR-VQA's .gif). Unusable records are left out of the new
+    index files. Files of the folder itself change only with `in_place`, and none is removed.
 
     Args:
         out: a new folder of the same layout, in which sound images are links to the old ones.
