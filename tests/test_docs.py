@@ -98,7 +98,9 @@ def command_words(block: str, variables: dict[str, str]) -> Iterator[list[str]]:
         assigned = re.fullmatch(r'(\w+)="(.*)"', line)
         if assigned:
             variables[assigned[1]] = assigned[2]
-        lexer = shlex.shlex(re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), line), True, punctuation_chars=True)
+        lexer = shlex.shlex(
+            re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), line), posix=True, punctuation_chars=True
+        )
         lexer.whitespace_split = True
         words: list[str] = []
         for word in [*lexer, ";"]:

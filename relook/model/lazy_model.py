@@ -136,9 +136,8 @@ class LazyModel:
 
     def check(self) -> None:
         """Raise a CheckpointError that lists missing and unused tensors, and those whose shape is not the config's."""
-        label = self.label
-        # transformers' own model says which tensors there must be.
-        expected = _build_checked(label, _shapes_of, self.model_class, self.config)
+        # transformers' own model says which tensors there must be; on the meta device it has shapes but no memory.
+        expected = _build_checked(self.label, _shapes_of, self.model_class, self.config)
         # A tied lm_head is not on disk; transformers takes the embeddings.
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         missing = sorted(expected.keys() - self.tensors.keys() - tied)
@@ -153,13 +152,15 @@ class LazyModel:
         depth = self.config.vision_config.num_hidden_layers
         if any(not 1 <= abs(layer) <= depth for layer in (layers if isinstance(layers, list) else [layers])):
             raise CheckpointError(
-                f"{label} takes its image features from layer {layers} of a vision tower that has {depth}.",
+                f"{self.label} takes its image features from layer {layers} of a vision tower that has {depth}.",
                 "Check that the config and the tower belong together.",
             )
         problems = (("missing", missing), ("unused", unused), ("of another shape", wrong))
         listed = "; ".join(f"{len(names)} {problem}: {preview(names)}" for problem, names in problems if names)
         if listed:
-            raise CheckpointError(f"The tensors of {label} do not fit its config ({listed}).", self._advice(missing))
+            raise CheckpointError(
+                f"The tensors of {self.label} do not fit its config ({listed}).", self._advice(missing)
+            )
 
     def _advice(self, missing: list[str]) -> str:
         if missing and all(name.startswith(TOWER) for name in missing):
