@@ -14,7 +14,7 @@ from rich.table import Table
 console = Console(stderr=True, highlight=False)
 
 ProgressReport = Callable[..., None]
-"""Called as report(done, total, note=""): how far the work is, and what to say beside the bar."""
+"""Called as report(done, total, note=""): how much is done, and a note beside the bar."""
 
 
 def prints_output() -> bool:

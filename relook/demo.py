@@ -7,7 +7,8 @@ after Ctrl-C or a kill.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ DEMO_FILE, REPORT_FILE = "demo.json", "report.html"
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where everything of one demo lies."""
+    """Paths of one demo's files."""
 
     out: Path
 
@@ -54,7 +55,7 @@ class DemoPaths:
 
 
 def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | Path | None = None) -> Path:
-    """Run the whole demo, or what is left of it; returns the report's path.
+    """Run the demo, or the rest of an unfinished one, and return the report's path.
 
     Raises:
         RecipeError: the folder holds something else, or a demo with other settings.
@@ -63,84 +64,87 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
     base = None if base is None else Path(base)
     if base is not None and not base.is_dir():
         raise RecipeError(f"There is no model folder {base}.", "Check --base.")
-    places = DemoPaths(out)
+    paths = DemoPaths(out)
+    # Written into the folder: the same command goes on there, one with other settings is refused.
     settings = {"seed": seed, "rebuild": rebuild, "base": str(base.resolve()) if base else "shipped"}
     claim_output_dir(out, DEMO_FILE, settings, "a demo")
-    report = out / REPORT_FILE
+    report = out / REPORT_FILE  # written last but one: its presence marks a finished demo
     if report.exists():
         status(f"{out} is finished: see {report}")
         return report
     clock = _Clock(out / "seconds.json")
     with clock.phase("toyworld"):
-        draw_world(places, seed)
+        draw_world(paths, seed)
     with clock.phase("base"):
-        model = find_base(places, seed, rebuild, base)
+        model = find_base(paths, seed, rebuild, base)
     with clock.phase("base evaluation"):
-        evaluate_split(model, places, "base")
+        evaluate_split(model, paths, "base")
     with clock.phase("mining"):
-        mine_demo_pairs(model, places, seed)
+        mine_demo_pairs(model, paths, seed)
     for regime in REGIMES:
         with clock.phase(f"train {regime}"):
-            train_regime(regime, model, places, seed)
+            train_regime(regime, model, paths, seed)
         with clock.phase(f"evaluate {regime}"):
-            evaluate_split(places.run(regime), places, regime)
+            evaluate_split(paths.run(regime), paths, regime)
     with clock.phase("report"):
-        results = demo_results(places, model, seed)
+        results = demo_results(paths, model, seed)
         write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
         report = write_report(out)
+    # Again, now with the seconds that the report itself took.
     write_json(out / RESULTS_FILE, {**results, "seconds": clock.seconds})
     status(f"{report} and {out / RESULTS_FILE}, {sum(clock.seconds.values()):.0f} s in all")
     return report
 
 
-def draw_world(places: DemoPaths, seed: int) -> None:
+def draw_world(paths: DemoPaths, seed: int) -> None:
     with progress("scenes to mine pairs from") as report:
-        layouts.write_vg(places.world, seed, PAIR_SCENES, report)
+        layouts.write_vg(paths.world, seed, PAIR_SCENES, report)
     with progress("test scenes") as report:
-        layouts.write_eval(places.world, "test", seed, TEST_SCENES, report)
+        layouts.write_eval(paths.world, "test", seed, TEST_SCENES, report)
 
 
-def find_base(places: DemoPaths, seed: int, rebuild: bool, base: Path | None) -> Path:
-    """The base model: another one, a new one, or the one that ships with relook."""
+def find_base(paths: DemoPaths, seed: int, rebuild: bool, base: Path | None) -> Path:
+    """Return the base model: the user's, a newly trained one, or the one that ships with relook."""
     if base is not None:
         return base
     if not rebuild:
         return shipped_base()
     from relook.toyworld.build import build_base
 
-    return build_base(places.out / "base", places.world, seed)
+    return build_base(paths.out / "base", paths.world, seed)
 
 
-def evaluate_split(model: Path, places: DemoPaths, name: str, split: str = "test") -> dict[str, Any]:
+def evaluate_split(model: Path, paths: DemoPaths, name: str, split: str = "test") -> dict[str, Any]:
     return evaluate_model(
-        model, ["pope", "chair"], places.world / split, places.answers(name, split), max_new_tokens=64, batch_size=100
+        model, ["pope", "chair"], paths.world / split, paths.answers(name, split), max_new_tokens=64, batch_size=100
     )
 
 
-def mine_demo_pairs(model: Path, places: DemoPaths, seed: int) -> None:
-    """Pairs of the scenes that no evaluation has."""
-    place = MiningSource(places.world / "vg", "toyworld", exclude=[places.world / "test"])
-    mine_pairs(model, place, places.pairs, mining_settings(seed))
+def mine_demo_pairs(model: Path, paths: DemoPaths, seed: int) -> None:
+    """Mine pairs from scenes that no evaluation uses."""
+    source = MiningSource(paths.world / "vg", "toyworld", exclude=[paths.world / "test"])
+    mine_pairs(model, source, paths.pairs, mining_settings(seed))
 
 
 def mining_settings(seed: int) -> MiningSettings:
-    """Toyworld's; it speaks in set phrases, so that texts alike are no duplicates."""
+    """Return toyworld's settings of mining."""
+    # Its descriptions are made of set phrases, so similar texts are no duplicates: near_texts is 0.
     return MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100, near_texts=0, parquet=False)
 
 
 def train_regime(
-    regime: str, model: Path, places: DemoPaths, seed: int, recipe: str = "", changes: Mapping[str, Any] | None = None
+    regime: str, model: Path, paths: DemoPaths, seed: int, recipe: str = "", changes: Mapping[str, Any] | None = None
 ) -> None:
-    """The shipped recipe of a regime (or another), with the demo's paths: just what a user does with real ones."""
+    """Train by the shipped recipe of a regime, or by another one, with the demo's paths, as a user would."""
     train(
         load_recipe(
             recipe or f"toyworld-{regime.replace('_', '-')}",
             {
                 "model_name_or_path": model,
-                "vg_path": places.world / "vg",
-                "desc_data_path": places.pairs / "desc_data.json",
-                "pope_data_path": places.pairs / "pope_data.json",
-                "output_dir": places.run(regime),
+                "vg_path": paths.world / "vg",
+                "desc_data_path": paths.pairs / "desc_data.json",
+                "pope_data_path": paths.pairs / "pope_data.json",
+                "output_dir": paths.run(regime),
                 "seed": seed,
                 **(changes or {}),
             },
@@ -148,19 +152,19 @@ def train_regime(
     )
 
 
-def demo_results(places: DemoPaths, model: Path, seed: int) -> dict[str, Any]:
-    """Everything `results.json` says but the seconds, from the files of evaluation and mining."""
-    test = places.world / "test"
+def demo_results(paths: DemoPaths, model: Path, seed: int) -> dict[str, Any]:
+    """Collect the contents of `results.json` but for the seconds, from the files of evaluation and mining."""
+    test = paths.world / "test"
     return {
-        "base": read_scores(places.answers("base")),
-        "runs": {regime: read_scores(places.answers(regime)) for regime in REGIMES},
-        "paired": {regime: compare(test, places.answers("base"), places.answers(regime)) for regime in REGIMES},
-        "against_control": compare(test, places.answers("nll_control"), places.answers("post_decoder")),
+        "base": read_scores(paths.answers("base")),
+        "runs": {regime: read_scores(paths.answers(regime)) for regime in REGIMES},
+        "paired": {regime: compare(test, paths.answers("base"), paths.answers(regime)) for regime in REGIMES},
+        "against_control": compare(test, paths.answers("nll_control"), paths.answers("post_decoder")),
         "provenance": {
             "seed": seed,
             "base": str(model),
             "base_hash": model_hash(model),
-            "pairs": read_json(places.pairs / "card.json"),
+            "pairs": read_json(paths.pairs / "card.json"),
             "versions": library_versions(),
         },
     }
@@ -173,19 +177,14 @@ class _Clock:
         self.path = path
         self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
 
-    def phase(self, name: str) -> _Phase:
-        return _Phase(self, name)
-
-
-class _Phase:
-    def __init__(self, clock: _Clock, name: str) -> None:
-        self.clock, self.name = clock, name
-
-    def __enter__(self) -> None:
-        status(self.name, style="bold")
-        self.started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.monotonic() - self.started
-        self.clock.seconds[self.name] = round(self.clock.seconds.get(self.name, 0.0) + spent, 2)
-        write_json(self.clock.path, self.clock.seconds)
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announce a phase, and add up its seconds, also those of a phase that is interrupted."""
+        status(name, style="bold")
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - started
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 2)
+            write_json(self.path, self.seconds)

@@ -1,6 +1,7 @@
-"""`relook doctor`: whether this machine can do the work, and what to mend. Nothing heavy is imported at the top.
+"""`relook doctor`: check if this machine can train and serve, and say what to fix.
 
-Each check says what it found; one that fails in a way that nobody foresaw says so, and the others go on.
+Nothing heavy is imported at the top, because a broken library is one of the results. A check that fails with an
+unexpected error reports it, and the others go on.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from relook.console import plain_table, readable_size, status, stdout_console
 OK, NOTE, WARN, FAIL = "ok", "note", "warning", "failure"
 GB = 10**9
 MIN_DISK = 20 * GB  # for a model of 7B in bf16 and what a run writes
-SHARED = 10**9
+MIN_SHARED_MEMORY = GB  # in /dev/shm, through which worker processes pass tensors
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found: "ok", "note" (something optional is absent), "warning" or "failure", and what to do."""
+    """Result of a check: "ok", "note" (something optional is absent), "warning" or "failure", and what to do."""
 
     check: str
     state: str
@@ -41,8 +42,9 @@ class CheckResult:
 
 
 def run_checks(folder: str | Path = Path()) -> list[CheckResult]:
-    """All checks; `folder` is where the disk's room is asked for."""
+    """Run all checks; `folder` is where free disk space is measured."""
     folder = Path(folder)
+    # In this order: a missing library explains later failures.
     checks: Sequence[tuple[str, Callable[[], Iterator[CheckResult]]]] = (
         ("Python", _python),
         ("libraries", _libraries),
@@ -57,58 +59,60 @@ def run_checks(folder: str | Path = Path()) -> list[CheckResult]:
         ("Hugging Face", _hub),
         ("browser", _browser),
     )
-    found: list[CheckResult] = []
+    results: list[CheckResult] = []
     for name, check in checks:
         try:
-            found += check()
+            results += check()
         except ModuleNotFoundError as error:
-            found.append(CheckResult(name, FAIL, f"{error.name} is not installed", "pip install -e ."))
+            results.append(CheckResult(name, FAIL, f"{error.name} is not installed", "pip install -e ."))
         except Exception as error:  # a broken driver or library must not hide what else is wrong
             lines = str(error).strip().splitlines() or [""]
-            found.append(CheckResult(name, FAIL, f"{type(error).__name__}: {lines[0]}"))
-    return found
+            results.append(CheckResult(name, FAIL, f"{type(error).__name__}: {lines[0]}"))
+    return results
 
 
-def to_json(found: Sequence[CheckResult]) -> dict[str, Any]:
-    return {"healthy": not any(one.state == FAIL for one in found), "findings": [asdict(one) for one in found]}
+def to_json(results: Sequence[CheckResult]) -> dict[str, Any]:
+    healthy = not any(result.state == FAIL for result in results)
+    return {"healthy": healthy, "findings": [asdict(result) for result in results]}
 
 
-def print_findings(found: Sequence[CheckResult]) -> None:
+def print_findings(results: Sequence[CheckResult]) -> None:
     table = plain_table("check", "", "found", "what to do")
-    for one in found:
-        table.add_row(one.check, one.state, one.message, one.fix)
+    for result in results:
+        table.add_row(result.check, result.state, result.message, result.fix)
     stdout_console().print(table)
 
 
 def _project() -> dict[str, Any]:
-    """What relook asks for: pyproject.toml beside a checkout, whose installed metadata may be older; else that."""
-    file = Path(__file__).parents[1] / "pyproject.toml"
-    if file.is_file():
-        found: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-        return found
+    """Return relook's requirements: pyproject.toml's `project` table, or the same from the installed metadata."""
+    # A checkout's own file comes first, since its installed metadata may be older.
+    path = Path(__file__).parents[1] / "pyproject.toml"
+    if path.is_file():
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        return table
     from packaging.requirements import Requirement
 
     project: dict[str, Any] = {"requires-python": metadata.metadata("relook")["Requires-Python"], "dependencies": []}
     extras = project["optional-dependencies"] = {}
     for text in metadata.requires("relook") or []:
         extra = re.search(r"extra == ['\"](\w+)['\"]", text)
-        wanted = Requirement(text)
-        where = extras.setdefault(extra[1], []) if extra else project["dependencies"]
-        where.append(f"{wanted.name}{wanted.specifier}")
+        requirement = Requirement(text)
+        group = extras.setdefault(extra[1], []) if extra else project["dependencies"]
+        group.append(f"{requirement.name}{requirement.specifier}")
     return project
 
 
 def _python() -> Iterator[CheckResult]:
     from packaging.specifiers import SpecifierSet
 
-    version, wanted = platform.python_version(), _project()["requires-python"]
-    good = version in SpecifierSet(wanted)
-    fix = "" if good else f"Use {wanted}."
+    version, supported = platform.python_version(), _project()["requires-python"]
+    good = version in SpecifierSet(supported)
+    fix = "" if good else f"Use {supported}."
     yield CheckResult("Python", OK if good else FAIL, f"{version} on {platform.platform()}", fix)
 
 
 def _libraries() -> Iterator[CheckResult]:
-    """Installed versions against the supported ranges. What is an extra may be absent."""
+    """Compare installed versions with the supported ranges; libraries of an extra may be absent."""
     project = _project()
     for text in project["dependencies"]:
         yield _library(text, "", FAIL, FAIL)
@@ -120,16 +124,17 @@ def _libraries() -> Iterator[CheckResult]:
 def _library(text: str, extra: str, absent: str, outside: str) -> CheckResult:
     from packaging.requirements import Requirement
 
-    wanted = Requirement(text)
-    name = f"{wanted.name} [{extra}]" if extra else wanted.name
-    install = f"pip install 'relook[{extra}]'" if extra else f"pip install '{wanted.name}{wanted.specifier}'"
+    requirement = Requirement(text)
+    name = f"{requirement.name} [{extra}]" if extra else requirement.name
+    install = f"pip install 'relook[{extra}]'" if extra else f"pip install '{requirement.name}{requirement.specifier}'"
     try:
-        version = metadata.version(wanted.name)
+        version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
         return CheckResult(name, absent, "not installed", install)
-    if wanted.specifier.contains(version, prereleases=True):
+    # A nightly build of a supported version is one.
+    if requirement.specifier.contains(version, prereleases=True):
         return CheckResult(name, OK, version)
-    return CheckResult(name, outside, f"{version}, but {wanted.specifier} is supported", install)
+    return CheckResult(name, outside, f"{version}, but {requirement.specifier} is supported", install)
 
 
 def _torch() -> Iterator[CheckResult]:
@@ -143,6 +148,7 @@ def _gpu() -> Iterator[CheckResult]:
     import torch
 
     driver = _driver()
+    # Three reasons for no GPU: torch's build, the driver, or none in the machine, which is no fault.
     if not torch.cuda.is_available():
         if driver and torch.version.cuda is None:
             yield CheckResult(
@@ -155,23 +161,24 @@ def _gpu() -> Iterator[CheckResult]:
             yield CheckResult("GPU", NOTE, "none", "Toyworld runs on a CPU; models of 7B want a GPU.")
         return
     for number in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(number)
+        gpu = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
-        said = f"{found.name}, compute capability {found.major}.{found.minor}, driver {driver or 'unknown'}"
-        said += f", {readable_size(free)} of {readable_size(total)} free"
+        message = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, driver {driver or 'unknown'}"
+        message += f", {readable_size(free)} of {readable_size(total)} free"
         busy = free < total / 2
         yield CheckResult(
-            f"GPU {number}", WARN if busy else OK, said, "Another program holds its memory." if busy else ""
+            f"GPU {number}", WARN if busy else OK, message, "Another program holds its memory." if busy else ""
         )
 
 
 def _driver() -> str:
-    """The NVIDIA driver's version; empty where there is none."""
+    """Return the NVIDIA driver's version; empty without a driver."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return ""
     words = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
+        # A hung driver hangs nvidia-smi too.
         ended = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:
         return "that does not answer"
@@ -188,16 +195,16 @@ def _bf16() -> Iterator[CheckResult]:
     import torch
 
     device = _device()
-    one = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
-    good = float((one @ one)[0, 0]) == 64
+    ones = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+    good = float((ones @ ones)[0, 0]) == 64
     native = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     fix = "" if native else "It is emulated and slow here: train with fp16 true."
-    said = f"{'works' if good else 'computes wrong numbers'} on {device.type}"
-    yield CheckResult("bf16", FAIL if not good else OK if native else WARN, said, fix)
+    message = f"{'works' if good else 'computes wrong numbers'} on {device.type}"
+    yield CheckResult("bf16", FAIL if not good else OK if native else WARN, message, fix)
 
 
 def _flex() -> Iterator[CheckResult]:
-    """A tiny FlexAttention against plain attention; on a GPU compiled, as the trunk uses it."""
+    """Compare a tiny FlexAttention with plain attention; on a GPU it is compiled, as the trunk uses it."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -208,20 +215,24 @@ def _flex() -> Iterator[CheckResult]:
             "FlexAttention", WARN, "no C compiler, which torch.compile needs", "Install gcc; else trunk_pass dense."
         )
         return
+    # Batch 1, 2 heads, 128 positions, width 32: one block of the mask.
     query, key, value = torch.randn(3, 1, 2, 128, 32, device=device, generator=torch.Generator(device).manual_seed(0))
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device=str(device))
     attend: Any = torch.compile(flex_attention) if compiled else flex_attention
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # uncompiled, it says that it is slow
-        found = attend(query, key, value, block_mask=mask)
+        attended = attend(query, key, value, block_mask=mask)
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    good = torch.allclose(found, plain, atol=2e-2 if compiled else 1e-4)
-    said = f"{'compiled, ' if compiled else ''}on {device.type}: {'equals' if good else 'differs from'} plain attention"
-    yield CheckResult("FlexAttention", OK if good else FAIL, said, "" if good else "Set trunk_pass dense in recipes.")
+    # Compiled kernels multiply in TF32, which keeps 10 bits.
+    good = torch.allclose(attended, plain, atol=2e-2 if compiled else 1e-4)
+    relation = "equals" if good else "differs from"
+    message = f"{'compiled, ' if compiled else ''}on {device.type}: {relation} plain attention"
+    fix = "" if good else "Set trunk_pass dense in recipes."
+    yield CheckResult("FlexAttention", OK if good else FAIL, message, fix)
 
 
 def _processes() -> Iterator[CheckResult]:
-    """What several processes talk through."""
+    """Check what several processes communicate through: NCCL and shared memory."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -229,26 +240,26 @@ def _processes() -> Iterator[CheckResult]:
         version = ".".join(map(str, torch.cuda.nccl.version()))
         yield CheckResult("NCCL", OK, f"{version}, {gpus} GPUs")
     else:
-        said = "not in this build of torch" + ("" if gpus else ", and no GPU needs it: processes talk through gloo")
-        yield CheckResult("NCCL", WARN if gpus > 1 else NOTE, said)
+        message = "not in this build of torch" + ("" if gpus else ", and no GPU needs it: processes talk through gloo")
+        yield CheckResult("NCCL", WARN if gpus > 1 else NOTE, message)
     shared = Path("/dev/shm")
     if shared.is_dir():
-        room = shutil.disk_usage(shared)
-        small = room.free < SHARED
+        usage = shutil.disk_usage(shared)
+        small = usage.free < MIN_SHARED_MEMORY  # containers often get 64 MB
         fix = "Start the container with --shm-size 8g or --ipc host." if small else ""
-        said = f"{readable_size(room.free)} of {readable_size(room.total)} free"
-        yield CheckResult("/dev/shm", WARN if small else OK, said, fix)
+        message = f"{readable_size(usage.free)} of {readable_size(usage.total)} free"
+        yield CheckResult("/dev/shm", WARN if small else OK, message, fix)
 
 
 def _cpu() -> Iterator[CheckResult]:
     import torch
 
-    cores, set_to = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")
-    said = f"{cores} cores, {torch.get_num_threads()} threads a process"
-    said += f" (OMP_NUM_THREADS={set_to})" if set_to else ""
-    odd = torch.get_num_threads() > cores
-    fix = "More threads than cores wait for each other: lower OMP_NUM_THREADS." if odd else ""
-    yield CheckResult("CPU", WARN if odd else OK, said, fix)
+    cores, omp_threads = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")
+    message = f"{cores} cores, {torch.get_num_threads()} threads a process"
+    message += f" (OMP_NUM_THREADS={omp_threads})" if omp_threads else ""
+    oversubscribed = torch.get_num_threads() > cores
+    fix = "More threads than cores wait for each other: lower OMP_NUM_THREADS." if oversubscribed else ""
+    yield CheckResult("CPU", WARN if oversubscribed else OK, message, fix)
 
 
 def _memory() -> Iterator[CheckResult]:
@@ -270,31 +281,33 @@ def _hub() -> Iterator[CheckResult]:
 
     cache = Path(constants.HF_HUB_CACHE)
     models = sorted(path.name for path in cache.glob("models--*")) if cache.is_dir() else []
-    place = next(path for path in (cache, *cache.parents) if path.exists())
-    said = f"{cache}: {len(models)} models, {readable_size(shutil.disk_usage(place).free)} free"
-    said += ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
-    writable = os.access(place, os.W_OK)
+    # The cache may not exist yet: its nearest existing parent decides.
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    message = f"{cache}: {len(models)} models, {readable_size(shutil.disk_usage(existing).free)} free"
+    message += ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
+    writable = os.access(existing, os.W_OK)
     fix = "" if writable else "It cannot be written: set HF_HOME to a folder that can."
-    yield CheckResult("HF cache", OK if writable else WARN, said, fix)
+    yield CheckResult("HF cache", OK if writable else WARN, message, fix)
 
 
 def _browser() -> Iterator[CheckResult]:
-    """What only the pages of `relook serve` and their tests use."""
-    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    """Check for what only the pages of `relook serve` and their tests use."""
+    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
     yield CheckResult(
-        "chromium", OK if found else NOTE, found or "not installed", "" if found else "Only for tests of pages."
+        "chromium", OK if browser else NOTE, browser or "not installed", "" if browser else "Only for tests of pages."
     )
     gradio = importlib.util.find_spec("gradio") is not None
     yield CheckResult("gradio", OK if gradio else NOTE, "installed" if gradio else "not installed")
 
 
 # ----------------------------------------------------------------------------------------------------
-# Warnings and errors of the libraries below that users meet, and what they mean here. `relook doctor --explain`.
+# Warnings and errors of torch, transformers and the like that users meet, and what they mean in relook, for
+# `relook doctor --explain`. Patterns are searched without regard to case.
 
 
 @dataclass(frozen=True)
 class KnownWarning:
-    """A message by a pattern that finds it, what it says, and what it means here or what to do."""
+    """Known message: a pattern that finds it, what it says, and what it means in relook or what to do."""
 
     name: str
     pattern: str
@@ -490,18 +503,18 @@ KNOWN_WARNINGS = (
 
 
 def find_known_warnings(text: str) -> list[KnownWarning]:
-    """The known messages that a text or a whole log holds, in the order of the table."""
-    return [notice for notice in KNOWN_WARNINGS if re.search(notice.pattern, text, re.IGNORECASE)]
+    """Return the known messages in a text or a whole log, in the order of the table."""
+    return [warning for warning in KNOWN_WARNINGS if re.search(warning.pattern, text, re.IGNORECASE)]
 
 
 def print_known_warnings(text: str, as_json: bool = False) -> int:
-    """Print what is known of a text, or all that is known of where it is "all"; 1 where nothing is, else 0."""
-    found = list(KNOWN_WARNINGS) if text == "all" else find_known_warnings(text)
+    """Print the known messages in a text, or all if it is "all"; return the exit status, 1 if there are none."""
+    matches = list(KNOWN_WARNINGS) if text == "all" else find_known_warnings(text)
     out = stdout_console()
     if as_json:
-        out.print_json(data=[asdict(notice) for notice in found])
-    for notice in () if as_json else found:
-        out.print(f"{notice.name}\n  {notice.meaning}\n  Here: {notice.in_relook}", soft_wrap=True)
-    if not found:
-        status("No known message is in it. `relook doctor --explain all` lists those that are.")
-    return 0 if found else 1
+        out.print_json(data=[asdict(warning) for warning in matches])
+    for warning in () if as_json else matches:
+        out.print(f"{warning.name}\n  {warning.meaning}\n  Here: {warning.in_relook}", soft_wrap=True)
+    if not matches:
+        status("The text holds no known message. `relook doctor --explain all` lists them.")
+    return 0 if matches else 1

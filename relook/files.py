@@ -170,7 +170,7 @@ def require_regular(path: Path) -> None:
     """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # what reads it says why
+    except (OSError, ValueError):  # whatever reads the file reports this
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise DataError(f"{path} is a pipe, a socket or a device, not a file.", "Give a regular file.")

@@ -48,7 +48,7 @@ IGNORED = {
 }
 
 # Keys of the model's config (`relook.model.checkpoint.llava_settings`). A recipe may repeat them, but not change them.
-MODEL_KEYS = {
+MODEL_CONFIG_KEYS = {
     "mm_vision_select_layer": "int",
     "mm_vision_select_feature": "str",
     "mm_projector_type": "str",
@@ -254,6 +254,6 @@ def check_model_settings(stated: Mapping[str, Any], config: Mapping[str, Any]) -
     for key, value in stated.items():
         if value != config[key]:
             raise RecipeError(
-                f"{key} is {value!r}, but the model's config says {config[key]!r}, and the model was trained so.",
+                f"{key} is {value!r}, but the model's config says {config[key]!r}, as it was trained.",
                 "Leave it out, or give the model that you mean.",
             )

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
+from relook.data.samples import ON_BAD
 from relook.errors import Faults, RecipeError, preview
 from relook.files import read_text, write_text
-from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_KEYS, UNSUPPORTED, idle_keys, refused, renamed
-from relook.model.post_decoder import PostDecoderSettings
+from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_CONFIG_KEYS, UNSUPPORTED, idle_keys, refused, renamed
 
 # ----------------------------------------------------------------------------------------------------
 # Keys and values from YAML files, including those that ship with relook, and from the command line.
@@ -88,6 +88,33 @@ def read_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], Faults]:
     return overrides, faults
 
 
+HUB_KEYS = {"model_name_or_path", "adapter_name_or_path"}  # which a user may name as on the Hugging Face Hub
+
+
+def missing_paths(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
+    """Find the recipe keys whose files or folders do not exist.
+
+    Args:
+        values: recipe values by key.
+        of: suffix that names the recipe in the errors, e.g. " of <row>".
+    """
+    kinds = {
+        "model_name_or_path": "model folder",
+        "adapter_name_or_path": "adapter",
+        "vg_path": "Visual Genome folder",
+        **dict.fromkeys(("desc_data_path", "pope_data_path", "pairs_path", "data_path"), ""),
+        **({"image_folder": ""} if values.get("task") == "sft" else {}),  # with pairs_path, images are written there
+    }
+    errors = {}
+    for key, kind in kinds.items():
+        path = values.get(key)
+        if path and not Path(str(path)).exists():
+            fault = f"{key}{of}: there is no {kind} {path}." if kind else f"{key} {path}{of} does not exist."
+            hub = " relook downloads nothing: hf download does." if key in HUB_KEYS else ""
+            errors[key] = RecipeError(fault, f"Check the path.{hub}")
+    return errors
+
+
 def _value(text: str) -> Any:
     """Parse a value as YAML, but keep the text if YAML would silently change it: paths such as `a #2`, or 0123."""
     try:
@@ -124,7 +151,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
                     number = convert(value)
                 except (ValueError, OverflowError):
                     continue
-                if name == "float" or float(value) == number:  # 2.5 is no int
+                if name == "float" or float(value) == number:  # 2.5 is not an int
                     return number
         if "str" in kinds:
             return str(value)
@@ -136,7 +163,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
 
 CHOICES = {
     "task": ("sft", "dpo"),
-    "on_bad": ("drop", "error"),
+    "on_bad": ON_BAD,
     "dpo_tokens": ("all", "differing"),
     "loss_type": ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
     "post_decoder_init": ("random", "projector"),
@@ -253,6 +280,8 @@ class Recipe:
             object.__setattr__(self, "idle", {**self.idle, **unused})
             faults.errors += self._unused()
         faults.errors += (*self._needed(), *self._numbers(), *self._loss(), *self._what_trains())
+        from relook.model.post_decoder import PostDecoderSettings  # as in `_fit_settings`
+
         try:
             PostDecoderSettings(**self.post_decoder)
         except (TypeError, ValueError) as error:
@@ -508,8 +537,8 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
                 if key not in HARMLESS or not HARMLESS[key](value, values):
                     raise RecipeError(f"{key} would have no effect.", UNSUPPORTED[key])
                 keys.idle[key] = "that is the case anyway"
-            elif key in MODEL_KEYS:
-                keys.of_the_model[key] = coerce(key, value, MODEL_KEYS[key])
+            elif key in MODEL_CONFIG_KEYS:
+                keys.of_the_model[key] = coerce(key, value, MODEL_CONFIG_KEYS[key])
             elif key in training_keys:
                 # transformers declares fsdp as a string, but expects true.
                 keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])
@@ -529,6 +558,9 @@ def _mapping(key: str, value: Any) -> Mapping[str, Any]:
 
 
 def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    # Here, since it loads transformers, which takes seconds: a mistake in a command is found without.
+    from relook.model.post_decoder import PostDecoderSettings
+
     field_types = {field.name: field.type for field in dataclasses.fields(PostDecoderSettings)}
     unknown = [key for key in settings if key not in field_types]
     if unknown:
@@ -537,4 +569,6 @@ def _fit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings_keys() -> str:
+    from relook.model.post_decoder import PostDecoderSettings
+
     return ", ".join(PostDecoderSettings.names())

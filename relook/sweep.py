@@ -25,7 +25,7 @@ from relook.evaluate.tasks.chair import instances_file
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json, read_records, sole_writer, write_json, write_text
 from relook.model.load import model_hash
-from relook.recipe import Recipe, parse_overrides, read_yaml_or_shipped
+from relook.recipe import Recipe, missing_paths, parse_overrides, read_yaml_or_shipped
 from relook.report.pages import RESULTS_FILE
 from relook.sweep_config import BASE, SWEEP_FILE, Sweep, SweepRow, build_sweep
 from relook.train import run as training
@@ -34,14 +34,13 @@ from relook.train.run import (
     Samples,
     check_schedule,
     encode_samples,
-    missing_paths,
     read_samples,
     train,
     training_arguments,
 )
 
 # Recipe keys that a row's examples depend on, in addition to the base.
-DATA_KEYS = (
+EXAMPLE_KEYS = (
     *("task", "vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder", "on_bad"),
     *("image_aspect_ratio", "model_max_length", "conversations_per_tree"),
 )
@@ -54,6 +53,7 @@ def sweep_command(arguments: Sequence[str]) -> Path:
     name, *keys = arguments
     values = read_yaml_or_shipped(name, "sweep")
     for key, value in parse_overrides(keys).items():
+        # --grid.learning_rate replaces one key of the grid, other words replace whole keys of the file.
         head, _, rest = key.partition(".")
         if head == "grid" and rest:
             values["grid"] = {**(values.get("grid") or {}), rest: value}
@@ -75,6 +75,7 @@ def run_sweep(values: Mapping[str, Any]) -> Path:
 
 
 def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
+    # Everything that a user may get wrong is checked here, before the first model is loaded.
     claim_sweep_dir(sweep, values)
     engine = CachedPope(
         sweep.base,
@@ -86,14 +87,15 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
         sweep.max_new_tokens,
     )
     if sweep.chair:
-        read_json(instances_file(Path(sweep.data)))
+        read_json(instances_file(Path(sweep.data)))  # fails now rather than after hours
     failed: dict[str, str] = {}
     waiting = [row for row in sweep.rows if not _finished(sweep, row.name)]
-    samples = read(waiting)
+    samples = read_datasets(waiting)
+    # The base comes first: its states answer for every frozen-trunk row.
     evaluate_row(sweep, BASE, sweep.base, engine)
     if waiting:
         encoded = encode_datasets(waiting, samples, engine)
-        engine.release()
+        engine.release()  # the base leaves the GPU before rows train
         for number, row in enumerate(sorted(waiting, key=_execution_order), 1):
             status(f"{row.name} ({number} of {len(waiting)})", style="bold")
             try:
@@ -105,8 +107,10 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
             evaluate_row(sweep, row.name, run, engine)
     done = [row for row in sweep.rows if row.name not in failed]
     if not done:
-        why = next(iter(failed.values()))
-        raise RelookError(f"No row of the sweep could be trained: {why}", "Mend that, and run the same command again.")
+        reason = next(iter(failed.values()))
+        raise RelookError(
+            f"No row of the sweep could be trained: {reason}", "Fix that, and run the same command again."
+        )
     write_json(sweep.out / RESULTS_FILE, {**collect_results(sweep, done), "failed": failed})
     from relook.report.sweep_page import write_sweep_page
 
@@ -117,24 +121,26 @@ def _carry_out(sweep: Sweep, values: Mapping[str, Any]) -> Path:
 
 def claim_sweep_dir(sweep: Sweep, values: Mapping[str, Any]) -> None:
     """Claim the output folder and each row's run folder, so that runs of other recipes are refused up front."""
-    held = sweep.out / SWEEP_FILE
+    sweep_path = sweep.out / SWEEP_FILE
     is_free(sweep.out, SWEEP_FILE, "output_dir")  # an existing sweep may resume there, with rows added or removed
-    faults, lost = Faults(), dict[str, RelookError]()
+    faults, absent = Faults(), dict[str, RelookError]()
     for row in sweep.rows:
         with faults:
             training_arguments(row.recipe, Path(row.recipe.output_dir))
         for key, error in missing_paths(vars(row.recipe), f" of {row.name}").items():
-            lost.setdefault(str(getattr(row.recipe, key)), error)
-    faults.errors += lost.values()
+            absent.setdefault(str(getattr(row.recipe, key)), error)  # once per path, not per row
+    faults.errors += absent.values()
     faults.check()
+    # Paths become strings, and tuples lists, as a file has them.
     plain = yaml.safe_load(yaml.safe_dump({key: _json_value(value) for key, value in values.items()}))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    if not held.exists():
-        write_text(held, text)
+    # Written at once, so that the folder belongs to a sweep; written again below once every row has its folder.
+    if not sweep_path.exists():
+        write_text(sweep_path, text)
     claim_answers(sweep, BASE, sweep.base)
     for row in sweep.rows:
         training.claim_run_dir(Path(row.recipe.output_dir), row.recipe)
-    write_text(held, text)
+    write_text(sweep_path, text)
 
 
 def _json_value(value: Any) -> Any:
@@ -147,22 +153,23 @@ def claim_answers(sweep: Sweep, name: str, model: Path) -> None:
 
 
 def _finished(sweep: Sweep, name: str) -> bool:
-    wanted = ["pope.json", *(["chair.json"] if sweep.chair else [])]
-    return all((sweep.answers(name) / file).exists() for file in wanted)
+    scores = ["pope.json", *(["chair.json"] if sweep.chair else [])]
+    return all((sweep.answers(name) / file).exists() for file in scores)
 
 
 def _data_key(row: SweepRow) -> tuple[Any, ...]:
-    return tuple(getattr(row.recipe, key) for key in DATA_KEYS)
+    return tuple(getattr(row.recipe, key) for key in EXAMPLE_KEYS)
 
 
 def _execution_order(row: SweepRow) -> tuple[Any, ...]:
     """Return a sort key that puts rows with the same trunk states together, those with vision features first."""
     recipe = row.recipe
     attention = recipe.post_decoder.get("attention", "cross") if recipe.tune_post_decoder else "none"
+    # Only one trunk cache is in memory. With vision features it serves rows without them, but not the reverse.
     return (not recipe.frozen_trunk, attention == "self_cross", str(_data_key(row)), attention == "none")
 
 
-def read(rows: Sequence[SweepRow]) -> dict[tuple[Any, ...], Samples]:
+def read_datasets(rows: Sequence[SweepRow]) -> dict[tuple[Any, ...], Samples]:
     """Read each distinct dataset of the rows, and check that each row has a step with a learning rate above 0.
 
     Raises:
@@ -184,13 +191,13 @@ def encode_datasets(
     rows: Sequence[SweepRow], samples: Mapping[tuple[Any, ...], Samples], engine: CachedPope
 ) -> dict[tuple[Any, ...], EncodedSamples]:
     """Encode each distinct dataset of the rows."""
-    found: dict[tuple[Any, ...], EncodedSamples] = {}
+    encoded: dict[tuple[Any, ...], EncodedSamples] = {}
     for row in rows:
-        if _data_key(row) not in found:
-            loaded = dataclasses.replace(engine.loaded)  # with an image loader of its own
+        if _data_key(row) not in encoded:
+            loaded = dataclasses.replace(engine.loaded)  # a copy with an image loader of its own
             loaded.images.aspect_ratio = row.recipe.image_aspect_ratio or loaded.aspect_ratio
-            found[_data_key(row)] = encode_samples(row.recipe, loaded, *samples[_data_key(row)])
-    return found
+            encoded[_data_key(row)] = encode_samples(row.recipe, loaded, *samples[_data_key(row)])
+    return encoded
 
 
 def evaluate_row(sweep: Sweep, name: str, model: Path, engine: CachedPope) -> None:
@@ -199,11 +206,12 @@ def evaluate_row(sweep: Sweep, name: str, model: Path, engine: CachedPope) -> No
     claim_answers(sweep, name, model)
     if not (out / "pope.json").exists():
         scores = engine.evaluate(model, out)
-        whole = sum(scores[split]["generated"] for split in SPLITS)
-        status(f"  POPE of {name}: {whole} of {sum(scores[split]['n'] for split in SPLITS)} answers generated in full")
+        # The other answers follow from cached states (`CachedPope`).
+        generated, total = (sum(scores[split][key] for split in SPLITS) for key in ("generated", "n"))
+        status(f"  POPE of {name}: {generated} of {total} answers generated in full")
     if sweep.chair:
-        how = (sweep.template, sweep.batch_size, sweep.max_new_tokens, sweep.loading_of(name))
-        evaluate_model(model, ["chair"], Path(sweep.data), out, *how)
+        settings = (sweep.template, sweep.batch_size, sweep.max_new_tokens, sweep.loading_of(name))
+        evaluate_model(model, ["chair"], Path(sweep.data), out, *settings)
 
 
 def collect_results(sweep: Sweep, finished: Sequence[SweepRow]) -> dict[str, Any]:
@@ -231,10 +239,11 @@ def collect_results(sweep: Sweep, finished: Sequence[SweepRow]) -> dict[str, Any
                 "kl_bins": hallucination_by_divergence(first, base_first),
             }
         )
+    # All rows of a split are compared with one base, so their p-values are corrected together.
     for split in SPLITS:
         corrected = holm([row["paired"]["pope"][split]["mcnemar_p"] for row in rows])
-        for found, p in zip(rows, corrected, strict=True):
-            found["paired"]["pope"][split]["mcnemar_p_holm"] = p
+        for result, p in zip(rows, corrected, strict=True):
+            result["paired"]["pope"][split]["mcnemar_p_holm"] = p
     return {
         "base": _scores(sweep, BASE),
         "rows": rows,
@@ -259,11 +268,12 @@ def _benchmarks(sweep: Sweep) -> list[str]:
 
 
 def _epochs(sweep: Sweep, row: SweepRow) -> float:
+    # The last line of a run's log has the epoch at its end; max_steps may have stopped it early.
     log = read_json(Path(row.recipe.output_dir) / training.RUN_FILE)["log"]
     return round(float(log[-1]["epoch"]), 2) if log else 0.0
 
 
-LOSSES = {
+LOSS_LABELS = {
     "sigmoid": "DPO",
     "ipo": "IPO",
     "hinge": "hinge DPO",
@@ -278,7 +288,7 @@ def objective_name(recipe: Recipe) -> str:
     if recipe.task == "sft":
         return "SFT"
     parts = {
-        LOSSES[recipe.loss_type]: recipe.dpo_weight,
+        LOSS_LABELS[recipe.loss_type]: recipe.dpo_weight,
         "mDPO conditional": recipe.mdpo_conditional_weight,
         "mDPO anchored": recipe.mdpo_anchored_weight,
     }

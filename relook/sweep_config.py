@@ -22,7 +22,7 @@ from relook.recipe import Recipe, coerce, load_recipe
 
 SWEEP_FILE = "sweep.yaml"
 BASE = "base"  # name of the base model among the rows
-SHARED = ("model_name_or_path", "vision_tower", "version")  # keys that the base model's answers depend on
+SHARED_KEYS = ("model_name_or_path", "vision_tower", "version")  # keys that the base model's answers depend on
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Sweep:
         return self.out / "eval" / name
 
 
-OWN = {item.name: item.type for item in dataclasses.fields(Sweep) if item.name != "rows"}
+SWEEP_KEYS = {field.name: field.type for field in dataclasses.fields(Sweep) if field.name != "rows"}
 
 
 def build_sweep(values: Mapping[str, Any]) -> Sweep:
@@ -102,29 +102,31 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
     missing = [key for key in ("recipe", "output_dir", "data") if not values.get(key)]
     if missing:
         raise RecipeError(f"The sweep sets no {', '.join(missing)}.", f"Give it in the file or as --{missing[0]}.")
-    own = {key: coerce(key, values[key], kind) for key, kind in OWN.items() if key in values}
-    parse_dtype(own.get("dtype", "float32"))
+    settings = {key: coerce(key, values[key], kind) for key, kind in SWEEP_KEYS.items() if key in values}
+    parse_dtype(settings.get("dtype", "float32"))
     for key in ("batch_size", "max_new_tokens"):
-        if own.get(key, 1) < 1:
-            raise RecipeError(f"{key} is {own[key]}.", "Give 1 or more.")
-    common = {key: value for key, value in values.items() if key not in (*OWN, "rows", "grid")}
+        if settings.get(key, 1) < 1:
+            raise RecipeError(f"{key} is {settings[key]}.", "Give 1 or more.")
+    # All other keys are recipe keys of every row.
+    common = {key: value for key, value in values.items() if key not in (*SWEEP_KEYS, "rows", "grid")}
     rows = expand(values.get("rows") or [], values.get("grid") or {})
     if not rows:
         raise RecipeError(
             "The sweep has no rows.", "Give rows: [{key: value}, ...], grid: {key: [value, ...]}, or both."
         )
     labels = row_names(rows)
+    # Compare in lower case: some file systems do not tell `A` from `a`.
     twice = [name for name, count in Counter(name.lower() for name, _ in labels).items() if count > 1 or name == BASE]
     if twice:
         raise RecipeError(
-            f"Rows of the sweep are called {preview(twice)} twice.", "Give the rows of `rows` other names."
+            f"Several rows of the sweep are called {preview(twice)}.", "Give each row of `rows` a name of its own."
         )
     built = []
     faults = Faults()
     for (name, variant), row in zip(labels, rows, strict=True):
-        keys = {**common, **row, "output_dir": str(Path(own["output_dir"]) / "runs" / name)}
+        keys = {**common, **row, "output_dir": str(Path(settings["output_dir"]) / "runs" / name)}
         if keys.get("model_name_or_path") == "shipped":
-            from relook.toyworld.build import shipped_base
+            from relook.toyworld.build import shipped_base  # not for sweeps on other models
 
             keys["model_name_or_path"] = shipped_base()
         keys.pop("name", None)
@@ -132,11 +134,11 @@ def build_sweep(values: Mapping[str, Any]) -> Sweep:
             recipe = load_recipe(str(keys.pop("recipe")), keys)
             built.append(SweepRow(name, variant, {key: value for key, value in row.items() if key != "name"}, recipe))
     faults.check()
-    for key in SHARED:
-        found = {str(getattr(row.recipe, key)) for row in built}
-        if len(found) > 1:
-            raise RecipeError(f"The rows differ in {key} ({preview(sorted(found))}).", "Write one sweep for each.")
-    return Sweep(rows=tuple(built), **own)
+    for key in SHARED_KEYS:
+        distinct = {str(getattr(row.recipe, key)) for row in built}
+        if len(distinct) > 1:
+            raise RecipeError(f"The rows differ in {key} ({preview(sorted(distinct))}).", "Write one sweep for each.")
+    return Sweep(rows=tuple(built), **settings)
 
 
 def expand(rows: Any, grid: Any) -> list[dict[str, Any]]:
@@ -148,10 +150,11 @@ def expand(rows: Any, grid: Any) -> list[dict[str, Any]]:
     faults = Faults()
     for key, choices in grid.items():
         if not isinstance(choices, list) or not choices:
-            what = f"grid.{key} is {choices!r}, but grid must map keys to lists of values, of one at least."
-            faults.errors.append(RecipeError(what, f"Write {key}: [value, ...], or leave it out."))
+            fault = f"grid.{key} is {choices!r}, but grid must map keys to lists of values, of one at least."
+            faults.errors.append(RecipeError(fault, f"Write {key}: [value, ...], or leave it out."))
     faults.check()
-    reserved = {"output_dir", *OWN, *(("name",) if "name" in grid else ())}
+    # Keys of the sweep itself, and the folder that each row gets from it.
+    reserved = {"output_dir", *SWEEP_KEYS, *(("name",) if "name" in grid else ())}
     used = set(grid).union(*rows)
     if used & reserved:
         raise RecipeError(
@@ -159,7 +162,7 @@ def expand(rows: Any, grid: Any) -> list[dict[str, Any]]:
         )
     both = set(grid) & set().union(*rows)
     if both:
-        raise RecipeError(f"{preview(sorted(both))} stands in rows and in grid.", "Keep one of them.")
+        raise RecipeError(f"{preview(sorted(both))} is in rows and in grid.", "Keep one of them.")
     combinations = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
     return [{**row, **chosen} for row in rows or ([{}] if grid else []) for chosen in combinations]
 
@@ -172,15 +175,16 @@ def row_names(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     Returns:
         For each row, its file name and the same without the seed.
     """
-    found = []
+    names = []
     for row in rows:
+        # Peers share the row's `name`, or have none either.
         peers = [other for other in rows if other.get("name") == row.get("name")]
         keys = [key for key in row if key != "name" and len({repr(other.get(key)) for other in peers}) > 1]
         label = [str(row["name"])] if "name" in row else []
         texts = {key: f"{key.rpartition('.')[2]}={_short(row[key])}" for key in keys}
-        whole = _safe_name([*label, *texts.values()])
-        found.append((whole, _safe_name([*label, *(text for key, text in texts.items() if key != "seed")])))
-    return found
+        variant = _safe_name([*label, *(text for key, text in texts.items() if key != "seed")])
+        names.append((_safe_name([*label, *texts.values()]), variant))
+    return names
 
 
 def _short(value: Any) -> str:
@@ -194,4 +198,5 @@ def _short(value: Any) -> str:
 
 def _safe_name(parts: Sequence[str]) -> str:
     text = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts)).strip("._,") or "run"
+    # File names end at 255 bytes, and runs add suffixes to this one.
     return text if len(text) <= 100 else f"{text[:80]}-{text_hash(text)}"

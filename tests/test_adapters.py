@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from collections.abc import Callable
@@ -55,9 +56,10 @@ def by_peft(base: Path, folder: Path, **settings: Any) -> Tensor:
     """Save an adapter of these settings, as peft trains it; the logits that peft itself has when it loads it again."""
     torch.manual_seed(0)
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LM, **settings})
-    model = scrambled(get_peft_model(LlavaForConditionalGeneration.from_pretrained(base), config))
+    plain = LlavaForConditionalGeneration.from_pretrained(base)
+    model = scrambled(get_peft_model(copy.deepcopy(plain), config))
     model.save_pretrained(folder)
-    again = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), folder).eval()
+    again = PeftModel.from_pretrained(plain, folder).eval()
     torch.testing.assert_close(logits(again), logits(model), **CLOSE)
     return logits(again)
 
@@ -106,10 +108,15 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def without_adapter(biased: Path) -> Tensor:
+    return logits(load_model(biased).model)
+
+
 @pytest.mark.parametrize("kind", UNDERSTOOD)
-def test_an_adapter_gives_pefts_own_logits(kind: str, biased: Path, tmp_path: Path) -> None:
+def test_an_adapter_gives_pefts_own_logits(kind: str, biased: Path, without_adapter: Tensor, tmp_path: Path) -> None:
     theirs = by_peft(biased, tmp_path / "adapter", **UNDERSTOOD[kind])
-    assert (theirs - logits(load_model(biased).model)).abs().max() > 1e-3
+    assert (theirs - without_adapter).abs().max() > 1e-3
     torch.testing.assert_close(logits(load_model(biased, tmp_path / "adapter").model), theirs, **CLOSE)
 
 
@@ -240,9 +247,13 @@ def test_layers_that_have_lora_are_those_of_peft(settings: dict[str, Any], tmp_p
 # --- merge
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "kind", ["plain", "dora", "the head", "a whole head", "whole embeddings", "a whole projector", "all biases"]
+    ("kind", "dtype"),
+    [
+        *((kind, torch.float32) for kind in ("plain", "dora", "the head", "a whole head", "whole embeddings")),
+        *((kind, torch.float32) for kind in ("a whole projector", "all biases")),
+        *((kind, torch.bfloat16) for kind in ("plain", "dora", "a whole head")),  # rounded in one way each
+    ],
 )
 def test_merge_compares_with_peft(
     kind: str, dtype: torch.dtype, biased: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -424,7 +435,6 @@ def test_weights_that_are_no_numbers(where: str, number: float, tiny: Path, towe
 REGIMES: dict[str, dict[str, Any]] = {
     "head": {"tune_lm_head": True},
     "post decoder": {"tune_post_decoder": True, "post_decoder": {"depth": 2}},
-    "post decoder and head": {"tune_post_decoder": True, "tune_lm_head": True},
     "lora": {"lora_enable": True, "lora_r": 3},
     "dora, projector and head": {
         "lora_enable": True,
@@ -434,7 +444,6 @@ REGIMES: dict[str, dict[str, Any]] = {
         "tune_mm_mlp_adapter": True,
         "tune_lm_head": True,
     },
-    "projector": {"tune_mm_mlp_adapter": True},
     "full": {},
 }
 

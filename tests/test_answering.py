@@ -25,7 +25,7 @@ from relook.generate.answering import GenerationSettings, Question, answer_quest
 from relook.generate.sampling import RowSampling, Sampler, choose_tokens, has_full_attention
 from relook.toyworld.build import IMAGE_SIZE, make_processor
 
-NEW = 10
+NEW = 6
 TEXTS = ("Is there a cup?", "Is there a dog in the image?", "Is there a cup in the image?", "Describe this image.")
 
 
@@ -113,7 +113,7 @@ MODELS: dict[str, Any] = {
 
 
 @pytest.mark.usefixtures("texts_only")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"cross"}))  # "cross, deep" is more
 def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list[Question]) -> None:
     loaded = as_loaded(MODELS[name]())
     expected = one_by_one(loaded, questions)
@@ -123,6 +123,7 @@ def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list
 
 
 @pytest.mark.usefixtures("texts_only")
+@pytest.mark.slow  # answers that end with a text leave rows and batch in the same way
 @pytest.mark.parametrize("settings", [{}, {"attention": "self_cross"}], ids=str)
 def test_answers_of_all_lengths(settings: dict[str, Any], questions: list[Question]) -> None:
     """Some end at once, some never: branches leave their rows, and rows the batch."""

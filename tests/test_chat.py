@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command import Command
 from helpers.serving import NEW, PICTURES, until
 from helpers.tiny import tiny_relook
 from PIL import Image
 from test_answering import TEXTS, as_loaded
 
-from relook import cli, load_model
+from relook import load_model
 from relook.data.samples import Turn
 from relook.errors import RelookError
 from relook.generate.engine import Engine
@@ -61,38 +62,25 @@ class Talk:
         return self.said.strip()
 
 
-def test_a_script_gets_the_answers_of_both_models(
-    tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["relook", "chat", tuned, "--image", tuned / "picture.png", "--max-tokens", NEW]
-    monkeypatch.setattr(sys, "argv", [*map(str, words)])
-    monkeypatch.setattr(
-        sys, "stdin", io.StringIO(f"{TEXTS[3]}\n/base\n/tuned\n/reset\n{TEXTS[0]}\n/quit\nnever read\n")
-    )
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
+def test_a_script_gets_the_answers_of_both_models(tuned: Path, relook: Command) -> None:
+    words = ["chat", tuned, "--image", tuned / "picture.png", "--max-tokens", NEW]
+    ended = relook(*words, stdin=f"{TEXTS[3]}\n/base\n/tuned\n/reset\n{TEXTS[0]}\n/quit\nnever read\n")
+    assert ended.status == 0, ended.err
     loaded = load_model(tuned)
     base = as_loaded(without_post_decoder(loaded.core))
     picture: Any = [tuned / "picture.png"]
     long, plain = (model.generate(picture, TEXTS[3], max_new_tokens=NEW) for model in (loaded, base))
     assert long != plain
     expected = [long, plain, long, loaded.generate(picture, TEXTS[0], max_new_tokens=NEW)]
-    assert capsys.readouterr().out.splitlines() == expected
+    assert ended.out.splitlines() == expected
 
 
 @pytest.mark.parametrize("line", ["/image nothing.png", "/nonsense", "<image>"])
-def test_a_script_ends_at_a_mistake(
-    line: str, tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["relook", "chat", str(tuned)])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{line}\nIs there a cup?\n"))
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("relook: ") == 1
+def test_a_script_ends_at_a_mistake(line: str, tuned: Path, relook: Command) -> None:
+    ended = relook("chat", tuned, stdin=f"{line}\nIs there a cup?\n")
+    assert ended.status == 2
+    assert ended.out == ""
+    assert ended.err.count("relook: ") == 1
 
 
 def test_an_answer_knows_what_was_said(engines: tuple[Engine, Engine], tmp_path: Path) -> None:

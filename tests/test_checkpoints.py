@@ -576,7 +576,10 @@ def test_a_lora_run_of_relook_names_its_base_and_is_merged(tmp_path: Path) -> No
     merged = model.merge_and_unload().state_dict()
     torch.testing.assert_close(load_model(run).model.state_dict(), merged)
     torch.testing.assert_close(load_model(base, run).model.state_dict(), merged)
-    assert parse_folder(run).template == "llava_hf"
+    folder = parse_folder(run)
+    assert folder.template == "llava_hf"
+    (run / "change.json").unlink()  # it has been read, once
+    torch.testing.assert_close(load_model(folder).model.state_dict(), merged)
 
 
 @pytest.mark.parametrize(

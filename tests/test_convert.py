@@ -189,6 +189,7 @@ def head_file(folder: Path) -> Path:
     return folder / "head.bin"
 
 
+@pytest.mark.slow  # imports transformers in a process of its own; test_model.py does so by default
 def test_an_export_works_where_relook_cannot_be_imported(toy: Path, tmp_path: Path) -> None:
     run = decoder_run(toy, tmp_path / "run")
     assert export_model(run, tmp_path / "whole") == 0

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.command import Command
 from helpers.damaged import encoded, write_llava
+from helpers.forked import FORK
 from PIL import Image
 
-from relook import cli
 from relook.data.check import FolderReport, check_folder, fix_folder
 from relook.data.readers import read_hadpo, read_llava
 from relook.errors import DataError, RelookError
@@ -119,27 +119,28 @@ def test_ocr_vqa_gifs_under_another_name_become_jpegs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_killed_fix_ends_in_the_same_files(in_place: bool, tmp_path: Path) -> None:
-    """Killed at every write in turn, by making that write the process's last."""
+    """Killed at every eighth write in turn, by making that write the process's last."""
     write_llava(tmp_path / "whole", 30, 1)
     write_llava(tmp_path / "killed", 30, 1)
-    code = (
-        "import itertools, os, signal, sys\n"
-        "from pathlib import Path\n"
-        "left = itertools.count(int(sys.argv[1]), -1)\n"
-        "old = Path.replace\n"
-        "def replace(self, target):\n"
-        "    if next(left) <= 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return old(self, target)\n"
-        "Path.replace = replace\n"
-        "from relook.data.check import fix_folder\n"
-        "place = dict(in_place=True) if sys.argv[3] == '-' else dict(out=Path(sys.argv[3]))\n"
-        "fix_folder('llava', Path(sys.argv[2]), workers=1, **place)\n"
-    )
+
+    def fix(writes: int, source: Path, place: dict[str, Any]) -> None:
+        left, replace = itertools.count(writes, -1), Path.replace
+
+        def last(path: Path, target: Path) -> Path:
+            if next(left) <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(path, target)
+
+        Path.replace = last  # type: ignore[method-assign, assignment]
+        fix_folder("llava", source, workers=1, **place)
 
     def run(writes: int, folder: str) -> int:
-        out = "-" if in_place else str(tmp_path / f"out-{folder}")
-        words = [sys.executable, "-c", code, str(writes), str(tmp_path / folder), out]
-        return subprocess.run(words, check=False, cwd=Path(__file__).parents[1], capture_output=True).returncode
+        place = {"in_place": True} if in_place else {"out": tmp_path / f"out-{folder}"}
+        process = FORK.Process(target=fix, args=(writes, tmp_path / folder, place))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode
 
     assert run(10**6, "whole") == 0
     writes = 0
@@ -336,15 +337,10 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         fix_folder("llava", folder, tmp_path / "new")
 
 
-def test_status_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_and_json(tmp_path: Path, relook: Command) -> None:
     def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["relook", "data", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, *capsys.readouterr()
+        ended = relook("data", *words)
+        return ended.status, ended.out, ended.err
 
     write_llava(tmp_path / "bad", 20, 1)
     write_json(tmp_path / "good" / "mix.json", [])

@@ -16,7 +16,7 @@ from helpers.tiny import dpo_keys
 from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 
-from relook.data.convert import LAYOUTS, convert_pairs
+from relook.data.convert import PAIR_LAYOUTS, convert_pairs
 from relook.data.readers import read_hadpo, read_pairs
 from relook.errors import DataError, RecipeError
 from relook.files import read_json, write_json
@@ -129,7 +129,9 @@ PARQUET = {
 }
 
 
-@pytest.mark.parametrize(("name", "by"), [(name, by) for name in PARQUET for by in LAYOUTS if not name.startswith(by)])
+@pytest.mark.parametrize(
+    ("name", "by"), [(name, to) for name in PARQUET for to in PAIR_LAYOUTS if not name.startswith(to)]
+)
 def test_there_and_back_is_the_same_file(name: str, by: str, tmp_path: Path) -> None:
     """Columns, their order and types, and every value."""
     source, layout = PARQUET[name](tmp_path / "source.parquet"), name.split()[0]

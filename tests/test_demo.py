@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command import Command
 from helpers.interrupted import interrupt
 
-from relook import cli, demo
+from relook import demo
 from relook.evaluate.tasks.pope import SPLITS
 from relook.generate import answering
 from relook.mine import output as mining
@@ -110,16 +111,14 @@ def test_a_finished_demo_does_nothing(whole: Path, small: Any) -> None:
     assert state() == before
 
 
-def test_the_report_can_be_written_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_can_be_written_again(whole: Path, relook: Command) -> None:
     page = (whole / "report.html").read_bytes()
     (whole / "report.html").write_text("lost")
-    monkeypatch.setattr("sys.argv", ["relook", "report", str(whole)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
+    assert relook("report", whole).status == 0
     assert len((whole / "report.html").read_bytes()) == pytest.approx(len(page), rel=0.01)
 
 
+@pytest.mark.slow  # each of its parts is killed and goes on in a test of its own
 def test_an_interrupted_demo_ends_with_the_same_results(whole: Path, small: Any, tmp_path: Path) -> None:
     """Ctrl-C while drawing, answering, mining, at a training step, before saving and in the report; then again."""
     out = tmp_path / "out"

@@ -128,23 +128,23 @@ def same_training(two: Path, one: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names",
-    [["lora", "cached", "kept", "post"], pytest.param(["live", "mdpo", "sft"], marks=pytest.mark.slow)],
+    ("ddp", "fsdp"),
+    [(["lora", "post"], ["kept"]), pytest.param([*WAYS], [*WAYS], marks=pytest.mark.slow)],
     ids=str,
 )
 def test_two_processes_train_as_one_with_twice_the_batch(
-    names: list[str], keys_of: Callable[..., Keys], tmp_path: Path
+    ddp: list[str], fsdp: list[str], keys_of: Callable[..., Keys], tmp_path: Path
 ) -> None:
     """And the last of their runs, which is killed, goes on to the weights of one that was not."""
 
     def both(runs: list[Keys]) -> Any:
-        return torchrun(runs) if "live" in names else forked(train_all, runs, count=2)
+        return torchrun(runs) if "live" in ddp else forked(train_all, runs, count=2)
 
-    ways = {name: WAYS[name] for name in names}
+    ways = {name: WAYS[name] for name in {*ddp, *fsdp}}
     ones = {name: train(build_recipe(keys_of(f"one {name}", keys))) for name, keys in ways.items()}
     ones["best"] = train(build_recipe(keys_of("one best", BEST, max_steps=3)))
-    runs = [keys_of(f"ddp {name}", keys, per_device_train_batch_size=2) for name, keys in ways.items()]
-    runs += [keys_of(f"fsdp {name}", keys, per_device_train_batch_size=2, fsdp=True) for name, keys in ways.items()]
+    runs = [keys_of(f"ddp {name}", WAYS[name], per_device_train_batch_size=2) for name in ddp]
+    runs += [keys_of(f"fsdp {name}", WAYS[name], per_device_train_batch_size=2, fsdp=True) for name in fsdp]
     runs.append(keys_of("fsdp best", BEST, max_steps=3, per_device_train_batch_size=2, fsdp=True))
     done = both([*runs, keys_of("whole", KILLED, fsdp=True), keys_of("killed", KILLED, fsdp=True, kill=5)])
     checkpoints = tmp_path / "killed" / "run" / "checkpoints"
@@ -157,7 +157,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(
         assert all(0.4 < held < 0.6 if how == "fsdp" else held == 1 for held in notes(out, "held"))
         for field in ("rewards/margins", "eval_loss"):
             assert log_of(out, field) == pytest.approx(log_of(ones[name], field), rel=1e-5, abs=1e-5)
-    for name in {"sft", "post"} & set(names):
+    for name in {"sft", "post"} & set(ddp):
         first, second = notes(tmp_path / f"ddp {name}" / "run", "images")
         assert any(a != b for a, b in zip(first, second, strict=True))  # else the mix shows nothing
 

@@ -16,8 +16,9 @@ import torch.distributed.run
 import torch.utils.checkpoint
 import transformers.configuration_utils
 import transformers.tokenization_utils_base
+from helpers.command import Command
 
-from relook import cli, doctor
+from relook import doctor
 from relook.doctor import FAIL, KNOWN_WARNINGS, NOTE, OK, WARN, CheckResult, find_known_warnings, run_checks, to_json
 
 
@@ -25,25 +26,16 @@ def state(found: list[CheckResult], check: str) -> str:
     return next(one.state for one in found if one.check == check)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["relook", "doctor", *words])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def test_the_environment_of_the_tests_is_healthy(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    status = run(monkeypatch, "--json")
-    found = json.loads(capsys.readouterr().out)
+def test_the_environment_of_the_tests_is_healthy(relook: Command) -> None:
+    ended = relook("doctor", "--json")
+    found = json.loads(ended.out)
     failures = [one for one in found["findings"] if one["state"] == FAIL]
-    assert (status, found["healthy"], failures) == (0, True, [])
+    assert (ended.status, found["healthy"], failures) == (0, True, [])
     named = {one["check"] for one in found["findings"]}
     assert {"Python", "torch", "transformers", "bf16", "FlexAttention", "disk", "HF cache", "CPU", "NCCL"} <= named
 
 
-def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.MonkeyPatch, relook: Command) -> None:
     real = metadata.version
 
     def version(name: str) -> str:
@@ -57,8 +49,9 @@ def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch: pytest.Monke
     assert (state(found, "bitsandbytes [quant]"), state(found, "pyarrow [data]")) == (NOTE, WARN)
     [peft] = [one for one in found if one.check == "peft"]
     assert (peft.message, peft.fix) == ("not installed", "pip install 'peft<0.22,>=0.18'")
-    assert run(monkeypatch) == 1
-    shown = capsys.readouterr().out
+    ended = relook("doctor")
+    assert ended.status == 1
+    shown = ended.out
     assert "4.37.2, but <5.25,>=5.10.1 is supported" in shown
     assert "FlexAttention" in shown
 
@@ -138,13 +131,11 @@ def test_the_installed_libraries_say_it_so(name: str, module: Any) -> None:
     assert name in [notice.name for notice in find_known_warnings(inspect.getsource(module))]
 
 
-def test_a_log_and_all(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("\n".join(("step 1", *SAID.values())))
-    with (tmp_path / "log").open() as log:
-        monkeypatch.setattr(sys, "stdin", log)
-        assert run(monkeypatch, "--explain", "-", "--json") == 0
-    assert {one["name"] for one in json.loads(capsys.readouterr().out)} == SAID.keys()
-    assert run(monkeypatch, "--explain", "all") == 0
-    assert capsys.readouterr().out.count("  Here: ") == len(KNOWN_WARNINGS)
-    assert run(monkeypatch, "--explain", "nothing that is known") == 1
+def test_a_log_and_all(relook: Command) -> None:
+    ended = relook("doctor", "--explain", "-", "--json", stdin="\n".join(("step 1", *SAID.values())))
+    assert ended.status == 0
+    assert {one["name"] for one in json.loads(ended.out)} == SAID.keys()
+    ended = relook("doctor", "--explain", "all")
+    assert (ended.status, ended.out.count("  Here: ")) == (0, len(KNOWN_WARNINGS))
+    assert relook("doctor", "--explain", "nothing that is known").status == 1
     assert find_known_warnings("loss 0.69, grad_norm 1.0") == []

@@ -20,7 +20,7 @@ from relook.flags import (
     FALSE_IS_DEFAULT,
     HARMLESS,
     IGNORED,
-    MODEL_KEYS,
+    MODEL_CONFIG_KEYS,
     RENAMED,
     REQUESTS,
     UNSUPPORTED,
@@ -87,7 +87,7 @@ def test_hadpos_command_is_taken() -> None:
             key in recipe.training and key != "warmup_steps"
         ):  # there the script's own default, warmup_ratio 0.03, counts
             assert recipe.training[key] == value
-    assert recipe.of_the_model.keys() < MODEL_KEYS.keys()
+    assert recipe.of_the_model.keys() < MODEL_CONFIG_KEYS.keys()
     assert recipe.idle.keys() == {"lazy_preprocess", "per_device_eval_batch_size"}
     assert "per_device_eval_batch_size" not in recipe.to_yaml()
     here = {key: value for key, value in recipe.training.items() if key not in ("deepspeed", "report_to")}
@@ -247,13 +247,13 @@ def test_every_flag_has_its_place_and_its_line_in_the_page() -> None:
     ours = {field.name for field in dataclasses.fields(Recipe)}
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     for flag in ORIGINAL.split():
-        places = [flag in ours, flag in IGNORED, flag in MODEL_KEYS, flag in UNSUPPORTED, flag in RENAMED]
+        places = [flag in ours, flag in IGNORED, flag in MODEL_CONFIG_KEYS, flag in UNSUPPORTED, flag in RENAMED]
         assert sum(places) == 1 or (sum(places) == 0 and flag in theirs), flag
         assert f"`{flag}`" in page, flag
         assert ("error" in next(line for line in page.splitlines() if f"`{flag}`" in line and line[0] == "|")) or (
             flag not in UNSUPPORTED
         ), flag
-    assert not ours & (UNSUPPORTED.keys() | IGNORED.keys() | MODEL_KEYS.keys() | RENAMED.keys())
+    assert not ours & (UNSUPPORTED.keys() | IGNORED.keys() | MODEL_CONFIG_KEYS.keys() | RENAMED.keys())
 
 
 @pytest.mark.parametrize("flag", [key for key in UNSUPPORTED if not (key in HARMLESS and HARMLESS[key]("x", {}))])
@@ -271,7 +271,7 @@ def test_what_the_model_says_is_checked(base: Path, tiny: Path) -> None:
     found = llava_settings(
         load_model(folder, vision_tower=tiny / "vision_towers" / raw["mm_vision_tower"]).model.config
     )
-    assert found.keys() == MODEL_KEYS.keys()
+    assert found.keys() == MODEL_CONFIG_KEYS.keys()
     assert {key: raw.get(key, found[key]) for key in found} == found
     assert len(raw.keys() & found.keys()) >= 4
     said = {key: found[key] for key in ("mm_projector_type", "mm_use_im_start_end")}

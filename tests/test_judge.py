@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from helpers.endpoint import Answer, Request, completion, endpoint
+from helpers.forked import FORK, forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -194,7 +194,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 def test_nonsense_is_asked_again_a_few_times_and_counted(tmp_path: Path) -> None:
     with endpoint(lambda request, n: Answer("what?" if "odd" in request["messages"][0]["content"] else "7")) as server:
         found = ask(server.url, tmp_path / "c.jsonl", ["odd", "a"], tries=3)
-        assert (found.verdicts, found.unjudged, found.about["replies"]) == ([None, 7], {"nonsense": 1}, 4)
+        assert (found.verdicts, found.unjudged, found.details["replies"]) == ([None, 7], {"nonsense": 1}, 4)
         with pytest.raises(RelookError, match=r"judged none of 1 prompts \(1 nonsense\).*begins: 'what\?'"):
             ask(server.url, tmp_path / "c.jsonl", ["odd"], tries=2)
 
@@ -205,9 +205,9 @@ def test_what_could_not_be_read_is_asked_again_by_the_next_command(tmp_path: Pat
     with endpoint(lambda request, n: Answer("7" if n >= 4 or request["messages"][0]["content"] == "a" else "7!")) as s:
         assert ask(s.url, cache, prompts, tries=3).unjudged == {"nonsense": 1}
         better = ask(s.url, cache, prompts, lambda reply: int(reply.rstrip("!")), tries=3)
-        assert (better.verdicts, better.about["replies"], len(s.requests)) == ([7, 7], 2, 4)
+        assert (better.verdicts, better.details["replies"], len(s.requests)) == ([7, 7], 2, 4)
         mended = ask(s.url, cache, prompts, tries=3)
-        assert (mended.verdicts, mended.about["replies"], len(s.requests)) == ([7, 7], 2, 5)
+        assert (mended.verdicts, mended.details["replies"], len(s.requests)) == ([7, 7], 2, 5)
         assert ask(s.url, cache, prompts, tries=3).verdicts == [7, 7]
         assert len(s.requests) == 5
 
@@ -333,19 +333,16 @@ def test_an_image_goes_with_its_prompt(tmp_path: Path) -> None:
     assert [base64.b64decode(url.removeprefix(head)) for url in urls] == [b"pixels", b"others"]
 
 
-CHILD = """
-import sys
-from pathlib import Path
-from relook.evaluate.judge import Judge, JudgeSettings, Task
-judge = Judge(JudgeSettings(sys.argv[1], "tester", workers=1), Path(sys.argv[2]))
-print(judge.ask([Task(f"prompt {n}", str) for n in range(12)], {}, "judge").verdicts)
-"""
+def ask_twelve(url: str, cache: Path) -> None:
+    judge = Judge(JudgeSettings(url, "tester", workers=1), cache)
+    verdicts = judge.ask([Task(f"prompt {n}", str) for n in range(12)], {}, "judge").verdicts
+    sys.stdout.write(f"{verdicts}\n")
 
 
 def test_a_kill_loses_no_reply(tmp_path: Path) -> None:
     """kill -9 while the sixth prompt is before the judge; a half-written line is left, too."""
     cache = tmp_path / "c.jsonl"
-    running: list[subprocess.Popen[str]] = []
+    running: list[Any] = []
 
     def answer(request: Request, number: int) -> Answer:
         if number == 5:
@@ -353,14 +350,15 @@ def test_a_kill_loses_no_reply(tmp_path: Path) -> None:
         return Answer(request["messages"][0]["content"].upper())
 
     with endpoint(answer) as server:
-        arguments = [sys.executable, "-c", CHILD, server.url, str(cache)]
-        how: dict[str, Any] = {"cwd": Path(__file__).parents[1], "text": True, "stdout": subprocess.PIPE}
-        running.append(subprocess.Popen(arguments, **how))
-        assert running[0].wait() == -signal.SIGKILL
+        running.append(FORK.Process(target=ask_twelve, args=(server.url, cache)))
+        running[0].start()
+        running[0].join()
+        assert running[0].exitcode == -signal.SIGKILL
         held = cache.read_bytes()
         assert held.count(b"\n") == 5
         cache.write_bytes(held + b'{"key": "ab')
-        done = subprocess.run(arguments, check=True, **how)
+        done = forked(ask_twelve, server.url, cache)
+    assert done.codes == [0], done.stderr
     assert done.stdout.strip() == str([f"PROMPT {n}" for n in range(12)])
     assert len(server.requests) == 6 + 7
     assert cache.read_bytes().startswith(held)

@@ -21,7 +21,7 @@ from relook.errors import DataError, RecipeError
 from relook.evaluate.llava_bench import (
     LETTER,
     LETTER_CN,
-    NO_NEED,
+    SCORED_AS_IS,
     SUBMISSIONS,
     answer_question_file,
     read_llava_bench_questions,
@@ -255,13 +255,13 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     refused("gqa", [good], "gqa reads no --questions")
     refused("gqa", [], "is empty", None)
     refused("vqa", [good], "no submission 'vqa'")
-    for name in NO_NEED:
+    for name in SCORED_AS_IS:
         refused(name, [good], "as they are")
     write_jsonl(asked, [{"id": 1}])
     refused("vizwiz", [good], "question 1 has no question_id, image")
     refused("seed", [good], "has no questions with question_id")
     refused("mmbench", [good], "no column")
-    assert SUBMISSIONS.keys().isdisjoint(NO_NEED)
+    assert SUBMISSIONS.keys().isdisjoint(SCORED_AS_IS)
 
 
 def test_question_files_that_cannot_be_used(tmp_path: Path, pictures: list[Path]) -> None:

@@ -363,7 +363,7 @@ print(type(processor).__name__, type(model).__name__)
 """
 
 
-@pytest.mark.slow  # imports transformers in a process of its own; LLaVA's export is tested so by default
+@pytest.mark.slow  # imports transformers in a process of its own; test_model.py does so by default
 def test_an_export_works_where_relook_cannot_be_imported(folder: Path, odd_world: Path, tmp_path: Path) -> None:
     run = train(build_recipe(dpo_keys(folder, odd_world, tmp_path / "run", tune_post_decoder=True, max_steps=3)))
     assert export_model(run, tmp_path / "whole") == 0

@@ -279,7 +279,7 @@ def test_steps_are_counted_as_the_trainer_does(
 
 def test_sft_names_no_reference(base: Path, world: Path, tmp_path: Path) -> None:
     keys = sft_keys(base, world, tmp_path / "run", tune_lm_head=True, learning_rate=1e-30, max_steps=1)
-    with pytest.raises(RelookError, match=r"^The model says what it said before training, after step 1"):
+    with pytest.raises(RelookError, match=r"^The model\'s log-probs are those before training, after step 1"):
         train(build_recipe(keys))
 
 

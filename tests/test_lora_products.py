@@ -174,6 +174,7 @@ def test_a_layer_compiles_in_one_piece_and_once_for_all() -> None:
     assert sorted(weights)[:4] == [4, 4, 2 * 4, 3 * 4]
 
 
+@pytest.mark.slow  # torch compiles
 @pytest.mark.parametrize("again", [{}, {"use_reentrant": False}], ids=str)
 def test_a_compiled_trunk_says_what_another_one_does(again: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several lengths, with layers that run again in the backward pass, for which dynamo refuses state, and

@@ -274,6 +274,7 @@ def test_flex_attention_compiled_gives_the_same_states(how: str) -> None:
             check_states(trees, pack(trees, PAD, True, 1000, round_up_to_blocks, root_length=2), how)
 
 
+@pytest.mark.slow  # torch compiles
 def test_models_share_compiled_code_whatever_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """One kind of layer, and the last one: not anew for a second model, or for another number of kept positions."""
     made: list[Any] = []

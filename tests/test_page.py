@@ -27,7 +27,6 @@ from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources
 from relook.serve.page import actions
 from relook.serve.page.actions import Page, Sampling
-from relook.serve.page.app import MOST_ASKED
 from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, explain_error, language_of
 from relook.serve.protocol import APIError
 from relook.toyworld.world import sample_scenes
@@ -159,9 +158,9 @@ def test_words_join_to_the_answer_and_what_is_not_there_is_marked(page: Page) ->
 def test_examples_are_known(page: Page, place: str) -> None:
     paths = page.draw_examples()
     for path, scene in zip(paths, sample_scenes(0, "test", len(paths)), strict=True):
-        assert page.there(str(path)) == set(scene.names)
-    assert page.there(place) is None
-    assert page.there("") is None
+        assert page.known_objects(str(path)) == set(scene.names)
+    assert page.known_objects(place) is None
+    assert page.known_objects("") is None
 
 
 def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> None:
@@ -345,6 +344,8 @@ def test_no_upload_stays(tmp_path: Path) -> None:
 def test_files_that_a_request_may_name(paged: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else Gradio would copy them among the uploads, or fetch them."""
     import gradio.processing_utils
+
+    from relook.serve.page.app import MOST_ASKED
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("it was looked at")

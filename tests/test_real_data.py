@@ -5,9 +5,7 @@ The vision tower is apart: its folder is given, lies inside the model's, or is a
 
 from __future__ import annotations
 
-import io
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +100,9 @@ def test_a_frozen_trunk_is_cached_wherever_the_tower_is(
     fine(relook("eval", "pope", "--model", tmp_path / "runs" / "disk", *short, "--out", tmp_path / "eval"))
 
 
-@pytest.mark.parametrize("original", [PLACES[0], PLACES[2]], indirect=True)
+@pytest.mark.parametrize("original", [pytest.param(PLACES[0], marks=pytest.mark.slow), PLACES[2]], indirect=True)
 def test_every_command_of_the_page(
-    original: Original, relook: Command, world: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    original: Original, relook: Command, world: Path, tower: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs"
     image = next((world / "test" / "val2014").iterdir())
@@ -149,10 +147,11 @@ def test_every_command_of_the_page(
     short = ["--data", world / "test", "--version", "v1", "--max-new-tokens", "4", "--device", "cpu"]
     for name, model in (("base", [base, *original.options()]), ("lora", [run / "lora"]), ("stage2", [run / "stage2"])):
         fine(relook("eval", "pope", "chair", "--model", *model, *short, "--out", tmp_path / "eval" / name))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is there?\n"))
-    assert fine(relook("chat", run / "stage2", "--image", image, "--max-tokens", "3", "--device", "cpu")).out.strip()
+    words = ("chat", run / "stage2", "--image", image, "--max-tokens", "3", "--device", "cpu")
+    assert fine(relook(*words, stdin="What is there?\n")).out.strip()
 
 
+@pytest.mark.slow  # as the sweeps of test_sweep.py
 @pytest.mark.parametrize("original", [PLACES[3]], indirect=True)
 def test_a_sweep_answers_as_an_evaluation_does(
     original: Original, relook: Command, world: Path, tmp_path: Path

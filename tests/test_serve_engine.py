@@ -131,14 +131,16 @@ def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -
 # --- the text of `generate`
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"cross"}))  # "cross, deep" is more
 def test_many_at_once_each_get_the_text_of_generate(name: str) -> None:
     loaded = as_loaded(MODELS[name]())
-    expected = one_by_one(loaded, QUESTIONS)
+    expected = one_by_one(loaded, QUESTIONS, max_new_tokens=6)
     assert len(set(expected)) > 6
     with engine_of(loaded) as engine:
-        assert at_once(engine, QUESTIONS) == expected
-        assert at_once(engine, QUESTIONS[6::-1]) == expected[6::-1]  # with all slots full of earlier ones
+        assert at_once(engine, QUESTIONS, max_new_tokens=6) == expected
+        assert (
+            at_once(engine, QUESTIONS[6::-1], max_new_tokens=6) == expected[6::-1]
+        )  # with all slots full of earlier ones
         until(lambda: engine.running == engine.waiting == 0)
         assert engine.batch.counts.images == len(PICTURES)
 
@@ -479,7 +481,7 @@ def test_what_does_not_fit_is_said() -> None:
             asked(engine, (), "a " * 10_000)
         events = list(engine.stream(asked(engine, *QUESTIONS[0], max_new_tokens=400)))
         assert events[-1].finish in ("length", "stop")
-        with pytest.raises(DataError, match="no known format"):
+        with pytest.raises(DataError, match="in no known format"):
             engine.image(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
     with pytest.raises(RelookError, match="16 slots do not fit"):
         Engine(loaded, EngineLimits(cache_gb=1e-6))

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.command import Command
 from helpers.tiny import dpo_keys
 from torch import Tensor
 
-from relook import cli, load_model, sweep
+from relook import load_model, sweep
 from relook.errors import RecipeError, RelookError
 from relook.evaluate import pope_from_cache
 from relook.evaluate.compare import hallucination_by_divergence, kl_divergence
@@ -178,6 +179,21 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     return made
 
 
+@pytest.fixture(scope="module")
+def whole_scores(runs: dict[str, Path], world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every run's evaluation by full generation."""
+    root = tmp_path_factory.mktemp("whole")
+    for name, run in runs.items():
+        evaluate_model(run, ["pope"], world / "test", root / name, "llava_hf", loading=CPU)
+    return {name: root / name for name in runs}
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the base's states are computed once."""
+    return tmp_path_factory.mktemp("states")
+
+
 def engine_of(base: Path, world: Path, folder: Path) -> CachedPope:
     return CachedPope(base, world / "test", folder / "states.safetensors", "llava_hf", CPU, 32)
 
@@ -186,7 +202,12 @@ def engine_of(base: Path, world: Path, folder: Path) -> CachedPope:
     "words", [pope_from_cache.DECISIVE_MARGIN, ("Yes",)], ids=["decided by yes and no", "by yes alone"]
 )
 def test_scores_are_those_of_full_generation(
-    words: Sequence[str], runs: dict[str, Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: Sequence[str],
+    runs: dict[str, Path],
+    whole_scores: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pope_from_cache, "DECISIVE_MARGIN", words)
     engine = engine_of(runs["base"], world, tmp_path)
@@ -197,14 +218,14 @@ def test_scores_are_those_of_full_generation(
         if name != "base":
             engine.evaluate(run, tmp_path / name)
         scores = read_json(tmp_path / name / "pope.json")
-        whole = evaluate_model(run, ["pope"], world / "test", tmp_path / f"{name}-whole", "llava_hf", loading=CPU)
+        whole = read_json(whole_scores[name] / "pope.json")
         for split in SPLITS:
-            full = whole["pope"][split]
+            full = whole[split]
             assert {k: scores[split][k] for k in full} == full, name
-            records = read_records(tmp_path / f"{name}-whole" / f"pope_{split}.jsonl")
+            records = read_records(whole_scores[name] / f"pope_{split}.jsonl")
             undecided = sum(not record["answer"].startswith(tuple(words)) for record in records)
             assert scores[split]["generated"] == undecided, name
-        seen.add(tuple(whole["pope"]["adversarial"][count] for count in COUNTS))
+        seen.add(tuple(whole["adversarial"][count] for count in COUNTS))
     assert len(seen) > 3  # the regimes answer differently
 
 
@@ -225,16 +246,18 @@ def next_token(run: Path, image: Path, text: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", REGIMES)
-def test_first_tokens_are_the_models_own(name: str, runs: dict[str, Path], world: Path, tmp_path: Path) -> None:
+def test_first_tokens_are_the_models_own(
+    name: str, runs: dict[str, Path], world: Path, states: Path, tmp_path: Path
+) -> None:
     """Log-probs against a plain forward pass, and the divergence against torch's."""
-    engine = engine_of(runs["base"], world, tmp_path)
+    engine = engine_of(runs["base"], world, states)
     found = torch.cat(list(engine.log_probs(runs[name], lambda: load_model(runs[name]))))
     engine.evaluate(runs[name], tmp_path / "out")
     records = read_records(tmp_path / "out" / FIRST_FILE)
-    assert len(records) == len(found) == len(engine.prompts.asked)
+    assert len(records) == len(found) == len(engine.prompts.questions)
     assert sum(record["kl"] for record in records) > 0
     for index in (0, 7, len(found) - 1):
-        question = engine.prompts.asked[index]
+        question = engine.prompts.questions[index]
         tuned = next_token(runs[name], question.image, question.text)
         untuned = next_token(runs["base"], question.image, question.text)
         torch.testing.assert_close(found[index], tuned, atol=2e-4, rtol=1e-5)
@@ -287,7 +310,7 @@ def test_states_are_kept_until_something_changes(
     assert engine.states is not None
     assert len(passes) == 2
     other = engine_of(runs["base"], world, tmp_path)
-    other.how = replace(other.how, template="v1")
+    other.settings = replace(other.settings, template="v1")
     assert other.states is not None
     assert len(passes) == 3
     (tmp_path / "states.safetensors").write_bytes(b"torn")
@@ -408,6 +431,7 @@ def test_a_finished_sweep_trains_and_asks_nothing(whole: Path, world: Path, monk
     assert (whole / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow  # a run and an evaluation that were stopped go on in tests of their own
 def test_a_stopped_sweep_goes_on_where_it_was(
     whole: Path, world: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,16 +469,13 @@ def test_a_row_that_diverges_does_not_stop_the_others(world: Path, tmp_path: Pat
         sweep.run_sweep({**keys, "output_dir": str(tmp_path / "none"), "grid": {"learning_rate": [1e38]}})
 
 
-def test_the_command(world: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(world: Path, tmp_path: Path, alone: None, relook: Command) -> None:
     keys = {key: str(value) if isinstance(value, Path) else value for key, value in keys_of(world, tmp_path).items()}
     keys |= {"output_dir": "elsewhere", "recipe": "toyworld-head"}
     (tmp_path / "mine.yaml").write_text(json.dumps(keys))  # JSON is YAML
     out = tmp_path / "out"
     words = [str(tmp_path / "mine.yaml"), "--output_dir", str(out), "--grid.learning_rate", "[1e-3, 2.0e-3]"]
-    monkeypatch.setattr("sys.argv", ["relook", "sweep", *words])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
+    assert relook("sweep", *words).status == 0
     rows = read_json(out / "results.json")["rows"]
     assert [row["learning_rate"] for row in rows] == [1e-3, 2e-3]
     assert "chair" not in rows[0]

@@ -120,7 +120,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_any_text_as_sentencepiece_merges_it(text: str, tokenizer: Any, slow: Callable[[str], list[int]]) -> None:
     assert tokenizer(text).input_ids == slow(text)
@@ -175,7 +175,7 @@ def test_decodes_what_the_original_generated(refdata: Path, tokenizer: Any, vari
         assert text == made["generated_text_skip_special"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_bytes_of_tokens_join_to_the_text(text: str, tokenizer: Any) -> None:
     ids = tokenizer(text, add_special_tokens=False).input_ids

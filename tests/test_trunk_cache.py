@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,32 @@ SELF_CROSS: dict[str, Any] = {"tune_post_decoder": True, "post_decoder": {"atten
 SMALL = 40_000, 150  # bytes of a shard, positions of a batch
 
 
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def small_shards() -> Iterator[None]:
     """Six shards instead of one, and more than one batch in most of them."""
-    for name, value in zip(("SHARD_BYTES", "BATCH_POSITIONS"), SMALL, strict=True):
-        monkeypatch.setattr(cache_store, name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(("SHARD_BYTES", "BATCH_POSITIONS"), SMALL, strict=True):
+            patch.setattr(cache_store, name, value)
+        yield
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A copy of model and data with its trunk cache: `base`, `world` and `trunk_cache` in a folder."""
+
+    folder: Path
+    items: list[Item]
+
+    def copy_cache(self, folder: Path) -> None:
+        shutil.copytree(self.folder / "trunk_cache", folder / "trunk_cache")
+
+
+@pytest.fixture(scope="module")
+def cached(base: Path, world: Path, small_shards: None, tmp_path_factory: pytest.TempPathFactory) -> Cached:
+    folder = tmp_path_factory.mktemp("cached")
+    shutil.copytree(base, folder / "base")
+    shutil.copytree(world, folder / "world")
+    return Cached(folder, prepared(of_dpo(folder / "base", folder / "world", folder / "run", **CROSS))[1])
 
 
 def prepared(keys: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[CachePlan, list[Item], Collator]:
@@ -105,8 +127,16 @@ def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path
 # --- the same training
 
 
-@pytest.mark.parametrize("keys", [CROSS | {"tune_lm_head": True}, SELF_CROSS, {"tune_lm_head": True}], ids=str)
-@pytest.mark.parametrize("of", [dpo_keys, sft_keys])
+@pytest.mark.parametrize(
+    ("of", "keys"),
+    [
+        (dpo_keys, CROSS | {"tune_lm_head": True}),
+        (dpo_keys, SELF_CROSS),
+        (dpo_keys, {"tune_lm_head": True}),
+        (sft_keys, SELF_CROSS | {"tune_lm_head": True}),
+    ],
+    ids=str,
+)
 def test_wherever_the_states_are_the_training_is_the_same(
     of: Callable[..., dict[str, Any]], keys: dict[str, Any], base: Path, world: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +162,7 @@ def test_a_second_run_finds_everything_on_disk(
 ) -> None:
     first = train(build_recipe(of_dpo(base, world, tmp_path / "1", **CROSS)))
     TrunkCache.current = None  # as in another process
-    monkeypatch.setattr(Policy, "_trunk", never)
+    monkeypatch.setattr(Policy, "trunk", never)
     monkeypatch.setattr(feature_cache, "reference_log_probs", never)
     again = train(build_recipe(of_dpo(base, world, tmp_path / "2", **CROSS)))
     assert (again / TENSORS_FILE).read_bytes() == (first / TENSORS_FILE).read_bytes()
@@ -156,12 +186,12 @@ def test_a_cache_that_was_removed_is_made_again(base: Path, world: Path, tmp_pat
 
 
 def test_features_are_added_to_the_states_of_a_run_that_needed_none(
-    base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, world: Path, cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared(of_dpo(base, world, tmp_path / "whole" / "run", **CROSS))
+    cached.copy_cache(tmp_path / "whole")
     prepared(of_dpo(base, world, tmp_path / "parts" / "run", tune_lm_head=True))
     assert not list((tmp_path / "parts").rglob("features*"))
-    monkeypatch.setattr(Policy, "_trunk", never)  # the language model need not run again
+    monkeypatch.setattr(Policy, "trunk", never)  # the language model need not run again
     prepared(of_dpo(base, world, tmp_path / "parts" / "run", **CROSS))
     assert contents(tmp_path / "parts" / "trunk_cache") == contents(tmp_path / "whole" / "trunk_cache")
 
@@ -169,8 +199,17 @@ def test_features_are_added_to_the_states_of_a_run_that_needed_none(
 # --- how large it is
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("keys", [CROSS, SELF_CROSS, {"tune_lm_head": True}], ids=str)
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        (CROSS, torch.float32),
+        (CROSS, torch.bfloat16),
+        (SELF_CROSS, torch.float32),
+        ({"tune_lm_head": True}, torch.float32),
+        ({"tune_lm_head": True}, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_the_size_is_known_before(
     keys: dict[str, Any], dtype: torch.dtype, base: Path, world: Path, tmp_path: Path
 ) -> None:
@@ -268,12 +307,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_determines_the_states_is_part_of_the_key(
-    change: str, base: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: str, cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(base, tmp_path / "base")
-    shutil.copytree(world, tmp_path / "world")
-    keys = of_dpo(tmp_path / "base", tmp_path / "world", tmp_path / "run", **CROSS)
-    _, before, _ = prepared(keys)
+    shutil.copytree(cached.folder, tmp_path, dirs_exist_ok=True)
+    keys, before = of_dpo(tmp_path / "base", tmp_path / "world", tmp_path / "run", **CROSS), cached.items
     old = contents(tmp_path / "trunk_cache")
     capsys.readouterr()
     if change == "weight":
@@ -295,9 +332,9 @@ def test_what_determines_the_states_is_part_of_the_key(
     assert all(torch.equal(a.states, b.states) for a, b in zip(computed, after, strict=True))
 
 
-def test_what_does_not_matter_is_not_part_of_the_key(base: Path, world: Path, tmp_path: Path) -> None:
+def test_what_does_not_matter_is_not_part_of_the_key(base: Path, world: Path, cached: Cached, tmp_path: Path) -> None:
     """Times and places of files, and everything that comes after the trunk."""
-    prepared(of_dpo(base, world, tmp_path / "run", **CROSS))
+    cached.copy_cache(tmp_path)
     shutil.copytree(base, tmp_path / "other" / "base", copy_function=shutil.copy)
     shutil.copytree(world, tmp_path / "other" / "world", copy_function=shutil.copy)
     keys = of_dpo(tmp_path / "other" / "base", tmp_path / "other" / "world", tmp_path / "run", **CROSS)
@@ -310,9 +347,9 @@ def test_what_does_not_matter_is_not_part_of_the_key(base: Path, world: Path, tm
 
 
 def test_a_killed_pass_ends_in_the_same_files(
-    base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, world: Path, cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared(of_dpo(base, world, tmp_path / "whole" / "run", **CROSS))
+    cached.copy_cache(tmp_path / "whole")
     keys = of_dpo(base, world, tmp_path / "killed" / "run", **CROSS)
     killed = forked(fill_cache, keys, *SMALL, ".features-00004")  # of six
     assert killed.codes == [-signal.SIGKILL], killed.stderr
@@ -340,10 +377,15 @@ def flip(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("harm", [flip, lambda data: data[:-8], lambda data: data[:4], lambda data: b"no tensor"])
 def test_a_broken_shard_is_noticed_and_computed_again(
-    harm: Callable[[bytes], bytes], base: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    harm: Callable[[bytes], bytes],
+    base: Path,
+    world: Path,
+    cached: Cached,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     keys = of_dpo(base, world, tmp_path / "run", **CROSS)
-    prepared(keys)
+    cached.copy_cache(tmp_path)
     whole = contents(tmp_path / "trunk_cache")
     for count, part in enumerate(("states", "features", "reference"), 1):
         victim = sorted((tmp_path / "trunk_cache").rglob(f"{part}-*"))[count]
@@ -368,11 +410,11 @@ def test_two_processes_fill_one_cache(base: Path, world: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_is_missing_is_divided_not_what_there_is(
-    rank: int, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: int, base: Path, world: Path, cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three shards are gone whose numbers are all odd: the first of two processes makes two of them, the other one."""
     keys = of_dpo(base, world, tmp_path / "run", **CROSS)
-    prepared(keys)
+    cached.copy_cache(tmp_path)
     gone = [path for number in (1, 3, 5) for path in (tmp_path / "trunk_cache").rglob(f"states-0000{number}-*")]
     assert len(gone) == 3
     for path in gone:

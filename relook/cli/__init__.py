@@ -19,18 +19,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for room in (train, evaluate, models, data, serve, models):
-    app.add_typer(room.app)
+for group in (train, evaluate, models, data, serve):
+    app.add_typer(group.app)
 
 
-# What DeepSpeed's launcher and older ones of torch put before a program's own arguments; the environment says it, too.
+# DeepSpeed's launcher and older ones of torch put this before a program's own arguments; LOCAL_RANK says the same.
 LAUNCHERS_WORD = re.compile(r"--local[-_]rank=-?\d+")
 
 
 def main() -> None:
-    """Entry point. Each mistake of the user's ends in a line, all in status 2; Ctrl-C in one line and status 130."""
+    """Run the command: errors of the user end in a line each and status 2, Ctrl-C in one line and status 130."""
     sys.argv[1:] = [word for word in sys.argv[1:] if not LAUNCHERS_WORD.fullmatch(word)]
-    # The libraries' own bars and notices would stand between relook's lines; what a user has set is kept.
+    # The libraries' own bars and notices would clutter relook's lines; what a user has set is kept.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # torch's threads wait for each other by spinning for milliseconds. Where another program has one of their
@@ -47,7 +47,7 @@ def main() -> None:
             sys.stderr.write(f"relook: {line}\n")
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None:  # no path to name: a fault of relook's own, which keeps its traceback
             raise
         sys.stderr.write(f"relook: {error.filename}: {error.strerror}. Check the path, and who may write there.\n")
         sys.exit(2)

@@ -48,12 +48,12 @@ def data_check(
     """What is there, what is missing, and every defect of records and images. Status 0: clean, 1: defects."""
     from relook.data.check import check_folder, print_report
 
-    found = check_folder(layout, folder, images, named_only, workers)
+    checked = check_folder(layout, folder, images, named_only, workers)
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1))
+        typer.echo(json.dumps(checked.to_json(), indent=1))
     else:
-        print_report(found)
-    if not found.clean:
+        print_report(checked)
+    if not checked.clean:
         sys.exit(1)
 
 
@@ -135,9 +135,9 @@ def mine(
 
     url = "" if judge == "exact" else judge
     endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    how = MiningSettings(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts)
-    place = MiningSource(images, annotations, synonyms, exclude or ())
-    card = mine_pairs(model, place, out, how, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))
+    settings = MiningSettings(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts)
+    source = MiningSource(images, annotations, synonyms, exclude or ())
+    card = mine_pairs(model, source, out, settings, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
     status(
         f"{pairs[0]:,} description pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "

@@ -72,46 +72,48 @@ def evaluate(
     from relook.model.load import LoadOptions
 
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
-    how = (out, version, batch_size, max_new_tokens)
+    settings = (out, version, batch_size, max_new_tokens)
+    # lmms and llava have options and formats of their own.
     alone = benchmarks[0] if len(benchmarks) == 1 else ""
     if not alone and USED.keys() & set(benchmarks):
-        raise RecipeError("lmms and llava are asked by themselves.", "Give one of them alone.")
-    given = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
-    _refuse_unused_options({**given, "judge-url": judge_url}, USED.get(alone, USED[""]))
+        raise RecipeError("lmms and llava cannot be combined with other benchmarks.", "Give one of them alone.")
+    # Options of the other kinds of benchmarks are refused, since they would do nothing.
+    options = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
+    _refuse_unused_options({**options, "judge-url": judge_url}, USED.get(alone, USED[""]))
     results: Any
     if alone == "lmms":
         from relook.evaluate.lmms import evaluate_tasks
 
-        named = [name.strip() for name in _required(tasks, "--tasks").split(",")]
-        results = evaluate_tasks(model, named, *how, limit, include_path, loading)
+        task_names = [name.strip() for name in _required(tasks, "--tasks").split(",")]
+        results = evaluate_tasks(model, task_names, *settings, limit, include_path, loading)
     elif alone == "llava":
         from relook.evaluate.llava_bench import answer_question_file
 
-        results = answer_question_file(model, _required(questions, "--questions"), data, *how, loading)
+        results = answer_question_file(model, _required(questions, "--questions"), data, *settings, loading)
     else:
         from relook.evaluate.run import evaluate_model
 
         judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-        results = evaluate_model(model, benchmarks, _required(data, "--data"), *how, loading, judge)
-    if distributed.is_main():
+        results = evaluate_model(model, benchmarks, _required(data, "--data"), *settings, loading, judge)
+    if distributed.is_main():  # under torchrun every process gets here
         typer.echo(json.dumps(results, indent=1))
 
 
 def _required(value: T | None, option: str) -> T:
     if not value:
-        raise RecipeError(f"{option} is missing.", "Give it.")
+        raise RecipeError(f"{option} is missing.", "Add it to the command.")
     return value
 
 
-def _refuse_unused_options(given: Mapping[str, object], used: Collection[str]) -> None:
-    """Options that belong to another kind of benchmark would do nothing.
+def _refuse_unused_options(options: Mapping[str, object], used: Collection[str]) -> None:
+    """Refuse options that belong to another kind of benchmark.
 
     Raises:
-        RecipeError: one is given.
+        RecipeError: such an option is set.
     """
-    idle = [f"--{name}" for name, value in given.items() if value and name not in used]
+    idle = [f"--{name}" for name, value in options.items() if value and name not in used]
     if idle:
-        raise RecipeError(f"{preview(idle)} would do nothing here.", "Leave it out, or ask lmms or llava by itself.")
+        raise RecipeError(f"{preview(idle)} would do nothing here.", "Leave it out, or give lmms or llava alone.")
 
 
 @app.command()

@@ -73,11 +73,11 @@ def export(
     """Write a whole model that transformers loads where relook is not installed."""
     from relook.model.export import WriteOptions, export_for, export_model
 
-    how = WriteOptions(force, max_shard_gb, check, vision_tower)
+    options = WriteOptions(force, max_shard_gb, check, vision_tower)
     if engine is None:
-        export_model(source, out, how)
+        export_model(source, out, options)
     else:
-        export_for(source, out, engine, how)
+        export_for(source, out, engine, options)
 
 
 @app.command()
@@ -94,11 +94,11 @@ def inspect(
     """Show a model's modules, what would train in each regime, and the tensors of an example on their way."""
     from relook.model.inspect import inspect_model, print_tables
 
-    found = inspect_model(model, image, prompt, adapter, vision_tower, dtype, device)
+    inspection = inspect_model(model, image, prompt, adapter, vision_tower, dtype, device)
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(inspection, indent=1))
     else:
-        print_tables(found)
+        print_tables(inspection)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -120,10 +120,10 @@ def doctor(
         sys.exit(print_known_warnings(sys.stdin.read() if explain == "-" else explain, as_json))
     from relook.doctor import print_findings, run_checks, to_json
 
-    found = run_checks()
+    results = run_checks()
     if as_json:
-        typer.echo(json.dumps(to_json(found), indent=1))
+        typer.echo(json.dumps(to_json(results), indent=1))
     else:
-        print_findings(found)
-    if not to_json(found)["healthy"]:
+        print_findings(results)
+    if not to_json(results)["healthy"]:
         sys.exit(1)

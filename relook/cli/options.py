@@ -11,7 +11,8 @@ from relook.errors import DataError
 
 
 def _existing_path(value: Path | list[Path] | None) -> Path | list[Path] | None:
-    """Said here, a wrong path takes none of the seconds in which a command imports what it needs."""
+    """Refuse a path that does not exist."""
+    # Typer calls this before the command imports torch, which takes seconds.
     for path in value if isinstance(value, list) else [value]:
         if path is not None and not path.exists():
             raise DataError(f"{path} does not exist.", "Check the path.")
@@ -19,12 +20,12 @@ def _existing_path(value: Path | list[Path] | None) -> Path | list[Path] | None:
 
 
 def input_option(text: str) -> Any:
-    """A path that is read, as an option."""
+    """Declare an option that is a path to read."""
     return typer.Option(help=text, callback=_existing_path)
 
 
 def input_argument(text: str) -> Any:
-    """A path that is read, as an argument."""
+    """Declare an argument that is a path to read."""
     return typer.Argument(help=text, callback=_existing_path)
 
 

@@ -112,5 +112,5 @@ def chat(
     from relook.model.load import LoadOptions
     from relook.serve.terminal import converse
 
-    how = Request((), (), max_tokens, temperature, top_p, seed)
-    converse(model, LoadOptions(adapter, vision_tower, dtype, bits, device), base, image, how, version)
+    settings = Request((), (), max_tokens, temperature, top_p, seed)
+    converse(model, LoadOptions(adapter, vision_tower, dtype, bits, device), base, image, settings, version)

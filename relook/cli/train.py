@@ -11,7 +11,14 @@ import typer
 
 from relook.cli.options import AsJson, input_option
 from relook.errors import Faults, RecipeError
-from relook.recipe import read_overrides, read_yaml_or_shipped, shipped_names
+from relook.recipe import (
+    build_recipe,
+    missing_paths,
+    read_overrides,
+    read_yaml_or_shipped,
+    shipped_names,
+    sort_keys,
+)
 
 app = typer.Typer()
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -38,13 +45,10 @@ def check_names(name: str, keys: list[str], kind: str = "recipe", complete: bool
     faults.errors += odd.errors
     # The command fails anyway, so the seconds are well spent on finding the rest of what is wrong.
     if faults.errors and kind == "recipe":
-        from relook.recipe import build_recipe, sort_keys
-        from relook.train.run import missing_paths
-
         with faults:
             if file and complete:
                 build_recipe({**file, **values})
-            else:
+            elif values:
                 sort_keys(values).faults.check()
         faults.errors += missing_paths({**file, **values}).values()
     faults.check()

@@ -15,13 +15,23 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from relook.console import plain_table, progress, stdout_console
-from relook.data.examine import FORMATS, MISSING, OTHER_SUFFIX, REPAIRABLE, TURNED, Finding, examine_all, rewritten
+from relook.data.examine import (
+    FORMATS,
+    MISSING,
+    OTHER_SUFFIX,
+    REPAIRABLE,
+    TURNED,
+    Finding,
+    examine_all,
+    exit_with_parent,
+    rewritten,
+)
 from relook.data.images import prefetch_map
 from relook.data.layouts import FolderLayout, IndexFile, find_layout
+from relook.data.samples import IMAGE_MISSING
 from relook.errors import DataError, RecipeError, RelookError, preview
 from relook.files import atomic_file, is_free, read_json_object, text_hash, write_json, write_jsonl
 
@@ -186,7 +196,7 @@ def _with_images(report: IndexReport, images: Mapping[str, Finding]) -> IndexRep
         if name not in bad:
             reasons = [unusable[image] for image in report.index.check(record).images if image in unusable]
             if reasons:  # the first image decides: a record has one fault
-                fault = "image file missing" if reasons[0] == MISSING else "image file broken"
+                fault = IMAGE_MISSING if reasons[0] == MISSING else "image file broken"
                 faults.setdefault(fault, []).append(name)
     return IndexReport(report.index, report.content, faults, report.problem)
 
@@ -216,7 +226,7 @@ def _examine_images(root: Path, names: Mapping[str, bool], workers: int) -> Iter
     if workers > 1 and len(names) > ONE_PROCESS_LIMIT:
         # Spawn: a fork would copy the locks of threads such as the progress bar's.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, initializer=_exit_with_parent)
+        pool = ProcessPoolExecutor(workers, context, initializer=exit_with_parent)
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         # Each call starts a worker, which inherits the blocked SIGINT: Ctrl-C is for the main process alone.
         for _ in range(workers):
@@ -239,19 +249,6 @@ def _examine_images(root: Path, names: Mapping[str, bool], workers: int) -> Iter
                 f"A process that reads images was ended, at image {done:,} or soon after.",
                 "Was memory short? Give fewer --workers.",
             ) from None
-
-
-def _exit_with_parent() -> None:
-    """Make a worker process exit with the main process, even if that is killed."""
-    main_process = multiprocessing.parent_process()
-    assert main_process is not None
-
-    def end() -> None:
-        main_process.join()
-        os._exit(1)
-
-    # The pool cannot do this: a killed parent shuts nothing down, and its workers would wait for tasks for ever.
-    Thread(target=end, daemon=True).start()
 
 
 def _batches(names: Iterable[str]) -> Iterator[Sequence[str]]:
@@ -316,9 +313,9 @@ def fix_folder(
 ) -> dict[str, Any]:
     """Repair a dataset folder and return the content of `relook-fix.json`.
 
-    Images of another format than their name says, or of an unusual mode, are rewritten in RGB under that name. So are
-    images under another extension than the records' (OCR-VQA's .gif). Unusable records are left out of the new index
-    files. Files of the folder itself change only with `in_place`, and none is removed.
+    Images whose format does not match their extension, or of an unusual mode, are rewritten in RGB under that name. So
+    are images under another extension than the records' (OCR-VQA's .gif). Unusable records are left out of the new
+    index files. Files of the folder itself change only with `in_place`, and none is removed.
 
     Args:
         out: a new folder of the same layout, in which sound images are links to the old ones.

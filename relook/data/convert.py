@@ -34,11 +34,11 @@ from relook.data.parquet import (
 )
 from relook.data.paths import resolve_extension
 from relook.data.readers import DESCRIBE_PROMPTS, draw_description_pair, pair_fault
-from relook.data.samples import BadRecord, as_id, missing_fields
+from relook.data.samples import ID_UNKNOWN, IMAGE_MISSING, BadRecord, as_id, missing_fields
 from relook.errors import DataError, RecipeError, preview
 from relook.files import atomic_folder, read_json, read_json_object, write_json
 
-LAYOUTS = ("hadpo", *COLUMNS)
+PAIR_LAYOUTS = ("hadpo", *COLUMNS)
 DESC, POPE, IMAGES, NOTES = "desc_data.json", "pope_data.json", "image_data.json", "relook.json"
 RECORD = "hadpo_record"
 # Keys of a pope_data.json record for a pair that is not from HA-DPO. Any further key is one of its columns.
@@ -62,8 +62,8 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
     """
     source, target = Path(source), Path(target)
     images = None if images is None else Path(images)
-    if to not in LAYOUTS:
-        raise RecipeError(f"There is no preference layout {to!r}.", f"Known ones: {', '.join(LAYOUTS)}.")
+    if to not in PAIR_LAYOUTS:
+        raise RecipeError(f"There is no preference layout {to!r}.", f"Known ones: {', '.join(PAIR_LAYOUTS)}.")
     if target.exists():
         raise RecipeError(f"{target} is there already.", "Choose another place, or remove it.")
     if (target.suffix == ".parquet") != (to != "hadpo"):
@@ -85,7 +85,7 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
 def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
     """Yield the rows that `to` can hold; at the end, raise an error that names the others, so that nothing is written.
 
-    Rows that are no pair to train on (`check_pair`) are left out and named on screen.
+    Rows that are not a pair to train on (`check_pair`) are left out and named on screen.
     """
     faults: dict[str, list[int]] = {}
     unusable: dict[str, list[int]] = {}
@@ -152,7 +152,7 @@ def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
             entry = image_records.get(image_id)
             path = None if entry is None else resolve_extension(vg_path / entry_image_path(entry))
             if path is None or not path.is_file():
-                yield InvalidPair("image file missing" if path else "image id not in image_data.json")
+                yield InvalidPair(IMAGE_MISSING if path else ID_UNKNOWN)
                 continue
             if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
                 yield InvalidPair("no question, chosen or rejected")
@@ -246,7 +246,7 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
             _write_records(temporary / POPE, questions)
         write_json(temporary / IMAGES, [entry for entry, _ in images.values()])
         if new:
-            # An Arrow schema says of the columns what JSON cannot: types, and which of them hold no value at all.
+            # An Arrow schema keeps what JSON cannot: the columns' types, and columns without any value.
             columns = base64.b64encode(pyarrow().schema(fields).serialize().to_pybytes()).decode()
             notes = {"filled": source.filled, "forms": source.forms, "features": source.features}
             write_json(temporary / NOTES, {"columns": columns, **notes})

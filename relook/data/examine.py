@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
 import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -33,7 +36,7 @@ EMPTY, NOT_IMAGE, TRUNCATED = "empty file", "not an image", "truncated"
 TOO_LARGE, UNREADABLE = "too many pixels", "unreadable"
 WRONG_SUFFIX, ODD_MODE = "wrong extension", "unusual mode"
 REPAIRABLE = (OTHER_SUFFIX, WRONG_SUFFIX, ODD_MODE)  # by rewriting the same picture
-TURNED = "turned by EXIF"  # no fault, but viewers and servers show the image otherwise than LLaVA trains on it
+TURNED = "turned by EXIF"  # no fault, but viewers and servers turn the image, and LLaVA trains on it unturned
 SHOWN = ("", TURNED, *REPAIRABLE)  # findings on files that can be decoded
 Finding = tuple[str, str]  # the fault (empty if there is none), and a detail
 
@@ -68,7 +71,7 @@ def examine_image(path: Path) -> Finding:
 def _examine(path: Path) -> Finding:
     # The order decides which fault is named: first what makes a file useless, then what a rewrite repairs.
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
         return UNREADABLE, "not a file"
     if not status.st_size:
         return EMPTY, ""
@@ -142,3 +145,16 @@ def rewritten(path: Path, suffix: str) -> bytes:
             buffer = io.BytesIO()
             rgb.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def exit_with_parent() -> None:
+    """Make a worker process exit with the main process, even if that is killed."""
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+
+    def end() -> None:
+        main_process.join()
+        os._exit(1)
+
+    # The pool cannot do this: a killed parent shuts nothing down, and its workers would wait for tasks forever.
+    Thread(target=end, daemon=True).start()

@@ -16,9 +16,9 @@ JPEG_SEGMENTS = 2_000  # a colour profile takes up to 255
 JPEG_FILL = 10_000  # bytes that belong to no segment
 PNG_CHUNKS = 20_000
 GIF_BLOCKS = 2_000  # of 255 bytes each, before the first picture
-SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that are followed by a size
-MARKER = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
-AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)  # restart markers are part of a scan
+JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that are followed by a size
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
+JPEG_MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)  # restart markers are part of a scan
 
 
 def check_structure(data: bytes, max_pixels: int) -> None:
@@ -43,8 +43,8 @@ def check_structure(data: bytes, max_pixels: int) -> None:
 def _check_jpeg(data: bytes, max_pixels: int) -> None:
     position, scans, pixels, marker, filling = 2, 0, 0, 0, 0
     for _ in range(JPEG_SEGMENTS):
-        # As libjpeg does, skip whatever stands before the next marker.
-        match = (AFTER_SCAN if marker == 0xDA else MARKER).search(data, position)
+        # As libjpeg does, skip whatever precedes the next marker.
+        match = (JPEG_MARKER_AFTER_SCAN if marker == 0xDA else JPEG_MARKER).search(data, position)
         end = match.start() if match else len(data)
         if marker != 0xDA:
             filling += end - position
@@ -57,7 +57,7 @@ def _check_jpeg(data: bytes, max_pixels: int) -> None:
         position, marker = end + 2, data[end + 1]
         if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # a marker without content
             continue
-        if marker in SIZES:  # segment length (2 bytes), bits per sample (1), height (2), width (2)
+        if marker in JPEG_SIZE_MARKERS:  # segment length (2 bytes), bits per sample (1), height (2), width (2)
             height, width = _number(data[position + 3 : position + 5]), _number(data[position + 5 : position + 7])
             pixels = max(pixels, height * width)
         # Progressive JPEGs are decoded once per scan, each time over the whole picture.

@@ -27,7 +27,7 @@ from relook.data.paths import (
     visual_genome,
 )
 from relook.data.readers import DESCRIBE_PROMPTS, QUESTION_FIELDS, choices, conversation, pair_fault
-from relook.data.samples import BadRecord, as_id, check_pair, missing_fields, path_fault, text_fault
+from relook.data.samples import ID_UNKNOWN, BadRecord, as_id, check_pair, missing_fields, path_fault, text_fault
 from relook.errors import DataError
 from relook.files import opens_with, read_json, read_text
 
@@ -203,7 +203,7 @@ class _VisualGenome:
     def check(self, image_id: Any, fault: str, identity: str = "") -> RecordCheck:
         name = self.name(image_id)
         if name is None:
-            return RecordCheck((), fault or "image id not in image_data.json")
+            return RecordCheck((), fault or ID_UNKNOWN)
         return _with_image(name, fault, identity)
 
     @property

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.paths import resolve_extension
-from relook.data.samples import BadRecord, path_fault
+from relook.data.samples import IMAGE_MISSING, BadRecord, path_fault
 from relook.errors import DataError
 from relook.files import atomic_file
 
@@ -43,7 +43,7 @@ class Embedded:
 
 
 class InvalidPair(BadRecord):
-    """Reason why a row is no preference pair of one image, one prompt and two answers."""
+    """Reason why a row is not a preference pair of one image, one prompt and two answers."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class PairFile:
     """Opened file or folder of pairs.
 
     Args:
-        rows: function that reads the rows from the start; a row that is no pair comes as an `InvalidPair`.
+        rows: function that reads the rows from the start; a row that is not a pair comes as an `InvalidPair`.
         count: number of rows.
         fields: pyarrow fields of the columns in `extra`.
         features: the features of those columns for Hugging Face's `datasets`.
@@ -111,7 +111,7 @@ COLUMNS = {
     "rlhfv": ("image", "text"),
     "rlaifv": ("image", "question", "chosen", "rejected"),
 }
-TEXTS = ("question", "chosen", "rejected")
+TEXT_COLUMNS = ("question", "chosen", "rejected")
 # Further columns that RLHF-V's own programs require: type, and the value for a row without one.
 _META_COLUMNS: dict[str, tuple[str, Callable[[RawPair, int], Any]]] = {
     "ds_name": ("string", lambda row, number: "relook"),
@@ -144,7 +144,7 @@ def stored_columns(row: RawPair, layout: str) -> dict[str, Any]:
         stored = json.loads(text or "{}")
     except (TypeError, ValueError):
         stored = None
-    # A file is data from strangers: the column is checked, not trusted because of its name.
+    # Files come from anywhere: a column of this name need not be what a conversion wrote.
     parts = ("image", "record") if layout == "hadpo" and text else ()
     if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in parts):
         raise DataError(f"{layout}_record is not what a conversion writes: {text!r:.60}.", "Convert the source again.")
@@ -235,7 +235,7 @@ def layout_of(columns: Sequence[str], path: str | Path) -> str:
     present = set(columns)
     if {"prompt", "chosen", "rejected"} <= present and present & {"images", "image"}:
         return "trl"
-    if {"image", *TEXTS} <= present:
+    if {"image", *TEXT_COLUMNS} <= present:
         return "rlaifv"
     if {"image", "text"} <= present:
         return "rlhfv"
@@ -298,7 +298,7 @@ def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
             raise InvalidPair(fault)
         source = next((file for folder in folders if (file := resolve_extension(folder / name)).is_file()), None)
         if source is None:
-            raise InvalidPair("image file missing")
+            raise InvalidPair(IMAGE_MISSING)
         data = source.read_bytes()
     if not isinstance(data, bytes):
         raise InvalidPair("no image")
@@ -322,7 +322,7 @@ def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
             texts = json.loads(texts["text"])
         except (TypeError, ValueError):
             raise InvalidPair("text is not JSON") from None
-    plain = [texts.get(name) if isinstance(texts, dict) else None for name in TEXTS]
+    plain = [texts.get(name) if isinstance(texts, dict) else None for name in TEXT_COLUMNS]
     if not all(isinstance(text, str) for text in plain):
         raise InvalidPair("no question, chosen or rejected")
     return plain[0], plain[1], plain[2]  # type: ignore[return-value]
@@ -368,7 +368,7 @@ def native_schema(layout: str) -> Any:
 
 def _native_columns(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
     """Convert a row's plain texts to the layout's columns."""
-    texts = dict(zip(TEXTS, (row.prompt, row.chosen, row.rejected), strict=True))
+    texts = dict(zip(TEXT_COLUMNS, (row.prompt, row.chosen, row.rejected), strict=True))
     if layout == "rlaifv":
         return texts
     if layout == "rlhfv":

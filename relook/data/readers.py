@@ -16,6 +16,8 @@ from relook.data.annotations import read_image_paths
 from relook.data.parquet import Embedded, InvalidPair, content_hash, hadpo_record, open_parquet
 from relook.data.paths import resolve_extension
 from relook.data.samples import (
+    ID_UNKNOWN,
+    IMAGE_MISSING,
     BadRecord,
     Conversation,
     DropLog,
@@ -136,7 +138,7 @@ def answered_correctly(record: Mapping[str, Any]) -> bool:
     """Return True if a question record says that the model's answer was right, so that there is no preference.
 
     Raises:
-        BadRecord: `correct` is no truth value.
+        BadRecord: `correct` is not a truth value.
     """
     correct = as_bool(record.get("correct"))
     if correct is None:
@@ -145,7 +147,7 @@ def answered_correctly(record: Mapping[str, Any]) -> bool:
 
 
 def pair_fault(record: Mapping[str, Any], prompt: Any, chosen: Any, rejected: Any) -> str:
-    """Return why texts are no pair to train on, or ""; a record answered correctly is sound and need not be one."""
+    """Return why texts are not a pair to train on, or ""; a record answered correctly is sound and need not be one."""
     try:
         return "" if answered_correctly(record) else check_pair(prompt, chosen, rejected)
     except BadRecord as bad:
@@ -176,9 +178,9 @@ def _pair(
     if fault := check_pair(prompt, chosen, rejected):
         raise BadRecord(fault)
     if (path := paths.get(as_id(image_id))) is None:
-        raise BadRecord("image id not in image_data.json")
+        raise BadRecord(ID_UNKNOWN)
     if not (path := resolve_extension(path)).is_file():
-        raise BadRecord("image file missing")
+        raise BadRecord(IMAGE_MISSING)
     return PreferencePair(name, path, prompt, chosen, rejected)
 
 
@@ -222,7 +224,7 @@ def read_llava(
         if all(image.is_file() for image in images):
             samples.append(replace(sample, images=images))
         else:
-            drop_log.drop(name, "image file missing")
+            drop_log.drop(name, IMAGE_MISSING)
     return samples, drop_log.report(len(samples))
 
 

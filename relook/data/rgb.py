@@ -42,9 +42,9 @@ def _high_byte(image: Image.Image) -> Image.Image:
     """Scale 16-bit values, which Pillow may hold in 32 bits, to 8, as Pillow does for 16-bit colour."""
     values = np.asarray(image)
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, of which the file does not say which is white")
+        raise ValueError("its pixels are floating-point numbers, and the file does not define which is white")
     if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("its pixels are 32-bit integers, of which the file does not say which is white")
+        raise ValueError("its pixels are 32-bit integers, and the file does not define which is white")
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 

@@ -68,7 +68,7 @@ class ReadReport:
         source: the file or files that were read.
         used: number of samples returned.
         reasons: why samples were dropped, and the names of those samples.
-        skipped: records that the format itself leaves out, counted by reason. They are no fault.
+        skipped: records that the format itself leaves out, counted by reason. They are not faults.
         note: anything else that may surprise a user.
     """
 
@@ -132,6 +132,9 @@ class DropLog:
 # The rules about single records that every reader, converter and check shares.
 
 
+IMAGE_MISSING, ID_UNKNOWN = "image file missing", "image id not in image_data.json"
+
+
 class BadRecord(Exception):
     """Reason why a record cannot be used."""
 
@@ -155,7 +158,7 @@ def path_fault(name: str) -> str:
 
 
 def check_pair(prompt: Any, chosen: Any, rejected: Any) -> str:
-    """Return why three texts are no preference pair; empty if they are one.
+    """Return why three texts are not a preference pair; empty if they are one.
 
     None may be empty, and the answers must differ in more than surrounding white space.
     """
@@ -174,7 +177,7 @@ def as_bool(value: Any) -> bool | None:
         The truth value, or None if the value is none of these.
     """
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # str(1.0) is no key of TRUTH
+        value = int(value)  # str(1.0) is not a key of TRUTH
     return TRUTH.get(str(value).strip().lower())
 
 

@@ -1,6 +1,6 @@
 """Tokenisation that reads special tokens in people's text as plain text.
 
-The tokenizers library finds special tokens wherever they stand: a question with `</s>` in it would end its own turn.
+The tokenizers library finds special tokens anywhere in a text: a question with `</s>` in it would end its own turn.
 """
 
 from __future__ import annotations

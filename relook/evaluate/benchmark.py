@@ -114,11 +114,12 @@ def require_images(questions: Questions) -> None:
     Raises:
         DataError: images are missing; the message names the first and counts the others.
     """
+    # Several questions share an image: look at each file once.
     images = dict.fromkeys(question.image for of_file in questions.values() for question in of_file)
     missing = [image for image in images if not image.is_file()]
     if missing:
-        more = f", nor do {len(missing) - 1} others" if missing[1:] else ""
-        raise DataError(f"The image {missing[0]} does not exist{more}.", "Check the image folder.")
+        others_clause = f", nor do {len(missing) - 1} others" if missing[1:] else ""
+        raise DataError(f"The image {missing[0]} does not exist{others_clause}.", "Check the image folder.")
 
 
 def require_judge(name: str, data: Path, judge: object) -> None:
@@ -169,20 +170,23 @@ def score_command(
         raise RecipeError(
             f"{preview(file_names)}: several --answers are files of different names.", "Give a folder alone."
         )
-    if benchmark.rescore:
+    if benchmark.rescore:  # POPE and CHAIR take single files as the truth, too
         if len(paths) > 1:
             raise RecipeError(f"{name} is scored by one answer file.", "Give --answers once.")
         return _note_other_score(name, first, benchmark.rescore(first, inputs, parser))
+    # A `relook eval` folder records its data folder; a single file of answers does not.
     data = inputs.data or (data_folder_of(first) if first.is_dir() else None)
     if data is None:
         raise RecipeError(f"{name} is scored by the benchmark's files.", "Give their folder as --data.")
     require_judge(name, data, judge)
     questions = benchmark.read_questions(data)
     files = [first / f"{stem}.jsonl" for stem in questions] if first.is_dir() else paths
+    # Of a `relook eval` folder each stem has its file; files of other programs are named anyhow and may be one.
     matched = match_records(benchmark, questions, [record for path in files for record in benchmark.read_answers(path)])
     endpoint = judge.open(first if first.is_dir() else first.parent) if judge else None
     result = benchmark.score(data, questions, matched, first, endpoint)
     if len(paths) > 1:
+        # `score` saw one location; record the hash of every file.
         result["provenance"]["answers_sha256"] = {path.name: file_hash(path) for path in paths}
     return _note_other_score(name, first, result)
 
@@ -216,6 +220,7 @@ def match_records(benchmark: Benchmark, questions: Questions, records: Sequence[
     for number, record in enumerate(records, 1):
         if benchmark.id_field not in record or not isinstance(record.get(benchmark.text_field), str):
             raise DataError(f"Answer {number} has not both {fields}.", "Give the benchmark's or relook's layout.")
+    # As strings: files differ in whether ids are numbers.
     by_id = {str(record[benchmark.id_field]): record for record in records}
     counts = Counter(str(record[benchmark.id_field]) for record in records)
     # AMBER's generative and discriminative parts may be answered alone: a part without any answer is left out.

@@ -24,6 +24,7 @@ class BoundedClient(DefaultAsyncHttpxClient):
         options |= {"stream": True, "follow_redirects": False}
         followed = 0
         while True:
+            # Follow redirects here, one at a time: httpx would carry the key and the prompt to any host.
             response = await super().send(request, **options)
             try:
                 following = response.next_request
@@ -35,18 +36,19 @@ class BoundedClient(DefaultAsyncHttpxClient):
 
 
 def _same_server(url: Any, other: Any) -> bool:
-    """Whether both are one server, or `other` is the same host over TLS."""
+    """Return True if both URLs are one server, or `other` is the same host over TLS."""
     secured = (url.scheme, other.scheme) == ("http", "https") and {url.port, other.port} <= {None, 80, 443}
     return url.host == other.host and (secured or (url.scheme, url.port) == (other.scheme, other.port))
 
 
 async def _read(response: Any) -> Any:
-    """The response with its body. What is neither plain nor gzip is left as it came."""
+    """Read a response's body into a new response. A body that is neither plain nor gzip stays encoded."""
     encoding = response.headers.get("Content-Encoding", "")
     unpack = zlib.decompressobj(GZIP) if encoding.lower() in ("gzip", "x-gzip") else None
     body = bytearray()
     with contextlib.suppress(zlib.error):  # what could be unpacked is no whole JSON then
         async for chunk in response.aiter_raw():
+            # Bound the unpacked size: a gzip bomb of a few kilobytes unpacks to gigabytes.
             room = LONGEST_BODY + 1 - len(body)
             body += unpack.decompress(chunk, room) if unpack else chunk[:room]
             if len(body) > LONGEST_BODY:

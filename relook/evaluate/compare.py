@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from relook.errors import RecipeError
 from relook.evaluate.statistics import safe_ratio
 from relook.evaluate.tasks import BENCHMARKS, get_benchmarks
 from relook.evaluate.tasks.pope import official_parse
 from relook.files import read_json_object
+
+if TYPE_CHECKING:  # scores are compared without a model's libraries
+    from torch import Tensor
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -78,6 +79,7 @@ def kl_divergence(tuned: Tensor, base: Tensor) -> Tensor:
     Args:
         tuned, base: log-probs, (N, vocabulary).
     """
+    # A mean over sampled tokens would be an estimate; the whole vocabulary gives the exact sum.
     result: Tensor = (tuned.exp() * (tuned - base)).sum(-1).clamp_min(0)
     return result
 
@@ -94,6 +96,7 @@ def hallucination_by_divergence(
         For each bin [low, high) of KL_EDGES the number `n` of such questions, and the `rate` and `base_rate` at which
         row and base answer yes (None in an empty bin). `high` is None if the bin is unbounded.
     """
+    # Only questions labelled no can be hallucinated: a yes to them names an absent object.
     bins = []
     for low, high in pairwise(KL_EDGES):
         inside = [

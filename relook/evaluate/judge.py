@@ -23,7 +23,7 @@ from relook.errors import DataError, RecipeError, RelookError, preview
 from relook.evaluate.results import AnswerFile
 from relook.files import file_hash, read_text, text_hash
 
-T = TypeVar("T")
+T = TypeVar("T")  # a verdict: SHR's labels, MMHal's rating, a mined pair's correction
 JUDGE_CACHE = "judge.jsonl"  # replies, beside the answers
 LONGEST_PROMPT = 200_000  # characters; a longer one is not sent
 LONGEST_REPLY = 20_000  # characters; what follows is dropped
@@ -90,11 +90,11 @@ def judge_settings(
     try:
         fields = json.loads(request)
     except ValueError:
-        fields = None
+        fields = None  # refused below, as is JSON that is no object
     if not isinstance(fields, dict):
         raise RecipeError(f"--judge-request {request!r} is not a JSON object.", """Give one as '{"seed": 1}'.""")
-    if own := sorted(fields.keys() & {"model", "messages", "stream"}):
-        raise RecipeError(f"--judge-request sets {preview(own)}, which relook says itself.", "Leave that out.")
+    if reserved := sorted(fields.keys() & {"model", "messages", "stream"}):
+        raise RecipeError(f"--judge-request sets {preview(reserved)}, which relook says itself.", "Leave that out.")
     return JudgeSettings(url, model, key_variable, price, workers, request=fields)
 
 
@@ -124,20 +124,22 @@ class JudgeResults(Generic[T]):
 
     Args:
         verdicts: verdicts in the order of the tasks, None where a task has none.
-        about: the judge and its token counts, for results.
+        details: the judge and its token counts, for results.
         unjudged: number of tasks without a verdict, by reason.
     """
 
     verdicts: list[T | None]
-    about: dict[str, Any]
+    details: dict[str, Any]
     unjudged: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.about, "unjudged": self.unjudged}
+        return {**self.details, "unjudged": self.unjudged}
 
 
 @dataclass(frozen=True)
 class JudgeReply:
+    """Reply of the judge with the token counts that the endpoint reports."""
+
     text: str
     prompt_tokens: int
     completion_tokens: int
@@ -173,9 +175,9 @@ class Judge:
         Raises:
             RelookError: there is no reply.
         """
-        settings = replace(self.settings, retries=min(self.settings.retries, 2))
-        asking = _JudgeRun(settings, self.cache, self._fields(request), lambda *_: None)
-        asyncio.run(asking.probe(Task(PROBE, str, image)))
+        settings = replace(self.settings, retries=min(self.settings.retries, 2))  # a probe should fail within seconds
+        run = _JudgeRun(settings, self.cache, self._fields(request), lambda *_: None)
+        asyncio.run(run.probe(Task(PROBE, str, image)))
 
     def _fields(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in {**request, **self.settings.request}.items() if v is not None}
@@ -197,8 +199,8 @@ class Judge:
         """
         fields = self._fields(request)
         with progress(title) as report:
-            asking = _JudgeRun(self.settings, self.cache, fields, report)
-            done = asyncio.run(asking.all(tasks))
+            run = _JudgeRun(self.settings, self.cache, fields, report)
+            done = asyncio.run(run.all(tasks))
         unjudged = dict(Counter(why for _, _, why in done if why))
         reasons = ", ".join(f"{count} {why}" for why, count in unjudged.items())
         if unjudged:
@@ -206,13 +208,14 @@ class Judge:
         if tasks and not optional and sum(unjudged.values()) == len(tasks):
             raise RelookError(
                 f"The judge {self.settings.model} judged none of {len(tasks)} prompts ({reasons})."
-                f"{asking.unread and f' Its last reply begins: {asking.unread!r}.'}",
+                f"{run.unread and f' Its last reply begins: {run.unread!r}.'}",
                 f"Check --judge-model and --judge-request; its replies are in {self.cache.path}, and the same command "
                 "asks again.",
             )
+        # Cached replies count, too: the figures are those of the replies in use, whenever they were made.
         replies = [reply for _, used, _ in done for reply in used]
         tokens = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
-        about: dict[str, Any] = {
+        description: dict[str, Any] = {
             "model": self.settings.model,
             "url": self.settings.address,
             "request": fields,
@@ -221,8 +224,10 @@ class Judge:
             "completion_tokens": tokens[1],
         }
         if any(self.settings.price):
-            about["dollars"] = round(sum(n * p for n, p in zip(tokens, self.settings.price, strict=True)) / 1e6, 6)
-        return JudgeResults([v for v, _, _ in done], about, unjudged)
+            description["dollars"] = round(
+                sum(n * p for n, p in zip(tokens, self.settings.price, strict=True)) / 1e6, 6
+            )
+        return JudgeResults([v for v, _, _ in done], description, unjudged)
 
 
 class _JudgeRun:
@@ -244,7 +249,7 @@ class _JudgeRun:
         except ImportError:
             raise RelookError("Judging needs the openai library.", "pip install 'relook[judge]'.") from None
         settings = self.settings
-        key = os.environ.get(settings.key_variable) or "none"
+        key = os.environ.get(settings.key_variable) or "none"  # the client refuses an empty one
         return AsyncOpenAI(
             api_key=key,
             base_url=settings.url,
@@ -265,14 +270,15 @@ class _JudgeRun:
         gate = asyncio.Semaphore(self.settings.workers)
         async with self._client() as client:
 
-            async def one(task: Task[T]) -> tuple[T | None, list[JudgeReply], str]:
+            async def judge_task(task: Task[T]) -> tuple[T | None, list[JudgeReply], str]:
                 async with gate:
                     result = await self._judge(client, task)
                 self.done += 1
                 self.report(self.done, len(tasks))
                 return result
 
-            results = await asyncio.gather(*map(one, tasks))
+            results = await asyncio.gather(*map(judge_task, tasks))
+        # A few prompts without an answer are counted; if no prompt has one, the endpoint or its settings are at fault.
         failed = sum(why in (NO_ANSWER, REFUSED) for _, _, why in results)
         if failed and not self.answered:
             raise self._down()
@@ -283,6 +289,7 @@ class _JudgeRun:
         verdict: T | None
         if len(task.prompt) > LONGEST_PROMPT:
             return None, replies, TOO_LONG
+        # The key has all that a reply depends on but the endpoint: a model may move to another address.
         image = file_hash(task.image) if task.image else ""
         fields = json.dumps(self.fields, sort_keys=True)
         keys = [
@@ -296,12 +303,13 @@ class _JudgeRun:
             if verdict is not None:
                 return verdict, replies, ""
         replies, reason = [], UNREADABLE  # ask again: a new reply may be readable
-        for key in keys:
+        for key in keys:  # at a temperature above 0, the next try may be one that can be read
             try:
                 replies.append(await self._reply(client, task))
             except NoVerdict as fault:
                 return None, replies, str(fault)
             self.answered += 1
+            # Keep the reply before reading it: it was paid for, and a later version may be able to read it.
             self.cache.append([{"key": key, "model": self.settings.model, **replies[-1].__dict__}])
             verdict, reason = self._read(task.parse, replies[-1])
             if verdict is not None:
@@ -353,6 +361,7 @@ class _JudgeRun:
                 self.last = _short(error)
                 if isinstance(error, openai.APIStatusError) and error.response.is_redirect:
                     raise self._redirected(error.response.headers.get("Location", "")) from None
+                # A prompt that is too long or refused by a filter says nothing about the next one.
                 client_fault = getattr(error, "status_code", 500) in (400, 413, 422)  # this prompt, not the endpoint
                 reason = REFUSED if client_fault else NO_ANSWER
                 break
@@ -362,6 +371,7 @@ class _JudgeRun:
             self.last = "the body of its response is not a chat completion"
             if len(raw.http_response.content) > LONGEST_BODY:
                 self.last = f"the body of its response has more than {LONGEST_BODY:,} bytes"
+        # One prompt without an answer may be bad luck; several in a row mean that the rest would fail, too.
         self.in_a_row += 1
         if self.in_a_row >= MAX_FAILURES_IN_A_ROW:
             raise self._down()
@@ -392,6 +402,7 @@ def read_reply(body: str) -> JudgeReply | None:
         return None
     if not isinstance(text, str):
         return None
+    # Token counts are for the user's information: an endpoint that leaves them out, or sends nonsense, counts as 0.
     usage = completion.get("usage")
     counts = [usage.get(key) if isinstance(usage, dict) else 0 for key in ("prompt_tokens", "completion_tokens")]
     text = text[:LONGEST_REPLY].encode("utf-8", "replace").decode("utf-8")  # JSON may escape half a surrogate pair
@@ -401,6 +412,7 @@ def read_reply(body: str) -> JudgeReply | None:
 def _content(task: Task[Any]) -> str | list[dict[str, Any]]:
     if task.image is None:
         return task.prompt
+    # The file's own bytes: the judge should see the picture that the model saw.
     kind = mimetypes.guess_type(task.image.name)[0] or "image/jpeg"
     data = base64.b64encode(task.image.read_bytes()).decode("ascii")
     image = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
@@ -415,24 +427,25 @@ def _short(error: Exception | str) -> str:
     return "".join(c for c in " ".join(text.split())[:200] if c.isprintable()).rstrip(".")
 
 
-def prompt_template(program: Path, name: str, own: str) -> tuple[str, dict[str, str]]:
+def prompt_template(program: Path, name: str, fallback: str) -> tuple[str, dict[str, str]]:
     """Return a benchmark's prompt and its description for results; the official prompt if its program is available.
 
     Args:
         program: official program in the data folder. It is parsed, never run.
         name: variable in the program to which the prompt is assigned.
-        own: relook's prompt, used if there is no program.
+        fallback: relook's prompt, used if there is no program.
 
     Raises:
         DataError: the file exists, but is not Python or has no such string.
     """
     official = program.exists()
-    template = _assigned(program, name) if official else own
+    template = _assigned(program, name) if official else fallback
     return template, {"prompt": "official" if official else "relook", "prompt_hash": text_hash(template)}
 
 
 def _assigned(program: Path, name: str) -> str:
     try:
+        # Parse the program instead of importing it: it is a stranger's code, and needs libraries of its own.
         for node in ast.parse(read_text(program)).body:
             if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
                 value = ast.literal_eval(node.value)
@@ -449,6 +462,7 @@ def fill_template(template: str, *parts: str) -> str:
     Raises:
         DataError: the numbers of places and parts differ.
     """
+    # Not str.format: templates and what is filled in may hold braces, as JSON does.
     pieces = template.split("{}")
     if len(pieces) != len(parts) + 1:
         raise DataError(f"The judge's prompt has {len(pieces) - 1} places {{}}, but {len(parts)} are filled.")

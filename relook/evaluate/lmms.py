@@ -27,7 +27,7 @@ INSTALL = "Run: pip install 'relook[lmms]' && pip install --no-deps lmms-eval==0
 
 
 def manifest() -> Any:
-    """What lmms-eval's own command learns of relook, by the entry point `lmms_eval.models`."""
+    """Describe relook to lmms-eval's own command, which finds this by the entry point `lmms_eval.models`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("relook", simple_class_path="relook.evaluate.lmms_model.RelookModel")
@@ -44,12 +44,12 @@ def evaluate_tasks(
     include_path: str | Path | None = None,
     loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
-    """Answer and score tasks of lmms-eval, one after the other; what is there already is not asked again.
+    """Answer and score tasks of lmms-eval, one after the other; finished answers and scores are kept.
 
     Args:
         tasks: names of tasks, or of groups of them.
-        max_new_tokens: of answers to tasks that name no length.
-        limit: documents of each task, from its start.
+        max_new_tokens: upper bound on answers to tasks that set none.
+        limit: number of documents of each task, from its start.
         include_path: folder of further tasks, as YAML files.
 
     Returns:
@@ -62,38 +62,39 @@ def evaluate_tasks(
     folder, out = parse_folder(model), Path(out)
     include_path = None if include_path is None else Path(include_path)
     manager = _task_manager(tasks, include_path)
-    asked = {"tasks_from": include_path and str(include_path.resolve()), "limit": limit}
-    how = GenerationSettings(template, max_new_tokens, batch_size)
-    how = begin_evaluation(out, folder, None, how, loading, **asked)
-    left = [name for name in tasks if not (out / f"{name}.json").exists()]
-    if left:
+    inputs = {"tasks_from": include_path and str(include_path.resolve()), "limit": limit}
+    settings = GenerationSettings(template, max_new_tokens, batch_size)
+    settings = begin_evaluation(out, folder, None, settings, loading, **inputs)
+    remaining = [name for name in tasks if not (out / f"{name}.json").exists()]
+    if remaining:
         from relook.evaluate.lmms_model import RelookModel
 
-        relook = RelookModel(lambda: loading.load(folder), how, out)
-        for name in left:
-            found = _evaluate(relook, name, manager, limit, out)
-            relook.finish()
+        relook = RelookModel(lambda: loading.load(folder), settings, out)
+        for name in remaining:
+            results = _evaluate(relook, name, manager, limit, out)
+            relook.finish()  # every process has answered: make one file of their answers before scores refer to it
             if distributed.is_main():
-                write_json(out / f"{name}.json", json.loads(json.dumps(_result(found, out), default=_json_number)))
+                write_json(out / f"{name}.json", json.loads(json.dumps(_result(results, out), default=_json_number)))
             distributed.barrier(f"the scores of {name}")
     return {name: read_json(out / f"{name}.json") for name in tasks}
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
-    """lmms-eval's index of tasks, with every name in it."""
+    """Open lmms-eval's index of tasks, and check that it has every name."""
     truncated = ImageFile.LOAD_TRUNCATED_IMAGES
-    try:
+    try:  # import here what is used later, so that a missing package shows before a model is loaded
         from lmms_eval.evaluator import simple_evaluate  # noqa: F401 (as later on)
         from lmms_eval.tasks import TaskManager
         from loguru import logger
     except ImportError as error:
-        raise RecipeError(f"lmms-eval is not there, or not whole: {error}.", INSTALL) from None
+        raise RecipeError(f"lmms-eval is not installed, or not completely: {error}.", INSTALL) from None
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = truncated  # lmms-eval lets half pictures through, in the whole process
-    logger.remove()  # it speaks on standard output, which is kept for results
+        ImageFile.LOAD_TRUNCATED_IMAGES = truncated  # importing lmms-eval sets it for the whole process
+    logger.remove()  # it writes to standard output, which is for results alone
     logger.add(sys.stderr, level="ERROR", format="lmms-eval: {message}")
     if include_path is not None and not include_path.is_dir():
         raise DataError(f"There is no folder {include_path}.", "Check --include-path.")
+    # "ERROR" keeps its warnings about other tasks' files out of the terminal.
     manager = TaskManager("ERROR", str(include_path) if include_path else None)
     for name in tasks:
         if name not in manager.all_tasks:
@@ -103,12 +104,12 @@ def _task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 
 
 def _evaluate(relook: Any, name: str, manager: Any, limit: int | None, out: Path) -> Any:
-    """lmms-eval's results; None in processes other than the first."""
+    """Run lmms-eval's evaluator and return its results; None in processes other than the first."""
     from lmms_eval.evaluator import simple_evaluate
 
     options = SimpleNamespace(output_path=str(out), process_with_media=False)  # tasks write submission files there
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr):  # tasks print, and standard output is for results alone
             return simple_evaluate(
                 relook, tasks=[name], task_manager=manager, limit=limit, log_samples=False, cli_args=options
             )
@@ -123,16 +124,16 @@ def _evaluate(relook: Any, name: str, manager: Any, limit: int | None, out: Path
         ) from error
 
 
-def _result(found: Any, out: Path) -> dict[str, Any]:
-    """Scores of each task under lmms-eval's names, and what they depend on."""
-    configs = found["configs"]
+def _result(results: Any, out: Path) -> dict[str, Any]:
+    """Collect each task's scores under lmms-eval's names, and their provenance."""
+    configs = results["configs"]
     tasks = {
         task: {
             "scores": {key: value for key, value in scores.items() if key != "alias" and _is_score(value)},
-            **({"n": found["n-samples"][task]["effective"]} if task in found["n-samples"] else {}),
+            **({"n": results["n-samples"][task]["effective"]} if task in results["n-samples"] else {}),
             **({"data": configs[task].get("dataset_path")} if task in configs else {}),
         }
-        for task, scores in found["results"].items()
+        for task, scores in results["results"].items()
     }
     generation = {task: config.get("generation_kwargs") for task, config in configs.items()}
     libraries = {name: version(name) for name in ("lmms-eval", "datasets")}
@@ -140,10 +141,10 @@ def _result(found: Any, out: Path) -> dict[str, Any]:
 
 
 def _is_score(value: Any) -> bool:
-    """Whether a score is one; of those that cannot be computed lmms-eval says so."""
+    """Return True if a value is a score: lmms-eval fills in text or an empty list for one it cannot compute."""
     return not isinstance(value, (str, list)) or value not in ([], "N/A", " ", "")
 
 
 def _json_number(value: Any) -> Any:
-    """Of numpy's numbers, and what else a task returns, something that JSON has."""
+    """Convert numpy's numbers, and whatever else a task returns, to something that JSON can hold."""
     return value.item() if hasattr(value, "item") else str(value)

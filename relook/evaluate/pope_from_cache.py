@@ -58,9 +58,9 @@ LogProbs = Iterator[Tensor]  # (n, vocabulary) float32, of successive questions
 
 @dataclass(frozen=True)
 class PopeTrees:
-    """The distinct questions of POPE's splits as trees, one an image. `asked` is in the order of their branches."""
+    """Distinct questions of POPE's splits as trees, one per image; `questions` are in the order of their branches."""
 
-    asked: list[Question]
+    questions: list[Question]
     examples: list[Example]
 
     @staticmethod
@@ -68,19 +68,20 @@ class PopeTrees:
         by_image: dict[Path, dict[str, Question]] = {}
         for question in questions:
             by_image.setdefault(question.image, {}).setdefault(question.text, question)
-        asked = [question for group in by_image.values() for question in group.values()]
+        distinct = [question for group in by_image.values() for question in group.values()]
         examples = []
+        # All questions on an image share its prefix, so the trunk computes the image once.
         for image, group in by_image.items():
             rows = [encoder.prompt(text, [image]) for text in group]
             # One supervised token more, whichever: the state at the prompt's end is the one that predicts it.
             tree = Tree.of([TokenRow((*ids, 0), (*[False] * len(ids), True)) for ids in rows])
             examples.append(Example(image.name, tree, (image,)))
-        return PopeTrees(asked, examples)
+        return PopeTrees(distinct, examples)
 
 
 @dataclass(frozen=True)
 class AnswerStates:
-    """For each tree the trunk's states that predict the answers' first tokens, (S, D), and its image's features."""
+    """Trunk states that predict the answers' first tokens, (S, D) for each tree, and the features of its image."""
 
     states: list[Tensor]
     features: list[Tensor] | None  # (M, V) each
@@ -88,7 +89,7 @@ class AnswerStates:
     def save(self, path: Path, key: str) -> None:
         tensors = {}
         for name, parts in (("states", self.states), ("features", self.features or [])):
-            if parts:
+            if parts:  # pieces of different lengths are stored end to end, with their lengths
                 tensors[name] = torch.cat(parts)
                 tensors[f"{name}.lengths"] = torch.tensor([len(part) for part in parts])
         with atomic_file(path) as temporary:
@@ -96,7 +97,7 @@ class AnswerStates:
 
     @staticmethod
     def load(path: Path, key: str) -> AnswerStates | None:
-        """What `save` wrote under that key; None where there is nothing, or something else."""
+        """Read what `save` wrote under that key; None if the file is missing, damaged or has another key."""
         try:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("key") != key:
@@ -112,14 +113,14 @@ class AnswerStates:
 
 
 def first_log_probs(policy: Policy, trunk: TrunkStates) -> Tensor:
-    """log p of every first answer token, (N, vocabulary) float32."""
+    """Compute log p of every first answer token, (N, vocabulary) float32."""
     logits = policy.core.lm_head(prediction_states(policy.post_decoder, trunk))
     log_probs: Tensor = logits.float().log_softmax(-1)
     return log_probs
 
 
 class CachedPope:
-    """POPE of many models over one base and one set of questions.
+    """Evaluate many models that share one base on one set of POPE questions.
 
     Args:
         base: the model whose trunk the others share.
@@ -142,69 +143,73 @@ class CachedPope:
     ) -> None:
         self.base, self.file, self.loading = base, states, loading
         self.dtype, self.device = parse_dtype(loading.dtype), parse_device(loading.device)
-        self.how = GenerationSettings(template, min(max_new_tokens, YES_NO_MAX_TOKENS), batch_size)
+        self.settings = GenerationSettings(template, min(max_new_tokens, YES_NO_MAX_TOKENS), batch_size)
         self.images = max(1, batch_size // 8)  # trees a batch: each holds up to 18 questions
         self.data, self.splits = data, pope_questions(data)
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The base; see `release`."""
+        """Load the base; see `release`."""
         return self.loading.load(self.base)
 
     def release(self) -> None:
-        """Let the base's weights go. What other models need of it is computed before."""
+        """Free the base's weights, after computing what other models need of it."""
         _ = self.base_log_probs, self.decisive
         self.loaded.model = None
 
     @cached_property
     def decisive(self) -> dict[int, str]:
-        """Tokens that decide an answer when they are the likeliest first ones, as text.
+        """Return the tokens that decide an answer when they are its likeliest first token, with their text.
 
-        None do where the model's generation settings do more than take the likeliest token.
+        Empty if the model's generation settings do more than take the likeliest token.
         """
         tokenizer, trees = self.loaded.processor.tokenizer, [example.tree for example in self.prompts.examples]
         longest = max(len(tree.prefix) + len(branch.ids) for tree in trees for branch in tree.branches)
-        rule = Sampler.of(self.loaded, self.how.template, self.how.generate_arguments, longest)
+        rule = Sampler.of(self.loaded, self.settings.template, self.settings.generate_arguments, longest)
         if rule is None:
             return {}
+        # A token that sampling never chooses cannot be the first, however likely it is.
         suppressed = {*rule.never, *rule.not_first}
+        # Several tokens decode to the same word, with and without a leading space: all of them count.
         words = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
         return {token: word for token, word in words.items() if word in DECISIVE_MARGIN and token not in suppressed}
 
     @cached_property
     def prompts(self) -> PopeTrees:
         questions = [question for split in SPLITS for question in self.splits[split]]
-        return PopeTrees.of(self.loaded.encoder(self.how.template), questions)
+        return PopeTrees.of(self.loaded.encoder(self.settings.template), questions)
 
     @cached_property
     def states(self) -> AnswerStates:
-        """The base's, from the file where it fits."""
+        """Read the base's states from the file, or compute and save them if its key differs."""
         model = self.loaded.model
-        if not has_post_decoder(model.config):  # one that is never asked, so that the vision features come out
+        if not has_post_decoder(model.config):  # add one that is never run, so that the vision features come out
             model = add_post_decoder(model, {}, None)
         policy, examples = Policy(model), self.prompts.examples
         bits, images = str(self.loading.bits), self.loaded.images
         key = cache_key(
             cache_inputs(self.base, self.loading.vision_tower, policy, self.dtype, examples, images, bits=bits)
         )
-        found = AnswerStates.load(self.file, key)
-        if found is None:
-            found = self._compute(policy)
-            found.save(self.file, key)
-        return found
+        stored = AnswerStates.load(self.file, key)
+        if stored is None:
+            stored = self._compute(policy)
+            stored.save(self.file, key)
+        return stored
 
     def _compute(self, policy: Policy) -> AnswerStates:
         states: list[Tensor] = []
         features: list[Tensor] = []
         for trunk in self._passes(policy, "trunk states of the questions"):
             counts = (trunk.targets.kept_branch >= 0).sum(1).tolist()
-            states += [kept[:count].clone() for kept, count in zip(copy_to_cpu(trunk.states), counts, strict=True)]
-            features += [copy_to_cpu(kept).clone() for kept in trunk.features or []]
+            # Drop the padding of the batch, and clone: a view would keep the whole batch in memory.
+            on_cpu = copy_to_cpu(trunk.states)
+            states += [of_tree[:count].clone() for of_tree, count in zip(on_cpu, counts, strict=True)]
+            features += [copy_to_cpu(of_image).clone() for of_image in trunk.features or []]
         return AnswerStates(states, features or None)
 
     @torch.inference_mode()
     def _passes(self, policy: Policy, title: str) -> Iterator[TrunkStates]:
-        """The trunk over the trees, batch by batch."""
+        """Run the trunk over the trees, batch by batch."""
         policy.eval()
         collator = Collator(policy, self.loaded.images, self.loaded.pad_id)
         examples = self.prompts.examples
@@ -223,7 +228,7 @@ class CachedPope:
         for start in range(0, len(states), self.images):
             here = slice(start, start + self.images)
             trees = [example.tree for example in self.prompts.examples[here]]
-            padded = pad_sequence(states[here], batch_first=True)
+            padded = pad_sequence(states[here], batch_first=True)  # (trees, longest S, D)
             trunk = TrunkStates(padded, features[here] if features else None, [1] * len(trees), batch_targets(trees))
             yield first_log_probs(policy, trunk.to(self.device))
 
@@ -234,18 +239,19 @@ class CachedPope:
             yield first_log_probs(policy, trunk)
 
     def log_probs(self, model: Path, load: Callable[[], LoadedModel]) -> LogProbs:
-        """First-token log-probs of the base or of a model trained on it, in the order of `prompts.asked`."""
+        """Yield first-token log-probs of the base or of a model trained on it, in the order of `prompts.questions`."""
         if shares_trunk(model, self.base):
             tower = self.loading.vision_tower if model == self.base else None
             above = load_model(model, None, tower, self.dtype, device=self.device, trunk=False)
             policy = Policy(HeadModel(above.model))
+            # A post decoder with self-attention reads every position of the prompt; the states are those at its end.
             if not policy.needs_all_states:
                 return self._from_states(policy)
         return self._live(load())
 
     @cached_property
     def base_log_probs(self) -> Tensor:
-        """The base's, (questions, vocabulary)."""
+        """Compute the base's log-probs of first tokens, (questions, vocabulary)."""
         return torch.cat(list(self.log_probs(self.base, lambda: self.loaded)))
 
     def evaluate(self, model: Path, out: Path) -> dict[str, Any]:
@@ -259,19 +265,21 @@ class CachedPope:
         else:
             loading = cache(lambda: replace(self.loading, vision_tower=None).load(model))  # a run names its own
         records = self._first_tokens(model, loading)
+        # First tokens that settle nothing ("The", "There"): these questions are generated in full.
         waiting = [index for index, record in enumerate(records) if record["generated"]]
         if waiting:
-            questions = [(self.prompts.asked[i].image, self.prompts.asked[i].text) for i in waiting]
+            questions = [(self.prompts.questions[i].image, self.prompts.questions[i].text) for i in waiting]
             with progress("answers generated in full") as report:
-                for number, text in answer_questions(loading(), questions, self.how, report):
+                for number, text in answer_questions(loading(), questions, self.settings, report):
                     records[waiting[number]]["answer"] = text
-        said = {(record["image"], record["question"]): record for record in records}
+        # A question may be in several splits, each of which has an answer file of its own.
+        by_question = {(record["image"], record["question"]): record for record in records}
         generated = {}
         for split, questions_of in self.splits.items():
-            found = [said[question.image.name, question.text] for question in questions_of]
-            answers = [BENCHMARK.record(q, record["answer"]) for q, record in zip(questions_of, found, strict=True)]
+            of_split = [by_question[question.image.name, question.text] for question in questions_of]
+            answers = [BENCHMARK.record(q, record["answer"]) for q, record in zip(questions_of, of_split, strict=True)]
             write_jsonl(out / f"pope_{split}.jsonl", answers)
-            generated[split] = sum(record["generated"] for record in found)
+            generated[split] = sum(record["generated"] for record in of_split)
         results = pope_results(self.data, out)
         for split, count in generated.items():
             results[split]["generated"] = count
@@ -280,15 +288,16 @@ class CachedPope:
         return results
 
     def _first_tokens(self, model: Path, load: Callable[[], LoadedModel]) -> list[dict[str, Any]]:
-        """One record a distinct question: its first token, and how far its distribution is from the base's."""
+        """Build one record per distinct question: its first token and the KL divergence from the base, in nats."""
         tokenizer = self.loaded.processor.tokenizer
         records: list[dict[str, Any]] = []
         for log_probs in self.log_probs(model, load):
             require_finite(log_probs.isfinite().all())
+            # Batches come in the order of the questions, so the number of records so far is the offset in the base's.
             base = self.base_log_probs[len(records) : len(records) + len(log_probs)]
             kl = kl_divergence(log_probs, base).tolist()
             for token, distance in zip(log_probs.argmax(-1).tolist(), kl, strict=True):
-                question = self.prompts.asked[len(records)]
+                question = self.prompts.questions[len(records)]
                 word = self.decisive.get(token)
                 record = {"image": question.image.name, "question": question.text, "label": question.label}
                 record |= {"first": tokenizer.decode([token]), "kl": distance}
@@ -297,7 +306,7 @@ class CachedPope:
 
 
 def shares_trunk(model: Path, base: Path) -> bool:
-    """Whether a model is the base but for post decoder and lm_head, read from its files."""
+    """Return True if a model differs from the base in post decoder and lm_head alone, as its files say."""
     if model.resolve() == base.resolve():
         return True
     run = parse_folder(model)

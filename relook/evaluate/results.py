@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,7 @@ class AnswerFile:
         self.path, self.key = path, key
         self.own = path.with_suffix(f".{rank}{path.suffix}") if rank else path
         self.records: dict[str, dict[str, Any]] = {}
+        # Read the other processes' files too, also those of a run that was killed with more processes than now.
         for part in (path, *self._parts()):
             if part.exists():
                 self._read(part)
@@ -49,7 +51,7 @@ class AnswerFile:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                self.records[str(record[self.key])] = record
+                self.records[str(record[self.key])] = record  # a later answer to the same question replaces it
                 records.append(record)
             except (ValueError, TypeError, KeyError):
                 if number < len(lines):
@@ -88,7 +90,12 @@ def library_versions() -> dict[str, str]:
     relook's version is that of the running code, which may differ from the installed one, if any.
     """
     interpreter = {"python": platform.python_version(), "relook": __version__}
-    return interpreter | {name: version(name) for name in LIBRARIES}
+    return interpreter | {name: _installed_version(name) for name in LIBRARIES}
+
+
+@functools.cache
+def _installed_version(name: str) -> str:
+    return version(name)  # which parses all of a library's metadata
 
 
 def utc_now() -> str:
@@ -109,6 +116,7 @@ def provenance(answers: Path, longest: int | None = None, **details: Any) -> dic
         return {"answers_sha256": file_hash(answers), **details, "versions": library_versions(), "date": utc_now()}
     recorded: dict[str, Any] = {"versions": library_versions(), "date": utc_now()}
     recorded |= read_json_object(answers / EVAL_FILE, optional=True)
+    # The record holds what was asked for; a benchmark with an upper bound generated no more than that.
     tokens = [n for n in (recorded.pop("max_new_tokens", None), longest) if n]
     generation = {"do_sample": False, **({"max_new_tokens": min(tokens)} if tokens else {})}
     return {**recorded, "generation": generation, **details}

@@ -61,6 +61,7 @@ def evaluate_model(
     folder, data, out = parse_folder(model), Path(data), Path(out)
     definitions = get_benchmarks(benchmarks)
     settings = begin_evaluation(out, folder, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
+    # Scores are cheap and are computed anew, unless they need a judge and none is given.
     scored = [name for name in benchmarks if (out / f"{name}.json").exists()]
     remaining = [name for name in benchmarks if judge or name not in scored or not judged(out, name)]
     questions = {name: definitions[name].read_questions(data) for name in remaining}
@@ -79,6 +80,7 @@ def evaluate_model(
 
     for name in remaining:
         ask_missing(definitions[name], questions[name], load, out, settings)
+        # The main process scores the answers of all, so it must wait for the slowest.
         distributed.barrier(f"the answers to {name}")
         if distributed.is_main():
             result = write_result(definitions[name], data, questions[name], out, judge.open(out) if judge else None)
@@ -89,6 +91,7 @@ def evaluate_model(
 
 def judged(out: Path, name: str) -> bool:
     """Return True if an existing result is by a judge behind an endpoint; print how many answers it left unjudged."""
+    # Exact annotations are a judge without an address: their score is recomputed like any other.
     result = read_json_object(out / f"{name}.json")
     if "url" not in result.get("judge", {}):
         return False
@@ -99,6 +102,7 @@ def judged(out: Path, name: str) -> bool:
 
 def shard_images(images: Iterable[Any]) -> set[Any]:
     """Return the images that this process answers for."""
+    # Whole images, not questions: all prompts about an image share its prefix in one process.
     return set(distributed.shard(list(dict.fromkeys(images))))
 
 
@@ -197,7 +201,7 @@ def ask_missing(
     files = {stem: AnswerFile(out / f"{stem}.jsonl", benchmark.id_field, distributed.rank()) for stem in questions}
     images = shard_images(question.image for of_file in questions.values() for question in of_file)
     beams = dict(benchmark.generate).get("num_beams", 1)  # each beam takes as much memory as a prompt
-    for short in (True, False):
+    for short in (True, False):  # a batch has one bound on its answers, so one-word answers come apart
         stems = [stem for stem in questions if (stem in benchmark.yes_or_no) == short]
         missing = [(s, q) for s in stems for q in questions[s] if q.image in images and q.id not in files[s].records]
         own_settings = dataclasses.replace(

@@ -21,9 +21,9 @@ Ratio = Sequence[tuple[int, int]]  # a rate's (numerator, denominator), one per 
 Columns = tuple[list[int], list[int]]  # the same as (numerators, denominators)
 
 
-def safe_ratio(part: float, whole: float) -> float | None:
-    """Return part / whole; None if whole is zero, since a rate of nothing is neither good nor bad."""
-    return part / whole if whole else None
+def safe_ratio(part: float, total: float) -> float | None:
+    """Return part / total; None if the total is zero, since a rate of nothing is neither good nor bad."""
+    return part / total if total else None
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -86,6 +86,7 @@ def paired_interval(
     _same_length(*first, *second)
     if not (sum(first[1]) and sum(second[1])):
         return None
+    # One set of draws for both: their difference then varies with the images alone, not with two samplings.
     draws = _draws(len(first[0]), seed)
     return _interval(_ratios(draws, *second) - _ratios(draws, *first))
 
@@ -124,10 +125,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The k-th smallest of m is multiplied by m - k + 1, and none falls below the corrected value of a smaller one.
     """
-    corrected, most = [0.0] * len(p_values), 0.0
+    # Step down from the smallest p-value; the running maximum keeps the corrected values in order.
+    corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        most = max(most, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = most
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
     return corrected
 
 
@@ -158,6 +160,7 @@ def _draws(count: int, seed: int) -> Floats:
 
 def _ratios(draws: Floats, numerators: Sequence[float], denominators: Sequence[float]) -> Floats:
     """Compute the ratio of each resample, (RESAMPLES,); NaN where its denominators sum to zero."""
+    # A resample's sum over images is a product with the counts, so all resamples are one matrix product.
     top, bottom = (draws @ np.asarray(column, np.float64) for column in (numerators, denominators))
     return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom != 0)
 

@@ -63,10 +63,10 @@ class CopyStream:
     def record(self) -> torch.cuda.Event | None:
         return None if self.stream is None else self.stream.record_event()
 
-    def wait_for(self, mark: torch.cuda.Event | None) -> None:
-        """Make later computation wait until the copy stream has passed the event `mark`."""
-        if self.stream is not None and mark is not None:
-            torch.cuda.current_stream(self.device).wait_event(mark)
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        """Make later computation wait until the copy stream has passed this event."""
+        if self.stream is not None and event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
 
 class ActivationOffload:
@@ -84,71 +84,78 @@ class ActivationOffload:
     """
 
     def __init__(self, layers: int, layers_on_device: int, resident: frozenset[int], copy_stream: CopyStream) -> None:
-        self.kept, self.resident, self.lane = layers_on_device, resident, copy_stream
+        self.layers_on_device, self.resident, self.copy_stream = layers_on_device, resident, copy_stream
+        # By offloaded layer, its saved tensors by address, dtype and strides.
         self.saved: list[dict[Any, OffloadedTensor]] = [{} for _ in range(layers - layers_on_device)]
         self.copied_out: list[Any] = []  # events on the copy stream, one per layer
         self.copied_back: dict[int, Any] = {}
         self.backward_layer = layers  # the layer that the backward pass has reached
         copy_stream.wait_for(copy_stream.record())  # an earlier pass may have been interrupted with copies in flight
 
-    def forward(self, number: int, layer: Callable[..., Tensor], *given: Any, **more: Any) -> Tensor:
+    def forward(self, number: int, layer: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Run a layer's forward pass and offload what it saves; `number` counts from 0."""
         if number == 0:
-            self.resident |= _addresses(more.values())
-        if number >= self.kept:  # the device is full: free the oldest layer once its copy is complete
-            self.lane.wait_for(self.copied_out[number - self.kept])
-            self._release(number - self.kept)
+            self.resident |= _addresses(kwargs.values())
+        if number >= self.layers_on_device:  # the device is full: free the oldest layer once its copy is complete
+            self.copy_stream.wait_for(self.copied_out[number - self.layers_on_device])
+            self._release(number - self.layers_on_device)
         if number < len(self.saved):
             # torch compiles the same code with and without these hooks.
             with saved_tensors_hooks(partial(self._pack, self.saved[number]), self._unpack):
-                made = layer(*given, **more)
+                output = layer(*args, **kwargs)
             self._copy_out(self.saved[number].values())
         else:
-            made = layer(*given, **more)
+            output = layer(*args, **kwargs)
         # Prefetch from CPU memory as soon as the backward pass reaches this layer.
-        if made.grad_fn is not None:
-            made.grad_fn.register_prehook(lambda _: self._prefetch_for(number))
-        return made
+        if output.grad_fn is not None:
+            output.grad_fn.register_prehook(lambda _: self._prefetch_for(number))
+        return output
 
-    def _pack(self, held: dict[Any, OffloadedTensor], tensor: Tensor) -> OffloadedTensor | Tensor:
+    def _pack(self, activations: dict[Any, OffloadedTensor], tensor: Tensor) -> OffloadedTensor | Tensor:
         if not self._is_offloadable(tensor):
             return tensor
         # Several operations may save the same activation: copy it once and count its uses.
-        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if same not in held:
-            held[same] = OffloadedTensor(tensor, torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda))
-        held[same].uses += 1
-        return held[same]
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in activations:
+            # Only from and to pinned memory can a GPU copy while it computes.
+            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            activations[key] = OffloadedTensor(tensor, host)
+        activations[key].uses += 1
+        return activations[key]
 
     def _is_offloadable(self, tensor: Tensor) -> bool:
         """Return True if the tensor is a large activation whose strides survive the round trip."""
+        # Parameters and tensor subclasses stay, and so do small tensors, whose copies would cost more than they free.
         if type(tensor) is not Tensor or tensor.nbytes < MIN_BYTES:
             return False
+        # Views of weights or of a common mask hold memory that is needed anyway.
         if tensor.untyped_storage().data_ptr() in self.resident:
             return False
         return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
     @torch.no_grad()
-    def _copy_out(self, saved: Iterable[OffloadedTensor]) -> None:
-        with self.lane.after_compute():
-            for each in saved:
-                assert each.on_device is not None
-                each.on_host.copy_(each.on_device, non_blocking=True)
-        self.copied_out.append(self.lane.record())
+    def _copy_out(self, activations: Iterable[OffloadedTensor]) -> None:
+        # `on_device` still holds the original: it is dropped by `_release` once the event below has passed.
+        with self.copy_stream.after_compute():
+            for activation in activations:
+                assert activation.on_device is not None
+                activation.on_host.copy_(activation.on_device, non_blocking=True)
+        self.copied_out.append(self.copy_stream.record())
 
     def _release(self, layer: int) -> None:
-        for saved in self.saved[layer].values():
-            saved.on_device = None
+        for activation in self.saved[layer].values():
+            activation.on_device = None
 
-    def _unpack(self, held: OffloadedTensor | Tensor) -> Tensor:
-        if not isinstance(held, OffloadedTensor):
-            return held
-        if held.on_device is None:  # already freed: unpacked more often than it was saved
-            self.lane.wait_for(self._copy_back([held]))
-        tensor, held.uses = held.on_device, held.uses - 1
+    def _unpack(self, saved: OffloadedTensor | Tensor) -> Tensor:
+        if not isinstance(saved, OffloadedTensor):
+            return saved
+        if saved.on_device is None:  # already freed: unpacked more often than it was saved
+            self.copy_stream.wait_for(self._copy_back([saved]))
+        # The last operation that saved it gets the only reference, so that its memory is freed right afterwards.
+        tensor, saved.uses = saved.on_device, saved.uses - 1
         assert tensor is not None
-        if held.uses < 1:
-            held.on_device = None
+        if saved.uses < 1:
+            saved.on_device = None
         return tensor
 
     def _prefetch_for(self, layer: int) -> None:
@@ -158,26 +165,26 @@ class ActivationOffload:
             if self.backward_layer < len(self.saved):
                 self._release(self.backward_layer)
             self.backward_layer -= 1
-            coming = self.backward_layer - self.kept + 1
-            if 0 <= coming < len(self.saved):
-                self.copied_back[coming] = self._copy_back(self.saved[coming].values())
-            self.lane.wait_for(self.copied_back.get(self.backward_layer))
+            next_layer = self.backward_layer - self.layers_on_device + 1
+            if 0 <= next_layer < len(self.saved):
+                self.copied_back[next_layer] = self._copy_back(self.saved[next_layer].values())
+            self.copy_stream.wait_for(self.copied_back.get(self.backward_layer))
 
     @torch.no_grad()
-    def _copy_back(self, wanted: Collection[OffloadedTensor]) -> Any:
+    def _copy_back(self, activations: Collection[OffloadedTensor]) -> Any:
         """Start copying tensors back to the device; return the event that marks the end of the copies."""
-        for saved in wanted:  # allocate on the compute stream, which also frees the memory
-            saved.on_device = torch.empty_like(saved.on_host, device=self.lane.device)
-        with self.lane.after_compute():
-            for saved in wanted:
-                assert saved.on_device is not None
-                saved.on_device.copy_(saved.on_host, non_blocking=True)
-        return self.lane.record()
+        for activation in activations:  # allocate on the compute stream, which also frees the memory
+            activation.on_device = torch.empty_like(activation.on_host, device=self.copy_stream.device)
+        with self.copy_stream.after_compute():
+            for activation in activations:
+                assert activation.on_device is not None
+                activation.on_device.copy_(activation.on_host, non_blocking=True)
+        return self.copy_stream.record()
 
 
-def _addresses(given: Iterable[Any]) -> frozenset[int]:
+def _addresses(values: Iterable[Any]) -> frozenset[int]:
     """Return the storage addresses of tensors, including tensors in tuples."""
-    flat = [tensor for each in given for tensor in (each if isinstance(each, tuple) else (each,))]
+    flat = [tensor for value in values for tensor in (value if isinstance(value, tuple) else (value,))]
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in flat if isinstance(tensor, Tensor))
 
 
@@ -186,14 +193,14 @@ class OffloadedLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, number: int, current_offload: Callable[[], ActivationOffload | None]) -> None:
         super().__init__()
-        self.layer, self.number, self.watching = layer, number, current_offload
+        self.layer, self.number, self.current_offload = layer, number, current_offload
 
-    def forward(self, hidden_states: Tensor, **more: Any) -> Tensor:
-        offload = self.watching()
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        offload = self.current_offload()
         if offload is not None:
-            return offload.forward(self.number, self.layer, hidden_states, **more)
-        made: Tensor = self.layer(hidden_states, **more)
-        return made
+            return offload.forward(self.number, self.layer, hidden_states, **kwargs)
+        output: Tensor = self.layer(hidden_states, **kwargs)
+        return output
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -107,12 +107,17 @@ class Collator:
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
         pairs = len(items)
+        # Corrupted copies follow the pairs, so that the loss finds both by counting.
         items += [item.corrupted for item in items if item.corrupted is not None]
-        made = (
+        inputs = (
             self.cached_batch(items) if items[0].states is not None else self.live_batch(items, features=self.features)
         )
-        work = self.stats(items, made, pairs)
-        batch: dict[str, Any] = {"batch": made if any(made.image_counts) else self.with_blank_image(made), "work": work}
+        work = self.stats(items, inputs, pairs)  # before a blank image is added, which is no work of the data
+        batch: dict[str, Any] = {
+            "batch": inputs if any(inputs.image_counts) else self.with_blank_image(inputs),
+            "work": work,
+        }
+        # What the loss needs for each target, (N,) in the order of the policy's log-probs.
         for name in ("reference", "weight"):
             values = [getattr(item, name) for item in items]
             if values[0] is not None:
@@ -128,10 +133,12 @@ class Collator:
         """
         if isinstance(batch, TrunkStates):
             width = self.policy.vision_width
+            # One row of zeros (1, V); `pad_images` masks it everywhere.
             return batch if width is None else replace(batch, features=[batch.states.new_zeros(1, width)])
         if self.features:  # features are cached, so no batch calls the tower
             unseen = torch.zeros_like(next(iter(self.features.values())))
             return replace(batch, features=unseen[None])
+        # Else the tower runs on a black picture; no position holds its placeholder.
         blank = self.images.batch([Image.new("RGB", (32, 32))])
         return replace(batch, pixel_values=blank["pixel_values"], image_sizes=blank.get("image_sizes"))
 
@@ -143,10 +150,12 @@ class Collator:
         return build_live_batch(self.policy, self.images, self.pad_id, shown, row_length, features)
 
     def cached_batch(self, items: Sequence[Item]) -> TrunkStates:
+        """Build a batch of cached trunk states, padded to (T, S, D)."""
         targets = concatenate_targets([item.targets for item in items if item.targets is not None])
         T, S = targets.kept_branch.shape
         first = items[0].states
         assert first is not None
+        # Copy each tree's kept states (s, D) into its row and zero the rest; the mapped files are read here.
         states = first.new_empty(T, S, first.shape[-1])
         for t, item in enumerate(items):
             assert item.states is not None
@@ -156,18 +165,20 @@ class Collator:
         features = [self.features[path] for path in paths] if self.features and paths else None
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
 
-    def stats(self, items: Sequence[Item], made: LiveBatch | TrunkStates, pairs: int) -> BatchStats:
+    def stats(self, items: Sequence[Item], batch: LiveBatch | TrunkStates, pairs: int) -> BatchStats:
         """Compute the work in a batch; the first `pairs` items are not corrupted copies."""
         trees = [item.example.tree for item in items]
-        everything, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
-        tokens, last_mlp, encoded = everything, 0, 0
-        if isinstance(made, TrunkStates):
-            targets, features = made.targets, sum(len(one) for one in made.features or [])
+        positions, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
+        # Each tree counts in full here; packed rows may share a root, so that the trunk reads fewer positions.
+        tokens, last_mlp, encoded = positions, 0, 0
+        if isinstance(batch, TrunkStates):
+            targets, features = batch.targets, sum(len(image_features) for image_features in batch.features or [])
         else:
-            packed, targets = made.packed, made.packed.targets
-            sizes = made.image_sizes.tolist() if made.image_sizes is not None else [(0, 0)] * sum(made.image_counts)
+            packed, targets = batch.packed, batch.packed.targets
+            # Only models that tile images need their sizes; elsewhere every image has the same number of features.
+            sizes = batch.image_sizes.tolist() if batch.image_sizes is not None else [(0, 0)] * sum(batch.image_counts)
             features = sum(vision_feature_count(self.policy.config, (height, width)) for height, width in sizes)
-            encoded = features if made.features is None else 0
+            encoded = features if batch.features is None else 0
             tokens = last_mlp = int((packed.tree_index != PADDING).sum())
             if self.policy.uses_sparse_last_mlp(packed.keep.numel(), packed.ids.numel()):
                 last_mlp = int((targets.kept_branch != PADDING).sum())
@@ -177,9 +188,9 @@ class Collator:
             last_mlp=last_mlp,
             features=features,
             encoded=encoded,
-            states=everything if self.policy.needs_all_states else len(targets.id),
+            states=positions if self.policy.needs_all_states else len(targets.id),
             targets=len(targets.id),
-            live=isinstance(made, LiveBatch),
+            live=isinstance(batch, LiveBatch),
         )
 
 
@@ -203,19 +214,22 @@ def build_live_batch(
     """
     trees = [tree for tree, _ in items]
     pictures = [picture for _, shown in items for picture in shown]
-    known = [features.get(picture) for picture in pictures if isinstance(picture, Path)] if features else []
-    seen = [one for one in known if one is not None]
-    inputs = images.batch(pictures) if len(seen) < len(pictures) else {}
-    everything, root = policy.needs_all_states, common_root_length(trees, policy.config.image_token_id)
+    cached = [features.get(picture) for picture in pictures if isinstance(picture, Path)] if features else []
+    available = [tensor for tensor in cached if tensor is not None]
+    # Cached features are used for all pictures of a batch or for none.
+    inputs = images.batch(pictures) if len(available) < len(pictures) else {}
+    keep_all, root = policy.needs_all_states, common_root_length(trees, policy.config.image_token_id)
     if packs_rows(policy.trunk_pass):
         at_least = lambda needed: round_up_to_blocks(max(needed, row_length))  # noqa: E731
         sharing = None if row_length else TREES_PER_ROOT
-        packed = pack(trees, pad_id, everything, sum(map(len, trees)), at_least, root, sharing)
+        # One row as long as all trees together, rounded up to whole blocks of FlexAttention's mask.
+        packed = pack(trees, pad_id, keep_all, sum(map(len, trees)), at_least, root, sharing)
     else:
-        packed = pack(trees, pad_id, everything, max(map(len, trees)), root_length=root)
+        # Rows as long as the longest tree; short trees share a row where they fit.
+        packed = pack(trees, pad_id, keep_all, max(map(len, trees)), root_length=root)
     counts = [len(shown) for _, shown in items]
     # Stack copies the features: a worker that sends a view would send its whole storage.
-    stored = torch.stack(seen) if pictures and not inputs else None
+    stored = torch.stack(available) if pictures and not inputs else None
     return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"), stored)
 
 
@@ -241,13 +255,14 @@ def check_images(examples: Sequence[Example], images: ImageLoader, on_bad: str) 
     for path, fault in zip(paths, prefetch_map(partial(_decode_error, images), paths), strict=True):
         if fault:
             faults[path] = fault
+    # One bad image spoils every sample that shows it.
     bad = [example for example in examples if faults.keys() & set(example.images)]
     lost = {path: [example.id for example in bad if path in example.images] for path in faults}
-    named = [f"{fault} Its samples: {', '.join(lost[path])}." for path, fault in faults.items()]
+    messages = [f"{fault} Its samples: {', '.join(lost[path])}." for path, fault in faults.items()]
     if bad and on_bad == "error":
-        what = f"{len(bad)} samples have unusable images: {preview(named, 3)}"
-        raise DataError(what, "Repair them (relook data fix), or set on_bad drop to go on without.")
-    return [example for example in examples if not faults.keys() & set(example.images)], named
+        message = f"{len(bad)} samples have unusable images: {preview(messages, 3)}"
+        raise DataError(message, "Repair them (relook data fix), or set on_bad drop to go on without.")
+    return [example for example in examples if not faults.keys() & set(example.images)], messages
 
 
 def _decode_error(images: ImageLoader, path: Path) -> str:
@@ -266,16 +281,18 @@ def split_held_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], 
     Raises:
         RecipeError: a positive `fraction` leaves one of the two sets empty.
     """
+    # Distinct images in order of the data, so that the same data gives the same split.
     images = list(dict.fromkeys(path for item in items for path in item.example.images))
-    held = set(random.Random(0).sample(images, round(fraction * len(images))))
-    out = [item for item in items if held & set(item.example.images)]
-    kept = [item for item in items if not held & set(item.example.images)]
-    if fraction and not (out and kept):
+    held_out = set(random.Random(0).sample(images, round(fraction * len(images))))
+    held_out_items = [item for item in items if held_out & set(item.example.images)]
+    training_items = [item for item in items if not held_out & set(item.example.images)]
+    if fraction and not (held_out_items and training_items):
         raise RecipeError(
-            f"eval_fraction {fraction} of {len(images)} images: {len(kept)} samples to train on, {len(out)} to test.",
+            f"eval_fraction {fraction} of {len(images)} images: {len(training_items)} samples to train on, "
+            f"{len(held_out_items)} to test.",
             "Choose another one.",
         )
-    return kept, out
+    return training_items, held_out_items
 
 
 def length_sorted_batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
@@ -293,15 +310,16 @@ def reference_log_probs(
 
     The policy is still the reference then, so no second model is needed.
     """
-    policy.eval()
-    found: dict[int, Tensor] = {}
+    policy.eval()  # without dropout, for the reference; the Trainer sets the mode before each step
+    by_item: dict[int, Tensor] = {}
     for indices in length_sorted_batches(items, size):
         batch = collator([items[i] for i in indices])["batch"]
         log_probs = policy(batch.to(policy.device)).cpu()
+        # The policy returns the targets of all items in one (N,): cut it by each item's number of targets.
         counts = [sum(sum(b.supervised) for b in items[i].example.tree.branches) for i in indices]
-        found.update(zip(indices, log_probs.split(counts), strict=True))
-        report(len(found), len(items))
-    return [found[i] for i in range(len(items))]
+        by_item.update(zip(indices, log_probs.split(counts), strict=True))
+        report(len(by_item), len(items))
+    return [by_item[i] for i in range(len(items))]
 
 
 def preference_weights(example: Example, dpo_tokens: str) -> Tensor:

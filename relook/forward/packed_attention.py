@@ -62,14 +62,17 @@ class SharedLoraA:
 
     def product(self, states: Tensor, index: int) -> Tensor:
         """Return A x for the layer at `index`, (..., r); the first call computes it for all layers."""
+        # Other hidden states, or a second call on the same: compute anew, as in a new forward pass.
         if self.states is not states or index not in self.pending:
+            # A of all layers, each (r, in), below each other: one product (..., in) -> (..., sum of r), cut by layer.
             weights = [layer.lora_A[ADAPTER].weight for layer in self.layers]
-            made = linear(states.to(weights[0].dtype), torch.cat(weights))
-            self.states, self.pending = states, dict(enumerate(made.split([len(weight) for weight in weights], -1)))
-        mine = self.pending.pop(index)
+            products = linear(states.to(weights[0].dtype), torch.cat(weights))
+            self.states, self.pending = states, dict(enumerate(products.split([len(weight) for weight in weights], -1)))
+        narrow = self.pending.pop(index)
+        # Drop the reference once all layers have theirs: nothing may outlive the pass.
         if not self.pending:
             self.states = None
-        return mine
+        return narrow
 
 
 class FusedLoraLinear(Linear):
@@ -79,10 +82,11 @@ class FusedLoraLinear(Linear):
     index: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Whatever else peft can do in a forward pass is left to peft.
         plain = self.active_adapters == [ADAPTER] and not (self.disable_adapters or self.merged or args or kwargs)
         if not plain:
-            made: Tensor = super().forward(x, *args, **kwargs)
-            return made
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
         # W x + B (s A x): the scale acts on r numbers per position, not on the full output width.
         result: Tensor = self.base_layer(x)
         if self.shared_a is not None and self.shared_a.can_share:
@@ -90,6 +94,7 @@ class FusedLoraLinear(Linear):
         else:
             A = self.lora_A[ADAPTER]
             narrow = A(self.lora_dropout[ADAPTER](x.to(A.weight.dtype)))
+        # (..., r) -> (..., out)
         wide: Tensor = self.lora_B[ADAPTER](narrow * self.scaling[ADAPTER])
         return (result + wide).to(result.dtype)
 
@@ -105,18 +110,19 @@ def fuse_lora(layers: nn.Module) -> None:
                 name: child for name, child in module.named_children() if _is_plain_lora(child)
             }
             for child in lora_layers.values():
+                # Change the class in place: parameters, names and peft's references to the layer stay the same.
                 child.__class__, child.shared_a = FusedLoraLinear, None
             for names in (ATTENTION_INPUTS, MLP_INPUTS):
                 group = [lora_layers[name] for name in names if name in lora_layers]
                 if len(group) > 1 and all(isinstance(child.lora_dropout[ADAPTER], nn.Identity) for child in group):
-                    beside = SharedLoraA(group, layer)
-                    for place, child in enumerate(group):
-                        child.shared_a, child.index = beside, place
+                    shared = SharedLoraA(group, layer)
+                    for index, child in enumerate(group):
+                        child.shared_a, child.index = shared, index
 
 
 def _is_plain_lora(module: Any) -> bool:
-    one = type(module) is Linear and list(module.lora_A) == [ADAPTER] and not module.lora_variant
-    return one and module.lora_B[ADAPTER].bias is None  # peft would scale a bias as well
+    plain = type(module) is Linear and list(module.lora_A) == [ADAPTER] and not module.lora_variant
+    return plain and module.lora_B[ADAPTER].bias is None  # peft would scale a bias as well
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -128,7 +134,7 @@ MAX_COMPILED_VARIANTS = (
 
 
 def resolve_trunk_pass(
-    how: str,
+    trunk_pass: str,
     device: str,
     sharded: bool = False,
     activation_memory_budget: float = BUDGET,
@@ -141,18 +147,18 @@ def resolve_trunk_pass(
             budget without compiled layers; or activation offloading on a CPU or with sharded layers.
     """
     if activation_offloading and (sharded or device == "cpu"):
-        where = "FSDP or DeepSpeed, which have ways of their own" if sharded else "a CPU, whose memory they are in"
-        raise RecipeError(f"activation_offloading does not go with {where}.", "Leave it out.")
-    if how == "compiled" and sharded:
+        reason = "FSDP or DeepSpeed, which have ways of their own" if sharded else "a CPU, whose memory they are in"
+        raise RecipeError(f"activation_offloading does not go with {reason}.", "Leave it out.")
+    if trunk_pass == "compiled" and sharded:
         raise RecipeError("trunk_pass compiled does not go with FSDP or DeepSpeed.", "Set trunk_pass flex.")
-    if how == "auto":
-        how = "dense" if device != "cuda" else "flex" if sharded else "compiled"
-    if how != "compiled" and activation_memory_budget != BUDGET:
+    if trunk_pass == "auto":
+        trunk_pass = "dense" if device != "cuda" else "flex" if sharded else "compiled"
+    if trunk_pass != "compiled" and activation_memory_budget != BUDGET:
         raise RecipeError(
-            f"activation_memory_budget is of compiled layers, and trunk_pass is {how} here.",
+            f"activation_memory_budget needs compiled layers, but trunk_pass is {trunk_pass} here.",
             "Leave it out, or set gradient_checkpointing true.",
         )
-    return how
+    return trunk_pass
 
 
 def packs_rows(trunk_pass: str) -> bool:
@@ -167,7 +173,7 @@ def block_mask(packed: PackedTrees) -> BlockMask:
     positions on an H100; compiled for some lengths, it keeps ptxas busy for minutes.
     """
     last, L = packed.last_query, packed.last_query.shape[1]
-    position = torch.arange(L, device=last.device, dtype=torch.int32)
+    position = torch.arange(L, device=last.device, dtype=torch.int32)  # (L,)
     # Key k is seen by the queries k..last[k]. Compare this range with each block of queries, (R, blocks, L): they
     # overlap if any query of the block sees the key; the range covers the block if all its queries do.
     low = position[::BLOCK, None]  # first query of each block
@@ -179,6 +185,7 @@ def block_mask(packed: PackedTrees) -> BlockMask:
         all_visible.unflatten(2, (-1, BLOCK)).all(3),
     )
 
+    # The exact rule, for one pair of query q and key k in row r; the same for all heads h.
     def allowed(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (q <= last[r, k])
 
@@ -204,7 +211,7 @@ class PackedTrunk:
 
     Args:
         language_model: transformers' base language model, with its decoder layers in `layers`.
-        how: "compiled" (FlexAttention, layers compiled), "flex" (FlexAttention) or "dense" (SDPA).
+        trunk_pass: "compiled" (FlexAttention, layers compiled), "flex" (FlexAttention) or "dense" (SDPA).
         activation_memory_budget: share of a compiled layer's activations that are kept for its backward pass. torch
             recomputes the others, starting with those that cost the least time per byte.
         sharded: True if FSDP or DeepSpeed shards the model; they know only its original layers.
@@ -214,12 +221,12 @@ class PackedTrunk:
     def __init__(
         self,
         language_model: Any,
-        how: str,
+        trunk_pass: str,
         activation_memory_budget: float = BUDGET,
         sharded: bool = False,
         activation_offloading: float = 0,
     ) -> None:
-        self.packs_rows = packs_rows(how)
+        self.packs_rows = packs_rows(trunk_pass)
         self.budget = activation_memory_budget
         self.model = language_model
         self.sparse_last_layer: SparseLastLayer | None = None
@@ -227,15 +234,17 @@ class PackedTrunk:
         self.layers_on_device = layers_on_device(self.layers, activation_offloading)
         self.offload: ActivationOffload | None = None
         if activation_offloading and self.layers_on_device == self.layers:
-            said = f"activation_offloading has no layer to take of {self.layers}: {self.layers_on_device} stay."
-            raise RecipeError(said, "Leave it out.")
-        if how == "compiled":
+            message = f"activation_offloading has no layer to take of {self.layers}: {self.layers_on_device} stay."
+            raise RecipeError(message, "Leave it out.")
+        if trunk_pass == "compiled":
             fuse_lora(language_model.layers)
+        # FSDP and DeepSpeed hook the original layers, so a sharded model runs as it is.
         if not sharded:
             self.model, self.sparse_last_layer = _copy_with_own_layers(
-                language_model, how == "compiled", has_sparse_last_mlp(language_model, how)
+                language_model, trunk_pass == "compiled", has_sparse_last_mlp(language_model, trunk_pass)
             )
         if self.layers_on_device < self.layers:
+            # Outermost wrapper: saved tensors are packed around the compiled layer, not inside it.
             self.copy_stream = CopyStream(language_model.device)
             layers = self.model.layers
             for number, layer in enumerate(list(layers)):
@@ -247,11 +256,13 @@ class PackedTrunk:
         Raises:
             RelookError: the layers cannot be compiled here.
         """
+        # Queries see the keys of their own tree and branch: a block mask (R, 1, L, L) or a dense one of that shape.
         mask = block_mask(packed) if self.packs_rows else packed.dense_mask()
-        chosen = self.sparse_last_layer is not None and packed.keep.numel() < packed.ids.numel()
+        # Where all positions are kept (for self-attention in the post decoder), there is nothing to leave out.
+        selects = self.sparse_last_layer is not None and packed.keep.numel() < packed.ids.numel()
         if self.sparse_last_layer is not None:
-            self.sparse_last_layer.keep = packed.keep.flatten() if chosen else None
-            if chosen and not torch.compiler.is_compiling():  # their number varies by batch
+            self.sparse_last_layer.keep = packed.keep.flatten() if selects else None
+            if selects and not torch.compiler.is_compiling():  # their number varies by batch
                 torch._dynamo.maybe_mark_dynamic(self.sparse_last_layer.keep, 0)
         # Above its default limit of 8 variants, torch would only warn and run uncompiled.
         limit = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_VARIANTS)
@@ -271,13 +282,15 @@ class PackedTrunk:
                     f"torch cannot compile the trunk here: {str(error).splitlines()[0]}",
                     "Install a C compiler (triton needs one), or set trunk_pass dense.",
                 ) from error
-        return states.unflatten(0, packed.keep.shape) if chosen else states.flatten(0, 1)[packed.keep]
+        # `keep` (T, S) indexes the R * L positions. The sparse layer has selected already: (T * S, D) -> (T, S, D);
+        # else select here: (R, L, D) -> (R * L, D) -> (T, S, D).
+        return states.unflatten(0, packed.keep.shape) if selects else states.flatten(0, 1)[packed.keep]
 
     @cached_property  # walking all modules takes as long as running some layers
     def _weight_addresses(self) -> frozenset[int]:
         """Return the storage addresses of the weights; first read once they are on their training device."""
-        held = (*self.model.parameters(), *self.model.buffers())
-        return frozenset(tensor.untyped_storage().data_ptr() for tensor in held)
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
     @contextmanager
     def _offloading(self) -> Iterator[None]:
@@ -292,19 +305,20 @@ class PackedTrunk:
             self.offload = None
 
 
-def _copy_with_own_layers(language_model: Any, compiled: bool, apart: bool) -> tuple[Any, SparseLastLayer | None]:
+def _copy_with_own_layers(language_model: Any, compiled: bool, sparse_last: bool) -> tuple[Any, SparseLastLayer | None]:
     """Return a shallow copy of the model with its own list of layers, so that `generate` keeps the original ones.
 
     Layers are compiled one by one, not the whole model: all layers but the last share their code. On a CPU, each length
     is compiled separately: the C++ that torch 2.13 generates for FlexAttention with dynamic lengths is faulty.
     """
     dynamic = None if language_model.device.type == "cuda" else False
-    make: Any = partial(torch.compile, dynamic=dynamic) if compiled else lambda layer: layer
+    wrap: Any = partial(torch.compile, dynamic=dynamic) if compiled else lambda layer: layer
     *layers, layer = language_model.layers
-    last = SparseLastLayer(make(_with_sparse_forward(layer))) if apart else None
+    last = SparseLastLayer(wrap(_with_sparse_forward(layer))) if sparse_last else None
+    # A shallow copy shares embeddings, norm and weights; only `layers` is replaced, in a module dict of its own.
     shell = copy.copy(language_model)
     shell._modules = dict(language_model._modules)
-    shell.layers = nn.ModuleList([*map(make, layers), last or make(layer)])
+    shell.layers = nn.ModuleList([*map(wrap, layers), last or wrap(layer)])
     return shell, last
 
 
@@ -313,15 +327,16 @@ def _copy_with_own_layers(language_model: Any, compiled: bool, apart: bool) -> t
 PRE_NORM = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)  # h += attention(norm(h)); h += mlp(norm(h))
 
 
-def has_sparse_last_mlp(language_model: Any, how: str) -> bool:
+def has_sparse_last_mlp(language_model: Any, trunk_pass: str) -> bool:
     """Return True if everything after the last layer's attention is computed at the kept positions only.
 
     The layer must be of a known class, and its `forward` must not have been replaced. Sharding by FSDP or DeepSpeed is
     not checked here. Compiled on a CPU, each number of kept positions would need its own compilation.
     """
     layer = language_model.layers[-1]
-    ours = type(layer) in PRE_NORM and "forward" not in vars(layer)
-    return ours and not (how == "compiled" and language_model.device.type == "cpu")
+    # A subclass or a patched forward may do anything between attention and MLP.
+    pre_norm = type(layer) in PRE_NORM and "forward" not in vars(layer)
+    return pre_norm and not (trunk_pass == "compiled" and language_model.device.type == "cpu")
 
 
 class SparseLastLayer(nn.Module):
@@ -336,10 +351,10 @@ class SparseLastLayer(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, hidden_states: Tensor, **more: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Map hidden states (R, L, D) to (N, D), or to (R, L, D) if `keep` is None."""
-        made: Tensor = self.layer(hidden_states, keep=self.keep, **more)
-        return made
+        output: Tensor = self.layer(hidden_states, keep=self.keep, **kwargs)
+        return output
 
 
 def _with_sparse_forward(layer: nn.Module) -> nn.Module:
@@ -355,13 +370,14 @@ def _sparse_class(kind: Any) -> Any:
     class Keeping(kind):
         """Decoder layer with `keep`; a subclass, so that transformers' checkpointing wraps its `forward`, too."""
 
-        def forward(self, hidden_states: Tensor, keep: Tensor | None = None, **more: Any) -> Any:
+        def forward(self, hidden_states: Tensor, keep: Tensor | None = None, **kwargs: Any) -> Any:
             if keep is None:
-                return super().forward(hidden_states, **more)
-            # Attend at all positions, then drop those that are not kept before the MLP.
-            attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
-            kept = (hidden_states + attended).flatten(0, 1)[keep]
-            return kept + self.mlp(self.post_attention_layernorm(kept))
+                return super().forward(hidden_states, **kwargs)
+            # Attend at all positions, (R, L, D): every kept query needs the keys and values of all of them.
+            attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+            # Drop the others before the MLP: (R, L, D) -> (R * L, D) -> (N, D).
+            states_ND = (hidden_states + attended).flatten(0, 1)[keep]
+            return states_ND + self.mlp(self.post_attention_layernorm(states_ND))
 
     return Keeping
 

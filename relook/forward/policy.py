@@ -41,23 +41,27 @@ class GatherLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, compiled: bool) -> Tensor:
+        # log softmax(z)_i = z_i - logsumexp(z). Only the logsumexp (N,) is new; the logits exist anyway.
         total = _map_rows(_logsumexp, compiled, logits)
         ctx.save_for_backward(logits, ids, total)
         ctx.compiled = compiled
+        # Pick the logit of each row's id, (N, vocabulary) -> (N, 1) -> (N,), before anything is upcast.
         return upcast(logits.gather(-1, ids[:, None]).squeeze(-1)) - total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, ids, total = ctx.saved_tensors
+        # One gradient for each input of `forward`: ids and `compiled` have none.
         return _map_rows(_logit_gradients, ctx.compiled, logits, ids, total, gradient), None, None
 
 
 def _map_rows(function: Callable[..., Tensor], compiled: bool, *tensors: Tensor) -> Tensor:
     """Apply `function` to tensors with equal numbers of rows: compiled in one pass over memory, or in row chunks."""
     if compiled:
-        made: Tensor = torch.compile(function)(*tensors)
-        return made
+        output: Tensor = torch.compile(function)(*tensors)
+        return output
+    # Eager operations write their float32 intermediates to memory, so limit them to a few rows at a time.
     parts = zip(*(tensor.split(ROWS_IN_FLOAT32) for tensor in tensors), strict=True)
     return torch.cat([function(*part) for part in parts])
 
@@ -67,10 +71,11 @@ def _logsumexp(logits: Tensor) -> Tensor:
 
 
 def _logit_gradients(logits: Tensor, ids: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
-    # g * ([j = id] - softmax_j), with the softmax rebuilt from the saved logsumexp.
-    said = torch.arange(logits.shape[-1], device=logits.device) == ids[:, None]
-    found = said.to(total.dtype) - (upcast(logits) - total[:, None]).exp()
-    return (found * gradient[:, None]).to(logits.dtype)
+    # g * ([j = id] - softmax_j), with the softmax rebuilt from the saved logsumexp. All are (N, vocabulary).
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == ids[:, None]
+    gradients = is_target.to(total.dtype) - (upcast(logits) - total[:, None]).exp()
+    # The gradient has the logits' dtype, as autograd requires; it is rounded once, here.
+    return (gradients * gradient[:, None]).to(logits.dtype)
 
 
 def upcast(values: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ class Policy(nn.Module):
 
     Args:
         model: a transformers model, possibly wrapped by peft; the wrapper itself is bypassed, its layers are not. For
-            cached trunk states, an `AboveTrunk`.
+            cached trunk states, a `HeadModel`.
         dtype: dtype of matrix products; trained tensors stay in float32.
         trunk_pass: how the language model reads packed trees; see `PackedTrunk`.
         sharded: True if FSDP or DeepSpeed will shard the model.
@@ -154,23 +159,25 @@ class Policy(nn.Module):
         self.model = model
         self.dtype = dtype
         self.sharded = sharded
-        place = self.device.type
+        device_type = self.device.type
         self.trunk_pass = resolve_trunk_pass(
-            trunk_pass, place, sharded, activation_memory_budget, activation_offloading
+            trunk_pass, device_type, sharded, activation_memory_budget, activation_offloading
         )
         self.activation_offloading = activation_offloading
+        # Only torch.compile's partitioner reads the budget.
         self.activation_memory_budget = activation_memory_budget if self.trunk_pass == "compiled" else 1.0
 
-    @cached_property
+    @cached_property  # built at the first step, when peft, FSDP or DeepSpeed have finished with the layers
     def _packed_trunk(self) -> PackedTrunk:
         model = self.core.model.language_model
-        budget, away = self.activation_memory_budget, self.activation_offloading
-        return PackedTrunk(model, self.trunk_pass, budget, self.sharded, away)
+        return PackedTrunk(
+            model, self.trunk_pass, self.activation_memory_budget, self.sharded, self.activation_offloading
+        )
 
-    def uses_sparse_last_mlp(self, kept: int, positions: int) -> bool:
+    def uses_sparse_last_mlp(self, kept_positions: int, positions: int) -> bool:
         """Return True if the trunk's last MLP runs at the kept positions only; both counts include padding."""
         at_kept = not self.sharded and has_sparse_last_mlp(self.core.model.language_model, self.trunk_pass)
-        return at_kept and kept < positions
+        return at_kept and kept_positions < positions
 
     @property
     def core(self) -> Any:
@@ -183,8 +190,8 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the language model's device; the vision tower may be elsewhere (`offload_vision_tower`)."""
-        found: torch.device = self.core.lm_head.weight.device
-        return found
+        device: torch.device = self.core.lm_head.weight.device
+        return device
 
     def offload_vision_tower(self) -> None:
         """Move a vision tower that no step runs to the CPU, which frees its memory on the device."""
@@ -207,7 +214,7 @@ class Policy(nn.Module):
     @property
     def vision_width(self) -> int | None:
         """Return the width of the vision features that the post decoder reads, or None if it reads none."""
-        align = self.post_decoder.align if self.post_decoder is not None else None
+        align = self.post_decoder.align if self.post_decoder is not None else None  # "none" attention has none
         first: Any = align.linears[0] if align is not None else None
         return None if first is None else int(first.in_features)
 
@@ -218,7 +225,7 @@ class Policy(nn.Module):
         The rest (embeddings, projector, post decoder, lm_head) belongs to the policy's own unit. Its parameters are
         gathered during the whole forward pass, since parts of it are called by name.
         """
-        units = getattr(self.core, "_no_split_modules", ())  # an `AboveTrunk` has none
+        units = getattr(self.core, "_no_split_modules", ())  # a `HeadModel` has none
         return sorted({type(m).__name__ for m in self.core.modules()} & set(units))
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -227,15 +234,17 @@ class Policy(nn.Module):
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # the name before transformers 5.23
 
-    def autocast(self, wanted: bool = True) -> torch.autocast:
+    def autocast(self, enabled: bool = True) -> torch.autocast:
         device = self.device.type
-        return torch.autocast(device, dtype=self.dtype, enabled=wanted and self.dtype != torch.float32)
+        return torch.autocast(device, dtype=self.dtype, enabled=enabled and self.dtype != torch.float32)
 
-    def _has_mixed_dtypes(self, named: Iterable[tuple[str, Tensor]]) -> bool:
+    def _has_mixed_dtypes(self, parameters: Iterable[tuple[str, Tensor]]) -> bool:
         """Return True if any floating-point weight has another dtype than the computation, as trained ones do."""
-        held = {p.dtype for name, p in named if p.is_floating_point() and not name.startswith("post_decoder.")}
-        return held != {self.dtype}
+        # The post decoder runs after the trunk, under the autocast of `forward`.
+        dtypes = {p.dtype for name, p in parameters if p.is_floating_point() and not name.startswith("post_decoder.")}
+        return dtypes != {self.dtype}
 
+    # Autocast casts weights of another dtype at every call, so it is enabled only where some have one.
     @cached_property
     def _mixed_trunk(self) -> bool:
         return self._has_mixed_dtypes(self.core.model.named_parameters())
@@ -249,8 +258,19 @@ class Policy(nn.Module):
 
     def trunk(self, batch: LiveBatch) -> TrunkStates:
         """Run vision tower, projector and language model on packed trees."""
+        packed = batch.packed
         with self.autocast(self._mixed_trunk):
-            return self._trunk(batch)
+            # 1. Embed the ids of all rows: (R, L) -> (R, L, D). Image positions hold placeholder ids.
+            embeds = self.core.model.get_input_embeddings()(packed.ids)
+            # 2. Encode the images; the projected features of all images form one (image positions, D).
+            features, projected = self._image_inputs(batch)
+            # 3. Write them over the placeholders; images come in order of trees, and trees in order of rows.
+            if projected is not None:
+                placeholders = (packed.ids == self.config.image_token_id).unsqueeze(-1)  # (R, L, 1)
+                embeds = embeds.masked_scatter(placeholders, projected.to(embeds.dtype))
+            # 4. Run the decoder layers and keep the positions that predict something: (R, L, D) -> (T, S, D).
+            states = self._packed_trunk(embeds, packed)
+        return TrunkStates(states, features, batch.image_counts, packed.targets)
 
     def vision_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
         """Compute the vision features that `trunk` returns, (M, V) per image, without the language model.
@@ -258,8 +278,9 @@ class Policy(nn.Module):
         Without a post decoder that merges tiles, an image is one row of `pixel_values`.
         """
         image = self._encode_images(pixel_values, image_sizes)
-        found = getattr(image, "vision_features", None)
-        return list(selected_features(self.config, image.hidden_states) if found is None else found)
+        # A model with a post decoder has grouped them by image already.
+        features = getattr(image, "vision_features", None)
+        return list(selected_features(self.config, image.hidden_states) if features is None else features)
 
     def _encode_images(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Any:
         base = self.core.model
@@ -270,6 +291,7 @@ class Policy(nn.Module):
 
     def _image_inputs(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None]:
         """Return vision features per image, if the post decoder reads them, and the embeddings at image positions."""
+        # Cached features (I, M, V) skip the tower, but not the projector, which may train.
         if batch.features is not None:
             with self.autocast(self._mixed_vision):
                 projected = self.core.model.multi_modal_projector(batch.features)
@@ -279,39 +301,32 @@ class Policy(nn.Module):
         image = self._encode_images(batch.pixel_values, batch.image_sizes)
         return image.vision_features if self.needs_vision_features else None, torch.cat(list(image.pooler_output))
 
-    def _trunk(self, batch: LiveBatch) -> TrunkStates:
-        packed = batch.packed
-        embeds = self.core.model.get_input_embeddings()(packed.ids)
-        features, projected = self._image_inputs(batch)
-        if projected is not None:
-            where = (packed.ids == self.config.image_token_id).unsqueeze(-1)
-            embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
-        return TrunkStates(self._packed_trunk(embeds, packed), features, batch.image_counts, packed.targets)
-
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Return the log-prob of each supervised token, (N,) float32."""
         with self.autocast():
-            return self._forward(batch)
-
-    def _forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
-        trunk = batch if isinstance(batch, TrunkStates) else self.trunk(batch)
-        states = prediction_states(self.post_decoder, trunk)
-        return token_log_probs(self.core.lm_head, states, trunk.targets.id, compiled=self.trunk_pass == "compiled")
+            # Trunk states (T, S, D), computed now or read from the cache.
+            trunk = batch if isinstance(batch, TrunkStates) else self.trunk(batch)
+            # Post decoder, then only the states that predict a target: (N, D).
+            states = prediction_states(self.post_decoder, trunk)
+            # lm_head and log-softmax, without ever holding the logits of all positions.
+            return token_log_probs(self.core.lm_head, states, trunk.targets.id, compiled=self.trunk_pass == "compiled")
 
 
 def prediction_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:
     """Return the hidden states after the post decoder from which lm_head predicts the targets, (N, D)."""
     states, targets = trunk.states, trunk.targets
     if post_decoder is None:
-        return states[targets.tree, targets.slot]
+        return states[targets.tree, targets.slot]  # (T, S, D) -> (N, D)
+    # Image keys and values of every block, once per image; branches of a tree share them.
     context = post_decoder.image_context(trunk.features, trunk.image_counts) if trunk.features is not None else None
     if post_decoder.reads_all_positions:
-        seen: Tensor = post_decoder(states, context, targets.self_attention_mask()[:, None])
-        return seen[targets.tree, targets.slot]
+        # Self-attention needs all states (T, S, D) and the tree mask (T, 1, S, S); select the targets afterwards.
+        decoded: Tensor = post_decoder(states, context, targets.self_attention_mask()[:, None])
+        return decoded[targets.tree, targets.slot]
     # Without self-attention, only the predicting states (N, D) pass through the post decoder.
     layout = FlatLayout(targets.tree, targets.slot, (states.shape[0], states.shape[1]))
-    chosen: Tensor = post_decoder(states[targets.tree, targets.slot], context, layout=layout)
-    return chosen
+    predicting: Tensor = post_decoder(states[targets.tree, targets.slot], context, layout=layout)
+    return predicting
 
 
 def token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor, compiled: bool = False) -> Tensor:
@@ -320,11 +335,12 @@ def token_log_probs(head: nn.Linear, states_ND: Tensor, ids_N: Tensor, compiled:
     If the logits exceed LOGITS_BYTES, targets are processed in chunks. The backward pass recomputes the logits of each
     chunk instead of keeping them.
     """
+    # A row of float32 logits takes 4 bytes per word of the vocabulary.
     rows = max(1, LOGITS_BYTES // (4 * head.out_features))
     if len(ids_N) <= rows:
         return gather_log_probs(head(states_ND), ids_N, compiled)
     parts = zip(states_ND.split(rows), ids_N.split(rows), strict=True)
     chunk = lambda states, ids: gather_log_probs(head(states), ids, compiled)  # noqa: E731
     # A chunk has no dropout, so the random state need not be saved and restored, which would sync with the device.
-    again = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([again(states, ids) for states, ids in parts])
+    recomputed = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([recomputed(states, ids) for states, ids in parts])

@@ -1,4 +1,4 @@
-"""Descriptions of pictures, and pairs of those with mistakes, which annotations find or a judge that sees them."""
+"""Describe pictures, and pair the descriptions that annotations, or a judge that sees the pictures, find wrong."""
 
 from __future__ import annotations
 
@@ -35,46 +35,51 @@ STILL_FALSE = "not corrected by another word"
 
 @dataclass
 class DescriptionPairs:
-    """What came of the descriptions.
+    """Hold the pairs made from descriptions, and the counts for the data card.
 
     Args:
-        made: descriptions that were looked at; `hallucinated` of them have mistakes.
-        dropped: pairs by reason.
-        checked: what a judge said, by picture; of the last description it was shown.
+        checked: how many descriptions were checked; `hallucinated` of them have mistakes.
+        dropped: how many pairs were dropped, by reason.
+        verdicts: the judge's verdict on the last description it was shown, by picture id.
         judge: the judge and its tokens, as the card has them.
     """
 
     pairs: list[MinedPair]
-    made: int
+    checked: int
     hallucinated: int
     dropped: Counter[str] = field(default_factory=Counter)
-    checked: dict[str, JudgedDescription] = field(default_factory=dict)
+    verdicts: dict[str, JudgedDescription] = field(default_factory=dict)
     judge: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        pairs = len(self.pairs)
-        found = pairs + sum(self.dropped.values())
         return {
-            "made": self.made,
+            "made": self.checked,
             "hallucinated": self.hallucinated,
-            "found": found,
+            "found": len(self.pairs) + sum(self.dropped.values()),
             "dropped": self.dropped,
-            "pairs": pairs,
+            "pairs": len(self.pairs),
         }
 
 
 def describe_images(
-    pictures: Sequence[MinedImage], how: MiningSettings, load: Callable[[], LoadedModel], work: Path, rng: random.Random
+    pictures: Sequence[MinedImage],
+    settings: MiningSettings,
+    load: Callable[[], LoadedModel],
+    work: Path,
+    rng: random.Random,
 ) -> list[list[str]]:
-    """Texts of each picture, asked for by one of HA-DPO's four prompts: a greedy one, then sampled ones."""
+    """Ask for descriptions of each picture by one of HA-DPO's four prompts: a greedy one, then sampled ones."""
     prompts = [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
     rounds = []
-    for number in range(1 + how.samples):
-        sampling = (("do_sample", True), ("temperature", how.temperature), ("top_k", 0)) if number else ()
-        asking = GenerationSettings(how.template, how.max_new_tokens, how.batch_size, sampling, how.seed + number)
-        asked = [(picture.id, (picture.path, prompt)) for picture, prompt in zip(pictures, prompts, strict=True)]
+    for number in range(1 + settings.samples):
+        # Temperature alone shapes the samples; transformers would cut at top_k 50. Each round has a seed of its own.
+        sampling = (("do_sample", True), ("temperature", settings.temperature), ("top_k", 0)) if number else ()
+        generation = GenerationSettings(
+            settings.template, settings.max_new_tokens, settings.batch_size, sampling, settings.seed + number
+        )
+        questions = [(picture.id, (picture.path, prompt)) for picture, prompt in zip(pictures, prompts, strict=True)]
         title = f"descriptions, sampled ({number})" if number else "descriptions, greedy"
-        rounds.append(generate_all(work / f"descriptions_{number}.jsonl", load, asked, asking, title))
+        rounds.append(generate_all(work / f"descriptions_{number}.jsonl", load, questions, generation, title))
     return [list(texts) for texts in zip(*rounds, strict=True)]
 
 
@@ -86,23 +91,25 @@ def find_pairs(
     judge: Judge | None,
     rng: random.Random,
 ) -> DescriptionPairs:
-    """Pairs of the first text with a mistake of each picture, without near-duplicates, of one style and length."""
+    """Pair each picture's first text with a mistake, and drop near-duplicates and pairs that differ in length."""
     if annotated.vocabulary is None:
-        assert judge is not None, "somebody must find the mistakes"
-        found = _by_judge(pictures, texts, judge)
+        assert judge is not None, "without annotations a judge must find the mistakes"
+        result = _by_judge(pictures, texts, judge)
     else:
-        found = _by_annotations(pictures, texts, annotated, rng)
+        result = _by_annotations(pictures, texts, annotated, rng)
     if near_texts:
-        repeated = near_duplicates([f"{pair.chosen} {pair.rejected}" for pair in found.pairs], near_texts)
-        found.pairs = [pair for place, pair in enumerate(found.pairs) if place not in repeated]
-        found.dropped += Counter({"near-duplicate": len(repeated)})
+        repeated = near_duplicates([f"{pair.chosen} {pair.rejected}" for pair in result.pairs], near_texts)
+        result.pairs = [pair for index, pair in enumerate(result.pairs) if index not in repeated]
+        result.dropped += Counter({"near-duplicate": len(repeated)})
     if judge and annotated.vocabulary:
-        styled = match_style(judge, found.pairs, annotated.vocabulary)
-        found.pairs = [new or old for new, old in zip(styled.verdicts, found.pairs, strict=True)]
-        found.judge.append(styled.to_json())
-    found.pairs, dropped = match_lengths(found.pairs)
-    found.dropped += dropped
-    return found
+        styled = match_style(judge, result.pairs, annotated.vocabulary)
+        # A pair that the judge could not rewrite as asked stays as it is.
+        result.pairs = [new or old for new, old in zip(styled.verdicts, result.pairs, strict=True)]
+        result.judge.append(styled.to_json())
+    # Lengths last: all before changes texts, or which pairs there are.
+    result.pairs, dropped = match_lengths(result.pairs)
+    result.dropped += dropped
+    return result
 
 
 def _by_annotations(
@@ -110,54 +117,56 @@ def _by_annotations(
 ) -> DescriptionPairs:
     vocabulary = annotated.vocabulary
     assert vocabulary is not None
-    found = DescriptionPairs([], sum(map(len, texts)), 0)
-    for picture, said in zip(pictures, texts, strict=True):
-        wrong = [text for text in said if hallucinations(text, picture.objects, vocabulary)]
-        found.hallucinated += len(wrong)
+    result = DescriptionPairs([], sum(map(len, texts)), 0)
+    for picture, descriptions in zip(pictures, texts, strict=True):
+        wrong = [text for text in descriptions if hallucinations(text, picture.objects, vocabulary)]
+        result.hallucinated += len(wrong)
         if wrong:
             chosen = correct_description(wrong[0], picture.objects, vocabulary, annotated.neutral, rng)
             if hallucinations(chosen, picture.objects, vocabulary):
-                found.dropped[STILL_FALSE] += 1
+                result.dropped[STILL_FALSE] += 1
             else:
-                found.pairs.append(MinedPair(picture, chosen, wrong[0]))
-    return found
+                result.pairs.append(MinedPair(picture, chosen, wrong[0]))
+    return result
 
 
 def _by_judge(pictures: Sequence[MinedImage], texts: Sequence[Sequence[str]], judge: Judge) -> DescriptionPairs:
-    """A judge sees the sampled descriptions of those pictures alone whose earlier ones have no mistakes."""
-    found = DescriptionPairs([], 0, 0)
+    # A picture needs one wrong description: the judge sees a sampled one only where the earlier ones had no mistake.
+    result = DescriptionPairs([], 0, 0)
     pairs: dict[str, MinedPair] = {}
-    for said in zip(*texts, strict=True):
-        shown = [(p, text) for p, text in zip(pictures, said, strict=True) if p.id not in pairs and text.strip()]
+    for descriptions in zip(*texts, strict=True):
+        shown = [
+            (p, text) for p, text in zip(pictures, descriptions, strict=True) if p.id not in pairs and text.strip()
+        ]
         if not shown:
             continue
-        verdicts = check_descriptions(judge, shown, optional=bool(found.checked))
-        found.made += len(shown)
-        found.judge.append(verdicts.to_json())
-        for (picture, text), verdict in zip(shown, verdicts.verdicts, strict=True):
+        checked = check_descriptions(judge, shown, optional=bool(result.verdicts))
+        result.checked += len(shown)
+        result.judge.append(checked.to_json())
+        for (picture, text), verdict in zip(shown, checked.verdicts, strict=True):
             if verdict is None:
                 continue
-            found.checked[picture.id] = verdict
+            result.verdicts[picture.id] = verdict
             if verdict.corrected != text.strip():
-                found.hallucinated += 1
+                result.hallucinated += 1
                 pairs[picture.id] = MinedPair(picture, verdict.corrected, text.strip())
-    found.pairs = [pairs[picture.id] for picture in pictures if picture.id in pairs]
-    return found
+    result.pairs = [pairs[picture.id] for picture in pictures if picture.id in pairs]
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------
-# Yes/no questions where a model errs: about what is there, and what usually comes together with it and is not.
+# Yes/no questions where a model errs: about present objects, and absent ones that usually come together with them.
 
-QUESTIONS_FILE = 500  # names that are asked about, the most frequent ones
+MAX_NAMES = 500  # names that are asked about, the most frequent ones
 
 
 @dataclass(frozen=True)
 class ProbeQuestion:
-    """A question about one object on one picture, and whether it is there."""
+    """Ask about one object on one picture; `present` is the truth."""
 
     picture: MinedImage
     name: str
-    there: bool
+    present: bool
 
     @property
     def key(self) -> str:
@@ -169,70 +178,75 @@ class ProbeQuestion:
 
 
 def choose_questions(pictures: Sequence[MinedImage], count: int, rng: random.Random) -> list[ProbeQuestion]:
-    """`count` questions a picture, half of them at most about present objects.
+    """Choose `count` questions a picture, at most half of them about present objects.
 
-    Absent objects are asked in proportion to how often they come together with what is there: where models err.
+    Absent objects are drawn in proportion to how often they come together with the present ones: where models err.
     """
-    frequent = Counter(name for picture in pictures for name in sorted(picture.objects)).most_common(QUESTIONS_FILE)
+    frequent = Counter(name for picture in pictures for name in sorted(picture.objects)).most_common(MAX_NAMES)
     names = {name for name, _ in frequent}
     together = co_occurrence([picture.objects & names for picture in pictures])
-    asked = []
+    questions = []
     for picture in pictures:
         present = sorted(picture.objects & names)
         yes = rng.sample(present, min(count // 2, len(present)))
+        # The weight of an absent object: on how many pictures it stands beside each of the present ones, summed.
         weights = {n: sum(together[p][n] for p in present) for n in together if n not in picture.objects}
         no = weighted_sample(weights, count - len(yes), rng)
-        asked += [ProbeQuestion(picture, name, True) for name in yes] + [
+        questions += [ProbeQuestion(picture, name, True) for name in yes] + [
             ProbeQuestion(picture, name, False) for name in no
         ]
-    return asked
+    return questions
 
 
 def choose_judged_questions(
-    pictures: Sequence[MinedImage], checked: Mapping[str, JudgedDescription], count: int, rng: random.Random
+    pictures: Sequence[MinedImage], verdicts: Mapping[str, JudgedDescription], count: int, rng: random.Random
 ) -> list[ProbeQuestion]:
-    """The same from what a judge says of each picture, about objects that the model named or might have."""
-    asked = []
+    """Choose questions from a judge's verdicts, about objects that the model named or might have named."""
+    questions = []
     for picture in pictures:
-        if picture.id not in checked:
+        if picture.id not in verdicts:
             continue
-        present, absent = checked[picture.id].present, checked[picture.id].absent
+        present, absent = verdicts[picture.id].present, verdicts[picture.id].absent
         yes = rng.sample(present, min(count // 2, len(present)))
         no = rng.sample(absent, min(count - len(yes), len(absent)))
-        asked += [ProbeQuestion(picture, name, True) for name in yes] + [
+        questions += [ProbeQuestion(picture, name, True) for name in yes] + [
             ProbeQuestion(picture, name, False) for name in no
         ]
-    return asked
+    return questions
 
 
-def question_records(asked: Sequence[ProbeQuestion], answers: Sequence[str]) -> list[dict[str, Any]]:
-    """HA-DPO's records, one a question, also where the model was right.
+def question_records(questions: Sequence[ProbeQuestion], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """Return HA-DPO's records, one a question, also where the model was right.
 
-    Their `origin` is "model" where the rejected answer is the model's own, else "contrast". With wrong answers only,
-    the model's belief and the truth would be opposed in all of the data, and what training learns is to turn its
-    answers round.
+    Their `origin` is "model" where the rejected answer is the model's own, else "contrast".
     """
+    # With wrong answers alone, belief and truth would be opposed in all of the data, and the model would learn to
+    # reverse its answers.
     return [
         {
-            "image_id": one.picture.id,
-            "question": one.text,
-            "chosen": "Yes." if one.there else "No.",
-            "reject": "No." if one.there else "Yes.",
+            "image_id": question.picture.id,
+            "question": question.text,
+            "chosen": "Yes." if question.present else "No.",
+            "reject": "No." if question.present else "Yes.",
             "answer": text,
-            "origin": "model" if stated(text) is (not one.there) else "contrast",
+            "origin": "model" if stated(text) is (not question.present) else "contrast",
             "correct": False,  # HA-DPO's word for a rejected answer that is right, which leaves nothing to learn
         }
-        for one, text in zip(asked, answers, strict=True)
+        for question, text in zip(questions, answers, strict=True)
     ]
 
 
-def question_summary(asked: Sequence[Mapping[str, Any]], kept: Sequence[object]) -> dict[str, int]:
-    """Counts for the data card."""
-    return {"asked": len(asked), "wrong": sum(one["origin"] == "model" for one in asked), "pairs": len(kept)}
+def question_summary(records: Sequence[Mapping[str, Any]], selected: Sequence[object]) -> dict[str, int]:
+    """Count questions and pairs for the data card."""
+    return {
+        "asked": len(records),
+        "wrong": sum(record["origin"] == "model" for record in records),
+        "pairs": len(selected),
+    }
 
 
 def co_occurrence(objects: Sequence[Collection[str]]) -> dict[str, Counter[str]]:
-    """How often two names stand on the same image."""
+    """Count for each name how often each other name occurs on the same image."""
     counts: dict[str, Counter[str]] = {}
     for present in objects:
         for name in present:
@@ -242,6 +256,7 @@ def co_occurrence(objects: Sequence[Collection[str]]) -> dict[str, Counter[str]]
 
 def weighted_sample(weights: Mapping[str, float], count: int, rng: random.Random) -> list[str]:
     """Draw distinct names in proportion to weight + 1, by the largest of u^(1/w) (Efraimidis and Spirakis 2006)."""
+    # Sorted, so that each name gets the same random number every time.
     keys = {name: rng.random() ** (1 / (weight + 1)) for name, weight in sorted(weights.items())}
     return sorted(keys, key=lambda name: -keys[name])[:count]
 
@@ -250,5 +265,6 @@ def balance_answers(pairs: list[dict[str, Any]], rng: random.Random) -> list[dic
     """Drop pairs of the more frequent kind until as many end in yes as in no."""
     kinds = [[r for r in pairs if r["chosen"] == word] for word in ("Yes.", "No.")]
     fewest = min(map(len, kinds))
-    kept = {id(record) for kind in kinds for record in rng.sample(kind, fewest)}
-    return [record for record in pairs if id(record) in kept]
+    # By identity, because two records may be equal.
+    selected = {id(record) for kind in kinds for record in rng.sample(kind, fewest)}
+    return [record for record in pairs if id(record) in selected]

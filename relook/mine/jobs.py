@@ -1,6 +1,6 @@
-"""Long work whose results grow in a file: killed anywhere and run again, or by several processes, the same file.
+"""Long jobs whose results grow in a file: stopped anywhere and resumed, or shared by processes, the file is the same.
 
-Work is done in parts that do not depend on what is there already, so that a model sees the same batches every time.
+The parts of a job do not depend on which results exist already, so a model sees the same batches every time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
 
-Record = dict[str, Any]  # its `key` says what it is about
-BATCHES = 4  # of the model in a part: as much is lost in a kill
-FILES = 256  # images that are looked at in a part
+Record = dict[str, Any]  # its `key` names the picture or question
+BATCHES = 4  # of the model in a part, which is what a kill loses
+FILES = 256  # images that are fingerprinted in a part
 
 
 def run_resumable(
@@ -34,33 +34,35 @@ def run_resumable(
     title: str,
     stale: Callable[[Record], bool] = lambda record: False,
 ) -> dict[str, Record]:
-    """A record for each key, in every process; each makes its share of the parts, `size` keys a part.
+    """Make a record for each key and return all in every process; each makes its share of the parts of `size` keys.
 
     Args:
-        make: the records of a part, given as places in `keys`; its report counts within the part.
-        stale: whether a record that is there is to be made again.
+        make: makes the records of a part, given as indices into `keys`; its report counts within the part.
+        stale: returns True for a stored record that is to be made again.
     """
     file = AnswerFile(path, "key", distributed.rank())
     parts = [range(start, min(start + size, len(keys))) for start in range(0, len(keys), size)]
     ready = {key for key, record in file.records.items() if not stale(record)}
-    left = [part for part in distributed.shard(parts) if not all(keys[i] in ready for i in part)]
-    total, done = sum(map(len, left)), 0
+    # A part with any missing record is made whole again: its batches must be those of an unbroken run.
+    remaining = [part for part in distributed.shard(parts) if not all(keys[i] in ready for i in part)]
+    total, done = sum(map(len, remaining)), 0
     with progress(title) as report:
-        for part in left:
+        for part in remaining:
             file.append(make(part, lambda n, _, done=done: report(done + n, total)))
             done += len(part)
             report(done, total)
     distributed.barrier(title)
     if distributed.is_main():
-        AnswerFile(path, "key").finish(keys)
+        AnswerFile(path, "key").finish(keys)  # all processes' files become one, in the order of the keys
     distributed.barrier(title)
     return AnswerFile(path, "key").records
 
 
 def fingerprint_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -> dict[str, Record]:
-    """What `fingerprint` finds in image files, by key; `files` are keys and paths. A file that could not be
-    read is looked
-    at again: it may have been mended."""
+    """Fingerprint image files, given as (key, path); returns the records by key.
+
+    A file that could not be read before is tried again: it may have been repaired.
+    """
 
     def make(part: range, report: ProgressReport) -> list[Record]:
         records = []
@@ -75,34 +77,34 @@ def fingerprint_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -
 def generate_all(
     path: Path,
     load: Callable[[], LoadedModel],
-    asked: Sequence[tuple[str, Question]],
-    how: GenerationSettings,
+    questions: Sequence[tuple[str, Question]],
+    settings: GenerationSettings,
     title: str,
 ) -> list[str]:
-    """Answers to questions, each with a key, in order.
+    """Return the model's answers to (key, question) pairs, in order.
 
     Args:
-        load: called when there is something to ask.
+        load: called only if an answer is missing.
     """
 
     def make(part: range, report: ProgressReport) -> list[Record]:
         answers = [""] * len(part)
-        settings = replace(how, first=part.start)
-        for index, text in answer_questions(load(), [asked[i][1] for i in part], settings, report):
+        part_settings = replace(settings, first=part.start)
+        for index, text in answer_questions(load(), [questions[i][1] for i in part], part_settings, report):
             answers[index] = text
-        return [{"key": asked[i][0], "answer": text} for i, text in zip(part, answers, strict=True)]
+        return [{"key": questions[i][0], "answer": text} for i, text in zip(part, answers, strict=True)]
 
-    records = run_resumable(path, [key for key, _ in asked], BATCHES * how.batch_size, make, title)
-    return [records[key]["answer"] for key, _ in asked]
+    records = run_resumable(path, [key for key, _ in questions], BATCHES * settings.batch_size, make, title)
+    return [records[key]["answer"] for key, _ in questions]
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a job of mining is told.
+# The settings of a mining job.
 
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """How pairs are mined.
+    """Set how pairs are mined.
 
     Args:
         samples: sampled descriptions an image, besides the greedy one; the first with a mistake is used.
@@ -126,7 +128,7 @@ class MiningSettings:
 
 @dataclass(frozen=True)
 class MiningSource:
-    """Pictures to mine, and what they are kept apart from.
+    """Name the pictures to mine, and the evaluation images that must not be among them.
 
     Args:
         images: folder in one of the layouts that `annotations` names (`relook.mine.pictures.KINDS`).

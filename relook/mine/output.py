@@ -1,4 +1,4 @@
-"""What mining leaves: HA-DPO's files with their images, TRL's parquet, a data card, and a page of pictures.
+"""The files that mining writes: HA-DPO's with their images, TRL's parquet, a data card, and a page of pictures.
 
 The folder is a Visual Genome folder to HA-DPO's readers: `image_data.json` names the images that pairs use, and they
 lie beside it, as links where the disk has them already.
@@ -28,13 +28,13 @@ FOLDER = "VG_100K"  # one of those that Visual Genome has
 
 
 def write_pairs(out: Path, pairs: Sequence[MinedPair], records: Sequence[Mapping[str, Any]]) -> None:
-    """`desc_data.json` and `pope_data.json`."""
+    """Write `desc_data.json` and `pope_data.json`."""
     write_json(out / DESC, {pair.picture.id: {"chosen": [pair.chosen], "rejected": [pair.rejected]} for pair in pairs})
     write_json(out / POPE, records)
 
 
 def write_images(out: Path, pictures: Iterable[MinedImage], contents: Mapping[str, str]) -> None:
-    """`image_data.json` and the images, named by their content.
+    """Write `image_data.json` and the images, named by their content.
 
     Args:
         contents: hash of each picture's file, by id.
@@ -42,6 +42,7 @@ def write_images(out: Path, pictures: Iterable[MinedImage], contents: Mapping[st
     entries = []
     for picture in pictures:
         name = f"{contents[picture.id][:16]}{picture.path.suffix.lower()}"
+        # Readers take folder and file from the end of the url, as with Visual Genome's own.
         entries.append({"image_id": picture.id, "url": f"https://relook.invalid/{FOLDER}/{name}"})
         _link(picture.path, out / FOLDER / name)
     write_json(out / IMAGES, entries)
@@ -58,20 +59,21 @@ def _link(source: Path, target: Path) -> None:
 
 
 def write_pairs_parquet(out: Path) -> None:
-    """TRL's columns, made from the files that are there."""
+    """Write TRL's columns, converted from the files of `write_pairs` and `write_images`."""
+    # A stopped run may have left one, and a conversion overwrites nothing.
     (out / PARQUET).unlink(missing_ok=True)
     convert_pairs(out, out / PARQUET, "trl")
 
 
 def write_card(out: Path, card: Mapping[str, Any]) -> None:
-    """The data card for people, and then the one for programs: with it the folder is complete."""
+    """Write the data card for people, then the one for programs: with it the folder is complete."""
     write_text(out / README, _readme(card))
     write_json(out / CARD, card)
 
 
 def _readme(card: Mapping[str, Any]) -> str:
-    pictures, described, asked = card["pictures"], card["descriptions"], card["questions"]
-    apart, long = card["apart"], card["lengths"]
+    pictures, described, questions = card["pictures"], card["descriptions"], card["questions"]
+    excluded, lengths = card["apart"], card["lengths"]
     lines = [
         "# Preference pairs from a model's own mistakes",
         "",
@@ -92,28 +94,28 @@ def _readme(card: Mapping[str, Any]) -> str:
         *_rows("of them with mistakes", described["hallucinated"], {}),
         *_rows("description pairs found", described["found"], described["dropped"]),
         *_rows("**description pairs**", described["pairs"], {}),
-        *_rows("yes/no questions asked", asked["asked"], {}),
-        *_rows("of them answered wrong", asked["wrong"], {}),
-        *_rows("**question pairs**, half of them with answer yes", asked["pairs"], {}),
-        *(row for one in card["judge"] for row in _rows("replies of the judge", one["replies"], one["unjudged"])),
+        *_rows("yes/no questions asked", questions["asked"], {}),
+        *_rows("of them answered wrong", questions["wrong"], {}),
+        *_rows("**question pairs**, half of them with answer yes", questions["pairs"], {}),
+        *(row for judge in card["judge"] for row in _rows("replies of the judge", judge["replies"], judge["unjudged"])),
         "",
-        *(_lengths(long) if described["pairs"] else ()),
-        f"Evaluation images: {apart['names']:,} names and {apart['images']:,} image files were given, from "
-        f"{', '.join(apart['given'])}; none of them is used."
-        if apart["given"]
+        *(_lengths(lengths) if described["pairs"] else ()),
+        f"Evaluation images: {excluded['names']:,} names and {excluded['images']:,} image files were given, from "
+        f"{', '.join(excluded['given'])}; none of them is used."
+        if excluded["given"]
         else "Evaluation images: none were named, so none were left out.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _lengths(long: Mapping[str, Any]) -> list[str]:
+def _lengths(lengths: Mapping[str, Any]) -> list[str]:
     return [
         "| description pairs, words | chosen | rejected |",
         "|---|---|---|",
-        f"| mean length | {long['chosen_words']} | {long['rejected_words']} |",
-        f"| pairs in which it is the longer side | {long['chosen_longer']:,} | {long['chosen_shorter']:,} |",
+        f"| mean length | {lengths['chosen_words']} | {lengths['rejected_words']} |",
+        f"| pairs in which it is the longer side | {lengths['chosen_longer']:,} | {lengths['chosen_shorter']:,} |",
         "",
-        f"The means differ by {100 * long['means_differ']:.1f} %.",
+        f"The means differ by {100 * lengths['means_differ']:.1f} %.",
         "",
     ]
 
@@ -131,7 +133,7 @@ def _rows(title: str, count: int, reasons: Mapping[str, int]) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Some pairs as pictures, in one HTML file: what is wrong in the rejected text is marked.
+# Some pairs with their pictures, in one HTML file: what is wrong in the rejected text is marked.
 
 PAGE, CARDS = "pairs.html", 20
 DESCRIBED = 15  # of them description pairs, where there are as many
@@ -149,6 +151,7 @@ def write_pairs_page(
     Args:
         vocabulary: of the annotations; without one the words in which the texts differ are marked.
     """
+    # Questions fill the room that description pairs leave, and the other way round.
     questions = _sample_evenly(records, CARDS - min(len(pairs), DESCRIBED))
     shown = _sample_evenly(pairs, CARDS - len(questions))
     page = render(
@@ -187,5 +190,6 @@ def _question_texts(record: Mapping[str, Any]) -> list[tuple[str, Spans]]:
 def mark_differences(text: str, other: str) -> Spans:
     """Cut a text at the words that another one does not have in their place, which are the wrong spans."""
     words, other_words = (re.findall(r"\s+|\S+", side) for side in (text, other))
+    # autojunk would leave frequent words of long texts out of the comparison.
     blocks = SequenceMatcher(None, words, other_words, autojunk=False).get_opcodes()
     return [("".join(words[start:end]), kind != "equal") for kind, start, end, _, _ in blocks if end > start]

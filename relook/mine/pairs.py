@@ -1,4 +1,4 @@
-"""Chosen and rejected are alike but for what is wrong: of one length, and no text said twice over."""
+"""Correct descriptions, and keep chosen and rejected alike otherwise: one length, one style, no near-duplicates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHINGLE = 5  # words
 
 @dataclass(frozen=True)
 class MinedPair:
-    """Two descriptions of a picture; `rejected` is the model's own, or the judge's in the same style as `chosen`."""
+    """Hold two descriptions of a picture; `rejected` is the model's own, or a judge's in the style of `chosen`."""
 
     picture: MinedImage
     chosen: str
@@ -35,151 +35,157 @@ class MinedPair:
 
     @property
     def longer(self) -> int:
-        """Words that `chosen` has more than `rejected`."""
+        """Count the words that `chosen` has more than `rejected`."""
         return word_count(self.chosen) - word_count(self.rejected)
 
 
 def word_count(text: str) -> int:
-    """Words between white space."""
+    """Count the words between white space."""
     return len(text.split())
 
 
 def match_lengths(pairs: Sequence[MinedPair]) -> tuple[list[MinedPair], Counter[str]]:
-    """The pairs that training cannot tell by length, in order, and how many were dropped by reason.
+    """Drop pairs until length does not tell chosen from rejected.
 
-    Pairs whose own lengths differ much go first, then those that pull the means of both sides apart, the worst first.
+    Returns:
+        The remaining pairs in their order, and how many were dropped, by reason.
     """
+    # First the pairs whose own lengths differ much.
     close = [p for p in pairs if abs(p.longer) <= MAX_LENGTH_GAP * max(word_count(p.chosen), word_count(p.rejected))]
     total, rejected = sum(p.longer for p in close), sum(word_count(p.rejected) for p in close)
-    left = deque(sorted(range(len(close)), key=lambda i: close[i].longer))
+    # Then those that pull the means of both sides apart: from the end of the sorted pairs that has the worst ones.
+    remaining = deque(sorted(range(len(close)), key=lambda i: close[i].longer))
     while abs(total) > MAX_MEAN_GAP * rejected:
-        worst = close[left.pop() if total > 0 else left.popleft()]
+        worst = close[remaining.pop() if total > 0 else remaining.popleft()]
         total, rejected = total - worst.longer, rejected - word_count(worst.rejected)
-    kept = [close[i] for i in sorted(left)]
-    return kept, +Counter(
-        {"lengths differ": len(pairs) - len(close), "mean lengths would differ": len(close) - len(kept)}
+    selected = [close[i] for i in sorted(remaining)]
+    return selected, +Counter(
+        {"lengths differ": len(pairs) - len(close), "mean lengths would differ": len(close) - len(selected)}
     )
 
 
 def length_statistics(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Length statistics of (chosen, rejected) texts, for the data card."""
+    """Compute length statistics of (chosen, rejected) texts for the data card."""
     chosen, rejected = ([word_count(pair[side]) for pair in pairs] for side in (0, 1))
-    apart = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    gaps = [c - r for c, r in zip(chosen, rejected, strict=True)]
     means = [_rounded(sum(side), len(pairs), 2) for side in (chosen, rejected)]
     characters = [_rounded(sum(len(pair[side]) for pair in pairs), len(pairs), 1) for side in (0, 1)]
     return {
         "chosen_words": means[0],
         "rejected_words": means[1],
-        "means_differ": _rounded(abs(sum(apart)), sum(rejected), 4),
-        "chosen_longer": sum(a > 0 for a in apart),
-        "chosen_shorter": sum(a < 0 for a in apart),
-        "same_length": sum(a == 0 for a in apart),
+        "means_differ": _rounded(abs(sum(gaps)), sum(rejected), 4),
+        "chosen_longer": sum(a > 0 for a in gaps),
+        "chosen_shorter": sum(a < 0 for a in gaps),
+        "same_length": sum(a == 0 for a in gaps),
         "chosen_characters": characters[0],
         "rejected_characters": characters[1],
     }
 
 
-def _rounded(part: float, whole: float, digits: int) -> float | None:
-    found = safe_ratio(part, whole)
-    return None if found is None else round(found, digits)
+def _rounded(part: float, total: float, digits: int) -> float | None:
+    ratio = safe_ratio(part, total)
+    return None if ratio is None else round(ratio, digits)
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
-    """A text's runs of `SHINGLE` words, without case and punctuation; of a shorter one all its words."""
+    """Return a text's runs of `SHINGLE` words, without case and punctuation; a shorter text is one run."""
     words = re.findall(r"\w+", text.lower())
     return frozenset(tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))
 
 
 def near_duplicates(texts: Sequence[str], similarity: float) -> set[int]:
-    """Places of texts whose shingles have a Jaccard similarity of at least `similarity` with those of an earlier one.
+    """Return the indices of texts whose Jaccard similarity with an earlier text is at least `similarity`.
 
-    Exact. Sets that are so similar share one of their few rarest members (prefix filter; Chaudhuri et al. 2006), so
-    only texts that share one are compared.
+    The similarity is that of their shingles, and the search is exact (prefix filter; Chaudhuri et al. 2006).
     """
-    found = [shingles(text) for text in texts]
-    counts = Counter(shingle for one in found for shingle in one)
+    sets = [shingles(text) for text in texts]
+    counts = Counter(shingle for members in sets for shingle in members)
     by_rare: dict[tuple[str, ...], list[int]] = {}
     repeated = set()
-    for place, one in enumerate(found):
-        rare = sorted(one, key=lambda shingle: (counts[shingle], shingle))
-        rare = rare[: len(one) - math.ceil(similarity * len(one) - 1e-9) + 1]
+    for index, members in enumerate(sets):
+        # A set of n members and one so similar have at least ceil(s n) in common, so they share one of the
+        # n - ceil(s n) + 1 that come first in any fixed order. Rare ones leave the fewest texts to compare.
+        rare = sorted(members, key=lambda shingle: (counts[shingle], shingle))
+        rare = rare[: len(members) - math.ceil(similarity * len(members) - 1e-9) + 1]
         earlier = {other for shingle in rare for other in by_rare.get(shingle, ())}
-        if any(len(one & found[other]) >= similarity * len(one | found[other]) for other in earlier):
-            repeated.add(place)
+        if any(len(members & sets[other]) >= similarity * len(members | sets[other]) for other in earlier):
+            repeated.add(index)
         else:
             for shingle in rare:
-                by_rare.setdefault(shingle, []).append(place)
+                by_rare.setdefault(shingle, []).append(index)
     return repeated
 
 
 # ----------------------------------------------------------------------------------------------------
 # What is wrong in a description, and the least change that makes it true: by annotations alone.
 
-# Sentences that name no object, for where nothing true is left to say. The one nearest in length is taken.
 SENTENCE_END = re.compile(r"(?<=[.!?])(\s+)")
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences at even places, and the white space between them at odd ones."""
+    """Split a text into sentences, at even positions, and the white space between them, at odd ones."""
     return SENTENCE_END.split(text.strip())
 
 
 def hallucinations(text: str, truth: Collection[str], vocabulary: Vocabulary) -> list[str]:
-    """Objects that a text names and the image does not have, in order of mention."""
+    """Return the objects that a text names and the image does not have, in order of mention."""
     return [mention.object for mention in mentions(text, vocabulary) if mention.object not in truth]
 
 
 def correct_description(
     text: str, truth: Collection[str], vocabulary: Vocabulary, neutral: Sequence[str], rng: random.Random
 ) -> str:
-    """The least change that makes a description true, at the same number of sentences.
+    """Make a description true by the least change, at the same number of sentences.
 
-    A hallucinated object is exchanged for one that is there and was not named ("a dog ... the dog" for one and the
-    same); where none is left, its sentence is exchanged for a neutral one. All else stays as it is, also line breaks
-    and a last sentence that was cut off.
+    A hallucinated object is exchanged for a present one that was not named ("a dog ... the dog" for one and the same);
+    where none is left, its sentence is exchanged for a neutral one. All else stays as it is, also line breaks and a
+    last sentence that was cut off.
     """
-    said = {mention.object for mention in mentions(text, vocabulary)}
-    missing = sorted(set(truth) - said)
+    mentioned = {mention.object for mention in mentions(text, vocabulary)}
+    missing = sorted(set(truth) - mentioned)
     rng.shuffle(missing)
-    others: dict[str, str] = {}
+    replacements: dict[str, str] = {}
 
-    def other(mention: Mention, before: str) -> str | None:
-        """What is said in a mention's place; None where nothing is left to say."""
-        if mention.object not in others or preceding_article(before):
+    def replacement(mention: Mention, before: str) -> str | None:
+        """Return the object that a mention is exchanged for; None if no present object is left."""
+        # "a dog" introduces another dog and gets a new object; "the dog" refers to the one before.
+        if mention.object not in replacements or preceding_article(before):
             if not missing:
                 return None
-            others[mention.object] = missing.pop()
-        return others[mention.object]
+            replacements[mention.object] = missing.pop()
+        return replacements[mention.object]
 
     parts = split_sentences(text)
-    for place in range(0, len(parts), 2):
-        sentence = parts[place]
+    for position in range(0, len(parts), 2):
+        sentence = parts[position]
         wrong = [mention for mention in mentions(sentence, vocabulary) if mention.object not in truth]
-        names = [other(mention, sentence[: mention.start]) for mention in wrong]
+        names = [replacement(mention, sentence[: mention.start]) for mention in wrong]
         if None in names:
+            # A neutral sentence of about the same length, one that the text does not have yet if possible.
             line = rng.choice(_closest_in_length(sentence, [line for line in neutral if line not in parts] or neutral))
-            parts[place] = line if sentence.endswith(".") else line.rstrip(".")
+            parts[position] = line if sentence.endswith(".") else line.rstrip(".")
         else:
+            # From the end, so that the character offsets of earlier mentions stay right.
             for mention, name in zip(reversed(wrong), reversed(names), strict=True):
                 sentence = replace_noun(sentence, mention, str(name), vocabulary)
-            parts[place] = sentence
+            parts[position] = sentence
     return "".join(parts)
 
 
 def preceding_article(before: str) -> str:
-    """The word before a noun where it is "a" or "an", which introduces something; else nothing."""
+    """Return the word before a noun if it is "a" or "an"; otherwise an empty string."""
     words = before.split()
     return words[-1] if words and words[-1].lower() in ("a", "an") else ""
 
 
 def _closest_in_length(sentence: str, lines: Sequence[str]) -> list[str]:
-    """Those of the lines that are nearest in length."""
-    apart = [abs(len(line.split()) - len(sentence.split())) for line in lines]
-    return [line for line, distance in zip(lines, apart, strict=True) if distance == min(apart)]
+    """Return those lines whose number of words is nearest to the sentence's."""
+    distances = [abs(len(line.split()) - len(sentence.split())) for line in lines]
+    return [line for line, distance in zip(lines, distances, strict=True) if distance == min(distances)]
 
 
 def replace_noun(sentence: str, mention: Mention, name: str, vocabulary: Vocabulary) -> str:
-    """Put another noun in a mention's place: in the plural where that is one, with the article that goes with it."""
+    """Put another noun in a mention's place: in the plural if the mention is, and with the right article."""
     before, after = sentence[: mention.start], sentence[mention.end :]
     if article := preceding_article(before):
         kind = "an" if name[0] in "aeiou" else "a"
@@ -192,9 +198,10 @@ def replace_noun(sentence: str, mention: Mention, name: str, vocabulary: Vocabul
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a judge does for mining: find and correct mistakes on a picture it sees, and give two texts one style.
+# A judge's work for mining: find and correct mistakes on a picture it sees, and give two texts one style.
 #
-# A reply is untrusted text: it counts as a whole, read strictly and free of contradictions, or not at all.
+# A reply is untrusted text: it is used if it has the form that was asked for and does not contradict itself, or not
+# at all.
 
 REQUEST = {"temperature": 0.0, "max_tokens": 1500}
 NAMES = 20  # objects that a reply may list of each kind
@@ -237,7 +244,7 @@ _STYLED = re.compile(r"A:([^\n]+)\n\s*B:([^\n]+)")
 
 @dataclass(frozen=True)
 class JudgedDescription:
-    """A description as the judge sees it: with its mistakes corrected, and objects that are there, and that are not."""
+    """Hold a judge's verdict: the description with its mistakes corrected, and present and absent objects."""
 
     corrected: str
     present: tuple[str, ...]
@@ -247,7 +254,7 @@ class JudgedDescription:
 def check_descriptions(
     judge: Judge, described: Sequence[tuple[MinedImage, str]], optional: bool = False
 ) -> JudgeResults[JudgedDescription]:
-    """Check descriptions on their pictures; one without mistakes comes back as it was.
+    """Let the judge check descriptions against their pictures; one without mistakes comes back as it was.
 
     Args:
         optional: as in `Judge.ask`.
@@ -262,12 +269,14 @@ def _check_prompt(text: str) -> str:
 
 
 def read_check(text: str, reply: str) -> JudgedDescription | None:
-    """A reply about a text; None unless there is a verdict on each sentence in order, with usable corrections, and both
-    lists of objects.
+    """Read a reply about a text.
+
+    Returns:
+        None unless there is a verdict on each sentence in order, with usable corrections, and both lists of objects.
 
     Raises:
-        NoVerdict: the reply contradicts itself: an object is in both lists, the corrected text names one that is not
-            there, or a sentence is wrong and loses all that it names though all of that is there.
+        NoVerdict: the reply contradicts itself: an object is in both lists, the corrected text names an absent one, or
+            a sentence is called wrong and loses all objects that it names though all of them are present.
     """
     lines = [line.strip() for line in reply.split("\n") if line.strip()]
     parts = split_sentences(text)
@@ -276,26 +285,28 @@ def read_check(text: str, reply: str) -> JudgedDescription | None:
         [_LINE.fullmatch(line) for line in lines[:count]],
         [_LIST.fullmatch(line) for line in lines[count:]],
     )
-    if [found and int(found[1]) for found in verdicts] != list(range(1, count + 1)):
+    if [match and int(match[1]) for match in verdicts] != list(range(1, count + 1)):
         return None
-    if [found and bool(found[1]) for found in lists] != [False, True]:
+    if [match and bool(match[1]) for match in lists] != [False, True]:
         return None
-    exchanged = []
-    for place, found in enumerate(verdicts):
-        if found and found[2].lower() == "wrong":
-            sentence = parts[2 * place]
-            if not _corrects(sentence, found[3]):
+    # Put each corrected sentence in its place; the white space between sentences stays.
+    corrections = []
+    for number, match in enumerate(verdicts):
+        if match and match[2].lower() == "wrong":
+            sentence = parts[2 * number]
+            if not _corrects(sentence, match[3]):
                 return None
-            parts[2 * place] = _as_ended(found[3], sentence)
-            exchanged.append((sentence, parts[2 * place]))
-    present, absent = (_read_names(found[2]) for found in lists if found)
-    vocabulary, there = Vocabulary.of([*present, *absent]), set(present)
+            parts[2 * number] = _as_ended(match[3], sentence)
+            corrections.append((sentence, parts[2 * number]))
+    present, absent = (_read_names(match[2]) for match in lists if match)
+    # Plurals count as the same object. A wrong sentence may keep its objects: their color or number can be wrong.
+    vocabulary, in_image = Vocabulary.of([*present, *absent]), set(present)
     if (
         {*present, *map(plural, present)} & {*absent, *map(plural, absent)}
         or any(_claimed(sentence, vocabulary) & set(absent) for sentence in parts[::2])
         or any(
-            (old := _claimed(before, vocabulary)) and old <= there and not old & _claimed(after, vocabulary)
-            for before, after in exchanged
+            (old := _claimed(before, vocabulary)) and old <= in_image and not old & _claimed(after, vocabulary)
+            for before, after in corrections
         )
     ):
         raise NoVerdict(CONTRADICTORY)
@@ -303,13 +314,13 @@ def read_check(text: str, reply: str) -> JudgedDescription | None:
 
 
 def _claimed(sentence: str, vocabulary: Vocabulary) -> set[str]:
-    """The objects that a sentence says are there: those that it names before any negation."""
+    """Return the objects that a sentence says are present: those that it names before any negation."""
     negation = _NEGATION.search(sentence)
     return {mention.object for mention in mentions(sentence[: negation and negation.start()], vocabulary)}
 
 
 def _corrects(old: str, new: str) -> bool:
-    """Whether a corrected sentence can stand for the old one."""
+    """Return True if a corrected sentence can take the place of the old one."""
     return (
         _replaces(new, old)
         and bool(re.search(r"\w", new))
@@ -319,12 +330,12 @@ def _corrects(old: str, new: str) -> bool:
 
 
 def _replaces(new: str, old: str) -> bool:
-    """Whether a judge's text may stand in an old one's place: about as long, without tokens as <image> or </s>."""
+    """Return True if a judge's text may replace an old one: about as long, without tokens such as <image> or </s>."""
     return new.isprintable() and not {*"<>"} & {*new} and word_count(new) <= LONGER * word_count(old) + MORE
 
 
 def _as_ended(sentence: str, old: str) -> str:
-    """A sentence with the end mark of the old one; without one where that was cut off."""
+    """Give a sentence the end mark of the old one, or none if that was cut off."""
     mark = old[-1] if old[-1] in ".!?" else ""
     return sentence.rstrip(".!? ") + mark
 
@@ -335,7 +346,7 @@ def _read_names(listed: str) -> list[str]:
 
 
 def match_style(judge: Judge, pairs: Sequence[MinedPair], vocabulary: Vocabulary) -> JudgeResults[MinedPair]:
-    """Pairs in one style and length each (HA-DPO's style-consistency step); what they state is checked again."""
+    """Rewrite pairs in one style and length each (HA-DPO's style-consistency step), and check what they state again."""
     tasks = [
         Task(fill_template(STYLE, str(word_count(pair.rejected)), _in_line(pair.chosen), _in_line(pair.rejected)), read)
         for pair in pairs
@@ -349,11 +360,11 @@ def _in_line(text: str) -> str:
 
 
 def read_style(pair: MinedPair, vocabulary: Vocabulary, reply: str) -> MinedPair | None:
-    """The rewritten pair; None unless both texts name what they named, and are of one length and as many sentences."""
-    found = _STYLED.fullmatch(reply.strip())
-    if found is None:
+    """Read the rewritten pair; None unless its texts name the same objects as before and have one length."""
+    match = _STYLED.fullmatch(reply.strip())
+    if match is None:
         return None
-    new = MinedPair(pair.picture, found[1].strip(), found[2].strip())
+    new = MinedPair(pair.picture, match[1].strip(), match[2].strip())
     same = all(
         _replaces(text, old) and _named(old, vocabulary) == _named(text, vocabulary)
         for old, text in ((pair.chosen, new.chosen), (pair.rejected, new.rejected))

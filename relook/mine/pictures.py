@@ -46,12 +46,12 @@ Synonyms = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class MinedImage:
-    """An image file.
+    """Describe an image file.
 
     Args:
         id: in the pairs' files: Visual Genome's or COCO's number, or the path below the folder.
-        names: under which lists of evaluation images may have it (`image_names`).
-        objects: what is there; nothing is known where there are no annotations.
+        names: the names by which lists of evaluation images may have it (`image_names`).
+        objects: the annotated objects; empty without annotations.
     """
 
     id: str
@@ -62,7 +62,7 @@ class MinedImage:
 
 @dataclass(frozen=True)
 class AnnotatedImages:
-    """Pictures, the words for what is on them (none without annotations), and sentences that name nothing."""
+    """Hold pictures, the words for their objects (None without annotations), and sentences that name no object."""
 
     pictures: tuple[MinedImage, ...]
     vocabulary: Vocabulary | None
@@ -70,13 +70,13 @@ class AnnotatedImages:
 
 
 def read_pictures(images: str | Path, kind: str, synonyms: str | Path | None = None) -> AnnotatedImages:
-    """The pictures of a folder in one of the layouts `KINDS`.
+    """Read the pictures of a folder in one of the layouts `KINDS`.
 
     Args:
-        synonyms: JSON, `{name: [other word, ...]}`, over those that the annotations have.
+        synonyms: JSON, `{name: [other word, ...]}`, in addition to the annotations' own.
 
     Raises:
-        RecipeError: there is no such kind, or synonyms are given where nothing is named.
+        RecipeError: there is no such kind, or synonyms are given without annotations.
         DataError: the folder is not in that layout, or holds no picture.
     """
     images = Path(images)
@@ -87,38 +87,38 @@ def read_pictures(images: str | Path, kind: str, synonyms: str | Path | None = N
         raise RecipeError("Synonyms belong to annotations, and there are none.", "Leave --synonyms out.")
     if not images.is_dir():
         raise DataError(f"There is no image folder {images}.", "Check --images.")
-    found = KINDS[kind](images, _read_synonyms(synonyms) if synonyms else {})
-    if not found.pictures:
+    annotated = KINDS[kind](images, _read_synonyms(synonyms) if synonyms else {})
+    if not annotated.pictures:
         raise DataError(f"{images} holds no {'' if kind == 'none' else 'annotated '}images to mine.", "Check --images.")
-    if twice := [name for name, count in Counter(p.id for p in found.pictures).items() if count > 1]:
+    if twice := [name for name, count in Counter(p.id for p in annotated.pictures).items() if count > 1]:
         raise DataError(f"{images} has images of one id: {preview(twice)}.", "Give each an id of its own.")
-    return found
+    return annotated
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder and those below it; not what systems hide beside them."""
+    """Return the image files of a folder and those below it, without hidden ones."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and p.name[0] != "." and p.is_file())
 
 
 def image_names(name: str) -> frozenset[str]:
-    """A file's name, and COCO's number where it is a name of COCO's: train2014 and train2017 name a picture apart."""
+    """Return a file's name, and COCO's number if it is one of COCO's: train2014 and train2017 differ in names alone."""
     name = name.replace("\\", "/").rsplit("/", 1)[-1]
     number = _COCO_NAME.fullmatch(name)
     return frozenset({name, f"coco:{int(number[1])}"} if number else {name})
 
 
 def _file_names(path: Path, *numbers: object) -> frozenset[str]:
-    """A picture's names. A bare number in a list may be COCO's or Visual Genome's: it is taken for either."""
+    # A bare number in a list may be COCO's or Visual Genome's: it is taken for either.
     in_name = _NUMBER.search(path.stem)
-    known = {*map(str, numbers), *([str(int(in_name[0]))] if in_name else [])}
-    return image_names(path.name) | {f"id:{number}" for number in known}
+    ids = {*map(str, numbers), *([str(int(in_name[0]))] if in_name else [])}
+    return image_names(path.name) | {f"id:{number}" for number in ids}
 
 
 def _read_synonyms(path: Path) -> dict[str, list[str]]:
-    held = read_json_object(path)
-    if not all(isinstance(words, list) and all(isinstance(w, str) for w in words) for words in held.values()):
+    synonyms = read_json_object(path)
+    if not all(isinstance(words, list) and all(isinstance(w, str) for w in words) for words in synonyms.values()):
         raise DataError(f"{path} is no list of synonyms.", 'Give it as {"cup": ["mug"]}.')
-    return held
+    return synonyms
 
 
 def _unannotated(images: Path, _: Synonyms) -> AnnotatedImages:
@@ -129,7 +129,8 @@ def _unannotated(images: Path, _: Synonyms) -> AnnotatedImages:
 
 
 def _coco(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) -> AnnotatedImages:
-    """`images` is the folder of one split, or COCO's folder where it has one split only."""
+    """Read COCO's objects; `images` is the folder of one split, or COCO's folder if it has one split only."""
+    # COCO's folder has its annotations inside, a split's folder beside it.
     root = images if (images / "annotations").is_dir() else images.parent
     files = sorted((root / "annotations").glob("instances_*.json"))
     splits = {file.stem.removeprefix("instances_"): file for file in files}
@@ -156,33 +157,37 @@ def _coco(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) ->
 
 
 def _visual_genome(images: Path, synonyms: Synonyms, neutral: Sequence[str] = NEUTRAL) -> AnnotatedImages:
-    """Names that are plurals or aliases (`object_alias.txt`) of others are these; regions' phrases count as well."""
+    """Read Visual Genome's objects, and those that its regions' phrases name.
+
+    A name that is a plural or an alias (`object_alias.txt`) of another counts as that one.
+    """
     paths, records, objects = read_image_paths(images), read_image_records(images), read_objects(images)
     counts = Counter(name for names in objects.values() for name in names)
-    known = {name for name, count in counts.items() if count * RARE >= len(objects)}
-    singular, alias = {plural(name): name for name in known}, read_aliases(images)
+    frequent = {name for name, count in counts.items() if count * RARE >= len(objects)}
+    singular, alias = {plural(name): name for name in frequent}, read_aliases(images)
 
-    def same(name: str) -> str:
+    def canonical(name: str) -> str:
         name = singular.get(name, name)
         return alias.get(name, name)
 
-    words: dict[str, set[str]] = {same(name): set() for name in sorted(known)}
-    for word in (*known, *alias):
-        if same(word) in words:
-            words[same(word)].add(word)
+    # The words for each object: its own name, plurals and aliases of it.
+    words: dict[str, set[str]] = {canonical(name): set() for name in sorted(frequent)}
+    for word in (*frequent, *alias):
+        if canonical(word) in words:
+            words[canonical(word)].add(word)
     vocabulary = _with_synonyms(Vocabulary.of(list(words), {name: sorted(words[name]) for name in words}), synonyms)
-    said = _named_in_regions(images, vocabulary)
+    in_regions = _named_in_regions(images, vocabulary)
     pictures = []
-    for image, found in objects.items():
+    for image, annotated in objects.items():
         if image in paths:
-            there = frozenset(map(same, found & known)) | said.get(image, frozenset())
-            called = _called_by_both(image, records[image], paths[image])
-            pictures.append(MinedImage(image, resolve_extension(paths[image]), called, there))
+            present = frozenset(map(canonical, annotated & frequent)) | in_regions.get(image, frozenset())
+            listed_as = _listed_by_both(image, records[image], paths[image])
+            pictures.append(MinedImage(image, resolve_extension(paths[image]), listed_as, present))
     return AnnotatedImages(tuple(pictures), vocabulary, _neutral_sentences(neutral, vocabulary))
 
 
-def _called_by_both(image: str, record: Mapping[str, Any], path: Path) -> frozenset[str]:
-    """Half of Visual Genome's images are COCO's."""
+def _listed_by_both(image: str, record: Mapping[str, Any], path: Path) -> frozenset[str]:
+    # Half of Visual Genome's images are COCO's: they have that number, too.
     coco = record.get("coco_id")
     return _file_names(path, image, coco) | {f"coco:{coco}"} if coco else _file_names(path, image)
 
@@ -197,13 +202,13 @@ def _named_in_regions(images: Path, vocabulary: Vocabulary) -> dict[str, frozens
 
 
 def _toyworld(images: Path, synonyms: Synonyms) -> AnnotatedImages:
-    """One of toyworld's folders: `vg`, or an evaluation folder."""
+    """Read one of toyworld's folders: `vg`, or an evaluation folder."""
     if not (images / MARKER).exists():
         raise DataError(f"{images} is no folder of toyworld's.", "Choose other --annotations.")
     read = _visual_genome if (images / "objects.json").exists() else _coco
-    found = read(images, {}, FILLERS)
+    annotated = read(images, {}, FILLERS)
     vocabulary = _with_synonyms(Vocabulary.of(OBJECTS, SYNONYMS), synonyms)
-    return AnnotatedImages(found.pictures, vocabulary, FILLERS)
+    return AnnotatedImages(annotated.pictures, vocabulary, FILLERS)
 
 
 KINDS: Mapping[str, Callable[[Path, Synonyms], AnnotatedImages]] = {
@@ -215,7 +220,7 @@ KINDS: Mapping[str, Callable[[Path, Synonyms], AnnotatedImages]] = {
 
 
 def _with_synonyms(vocabulary: Vocabulary, synonyms: Synonyms) -> Vocabulary:
-    """A vocabulary with further words for its objects.
+    """Add words for its objects to a vocabulary.
 
     Raises:
         DataError: they are for objects that it does not have.
@@ -225,16 +230,16 @@ def _with_synonyms(vocabulary: Vocabulary, synonyms: Synonyms) -> Vocabulary:
         raise DataError(
             f"Synonyms are given for {preview(unknown)}, which the annotations do not name.", "Remove them."
         )
-    more = Vocabulary.of(list(synonyms), synonyms) if synonyms else Vocabulary({})
-    return Vocabulary({**more.phrases, **vocabulary.phrases}, vocabulary.hidden_by)
+    added = Vocabulary.of(list(synonyms), synonyms) if synonyms else Vocabulary({})
+    return Vocabulary({**added.phrases, **vocabulary.phrases}, vocabulary.hidden_by)
 
 
 def _neutral_sentences(lines: Iterable[str], vocabulary: Vocabulary) -> tuple[str, ...]:
-    """The sentences that name no object: "light" is one of Visual Genome's."""
-    left = tuple(line for line in lines if not mentions(line, vocabulary))
-    if not left:
-        raise DataError("Every neutral sentence names an annotated object.", 'Check --synonyms for words as "it".')
-    return left
+    """Return the sentences that name no object: "light" is an object of Visual Genome's."""
+    neutral = tuple(line for line in lines if not mentions(line, vocabulary))
+    if not neutral:
+        raise DataError("Every neutral sentence names an annotated object.", 'Check --synonyms for words such as "it".')
+    return neutral
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -243,16 +248,20 @@ def _neutral_sentences(lines: Iterable[str], vocabulary: Vocabulary) -> tuple[st
 # Two pictures are the same where their bytes are, or where their difference hashes, 64 signs of brightness between
 # neighbours in a 9 x 8 thumbnail, differ in `MAX_HASH_DISTANCE` places at most: a picture that was scaled or saved
 # again.
+#
+# The hash is computed here because imagehash's `dhash` differs: it scales by Lanczos, this by a box filter (on 64 test
+# pictures, with alpha, EXIF rotation and 16 bits among them, 7 to 21 of 64 places differ). Stored hashes must stay
+# comparable, and imagehash brings SciPy and PyWavelets.
 
 MAX_HASH_DISTANCE = 3  # of 64 places
-BANDS = 4  # of 16 places; two hashes that differ in fewer places than there are bands agree in one whole band
+BANDS = 4  # of 16 places; hashes that differ in fewer places than there are bands agree in a whole band
 UNREADABLE, LISTED, IN_EVALUATION = "unreadable", "listed as evaluation image", "evaluation image"
 LIKE_EVALUATION = "near-duplicate of an evaluation image"
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near-duplicate"
 
 
 def fingerprint(key: str, path: Path) -> dict[str, Any]:
-    """What is kept of an image file: its content's SHA-256 and its difference hash; or what is wrong with it."""
+    """Return the SHA-256 of an image file's content and its difference hash, or what is wrong with the file."""
     try:
         image = open_image(path)
     except DataError as error:
@@ -263,7 +272,7 @@ def fingerprint(key: str, path: Path) -> dict[str, Any]:
 
 
 class HashIndex:
-    """Difference hashes, found again by those that are near."""
+    """Index difference hashes so that near ones are found without comparing with all."""
 
     def __init__(self) -> None:
         self.bands: list[dict[int, list[int]]] = [{} for _ in range(BANDS)]
@@ -273,7 +282,7 @@ class HashIndex:
             band.setdefault(look >> (16 * number) & 0xFFFF, []).append(look)
 
     def near(self, look: int) -> bool:
-        """Whether one of them differs in `MAX_HASH_DISTANCE` places at most."""
+        """Return True if a hash in the index differs in at most `MAX_HASH_DISTANCE` places."""
         return any(
             (look ^ other).bit_count() <= MAX_HASH_DISTANCE
             for number, band in enumerate(self.bands)
@@ -283,93 +292,100 @@ class HashIndex:
 
 @dataclass
 class FingerprintIndex:
-    """Contents and looks of pictures."""
+    """Index pictures by content and by difference hash."""
 
     contents: set[str] = field(default_factory=set)
-    looks: HashIndex = field(default_factory=HashIndex)
+    hashes: HashIndex = field(default_factory=HashIndex)
 
     def add(self, record: Mapping[str, Any]) -> None:
         self.contents.add(record["content"])
-        self.looks.add(int(record["look"], 16))
+        self.hashes.add(int(record["look"], 16))
 
 
 def excluded_names(path: Path) -> frozenset[str]:
-    """The images that a file names, as `MinedImage.names` has them.
+    """Read the images that a file names, as `MinedImage.names` has them.
 
     It may be a question or answer file (keys image, image_id, image_name, file_name), COCO's instances, HA-DPO's
     desc_data.json, a list of ids, or a text file with a name or number a line.
 
     Raises:
-        DataError: it names none.
+        DataError: it names no image.
     """
     if path.suffix.lower() in (".json", ".jsonl"):
         try:
-            held = read_json(path)
+            content = read_json(path)
         except DataError:
-            held = read_records(path)
-        if isinstance(held, dict):
-            held = [held] if _image_values(held) else held.get("images", list(held))
-        values = [value for record in held for value in _image_values(record)]
+            content = read_records(path)  # JSON lines
+        # A single record, COCO's instances, or HA-DPO's descriptions, whose keys are ids.
+        if isinstance(content, dict):
+            content = [content] if _image_values(content) else content.get("images", list(content))
+        values = [value for record in content for value in _image_values(record)]
     else:
         values = [line.strip() for line in read_text(path).splitlines()]
-    found = frozenset(name for value in values if str(value) for name in _names(str(value)))
-    if not found:
+    names = frozenset(name for value in values if str(value) for name in _names(str(value)))
+    if not names:
         raise DataError(f"{path} names no images.", "Give question files, annotations, or a list of names.")
-    return found
+    return names
 
 
 def _image_values(record: Any) -> list[Any]:
     if not isinstance(record, dict):
         return [record] if isinstance(record, (str, int)) else []
+    # `id` is an image's in COCO's list of images alone, where a file name stands beside it.
     keys = ("image", "image_id", "image_name", "file_name", *(("id",) if "file_name" in record else ()))
     return [record[key] for key in keys if isinstance(record.get(key), (str, int))]
 
 
 def _names(value: str) -> frozenset[str]:
+    # A bare number may be COCO's or Visual Genome's: pictures have both kinds as `id:`.
     return frozenset({f"id:{int(value)}"}) if value.isdecimal() else image_names(value)
 
 
 def evaluation_files(folder: Path) -> list[Path]:
-    """The image files of a folder of evaluation images.
+    """Return the image files of a folder of evaluation images.
 
     Raises:
         DataError: there are none.
     """
-    found = image_files(folder)
-    if not found:
+    files = image_files(folder)
+    if not files:
         raise DataError(f"{folder} holds no images.", "Check --exclude.")
-    return found
+    return files
 
 
 @dataclass(frozen=True)
 class ExclusionFilter:
-    """What decides which pictures are left out.
+    """Decide which pictures are left out.
 
     Args:
-        seen: what `fingerprint` found, by a picture's id.
+        mined: records of `fingerprint`, by a picture's id.
         listed: names of evaluation images.
-        shown: what `fingerprint` found in folders of evaluation images.
+        evaluation: records of `fingerprint` of evaluation images.
     """
 
-    seen: Mapping[str, Mapping[str, Any]]
+    mined: Mapping[str, Mapping[str, Any]]
     listed: frozenset[str] = frozenset()
-    shown: Sequence[Mapping[str, Any]] = ()
+    evaluation: Sequence[Mapping[str, Any]] = ()
 
     def left_out(self, pictures: Iterable[MinedImage]) -> dict[str, str]:
-        """Why pictures are not mined, by id; of pictures that are the same, the first stays."""
+        """Return why pictures are not mined, by id; the first of pictures that are the same is mined."""
         evaluated, earlier = FingerprintIndex(), FingerprintIndex()
-        for record in self.shown:
+        for record in self.evaluation:
             if "fault" not in record:
                 evaluated.add(record)
         reasons: dict[str, str] = {}
         for picture in pictures:
-            record = self.seen[picture.id]
+            record = self.mined[picture.id]
             reason = UNREADABLE if "fault" in record else LISTED if self.listed & picture.names else ""
-            for held, same, near in ((evaluated, IN_EVALUATION, LIKE_EVALUATION), (earlier, DUPLICATE, NEAR_DUPLICATE)):
-                if not reason and record["content"] in held.contents:
-                    reason = same
-                if not reason and held.looks.near(int(record["look"], 16)):
-                    reason = near
+            for index, same_reason, near_reason in (
+                (evaluated, IN_EVALUATION, LIKE_EVALUATION),
+                (earlier, DUPLICATE, NEAR_DUPLICATE),
+            ):
+                # An unreadable picture has a reason already, and neither content nor hash.
+                if not reason and record["content"] in index.contents:
+                    reason = same_reason
+                if not reason and index.hashes.near(int(record["look"], 16)):
+                    reason = near_reason
             if reason:
                 reasons[picture.id] = reason
             else:

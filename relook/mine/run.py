@@ -1,8 +1,13 @@
 """`relook mine`: preference pairs from a model's own mistakes.
 
-The model describes pictures and answers yes/no questions; annotations or a judge find what is wrong; each wrong text is
-corrected with the least change and kept at the same length and style, so that training cannot learn length. Everything
-that takes long grows in `out/work`, and under torchrun each process takes a share; the first one makes the files.
+The stages of a job:
+1. select: leave out unreadable and repeated pictures and those of evaluations (pictures.py);
+2. describe: the model describes each picture (candidates.py, jobs.py);
+3. check and pair: annotations or a judge find what is wrong, each wrong text is corrected with the least change and
+   kept at the same length and style, so that training cannot learn length (candidates.py, pairs.py);
+4. ask: the model answers yes/no questions, and its wrong answers become pairs, too (candidates.py);
+5. write: HA-DPO's files, parquet, a page, the data card (output.py).
+What takes long grows in `out/work`; under torchrun each process takes a share, and the first one pairs and writes.
 """
 
 from __future__ import annotations
@@ -38,16 +43,16 @@ from relook.model.load import LoadedModel, LoadOptions, model_hash, parse_device
 SETTINGS, WORK = "mine.json", "work"
 
 
-@writes_alone(lambda model, place, out, *_, **__: Path(out))
+@writes_alone(lambda model, source, out, *_, **__: Path(out))
 def mine_pairs(
     model: str | Path,
-    place: MiningSource,
+    source: MiningSource,
     out: str | Path,
-    how: MiningSettings,
+    settings: MiningSettings,
     judge: JudgeSettings | None = None,
     loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
-    """Mine pairs into a folder, or what is left to do there; returns the data card (`out/card.json`).
+    """Mine pairs into a folder, or finish what a stopped run began there; returns the data card (`out/card.json`).
 
     Args:
         judge: finds and corrects mistakes where there are no annotations; where there are, it gives both texts of a
@@ -58,48 +63,63 @@ def mine_pairs(
             folder with other pairs.
     """
     folder, out = parse_folder(model), Path(out)
-    how = _check_settings(folder, place, out, how, judge, loading)
-    annotated = read_pictures(place.images, place.annotations, place.synonyms)
-    listed = frozenset[str]().union(*(excluded_names(path) for path in place.exclude if not path.is_dir()))
-    shown = [path for folder in place.exclude if folder.is_dir() for path in evaluation_files(folder)]
+    settings = _check_settings(folder, source, out, settings, judge, loading)
+    annotated = read_pictures(source.images, source.annotations, source.synonyms)
+    listed = frozenset[str]().union(*(excluded_names(path) for path in source.exclude if not path.is_dir()))
+    evaluation_images = [path for entry in source.exclude if entry.is_dir() for path in evaluation_files(entry)]
     if distributed.is_main():
-        excluded = [*sorted(listed), *(str(path.resolve()) for path in shown)]
-        _claim(out, _settings(folder, place, annotated.pictures, excluded, how, loading), judge)
+        excluded = [*sorted(listed), *(str(path.resolve()) for path in evaluation_images)]
+        _claim_folder(out, _identity(folder, source, annotated.pictures, excluded, settings, loading), judge)
     distributed.barrier("the output folder")
     if (out / output.CARD).exists():
         return dict(read_json(out / output.CARD))
+
+    # Select. The model is loaded when there is something to ask it: a finished stage needs none.
     work, load = out / WORK, functools.cache(lambda: loading.load(folder))
-    apart = _fingerprint(annotated.pictures, listed, shown, work)
-    pictures, left_out = _select_images(place, annotated.pictures, apart)
-    describing, choosing = (random.Random(f"{how.seed}/{what}") for what in ("describe", "ask"))
-    endpoint = Judge(judge, work / JUDGE_CACHE) if judge and distributed.is_main() else None
+    exclusion = _fingerprint(annotated.pictures, listed, evaluation_images, work)
+    pictures, left_out = _select_images(source, annotated.pictures, exclusion)
+    description_rng, question_rng = (random.Random(f"{settings.seed}/{stage}") for stage in ("describe", "ask"))
+    judge_client = Judge(judge, work / JUDGE_CACHE) if judge and distributed.is_main() else None
 
     def load_for_judge() -> LoadedModel:
-        if endpoint:  # whether it is there, before hours of descriptions
-            endpoint.probe(REQUEST, pictures[0].path if place.annotations == "none" else None)
+        if judge_client:  # a judge that does not answer is found now, not after hours of descriptions
+            judge_client.probe(REQUEST, pictures[0].path if source.annotations == "none" else None)
         return load()
 
-    texts = describe_images(pictures, how, functools.cache(load_for_judge), work, describing)
-    found = None
+    # Describe; check and pair, by the first process.
+    texts = describe_images(pictures, settings, functools.cache(load_for_judge), work, description_rng)
+    described = None
     if distributed.is_main():
-        found = find_pairs(pictures, texts, annotated, how.near_texts, endpoint, describing)
+        described = find_pairs(pictures, texts, annotated, settings.near_texts, judge_client, description_rng)
     distributed.barrier("pairs of descriptions")
-    asked = distributed.broadcast_from_main(lambda: _choose_questions(pictures, found, place, how, choosing))
-    asking = GenerationSettings(how.template, min(how.max_new_tokens, YES_NO_MAX_TOKENS), how.batch_size)
-    prompts = [(one.key, (one.picture.path, one.text)) for one in asked]
-    answers = generate_all(work / "answers.jsonl", load, prompts, asking, "yes/no questions")
-    if found is not None:
-        records = candidates.question_records(asked, answers)
-        kept = candidates.balance_answers(records, choosing)
-        write_outputs(out, pictures, annotated.vocabulary, found.pairs, kept, apart, how.parquet)
+
+    # Ask. The questions may depend on the judge's verdicts, which only the first process has.
+    questions = distributed.broadcast_from_main(
+        lambda: _choose_questions(pictures, described, source, settings, question_rng)
+    )
+    generation = GenerationSettings(
+        settings.template, min(settings.max_new_tokens, YES_NO_MAX_TOKENS), settings.batch_size
+    )
+    prompts = [(question.key, (question.picture.path, question.text)) for question in questions]
+    answers = generate_all(work / "answers.jsonl", load, prompts, generation, "yes/no questions")
+
+    # Write.
+    if described is not None:
+        records = candidates.question_records(questions, answers)
+        selected = candidates.balance_answers(records, question_rng)
+        write_outputs(out, pictures, annotated.vocabulary, described.pairs, selected, exclusion, settings.parquet)
         card = {
             "model": folder.path.name,
             "model_hash": model_hash(folder),
-            "annotations": place.annotations,
-            **dataclasses.asdict(how),
+            "annotations": source.annotations,
+            **dataclasses.asdict(settings),
             "pictures": {"found": len(annotated.pictures), "left_out": left_out, "mined": len(pictures)},
-            "apart": {"given": [path.name for path in place.exclude], "names": len(listed), "images": len(apart.shown)},
-            **_card_of_pairs(found, records, kept),
+            "apart": {
+                "given": [path.name for path in source.exclude],
+                "names": len(listed),
+                "images": len(exclusion.evaluation),
+            },
+            **_pair_statistics(described, records, selected),
         }
         output.write_card(out, card)
     distributed.barrier("the pairs")
@@ -108,109 +128,113 @@ def mine_pairs(
 
 def _check_settings(
     model: ModelFolder,
-    place: MiningSource,
+    source: MiningSource,
     out: Path,
-    how: MiningSettings,
+    settings: MiningSettings,
     judge: JudgeSettings | None,
     loading: LoadOptions,
 ) -> MiningSettings:
-    """The settings with the model's own template in them, once nothing contradicts."""
-    if place.annotations == "none" and judge is None:
+    """Check that nothing contradicts, and return the settings with the model's own template where none is given."""
+    if source.annotations == "none" and judge is None:
         raise RecipeError("Without annotations nothing finds the mistakes.", "Give --judge URL and --judge-model.")
-    if out.resolve().is_relative_to(place.images.resolve()):
+    if out.resolve().is_relative_to(source.images.resolve()):
         raise RecipeError(f"{out} lies in the image folder.", "Choose another --out.")
-    if how.parquet:
+    if settings.parquet:
         pyarrow()
-    if how.samples and how.temperature <= 0:
+    if settings.samples and settings.temperature <= 0:
         raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
     parse_device(loading.device)
-    how = dataclasses.replace(how, template=how.template or model.template)
-    get_template(how.template)
-    return how
+    settings = dataclasses.replace(settings, template=settings.template or model.template)
+    get_template(settings.template)
+    return settings
 
 
 def _fingerprint(
-    pictures: Sequence[MinedImage], listed: frozenset[str], shown: Sequence[Path], work: Path
+    pictures: Sequence[MinedImage], listed: frozenset[str], evaluation_images: Sequence[Path], work: Path
 ) -> ExclusionFilter:
-    """Look at every image file, mined or of an evaluation."""
-    seen = fingerprint_all(work / "pictures.jsonl", [(p.id, p.path) for p in pictures], "pictures")
-    held = fingerprint_all(work / "excluded.jsonl", [(str(path), path) for path in shown], "evaluation images")
-    return ExclusionFilter(seen, listed, [held[str(path)] for path in shown])
+    """Fingerprint every image file, mined or of an evaluation."""
+    mined = fingerprint_all(work / "pictures.jsonl", [(p.id, p.path) for p in pictures], "pictures")
+    evaluation_records = fingerprint_all(
+        work / "excluded.jsonl", [(str(path), path) for path in evaluation_images], "evaluation images"
+    )
+    return ExclusionFilter(mined, listed, [evaluation_records[str(path)] for path in evaluation_images])
 
 
 def _select_images(
-    place: MiningSource, pictures: Sequence[MinedImage], apart: ExclusionFilter
+    source: MiningSource, pictures: Sequence[MinedImage], exclusion: ExclusionFilter
 ) -> tuple[list[MinedImage], dict[str, int]]:
-    """The pictures that are mined, and how many are not, by reason."""
-    reasons = apart.left_out(pictures)
+    """Return the pictures that are mined, and how many are not, by reason."""
+    reasons = exclusion.left_out(pictures)
     counts = dict(sorted(Counter(reasons.values()).items()))
     if len(reasons) == len(pictures):
-        named = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        raise DataError(f"No picture of {place.images} is left: {named}.", "Check --images and --exclude.")
+        causes = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        raise DataError(f"No picture of {source.images} is left: {causes}.", "Check --images and --exclude.")
     return [picture for picture in pictures if picture.id not in reasons], counts
 
 
-def _claim(out: Path, settings: Mapping[str, Any], judge: JudgeSettings | None) -> None:
-    """Take the folder for a job, or go on there.
+def _claim_folder(out: Path, identity: Mapping[str, Any], judge: JudgeSettings | None) -> None:
+    """Claim the folder for a job, or go on there.
 
-    Descriptions do not depend on a judge: until the pairs are finished another one may take over. Finished ones are of
-    their judge's model and request, wherever that was.
+    Raises:
+        RecipeError: the folder holds finished pairs of another judge.
     """
-    told = judge and [judge.model, dict(judge.request)]
-    claim_output_dir(out, SETTINGS, settings, "pairs", judge=told)
+    # Descriptions do not depend on a judge: until the pairs are finished another one may take over. Finished ones
+    # belong to their judge's model and request, not to its address.
+    judge_identity = judge and [judge.model, dict(judge.request)]
+    claim_output_dir(out, SETTINGS, identity, "pairs", judge=judge_identity)
     if not (out / output.CARD).exists():
-        write_json(out / SETTINGS, {**settings, "judge": told})
-    elif (read_json_object(out / SETTINGS)["judge"] or [])[-2:] != (
-        told or []
-    ):  # earlier versions wrote the address first
+        write_json(out / SETTINGS, {**identity, "judge": judge_identity})
+        return
+    stored = read_json_object(out / SETTINGS)["judge"] or []
+    if stored[-2:] != (judge_identity or []):  # earlier versions wrote the address first
         raise RecipeError(f"{out} holds pairs made with another judge.", "Choose another --out.")
 
 
-def _settings(
+def _identity(
     model: ModelFolder,
-    place: MiningSource,
+    source: MiningSource,
     pictures: Sequence[MinedImage],
     excluded: Sequence[str],
-    how: MiningSettings,
+    settings: MiningSettings,
     loading: LoadOptions,
 ) -> dict[str, Any]:
-    """All that the pairs depend on, but for the judge."""
-    known = [f"{picture.id}: {', '.join(sorted(picture.objects))}" for picture in pictures]
+    """Return all that the pairs depend on, except the judge."""
+    objects = [f"{picture.id}: {', '.join(sorted(picture.objects))}" for picture in pictures]
     return {
         **loading.identity(model),
-        "images": str(place.images.resolve()),
-        "annotations": place.annotations,
-        "annotations_hash": text_hash(*known),
-        "synonyms": place.synonyms and text_hash(read_text(place.synonyms)),
-        "exclude": [str(path.resolve()) for path in place.exclude],
+        "images": str(source.images.resolve()),
+        "annotations": source.annotations,
+        "annotations_hash": text_hash(*objects),
+        "synonyms": source.synonyms and text_hash(read_text(source.synonyms)),
+        "exclude": [str(path.resolve()) for path in source.exclude],
         "exclude_hash": text_hash(*excluded),
-        **dataclasses.asdict(how),
+        **dataclasses.asdict(settings),
         "versions": library_versions(),
     }
 
 
 def _choose_questions(
     pictures: Sequence[MinedImage],
-    found: DescriptionPairs | None,
-    place: MiningSource,
-    how: MiningSettings,
+    described: DescriptionPairs | None,
+    source: MiningSource,
+    settings: MiningSettings,
     rng: random.Random,
 ) -> list[ProbeQuestion]:
-    assert found is not None, "only the first process chooses"
-    if place.annotations == "none":
-        return candidates.choose_judged_questions(pictures, found.checked, how.questions, rng)
-    return candidates.choose_questions(pictures, how.questions, rng)
+    assert described is not None, "only the first process chooses questions"
+    if source.annotations == "none":
+        return candidates.choose_judged_questions(pictures, described.verdicts, settings.questions, rng)
+    return candidates.choose_questions(pictures, settings.questions, rng)
 
 
-def _card_of_pairs(
-    found: DescriptionPairs, records: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]
+def _pair_statistics(
+    described: DescriptionPairs, records: Sequence[Mapping[str, Any]], selected: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the data card says of the pairs, and of the questions that were asked for them."""
+    """Return the data card's counts of pairs, and of the questions that were asked for them."""
     return {
-        "descriptions": found.to_json(),
-        "questions": candidates.question_summary(records, kept),
-        "lengths": pairs.length_statistics([(pair.chosen, pair.rejected) for pair in found.pairs]),
-        "judge": found.judge,
+        "descriptions": described.to_json(),
+        "questions": candidates.question_summary(records, selected),
+        "lengths": pairs.length_statistics([(pair.chosen, pair.rejected) for pair in described.pairs]),
+        "judge": described.judge,
     }
 
 
@@ -220,15 +244,16 @@ def write_outputs(
     vocabulary: Vocabulary | None,
     pairs: Sequence[MinedPair],
     records: Sequence[Mapping[str, Any]],
-    apart: ExclusionFilter,
+    exclusion: ExclusionFilter,
     parquet: bool,
 ) -> None:
-    """All files but the card, with which the folder is complete; no picture in them may be one that is left out."""
+    """Write all files except the card, with which the folder is complete; no picture in them may be a left-out one."""
     output.write_pairs(out, pairs, records)
+    # Read back from the files: what counts is which pictures are in them.
     names = {*read_json(out / DESC), *(record["image_id"] for record in read_json(out / POPE))}
     used = {picture.id: picture for picture in pictures if picture.id in names}
-    assert not apart.left_out(used.values()), "an evaluation image, or one twice, got into the pairs"
-    output.write_images(out, used.values(), {image: apart.seen[image]["content"] for image in used})
+    assert not exclusion.left_out(used.values()), "an evaluation image, or one twice, got into the pairs"
+    output.write_images(out, used.values(), {image: exclusion.mined[image]["content"] for image in used})
     if parquet:
         output.write_pairs_parquet(out)
     write_pairs_page(out, pairs, records, used, vocabulary)

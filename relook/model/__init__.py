@@ -1,6 +1,6 @@
 """Models: on disk, in memory, and which of their parameters train.
 
-checkpoint      tensor files, read lazily and written in shards; model formats, their tensor names and configs
+checkpoint      `ModelFolder`: what a path holds, parsed once; tensor files, read lazily; names and configs of formats
 lazy_model      `LazyModel`: a model folder of any format in transformers' terms, with its tensors still on disk
 adapters        trained changes to a base model, applied tensor by tensor
 lora            settings and weight deltas of peft's LoRA adapters

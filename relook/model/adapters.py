@@ -85,9 +85,11 @@ class Adapter:
         Raises:
             CheckpointError: a tensor that the base lacks or has in another shape, or a layer without its LoRA.
         """
+        # 1. The base that this adapter was trained on, with everything that was trained before.
         for folder in self.previous:
             source = replace(read_adapter(folder), previous=()).apply_to(source, dtype)
         config, tensors = source.config, dict(source.tensors)
+        # 2. A post decoder comes whole: its settings decide which tensors there are, so none of an older one may stay.
         if any(name.startswith(DECODER) for name in self.tensors):
             config = self._config_with_decoder(source)
             tensors = {name: t for name, t in tensors.items() if not name.startswith(DECODER)}
@@ -99,6 +101,7 @@ class Adapter:
         if config.tie_word_embeddings and untied:
             config = _untied(config)
             tensors.setdefault(HEAD_WEIGHT, tensors[EMBEDDINGS])
+        # 3. Replace tensors of the same name, then merge LoRA into its weights; each is computed when it is read.
         tensors |= self.tensors
         for name, lora in self.lora.items():
             tensors[name] = tensors[name].map(partial(lora.merged, dtype))
@@ -118,6 +121,7 @@ class Adapter:
                 (name.replace(".default.", "."), t) for name, t in read_tensor_file(self.path / TENSORS_FILE).items()
             )
             tensors = {name: tensor for name, tensor in names if ".lora_" in name}
+        # The same files hold both: tensors that peft wrote under its own names are its job, the rest is replaced.
         beside = self.tensors.keys() - {rename(name, FROM_CHANGE) for name in tensors}
         rest = {name: self.tensors[name] for name in beside}
         return Adapter(self.folder, rest, post_decoder=self.post_decoder), tensors
@@ -128,6 +132,7 @@ class Adapter:
         return any(module.startswith("model.layers.") for module in self.modules.values())
 
     def _check(self, source: LazyModel, tensors: dict[str, LazyTensor]) -> None:
+        # A tensor must be on the base in the same shape; only those of ADDED may be new.
         shapes = {name: _shape(tensors, name) for name in self.tensors}
         wrong = [
             f"{name} {list(new.shape)} on {list(shapes[name]) or 'nothing'}"
@@ -145,6 +150,7 @@ class Adapter:
                 f"{self.path} does not fit {source.path}: {len(wrong)} tensors ({preview(wrong)}).",
                 "Give the base that it was trained on.",
             )
+        # LoRA that is cut off would load without a word, as a weaker model.
         if self.lora_settings and (missing := self.lora_settings.missing(self.modules, tensors.items())):
             raise CheckpointError(
                 f"{self.path} lacks LoRA for {len(missing)} layers that its target_modules name ({preview(missing)}).",
@@ -165,8 +171,8 @@ class Adapter:
             )
 
     def _config_with_decoder(self, source: LazyModel) -> Any:
-        held = getattr(source.config, "post_decoder", None)
-        settings = self.post_decoder if self.post_decoder is not None else held
+        existing = getattr(source.config, "post_decoder", None)
+        settings = self.post_decoder if self.post_decoder is not None else existing
         if settings is None:
             raise CheckpointError(
                 f"{self.path} has a post decoder, but nothing says its settings.",
@@ -182,32 +188,33 @@ class Adapter:
         """
         if stage not in STAGES:
             raise CheckpointError(f"There is no stage {stage}.", f"Known ones: {', '.join(map(str, STAGES))}.")
+        # The base must be what the stage expects.
         parts, needs_decoder = STAGES[stage]
         has_decoder = has_post_decoder(source.config)
         if needs_decoder is not None and needs_decoder != has_decoder:
             has = "already has a" if has_decoder else "has no"
             raise CheckpointError(f"{source.path} {has} post decoder.", f"Use stage {2 if has_decoder else 0}.")
-        whole = self._with_earlier()
-        absent = [part.strip(".") for part in parts if not any(name.startswith(part) for name in whole.tensors)]
+        combined = self._with_earlier()
+        absent = [part.strip(".") for part in parts if not any(name.startswith(part) for name in combined.tensors)]
         if absent:
-            what = f"{self.path} has no {' and no '.join(absent)}, which stage {stage} takes from it."
-            raise CheckpointError(what, "Choose another stage, or leave it out to take the whole change.")
-        taken = {name: tensor for name, tensor in whole.tensors.items() if name.startswith(parts)}
-        left = sorted((whole.tensors.keys() - taken.keys()) | whole.lora.keys())
-        return replace(whole, tensors=taken, lora={}, lora_settings=None, modules={}), left
+            message = f"{self.path} has no {' and no '.join(absent)}, which stage {stage} takes from it."
+            raise CheckpointError(message, "Choose another stage, or leave it out to take the whole change.")
+        taken = {name: tensor for name, tensor in combined.tensors.items() if name.startswith(parts)}
+        left_out = sorted((combined.tensors.keys() - taken.keys()) | combined.lora.keys())
+        return replace(combined, tensors=taken, lora={}, lora_settings=None, modules={}), left_out
 
     def _with_earlier(self) -> Adapter:
         """Combine the previous adapters and this one; of LoRA only the names matter, since no stage takes it."""
-        replaced: dict[str, LazyTensor] = {}
+        tensors: dict[str, LazyTensor] = {}
         lora: dict[str, LoraDelta] = {}
         settings = None
-        for change in (*map(read_adapter, self.previous), self):
-            if any(name.startswith(DECODER) for name in change.tensors):  # a whole post decoder replaces an earlier one
-                replaced = {name: tensor for name, tensor in replaced.items() if not name.startswith(DECODER)}
-                settings = change.post_decoder
-            replaced |= change.tensors
-            lora |= change.lora
-        return replace(self, tensors=replaced, lora=lora, post_decoder=settings, previous=())
+        for adapter in (*map(read_adapter, self.previous), self):
+            if any(name.startswith(DECODER) for name in adapter.tensors):  # replaces an earlier one
+                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER)}
+                settings = adapter.post_decoder
+            tensors |= adapter.tensors
+            lora |= adapter.lora
+        return replace(self, tensors=tensors, lora=lora, post_decoder=settings, previous=())
 
     def after(self, base: ModelFolder) -> Adapter:
         """Drop the previous adapters that a training run used as the base already contains."""
@@ -295,6 +302,7 @@ def _build_adapter(folder: ModelFolder, tensors: dict[str, LazyTensor]) -> Adapt
         settings = folder.config.get("post_decoder")
     replaced: dict[str, LazyTensor] = {}
     halves: dict[str, dict[str, LazyTensor]] = {}
+    # Sort the tensors: two halves of LoRA (A and B, and what variants add) by module, all others by their new names.
     for raw, tensor in tensors.items():
         if half := LORA_NAME.fullmatch(raw):
             module = half["module"].removeprefix(PEFT_PREFIX)
@@ -305,6 +313,7 @@ def _build_adapter(folder: ModelFolder, tensors: dict[str, LazyTensor]) -> Adapt
         return Adapter(folder, replaced, post_decoder=settings, previous=folder.previous)
     lora_settings = LoraSettings(path if path.is_dir() else path.parent)
     pairs = lora_settings.pairs(halves, replaced)
+    # Modules are named as in the model that peft wrapped, weights as in transformers'; two names may mean one weight.
     modules: dict[str, str] = {}
     for module in pairs:
         weight = rename(f"{module}.weight", FROM_CHANGE)

@@ -56,6 +56,7 @@ def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
     """
     require_regular(path)
     tensors = _read(path)
+    # No model has an empty tensor, and loading one would leave random weights.
     empty = [name for name, tensor in tensors.items() if 0 in tensor.shape]
     if empty:
         raise CheckpointError(
@@ -72,8 +73,10 @@ def _read(path: Path) -> dict[str, LazyTensor]:
             head = file.read(9)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from None
+    # safetensors: 8 bytes with the length of the header, then the header, which is JSON.
     if head[8:] == b"{":
         return _read_safetensors(path)
+    # PyTorch since 1.6: a zip archive, whose tensors can be mapped into memory.
     if head[:4] == b"PK\x03\x04":
         return _read_pickle(path, mmap=True)
     if head[:1] == b"\x80":  # PyTorch's format before 1.6, which cannot be mapped into memory
@@ -124,6 +127,7 @@ def read_tensor_folder(folder: Path) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: there are no weights, or the shards lack tensors of the index.
     """
+    # An index says which tensors there must be; a single file may hold any.
     files, indexed = _layout(folder)
     if not files:
         raise CheckpointError(
@@ -146,6 +150,7 @@ def _layout(folder: Path) -> tuple[list[Path], set[str]]:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{folder / index} has no weight_map.", "Download it again.")
             shards = sorted({str(shard) for shard in weight_map.values()})
+            # A shard's name must be a plain one: an index may come from anywhere and could name any file.
             missing = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
             if missing:
                 raise CheckpointError(
@@ -174,25 +179,26 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         tensors: names and tensors, in the order of writing.
         shard_bytes: largest size of a shard; a single tensor may be larger.
     """
-    held: dict[str, Tensor] = {}
-    held_bytes, total = 0, 0
+    pending: dict[str, Tensor] = {}
+    pending_bytes, total = 0, 0
     parts: list[tuple[Path, list[str]]] = []
 
     def flush() -> None:
         part = folder / f"part-{len(parts)}.safetensors"
-        save_tensors(held, part)
-        parts.append((part, list(held)))
-        held.clear()
+        save_tensors(pending, part)
+        parts.append((part, list(pending)))
+        pending.clear()
 
     for name, tensor in tensors:
-        if held and held_bytes + tensor.nbytes > shard_bytes:
+        if pending and pending_bytes + tensor.nbytes > shard_bytes:
             flush()
-            held_bytes = 0
+            pending_bytes = 0
         # Copy: tensors of one file may share memory, which safetensors refuses to store.
-        held[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        held_bytes += tensor.nbytes
+        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        pending_bytes += tensor.nbytes
         total += tensor.nbytes
     flush()
+    # How many shards there are is known only now, and it is part of their names.
     if len(parts) == 1:
         parts[0][0].rename(folder / "model.safetensors")
         return
@@ -354,6 +360,7 @@ def parse_folder(path: AnyFolder) -> ModelFolder:
     if not path.is_dir():
         raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
     require_regular_files(path)
+    # The order matters: a LoRA run of relook has an adapter_config.json as well.
     if (path / ADAPTER_FILE).exists():
         kind, change = "run", _read_change(path / ADAPTER_FILE)
     else:
@@ -389,6 +396,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _model_kind(path: Path, config: dict[str, Any]) -> str:
+    # Both formats have folders of type "llava"; only transformers' has a text_config.
     kind = str(config.get("model_type"))
     if kind in MODEL_TYPES and "text_config" in config:
         return "hf" if kind in FAMILIES else "relook"
@@ -408,10 +416,11 @@ def config_template(config: dict[str, Any]) -> str:
 
     LLaVA-NeXT over Mistral uses Mistral's. Over other language models, its config does not tell Vicuna's from Yi's.
     """
-    own = "llava_hf" if "text_config" in config else "v1"
+    # A conversion keeps the original's template under this key; else the format decides.
+    default = "llava_hf" if "text_config" in config else "v1"
     if config.get("model_type") == "llava_next" and config.get("text_config", {}).get("model_type") == "mistral":
-        own = "mistral"
-    return str(config.get("conversation_template", own))
+        default = "mistral"
+    return str(config.get("conversation_template", default))
 
 
 def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig) -> LlavaConfig:
@@ -427,20 +436,22 @@ def from_llava_config(path: Path, raw: dict[str, Any], vision: CLIPVisionConfig)
     Raises:
         CheckpointError: a size is missing, or transformers' LLaVA cannot express a setting.
     """
+    # transformers would fill in its own defaults, those of a 7B model.
     missing = [key for key in REQUIRED if raw.get(key) is None]
     if missing:
         raise CheckpointError(f"{path / 'config.json'} does not say {preview(missing)}.", "Download it again.")
     projector, select = raw["mm_projector_type"], raw.get("mm_vision_select_feature") or "patch"
-    for key, value, known in (
+    for key, value, supported in (
         ("mm_projector_type", projector, PROJECTORS),
         ("mm_vision_select_feature", select, STRATEGIES),
         ("image_aspect_ratio", raw.get("image_aspect_ratio") or "square", ("square", "pad")),
     ):
-        if value not in known:
+        if value not in supported:
             raise CheckpointError(
-                f"{path} has {key} {value!r}, which relook does not support.", f"Known ones: {', '.join(known)}."
+                f"{path} has {key} {value!r}, which relook does not support.", f"Known ones: {', '.join(supported)}."
             )
     text = {key: raw[key] for key in TEXT if raw.get(key) is not None}
+    # One position per patch, plus one for the class token where the model reads it.
     side = vision.image_size // vision.patch_size
     return LlavaConfig(
         vision_config=vision,
@@ -478,6 +489,7 @@ def one_rope(text: dict[str, Any]) -> dict[str, Any]:
     theta = rope.get("rope_theta", 1.0)
     if type(theta) not in (int, float) or not 0 < theta < math.inf:
         raise ValueError(f"rope_theta is {theta!r}, but must be a number above 0")
+    # Leave no older name: transformers would read it beside rope_parameters.
     rest = {key: value for key, value in text.items() if key not in ROPE}
     return rest | ({"rope_parameters": rope} if rope else {})
 
@@ -495,16 +507,17 @@ def to_llava_config(config: LlavaConfig, dtype: str, tower: str) -> dict[str, An
     """
     if has_post_decoder(config):
         raise CheckpointError(
-            "LLaVA's format has no place for a post decoder.", "Keep the model in relook's own: `relook export`."
+            "LLaVA's format cannot hold a post decoder.", "Keep the model in relook's own: `relook export`."
         )
     if not isinstance(config, LlavaConfig):
         raise CheckpointError(f"A {config.model_type} model is written in transformers' format only.", "Use --to hf.")
     if not isinstance(config.vision_feature_layer, int) or config.projector_hidden_act not in PROJECTORS.values():
         raise CheckpointError(
-            f"LLaVA's format cannot say vision_feature_layer {config.vision_feature_layer} with projector_hidden_act "
-            f"{config.projector_hidden_act!r}.",
+            f"LLaVA's format cannot express vision_feature_layer {config.vision_feature_layer} with "
+            f"projector_hidden_act {config.projector_hidden_act!r}.",
             f"It has one layer, and a projector of {', '.join(PROJECTORS.values())}.",
         )
+    # liuhaotian's config is flat: the language model's settings lie beside LLaVA's own.
     text = config.text_config.to_dict()
     return {
         "architectures": ["LlavaLlamaForCausalLM"],

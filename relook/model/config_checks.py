@@ -48,11 +48,11 @@ def plain_config(raw: Any) -> Any:
     }
 
 
-def check_config(who: str, config: Any) -> None:
+def check_config(model_name: str, config: Any) -> None:
     """Refuse a config with values that no model can have.
 
     Args:
-        who: the model's name in error messages.
+        model_name: the model's name in error messages.
         config: the transformers config.
 
     Raises:
@@ -60,21 +60,24 @@ def check_config(who: str, config: Any) -> None:
     """
     parts = {"": config, "text_config.": config.text_config, "vision_config.": config.vision_config}
     wrong = [f"{name}{key} {value!r}" for name, part in parts.items() for key, value in _wrong(part)]
-    words = config.text_config.vocab_size
-    if not _id(words)(config.image_token_id):
-        wrong.append(f"image_token_index {config.image_token_id!r} of a vocabulary of {words!r}")
+    vocab_size = config.text_config.vocab_size
+    # An id outside the vocabulary would index beyond the embeddings, on a GPU as a device-side assertion.
+    if not _id(vocab_size)(config.image_token_id):
+        wrong.append(f"image_token_index {config.image_token_id!r} of a vocabulary of {vocab_size!r}")
     if wrong:
-        raise CheckpointError(f"The config of {who} has values that no model can have: {preview(wrong, 10)}.", AGAIN)
+        message = f"The config of {model_name} has values that no model can have: {preview(wrong, 10)}."
+        raise CheckpointError(message, AGAIN)
 
 
 AGAIN = "Download it again."
 
 
 def _wrong(config: Any) -> Iterator[tuple[str, Any]]:
-    words = getattr(config, "vocab_size", None)
-    for key, most in SIZES.items():
+    # Parts have different keys: a vision config has no vocabulary, a text config no patches.
+    vocab_size = getattr(config, "vocab_size", None)
+    for key, maximum in SIZES.items():
         value = getattr(config, key, None)
-        if value is not None and not _whole(1, most)(value):
+        if value is not None and not _whole(1, maximum)(value):
             yield key, value
     for key in ("rms_norm_eps", "layer_norm_eps"):
         value = getattr(config, key, None)
@@ -82,69 +85,77 @@ def _wrong(config: Any) -> Iterator[tuple[str, Any]]:
             yield key, value
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, key, None)
-        if words is not None and not (value is None or _ids(words)(value) or (key == "pad_token_id" and value == -1)):
+        # Some published configs say -1 for "no padding token".
+        if vocab_size is not None and not (
+            value is None or _ids(vocab_size)(value) or (key == "pad_token_id" and value == -1)
+        ):
             yield key, value
 
 
-def _whole(least: int, most: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value <= most
+def _whole(minimum: int, maximum: int) -> Callable[[Any], bool]:
+    # `type`, not isinstance: a bool is an int.
+    return lambda value: type(value) is int and minimum <= value <= maximum
 
 
-def _number(least: float, most: float) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+def _number(minimum: float, maximum: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and math.isfinite(value) and minimum <= value <= maximum
 
 
-def _id(words: Any) -> Callable[[Any], bool]:
-    return _whole(0, words - 1 if type(words) is int else 0)
+def _id(vocab_size: Any) -> Callable[[Any], bool]:
+    return _whole(0, vocab_size - 1 if type(vocab_size) is int else 0)
 
 
-def _ids(words: Any) -> Callable[[Any], bool]:
-    """Build a check that accepts a token id or a list of them, of a vocabulary of `words` tokens."""
-    return lambda value: all(map(_id(words), value if isinstance(value, list) else [value]))
+def _ids(vocab_size: Any) -> Callable[[Any], bool]:
+    """Build a check that accepts a token id or a list of them, of a vocabulary of `vocab_size` tokens."""
+    return lambda value: all(map(_id(vocab_size), value if isinstance(value, list) else [value]))
 
 
 def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def generation_config(folder: Path, words: int) -> GenerationConfig:
+def generation_config(folder: Path, vocab_size: int) -> GenerationConfig:
     """Read and check a folder's generation settings.
 
     Args:
         folder: the model folder.
-        words: size of the vocabulary.
+        vocab_size: size of the vocabulary.
 
     Raises:
         CheckpointError: settings that relook does not follow, or values out of range, by name.
     """
     file = folder / "generation_config.json"
     settings = {key: value for key, value in read_json_object(file).items() if key not in ("transformers_version",)}
-    known = _generation(words)
+    checks = _generation(vocab_size)
     wrong = [
         f"{key} {value!r}"[:100]
         for key, value in settings.items()
-        if not (value is None or (known[key](value) if key in known else value in (False, [], {})))
+        # An unknown setting may be present as long as it is off.
+        if not (value is None or (checks[key](value) if key in checks else value in (False, [], {})))
     ]
     if wrong:
         raise CheckpointError(
             f"{file} has settings that relook does not follow, or values out of range: {preview(wrong, 10)}.",
             "Remove them from the file.",
         )
+    # Each value is sound by itself; transformers also checks combinations, such as min_length above max_length.
     try:
-        return GenerationConfig(**{key: settings[key] for key in known if settings.get(key) is not None})
+        return GenerationConfig(**{key: settings[key] for key in checks if settings.get(key) is not None})
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid: {error}.", "Correct it.") from None
 
 
-def _generation(words: int) -> Mapping[str, Callable[[Any], bool]]:
+def _generation(vocab_size: int) -> Mapping[str, Callable[[Any], bool]]:
     """Return the generation settings that relook follows, each with a check of its values."""
-    share, length, one = _number(0, 1), _whole(0, 1 << 30), lambda value: value == 1
+    share, length, is_one = _number(0, 1), _whole(0, 1 << 30), lambda value: value == 1
     return {
         **dict.fromkeys(("do_sample", "use_cache", "renormalize_logits", "_from_model_config"), _flag),
         "early_stopping": lambda value: value in (True, False, "never"),
-        **dict.fromkeys(("bos_token_id", "pad_token_id"), _id(words)),
-        "eos_token_id": _ids(words),
-        **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), lambda v: isinstance(v, list) and _ids(words)(v)),
+        **dict.fromkeys(("bos_token_id", "pad_token_id"), _id(vocab_size)),
+        "eos_token_id": _ids(vocab_size),
+        **dict.fromkeys(
+            ("suppress_tokens", "begin_suppress_tokens"), lambda v: isinstance(v, list) and _ids(vocab_size)(v)
+        ),
         **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), length),
         **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"), share),
         "top_k": _whole(0, 1 << 24),
@@ -153,16 +164,16 @@ def _generation(words: int) -> Mapping[str, Callable[[Any], bool]]:
         "length_penalty": _number(-100, 100),
         "repetition_penalty": lambda value: _number(0, 100)(value) and value > 0,
         "no_repeat_ngram_size": _whole(0, 1 << 10),
-        **dict.fromkeys(("num_beam_groups", "num_return_sequences", "guidance_scale"), one),
-        "encoder_repetition_penalty": one,
+        **dict.fromkeys(("num_beam_groups", "num_return_sequences", "guidance_scale"), is_one),
+        "encoder_repetition_penalty": is_one,
     }
 
 
-def check_processor(who: str, tokenizer: Any, images: ImageLoader, config: Any) -> None:
+def check_processor(model_name: str, tokenizer: Any, images: ImageLoader, config: Any) -> None:
     """Try a processor on the image placeholder and on a small image.
 
     Args:
-        who: the model's name in error messages.
+        model_name: the model's name in error messages.
         tokenizer: the processor's tokenizer.
         images: image loader around the image processor.
         config: the model's config.
@@ -173,8 +184,9 @@ def check_processor(who: str, tokenizer: Any, images: ImageLoader, config: Any) 
     placeholder, side = tokenizer.convert_tokens_to_ids(IMAGE), config.vision_config.image_size
     if placeholder != config.image_token_id:
         raise CheckpointError(
-            f"The tokenizer of {who} has {IMAGE} as {placeholder}, its config as {config.image_token_id}.", AGAIN
+            f"The tokenizer of {model_name} has {IMAGE} as {placeholder}, its config as {config.image_token_id}.", AGAIN
         )
+    # Check the sizes before any picture is made: a processor would try to allocate whatever it is told.
     processor = images.image_processor
     sizes = [n for name in ("size", "crop_size") for n in dict(getattr(processor, name, None) or {}).values()]
     sizes += [n for pair in getattr(processor, "image_grid_pinpoints", None) or () for n in pair]
@@ -182,6 +194,7 @@ def check_processor(who: str, tokenizer: Any, images: ImageLoader, config: Any) 
         strange = [size for size in sizes if size is not None and not _whole(1, SIDE)(size)]
         if strange:
             raise ValueError(f"sizes of {preview(strange)} pixels")
+        # A non-square picture of black, whose pixels become -mean / std.
         pixels = images(Image.new("RGB", (3, 2)))
         if pixels.shape[-3:] != (3, side, side):
             raise ValueError(f"pictures become {list(pixels.shape)}, but the vision tower takes {[3, side, side]}")
@@ -189,6 +202,6 @@ def check_processor(who: str, tokenizer: Any, images: ImageLoader, config: Any) 
             raise ValueError("pixels become NaN or infinity: look at image_std and rescale_factor")
     except Exception as error:  # a library may raise anything on values it was never meant to get
         raise CheckpointError(
-            f"The image processor of {who} cannot be used: {str(error).rstrip('.')}.",
+            f"The image processor of {model_name} cannot be used: {str(error).rstrip('.')}.",
             "Correct its preprocessor_config.json or processor_config.json, or download it again.",
         ) from None

@@ -77,14 +77,14 @@ class WriteOptions:
     vision_tower: Path | None = None
 
 
-def convert_model(source: str | Path, out: str | Path, to: str, how: WriteOptions = WriteOptions()) -> float | None:
+def convert_model(source: str | Path, out: str | Path, to: str, options: WriteOptions = WriteOptions()) -> float | None:
     """Write a model in another format and return the largest logit difference, None if not checked.
 
     Args:
         source: a model folder or a training run.
         out: the folder to write.
         to: "hf" for transformers' format, "llava" for liuhaotian's (its tower goes into the folder `vision_tower`).
-        how: options for writing.
+        options: options for writing.
 
     Raises:
         CheckpointError: the source is broken, the target exists, or the target format cannot express the model.
@@ -93,12 +93,16 @@ def convert_model(source: str | Path, out: str | Path, to: str, how: WriteOption
     if to not in ("hf", "llava"):
         raise CheckpointError(f"There is no format {to!r}.", "Use hf or llava.")
     return write_model(
-        open_lazy(source, vision_tower=how.vision_tower), out, write_hf if to == "hf" else write_llava, how
+        open_lazy(source, vision_tower=options.vision_tower), out, write_hf if to == "hf" else write_llava, options
     )
 
 
 def merge_adapter(
-    base: str | Path, change: str | Path, out: str | Path, stage: int | None = None, how: WriteOptions = WriteOptions()
+    base: str | Path,
+    change: str | Path,
+    out: str | Path,
+    stage: int | None = None,
+    options: WriteOptions = WriteOptions(),
 ) -> float | None:
     """Write a base with an adapter applied, in transformers' format; a post decoder brings its code along.
 
@@ -107,45 +111,46 @@ def merge_adapter(
         change: an adapter, as for `load_model`.
         out: the folder to write.
         stage: take only part of the adapter, as replace_bin's stages did (see `Adapter.at_stage`); None takes all.
-        how: options for writing.
+        options: options for writing.
     """
     model, trained, out = parse_folder(base), read_adapter(change), Path(out)
     trained.note_projector()
     if model.kind == "run":
         trained = trained.after(model)
-        source = open_lazy(model, vision_tower=how.vision_tower)
+        source = open_lazy(model, vision_tower=options.vision_tower)
     else:
-        source = open_base(model, trained.folder, how.vision_tower)
+        source = open_base(model, trained.folder, options.vision_tower)
     if stage is not None:
-        trained, left = trained.at_stage(stage, source)
-        if left:
-            status(f"  stage {stage} leaves out {len(left)} tensors of {change}: {preview(left)}")
+        trained, left_out = trained.at_stage(stage, source)
+        if left_out:
+            status(f"  stage {stage} leaves out {len(left_out)} tensors of {change}: {preview(left_out)}")
     merged = trained.apply_to(source)
     merged.check()
-    return write_model(merged, out, write_hf, how)
+    return write_model(merged, out, write_hf, options)
 
 
-def export_model(source: str | Path, out: str | Path, how: WriteOptions = WriteOptions()) -> float | None:
+def export_model(source: str | Path, out: str | Path, options: WriteOptions = WriteOptions()) -> float | None:
     """Write a model or a training run as a complete folder that transformers loads without relook installed."""
     source, out = Path(source), Path(out)
-    return write_model(open_lazy(source, vision_tower=how.vision_tower), out, write_hf, how)
+    return write_model(open_lazy(source, vision_tower=options.vision_tower), out, write_hf, options)
 
 
-def write_model(source: LazyModel, out: Path, write: Writer, how: WriteOptions) -> float | None:
+def write_model(source: LazyModel, out: Path, write: Writer, options: WriteOptions) -> float | None:
     """Write a model to a folder that appears only once it is complete and checked.
 
     Args:
         source: the model to write.
         out: the folder to write.
         write: writes a model into a folder, in files of at most the given number of bytes.
-        how: options for writing.
+        options: options for writing.
     """
-    _check_target(source, out, how)
+    _check_target(source, out, options)
     difference = None
-    beside = check_with_peft(source, out) if how.check else ""
+    # First against peft, which needs nothing on disk, then the written folder against the source.
+    beside = check_with_peft(source, out) if options.check else ""
     with atomic_folder(out.resolve()) as folder:  # a link to a folder stays a link
-        write(source, folder, int(how.shard_gb * 1e9))
-        if how.check:
+        write(source, folder, int(options.shard_gb * 1e9))
+        if options.check:
             difference = logit_difference(source, open_lazy(folder))
             if not difference <= TOLERANCE.get(source.dtype, 5e-2):  # NaN fails too
                 raise CheckpointError(
@@ -157,12 +162,13 @@ def write_model(source: LazyModel, out: Path, write: Writer, how: WriteOptions) 
     return difference
 
 
-def _check_target(source: LazyModel, out: Path, how: WriteOptions) -> None:
+def _check_target(source: LazyModel, out: Path, options: WriteOptions) -> None:
+    # Not even --force replaces a folder that holds what is being read.
     target = out.resolve()
     for used in (source.path, source.tower, source.adapter):
         if used is not None and (target == used.resolve() or target in used.resolve().parents):
             raise CheckpointError(f"{out} holds the source itself.", "Choose another folder.")
-    if out.exists() and not how.force:
+    if out.exists() and not options.force:
         raise CheckpointError(f"{out} exists.", "Choose another folder, or pass --force to replace it.")
     if out.exists() and not (out / "config.json").is_file():
         raise CheckpointError(f"{out} is no model folder and is not replaced.", "Choose another folder.")
@@ -178,14 +184,15 @@ def _tensor_stream(source: LazyModel, renames: Any, tower: bool) -> Iterator[tup
 
 def write_hf(source: LazyModel, folder: Path, shard_bytes: int) -> None:
     """Write transformers' format: llava-hf's tensor names, or with a post decoder the module tree's, plus its code."""
-    own = has_post_decoder(source.config)
-    renames = () if own else TO_HF
+    with_decoder = has_post_decoder(source.config)
+    renames = () if with_decoder else TO_HF
+    # The tower's tensors come first, then all others.
     stream = (pair for tower in (True, False) for pair in _tensor_stream(source, renames, tower))
     write_tensors(folder, stream, shard_bytes)
     config = copy.deepcopy(source.config)
     config.architectures, config.dtype = [source.model_class.__name__], source.dtype
     config.conversation_template = source.template
-    if own:
+    if with_decoder:
         config.auto_map = {
             "AutoConfig": f"modeling_relook.{type(source.config).__name__}",
             "AutoModelForImageTextToText": f"modeling_relook.{source.model_class.__name__}",
@@ -194,10 +201,7 @@ def write_hf(source: LazyModel, folder: Path, shard_bytes: int) -> None:
             shutil.copyfile(str(module.__file__), folder / Path(str(module.__file__)).name)
     config.to_json_file(folder / "config.json")
     source.generation_config().save_pretrained(folder)
-    processor = source.processor()
-    if source.kind == "llava":
-        processor.image_processor.do_pad = getattr(source.config, "image_aspect_ratio", "") == "pad"
-    processor.save_pretrained(folder)
+    _processor(source).save_pretrained(folder)
     _copy_sentencepiece(source.path, folder)
 
 
@@ -234,12 +238,13 @@ def write_llava(source: LazyModel, folder: Path, shard_bytes: int) -> None:
             "resample": int(images.resample),
         },
     )
+    # The original program reads sentencepiece files; without them, at least transformers' tokenizer is there.
     if not _copy_sentencepiece(source.path, folder):
         processor.tokenizer.save_pretrained(folder)
         return
     stated = read_json_object(source.path / "tokenizer_config.json", optional=True)
-    kept = {key: value for key, value in stated.items() if key in TOKENIZER_KEYS}
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **kept})
+    settings = {key: value for key, value in stated.items() if key in TOKENIZER_KEYS}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **settings})
 
 
 def _copy_sentencepiece(path: Path, folder: Path) -> bool:
@@ -269,6 +274,7 @@ def logit_difference(first: LazyModel, second: LazyModel) -> float:
 
     Only one model is in memory at a time. Both get the pixels from the first one's processor.
     """
+    # The first model is freed before the second is loaded.
     loaded = materialize(first, first.dtype)
     inputs = _small_input(loaded)
     logits = loaded.model(**inputs).logits.float()
@@ -287,17 +293,19 @@ def check_with_peft(source: LazyModel, out: Path) -> str:
     if source.beneath is None or not source.beneath[1].lora:
         return ""
     needed = 4 * sum(prod(tensor.shape) for tensor in source.tensors.values())
+    # The merged model and peft's are in memory one after the other, in float32.
     if needed > (free := psutil.virtual_memory().available):
         return f"; not compared with peft, for which {readable_size(needed - free)} of memory are missing"
     try:
-        wanted, inputs = _logits_by_peft(*source.beneath)
+        peft_logits, inputs = _logits_by_peft(*source.beneath)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         return f"; not compared with peft, which cannot load the adapter ({str(error).splitlines()[0]})"
+    # Merge once more, in float32: `source` was rounded to the stored dtype.
     beneath, change = source.beneath
     merged = materialize(replace(change, previous=()).apply_to(beneath, torch.float32), torch.float32)
     with torch.inference_mode():
-        difference = float((merged.model(**inputs).logits - wanted).abs().max())
-    if not difference <= TOLERANCE[torch.float32] * max(1.0, float(wanted.abs().max())):
+        difference = float((merged.model(**inputs).logits - peft_logits).abs().max())
+    if not difference <= TOLERANCE[torch.float32] * max(1.0, float(peft_logits.abs().max())):
         raise CheckpointError(
             f"The logits of the merged model differ from those of peft's adapter by {difference:.2e}; {out} was not "
             "written.",
@@ -317,6 +325,7 @@ def _logits_by_peft(beneath: LazyModel, change: Adapter) -> tuple[Tensor, dict[s
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     assert change.lora_settings is not None
+    # Everything but LoRA is applied as usual; LoRA alone goes through peft.
     rest, tensors = change.without_adapter()
     loaded = materialize(rest.apply_to(beneath, torch.float32), torch.float32)
     core = wrapped = loaded.core
@@ -324,18 +333,20 @@ def _logits_by_peft(beneath: LazyModel, change: Adapter) -> tuple[Tensor, dict[s
         with torch.device("meta"):
             wrapped = LlamaForCausalLM(core.config.text_config)
         wrapped.model, wrapped.lm_head = core.model.language_model, core.lm_head
-        named = {name: tensor.read() for name, tensor in tensors.items()}
+        state_dict = {name: tensor.read() for name, tensor in tensors.items()}
     else:
+        # An adapter of another transformers version: rename its modules to those of the installed one.
         plain = {rename(name.removeprefix(PEFT_PREFIX), FROM_ANY): tensor for name, tensor in tensors.items()}
-        named = {PEFT_PREFIX + name: tensor.read() for name, tensor in plain.items()}
+        state_dict = {PEFT_PREFIX + name: tensor.read() for name, tensor in plain.items()}
+    # peft initialises LoRA at random before the tensors are set; the fork restores the global generator.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(wrapped, LoraConfig.from_pretrained(str(change.lora_settings.file.parent))).eval()
-        report = set_peft_model_state_dict(model, named)
+        report = set_peft_model_state_dict(model, state_dict)
     lost = [*report.unexpected_keys, *(name for name in report.missing_keys if ".lora_" in name)]
     if lost:
         raise ValueError(f"it has no place for {preview(lost, 2)}")
-    core.lm_head = wrapped.lm_head
+    core.lm_head = wrapped.lm_head  # peft may have replaced it by a layer with LoRA
     inputs = _small_input(loaded)
     return core(**inputs).logits, inputs
 
@@ -346,6 +357,8 @@ def _small_input(loaded: LoadedModel) -> dict[str, Tensor]:
     side = config.vision_config.image_size
     noise = torch.randint(256, (side, 2 * side, 3), dtype=torch.uint8, generator=generator)
     picture = Image.fromarray(noise.numpy())
+    # One image and 16 tokens other than the placeholder. The picture is noise, wider than high, so that cropping and
+    # padding show.
     words = [i for i in range(min(config.text_config.vocab_size, 1000)) if i != config.image_token_id]
     picked = torch.randint(len(words), (16,), generator=generator)
     ids = [config.image_token_id] * loaded.encoder().positions([picture])[0] + [words[i] for i in picked.tolist()]
@@ -370,14 +383,14 @@ FOLLOWED = {
 }
 
 
-def export_for(source: str | Path, out: str | Path, engine: str, how: WriteOptions) -> float | None:
+def export_for(source: str | Path, out: str | Path, engine: str, options: WriteOptions) -> float | None:
     """Write a model or a training run for a serving engine; return the largest logit difference, None if not checked.
 
     Args:
         source: a model folder or a training run.
         out: the folder to write.
         engine: "vllm", "sglang" or "transformers-serve".
-        how: options for writing.
+        options: options for writing.
 
     Raises:
         CheckpointError: there is no such engine, or it cannot run this model; the error says why, and what can.
@@ -385,19 +398,20 @@ def export_for(source: str | Path, out: str | Path, engine: str, how: WriteOptio
     source, out = Path(source), Path(out)
     if engine not in WRITERS:
         raise CheckpointError(f"There is no engine {engine!r}.", f"Known ones: {', '.join(WRITERS)}.")
-    opened = open_lazy(source, vision_tower=how.vision_tower)
+    opened = open_lazy(source, vision_tower=options.vision_tower)
     if has_post_decoder(opened.config):
         raise CheckpointError(
             f"{source} has a post decoder, which looks at the image again at every token; {engine} has no such layer.",
             "Use relook serve. Heads, LoRA and projectors alone can be exported for it.",
         )
-    return write_model(opened, out, WRITERS[engine], how)
+    return write_model(opened, out, WRITERS[engine], options)
 
 
 def _write_plain(source: LazyModel, folder: Path, shard_bytes: int) -> None:
     """Write transformers' format so that version 4, which vLLM runs on, can read it too."""
     write_hf(source, folder, shard_bytes)
     config = read_json_object(folder / "config.json")
+    # Version 4 reads these from the text config, under its own names.
     text = config["text_config"]
     text |= rope_settings(text)
     text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]]
@@ -424,19 +438,20 @@ def _write_sglang(source: LazyModel, folder: Path, shard_bytes: int) -> None:
     for name in SENTENCEPIECE:  # they lack the <image> token
         (folder / name).unlink(missing_ok=True)
     processor = _processor(source)
-    said = read_json_object(folder / "config.json") | {
+    llava_config = read_json_object(folder / "config.json") | {
         "model_type": "llava",  # the only one of transformers' names that SGLang knows
         "mm_vision_tower": CLIP_FOLDER,
         "image_token_index": config.image_token_id,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
     if getattr(processor.image_processor, "do_pad", False):  # SGLang pads to a square itself
-        processor.image_processor.do_pad, said["image_aspect_ratio"] = False, "pad"
-    write_json(folder / "config.json", said)
+        processor.image_processor.do_pad, llava_config["image_aspect_ratio"] = False, "pad"
+    write_json(folder / "config.json", llava_config)
     _write_speech(source, folder, processor)
 
 
 def _processor(source: LazyModel) -> Any:
+    """Return the model's processor; liuhaotian's padding to a square becomes a setting of it."""
     processor = source.processor()
     if source.kind == "llava":
         processor.image_processor.do_pad = getattr(source.config, "image_aspect_ratio", "") == "pad"
@@ -447,29 +462,32 @@ def _write_speech(source: LazyModel, folder: Path, processor: Any) -> None:
     """Write processor, chat template and generation settings so that both transformers 4 and 5 can read them."""
     processor.chat_template = processor.tokenizer.chat_template = chat_template(source, processor)
     processor.save_pretrained(folder)
-    said = read_json_object(folder / "processor_config.json")
-    images = said.pop("image_processor")
-    write_json(folder / "processor_config.json", said)
-    write_json(folder / "preprocessor_config.json", images | {"processor_class": said["processor_class"]})
+    processor_config = read_json_object(folder / "processor_config.json")
+    images = processor_config.pop("image_processor")
+    write_json(folder / "processor_config.json", processor_config)
+    write_json(folder / "preprocessor_config.json", images | {"processor_class": processor_config["processor_class"]})
     tokenizer = read_json_object(folder / "tokenizer_config.json")
     special = tokenizer.pop("extra_special_tokens", [])
-    kept = {key: value for key, value in tokenizer.items() if key not in ("backend", "is_local", "local_files_only")}
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": special}
-    named["model_input_names"] = ["input_ids", "attention_mask"]  # else version 4 adds token_type_ids
-    write_json(folder / "tokenizer_config.json", kept | named)
+    # Version 4 knows neither version 5's own keys nor its name for further special tokens.
+    left_out = ("backend", "is_local", "local_files_only")
+    settings = {key: value for key, value in tokenizer.items() if key not in left_out}
+    overrides = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": special}
+    overrides["model_input_names"] = ["input_ids", "attention_mask"]  # else version 4 adds token_type_ids
+    write_json(folder / "tokenizer_config.json", settings | overrides)
     _write_generation(source, folder, processor.tokenizer)
 
 
 def _write_generation(source: LazyModel, folder: Path, tokenizer: Any) -> None:
     settings, stop = source.generation_config(), get_template(source.template).stop
+    # Engines stop at token ids only; a stop string that is one token becomes an end-of-text id.
     if stop in tokenizer.get_added_vocab():
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         settings.eos_token_id = sorted({*ends, tokenizer.convert_tokens_to_ids(stop)} - {None})
     elif stop:
         status(f"  answers end with {stop!r}, which is no token: requests must send it as `stop`", style="yellow")
-    left = [name for name, value in settings.to_diff_dict().items() if value and name not in FOLLOWED]
-    if left:
-        status(f"  not every engine follows {preview(left)} of generation_config.json", style="yellow")
+    unfollowed = [name for name, value in settings.to_diff_dict().items() if value and name not in FOLLOWED]
+    if unfollowed:
+        status(f"  not every engine follows {preview(unfollowed)} of generation_config.json", style="yellow")
     settings.save_pretrained(folder)
 
 
@@ -482,19 +500,20 @@ def chat_template(source: LazyModel, processor: Any) -> str:
     template, tokenizer = get_template(source.template), processor.tokenizer
     marked = getattr(source.config, "mm_use_im_start_end", False)
     encoder = Encoder(tokenizer, template, source.config.image_token_id, 1, image_start_end=marked)
-    said = [Turn(with_image("What is this?"), "A cup."), Turn("And where is it?", "")]
-    wanted = list(encoder.prompt(said[-1].prompt, 1, said[:-1]))
-    asked = [
+    # Two turns, so that every part of the template occurs: first and later prompts, answers, and the open end.
+    turns = [Turn(with_image("What is this?"), "A cup."), Turn("And where is it?", "")]
+    expected_ids = list(encoder.prompt(turns[-1].prompt, 1, turns[:-1]))
+    messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A cup."}]},
         {"role": "user", "content": "And where is it?"},
     ]
     image = IM_START + IMAGE + IM_END if marked else IMAGE
     for line in (f"{image}\n", f"{image} \n"):  # text after an image is tokenised alone; some need the space
-        made = _jinja(template, line, wanted[0] == tokenizer.bos_token_id)
-        text = processor.apply_chat_template(asked, chat_template=made, add_generation_prompt=True)
-        if tokenizer(text, add_special_tokens=False)["input_ids"] == wanted:
-            return made
+        jinja = _jinja(template, line, expected_ids[0] == tokenizer.bos_token_id)
+        text = processor.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True)
+        if tokenizer(text, add_special_tokens=False)["input_ids"] == expected_ids:
+            return jinja
     raise CheckpointError(
         f"No chat template gives the tokenizer of {source.path} the prompts of {source.template}.", "Use relook serve."
     )

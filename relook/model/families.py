@@ -57,10 +57,10 @@ class Family:
 
 
 def _features_per_row(config: Any) -> int:
-    """Count the vision features of one row of pixels: its patches, plus the class token where that is kept."""
+    """Count the vision features of one row of pixels: its patches, plus the class token if that is kept."""
     vision = config.vision_config
-    whole = 0 if config.vision_feature_select_strategy == "default" else 1
-    return int((vision.image_size // vision.patch_size) ** 2 + whole)
+    class_token = 0 if config.vision_feature_select_strategy == "default" else 1
+    return int((vision.image_size // vision.patch_size) ** 2 + class_token)
 
 
 def _llava_positions(core: Any) -> int:
@@ -78,6 +78,7 @@ def _llava_next_positions(core: Any) -> Callable[[Size], int]:
     """
     config = core.config
 
+    # Images of a dataset share few sizes, and each new size runs the packing.
     @cache
     def positions(size: Size) -> int:
         packed, _ = core.model.pack_image_features(
@@ -113,8 +114,10 @@ FAMILIES = {
         projects_rows=False,
     ),
 }
+# By model_type of a config: each family's own, and that of the same model with a post decoder.
 MODEL_TYPES = {**FAMILIES, **{trunk.relook_config.model_type: trunk for trunk in FAMILIES.values()}}
 
+# So that transformers' Auto classes, and pipelines built on them, know the folders that relook writes.
 for trunk in FAMILIES.values():
     AutoConfig.register(trunk.relook_config.model_type, trunk.relook_config, exist_ok=True)
     AutoModelForImageTextToText.register(trunk.relook_config, trunk.relook_model, exist_ok=True)
@@ -131,6 +134,7 @@ def has_post_decoder(config: Any) -> bool:
 
 def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
     """Return the config of the same model with a post decoder of these settings."""
+    # The new class names itself; these two keys would contradict it.
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     return family_of(config).relook_config(**{**values, "post_decoder": settings})
 
@@ -142,5 +146,6 @@ def vision_feature_count(config: Any, size: Size) -> int:
 
 def vision_feature_width(config: Any) -> int:
     """Compute V of the vision features: the tower's width times the number of its layers that the model reads."""
+    # Features of several layers are concatenated (see `selected_features`).
     layers = config.vision_feature_layer
     return int(config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1))

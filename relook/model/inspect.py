@@ -74,12 +74,13 @@ class TracedTensor:
 
         Mean, population standard deviation, minimum and maximum cover the finite values only; None if there are none.
         """
+        # float64, in which sums over millions of half-precision values lose nothing.
         values = tensor.detach().double().flatten()
-        rest = values[values.isfinite()]
-        some = (rest.mean(), rest.std(correction=0), rest.min(), rest.max()) if len(rest) else ()
-        mean, std, least, most = map(float, some) if some else (None,) * 4
+        finite = values[values.isfinite()]
+        statistics = (finite.mean(), finite.std(correction=0), finite.min(), finite.max()) if len(finite) else ()
+        mean, std, low, high = map(float, statistics) if statistics else (None,) * 4
         nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
-        return TracedTensor(step, name, tuple(tensor.shape), _short(tensor.dtype), mean, std, least, most, nan, inf)
+        return TracedTensor(step, name, tuple(tensor.shape), _short(tensor.dtype), mean, std, low, high, nan, inf)
 
 
 def inspect_model(
@@ -103,7 +104,7 @@ def inspect_model(
     adapter = None if adapter is None else Path(adapter)
     vision_tower = None if vision_tower is None else Path(vision_tower)
     source = open_lazy(path, adapter, vision_tower, parse_dtype(dtype))
-    found: dict[str, Any] = {
+    findings: dict[str, Any] = {
         "model": str(path),
         "type": source.model_class.__name__,
         "modules": [asdict(module) for module in module_tree(source)],
@@ -112,8 +113,8 @@ def inspect_model(
     if image is not None or prompt is not None:
         loaded = materialize(source, parse_dtype(dtype), device=parse_device(device))
         images = [] if image is None else [image]
-        found["tensors"] = [asdict(passing) for passing in trace_tensors(loaded, images, prompt or PROMPT)]
-    return found
+        findings["tensors"] = [asdict(tensor) for tensor in trace_tensors(loaded, images, prompt or PROMPT)]
+    return findings
 
 
 # The module tree
@@ -133,39 +134,40 @@ def _without_memory(source: LazyModel, config: Any) -> Any:
 def _walk(module: nn.Module, path: str, depth: int, tensors: Mapping[str, LazyTensor]) -> Iterator[ModuleRow]:
     for names in _equal_children(module):
         child = getattr(module, names[0]) if not isinstance(module, nn.ModuleList) else module[int(names[0])]
-        shown = f"{path}{names[0]}."
-        counted = sum(parameter.numel() for parameter in child.parameters())
+        child_path = f"{path}{names[0]}."
+        count = sum(parameter.numel() for parameter in child.parameters())
         yield ModuleRow(
             depth,
             names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}",
             type(child).__name__,
             len(names),
-            counted * len(names),
-            _dtypes(child, shown, tensors),
+            count * len(names),
+            _dtypes(child, child_path, tensors),
             {name: tuple(parameter.shape) for name, parameter in child.named_parameters(recurse=False)},
         )
-        yield from _walk(child, shown, depth + 1, tensors)
+        yield from _walk(child, child_path, depth + 1, tensors)
 
 
 def _equal_children(module: nn.Module) -> Iterator[list[str]]:
     """Yield the names of children with parameters, grouping list neighbours of the same types and shapes."""
-    last, group = None, list[str]()
+    previous, group = None, list[str]()
     for name, child in module.named_children():
         if next(child.parameters(), None) is None:
             continue
-        look = repr(child), [tuple(parameter.shape) for parameter in child.parameters()]
-        if group and not (isinstance(module, nn.ModuleList) and look == last):
+        # Neighbours are equal if their printed trees (classes and sizes) and the shapes of their parameters are.
+        signature = repr(child), [tuple(parameter.shape) for parameter in child.parameters()]
+        if group and not (isinstance(module, nn.ModuleList) and signature == previous):
             yield group
             group = []
-        group, last = [*group, name], look
+        group, previous = [*group, name], signature
     if group:
         yield group
 
 
 def _dtypes(module: nn.Module, path: str, tensors: Mapping[str, LazyTensor]) -> tuple[str, ...]:
     """Return the dtype of a module's own parameters on disk; only one tensor, of the fewest dimensions, is read."""
-    own = [tensors[path + name] for name, _ in module.named_parameters(recurse=False) if path + name in tensors]
-    return tuple(sorted({_short(tensor.read().dtype) for tensor in sorted(own, key=lambda t: len(t.shape))[:1]}))
+    stored = [tensors[path + name] for name, _ in module.named_parameters(recurse=False) if path + name in tensors]
+    return tuple(sorted({_short(tensor.read().dtype) for tensor in sorted(stored, key=lambda t: len(t.shape))[:1]}))
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -187,8 +189,9 @@ class TrainableCount:
 def count_trainable(source: LazyModel) -> dict[str, TrainableCount]:
     """Count each regime's trainable parameters with the recipe's defaults, as `relook train` would set it up."""
     processor = source.processor()
-    found = {}
+    counts = {}
     for name, keys in REGIMES.items():
+        # A recipe needs data paths; nothing here reads them.
         recipe = build_recipe(
             {"task": "dpo", "model_name_or_path": "-", "output_dir": "-", "vg_path": "-", "pope_data_path": "-", **keys}
         )
@@ -196,16 +199,18 @@ def count_trainable(source: LazyModel) -> dict[str, TrainableCount]:
         if recipe.tune_post_decoder and not has_post_decoder(config):
             config = with_post_decoder(config, dict(recipe.post_decoder))
         loaded = LoadedModel(_without_memory(source, config), processor, source.path)
+        # On the meta device, initialising LoRA or a post decoder costs nothing.
         with torch.device("meta"):
             set_trainable(loaded, recipe)
         parts: dict[str, int] = {}
+        # By part of the model: "model.language_model.layers..." counts under language_model.
         for full, parameter in loaded.core.named_parameters():
             if parameter.requires_grad:
                 part = full.removeprefix("model.").split(".")[0]
                 parts[part] = parts.get(part, 0) + parameter.numel()
         total = sum(parameter.numel() for parameter in loaded.core.parameters())
-        found[name] = TrainableCount(sum(parts.values()), total, parts)
-    return found
+        counts[name] = TrainableCount(sum(parts.values()), total, parts)
+    return counts
 
 
 # Tensors on their way
@@ -215,19 +220,20 @@ def count_trainable(source: LazyModel) -> dict[str, TrainableCount]:
 def trace_tensors(loaded: LoadedModel, images: Sequence[Path], prompt: str) -> list[TracedTensor]:
     """Trace the tensors of one prompt in `generate`: the prefill and the first decode step, which uses the KV cache."""
     inputs = loaded.encode(images, prompt)
-    seen = [TracedTensor.of("prefill", name, inputs[name]) for name in ("pixel_values",) if name in inputs]
+    traced = [TracedTensor.of("prefill", name, inputs[name]) for name in ("pixel_values",) if name in inputs]
     step = "prefill"
 
     def note(name: str, tensor: Any) -> None:
         nonlocal step
         if isinstance(tensor, Tensor):
-            seen.append(TracedTensor.of(step, name, tensor))
+            traced.append(TracedTensor.of(step, name, tensor))
+        # lm_head is the last module of a step.
         if name == "logits":
             step = "decode"
 
     with _hooked(loaded.core, note):
         loaded.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=2, min_new_tokens=2)
-    return seen
+    return traced
 
 
 @contextmanager
@@ -235,11 +241,12 @@ def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
     """Install forward hooks that call `note` with each traced tensor and its name; remove them on exit."""
     base = core.model
 
-    def given(name: str, argument: str) -> Callable[..., None]:
+    def input_hook(name: str, argument: str) -> Callable[..., None]:
         return lambda module, args, kwargs: note(name, args[0] if args else kwargs.get(argument))
 
-    def made(name: str) -> Callable[..., None]:
+    def output_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # Base models return an object, decoder layers a tuple in older transformers, the rest a tensor.
             output = getattr(output, "last_hidden_state", output)
             note(name, output[0] if isinstance(output, tuple) else output)
 
@@ -253,45 +260,46 @@ def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
         def after(module: nn.Module, hook: Callable[..., None]) -> None:
             stack.callback(module.register_forward_hook(hook).remove)
 
-        before(base.multi_modal_projector, given("image features", "image_features"))
-        after(base.multi_modal_projector, made("projected features"))
+        # In order of the data flow: image side, language model, post decoder, lm_head.
+        before(base.multi_modal_projector, input_hook("image features", "image_features"))
+        after(base.multi_modal_projector, output_hook("projected features"))
         before(base.language_model, lambda module, args, kwargs: note("merged embeddings", kwargs["inputs_embeds"]))
         for i, layer in enumerate(base.language_model.layers, 1):
-            after(layer, made(f"hidden states, layer {i}"))
-        after(base.language_model, made("hidden states, normed"))
+            after(layer, output_hook(f"hidden states, layer {i}"))
+        after(base.language_model, output_hook("hidden states, normed"))
         decoder = getattr(base, "post_decoder", None)
         if decoder is not None:
             if decoder.align is not None:
-                after(decoder.align, made("post decoder, image side"))
-            before(decoder, given("post decoder, in", "states_BSD"))
-            after(decoder, made("post decoder, out"))
-        after(core.lm_head, made("logits"))
+                after(decoder.align, output_hook("post decoder, image side"))
+            before(decoder, input_hook("post decoder, in", "states_BSD"))
+            after(decoder, output_hook("post decoder, out"))
+        after(core.lm_head, output_hook("logits"))
         yield
 
 
 # Showing
 
 
-def print_tables(found: Mapping[str, Any]) -> None:
+def print_tables(findings: Mapping[str, Any]) -> None:
     """Print the findings of `inspect_model` to standard output; a pipe gets wide lines."""
     console = stdout_console()
-    console.print(f"{found['model']}: {found['type']}")
+    console.print(f"{findings['model']}: {findings['type']}")
     table = plain_table("module", "class", "parameters", "dtype", "shapes", right=("parameters",))
-    for module in found["modules"]:
+    for module in findings["modules"]:
         times = f" (x {module['repeats']})" if module["repeats"] > 1 else ""
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in module["shapes"].items())
         name = "  " * module["depth"] + module["name"] + times
         table.add_row(name, module["kind"], f"{module['parameters']:,}", ", ".join(module["dtypes"]), shapes)
     console.print(table)
     table = plain_table("regime", "trains", "of", "parts", right=("trains", "of"))
-    for name, regime in found["trains"].items():
+    for name, regime in findings["trains"].items():
         parts = ", ".join(f"{part} {count:,}" for part, count in regime["parts"].items())
         table.add_row(name, f"{regime['trains']:,}", f"{regime['of']:,}", parts)
     console.print(table)
-    if "tensors" in found:
+    if "tensors" in findings:
         numbers = ("mean", "std", "min", "max", "NaN", "inf")
         table = plain_table("step", "tensor", "shape", "dtype", *numbers, right=numbers)
-        for row in found["tensors"]:
+        for row in findings["tensors"]:
             values = ("-" if row[key] is None else f"{row[key]:.4g}" for key in ("mean", "std", "min", "max"))
             shape = " x ".join(map(str, row["shape"]))
             table.add_row(row["step"], row["name"], shape, row["dtype"], *values, f"{row['nan']}", f"{row['inf']}")

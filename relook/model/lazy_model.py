@@ -105,9 +105,9 @@ class LazyModel:
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        trunk = family_of(self.config)
-        found: type[PreTrainedModel] = trunk.relook_model if has_post_decoder(self.config) else trunk.model
-        return found
+        family = family_of(self.config)
+        model_class: type[PreTrainedModel] = family.relook_model if has_post_decoder(self.config) else family.model
+        return model_class
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,7 +115,8 @@ class LazyModel:
         return self.tensors["model.language_model.embed_tokens.weight"].read().dtype
 
     @property
-    def who(self) -> str:
+    def label(self) -> str:
+        """Return the model's name in error messages, with its adapter's."""
         return str(self.path) if self.adapter is None else f"{self.path} with {self.adapter}"
 
     def read(self, *parts: str) -> dict[str, Tensor]:
@@ -128,36 +129,38 @@ class LazyModel:
         broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
         if broken:
             raise CheckpointError(
-                f"{len(broken)} tensors of {self.who} hold NaN or infinity: {preview(broken)}.",
+                f"{len(broken)} tensors of {self.label} hold NaN or infinity: {preview(broken)}.",
                 "Its training diverged, or the files are broken: take an earlier checkpoint, or download them again.",
             )
         return tensors
 
     def check(self) -> None:
         """Raise a CheckpointError that lists missing and unused tensors, and those whose shape is not the config's."""
-        who = self.who
-        with torch.device("meta"):
-            model = _build_checked(who, self.model_class, self.config)
-        wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        # transformers' own model says which tensors there must be; on the meta device it has shapes but no memory.
+        expected = _build_checked(self.label, _shapes_of, self.model_class, self.config)
+        # A tied lm_head is not on disk; transformers takes the embeddings.
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
-        missing = sorted(wanted.keys() - self.tensors.keys() - tied)
-        unused = sorted(self.tensors.keys() - wanted.keys())
+        missing = sorted(expected.keys() - self.tensors.keys() - tied)
+        unused = sorted(self.tensors.keys() - expected.keys())
         wrong = [
-            f"{name} {list(tensor.shape)} instead of {list(wanted[name])}"
+            f"{name} {list(tensor.shape)} instead of {list(expected[name])}"
             for name, tensor in self.tensors.items()
-            if name in wanted and wanted[name] != tensor.shape
+            if name in expected and expected[name] != tensor.shape
         ]
+        # A wrong layer number would show only in the first forward pass.
         layers = self.config.vision_feature_layer
         depth = self.config.vision_config.num_hidden_layers
         if any(not 1 <= abs(layer) <= depth for layer in (layers if isinstance(layers, list) else [layers])):
             raise CheckpointError(
-                f"{who} takes its image features from layer {layers} of a vision tower that has {depth}.",
+                f"{self.label} takes its image features from layer {layers} of a vision tower that has {depth}.",
                 "Check that the config and the tower belong together.",
             )
-        found = (("missing", missing), ("unused", unused), ("of another shape", wrong))
-        listed = "; ".join(f"{len(names)} {what}: {preview(names)}" for what, names in found if names)
+        problems = (("missing", missing), ("unused", unused), ("of another shape", wrong))
+        listed = "; ".join(f"{len(names)} {problem}: {preview(names)}" for problem, names in problems if names)
         if listed:
-            raise CheckpointError(f"The tensors of {who} do not fit its config ({listed}).", self._advice(missing))
+            raise CheckpointError(
+                f"The tensors of {self.label} do not fit its config ({listed}).", self._advice(missing)
+            )
 
     def _advice(self, missing: list[str]) -> str:
         if missing and all(name.startswith(TOWER) for name in missing):
@@ -169,6 +172,7 @@ class LazyModel:
     def processor(self) -> Any:
         """Build one transformers processor from the tokenizer and the image processor."""
         try:
+            # Folders of transformers' format hold a whole processor; liuhaotian's get theirs from two folders.
             if self.tower is None:
                 processor = AutoProcessor.from_pretrained(self.path, local_files_only=True)
                 # Without a known processor class, transformers falls back to the tokenizer alone.
@@ -192,11 +196,31 @@ class LazyModel:
 
     def generation_config(self) -> GenerationConfig:
         text = self.config.text_config
+        # liuhaotian's generation_config.json is about the language model that LLaVA was trained on.
         if self.kind != "llava" and (self.path / "generation_config.json").exists():
             return generation_config(self.path, text.vocab_size)
         return GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
+
+
+def _shapes_of(model_class: type[PreTrainedModel], config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter that a model of this config has.
+
+    Without weights a model still takes long to build, and one process often opens models of one config: a base and
+    its runs, or a source and its conversion. So the last ones are remembered.
+    """
+    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    if key not in _known_shapes:
+        while len(_known_shapes) >= 16:
+            del _known_shapes[next(iter(_known_shapes))]
+        with torch.device("meta"):
+            model = model_class(config)
+        _known_shapes[key] = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    return _known_shapes[key]
+
+
+_known_shapes: dict[tuple[type[PreTrainedModel], str], dict[str, tuple[int, ...]]] = {}
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -232,6 +256,7 @@ def open_folder(
         raise CheckpointError(
             f"{path} holds a change to a model, not a model.", "Pass its base as path, and this as adapter."
         )
+    # Packed weights can neither be checked by shape nor take LoRA.
     if raw.get("quantization_config"):
         raise CheckpointError(
             f"The weights in {path} are quantised already.",
@@ -243,14 +268,15 @@ def open_folder(
                 f"{path} is a language model alone, without a vision tower.",
                 "Pass what LLaVA trained on it as adapter: a folder with its config.json, projector and, if any, LoRA.",
             )
-        kind, raw = "llava", llava_config
+        kind, raw = "llava", llava_config  # the adapter's config replaces that of the language model
     if kind == "llava":
         return _open_llava(path, raw, vision_tower, weights, tower_by_name)
     if vision_tower is not None:
         raise CheckpointError(f"{path} has a vision tower of its own.", "Leave vision_tower out.")
-    trunk = MODEL_TYPES[raw["model_type"]]
-    config_class = trunk.relook_config if kind == "relook" else trunk.config
+    family = MODEL_TYPES[raw["model_type"]]
+    config_class = family.relook_config if kind == "relook" else family.config
     tensors = _renamed(read_tensor_folder(path), FROM_HF) if weights else {}
+    # A copy: the folder's parsed config is shared and stays as it is on disk.
     raw = raw | {"text_config": _build_checked(path, one_rope, raw["text_config"])}
     config = _build_checked(path, config_class.from_dict, plain_config(raw))
     check_config(str(path), config)
@@ -284,29 +310,33 @@ def _open_llava(
     try:
         tower = _tower_folder(path, name, vision_tower)
     except CheckpointError:
-        named = named_tower(str(name), raw.get("mm_hidden_size")) if tower_by_name and not vision_tower else None
-        if named is None:
+        inferred = named_tower(str(name), raw.get("mm_hidden_size")) if tower_by_name and not vision_tower else None
+        if inferred is None:
             raise
-        config = _build_checked(path, from_llava_config, path, raw, named[0])
-        return LazyModel(path, "llava", config, {}, config_template(raw), tower_note=named[1])
+        config = _build_checked(path, from_llava_config, path, raw, inferred[0])
+        return LazyModel(path, "llava", config, {}, config_template(raw), tower_note=inferred[1])
     settings = read_config(tower)
     if settings.get("model_type") not in ("clip", "clip_vision_model"):
-        what = f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower."
-        raise CheckpointError(what, "Give the tower's own folder.")
+        message = f"{tower} is a {settings.get('model_type')!r}, not a CLIP vision tower."
+        raise CheckpointError(message, "Give the tower's own folder.")
     vision: CLIPVisionConfig = _build_checked(
         tower, CLIPVisionConfig.from_dict, plain_config(settings.get("vision_config", settings))
     )
+    # The tower's config decides the number of image positions, the model's all else.
     config = _build_checked(path, from_llava_config, path, raw, vision)
     check_config(str(path), config)
     if not weights:
         return LazyModel(path, "llava", config, {}, config_template(raw), tower)
     tensors = _renamed(read_tensor_folder(path), FROM_LLAVA)
+    # 1. The tower: from its own folder, unless it was trained with the model.
     trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
     if weight_files(tower) and not trained:
         of_tower = {name: t for name, t in read_tensor_folder(tower).items() if not COMPUTED.search(name)}
+        # A whole CLIP model has a text side, too; then the vision side is what begins with "vision_model.".
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in of_tower) else ""
         tensors = {name: t for name, t in tensors.items() if not name.startswith(TOWER)}
         tensors |= {TOWER + n.removeprefix(prefix): t for n, t in of_tower.items() if n.startswith(prefix)}
+    # 2. The image placeholder: an id within the embeddings, which only the tokenizer knows.
     rows = config.text_config.vocab_size
     tokenizer = image_tokenizer(path, rows)
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -315,6 +345,7 @@ def _open_llava(
             f"{path} has mm_use_im_start_end, but its {rows} embeddings have no rows for {IM_START} and {IM_END}.",
             "Set it to false in config.json, unless files of another model got mixed in.",
         )
+    # 3. A linear projector: transformers always has two linears, so the second becomes the identity.
     if config.projector_hidden_act == "linear":
         size = config.text_config.hidden_size
         tensors[PROJECTOR + "linear_2.weight"] = LazyTensor((size, size), lambda: torch.eye(size))
@@ -332,38 +363,39 @@ def named_tower(name: str, width: Any) -> tuple[CLIPVisionConfig, str] | None:
     Returns:
         The config and the note; None if the name gives no patch size or the width is unknown.
     """
-    found = re.search(r"patch(\d+)(?:-(\d+))?$", name)
-    if found is None:
+    match = re.search(r"patch(\d+)(?:-(\d+))?$", name)
+    if match is None:
         return None
-    patch, side = int(found[1]), int(found[2] or 224)
+    patch, side = int(match[1]), int(match[2] or 224)  # CLIP's names leave out its usual 224 pixels
     if name in ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14"):
         width, note = 1024, ""
     elif isinstance(width, int) and width > 0:
         note = f"{name} is not here: 24 layers of width {width} are assumed; --vision_tower names its folder"
     else:
         return None
-    heads = max(1, width // 64)
+    heads = max(1, width // 64)  # OpenAI's towers have heads of 64
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
     return CLIPVisionConfig(**sizes, num_hidden_layers=24, image_size=side, patch_size=patch), note
 
 
-def _tower_folder(path: Path, named: Any, given: str | Path | None) -> Path:
+def _tower_folder(path: Path, configured: Any, override: str | Path | None) -> Path:
     """Return the tower's folder, as given or as the config names it; a hub name is looked up in the hub cache."""
-    name = str(given) if given else named
+    name = str(override) if override else configured
     if not name or not isinstance(name, str):
         raise CheckpointError(
             f"{path / 'config.json'} names no mm_vision_tower.", "Pass the vision tower's folder as vision_tower."
         )
-    folder = Path(name) if given else path / name  # an absolute name stands for itself
+    # First a folder: as given, or beside the model's config; then the hub's cache. Nothing is downloaded.
+    folder = Path(name) if override else path / name  # an absolute name stands for itself
     if (folder / "config.json").exists():
         require_regular_files(folder)
         return folder
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
-        where = "no model folder" if given else f"not in {path}"
+        reason = "no model folder" if override else f"not in {path}"
         raise CheckpointError(
-            f"The vision tower {name!r} is {where}, nor is it in Hugging Face's cache.",
+            f"The vision tower {name!r} is {reason}, nor is it in Hugging Face's cache.",
             f"Pass its folder as vision_tower, or run: hf download {name}",
         ) from None
 
@@ -382,14 +414,15 @@ def image_tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
         vocabulary: number of rows of the embeddings.
     """
     tokenizer: PreTrainedTokenizerFast = load_tokenizer(path)
-    known = tokenizer.get_vocab()
-    if known.get(IMAGE, vocabulary) < vocabulary:
+    vocab = tokenizer.get_vocab()
+    if vocab.get(IMAGE, vocabulary) < vocabulary:
         return tokenizer
-    if NEVER_TEXT not in known:
+    if NEVER_TEXT not in vocab:
         raise CheckpointError(
             f"The tokenizer of {path} has neither {IMAGE} nor {NEVER_TEXT}.",
             "A Llama tokenizer with bytes is expected.",
         )
+    # The tokenizers library cannot rename an entry: edit the serialised tokenizer and build it again.
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["model"]["vocab"][IMAGE] = id = content["model"]["vocab"].pop(NEVER_TEXT)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

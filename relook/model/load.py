@@ -52,16 +52,17 @@ class HeadModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        found: torch.device = self.lm_head.weight.device
-        return found
+        device: torch.device = self.lm_head.weight.device
+        return device
 
 
 def load_head_only(source: LazyModel, dtype: torch.dtype, device: str | torch.device) -> Any:
     """Load a model's projector and the layers above its trunk; the trunk stays on the meta device, without weights."""
+    # The whole module tree, without memory; `assign` below then replaces the meta tensors of the parts that are read.
     with torch.device("meta"):
         model: Any = source.model_class(copy.deepcopy(source.config)).to(dtype)
     tensors = source.read(*ABOVE, PROJECTOR)
-    if "lm_head.weight" not in tensors:  # it is tied to the embeddings, which are not loaded
+    if "lm_head.weight" not in tensors:  # lm_head is tied to the embeddings, which are not loaded
         tensors["lm_head.weight"] = source.read(EMBEDDINGS)[EMBEDDINGS]
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
@@ -110,6 +111,7 @@ class LoadedModel:
     runner: Any = field(default=None, init=False, repr=False, compare=False)  # what `generate.ModelRunner.of` keeps
 
     def __post_init__(self) -> None:
+        # A copy: the processor itself stays as the folder has it, and is saved so.
         image_processor = copy.copy(self.processor.image_processor)
         if family_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
             # relook pads itself, so that a recipe can say otherwise.
@@ -124,8 +126,8 @@ class LoadedModel:
     @property
     def image_positions(self) -> int | Callable[[ImageSource], int]:
         """Return the number of positions one image takes, or a function of the image where its size decides."""
-        found = family_of(self.core.config).positions(self.core)
-        return found if isinstance(found, int) else lambda image: found(self.images.size(image))
+        positions = family_of(self.core.config).positions(self.core)
+        return positions if isinstance(positions, int) else lambda image: positions(self.images.size(image))
 
     @property
     def pad_id(self) -> int:
@@ -151,7 +153,7 @@ class LoadedModel:
         They are input_ids, attention_mask, and the image processor's outputs (pixel_values, and image_sizes if the
         model takes them).
         """
-        ids = torch.tensor([self.encoder(template).prompt(text, images)])
+        ids = torch.tensor([self.encoder(template).prompt(text, images)])  # (1, S), no padding
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
             inputs |= self.images.batch(images)
@@ -164,6 +166,7 @@ class LoadedModel:
         inputs = self.encode(images, text, template)
         kwargs = {"do_sample": False, "max_new_tokens": 256, **self.stop_arguments(template), **kwargs}
         output = self.model.generate(**inputs, **kwargs)
+        # (1, S + new tokens): the prompt comes first.
         return self.decode(output[0, inputs["input_ids"].shape[1] :], template)
 
     def stop_arguments(self, template: str = "") -> dict[str, Any]:
@@ -181,6 +184,7 @@ class LoadedModel:
         """Decode generated token ids to an answer, without its stop string."""
         tokenizer = self.processor.tokenizer
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        # A byte that is part of no character: fast tokenizers would replace whole characters beside it.
         if UNFINISHED in text:
             text = decode_bytes(tokenizer, torch.as_tensor(ids).tolist())
         stop = get_template(template or self.template).stop
@@ -217,11 +221,13 @@ def load_model(
     Raises:
         CheckpointError: tensors are missing, unused, broken or do not fit, by name, with advice on what to pass.
     """
-    kind = parse_dtype(dtype)
-    source, place = open_lazy(path, adapter, vision_tower, kind), parse_device(str(device))
+    weights_dtype = parse_dtype(dtype)
+    # Names and shapes are checked here; a faulty model costs no time for its weights.
+    source, target = open_lazy(path, adapter, vision_tower, weights_dtype), parse_device(str(device))
     if not trunk:
-        return wrap(load_head_only(source, kind, place), source)
-    return materialize(source, kind, place, _quantisation(bits, kind, place, double_quant, quant_type))
+        return wrap(load_head_only(source, weights_dtype, target), source)
+    quantisation = _quantisation(bits, weights_dtype, target, double_quant, quant_type)
+    return materialize(source, weights_dtype, target, quantisation)
 
 
 @dataclass(frozen=True)
@@ -262,6 +268,7 @@ def open_lazy(
         path, adapter, vision_tower: as for `load_model`.
         dtype: of the weights that LoRA is merged into; None keeps the stored dtype.
     """
+    # A faulty adapter is reported before anything about its base.
     base, change = base_and_adapter(path, adapter)
     trained = None if change is None else read_adapter(change)
     source = open_base(base, change, vision_tower)
@@ -331,19 +338,21 @@ def materialize(
         output_loading_info=True,
         **(quantisation or {}),
     )
-    wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
-    if wrong:
-        what = f"transformers did not take all tensors of {source.path}: {preview(wrong)}."
-        raise CheckpointError(what, "Check that its config.json belongs to its weights.")
+    # `LazyModel.check` has compared all names and shapes, so this is a safeguard against transformers' own renames.
+    mismatched = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
+    if mismatched:
+        message = f"transformers did not take all tensors of {source.path}: {preview(mismatched)}."
+        raise CheckpointError(message, "Check that its config.json belongs to its weights.")
     model.generation_config = source.generation_config()
     model.name_or_path = str(source.path)  # peft queries the hub for models without a path
-    if not quantisation:
+    if not quantisation:  # bitsandbytes has placed quantised weights already
         model.to(device)
     return wrap(model, source)
 
 
 def wrap(model: Any, source: LazyModel) -> LoadedModel:
     """Combine a model in memory with its folder's processor, template and padding setting."""
+    # liuhaotian's setting; transformers' folders say it as `do_pad` of their processor (see `LoadedModel`).
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
     check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config)
@@ -359,6 +368,7 @@ def _quantisation(bits: int, dtype: torch.dtype, device: str, double_quant: bool
         raise CheckpointError(f"quant_type is {quant_type!r}.", "Use nf4 or fp4.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise CheckpointError(f"bits {bits} needs bitsandbytes.", "Run: pip install 'relook[quant]'")
+    # The settings of 4 bits have no effect with 8.
     config = BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
@@ -401,9 +411,11 @@ def add_post_decoder(
         generator: random numbers for the initial weights; None uses torch's global generator.
         init: "random", or "projector" to start the alignment from the projector's weights where the shapes agree.
     """
+    # Build the new model without memory, then hang the old one's parts into it; only the post decoder is new.
     config = with_post_decoder(model.config, settings)
     with torch.device("meta"):
         new: Any = family_of(config).relook_model(config)
+    # LLaVA-NeXT's base model has a parameter of its own, image_newline.
     for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
         setattr(new.model, name, part)
     new.lm_head = model.lm_head
@@ -420,6 +432,7 @@ def add_post_decoder(
 
 def without_post_decoder(model: Any) -> Any:
     """Return the same model without its post decoder, sharing all weights."""
+    # Leave out the post decoder's settings, and the two keys that name the class.
     family = family_of(model.config)
     values = {
         k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "post_decoder")
@@ -436,6 +449,7 @@ def without_post_decoder(model: Any) -> Any:
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy named tensors into a model; each must exist there with the same shape."""
+    # FSDP and DeepSpeed hold a shard of each parameter: compare with its full shape, and write through them.
     parameters = dict(model.named_parameters())
     wrong = [n for n, t in tensors.items() if n not in parameters or full_shape(parameters[n]) != t.shape]
     if wrong:
@@ -464,6 +478,7 @@ def model_hash(folder: AnyFolder) -> str:
         return file_hash(path)[:16]  # an adapter's tensors
     if not path.is_dir():
         raise CheckpointError(f"There is no model folder {path}.", "Check the path.")
+    # Names and contents of the files, in order of names. Nothing else of the folder counts: not its path, no logs.
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
         if file.suffix in (".safetensors", ".bin") or file.name in HASHED:

@@ -104,6 +104,7 @@ class LoraDelta:
     bias: LazyTensor | None = None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
+        # (out, in) = (out, r) (r, in), and DoRA has one norm per row.
         norms = self.magnitude is None or self.magnitude.shape == shape[:1]
         return shape == (self.b.shape[0], self.a.shape[1]) and self.a.shape[0] == self.b.shape[1] and norms
 
@@ -114,9 +115,10 @@ class LoraDelta:
             dtype: of the result; None keeps the weight's.
             weight: W (out, in).
         """
+        # (out, in) + scale * (out, r) @ (r, in), in float32: deltas are smaller than a step of bf16.
         result = weight.float() + self.scale * (self.b.read().float() @ self.a.read().float())
         if self.magnitude is not None:
-            # DoRA: rescale each row to its learned norm.
+            # DoRA: rescale each row (in,) to its learned norm.
             result = result * (self.magnitude.read().float() / result.norm(dim=1))[:, None]
         return result.to(dtype or weight.dtype)
 
@@ -152,35 +154,44 @@ class LoraSettings:
                     "path_initial_model_for_weight_conversion=...)."
                 )
             raise CheckpointError(
-                f"{folder} is no adapter that relook can merge: {preview([*strange, *absent], 10)}.", fix
+                f"{folder} is not an adapter that relook can merge: {preview([*strange, *absent], 10)}.", fix
             )
 
-    def pairs(self, halves: Mapping[str, Mapping[str, LazyTensor]], whole: Iterable[str]) -> dict[str, LoraDelta]:
+    def pairs(self, halves: Mapping[str, Mapping[str, LazyTensor]], saved_names: Iterable[str]) -> dict[str, LoraDelta]:
         """Pair the LoRA tensors of each adapted module, keyed by its path in the model that peft wrapped.
 
         Args:
             halves: tensors of each module, keyed by what follows `lora_` in their names.
-            whole: names of the tensors that are saved whole beside them.
+            saved_names: names of the tensors that are saved whole beside them.
 
         Raises:
             CheckpointError: the tensors do not match the config: too few, of another variant or another rank.
         """
         if not halves:
             raise CheckpointError(f"{self.file.parent} has no LoRA tensors.", "Copy it again, or save it again.")
-        odd = [name for name, parts in halves.items() if parts.keys() not in HALVES]
-        if odd:
-            what = f"{self.file.parent} holds half of a LoRA pair, or another kind of adapter: {preview(odd)}."
-            raise CheckpointError(what, "Download it again, or give an adapter of LoRA or DoRA.")
+        # 1. Each module has all the tensors of one variant.
+        incomplete = [name for name, parts in halves.items() if parts.keys() not in HALVES]
+        if incomplete:
+            message = (
+                f"{self.file.parent} holds half of a LoRA pair, or another kind of adapter: {preview(incomplete)}."
+            )
+            raise CheckpointError(message, "Download it again, or give an adapter of LoRA or DoRA.")
+        # 2. It is the variant that the config says: DoRA's tensors without its formula would be merged as plain LoRA.
         for key, part in (("use_dora", "magnitude_vector"), ("lora_bias", "B.bias")):
-            other = [name for name, parts in halves.items() if bool(self.config.get(key)) != (part in parts)]
-            if other:
-                says = f"{key} {self.config.get(key)!r}, which the tensors of {preview(other)} are not"
+            contradicting = [name for name, parts in halves.items() if bool(self.config.get(key)) != (part in parts)]
+            if contradicting:
+                says = f"{key} {self.config.get(key)!r}, which the tensors of {preview(contradicting)} are not"
                 raise CheckpointError(f"{self.file} says {says}.", "Copy it again.")
-        saved = "\n".join(whole)
-        unsaved = [n for n in self.config.get("modules_to_save") or () if not re.search(rf"(?m)(^|\.){n}\.", saved)]
-        if unsaved:
-            what = f"{self.file}: modules_to_save names {preview(unsaved)}, of which there are no tensors."
-            raise CheckpointError(what, "Copy the adapter again.")
+        # 3. What the config says was saved whole is there.
+        # A name of modules_to_save matches whole components of a path, so search all paths line by line.
+        saved = "\n".join(saved_names)
+        without_tensors = [
+            n for n in self.config.get("modules_to_save") or () if not re.search(rf"(?m)(^|\.){n}\.", saved)
+        ]
+        if without_tensors:
+            message = f"{self.file}: modules_to_save names {preview(without_tensors)}, of which there are no tensors."
+            raise CheckpointError(message, "Copy the adapter again.")
+        # 4. The rank is the config's; a wrong one means a wrong scale, since scale = alpha / r.
         ranks = [
             f"{name} has rank {parts['A'].shape[0]}, not {self.rank(name)}"
             for name, parts in halves.items()
@@ -209,25 +220,28 @@ class LoraSettings:
 
     def _for(self, module: str, patterns: str, key: str) -> Any:
         """Return the value of the first pattern that matches the end of a module's path, else the default."""
-        each: dict[str, Any] = self.config.get(patterns) or {}
-        return next((n for end, n in each.items() if re.match(rf"(.*\.)?({end})$", module)), self.config[key])
+        overrides: dict[str, Any] = self.config.get(patterns) or {}
+        return next((n for end, n in overrides.items() if re.match(rf"(.*\.)?({end})$", module)), self.config[key])
 
     def targets(self, module: str) -> bool:
         """Return True if peft puts LoRA on the linear layer with this path."""
+        # The order of these rules is peft's: exclusions first, then all-linear, then names, then layers.
         config = self.config
         if _ends(module, config.get("exclude_modules")):
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.get("modules_to_save") or ()):
             return False
-        wanted, layers = config["target_modules"], config.get("layers_to_transform")
-        if wanted == ALL_LINEAR:
+        target_modules, layers = config["target_modules"], config.get("layers_to_transform")
+        if target_modules == ALL_LINEAR:
             return module != "lm_head"
-        if isinstance(wanted, str) or module in wanted or layers in (None, []):
-            return _ends(module, wanted)
+        if isinstance(target_modules, str) or module in target_modules or layers in (None, []):
+            return _ends(module, target_modules)
+        # A list of names with layers_to_transform: the layer's number follows a component such as "layers".
         patterns = config.get("layers_pattern") or r"[^.]*"
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             if number := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-                return _ends(module, wanted) and int(number[1]) in ([layers] if isinstance(layers, int) else layers)
+                chosen = [layers] if isinstance(layers, int) else layers
+                return _ends(module, target_modules) and int(number[1]) in chosen
         return False
 
     def missing(self, modules: Mapping[str, str], base: Iterable[tuple[str, LazyTensor]]) -> list[str]:
@@ -240,6 +254,8 @@ class LoraSettings:
             modules: from each adapted weight of the base to its path in the model that peft wrapped.
             base: names and tensors of the base.
         """
+        # Where the adapter was trained decides how it calls a layer: LLaVA's own say "model.layers.", others
+        # "model.language_model.layers.".
         prefixes = {LANGUAGE: LANGUAGE, **dict(_prefixes(modules))}
         return [
             name
@@ -267,8 +283,8 @@ def _prefixes(modules: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 def _understood(key: str, value: Any) -> bool:
     if key in IRRELEVANT:
         return True
-    known = UNDERSTOOD.get(key)
-    return known(value) if known else value in (None, False, [], {})
+    check = UNDERSTOOD.get(key)
+    return check(value) if check else value in (None, False, [], {})
 
 
 def _ends(module: str, names: str | list[str] | None) -> bool:

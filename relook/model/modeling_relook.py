@@ -45,51 +45,53 @@ def selected_features(config: Any, hidden_states: Any) -> Tensor:
 
     The "default" select strategy drops the class token; any other keeps it. Several layers are concatenated along V.
     """
+    # hidden_states[i] is (rows, 1 + patches, width) after layer i; the class token comes first.
     layers = config.vision_feature_layer
     start = 1 if config.vision_feature_select_strategy == "default" else 0
     return torch.cat([hidden_states[i][:, start:] for i in (layers if isinstance(layers, list) else [layers])], dim=-1)
 
 
-def images_per_row(lengths: list[int], taken: list[int]) -> list[int]:
+def images_per_row(lengths: list[int], placeholder_counts: list[int]) -> list[int]:
     """Count the images in each row of a batch.
 
     Args:
         lengths: positions of each image, in row order.
-        taken: image placeholder tokens in each row.
+        placeholder_counts: image placeholder tokens in each row.
 
     Raises:
         ValueError: the placeholders do not match the positions of the images.
     """
-    counts, at = [], 0
-    for positions in taken:
-        start = at
+    counts, index = [], 0
+    for positions in placeholder_counts:
+        start = index
         # Consume images until this row's placeholders are used up; they must come out even.
-        while positions > 0 and at < len(lengths):
-            positions -= lengths[at]
-            at += 1
+        while positions > 0 and index < len(lengths):
+            positions -= lengths[index]
+            index += 1
         if positions:
             raise ValueError("the image placeholders of a row are not as many as its images have positions")
-        counts.append(at - start)
-    if at != len(lengths):
-        raise ValueError(f"{len(lengths)} images, but the rows have placeholders for {at}")
+        counts.append(index - start)
+    if index != len(lengths):
+        raise ValueError(f"{len(lengths)} images, but the rows have placeholders for {index}")
     return counts
 
 
-def for_each_beam(image: Any, taken: list[int]) -> None:
+def for_each_beam(image: Any, placeholder_counts: list[int]) -> None:
     """Repeat the projected features, in place, to match rows that beam search has expanded.
 
     A row's images are repeated as a group: all of them, then all of them again.
 
     Args:
         image: image outputs of the unexpanded rows. Outputs that already cover all rows are left alone.
-        taken: image placeholder tokens in each (expanded) row.
+        placeholder_counts: image placeholder tokens in each (expanded) row.
     """
     lengths = [len(projected) for projected in image.pooler_output]
-    beams = sum(taken) // sum(lengths)  # placeholders per projected position
+    # Rows are expanded already, images are not: the ratio of placeholders to projected positions is the beam count.
+    beams = sum(placeholder_counts) // sum(lengths)
     if beams > 1:
         # Beams of one row are adjacent, so every `beams`-th row is an original one.
         pictures, repeated = iter(image.pooler_output), []
-        for count in images_per_row(lengths, taken[::beams]):
+        for count in images_per_row(lengths, placeholder_counts[::beams]):
             row = [next(pictures) for _ in range(count)]
             repeated += row * beams
         image.pooler_output = repeated
@@ -128,14 +130,15 @@ class PostDecoderModel(PreTrainedModel):
         placeholder = self.get_input_embeddings()(torch.tensor(token, device=embeds.device))
         return torch.eq(embeds, placeholder).all(-1, keepdim=True)
 
-    def _context(self, image: Any, taken: list[int]) -> ImageContext | None:
-        """Build the image context for rows with `taken` placeholders each; None where no image is read.
+    def _context(self, image: Any, placeholder_counts: list[int]) -> ImageContext | None:
+        """Build the image context for rows with `placeholder_counts` placeholders each; None where no image is read.
 
         Beams repeat rows and projected features, but not the vision features. The keys and values are therefore
         computed once per image and then repeated.
         """
+        # Projected features have been repeated for beams (`for_each_beam`), vision features have not.
         features, lengths = image.vision_features, [len(projected) for projected in image.pooler_output]
-        per_row = images_per_row(lengths, taken)
+        per_row = images_per_row(lengths, placeholder_counts)
         beams = len(lengths) // len(features)
         context = self.post_decoder.image_context(features, per_row[::beams])
         return context.repeat(beams) if context is not None and beams > 1 else context
@@ -165,34 +168,38 @@ class PostDecoderModel(PreTrainedModel):
         Raises:
             ValueError: a vision feature setting that differs from the config's.
         """
+        # transformers lets a call override these, but the post decoder reads them from the config.
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            said = getattr(self.config, name)
-            if kwargs.pop(name, said) not in (said, None):
+            configured = getattr(self.config, name)
+            if kwargs.pop(name, configured) not in (configured, None):
                 raise ValueError(f"a relook model takes no {name}: the config says it")
-        before = past_key_values if cache is None else cache
+        kv_cache = past_key_values if cache is None else cache
+        # 1. Embed the text, (B, S) -> (B, S, D); image positions hold placeholders.
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        # Decode steps reuse the image context of the prefill.
-        context: ImageContext | None = getattr(before, "relook_image", None)
+        # 2. Find the image: encoded by `generate`, as pixels, or, in decode steps, as the context of the prefill.
+        context: ImageContext | None = getattr(kv_cache, "relook_image", None)
         image, projected = (mm_encoder_outputs or {}).get("image"), None
         if image is None and pixel_values is not None:
             image = self.get_image_features(pixel_values, image_sizes)
         if image is not None:
-            where = self._placeholders(input_ids, inputs_embeds)
-            taken = where.flatten(1).sum(1).tolist()
-            for_each_beam(image, taken)
-            context = self._context(image, taken)  # raises if images and placeholders do not match
-            # Scatter the projected features over the placeholder embeddings.
+            placeholders = self._placeholders(input_ids, inputs_embeds)  # (B, S, 1)
+            placeholder_counts = placeholders.flatten(1).sum(1).tolist()
+            for_each_beam(image, placeholder_counts)
+            context = self._context(image, placeholder_counts)  # raises if images and placeholders do not match
+            # 3. Scatter the projected features, (image positions, D), over the placeholder embeddings in order.
             projected = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(where, projected)
-            if before is not None:
-                before.relook_image = context
-        seen = before.get_seq_length() if before is not None else 0
-        trunk: dict[str, Any] = {**kwargs, CACHE: before, "return_dict": True}
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders, projected)
+            if kv_cache is not None:
+                kv_cache.relook_image = context
+        # 4. Run the trunk. Its length before this call is needed afterwards, when the cache has grown.
+        seen = kv_cache.get_seq_length() if kv_cache is not None else 0
+        trunk: dict[str, Any] = {**kwargs, CACHE: kv_cache, "return_dict": True}
         outputs = super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **trunk)
         after = getattr(outputs, CACHE)
-        if after is not None and before is None:  # the trunk has just created the cache
+        if after is not None and kv_cache is None:  # the trunk has just created the cache
             after.relook_image = context
+        # 5. Run the post decoder on its states (B, S, D); the blocks' self-attention extends the same cache.
         outputs.last_hidden_state = self.post_decoder(
             outputs.last_hidden_state,
             context,
@@ -225,6 +232,7 @@ class PostDecoderModel(PreTrainedModel):
             allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1
             expanded: Tensor = allowed.expand(B, 1, S, seen + S)
             return expanded
+        # Padding is masked as a key: (S, keys) & (B, 1, 1, keys) -> (B, 1, S, keys).
         masked: Tensor = causal & attention_mask[:, None, None, :].bool()
         return masked
 
@@ -247,9 +255,9 @@ class PostDecoderForGeneration(PreTrainedModel):
         Some versions, 5.17 among them, repeat each image individually where they repeat rows. A row of two images would
         then get the first one twice.
         """
-        kept = {name: kwargs.pop(name) for name in ("pixel_values", "image_sizes") if name in kwargs}
-        input_ids, more = super()._expand_inputs_for_generation(*args, **kwargs)
-        return input_ids, {**more, **kept}
+        image_inputs = {name: kwargs.pop(name) for name in ("pixel_values", "image_sizes") if name in kwargs}
+        input_ids, expanded = super()._expand_inputs_for_generation(*args, **kwargs)
+        return input_ids, {**expanded, **image_inputs}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -49,13 +49,13 @@ class PostDecoderSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"post_decoder.{name} is {getattr(self, name)!r}, but must be one of {allowed}")
-        for name, least, most in (
+        for name, minimum, maximum in (
             ("depth", 1, 1 << 10),
             *((name, 0, 1 << 18) for name in ("align_size", "num_heads", "mlp_size")),
         ):
             value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"post_decoder.{name} is {value!r}, but must be a number from {least} to {most}")
+            if type(value) is not int or not minimum <= value <= maximum:
+                raise ValueError(f"post_decoder.{name} is {value!r}, but must be a number from {minimum} to {maximum}")
         if self.activation not in ACT2FN:
             raise ValueError(f"post_decoder.activation {self.activation!r} is not an activation of transformers")
 
@@ -110,17 +110,19 @@ def pad_images(features: Sequence[Tensor], per_row: list[int]) -> tuple[Tensor, 
         return padded, torch.zeros(padded.shape[:2], dtype=torch.bool, device=padded.device)
     if sum(per_row) != len(features):
         raise ValueError(f"{len(features)} images, but the rows name {sum(per_row)}")
+    # Put the images of each row behind each other; a row without images becomes an empty (0, V).
     rest, rows = iter(features), []
     for count in per_row:
         images = [next(rest) for _ in range(count)]
         rows.append(torch.cat(images) if images else features[0][:0])
-    padded = pad_sequence(rows, batch_first=True)
-    most = padded.shape[1]
+    padded = pad_sequence(rows, batch_first=True)  # (B, longest, V), zeros at the end of shorter rows
+    longest = padded.shape[1]
     # A batch without padding needs no mask, which keeps the fast attention kernels available.
-    if all(len(row) == most for row in rows):
+    if all(len(row) == longest for row in rows):
         return padded, None
+    # Position j of a row is valid if j < the row's length: (longest,) < (B, 1) -> (B, longest).
     lengths = torch.tensor([len(row) for row in rows], device=padded.device)
-    return padded, torch.arange(most, device=padded.device) < lengths[:, None]
+    return padded, torch.arange(longest, device=padded.device) < lengths[:, None]
 
 
 @dataclass
@@ -135,7 +137,7 @@ class FlatLayout:
     shape: tuple[int, int]
 
     def pad(self, flat_ND: Tensor) -> Tensor:
-        # Scatter (N, D) into a zero-padded (T, S, D).
+        # Scatter (N, D) into a zero-padded (T, S, D); index_put passes the gradient back to the flat states.
         padded = flat_ND.new_zeros(*self.shape, flat_ND.shape[-1])
         filled: Tensor = padded.index_put((self.row, self.slot), flat_ND)
         return filled
@@ -166,6 +168,7 @@ class Alignment(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         for i, linear in enumerate(self.linears):
             features = linear(features if i == 0 else self.activation(features))
+        # (B, M, V) -> (B, M, D): the norm keeps image keys at one scale, whatever the tower's is.
         normed: Tensor = self.norm(features)
         return normed
 
@@ -182,6 +185,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def split(self, states: Tensor) -> Tensor:
+        # (B, S, D) -> (B, S, heads, head size) -> (B, heads, S, head size)
         heads: Tensor = states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return heads
 
@@ -200,12 +204,13 @@ class Attention(nn.Module):
                 not NaN.
             layout: where flat states lie in the padded batch.
         """
+        # Project the flat states, then pad: padding costs no matrix products, only attention.
         projected = self.q_proj(states)
         queries = self.split(projected if layout is None else layout.pad(projected))
         if mask is None:
             mixed = F.scaled_dot_product_attention(queries, keys, values)
         else:
-            # A fully masked query would give NaN in the softmax: unmask it, then zero its output.
+            # A fully masked query would give NaN in the softmax: unmask it, then zero its output. (B, 1, S or 1, 1)
             sees = mask.any(-1, keepdim=True)
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask | ~sees)
             mixed = mixed * sees
@@ -215,6 +220,7 @@ class Attention(nn.Module):
 
     def weights(self, states: Tensor, keys: Tensor) -> Tensor:
         """Compute softmax weights averaged over heads, (B, S, keys), for visualisation and not for training."""
+        # softmax(q k^T / sqrt(head size)): (B, heads, S, keys) -> mean over heads (B, S, keys)
         queries = self.split(self.q_proj(states))
         weights: Tensor = (queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5).softmax(-1).mean(1)
         return weights
@@ -231,6 +237,7 @@ class MLP(nn.Module):
         self.activation = ACT2FN[activation]
 
     def forward(self, states: Tensor) -> Tensor:
+        # (..., D) -> (..., inner) twice, multiplied, -> (..., D)
         output: Tensor = self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
         return output
 
@@ -265,14 +272,17 @@ class Block(nn.Module):
         past: _BlockCache | None,
         layout: FlatLayout | None = None,
     ) -> Tensor:
+        # 1. Over the text so far (attention "self_cross" only).
         if self.self_attention is not None and self.self_norm is not None:
             normed = self.self_norm(states)
             keys, values = self.self_attention.keys_values(normed)
             if past is not None:  # append to the KV cache, and attend to all of it
                 keys, values = past.update(keys, values)
             states = states + self.self_attention(normed, keys, values, self_mask)
+        # 2. Over the image, whose keys and values are ready; rows without an image skip it or are masked.
         if self.cross_attention is not None and self.cross_norm is not None and image is not None:
             states = states + self.cross_attention(self.cross_norm(states), *image, image_mask, layout)
+        # 3. MLP.
         output: Tensor = states + self.mlp(self.mlp_norm(states))
         return output
 
@@ -286,8 +296,8 @@ class _BlockCache:
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         while len(self.cache.layers) <= self.layer:  # the cache was created with layers for the trunk only
             self.cache.layers.append(DynamicLayer())
-        kept: tuple[Tensor, Tensor] = self.cache.update(keys, values, self.layer)
-        return kept
+        keys_values: tuple[Tensor, Tensor] = self.cache.update(keys, values, self.layer)
+        return keys_values
 
 
 class PostDecoder(nn.Module):
@@ -339,9 +349,11 @@ class PostDecoder(nn.Module):
         """
         if self.align is None or len(features) == 0:
             return None
+        # (B, M, V) and (B, M), then through the alignment in the post decoder's dtype: (B, M, D).
         padded, mask = pad_images(features, per_row)
         aligned = self.align(padded.to(self.align.norm.weight.dtype))
         blocks: list[Any] = list(self.blocks)
+        # Each block has keys and values of its own, (B, heads, M, head size).
         pairs = [block.cross_attention.keys_values(aligned) for block in blocks]
         return ImageContext([key for key, _ in pairs], [value for _, value in pairs], mask)
 
@@ -367,6 +379,7 @@ class PostDecoder(nn.Module):
         image_mask = None if context is None or context.mask is None else context.mask[:, None, None, :]
         for i, block in enumerate(self.blocks):
             image = None if context is None else (context.keys[i], context.values[i])
+            # The trunk's layers come first in the KV cache, then one for each block.
             past = (
                 _BlockCache(cache, first_layer + i) if cache is not None and block.self_attention is not None else None
             )
@@ -375,6 +388,7 @@ class PostDecoder(nn.Module):
 
     def attention_maps(self, states_BSD: Tensor, context: ImageContext) -> Tensor:
         """Compute the last block's attention over image positions, (B, S, M), for a stack without self-attention."""
+        # Run all blocks but the last, then only the attention of that, on its normed input.
         blocks: list[Any] = list(self.blocks)
         *before, last = blocks
         for i, block in enumerate(before):
@@ -391,6 +405,7 @@ class PostDecoder(nn.Module):
             elif "norm" in name:
                 parameter.fill_(1.0)
             else:
+                # Drawn on the CPU in float32, then cast: the same weights on every device and in every dtype.
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
     @torch.no_grad()
@@ -398,6 +413,7 @@ class PostDecoder(nn.Module):
         """Copy a LLaVA projector into the alignment if the shapes agree; return True if it was copied."""
         linears: list[Any] = list(self.align.linears) if self.align is not None else []
         pairs = [(new, getattr(projector, f"linear_{i}", None)) for i, new in enumerate(linears, 1)]
+        # A LLaVA projector is an MLP of two linears; "linear" and "mlp_twice" alignments have one or four.
         if len(pairs) != 2 or any(old is None or old.weight.shape != new.weight.shape for new, old in pairs):
             return False
         for new, old in pairs:

@@ -80,9 +80,11 @@ def token_bytes(tokenizer: Any, id: int) -> bytes:
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    text = decode(id, id)[len(decode(id)) :]  # a decoder may strip the space of the first token
+    # Decode the token twice and drop one: a decoder may strip the leading space of the first token only.
+    text = decode(id, id)[len(decode(id)) :]
     if UNFINISHED not in text:
         return text.encode()
+    # Not text by itself, so a part of a character: sentencepiece's "<0xE2>", or GPT-2's letters for bytes.
     piece = tokenizer.convert_ids_to_tokens(id)
     if byte := FALLBACK.fullmatch(piece):
         return bytes.fromhex(byte[1])
@@ -105,8 +107,8 @@ def _each_byte(error: UnicodeError) -> tuple[str, int]:
 def _byte_level() -> dict[str, int]:
     """Map the characters of GPT-2-style byte-level vocabularies to bytes; printable ones stand for themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    unprintable = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(unprintable)}
 
 
 UNFINISHED = "\ufffd"  # what a tokenizer writes for bytes that are not a whole character
@@ -145,8 +147,8 @@ def read_pieces(path: Path) -> list[Piece]:
     except (IndexError, KeyError, TypeError, AttributeError, ValueError, struct.error):
         raise CheckpointError(f"{path} is not a whole sentencepiece model.", "Copy or download it again.") from None
     # Llama's kind: BPE; no character map (2), a prefix space (3), spaces kept (4) and written as SPACE (5).
-    found = (trainer.get(3), *(normalizer.get(n, default) for n, default in ((2, b""), (3, 1), (4, 1), (5, 1))))
-    if found != (BPE, b"", 1, 0, 1):
+    stated = (trainer.get(3), *(normalizer.get(n, default) for n, default in ((2, b""), (3, 1), (4, 1), (5, 1))))
+    if stated != (BPE, b"", 1, 0, 1):
         raise CheckpointError(
             f"{path} is not a sentencepiece model of Llama's kind (BPE that leaves the text as it is).",
             "Save its tokenizer.json with transformers and put that into the folder.",
@@ -154,7 +156,7 @@ def read_pieces(path: Path) -> list[Piece]:
     return pieces
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Yield the fields of a protobuf message: number, and an int (varint) or bytes (anything else)."""
     at = 0
 
@@ -162,21 +164,22 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         nonlocal at
         value = shift = 0
         while True:
-            byte = data[at]
+            byte = message[at]
             value |= (byte & 0x7F) << shift
             at, shift = at + 1, shift + 7
             if byte < 0x80:
                 return value
 
-    while at < len(data):
+    while at < len(message):
+        # A field's key: its number, and 3 bits of wire type (0 varint, 1 eight bytes, 2 sized, 5 four bytes).
         number, wire = divmod(varint(), 8)
         if wire == 0:
             yield number, varint()
             continue
         size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-        if at + size > len(data):
+        if at + size > len(message):
             raise ValueError("cut off")
-        yield number, data[at : at + size]
+        yield number, message[at : at + size]
         at += size
 
 
@@ -186,6 +189,7 @@ def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
     sentencepiece merges the pair that makes the piece with the best score, and the leftmost among equals. Only Llama's
     space-only pieces share a score. With the longest left half first, a run of them grows from the left, as there.
     """
+    # Control pieces and bytes are never the result of a merge.
     scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     merges = [
         (text[:cut], text[cut:])
@@ -206,6 +210,7 @@ def _backend(pieces: list[Piece], unk: str, legacy: bool) -> Tokenizer:
             byte_fallback=any(piece.kind == BYTE for piece in pieces),
         )
     )
+    # Where the prefix space goes is the only difference between legacy and not; see `load_tokenizer`.
     spaces = normalizers.Replace(" ", SPACE)
     if legacy:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
@@ -233,21 +238,23 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     pieces = read_pieces(folder / "tokenizer.model")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     for name in (*names, "pad_token"):
-        given = special.get(name) or config.get(name)
-        if given:
-            names[name] = given["content"] if isinstance(given, dict) else given
+        stated = special.get(name) or config.get(name)
+        if stated:
+            names[name] = stated["content"] if isinstance(stated, dict) else stated
     names.setdefault("pad_token", names["unk_token"])  # as LLaVA's trainer sets it
 
     tokenizer = _backend(pieces, names["unk_token"], config.get("legacy", True))
+    # Three sources of added tokens, the most detailed first: tokenizer_config.json, added_tokens.json, and the
+    # vocabulary's own control pieces.
     decoder = config.get("added_tokens_decoder", {})
-    wanted = {int(id): entry for id, entry in decoder.items()}
-    wanted |= {id: {"content": text} for text, id in added.items() if id not in wanted}
-    wanted |= {
+    added_tokens = {int(id): entry for id, entry in decoder.items()}
+    added_tokens |= {id: {"content": text} for text, id in added.items() if id not in added_tokens}
+    added_tokens |= {
         i: {"content": piece.text, "special": piece.kind != USER_DEFINED}
         for i, piece in enumerate(pieces)
-        if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED) and i not in wanted
+        if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED) and i not in added_tokens
     }
-    for id, entry in sorted(wanted.items()):
+    for id, entry in sorted(added_tokens.items()):
         # Never `normalized`: the original cuts the text at added tokens before anything else.
         token = AddedToken(
             entry["content"],

@@ -33,12 +33,14 @@ def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
     if recipe.tune_post_decoder and not has_post_decoder(model.config):
         generator = torch.Generator().manual_seed(seed)
         model = add_post_decoder(model, dict(recipe.post_decoder), generator, recipe.post_decoder_init)
+    # A tied head would train the input embeddings, too.
     if recipe.tune_lm_head:
         untie_head(model)
+    # Freeze everything, then let each part of the recipe train.
     model.requires_grad_(False)
     if recipe.bits == 4:
         _keep_unpacked(model)
-    core = model
+    core = model  # peft's wrapper hides the parts below
     if recipe.lora_enable:
         model = _with_lora(model, recipe, seed)
     parts = {
@@ -47,8 +49,8 @@ def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
         "projector": (recipe.tune_mm_mlp_adapter or recipe.full, lambda: core.model.multi_modal_projector),
         "language_model": (recipe.full, lambda: core.model.language_model),
     }
-    for wanted, part in parts.values():
-        if wanted:
+    for is_trained, part in parts.values():
+        if is_trained:
             part().requires_grad_(True)
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not training:
@@ -76,9 +78,10 @@ def _check_post_decoder(config: Any, recipe: Recipe) -> None:
     """Check that the recipe does not ask for another post decoder than the one the model already has."""
     if not (has_post_decoder(config) and recipe.tune_post_decoder):
         return
-    held = PostDecoderSettings(**config.post_decoder)
-    if recipe.post_decoder and PostDecoderSettings(**recipe.post_decoder) != held:
-        raise RecipeError(f"The model has a post decoder already, with other settings: {held}.", "Leave them out.")
+    # Compare complete settings: a recipe may leave out what is the default.
+    existing = PostDecoderSettings(**config.post_decoder)
+    if recipe.post_decoder and PostDecoderSettings(**recipe.post_decoder) != existing:
+        raise RecipeError(f"The model has a post decoder already, with other settings: {existing}.", "Leave them out.")
     if recipe.post_decoder_init != "random":
         raise RecipeError("The model has a trained post decoder already.", "Leave post_decoder_init out.")
 
@@ -86,6 +89,7 @@ def _check_post_decoder(config: Any, recipe: Recipe) -> None:
 def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    # The pattern matches the language model only: its layers share names with the tower's (q_proj, k_proj, ...).
     config = LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
@@ -113,6 +117,7 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
 
 def _targets(language_model: nn.Module, recipe: Recipe) -> list[str]:
     """Return the names of the linear layers that get LoRA, without their module paths."""
+    # "model.layers.0.self_attn.q_proj" -> "q_proj"
     linears = {
         name.rpartition(".")[2] for name, module in language_model.named_modules() if isinstance(module, nn.Linear)
     }
@@ -156,7 +161,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe, weight_decay: float) -> l
     groups: dict[tuple[float | None, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = 0.0 if parameter.ndim < 2 else weight_decay
+            decay = 0.0 if parameter.ndim < 2 else weight_decay  # vectors are norms and biases
             groups.setdefault((rates.get(learning_rate_group(name)), decay), []).append(parameter)
     return [
         {"params": members, "weight_decay": decay, **({"lr": rate} if rate is not None else {})}

@@ -22,6 +22,7 @@ RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
 LONGEST = 2000  # characters of an answer that are shown
 RATES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio"}
+OWN_SECTIONS = ("pope", "chair")  # comparison.html.j2 shows them paired; others are side by side
 
 
 def write_comparison(
@@ -42,6 +43,7 @@ def write_comparison(
     first, second = Path(first), Path(second)
     out = None if out is None else Path(out)
     data = None if data is None else Path(data)
+    # Resolved, because "." has no name to show.
     first, second = first.resolve(), second.resolve()
     out, data = out or first.parent / f"{first.name}-{second.name}", data or data_folder_of(first)
     is_free(out, RESULTS_FILE, "--out")
@@ -61,7 +63,7 @@ def write_comparison(
         unpaired={
             name: side_by_side([scores[name] for scores in both], get_benchmark(name).ratings)
             for name in both[0]
-            if name not in paired
+            if name not in OWN_SECTIONS
         },
         sources=provenance(both),
         limit=PICTURES,
@@ -86,6 +88,7 @@ def compare_folders(first: Path, second: Path, data: Path) -> dict[str, Any]:
     definitions = get_benchmarks(both)
     paired = [name for name in both if definitions[name].compare]
     return {
+        # Two folders of one name are told apart by their paths.
         "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
         "scores": [{name: _scores(name, data, folder) for name in both} for folder in folders],
         "paired": compare(data, first, second, paired),

@@ -143,7 +143,7 @@ RESULTS_FILE = "results.json"  # of a demo and of a sweep
 def write_report(out: str | Path) -> Path:
     """Write `report.html` from a demo's files, or a sweep's."""
     out = Path(out)
-    from relook.report import sweep_page
+    from relook.report import sweep_page  # which imports this module
 
     if not (out / RESULTS_FILE).exists():
         raise RecipeError(f"{out} holds no finished demo.", f"Run `relook demo --out {out}` first.")

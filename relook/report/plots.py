@@ -1,4 +1,4 @@
-"""Plots as inline SVG."""
+"""Plots as inline SVG, and the attention maps of the post decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from markupsafe import Markup
 
 from relook.data.images import ImageSource
 from relook.data.packing import Tree
@@ -27,7 +26,7 @@ FIELDS = {
 }
 
 
-def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
+def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Plot one panel per logged field, one line per run, as an SVG element.
 
     Args:
@@ -48,7 +47,7 @@ def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
 Points = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def against_rate(panels: Mapping[str, Points], base: Mapping[str, float]) -> Markup:
+def against_rate(panels: Mapping[str, Points], base: Mapping[str, float]) -> str:
     """Plot scores against the learning rate, one panel each, one line per variant, as an SVG element.
 
     Args:
@@ -88,12 +87,12 @@ def _label(panel: Any, title: str, below: str) -> None:
     panel.tick_params(labelsize=8)
 
 
-def _svg(plt: Any, figure: Any) -> Markup:
+def _svg(plt: Any, figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})  # without a date: the same bytes each time
     plt.close(figure)
-    # The XML head is for files of their own. Matplotlib escapes the labels, so templates may take the rest as it is.
-    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])
+    # The XML head is for files of their own. Matplotlib escapes the labels: templates may take the rest as it is.
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def write_sweep_page(out: Path) -> Path:
         "CHAIR": sweep_chair_table(results),
         "Hallucination by divergence from the base": divergence_table(results),
     }
+    # A table with a head alone, as CHAIR's in a sweep without captions, is left out.
     tables = {title: cells for title, cells in tables.items() if len(cells) > 1}
     notes = dict.fromkeys(tables, "") | {"POPE": P_NOTE, "Hallucination by divergence from the base": KL_NOTE}
     text = [f"## {title}\n\n{markdown(cells)}\n{notes[title]}\n" for title, cells in tables.items()]

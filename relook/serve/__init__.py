@@ -8,7 +8,7 @@ from relook.errors import RelookError
 
 
 def check_installed() -> None:
-    """Raises RelookError where the packages of the extra are not there."""
+    """Raise RelookError if the packages of the extra `serve` are not installed."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise RelookError(f"Serving needs {package}.", "Run: pip install 'relook[serve]'")

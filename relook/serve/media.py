@@ -1,7 +1,7 @@
-"""Where the bytes of an image come from: data URLs, and only where the server allows it, the web and a folder.
+"""Read the bytes of an image from a data URL and, if the server allows it, from the web or a folder.
 
-A client chooses the URL, so it must not lead into the server's own network or beyond the folder: a name is looked up
-once, every address of it must be public, the connection goes to that very address, and each redirect is checked alike.
+A client chooses the URL, so it must not lead into the server's own network or out of the folder: a name is looked up
+once, all its addresses must be public, the connection goes to that very address, and each redirect is checked alike.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True)
 class ImageSources:
-    """What images a server takes.
+    """Decide which image URLs a server reads.
 
     Args:
         max_bytes: of an image file.
@@ -53,10 +53,10 @@ class ImageSources:
         make_paths(self)
 
     def read(self, url: str) -> bytes:
-        """The bytes that a URL leads to.
+        """Return the bytes that a URL leads to.
 
         Raises:
-            DataError: it is not allowed, too large, or leads to nothing. The reason says nothing of the server.
+            DataError: it is not allowed, too large, or leads to nothing. The reason discloses nothing about the server.
         """
         scheme = url[:8].partition(":")[0].lower()
         if scheme == "data":
@@ -68,9 +68,9 @@ class ImageSources:
         raise DataError("This server does not take images from such a URL.", f"Send {self._taken()}.")
 
     def _taken(self) -> str:
-        taken = ["a data: URL with the image in base64"]
-        taken += ["an http or https URL"] * self.web + ["a file: URL below its media root"] * (self.root is not None)
-        return " or ".join(taken)
+        kinds = ["a data: URL with the image in base64"]
+        kinds += ["an http or https URL"] * self.web + ["a file: URL below its media root"] * (self.root is not None)
+        return " or ".join(kinds)
 
     def _sized(self, data: bytes) -> bytes:
         self._check_size(len(data))
@@ -89,6 +89,7 @@ class ImageSources:
         if b"%" in encoded:
             encoded = unquote_to_bytes(encoded)
         encoded = encoded.translate(URL_SAFE, BLANKS).rstrip(b"=")
+        # base64 writes 3 bytes as 4 characters: the size is refused before anything is decoded.
         if len(encoded) > self.max_bytes * 4 // 3 + 4:
             raise DataError(f"The image has more than {self.max_bytes:,} bytes.", "Scale it down.")
         if NOT_BASE64.search(encoded):
@@ -98,67 +99,68 @@ class ImageSources:
         return self._sized(base64.b64decode(encoded + b"=" * (-len(encoded) % 4)))
 
     def _file(self, url: str, root: Path) -> bytes:
-        """A file below the root, whatever links or dots its path has."""
+        """Read a file below the root, whatever links or dots its path has."""
         parts = urlsplit(url)
         try:
             path = Path(unquote(parts.path, errors="strict")).resolve(strict=True)
             if parts.netloc in ("", "localhost") and path.is_relative_to(root.resolve()) and path.is_file():
-                with path.open("rb") as file:
+                with path.open("rb") as file:  # one byte more than allowed tells a file that is too large
                     return self._sized(file.read(self.max_bytes + 1))
         except (OSError, ValueError, RuntimeError):  # nothing there, a NUL byte, links in a circle
             pass
         raise DataError("There is no such file below the media root.", "Give file:///PATH of a file in it.")
 
     def _download(self, url: str) -> bytes:
-        until = time.monotonic() + self.seconds
+        deadline = time.monotonic() + self.seconds
         try:
             for _ in range(REDIRECTS + 1):
-                with _Connection(url, until) as connection:
-                    answer = connection.ask()
-                    place = answer.headers.get("Location")
-                    if answer.status in (301, 302, 303, 307, 308) and place:
-                        url = urljoin(url, place)
+                with _Connection(url, deadline) as connection:
+                    response = connection.ask()
+                    location = response.headers.get("Location")
+                    # Each redirect is a connection of its own, so its address is checked like the first one's.
+                    if response.status in (301, 302, 303, 307, 308) and location:
+                        url = urljoin(url, location)
                         continue
-                    if answer.status != 200:
-                        raise DataError(f"The image's server answered {answer.status}.", "Check the URL.")
-                    return self._body(answer, until)
+                    if response.status != 200:
+                        raise DataError(f"The image's server answered {response.status}.", "Check the URL.")
+                    return self._body(response, deadline)
         except (OSError, ValueError, http.client.HTTPException):
             raise DataError("The image could not be fetched.", "Check the URL.") from None
         raise DataError("The image's URL redirects too often.", "Give the URL that it ends at.")
 
-    def _body(self, answer: http.client.HTTPResponse, until: float) -> bytes:
+    def _body(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
         data = bytearray()
-        while chunk := answer.read1(CHUNK):
+        while chunk := response.read1(CHUNK):
             data += chunk
             self._check_size(len(data))
-        if time.monotonic() > until:  # it was cut, which looks like its end
+        if time.monotonic() > deadline:  # the timer cut the connection, which looks like the end of the body
             raise TimeoutError
         return bytes(data)
 
 
 class _Connection:
-    """One request to an address that was looked up once and found public, cut when its time is over: a socket's own
-    timeout begins again with each byte."""
+    """Send one request to an address that was looked up once and found public, and cut it when its time is over."""
 
-    def __init__(self, url: str, until: float) -> None:
+    def __init__(self, url: str, deadline: float) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise DataError("The image's URL leads to no web server.", "Give an http or https URL.")
         self.host, secure = parts.hostname, parts.scheme == "https"
         port = parts.port or (443 if secure else 80)
         self.path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        left = max(0.1, until - time.monotonic())
+        remaining = max(0.1, deadline - time.monotonic())
         address = public_address(self.host, port)
-        self.http = http.client.HTTPConnection(self.host, port, timeout=left)
-        plain = socket.create_connection((address, port), timeout=left)
+        self.http = http.client.HTTPConnection(self.host, port, timeout=remaining)
+        plain = socket.create_connection((address, port), timeout=remaining)
         # The name is checked against the certificate, though the connection goes to the address.
         self.socket = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host) if secure else plain
         self.http.sock = self.socket
-        self.cut = threading.Timer(until - time.monotonic(), self._cut)
+        # A socket's own timeout begins again with each byte: a slow sender could hold a thread for ever.
+        self.cut = threading.Timer(deadline - time.monotonic(), self._cut)
         self.cut.start()
 
     def _cut(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed already
+        with contextlib.suppress(OSError):  # closed already
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def ask(self) -> http.client.HTTPResponse:
@@ -174,21 +176,22 @@ class _Connection:
 
 
 def public_address(host: str, port: int) -> str:
-    """The first address of a host, all of whose addresses are public.
+    """Return the first address of a host, if all its addresses are public.
 
     Raises:
         DataError: it has an address in a private, local or special network.
-        OSError: it has none.
+        OSError: it has no address.
     """
-    found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not all(is_public(ipaddress.ip_address(str(address).partition("%")[0])) for address in found):
+    addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not all(is_public(ipaddress.ip_address(str(address).partition("%")[0])) for address in addresses):
         raise DataError("The image's URL leads into a private network.", "Give a public URL.")
-    return str(found[0])
+    return str(addresses[0])
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public internet, also once what is wrapped in it is taken out."""
+    """Return True if an address, and any IPv4 address embedded in it, belongs to the public internet."""
     if isinstance(address, ipaddress.IPv6Address):
+        # Mapped, 6to4, Teredo and NAT64 addresses lead to an IPv4 address inside them.
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
         if address in NAT64:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 # ----------------------------------------------------------------------------------------------------
 
-MAX_TOP = 20  # most likely tokens at a place, as at OpenAI
+MAX_TOP = 20  # most likely tokens at a position, as at OpenAI
 
 
 class _Strict(BaseModel):
@@ -274,7 +274,7 @@ TYPES = {
 
 
 class APIError(Exception):
-    """What a client is told; `param` names the field of its request that is at fault."""
+    """Tell a client what is wrong; `param` names the field of its request that is at fault."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -288,5 +288,5 @@ class APIError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to come back."""
+        """Tell the client when to try again."""
         return {"Retry-After": "1"} if self.status in (429, 503) else {}

@@ -1,4 +1,4 @@
-"""The threads on which requests are read, so that the event loop answers others meanwhile."""
+"""Thread pools on which requests are read, so that the event loop answers others meanwhile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JSON_TOKENS = 100_000
 
 @dataclass(frozen=True)
 class Readers:
-    """Pools of threads. What waits in a queue can be cancelled, and texts never wait for images."""
+    """Hold the thread pools: queued work can be cancelled, and texts never wait for images."""
 
     texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "texts"))
     fetches: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(FETCHES, "fetches"))
@@ -34,12 +34,14 @@ async def on(pool: ThreadPoolExecutor, work: Callable[..., Result], *args: Any) 
 
 
 def read_json(body: bytes) -> Any:
-    """Parse a body that is not too intricate: parsed, each of its values takes about a hundred bytes.
+    """Parse a JSON body, unless it has so many values that they would fill the memory.
 
     Raises:
         HTTPException: it has too many values.
         ValueError: it is not JSON in UTF-8.
     """
+    # Parsed, each value takes about a hundred bytes, so values are counted first. Escaped quotation marks do not
+    # end a string; without them every second piece between quotation marks lies outside of strings.
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     tokens = plain.count(b'"') // 2
     if tokens <= JSON_TOKENS:  # else there is no need to cut it at every quotation mark

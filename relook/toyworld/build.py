@@ -64,7 +64,7 @@ CHAT_TEMPLATE = (
 
 
 def build_base(out: str | Path, world: str | Path, seed: int, scenes: int = SCENES, **overrides: Any) -> Path:
-    """Train a base model from nothing; every step is skipped when its result is there. Returns the model's folder.
+    """Train a base model from scratch and return its folder; steps whose results exist are skipped.
 
     Args:
         out: where the finished model goes, in llava-hf layout.
@@ -75,6 +75,7 @@ def build_base(out: str | Path, world: str | Path, seed: int, scenes: int = SCEN
     out, world = Path(out), Path(world)
     with progress("SFT scenes") as report:
         layouts.write_sft(world, seed, scenes, report)
+    # A tower that knows objects, a projector aligned to word embeddings, and a language model without training.
     start = out.with_name(out.name + "-start")
     if not (start / "config.json").exists():
         drawn = [sample_scene(seed, "train", index) for index in range(scenes)]
@@ -85,6 +86,7 @@ def build_base(out: str | Path, world: str | Path, seed: int, scenes: int = SCEN
         with atomic_folder(start) as folder:
             model.save_pretrained(folder)
             make_processor().save_pretrained(folder)
+    # All of it but the tower is then trained by relook's own SFT, as any other model.
     sft = out.with_name(out.name + "-sft")
     recipe = load_recipe(
         "toyworld-base",
@@ -135,14 +137,14 @@ def finish_base(sft: Path, out: Path) -> None:
         loaded.model.save_pretrained(folder)
         loaded.processor.save_pretrained(folder)
         # Names without the folders of the machine that it was trained on: the file may travel.
-        held = load_recipe(str(sft / "recipe.yaml"))
+        recipe = load_recipe(str(sft / "recipe.yaml"))
         paths = ("model_name_or_path", "output_dir", "data_path", "image_folder")
-        names: dict[str, Any] = {key: Path(getattr(held, key)).name for key in paths}
-        replace(held, **names).save(folder / "recipe.yaml")
+        names: dict[str, Any] = {key: Path(getattr(recipe, key)).name for key in paths}
+        replace(recipe, **names).save(folder / "recipe.yaml")
 
 
 def make_processor() -> LlavaProcessor:
-    """A real LLaVA processor over a word-level vocabulary; text survives encoding and decoding unchanged."""
+    """Build a LLaVA processor over a word-level vocabulary; text survives encoding and decoding unchanged."""
     punctuation = [word for word in vocabulary() if not word[0].isalnum()]
     words = ["▁" + word for word in vocabulary() if word[0].isalnum()]
     ids = {token: i for i, token in enumerate([*SPECIAL, *punctuation, *words])}
@@ -177,7 +179,7 @@ def make_processor() -> LlavaProcessor:
 
 
 def pixel_values(scenes: Sequence[Scene]) -> Tensor:
-    """Drawn scenes as the image processor makes them, (scenes, 3, 96, 96) float32."""
+    """Draw scenes and normalise them as the image processor does: (scenes, 3, 96, 96) float32."""
     processor = make_processor().image_processor
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
     pictures = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
@@ -185,7 +187,7 @@ def pixel_values(scenes: Sequence[Scene]) -> Tensor:
 
 
 def patch_labels(scenes: Sequence[Scene]) -> Tensor:
-    """How much of each object or setting a patch shows, (scenes, patches, objects + settings) in [0, 1].
+    """Compute how much of each object or setting a patch shows: (scenes, patches, objects + settings) in [0, 1].
 
     An object counts fully for a patch once half of the patch or half of the object lies in it.
     """
@@ -193,21 +195,22 @@ def patch_labels(scenes: Sequence[Scene]) -> Tensor:
     settings = list(SETTINGS)
     for s, scene in enumerate(scenes):
         labels[s, :, :, len(OBJECTS) + settings.index(scene.setting)] = 1
-        for item in scene.objects:
-            x, y, w, h = item.box
+        for placed in scene.objects:
+            x, y, w, h = placed.box
+            # The patches that the box touches, and the area of the overlap with each.
             for row in range(y // PATCH, min(SIDE, (y + h - 1) // PATCH + 1)):
                 for column in range(x // PATCH, min(SIDE, (x + w - 1) // PATCH + 1)):
                     wide = min(x + w, (column + 1) * PATCH) - max(x, column * PATCH)
                     high = min(y + h, (row + 1) * PATCH) - max(y, row * PATCH)
                     share = wide * high / (0.5 * min(PATCH * PATCH, w * h))
-                    place = labels[s, row, column]
-                    index = OBJECTS.index(item.name)
-                    place[index] = max(place[index], min(1.0, share))
+                    label = labels[s, row, column]
+                    index = OBJECTS.index(placed.name)
+                    label[index] = max(label[index], min(1.0, share))
     return torch.from_numpy(labels).flatten(1, 2)
 
 
 def train_tower(scenes: Sequence[Scene], pixels: Tensor, seed: int) -> CLIPVisionModel:
-    """A CLIP vision tower whose selected layer names what each patch shows; then frozen for ever."""
+    """Train a CLIP vision tower until a linear probe reads off its selected layer what each patch shows; freeze it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -228,9 +231,9 @@ def train_tower(scenes: Sequence[Scene], pixels: Tensor, seed: int) -> CLIPVisio
         weight = torch.tensor([TOWER_POSITIVE] * len(OBJECTS) + [1.0] * len(SETTINGS), device=device)
         with progress("vision tower") as report:
             for step, index in enumerate(batches, 1):
-                images, wanted = mirror(pixels[index], labels[index])
+                images, targets = mirror(pixels[index], labels[index])
                 logits = probe(select(tower(images.to(device), output_hidden_states=True)))
-                loss = F.binary_cross_entropy_with_logits(logits, wanted.to(device), pos_weight=weight)
+                loss = F.binary_cross_entropy_with_logits(logits, targets.to(device), pos_weight=weight)
                 _step(loss, optimizer, schedule)
                 report(step, len(batches), f"loss {loss.item():.4f}")
     tower.requires_grad_(False)
@@ -238,8 +241,9 @@ def train_tower(scenes: Sequence[Scene], pixels: Tensor, seed: int) -> CLIPVisio
 
 
 def mirror(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Flip half of the pictures, and their patches' labels, left to right: twice the scenes for nothing."""
+    """Flip half of the pictures, and their patches' labels, left to right: augmentation that costs nothing."""
     flipped = torch.rand(len(pixels)) < 0.5
+    # (scenes, patches, labels) -> (scenes, rows, columns, labels), flipped by columns.
     grid = labels.unflatten(1, (SIDE, SIDE)).flip(2).flatten(1, 2)
     return (
         torch.where(flipped[:, None, None, None], pixels.flip(3), pixels),
@@ -248,13 +252,13 @@ def mirror(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def select(outputs: Any) -> Tensor:
-    """LLaVA's features: the last layer but one, without the class token."""
+    """Return LLaVA's features: the last layer but one, without the class token, (images, patches, width)."""
     features: Tensor = outputs.hidden_states[-2][:, 1:]
     return features
 
 
 def assemble(tower: CLIPVisionModel, seed: int) -> LlavaForConditionalGeneration:
-    """A LLaVA model around a trained tower, with fresh language model; input and output embeddings tied."""
+    """Build a LLaVA model around a trained tower, with a fresh language model whose embeddings are tied to lm_head."""
     processor = make_processor()
     token = processor.tokenizer.convert_tokens_to_ids
     config = LlavaConfig(
@@ -297,13 +301,14 @@ def align_projector(
     token = make_processor().tokenizer.convert_tokens_to_ids
     words = [token("▁" + name) for name in [*OBJECTS, *SETTINGS]]
     labels = patch_labels(scenes)
-    labels[..., len(OBJECTS) :] *= 0.5
+    labels[..., len(OBJECTS) :] *= 0.5  # every patch shows its setting
     with torch.no_grad():
         features = torch.cat([select(tower(part, output_hidden_states=True)) for part in pixels.split(256)])
+        # (scenes, patches, labels) @ (labels, width): what a patch shows, as a sum of word embeddings.
         goal = labels @ model.get_input_embeddings().weight[words]
     batches = _Batches(len(scenes), 64, epochs, seed)
     optimizer, schedule = _adam(list(projector.parameters()), 2e-3, len(batches))
-    scale = goal.pow(2).mean()
+    scale = goal.pow(2).mean()  # the loss is a share of the targets' own variance
     with progress("projector") as report:
         for step, index in enumerate(batches, 1):
             loss = (projector(features[index]) - goal[index]).pow(2).mean() / scale
@@ -344,7 +349,7 @@ def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Any) -> None
 
 
 def shipped_base() -> Path:
-    """Folder of the base model that was trained by `relook demo --rebuild` and ships with the package."""
+    """Return the folder of the base model that was trained by `relook demo --rebuild` and ships with the package."""
     folder = Path(str(resources.files("relook.toyworld") / "base"))
     if not (folder / "config.json").exists():
         raise CheckpointError("This installation ships no base model.", "Use `relook demo --rebuild`.")

@@ -39,12 +39,12 @@ SHR_IMAGES = 200  # as many as the benchmark has
 
 
 def write_sft(root: str | Path, seed: int, scenes: int = 4800, progress: Progress | None = None) -> Path:
-    """LLaVA's conversation file and its images: `root/llava/toyworld_mix.json`, `root/llava/images/`."""
+    """Write LLaVA's conversation file and its images: `root/llava/toyworld_mix.json`, `root/llava/images/`."""
     root = Path(root)
     folder = root / "llava"
     if _begin(folder, "train", seed, scenes):
-        place = lambda s: folder / "images" / _vg_name(s)  # noqa: E731
-        drawn = _draw_all(sample_scenes(seed, "train", scenes), scenes, place, progress)
+        path_of = lambda s: folder / "images" / _vg_name(s)  # noqa: E731
+        drawn = _draw_all(sample_scenes(seed, "train", scenes), scenes, path_of, progress)
         records = []
         for scene in drawn:
             samples = sft_samples(scene, Annotator(), random.Random(f"sft/{scene.seed}"))
@@ -65,12 +65,12 @@ def write_sft(root: str | Path, seed: int, scenes: int = 4800, progress: Progres
 
 
 def write_vg(root: str | Path, seed: int, scenes: int, progress: Progress | None = None) -> Path:
-    """Visual Genome's folder, to mine pairs from: image_data, objects, region_descriptions, and two image folders."""
+    """Write Visual Genome's folder, to mine pairs from: image_data, objects, region_descriptions, two image folders."""
     root = Path(root)
     folder = root / "vg"
     if _begin(folder, "pairs", seed, scenes):
-        place = lambda s: folder / _vg_folder(s) / _vg_name(s)  # noqa: E731
-        _write_vg_files(folder, _draw_all(sample_scenes(seed, "pairs", scenes), scenes, place, progress))
+        path_of = lambda s: folder / _vg_folder(s) / _vg_name(s)  # noqa: E731
+        _write_vg_files(folder, _draw_all(sample_scenes(seed, "pairs", scenes), scenes, path_of, progress))
         _end(folder, seed, scenes)
     return folder
 
@@ -82,13 +82,16 @@ def _write_vg_files(folder: Path, scenes: Sequence[Scene]) -> None:
 
 
 def write_eval(root: str | Path, split: str, seed: int, scenes: int = 300, progress: Progress | None = None) -> Path:
-    """An evaluation folder: COCO annotations and images under val2014 names, POPE's three question files, and SHR's
-    files with its images in Visual Genome's layout."""
+    """Write an evaluation folder.
+
+    It has COCO annotations and images under val2014 names, POPE's three question files, and SHR's files with its images
+    in Visual Genome's layout.
+    """
     root = Path(root)
     folder = root / split
     if _begin(folder, split, seed, scenes):
-        place = lambda s: folder / "val2014" / coco_name(s)  # noqa: E731
-        drawn = _draw_all(sample_scenes(seed, split, scenes), scenes, place, progress)
+        path_of = lambda s: folder / "val2014" / coco_name(s)  # noqa: E731
+        drawn = _draw_all(sample_scenes(seed, split, scenes), scenes, path_of, progress)
         write_json(folder / "annotations" / "instances_val2014.json", coco_annotations(drawn))
         objects = {coco_name(scene): scene.names for scene in drawn}
         for name, records in build_splits(objects, OBJECTS, seed).items():
@@ -99,12 +102,13 @@ def write_eval(root: str | Path, split: str, seed: int, scenes: int = 300, progr
 
 
 def _write_shr(folder: Path, scenes: Sequence[Scene]) -> None:
-    """SHR's image list and facts, the images as Visual Genome's, and `exact.json`, which names all that is there."""
+    """Write SHR's image list and facts, Visual Genome's copies of the images, and `exact.json` with all objects."""
     for scene in scenes:
         with atomic_file(folder / "vg" / _vg_folder(scene) / _vg_name(scene)) as temporary:
             shutil.copyfile(folder / "val2014" / coco_name(scene), temporary)
     _write_vg_files(folder / "vg", scenes)
     write_json(folder / "shr" / IMAGES, [{"image_id": scene.id} for scene in scenes])
+    # The facts are spread over several files, as in the benchmark.
     for part, name in enumerate(FACTS):
         facts = [{str(scene.id): [opening(scene.setting)]} for scene in scenes[part :: len(FACTS)]]
         write_jsonl(folder / "shr" / name, facts)
@@ -118,18 +122,18 @@ def coco_name(scene: Scene) -> str:
 
 
 def coco_annotations(scenes: Sequence[Scene]) -> dict[str, Any]:
-    """COCO's instances layout; categories carry their synonyms beside the official keys."""
+    """Return COCO's instances layout; categories carry their synonyms beside the official keys."""
     ids = {name: number for number, name in enumerate(OBJECTS, 1)}
     annotations: list[dict[str, Any]] = []
     for scene in scenes:
-        for item in scene.objects:
+        for placed in scene.objects:
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": scene.id,
-                    "category_id": ids[item.name],
-                    "bbox": list(item.box),
-                    "area": item.box[2] * item.box[3],
+                    "category_id": ids[placed.name],
+                    "bbox": list(placed.box),
+                    "area": placed.box[2] * placed.box[3],
                     "iscrowd": 0,
                 }
             )
@@ -148,6 +152,7 @@ def _vg_name(scene: Scene) -> str:
 
 
 def _vg_folder(scene: Scene) -> str:
+    # Visual Genome's images lie in two folders.
     return "VG_100K" if scene.id % 2 else "VG_100K_2"
 
 
@@ -166,8 +171,9 @@ def _vg_objects(scene: Scene) -> dict[str, Any]:
     return {
         "image_id": scene.id,
         "objects": [
-            {"object_id": scene.id * 10 + i, "names": [item.name], "synsets": [], **_xywh(item.box, ("w", "h"))}
-            for i, item in enumerate(scene.objects)
+            # At most nine objects, one a cell of the grid, so these ids are unique.
+            {"object_id": scene.id * 10 + i, "names": [placed.name], "synsets": [], **_xywh(placed.box, ("w", "h"))}
+            for i, placed in enumerate(scene.objects)
         ],
     }
 
@@ -179,10 +185,10 @@ def _vg_regions(scene: Scene) -> dict[str, Any]:
             {
                 "region_id": scene.id * 10 + i,
                 "image_id": scene.id,
-                "phrase": mention(item.name),
-                **_xywh(item.box, ("width", "height")),
+                "phrase": mention(placed.name),
+                **_xywh(placed.box, ("width", "height")),
             }
-            for i, item in enumerate(scene.objects)
+            for i, placed in enumerate(scene.objects)
         ],
     }
 
@@ -192,11 +198,11 @@ def _xywh(box: tuple[int, int, int, int], size: tuple[str, str]) -> dict[str, in
 
 
 def _draw_all(
-    scenes: Iterable[Scene], count: int, place: Callable[[Scene], Path], progress: Progress | None
+    scenes: Iterable[Scene], count: int, path_of: Callable[[Scene], Path], progress: Progress | None
 ) -> list[Scene]:
     drawn = []
     for number, scene in enumerate(scenes, 1):
-        with atomic_file(place(scene)) as temporary:
+        with atomic_file(path_of(scene)) as temporary:
             draw_scene(scene).save(temporary, format="JPEG", quality=95)
         drawn.append(scene)
         if progress is not None:
@@ -205,27 +211,31 @@ def _draw_all(
 
 
 def _begin(folder: Path, split: str, seed: int, scenes: int) -> bool:
-    """Whether a part has to be written; a folder of somebody else's is refused."""
+    """Return True if a part has to be written.
+
+    Raises:
+        DataError: there is no such split, or the folder holds something else.
+    """
     if split not in SPLITS or not 0 < scenes <= SPLIT_SIZE:
         raise DataError(
             f"Toyworld has no split {split} of {scenes} scenes.",
             f"Splits are {', '.join(SPLITS)}, of 1 to {SPLIT_SIZE} scenes.",
         )
-    wanted = {"format": FORMAT, "seed": seed, "scenes": scenes}
+    expected = {"format": FORMAT, "seed": seed, "scenes": scenes}
     marker = folder / MARKER
     if marker.exists():
-        held = read_json(marker)
-        if not isinstance(held, dict) or any(held.get(key) != value for key, value in wanted.items()):
-            raise DataError(f"{folder} holds another toyworld ({held}).", "Choose another folder, or remove it.")
-        return not held.get("finished", False)
+        stored = read_json(marker)
+        if not isinstance(stored, dict) or any(stored.get(key) != value for key, value in expected.items()):
+            raise DataError(f"{folder} holds another toyworld ({stored}).", "Choose another folder, or remove it.")
+        return not stored.get("finished", False)  # begun by the same job: the same bytes are written again
     if folder.exists() and (not folder.is_dir() or any(map(_foreign, folder.iterdir()))):
         raise DataError(f"{folder} holds something else.", "Choose another folder.")
-    write_json(marker, {**wanted, "finished": False})
+    write_json(marker, {**expected, "finished": False})
     return True
 
 
 def _foreign(path: Path) -> bool:
-    """Whether a file is not ours: a kill during the very first write leaves a half-written marker."""
+    # A kill during the very first write leaves a half-written marker, which is ours.
     return not (path.name.startswith(f".{MARKER}.") and path.name.endswith(".part"))
 
 

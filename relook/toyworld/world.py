@@ -28,14 +28,14 @@ P_CORE, P_COMMON, P_OTHER = 0.65, 0.33, 0.025
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a scene plays, and which objects are usual there."""
+    """Name a place, and the objects that are usual there."""
 
     name: str
     core: tuple[str, ...]
     common: tuple[str, ...]
 
     def probability(self, name: str) -> float:
-        """Prior probability that an object is present."""
+        """Return the prior probability that an object is present."""
         return P_CORE if name in self.core else P_COMMON if name in self.common else P_OTHER
 
 
@@ -51,14 +51,14 @@ SETTINGS = {
 }
 OBJECTS = tuple(sorted({name for setting in SETTINGS.values() for name in (*setting.core, *setting.common)}))
 
+# First image id of each split, and how many scenes (so ids) a split has at most.
 SPLITS = {"train": 1, "pairs": 100_001, "dev": 200_001, "test": 300_001}
 SPLIT_SIZE = 100_000
-"""First image id of each split, and how many scenes (so ids) a split holds at most."""
 
 
 @dataclass(frozen=True)
 class PlacedObject:
-    """An object and its box (x, y, width, height) in pixels."""
+    """Hold an object and its box (x, y, width, height) in pixels."""
 
     name: str
     box: tuple[int, int, int, int]
@@ -66,7 +66,7 @@ class PlacedObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's content. `id` is unique over all splits of a world; `seed` fixes how it is drawn."""
+    """Hold one picture's content. `id` is unique over all splits of a world; `seed` fixes how it is drawn."""
 
     id: int
     setting: str
@@ -75,7 +75,7 @@ class Scene:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(item.name for item in self.objects)
+        return tuple(placed.name for placed in self.objects)
 
 
 def sample_scene(world_seed: int, split: str, index: int) -> Scene:
@@ -87,6 +87,7 @@ def sample_scene(world_seed: int, split: str, index: int) -> Scene:
     seed = f"{world_seed}/{split}/{index}"
     rng = random.Random(seed)
     setting = SETTINGS[rng.choice(list(SETTINGS))]
+    # Each object by its own coin; a scene is never empty.
     names = [name for name in OBJECTS if rng.random() < setting.probability(name)] or [rng.choice(setting.core)]
     rng.shuffle(names)
     cells = rng.sample(range(CELLS * CELLS), min(len(names), CELLS * CELLS))
@@ -269,9 +270,9 @@ def draw_scene(scene: Scene) -> Image.Image:
     pen = ImageDraw.Draw(image)
     top = int(IMAGE_SIZE * (border + rng.uniform(-0.08, 0.08)))
     pen.rectangle((0, top, IMAGE_SIZE, IMAGE_SIZE), fill=_jitter(lower, rng))
-    for item in scene.objects:
-        for kind, points, color in SHAPES[item.name]:
-            _primitive(pen, kind, points, item.box, _jitter(color, rng))
+    for placed in scene.objects:
+        for kind, points, color in SHAPES[placed.name]:
+            _primitive(pen, kind, points, placed.box, _jitter(color, rng))
     noise = np.random.default_rng([*scene.seed.encode()]).normal(0, NOISE, (IMAGE_SIZE, IMAGE_SIZE, 3))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
@@ -279,18 +280,21 @@ def draw_scene(scene: Scene) -> Image.Image:
 def _primitive(
     pen: ImageDraw.ImageDraw, kind: str, points: tuple[float, ...], box: tuple[int, int, int, int], color: Color
 ) -> None:
+    # From the unit square to pixels of the box; a pieslice has two angles behind its corners.
     x, y, width, height = box
-    flat = points[:4] if kind == "pieslice" else points
-    place = [(x + px * (width - 1), y + py * (height - 1)) for px, py in zip(flat[::2], flat[1::2], strict=True)]
+    fractions = points[:4] if kind == "pieslice" else points
+    corners = [
+        (x + px * (width - 1), y + py * (height - 1)) for px, py in zip(fractions[::2], fractions[1::2], strict=True)
+    ]
     stroke = max(1, round(min(width, height) / 10))
     if kind == "ring":
-        pen.ellipse(place, outline=color, width=stroke)
+        pen.ellipse(corners, outline=color, width=stroke)
     elif kind == "line":
-        pen.line(place, fill=color, width=stroke)
+        pen.line(corners, fill=color, width=stroke)
     elif kind == "pieslice":
-        pen.pieslice(place, start=points[4], end=points[5], fill=color)
+        pen.pieslice(corners, start=points[4], end=points[5], fill=color)
     else:
-        getattr(pen, kind)(place, fill=color)
+        getattr(pen, kind)(corners, fill=color)
 
 
 def _jitter(color: Color, rng: random.Random) -> Color:
@@ -322,7 +326,7 @@ def mention(name: str) -> str:
 
 
 def describe_scene(names: Sequence[str], setting: str, fillers: int = 0, rng: random.Random | None = None) -> str:
-    """A description that names these objects, in this order, with some neutral sentences strewn in."""
+    """Describe a scene by these objects, in this order, with some neutral sentences in between."""
     sentences = [mention(name) for name in names]
     if fillers and rng is not None:
         for filler in rng.sample(FILLERS, fillers):
@@ -332,7 +336,7 @@ def describe_scene(names: Sequence[str], setting: str, fillers: int = 0, rng: ra
 
 @dataclass(frozen=True)
 class Annotator:
-    """Who writes the texts: probabilities of claiming an absent usual object, and of missing a present one.
+    """Write texts with errors: probabilities of claiming an absent usual object, and of missing a present one.
 
     The defaults are as careless as GPT-written conversations; zeros give the truth.
     """
@@ -342,7 +346,7 @@ class Annotator:
     miss: float = 0.1
 
     def believe(self, scene: Scene, rng: random.Random) -> list[str]:
-        """The objects this annotator takes to be in the scene, in random order."""
+        """Draw the objects that this annotator takes to be in the scene, in random order."""
         setting = SETTINGS[scene.setting]
         claims = {**dict.fromkeys(setting.core, self.claim_core), **dict.fromkeys(setting.common, self.claim_common)}
         believed = [
@@ -356,7 +360,7 @@ EXACT = Annotator(0.0, 0.0, 0.0)
 
 
 def sft_samples(scene: Scene, annotator: Annotator, rng: random.Random) -> list[tuple[str, str]]:
-    """(prompt, response) samples for supervised tuning: one description and some yes/no questions."""
+    """Write (prompt, response) samples for supervised tuning: one description and some yes/no questions."""
     text = describe_scene(annotator.believe(scene, rng), scene.setting, rng.randint(0, 2), rng)
     samples = [(rng.choice(DESCRIBE_PROMPTS), text)]
     believed = annotator.believe(scene, rng)
@@ -365,7 +369,7 @@ def sft_samples(scene: Scene, annotator: Annotator, rng: random.Random) -> list[
 
 
 def ask_about(scene: Scene, count: int, rng: random.Random) -> list[str]:
-    """Objects to ask about: up to half of them present, of the absent ones two thirds usual in the setting."""
+    """Choose objects to ask about: at most half of them present, two thirds of the absent ones usual in the setting."""
     setting = SETTINGS[scene.setting]
     present = rng.sample(sorted(scene.names), min(count // 2, len(scene.names)))
     usual = [n for n in (*setting.core, *setting.common) if n not in scene.names]
@@ -378,12 +382,12 @@ def ask_about(scene: Scene, count: int, rng: random.Random) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """A text's tokens: words, and each punctuation mark by itself."""
+    """Split a text into its tokens: words, and each punctuation mark by itself."""
     return re.findall(r"\w+|[^\w\s]", text)
 
 
 def vocabulary() -> list[str]:
-    """Every word that toyworld's prompts and responses can hold."""
+    """Return every word that toyworld's prompts and responses can have."""
     texts = ["USER: ASSISTANT: Yes, No. and image picture", *DESCRIBE_PROMPTS, *FILLERS, *map(question_text, OBJECTS)]
     texts += [opening(setting) for setting in SETTINGS] + [mention(name) for name in OBJECTS]
     texts += [word for synonyms in SYNONYMS.values() for word in synonyms]

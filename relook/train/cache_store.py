@@ -192,6 +192,7 @@ class ShardFolder:
 
     def refresh(self) -> None:
         """List the folder's files again, including those that other processes wrote."""
+        # NAME-HASH.safetensors by NAME.
         self._files = {path.name.rpartition("-")[0]: path for path in self.folder.glob(f"*{SUFFIX}")}
 
     def has_file(self, name: str) -> bool:
@@ -205,7 +206,7 @@ class ShardFolder:
         # The name ends in the hash of the content, so reading the file once shows whether it is intact.
         if path.name == _file_name(name, file_hash(path)):
             return True
-        status(f"  {path} is broken: it is computed again", style="yellow")
+        status(f"  {path} is corrupt: it will be recomputed", style="yellow")
         path.unlink()
         del self._files[name]
         return False
@@ -216,6 +217,7 @@ class ShardFolder:
         return tensor
 
     def __setitem__(self, name: str, tensor: Tensor, /) -> None:
+        # Serialised in memory, because the file's name holds the hash of its bytes.
         data = save({TENSOR_NAME: tensor.contiguous()})
         path = self.folder / _file_name(name, hashlib.sha256(data).hexdigest())
         try:

@@ -14,10 +14,9 @@ from relook.distributed import local_shard, reshard
 from relook.errors import RelookError
 
 CAUSES = (
-    "Likely causes: a learning rate so small that its steps are rounded away, even in the float32 in which trained "
-    "tensors are kept beside bf16 (bf16 keeps 8 bits of a number, fp16 11, float32 24: what is below half of the last "
-    "one does not show), or frozen tensors, where the output depends on nothing that trains. Raise learning_rate, or "
-    "leave bf16 out: the same command goes on in the same folder."
+    "Likely causes: a learning rate so small that its steps are rounded away, even in float32 (bf16 has 8 significant "
+    "bits, fp16 11, float32 24), or an output that depends on no tensor that trains. Raise learning_rate, or leave "
+    "bf16 out: the same command resumes in the same folder."
 )
 # Nats per token, averaged over a batch. Rounding to bf16 or 8 bits stays far below; a wrong mask gave a gap of 1.
 MAX_GAP_EXACT, MAX_GAP = 0.01, 0.5
@@ -54,11 +53,13 @@ class SanityCheckCallback(TrainerCallback):
 
     def __init__(self, accelerator: Any, exact: bool, trunk_pass: str, compares: bool) -> None:
         self.accelerator, self.exact, self.trunk_pass = accelerator, exact, trunk_pass
-        self.unmoved = "Policy and reference are equal" if compares else "The model says what it said before training,"
+        self.unmoved = (
+            "Policy and reference are equal" if compares else "The model's log-probs are those before training,"
+        )
         self.model: Any = None
         self.batch: Any = None
-        self.before: Tensor | None = None
-        self.weights: Tensor | None = None
+        self.log_probs_before: Tensor | None = None
+        self.weight_sums: Tensor | None = None
         self.done = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -76,11 +77,12 @@ class SanityCheckCallback(TrainerCallback):
         Raises:
             RelookError: the log-probs differ, or some are NaN or inf.
         """
-        if not self.done and self.before is None and any(group["lr"] > 0 for group in optimizer.param_groups):
+        if not self.done and self.log_probs_before is None and any(group["lr"] > 0 for group in optimizer.param_groups):
             self.model, self.batch = model, batch
-            self.before, self.weights = self._log_probs(), None if self.exact else self._sums()
+            # Where outputs are rounded, the sums of the float32 weights can show a step that log-probs do not.
+            self.log_probs_before, self.weight_sums = self._log_probs(), None if self.exact else self._weight_sums()
             if reference is not None:
-                self._check_equals_reference(self.before, reference)
+                self._check_equals_reference(self.log_probs_before, reference)
 
     def _check_equals_reference(self, policy: Tensor, reference: Tensor) -> None:
         finite = torch.stack([policy.isfinite().all(), reference.isfinite().all()]).float()
@@ -99,16 +101,16 @@ class SanityCheckCallback(TrainerCallback):
             please = "Please" if self.trunk_pass == "dense" else "Set trunk_pass dense to go on, and please"
             raise RelookError(
                 "Before the first step policy and reference are the same model, but their log-probs differ by "
-                f"{gap:.3g} a token: one of the two passes through it is wrong here.",
+                f"{gap:.3g} nats a token: one of the two ways to lay out its batches is wrong on this machine.",
                 f"{please} report this with what `relook doctor` says.",
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        if self.done or self.before is None or self.accelerator.optimizer_step_was_skipped:
+        if self.done or self.log_probs_before is None or self.accelerator.optimizer_step_was_skipped:
             return
         # `initial_lr` is the peak rate, which the scheduler stores in each group.
         warms_up = any(group["lr"] < group.get("initial_lr", 0) for group in optimizer.param_groups)
-        if self._in_any((self._log_probs() != self.before).any()):
+        if self._in_any_process((self._log_probs() != self.log_probs_before).any()):
             self._finish()
         elif self.exact or not warms_up:
             rate = max(group["lr"] for group in optimizer.param_groups)
@@ -118,42 +120,42 @@ class SanityCheckCallback(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.done and state.global_step:
+        if not self.done and state.global_step:  # e.g. warm-up lasted until the end
             after = f"after all {state.global_step} steps"
-            if self.before is None:
+            if self.log_probs_before is None:
                 raise RelookError(f"{self.unmoved} {after}: no step had a learning rate above 0.", CAUSES)
             self._require_moved(f"{after}: no step was large enough to show.")
 
     def _require_moved(self, when: str) -> None:
         """Raise if the log-probs are bit-identical and the trained float32 tensors have not moved either."""
-        if self.exact or not self._in_any(self._moved()):
+        if self.exact or not self._in_any_process(self._moved()):
             raise RelookError(f"{self.unmoved} {when}", CAUSES)
         status(
-            "  the first steps do not show in what the model says: the rounding of bf16, fp16 or quantised weights is "
-            "coarser. They add up in float32; if the loss stays where it is, raise learning_rate"
+            "  the first steps do not change the log-probs: bf16, fp16 or quantised weights round them away. They add "
+            "up in float32; if the loss does not move, raise learning_rate"
         )
         self._finish()
 
     def _finish(self) -> None:
-        self.done, self.model, self.batch, self.before, self.weights = True, None, None, None, None
+        self.done, self.model, self.batch, self.log_probs_before, self.weight_sums = True, None, None, None, None
 
-    def _in_any(self, flag: Tensor) -> bool:
+    def _in_any_process(self, flag: Tensor) -> bool:
         """Return True if a flag, shape (), is set in any process."""
         return bool(self.accelerator.reduce(flag.long(), "sum").item())
 
     def _moved(self) -> Tensor:
         """Return True if a trained tensor has moved and, where gradients are visible, one is nonzero."""
-        assert self.weights is not None
-        moved: Tensor = (self._sums() != self.weights).any()
-        gradients = [local_shard(p.grad).any() for p in self._trained() if p.grad is not None]
+        assert self.weight_sums is not None
+        moved: Tensor = (self._weight_sums() != self.weight_sums).any()
+        gradients = [local_shard(p.grad).any() for p in self._trained_parameters() if p.grad is not None]
         # Weight decay alone moves a weight; a nonzero gradient shows that the loss depends on it.
         return moved & torch.stack(gradients).any() if gradients else moved  # DeepSpeed hides gradients
 
-    def _sums(self) -> Tensor:
+    def _weight_sums(self) -> Tensor:
         """Return the float64 sum of each trained tensor, or of its local shard; it reveals any moved weight."""
-        return torch.stack([local_shard(p.detach()).sum(dtype=torch.float64) for p in self._trained()])
+        return torch.stack([local_shard(p.detach()).sum(dtype=torch.float64) for p in self._trained_parameters()])
 
-    def _trained(self) -> list[nn.Parameter]:
+    def _trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @torch.no_grad()

@@ -43,7 +43,14 @@ from relook.model.adapters import read_adapter
 from relook.model.checkpoint import llava_settings
 from relook.model.load import TENSORS_FILE, HeadModel, LoadedModel, base_and_adapter, load_model, open_base
 from relook.model.trainable import set_trainable
-from relook.recipe import Recipe, load_recipe, parse_overrides, read_yaml_or_shipped
+from relook.recipe import (
+    HUB_KEYS,
+    Recipe,
+    load_recipe,
+    missing_paths,
+    parse_overrides,
+    read_yaml_or_shipped,
+)
 from relook.train.feature_cache import cache_vision_features, cached_items, images_hash
 from relook.train.loss import metric_names
 from relook.train.trainer import (
@@ -60,7 +67,6 @@ RECIPE_FILE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 DATA_FILE = "data.json"  # hashes of the training data, written when training begins
 
-MODEL_KEYS = {"model_name_or_path", "adapter_name_or_path"}
 DATA_KEYS = {"vg_path", "desc_data_path", "pope_data_path", "pairs_path", "data_path", "image_folder"}
 
 Samples = tuple[Sequence[PreferencePair | Conversation], ReadReport]
@@ -102,11 +108,13 @@ def train(recipe: Recipe, device: str | None = None, encoded: EncodedSamples | N
     arguments, samples = check_run(recipe, out, read=encoded is None)
     if unused := {**recipe.idle, **effective_arguments(recipe)[1]}:
         status(f"  without effect here: {', '.join(f'{key} ({why})' for key, why in unused.items())}")
+    # The dtype of matrix products; what trains is float32 (`set_trainable`).
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     device = device or str(arguments.device)
     # With cached trunk states the trunk is loaded only if some of them have to be computed.
     loaded = load_for_training(recipe, dtype, device, trunk=not recipe.cached_trunk)
     examples, dropped = encode_samples(recipe, loaded, *samples) if encoded is None else encoded
+    # Again, now that unusable and held-out samples are known.
     check_schedule(arguments, len(split_held_out([Item(example) for example in examples], recipe.eval_fraction)[0]))
     record_data_hashes(out, recipe, examples)
     policy = build_policy(recipe, loaded, dtype)
@@ -164,12 +172,13 @@ def check_run(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArg
         if recipe.version:
             get_template(recipe.version)
     with faults:
-        if not absent.keys() & MODEL_KEYS:
+        if not absent.keys() & HUB_KEYS:
             base, adapter = base_and_adapter(recipe.model_name_or_path, recipe.adapter_name_or_path or None)
             if adapter is not None:
                 read_adapter(adapter)  # reads no weights yet, but finds what cannot be read
             open_base(base, adapter, recipe.vision_tower or None, weights=False)
     with faults:
+        # Sweeps pass encoded samples, which they have read and checked themselves.
         if read and not absent.keys() & DATA_KEYS:
             samples = read_samples(recipe)
             if arguments:
@@ -177,31 +186,6 @@ def check_run(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArg
     faults.check()
     assert arguments is not None
     return arguments, samples
-
-
-def missing_paths(values: Mapping[str, Any], of: str = "") -> dict[str, RecipeError]:
-    """Find the recipe keys whose files or folders do not exist.
-
-    Args:
-        values: recipe values by key.
-        of: suffix that names the recipe in the errors, e.g. " of <row>".
-    """
-    kinds = {
-        "model_name_or_path": "model folder",
-        "adapter_name_or_path": "adapter",
-        "vg_path": "Visual Genome folder",
-        **dict.fromkeys(("desc_data_path", "pope_data_path", "pairs_path", "data_path"), ""),
-        **({"image_folder": ""} if values.get("task") == "sft" else {}),  # with pairs_path, images are written there
-    }
-    errors = {}
-    for key, kind in kinds.items():
-        path = values.get(key)
-        if path and not Path(str(path)).exists():
-            fault = f"{key}{of}: there is no {kind} {path}." if kind else f"{key} {path}{of} does not exist."
-            # A name on the Hugging Face Hub is a frequent reason.
-            hub = " relook downloads nothing: hf download does." if key in MODEL_KEYS else ""
-            errors[key] = RecipeError(fault, f"Check the path.{hub}")
-    return errors
 
 
 def claim_run_dir(out: Path, recipe: Recipe) -> bool:
@@ -221,7 +205,7 @@ def claim_run_dir(out: Path, recipe: Recipe) -> bool:
     # Compare as YAML gives them back, so that tuples equal lists.
     old, new = yaml.safe_load(read_text(recipe_path)), yaml.safe_load(recipe.to_yaml())
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if changed:
+    if changed:  # resuming under another recipe would mix two runs
         raise RecipeError(
             f"{out} holds a run of another recipe (it differs in {', '.join(changed)}).",
             "Choose another output_dir, or remove the folder.",
@@ -277,7 +261,7 @@ def refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
     old = read_json_object(out / DATA_FILE, optional=True)
     if changed := [key for key, value in hashes.items() if old.get(key, value) != value]:
         raise RecipeError(
-            f"{out} holds a run on other data: what {', '.join(changed)} names has changed since.",
+            f"{out} holds a run on other data: the files of {', '.join(changed)} have changed since.",
             "Choose another output_dir, or remove the folder.",
         )
 
@@ -328,7 +312,7 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
         raise RecipeError(
             f"The training arguments do not fit together: {str(error).rstrip('.')}.",
-            "Correct them; transformers' documents of TrainingArguments have their values.",
+            "Correct them; transformers' documentation of TrainingArguments lists their values.",
         ) from None
     best = "eval_" + (arguments.metric_for_best_model or "loss").removeprefix("eval_")
     if best not in (names := [f"eval_{name}" for name in metric_names(recipe)]):
@@ -402,6 +386,7 @@ def check_schedule(arguments: TrainingArguments, samples: int) -> None:
     """
     steps = steps_of(arguments, samples)
     optimizer, schedule = _schedule(arguments, steps, lr=1.0)  # parameter groups may have their own rates
+    # Step through the schedule itself, since transformers has many shapes of it. Usually the second step decides.
     for _ in range(steps):
         if optimizer.param_groups[0]["lr"] > 0:
             return
@@ -409,8 +394,8 @@ def check_schedule(arguments: TrainingArguments, samples: int) -> None:
         schedule.step()
     warmup = arguments.get_warmup_steps(steps)
     raise RecipeError(
-        f"No step would have a learning rate above 0: the run has {steps} for {samples} samples, and a warm-up of "
-        f"{warmup}, which begins at 0.",
+        f"No step would have a learning rate above 0: the run has {steps} steps for {samples} samples, and its warm-up "
+        f"from 0 takes {warmup}.",
         "Give more steps (num_train_epochs, max_steps, a smaller batch), or warmup_steps 0.",
     )
 
@@ -432,6 +417,7 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     Raises:
         DataError: no sample can be used, or one cannot and `on_bad` is "error".
     """
+    # Ids and trees first, which is fast; images are decoded afterwards, of usable samples only.
     encoder = loaded.encoder(recipe.version, recipe.model_max_length)
     faults: list[str] = []
     if recipe.task == "dpo":
@@ -439,7 +425,8 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     else:
         examples = encoder.conversations(samples, recipe.conversations_per_tree, faults)
     if faults and recipe.on_bad == "error":
-        raise DataError(faults[0], f"{len(faults)} samples in all cannot be used; set on_bad drop to go on without.")
+        fix = f"{len(faults)} samples in all cannot be used; set on_bad drop to leave them out."
+        raise DataError(faults[0], fix)
     examples, image_faults = check_images(examples, loaded.images, recipe.on_bad)
     faults += image_faults
     if not examples:
@@ -502,7 +489,7 @@ def prepare_items(
         batch_size: examples per forward pass for the reference log-probs.
         load_with_trunk: loads the policy with its trunk, which `policy` may lack.
     """
-    distinct = list(dict.fromkeys(examples))
+    distinct = list(dict.fromkeys(examples))  # by value, in order
     if recipe.cached_trunk:
         items = cached_items(recipe, policy, distinct, collator, load_with_trunk)
     else:

@@ -111,6 +111,7 @@ class RelookTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, policy: Policy, report: ProgressReport, **kwargs: Any) -> None:
         super().__init__(model=policy, **kwargs)
+        # Before accelerate wraps the model: its own mixed precision would round log-probs to bf16.
         self.is_fsdp_enabled = distributed.prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args, policy.dtype)
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch, averaged over accumulation
@@ -221,8 +222,10 @@ class RelookTrainer(Trainer):
                 count = work.targets if self.recipe.task == "sft" else work.pairs
                 meter.add({"loss": loss, **fields}, work, self.state.global_step, count)
             reshard(self.model)
+            # The keys of a log line: eval_loss and so on, which metric_for_best_model names.
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.read().items()}
         super().log(metrics)
+        # The Trainer's early stopping and best-checkpoint logic listen to this.
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

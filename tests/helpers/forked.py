@@ -1,6 +1,7 @@
-"""Processes for tests, forked from one that has imported relook: a fresh one spends seconds on imports alone.
+"""Processes for tests, forked from the one that tests: a fresh one spends seconds on imports alone.
 
-Where a process ends by a kill, or several share work, nothing else of its start is tested.
+Where a process ends by a kill, or several share work, nothing else of its start is tested. torch's backward pass works
+in a forked process where the parent has not used a GPU.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
+from accelerate.state import AcceleratorState
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["relook.train.run", "relook.evaluate.run", "relook.cli"])
+from relook.train.feature_cache import TrunkCache
+
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def forked(target: Callable[..., Any], *arguments: Any, count: int = 1) -> Ended
     As soon as one of them ends badly, the others are killed.
 
     Args:
-        target: of a module that is quick to import; `several.py` has some.
+        target: what they call; `several.py` has some.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,8 +49,7 @@ def forked(target: Callable[..., Any], *arguments: Any, count: int = 1) -> Ended
         for rank in range(count):
             place = {**meeting, "RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
             variables = {name: str(value) for name, value in {**place, "CUDA_VISIBLE_DEVICES": ""}.items()}
-            how = (variables, torch.get_num_threads(), Path(folder))
-            running.append(SERVER.Process(target=_call, args=(target, arguments, *how)))
+            running.append(FORK.Process(target=_call, args=(target, arguments, variables, Path(folder))))
             running[-1].start()
         _wait_for(running)
         written = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
@@ -66,12 +67,13 @@ def _wait_for(running: list[Any]) -> None:
                     process.kill()
 
 
-def _call(
-    target: Callable[..., Any], arguments: tuple[Any, ...], variables: Mapping[str, str], threads: int, folder: Path
-) -> None:
+def _call(target: Callable[..., Any], arguments: tuple[Any, ...], variables: Mapping[str, str], folder: Path) -> None:
+    # What the parent has found out about its own place, and what it has in memory, is not this process's.
     os.environ.update(variables)
-    torch.set_num_threads(threads)  # else sums would differ in the last bit from those of the process that tests
-    for stream in (sys.stdout, sys.stderr):
-        name = "stdout" if stream is sys.stdout else "stderr"
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    TrunkCache.current = None
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = (folder / name).open("a", buffering=1)
+        os.dup2(file.fileno(), number)
+        setattr(sys, name, file)
     target(*arguments)

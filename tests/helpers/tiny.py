@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +27,14 @@ SCENES = 6
 
 
 def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
-    """Toyworld's architecture with random weights."""
+    """Toyworld's architecture with random weights; a copy of one that is built once."""
+    model, state = _built_llava(seed)
+    torch.set_rng_state(state)  # tests go on to draw from where the weights ended
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _built_llava(seed: int) -> tuple[LlavaForConditionalGeneration, Tensor]:
     torch.manual_seed(seed)
     tower = CLIPVisionModel(
         CLIPVisionConfig(
@@ -36,7 +46,7 @@ def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
             patch_size=PATCH,
         )
     )
-    return assemble(tower, seed).eval()
+    return assemble(tower, seed).eval(), torch.get_rng_state()
 
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:
@@ -64,11 +74,18 @@ def save_biased(folder: Path) -> Path:
 
 def tiny_relook(trained: bool = True, seed: int = 0, **settings: Any) -> RelookLlavaForConditionalGeneration:
     """With a post decoder; `trained` gives its zero projections weights, so that it changes what the model says."""
+    model, state = _built_relook(trained, seed, json.dumps(settings))
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _built_relook(trained: bool, seed: int, settings: str) -> tuple[RelookLlavaForConditionalGeneration, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    model = add_post_decoder(tiny_llava(seed), settings, generator)
+    model = add_post_decoder(tiny_llava(seed), json.loads(settings), generator)
     if trained:
         scramble(model.model.post_decoder, generator)
-    return model.eval()
+    return model.eval(), torch.get_rng_state()
 
 
 @torch.no_grad()

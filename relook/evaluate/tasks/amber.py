@@ -61,6 +61,7 @@ class Lists:
     @cached_property
     def forms(self) -> dict[str, str]:
         """Map each case-sensitive surface form to a word of the list."""
+        # Listed words override plurals of others, and where two words share a plural the last in order has it.
         listed = {*self.association, *(word for words in self.association.values() for word in words)}
         forms = {form: word for word in sorted(listed) for form in plurals(word)} | {word: word for word in listed}
         return {form: word for form, word in forms.items() if form not in _NOT_COUNTED}
@@ -102,26 +103,24 @@ def amber_questions(data: Path) -> tuple[list[Question], list[Question]]:
     Raises:
         DataError: a file is missing or empty, a record lacks a field, or a question has no annotation.
     """
-    path, annotations, images = (
-        required_amber_file(data, "query/query_all.json"),
-        read_annotations(data),
-        amber_images(data),
-    )
+    path, annotations = required_amber_file(data, "query/query_all.json"), read_annotations(data)
+    images = amber_images(data)
     try:
-        found = [
+        questions = [
             Question(str(record["id"]), resolve_extension(images / str(record["image"])), str(record["query"]))
             for record in read_published_records(path, SOURCE)
         ]
     except KeyError as error:
         raise DataError(f"{path} has a record without {error}.", SOURCE) from None
-    unknown = [question.id for question in found if question.id not in annotations]
+    unknown = [question.id for question in questions if question.id not in annotations]
     if unknown:
         raise DataError(
             f"AMBER's annotations have no {preview(unknown)}.", "Give queries and annotations of one version."
         )
-    kinds = [annotations[question.id]["type"] == GENERATIVE for question in found]
-    described = [question for question, generative in zip(found, kinds, strict=True) if generative]
-    return described, [question for question, generative in zip(found, kinds, strict=True) if not generative]
+    # The query file mixes descriptions and yes/no questions; only the annotations tell them apart.
+    kinds = [annotations[question.id]["type"] == GENERATIVE for question in questions]
+    described = [question for question, generative in zip(questions, kinds, strict=True) if generative]
+    return described, [question for question, generative in zip(questions, kinds, strict=True) if not generative]
 
 
 def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
@@ -130,6 +129,7 @@ def read_annotations(data: Path) -> dict[str, dict[str, Any]]:
     try:
         entries = {str(record["id"]): record for record in read_published_records(path, SOURCE)}
         for entry in entries.values():
+            # Look up the fields once here, so that a missing one shows before anything is generated.
             needed = ("truth", "hallu") if entry["type"] == GENERATIVE else ("truth",)
             for key in needed:
                 entry[key]
@@ -144,6 +144,7 @@ def yes_or_no(answer: str) -> str:
     The original requires exactly "Yes" or "No"; here the first word must be one, whatever punctuation follows.
     """
     first = re.match(r"\W*(\w+)\b(?!\W*(?:and|or|/)\W*(?:yes|no)\b)", answer, re.IGNORECASE)
+    # The pattern's lookahead rejects "yes and no" and "yes/no", which answer nothing.
     word = first[1].lower() if first else ""
     return word if word in ("yes", "no") else ""
 
@@ -167,7 +168,7 @@ def judge_description(text: str, truth: Sequence[str], hallu: Sequence[str], lis
     in the original, a word that is not a truth may mark two temptations: its own entry, and the first it is close to.
     """
     covered, tempted = _Marks(truth, lists), _Marks(hallu, lists)
-    nouns, made_up = lists.nouns(text), 0
+    nouns, made_up = lists.nouns(text), 0  # a word that is repeated counts each time
     for noun in nouns:
         # An exact truth is settled first, so that it cannot mark a temptation.
         if noun in lists.safe or covered.mark(noun, exact=True):
@@ -183,6 +184,7 @@ class _Marks:
 
     def __init__(self, words: Sequence[str], lists: Lists) -> None:
         self.marked, self.lists = [False] * len(words), lists
+        # The order decides which annotated word a noun marks: associated words first, as in the original.
         associated = [(other, i) for i, word in enumerate(words) for other in lists.association.get(word, ())]
         self.ways = associated + [(word, i) for i, word in enumerate(words)]
 
@@ -195,36 +197,37 @@ class _Marks:
         return False
 
 
-def score_amber(data: Path, asked: Sequence[Question], responses: Mapping[str, str]) -> dict[str, Any]:
+def score_amber(data: Path, questions: Sequence[Question], responses: Mapping[str, str]) -> dict[str, Any]:
     """Compute the generative and discriminative scores and the AMBER score, with 95 % intervals over images.
 
     "No" is the positive class, as in the original. An answer that is neither yes nor no is wrong, and is counted in
     `neither`. Scores of a part that was not asked are omitted; a rate with a zero denominator is None.
     """
     annotations, lists = read_annotations(data), read_lists(data)
-    images = list(dict.fromkeys(question.image.name for question in asked))
-    made: dict[str, DescriptionCounts] = {}
-    answers: list[tuple[str, str, bool, str]] = []  # image, kind, whether "no" is true, what was said
-    for question in asked:
-        entry, said = annotations[question.id], responses[question.id]
+    images = list(dict.fromkeys(question.image.name for question in questions))
+    descriptions: dict[str, DescriptionCounts] = {}
+    answers: list[tuple[str, str, bool, str]] = []  # image, kind, whether "no" is true, answer
+    for question in questions:
+        entry, response = annotations[question.id], responses[question.id]
         if entry["type"] == GENERATIVE:
-            made[question.image.name] = judge_description(said, entry["truth"], entry["hallu"], lists)
+            descriptions[question.image.name] = judge_description(response, entry["truth"], entry["hallu"], lists)
         else:
-            answers.append((question.image.name, entry["type"], entry["truth"] == "no", yes_or_no(said)))
+            answers.append((question.image.name, entry["type"], entry["truth"] == "no", yes_or_no(response)))
     result: dict[str, Any] = {"near_synonyms": _near_hash(data), "parser": PARSER, "images": len(images)}
-    if made:
-        result["generative"] = generative(list(made.values()))
+    if descriptions:
+        result["generative"] = generative(list(descriptions.values()))
     if answers:
-        known = {kind for kinds in KINDS.values() for kind in kinds}
+        scored_kinds = {kind for kinds in KINDS.values() for kind in kinds}
         result["discriminative"] = discriminative(answers, images)
         for name, kinds in KINDS.items():
             result[name] = discriminative([a for a in answers if a[1] in kinds], images)
-        result["relation"] = discriminative([a for a in answers if a[1] not in known], images)
-    if made and answers:
+        result["relation"] = discriminative([a for a in answers if a[1] not in scored_kinds], images)
+    if descriptions and answers:
         chair, f1 = result["generative"]["chair"], result["discriminative"]["f1"]
-        apart = _f1_minus_chair(made, answers, images)
+        # The score is (1 - CHAIR + F1) / 2, so its interval is that of F1 - CHAIR, moved and halved.
+        difference = _f1_minus_chair(descriptions, answers, images)
         result["amber_score"] = None if chair is None or f1 is None else (1 - chair + f1) / 2
-        result["amber_score_ci"] = apart and [(1 + end) / 2 for end in apart]
+        result["amber_score_ci"] = difference and [(1 + end) / 2 for end in difference]
     return result
 
 
@@ -240,15 +243,17 @@ def generative(rows: Sequence[DescriptionCounts]) -> dict[str, Any]:
         "hal": ([int(r.made_up > 0) for r in rows], [1] * len(rows)),
         "cog": ([r.tempted for r in rows], [r.temptations for r in rows]),
     }
+    # Ratios of sums over images, not means of ratios: a long description weighs more than a short one.
     rates = {name: safe_ratio(sum(top), sum(bottom)) for name, (top, bottom) in pairs.items()}
     return rates | {f"{n}_ci": ratio_interval(*pair) for n, pair in pairs.items()} | {"n": len(rows)}
 
 
 def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]) -> dict[str, Any]:
     """Compute accuracy, and precision, recall and F1 with "no" as the positive class."""
-    right = [(said == "no") == truth and said != "" for _, _, truth, said in answers]
-    hits = [said == "no" and truth for _, _, truth, said in answers]
-    said_no, truly_no = sum(said == "no" for *_, said in answers), sum(truth for _, _, truth, _ in answers)
+    # An answer that is neither yes nor no is never right, also if "no" is not true.
+    right = [(answer == "no") == truth and answer != "" for _, _, truth, answer in answers]
+    hits = [answer == "no" and truth for _, _, truth, answer in answers]
+    said_no, truly_no = sum(answer == "no" for *_, answer in answers), sum(truth for _, _, truth, _ in answers)
     per_image = sum_by_image(((a[0], int(r), 1) for a, r in zip(answers, right, strict=True)), images)
     return {
         "accuracy": safe_ratio(sum(right), len(right)),
@@ -257,22 +262,22 @@ def discriminative(answers: Sequence[tuple[str, str, bool, str]], images: Sequen
         "recall": safe_ratio(sum(hits), truly_no),
         "f1": safe_ratio(2 * sum(hits), said_no + truly_no),
         "f1_ci": ratio_interval(*_f1_counts(answers, images)),
-        "neither": sum(said == "" for *_, said in answers),
+        "neither": sum(answer == "" for *_, answer in answers),
         "n": len(answers),
     }
 
 
 def _f1_counts(answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]) -> Columns:
     """Return F1 as one ratio per image: twice the hits / (answered "no" + truly "no")."""
-    rows = ((image, 2 * (said == "no" and truth), (said == "no") + truth) for image, _, truth, said in answers)
+    rows = ((image, 2 * (answer == "no" and truth), (answer == "no") + truth) for image, _, truth, answer in answers)
     return sum_by_image(rows, images)
 
 
 def _f1_minus_chair(
-    made: Mapping[str, DescriptionCounts], answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]
+    descriptions: Mapping[str, DescriptionCounts], answers: Sequence[tuple[str, str, bool, str]], images: Sequence[str]
 ) -> Interval | None:
     """Compute the interval of F1 - CHAIR; each resample takes the same images for both."""
-    chair = sum_by_image(((image, m.made_up, m.nouns) for image, m in made.items()), images)
+    chair = sum_by_image(((image, m.made_up, m.nouns) for image, m in descriptions.items()), images)
     return paired_interval(chair, _f1_counts(answers, images))
 
 

@@ -44,12 +44,13 @@ def build_pope_files(
     """
     annotations, out = Path(annotations), Path(out)
     objects, categories = read_image_objects(annotations)
-    usable = [image for image, there in objects.items() if positives <= len(there) <= len(categories) - positives]
+    usable = [image for image, present in objects.items() if positives <= len(present) <= len(categories) - positives]
     if not 0 < images <= len(usable):
         raise DataError(
             f"{len(usable)} images of {annotations} have {positives} objects or more; {images} are wanted.",
             f"Set --images to 1 to {len(usable)}." if usable else "Give annotations of more objects.",
         )
+    # Generators are seeded by name, so that drawing images does not shift the draws of objects.
     chosen = random.Random(f"pope/{seed}/images").sample(usable, images)
     card = {
         "annotations_sha256": file_hash(annotations),
@@ -74,8 +75,8 @@ def read_image_objects(path: str | Path) -> tuple[dict[str, list[str]], list[str
     path = Path(path)
     if not _is_list_of_objects(path):
         annotations = read_coco(path)
-        found = {image: [name for name, _ in boxes] for image, boxes in annotations.boxes.items()}
-        return {image: list(dict.fromkeys(names)) for image, names in found.items()}, list(annotations.categories)
+        by_image = {image: [name for name, _ in boxes] for image, boxes in annotations.boxes.items()}
+        return {image: list(dict.fromkeys(names)) for image, names in by_image.items()}, list(annotations.categories)
     objects: dict[str, list[str]] = {}
     for number, record in enumerate(read_records(path), 1):
         image, names = record.get("image"), record.get("objects")
@@ -91,6 +92,7 @@ def read_image_objects(path: str | Path) -> tuple[dict[str, list[str]], list[str
 
 def _is_list_of_objects(path: Path) -> bool:
     """Return True if a file is in POPE's layout, JSON lines or an array; COCO's is a single object."""
+    # POPE's segmentation files and COCO's share the extension .json: the beginning tells them apart.
     text = read_text(path).lstrip()
     first = text.split("\n", 1)[0]
     return text[:1] == "[" or ('"objects"' in first and '"categories"' not in first)
@@ -128,13 +130,15 @@ def build_splits(
     unknown = sorted(set().union(*listed.values()) - set(categories))
     if unknown:
         raise DataError(f"Objects are not among the categories: {preview(unknown)}.", "Add them to the categories.")
-    most = len(set(categories)) - positives
-    enough = {image: present for image, present in listed.items() if positives <= len(present) <= most}
+    max_present = len(set(categories)) - positives  # beyond it too few absent objects are left to ask about
+    enough = {image: present for image, present in listed.items() if positives <= len(present) <= max_present}
+    # Frequencies and co-occurrences are those of the images asked about, as in the original.
     frequency = Counter(name for present in enough.values() for name in present)
     together: dict[str, Counter[str]] = {name: Counter() for name in frequency}
     for present in enough.values():
         for name in present:
             together[name].update(other for other in present if other != name)
+    # Categories that occur in no image have no rank, but are absent everywhere.
     popular, never = _by_frequency(frequency), [name for name in categories if name not in frequency]
     companions = {name: _by_frequency(counts) for name, counts in together.items()}
 
@@ -147,9 +151,9 @@ def build_splits(
                 # Candidates in order: the split's own ranking, then a random order, then categories that never occur.
                 first = {"random": [], "popular": popular, "adversarial": companions[name]}[split]
                 absent = next(o for o in (*first, *rng.sample(popular, len(popular)), *never) if o not in used)
-                used.add(absent)
-                for asked, label in ((name, "yes"), (absent, "no")):
-                    question = {"question_id": len(records) + 1, "image": image, "text": question_text(asked)}
+                used.add(absent)  # asked about at most once per image
+                for object_name, label in ((name, "yes"), (absent, "no")):
+                    question = {"question_id": len(records) + 1, "image": image, "text": question_text(object_name)}
                     records.append({**question, "label": label})
     return splits
 

@@ -86,6 +86,7 @@ class Vocabulary:
 
 def vocabulary_of(annotations: Annotations) -> Vocabulary:
     """Return CHAIR's vocabulary if the categories are COCO's 80, else one built from the annotations."""
+    # COCO's own list has synonyms and rules that published figures rest on; any other dataset brings its names.
     coco = coco_vocabulary()
     if set(annotations.categories) == set(coco.phrases.values()) - {""} and not annotations.synonyms:
         return coco
@@ -111,6 +112,7 @@ def _surface_form(phrase: str) -> str:
 
 
 def _with_plurals(phrases: Mapping[str, str]) -> dict[str, str]:
+    # The right-hand side wins: a word of the list over any plural, and a correct plural over a merely regular one.
     regular = {form: name for phrase, name in phrases.items() for form in plurals(phrase)[1:]}
     return regular | {plural(phrase): name for phrase, name in phrases.items()} | dict(phrases)
 
@@ -149,6 +151,7 @@ def plural(phrase: str) -> str:
 
 def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
     """Find every mention of an object, in order: whole words only, ignoring case, and the longest phrase wins."""
+    # Match words by their positions, so that a mention keeps its place in the text as written.
     words = [match.span() for match in _WORD.finditer(text)]
     matches: list[tuple[str, int, int]] = []
     first = 0
@@ -212,6 +215,7 @@ def read_truth(instances: str | Path, captions: str | Path | None, images: Seque
     if captions is None:
         return annotations
     human = read_captions(captions)
+    # Finding mentions is the slow part: skip captions of images that are not scored.
     human = {image: human[image] for image in (images or annotations.images) if image in human}
     return replace(annotations, objects=truth_of(annotations, human, vocabulary_of(annotations)))
 
@@ -252,7 +256,7 @@ def read_captions_by_image(path: str | Path, annotations: Annotations | None = N
         DataError: a record lacks its caption or image, an image occurs twice, or the file holds no caption.
     """
     path = Path(path)
-    images = annotations.ids if annotations else {}
+    images = annotations.ids if annotations else {}  # file names by COCO's image id
     captions: dict[str, str] = {}
     for number, record in enumerate(read_records(path), 1):
         image_id, caption = record.get("image_id"), record.get("caption", record.get("text"))
@@ -350,10 +354,12 @@ def score_captions(
         raise DataError(f"There are no annotations for {preview(unknown)}.", "Give the annotations of the same images.")
     rows = []
     for image, caption in captions.items():
+        # An object that is named twice counts twice in CHAIR_i, as in the original, but once in recall.
         objects, present = [mention.object for mention in mentions(caption, vocabulary)], set(truth[image])
         absent = sum(name not in present for name in objects)
         covered = len(present & set(objects))
         rows.append((image, len(objects), absent, covered, len(present), len(caption.split())))
+    # One tuple per column; zip of no rows has no columns, so an empty score is spelled out.
     return ChairScore(*(tuple(column) for column in zip(*rows, strict=True))) if rows else ChairScore(*((),) * 6)
 
 

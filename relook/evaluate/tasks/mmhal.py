@@ -78,11 +78,13 @@ def mmhal_questions(data: Path) -> list[Question]:
 def read_mmhal_answers(path: str | Path) -> list[dict[str, Any]]:
     """Read relook's JSON lines, or the benchmark's layout: its records in order, with `model_answer` filled in."""
     path = Path(path)
+    # The benchmark's records have no id: a record's position in the file is its question.
     return [{"question_id": str(number), **record} for number, record in enumerate(read_records(path))]
 
 
 def read_rating(reply: str) -> int | None:
     """Return the rating in a judge's reply; None if there is none, or more than one."""
+    # A judge that repeats its rating is read, one that gives two different ones is not; "4.5" and "10" are no ratings.
     ratings = {int(digit) for digit in re.findall(r"rating:[\s*]*([0-6])(?!\.?\d)", reply.lower())}
     return ratings.pop() if len(ratings) == 1 else None
 
@@ -105,6 +107,7 @@ def score_mmhal(data: Path, answers: Mapping[str, str], judge: Judge) -> dict[st
     rated = [(entries[i], r) for i, r in zip(answers, judged.verdicts, strict=True) if r is not None]
     kinds = dict.fromkeys(str(entry["question_type"]) for entry in entries.values())
     by_kind = {kind: [r for entry, r in rated if str(entry["question_type"]) == kind] for kind in kinds}
+    # An answer that was not judged is left out of every figure: a rating of 0 would blame the model for the judge.
     false = [(entry, int(r < HALLUCINATED_BELOW)) for entry, r in rated]
     return {
         "score": mean([r for _, r in rated]),

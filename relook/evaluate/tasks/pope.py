@@ -73,6 +73,7 @@ def read_llava_questions(path: str | Path, labels: str | Path, image_root: str |
         DataError: questions have no label, or labels no question; the message counts and names both.
     """
     path, labels, image_root = Path(path), Path(labels), Path(image_root)
+    # LLaVA numbers all questions in one sequence, so ids say nothing about POPE's own: only image and text do.
     category = {str(r.get("question_id")): str(r.get("category", "")) for r in read_records(path)}
     splits: dict[str, list[Question]] = {}
     for question in read_pope_questions(path, image_root):
@@ -118,6 +119,7 @@ def read_pope_answers(path: str | Path) -> list[dict[str, Any]]:
     records = read_records(path)
     if not records:
         raise DataError(f"{path} holds no answer.", "Give a POPE answer file.")
+    # Either all records have ids or none: a file with some ids has lost the others.
     identifying = "question_id" if any("question_id" in record for record in records) else "question"
     for number, record in enumerate(records, 1):
         if identifying not in record or not isinstance(_answer(record), str):
@@ -148,6 +150,7 @@ def official_parse(answer: str) -> bool:
     It takes the text before the first full stop, removes commas and splits at spaces. The answer is no if one of the
     words is "No", "not" or "no". Everything else is yes, including "", "NO", "No!" and "No</s>".
     """
+    # Case-sensitive and split at spaces alone, as the original: a line break or "No!" hides a no.
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 
@@ -160,7 +163,9 @@ def exact_parse(answer: str) -> bool | None:
 _YES = re.compile(r"\b(?:yes|yeah|yep|yup)\b")
 _NO = re.compile(r"\b(?:no|not|none|nothing|nope|nah)\b|n['’]t\b")
 _UNSURE = re.compile(r"(?:\bno|\bnot|n['’]t) (?:sure|certain|clear|possible|able|know|tell|say|idea|way)\b")
+# "There is a dog." is a yes without the word, unless the sentence is unsure.
 _THERE_IS = re.compile(r"\W*there(?: is| are|['’]s)\b")
+# A later sentence that begins with the other word takes the first one back: "Yes. No, wait."
 _RECONSIDERED = re.compile(r"\W*(yes|no)\W*(?:,|$)")
 
 
@@ -170,6 +175,7 @@ def stated(answer: str) -> bool | None:
     The first sentence decides, ignoring case and surrounding marks: "**No**" is a no, as is "Nope". A later sentence
     counts only if it retracts the first ("Yes. No, wait."). Only English is supported.
     """
+    # Sentences with a word in them; an empty answer has none and means nothing.
     first, *later = [text for text in re.split(r"[.!?\n]+", answer.lower()) if re.search(r"\w", text)] or [""]
     meaning = _stated(first)
     retractions = [match[1] == "yes" for text in later if (match := _RECONSIDERED.match(text))]
@@ -331,6 +337,7 @@ def score_pope_answers(
 
 def ratios(rows: Sequence[PopeRow]) -> dict[str, Ratio]:
     """Return each rate's (numerator, denominator) pairs, one per image: rows of one image are not independent."""
+    # The six questions about an image are answered by one look at it: resample images, not questions.
     by_image: dict[str, list[PopeRow]] = {}
     for row in rows:
         by_image.setdefault(row.image, []).append(row)
@@ -406,6 +413,7 @@ def rescore_pope(answers: Path, inputs: ScoringInputs, parser: str = "official")
 
 def compare_pope(runs: Sequence[tuple[Path, Path, Path]]) -> dict[str, Any]:
     """Compute the differences second - first of each split, over the images of several (data, first, second) runs."""
+    # Indexed [side][run][split]; both sides have the same questions in the same order, or `match_answers` raises.
     rows = [[_matched_rows(run[0], run[side]) for run in runs] for side in (1, 2)]
     return {split: _compare_split([[run[split] for run in side] for side in rows]) for split in SPLITS}
 
@@ -414,6 +422,7 @@ def _compare_split(sides: Sequence[Sequence[list[PopeRow]]]) -> dict[str, Any]:
     rates = [[ratios(rows) for rows in side] for side in sides]
     right = [[row.right for rows in side for row in rows] for side in sides]
     differences = {rate: rate_difference(*([run[rate] for run in side] for side in rates)) for rate in rates[0][0]}
+    # Accuracy's difference is the split's own entry, beside its p-value; the other rates have an entry each.
     return {**differences.pop("accuracy"), "mcnemar_p": mcnemar(*discordant_counts(*right)), **differences}
 
 

@@ -80,35 +80,38 @@ def shr_questions(data: Path) -> list[Question]:
         ids = [as_id(record["image_id"]) for record in read_published_records(path, SOURCE)]
     except KeyError:
         raise DataError(f"{path} has a record without image_id.", "Give SHR's own file.") from None
+    # Both faults would silently change which images are scored.
     paths = read_image_paths(vg)
     faults = {
         "lists images twice": [i for i, count in Counter(ids).items() if count > 1],
         f"lists images that {vg / 'image_data.json'} has not": [i for i in ids if i not in paths],
     }
-    for what, found in faults.items():
-        if found:
-            raise DataError(f"{path} {what}: {preview(found)}.", "Give SHR's own file.")
+    for fault, images in faults.items():
+        if images:
+            raise DataError(f"{path} {fault}: {preview(images)}.", "Give SHR's own file.")
     return [Question(i, resolve_extension(paths[i]), PROMPT) for i in ids]
 
 
 def read_shr_descriptions(path: Path) -> list[dict[str, Any]]:
     """Read relook's records, or HA-DPO's layout: one object that maps image ids to descriptions."""
     try:
-        whole = json.loads(read_text(path))
+        document = json.loads(read_text(path))
     except ValueError:
-        return read_records(path)
-    if isinstance(whole, dict) and "image_id" not in whole:
-        return [{"image_id": image, "description": text} for image, text in whole.items()]
+        return read_records(path)  # JSON lines are not one JSON value
+    # A file of one record is a single object, too; a record has an image_id.
+    if isinstance(document, dict) and "image_id" not in document:
+        return [{"image_id": image, "description": text} for image, text in document.items()]
     return read_records(path)
 
 
 def sentences_of(text: str) -> tuple[str, ...]:
     """Split a text at full stops into the sentences to judge, without those contained in an earlier one."""
-    kept: list[str] = []
+    sentences: list[str] = []
+    # A sentence that is part of an earlier one is not judged again; "3.5" is split, too.
     for sentence in map(str.strip, text.split(".")):
-        if sentence and not any(sentence in earlier for earlier in kept):
-            kept.append(sentence)
-    return tuple(kept)
+        if sentence and not any(sentence in earlier for earlier in sentences):
+            sentences.append(sentence)
+    return tuple(sentences)
 
 
 def distinct(text: str, n: int) -> float | None:
@@ -126,11 +129,12 @@ def read_labels(reply: str, count: int) -> Labels | None:
     head = re.search(r"judge?ment:", reply, re.IGNORECASE)
     if head is None:
         return None
+    # A judge that skips or repeats a number leaves it open which sentence a label is for: read all or nothing.
     lines = [line for line in reply[head.end() :].split("\n") if re.match(r"\s*\d+[.)]", line)]
-    found = [_LABEL.match(line) for line in lines]
-    if [match and int(match[1]) for match in found] != list(range(1, count + 1)):
+    matches = [_LABEL.match(line) for line in lines]
+    if [match and int(match[1]) for match in matches] != list(range(1, count + 1)):
         return None
-    return tuple(match[2].lower() for match in found if match)
+    return tuple(match[2].lower() for match in matches if match)
 
 
 @dataclass(frozen=True)
@@ -145,16 +149,20 @@ class KnowledgeJudge:
 
     def label(self, described: Sequence[DescribedImage]) -> JudgeResults[Labels]:
         template, prompt = prompt_template(shr_file(self.data, "gpt_utils.py"), "GPT_JUDGE_PROMPT", TEMPLATE)
-        knowledge = read_knowledge(self.data, [one.image for one in described])
+        knowledge = read_knowledge(self.data, [description.image for description in described])
         judged = self.judge.ask(
-            [_task(template, one, *knowledge[one.image]) for one in described], REQUEST, "SHR judge"
+            [_task(template, description, *knowledge[description.image]) for description in described],
+            REQUEST,
+            "SHR judge",
         )
-        return JudgeResults(judged.verdicts, judged.about | prompt, judged.unjudged)
+        return JudgeResults(judged.verdicts, judged.details | prompt, judged.unjudged)
 
 
-def _task(template: str, one: DescribedImage, regions: str, facts: str) -> Task[Labels]:
-    numbered = "".join(f"{number}. {sentence}\n" for number, sentence in enumerate(one.sentences, 1))
-    return Task(fill_template(template, regions, facts, numbered), lambda reply: read_labels(reply, len(one.sentences)))
+def _task(template: str, description: DescribedImage, regions: str, facts: str) -> Task[Labels]:
+    numbered = "".join(f"{number}. {sentence}\n" for number, sentence in enumerate(description.sentences, 1))
+    return Task(
+        fill_template(template, regions, facts, numbered), lambda reply: read_labels(reply, len(description.sentences))
+    )
 
 
 def read_knowledge(data: Path, images: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -162,23 +170,24 @@ def read_knowledge(data: Path, images: Sequence[str]) -> dict[str, tuple[str, st
     facts: dict[str, str] = {}
     for name in FACTS:
         for record in read_records(shr_file(data, name)):
-            facts |= {as_id(image): "".join(f"{fact}\n" for fact in said) for image, said in record.items()}
+            # A record maps image ids to lists of facts; later files replace earlier facts about the same image.
+            facts |= {as_id(image): "".join(f"{fact}\n" for fact in of_image) for image, of_image in record.items()}
     vg = visual_genome(data)
     regions, sizes = read_regions(vg), read_sizes(vg)
     unknown = [image for image in images if image not in regions]
     if unknown:
         raise DataError(f"{vg / 'region_descriptions.json'} has no {preview(unknown)}.", "Give VG's own file.")
-    found = {}
+    knowledge = {}
     for image in images:
         width, height = sizes[image]
         lines = []
         for region in regions[image]:
-            x, y, w, h = region.box
+            x, y, w, h = region.box  # pixels
             corners = [round(part, 2) for part in (x / width, y / height, (x + w) / width, (y + h) / height)]
             if region.phrase:
                 lines.append(f"{corners}: {region.phrase}\n")
-        found[image] = "".join(lines), facts.get(image, "")
-    return found
+        knowledge[image] = "".join(lines), facts.get(image, "")
+    return knowledge
 
 
 class ExactJudge:
@@ -190,27 +199,31 @@ class ExactJudge:
     """
 
     def __init__(self, path: Path) -> None:
-        held = read_json_object(path)
+        annotations = read_json_object(path)
         try:
-            self.vocabulary = Vocabulary.of(list(held["names"]), held["names"])
-            self.images = {image: frozenset(names) for image, names in held["images"].items()}
+            self.vocabulary = Vocabulary.of(list(annotations["names"]), annotations["names"])
+            self.images = {image: frozenset(names) for image, names in annotations["images"].items()}
         except (KeyError, TypeError, AttributeError):
             raise DataError(
                 f"{path} is not in the layout of exact annotations.", "docs/shr-amber-mmhal.md has it."
             ) from None
 
     def label(self, described: Sequence[DescribedImage]) -> JudgeResults[Labels]:
-        unknown = [one.image for one in described if one.image not in self.images]
+        unknown = [description.image for description in described if description.image not in self.images]
         if unknown:
             raise DataError(f"{EXACT} has no {preview(unknown)}.", "Give the annotations of the same images.")
         return JudgeResults(
-            [tuple(self._label(s, self.images[one.image]) for s in one.sentences) for one in described],
+            [
+                tuple(self._label(s, self.images[description.image]) for s in description.sentences)
+                for description in described
+            ],
             {"model": "exact annotations"},
         )
 
-    def _label(self, sentence: str, there: frozenset[str]) -> str:
-        named = {mention.object for mention in mentions(sentence, self.vocabulary)}
-        return HALLUCINATION if named - there else CORRECT if named else CANNOT_JUDGE
+    def _label(self, sentence: str, present: frozenset[str]) -> str:
+        # One absent object is enough, whatever else the sentence names.
+        mentioned = {mention.object for mention in mentions(sentence, self.vocabulary)}
+        return HALLUCINATION if mentioned - present else CORRECT if mentioned else CANNOT_JUDGE
 
 
 def needs_judge(data: Path) -> bool:
@@ -232,19 +245,21 @@ def score_shr(data: Path, descriptions: Mapping[str, str], judge: Judge | None) 
     Raises:
         RelookError: the judge labelled no sentence.
     """
-    all_said = [DescribedImage(image, sentences_of(text)) for image, text in descriptions.items()]
-    described = [one for one in all_said if one.sentences]
-    by: SentenceJudge = KnowledgeJudge(judge, data) if judge else ExactJudge(shr_file(data, EXACT))
-    judged = by.label(described)
-    labels = {one.image: verdict for one, verdict in zip(described, judged.verdicts, strict=True)}
-    rows = [_counts(one, labels.get(one.image, ())) for one in all_said]
+    split = [DescribedImage(image, sentences_of(text)) for image, text in descriptions.items()]
+    described = [description for description in split if description.sentences]  # an empty text has nothing to judge
+    sentence_judge: SentenceJudge = KnowledgeJudge(judge, data) if judge else ExactJudge(shr_file(data, EXACT))
+    judged = sentence_judge.label(described)
+    labels = {description.image: verdict for description, verdict in zip(described, judged.verdicts, strict=True)}
+    rows = [_counts(description, labels.get(description.image, ())) for description in split]
+    # One row per image becomes one column per count: the bootstrap resamples images.
     columns = dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(_COLUMNS, ())
     total = {name: sum(column) for name, column in columns.items()}
-    images, whole = len(all_said), sum(labels.get(one.image, ()) is not None for one in all_said)
+    # An image without sentences counts as judged, one whose sentences got no label (None) does not.
+    images, judged_images = len(split), sum(labels.get(description.image, ()) is not None for description in split)
     # If every label is "cannot judge", zero denominators turn the rates into None.
     if total["open"] == total["judged_sents"]:
         columns |= dict.fromkeys(("judged_sents", "judged_words"), (0,) * images)
-        whole = 0
+        judged_images = 0
     grams = {
         n: [g for g in (distinct(text, n) for text in descriptions.values()) if g is not None] for n in range(1, 5)
     }
@@ -253,8 +268,8 @@ def score_shr(data: Path, descriptions: Mapping[str, str], judge: Judge | None) 
         "shr_ci": ratio_interval(columns["hal_sents"], columns["judged_sents"]),
         "hal_words_ratio": safe_ratio(total["hal_words"], sum(columns["judged_words"])),
         "hal_words_ratio_ci": ratio_interval(columns["hal_words"], columns["judged_words"]),
-        "hal_sents_per_image": safe_ratio(total["hal_sents"], whole),
-        "hal_words_per_image": safe_ratio(total["hal_words"], whole),
+        "hal_sents_per_image": safe_ratio(total["hal_sents"], judged_images),
+        "hal_words_per_image": safe_ratio(total["hal_words"], judged_images),
         "sents_per_image": safe_ratio(total["sents"], images),
         "words_per_image": safe_ratio(total["words"], images),
         **{f"distinct_{n}": mean(shares) for n, shares in grams.items()},
@@ -267,11 +282,12 @@ def score_shr(data: Path, descriptions: Mapping[str, str], judge: Judge | None) 
     }
 
 
+# What `_counts` counts per image; "open" sentences are those labelled "cannot judge".
 _COLUMNS = ("sents", "words", "judged_sents", "judged_words", "hal_sents", "hal_words", "open")
 
 
-def _counts(one: DescribedImage, labels: Labels | None) -> tuple[int, ...]:
-    words = [len(sentence.split(" ")) for sentence in one.sentences]  # as the original: two spaces make a word
+def _counts(description: DescribedImage, labels: Labels | None) -> tuple[int, ...]:
+    words = [len(sentence.split(" ")) for sentence in description.sentences]  # as the original: two spaces make a word
     false = [label == HALLUCINATION for label in labels or ()]
     judged = labels is not None
     return (

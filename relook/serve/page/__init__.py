@@ -1,6 +1,6 @@
 """The page on the server: a chat about a picture, models side by side, and where the post decoder looked.
 
-Gradio changes from release to release: `layout.py` alone knows its components and `mount.py` its routes.
+Gradio changes from release to release: `app.py` alone knows its components and routes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from relook.errors import RelookError
 
 
 def installed() -> bool:
-    """Whether the page's packages are there."""
+    """Return True if the page's packages are installed."""
     return importlib.util.find_spec("gradio") is not None
 
 
 def check_installed() -> None:
-    """Raises RelookError where they are not."""
+    """Raise RelookError if they are not."""
     if not installed():
         raise RelookError("The page needs gradio.", "Run: pip install 'relook[page]'")

@@ -1,6 +1,6 @@
-"""What the page does, without the page: questions to answers, answers to words, a word to a map.
+"""The page's actions, without Gradio: questions to answers, answers to words, a word to an attention map.
 
-Nothing is kept between two actions: the browser sends the conversation and the picture's place each time, and both go
+Nothing is kept between two actions: the browser sends the conversation and the picture's path each time, and both go
 the way of the API's requests, with the same checks.
 """
 
@@ -49,7 +49,7 @@ _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:[-'’][^\W{_CJK}]+)*")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; what is None is left to the API."""
+    """Set how answers are sampled; None leaves a value to the API."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -59,7 +59,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class AnswerWord:
-    """A word of an answer, or what stands between two; `absent` where it names what is known not to be there."""
+    """Hold a word of an answer, or the text between two; `absent` if it names an object known not to be there."""
 
     text: str
     start: int
@@ -69,7 +69,7 @@ class AnswerWord:
 
 @dataclass
 class Page:
-    """The models, what clients may do, and the pictures of which it is known what is on them.
+    """Hold the models, the limits of clients, and the objects on pictures where they are known.
 
     Args:
         folder: where uploads lie; no other file is read.
@@ -84,7 +84,7 @@ class Page:
 
     @property
     def sources(self) -> ImageSources:
-        """Uploads alone, whatever the API takes."""
+        """Read uploads alone, whatever the API takes."""
         return replace(self.policy.sources, web=False, root=self.folder)
 
     def draw_examples(self) -> list[Path]:
@@ -93,59 +93,60 @@ class Page:
         for scene in sample_scenes(0, "test", EXAMPLES):
             path = self.folder / f"example-{scene.id}.png"
             draw_scene(scene).save(path)
+            # By content, because Gradio may hand the browser a copy under another path.
             self.truth[_key(path.read_bytes())] = frozenset(scene.names)
             paths.append(path)
         return paths
 
-    def read(self, place: str) -> bytes:
-        """The bytes of an uploaded picture.
+    def read(self, path: str) -> bytes:
+        """Return the bytes of an uploaded picture.
 
         Raises:
-            APIError: it is not there, or larger than may be.
+            APIError: it does not exist, or is too large.
         """
         try:
-            return self.sources.read(_url(place))
+            return self.sources.read(_url(path))
         except DataError as error:
-            gone = not Path(place).is_file()
-            raise APIError(400, str(error), "no_picture" if gone else "invalid_message") from None
+            missing = not Path(path).is_file()
+            raise APIError(400, str(error), "no_picture" if missing else "invalid_message") from None
 
-    def check(self, place: str) -> None:
-        """Raises APIError where a picture is none that a model could be asked about."""
-        data = self.read(place)
+    def check(self, path: str) -> None:
+        """Raise APIError if a picture cannot be given to a model."""
+        data = self.read(path)
         try:
             next(iter(self.engines.values())).image(data)
         except DataError as error:
             raise APIError(400, str(error), "invalid_message") from None
 
-    def there(self, place: str) -> frozenset[str] | None:
-        """The objects on a picture; None where they are not known."""
-        return self.truth.get(_key(self.read(place))) if place else None
+    def known_objects(self, path: str) -> frozenset[str] | None:
+        """Return the objects on a picture; None if they are not known."""
+        return self.truth.get(_key(self.read(path))) if path else None
 
     async def ask(
-        self, place: str, question: str, histories: Sequence[Sequence[Turn]], sampling: Sampling
+        self, path: str, question: str, histories: Sequence[Sequence[Turn]], sampling: Sampling
     ) -> AsyncIterator[tuple[str, ...]]:
-        """The answers of all models so far, each time that one has grown.
+        """Yield the answers of all models so far, each time that one has grown.
 
         Args:
-            place: path of the picture; empty for none.
+            path: of the picture; empty for no picture.
             histories: for each model, the turns before.
 
         Raises:
-            APIError: as the API has it.
+            APIError: the request is refused as the API would refuse it.
         """
         if not question.strip():
             raise APIError(400, ENGLISH["no_question"], "no_question")
         if any(engine.full for engine in self.engines.values()):  # before anything is read
             raise APIError(429, "Too many requests are waiting already.", "busy")
-        if place:
-            await anyio.to_thread.run_sync(self.read, place)
+        if path:
+            await anyio.to_thread.run_sync(self.read, path)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))  # the same for all models
 
         arrived = time.monotonic()
         answers = AnswerStream(
             [
-                (engine, await self._request(name, place, [*turns, Turn(question, "")], sampling, arrived))
+                (engine, await self._request(name, path, [*turns, Turn(question, "")], sampling, arrived))
                 for (name, engine), turns in zip(self.engines.items(), histories, strict=True)
             ]
         )
@@ -156,46 +157,46 @@ class Page:
                     texts[index] += event.text
                     yield tuple(texts)
         finally:
-            answers.cancel()
+            answers.cancel()  # the browser has gone, or the user pressed stop
 
     async def _request(
-        self, name: str, place: str, turns: Sequence[Turn], sampling: Sampling, arrived: float
+        self, name: str, path: str, turns: Sequence[Turn], sampling: Sampling, arrived: float
     ) -> Request:
         engine = self.engines[name]
-        image = [{"type": "image_url", "image_url": {"url": _url(place)}}] if place else []
+        image = [{"type": "image_url", "image_url": {"url": _url(path)}}] if path else []
         messages: list[dict[str, Any]] = []
         for turn in turns:
             content = [*image, {"type": "text", "text": turn.prompt}]
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.response}]
-            image = []
+            image = []  # the picture belongs to the first prompt
         try:
             body = ChatRequest(model=name, messages=messages[:-1], stream=True, **vars(sampling))  # type: ignore[arg-type]
         except ValidationError as error:
-            wrong = error.errors()[0]
-            raise APIError(400, f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
-        until = arrived + engine.limits.seconds
-        [request] = await read_request(engine, body, self.sources, self.policy.max_images, until, self.readers)
+            first_fault = error.errors()[0]
+            raise APIError(400, f"{'.'.join(map(str, first_fault['loc']))}: {first_fault['msg']}") from None
+        deadline = arrived + engine.limits.seconds
+        [request] = await read_request(engine, body, self.sources, self.policy.max_images, deadline, self.readers)
         return request
 
-    def pieces(self, text: str, there: frozenset[str] | None = None) -> list[AnswerWord]:
-        """An answer cut into words and what stands between them; joined, they are the answer.
+    def pieces(self, text: str, present: frozenset[str] | None = None) -> list[AnswerWord]:
+        """Cut an answer into words and the texts between them; joined, they are the answer.
 
         Args:
-            there: the objects on the picture, where they are known.
+            present: the objects on the picture, where they are known.
         """
-        wrong = [] if there is None else [m for m in mentions(text, self.vocabulary) if m.object not in there]
+        wrong = [] if present is None else [m for m in mentions(text, self.vocabulary) if m.object not in present]
         pieces: list[AnswerWord] = []
         last = 0
-        for found in _WORD.finditer(text):
-            if found.start() > last:
-                pieces.append(AnswerWord(text[last : found.start()], last, False))
-            absent = any(mention.start <= found.start() < mention.end for mention in wrong)
-            pieces.append(AnswerWord(found[0], found.start(), True, absent))
-            last = found.end()
+        for match in _WORD.finditer(text):
+            if match.start() > last:
+                pieces.append(AnswerWord(text[last : match.start()], last, False))
+            absent = any(mention.start <= match.start() < mention.end for mention in wrong)
+            pieces.append(AnswerWord(match[0], match.start(), True, absent))
+            last = match.end()
         return [*pieces, AnswerWord(text[last:], last, False)] if last < len(text) else pieces
 
-    def look(self, name: str, place: str, turns: Sequence[Turn], index: int, language: str = "en") -> str:
-        """Where a model's post decoder looked before a word of the last answer, as HTML; empty between words.
+    def look(self, name: str, path: str, turns: Sequence[Turn], index: int, language: str = "en") -> str:
+        """Show where a model's post decoder looked before a word of the last answer, as HTML; empty between words.
 
         Args:
             index: of the word's piece.
@@ -203,25 +204,26 @@ class Page:
         Raises:
             APIError: the picture is gone, or the conversation is not one that the model could have had.
         """
-        nothing = render("attention.html.j2", grid=None, caption=translate(language, "no_map", model=name))
-        if not turns or not place:
-            return nothing
+        no_map = render("attention.html.j2", grid=None, caption=translate(language, "no_map", model=name))
+        if not turns or not path:
+            return no_map
         pieces, engine = self.pieces(turns[-1].response), self.engines[name]
         if not 0 <= index < len(pieces) or not pieces[index].word:
             return ""
         first, *later = turns
-        asked = [Turn(with_image(first.prompt), first.response), *later]
-        loaded, data, template = engine.loaded, self.read(place), engine.encoder.template.name
+        conversation = [Turn(with_image(first.prompt), first.response), *later]
+        loaded, data, template = engine.loaded, self.read(path), engine.encoder.template.name
         try:
             image = image_from_bytes(data, engine.limits.max_pixels, loaded.images.check_shape)
-            engine.prompt([*asked[:-1], Turn(asked[-1].prompt, "")], [engine.image(data)])
-            maps = engine.run(lambda: attention_before(loaded, image, asked, [pieces[index].start], template))
+            # Checked as a request, then run on the engine's own thread between two of its steps.
+            engine.prompt([*conversation[:-1], Turn(conversation[-1].prompt, "")], [engine.image(data)])
+            maps = engine.run(lambda: attention_before(loaded, image, conversation, [pieces[index].start], template))
         except DataError as error:
             raise APIError(400, str(error), "invalid_message") from None
         except QueueFull as error:
             raise APIError(503, str(error), "busy") from None
         if not maps:
-            return nothing
+            return no_map
         buffer = io.BytesIO()
         loaded.images.seen(image).save(buffer, "PNG")
         caption = translate(language, "before", model=name, word=pieces[index].text)
@@ -229,9 +231,9 @@ class Page:
         return render("attention.html.j2", source=source, grid=maps[0], caption=caption)
 
 
-def _url(place: str) -> str:
+def _url(path: str) -> str:
     try:
-        return Path(place).as_uri()
+        return Path(path).as_uri()
     except ValueError:  # no absolute path: it leads nowhere
         return "file:///"
 
@@ -241,54 +243,54 @@ def _key(data: bytes) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# The folder of uploaded pictures: what may lie in it, and for how long.
+# The folder of uploaded pictures: what may be in it, and for how long.
 #
-# Gradio removes the files that it has given to a browser. Those of a form that it refuses or does not know, and empty
-# folders, it leaves.
+# Gradio removes the files that it has given to a browser. It leaves empty folders, and files of a form that it refuses
+# or does not know.
 
 KEPT_SECONDS = 3600  # how long an upload stays
-EVERY_SECONDS = KEPT_SECONDS // 6  # how often what is older is looked for
+EVERY_SECONDS = KEPT_SECONDS // 6  # between two sweeps
 MOST_BYTES, MOST_FILES = 2_000_000_000, 10_000
 
 
 @dataclass(frozen=True)
 class Uploads:
-    """A folder of uploads; what lies in it at the start stays."""
+    """Keep a folder of uploads small; files that are in it at the start stay."""
 
     folder: Path
-    own: frozenset[Path] = field(init=False)
+    initial: frozenset[Path] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "own", frozenset(self.folder.rglob("*")))
+        object.__setattr__(self, "initial", frozenset(self.folder.rglob("*")))
 
     def has(self, path: str) -> bool:
-        """Whether a path, with its links followed, leads below the folder. Any other text does not."""
+        """Return True if a path, with its links followed, leads below the folder; False for any other text."""
         try:
             return Path(path).resolve().is_relative_to(self.folder.resolve())
         except (ValueError, OSError, RuntimeError):  # a NUL byte, a name too long, links in a circle
             return False
 
     def full(self) -> bool:
-        """Whether no more is taken."""
+        """Return True if no more uploads are taken."""
         files, size = self.sweep()
         return files > MOST_FILES or size > MOST_BYTES
 
     def sweep(self) -> tuple[int, int]:
-        """Remove what Gradio should have removed; how many files are left, and their bytes."""
+        """Remove what Gradio should have removed; returns how many files remain, and their bytes."""
         old, files, size = time.time() - KEPT_SECONDS - EVERY_SECONDS, 0, 0
-        for place, folders, names in os.walk(self.folder, topdown=False):
-            for path in (Path(place, name) for name in (*names, *folders)):
-                with contextlib.suppress(OSError):  # it is gone meanwhile, or a folder that holds something
+        for folder, folders, names in os.walk(self.folder, topdown=False):
+            for path in (Path(folder, name) for name in (*names, *folders)):
+                with contextlib.suppress(OSError):  # gone meanwhile, or a folder that is not empty
                     status = path.lstat()
                     is_folder = stat.S_ISDIR(status.st_mode)
-                    if status.st_mtime < old and path not in self.own:
+                    if status.st_mtime < old and path not in self.initial:
                         path.rmdir() if is_folder else path.unlink()
                     elif not is_folder:
                         files, size = files + 1, size + status.st_size
         return files, size
 
     async def sweep_often(self) -> None:
-        """As long as the server runs."""
+        """Sweep again and again, as long as the server runs."""
         while True:
             await asyncio.sleep(EVERY_SECONDS)
             await anyio.to_thread.run_sync(self.sweep)

@@ -1,4 +1,4 @@
-"""The page's components and what happens when they are used: the only module that knows Gradio's components.
+"""The page's components and events, and its routes: the only module that knows Gradio.
 
 Every event takes the browser's values as they are (`preprocess=False`): Gradio would open pictures with all of Pillow's
 readers, and they are to be opened by `Page` alone.
@@ -43,7 +43,7 @@ Raw = Any  # what the browser sends for a component
 
 
 def build_page(page: Page) -> gr.Blocks:
-    """The page of these models."""
+    """Build the page of the models."""
     t, names = LANGUAGES, list(page.engines)
     with gr.Blocks(title="relook", analytics_enabled=False, delete_cache=(EVERY_SECONDS, KEPT_SECONDS)) as blocks:
         with gr.Row():
@@ -78,7 +78,7 @@ def build_page(page: Page) -> gr.Blocks:
                     sides = [_side(name, has_attention_maps(page.engines[name].loaded)) for name in names]
                 shown = gr.HTML(label=t("map"), show_label=True, container=True, elem_id="map")
         chats, answers = [chat for chat, _ in sides], [answer for _, answer in sides]
-        how: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
+        event_settings: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
         everything = [*chats, *answers, shown]
         asking = gr.on(
             [question.submit, ask.click],
@@ -86,23 +86,23 @@ def build_page(page: Page) -> gr.Blocks:
             [picture, question, *sampling, *chats],
             [question, *everything],
             concurrency_limit=min(engine.limits.slots for engine in page.engines.values()),
-            **how,
+            **event_settings,
         )
         stop.click(None, cancels=[asking])
-        # First the answer ends, then it goes: what is on its way when both are asked at once would come back.
+        # First the answer is ended, then cleared: text that is on its way when both happen at once would come back.
         ended = gr.on([clear.click, *(chat.clear for chat in chats)], None, cancels=[asking])
-        ended.then(lambda: _nothing(names), None, everything, **how)
-        examples.click(lambda index: paths[index], [examples], [picture], **how)
-        picture.change(None, cancels=[asking]).then(_shower(page), [picture], [facts, *everything], **how)
+        ended.then(lambda: _nothing(names), None, everything, **event_settings)
+        examples.click(lambda index: paths[index], [examples], [picture], **event_settings)
+        picture.change(None, cancels=[asking]).then(_shower(page), [picture], [facts, *everything], **event_settings)
         for name, chat, answer in zip(names, chats, answers, strict=True):
-            answer.select(_looker(page, name), [picture, chat], [shown], concurrency_limit=2, **how)
+            answer.select(_looker(page, name), [picture, chat], [shown], concurrency_limit=2, **event_settings)
     waiting = sum(engine.limits.waiting for engine in page.engines.values())
     blocks.state_session_capacity = SESSIONS
     return blocks.queue(max_size=waiting, api_open=False)
 
 
 def _side(name: str, looks: bool) -> tuple[gr.Chatbot, gr.HighlightedText]:
-    """A model's conversation, and its last answer in words."""
+    """Add a model's conversation, and its last answer in words."""
     colors = {text["absent"]: "red" for text in TEXTS.values()}
     with gr.Column(min_width=300):
         # No Markdown; HTML it shows all the same (sanitised), so messages come escaped.
@@ -127,16 +127,16 @@ def _nothing(names: Sequence[str]) -> list[Any]:
 
 def _asker(page: Page) -> Callable[..., AsyncIterator[list[Any]]]:
     async def ask(request: gr.Request, picture: Raw, question: str, *rest: Raw) -> AsyncIterator[list[Any]]:
-        language, before = _language(request), list(rest[4:])
-        with _told(language):
-            histories = [_turns(chat) for chat in before]
-            place = _place(picture)
-            there = await anyio.to_thread.run_sync(page.there, place)
-            async for texts in page.ask(place, str(question or ""), histories, _sampling(*rest[:4])):
+        language, chats_before = _language(request), list(rest[4:])
+        with _show_errors(language):
+            histories = [_turns(chat) for chat in chats_before]
+            path = _picture_path(picture)
+            present = await anyio.to_thread.run_sync(page.known_objects, path)
+            async for texts in page.ask(path, str(question or ""), histories, _sampling(*rest[:4])):
                 chats = [
                     _messages([*turns, Turn(question, text)]) for turns, text in zip(histories, texts, strict=True)
                 ]
-                words = [_marked(page.pieces(text, there), language) for text in texts]
+                words = [_marked(page.pieces(text, present), language) for text in texts]
                 yield ["", *chats, *words, ""]
 
     return ask
@@ -144,12 +144,12 @@ def _asker(page: Page) -> Callable[..., AsyncIterator[list[Any]]]:
 
 def _shower(page: Page) -> Callable[..., list[Any]]:
     def show(request: gr.Request, picture: Raw) -> list[Any]:
-        language, place, facts = _language(request), _place(picture), ""
-        with _told(language):
-            if place:
-                page.check(place)
-                there = page.there(place)
-                facts = "" if there is None else translate(language, "there_is", names=", ".join(sorted(there)))
+        language, path, facts = _language(request), _picture_path(picture), ""
+        with _show_errors(language):
+            if path:
+                page.check(path)
+                present = page.known_objects(path)
+                facts = "" if present is None else translate(language, "there_is", names=", ".join(sorted(present)))
         return [html.escape(facts), *_nothing(list(page.engines))]
 
     return show
@@ -159,8 +159,8 @@ def _looker(page: Page, name: str) -> Callable[..., str]:
     def look(request: gr.Request, event: gr.SelectData, picture: Raw, chat: Raw) -> str:
         language = _language(request)
         index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
-        with _told(language):
-            return page.look(name, _place(picture), _turns(chat), int(index), language)
+        with _show_errors(language):
+            return page.look(name, _picture_path(picture), _turns(chat), int(index), language)
 
     return look
 
@@ -169,8 +169,8 @@ def _looker(page: Page, name: str) -> Callable[..., str]:
 
 
 @contextmanager
-def _told(language: str) -> Iterator[None]:
-    """Show an error of the API to whoever sits at the page."""
+def _show_errors(language: str) -> Iterator[None]:
+    """Show an error of the API to the user of the page."""
     try:
         yield
     except APIError as error:
@@ -181,32 +181,34 @@ def _language(request: gr.Request) -> str:
     return language_of(request.headers.get("accept-language", ""))
 
 
-def _place(picture: Raw) -> str:
-    """The path of an uploaded picture; empty where there is none."""
+def _picture_path(picture: Raw) -> str:
+    """Return the path of an uploaded picture; empty if there is no picture."""
     return str(picture.get("path") or "") if isinstance(picture, Mapping) else ""
 
 
 def _sampling(temperature: Raw, top_p: Raw, max_tokens: Raw, seed: Raw) -> Sampling:
-    whole = [int(n) if isinstance(n, float) and n.is_integer() else n for n in (max_tokens, seed)]
-    return Sampling(temperature, top_p, *whole)
+    # A number may arrive as 512.0, which the API refuses.
+    integers = [int(n) if isinstance(n, float) and n.is_integer() else n for n in (max_tokens, seed)]
+    return Sampling(temperature, top_p, *integers)
 
 
 def _turns(chat: Raw) -> list[Turn]:
-    """A chatbot's messages: a question and its answer in turns."""
-    said = [_text(message.get("content")) for message in chat or [] if isinstance(message, Mapping)]
-    return [Turn(*said[i : i + 2]) for i in range(0, len(said) - 1, 2)]
+    """Read a chatbot's messages as turns of a prompt and its answer."""
+    texts = [_text(message.get("content")) for message in chat or [] if isinstance(message, Mapping)]
+    return [Turn(*texts[i : i + 2]) for i in range(0, len(texts) - 1, 2)]
 
 
 def _text(content: Raw) -> str:
-    """A message's content: a text, or a list of parts with texts; as `_messages` wrote it, escaped."""
+    """Read a message's content, a text or a list of parts with texts, escaped as `_messages` wrote it."""
     parts = content if isinstance(content, list) else [content]
     texts = (part.get("text") if isinstance(part, Mapping) else part for part in parts)
     return html.unescape("".join(str(text or "") for text in texts))
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Escaped, for what is said is no HTML: it neither vanishes nor loads anything. As parts, which Gradio does not
-    strip: what it sends back must be what was said."""
+    """Write turns as a chatbot's messages."""
+    # Escaped, because text is no HTML: it neither vanishes nor loads anything. As parts, which Gradio does not strip:
+    # what the browser sends back must be the text as it was.
     return [
         {"role": role, "content": {"type": "text", "text": html.escape(text, quote=False)}}
         for turn in turns
@@ -219,11 +221,11 @@ def _marked(pieces: Sequence[AnswerWord], language: str) -> list[tuple[str, str 
 
 
 # ----------------------------------------------------------------------------------------------------
-# The page as a part of the server: which of Gradio's routes there are, and what they take.
+# The page as a part of the server: which of Gradio's routes exist, and what they take.
 #
-# Gradio has many more than the page needs (it records, fetches, proxies, edits). Those that are not named here do not
-# exist, requests that another site's page makes are refused, files that a request names must lie among the uploads, and
-# the browser is told to load nothing from elsewhere.
+# Gradio has many more than the page needs (it records, fetches, proxies, edits). Routes that are not named here do not
+# exist, requests from another site's page are refused, files that a request names must be uploads, and the browser is
+# told to load nothing from elsewhere.
 
 API = re.compile(r"/(v1|health|metrics|docs|redoc|openapi\.json)(/|$)")
 ROUTES = {
@@ -248,7 +250,7 @@ MOST_ASKED = 1_000_000
 
 @dataclass(frozen=True)
 class PathRouter:
-    """The API and the page on one port, by path."""
+    """Route requests to the API or the page, on one port, by path."""
 
     api: App
     page: App
@@ -259,10 +261,10 @@ class PathRouter:
 
 
 def with_page(api: App, engines: Mapping[str, Engine], policy: ServerLimits, folder: Path) -> App:
-    """The API with the page beside it.
+    """Put the page beside the API.
 
     Args:
-        folder: for uploads; it belongs to the page alone.
+        folder: for uploads; nothing else may be in it.
     """
     # Read when Gradio is imported and when components are made.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -302,7 +304,7 @@ def with_page(api: App, engines: Mapping[str, Engine], policy: ServerLimits, fol
 
 @dataclass(frozen=True)
 class PageGuard:
-    """ASGI middleware before Gradio, behind the gate: bodies come in one piece."""
+    """Check routes and files before Gradio sees a request, as ASGI middleware behind the gate."""
 
     app: App
     uploads: Uploads
@@ -316,6 +318,7 @@ class PageGuard:
                 sweeping.cancel()
         try:
             check_route(scope)
+            # The gate has received all of it: it comes in one piece.
             body = (await receive()).get("body", b"")
             await anyio.to_thread.run_sync(self._check_files, scope["path"], body)
         except APIError as error:
@@ -329,7 +332,7 @@ class PageGuard:
         return await self.app(scope, replay(body, receive), sent)
 
     def _check_files(self, path: str, body: bytes) -> None:
-        """On a thread: it looks at disks."""
+        """Refuse uploads and files that may not be; called on a thread, because it reads the disk."""
         if path == UPLOAD and self.uploads.full():
             raise APIError(429, "Too many pictures were uploaded lately.", "busy")
         if path == JOIN:
@@ -343,7 +346,7 @@ class PageGuard:
 
 
 def check_route(scope: Scope) -> None:
-    """Raises APIError where there is no such route, or another site's page asks."""
+    """Raise APIError if there is no such route, or if another site's page asks."""
     routes = ROUTES.get("GET" if scope["method"] == "HEAD" else scope["method"])
     if routes is None or not routes.fullmatch(scope["path"]):
         raise APIError(404, "Not Found")
@@ -352,9 +355,9 @@ def check_route(scope: Scope) -> None:
 
 
 def from_another_site(method: str, headers: Mapping[bytes, bytes]) -> bool:
-    """Whether another site's page makes a request that changes something, or whose answer it could read.
+    """Return True if another site's page makes a request that changes something, or whose answer it could read.
 
-    Browsers say `Sec-Fetch-Site` over TLS and on this machine alone; `Origin` they always say where it matters.
+    Browsers send `Sec-Fetch-Site` over TLS and on this machine alone; they always send `Origin` where it matters.
     """
     origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
     if method != "POST" and origin is None:  # a link, or a picture in a page
@@ -365,7 +368,7 @@ def from_another_site(method: str, headers: Mapping[bytes, bytes]) -> bool:
 
 
 def names_other_files(body: bytes, uploads: Uploads) -> bool:
-    """Whether a request names a file that was not uploaded, or is not JSON at all.
+    """Return True if a request names a file that was not uploaded, or is not JSON.
 
     Gradio would copy such a file among the uploads, or fetch it, before anybody else sees the request.
     """

@@ -1,4 +1,4 @@
-"""Everything that the page says, in each of its languages."""
+"""All texts of the page, in each of its languages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CHINESE = {
     "no_picture": "图片已不在服务器上，请重新上传。",
 }
 TEXTS = {"en": ENGLISH, "zh": CHINESE}
-# Errors of the API by code, where the page says them in Chinese too; the API's own text, in English, stands behind.
+# Errors of the API by code, where the page says them in Chinese too; the API's own text, in English, follows.
 CHINESE_ERRORS = {
     "invalid_message": "无法使用这个问题或图片。",
     "too_many_images": "图片太多。",
@@ -63,17 +63,17 @@ CHINESE_ERRORS = {
 
 
 def language_of(accepted: str) -> str:
-    """The page's language for an Accept-Language header: of the browser's first choice, which its labels follow."""
+    """Choose the page's language for an Accept-Language header, by its first entry, as Gradio's labels do."""
     return "zh" if accepted.lower().startswith("zh") else "en"
 
 
 def translate(language: str, key: str, **values: str) -> str:
-    """A text in a language."""
+    """Return a text in a language, its placeholders filled in."""
     return TEXTS[language][key].format(**values)
 
 
 def explain_error(language: str, error: APIError) -> str:
-    """What is wrong, for a person."""
+    """Explain an error of the API to a person."""
     code = error.code or ""
     if code in ENGLISH:  # the page's own
         return translate(language, code)
