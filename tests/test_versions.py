@@ -33,6 +33,7 @@ PRIVATE: dict[str, Any] = {
     "_attn_implementation": PreTrainedConfig,
     "_dynamo": torch,
     "_expand_inputs_for_generation": GenerationMixin,
+    "_flash_attention_forward": torch.ops.aten,
     "_functorch": torch,
     "_get_output_dir": Trainer,
     "_get_train_sampler": Trainer,
