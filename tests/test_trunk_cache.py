@@ -135,7 +135,7 @@ def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path
         (dpo_keys, {"tune_lm_head": True}),
         (sft_keys, SELF_CROSS | {"tune_lm_head": True}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_wherever_the_states_are_the_training_is_the_same(
     of: Callable[..., dict[str, Any]], keys: dict[str, Any], base: Path, world: Path, tmp_path: Path
