@@ -319,7 +319,7 @@ def test_the_commands(questions: Path, pictures: list[Path], tmp_path: Path) -> 
         (["eval", "pope"], "--data is missing"),
         (["eval", "lmms", "--tasks", "mme", *where], "--questions, --data would do nothing here"),
         (["eval", "pope", "--limit", "3", *where], "--limit, --questions would do nothing here"),
-        (["eval", "llava", "pope", "--data", str(tmp_path)], "by themselves"),
+        (["eval", "llava", "pope", "--data", str(tmp_path)], "Give one of them alone"),
     ):
         refused = CliRunner().invoke(app, [*arguments, *model])
         assert isinstance(refused.exception, RecipeError)

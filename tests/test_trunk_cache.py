@@ -391,7 +391,7 @@ def test_a_broken_shard_is_noticed_and_computed_again(
         victim = sorted((tmp_path / "trunk_cache").rglob(f"{part}-*"))[count]
         victim.write_bytes(harm(victim.read_bytes()))
     prepared(keys)
-    assert capsys.readouterr().err.count("is broken") == 3
+    assert capsys.readouterr().err.count("is corrupt") == 3
     assert contents(tmp_path / "trunk_cache") == whole
 
 
