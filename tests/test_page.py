@@ -371,4 +371,4 @@ def test_without_gradio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not pages.installed()
     with pytest.raises(RelookError, match=r"pip install 'relook\[page\]'"):
-        pages.check_installed()
+        pages.check_gradio_installed()

@@ -71,7 +71,7 @@ def serve(
 
     sources = ImageSources(int(max_image_mb * 1e6), allow_http, media_root)
     if page:
-        pages.check_installed()
+        pages.check_gradio_installed()
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
     run.serve(
         run.ServeOptions(host, port, stop_timeout, version, pages.installed() if page is None else page, warm),

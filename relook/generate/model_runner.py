@@ -33,7 +33,7 @@ from relook.generate.attention import (
     without_cudnn_attention,
 )
 from relook.generate.dense_attention import KV, DenseReads
-from relook.generate.passes import AnyReads, Prefill, StepState, to_device
+from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
 from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
 from relook.model.load import LoadedModel
@@ -156,7 +156,7 @@ class ModelRunner:
         """
         dtype = self.core.dtype
         # Copied one by one and stacked on the device: on the host that would take longer than the vision tower does.
-        on_device = [{name: to_device(tensor, self.device) for name, tensor in image.items()} for image in inputs]
+        on_device = [{name: copy_to_device(tensor, self.device) for name, tensor in image.items()} for image in inputs]
         batch = {
             name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in stack(on_device).items()

@@ -16,9 +16,9 @@ from torch import Tensor
 from relook.generate.attention import ExtentReads
 from relook.generate.dense_attention import NOTHING, DenseReads, Span
 from relook.generate.model_runner import ModelRunner
-from relook.generate.passes import BUCKETS, AnyReads, Prefill, StepState, pieces_of, to_device
+from relook.generate.passes import BUCKETS, AnyReads, Prefill, StepState, copy_to_device, pieces_of
 from relook.generate.sampling import RowSampling
-from relook.generate.text import Chunk, ImageFeatures, ImageKey, Text
+from relook.generate.text import ImageFeatures, ImageKey, PromptChunk, Text
 
 DENSE_STEPS = 16  # steps for which dense reads are gathered at a time
 GROUP_QUERIES = 32  # a bound that the decode kernel takes for a group of rows of any size
@@ -37,7 +37,7 @@ class PassLayout:
     # --- reading prompts
 
     def prefill(
-        self, chunks: Sequence[Chunk], finished: Sequence[Text], features: Mapping[ImageKey, ImageFeatures]
+        self, chunks: Sequence[PromptChunk], finished: Sequence[Text], features: Mapping[ImageKey, ImageFeatures]
     ) -> Prefill:
         """Lay chunks of prompts side by side; those that share a beginning must be neighbours.
 
@@ -101,7 +101,7 @@ class PassLayout:
         return ExtentReads(self._ints(ends), self._ints([*firsts, 0]), self._ints(lengths), *bounds, causal)
 
     def _ints(self, values: Sequence[int]) -> Tensor:
-        return to_device(torch.tensor(values, dtype=torch.int32), self.runner.device)
+        return copy_to_device(torch.tensor(values, dtype=torch.int32), self.runner.device)
 
     # --- the rows of a step
 
@@ -217,8 +217,8 @@ class PassLayout:
             if text.draws is not None:
                 draws[row, : len(text.draws)] = text.draws
         filters = any(text.top_k or text.top_p < 1 for text in texts)
-        temperature, top_k, top_p = to_device(settings, self.runner.device)
-        return RowSampling(temperature, top_k.long(), top_p, to_device(draws, self.runner.device), filters)
+        temperature, top_k, top_p = copy_to_device(settings, self.runner.device)
+        return RowSampling(temperature, top_k.long(), top_p, copy_to_device(draws, self.runner.device), filters)
 
     def _logprobs(self, texts: Sequence[Text], rows: int) -> tuple[Tensor, Tensor] | None:
         """Allocate the log-probabilities of a step, if any text wants them."""

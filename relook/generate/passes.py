@@ -81,7 +81,7 @@ class Prefill:
     top: int = -1
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device; the host goes on at once, which takes pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

@@ -21,7 +21,7 @@ from relook.generate.model_runner import ModelRunner
 from relook.generate.pass_layout import PassLayout
 from relook.generate.passes import StepState
 from relook.generate.sampling import TokenLogprobs
-from relook.generate.text import Chunk, ImageFeatures, ImageKey, Text
+from relook.generate.text import ImageFeatures, ImageKey, PromptChunk, Text
 
 PREFILL_POSITIONS = 16384  # of a pass that no growing text waits for
 CHUNK_POSITIONS = 2048  # of a pass between two steps of growing texts
@@ -269,10 +269,10 @@ class Scheduler:
         self.counts.steps += 1
         return True
 
-    def _next_chunks(self) -> list[Chunk]:
+    def _next_chunks(self) -> list[PromptChunk]:
         """Choose what the next pass reads, so that texts that share a beginning are neighbours."""
         budget = self.chunk if self.growing else PREFILL_POSITIONS
-        chunks: list[Chunk] = []
+        chunks: list[PromptChunk] = []
         for text in self.reading:
             if budget <= 0:
                 break
@@ -280,7 +280,7 @@ class Scheduler:
             if text.ended or _waits_for_base(text):
                 continue
             end = min(len(text.ids), text.read + budget)
-            chunks.append(Chunk(text, text.read, end))
+            chunks.append(PromptChunk(text, text.read, end))
             budget -= end - text.read
             text.read = text.extent.filled = end
         order = {id(base): n for n, base in enumerate(dict.fromkeys(chunk.text.base for chunk in chunks))}

@@ -106,7 +106,7 @@ class Text:
         self.launched = min(self.launched, 1)
 
 
-class Chunk(NamedTuple):
+class PromptChunk(NamedTuple):
     """Positions start:end of a text's prompt, which one pass reads."""
 
     text: Text

@@ -23,7 +23,7 @@ from relook.serve.chat import AnswerStream, ResponseWriter, read_request
 from relook.serve.media import ImageSources
 from relook.serve.middleware import App, Receive, RequestGate, Scope, Send
 from relook.serve.protocol import APIError, ChatRequest, Completion, ErrorBody, Health, ModelCard, ModelList
-from relook.serve.threads import Readers, on, read_json
+from relook.serve.threads import Readers, on, parse_body
 
 # ----------------------------------------------------------------------------------------------------
 # Metrics for Prometheus.
@@ -111,7 +111,7 @@ class _Body(Request):
     """A request whose JSON is parsed outside the event loop."""
 
     async def json(self) -> Any:
-        return await on(self.app.state.readers.texts, read_json, await self.body())
+        return await on(self.app.state.readers.texts, parse_body, await self.body())
 
 
 class _Route(APIRoute):

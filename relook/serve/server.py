@@ -106,7 +106,7 @@ def serve(
         limits: as `start_engines` takes them.
         load: returns the models by name; called once the port is bound, since loading may take minutes.
     """
-    check_names(policy)
+    check_host_names(policy)
     taken = bind_socket(serving.host, serving.port)
     address, port = taken.getsockname()[:2]
     policy = replace(policy, hosts=own_hosts(serving.host, address, policy))
@@ -184,7 +184,7 @@ def own_hosts(host: str, address: str, policy: ServerLimits) -> frozenset[str]:
     return frozenset(bracketed(name).lower() for name in {*LOOPBACK, *policy.hosts, host, address} - {""})
 
 
-def check_names(policy: ServerLimits) -> None:
+def check_host_names(policy: ServerLimits) -> None:
     """Raise RelookError if a policy names hosts or origins that no browser sends."""
     wrong = [
         f"--allow-host {name}"
