@@ -224,7 +224,7 @@ def test_scores_are_printed_with_their_intervals(capsys: pytest.CaptureFixture[s
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["POPE", "random", "popular", "adversarial"] in lines
     assert ["accuracy", *(["87.5", "[80.0,", "95.0]"] * 3)] in lines
-    assert ["chair", "s", "48.0"] in lines
+    assert ["CHAIR_s", "48.0"] in lines
     assert ["length", "23.60", "[23.10,", "24.09]"] in lines
     assert ["score", "2.50", "[2.00,", "3.00]"] in lines
     assert ["mme:", "answers", "3"] in lines

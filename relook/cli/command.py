@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -126,7 +127,15 @@ class App(typer.Typer):
         self.panel = panel
 
     def command(self, name: str | None = None, cls: Any = Command, **settings: Any) -> Any:
-        return super().command(name, cls=cls, **{"rich_help_panel": self.panel, **settings})
+        """Register a function as a command; its docstring is the help, whose paragraphs fill the terminal's lines."""
+
+        def register(function: Any) -> Any:
+            paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+            text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            given = {"help": text, "rich_help_panel": self.panel, **settings}
+            return super(App, self).command(name, cls=cls, **given)(function)
+
+        return register
 
 
 def as_recipe_error(error: Any, ctx: Any) -> RecipeError:

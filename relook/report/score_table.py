@@ -24,6 +24,7 @@ POPE_RATES = {
     "accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1", "yes_ratio": "Yes ratio",
 }  # fmt: skip
 CHAIR_RATES = {"chair_s": "CHAIR_s", "chair_i": "CHAIR_i"}
+NAMES = {"f1": "F1", **CHAIR_RATES}  # others are shown as they are
 LABELS = ("Model", "Method", "Regime", "lr", "Epoch", "Split")
 FORMATS = ("text", "markdown", "csv")
 
@@ -41,7 +42,9 @@ def print_scores(results: Mapping[str, Mapping[str, Any]]) -> None:
             shown = dict(list(parts.items())[start : start + 3])
             table = plain_table(name.upper(), *shown, right=tuple(shown))
             for rate in dict.fromkeys(rate for rates in shown.values() for rate in rates):
-                table.add_row(rate.replace("_", " "), *(rates.get(rate, "") for rates in shown.values()))
+                table.add_row(
+                    NAMES.get(rate, rate.replace("_", " ")), *(rates.get(rate, "") for rates in shown.values())
+                )
             console.print(table)
             console.print()
         if not parts:
