@@ -587,8 +587,12 @@ class Keys:
     faults: Faults = field(default_factory=Faults)
 
 
-def sort_keys(values: Mapping[str, Any]) -> Keys:
-    """Sort a recipe's flat keys by the field they belong to, and check the type of each value."""
+def sort_keys(values: Mapping[str, Any], options: Sequence[str] = ()) -> Keys:
+    """Sort a recipe's flat keys by the field they belong to, and check the type of each value.
+
+    Args:
+        options: the command's own options, one of which an unknown key may have meant.
+    """
     nested = ("training", "of_the_model", "post_decoder", "idle")  # filled from keys of other names
     field_types = {field.name: field.type for field in dataclasses.fields(Recipe) if field.name not in nested}
     training_keys = _training_keys()
@@ -617,7 +621,7 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
                 # transformers declares fsdp as a string, but expects true.
                 keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])
             else:
-                known = [*field_types, "post_decoder", *training_keys, *MODEL_CONFIG_KEYS]
+                known = [*field_types, "post_decoder", *training_keys, *MODEL_CONFIG_KEYS, *options]
                 hint = did_you_mean(str(key), known, "`relook train RECIPE --help` and docs/recipes.md list all keys.")
                 raise RecipeError(f"There is no recipe key {key!r}.", hint)
     with keys.faults:

@@ -121,6 +121,7 @@ def test_several_mistakes_of_an_evaluation_are_named_at_once(relook: Command, ba
         (("recipes", "extra"), "'extra' is too much"),
         (("train", "hadpo_lora", "--help"), "no recipe 'hadpo_lora'. Did you mean hadpo-lora?"),
         (("train", "head", "--tune_lm_haed", "true"), "Did you mean tune_lm_head?"),
+        (("estimate", "head", "--gpu", "8"), "no recipe key 'gpu'. Did you mean gpus?"),
         (("report", ".", "--format", "csv"), "--format would do nothing without --table"),
     ],
 )
@@ -227,7 +228,7 @@ def test_scores_are_printed_with_their_intervals(capsys: pytest.CaptureFixture[s
     assert ["CHAIR_s", "48.0"] in lines
     assert ["length", "23.60", "[23.10,", "24.09]"] in lines
     assert ["score", "2.50", "[2.00,", "3.00]"] in lines
-    assert ["mme:", "answers", "3"] in lines
+    assert ["mme", "answers:", "3"] in lines
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def evaluate(
     if distributed.is_main():  # under torchrun every process gets here
         from relook.report.score_table import print_scores
 
-        print_result(results, as_json, print_scores)
+        print_result(results, as_json, lambda results: print_scores({alone: results} if alone == "llava" else results))
 
 
 def _refuse_unused_options(options: Mapping[str, object], used: Collection[str], where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +30,14 @@ RecipeName = Annotated[
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def check_names(name: str, keys: list[str], kind: str = "recipe", complete: bool = True) -> None:
+def check_names(
+    name: str, keys: list[str], kind: str = "recipe", complete: bool = True, options: Sequence[str] = ()
+) -> None:
     """Check names of recipe and keys before libraries are loaded, which takes seconds.
 
     Args:
         complete: True if the recipe must set every required key.
+        options: the command's own options, one of which an unknown key may have meant.
 
     Raises:
         RecipeError: a wrong recipe name or words that are no keys; then also everything that is wrong with the others.
@@ -49,12 +53,12 @@ def check_names(name: str, keys: list[str], kind: str = "recipe", complete: bool
     values, odd = read_overrides(keys)
     faults.errors += odd.errors
     # The command fails anyway, so the seconds are well spent on finding the rest of what is wrong.
-    if faults.errors and kind == "recipe":
+    if (faults.errors or options) and kind == "recipe":
         with faults:
             if file and complete:
                 build_recipe({**file, **values})
             elif values:
-                sort_keys(values).faults.check()
+                sort_keys(values, options).faults.check()
         faults.errors += missing_paths({**file, **values}).values()
     faults.check()
 
@@ -120,7 +124,8 @@ def estimate(
 
     Nothing is trained and no data are needed. Any of the recipe's keys may follow as --key value.
     """
-    check_names(recipe, context.args, complete=False)
+    options = [option.removeprefix("--") for parameter in context.command.params for option in parameter.opts]
+    check_names(recipe, context.args, complete=False, options=options)
     from relook.estimate.run import AssumedData, estimate_command, print_estimate
 
     assumed = AssumedData(prompt_tokens, response_tokens, samples)

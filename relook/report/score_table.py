@@ -47,12 +47,25 @@ def print_scores(results: Mapping[str, Mapping[str, Any]]) -> None:
                 )
             console.print(table)
             console.print()
-        if not parts:
-            console.print(f"{name}: {', '.join(f'{key} {value}' for key, value in result.items() if _plain(value))}")
-    console.print("Rates are percent; brackets: 95 % interval over images.", style="dim")
+        if not parts:  # of other programs' benchmarks, which have no intervals
+            for key, value in _leaves(result):
+                console.print(f"{name} {key}: {value}")
+    if any(dict(_parts(result)) for result in results.values()):
+        console.print("Rates are percent; brackets: 95 % interval over images.", style="dim")
 
 
-def _parts(result: Mapping[str, Any], ratings: Collection[str], part: str = "") -> Iterator[tuple[str, dict[str, str]]]:
+def _leaves(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the numbers and texts of a nested result, each with its path; where they come from is left out."""
+    for key, value in result.items():
+        if isinstance(value, Mapping) and key != "provenance":
+            yield from _leaves(value, f"{prefix}{key} ")
+        elif isinstance(value, str | int | float):
+            yield f"{prefix}{key}", value
+
+
+def _parts(
+    result: Mapping[str, Any], ratings: Collection[str] = (), part: str = ""
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield each part of a result that has rates, with its cells by rate."""
     cells = {}
     for key, value in result.items():
@@ -73,10 +86,6 @@ def _parts(result: Mapping[str, Any], ratings: Collection[str], part: str = "") 
 
 def _rate(value: float | None, scale: int = 100, digits: int = 2) -> str:
     return NOTHING if value is None else f"{scale * value:.{digits}f}"
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float)
 
 
 # ----------------------------------------------------------------------------------------------------
