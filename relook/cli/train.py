@@ -59,7 +59,8 @@ def check_names(
                 build_recipe({**file, **values})
             elif values:
                 sort_keys(values, options).faults.check()
-        faults.errors += missing_paths({**file, **values}).values()
+        if faults.errors:
+            faults.errors += missing_paths({**file, **values}).values()
     faults.check()
 
 
