@@ -73,7 +73,7 @@ def preview(names: Sequence[object], limit: int = 5) -> str:
 def most_similar(name: object, known: Iterable[object]) -> str | None:
     """Return the known name that resembles another most, capitals apart; None if none resembles it."""
     names = {str(candidate).lower(): str(candidate) for candidate in known}
-    close = difflib.get_close_matches(str(name).lower(), names, 1)
+    close = difflib.get_close_matches(str(name).lower(), names, 1, cutoff=0.7)
     return names[close[0]] if close else None
 
 

@@ -113,7 +113,7 @@ def test_a_value_of_the_wrong_type(key: str, value: Any, kind: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"task": "ppo"}, "task is 'ppo'. Did you mean dpo? It must be one of sft, dpo"),
+        ({"task": "ppo"}, "task is 'ppo'. It must be one of sft, dpo"),
         ({"dpo_tokens": "some"}, "dpo_tokens"),
         ({"on_bad": "ignore"}, "on_bad"),
         ({"feature_cache": "tape"}, "feature_cache"),
