@@ -184,7 +184,7 @@ class PassLayout:
         pool, image_pool = self.runner.pool, self.runner.image_pool
         heads = pool.layers[0][0].shape[1]
         reads = [ExtentReads(columns[5], columns[6], columns[3], 1, ANY_LENGTH, False, pieces_of(rows, heads))]
-        # The first seven columns are every step's; groups that share beginnings, and images, follow where there are any.
+        # The first seven columns are every step's; then groups that share beginnings, and images, where there are any.
         rest, image = columns[7:], None
         if image_pool is not None:
             pieces = pieces_of(groups, image_pool.layers[0][0].shape[1])
