@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
@@ -154,9 +155,18 @@ def write_pairs_page(
     # Questions fill the room that description pairs leave, and the other way round.
     questions = _sample_evenly(records, CARDS - min(len(pairs), DESCRIBED))
     shown = _sample_evenly(pairs, CARDS - len(questions))
+    folder = shlex.quote(str(out))
     page = render(
         "pairs.html.j2",
-        title="relook mine",
+        title="Preference pairs",
+        steps=[
+            (
+                "Train on these pairs",
+                f"relook train post-decoder --model_name_or_path MODEL --vg_path {folder} "
+                f"--desc_data_path {folder}/{DESC} --pope_data_path {folder}/{POPE} --output_dir runs/mine",
+            ),
+            ("See what the run changed", "relook eval pope chair --model runs/mine --data COCO --out eval/mine"),
+        ],
         description_count=len(pairs),
         question_count=len(records),
         descriptions=[
@@ -178,12 +188,12 @@ def _sample_evenly(values: Sequence[Any], count: int) -> list[Any]:
 
 def _description_texts(pair: MinedPair, vocabulary: Vocabulary | None) -> list[tuple[str, Spans]]:
     if vocabulary is None:
-        return [("chosen", [(pair.chosen, False)]), ("rejected", mark_differences(pair.rejected, pair.chosen))]
-    return described(pair.picture.objects, [("chosen", pair.chosen), ("rejected", pair.rejected)], vocabulary)
+        return [("Chosen", [(pair.chosen, False)]), ("Rejected", mark_differences(pair.rejected, pair.chosen))]
+    return described(pair.picture.objects, [("Chosen", pair.chosen), ("Rejected", pair.rejected)], vocabulary)
 
 
 def _question_texts(record: Mapping[str, Any]) -> list[tuple[str, Spans]]:
-    titles = {"question": "question", "chosen": "chosen", "reject": "rejected", "answer": "the model said"}
+    titles = {"question": "Question", "chosen": "Chosen", "reject": "Rejected", "answer": "The model said"}
     return [(title, [(record[key], key == "reject")]) for key, title in titles.items()]
 
 

@@ -31,8 +31,8 @@ from relook.report.tables import ANSWER_COLUMNS, CAPTION_COLUMNS, Column, Line, 
 from relook.report.terms import variant
 
 SHOWN = "post_decoder"  # the run that the headline, the examples and the maps are about
-CARDS = 6  # pictures in each group of examples
-QUESTIONS = 4  # pictures in each group of answers
+CARDS = 5  # pictures in each group of examples
+QUESTIONS = 6  # pictures in each group of answers
 
 
 def write_demo_page(out: Path) -> Path:
@@ -43,7 +43,7 @@ def write_demo_page(out: Path) -> Path:
     styles = line_styles(scores)
     page = render(
         "demo.html.j2",
-        title=headline(variant(SHOWN).label, results["base"], results["paired"][SHOWN]),
+        title=headline(f"The {variant(SHOWN).label.lower()}", results["base"], results["paired"][SHOWN]),
         findings=[
             *details(results["runs"][SHOWN], results["base"], results["paired"][SHOWN]),
             against_control(results["against_control"]),
@@ -120,7 +120,7 @@ def example_groups(out: Path, data: Path, runs: Sequence[str]) -> list[dict[str,
     folders = {name: out / "eval" / "test" / name for name in ("base", *runs)}
     captions = {name: read_eval_captions(folder) for name, folder in folders.items()}
     rows = sorted(differing_captions(data, folders["base"], folders[SHOWN]), key=lambda row: str(row["image"]))
-    answers = [row for row in differing_answers(data, folders["base"], folders[SHOWN])]
+    answers = differing_answers(data, folders["base"], folders[SHOWN])
     effects = [(row, caption_effects(row)) for row in rows]
     helped = [row for row, of_row in effects if all(effect.helps for effect in of_row)]
     broken = [row for row, of_row in effects if not all(effect.helps for effect in of_row)]
@@ -132,12 +132,14 @@ def example_groups(out: Path, data: Path, runs: Sequence[str]) -> list[dict[str,
             "text": f"On {len(helped)} of {total} pictures the tuned model invents less or finds more, and nothing "
             f"is lost. {_first(len(helped), CARDS)}",
             "cards": [writer.caption(row) for row in helped[:CARDS]],
+            "small": False,
         },
         {
             "title": "Captions: where tuning breaks something",
             "text": f"On {len(broken)} of {total} pictures the tuned model loses an object that is there, or invents "
             f"one. {_first(len(broken), CARDS)}",
             "cards": [writer.caption(row) for row in broken[:CARDS]],
+            "small": False,
         },
         *_answer_groups(writer, answers),
     ]
@@ -157,6 +159,7 @@ def _answer_groups(writer: _Cards, rows: Iterable[Mapping[str, Any]]) -> list[di
                 "title": f"Yes/no: {title.lower()}",
                 "text": f"{len(chosen)} distinct questions on {len(images)} pictures. {_first(len(images), QUESTIONS)}",
                 "cards": [writer.answers(image, images[image]) for image in list(images)[:QUESTIONS]],
+                "small": True,
             }
         )
     return groups
@@ -179,7 +182,8 @@ class _Cards:
             **self._picture(image),
             "effects": caption_effects(row),
             "texts": [
-                (variant(name).label, self._marked(image, text)) for name, text in zip(("base", SHOWN), first, strict=True)
+                (variant(name).label, self._marked(image, text))
+                for name, text in zip(("base", SHOWN), first, strict=True)
             ],
             "others": [
                 (variant(name).label, self._marked(image, texts[image]))
@@ -187,7 +191,7 @@ class _Cards:
                 if name not in ("base", SHOWN)
             ],
             "maps": self._maps(image, first[side]),
-            "speaker": variant(("base", SHOWN)[side]).label,
+            "speaker": variant(("base", SHOWN)[side]).label.lower(),
         }
 
     def answers(self, image: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 
@@ -31,6 +32,15 @@ def caption_effects(row: Mapping[str, Any]) -> list[Effect]:
         (False, "loses what is there: {}", named_before - named),
     ]
     return [Effect(helps, text.format(", ".join(sorted(names)))) for helps, text, names in parts if names]
+
+
+def in_turn(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Order captions so that those with a loss and those with gains alone take turns, the first ones first."""
+    groups: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = ([], [])
+    for row in rows:
+        groups[all(effect.helps for effect in caption_effects(row))].append(row)
+    pairs = zip_longest(*groups)
+    return [row for pair in pairs for row in pair if row is not None]
 
 
 def answer_effect(right: Sequence[bool]) -> list[Effect]:

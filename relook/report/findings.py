@@ -37,9 +37,9 @@ def headline(name: str, base: Mapping[str, Any], paired: Mapping[str, Any], refe
         answers = paired["pope"][HARDEST]
         kind = verdict(answers, 1)
         if kind != UNCLEAR:
-            clauses.append(f"answers {'more' if kind == 'better' else 'fewer'} yes/no questions right")
+            clauses.append(f"answers {'more' if kind == 'better' else 'fewer'} {HARDEST} questions right")
         elif not clauses:
-            clauses.append("shows no clear change in yes/no answers")
+            clauses.append(f"shows no clear change in answers to {HARDEST} questions")
     return f"{name} {' and '.join([', '.join(clauses[:-1]), clauses[-1]] if clauses[1:] else clauses)}"
 
 
@@ -80,10 +80,7 @@ def against_control(paired: Mapping[str, Any]) -> str:
         f"right answers, {HARDEST}": (paired["pope"][HARDEST], 1),
     }
     verdicts = {verdict(*part) for part in parts.values()}
-    if verdicts == {UNCLEAR}:
-        conclusion = "adds nothing that this test can see"
-    else:
-        conclusion = "makes a difference"
+    conclusion = "adds nothing that this test can see" if verdicts == {UNCLEAR} else "makes a difference"
     numbers = "; ".join(f"{name} {_points(*part)}" for name, part in parts.items())
     return f"The preference term {conclusion}: against the control, trained on the good texts alone, {numbers}."
 
@@ -92,11 +89,10 @@ def sweep_headline(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say how many rows of a sweep differ clearly from the base, on the hardest split, by corrected p-values."""
     clear = [row["paired"]["pope"][HARDEST] for row in rows if row["paired"]["pope"][HARDEST]["mcnemar_p_holm"] < 0.05]
     better = sum(paired["difference"] > 0 for paired in clear)
-    clauses = [
-        f"{count} {'answers' if count == 1 else 'answer'} {word} yes/no questions right than the base"
-        for count, word in ((better, "more"), (len(clear) - better, "fewer"))
-        if count
-    ]
-    if not clauses:
-        return f"None of {len(rows)} variants clearly changes how many yes/no questions are answered right"
-    return f"Of {len(rows)} variants, {' and '.join(clauses)}"
+    worse = len(clear) - better
+    if not clear:
+        return f"None of {len(rows)} variants clearly changes how many {HARDEST} questions are answered right"
+    count, word = (better, "more") if better else (worse, "fewer")
+    both = f", {worse} fewer" if better and worse else ""
+    verb = "answers" if count == 1 else "answer"
+    return f"Of {len(rows)} variants, {count} {verb} {word} {HARDEST} questions right than the base{both}"

@@ -58,6 +58,22 @@ METRICS = {
     "pope.unclear": Term(
         "Unclear", "Answers that the scoring rule reads otherwise than a reader would, or that say neither.", scale=1
     ),
+    "shr.shr": Term("Hallucinated sentences", "The share of judged sentences that the judge calls wrong.", "SHR", -1),
+    "shr.hal_words_ratio": Term("Words in them", "The share of words in hallucinated sentences.", better=-1),
+    "mmhal.score": Term("Rating", "Mean of the judge's ratings from 0 to 6.", "score", 1, 1),
+    "mmhal.hallucination_rate": Term("Answers that invent", "The share of answers rated below 3.", better=-1),
+    "amber.chair": Term("Invented objects", "Of all objects that texts name, the share that is absent.", "CHAIR", -1),
+    "amber.cover": Term("Objects found", "Of the objects in the pictures, the share named.", "Cover", 1),
+    "amber.hal": Term("Texts that invent", "The share of texts that name an absent object.", "Hal", -1),
+    "amber.cog": Term(
+        "Expected inventions",
+        "Of the absent objects that people, too, would expect there, the share named.",
+        "Cog",
+        -1,
+    ),
+    "amber.accuracy": Term("Right answers", "The share of yes/no questions answered right.", "accuracy", 1),
+    "amber.f1": Term("F1 of no", "Harmonic mean of precision and recall of the answers no.", "F1", 1),
+    "amber.amber_score": Term("AMBER score", "Mean of 1 − CHAIR and F1.", better=1),
     "sweep.kl": Term(
         "Divergence",
         "KL(p || q) in nats over the whole vocabulary, of the tuned (p) from the base distribution (q) of an "
