@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
@@ -155,15 +154,15 @@ def write_pairs_page(
     # Questions fill the room that description pairs leave, and the other way round.
     questions = _sample_evenly(records, CARDS - min(len(pairs), DESCRIBED))
     shown = _sample_evenly(pairs, CARDS - len(questions))
-    folder = shlex.quote(str(out))
     page = render(
         "pairs.html.j2",
         title="Preference pairs",
         steps=[
             (
-                "Train on these pairs",
-                f"relook train post-decoder --model_name_or_path MODEL --vg_path {folder} "
-                f"--desc_data_path {folder}/{DESC} --pope_data_path {folder}/{POPE} --output_dir runs/mine",
+                # Without a path, because the same mining writes the same file in any folder.
+                "Train on these pairs, from their folder",
+                f"relook train post-decoder --model_name_or_path MODEL --vg_path . --desc_data_path {DESC} "
+                f"--pope_data_path {POPE} --output_dir runs/mine",
             ),
             ("See what the run changed", "relook eval pope chair --model runs/mine --data COCO --out eval/mine"),
         ],

@@ -198,6 +198,7 @@ def _chart(
 
     settings = {
         "font.size": FONT,
+        "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
         "axes.titlesize": FONT,
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": name or title,  # the same bytes each time, and other ids in each panel of a page
