@@ -122,7 +122,7 @@ def test_a_rate_of_nothing_is_a_dash(pair: tuple[Path, Path], data: Path) -> Non
     assert (scores["chair"]["chair_i"], scores["chair"]["chair_i_ci"]) == (None, None)
     assert paired["pope"]["random"]["precision"] == paired["chair"]["chair_i"] == nothing
     text = page.read_text()
-    row = text.split("random questions")[2].split('popovertarget="term-pope.precision"')[1].split("</tr>")[0]
+    row = text.split('aria-label="POPE, random"')[1].split('popovertarget="term-pope.precision"')[1].split("</tr>")[0]
     assert row.count("–") == 2  # the second model's, and the difference
     assert "no clear change" in row
 
