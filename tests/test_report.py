@@ -16,7 +16,7 @@ from relook.report import findings
 from relook.report.examples import caption_effects, in_turn
 from relook.report.pages import facts, heat, render
 from relook.report.plots import FONT, against_rate, curves, line_styles, measured, tradeoff
-from relook.report.tables import Column, Line, Table, bracket, change, decimal, verdict
+from relook.report.tables import Column, Line, ScoreTable, bracket, change, decimal, verdict
 from relook.report.terms import GLOSSARY
 
 EVIL = "<script>$x_1$ --> & \\foo{"
@@ -107,9 +107,11 @@ def test_numbers_as_people_write_them() -> None:
 def test_the_best_value_depends_on_the_metric() -> None:
     columns = [Column("chair.chair_i"), Column("chair.recall"), Column("chair.length")]
     scores = [{"chair": dict.fromkeys(("chair_i", "recall", "length"), value)} for value in (0.1, 0.2)]
-    table = Table(columns, [Line(str(i), [column.cell(side) for column in columns]) for i, side in enumerate(scores)])
+    table = ScoreTable(
+        columns, [Line(str(i), [column.cell(side) for column in columns]) for i, side in enumerate(scores)]
+    )
     assert [table.best(index) for index in range(3)] == [0.1, 0.2, None]
-    assert Table(columns[:1], table.lines[:1]).best(0) is None  # the only one is not the best
+    assert ScoreTable(columns[:1], table.lines[:1]).best(0) is None  # the only one is not the best
 
 
 def test_gains_and_losses_of_a_caption() -> None:

@@ -25,7 +25,7 @@ from relook.report.tables import axis_labels
 RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
 LONGEST = 2000  # characters of an answer that are shown
-RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+POPE_RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 OWN_SECTIONS = ("pope", "chair")  # comparison.html.j2 shows them paired; others are side by side
 
 
@@ -72,7 +72,7 @@ def write_comparison(
         both=both,
         paired=paired,
         splits=SPLITS,
-        pope_rates=RATES,
+        pope_rates=POPE_RATES,
         questions=differing_questions(differing["pope"], data) if "pope" in paired else None,
         captions=caption_cards(differing["chair"], names, data) if "chair" in paired else None,
         unpaired={

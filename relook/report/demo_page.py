@@ -27,12 +27,12 @@ from relook.report.examples import answer_effect, by_image, caption_effects
 from relook.report.findings import against_control, details, headline
 from relook.report.pages import Spans, data_url, mark_absent, render
 from relook.report.plots import Style, attention_before, curves, line_styles, measured, tradeoff
-from relook.report.tables import ANSWER_COLUMNS, CAPTION_COLUMNS, Column, Line, Table, axis_labels
+from relook.report.tables import ANSWER_COLUMNS, CAPTION_COLUMNS, Column, Line, ScoreTable, axis_labels
 from relook.report.terms import variant
 
-SHOWN = "post_decoder"  # the run that the headline, the examples and the maps are about
-CARDS = 5  # pictures in each group of examples
-QUESTIONS = 6  # pictures in each group of answers
+TUNED = "post_decoder"  # the run that the headline, the examples and the maps are about
+CAPTION_CARDS = 5  # pictures in each group of examples
+ANSWER_CARDS = 6  # pictures in each group of answers
 
 
 def write_demo_page(out: Path) -> Path:
@@ -43,9 +43,9 @@ def write_demo_page(out: Path) -> Path:
     styles = line_styles(scores)
     page = render(
         "demo.html.j2",
-        title=headline(f"The {variant(SHOWN).label.lower()}", results["base"], results["paired"][SHOWN]),
+        title=headline(f"The {variant(TUNED).label.lower()}", results["base"], results["paired"][TUNED]),
         findings=[
-            *details(results["runs"][SHOWN], results["base"], results["paired"][SHOWN]),
+            *details(results["runs"][TUNED], results["base"], results["paired"][TUNED]),
             against_control(results["against_control"]),
         ],
         pictures=results["base"]["chair"]["n"],
@@ -70,9 +70,9 @@ def chart(scores: Mapping[str, Mapping[str, Any]], styles: Mapping[str, Style]) 
 
 def score_table(
     scores: Mapping[str, Mapping[str, Any]], paired: Mapping[str, Any], styles: Mapping[str, Style]
-) -> Table:
+) -> ScoreTable:
     columns = [*CAPTION_COLUMNS, *ANSWER_COLUMNS, Column("pope.yes_ratio", "adversarial")]
-    return Table(
+    return ScoreTable(
         columns,
         [
             Line(
@@ -89,8 +89,8 @@ def score_table(
 
 def next_steps(out: Path) -> list[tuple[str, str]]:
     """Return what to do next, and the command that does it."""
-    run, folder = shlex.quote(str(out / "runs" / SHOWN)), shlex.quote(str(out))
-    answers = [shlex.quote(str(out / "eval" / "test" / name)) for name in ("base", SHOWN)]
+    run, folder = shlex.quote(str(out / "runs" / TUNED)), shlex.quote(str(out))
+    answers = [shlex.quote(str(out / "eval" / "test" / name)) for name in ("base", TUNED)]
     return [
         ("Ask the model yourself, beside its base, on a page in the browser", f"relook serve {run} --with-base"),
         ("See all pictures on which the two differ", f"relook report {' '.join(answers)}"),
@@ -119,26 +119,26 @@ def example_groups(out: Path, data: Path, runs: Sequence[str]) -> list[dict[str,
     """Return groups of pictures on which base and tuned model differ: captions and answers, better and worse."""
     folders = {name: out / "eval" / "test" / name for name in ("base", *runs)}
     captions = {name: read_eval_captions(folder) for name, folder in folders.items()}
-    rows = sorted(differing_captions(data, folders["base"], folders[SHOWN]), key=lambda row: str(row["image"]))
-    answers = differing_answers(data, folders["base"], folders[SHOWN])
+    rows = sorted(differing_captions(data, folders["base"], folders[TUNED]), key=lambda row: str(row["image"]))
+    answers = differing_answers(data, folders["base"], folders[TUNED])
     effects = [(row, caption_effects(row)) for row in rows]
     helped = [row for row, of_row in effects if all(effect.helps for effect in of_row)]
     broken = [row for row, of_row in effects if not all(effect.helps for effect in of_row)]
-    writer = _Cards(data, captions, load_model(out / "runs" / SHOWN))
+    writer = _Cards(data, captions, load_model(out / "runs" / TUNED))
     total = len(captions["base"])
     return [
         {
             "title": "Captions: where tuning helps",
             "text": f"On {len(helped)} of {total} pictures the tuned model invents less or finds more, and nothing "
-            f"is lost. {_first(len(helped), CARDS)}",
-            "cards": [writer.caption(row) for row in helped[:CARDS]],
+            f"is lost. {_first(len(helped), CAPTION_CARDS)}",
+            "cards": [writer.caption(row) for row in helped[:CAPTION_CARDS]],
             "small": False,
         },
         {
             "title": "Captions: where tuning breaks something",
             "text": f"On {len(broken)} of {total} pictures the tuned model loses an object that is there, or invents "
-            f"one. {_first(len(broken), CARDS)}",
-            "cards": [writer.caption(row) for row in broken[:CARDS]],
+            f"one. {_first(len(broken), CAPTION_CARDS)}",
+            "cards": [writer.caption(row) for row in broken[:CAPTION_CARDS]],
             "small": False,
         },
         *_answer_groups(writer, answers),
@@ -157,8 +157,9 @@ def _answer_groups(writer: _Cards, rows: Iterable[Mapping[str, Any]]) -> list[di
         groups.append(
             {
                 "title": f"Yes/no: {title.lower()}",
-                "text": f"{len(chosen)} distinct questions on {len(images)} pictures. {_first(len(images), QUESTIONS)}",
-                "cards": [writer.answers(image, images[image]) for image in list(images)[:QUESTIONS]],
+                "text": f"{len(chosen)} distinct questions on {len(images)} pictures. "
+                f"{_first(len(images), ANSWER_CARDS)}",
+                "cards": [writer.answers(image, images[image]) for image in list(images)[:ANSWER_CARDS]],
                 "small": True,
             }
         )
@@ -183,15 +184,15 @@ class _Cards:
             "effects": caption_effects(row),
             "texts": [
                 (variant(name).label, self._marked(image, text))
-                for name, text in zip(("base", SHOWN), first, strict=True)
+                for name, text in zip(("base", TUNED), first, strict=True)
             ],
             "others": [
                 (variant(name).label, self._marked(image, texts[image]))
                 for name, texts in self.captions.items()
-                if name not in ("base", SHOWN)
+                if name not in ("base", TUNED)
             ],
             "maps": self._maps(image, first[side]),
-            "speaker": variant(("base", SHOWN)[side]).label.lower(),
+            "speaker": variant(("base", TUNED)[side]).label.lower(),
         }
 
     def answers(self, image: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

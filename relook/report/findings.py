@@ -7,7 +7,7 @@ from typing import Any
 
 from relook.evaluate.tasks.pope import SPLITS
 from relook.report.tables import UNCLEAR, change, decimal, verdict
-from relook.report.terms import METRICS
+from relook.report.terms import METRIC_TERMS
 
 HARDEST = "adversarial"  # the split that a headline is about
 
@@ -64,7 +64,7 @@ def details(scores: Mapping[str, Any], base: Mapping[str, Any], paired: Mapping[
 
 
 def _from_to(scores: Mapping[str, Any], base: Mapping[str, Any], key: str) -> str:
-    now, before = (decimal(side["chair"][key], METRICS[f"chair.{key}"].scale) for side in (scores, base))
+    now, before = (decimal(side["chair"][key], METRIC_TERMS[f"chair.{key}"].scale) for side in (scores, base))
     return f"{now} % instead of {before} %"
 
 

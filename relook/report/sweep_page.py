@@ -12,8 +12,8 @@ from relook.files import read_json, write_text
 from relook.report.findings import HARDEST, sweep_headline
 from relook.report.pages import render
 from relook.report.plots import Style, against_rate, curves, line_styles, measured, tradeoff
-from relook.report.tables import NOTHING, Column, Line, Table, axis_labels, change, decimal, verdict
-from relook.report.terms import METRICS
+from relook.report.tables import DASH, Column, Line, ScoreTable, axis_labels, change, decimal, verdict
+from relook.report.terms import METRIC_TERMS
 
 TABLE_FILE, REPORT_FILE = "table.md", "report.html"
 RATES = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1", "yes_ratio": "Yes ratio"}
@@ -76,7 +76,7 @@ def _failures(results: Mapping[str, Any]) -> str:
 # The page: a line per row, and what the best rows are.
 
 
-def summary_table(results: Mapping[str, Any], styles: Mapping[str, Style]) -> Table:
+def summary_table(results: Mapping[str, Any], styles: Mapping[str, Style]) -> ScoreTable:
     """Return a line per row, of what is most often asked."""
     columns = [Column(f"pope.{rate}", HARDEST) for rate in ("accuracy", "f1", "yes_ratio")]
     if "chair" in results["base"]:
@@ -91,7 +91,7 @@ def summary_table(results: Mapping[str, Any], styles: Mapping[str, Style]) -> Ta
         )
         for row in results["rows"]
     ]
-    return Table(columns, lines, caption="All rows")
+    return ScoreTable(columns, lines, caption="All rows")
 
 
 def spoken(name: str) -> str:
@@ -164,7 +164,7 @@ def without_model(cells: Cells) -> Cells:
 
 
 def plain_percent(value: float | None, sign: str = "") -> str:
-    return NOTHING if value is None else f"{100 * value:{sign}.2f}"
+    return DASH if value is None else f"{100 * value:{sign}.2f}"
 
 
 def row_labels(results: Mapping[str, Any], row: Mapping[str, Any] | None) -> list[str]:
@@ -246,7 +246,7 @@ def rate_plots(results: Mapping[str, Any], styles: Mapping[str, Style]) -> list[
     base = {}
     for rate in ("accuracy", "yes_ratio"):
         for split in ("popular", "adversarial"):
-            title = f"{METRICS[f'pope.{rate}'].label}, {split}, %"
+            title = f"{METRIC_TERMS[f'pope.{rate}'].label}, {split}, %"
             base[title] = 100 * results["base"]["pope"][split][rate]
             lines: dict[str, list[tuple[float, float]]] = {}
             for row in sorted(results["rows"], key=lambda row: row["learning_rate"]):

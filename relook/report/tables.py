@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from relook.report.plots import Style
-from relook.report.terms import GLOSSARY, SPLITS, Term
+from relook.report.terms import GLOSSARY, SPLIT_TERMS, Term
 
 MINUS = "−"
-NOTHING = "–"  # in place of a ratio of nothing
+DASH = "–"  # in place of a ratio of nothing
 UNCLEAR = "no clear change"
 
 
 def decimal(value: float | None, scale: float = 1, sign: str = "", digits: int = 1) -> str:
     """Write a number; with `sign` "+", positive ones have a plus. None is a ratio of nothing."""
     if value is None:
-        return NOTHING
+        return DASH
     text = f"{scale * value:{sign}.{digits}f}"
     # A rounded zero has no sign of its own.
     return (text.replace("-", "") if float(text) == 0 and not sign else text).replace("-", MINUS)
@@ -92,7 +92,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Table:
+class ScoreTable:
     """Columns and lines; the best values of each column are marked."""
 
     columns: Sequence[Column]
@@ -110,7 +110,7 @@ class Table:
 
 
 CAPTION_COLUMNS = [Column(f"chair.{key}") for key in ("chair_i", "chair_s", "recall", "length")]
-ANSWER_COLUMNS = [Column("pope.accuracy", split) for split in SPLITS]
+ANSWER_COLUMNS = [Column("pope.accuracy", split) for split in SPLIT_TERMS]
 
 
 def axis_labels(benchmark: str, *keys: str) -> list[str]:

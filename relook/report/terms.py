@@ -28,7 +28,7 @@ class Term:
 
 
 # By benchmark and key of its results: recall is another one in each.
-METRICS = {
+METRIC_TERMS = {
     "chair.chair_i": Term(
         "Invented objects", "Of all objects that captions name, the share that is not in the picture.", "CHAIR_i", -1
     ),
@@ -82,7 +82,7 @@ METRICS = {
         scale=1,
     ),
 }
-SPLITS = {
+SPLIT_TERMS = {
     "random": Term("random", "Absent objects in the questions are drawn at random."),
     "popular": Term("popular", "Absent objects in the questions are those that pictures show most often."),
     "adversarial": Term(
@@ -124,7 +124,7 @@ VARIANTS = {  # of the demo, by the name of their runs
     "head": Term("Output layer only", "Only the model's last linear layer (lm_head) is trained."),
     "lora": Term("LoRA", "Low-rank changes to the language model's layers are trained; the usual method."),
 }
-GLOSSARY = {**METRICS, **SPLITS, **STATISTICS, **VARIANTS}  # what pages explain, by id
+GLOSSARY = {**METRIC_TERMS, **SPLIT_TERMS, **STATISTICS, **VARIANTS}  # what pages explain, by id
 
 
 def variant(name: str) -> Term:
