@@ -35,7 +35,7 @@ from relook.data.parquet import (
 from relook.data.paths import resolve_extension
 from relook.data.readers import DESCRIBE_PROMPTS, draw_description_pair, pair_fault
 from relook.data.samples import ID_UNKNOWN, IMAGE_MISSING, BadRecord, as_id, missing_fields
-from relook.errors import DataError, RecipeError, preview
+from relook.errors import DataError, RecipeError, did_you_mean, preview
 from relook.files import atomic_folder, read_json, read_json_object, write_json
 
 PAIR_LAYOUTS = ("hadpo", *COLUMNS)
@@ -63,7 +63,7 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
     source, target = Path(source), Path(target)
     images = None if images is None else Path(images)
     if to not in PAIR_LAYOUTS:
-        raise RecipeError(f"There is no preference layout {to!r}.", f"Known ones: {', '.join(PAIR_LAYOUTS)}.")
+        raise RecipeError(f"There is no preference layout {to!r}.", did_you_mean(to, PAIR_LAYOUTS))
     if target.exists():
         raise RecipeError(f"{target} is there already.", "Choose another place, or remove it.")
     if (target.suffix == ".parquet") != (to != "hadpo"):

@@ -28,7 +28,7 @@ from relook.data.paths import (
 )
 from relook.data.readers import DESCRIBE_PROMPTS, QUESTION_FIELDS, choices, conversation, pair_fault
 from relook.data.samples import ID_UNKNOWN, BadRecord, as_id, check_pair, missing_fields, path_fault, text_fault
-from relook.errors import DataError
+from relook.errors import DataError, did_you_mean
 from relook.files import opens_with, read_json, read_text
 
 VG_FOLDERS = ("VG_100K", "VG_100K_2")
@@ -151,7 +151,7 @@ def find_layout(name: str, folder: str | Path, images: str | Path | None = None)
     folder = Path(folder)
     images = None if images is None else Path(images)
     if name not in LAYOUTS:
-        raise DataError(f"There is no layout {name!r}.", f"Known ones: {', '.join(LAYOUTS)}.")
+        raise DataError(f"There is no layout {name!r}.", did_you_mean(name, LAYOUTS))
     for path in (folder, images):
         if path is not None and not path.is_dir():
             raise DataError(f"There is no folder {path}.", "Check the path.")
