@@ -102,7 +102,7 @@ def _command(name: str, command: Any) -> str:
     rows, words = [], [name]
     for parameter in command.params:
         argument = parameter.param_type_name == "argument"
-        shown = parameter.human_readable_name.upper() if argument else ", ".join((*parameter.opts, *parameter.secondary_opts))
+        shown = parameter.name.upper() if argument else ", ".join((*parameter.opts, *parameter.secondary_opts))
         if argument:
             words.append(f"{shown}..." if parameter.nargs == -1 else shown)
         rows.append((f"`{shown}`", _default(parameter), (parameter.help or "").replace("\\[", "[")))
@@ -116,14 +116,14 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
     value = parameter.default
-    if value in (None, "", False, (), []) or callable(value):
+    if value is None or value is False or value in ("", (), []) or callable(value):
         return ""
     return f"`{' '.join(map(str, value)) if isinstance(value, tuple | list) else value}`"
 
 
 def recipe_keys_page() -> str:
     """Return the reference of all recipe keys, as `relook train RECIPE --help` lists them."""
-    from relook.recipe import describe_keys
+    from relook.recipe_help import describe_keys
 
     text = (
         "# Recipe keys\n\nEvery key of a recipe, as a line of its YAML file or as `--key value`.\n\n"
@@ -134,9 +134,14 @@ def recipe_keys_page() -> str:
         if key.section != section:
             section = key.section
             text += f"\n## {section}\n\n" + table(("key", "default", "type or choices", "meaning"), [])
-        default = "" if key.default in (None, "") else f"`{key.default}`"
-        text += table((f"`{key.name}`", default, key.kind, key.meaning), []).splitlines()[0] + "\n"
+        text += table(_key_row(key), []).splitlines()[0] + "\n"
     return text
+
+
+def _key_row(key: Any) -> Sequence[str]:
+    value = str(key.default).lower() if isinstance(key.default, bool) else key.default
+    default = "" if value in (None, "") else value if value == "required" else f"`{value}`"
+    return (f"`{key.name}`", default, key.kind, key.meaning)
 
 
 # ----------------------------------------------------------------------------------------------------
