@@ -159,7 +159,9 @@ CLIP_336 = {
 }
 
 
-def _text(model_type: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, words: int) -> dict[str, Any]:
+def _text(
+    model_type: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, words: int
+) -> dict[str, Any]:
     return {
         "model_type": model_type,
         "hidden_size": width,
@@ -218,7 +220,9 @@ def sizes_table() -> str:
             (path / "config.json").write_text(json.dumps(config_of(name)), encoding="utf-8")
             # NeXT's tiles take more positions than the default allows.
             keys = ["--model_name_or_path", str(path), "--model_max_length", "4096"]
-            results = [estimate_command(recipe, [*keys, *extra], 1, 80.0, AssumedData(), 0.0) for _, recipe, extra in JOBS]
+            results = [
+                estimate_command(recipe, [*keys, *extra], 1, 80.0, AssumedData(), 0.0) for _, recipe, extra in JOBS
+            ]
             # Without the part that trains, which the recipe adds.
             count = results[0]["parameters"]["all"] - results[0]["parameters"]["trained"]
             rows.append(
