@@ -163,7 +163,7 @@ def _text(
     model_type: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, words: int
 ) -> dict[str, Any]:
     return {
-        "model_type": model_type,
+        "model_type": kind,
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": layers,

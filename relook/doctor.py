@@ -439,7 +439,7 @@ KNOWN_WARNINGS = (
         r"cublasGemmStridedBatchedEx|CUBLAS_STATUS_(EXECUTION_FAILED|NOT_SUPPORTED|INVALID_VALUE|NOT_INITIALIZED)",
         "A matrix product failed on the GPU. Often an earlier kernel is to blame (an index outside its table), or "
         "memory is exhausted, or the card or driver does not support the type: bf16 needs an Ampere card or newer.",
-        "Run with CUDA_LAUNCH_BLOCKING=1 to see the first kernel that fails; `relook doctor` tests bf16 and the driver. "
+        "Run with CUDA_LAUNCH_BLOCKING=1 to see the first kernel that fails; `relook doctor` tests bf16 and driver. "
         "If memory is nearly full, lower the batch size. On older cards train with fp16 true.",
     ),
     KnownWarning(
