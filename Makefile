@@ -23,7 +23,7 @@ check: $(VENV)/.ready
 # The documents as a site, in site/; a broken link or a page without a title in the menu fails.
 docs: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The tests, or TESTS, under the oldest and the newest releases that pyproject.toml allows. Either environment lies over
 # the ordinary one and holds what differs from it; torch stays, other builds of which take gigabytes.
