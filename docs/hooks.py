@@ -159,9 +159,7 @@ CLIP_336 = {
 }
 
 
-def _text(
-    model_type: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, words: int
-) -> dict[str, Any]:
+def _text(kind: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, words: int) -> dict[str, Any]:
     return {
         "model_type": kind,
         "hidden_size": width,
