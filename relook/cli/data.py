@@ -29,7 +29,7 @@ from relook.cli.options import (
 app = typer.Typer()
 data_app = typer.Typer(help="Check, repair and convert dataset folders.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-LayoutName = Annotated[str, typer.Option(help="hadpo, llava, pope, shr or amber.")]
+LayoutName = Annotated[str, typer.Option(help="hadpo, sentinel, llava, pope, shr or amber.")]
 Images = Annotated[
     Path | None, input_option("Root of the images, where it is elsewhere (Visual Genome, val2014, ...).")
 ]
@@ -82,9 +82,11 @@ def data_fix(
 
 @data_app.command(name="convert")
 def data_convert(
-    source: Annotated[Path, input_argument("A folder of HA-DPO's files, a parquet file, or a folder of some.")],
-    out: Annotated[Path, typer.Argument(help="A new folder (hadpo), or a new .parquet file (the others).")],
-    to: Annotated[str, typer.Option(help="hadpo, trl, rlhfv or rlaifv.")],
+    source: Annotated[
+        Path, input_argument("A folder of HA-DPO's files, SENTINEL's file, a parquet file, or a folder of some.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder (hadpo, sentinel), or a new .parquet file (the others).")],
+    to: Annotated[str, typer.Option(help="hadpo, sentinel, trl, rlhfv or rlaifv.")],
     images: Images = None,
 ) -> None:
     """Preference pairs from one layout to another; what a layout cannot hold is kept by name or refused."""
