@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from relook.data.samples import ON_BAD
+from relook.data.sentinel import SUFFIXES as SENTINEL_SUFFIXES
 from relook.errors import Faults, RecipeError, did_you_mean, most_similar, preview
 from relook.files import read_text, write_text
 from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_CONFIG_KEYS, UNSUPPORTED, idle_keys, refused, renamed
@@ -206,7 +207,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
-HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")
+HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")  # vg_path first: SENTINEL's files need it, too
 DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", *WEIGHTS)
 SFT_KEYS = ("data_path", "conversations_per_tree")
 ACTIVATION_KEYS = ("activation_memory_budget", "activation_offloading")
@@ -241,7 +242,8 @@ class Recipe:
     pope_data_path: str = _key("", "dpo: HA-DPO's file of yes/no pairs; one of the two, or both")
     pairs_path: str = _key(
         "",
-        "dpo, instead of these: parquet file or folder with TRL's, RLHF-V's or RLAIF-V's columns (needs relook[data])",
+        "dpo, instead of these: parquet file or folder with TRL's, RLHF-V's or RLAIF-V's columns (needs relook[data]); or "
+        "SENTINEL's file, over vg_path",
     )
     data_path: str = _key("", "sft: LLaVA's conversation file")
     image_folder: str = _key("", "sft: root of its images; with pairs_path: receives embedded images, empty: beside it")
@@ -334,7 +336,8 @@ class Recipe:
                 yield RecipeError(f"{name} is {value!r}.{meant}", f"It must be one of {', '.join(map(str, allowed))}.")
 
     def _needed(self) -> Iterator[RecipeError]:
-        needed = ["data_path", "image_folder"] if self.task == "sft" else [] if self.pairs_path else ["vg_path"]
+        over_vg = not self.pairs_path or self.sentinel_pairs
+        needed = ["data_path", "image_folder"] if self.task == "sft" else ["vg_path"] if over_vg else []
         for name in ["model_name_or_path", "output_dir", *needed]:
             if not getattr(self, name):
                 yield RecipeError(f"The recipe sets no {name}.", f"Give it in the recipe or as --{name}.")
@@ -384,9 +387,13 @@ class Recipe:
         # Each row: whether the keys are idle, the words for it, and the keys.
         for idle, reason, keys in (
             (self.task != "dpo", "without task dpo", DPO_KEYS),
-            (bool(self.pairs_path), "beside pairs_path", HADPO_KEYS),
+            (bool(self.pairs_path), "beside pairs_path", HADPO_KEYS[self.sentinel_pairs :]),
             (self.task != "sft", "without task sft", SFT_KEYS),
-            (self.task != "sft" and not self.pairs_path, "without task sft or pairs_path", ("image_folder",)),
+            (
+                self.task != "sft" and (not self.pairs_path or self.sentinel_pairs),
+                "without task sft or parquet files in pairs_path",
+                ("image_folder",),
+            ),
             (not self.lora_enable, "without lora_enable", LORA_KEYS),
             (self.bits != 4, "without bits 4", ("double_quant", "quant_type")),
             (
@@ -447,6 +454,11 @@ class Recipe:
                 f"{problem} of corrupted images, which mdpo_conditional_weight needs.",
                 "Set feature_cache off, or mdpo_conditional_weight 0.",
             )
+
+    @property
+    def sentinel_pairs(self) -> bool:
+        """Return True if `pairs_path` is a file in SENTINEL's layout, by its suffix; its images are in `vg_path`."""
+        return Path(self.pairs_path).suffix in SENTINEL_SUFFIXES
 
     @property
     def needs_reference(self) -> bool:

@@ -98,8 +98,10 @@ def data_fix(
 
 @data_app.command(name="convert")
 def data_convert(
-    source: Annotated[Path, input_argument("A folder of HA-DPO's files, a parquet file, or a folder of some.")],
-    out: Annotated[Path, typer.Argument(help="A new folder (hadpo), or a new .parquet file (the others).")],
+    source: Annotated[
+        Path, input_argument("A folder of HA-DPO's files, SENTINEL's file, a parquet file, or a folder of some.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder (hadpo, sentinel), or a new .parquet file (the others).")],
     to: Annotated[str, typer.Option(**choice("preference layout", PAIR_LAYOUTS))],
     images: Images = None,
 ) -> None:

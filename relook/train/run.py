@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME, is_torch_tf32_available
 from relook import distributed
 from relook.console import progress, status
 from relook.data.encode import Example
-from relook.data.readers import read_hadpo, read_llava, read_pairs
+from relook.data.readers import read_hadpo, read_llava, read_pairs, read_sentinel
 from relook.data.samples import Conversation, PreferencePair, ReadReport
 from relook.data.templates import get_template
 from relook.errors import DataError, Faults, RecipeError, preview
@@ -397,6 +397,8 @@ def check_schedule(arguments: TrainingArguments, samples: int) -> None:
 
 def read_samples(recipe: Recipe) -> Samples:
     """Read the samples of the recipe's data files, and report what the reader left out."""
+    if recipe.sentinel_pairs:
+        return read_sentinel(Path(recipe.pairs_path), Path(recipe.vg_path), recipe.on_bad)
     if recipe.pairs_path:
         folder = Path(recipe.image_folder) if recipe.image_folder else None
         return read_pairs(Path(recipe.pairs_path), folder, on_bad=recipe.on_bad)
