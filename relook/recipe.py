@@ -242,7 +242,7 @@ class Recipe:
     pope_data_path: str = _key("", "dpo: HA-DPO's file of yes/no pairs; one of the two, or both")
     pairs_path: str = _key(
         "",
-        "dpo, instead of these: parquet file or folder with TRL's, RLHF-V's or RLAIF-V's columns (needs relook[data]); or "
+        "dpo, instead of these: parquet file or folder with columns of TRL, RLHF-V or RLAIF-V (needs relook[data]); or "
         "SENTINEL's file, over vg_path",
     )
     data_path: str = _key("", "sft: LLaVA's conversation file")
