@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 import textwrap
@@ -51,7 +52,7 @@ def test_the_readme_shows_folders_that_exist_and_every_command(name: str) -> Non
     named = set(re.findall(r"\b[\w-]+\.py\b", tree[0]))
     assert named <= {path.name for path in (ROOT / "relook").rglob("*.py")}
     assert all((ROOT / "relook" / folder).is_dir() for folder in re.findall(r"^  (\w+)/ ", tree[0], re.M))
-    assert not [command for command in get_command(app).commands if f"`relook {command} " not in text]  # type: ignore[attr-defined]
+    assert not [command for command in relook_command().commands if f"`relook {command} " not in text]
 
 
 def test_the_readmes_show_the_same_numbers() -> None:
@@ -84,6 +85,12 @@ def test_links_lead_somewhere(document: str) -> None:
 
 
 # --- The documents' commands, through the real command line.
+
+
+@functools.cache
+def relook_command() -> Any:
+    """Build click's command of the app once: typer builds all of its commands anew each time."""
+    return get_command(app)
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -123,7 +130,7 @@ def parse_command(words: list[str]) -> None:
         targets = re.findall(r"^(\w+)(?= .*:|:)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert set(words) <= set(targets)
         return
-    command: Any = get_command(app)
+    command = relook_command()
     name = ""
     while hasattr(command, "commands"):
         name, *words = words
@@ -172,7 +179,7 @@ def test_every_command_of_a_page_is_taken(page: str, tmp_path: Path, monkeypatch
 def test_options_named_in_a_sentence_or_a_table_exist(page: str) -> None:
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     for line in re.findall(r"`relook ([a-z][^`]*)`", text):
-        command: Any = get_command(app)
+        command = relook_command()
         words = line.replace("\\|", "|").split()
         while hasattr(command, "commands") and words:
             names = words.pop(0).split("|")
