@@ -213,6 +213,7 @@ def _answer_by_engine(
     def begin(prompt: Prompt) -> _GrowingAnswer:
         return _GrowingAnswer(prompt, loaded, settings, sampler, IncrementalText(bytes_of, sampler.stops), finished)
 
+    # Groups are prepared (tokenised, images decoded and pinned) on threads, ahead of the scheduler.
     queued = 0  # positions that the texts of the next wave need
     for group in prefetch_map(prepare, groups):
         queued += submit(scheduler, group, begin)
@@ -260,6 +261,7 @@ def submit(scheduler: Scheduler, group: Group, begin: Callable[[Prompt], _Growin
         begin: makes the answer that takes a prompt's tokens.
     """
     first = group[0].ids
+    # What all prompts of the group have in common: its image, usually, and the words before it.
     common = min(shared_length(first, prompt.ids, len(prompt.ids) - 1) for prompt in group)
     needed = common
     for prompt in group:
@@ -294,6 +296,7 @@ def _answer_by_generate(
     loaded: LoadedModel, encoder: Encoder, questions: Sequence[DistinctQuestion], settings: GenerationSettings
 ) -> Iterator[tuple[Prompt, str]]:
     """Yield the answers of batches of prompts of similar length."""
+    # Longest first: rows of similar length waste little padding, and a lack of memory shows at once.
     prompts = sorted((question.encode(encoder) for question in questions), key=lambda prompt: -len(prompt.ids))
     size = settings.batch_size
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]

@@ -134,6 +134,7 @@ def pool_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Write the new keys and values, then attend: transformers' attention interface, (1, H, N, D) to (1, N, H, D)."""
+    # transformers' layers have a batch of 1: all positions of a pass lie side by side in it.
     new = key[0].transpose(0, 1), value[0].transpose(0, 1)
     return attend(query[0].transpose(0, 1), kv, view, scaling, new)[None], None
 
@@ -154,6 +155,7 @@ def attend(query_NHD: Tensor, kv: KV, view: PassView, scale: float, new: KV | No
             stored.index_copy_(0, view.cells, side)
     # One part for each set of reads: what a text has alone, and the beginning that it shares.
     parts = [_read(query_NHD, kv, reads, view.is_step, scale) for reads in view.reads]
+    # One read in one piece needs no merge.
     if len(parts) == 1 and parts[0][0].ndim == 3:
         return parts[0][0].to(query_NHD.dtype)
     # (C, N, H, D) and (C, N, H): the pieces of all reads, side by side.
@@ -168,6 +170,7 @@ def attend(query_NHD: Tensor, kv: KV, view: PassView, scale: float, new: KV | No
 
 def _read(query_NHD: Tensor, kv: KV, reads: ExtentReads, is_step: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Return attention to one set of reads and its log-sum-exp: (N, H, D) and (N, H), or with a leading C."""
+    # A step has few queries and long extents, bound by memory; reading prompts is bound by arithmetic.
     if is_step:
         assert decode_attention is not None
         bounds = reads.max_queries, reads.pieces

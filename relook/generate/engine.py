@@ -78,6 +78,7 @@ class Engine:
                 "Take beams, penalties and the like out of it.",
             )
         self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_positions)
+        # The end of an answer is a token for most models, and a text for templates without such a token.
         self.ends, self.stops = _endings(loaded, get_template(template or loaded.template).stop)
         self.batch = Scheduler(
             ModelRunner(loaded, limits.slots * self.length, (sampler.never, sampler.not_first)),
@@ -104,6 +105,7 @@ class Engine:
         first, second = [id for id in range(3) if id != self.batch.image_token][:2]
 
         def answer_all() -> None:
+            # Graphs are captured for numbers of rows in buckets; what lies between is padded to the next.
             buckets = [bucket for bucket in BUCKETS if bucket <= self.limits.slots]
             for rows in buckets:
                 for shared in (0, 2 * MIN_SHARED):
@@ -127,6 +129,7 @@ class Engine:
             DataError: it is no image, or too large.
         """
         key = hashlib.sha256(data).hexdigest()
+        # Conversations send the same picture again with every turn.
         processed = self._images.get(key)
         if processed is None:
             with self._decoding:
@@ -147,6 +150,7 @@ class Engine:
             DataError: its placeholders are not its images.
         """
         characters = sum(len(turn.prompt) + len(turn.response) for turn in turns)
+        # Tokenising megabytes takes seconds; no tokenizer makes so few tokens of so many characters.
         if characters > MAX_CHARACTERS * self.length:
             raise self._too_long(f"the conversation has {characters:,} characters")
         *history, last = turns
@@ -173,6 +177,7 @@ class Engine:
         Raises:
             QueueFull: the queue is full, or the engine stops.
         """
+        # A slot holds prompt and answer together.
         max_new_tokens = max(1, min(request.max_new_tokens, self.length - len(request.ids)))
         text = IncrementalText(self._token_bytes, (*self.stops, *request.stop))
         until = request.until or time.monotonic() + self.limits.seconds
@@ -251,6 +256,7 @@ class Engine:
             self._stopping = True
             self._wake.notify()
         self._thread.join(seconds)
+        # Running answers had their time: from here on `_turn` treats all as late.
         self._ending = True
         self._thread.join()
 
@@ -274,9 +280,11 @@ class Engine:
     def _turn(self) -> None:
         """Let go of cancelled and late requests, admit waiting ones, and take one step."""
         with torch.inference_mode():
+            # Work of other threads that must not see a step half done.
             while self._calls:
                 self._calls.popleft()()
         now = math.inf if self._ending else time.monotonic()
+        # A text that nobody waits for any more frees its row before the next step.
         for text, active in self._active.items():
             if active.over(now):
                 self.batch.cancel(text)
@@ -294,6 +302,7 @@ class Engine:
             if self.batch.busy:
                 self.batch.step()
         finally:
+            # In a `finally`: a step that failed has ended texts, too, whose clients must hear of it.
             for text in [text for text in self._active if text.ended]:
                 active = self._active.pop(text)
                 if text.failed:

@@ -70,9 +70,11 @@ class KVExtents:
         pinned = [extent for extent in (base, *(extent for extent, _, _ in copies)) if extent is not None]
         for extent in pinned:
             extent.users += 1  # eviction must not take what this text is about to share
+        # Cells for the longest answer are taken at once: no text can run out of room while it grows.
         size = len(text.ids) - shared + text.max_new_tokens
         image, first = (0, 0), self._allocate(self.allocator, size, step)
         if first is not None and base is None and self.runner.image_pool is not None and text.images:
+            # The post decoder's keys and values of the images have a pool of their own; sharers use their base's.
             read = [vision for _, vision in (features[key] for key in text.images) if vision is not None]
             length = sum(map(len, read))
             image_first = self._allocate(self.image_allocator, length, step)
@@ -86,6 +88,7 @@ class KVExtents:
             extent.users -= 1
         if first is None:
             return False
+        # Positions that need no reading: shared in place, or copied from another extent.
         text.reused = text.read = shared
         for extent, begin, end in copies:
             self.runner.copy(extent.first + begin - extent.start, first + begin - shared, end - begin)
@@ -125,6 +128,7 @@ class KVExtents:
             The extent whose first positions the text reads where they lie, the number of these, and what it copies:
             positions behind them, or the words before the image of a text over another image.
         """
+        # At least one position is read anew: the next token is chosen from its hidden state.
         limit = len(text.ids) - 1 if text.max_shared is None else min(text.max_shared, len(text.ids) - 1)
         best, longest = None, MIN_SHARED - 1
         for extent in self.by_images.get(text.images, ()):

@@ -49,9 +49,11 @@ class PassLayout:
         positions: list[int] = []
         cells: list[int] = []
         image_rows: list[Tensor] = []
+        # Flat and without padding: chunk after chunk, positions counted from each text's own beginning.
         for text, start, end in chunks:
             ids += text.ids[start:end]
             positions += range(start, end)
+            # What a text shares lies in its base's extent, so its own cells begin at position `shared`.
             cells += range(text.extent.first + start - text.shared, text.extent.first + end - text.shared)
             placeholders = text.ids[start:end].count(self.image_token)
             if placeholders:
@@ -60,6 +62,7 @@ class PassLayout:
                 image_rows.append(rows[before : before + placeholders])
         counts = [end - start for _, start, end in chunks]
         ends = dict(zip((chunk.text for chunk in chunks), itertools.accumulate(counts), strict=True))
+        # Each chunk reads its own extent causally, and all of what it shares, which lies before it.
         private = [(text.extent.first, end - text.shared) for text, _, end in chunks]
         shared = [(text.base.first, text.shared) if text.base is not None else NOTHING for text, _, _ in chunks]
         # The post decoder runs where a token is chosen, or over all positions where its self-attention needs them.
@@ -83,6 +86,7 @@ class PassLayout:
             return DenseReads(counts, private, shared, self.runner.pool.layers[0][0])
         reads = [self._reads(counts, private, True)]
         if any(length for _, length in shared):
+            # Neighbours that share a beginning are one group of queries: it is read once for all of them.
             groups = [list(group) for _, group in itertools.groupby(range(len(counts)), lambda i: shared[i])]
             sizes = [sum(counts[i] for i in group) for group in groups]
             reads.append(self._reads(sizes, [shared[group[0]] for group in groups], False))
@@ -96,6 +100,7 @@ class PassLayout:
 
     def _reads(self, counts: Sequence[int], extents: Sequence[Span], causal: bool) -> ExtentReads:
         ends = [0, *itertools.accumulate(counts)]
+        # The kernels take prefix sums of the groups' sizes; each extent is its first cell and its length.
         firsts, lengths = [first for first, _ in extents], [length for _, length in extents]
         bounds = max(counts, default=0), max(lengths, default=0)
         return ExtentReads(self._ints(ends), self._ints([*firsts, 0]), self._ints(lengths), *bounds, causal)
@@ -154,6 +159,7 @@ class PassLayout:
             reads, image = self._kernel_reads(views, rows)
         else:
             reads, image = self._dense_reads(texts, private, beginnings)
+        # Rows were sorted: each takes its last token from where it was in the step before.
         sources = self._ints(padded([text.row for text in texts], 0)).long()
         for row, text in enumerate(texts):
             text.row = row
@@ -178,6 +184,7 @@ class PassLayout:
         pool, image_pool = self.runner.pool, self.runner.image_pool
         heads = pool.layers[0][0].shape[1]
         reads = [ExtentReads(columns[5], columns[6], columns[3], 1, ANY_LENGTH, False, pieces_of(rows, heads))]
+        # The first seven columns are every step's; then groups that share beginnings, and images, where there are any.
         rest, image = columns[7:], None
         if image_pool is not None:
             pieces = pieces_of(groups, image_pool.layers[0][0].shape[1])
@@ -225,6 +232,7 @@ class PassLayout:
         top = max(text.top for text in texts)
         if top < 0:
             return None
+        # As many as the API can ask for: a graph writes to tensors of one size.
         top = min(max(top, API_TOP), self.runner.core.lm_head.weight.shape[0])
         device = self.runner.device
         return torch.zeros(rows, 1 + top, device=device), torch.zeros(rows, top, dtype=torch.long, device=device)

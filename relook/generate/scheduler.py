@@ -171,6 +171,7 @@ class Scheduler:
         Returns:
             Whether the rows of a step must be laid out anew.
         """
+        # `is_launched`: all of its steps are under way, the tokens of which the host may not have read yet.
         ended = [text for text in self.growing if text.ended or text.is_launched]
         cancelled = [text for text in self.reading if text.ended]
         state_is_over = self._state is not None and self._state.is_over
@@ -189,6 +190,7 @@ class Scheduler:
         next_texts = list(self._next_texts())
         features = self._features_for_placing(next_texts)
         for text in next_texts:
+            # While others run, a text that finds no room waits: they will release theirs.
             idle = not self.growing and not self.reading
             try_place = self.extents.place
             # Alone, a text may take the whole pool: then even what it would share must make room.
@@ -229,6 +231,7 @@ class Scheduler:
     def _encode(self, images: Sequence[ImageKey]) -> dict[ImageKey, ImageFeatures]:
         """Return features by image; those that are not cached go through the vision tower in one batch."""
         features = {key: cached for key in dict.fromkeys(images) if (cached := self.features.get(key)) is not None}
+        # Several questions of a batch may show one picture: encode it once.
         missing = [key for key in dict.fromkeys(images) if key not in features]
         if missing:
             encoded = self.runner.encode_images([self.image_inputs(key) for key in missing])
@@ -259,6 +262,7 @@ class Scheduler:
             raise
         if not finished:
             return False
+        # Their first tokens are appended behind the rows of the running step; the next layout gathers both.
         rows = sum(map(len, self._first_tokens)) + (0 if self._state is None else self._state.rows)
         for index, text in enumerate(finished):
             text.row, text.launched = rows + index, 1
