@@ -1,0 +1,218 @@
+"""The study's variants: each is trained on the same pairs and evaluated on the test scenes; then the table.
+
+A variant is a recipe's keys, the pairs it learns from, and for controls a change to what the post decoder sees.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from relook.evaluate.compare import compare_pooled
+from relook.files import read_json, read_records
+
+POST_DECODER = {"tune_post_decoder": "true", "post_decoder_init": "projector"}
+WITHOUT = {"tune_post_decoder": "true", "post_decoder.attention": "none"}
+LORA = {"lora_enable": "true", "num_train_epochs": "1"}
+DPO = {"dpo_weight": "1.0"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Keys of the recipe, the share of false objects in chosen texts, and changes in training and at test."""
+
+    keys: Mapping[str, str]
+    dose: int = 0  # percent
+    questions: bool = True  # train on question pairs, too
+    change: tuple[str, ...] = ()
+    test_change: tuple[str, ...] | None = None  # None: as in training
+    trained_as: str = ""  # another variant, of which this is the model
+    seeds: bool = field(default=True)  # over all tuning seeds, or only the first
+
+
+VARIANTS = {
+    "cross": Variant(POST_DECODER),
+    "none": Variant(WITHOUT),
+    "other_image": Variant(POST_DECODER, change=("other_image",)),
+    "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
+    "projected": Variant(POST_DECODER, change=("projected",)),
+    "lora": Variant(LORA),
+    **{f"nll_{dose}": Variant(POST_DECODER, dose, questions=False) for dose in (0, 5, 10, 20)},
+    **{f"dpo_{dose}": Variant(POST_DECODER | DPO, dose, questions=False) for dose in (0, 5, 10, 20)},
+}
+# name: (first, second); a difference is second - first
+CONTRASTS = {
+    "H1 looking again": ("none", "cross"),
+    "H2 its own image in training": ("other_image", "cross"),
+    "H2 its own image at test": ("swapped", "cross"),
+    "H4 free alignment": ("projected", "cross"),
+    "H5 cross-attention, not LoRA": ("lora", "cross"),
+    "H5 LoRA, not an MLP": ("none", "lora"),
+    **{f"H6 preference at {dose} % false": (f"nll_{dose}", f"dpo_{dose}") for dose in (0, 5, 10, 20)},
+}
+
+
+def parameters_matched(hidden: int, inner: int, width: int) -> tuple[int, int]:
+    """Return the MLP size without cross-attention, and the rank of LoRA, of a post decoder's number of parameters."""
+    # Alignment (two linears with biases, a norm), one attention of four square projections, its norm.
+    look = width * hidden + hidden + hidden * hidden + hidden + 2 * hidden + 4 * hidden * hidden + 2 * hidden
+    mlp = 3 * hidden * inner
+    kv = hidden // 3
+    per_rank = 30 * (2 * hidden * 2 + 2 * (hidden + kv) + 3 * (hidden + inner))
+    return inner + round(look / (3 * hidden)), max(1, round((look + mlp) / per_rank))
+
+
+def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
+    from run import summary
+
+    mlp_size, rank = parameters_matched(576, 1536, sizes.tower[0])
+    cells = [(name, seed) for seed in sizes.seeds for name in VARIANTS]
+    only = sizes.only or list(VARIANTS)
+    cells = [(name, seed) for name, seed in cells if name in only]
+    matched = {"none": {"post_decoder.mlp_size": str(mlp_size)}, "lora": {"lora_r": str(rank), "lora_alpha": str(2 * rank)}}
+    start = time.time()
+    failures = {}
+    # Variants of the same pairs share a trunk cache on disk: the first of them fills it, the others wait for it.
+    filled: dict[tuple[int, bool], threading.Lock] = {(v.dose, v.questions): threading.Lock() for v in VARIANTS.values()}
+
+    def cell(name: str, seed: int) -> None:
+        if sizes.study_seconds and time.time() - start > sizes.study_seconds:
+            failures[f"{name}-{seed}"] = "not begun: out of time"
+            return
+        try:
+            variant = VARIANTS[name]
+            trained = variant.trained_as or name
+            cached = filled.get((variant.dose, variant.questions)) if name != "lora" else None
+            with cached or nullcontext():
+                first = cached is not None and not cache_folder(paths, variant).exists()
+                model = train(paths, sizes, trained, seed, matched) if first else None
+            model = model or train(paths, sizes, trained, seed, matched)
+            answer(paths, sizes, name, model, split, seed)
+        except RuntimeError as error:
+            failures[f"{name}-{seed}"] = str(error)
+            print(error, flush=True)
+
+    from run import evaluate
+
+    with ThreadPoolExecutor(sizes.jobs) as pool:
+        base = pool.submit(evaluate, paths, sizes, "base", paths.base, split)
+        # Those that share a trunk cache wait for the first of them, which fills it; swapped waits for cross.
+        late = [(name, seed) for name, seed in cells if VARIANTS[name].trained_as]
+        list(pool.map(lambda c: cell(*c), [c for c in cells if c not in late]))
+        list(pool.map(lambda c: cell(*c), late))
+        base.result()
+    folder = paths.work / "eval" / split
+    rows = {out.name: summary(out) for out in sorted(folder.iterdir()) if (out / "chair.json").exists()}
+    result = {"rows": rows, "failures": failures, "contrasts": contrasts(paths, split, sizes.seeds)}
+    result["by_size"] = by_size(paths, split)
+    print_table(result)
+    return result
+
+
+def cache_folder(paths: Any, variant: Variant) -> Path:
+    folder: Path = paths.work / f"trunk_cache_{variant.dose}_{'all' if variant.questions else 'captions'}"
+    return folder
+
+
+def train(paths: Any, sizes: Any, name: str, seed: int, matched: Mapping[str, Mapping[str, str]]) -> Path:
+    from run import HERE, relook
+
+    variant, out = VARIANTS[name], paths.work / "runs" / f"{name}-{seed}"
+    if (out / "run.json").exists():
+        return out
+    data = paths.data("pairs")
+    keys = {
+        "model_name_or_path": paths.base,
+        "output_dir": out,
+        "vg_path": data,
+        "desc_data_path": data / f"desc_{variant.dose}.json",
+        "seed": seed,
+        **variant.keys,
+        **matched.get(name, {}),
+    }
+    if name != "lora":
+        keys |= {"feature_cache": "disk", "feature_cache_dir": cache_folder(paths, variant)}
+    if variant.questions:
+        keys["pope_data_path"] = data / "pope_data.json"
+    words = [word for key, value in keys.items() for word in (f"--{key}", value)]
+    module = f"{HERE / 'changed.py'} {' '.join(variant.change)} --" if variant.change else "-m relook"
+    start = time.time()
+    relook(paths, f"train-{name}-{seed}", "train", HERE / "recipe_tune.yaml", *words, *sizes.tune, module=module)
+    print(f"  trained {name}-{seed} in {time.time() - start:.0f} s", flush=True)
+    return out
+
+
+def answer(paths: Any, sizes: Any, name: str, model: Path, split: str, seed: int) -> None:
+    from run import evaluate
+
+    variant = VARIANTS[name]
+    change = variant.change if variant.test_change is None else variant.test_change
+    start = time.time()
+    scores = evaluate(paths, sizes, f"{name}-{seed}", model, split, *change)
+    shown = {key: round(value, 3) for key, value in scores.items()}
+    print(f"  evaluated {name}-{seed} in {time.time() - start:.0f} s: {shown}", flush=True)
+
+
+def contrasts(paths: Any, split: str, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Compute the contrasts, and every variant against the base, pooled over the seeds that both have."""
+    folder = paths.work / "eval" / split
+    pairs = {**CONTRASTS, **{f"{name} - base": ("base", name) for name in VARIANTS}}
+    result = {}
+    for title, (first, second) in pairs.items():
+        runs = []
+        for seed in seeds:
+            sides = [folder / (name if name == "base" else f"{name}-{seed}") for name in (first, second)]
+            if all((side / "chair.json").exists() for side in sides):
+                runs.append((paths.data(split), *sides))
+        if runs:
+            found = compare_pooled(runs)
+            chair = {key: found["chair"][key] for key in ("chair_i", "chair_s", "recall")}
+            result[title] = {"runs": len(runs), "adversarial": found["pope"]["adversarial"], **chair}
+    return result
+
+
+def by_size(paths: Any, split: str) -> dict[str, dict[str, float]]:
+    """Compute each run's share of right answers on present objects by size, and on absent ones (adversarial)."""
+    from probe import adversarial_questions
+    from run import picture_of, read_scenes
+
+    drawn = read_scenes(paths, split)
+    pictures = [picture_of(paths.data(split), split, number).name for number in range(len(drawn))]
+    names = {name for _, name in adversarial_questions(paths, split, pictures)}
+    from relook.evaluate.tasks.pope import question_text
+
+    by_text = {question_text(name): name for name in names}
+    numbers = {name: number for number, name in enumerate(pictures)}
+    result = {}
+    for out in sorted((paths.work / "eval" / split).iterdir()):
+        groups: dict[str, list[bool]] = {}
+        for record in read_records(out / "pope_adversarial.jsonl") if (out / "pope_adversarial.jsonl").exists() else []:
+            scene, name = drawn[numbers[Path(record["image"]).name]], by_text[record["question"]]
+            size = max((item.size for item in scene.objects if item.name == name), default=0)
+            group = "absent" if not size else "small" if size < 18 else "middle" if size < 35 else "large"
+            says_yes = record["answer"].strip().lower().startswith("yes")
+            groups.setdefault(group, []).append(says_yes == (size > 0))
+        result[out.name] = {group: sum(right) / len(right) for group, right in sorted(groups.items())}
+    return result
+
+
+def print_table(result: Mapping[str, Any]) -> None:
+    print("| | random | popular | adversarial | yes ratio | CHAIR_i | CHAIR_s | recall | length |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, row in result["rows"].items():
+        print(f"| {name} | " + " | ".join(f"{100 * v:.1f}" if k != "length" else f"{v:.1f}" for k, v in row.items()) + " |")
+    for title, found in result["contrasts"].items():
+        cells = [
+            f"{key} {100 * value['difference']:+.1f} [{100 * value['ci'][0]:+.1f}, {100 * value['ci'][1]:+.1f}]"
+            for key, value in found.items()
+            if key != "runs"
+        ]
+        print(f"| {title} ({found['runs']}) | " + " | ".join(cells) + " |")
+    print(json.dumps(result["by_size"], indent=1))
