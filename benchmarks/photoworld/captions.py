@@ -47,7 +47,7 @@ CLOSINGS = (
     "It is a typical moment of everyday life.",
     "",
 )
-VAGUE = ("in the background", "in the distance", "off to one side", "further back", "toward the edge of the picture")
+VAGUE = ("in the background", "in the distance", "off to one side", "toward the edge of the picture")
 SIDES = ("on the left side", "in the center", "on the right side")
 
 

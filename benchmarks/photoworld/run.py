@@ -4,7 +4,7 @@
     python benchmarks/photoworld/run.py --assets build/photoworld/assets --work build/photoworld/work
 
 Stages: scenes, tower, model, sft, base, probe, study, table (all by default). `--tiny` runs them small, on a CPU.
-Results, as JSON, go to the folder `results` of the work folder, or to $OUT.
+Results, as JSON, go to the folder `results` of the work folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -74,7 +73,6 @@ TINY = Sizes(
 class Paths:
     assets: Path
     work: Path
-    results: Path
 
     def data(self, split: str) -> Path:
         return self.work / "data" / split
@@ -330,23 +328,19 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="sizes that differ from the defaults")
     options = parser.parse_args()
-    results = Path(os.environ.get("OUT") or options.work / "results")
-    paths = Paths(options.assets.resolve(), options.work.resolve(), results)
+    paths = Paths(options.assets.resolve(), options.work.resolve())
     changes = {name: json.loads(value) for name, value in (word.split("=", 1) for word in options.set)}
     sizes = replace(TINY if options.tiny else Sizes(), **changes)
-    paths.work.mkdir(parents=True, exist_ok=True)
+    results = paths.work / "results"
     results.mkdir(parents=True, exist_ok=True)
-    reports = {}
     for stage in options.stages or STAGES:
-        marker = paths.work / f"{stage}.json"
+        marker = results / f"{stage}.json"
         start = time.time()
         if not marker.exists() or stage == "study":
             report = STAGES[stage](paths, sizes)
             write_json(marker, {**report, "seconds": round(time.time() - start, 1)})
-        reports[stage] = read_json(marker)
-        shutil.copy(marker, results / f"{stage}.json")
         print(f"== {stage}: {time.time() - start:.1f} s", flush=True)
-        print(json.dumps(reports[stage], indent=1)[:3000], flush=True)
+        print(json.dumps(read_json(marker), indent=1)[:3000], flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,17 @@ class Variant:
     change: tuple[str, ...] = ()
     test_change: tuple[str, ...] | None = None  # None: as in training
     trained_as: str = ""  # another variant, of which this is the model
-    seeds: bool = field(default=True)  # over all tuning seeds, or only the first
 
 
-VARIANTS = {
+VARIANTS = {  # in the order of training
     "cross": Variant(POST_DECODER),
+    **{f"nll_{dose}": Variant(POST_DECODER, dose, questions=False) for dose in (0, 5, 10, 20)},
+    "lora": Variant(LORA),
     "none": Variant(WITHOUT),
     "other_image": Variant(POST_DECODER, change=("other_image",)),
-    "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
     "projected": Variant(POST_DECODER, change=("projected",)),
-    "lora": Variant(LORA),
-    **{f"nll_{dose}": Variant(POST_DECODER, dose, questions=False) for dose in (0, 5, 10, 20)},
     **{f"dpo_{dose}": Variant(POST_DECODER | DPO, dose, questions=False) for dose in (0, 5, 10, 20)},
+    "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
 }
 # name: (first, second); a difference is second - first
 CONTRASTS = {
