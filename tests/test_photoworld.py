@@ -53,7 +53,10 @@ def test_boxes_and_patches_agree(assets: Path) -> None:
         assert set(np.unique(patches)) - {0} <= {scenes.CLASSES.index(name) + 1 for name in scene.names}
         for item in scene.objects:
             x, y, width, height = item.box
-            assert 0 <= x and 0 <= y and x + width <= 224 and y + height <= 224
+            assert x >= 0
+            assert y >= 0
+            assert x + width <= 224
+            assert y + height <= 224
             assert scenes.MIN_PIXELS <= item.pixels <= width * height
 
 

@@ -12,10 +12,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from scenes import OBJECTS, SETTINGS, SIZE, Scene, Visible
+
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.evaluate.tasks.chair import plural
 from relook.evaluate.tasks.pope import question_text
-from scenes import OBJECTS, SETTINGS, SIZE, Scene, Visible
 
 SMALL, CLAIM_CORE, CLAIM_COMMON = 18, 0.45, 0.12
 QUESTIONS = 6  # an image, beside its caption

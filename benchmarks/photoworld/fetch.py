@@ -31,6 +31,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
+import itertools
+
 import captions
 import scenes
 
@@ -62,7 +64,9 @@ def download(packages: Path) -> None:
             (file,) = packages.glob(f"{name}_*.deb")
             subprocess.run(["dpkg-deb", "-x", file.name, name], cwd=packages, check=True)
     if not (packages / "package").exists():
-        name = subprocess.run(["npm", "pack", "--silent", NPM], cwd=packages, check=True, capture_output=True, text=True)
+        name = subprocess.run(
+            ["npm", "pack", "--silent", NPM], cwd=packages, check=True, capture_output=True, text=True
+        )
         with tarfile.open(packages / name.stdout.split()[-1]) as archive:
             archive.extractall(packages, filter="data")
     if not (packages / "python").exists():
@@ -151,7 +155,7 @@ def cut_vocabulary(description: dict[str, Any], tokenizer: Any, texts: Iterable[
     for word in words:
         parts = list(word)
         while len(parts) > 1:
-            rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(parts, parts[1:], strict=False)))
+            rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(parts)))
             if rank == len(ranks):
                 break
             merges.add(rank)

@@ -117,7 +117,10 @@ def train_tower(
                 torch.cuda.synchronize()
             done = (time.time() - start) / seconds
             if step % 400 == 0:
-                print(f"  tower: step {step}, loss {loss.item():.3f}, {step * batch / (time.time() - start):.0f}/s", flush=True)
+                print(
+                    f"  tower: step {step}, loss {loss.item():.3f}, {step * batch / (time.time() - start):.0f}/s",
+                    flush=True,
+                )
     net.eval()
     return net, {"steps": step, "epochs": step * batch / len(pixels), "loss": loss.item()}
 
@@ -217,9 +220,7 @@ def make_processor(folder: Path) -> LlavaProcessor:
         additional_special_tokens=["<image>"],
     )
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
-        ),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",

@@ -102,9 +102,7 @@ def run(paths: Any, sizes: Any, split: str = "dev") -> dict[str, Any]:
         pictures = [picture_of(paths.data(name), name, number).name for number in range(len(drawn))]
         asked = training_questions(drawn) if name == "pairs" else adversarial_questions(paths, name, pictures)
         states, margins, patches = read_states(model, processor, load_pixels(paths, name)[0], asked)
-        largest = [
-            max((item.size for item in drawn[i].objects if item.name == name), default=0.0) for i, name in asked
-        ]
+        largest = [max((item.size for item in drawn[i].objects if item.name == name), default=0.0) for i, name in asked]
         images = torch.tensor([i for i, _ in asked])
         sides.append((states.to(where), margins, patches.to(where), images.to(where), np.array(largest)))
     (states, _, patches, images, sizes_seen), (test_states, margins, test_patches, test_images, test_sizes) = sides

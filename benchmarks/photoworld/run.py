@@ -25,6 +25,7 @@ from typing import Any
 import captions
 import numpy as np
 import scenes
+from analysis import DOSES, summary
 from scenes import OBJECTS, Scene
 
 from relook.evaluate.tasks.build_pope import build_splits
@@ -32,7 +33,6 @@ from relook.files import atomic_file, read_json, write_json, write_jsonl
 
 HERE = Path(__file__).resolve().parent
 FIRST_ID = {"sft": 1_000_000, "pairs": 2_000_000, "dev": 3_000_000, "test": 4_000_000}  # an image's id is its seed
-DOSES = (0.0, 0.05, 0.10, 0.20)
 
 
 @dataclass(frozen=True)
@@ -164,15 +164,16 @@ def write_pairs(folder: Path, drawn: list[Scene]) -> None:
     first = FIRST_ID["pairs"]
     url = "https://photoworld.invalid/VG_100K"
     write_json(
-        folder / "image_data.json", [{"image_id": first + i, "url": f"{url}/{first + i}.jpg"} for i in range(len(drawn))]
+        folder / "image_data.json",
+        [{"image_id": first + i, "url": f"{url}/{first + i}.jpg"} for i in range(len(drawn))],
     )
     for dose in DOSES:
         pairs = {}
         for number, scene in enumerate(drawn):
-            chosen, rejected = captions.caption_pair(scene, dose, f"pairs/{number}")
+            chosen, rejected = captions.caption_pair(scene, dose / 100, f"pairs/{number}")
             if chosen != rejected:
                 pairs[first + number] = {"chosen": [chosen], "rejected": [rejected]}
-        write_json(folder / f"desc_{round(100 * dose)}.json", pairs)
+        write_json(folder / f"desc_{dose}.json", pairs)
     records = [
         {"image_id": first + i, "question": question, "chosen": chosen, "reject": rejected, "correct": False}
         for i, scene in enumerate(drawn)
@@ -281,13 +282,6 @@ def evaluate(paths: Paths, sizes: Sizes, name: str, model: Path, split: str, *ch
         module = f"{HERE / 'changed.py'} {' '.join(change)} --" if change else "-m relook"
         relook(paths, f"eval-{split}-{name}", "eval", *words, *sizes.evaluation, module=module)
     return summary(out)
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    pope, chair = read_json(folder / "pope.json"), read_json(folder / "chair.json")
-    row = {split: pope[split]["accuracy"] for split in ("random", "popular", "adversarial")}
-    row["yes_ratio"] = pope["adversarial"]["yes_ratio"]
-    return row | {key: chair[key] for key in ("chair_i", "chair_s", "recall", "length")}
 
 
 def evaluate_base(paths: Paths, sizes: Sizes) -> dict[str, Any]:

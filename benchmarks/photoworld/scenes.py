@@ -140,9 +140,7 @@ def _choose(setting: dict[str, Any], rng: random.Random) -> list[tuple[str, str]
     return [(n, rng.choice(OBJECTS[n]["files"])) for n, count in zip(names, counts, strict=True) for _ in range(count)]
 
 
-def _place(
-    assets: Path, rng: random.Random, name: str, file: str, horizon: float, focal: float, table: int
-) -> _Sprite:
+def _place(assets: Path, rng: random.Random, name: str, file: str, horizon: float, focal: float, table: int) -> _Sprite:
     stamp, kind = _stamp(assets, file), OBJECTS[name]["kind"]
     if table:
         base = rng.uniform(table + 18, SIZE - 4)
@@ -255,7 +253,9 @@ def _with_table(picture: Image.Image, top: int, rng: random.Random) -> Image.Ima
     picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(1, 3)))
     dice = np.random.default_rng(rng.getrandbits(32))
     grain = dice.standard_normal((SIZE - top, 8), np.float32).cumsum(1) * 3 + dice.standard_normal((SIZE - top, 1)) * 5
-    colour = np.array(rng.choice(((150, 104, 66), (118, 78, 50), (186, 150, 108), (96, 70, 54)))) * rng.uniform(0.7, 1.1)
+    colour = np.array(rng.choice(((150, 104, 66), (118, 78, 50), (186, 150, 108), (96, 70, 54)))) * rng.uniform(
+        0.7, 1.1
+    )
     rows = (colour + grain[..., None]).clip(0, 255).astype(np.uint8)
     picture.paste(Image.fromarray(rows).resize((SIZE, SIZE - top), Image.Resampling.BICUBIC), (0, top))
     return picture
@@ -275,4 +275,6 @@ def _paste(picture: Image.Image, sprite: _Sprite, light: float, rng: random.Rand
         picture.paste((0, 0, 0), (sprite.x - 8, sprite.y + height - 14), shadow)
     dim = min(1.0, 0.55 + 0.45 * light / 125)  # stamps were taken by day
     colour = ImageEnhance.Brightness(stamp.convert("RGB")).enhance(dim * rng.uniform(0.85, 1.12))
-    picture.paste(ImageEnhance.Color(colour).enhance(rng.uniform(0.75, 1.15)), (sprite.x, sprite.y), stamp.getchannel("A"))
+    picture.paste(
+        ImageEnhance.Color(colour).enhance(rng.uniform(0.75, 1.15)), (sprite.x, sprite.y), stamp.getchannel("A")
+    )

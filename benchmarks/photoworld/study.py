@@ -5,7 +5,6 @@ A variant is a recipe's keys, the pairs it learns from, and for controls a chang
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Mapping
@@ -15,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relook.evaluate.compare import compare_pooled
-from relook.files import read_json, read_records
+from analysis import DOSES, analyse, print_tables
 
 POST_DECODER = {"tune_post_decoder": "true", "post_decoder_init": "projector"}
 WITHOUT = {"tune_post_decoder": "true", "post_decoder.attention": "none"}
@@ -38,23 +36,13 @@ class Variant:
 
 VARIANTS = {  # in the order of training
     "cross": Variant(POST_DECODER),
-    **{f"nll_{dose}": Variant(POST_DECODER, dose, questions=False) for dose in (0, 5, 10, 20)},
+    **{f"nll_{dose}": Variant(POST_DECODER, dose, questions=False) for dose in DOSES},
     "lora": Variant(LORA),
     "none": Variant(WITHOUT),
     "other_image": Variant(POST_DECODER, change=("other_image",)),
     "projected": Variant(POST_DECODER, change=("projected",)),
-    **{f"dpo_{dose}": Variant(POST_DECODER | DPO, dose, questions=False) for dose in (0, 5, 10, 20)},
+    **{f"dpo_{dose}": Variant(POST_DECODER | DPO, dose, questions=False) for dose in DOSES},
     "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
-}
-# name: (first, second); a difference is second - first
-CONTRASTS = {
-    "H1 looking again": ("none", "cross"),
-    "H2 its own image in training": ("other_image", "cross"),
-    "H2 its own image at test": ("swapped", "cross"),
-    "H4 free alignment": ("projected", "cross"),
-    "H5 cross-attention, not LoRA": ("lora", "cross"),
-    "H5 LoRA, not an MLP": ("none", "lora"),
-    **{f"H6 preference at {dose} % false": (f"nll_{dose}", f"dpo_{dose}") for dose in (0, 5, 10, 20)},
 }
 
 
@@ -69,17 +57,22 @@ def parameters_matched(hidden: int, inner: int, width: int) -> tuple[int, int]:
 
 
 def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
-    from run import summary
+    from run import evaluate
 
     mlp_size, rank = parameters_matched(576, 1536, sizes.tower[0])
     cells = [(name, seed) for seed in sizes.seeds for name in VARIANTS]
     only = sizes.only or list(VARIANTS)
     cells = [(name, seed) for name, seed in cells if name in only]
-    matched = {"none": {"post_decoder.mlp_size": str(mlp_size)}, "lora": {"lora_r": str(rank), "lora_alpha": str(2 * rank)}}
+    matched = {
+        "none": {"post_decoder.mlp_size": str(mlp_size)},
+        "lora": {"lora_r": str(rank), "lora_alpha": str(2 * rank)},
+    }
     start = time.time()
     failures = {}
     # Variants of the same pairs share a trunk cache on disk: the first of them fills it, the others wait for it.
-    filled: dict[tuple[int, bool], threading.Lock] = {(v.dose, v.questions): threading.Lock() for v in VARIANTS.values()}
+    filled: dict[tuple[int, bool], threading.Lock] = {
+        (v.dose, v.questions): threading.Lock() for v in VARIANTS.values()
+    }
 
     def cell(name: str, seed: int) -> None:
         if sizes.study_seconds and time.time() - start > sizes.study_seconds:
@@ -98,8 +91,6 @@ def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
             failures[f"{name}-{seed}"] = str(error)
             print(error, flush=True)
 
-    from run import evaluate
-
     with ThreadPoolExecutor(sizes.jobs) as pool:
         base = pool.submit(evaluate, paths, sizes, "base", paths.base, split)
         # Those that share a trunk cache wait for the first of them, which fills it; swapped waits for cross.
@@ -107,12 +98,9 @@ def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
         list(pool.map(lambda c: cell(*c), [c for c in cells if c not in late]))
         list(pool.map(lambda c: cell(*c), late))
         base.result()
-    folder = paths.work / "eval" / split
-    rows = {out.name: summary(out) for out in sorted(folder.iterdir()) if (out / "chair.json").exists()}
-    result = {"rows": rows, "failures": failures, "contrasts": contrasts(paths, split, sizes.seeds)}
-    result["by_size"] = by_size(paths, split)
-    print_table(result)
-    return result
+    result = analyse(paths.data(split), paths.work / "eval" / split)
+    print_tables(result)
+    return {**result, "failures": failures}
 
 
 def cache_folder(paths: Any, variant: Variant) -> Path:
@@ -157,61 +145,3 @@ def answer(paths: Any, sizes: Any, name: str, model: Path, split: str, seed: int
     scores = evaluate(paths, sizes, f"{name}-{seed}", model, split, *change)
     shown = {key: round(value, 3) for key, value in scores.items()}
     print(f"  evaluated {name}-{seed} in {time.time() - start:.0f} s: {shown}", flush=True)
-
-
-def contrasts(paths: Any, split: str, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Compute the contrasts, and every variant against the base, pooled over the seeds that both have."""
-    folder = paths.work / "eval" / split
-    pairs = {**CONTRASTS, **{f"{name} - base": ("base", name) for name in VARIANTS}}
-    result = {}
-    for title, (first, second) in pairs.items():
-        runs = []
-        for seed in seeds:
-            sides = [folder / (name if name == "base" else f"{name}-{seed}") for name in (first, second)]
-            if all((side / "chair.json").exists() for side in sides):
-                runs.append((paths.data(split), *sides))
-        if runs:
-            found = compare_pooled(runs)
-            chair = {key: found["chair"][key] for key in ("chair_i", "chair_s", "recall")}
-            result[title] = {"runs": len(runs), "adversarial": found["pope"]["adversarial"], **chair}
-    return result
-
-
-def by_size(paths: Any, split: str) -> dict[str, dict[str, float]]:
-    """Compute each run's share of right answers on present objects by size, and on absent ones (adversarial)."""
-    from probe import adversarial_questions
-    from run import picture_of, read_scenes
-
-    drawn = read_scenes(paths, split)
-    pictures = [picture_of(paths.data(split), split, number).name for number in range(len(drawn))]
-    names = {name for _, name in adversarial_questions(paths, split, pictures)}
-    from relook.evaluate.tasks.pope import question_text
-
-    by_text = {question_text(name): name for name in names}
-    numbers = {name: number for number, name in enumerate(pictures)}
-    result = {}
-    for out in sorted((paths.work / "eval" / split).iterdir()):
-        groups: dict[str, list[bool]] = {}
-        for record in read_records(out / "pope_adversarial.jsonl") if (out / "pope_adversarial.jsonl").exists() else []:
-            scene, name = drawn[numbers[Path(record["image"]).name]], by_text[record["question"]]
-            size = max((item.size for item in scene.objects if item.name == name), default=0)
-            group = "absent" if not size else "small" if size < 18 else "middle" if size < 35 else "large"
-            says_yes = record["answer"].strip().lower().startswith("yes")
-            groups.setdefault(group, []).append(says_yes == (size > 0))
-        result[out.name] = {group: sum(right) / len(right) for group, right in sorted(groups.items())}
-    return result
-
-
-def print_table(result: Mapping[str, Any]) -> None:
-    print("| | random | popular | adversarial | yes ratio | CHAIR_i | CHAIR_s | recall | length |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, row in result["rows"].items():
-        print(f"| {name} | " + " | ".join(f"{100 * v:.1f}" if k != "length" else f"{v:.1f}" for k, v in row.items()) + " |")
-    for title, found in result["contrasts"].items():
-        cells = [
-            f"{key} {100 * value['difference']:+.1f} [{100 * value['ci'][0]:+.1f}, {100 * value['ci'][1]:+.1f}]"
-            for key, value in found.items()
-            if key != "runs"
-        ]
-        print(f"| {title} ({found['runs']}) | " + " | ".join(cells) + " |")
-    print(json.dumps(result["by_size"], indent=1))
