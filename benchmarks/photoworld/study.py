@@ -143,5 +143,5 @@ def answer(paths: Any, sizes: Any, name: str, model: Path, split: str, seed: int
     change = variant.change if variant.test_change is None else variant.test_change
     start = time.time()
     scores = evaluate(paths, sizes, f"{name}-{seed}", model, split, *change)
-    shown = {key: round(value, 3) for key, value in scores.items()}
+    shown = {key: None if value is None else round(value, 3) for key, value in scores.items()}
     print(f"  evaluated {name}-{seed} in {time.time() - start:.0f} s: {shown}", flush=True)
