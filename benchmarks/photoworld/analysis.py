@@ -6,6 +6,7 @@ python benchmarks/photoworld/analysis.py WORK       # a work folder, or an unpac
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from scenes import CLASSES, Scene
 
 from relook.evaluate.compare import compare_pooled
 from relook.evaluate.statistics import Ratio, rate_difference, safe_ratio
-from relook.evaluate.tasks.chair import data_truth, mentions, read_eval_captions, vocabulary_of
+from relook.evaluate.tasks.chair import data_truth, mentions, plural, read_eval_captions, vocabulary_of
 from relook.evaluate.tasks.pope import question_text
 from relook.files import read_json, read_records, write_json
 
@@ -30,6 +31,7 @@ CONTRASTS = {
     "H5 cross-attention, not LoRA": ("lora", "cross"),
     "H5 LoRA, not an MLP": ("none", "lora"),
     **{f"H6 preference at {dose} % false": (f"nll_{dose}", f"dpo_{dose}") for dose in DOSES},
+    "H7 preference, on-policy": ("nll_policy", "dpo_policy"),
 }
 
 
@@ -125,6 +127,43 @@ def chair_by_third(data: Path, out: Path) -> dict[str, Ratio]:
         for third, (absent, named) in counts.items():
             ratios[third].append((absent, named))
     return dict(ratios)
+
+
+def corrected(data: Path, out: Path) -> dict[str, tuple[str, str]]:
+    """Return, by image, each caption that names an absent object, corrected, and as it is.
+
+    An absent object is exchanged for a present one that the caption does not name; where none is left, its sentence
+    goes.
+    """
+    captions = read_eval_captions(out)
+    truth = data_truth(data, list(captions))
+    vocabulary = vocabulary_of(truth)
+    pairs = {}
+    for image, text in captions.items():
+        named = mentions(text, vocabulary)
+        unnamed = sorted(truth.objects[image] - {mention.object for mention in named})
+        better = text
+        for mention in reversed([m for m in named if m.object not in truth.objects[image]]):  # spans before it stay
+            if unnamed:
+                better = exchanged(better, mention.start, mention.end, unnamed.pop())
+            else:
+                start = better.rfind(". ", 0, mention.start) + 2 if ". " in better[: mention.start] else 0
+                end = better.find(". ", mention.end)
+                better = better[:start] + (better[end + 2 :] if end >= 0 else "")
+        if better != text and better.strip():
+            pairs[image] = better.strip(), text
+    return pairs
+
+
+def exchanged(text: str, start: int, end: int, name: str) -> str:
+    """Return the text with the words from `start` to `end`, and an article before them, exchanged for a name."""
+    article = re.search(r"(?i)\b(an?) $", text[:start])
+    if article is None:
+        return text[:start] + plural(name) + text[end:]
+    words = ("an " if name[0] in "aeiou" else "a ") + name
+    if text[article.start()].isupper():
+        words = words.capitalize()
+    return text[: article.start()] + words + text[end:]
 
 
 def scenes_of(data: Path) -> tuple[list[Scene], dict[str, int]]:

@@ -3,7 +3,7 @@
     python benchmarks/photoworld/fetch.py build/photoworld/assets          # packages, once
     python benchmarks/photoworld/run.py --assets build/photoworld/assets --work build/photoworld/work
 
-Stages: scenes, tower, model, sft, base, probe, study, table (all by default). `--tiny` runs them small, on a CPU.
+Stages: scenes, tower, model, sft, base, probe, mine, study (all by default). `--tiny` runs them small, on a CPU.
 Results, as JSON, go to the folder `results` of the work folder.
 """
 
@@ -47,6 +47,7 @@ class Sizes:
     sft: tuple[str, ...] = ("--bf16", "true")
     tune: tuple[str, ...] = ("--bf16", "true")
     evaluation: tuple[str, ...] = ("--dtype", "bfloat16", "--batch-size", "256", "--max-new-tokens", "140")
+    mined: int = 2500  # captions of the base
     probe_steps: int = 1500
     jobs: int = 6  # processes that share the GPU
     seeds: tuple[int, ...] = (1, 2)
@@ -87,10 +88,7 @@ class Paths:
 
 def picture_of(folder: Path, split: str, number: int) -> Path:
     image_id = FIRST_ID[split] + number
-    return folder / {
-        "sft": f"images/{image_id}.jpg",
-        "pairs": f"VG_100K/{image_id}.jpg",
-    }.get(split, f"val2014/COCO_val2014_{image_id:012d}.jpg")
+    return folder / (f"images/{image_id}.jpg" if split == "sft" else f"val2014/COCO_val2014_{image_id:012d}.jpg")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -150,23 +148,23 @@ def write_texts(folder: Path, split: str, drawn: list[Scene]) -> None:
                 sides = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
                 records.append({"id": f"{number}-{turn}", "image": picture.name, "conversations": sides})
         write_json(folder / "conversations.json", records)
-    elif split == "pairs":
-        write_pairs(folder, drawn)
+        return
+    write_json(folder / "annotations" / "instances_val2014.json", coco_annotations(pictures, drawn))
+    if split == "pairs":
+        write_pairs(folder, pictures, drawn)
     else:
         names = {picture.name: scene.names for picture, scene in zip(pictures, drawn, strict=True)}
         for name, records in build_splits(names, list(OBJECTS), 0).items():
             write_jsonl(folder / "pope" / f"coco_pope_{name}.json", records)
-        write_json(folder / "annotations" / "instances_val2014.json", coco_annotations(pictures, drawn))
 
 
-def write_pairs(folder: Path, drawn: list[Scene]) -> None:
+def write_pairs(folder: Path, pictures: list[Path], drawn: list[Scene]) -> None:
     """Write HA-DPO's files: description pairs of every dose of false objects, and question pairs."""
     first = FIRST_ID["pairs"]
-    url = "https://photoworld.invalid/VG_100K"
-    write_json(
-        folder / "image_data.json",
-        [{"image_id": first + i, "url": f"{url}/{first + i}.jpg"} for i in range(len(drawn))],
-    )
+    # Readers take folder and file from the end of the url, as with Visual Genome's own.
+    url = "https://photoworld.invalid/val2014"
+    images = [{"image_id": first + i, "url": f"{url}/{picture.name}"} for i, picture in enumerate(pictures)]
+    write_json(folder / "image_data.json", images)
     for dose in DOSES:
         pairs = {}
         for number, scene in enumerate(drawn):
@@ -291,6 +289,26 @@ def evaluate_base(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     return report
 
 
+def mine(paths: Paths, sizes: Sizes) -> dict[str, Any]:
+    """Let the base describe the pair scenes, and write pairs of its captions and corrected ones."""
+    from analysis import corrected
+
+    data = paths.data("pairs")
+    drawn = read_scenes(paths, "pairs")[: sizes.mined]
+    pictures = [picture_of(data, "pairs", number).name for number in range(len(drawn))]
+    (data / "chair_images.txt").write_text("\n".join(pictures))
+    out = paths.work / "eval" / "pairs" / "base"
+    words = ("eval", "chair", "--model", paths.base, "--data", data, "--out", out, "--version", "llava_hf")
+    relook(paths, "mine", *words, *sizes.evaluation)
+    pairs = corrected(data, out)
+    ids = {name: FIRST_ID["pairs"] + number for number, name in enumerate(pictures)}
+    write_json(
+        data / "desc_policy.json",
+        {ids[name]: {"chosen": [chosen], "rejected": [rejected]} for name, (chosen, rejected) in pairs.items()},
+    )
+    return {"captions": len(pictures), "pairs": len(pairs)}
+
+
 def run_probe(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     import probe
 
@@ -310,6 +328,7 @@ STAGES: dict[str, Callable[[Paths, Sizes], dict[str, Any]]] = {
     "sft": train_base,
     "base": evaluate_base,
     "probe": run_probe,
+    "mine": mine,
     "study": run_study,
 }
 

@@ -27,7 +27,7 @@ class Variant:
     """Keys of the recipe, the share of false objects in chosen texts, and changes in training and at test."""
 
     keys: Mapping[str, str]
-    dose: int = 0  # percent
+    pairs: str = "0"  # the file of description pairs: a dose in percent, or "policy"
     questions: bool = True  # train on question pairs, too
     change: tuple[str, ...] = ()
     test_change: tuple[str, ...] | None = None  # None: as in training
@@ -36,12 +36,12 @@ class Variant:
 
 VARIANTS = {  # in the order of training
     "cross": Variant(POST_DECODER),
-    **{f"nll_{dose}": Variant(POST_DECODER, dose, questions=False) for dose in DOSES},
+    **{f"nll_{dose}": Variant(POST_DECODER, str(dose), questions=False) for dose in (*DOSES, "policy")},
     "lora": Variant(LORA),
     "none": Variant(WITHOUT),
     "other_image": Variant(POST_DECODER, change=("other_image",)),
     "projected": Variant(POST_DECODER, change=("projected",)),
-    **{f"dpo_{dose}": Variant(POST_DECODER | DPO, dose, questions=False) for dose in DOSES},
+    **{f"dpo_{dose}": Variant(POST_DECODER | DPO, str(dose), questions=False) for dose in (*DOSES, "policy")},
     "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
 }
 
@@ -70,8 +70,8 @@ def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
     start = time.time()
     failures = {}
     # Variants of the same pairs share a trunk cache on disk: the first of them fills it, the others wait for it.
-    filled: dict[tuple[int, bool], threading.Lock] = {
-        (v.dose, v.questions): threading.Lock() for v in VARIANTS.values()
+    filled: dict[tuple[str, bool], threading.Lock] = {
+        (v.pairs, v.questions): threading.Lock() for v in VARIANTS.values()
     }
 
     def cell(name: str, seed: int) -> None:
@@ -81,7 +81,7 @@ def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
         try:
             variant = VARIANTS[name]
             trained = variant.trained_as or name
-            cached = filled.get((variant.dose, variant.questions)) if name != "lora" else None
+            cached = filled.get((variant.pairs, variant.questions)) if name != "lora" else None
             with cached or nullcontext():
                 first = cached is not None and not cache_folder(paths, variant).exists()
                 model = train(paths, sizes, trained, seed, matched) if first else None
@@ -104,7 +104,7 @@ def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
 
 
 def cache_folder(paths: Any, variant: Variant) -> Path:
-    folder: Path = paths.work / f"trunk_cache_{variant.dose}_{'all' if variant.questions else 'captions'}"
+    folder: Path = paths.work / f"trunk_cache_{variant.pairs}_{'all' if variant.questions else 'captions'}"
     return folder
 
 
@@ -119,7 +119,7 @@ def train(paths: Any, sizes: Any, name: str, seed: int, matched: Mapping[str, Ma
         "model_name_or_path": paths.base,
         "output_dir": out,
         "vg_path": data,
-        "desc_data_path": data / f"desc_{variant.dose}.json",
+        "desc_data_path": data / f"desc_{variant.pairs}.json",
         "seed": seed,
         **variant.keys,
         **matched.get(name, {}),
