@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scenes import CLASSES, Scene
+from scenes import Scene
 
 from relook.evaluate.compare import compare_pooled
 from relook.evaluate.statistics import Ratio, rate_difference, safe_ratio
@@ -97,7 +97,8 @@ def pairs_of(sides: tuple[str, str], runs: Sequence[str]) -> list[tuple[str, str
 def answers_by_size(data: Path, out: Path) -> dict[str, Ratio]:
     """Return (right, asked) by image for the adversarial questions, by the size of the largest object asked about."""
     drawn, numbers = scenes_of(data)
-    names = {question_text(name): name for name in CLASSES}
+    categories = read_json(data / "annotations" / "instances_val2014.json")["categories"]
+    names = {question_text(category["name"]): category["name"] for category in categories}
 
     def group_of(record: Mapping[str, Any]) -> tuple[str, bool]:
         name = names[record["question"]]

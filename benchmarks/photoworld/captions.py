@@ -150,21 +150,30 @@ def caption_pair(scene: Scene, false_share: float, seed: str) -> tuple[str, str]
     true = true_mentions(scene)
     absent = [name for name in scene.usual if name not in scene.names]
     rng.shuffle(absent)
-    dice = [rng.random() for _ in true]
     places = [position(mention, rng) for mention in true]
-    true = [Mention(mention.name) for mention in true]  # singular, as what is exchanged for them
+    sides = noun_pair([mention.name for mention in true], absent, false_share, rng)
+    # One noun, in the singular, as what it is exchanged for; the same seed writes the same words around it.
+    chosen, rejected = (
+        caption(scene.setting, [Mention(name) for name in side], f"{seed}/words", places) for side in sides
+    )
+    return chosen, rejected
 
-    def exchanged(share: float) -> list[Mention]:
-        false = [i for i, die in enumerate(dice) if die < share]
-        return [Mention(absent[i]) if i in false and i < len(absent) else m for i, m in enumerate(true)]
+
+def noun_pair(
+    true: list[str], absent: list[str], false_share: float, rng: random.Random
+) -> tuple[list[str], list[str]]:
+    """Exchange each true name for an absent one with probability `false_share`, and with WORSE more: at least one."""
+    dice = [rng.random() for _ in true]
+
+    def exchanged(share: float) -> list[str]:
+        return [absent[i] if i < len(absent) and dice[i] < share else name for i, name in enumerate(true)]
 
     chosen, rejected = exchanged(false_share), exchanged(false_share + WORSE)
-    if chosen == rejected and absent:
-        i = max((i for i in range(min(len(true), len(absent))) if chosen[i] == true[i]), default=None)
-        if i is not None:
-            rejected[i] = Mention(absent[i])
-    words = f"{seed}/words"
-    return caption(scene.setting, chosen, words, places), caption(scene.setting, rejected, words, places)
+    if chosen == rejected:
+        kept = [i for i in range(min(len(true), len(absent))) if chosen[i] == true[i]]
+        if kept:
+            rejected[kept[-1]] = absent[kept[-1]]
+    return chosen, rejected
 
 
 def question_pairs(scene: Scene, seed: str, count: int = 2) -> list[tuple[str, str, str]]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from analysis import DOSES, analyse, print_tables
 
+from relook.files import read_json
+
 POST_DECODER = {"tune_post_decoder": "true", "post_decoder_init": "projector"}
 WITHOUT = {"tune_post_decoder": "true", "post_decoder.attention": "none"}
 LORA = {"lora_enable": "true", "num_train_epochs": "1"}
@@ -46,27 +48,29 @@ VARIANTS = {  # in the order of training
 }
 
 
-def parameters_matched(hidden: int, inner: int, width: int) -> tuple[int, int]:
-    """Return the MLP size without cross-attention, and the rank of LoRA, of a post decoder's number of parameters."""
-    # Alignment (two linears with biases, a norm), one attention of four square projections, its norm.
-    look = width * hidden + hidden + hidden * hidden + hidden + 2 * hidden + 4 * hidden * hidden + 2 * hidden
-    mlp = 3 * hidden * inner
-    kv = hidden // 3
-    per_rank = 30 * (2 * hidden * 2 + 2 * (hidden + kv) + 3 * (hidden + inner))
-    return inner + round(look / (3 * hidden)), max(1, round((look + mlp) / per_rank))
+def parameters_matched(base: Path) -> dict[str, dict[str, str]]:
+    """Return keys by which the variants without cross-attention and with LoRA have a post decoder's parameters."""
+    config = read_json(base / "config.json")
+    text, width = config["text_config"], config["vision_config"]["hidden_size"]
+    hidden, inner = text["hidden_size"], text["intermediate_size"]
+    # Alignment (two linears with biases, a norm), four square projections, a norm.
+    look = width * hidden + hidden * hidden + 4 * hidden + 4 * hidden * hidden + 2 * hidden
+    keys = hidden * text["num_key_value_heads"] // text["num_attention_heads"]
+    per_rank = text["num_hidden_layers"] * (4 * hidden + 2 * (hidden + keys) + 3 * (hidden + inner))
+    rank = round((look + 3 * hidden * inner) / per_rank)
+    return {
+        "none": {"post_decoder.mlp_size": str(inner + round(look / (3 * hidden)))},
+        "lora": {"lora_r": str(rank), "lora_alpha": str(2 * rank)},
+    }
 
 
 def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
     from run import evaluate
 
-    mlp_size, rank = parameters_matched(576, 1536, sizes.tower[0])
     cells = [(name, seed) for seed in sizes.seeds for name in VARIANTS]
     only = sizes.only or list(VARIANTS)
     cells = [(name, seed) for name, seed in cells if name in only]
-    matched = {
-        "none": {"post_decoder.mlp_size": str(mlp_size)},
-        "lora": {"lora_r": str(rank), "lora_alpha": str(2 * rank)},
-    }
+    matched = parameters_matched(paths.base)
     start = time.time()
     failures = {}
     # Variants of the same pairs share a trunk cache on disk: the first of them fills it, the others wait for it.
@@ -131,7 +135,7 @@ def train(paths: Any, sizes: Any, name: str, seed: int, matched: Mapping[str, Ma
     words = [word for key, value in keys.items() for word in (f"--{key}", value)]
     module = f"{HERE / 'changed.py'} {' '.join(variant.change)} --" if variant.change else "-m relook"
     start = time.time()
-    relook(paths, f"train-{name}-{seed}", "train", HERE / "recipe_tune.yaml", *words, *sizes.tune, module=module)
+    relook(paths, f"train-{name}-{seed}", "train", HERE / "recipe_tune.yaml", *sizes.tune, *words, module=module)
     print(f"  trained {name}-{seed} in {time.time() - start:.0f} s", flush=True)
     return out
 
