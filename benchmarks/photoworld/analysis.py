@@ -226,7 +226,8 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     left.set_yticks(range(len(shown)), [title[:31] for title in reversed(shown)], fontsize=8)
     left.set(xlabel="points, 95 % interval over images", title="Looking again")
     left.legend(fontsize=8)
-    groups, by_size = list(SIZES), result["right answers by size"]
+    by_size = result["right answers by size"]
+    groups = [group for group, value in next(iter(by_size.values())).items() if value is not None]
     for name in ("base", "none", "cross", "other_image", "lora"):
         rows = [row for run, row in by_size.items() if run.rsplit("-", 1)[0] == name]
         if rows:

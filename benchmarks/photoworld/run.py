@@ -51,6 +51,7 @@ class Sizes:
     probe_steps: int = 1500
     jobs: int = 6  # processes that share the GPU
     seeds: tuple[int, ...] = (1, 2)
+    shared_cache: bool = True  # of the variants of the same pairs, on disk
     only: tuple[str, ...] = ()  # variants of the study; empty: all
     study_seconds: float = 0  # no variant is begun after so long; 0: all are
 

@@ -85,7 +85,7 @@ def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
         try:
             variant = VARIANTS[name]
             trained = variant.trained_as or name
-            cached = filled.get((variant.pairs, variant.questions)) if name != "lora" else None
+            cached = filled.get((variant.pairs, variant.questions)) if name != "lora" and sizes.shared_cache else None
             with cached or nullcontext():
                 first = cached is not None and not cache_folder(paths, variant).exists()
                 model = train(paths, sizes, trained, seed, matched) if first else None
@@ -128,7 +128,7 @@ def train(paths: Any, sizes: Any, name: str, seed: int, matched: Mapping[str, Ma
         **variant.keys,
         **matched.get(name, {}),
     }
-    if name != "lora":
+    if name != "lora" and sizes.shared_cache:
         keys |= {"feature_cache": "disk", "feature_cache_dir": cache_folder(paths, variant)}
     if variant.questions:
         keys["pope_data_path"] = data / "pope_data.json"

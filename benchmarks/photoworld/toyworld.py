@@ -22,18 +22,32 @@ from relook.files import write_json
 from relook.toyworld import layouts, world
 from relook.toyworld.build import shipped_base
 
-SEED, PAIRS, TEST = 31, 1200, 400
+SEED, PAIRS, TEST = 31, 800, 400
 SIZES = Sizes(
-    tune=("--learning_rate", "1e-3", "--num_train_epochs", "4", "--per_device_train_batch_size", "32")
-    + ("--warmup_steps", "20"),
+    tune=tuple(
+        [
+            "--learning_rate",
+            "1e-3",
+            "--num_train_epochs",
+            "4",
+            "--per_device_train_batch_size",
+            "32",
+            "--warmup_steps",
+            "20",
+        ]
+    ),
     evaluation=("--batch-size", "100", "--max-new-tokens", "90"),
     jobs=2,
+    shared_cache=False,  # its own pass takes each run seconds, and waiting for another's takes longer
     seeds=(1, 2),
     only=tuple(name for name in study.VARIANTS if "policy" not in name),
 )
 
 
 class ToyPaths(Paths):
+    def data(self, split: str) -> Path:
+        return self.work / "data" / ("vg" if split == "pairs" else split)
+
     @property
     def base(self) -> Path:
         return shipped_base()
@@ -42,9 +56,8 @@ class ToyPaths(Paths):
 def write_data(paths: Paths) -> None:
     """Write pairs and test scenes as photoworld has them."""
     root = paths.work / "data"
-    if not (paths.data("pairs") / "pope_data.json").exists():
-        layouts.write_vg(root, SEED, PAIRS).rename(paths.data("pairs"))
-        write_pairs(paths.data("pairs"), list(world.sample_scenes(SEED, "pairs", PAIRS)))
+    layouts.write_vg(root, SEED, PAIRS)
+    write_pairs(paths.data("pairs"), list(world.sample_scenes(SEED, "pairs", PAIRS)))
     layouts.write_eval(root, "test", SEED, TEST)
     drawn = [
         Scene(scene.setting, tuple(Visible(o.name, "", o.box, o.box[2] * o.box[3]) for o in scene.objects))
@@ -85,10 +98,19 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="*", default=list(SIZES.only))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SIZES.seeds))
     parser.add_argument("--jobs", type=int, default=SIZES.jobs)
+    parser.add_argument("--seconds", type=float, default=0, help="no variant is begun after so long")
+    parser.add_argument("--steps", type=int, default=0, help="of training, to try it out")
     options = parser.parse_args()
     paths = ToyPaths(assets=options.work, work=options.work.resolve())
     write_data(paths)
-    sizes = replace(SIZES, only=tuple(options.only), seeds=tuple(options.seeds), jobs=options.jobs)
+    sizes = replace(
+        SIZES,
+        only=tuple(options.only),
+        seeds=tuple(options.seeds),
+        jobs=options.jobs,
+        study_seconds=options.seconds,
+        tune=(*SIZES.tune, "--max_steps", str(options.steps)) if options.steps else SIZES.tune,
+    )
     result = study.run(paths, sizes)
     write_json(paths.work / "study.json", result)
     if result["failures"]:
