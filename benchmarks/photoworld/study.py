@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis import DOSES, analyse, print_tables
+from analysis import analyse, print_tables
 
 from relook.files import read_json
 
@@ -36,14 +36,25 @@ class Variant:
     trained_as: str = ""  # another variant, of which this is the model
 
 
+def preference(pairs: str) -> dict[str, Variant]:
+    """Imitation of the chosen captions alone, and DPO beside it."""
+    return {
+        f"nll_{pairs}": Variant(POST_DECODER, pairs, questions=False),
+        f"dpo_{pairs}": Variant(POST_DECODER | DPO, pairs, questions=False),
+    }
+
+
 VARIANTS = {  # in the order of training
     "cross": Variant(POST_DECODER),
-    **{f"nll_{dose}": Variant(POST_DECODER, str(dose), questions=False) for dose in (*DOSES, "policy")},
-    "lora": Variant(LORA),
     "none": Variant(WITHOUT),
+    "lora": Variant(LORA),
+    **preference("0"),
+    **preference("10"),
+    **preference("20"),
     "other_image": Variant(POST_DECODER, change=("other_image",)),
     "projected": Variant(POST_DECODER, change=("projected",)),
-    **{f"dpo_{dose}": Variant(POST_DECODER | DPO, str(dose), questions=False) for dose in (*DOSES, "policy")},
+    **preference("5"),
+    **preference("policy"),
     "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
 }
 
@@ -67,7 +78,7 @@ def parameters_matched(base: Path) -> dict[str, dict[str, str]]:
 def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
     from run import evaluate
 
-    cells = [(name, seed) for seed in sizes.seeds for name in VARIANTS]
+    cells = [(name, seed) for name in VARIANTS for seed in sizes.seeds]
     only = sizes.only or list(VARIANTS)
     cells = [(name, seed) for name, seed in cells if name in only]
     matched = parameters_matched(paths.base)

@@ -24,17 +24,9 @@ from relook.toyworld.build import shipped_base
 
 SEED, PAIRS, TEST = 31, 800, 400
 SIZES = Sizes(
-    tune=tuple(
-        [
-            "--learning_rate",
-            "1e-3",
-            "--num_train_epochs",
-            "4",
-            "--per_device_train_batch_size",
-            "32",
-            "--warmup_steps",
-            "20",
-        ]
+    tune=(
+        *("--learning_rate", "1e-3", "--num_train_epochs", "4"),
+        *("--per_device_train_batch_size", "32", "--warmup_steps", "20"),
     ),
     evaluation=("--batch-size", "100", "--max-new-tokens", "90"),
     jobs=2,
