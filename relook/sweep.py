@@ -280,6 +280,10 @@ LOSS_LABELS = {
     "robust": "robust DPO",
     "simpo": "SimPO",
     "orpo": "odds ratio",
+    "sigmoid_norm": "length-normalised DPO",
+    "bco_pair": "BCO",
+    "apo_zero": "APO-zero",
+    "apo_down": "APO-down",
 }
 
 
@@ -288,7 +292,7 @@ def objective_name(recipe: Recipe) -> str:
     if recipe.task == "sft":
         return "SFT"
     parts = {
-        LOSS_LABELS[recipe.loss_type]: recipe.dpo_weight,
+        **{LOSS_LABELS[name]: recipe.dpo_weight for name in recipe.loss_weights},
         "mDPO conditional": recipe.mdpo_conditional_weight,
         "mDPO anchored": recipe.mdpo_anchored_weight,
     }

@@ -13,7 +13,7 @@ from relook.evaluate.benchmark import ScoringInputs
 from relook.evaluate.compare import compare
 from relook.evaluate.results import data_folder_of
 from relook.evaluate.tasks import BENCHMARKS, get_benchmark, get_benchmarks
-from relook.evaluate.tasks.chair import instances_file, vocabulary_of
+from relook.evaluate.tasks.chair import compare_coverage, instances_file, vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json_object, write_json, write_text
 from relook.report.pages import described, render, thumbnail
@@ -60,6 +60,8 @@ def write_comparison(
         pope_rates=RATES,
         questions=differing_questions(differing["pope"], data) if "pope" in paired else None,
         captions=caption_cards(differing["chair"], results["models"], data) if "chair" in paired else None,
+        coverage=results.get("equal_coverage"),
+        coverage_plot=coverage_plot(results) if "equal_coverage" in results else "",
         unpaired={
             name: side_by_side([scores[name] for scores in both], get_benchmark(name).ratings)
             for name in both[0]
@@ -92,10 +94,23 @@ def compare_folders(first: Path, second: Path, data: Path) -> dict[str, Any]:
         "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
         "scores": [{name: _scores(name, data, folder) for name in both} for folder in folders],
         "paired": compare(data, first, second, paired),
+        **({"equal_coverage": compare_coverage(data, first, second)} if "chair" in paired else {}),
         "differing": {
             name: list_rows(data, first, second) for name in paired if (list_rows := definitions[name].differing)
         },
     }
+
+
+def coverage_plot(results: Mapping[str, Any]) -> str:
+    """Plot both models' CHAIR_i against recall, as captions grow word by word, with the recall that both reach."""
+    # Here, since a plot needs matplotlib, and torch for the module's attention maps.
+    from relook.report.plots import coverage_curves
+
+    lines = {
+        name: [(100 * recall, 100 * rate) for _, recall, rate in curve if recall is not None and rate is not None]
+        for name, curve in zip(results["models"], results["equal_coverage"]["curves"], strict=True)
+    }
+    return coverage_curves(lines, 100 * results["equal_coverage"]["recall"])
 
 
 def _scores(name: str, data: Path, folder: Path) -> dict[str, Any]:

@@ -69,6 +69,18 @@ def against_rate(panels: Mapping[str, Points], base: Mapping[str, float]) -> str
     return _svg(plt, figure)
 
 
+def coverage_curves(lines: Points, shared: float) -> str:
+    """Plot hallucination against recall, one line per model, with the shared recall dashed, as an SVG element."""
+    plt, figure, [panel] = _panels(1)
+    for name, points in lines.items():
+        if points:
+            panel.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+    panel.axvline(shared, color="#888", linestyle="--", linewidth=1, label="recall of both")
+    _label(panel, "CHAIRi, %", "recall, %: captions cut after 1, 2, ... words")
+    panel.legend(fontsize=8)
+    return _svg(plt, figure)
+
+
 def _panels(count: int) -> tuple[Any, Any, Any]:
     import matplotlib
 
