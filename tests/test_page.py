@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from helpers.serving import KEY, NEW, PICTURES, Served, assert_refused, noise, serving, until
 from helpers.tiny import tiny_llava, tiny_relook
-from test_tree_decoding import TEXTS, as_loaded
+from test_answering import TEXTS, as_loaded
 
 from relook.data.images import image_from_bytes
 from relook.data.samples import Turn
 from relook.data.templates import with_image
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits
+from relook.report.pages import heat
 from relook.report.plots import attention_before, has_attention_maps
 from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources
@@ -172,9 +173,7 @@ def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> 
     image = image_from_bytes(PICTURES[0], 10**6, lambda *_: None)
     marked = [Turn(with_image(TEXTS[0]), "No."), turns[1]]
     [grid] = attention_before(loaded, image, marked, [pieces[index].start])
-    assert shown.count("<rect x=") == sum(map(len, grid))
-    most = max(map(max, grid))
-    assert f'opacity="{0.75 * grid[0][0] / most:.2f}"' in shown
+    assert f'<image class=heat width="1" height="1" preserveAspectRatio="none" href="{heat(grid)}"/>' in shown
     assert "cup" in shown
     assert page.look("tuned", place, turns, index + 1) == ""  # between words
     assert page.look("tuned", place, turns, 99) == ""
@@ -371,4 +370,4 @@ def test_without_gradio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not pages.installed()
     with pytest.raises(RelookError, match=r"pip install 'relook\[page\]'"):
-        pages.check_installed()
+        pages.check_gradio_installed()

@@ -55,7 +55,7 @@ from relook.data.sentinel import (
     sentinel_pair,
     sentinel_texts,
 )
-from relook.errors import DataError, RecipeError, preview
+from relook.errors import DataError, RecipeError, did_you_mean, preview
 from relook.files import atomic_folder, read_json, read_json_object, write_json, write_jsonl
 
 FOLDERS = ("hadpo", "sentinel")  # layouts that are folders, the others are parquet files
@@ -86,7 +86,7 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
     source, target = Path(source), Path(target)
     images = None if images is None else Path(images)
     if to not in PAIR_LAYOUTS:
-        raise RecipeError(f"There is no preference layout {to!r}.", f"Known ones: {', '.join(PAIR_LAYOUTS)}.")
+        raise RecipeError(f"There is no preference layout {to!r}.", did_you_mean(to, PAIR_LAYOUTS))
     if target.exists():
         raise RecipeError(f"{target} is there already.", "Choose another place, or remove it.")
     if (target.suffix == ".parquet") == (to in FOLDERS):

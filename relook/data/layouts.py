@@ -38,7 +38,7 @@ from relook.data.samples import (
     text_fault,
 )
 from relook.data.sentinel import SUFFIXES, sentinel_pair
-from relook.errors import DataError
+from relook.errors import DataError, did_you_mean
 from relook.files import opens_with, read_json, read_text
 
 VG_FOLDERS = ("VG_100K", "VG_100K_2")
@@ -161,7 +161,7 @@ def find_layout(name: str, folder: str | Path, images: str | Path | None = None)
     folder = Path(folder)
     images = None if images is None else Path(images)
     if name not in LAYOUTS:
-        raise DataError(f"There is no layout {name!r}.", f"Known ones: {', '.join(LAYOUTS)}.")
+        raise DataError(f"There is no layout {name!r}.", did_you_mean(name, LAYOUTS))
     for path in (folder, images):
         if path is not None and not path.is_dir():
             raise DataError(f"There is no folder {path}.", "Check the path.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relook.data.samples import Turn
-from relook.errors import RecipeError
+from relook.errors import RecipeError, did_you_mean
 
 IMAGE = "<image>"
 IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
@@ -177,9 +177,7 @@ def get_template(name: str) -> Template:
     try:
         return TEMPLATES[name]
     except KeyError:
-        raise RecipeError(
-            f"There is no conversation template {name!r}.", f"Known ones: {', '.join(TEMPLATES)}."
-        ) from None
+        raise RecipeError(f"There is no conversation template {name!r}.", did_you_mean(name, TEMPLATES)) from None
 
 
 def with_image(prompt: str, images: int = 1) -> str:

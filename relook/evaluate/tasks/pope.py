@@ -15,7 +15,7 @@ from typing import Any
 
 from relook.data.paths import coco_images, pope_file, resolve_extension
 from relook.data.samples import Question
-from relook.errors import DataError, RecipeError, preview
+from relook.errors import DataError, RecipeError, did_you_mean, preview
 from relook.evaluate.benchmark import YES_NO_MAX_TOKENS, Benchmark, ScoringInputs, require_option
 from relook.evaluate.results import data_folder_of, provenance
 from relook.evaluate.statistics import Ratio, discordant_counts, mcnemar, rate_difference, rate_intervals, safe_ratio
@@ -386,7 +386,7 @@ def question_hashes(questions: Mapping[str, Sequence[Question]]) -> dict[str, An
 def require_parser(name: str) -> None:
     """Raise RecipeError if there is no parser of that name."""
     if name not in PARSERS:
-        raise RecipeError(f"There is no parser {name!r}.", f"Known ones: {', '.join(PARSERS)}.")
+        raise RecipeError(f"There is no parser {name!r}.", did_you_mean(name, PARSERS))
 
 
 def rescore_pope(answers: Path, inputs: ScoringInputs, parser: str = "official") -> dict[str, Any]:
