@@ -112,7 +112,8 @@ def coco_vocabulary() -> Vocabulary:
 def chair_vocabulary(rows: Sequence[Sequence[str]]) -> Vocabulary:
     """Build a vocabulary with CHAIR's rules for double words from rows of an object and its synonyms in COCO."""
     phrases = {word: row[0] for row in rows for word in row}
-    phrases |= {f"{age} {animal}": phrases[animal] for animal in _ANIMALS for age in ("baby", "adult")}
+    animals = [animal for animal in _ANIMALS if animal in phrases]
+    phrases |= {f"{age} {animal}": phrases[animal] for animal in animals for age in ("baby", "adult")}
     phrases |= {"passenger jet": "airplane", "passenger train": "train", "toilet seat": "toilet"}
     phrases |= dict.fromkeys(_NO_OBJECT, "")
     # "The seat of the toilet" names no chair.
