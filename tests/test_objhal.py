@@ -32,10 +32,8 @@ def data(tmp_path: Path) -> Path:
     """Images 1 and 2 from val2014, 3 and 4 from train2014; a caption adds a dog to image 1."""
     folder = tmp_path / "data"
     write_text(folder / "objhal/synonyms_refine.txt", SYNONYMS)
-    records = [
-        {"image_id": int(i), "question": f"Describe {i}.", "image": base64.b64encode(encoded(random.Random(int(i)), "JPEG")).decode()}
-        for i in ANSWERS
-    ]  # fmt: skip
+    images = {i: base64.b64encode(encoded(random.Random(int(i)), "JPEG")).decode() for i in ANSWERS}
+    records = [{"image_id": int(i), "question": f"Describe {i}.", "image": image} for i, image in images.items()]
     write_jsonl(folder / "objhal/obj_halbench_300_with_image.jsonl", records)
     categories = [{"id": 1, "name": "person"}, {"id": 2, "name": "dining table"}, {"id": 3, "name": "dog"}]
     for split, ids in (("val2014", (1, 2)), ("train2014", (3, 4))):
@@ -72,9 +70,8 @@ def test_rates_by_a_judge(data: Path, tmp_path: Path) -> None:
         return Answer(next((value for key, value in replies.items() if key in text), "Objects: sky"))
 
     with endpoint(reply) as server:
-        found = score_command(
-            "objhal", [tmp_path / "answers.jsonl"], ScoringInputs(data), judge=JudgeSettings(server.url, "judge", retries=0, tries=1)
-        )  # fmt: skip
+        judge = JudgeSettings(server.url, "judge", retries=0, tries=1)
+        found = score_command("objhal", [tmp_path / "answers.jsonl"], ScoringInputs(data), judge=judge)
     scores = found["by_judge"]
     assert (scores["judged"], scores["not_judged"]) == (3, 1)
     assert scores["mention"] == pytest.approx(2 / 4)  # cat and mug of man, dog, cat, mug: "wooden table" is no word
@@ -117,5 +114,5 @@ def test_faults_of_the_files_are_named(data: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(DataError, match=r"2 images have no COCO annotations \(3, 4\)"):
         objhal.objhal_truth(data, ["1", "2", "3", "4"], objhal_vocabulary(data))
     (data / "objhal/synonyms_refine.txt").unlink()
-    with pytest.raises(DataError, match="synonyms_refine.txt does not exist"):
+    with pytest.raises(DataError, match=r"synonyms_refine\.txt does not exist"):
         objhal_vocabulary(data)

@@ -87,10 +87,8 @@ def test_own_answers_and_single_files(data: Path, tmp_path: Path) -> None:
 def test_the_published_files(split: str, refdata: Path) -> None:
     """Counts from the files themselves: questions that are left out, and labels that are corrected."""
     corrected = read_pope_questions(refdata / f"repope/coco_repope_{split}.json", "")
-    original = {
-        (q.image.name, q.text): q.label
-        for q in read_pope_questions(refdata / f"pope/questions/coco_pope_{split}.json", "")
-    }
+    questions = read_pope_questions(refdata / f"pope/questions/coco_pope_{split}.json", "")
+    original = {(q.image.name, q.text): q.label for q in questions}
     changes = Counter((original[q.image.name, q.text], q.label) for q in corrected)
     removed, no_to_yes = {"random": (226, 5), "popular": (273, 39), "adversarial": (316, 33)}[split]
     assert len(original) - len(corrected) == removed
