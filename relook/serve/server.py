@@ -46,6 +46,7 @@ class ServeOptions:
         stop_seconds: that answers may still take once the server is told to stop.
         template: of conversations; empty for the model's own.
         page: whether there is a page for people at `/`.
+        run: the training run that is served, if it is one: the page offers pictures of its data.
     """
 
     host: str = "127.0.0.1"
@@ -53,6 +54,7 @@ class ServeOptions:
     stop_seconds: int = 30
     template: str = ""
     page: bool = False
+    run: Path | None = None
 
 
 class Protocol(H11Protocol):
@@ -116,7 +118,7 @@ def serve(
         uploads = None
         if serving.page:
             uploads = Path(until_end.enter_context(tempfile.TemporaryDirectory(prefix="relook-page-")))
-        server = make_server(engines, policy, serving.stop_seconds, uploads)
+        server = make_server(engines, policy, serving.stop_seconds, uploads, serving.run)
         url = f"http://{bracketed(address)}:{port}"
         status(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
         if not policy.api_key and not ip_address(address).is_loopback:
@@ -140,7 +142,11 @@ def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, templ
 
 
 def make_server(
-    engines: Mapping[str, Engine], policy: ServerLimits, stop_seconds: int, uploads: str | Path | None = None
+    engines: Mapping[str, Engine],
+    policy: ServerLimits,
+    stop_seconds: int,
+    uploads: str | Path | None = None,
+    run: Path | None = None,
 ) -> uvicorn.Server:
     """A server that is not started yet; with a folder for uploads, the page is part of it."""
     uploads = None if uploads is None else Path(uploads)
@@ -148,7 +154,7 @@ def make_server(
     if uploads is not None:
         from relook.serve.page.app import with_page
 
-        app = with_page(app, engines, policy, uploads)
+        app = with_page(app, engines, policy, uploads, run)
     if policy.hosts:
         app = OwnNames(app, policy.hosts)
     config = uvicorn.Config(
