@@ -21,7 +21,7 @@ from relook import load_model
 from relook.cli import app
 from relook.errors import RelookError
 from relook.files import read_json, sole_writer, write_json
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.lazy_model import open_folder
 
 

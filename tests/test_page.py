@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from helpers.serving import KEY, NEW, PICTURES, Served, assert_refused, noise, serving, until
 from helpers.tiny import tiny_llava, tiny_relook
-from test_tree_decoding import TEXTS, as_loaded
+from test_answering import TEXTS, as_loaded
 
 from relook.data.images import image_from_bytes
 from relook.data.samples import Turn
@@ -29,7 +29,7 @@ from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources
 from relook.serve.page import actions
 from relook.serve.page.actions import Page, Sampling
-from relook.serve.page.conversation import Answer, Conversation, Exchange
+from relook.serve.page.dialogue import Answer, Dialogue, Exchange
 from relook.serve.page.texts import ENGLISH, explain_error, language_of
 from relook.serve.page.texts import TEXTS as TEXT_TABLES
 from relook.serve.page.view import Place, View
@@ -56,16 +56,16 @@ def place(page: Page) -> str:
     return str(page.folder / "picture.png")
 
 
-def talk(page: Page, place: str, *turns: Sequence[Turn]) -> Conversation:
+def talk(page: Page, place: str, *turns: Sequence[Turn]) -> Dialogue:
     """A conversation, with the turns of each model."""
-    conversation = Conversation(models=tuple(page.engines), picture=place)
+    conversation = Dialogue(models=tuple(page.engines), picture=place)
     for sides in zip(*turns, strict=True):
         answers = [Answer(text=turn.response, finish="stop") for turn in sides]
         conversation = conversation.asked(sides[0].prompt).answered(answers)
     return conversation
 
 
-def ask(page: Page, place: str | Conversation, question: str, **how: Any) -> list[tuple[str, ...]]:
+def ask(page: Page, place: str | Dialogue, question: str, **how: Any) -> list[tuple[str, ...]]:
     """All that is shown, one after the other."""
     conversation = talk(page, place) if isinstance(place, str) else place
 
@@ -209,22 +209,22 @@ def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> 
 def test_what_the_browser_kept_is_read_again_or_forgotten() -> None:
     names = ["tuned", "base"]
     answers = [Answer(text="\n<img src=x> $$x$$ ${1}\n", finish="stop"), Answer(text="No")]
-    kept = Conversation(models=tuple(names), picture="a.png").asked(" a <b>bold</b> & &lt;\n ").answered(answers)
-    assert Conversation.parse(kept.model_dump_json(), names) == kept
+    kept = Dialogue(models=tuple(names), picture="a.png").asked(" a <b>bold</b> & &lt;\n ").answered(answers)
+    assert Dialogue.parse(kept.model_dump_json(), names) == kept
     assert kept.running
     assert [answer.finish for answer in kept.ended("cancelled").exchanges[0].answers] == ["stop", "cancelled"]
-    empty = Conversation(models=tuple(names))
-    short = Conversation(models=("tuned", "base"), exchanges=(Exchange(question="a", answers=()),))
+    empty = Dialogue(models=tuple(names))
+    short = Dialogue(models=("tuned", "base"), exchanges=(Exchange(question="a", answers=()),))
     for state in ("", None, "{", "[]", 3, {}, kept.model_dump_json()[:-3], short.model_dump_json()):
-        assert Conversation.parse(state, names) == empty
-    assert Conversation.parse(kept.model_dump_json(), ["other", "base"]).exchanges == ()
+        assert Dialogue.parse(state, names) == empty
+    assert Dialogue.parse(kept.model_dump_json(), ["other", "base"]).exchanges == ()
 
 
 def test_another_answer_takes_the_place_of_the_one_before() -> None:
     def said(text: str) -> list[Answer]:
         return [Answer(text=text, finish="stop")]
 
-    first = Conversation(models=("tuned",)).asked("a").answered(said("1")).asked("b").answered(said("2"))
+    first = Dialogue(models=("tuned",)).asked("a").answered(said("1")).asked("b").answered(said("2"))
     both = first.asked("b", 1.0).answered(said("3")).asked("b", 0.5).answered(said("4"))
     assert both.turns(0) == [Turn("a", "1"), Turn("b", "4")]
     assert both.turns(0, last=2) == [Turn("a", "1"), Turn("b", "3")]  # as it was when that word was written
@@ -468,4 +468,4 @@ def test_without_gradio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not pages.installed()
     with pytest.raises(RelookError, match=r"pip install 'relook\[page\]'"):
-        pages.check_installed()
+        pages.check_gradio_installed()

@@ -38,7 +38,7 @@ from relook.report.plots import attention_before
 from relook.serve.api import ServerLimits
 from relook.serve.chat import AnswerStream, read_request
 from relook.serve.media import ImageSources
-from relook.serve.page.conversation import Answer, Conversation
+from relook.serve.page.dialogue import Answer, Dialogue
 from relook.serve.page.texts import ENGLISH
 from relook.serve.protocol import APIError, ChatRequest
 from relook.serve.threads import Readers
@@ -153,9 +153,7 @@ class Page:
         """Return the objects on a picture; None if they are not known."""
         return self.truth.get(_key(self.read(path))) if path else None
 
-    async def ask(
-        self, conversation: Conversation, question: str, sampling: Sampling
-    ) -> AsyncIterator[tuple[Answer, ...]]:
+    async def ask(self, conversation: Dialogue, question: str, sampling: Sampling) -> AsyncIterator[tuple[Answer, ...]]:
         """Yield the answers of all models so far, each time that one has grown or ended.
 
         Args:

@@ -33,7 +33,7 @@ from relook.serve.page.actions import (
     Sampling,
     Uploads,
 )
-from relook.serve.page.conversation import Conversation
+from relook.serve.page.dialogue import Dialogue
 from relook.serve.page.texts import LOCALES, TEXTS, TRADITIONAL, explain_error, language_of
 from relook.serve.page.view import Place, View
 from relook.serve.protocol import APIError
@@ -190,7 +190,7 @@ class Actions:
             yield shown
 
     async def _answers(
-        self, request: gr.Request, before: Conversation, question: str, sampling: Sequence[Raw], again: bool = False
+        self, request: gr.Request, before: Dialogue, question: str, sampling: Sequence[Raw], again: bool = False
     ) -> AsyncIterator[Outputs]:
         parts, view = self.parts, self._view(request)
         if not question.strip():
@@ -265,20 +265,20 @@ class Actions:
             return {self.parts.chat: self._view(request).chat(conversation), **self._notice(request, error)}
         return {self.parts.chat: self._view(request).chat(conversation, place, attention)}
 
-    def _parse(self, state: Raw) -> Conversation:
-        return Conversation.parse(state, list(self.page.engines))
+    def _parse(self, state: Raw) -> Dialogue:
+        return Dialogue.parse(state, list(self.page.engines))
 
-    def _new(self, picture: str = "") -> Conversation:
-        return Conversation(models=tuple(self.page.engines), picture=picture)
+    def _new(self, picture: str = "") -> Dialogue:
+        return Dialogue(models=tuple(self.page.engines), picture=picture)
 
     def _view(self, request: gr.Request) -> View:
         return View(self.page, self.examples, self.run_pictures, _language(request))
 
-    def _everything(self, request: gr.Request, conversation: Conversation) -> Outputs:
+    def _everything(self, request: gr.Request, conversation: Dialogue) -> Outputs:
         panel = {self.parts.panel: self._view(request).panel(conversation)}
         return {**self._conversation(request, conversation), **panel, **self._notice(request)}
 
-    def _conversation(self, request: gr.Request, conversation: Conversation) -> Outputs:
+    def _conversation(self, request: gr.Request, conversation: Dialogue) -> Outputs:
         """Show a conversation, and the buttons that it allows: Stop while answers grow, the others when they ended."""
         parts, running, begun = self.parts, conversation.running, bool(conversation.exchanges)
         return {

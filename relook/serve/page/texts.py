@@ -24,7 +24,7 @@ ENGLISH = {
     "top_p": "Top p",
     "max_tokens": "Longest answer, in tokens",
     "seed": "Seed (empty: another each time)",
-    "conversation": "Conversation",
+    "conversation": "Dialogue",
     "you": "Question",
     "served": "the served model",
     "compared": "for comparison",

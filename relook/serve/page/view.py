@@ -12,7 +12,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from relook.report.plots import has_attention_maps
 from relook.serve.page.actions import EXAMPLE_QUESTION, AnswerWord, AttentionMap, Page
-from relook.serve.page.conversation import Answer, Conversation, Exchange
+from relook.serve.page.dialogue import Answer, Dialogue, Exchange
 from relook.serve.page.texts import TEXTS, translate
 from relook.serve.protocol import APIError
 
@@ -64,7 +64,7 @@ class View:
         lead = translate(self.language, key, name=name, others=", ".join(others))
         return self._render("head.html.j2", lead=lead, looks=any(map(self._looks, self.page.engines)))
 
-    def panel(self, conversation: Conversation) -> str:
+    def panel(self, conversation: Dialogue) -> str:
         """Render the picture, what is on it where that is known, and pictures to choose from."""
         path, facts = conversation.picture, ""
         try:
@@ -83,9 +83,7 @@ class View:
             galleries.append({"title": title, "examples": pictures})
         return self._render("panel.html.j2", picture=_url(Path(path)) if path else "", facts=facts, galleries=galleries)
 
-    def chat(
-        self, conversation: Conversation, place: Place | None = None, attention: AttentionMap | None = None
-    ) -> str:
+    def chat(self, conversation: Dialogue, place: Place | None = None, attention: AttentionMap | None = None) -> str:
         """Render the conversation.
 
         Args:
@@ -112,7 +110,7 @@ class View:
 
     def _answer(
         self,
-        conversation: Conversation,
+        conversation: Dialogue,
         at: Place,
         answer: Answer,
         objects: frozenset[str] | None,

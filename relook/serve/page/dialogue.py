@@ -51,7 +51,7 @@ class Exchange(_State):
         return self.model_copy(update={"answers": tuple(answers)})
 
 
-class Conversation(_State):
+class Dialogue(_State):
     """Hold a picture and the exchanges about it; a new picture begins a new conversation.
 
     Args:
@@ -64,7 +64,7 @@ class Conversation(_State):
     exchanges: tuple[Exchange, ...] = ()
 
     @classmethod
-    def parse(cls, state: Any, models: Sequence[str]) -> Conversation:
+    def parse(cls, state: Any, models: Sequence[str]) -> Dialogue:
         """Read what the browser kept; anything that is no conversation with these models gives an empty one."""
         empty = cls(models=tuple(models))
         try:
@@ -79,21 +79,21 @@ class Conversation(_State):
         """Return True while an answer is growing."""
         return any(exchange.running for exchange in self.exchanges)
 
-    def asked(self, question: str, temperature: float | None = None) -> Conversation:
+    def asked(self, question: str, temperature: float | None = None) -> Dialogue:
         """Add a question whose answers are still empty."""
         exchange = Exchange(question=question, answers=(Answer(),) * len(self.models), temperature=temperature)
         return self.model_copy(update={"exchanges": (*self.exchanges, exchange)})
 
-    def answered(self, answers: Sequence[Answer]) -> Conversation:
+    def answered(self, answers: Sequence[Answer]) -> Dialogue:
         """Replace the answers to the last question."""
         last = self.exchanges[-1].model_copy(update={"answers": tuple(answers)})
         return self.model_copy(update={"exchanges": (*self.exchanges[:-1], last)})
 
-    def ended(self, finish: Finish) -> Conversation:
+    def ended(self, finish: Finish) -> Dialogue:
         """End the answers that are growing."""
         return self.model_copy(update={"exchanges": tuple(exchange.ended(finish) for exchange in self.exchanges)})
 
-    def before_last_question(self) -> Conversation:
+    def before_last_question(self) -> Dialogue:
         """Return what was said before the last question was first asked."""
         exchanges = list(self.exchanges)
         while exchanges and exchanges.pop().temperature is not None:
