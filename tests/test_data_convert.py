@@ -16,7 +16,7 @@ from helpers.tiny import dpo_keys
 from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 
-from relook.data.convert import PAIR_LAYOUTS, convert_pairs
+from relook.data.convert import FOLDERS, PAIR_LAYOUTS, convert_pairs
 from relook.data.readers import read_hadpo, read_pairs
 from relook.errors import DataError, RecipeError
 from relook.files import read_json, write_json
@@ -135,7 +135,7 @@ PARQUET = {
 def test_there_and_back_is_the_same_file(name: str, by: str, tmp_path: Path) -> None:
     """Columns, their order and types, and every value."""
     source, layout = PARQUET[name](tmp_path / "source.parquet"), name.split()[0]
-    between = tmp_path / ("between" if by == "hadpo" else "between.parquet")
+    between = tmp_path / ("between" if by in FOLDERS else "between.parquet")
     convert_pairs(source, between, by)
     convert_pairs(between, tmp_path / "back.parquet", layout)
     schema, rows = table(source)
@@ -147,11 +147,12 @@ def test_there_and_back_is_the_same_file(name: str, by: str, tmp_path: Path) -> 
     assert {name for row in rows_back for name, value in row.items() if value is not None} <= set(kept)
 
 
-@pytest.mark.parametrize("by", ["trl", "rlhfv", "rlaifv"])
+@pytest.mark.parametrize("by", ["trl", "rlhfv", "rlaifv", "sentinel"])
 def test_hadpo_there_and_back(by: str, tmp_path: Path) -> None:
     source = hadpo(tmp_path / "source")
-    convert_pairs(source, tmp_path / "between.parquet", by)
-    convert_pairs(tmp_path / "between.parquet", tmp_path / "back", "hadpo")
+    between = tmp_path / ("between" if by in FOLDERS else "between.parquet")
+    convert_pairs(source, between, by)
+    convert_pairs(between, tmp_path / "back", "hadpo")
     for name in ("desc_data.json", "pope_data.json"):
         assert read_json(tmp_path / "back" / name) == read_json(source / name)
     ids = lambda found: sorted(found, key=lambda one: one["image_id"])  # noqa: E731
@@ -199,7 +200,7 @@ def test_what_a_layout_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"2 images: 1; 0 images: 2"):
             convert_pairs(tmp_path / "several.parquet", tmp_path / out, to)
         assert not (tmp_path / out).exists()
-    turns = [[*said("user", "a", 1), *said("assistant", "b")]] * 3
+    turns = [[*said("user", "a", 1), *said("assistant", "b"), *said("user", "c")]] * 3
     pq.write_table(pa.table({"images": two, **columns, "prompt": turns}), tmp_path / "turns.parquet")
     with pytest.raises(DataError, match=r"prompt is not one user message: 0, 1, 2"):
         convert_pairs(tmp_path / "turns.parquet", tmp_path / "out.parquet", "rlaifv")

@@ -24,6 +24,7 @@ from relook.data.samples import Turn
 from relook.data.templates import with_image
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits
+from relook.report.pages import heat
 from relook.report.plots import attention_before, has_attention_maps
 from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources
@@ -253,7 +254,9 @@ def test_words_of_models_that_look_can_be_clicked(page: Page, place: str) -> Non
     attention = page.look("tuned", place, said[0], 2)
     shown = view.chat(talk(page, place, *said), Place(0, 0, 2), attention)
     assert re.findall(r'data-place="([0-9-]+)" aria-pressed="true"', shown) == ["0-0-2"]
-    assert 'role="img" aria-label="Map of tuned&#39;s attention before “cup”"' in shown
+    assert 'role=img aria-label="Map of tuned&#39;s attention before “cup”"' in shown
+    assert attention is not None
+    assert f'class=heat width="1" height="1" preserveAspectRatio="none" href="{heat(attention.grid)}"' in shown
 
 
 def test_a_run_shows_its_own_pictures(page: Page, tmp_path: Path) -> None:
@@ -286,20 +289,10 @@ def test_all_languages_say_everything() -> None:
     }.items():
         assert language_of(accepted) == language
     assert TEXT_TABLES["zh-TW"]["no_picture"] == "圖片已不在伺服器上，請重新選擇。"
-    for code in (
-        "busy",
-        "timeout",
-        "failed",
-        "context_length_exceeded",
-        "invalid_message",
-        "no_question",
-        "other",
-        None,
-    ):
+    for code in ("busy", "timeout", "failed", "context_length_exceeded", "invalid_message", "no_question", "x", None):
         for language in ("zh", "zh-TW"):
-            assert not re.search(
-                "[A-Za-z]", explain_error(language, APIError(429, "Too many.", code)).replace("<image>", "")
-            )
+            text = explain_error(language, APIError(429, "Too many.", code)).replace("<image>", "")
+            assert not re.search("[A-Za-z]", text)
     assert explain_error("en", APIError(400, "A text may not hold <image>.", "invalid_message")).startswith("A text")
 
 

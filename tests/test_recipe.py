@@ -18,10 +18,10 @@ SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path":
 
 @pytest.mark.parametrize("name", shipped_names("recipe"))
 def test_shipped_recipes_load_with_the_users_paths(name: str) -> None:
-    recipe = load_recipe(name, SFT if name == "toyworld-base" else DPO)
+    recipe = load_recipe(name, SFT if read_yaml_or_shipped(name, "recipe")["task"] == "sft" else DPO)
     assert (recipe.model_name_or_path, recipe.output_dir) == ("m", "o")
-    assert recipe.full == (name == "toyworld-base")
-    assert recipe.frozen_trunk == (name not in ("toyworld-base", "toyworld-lora", "hadpo-lora"))
+    assert recipe.full == (name in ("toyworld-base", "llava-sft"))
+    assert recipe.frozen_trunk == (name not in ("toyworld-base", "llava-sft", "toyworld-lora", "hadpo-lora"))
     assert isinstance(recipe.training["learning_rate"], float)
 
 
@@ -79,7 +79,7 @@ def test_a_key_that_is_no_word_is_unknown_too() -> None:
 
 
 def test_a_key_like_no_other_points_to_the_list() -> None:
-    with pytest.raises(RecipeError, match=r"See docs/recipes\.md"):
+    with pytest.raises(RecipeError, match=r"RECIPE --help` and docs/recipes\.md"):
         build_recipe({**DPO, "xyzzy": 1})
 
 

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from relook.cli.command import App
 from relook.cli.options import Adapter, Bits, Device, Dtype, Tower, Version, input_argument, input_option
 
-app = typer.Typer()
+app = App("Serve")
 
 
 @app.command()
@@ -106,7 +107,10 @@ def chat(
     bits: Bits = 16,
     device: Device = "",
 ) -> None:
-    """Talk with a model about a picture; /base asks again without what was trained."""
+    """Talk with a model about a picture.
+
+    /base asks again without what was trained.
+    """
     from relook.serve import check_installed
 
     check_installed()

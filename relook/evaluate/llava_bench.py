@@ -24,7 +24,7 @@ from relook.console import progress
 from relook.data.images import EncodedImage, Shown
 from relook.data.paths import resolve_extension
 from relook.data.templates import IMAGE
-from relook.errors import DataError, RecipeError, preview
+from relook.errors import DataError, RecipeError, did_you_mean, preview
 from relook.evaluate.results import AnswerFile, provenance
 from relook.evaluate.run import append_answers, begin_evaluation, shard_images
 from relook.files import (
@@ -327,7 +327,7 @@ def write_submission(name: str, answers: str | Path, out: str | Path, questions:
     if name in SCORED_AS_IS:
         raise RecipeError(f"{name} takes LLaVA's answers as they are.", f"Score them: {SCORED_AS_IS[name]}.")
     if name not in SUBMISSIONS:
-        raise RecipeError(f"There is no submission {name!r}.", f"Known ones: {', '.join(SUBMISSIONS)}.")
+        raise RecipeError(f"There is no submission {name!r}.", did_you_mean(name, SUBMISSIONS))
     submission = SUBMISSIONS[name]
     if bool(questions) != bool(submission.questions):
         advice = f"Give {submission.questions}." if submission.questions else "Leave it out."

@@ -429,9 +429,9 @@ def compare_chair(runs: Sequence[tuple[Path, Path, Path]]) -> dict[str, Any]:
 
 
 def differing_captions(data: Path, first: Path, second: Path) -> list[dict[str, Any]]:
-    """Return the images whose hallucinated mentions differ between the models; the most different come first.
+    """Return the images whose captions name other absent objects, or other present ones; the most different first.
 
-    Mentions are compared with their counts.
+    Absent objects are compared with their counts, since each mention counts in CHAIR_i; present ones count once.
     """
     sides = _captions_of_both(first, second)
     truth = data_truth(data, list(sides[0]))
@@ -440,9 +440,10 @@ def differing_captions(data: Path, first: Path, second: Path) -> list[dict[str, 
         captions = [side[image] for side in sides]
         objects = [[mention.object for mention in mentions(caption, vocabulary)] for caption in captions]
         absent = [[name for name in side if name not in truth.objects[image]] for side in objects]
-        if Counter(absent[0]) != Counter(absent[1]):
+        named = [sorted(set(side) & truth.objects[image]) for side in objects]
+        if Counter(absent[0]) != Counter(absent[1]) or named[0] != named[1]:
             row = {"image": image, "objects": sorted(truth.objects[image])}
-            rows.append({**row, "captions": captions, "hallucinated": absent})
+            rows.append({**row, "captions": captions, "hallucinated": absent, "named": named})
     return sorted(rows, key=lambda row: -abs(len(row["hallucinated"][0]) - len(row["hallucinated"][1])))
 
 

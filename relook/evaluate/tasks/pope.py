@@ -15,7 +15,7 @@ from typing import Any
 
 from relook.data.paths import coco_images, pope_file, resolve_extension
 from relook.data.samples import Question
-from relook.errors import DataError, RecipeError, preview
+from relook.errors import DataError, RecipeError, did_you_mean, preview
 from relook.evaluate.benchmark import YES_NO_MAX_TOKENS, Benchmark, ScoringInputs, require_option
 from relook.evaluate.results import data_folder_of, provenance
 from relook.evaluate.statistics import Ratio, discordant_counts, mcnemar, rate_difference, rate_intervals, safe_ratio
@@ -391,7 +391,7 @@ def rescore_pope(answers: Path, inputs: ScoringInputs, parser: str = "official")
             the ids.
     """
     if parser not in PARSERS:
-        raise RecipeError(f"There is no parser {parser!r}.", f"Known ones: {', '.join(PARSERS)}.")
+        raise RecipeError(f"There is no parser {parser!r}.", did_you_mean(parser, PARSERS))
     if answers.is_dir():
         return pope_results(inputs.data or data_folder_of(answers), answers, parser)
     file = require_option(inputs.questions, "--questions, POPE's file", "There are no questions to an answer file")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, PackageLoader
 
+from relook.report.pages import ENVIRONMENT
 from relook.report.plots import has_attention_maps
 from relook.serve.page.actions import EXAMPLE_QUESTION, AnswerWord, AttentionMap, Page
 from relook.serve.page.dialogue import Answer, Dialogue, Exchange
@@ -17,12 +18,8 @@ from relook.serve.page.texts import TEXTS, translate
 from relook.serve.protocol import APIError
 
 # The report's templates have the macro that draws a map.
-_ENVIRONMENT = Environment(
-    loader=ChoiceLoader([PackageLoader("relook.serve.page"), PackageLoader("relook.report")]),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
+_ENVIRONMENT = ENVIRONMENT.overlay(
+    loader=ChoiceLoader([PackageLoader("relook.serve.page"), PackageLoader("relook.report")])
 )
 
 
