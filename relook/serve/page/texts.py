@@ -44,7 +44,7 @@ ENGLISH = {
     "absent": "not there",
     "click_word": "Click a word: where did {name} look before it?",
     "map": "Map of {name}'s attention before “{word}”",
-    "before": "Where {name} looked before “{word}”: brighter is more attention. The picture is as the model gets it.",
+    "before": "Where {name} looked before “{word}”: more colour is more attention. The picture is what the model gets.",
     "no_map": "There is nothing to show: the answer is not about a picture that {name} looks at.",
     "no_question": "Write a question first.",
     "no_picture": "The picture is not on the server any more. Choose it again.",
@@ -103,7 +103,7 @@ CHINESE = {
     "absent": "图中没有",
     "click_word": "点击一个词：{name} 在它之前看向哪里？",
     "map": "{name} 在“{word}”之前的注意力图",
-    "before": "{name} 在“{word}”之前看向的位置：越亮表示关注越多。图片按模型看到的样子显示。",
+    "before": "{name} 在“{word}”之前看向的位置：颜色越浓表示关注越多。图片按模型看到的样子显示。",
     "no_map": "没有可显示的内容：这个回答不涉及 {name} 所看的图片。",
     "no_question": "请先写一个问题。",
     "no_picture": "图片已不在服务器上，请重新选择。",
@@ -132,8 +132,8 @@ _WORDS = {
     "点击": "點選",
 }
 _CHARACTERS = str.maketrans(
-    "图问关于题与并个别训练词写里选择张会还没这绘制体时过标样温总长数随机种对话务么换开达许断错结显内请无万须见间类记来说缩后试处详志响应启复页",
-    "圖問關於題與並個別訓練詞寫裡選擇張會還沒這繪製體時過標樣溫總長數隨機種對話務麼換開達許斷錯結顯內請無萬須見間類記來說縮後試處詳誌響應啟復頁",
+    "颜浓图问关于题与并个别训练词写里选择张会还没这绘制体时过标样温总长数随机种对话务么换开达许断错结显内请无万须见间类记来说缩后试处详志响应启复页",
+    "顏濃圖問關於題與並個別訓練詞寫裡選擇張會還沒這繪製體時過標樣溫總長數隨機種對話務麼換開達許斷錯結顯內請無萬須見間類記來說縮後試處詳誌響應啟復頁",
 )
 
 
