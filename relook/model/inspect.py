@@ -285,10 +285,11 @@ def print_tables(findings: Mapping[str, Any]) -> None:
     console = stdout_console()
     console.print(f"{findings['model']}: {findings['type']}")
     table = plain_table("module", "class", "parameters", "dtype", "shapes", right=("parameters",))
+    table.columns[0].no_wrap = True  # on a narrow terminal classes and shapes are folded
     for module in findings["modules"]:
         times = f" (x {module['repeats']})" if module["repeats"] > 1 else ""
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in module["shapes"].items())
-        name = "  " * module["depth"] + module["name"] + times
+        name = " " * module["depth"] + module["name"] + times
         table.add_row(name, module["kind"], f"{module['parameters']:,}", ", ".join(module["dtypes"]), shapes)
     console.print(table)
     table = plain_table("regime", "trains", "of", "parts", right=("trains", "of"))
