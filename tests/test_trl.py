@@ -13,7 +13,9 @@ from helpers.tiny import pixels, scramble, tiny_llava
 from test_loss import pairs, recipe
 from torch import Tensor
 
+from relook.data.encode import Example
 from relook.data.packing import TokenRow, Tree, pack
+from relook.forward.collate import preference_weights
 from relook.forward.policy import LiveBatch, Policy
 from relook.recipe import Recipe
 from relook.toyworld.build import make_processor
@@ -40,7 +42,8 @@ def ours(model: Any, how: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             reference = Policy(tiny_llava())(batch)
     found = Policy(model)(batch)
-    return preference_loss(how, found, batch.packed.targets, reference, torch.ones_like(found))
+    weights = [preference_weights(Example("", tree, ()), ld_alpha=how.ld_alpha) for tree in trees]
+    return preference_loss(how, found, batch.packed.targets, reference, torch.cat(weights))
 
 
 def theirs(model: Any, method: str, out: Path, **keys: Any) -> Any:
@@ -95,14 +98,22 @@ def assert_same(model: Any, loss: Tensor, other: Any, expected: Tensor) -> None:
         {"loss_type": "ipo", "beta": 0.3},
         {"loss_type": "hinge", "beta": 0.05},
         {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
+        {"loss_type": "sigmoid_norm", "beta": 2.0},
+        {"loss_type": "apo_zero", "beta": 0.2},
+        {"loss_type": "apo_down", "beta": 0.2},
+        {"loss_type": {"sigmoid": 0.8, "bco_pair": 0.2}, "nll_weight": 1.0},  # MPO's sum
+        {"loss_type": {"ipo": 0.5, "hinge": 2.0}, "dpo_weight": 0.5, "ld_alpha": 1.0},
+        {"loss_type": "sigmoid", "beta": 0.2, "ld_alpha": 0.3},
     ],
     ids=str,
 )
 def test_losses_with_a_reference_are_the_dpo_trainers(keys: dict[str, Any], policy: Any, tmp_path: Path) -> None:
     how = recipe(**keys)
     loss, fields = ours(policy, how)
-    kinds, weights = [how.loss_type, "sft"], [how.dpo_weight, how.nll_weight]
+    kinds = [*how.loss_weights, "sft"]
+    weights = [*(how.dpo_weight * weight for weight in how.loss_weights.values()), how.nll_weight]
     own = {"loss_type": kinds, "loss_weights": weights, "beta": how.beta, "label_smoothing": how.label_smoothing}
+    own |= {"ld_alpha": how.ld_alpha} if how.ld_alpha != 1 else {}
     trainer = theirs(policy, "DPO", tmp_path, **own)
     ids, there, answer = padded([row for side in zip(*pairs(policy), strict=True) for row in side])
     inputs = {"input_ids": ids, "attention_mask": there, "completion_mask": answer}

@@ -49,6 +49,7 @@ class ServeOptions:
         template: conversation template; empty for the model's own.
         page: whether there is a page for people at `/`.
         warm: whether everything is compiled before requests are taken.
+        run: the training run that is served, if it is one: the page offers pictures of its data.
     """
 
     host: str = "127.0.0.1"
@@ -57,6 +58,7 @@ class ServeOptions:
     template: str = ""
     page: bool = False
     warm: bool = False
+    run: Path | None = None
 
 
 class Protocol(H11Protocol):
@@ -70,6 +72,7 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        # The head has arrived; `RequestGate` limits the time for the body.
         if self.conn.their_state is not h11.IDLE:
             self._cancel()
         elif self.waiting is None:
@@ -107,6 +110,7 @@ def serve(
         load: returns the models by name; called once the port is bound, since loading may take minutes.
     """
     check_host_names(policy)
+    # A port in use is found before minutes of loading.
     taken = bind_socket(serving.host, serving.port)
     address, port = taken.getsockname()[:2]
     policy = replace(policy, hosts=own_hosts(serving.host, address, policy))
@@ -126,7 +130,7 @@ def serve(
         uploads = None
         if serving.page:
             uploads = Path(until_end.enter_context(tempfile.TemporaryDirectory(prefix="relook-page-")))
-        server = make_server(engines, policy, serving.stop_seconds, uploads)
+        server = make_server(engines, policy, serving.stop_seconds, uploads, serving.run)
         url = f"http://{bracketed(address)}:{port}"
         status(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
         if not policy.api_key and not ip_address(address).is_loopback:
@@ -143,6 +147,7 @@ def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, templ
         limits: a `cache_gb` of 0 takes half of the memory that is free once the models are loaded.
         template: conversation template; empty for the models' own.
     """
+    # Measured once the weights are loaded: what is free now is for keys, values and passes.
     if not limits.cache_gb:
         device = next(iter(models.values())).core.device
         limits = replace(limits, cache_gb=CACHE_SHARE * free_bytes(device) / 1e9 / len(models))
@@ -150,7 +155,11 @@ def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, templ
 
 
 def make_server(
-    engines: Mapping[str, Engine], policy: ServerLimits, stop_seconds: int, uploads: str | Path | None = None
+    engines: Mapping[str, Engine],
+    policy: ServerLimits,
+    stop_seconds: int,
+    uploads: str | Path | None = None,
+    run: Path | None = None,
 ) -> uvicorn.Server:
     """Build a server that is not started yet; with a folder for uploads, it serves the page too."""
     uploads = None if uploads is None else Path(uploads)
@@ -158,7 +167,8 @@ def make_server(
     if uploads is not None:
         from relook.serve.page.app import with_page
 
-        app = with_page(app, engines, policy, uploads)
+        app = with_page(app, engines, policy, uploads, run)
+    # Against DNS rebinding: a page elsewhere must not reach a server on this machine by another name.
     if policy.hosts:
         app = OwnNames(app, policy.hosts)
     config = uvicorn.Config(
@@ -272,6 +282,7 @@ def share_equal_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
     """Let a model use another's tensors where they are equal, so that memory holds what was trained twice only."""
     other_parameters = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
+        # Quantised tensors are parameters of other types, whose memory cannot be shared by assignment.
         same = other_parameters.get(name)
         if same is not None and type(same) is type(parameter) is torch.nn.Parameter and torch.equal(same, parameter):
             parameter.data = same.data
