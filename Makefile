@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 OUT ?= demo
 SEED ?= 0
 
-.PHONY: demo test check oldest newest env clean
+.PHONY: demo test check docs oldest newest env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/relook demo --out $(OUT) --seed $(SEED)
@@ -19,6 +19,11 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+# The documents as a site, in site/; a broken link or a page without a title in the menu fails.
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The tests, or TESTS, under the oldest and the newest releases that pyproject.toml allows. Either environment lies over
 # the ordinary one and holds what differs from it; torch stays, other builds of which take gigabytes.

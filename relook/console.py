@@ -78,6 +78,14 @@ def plain_table(*columns: str, right: Collection[str] = ()) -> Table:
     return table
 
 
+def readable_seconds(seconds: float) -> str:
+    """Format a duration for people: 1 h 05 min, 3 min 20 s, 45 s."""
+    total = round(seconds)
+    if total >= 3600:
+        return f"{total // 3600} h {total % 3600 // 60:02} min"
+    return f"{total // 60} min {total % 60:02} s" if total >= 60 else f"{total} s"
+
+
 def readable_size(size: float) -> str:
     """Format a number of bytes for people: 1.5 GB."""
     units = ["bytes", "kB", "MB", "GB", "TB"]

@@ -406,6 +406,43 @@ KNOWN_WARNINGS = (
         "Harmless. If it says cpu on a machine with GPUs, torch does not see them: `relook doctor`.",
     ),
     KnownWarning(
+        "DeepSpeed's own NCCL",
+        r"NCCL backend in DeepSpeed not yet implemented",
+        "DeepSpeed has no NCCL code of its own and takes torch's, as the next line of the log says (TorchBackend).",
+        "Harmless.",
+    ),
+    KnownWarning(
+        "allocator cache flushes",
+        r"allocator cache flushes since last step",
+        "ZeRO-3 nearly ran out of GPU memory, so torch returned its cached blocks to the driver and asked again. That "
+        "is slow, and the next larger batch may fail.",
+        "Once after the start is harmless. If it repeats, lower per_device_train_batch_size, use zero3_offload or "
+        "gradient_checkpointing, or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. `relook estimate` shows the "
+        "largest batch that fits.",
+    ),
+    KnownWarning(
+        "token estimate",
+        r"Could not estimate the number of tokens of the input",
+        "transformers' Trainer looked for input_ids in a batch to count floating-point operations and found none, as "
+        "with TRL's pairs.",
+        "Harmless: only the Trainer's total_flos is missing. relook counts by itself and logs tflops.",
+    ),
+    KnownWarning(
+        "columns of DPODataCollatorWithPadding",
+        r"When using DPODataCollatorWithPadding",
+        "TRL before 0.12 set remove_unused_columns or the maximum lengths itself, because the caller had not.",
+        "Harmless, but a length of 512 then cuts texts: set max_length there. relook does not use this collator, drops "
+        "no columns and cuts nothing (model_max_length).",
+    ),
+    KnownWarning(
+        "cuBLAS",
+        r"cublasGemmStridedBatchedEx|CUBLAS_STATUS_(EXECUTION_FAILED|NOT_SUPPORTED|INVALID_VALUE|NOT_INITIALIZED)",
+        "A matrix product failed on the GPU. Often an earlier kernel is to blame (an index outside its table), or "
+        "memory is exhausted, or the card or driver does not support the type: bf16 needs an Ampere card or newer.",
+        "Run with CUDA_LAUNCH_BLOCKING=1 to see the first kernel that fails; `relook doctor` tests bf16 and driver. "
+        "If memory is nearly full, lower the batch size. On older cards train with fp16 true.",
+    ),
+    KnownWarning(
         "tokenizer length",
         r"Token indices sequence length is longer than the specified maximum",
         "A text has more tokens than the tokenizer's model_max_length. The warning cuts nothing; the model may not "
@@ -446,7 +483,7 @@ KNOWN_WARNINGS = (
     ),
     KnownWarning(
         "random weights",
-        r"were not initialized from the model checkpoint|newly initialized",
+        r"were not initialized from the model checkpoint|newly initialized|You should probably TRAIN this model",
         "Tensors are missing in the folder and were drawn at random.",
         "Never ignore it. relook refuses missing and unused tensors by name; convert the folder with `relook convert`.",
     ),

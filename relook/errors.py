@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 
@@ -67,3 +68,17 @@ def preview(names: Sequence[object], limit: int = 5) -> str:
     """Return the first few of `names` and the number of the rest, for messages that list what is wrong."""
     shown = ", ".join(str(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def most_similar(name: object, known: Iterable[object]) -> str | None:
+    """Return the known name that resembles another most, capitals apart; None if none resembles it."""
+    names = {str(candidate).lower(): str(candidate) for candidate in known}
+    close = difflib.get_close_matches(str(name).lower(), names, 1, cutoff=0.7)
+    return names[close[0]] if close else None
+
+
+def did_you_mean(name: object, known: Iterable[object], otherwise: str = "") -> str:
+    """Return the advice for a name that is not known: the most similar one, else `otherwise`, else all known names."""
+    names = list(map(str, known))
+    close = most_similar(name, names)
+    return f"Did you mean {close}?" if close else otherwise or f"Known ones: {', '.join(names)}."

@@ -114,9 +114,18 @@ HARMLESS: dict[str, Callable[[Any, Values], Any]] = {
 # Values that YAML 1.1 reads as false where they are not quoted (`off`, `no`), by key.
 FALSE_WORDS = {"feature_cache": "off", **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")}
 
+# relook's defaults of transformers' arguments, which differ from its own.
+DEFAULTS = {
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # it hides NaN and inf losses, and syncs with the device at every step
+    "report_to": "none",
+    "save_strategy": "no",
+    "save_total_limit": 2,
+    "seed": 42,
+}
+
 # transformers' keys that take effect only under a condition. Each entry has the words for the unmet condition, its test
 # and the keys. The test sees the recipe's values over relook's defaults.
-DEFAULTS = {"save_strategy": "no", "logging_strategy": "steps", "report_to": "none"}
 CONDITIONAL: tuple[tuple[str, Callable[[Values], Any], tuple[str, ...]], ...] = (
     (
         "with cached trunk states",
@@ -193,7 +202,7 @@ REQUESTS = {"eval_strategy", "eval_on_start", "load_best_model_at_end", "data_se
 def idle_keys(values: Values) -> dict[str, str]:
     """Find the transformers keys that have no effect given the other keys, each with the reason."""
     # Defaults decide a condition, but only keys that the user gave are reported.
-    settings = {**DEFAULTS, **values}
+    settings = {"logging_strategy": "steps", **DEFAULTS, **values}
     idle: dict[str, str] = {}
     for reason, condition, keys in CONDITIONAL:
         if not condition(settings):

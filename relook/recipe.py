@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -13,7 +12,8 @@ from typing import Any
 import yaml
 
 from relook.data.samples import ON_BAD
-from relook.errors import Faults, RecipeError, preview
+from relook.data.sentinel import SUFFIXES as SENTINEL_SUFFIXES
+from relook.errors import Faults, RecipeError, did_you_mean, most_similar, preview
 from relook.files import read_text, write_text
 from relook.flags import FALSE_WORDS, HARMLESS, IGNORED, MODEL_CONFIG_KEYS, UNSUPPORTED, idle_keys, refused, renamed
 
@@ -40,9 +40,20 @@ def read_yaml_or_shipped(name: str, kind: str) -> dict[str, Any]:
     elif path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"There is no {kind} file {path}.", f"Shipped {kind}s: {', '.join(shipped)}.")
     else:
-        close = difflib.get_close_matches(name, shipped, 1)
-        hint = f"Did you mean {close[0]}?" if close else f"Give a .yaml file or one of {', '.join(shipped)}."
+        hint = did_you_mean(name, shipped, f"Give a .yaml file or one of {', '.join(shipped)}.")
         raise RecipeError(f"There is no {kind} {name!r}.", hint)
+    return parse_yaml(text, name)
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """Parse the keys of a recipe or sweep.
+
+    Args:
+        name: name of the file, for errors.
+
+    Raises:
+        RecipeError: the text is not a YAML mapping.
+    """
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -165,7 +176,10 @@ CHOICES = {
     "task": ("sft", "dpo"),
     "on_bad": ON_BAD,
     "dpo_tokens": ("all", "differing"),
-    "loss_type": ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
+    "loss_type": (
+        *("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
+        *("sigmoid_norm", "bco_pair", "apo_zero", "apo_down"),
+    ),
     "post_decoder_init": ("random", "projector"),
     "feature_cache": ("auto", "memory", "disk", "off"),
     "trunk_pass": ("auto", "compiled", "flex", "dense"),
@@ -174,7 +188,7 @@ CHOICES = {
     "lora_bias": ("none", "lora_only", "all"),
 }
 REFERENCE_FREE = ("simpo", "orpo")  # losses without a reference model
-LENGTH_NORMALISED = ("ipo", *REFERENCE_FREE)  # losses of the mean over a response's tokens, not the sum
+LENGTH_NORMALISED = ("ipo", "sigmoid_norm", *REFERENCE_FREE)  # losses of the mean over a response's tokens, not the sum
 MDPO_WEIGHTS = ("mdpo_conditional_weight", "mdpo_anchored_weight")
 WEIGHTS = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
 # Bounds that libraries check late or never: torch checks only the first of several learning rates.
@@ -193,78 +207,114 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_steps": (lambda n: n >= 1 or n == -1, "1 or more, or leave it out for whole epochs"),
     "seed": (lambda n: 0 <= n < 2**32, "0 to below 2^32"),
     "activation_offloading": (lambda n: 0 <= n <= 1, "0 to 1, a share of the layers"),
+    **dict.fromkeys(("ld_alpha", "unchanged_weight"), (lambda n: 0 <= n <= 1, "0 to 1, the weight of a token")),
 }
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
-HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")
-DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", *WEIGHTS)
+HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")  # vg_path first: SENTINEL's files need it, too
+DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", "ld_alpha", *WEIGHTS)
 SFT_KEYS = ("data_path", "conversations_per_tree")
 ACTIVATION_KEYS = ("activation_memory_budget", "activation_offloading")
+
+
+def _key(default: Any, meaning: str) -> Any:
+    """Declare a recipe key: its default, and the meaning that `relook train RECIPE --help` and the documents print."""
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Description of one training run. Other keys are those of transformers' TrainingArguments, kept in `training`.
 
-    Names follow the command lines of HA-DPO and LLaVA where those have one.
+    Names follow the command lines of HA-DPO and LLaVA where those have one. `relook.recipe_help` describes them.
     """
 
-    task: str
-    model_name_or_path: str
-    output_dir: str
-    adapter_name_or_path: str = ""  # an adapter that is merged into the model before training, e.g. an SFT LoRA
-    vision_tower: str = ""  # folder of a liuhaotian model's vision tower; empty: the one its config names
-    bits: int = 16  # 8 or 4: quantise the language model's linear layers (QLoRA)
-    double_quant: bool = True
-    quant_type: str = "nf4"
-    # Data. DPO reads HA-DPO's files over Visual Genome or a parquet file, SFT reads LLaVA's conversations.
-    vg_path: str = ""
-    desc_data_path: str = ""
-    pope_data_path: str = ""
-    pairs_path: str = ""  # with the columns of TRL, RLHF-V or RLAIF-V
-    data_path: str = ""
-    image_folder: str = ""
-    on_bad: str = "drop"
-    version: str = ""  # conversation template; empty: the model's own
-    image_aspect_ratio: str = ""  # empty: as in the model's config
-    model_max_length: int = 2048
-    group_by_modality_length: bool = False  # separate steps with and without images, batches of even length
-    conversations_per_tree: int = 16  # SFT: how many conversations on one image share its prefix
-    eval_fraction: float = 0.0  # share of the images held out to measure the loss
-    # What trains. If none is set, the projector and the language model train (full).
-    lora_enable: bool = False
-    lora_r: int = 128
-    lora_alpha: int = 256
-    lora_dropout: float = 0.0
-    lora_target_modules: Any = ALL_LINEAR  # or a list of the language model's linear layers: [q_proj, v_proj]
-    lora_bias: str = "none"
-    use_dora: bool = False
-    use_rslora: bool = False
-    tune_post_decoder: bool = False
-    tune_lm_head: bool = False
-    tune_mm_mlp_adapter: bool = False
-    freeze_backbone: bool = False
+    task: str = field(metadata={"meaning": "dpo (preference pairs) or sft (conversations)"})
+    model_name_or_path: str = field(metadata={"meaning": "folder of the base model, or of an earlier run"})
+    output_dir: str = field(metadata={"meaning": "folder of the run"})
+    adapter_name_or_path: str = _key(
+        "", "adapter merged into the model before training: a run, a LoRA, mm_projector.bin"
+    )
+    vision_tower: str = _key(
+        "", "CLIP tower of a model in liuhaotian's format: folder, or name in Hugging Face's cache; empty: the config's"
+    )
+    bits: int = _key(16, "8 or 4 quantise the language model's linear layers (QLoRA; needs relook[quant])")
+    double_quant: bool = _key(True, "for 4 bits: quantise the scales too")
+    quant_type: str = _key("nf4", "for 4 bits: the number format")
+    vg_path: str = _key("", "dpo: Visual Genome's folder, with image_data.json, VG_100K, VG_100K_2")
+    desc_data_path: str = _key("", "dpo: HA-DPO's file of description pairs")
+    pope_data_path: str = _key("", "dpo: HA-DPO's file of yes/no pairs; one of the two, or both")
+    pairs_path: str = _key(
+        "",
+        "dpo, instead of these: parquet file or folder with TRL's, RLHF-V's or RLAIF-V's columns (needs relook[data]); "
+        "or SENTINEL's .json or .jsonl over vg_path",
+    )
+    data_path: str = _key("", "sft: LLaVA's conversation file")
+    image_folder: str = _key("", "sft: root of its images; with pairs_path: receives embedded images, empty: beside it")
+    on_bad: str = _key("drop", "samples that cannot be used: drop counts and names them, error stops at the first")
+    version: str = _key("", "conversation template; empty: the model's own")
+    image_aspect_ratio: str = _key("", "pad pads images to a square; empty: as in the model's config")
+    model_max_length: int = _key(
+        2048, "longest sequence in tokens, image included; longer samples are bad, none is cut"
+    )
+    group_by_modality_length: bool = _key(
+        False, "steps with images apart from steps without, batches of similar length, as in LLaVA's trainer"
+    )
+    conversations_per_tree: int = _key(16, "sft: how many conversations on one image share its prefix")
+    eval_fraction: float = _key(
+        0.0, "share of the images held out; their loss is logged as eval_loss, every epoch or by eval_strategy"
+    )
+    # If none of these is set, the projector and the language model train (full).
+    lora_enable: bool = _key(False, "LoRA on the language model, alone or beside other parts")
+    lora_r: int = _key(128, "rank of LoRA")
+    lora_alpha: int = _key(256, "scale of LoRA: its product is multiplied by alpha / r")
+    lora_dropout: float = _key(0.0, "LoRA's dropout, in training steps only")
+    lora_target_modules: Any = _key(  # noqa: RUF009 (a string)
+        ALL_LINEAR, "or names of the language model's linear layers: [q_proj, v_proj]"
+    )
+    lora_bias: str = _key("none", "lora_only trains the biases of layers with LoRA, all those of the language model")
+    use_dora: bool = _key(False, "DoRA (arXiv:2402.09353)")
+    use_rslora: bool = _key(False, "rank-stabilised LoRA, alpha / sqrt(r) (arXiv:2312.03732)")
+    tune_post_decoder: bool = _key(False, "the post decoder trains (stage 1; with tune_lm_head stage 2)")
+    tune_lm_head: bool = _key(False, "lm_head trains")
+    tune_mm_mlp_adapter: bool = _key(False, "the projector trains")
+    freeze_backbone: bool = _key(False, "asserts that vision tower, projector and language model stay unchanged")
     post_decoder: Mapping[str, Any] = field(default_factory=dict)
-    post_decoder_init: str = "random"
-    post_decoder_lr: float | None = None
-    lm_head_lr: float | None = None
-    mm_projector_lr: float | None = None
-    # Loss, with TRL's names where TRL has one
-    loss_type: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0  # robust: the share of pairs with swapped labels
-    simpo_gamma: float = 0.5  # simpo: the margin between the rewards
-    dpo_weight: float = 1.0  # weight of the loss_type term
-    nll_weight: float = 0.0  # weight of the supervised term on the chosen response
-    mdpo_conditional_weight: float = 0.0  # weight of the chosen response on its image vs a corrupted one
-    mdpo_anchored_weight: float = 0.0  # weight of the chosen reward vs mdpo_anchor
-    mdpo_anchor: float = 0.0
-    dpo_tokens: str = "all"
-    feature_cache: str = "auto"
-    feature_cache_dir: str = ""  # for feature_cache disk; empty: trunk_cache next to output_dir
-    trunk_pass: str = "auto"  # attention of the language model over packed trees
-    activation_memory_budget: float = 0.8  # share of a compiled layer's activations kept, not recomputed
-    activation_offloading: float = 0.0  # share of layers whose activations are off the GPU until backward
+    post_decoder_init: str = _key("random", "projector initialises the post decoder's alignment from the projector")
+    post_decoder_lr: float | None = _key(None, "learning rate of the post decoder; empty: learning_rate")
+    lm_head_lr: float | None = _key(None, "learning rate of lm_head; empty: learning_rate")
+    mm_projector_lr: float | None = _key(None, "learning rate of the projector; empty: learning_rate")
+    # Names are TRL's where TRL has one.
+    loss_type: Any = _key(  # noqa: RUF009 (a string)
+        "sigmoid", "preference loss; sigmoid is DPO. Or several with their weights: {sigmoid: 0.8, bco_pair: 0.2}"
+    )
+    beta: float = _key(0.1, "scale of the rewards; IPO's tau, ORPO's lambda. SimPO's paper uses 2 to 2.5")
+    label_smoothing: float = _key(0.0, "robust: share of pairs with swapped labels, below 0.5")
+    simpo_gamma: float = _key(0.5, "simpo: margin between the rewards")
+    dpo_weight: float = _key(1.0, "weight of the preference term; 0 trains without it (NLL-only control)")
+    nll_weight: float = _key(0.0, "weight of the supervised term on the chosen response")
+    mdpo_conditional_weight: float = _key(
+        0.0, "mDPO: the chosen response on its image against a corrupted one; 1 in the paper. sigmoid, hinge, robust"
+    )
+    mdpo_anchored_weight: float = _key(0.0, "mDPO: the chosen response's reward against mdpo_anchor; 1 in the paper")
+    mdpo_anchor: float = _key(0.0, "mDPO's anchor, in units of reward")
+    dpo_tokens: str = _key("all", "differing counts only tokens in which the responses differ; not for mDPO")
+    unchanged_weight: float = _key(
+        0.0, "dpo_tokens differing: weight of the tokens that do not differ, 1 / gamma of DDPO; above 0 for means"
+    )
+    ld_alpha: float = _key(1.0, "LD-DPO: weight of a response's tokens beyond the other's length; not for means")
+    feature_cache: str = _key("auto", "where states of a frozen trunk are kept; auto: in memory if half of it suffices")
+    feature_cache_dir: str = _key("", "folder of caches on disk, shared by runs; empty: trunk_cache beside output_dir")
+    trunk_pass: str = _key(
+        "auto", "attention over packed trees: FlexAttention compiled or not, or SDPA with a dense mask"
+    )
+    activation_memory_budget: float = _key(
+        0.8, "share of a compiled layer's activations that is kept; torch recomputes the rest. 1 is fastest"
+    )
+    activation_offloading: float = _key(
+        0.0,
+        "share of layers whose activations wait in CPU memory until the backward pass; not with gradient_checkpointing",
+    )
     of_the_model: Mapping[str, Any] = field(default_factory=dict)  # must equal the model config's; see `relook.flags`
     training: Mapping[str, Any] = field(default_factory=dict)
     idle: Mapping[str, str] = field(default_factory=dict, compare=False)  # accepted keys without effect, and why
@@ -290,13 +340,18 @@ class Recipe:
 
     def _choices(self) -> Iterator[RecipeError]:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                yield RecipeError(
-                    f"{name} is {getattr(self, name)!r}.", f"It must be one of {', '.join(map(str, allowed))}."
-                )
+            value = getattr(self, name)
+            several = name == "loss_type" and isinstance(value, Mapping) and value
+            if unknown := [choice for choice in (value if several else [value]) if choice not in allowed]:
+                close = most_similar(unknown[0], allowed)
+                meant = f" Did you mean {close}?" if close else ""
+                yield RecipeError(f"{name} is {value!r}.{meant}", f"It must be one of {', '.join(map(str, allowed))}.")
+            elif several and not all(isinstance(w, int | float) and w > 0 for w in value.values()):
+                yield RecipeError(f"{name} is {value!r}.", "Give each loss a weight above 0.")
 
     def _needed(self) -> Iterator[RecipeError]:
-        needed = ["data_path", "image_folder"] if self.task == "sft" else [] if self.pairs_path else ["vg_path"]
+        over_vg = not self.pairs_path or self.sentinel_pairs
+        needed = ["data_path", "image_folder"] if self.task == "sft" else ["vg_path"] if over_vg else []
         for name in ["model_name_or_path", "output_dir", *needed]:
             if not getattr(self, name):
                 yield RecipeError(f"The recipe sets no {name}.", f"Give it in the recipe or as --{name}.")
@@ -339,16 +394,21 @@ class Recipe:
     def _unused(self) -> Iterator[RecipeError]:
         """Yield an error for keys that differ from their default although nothing reads them in this recipe."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)} | {"post_decoder": {}}
-        dpo = self.dpo_weight > 0
+        losses = self.loss_weights if self.dpo_weight > 0 else {}
+        of_means = [name for name in self.loss_weights if name in LENGTH_NORMALISED]
         recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         # `resolve_trunk_pass` checks the cases that depend on the machine.
         elsewhere = [key for key in ("fsdp", "deepspeed", "use_cpu") if self.training.get(key)]
         # Each row: whether the keys are idle, the words for it, and the keys.
         for idle, reason, keys in (
             (self.task != "dpo", "without task dpo", DPO_KEYS),
-            (bool(self.pairs_path), "beside pairs_path", HADPO_KEYS),
+            (bool(self.pairs_path), "beside pairs_path", HADPO_KEYS[self.sentinel_pairs :]),
             (self.task != "sft", "without task sft", SFT_KEYS),
-            (self.task != "sft" and not self.pairs_path, "without task sft or pairs_path", ("image_folder",)),
+            (
+                self.task != "sft" and (not self.pairs_path or self.sentinel_pairs),
+                "without task sft or parquet files in pairs_path",
+                ("image_folder",),
+            ),
             (not self.lora_enable, "without lora_enable", LORA_KEYS),
             (self.bits != 4, "without bits 4", ("double_quant", "quant_type")),
             (
@@ -358,22 +418,29 @@ class Recipe:
             ),
             (not (self.tune_lm_head or self.full), "without tune_lm_head", ("lm_head_lr",)),
             (not (self.tune_mm_mlp_adapter or self.full), "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
-            (not dpo or self.loss_type != "robust", "without loss_type robust and a dpo_weight", ("label_smoothing",)),
-            (not dpo or self.loss_type != "simpo", "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
+            ("robust" not in losses, "without loss_type robust and a dpo_weight", ("label_smoothing",)),
+            ("simpo" not in losses, "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
+            (self.dpo_tokens != "differing", "without dpo_tokens differing", ("unchanged_weight",)),
             (self.cached_trunk, "with cached trunk states", ACTIVATION_KEYS),
             (bool(recomputed), f"beside {' '.join(recomputed)}", ACTIVATION_KEYS),
             (self.frozen_trunk, "where no gradient flows through the trunk", ("activation_offloading",)),
             (bool(elsewhere), f"with {' '.join(elsewhere)}", ("activation_offloading",)),
             (not self.mdpo_anchored_weight, "without mdpo_anchored_weight", ("mdpo_anchor",)),
             (
-                self.loss_type in LENGTH_NORMALISED,
-                f"with loss_type {self.loss_type}, which counts a response by its mean token",
-                ("dpo_tokens", *MDPO_WEIGHTS),
+                bool(of_means),
+                f"with loss_type {preview(of_means)}, which counts a response by its mean token",
+                ("ld_alpha", *MDPO_WEIGHTS),
+            ),
+            (
+                # A response without differing tokens would have no mean.
+                bool(of_means) and not self.unchanged_weight,
+                f"with loss_type {preview(of_means)} and unchanged_weight 0: a response may have no token to average",
+                ("dpo_tokens",),
             ),
             (
                 any(getattr(self, name) for name in MDPO_WEIGHTS),
                 "beside mDPO's terms, which count whole responses",
-                ("dpo_tokens",),
+                ("dpo_tokens", "ld_alpha"),
             ),
         ):
             # A learning rate of 0 (as in HA-DPO's command) is fine for a part that does not train.
@@ -399,7 +466,7 @@ class Recipe:
                 yield RecipeError(f"{name} is {getattr(self, name)}.", "A weight must not be below 0.")
         if self.task == "dpo" and not any(getattr(self, name) for name in WEIGHTS):
             yield RecipeError(f"{', '.join(WEIGHTS)} are all 0: there is no loss.", "Set one of them.")
-        if self.loss_type == "orpo" and self.dpo_weight and not self.nll_weight:
+        if "orpo" in self.loss_weights and self.dpo_weight and not self.nll_weight:
             yield RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
         # Both caches hold whole images by path; the term reads random crops of them.
         caches = self.feature_cache != "off" if self.frozen_trunk else self.feature_cache == "memory"
@@ -411,9 +478,19 @@ class Recipe:
             )
 
     @property
+    def sentinel_pairs(self) -> bool:
+        """Return True if `pairs_path` is a file in SENTINEL's layout, by its suffix; its images are in `vg_path`."""
+        return Path(self.pairs_path).suffix in SENTINEL_SUFFIXES
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """Return the weight of each preference loss within the preference term."""
+        return loss_weights(self.loss_type)
+
+    @property
     def needs_reference(self) -> bool:
         """Return True if the loss needs the log-probs of a reference model."""
-        return self.task == "dpo" and self.loss_type not in REFERENCE_FREE
+        return self.task == "dpo" and not set(self.loss_weights) <= set(REFERENCE_FREE)
 
     @property
     def full(self) -> bool:
@@ -458,6 +535,52 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         write_text(Path(path), self.to_yaml())
+
+
+LOSS_LABELS = {
+    "sigmoid": "DPO",
+    "ipo": "IPO",
+    "hinge": "hinge DPO",
+    "robust": "robust DPO",
+    "simpo": "SimPO",
+    "orpo": "odds ratio",
+    "sigmoid_norm": "length-normalised DPO",
+    "bco_pair": "BCO",
+    "apo_zero": "APO-zero",
+    "apo_down": "APO-down",
+}
+
+
+def loss_weights(loss_type: Any) -> Mapping[str, float]:
+    """Return the weights of the preference losses that a `loss_type` names."""
+    weights: Mapping[str, float] = loss_type if isinstance(loss_type, Mapping) else {loss_type: 1.0}
+    return weights
+
+
+def objective_name(values: Mapping[str, Any]) -> str:
+    """Return the name of the training objective for tables, given a recipe's keys."""
+    if values.get("task") == "sft":
+        return "SFT"
+    parts = {
+        **{LOSS_LABELS[name]: values.get("dpo_weight", 1) for name in loss_weights(values.get("loss_type", "sigmoid"))},
+        "mDPO conditional": values.get("mdpo_conditional_weight"),
+        "mDPO anchored": values.get("mdpo_anchored_weight"),
+    }
+    terms = [name for name, weight in parts.items() if weight]
+    if not terms:
+        return "NLL of chosen"
+    return " + ".join([*terms, *(["NLL"] if values.get("nll_weight") else [])])
+
+
+def regime_name(values: Mapping[str, Any]) -> str:
+    """Return the names of the trained parts, joined by plus signs, given a recipe's keys."""
+    parts = {
+        "LoRA": "lora_enable",
+        "post decoder": "tune_post_decoder",
+        "head": "tune_lm_head",
+        "projector": "tune_mm_mlp_adapter",
+    }
+    return " + ".join(name for name, key in parts.items() if values.get(key)) or "full"
 
 
 def _training_keys() -> dict[str, Any]:
@@ -513,8 +636,12 @@ class Keys:
     faults: Faults = field(default_factory=Faults)
 
 
-def sort_keys(values: Mapping[str, Any]) -> Keys:
-    """Sort a recipe's flat keys by the field they belong to, and check the type of each value."""
+def sort_keys(values: Mapping[str, Any], options: Sequence[str] = ()) -> Keys:
+    """Sort a recipe's flat keys by the field they belong to, and check the type of each value.
+
+    Args:
+        options: the command's own options, one of which an unknown key may have meant.
+    """
     nested = ("training", "of_the_model", "post_decoder", "idle")  # filled from keys of other names
     field_types = {field.name: field.type for field in dataclasses.fields(Recipe) if field.name not in nested}
     training_keys = _training_keys()
@@ -543,8 +670,8 @@ def sort_keys(values: Mapping[str, Any]) -> Keys:
                 # transformers declares fsdp as a string, but expects true.
                 keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])
             else:
-                close = difflib.get_close_matches(str(key), [*field_types, "post_decoder", *training_keys], 1)
-                hint = f"Did you mean {close[0]}?" if close else "See docs/recipes.md for all keys."
+                known = [*field_types, "post_decoder", *training_keys, *MODEL_CONFIG_KEYS, *options]
+                hint = did_you_mean(str(key), known, "`relook train RECIPE --help` and docs/recipes.md list all keys.")
                 raise RecipeError(f"There is no recipe key {key!r}.", hint)
     with keys.faults:
         keys.post_decoder = _fit_settings(settings)

@@ -25,7 +25,7 @@ from relook.evaluate.tasks.chair import instances_file
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json, read_records, sole_writer, write_json, write_text
 from relook.model.load import model_hash
-from relook.recipe import Recipe, missing_paths, parse_overrides, read_yaml_or_shipped
+from relook.recipe import missing_paths, objective_name, parse_overrides, read_yaml_or_shipped, regime_name
 from relook.report.pages import RESULTS_FILE
 from relook.sweep_config import BASE, SWEEP_FILE, Sweep, SweepRow, build_sweep
 from relook.train import run as training
@@ -228,8 +228,8 @@ def collect_results(sweep: Sweep, finished: Sequence[SweepRow]) -> dict[str, Any
                 "name": row.name,
                 "variant": row.variant,
                 "keys": {key: _json_value(value) for key, value in row.keys.items()},
-                "method": objective_name(row.recipe),
-                "regime": regime_name(row.recipe),
+                "method": objective_name(vars(row.recipe)),
+                "regime": regime_name(vars(row.recipe)),
                 "learning_rate": arguments.learning_rate,
                 "epochs": _epochs(sweep, row),
                 "seed": arguments.seed,
@@ -271,43 +271,6 @@ def _epochs(sweep: Sweep, row: SweepRow) -> float:
     # The last line of a run's log has the epoch at its end; max_steps may have stopped it early.
     log = read_json(Path(row.recipe.output_dir) / training.RUN_FILE)["log"]
     return round(float(log[-1]["epoch"]), 2) if log else 0.0
-
-
-LOSS_LABELS = {
-    "sigmoid": "DPO",
-    "ipo": "IPO",
-    "hinge": "hinge DPO",
-    "robust": "robust DPO",
-    "simpo": "SimPO",
-    "orpo": "odds ratio",
-}
-
-
-def objective_name(recipe: Recipe) -> str:
-    """Return the name of the training objective for tables."""
-    if recipe.task == "sft":
-        return "SFT"
-    parts = {
-        LOSS_LABELS[recipe.loss_type]: recipe.dpo_weight,
-        "mDPO conditional": recipe.mdpo_conditional_weight,
-        "mDPO anchored": recipe.mdpo_anchored_weight,
-    }
-    terms = [name for name, weight in parts.items() if weight]
-    if not terms:
-        return "NLL of chosen"
-    return " + ".join([*terms, *(["NLL"] if recipe.nll_weight else [])])
-
-
-def regime_name(recipe: Recipe) -> str:
-    """Return the names of the trained parts, joined by plus signs."""
-    parts = {
-        "LoRA": recipe.lora_enable,
-        "post decoder": recipe.tune_post_decoder,
-        "head": recipe.tune_lm_head,
-        "projector": recipe.tune_mm_mlp_adapter,
-        "full": recipe.full,
-    }
-    return " + ".join(name for name, trained in parts.items() if trained)
 
 
 def aggregate_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

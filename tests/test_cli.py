@@ -153,10 +153,10 @@ def test_a_broken_image_is_dropped_and_counted_or_an_error(
 def test_mistakes_of_eval(relook: Command, world: Path, tmp_path: Path, base: Path) -> None:
     out = ("--out", tmp_path / "out")
     model, data = ("--model", base), ("--data", world / "test")
-    relook("eval", "mmlu", *model, *data, *out).mistake("no benchmark mmlu", "pope, chair")
+    relook("eval", "mmlu", *model, *data, *out).mistake("no benchmark 'mmlu'", "pope, chair")
     relook("eval", "pope", "--model", "nowhere", *data, *out).mistake("nowhere does not exist")
     relook("eval", "pope", *model, "--data", "nowhere", *out).mistake("nowhere")
-    relook("eval", "pope", *model, *data, *out, "--dtype", "float13").mistake("'float13' is not a dtype")
+    relook("eval", "pope", *model, *data, *out, "--dtype", "float13").mistake("no dtype 'float13'")
     relook("eval", "pope", *model, *data, *out, "--device", "abacus").mistake("'abacus' is not a device")
     assert relook("eval", "pope", *model, *data, *out, "--max-new-tokens", 1).status == 0  # the folder is still free
 
@@ -222,7 +222,7 @@ def test_files_that_cannot_be_scored(relook: Command, tmp_path: Path) -> None:
     for answers, said in (("nowhere", "does not exist"), ("broken.json", "not valid JSON"), ("picture.json", "UTF-8")):
         relook("score", "pope", "--questions", tmp_path / "q.json", "--answers", tmp_path / answers).mistake(said)
     relook("score", "mme", "--questions", tmp_path / "q.json", "--answers", tmp_path / "q.json").mistake(
-        "benchmark mme"
+        "benchmark 'mme'"
     )
     relook("score", "shr", "--answers", tmp_path / "q.json").mistake("shr", "--data")
 

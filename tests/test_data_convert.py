@@ -7,16 +7,14 @@ import random
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.damaged import encoded
 from helpers.tiny import dpo_keys
 from PIL import Image
-from trl.data_utils import prepare_multimodal_messages
 
-from relook.data.convert import PAIR_LAYOUTS, convert_pairs
+from relook.data.convert import FOLDERS, PAIR_LAYOUTS, convert_pairs
 from relook.data.readers import read_hadpo, read_pairs
 from relook.errors import DataError, RecipeError
 from relook.files import read_json, write_json
@@ -135,7 +133,7 @@ PARQUET = {
 def test_there_and_back_is_the_same_file(name: str, by: str, tmp_path: Path) -> None:
     """Columns, their order and types, and every value."""
     source, layout = PARQUET[name](tmp_path / "source.parquet"), name.split()[0]
-    between = tmp_path / ("between" if by == "hadpo" else "between.parquet")
+    between = tmp_path / ("between" if by in FOLDERS else "between.parquet")
     convert_pairs(source, between, by)
     convert_pairs(between, tmp_path / "back.parquet", layout)
     schema, rows = table(source)
@@ -147,11 +145,12 @@ def test_there_and_back_is_the_same_file(name: str, by: str, tmp_path: Path) -> 
     assert {name for row in rows_back for name, value in row.items() if value is not None} <= set(kept)
 
 
-@pytest.mark.parametrize("by", ["trl", "rlhfv", "rlaifv"])
+@pytest.mark.parametrize("by", ["trl", "rlhfv", "rlaifv", "sentinel"])
 def test_hadpo_there_and_back(by: str, tmp_path: Path) -> None:
     source = hadpo(tmp_path / "source")
-    convert_pairs(source, tmp_path / "between.parquet", by)
-    convert_pairs(tmp_path / "between.parquet", tmp_path / "back", "hadpo")
+    between = tmp_path / ("between" if by in FOLDERS else "between.parquet")
+    convert_pairs(source, between, by)
+    convert_pairs(between, tmp_path / "back", "hadpo")
     for name in ("desc_data.json", "pope_data.json"):
         assert read_json(tmp_path / "back" / name) == read_json(source / name)
     ids = lambda found: sorted(found, key=lambda one: one["image_id"])  # noqa: E731
@@ -182,6 +181,10 @@ def test_the_pairs_are_those_that_hadpo_trains_on(tmp_path: Path) -> None:
 
 
 def test_trl_and_datasets_read_what_is_written(tmp_path: Path) -> None:
+    # Imported here: both take seconds, which test processes that run other tests do without.
+    import datasets
+    from trl.data_utils import prepare_multimodal_messages
+
     convert_pairs(rlaifv(tmp_path / "source.parquet"), tmp_path / "pairs.parquet", "trl")
     [row, *_] = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "pairs.parquet"), split="train", cache_dir=str(tmp_path / "cache")
@@ -199,7 +202,7 @@ def test_what_a_layout_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"2 images: 1; 0 images: 2"):
             convert_pairs(tmp_path / "several.parquet", tmp_path / out, to)
         assert not (tmp_path / out).exists()
-    turns = [[*said("user", "a", 1), *said("assistant", "b")]] * 3
+    turns = [[*said("user", "a", 1), *said("assistant", "b"), *said("user", "c")]] * 3
     pq.write_table(pa.table({"images": two, **columns, "prompt": turns}), tmp_path / "turns.parquet")
     with pytest.raises(DataError, match=r"prompt is not one user message: 0, 1, 2"):
         convert_pairs(tmp_path / "turns.parquet", tmp_path / "out.parquet", "rlaifv")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import re
 import shlex
 import textwrap
@@ -15,13 +17,17 @@ import yaml
 from typer.main import get_command
 
 from relook.cli import app
+from relook.model.checkpoint import config_template
+from relook.model.families import FAMILIES
 from relook.model.post_decoder import PostDecoderSettings
 from relook.recipe import Recipe, read_overrides, shipped_names, sort_keys
 from relook.sweep_config import SWEEP_KEYS
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
-PAGES = [*READMES, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [*READMES, *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
+NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
+COMMAND: Any = get_command(app)
 # Programs of HA-DPO, LLaVA, the benchmarks and other engines, which pages name.
 FOREIGN = """
 train.py train_dpo.py train_mem.py train_xformers.py merge_lora_weights.py pope_eval.py evaluate.py shr_eval.py
@@ -29,11 +35,109 @@ json_eval.py gpt_utils.py eval_gpt4.py llava.py template_manager.py
 """
 
 
-def test_every_recipe_key_is_documented() -> None:
-    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    """Return docs/hooks.py, which makes the site's generated pages."""
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_recipe_key_is_in_the_reference(hooks: Any) -> None:
+    text = hooks.recipe_keys_page()
     keys = {field.name for field in dataclasses.fields(Recipe)} - {"training", "of_the_model", "post_decoder", "idle"}
-    assert not [key for key in keys if f"`{key}`" not in text]
-    assert not [key for key in PostDecoderSettings.names() if f".{key}`" not in text]
+    keys |= {f"post_decoder.{name}" for name in PostDecoderSettings.names()} | {"learning_rate", "save_steps"}
+    rows = re.findall(r"^\| `(\S+)` \| .* \| .* \| (\S.*) \|$", text, re.M)
+    assert keys <= {name for name, _ in rows}
+    assert len(rows) == len({name for name, _ in rows})
+
+
+def test_every_command_and_option_is_in_the_reference(hooks: Any) -> None:
+    sections = re.split(r"^## ", hooks.commands_page(), flags=re.M)[1:]
+    shown = {section.splitlines()[0]: section for section in sections}
+
+    def check(name: str, command: Any) -> None:
+        for word, child in getattr(command, "commands", {}).items():
+            check(f"{name} {word}", child)
+        if not hasattr(command, "commands"):
+            for parameter in command.params:
+                if parameter.param_type_name == "option":
+                    assert f"`{parameter.opts[0]}" in shown[name]
+
+    check("relook", COMMAND)
+
+
+def test_links_are_rewritten_for_the_site(hooks: Any) -> None:
+    relink = hooks.relink
+    assert relink("[a](docs/data.md#check)", "README.md", "index.md") == "[a](data.md#check)"
+    assert relink("[a](docs/zh/recipes.md) ![b](docs/images/x.png)", "README.zh-CN.md", "zh/index.md") == (
+        "[a](recipes.md) ![b](../images/x.png)"
+    )
+    assert relink("[a](../benchmarks/RESULTS.md)", "docs/estimate.md", "estimate.md") == "[a](results.md)"
+    assert relink("[a](../evaluation.md)", "docs/zh/evaluation.md", "zh/evaluation.md") == "[a](../evaluation.md)"
+    for same in ("[a](https://x.org/b.md)", "[a](#data-and-weights)"):
+        assert relink(same, "README.md", "index.md") == same
+
+
+def test_links_are_named_by_their_pages_titles(hooks: Any) -> None:
+    text = "See [data.md](data.md#check), [RESULTS](../benchmarks/RESULTS.md) and [real-data.md](real-data.md)."
+    assert hooks.titled(text, "docs/estimate.md") == (
+        "See [Dataset folders](data.md#check), [RESULTS](../benchmarks/RESULTS.md) and "
+        "[From toyworld to LLaVA-1.5-7B](real-data.md)."
+    )
+
+
+def test_the_menu_of_the_site_names_every_page(hooks: Any) -> None:
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    pages |= {*hooks.PAGES.values(), "reference/commands.md", "reference/recipe-keys.md", NOTEBOOK.name}
+    assert set(re.findall(r": (\S+\.(?:md|ipynb))$", menu, re.M)) == pages
+
+
+def test_the_zoo_covers_the_families(hooks: Any) -> None:
+    assert {family for family, _ in hooks.SHAPES.values()} == {*FAMILIES}
+    text = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
+    assert "<!-- table: sizes -->" in text
+    for name in hooks.SHAPES:
+        row = re.search(rf"^\| .*`{name}`.* \| .* \| `(\w+)`", text, re.M)
+        assert row
+        assert row[1] == config_template(hooks.config_of(name))
+
+
+def test_the_zoo_counts_parameters_and_memory(hooks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaVA-1.5-7B has 7.06e9 parameters (llava-hf's model card says 7B)."""
+    name = "llava-hf/llava-1.5-7b-hf"
+    monkeypatch.setattr(hooks, "SHAPES", {name: hooks.SHAPES[name]})
+    monkeypatch.setattr(hooks, "JOBS", hooks.JOBS[:1])
+    row = re.findall(r"^\| `(\S+)` \| (\S+) \| (\S+) \| (\S+) \|$", hooks.sizes_table(), re.M)
+    assert row[0][:3] == (name, "7.06e9", "13.2")
+    assert float(row[0][3]) == pytest.approx(20.2, abs=0.5)
+
+
+def code_cells() -> list[str]:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_begins_with_text_and_shows_its_output() -> None:
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert notebook["cells"][0]["cell_type"] == "markdown"
+    assert all(cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    for number, code in enumerate(code_cells()):
+        compile(code, f"cell {number}", "exec")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names: dict[str, Any] = {}
+    for number, code in enumerate(code_cells()):
+        exec(compile(code, f"cell {number}", "exec"), names)
+    assert names["after"]["CHAIR_i"] < names["before"]["CHAIR_i"]
 
 
 def test_every_sweep_key_and_shipped_sweep_is_documented() -> None:
@@ -43,31 +147,34 @@ def test_every_sweep_key_and_shipped_sweep_is_documented() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_the_readme_shows_folders_that_exist_and_every_command(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    tree = re.search(r"^relook/\n.*?^```", text, re.M | re.S)
+def test_the_readme_shows_the_folders() -> None:
+    tree = re.search(r"^relook/\n.*?^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert tree
-    named = set(re.findall(r"\b[\w-]+\.py\b", tree[0]))
-    assert named <= {path.name for path in (ROOT / "relook").rglob("*.py")}
-    assert all((ROOT / "relook" / folder).is_dir() for folder in re.findall(r"^  (\w+)/ ", tree[0], re.M))
-    assert not [command for command in get_command(app).commands if f"`relook {command} " not in text]  # type: ignore[attr-defined]
+    folders = {path.parent.name for path in (ROOT / "relook").glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/ ", tree[0], re.M)) == folders
 
 
-def test_the_readmes_show_the_same_numbers() -> None:
-    tables = [re.findall(r"^\| \w+ \| \d+\.\d.*$", (ROOT / name).read_text(encoding="utf-8"), re.M) for name in READMES]
-    assert tables[0]
-    assert tables[0] == tables[1]
+@pytest.mark.parametrize("name", READMES)
+def test_the_readme_names_every_command(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    commands = COMMAND.commands
+    assert not [command for command in commands if not re.search(rf"`relook {command}[` ]", text)]
 
 
-def test_the_readmes_have_the_same_rows_once() -> None:
-    """By their first cells, which are names; but for those that say what a table is of."""
-    rows = [
-        [re.sub("[、，]", ", ", cell).replace("：", ": ") for cell in re.findall(r"^\| (\S*`.*?) \| ", text, re.M)]
-        for text in ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
+def test_the_readmes_have_the_same_tables() -> None:
+    """By the numbers of rows, and the numbers in them."""
+    tables = [
+        [
+            [re.findall(r"\d(?:[\d,.]*\d)?", row) for row in block.splitlines()]
+            for block in re.findall(r"(?:^\|.*\n)+", (ROOT / name).read_text(encoding="utf-8"), re.M)
+        ]
+        for name in READMES
     ]
-    assert len(rows[0]) == len(set(rows[0])) > 20
-    assert rows[0] == rows[1]
+    assert len(tables[0]) >= 5
+    assert [len(rows) for rows in tables[0]] == [len(rows) for rows in tables[1]]
+    for english, chinese in zip(*tables, strict=True):
+        for row, translated in zip(english, chinese, strict=True):
+            assert sorted(row) == sorted(translated)
 
 
 def test_documents_name_recipes_that_exist() -> None:
@@ -119,11 +226,12 @@ def command_words(block: str, variables: dict[str, str]) -> Iterator[list[str]]:
 def parse_command(words: list[str]) -> None:
     """Parse a command as the command line does: names, options, types, paths (which exist here), and recipe keys."""
     program, *words = words
+    words = [word for word in words if word != "--help"]
     if program == "make":
         targets = re.findall(r"^(\w+)(?= .*:|:)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert set(words) <= set(targets)
         return
-    command: Any = get_command(app)
+    command: Any = COMMAND
     name = ""
     while hasattr(command, "commands"):
         name, *words = words
@@ -172,7 +280,7 @@ def test_every_command_of_a_page_is_taken(page: str, tmp_path: Path, monkeypatch
 def test_options_named_in_a_sentence_or_a_table_exist(page: str) -> None:
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     for line in re.findall(r"`relook ([a-z][^`]*)`", text):
-        command: Any = get_command(app)
+        command: Any = COMMAND
         words = line.replace("\\|", "|").split()
         while hasattr(command, "commands") and words:
             names = words.pop(0).split("|")

@@ -101,12 +101,23 @@ SAID = {
     "DeepSpeed extensions": " [WARNING]  async_io requires the dev libaio .so object and headers but these were not",
     "DeepSpeed compiler": "deepspeed.ops.op_builder.builder.MissingCUDAException: CUDA_HOME does not exist",
     "DeepSpeed accelerator": "[INFO] [real_accelerator.py:203:get_accelerator] Setting ds_accelerator to cuda (auto)",
+    "DeepSpeed's own NCCL": "[WARNING] [comm.py:152:init_deepspeed_backend] NCCL "
+    "backend in DeepSpeed not yet implemented",
+    "allocator cache flushes": "[WARNING] [stage3.py:2114:step] 3 pytorch allocator cache flushes since last step. "
+    "this happens when there is high memory pressure and is detrimental to performance.",
+    "token estimate": "Could not estimate the number of tokens of the input, floating-point operations will not be "
+    "computed",
+    "columns of DPODataCollatorWithPadding": "UserWarning: When using DPODataCollatorWithPadding, you should set "
+    "`remove_unused_columns=False` in your TrainingArguments we have set it for you",
+    "cuBLAS": "RuntimeError: CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmStridedBatchedEx("
+    "handle, opa, opb, (int)m, (int)n, (int)k, (void*)&falpha, a, CUDA_R_16BF, (int)lda, stridea`",
     "tokenizer length": "Token indices sequence length is longer than the specified maximum sequence length for this "
     "model (2412 > 2048). Running this sequence through the model will result in indexing errors",
     "tokenization mismatch": "WARNING: tokenization mismatch: 1 vs. 57. (ignored)",
     "tokenizers after a fork": "huggingface/tokenizers: The current process just got forked, after parallelism has "
     "already been used. Disabling parallelism to avoid deadlocks...",
-    "random weights": "Some weights of LlavaForConditionalGeneration were not initialized from the model checkpoint",
+    "random weights": "You should probably TRAIN this model on a down-stream task to be able to use it for predictions "
+    "and inference. Some weights of LlavaForConditionalGeneration were not initialized from the model checkpoint",
     "shared memory": "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
     "workers are out of shared memory. Please try to raise your shared memory limit.",
     "broken image": "OSError: image file is truncated (12 bytes not processed)",

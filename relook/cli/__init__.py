@@ -7,20 +7,36 @@ import os
 import re
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from relook import __version__
 from relook.cli import data, evaluate, models, serve, train
+from relook.cli.command import App
 from relook.errors import Mistakes, RelookError
 
-app = typer.Typer(
-    help="Train, evaluate and serve vision-language models that name fewer things which are not in the picture.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for group in (train, evaluate, models, data, serve):
+app = App(no_args_is_help=True, pretty_exceptions_enable=False)
+for group in (train, evaluate, serve, data, models):
     app.add_typer(group.app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"relook {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train, evaluate and serve vision-language models that name fewer things which are not in the picture.
+
+    Every command has --help; `relook train RECIPE --help` lists a recipe's keys.
+    """
 
 
 # DeepSpeed's launcher and older ones of torch put this before a program's own arguments; LOCAL_RANK says the same.
@@ -40,7 +56,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app()
+        app(prog_name="relook")
     except RelookError as error:
         for mistake in error.errors if isinstance(error, Mistakes) else [error]:
             line = " ".join(map(str.strip, str(mistake).splitlines()))  # a library's reason in it may have several

@@ -9,7 +9,11 @@ from typing import Annotated
 
 import typer
 
+from relook.cli.command import App
 from relook.cli.options import (
+    ANNOTATIONS,
+    LAYOUTS,
+    PAIR_LAYOUTS,
     Adapter,
     AsJson,
     Bits,
@@ -22,14 +26,15 @@ from relook.cli.options import (
     JudgeWorkers,
     Tower,
     Version,
+    choice,
     input_argument,
     input_option,
 )
 
-app = typer.Typer()
-data_app = typer.Typer(help="Check, repair and convert dataset folders.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-LayoutName = Annotated[str, typer.Option(help="hadpo, llava, pope, shr or amber.")]
+app = App("Data")
+data_app = App(help="Check, repair and convert dataset folders.", no_args_is_help=True)
+app.add_typer(data_app, name="data", rich_help_panel="Data")
+LayoutName = Annotated[str, typer.Option(**choice("layout", LAYOUTS))]
 Images = Annotated[
     Path | None, input_option("Root of the images, where it is elsewhere (Visual Genome, val2014, ...).")
 ]
@@ -45,7 +50,10 @@ def data_check(
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
-    """What is there, what is missing, and every defect of records and images. Status 0: clean, 1: defects."""
+    """Find what is missing, and every defect of records and images.
+
+    Status 0: clean, 1: defects.
+    """
     from relook.data.check import check_folder, print_report
 
     checked = check_folder(layout, folder, images, named_only, workers)
@@ -64,12 +72,20 @@ def data_fix(
     out: Annotated[Path | None, typer.Option(help="A new folder; run again to go on there.")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Change the folder itself.")] = False,
     images: Images = None,
-    broken: Annotated[str, typer.Option(help="drop leaves records that cannot be used out, list names them.")] = "drop",
+    broken: Annotated[
+        str,
+        typer.Option(
+            **choice("--broken", ("drop", "list"), "drop leaves records that cannot be used out, list names them.")
+        ),
+    ] = "drop",
     copy: Annotated[bool, typer.Option("--copy", help="Copy sound images instead of linking them.")] = False,
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Write images of a wrong format or mode again, and an index without the records that cannot be used."""
+    """Repair a folder.
+
+    Images of a wrong format or mode are written again, and an index without the records that cannot be used.
+    """
     from relook.console import status
     from relook.data.check import fix_folder, summary
 
@@ -82,12 +98,17 @@ def data_fix(
 
 @data_app.command(name="convert")
 def data_convert(
-    source: Annotated[Path, input_argument("A folder of HA-DPO's files, a parquet file, or a folder of some.")],
-    out: Annotated[Path, typer.Argument(help="A new folder (hadpo), or a new .parquet file (the others).")],
-    to: Annotated[str, typer.Option(help="hadpo, trl, rlhfv or rlaifv.")],
+    source: Annotated[
+        Path, input_argument("A folder of HA-DPO's files, SENTINEL's file, a parquet file, or a folder of some.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder (hadpo, sentinel), or a new .parquet file (the others).")],
+    to: Annotated[str, typer.Option(**choice("preference layout", PAIR_LAYOUTS))],
     images: Images = None,
 ) -> None:
-    """Preference pairs from one layout to another; what a layout cannot hold is kept by name or refused."""
+    """Convert preference pairs from one layout to another.
+
+    What a layout cannot hold is kept by name or refused.
+    """
     from relook.console import status
     from relook.data.convert import convert_pairs
 
@@ -98,7 +119,12 @@ def data_convert(
 def mine(
     model: Annotated[Path, input_option("The model whose mistakes are corrected.")],
     images: Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")],
-    annotations: Annotated[str, typer.Option(help="What says what is on them: coco, vg, toyworld or none.")],
+    annotations: Annotated[
+        str,
+        typer.Option(
+            **choice("kind of annotations", ANNOTATIONS, "What says what is on them: coco, vg, toyworld or none.")
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
     judge: Annotated[str, typer.Option(help="exact: annotations alone; or a judge's endpoint.")] = "exact",
     judge_model: JudgeModel = "",
@@ -126,7 +152,10 @@ def mine(
     judge_workers: JudgeWorkers = 8,
     judge_request: JudgeRequest = "{}",
 ) -> None:
-    """Preference pairs from a model's own mistakes; torchrun (`-m relook mine ...`) shares the work."""
+    """Make preference pairs from a model's own mistakes.
+
+    torchrun (`-m relook mine ...`) shares the work.
+    """
     from relook.console import status
     from relook.evaluate.judge import judge_settings
     from relook.mine.jobs import MiningSettings, MiningSource

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
+from relook.cli.command import App, print_result
 from relook.cli.options import (
+    PARSERS,
+    SUBMISSIONS,
     Adapter,
+    AsJson,
     Bits,
     Device,
     Dtype,
@@ -22,14 +26,15 @@ from relook.cli.options import (
     JudgeWorkers,
     Tower,
     Version,
+    choice,
     input_argument,
     input_option,
 )
-from relook.errors import RecipeError, preview
+from relook.errors import Faults, RecipeError, preview
 from relook.evaluate.tasks import BENCHMARKS
 
-T = TypeVar("T")
-app = typer.Typer()
+FORMATS = ("text", "markdown", "csv")  # of `relook report --table`
+app = App("Evaluate")
 BENCHMARKS_HELP = ", ".join(BENCHMARKS)
 # Options that only some benchmarks have, by those that are asked by themselves, and for all others.
 USED = {"lmms": ["tasks", "limit", "include-path"], "llava": ["questions", "data"], "": ["data", "judge-url"]}
@@ -38,7 +43,7 @@ ASKED_HELP = f"{BENCHMARKS_HELP}; or lmms, or llava, by itself"
 
 @app.command(name="eval")
 def evaluate(
-    benchmarks: Annotated[list[str], typer.Argument(help=ASKED_HELP)],
+    benchmarks: Annotated[list[str], typer.Argument(**choice("benchmark", (*BENCHMARKS, "lmms", "llava"), ASKED_HELP))],
     model: Annotated[Path, input_option("A model folder, or the output folder of a training run.")],
     out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
     data: Annotated[
@@ -62,63 +67,75 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="lmms: documents of each task.", min=1)] = None,
     include_path: Annotated[Path | None, input_option("lmms: folder of further tasks (YAML files).")] = None,
     questions: Annotated[Path | None, input_option("llava: question file in one of LLaVA's layouts.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Answer benchmarks and score them; under torchrun (`-m relook eval ...`) each process takes a share.
+    """Answer benchmarks and score the answers.
 
-    `lmms` asks tasks of lmms-eval, `llava` a question file of LLaVA's, for `relook submission`.
+    Under torchrun (`-m relook eval ...`) each process takes a share. `lmms` asks tasks of lmms-eval, `llava` a question
+    file of LLaVA's, for `relook submission`.
     """
-    from relook import distributed
     from relook.evaluate.judge import judge_settings
+
+    # lmms and llava have options and formats of their own.
+    alone = benchmarks[0] if len(benchmarks) == 1 else ""
+    options = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
+    required = {"lmms": "tasks", "llava": "questions"}.get(alone, "data")
+    # Everything that is wrong is found before torch is imported, which takes seconds.
+    faults, judge = Faults(), None
+    with faults:
+        if not alone and USED.keys() & set(benchmarks):
+            raise RecipeError("lmms and llava cannot be combined with other benchmarks.", "Give one of them alone.")
+        _refuse_unused_options({**options, "judge-url": judge_url}, USED.get(alone, USED[""]), "for these benchmarks")
+    with faults:
+        if not options[required]:
+            raise RecipeError(f"--{required} is missing.", "Add it to the command.")
+    with faults:
+        judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
+    faults.check()
+    from relook import distributed
     from relook.model.load import LoadOptions
 
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
     settings = (out, version, batch_size, max_new_tokens)
-    # lmms and llava have options and formats of their own.
-    alone = benchmarks[0] if len(benchmarks) == 1 else ""
-    if not alone and USED.keys() & set(benchmarks):
-        raise RecipeError("lmms and llava cannot be combined with other benchmarks.", "Give one of them alone.")
-    # Options of the other kinds of benchmarks are refused, since they would do nothing.
-    options = {"tasks": tasks, "limit": limit, "include-path": include_path, "questions": questions, "data": data}
-    _refuse_unused_options({**options, "judge-url": judge_url}, USED.get(alone, USED[""]))
     results: Any
     if alone == "lmms":
         from relook.evaluate.lmms import evaluate_tasks
 
-        task_names = [name.strip() for name in _required(tasks, "--tasks").split(",")]
+        task_names = [name.strip() for name in tasks.split(",")]
         results = evaluate_tasks(model, task_names, *settings, limit, include_path, loading)
     elif alone == "llava":
         from relook.evaluate.llava_bench import answer_question_file
 
-        results = answer_question_file(model, _required(questions, "--questions"), data, *settings, loading)
+        assert questions is not None  # required above
+        results = answer_question_file(model, questions, data, *settings, loading)
     else:
         from relook.evaluate.run import evaluate_model
 
-        judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-        results = evaluate_model(model, benchmarks, _required(data, "--data"), *settings, loading, judge)
+        assert data is not None
+        results = evaluate_model(model, benchmarks, data, *settings, loading, judge)
     if distributed.is_main():  # under torchrun every process gets here
-        typer.echo(json.dumps(results, indent=1))
+        from relook.report.score_table import print_scores
+
+        print_result(results, as_json, lambda results: print_scores({alone: results} if alone == "llava" else results))
 
 
-def _required(value: T | None, option: str) -> T:
-    if not value:
-        raise RecipeError(f"{option} is missing.", "Add it to the command.")
-    return value
+def _refuse_unused_options(options: Mapping[str, object], used: Collection[str], where: str) -> None:
+    """Refuse options that would do nothing.
 
-
-def _refuse_unused_options(options: Mapping[str, object], used: Collection[str]) -> None:
-    """Refuse options that belong to another kind of benchmark.
+    Args:
+        where: the words for the case in which they do nothing.
 
     Raises:
         RecipeError: such an option is set.
     """
     idle = [f"--{name}" for name, value in options.items() if value and name not in used]
     if idle:
-        raise RecipeError(f"{preview(idle)} would do nothing here.", "Leave it out, or give lmms or llava alone.")
+        raise RecipeError(f"{preview(idle)} would do nothing {where}.", "Leave it out, or change that.")
 
 
 @app.command()
 def score(
-    benchmark: Annotated[str, typer.Argument(help=BENCHMARKS_HELP)],
+    benchmark: Annotated[str, typer.Argument(**choice("benchmark", BENCHMARKS))],
     answers: Annotated[
         list[Path], input_option("Answer file of any program (AMBER: or two), or a folder of `relook eval`.")
     ],
@@ -129,8 +146,10 @@ def score(
     ] = None,
     captions: Annotated[Path | None, input_option("chair: COCO's captions file; its objects count, too.")] = None,
     images: Annotated[Path | None, input_option("chair: file that lists the images, one name a line.")] = None,
-    parser: Annotated[str, typer.Option(help="pope: official, llava or lmms-eval.")] = "official",
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.")] = None,
+    parser: Annotated[str, typer.Option(**choice("parser", PARSERS, f"pope: {', '.join(PARSERS)}."))] = "official",
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="File for the scores, too; - prints JSON on a terminal.")
+    ] = None,
     judge_url: JudgeUrl = "",
     judge_model: JudgeModel = "",
     judge_price: JudgePrice = (0.0, 0.0),
@@ -138,28 +157,34 @@ def score(
     judge_workers: JudgeWorkers = 8,
     judge_request: JudgeRequest = "{}",
 ) -> None:
-    """Score existing answers; no model is loaded. A judge's replies are kept beside them, in judge.jsonl."""
+    """Score existing answers; no model is loaded.
+
+    A judge's replies are kept beside them, in judge.jsonl.
+    """
     from relook.evaluate.benchmark import ScoringInputs, score_command
     from relook.evaluate.judge import judge_settings
 
     judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
     inputs = ScoringInputs(data, questions, annotations, captions, images)
     result = score_command(benchmark, answers, inputs, parser, judge)
-    if json_out is not None:
+    to_stdout = json_out == Path("-")
+    if json_out is not None and not to_stdout:
         from relook.files import write_json
 
         write_json(json_out, result)
-    typer.echo(json.dumps(result, indent=1))
+    from relook.report.score_table import print_scores
+
+    print_result(result, to_stdout, lambda result: print_scores({benchmark: result}))
 
 
 @app.command()
 def submission(
-    benchmark: Annotated[str, typer.Argument(help="vqav2, vizwiz, gqa, mmbench, mmbench-cn, seed, mm-vet or mme.")],
+    benchmark: Annotated[str, typer.Argument(**choice("submission", SUBMISSIONS))],
     answers: Annotated[Path, input_option("Answer file in LLaVA's layout, as `relook eval llava` writes.")],
     out: Annotated[Path, typer.Option(help="What is written: a file, .xlsx or .tsv of a table; mme: a folder.")],
     questions: Annotated[Path | None, input_option("The benchmark's own file (docs/lmms-eval.md).")] = None,
 ) -> None:
-    """Write answers in the form that a benchmark's server or official script takes."""
+    """Write answers as a benchmark's server or script takes them."""
     from relook.evaluate.llava_bench import write_submission
 
     typer.echo(json.dumps(write_submission(benchmark, answers, out, questions), indent=1))
@@ -172,7 +197,10 @@ def build_pope(
     images: Annotated[int, typer.Option(help="How many images are asked about.", min=1)] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the drawn images and objects.")] = 0,
 ) -> None:
-    """Build POPE's random, popular and adversarial questions from annotations."""
+    """Build POPE's questions from annotations.
+
+    Random, popular and adversarial ones, as POPE's own program does.
+    """
     from relook.evaluate.tasks.build_pope import build_pope_files
 
     typer.echo(json.dumps(build_pope_files(annotations, out, images, seed), indent=1))
@@ -183,10 +211,29 @@ def report(
     folders: Annotated[
         list[Path], input_argument("Two folders of `relook eval`, or folders of `relook demo` or `relook sweep`.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder for a comparison; else beside the first.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a comparison, else beside the first; with --table: a file.")
+    ] = None,
     data: Annotated[Path | None, input_option("The evaluations' data folder, where it has moved.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="A line of scores for each evaluation in any number of folders.")
+    ] = False,
+    form: Annotated[
+        str, typer.Option("--format", **choice("format", FORMATS, f"With --table: {', '.join(FORMATS)}."))
+    ] = "",
 ) -> None:
-    """Two evaluations side by side in one HTML file; or the report of a demo or a sweep again, from its files."""
+    """Compare two evaluations on a page, or any number in a table.
+
+    Of a demo or a sweep, its report is written again, from its files. With --table, any number of folders give one
+    table: model, method, regime, learning rate, epoch, split and scores.
+    """
+    if table:
+        from relook.report.score_table import write_table
+
+        _refuse_unused_options({"data": data}, (), "beside --table")
+        typer.echo(write_table(folders, form or FORMATS[0], out), nl=False)
+        return
+    _refuse_unused_options({"format": form}, (), "without --table")
     from relook.report.pages import write_reports
 
     for page in write_reports(folders, out, data):

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from relook.cli.options import Adapter, AsJson, Device, Dtype, Tower, input_argument, input_option
+from relook.cli.command import START, App, print_result
+from relook.cli.options import ENGINES, Adapter, AsJson, Device, Dtype, Tower, choice, input_argument, input_option
 
 # ----------------------------------------------------------------------------------------------------
 
-app = typer.Typer()
+app = App("Models")
 Force = Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")]
 ShardSize = Annotated[float, typer.Option("--max-shard-gb", help="Largest weight file in GB.", min=0.001)]
 Check = Annotated[bool, typer.Option(help="Compare the logits of source and result on a small input.")]
@@ -23,7 +24,9 @@ Check = Annotated[bool, typer.Option(help="Compare the logits of source and resu
 def convert(
     source: Annotated[Path, input_argument("A model folder.")],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
-    to: Annotated[str, typer.Option(help="hf (transformers) or llava (liuhaotian's format).")],
+    to: Annotated[
+        str, typer.Option(**choice("format", ("hf", "llava"), "hf (transformers) or llava (liuhaotian's format)."))
+    ],
     force: Force = False,
     max_shard_gb: ShardSize = 4.0,
     check: Check = True,
@@ -63,14 +66,14 @@ def export(
     source: Annotated[Path, input_argument("A model folder or a training run.")],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     engine: Annotated[
-        str | None, typer.Option("--for", help="vllm, sglang or transformers-serve: a folder that it loads.")
+        str | None, typer.Option("--for", **choice("engine", ENGINES, f"{', '.join(ENGINES)}: a folder that it loads."))
     ] = None,
     force: Force = False,
     max_shard_gb: ShardSize = 4.0,
     check: Check = True,
     vision_tower: Tower = None,
 ) -> None:
-    """Write a whole model that transformers loads where relook is not installed."""
+    """Write a model for programs without relook, such as vLLM."""
     from relook.model.export import WriteOptions, export_for, export_model
 
     options = WriteOptions(force, max_shard_gb, check, vision_tower)
@@ -91,21 +94,21 @@ def inspect(
     device: Device = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's modules, what would train in each regime, and the tensors of an example on their way."""
+    """Show a model's modules, regimes and tensors.
+
+    What would train in each regime, and with --image or --prompt the tensors of an example on their way.
+    """
     from relook.model.inspect import inspect_model, print_tables
 
     inspection = inspect_model(model, image, prompt, adapter, vision_tower, dtype, device)
-    if as_json:
-        typer.echo(json.dumps(inspection, indent=1))
-    else:
-        print_tables(inspection)
+    print_result(inspection, as_json, print_tables)
 
 
 # ----------------------------------------------------------------------------------------------------
 # The command on this machine.
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def doctor(
     explain: Annotated[
         str,
@@ -113,7 +116,10 @@ def doctor(
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Whether this machine can do the work, and what to mend. Status 0: it can, 1: something is missing."""
+    """Check what this machine can do, and what to mend.
+
+    Status 0: it can do the work, 1: something is missing.
+    """
     if explain:
         from relook.doctor import print_known_warnings
 

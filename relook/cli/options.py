@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from relook.errors import DataError
+from relook.data.templates import TEMPLATES
+from relook.errors import DataError, Faults, RecipeError, did_you_mean
+
+# Names that options accept, for the help, completion and early checks. `tests/test_commands.py` compares them with the
+# registries, whose modules take seconds to import.
+LAYOUTS = ("hadpo", "sentinel", "llava", "pope", "shr", "amber")
+PAIR_LAYOUTS = ("hadpo", "sentinel", "trl", "rlhfv", "rlaifv")
+ANNOTATIONS = ("coco", "vg", "toyworld", "none")
+PARSERS = ("official", "llava", "lmms-eval")
+SUBMISSIONS = ("vqav2", "vizwiz", "gqa", "mmbench", "mmbench-cn", "seed", "mm-vet", "mme")
+ENGINES = ("vllm", "sglang", "transformers-serve")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _existing_path(value: Path | list[Path] | None) -> Path | list[Path] | None:
-    """Refuse a path that does not exist."""
+    """Refuse paths that do not exist."""
     # Typer calls this before the command imports torch, which takes seconds.
+    faults = Faults()
     for path in value if isinstance(value, list) else [value]:
         if path is not None and not path.exists():
-            raise DataError(f"{path} does not exist.", "Check the path.")
+            faults.errors.append(DataError(f"{path} does not exist.", "Check the path."))
+    faults.check()
     return value
+
+
+def choice(kind: str, names: Iterable[str], text: str = "") -> dict[str, Any]:
+    """Build the settings of an option or argument that accepts names: its help, early check and shell completion.
+
+    Args:
+        kind: what the names are, for the error.
+        text: the help; by default the names.
+    """
+    known = list(names)
+
+    def check(value: Any) -> Any:
+        faults = Faults()
+        for name in value if isinstance(value, list) else [value]:
+            if name and name not in known:
+                faults.errors.append(RecipeError(f"There is no {kind} {name!r}.", did_you_mean(name, known)))
+        faults.check()
+        return value
+
+    return {
+        "help": text or f"{', '.join(known[:-1])} or {known[-1]}.",
+        "callback": check,
+        "autocompletion": completion(lambda: known),
+    }
+
+
+def completion(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Build a shell completion from known names."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return complete
 
 
 def input_option(text: str) -> Any:
@@ -29,19 +76,27 @@ def input_argument(text: str) -> Any:
     return typer.Argument(help=text, callback=_existing_path)
 
 
+def _bits(value: int) -> int:
+    if value not in (4, 8, 16):
+        raise RecipeError(f"--bits is {value}.", "Give 16, 8 or 4.")
+    return value
+
+
 Tower = Annotated[
     Path | None,
     typer.Option(help="The vision tower's folder, or name in Hugging Face's cache, if the model's config lacks it."),
 ]
 Adapter = Annotated[Path | None, input_option("A change that is laid on the model.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Bits = Annotated[int, typer.Option(help="8 or 4 quantise the language model (needs relook\\[quant]).")]
+Dtype = Annotated[str, typer.Option(**choice("dtype", DTYPES))]
+Bits = Annotated[int, typer.Option(callback=_bits, help="8 or 4 quantise the language model (needs relook\\[quant]).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")]
-Version = Annotated[str, typer.Option(help="Conversation template; empty: the model's own.")]
+Version = Annotated[
+    str, typer.Option(**choice("conversation template", TEMPLATES, "Conversation template; empty: the model's own."))
+]
 JudgeUrl = Annotated[str, typer.Option(help="OpenAI-compatible endpoint of a judge, as https://api.openai.com/v1.")]
 JudgeModel = Annotated[str, typer.Option(help="The judge's name there.")]
 JudgePrice = Annotated[tuple[float, float], typer.Option(help="Dollars per million tokens: of prompts, of replies.")]
 JudgeKey = Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")]
 JudgeWorkers = Annotated[int, typer.Option(help="Prompts before the judge at once.", min=1)]
 JudgeRequest = Annotated[str, typer.Option(help="JSON: further fields of its requests; null leaves one out.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, as to a pipe, instead of tables.")]

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from relook.cli.command import App
 from relook.cli.options import Adapter, Bits, Device, Dtype, Tower, Version, input_argument, input_option
 
-app = typer.Typer()
+app = App("Serve")
 
 
 @app.command()
@@ -50,6 +51,7 @@ def serve(
     page: Annotated[
         bool | None, typer.Option("--page/--no-page", help="A page for people at /; there where gradio is installed.")
     ] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Compile everything before taking requests (GPUs).")] = False,
     version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,
@@ -70,10 +72,12 @@ def serve(
 
     sources = ImageSources(int(max_image_mb * 1e6), allow_http, media_root)
     if page:
-        pages.check_installed()
+        pages.check_gradio_installed()
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
     run.serve(
-        run.ServeOptions(host, port, stop_timeout, version, pages.installed() if page is None else page),
+        run.ServeOptions(
+            host, port, stop_timeout, version, pages.installed() if page is None else page, warm, adapter or model
+        ),
         EngineLimits(slots, queue, max_length, cache_gb, seconds=timeout),
         ServerLimits(
             api_key,
@@ -103,7 +107,10 @@ def chat(
     bits: Bits = 16,
     device: Device = "",
 ) -> None:
-    """Talk with a model about a picture; /base asks again without what was trained."""
+    """Talk with a model about a picture.
+
+    /base asks again without what was trained.
+    """
     from relook.serve import check_installed
 
     check_installed()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from relook.cli.options import AsJson, input_option
+from relook.cli.command import START, App, RecipeCommand, print_result
+from relook.cli.options import AsJson, completion, input_option
 from relook.errors import Faults, RecipeError
 from relook.recipe import (
     build_recipe,
@@ -20,15 +20,24 @@ from relook.recipe import (
     sort_keys,
 )
 
-app = typer.Typer()
+app = App("Train")
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        help="A .yaml file or a shipped recipe's name.", autocompletion=completion(lambda: shipped_names("recipe"))
+    ),
+]
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def check_names(name: str, keys: list[str], kind: str = "recipe", complete: bool = True) -> None:
+def check_names(
+    name: str, keys: list[str], kind: str = "recipe", complete: bool = True, options: Sequence[str] = ()
+) -> None:
     """Check names of recipe and keys before libraries are loaded, which takes seconds.
 
     Args:
         complete: True if the recipe must set every required key.
+        options: the command's own options, one of which an unknown key may have meant.
 
     Raises:
         RecipeError: a wrong recipe name or words that are no keys; then also everything that is wrong with the others.
@@ -44,17 +53,18 @@ def check_names(name: str, keys: list[str], kind: str = "recipe", complete: bool
     values, odd = read_overrides(keys)
     faults.errors += odd.errors
     # The command fails anyway, so the seconds are well spent on finding the rest of what is wrong.
-    if faults.errors and kind == "recipe":
+    if (faults.errors or options) and kind == "recipe":
         with faults:
             if file and complete:
                 build_recipe({**file, **values})
             elif values:
-                sort_keys(values).faults.check()
-        faults.errors += missing_paths({**file, **values}).values()
+                sort_keys(values, options).faults.check()
+        if faults.errors:
+            faults.errors += missing_paths({**file, **values}).values()
     faults.check()
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes; run again to go on there.")] = Path(
         "demo"
@@ -65,30 +75,44 @@ def demo(
     ] = False,
     base: Annotated[Path | None, input_option("Another base model made by --rebuild.")] = None,
 ) -> None:
-    """Toyworld end to end: base model, mined pairs, five trainings, POPE and CHAIR of each, a report."""
+    """Run everything on small drawn pictures, in minutes.
+
+    Toyworld end to end: base model, mined pairs, five trainings, POPE and CHAIR of each, a report.
+    """
     from relook.demo import run_demo
 
     run_demo(out, seed, rebuild, base)
 
 
-@app.command(context_settings=EXTRA)
-def train(
-    context: typer.Context, recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")]
-) -> None:
-    """Train by a recipe; any of its keys, or of transformers' TrainingArguments, may follow as --key value."""
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the shipped recipes: what each trains, and its source."""
+    from relook.recipe_help import print_recipes, shipped_recipes
+
+    print_result(shipped_recipes(), as_json, print_recipes)
+
+
+@app.command(cls=RecipeCommand, context_settings=EXTRA)
+def train(context: typer.Context, recipe: RecipeName) -> None:
+    """Train by a recipe; its keys may follow as --key value.
+
+    So may those of transformers' TrainingArguments. `relook recipes` lists the shipped recipes, `relook train RECIPE
+    --help` the keys of one.
+    """
     check_names(recipe, context.args)
     from relook.console import status
     from relook.train import run
+    from relook.train.summary import run_summary
 
-    out = run.train(run.recipe_of_command(recipe, context.args))
-    model = shlex.quote(str(out))
-    status(f"{out} holds the result. To evaluate it: relook eval pope chair --model {model}, with --data and --out.")
+    chosen = run.recipe_of_command(recipe, context.args)
+    out = run.train(chosen)
+    status(run_summary(chosen, out))
 
 
-@app.command(context_settings=EXTRA)
+@app.command(cls=RecipeCommand, context_settings=EXTRA)
 def estimate(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")],
+    recipe: RecipeName,
     gpus: Annotated[int, typer.Option(help="How many train.")] = 1,
     gpu_memory: Annotated[float, typer.Option(help="Of each, in GiB.")] = 80.0,
     prompt_tokens: Annotated[int, typer.Option(help="Where the data is not there: a prompt's text.")] = 50,
@@ -97,24 +121,41 @@ def estimate(
     tflops: Annotated[float, typer.Option(help="TFLOP/s that a GPU reaches, for times.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Predict a recipe's memory on each GPU, its trunk cache and its work; any of its keys may follow."""
-    check_names(recipe, context.args, complete=False)
+    """Predict a recipe's memory, trunk cache and work.
+
+    Nothing is trained and no data are needed. Any of the recipe's keys may follow as --key value.
+    """
+    options = [option.removeprefix("--") for parameter in context.command.params for option in parameter.opts]
+    check_names(recipe, context.args, complete=False, options=options)
     from relook.estimate.run import AssumedData, estimate_command, print_estimate
 
     assumed = AssumedData(prompt_tokens, response_tokens, samples)
     estimated = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)
-    if as_json:
-        typer.echo(json.dumps(estimated, indent=1))
-    else:
-        print_estimate(estimated)
+    print_result(estimated, as_json, print_estimate)
 
 
 @app.command(context_settings=EXTRA)
 def sweep(
-    context: typer.Context, file: Annotated[str, typer.Argument(help="A .yaml file or a shipped sweep's name.")]
+    context: typer.Context,
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="A .yaml file or a shipped sweep's name.", autocompletion=completion(lambda: shipped_names("sweep"))
+        ),
+    ],
+    as_json: AsJson = False,
 ) -> None:
-    """Train and evaluate many variants on one trunk cache; any key of the file or of a recipe may follow."""
+    """Train and evaluate many variants on one trunk cache.
+
+    Any key of the file or of a recipe may follow as --key value.
+    """
     check_names(file, context.args, "sweep")
+    from relook.files import read_json
+    from relook.report.pages import RESULTS_FILE
+    from relook.report.score_table import write_table
     from relook.sweep import sweep_command
 
-    sweep_command([file, *context.args])
+    folder = sweep_command([file, *context.args]).parent
+    print_result(
+        read_json(folder / RESULTS_FILE), as_json, lambda _: typer.echo(write_table([folder], "text"), nl=False)
+    )

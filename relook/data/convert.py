@@ -1,11 +1,12 @@
 """`relook data convert`: lossless conversion of preference pairs between layouts.
 
     hadpo       a folder: desc_data.json, pope_data.json, and Visual Genome's image_data.json with images
+    sentinel    a folder: sentinel.json or sentinel.jsonl, and the images likewise; as a source, also one file
     the others  one parquet file; see `relook.data.parquet`
 
-Each HA-DPO record becomes one pair, drawn as its trainer draws it; the whole record stays in a column `hadpo_record`.
-Pairs from elsewhere become records of `pope_data.json`, with their further columns as keys. Rows that a layout cannot
-hold are refused by number, and nothing is written.
+Each HA-DPO record becomes one pair, drawn as its trainer draws it; the whole record stays in a column `hadpo_record`,
+as SENTINEL's do in `sentinel_record`. Pairs from elsewhere become records of `pope_data.json`, with their further
+columns as keys. Rows that a layout cannot hold are refused by number, and nothing is written.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import base64
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,33 @@ from relook.data.parquet import (
 )
 from relook.data.paths import resolve_extension
 from relook.data.readers import DESCRIBE_PROMPTS, draw_description_pair, pair_fault
-from relook.data.samples import ID_UNKNOWN, IMAGE_MISSING, BadRecord, as_id, missing_fields
-from relook.errors import DataError, RecipeError, preview
-from relook.files import atomic_folder, read_json, read_json_object, write_json
+from relook.data.samples import (
+    ID_UNKNOWN,
+    IMAGE_MISSING,
+    PAIR_OPTIONS,
+    BadRecord,
+    as_id,
+    missing_fields,
+    pair_options,
+)
+from relook.data.sentinel import (
+    FIELDS as SENTINEL_FIELDS,
+)
+from relook.data.sentinel import (
+    SUFFIXES,
+    SentinelPair,
+    read_sentinel_records,
+    sentinel_pair,
+    sentinel_texts,
+)
+from relook.errors import DataError, RecipeError, did_you_mean, preview
+from relook.files import atomic_folder, read_json, read_json_object, write_json, write_jsonl
 
-PAIR_LAYOUTS = ("hadpo", *COLUMNS)
+FOLDERS = ("hadpo", "sentinel")  # layouts that are folders, the others are parquet files
+PAIR_LAYOUTS = (*FOLDERS, *COLUMNS)
 DESC, POPE, IMAGES, NOTES = "desc_data.json", "pope_data.json", "image_data.json", "relook.json"
-RECORD = "hadpo_record"
+SENTINEL = "sentinel"  # with one of `SUFFIXES`
+RECORD, SENTINEL_RECORD = "hadpo_record", "sentinel_record"
 # Keys of a pope_data.json record for a pair that is not from HA-DPO. Any further key is one of its columns.
 QUESTION = ("image_id", "question", "chosen", "reject", "answer", "correct", "image_name")
 
@@ -49,11 +71,12 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
     """Write the pairs of `source` in another layout and return their number.
 
     Args:
-        source: a folder in HA-DPO's layout, a parquet file, or a folder of parquet files. The layout is detected.
-        target: a new folder (hadpo) or a new parquet file (the others).
-        to: hadpo, trl, rlhfv or rlaifv.
-        images: Visual Genome's folder for a hadpo source, or the root of images that a parquet file only names. The
-            default is the source's own folder.
+        source: a folder in HA-DPO's layout, SENTINEL's file, a parquet file, or a folder of parquet files. The layout
+            is detected.
+        target: a new folder (hadpo, sentinel) or a new parquet file (the others).
+        to: one of `PAIR_LAYOUTS`.
+        images: Visual Genome's folder for a hadpo or sentinel source, or the root of images that a parquet file only
+            names. The default is the source's own folder.
 
     Raises:
         RecipeError: there is no such layout, or the target exists already or its name does not suit the layout.
@@ -63,17 +86,22 @@ def convert_pairs(source: str | Path, target: str | Path, to: str, images: str |
     source, target = Path(source), Path(target)
     images = None if images is None else Path(images)
     if to not in PAIR_LAYOUTS:
-        raise RecipeError(f"There is no preference layout {to!r}.", f"Known ones: {', '.join(PAIR_LAYOUTS)}.")
+        raise RecipeError(f"There is no preference layout {to!r}.", did_you_mean(to, PAIR_LAYOUTS))
     if target.exists():
         raise RecipeError(f"{target} is there already.", "Choose another place, or remove it.")
-    if (target.suffix == ".parquet") != (to != "hadpo"):
-        kind = "a new folder" if to == "hadpo" else "a new file that ends in .parquet"
+    if (target.suffix == ".parquet") == (to in FOLDERS):
+        kind = "a new folder" if to in FOLDERS else "a new file that ends in .parquet"
         raise RecipeError(f"{target} does not suit layout {to}.", f"Give {kind}.")
     folder = source.is_dir() and any((source / name).exists() for name in (DESC, POPE))
-    opened = open_hadpo(source, images or source) if folder else open_parquet(source, images)
+    if folder:
+        opened = open_hadpo(source, images or source)
+    elif file := _sentinel_file(source):
+        opened = open_sentinel(file, images or file.parent)
+    else:
+        opened = open_parquet(source, images)
     rows = _pairs(opened, to)
-    if to == "hadpo":
-        return write_hadpo(target, opened, rows)
+    if to in FOLDERS:
+        return (write_hadpo if to == "hadpo" else write_sentinel)(target, opened, rows)
     count = write_parquet(target, to, opened, rows)
     if folder and (source / DESC).exists():
         status(
@@ -97,10 +125,12 @@ def _pairs(source: PairFile, to: str) -> Iterator[RawPair]:
                     raise row
                 if to != "trl":  # the other layouts hold exactly one image; raises InvalidPair
                     _ = row.image
-            except InvalidPair as bad:
+                if to == "sentinel":
+                    _sentinel_record(row)
+            except BadRecord as bad:
                 faults.setdefault(str(bad), []).append(number)
                 continue
-            if fault := pair_fault(hadpo_record(row), row.prompt, row.chosen, row.rejected):
+            if fault := pair_fault(hadpo_record(row), row.prompt, row.chosen, row.rejected, row.extra):
                 unusable.setdefault(fault, []).append(number)
             elif not faults:  # after the first fault nothing is written, and the rest is read only to name all of them
                 yield row
@@ -131,6 +161,7 @@ def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
         raise DataError(f"{folder} is not in HA-DPO's layout.", REPAIR)
     columns = _columns(notes)
     names = [field.name for field in columns]
+    options = [name for name in PAIR_OPTIONS if any(name in r for r in (*questions, *described.values()))]
     # A folder converted from another layout gets its columns back; records of any other folder are kept whole.
     plain = bool(notes) and not described and all(_is_plain(record, names) for record in questions)
 
@@ -149,25 +180,106 @@ def open_hadpo(folder: Path, vg_path: Path) -> PairFile:
 
     def rows() -> Iterator[RawPair | InvalidPair]:
         for file, image_id, record, (prompt, chosen, rejected) in entries():
-            entry = image_records.get(image_id)
-            path = None if entry is None else resolve_extension(vg_path / entry_image_path(entry))
-            if path is None or not path.is_file():
-                yield InvalidPair(IMAGE_MISSING if path else ID_UNKNOWN)
+            try:
+                entry, image = _vg_image(image_records, vg_path, image_id)
+                if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+                    raise InvalidPair("no question, chosen or rejected")
+                if plain:
+                    image, extra = replace(image, name=record["image_name"]), {name: record[name] for name in names}
+                else:
+                    extra = _stored(RECORD, file, entry, record, {name: record.get(name) for name in options})
+            except InvalidPair as bad:
+                yield bad
                 continue
-            if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
-                yield InvalidPair("no question, chosen or rejected")
-                continue
-            image = Embedded(path.read_bytes(), record["image_name"] if plain else path.name)
-            if plain:
-                yield RawPair((image,), prompt, chosen, rejected, {name: record[name] for name in names})
-            else:
-                stored = {"file": file, "image": entry, "record": record}
-                yield RawPair((image,), prompt, chosen, rejected, {RECORD: json.dumps(stored, ensure_ascii=False)})
+            yield RawPair((image,), prompt, chosen, rejected, extra)
 
     if plain:
-        filled, forms, features = notes.get("filled", ()), notes.get("forms", {}), notes.get("features", {})
-        return PairFile("hadpo", rows, len(questions), columns, features, tuple(filled), forms)
-    return PairFile("hadpo", rows, len(described) + len(questions), (pyarrow().field(RECORD, "string"),))
+        return _noted("hadpo", rows, len(questions), columns, notes)
+    return PairFile("hadpo", rows, len(described) + len(questions), _fields(RECORD, *options))
+
+
+def _fields(record: str, *options: str) -> tuple[Any, ...]:
+    """Return the columns of pairs whose records are kept whole, `options` being those of `PAIR_OPTIONS` they have."""
+    types = {"context": "string", "complete": "bool"}
+    return tuple(pyarrow().field(name, types.get(name, "string")) for name in (record, *options))
+
+
+def _stored(column: str, file: str, entry: Any, record: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the further columns of a pair whose record is kept whole.
+
+    Raises:
+        InvalidPair: its context or `complete` is of another type.
+    """
+    stored = {"file": file, "image": entry, "record": record}
+    try:
+        columns = {name: value for name, value in pair_options(options).items() if name in options}
+    except BadRecord as bad:
+        raise InvalidPair(str(bad)) from None
+    return {column: json.dumps(stored, ensure_ascii=False), **columns}
+
+
+def _vg_image(records: Mapping[str, Any], vg_path: Path, image_id: str) -> tuple[Any, Embedded]:
+    """Return an image's entry in `image_data.json` and the image itself.
+
+    Raises:
+        InvalidPair: there is none.
+    """
+    if (entry := records.get(image_id)) is None:
+        raise InvalidPair(ID_UNKNOWN)
+    path = resolve_extension(vg_path / entry_image_path(entry))
+    if not path.is_file():
+        raise InvalidPair(IMAGE_MISSING)
+    return entry, Embedded(path.read_bytes(), path.name)
+
+
+def _sentinel_file(source: Path) -> Path | None:
+    """Return a source's file in SENTINEL's layout, or None if it is in another layout."""
+    files = [source / f"{SENTINEL}{suffix}" for suffix in SUFFIXES] if source.is_dir() else [source]
+    return next((file for file in files if file.suffix in SUFFIXES and file.exists()), None)
+
+
+def open_sentinel(path: Path, vg_path: Path) -> PairFile:
+    """Open a file in one of SENTINEL's layouts.
+
+    Raises:
+        DataError: the file or Visual Genome's index is broken.
+    """
+    records, images = read_sentinel_records(path), read_image_records(vg_path)
+    # A folder converted from another layout gets its columns back; records of any other file are kept whole.
+    notes = read_json_object(path.with_name(NOTES), optional=True)
+    columns = _columns(notes)
+
+    def rows() -> Iterator[RawPair | InvalidPair]:
+        for _, image_id, record in records:
+            try:
+                prompt, chosen, rejected, context, complete = sentinel_pair(record)
+                entry, image = _vg_image(images, vg_path, as_id(image_id))
+                if notes:
+                    image = replace(image, name=record.get("image_name"))
+                    extra = {field.name: record.get(field.name) for field in columns}
+                else:
+                    options = {"context": context, "complete": complete}
+                    extra = _stored(SENTINEL_RECORD, path.suffix, entry, record, options)
+            except BadRecord as bad:
+                yield InvalidPair(str(bad))
+                continue
+            yield RawPair((image,), prompt, chosen, rejected, extra)
+
+    if notes:
+        return _noted("sentinel", rows, len(records), columns, notes)
+    return PairFile("sentinel", rows, len(records), _fields(SENTINEL_RECORD, *PAIR_OPTIONS))
+
+
+def _noted(
+    layout: str,
+    rows: Callable[[], Iterator[RawPair | InvalidPair]],
+    count: int,
+    columns: tuple[Any, ...],
+    notes: Mapping[str, Any],
+) -> PairFile:
+    """Return the file of pairs that `_write_notes` was called for."""
+    filled, forms, features = notes.get("filled", ()), notes.get("forms", {}), notes.get("features", {})
+    return PairFile(layout, rows, count, columns, features, tuple(filled), forms)
 
 
 REPAIR = "`relook data check` names all such records, `relook data fix` leaves them out."
@@ -213,9 +325,7 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
         DataError: a column has the name of one of the layout's keys, or holds values that JSON cannot.
     """
     fields = [field for field in source.fields if field.name != RECORD]
-    clash = [field.name for field in fields if field.name in QUESTION]
-    if clash:
-        raise DataError(f"The source has columns named {', '.join(clash)}, as {POPE} has.", "Rename them.")
+    _refuse_clash(fields, QUESTION, POPE)
     described: dict[str, Any] = {}
     questions: list[Any] = []
     images: dict[Path, tuple[Any, str]] = {}  # path to entry of image_data.json and image hash
@@ -224,10 +334,11 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
         for row in rows:
             count += 1
             extra = {field.name: row.extra.get(field.name) for field in fields}
-            present = {name: value for name, value in extra.items() if value is not None}
-            # The HA-DPO record that the row was made from, if there is one.
+            # The HA-DPO record that the row was made from, if there is one; it has its own context.
             stored = stored_columns(row, "hadpo")
-            entry = stored["image"] if stored else _entry(row.image)
+            own = PAIR_OPTIONS if stored else ()
+            present = {name: value for name, value in extra.items() if value is not None and name not in own}
+            entry = _entry(row)
             _write_image(temporary, images, entry, row.image)
             # A row goes back into the record it came from, unless its texts were edited since.
             if stored.get("file") == DESC and _holds_pair(stored["record"], row):
@@ -246,24 +357,89 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
             _write_records(temporary / POPE, questions)
         write_json(temporary / IMAGES, [entry for entry, _ in images.values()])
         if new:
-            # An Arrow schema keeps what JSON cannot: the columns' types, and columns without any value.
-            columns = base64.b64encode(pyarrow().schema(fields).serialize().to_pybytes()).decode()
-            notes = {"filled": source.filled, "forms": source.forms, "features": source.features}
-            write_json(temporary / NOTES, {"columns": columns, **notes})
+            _write_notes(temporary, source, fields)
     if edited:
         status(f"  {edited:,} descriptions are not those of their records any more: they are in {POPE}, alone")
     return count
 
 
-def _write_records(path: Path, records: list[Any]) -> None:
+def _refuse_clash(fields: Sequence[Any], keys: Sequence[str], file: str) -> None:
+    if clash := [field.name for field in fields if field.name in keys]:
+        raise DataError(f"The source has columns named {', '.join(clash)}, as {file} has.", "Rename them.")
+
+
+def _write_notes(folder: Path, source: PairFile, fields: list[Any]) -> None:
+    # An Arrow schema keeps what JSON cannot: the columns' types, and columns without any value.
+    columns = base64.b64encode(pyarrow().schema(fields).serialize().to_pybytes()).decode()
+    notes = {"filled": source.filled, "forms": source.forms, "features": source.features}
+    write_json(folder / NOTES, {"columns": columns, **notes})
+
+
+def write_sentinel(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
+    """Write pairs in SENTINEL's layout, images included, and return their number.
+
+    Lines keep the order of all pairs; a file by image becomes one again. The further columns are keys of the records.
+
+    Raises:
+        DataError: two rows have different images of one name, or a column has the name of one of the layout's keys or
+            values that JSON cannot hold.
+    """
+    fields = [field for field in source.fields if field.name != SENTINEL_RECORD]
+    _refuse_clash(fields, ("image_id", *SENTINEL_FIELDS, "image_name"), SENTINEL)
+    by_image: dict[str, list[Any]] = {}
+    in_order: list[Any] = []
+    images: dict[Path, tuple[Any, str]] = {}
+    files: set[Any] = set()  # suffixes of the files that the rows were made from
+    with atomic_folder(folder) as temporary:
+        for row in rows:
+            files.add(stored_columns(row, "sentinel").get("file"))
+            entry, record = _entry(row), _sentinel_record(row)
+            _write_image(temporary, images, entry, row.image)
+            in_order.append({"image_id": entry["image_id"], **record})
+            by_image.setdefault(str(entry["image_id"]), []).append(record)
+        name, records, write = f"{SENTINEL}.jsonl", in_order, write_jsonl
+        if files == {".json"}:
+            name, records, write = f"{SENTINEL}.json", by_image, write_json
+        _write_records(temporary / name, records, write)
+        if None in files:
+            _write_notes(temporary, source, fields)
+        write_json(temporary / IMAGES, [entry for entry, _ in images.values()])
+    return len(in_order)
+
+
+def _sentinel_record(row: RawPair) -> dict[str, Any]:
+    """Return a row's record in SENTINEL's layout.
+
+    Raises:
+        BadRecord: the layout cannot hold the pair.
+    """
+    texts = sentinel_texts(SentinelPair(row.prompt, row.chosen, row.rejected, **pair_options(row.extra)))
+    further = {name: value for name, value in row.extra.items() if name != SENTINEL_RECORD}
+    if stored := stored_columns(row, "sentinel"):
+        record = stored["record"]
+        further = {name: value for name, value in further.items() if name not in PAIR_OPTIONS and value is not None}
+    else:
+        record = {"image_name": row.image.name}
+    # The source's own context wins if it means the same: null, "" and white space are all none.
+    own = {**record, **further}
+    blank = {"context": own["context"]} if not texts["context"] and "context" in own else {}
+    return {**own, **texts, **blank}
+
+
+def _write_records(path: Path, records: Any, write: Callable[[Path, Any], None] = write_json) -> None:
     try:
-        write_json(path, records)
+        write(path, records)
     except TypeError as error:
-        raise DataError(f"{POPE} cannot hold a column of the source: {error}.", "Remove the column.") from None
+        raise DataError(f"{path.name} cannot hold a column of the source: {error}.", "Remove the column.") from None
 
 
-def _entry(image: Embedded) -> dict[str, Any]:
-    """Build an `image_data.json` entry for an image not in Visual Genome, with an id from its content."""
+def _entry(row: RawPair) -> dict[str, Any]:
+    """Return the `image_data.json` entry that a row was made from, or one with an id from its image's content."""
+    for layout in FOLDERS:
+        if stored := stored_columns(row, layout):
+            entry: dict[str, Any] = stored["image"]
+            return entry
+    image = row.image
     # 48 bits: exact in a JSON reader that holds numbers as floats. `.invalid` is reserved: no such host can exist.
     number = int(content_hash(image.data)[:12], 16)
     return {"image_id": number, "url": f"https://relook.invalid/VG_100K/{number}{image.suffix}"}

@@ -50,6 +50,9 @@ class Encoder:
     A special token in the text of a training sample stays that token, as in the original. In a prompt to be answered
     it is read as plain text, since prompts come from strangers.
 
+    A response with a context is tokenised as one text, so its ids are those of the whole answer. A token that lies
+    across the end of the context is supervised.
+
     Args:
         tokenizer: a fast transformers tokenizer.
         template: text around prompts and answers.
@@ -105,7 +108,9 @@ class Encoder:
             ids = [self.tokenizer.bos_token_id]
         supervised = [False] * len(ids)
         text = "".join(piece.text for piece in pieces)
-        flags = [piece.supervised for piece in pieces for _ in piece.text]  # one flag per character
+        # Two flags per character: whether it is supervised, and whether it belongs to an answer.
+        flags = [piece.supervised for piece in pieces for _ in piece.text]
+        answer = [piece.supervised or piece.context for piece in pieces for _ in piece.text]
         offset = 0  # of the chunk in the text, in characters
         for i, chunk in enumerate(text.split(IMAGE)):
             if i:  # the image before this chunk: its positions, none of which is a target
@@ -118,12 +123,12 @@ class Encoder:
                 chunk_ids, offsets = self._tokenise(chunk, id)
                 # First and last character of each token. A token of no characters (a byte of an emoji) gets one.
                 spans = [(offset + start, offset + max(end - 1, start)) for start, end in offsets]
-                if any(flags[first] != flags[last] for first, last in spans):
+                if any(answer[first] != answer[last] for first, last in spans):
                     raise DataError(
                         f"Sample {id}: a token lies half in an answer and half outside.",
                         f"Template {self.template.name} does not suit this model's tokenizer, or this text.",
                     )
-                # A token is supervised if its characters are.
+                # A token is supervised if its last character is: the first ones may be a context's.
                 ids += chunk_ids
                 supervised += [flags[last] for _, last in spans]
             offset += len(chunk)
@@ -197,10 +202,9 @@ class Encoder:
         Raises:
             DataError: see `conversation`; or chosen and rejected have the same tokens.
         """
-        prompt = with_image(pair.prompt)
-        rows = [
-            self.learned([Turn(prompt, response)], (pair.image,), pair.id) for response in (pair.chosen, pair.rejected)
-        ]
+        prompt, sides = with_image(pair.prompt), (pair.chosen, pair.rejected)
+        turns = [Turn(prompt, response, pair.context, pair.complete) for response in sides]
+        rows = [self.learned([turn], (pair.image,), pair.id) for turn in turns]
         if rows[0] == rows[1]:
             raise DataError(f"Pair {pair.id}: chosen and rejected have the same tokens.", "Remove the pair.")
         return Example(pair.id, Tree.of(rows), (pair.image,))

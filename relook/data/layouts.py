@@ -27,8 +27,18 @@ from relook.data.paths import (
     visual_genome,
 )
 from relook.data.readers import DESCRIBE_PROMPTS, QUESTION_FIELDS, choices, conversation, pair_fault
-from relook.data.samples import ID_UNKNOWN, BadRecord, as_id, check_pair, missing_fields, path_fault, text_fault
-from relook.errors import DataError
+from relook.data.samples import (
+    ID_UNKNOWN,
+    BadRecord,
+    as_id,
+    check_pair,
+    missing_fields,
+    pair_options,
+    path_fault,
+    text_fault,
+)
+from relook.data.sentinel import SUFFIXES, sentinel_pair
+from relook.errors import DataError, did_you_mean
 from relook.files import opens_with, read_json, read_text
 
 VG_FOLDERS = ("VG_100K", "VG_100K_2")
@@ -140,10 +150,10 @@ def find_layout(name: str, folder: str | Path, images: str | Path | None = None)
     """Find the parts of a layout in a folder.
 
     Args:
-        name: hadpo, llava, pope, shr or amber.
+        name: a key of `LAYOUTS`.
         folder: folder of its files.
-        images: root of its images, if elsewhere: Visual Genome's folder (hadpo, shr), LLaVA's image root, COCO's
-            val2014 or AMBER's image folder.
+        images: root of its images, if elsewhere: Visual Genome's folder (hadpo, sentinel, shr), LLaVA's image root,
+            COCO's val2014 or AMBER's image folder.
 
     Raises:
         DataError: there is no such layout or folder, no file of records in it, or Visual Genome's index is broken.
@@ -151,7 +161,7 @@ def find_layout(name: str, folder: str | Path, images: str | Path | None = None)
     folder = Path(folder)
     images = None if images is None else Path(images)
     if name not in LAYOUTS:
-        raise DataError(f"There is no layout {name!r}.", f"Known ones: {', '.join(LAYOUTS)}.")
+        raise DataError(f"There is no layout {name!r}.", did_you_mean(name, LAYOUTS))
     for path in (folder, images):
         if path is not None and not path.is_dir():
             raise DataError(f"There is no folder {path}.", "Check the path.")
@@ -183,7 +193,7 @@ def _with_image(image: Any, fault: str, identity: str = "") -> RecordCheck:
     return RecordCheck((), fault or unsafe) if unsafe else RecordCheck((image,), fault, identity)
 
 
-# HA-DPO and SHR: Visual Genome's images
+# HA-DPO, SENTINEL and SHR: Visual Genome's images
 
 
 class _VisualGenome:
@@ -242,7 +252,7 @@ def _description(vg: _VisualGenome, entry: tuple[str, Any]) -> RecordCheck:
     image_id, record = entry
     try:
         # Any chosen text may be drawn with any rejected one; the prompt makes no difference.
-        pairs = product(DESCRIBE_PROMPTS[:1], *choices(record))
+        pairs = product(DESCRIBE_PROMPTS[:1], *choices(record), [pair_options(record)["context"]])
         fault = next(filter(None, starmap(check_pair, pairs)), "")
     except BadRecord as bad:
         fault = str(bad)
@@ -256,6 +266,47 @@ def _hadpo_question(vg: _VisualGenome, record: Any) -> RecordCheck:
         return RecordCheck((), fault) if image_id is None else vg.check(image_id, fault)
     texts = record["question"], record["chosen"], record["reject"]
     return vg.check(record["image_id"], pair_fault(record, *texts), json.dumps([as_id(record["image_id"]), *texts]))
+
+
+def _sentinel(folder: Path, images: Path | None) -> FolderLayout:
+    vg = _vg_folder(folder, images)
+    names = ("sentinel", "data_pair")
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in SUFFIXES and any(name in path.name.lower() for name in names)
+    ]
+    indexes = tuple(
+        IndexFile(path, "line-", "lines", partial(_sentinel_line, vg))
+        if path.suffix == ".jsonl"
+        else IndexFile(path, "image-", "object", partial(_sentinel_image, vg))
+        for path in files
+    )
+    parts = tuple(LayoutPart(path) for path in files or [folder / "sentinel.json"])
+    return FolderLayout("sentinel", folder, (*parts, *vg.parts), indexes, vg.folder, vg.folders)
+
+
+def _sentinel_image(vg: _VisualGenome, entry: tuple[str, Any]) -> RecordCheck:
+    """Check all pairs of an image: they are one record, whose fault is the first of theirs."""
+    image_id, records = entry
+    faults = map(_sentinel_fault, records) if isinstance(records, list) else ["no list of pairs"]
+    return vg.check(image_id, next(filter(None, faults), ""), image_id)
+
+
+def _sentinel_line(vg: _VisualGenome, record: Any) -> RecordCheck:
+    fault = _field_fault(record, "image_id") or _sentinel_fault(record)
+    image_id = record.get("image_id") if isinstance(record, dict) else None
+    if image_id is None:
+        return RecordCheck((), fault or ID_UNKNOWN)
+    return vg.check(image_id, fault, "" if fault else json.dumps([as_id(image_id), *sentinel_pair(record)]))
+
+
+def _sentinel_fault(record: Any) -> str:
+    try:
+        prompt, chosen, rejected, context, _ = sentinel_pair(record)
+    except BadRecord as bad:
+        return str(bad)
+    return check_pair(prompt, chosen, rejected, context)
 
 
 def _shr(folder: Path, images: Path | None) -> FolderLayout:
@@ -369,6 +420,7 @@ def _amber_annotation(record: Any) -> RecordCheck:
 
 LAYOUTS: dict[str, Callable[[Path, Path | None], FolderLayout]] = {
     "hadpo": _hadpo,
+    "sentinel": _sentinel,
     "llava": _llava,
     "pope": _pope,
     "shr": _shr,

@@ -4,6 +4,9 @@
     rlhfv   image {bytes, path}, text: JSON of question, chosen, rejected   (Yu et al. 2024, arXiv:2312.00849)
     rlaifv  image {bytes, path}, question, chosen, rejected                 (Yu et al. 2024, arXiv:2405.17220)
 
+A column `context` holds the beginning of both answers, and `complete` whether they are whole (`PreferencePair`). An
+assistant message at the end of TRL's prompt is a context, too: the answers of such a row continue it.
+
 Every other column is kept by name. If the four plain values cannot restore a row, such as a question in two parts, its
 source is kept whole as JSON in a column `trl_record` or `rlhfv_record`.
 """
@@ -48,7 +51,7 @@ class InvalidPair(BadRecord):
 
 @dataclass(frozen=True)
 class RawPair:
-    """Preference pair as stored; `extra` holds the further columns of its layout, by name."""
+    """Preference pair as stored; `extra` holds the further columns of its layout, by name, `context` among them."""
 
     images: tuple[Embedded, ...]
     prompt: str
@@ -127,6 +130,7 @@ IMAGE_FEATURES: dict[str, dict[str, Any]] = {
     "rlaifv": {"image": {"_type": "Image"}},
 }
 META = b"relook"  # key in a file's metadata
+CONTEXT = "context"
 ROWS = 64  # rows read or written at a time; few, since they hold images
 
 
@@ -145,7 +149,7 @@ def stored_columns(row: RawPair, layout: str) -> dict[str, Any]:
     except (TypeError, ValueError):
         stored = None
     # Files come from anywhere: a column of this name need not be what a conversion wrote.
-    parts = ("image", "record") if layout == "hadpo" and text else ()
+    parts = ("image", "record") if layout in ("hadpo", "sentinel") and text else ()
     if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in parts):
         raise DataError(f"{layout}_record is not what a conversion writes: {text!r:.60}.", "Convert the source again.")
     return stored
@@ -202,7 +206,21 @@ def open_parquet(path: str | Path, image_folder: str | Path | None = None) -> Pa
     extra_features = {name: value for name, value in features.items() if name not in native}
     if layout != "rlaifv":  # its columns are plain texts
         extra_fields.append(pyarrow().field(f"{layout}_record", "string"))
+    if CONTEXT not in schema.names and any(_has_context(file, schema) for file in files):
+        extra_fields.append(pyarrow().field(CONTEXT, "string"))
     return PairFile(layout, rows, count, tuple(extra_fields), extra_features, filled, forms)
+
+
+def _has_context(file: Path, schema: Any) -> bool:
+    """Return True if a prompt of a TRL file has a second message."""
+    if not _has_messages(schema):
+        return False
+    prompts = _open(lambda file: pyarrow().parquet.read_table(file, columns=["prompt"]), file).column("prompt")
+    return any(len(messages or ()) > 1 for messages in prompts.to_pylist())
+
+
+def _has_messages(schema: Any) -> bool:
+    return "prompt" in schema.names and pyarrow().types.is_list(schema.field("prompt").type)
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -272,10 +290,11 @@ def _row(
     texts = {name: values[name] for name in COLUMNS[layout] if name not in ("image", "images")}
     try:
         images = tuple(_embedded(image, folders) for image in _listed(values[column]))
-        prompt, chosen, rejected = _plain_texts(layout, texts)
+        prompt, chosen, rejected, context = _plain_texts(layout, texts)
     except InvalidPair as bad:
         return bad
-    row = RawPair(images, prompt, chosen, rejected, {name: values[name] for name in extra_names if name in values})
+    extra = {name: values[name] for name in extra_names if name in values} | ({CONTEXT: context} if context else {})
+    row = RawPair(images, prompt, chosen, rejected, extra)
     # Keep the source texts only if the plain ones do not restore them, e.g. a prompt in several parts.
     if _without_none(_native_columns(layout, row, schema)) == _without_none(texts):
         return row
@@ -305,18 +324,19 @@ def _embedded(image: Any, folders: Sequence[Path]) -> Embedded:
     return Embedded(data, name)
 
 
-def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return prompt, chosen and rejected as plain texts.
+def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Return prompt, chosen and rejected as plain texts, and the assistant's text at the end of the prompt, or "".
 
     Raises:
         InvalidPair: they are not one user turn and two answers.
     """
     if layout == "trl":
-        return (
-            _message_text(texts["prompt"], "prompt", "user"),
-            _message_text(texts["chosen"], "chosen", "assistant"),
-            _message_text(texts["rejected"], "rejected", "assistant"),
-        )
+        prompt, context = texts["prompt"], ""
+        if isinstance(prompt, list) and len(prompt) == 2:
+            context, prompt = _message_text(prompt[1:], "prompt", "assistant"), prompt[:1]
+        question = _message_text(prompt, "prompt", "user")
+        chosen, rejected = (context + _message_text(texts[side], side, "assistant") for side in ("chosen", "rejected"))
+        return question, chosen, rejected, context
     if layout == "rlhfv":
         try:
             texts = json.loads(texts["text"])
@@ -325,7 +345,8 @@ def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str]:
     plain = [texts.get(name) if isinstance(texts, dict) else None for name in TEXT_COLUMNS]
     if not all(isinstance(text, str) for text in plain):
         raise InvalidPair("no question, chosen or rejected")
-    return plain[0], plain[1], plain[2]  # type: ignore[return-value]
+    prompt, chosen, rejected = plain
+    return prompt, chosen, rejected, ""  # type: ignore[return-value]
 
 
 def _message_text(value: Any, column: str, role: str) -> str:
@@ -373,10 +394,16 @@ def _native_columns(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
         return texts
     if layout == "rlhfv":
         return {"text": json.dumps(texts, ensure_ascii=False)}
-    return {
-        "prompt": _message(schema.field("prompt").type, "user", row.prompt, len(row.images)),
-        "chosen": _message(schema.field("chosen").type, "assistant", row.chosen, 0),
-        "rejected": _message(schema.field("rejected").type, "assistant", row.rejected, 0),
+    kind = schema.field("prompt").type
+    prompt = _message(kind, "user", row.prompt, len(row.images))
+    # A context without a column of its own is the last message of the prompt.
+    context = row.extra.get(CONTEXT) if CONTEXT not in schema.names and _has_messages(schema) else None
+    if context:
+        prompt = [*prompt, *_message(kind, "assistant", context, 0)]
+    sides = {"chosen": row.chosen, "rejected": row.rejected}
+    return {"prompt": prompt} | {
+        side: _message(schema.field(side).type, "assistant", text.removeprefix(context or ""), 0)
+        for side, text in sides.items()
     }
 
 
@@ -403,7 +430,10 @@ def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterato
     # The columns: the layout's own, then the source's further ones, then those that other programs require.
     earlier = _earlier_schema(source, layout)
     columns = {field.name: field for field in native_schema(layout)}
-    extra_fields = [field for field in source.fields if field.name != f"{layout}_record"]
+    restored = {f"{layout}_record"}
+    if layout == "trl" and earlier is not None and CONTEXT not in earlier.names and _has_messages(earlier):
+        restored.add(CONTEXT)  # it was a message of the prompts and becomes one again
+    extra_fields = [field for field in source.fields if field.name not in restored]
     # Types of an earlier file win: its texts may have been messages or large strings.
     if earlier is not None:
         columns = {name: earlier.field(name) for name in earlier.names if name in (*columns, "image")}
@@ -467,7 +497,7 @@ def _values(layout: str, row: RawPair, schema: Any) -> dict[str, Any]:
     texts = _native_columns(layout, row, schema)
     if row.extra.get(f"{layout}_record") is not None:
         earlier = stored_columns(row, layout)
-        if _plain_texts(layout, earlier) == (row.prompt, row.chosen, row.rejected):
+        if _plain_texts(layout, earlier)[:3] == (row.prompt, row.chosen, row.rejected):
             texts = earlier
     column = _image_column(schema.names)
     images = row.images if column == "images" else (row.image,)

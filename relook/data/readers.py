@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relook.data.annotations import read_image_paths
-from relook.data.parquet import Embedded, InvalidPair, content_hash, hadpo_record, open_parquet
+from relook.data.parquet import Embedded, InvalidPair, RawPair, content_hash, hadpo_record, open_parquet
 from relook.data.paths import resolve_extension
 from relook.data.samples import (
     ID_UNKNOWN,
@@ -28,7 +28,9 @@ from relook.data.samples import (
     as_id,
     check_pair,
     missing_fields,
+    pair_options,
 )
+from relook.data.sentinel import read_sentinel_records, sentinel_pair
 from relook.data.templates import IMAGE
 from relook.errors import DataError
 from relook.files import atomic_file, read_json
@@ -106,7 +108,8 @@ def _descriptions(
         name = f"desc-{image_id}"
         try:
             # The draws come before any check: dropping a record must not change what is drawn for the next ones.
-            pairs.append(_pair(name, image_id, *draw_description_pair(record, rng), paths))
+            texts = draw_description_pair(record, rng)
+            pairs.append(_pair(name, image_id, *texts, record, paths))
         except BadRecord as bad:
             drop_log.drop(name, str(bad))
     return pairs
@@ -146,10 +149,18 @@ def answered_correctly(record: Mapping[str, Any]) -> bool:
     return correct
 
 
-def pair_fault(record: Mapping[str, Any], prompt: Any, chosen: Any, rejected: Any) -> str:
-    """Return why texts are not a pair to train on, or ""; a record answered correctly is sound and need not be one."""
+def pair_fault(
+    record: Mapping[str, Any], prompt: Any, chosen: Any, rejected: Any, options: Mapping[str, Any] | None = None
+) -> str:
+    """Return why texts are not a pair to train on, or ""; a record answered correctly is sound and need not be one.
+
+    Args:
+        options: where `pair_options` are; by default in the record.
+    """
     try:
-        return "" if answered_correctly(record) else check_pair(prompt, chosen, rejected)
+        if answered_correctly(record):
+            return ""
+        return check_pair(prompt, chosen, rejected, pair_options(record if options is None else options)["context"])
     except BadRecord as bad:
         return str(bad)
 
@@ -165,23 +176,30 @@ def _questions(records: list[Any], paths: Mapping[str, Path], drop_log: DropLog)
                 drop_log.skip("answered correctly")
                 continue
             texts = record["question"], record["chosen"], record["reject"]
-            pairs.append(_pair(name, record["image_id"], *texts, paths))
+            pairs.append(_pair(name, record["image_id"], *texts, record, paths))
         except BadRecord as bad:
             drop_log.drop(name, str(bad))
     return pairs
 
 
 def _pair(
-    name: str, image_id: Any, prompt: Any, chosen: Any, rejected: Any, paths: Mapping[str, Path]
+    name: str,
+    image_id: Any,
+    prompt: Any,
+    chosen: Any,
+    rejected: Any,
+    record: Mapping[str, Any],
+    paths: Mapping[str, Path],
 ) -> PreferencePair:
     # The order decides which reason a report counts: first the texts, then the image.
-    if fault := check_pair(prompt, chosen, rejected):
+    options = pair_options(record)
+    if fault := check_pair(prompt, chosen, rejected, options["context"]):
         raise BadRecord(fault)
     if (path := paths.get(as_id(image_id))) is None:
         raise BadRecord(ID_UNKNOWN)
     if not (path := resolve_extension(path)).is_file():
         raise BadRecord(IMAGE_MISSING)
-    return PreferencePair(name, path, prompt, chosen, rejected)
+    return PreferencePair(name, path, prompt, chosen, rejected, **options)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -264,6 +282,36 @@ def _turns(messages: list[Any]) -> tuple[Turn, ...]:
 
 
 # ----------------------------------------------------------------------------------------------------
+# Training pairs with context, in SENTINEL's files.
+
+
+def read_sentinel(
+    path: str | Path, vg_path: str | Path, on_bad: str = "drop"
+) -> tuple[list[PreferencePair], ReadReport]:
+    """Read a file in one of SENTINEL's two layouts (`relook.data.sentinel`), in its order.
+
+    Args:
+        vg_path: Visual Genome's folder.
+        on_bad: "drop" reports unusable records; "error" raises at the first one.
+
+    Raises:
+        DataError: a file is missing or has another layout, or a record is bad and `on_bad` is "error".
+    """
+    path = Path(path)
+    drop_log, paths, pairs = DropLog(str(path), on_bad), read_image_paths(Path(vg_path)), []
+    for name, image_id, record in read_sentinel_records(path):
+        try:
+            if isinstance(record, dict) and answered_correctly(hadpo_record(RawPair((), "", "", "", record))):
+                drop_log.skip("answered correctly")
+                continue
+            pair = sentinel_pair(record)
+            pairs.append(_pair(name, image_id, pair.prompt, pair.chosen, pair.rejected, pair._asdict(), paths))
+        except BadRecord as bad:
+            drop_log.drop(name, str(bad))
+    return pairs, drop_log.report(len(pairs))
+
+
+# ----------------------------------------------------------------------------------------------------
 # Training pairs from parquet files: TRL's, RLHF-V's and RLAIF-V's columns.
 
 
@@ -296,9 +344,11 @@ def read_pairs(
             if answered_correctly(hadpo_record(row)):
                 drop_log.skip("answered correctly")
                 continue
-            if fault := check_pair(row.prompt, row.chosen, row.rejected):
+            options = pair_options(row.extra)
+            if fault := check_pair(row.prompt, row.chosen, row.rejected, options["context"]):
                 raise BadRecord(fault)
-            pairs.append(PreferencePair(name, _extracted(row.image, folder), row.prompt, row.chosen, row.rejected))
+            path = _extracted(row.image, folder)
+            pairs.append(PreferencePair(name, path, row.prompt, row.chosen, row.rejected, **options))
         except BadRecord as bad:
             drop_log.drop(name, str(bad))
     return pairs, drop_log.report(len(pairs))

@@ -17,7 +17,10 @@ from relook.errors import DataError, RecipeError, preview
 class PreferencePair:
     """Image and prompt with a preferred and a dispreferred response.
 
-    `prompt` is the bare question, without `<image>`, role names or a template.
+    Args:
+        prompt: the bare question, without `<image>`, role names or a template.
+        context: text with which both responses begin. It is read like the prompt and not supervised.
+        complete: False if the responses break off, as sentences of a longer answer do. No end mark follows them.
     """
 
     id: str
@@ -25,14 +28,24 @@ class PreferencePair:
     prompt: str
     chosen: str
     rejected: str
+    context: str = ""
+    complete: bool = True
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Single exchange of a conversation. `prompt` may hold `<image>` placeholders, in the order of the images."""
+    """Single exchange of a conversation.
+
+    Args:
+        prompt: may hold `<image>` placeholders, in the order of the images.
+        context: beginning of `response` that is not supervised.
+        complete: False if the response breaks off before its end mark.
+    """
 
     prompt: str
     response: str
+    context: str = ""
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -157,14 +170,43 @@ def path_fault(name: str) -> str:
     return "image path leads out of its folder" if outside else ""
 
 
-def check_pair(prompt: Any, chosen: Any, rejected: Any) -> str:
-    """Return why three texts are not a preference pair; empty if they are one.
+def check_pair(prompt: Any, chosen: Any, rejected: Any, context: str = "") -> str:
+    """Return why texts are not a preference pair; empty if they are one.
 
-    None may be empty, and the answers must differ in more than surrounding white space.
+    None but `context` may be empty, and the answers must differ in more than surrounding white space. Both must begin
+    with `context` and go on after it, and may not have it twice.
     """
     if fault := text_fault(prompt, chosen, rejected):
         return fault
-    return "chosen equals rejected" if chosen.strip() == rejected.strip() else ""
+    if not (chosen.startswith(context) and rejected.startswith(context)):
+        return "context is not the beginning of both answers"
+    remainders = [answer[len(context) :].strip() for answer in (chosen, rejected)]
+    if not all(remainders):
+        return "nothing follows the context"
+    # A file whose answers are whole, read as one whose answers continue the context.
+    if context and any(remainder.startswith(context.strip()) for remainder in remainders):
+        return "an answer repeats the context"
+    return "chosen equals rejected" if remainders[0] == remainders[1] else ""
+
+
+PAIR_OPTIONS = ("context", "complete")
+
+
+def pair_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the optional fields of a pair, from a record's keys or a row's columns of the same names.
+
+    A context that is missing, null or white space is none; `complete` is true unless the record says otherwise.
+
+    Raises:
+        BadRecord: a value is of another type.
+    """
+    context, complete = (values.get(name) for name in PAIR_OPTIONS)
+    if not isinstance(context, str | None):
+        raise BadRecord("context is not text")
+    truth = True if complete is None else as_bool(complete)
+    if truth is None:
+        raise BadRecord("complete is neither true nor false")
+    return {"context": context if context and context.strip() else "", "complete": truth}
 
 
 TRUTH = dict.fromkeys(("true", "yes", "y", "1"), True) | dict.fromkeys(("false", "no", "n", "0", "none", "null"), False)

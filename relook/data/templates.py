@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relook.data.samples import Turn
-from relook.errors import RecipeError
+from relook.errors import RecipeError, did_you_mean
 
 IMAGE = "<image>"
 IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
@@ -15,10 +15,16 @@ EOS = "</s>"
 
 @dataclass(frozen=True)
 class TemplatePiece:
-    """Piece of a rendered conversation; `supervised` is True for a response and its end mark."""
+    """Piece of a rendered conversation.
+
+    Args:
+        supervised: True for a response and its end mark.
+        context: True for the unsupervised beginning of a response.
+    """
 
     text: str
     supervised: bool = False
+    context: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,23 +58,25 @@ class Template:
 
     def render(self, turns: Sequence[Turn], open_end: bool = False) -> list[TemplatePiece]:
         """Render a conversation as pieces. With `open_end`, the last response is left for the model to write."""
-        # LLaVA's `preprocess_plain`: images, caption, end mark, and no word of the prompt.
-        if self.captions and not open_end:
-            return [
-                piece
-                for turn in turns
-                for piece in (
-                    TemplatePiece(IMAGE * turn.prompt.count(IMAGE)),
-                    TemplatePiece(turn.response + self.end, True),
-                )
-            ]
         pieces = []
-        # The cue belongs to the prompt; the lead is written by the model and therefore supervised.
         for i, turn in enumerate(turns):
+            if self.captions and not open_end:
+                # LLaVA's `preprocess_plain`: images, caption, end mark, and no word of the prompt.
+                pieces += [TemplatePiece(IMAGE * turn.prompt.count(IMAGE)), *self._response(turn, "")]
+                continue
+            # The cue belongs to the prompt; the lead is written by the model and therefore supervised.
             pieces.append(TemplatePiece(f"{self.later if i else self.first}{turn.prompt}{self.cue}"))
             if not (open_end and i == len(turns) - 1):
-                pieces.append(TemplatePiece(f"{self.lead}{turn.response}{self.end}", True))
+                pieces += self._response(turn, self.lead)
         return pieces
+
+    def _response(self, turn: Turn, lead: str) -> list[TemplatePiece]:
+        """Render a turn's response: its context, if it has one, then what the model learns to write."""
+        ending = self.end if turn.complete else ""
+        if not turn.context:
+            return [TemplatePiece(f"{lead}{turn.response}{ending}", True)]
+        remainder = turn.response.removeprefix(turn.context)
+        return [TemplatePiece(lead + turn.context, context=True), TemplatePiece(remainder + ending, True)]
 
 
 _VICUNA = (
@@ -169,9 +177,7 @@ def get_template(name: str) -> Template:
     try:
         return TEMPLATES[name]
     except KeyError:
-        raise RecipeError(
-            f"There is no conversation template {name!r}.", f"Known ones: {', '.join(TEMPLATES)}."
-        ) from None
+        raise RecipeError(f"There is no conversation template {name!r}.", did_you_mean(name, TEMPLATES)) from None
 
 
 def with_image(prompt: str, images: int = 1) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class Benchmark:
             score` matches the answers to the data folder's questions and calls `score`.
         compare: computes differences second - first of (data folder, first, second) runs, whose images are pooled.
         differing: lists the rows on which two answer folders differ: (data folder, first, second).
-        ratings: keys of results that are ratings rather than fractions.
+        ratings: keys of results that are ratings rather than fractions, with their ranges.
     """
 
     title: str
@@ -78,7 +78,7 @@ class Benchmark:
     rescore: Callable[[Path, ScoringInputs, str], dict[str, Any]] | None = None
     compare: Callable[[Sequence[tuple[Path, Path, Path]]], dict[str, Any]] | None = None
     differing: Callable[[Path, Path, Path], list[dict[str, Any]]] | None = None
-    ratings: Collection[str] = ()
+    ratings: Mapping[str, str] = field(default_factory=dict)
 
     def read_questions(self, data: str | Path) -> Questions:
         """Read the questions of a data folder.

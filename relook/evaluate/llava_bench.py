@@ -24,7 +24,7 @@ from relook.console import progress
 from relook.data.images import EncodedImage, Shown
 from relook.data.paths import resolve_extension
 from relook.data.templates import IMAGE
-from relook.errors import DataError, RecipeError, preview
+from relook.errors import DataError, RecipeError, did_you_mean, preview
 from relook.evaluate.results import AnswerFile, provenance
 from relook.evaluate.run import append_answers, begin_evaluation, shard_images
 from relook.files import (
@@ -41,7 +41,7 @@ from relook.files import (
     write_text,
     writes_alone,
 )
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.checkpoint import parse_folder
 from relook.model.load import LoadOptions
 
@@ -327,7 +327,7 @@ def write_submission(name: str, answers: str | Path, out: str | Path, questions:
     if name in SCORED_AS_IS:
         raise RecipeError(f"{name} takes LLaVA's answers as they are.", f"Score them: {SCORED_AS_IS[name]}.")
     if name not in SUBMISSIONS:
-        raise RecipeError(f"There is no submission {name!r}.", f"Known ones: {', '.join(SUBMISSIONS)}.")
+        raise RecipeError(f"There is no submission {name!r}.", did_you_mean(name, SUBMISSIONS))
     submission = SUBMISSIONS[name]
     if bool(questions) != bool(submission.questions):
         advice = f"Give {submission.questions}." if submission.questions else "Leave it out."

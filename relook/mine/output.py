@@ -156,7 +156,16 @@ def write_pairs_page(
     shown = _sample_evenly(pairs, CARDS - len(questions))
     page = render(
         "pairs.html.j2",
-        title="relook mine",
+        title="Preference pairs",
+        steps=[
+            (
+                # Without a path, because the same mining writes the same file in any folder.
+                "Train on these pairs, from their folder",
+                f"relook train post-decoder --model_name_or_path MODEL --vg_path . --desc_data_path {DESC} "
+                f"--pope_data_path {POPE} --output_dir runs/mine",
+            ),
+            ("See what the run changed", "relook eval pope chair --model runs/mine --data COCO --out eval/mine"),
+        ],
         description_count=len(pairs),
         question_count=len(records),
         descriptions=[
@@ -178,12 +187,12 @@ def _sample_evenly(values: Sequence[Any], count: int) -> list[Any]:
 
 def _description_texts(pair: MinedPair, vocabulary: Vocabulary | None) -> list[tuple[str, Spans]]:
     if vocabulary is None:
-        return [("chosen", [(pair.chosen, False)]), ("rejected", mark_differences(pair.rejected, pair.chosen))]
-    return described(pair.picture.objects, [("chosen", pair.chosen), ("rejected", pair.rejected)], vocabulary)
+        return [("Chosen", [(pair.chosen, False)]), ("Rejected", mark_differences(pair.rejected, pair.chosen))]
+    return described(pair.picture.objects, [("Chosen", pair.chosen), ("Rejected", pair.rejected)], vocabulary)
 
 
 def _question_texts(record: Mapping[str, Any]) -> list[tuple[str, Spans]]:
-    titles = {"question": "question", "chosen": "chosen", "reject": "rejected", "answer": "the model said"}
+    titles = {"question": "Question", "chosen": "Chosen", "reject": "Rejected", "answer": "The model said"}
     return [(title, [(record[key], key == "reject")]) for key, title in titles.items()]
 
 

@@ -16,7 +16,7 @@ from relook.data.annotations import read_aliases, read_image_paths, read_image_r
 from relook.data.examine import FORMATS
 from relook.data.images import open_image
 from relook.data.paths import resolve_extension
-from relook.errors import DataError, RecipeError, preview
+from relook.errors import DataError, RecipeError, did_you_mean, preview
 from relook.evaluate.tasks.chair import Vocabulary, mentions, plural, read_truth, vocabulary_of
 from relook.files import file_hash, read_json, read_json_object, read_records, read_text
 from relook.toyworld.layouts import MARKER
@@ -82,7 +82,7 @@ def read_pictures(images: str | Path, kind: str, synonyms: str | Path | None = N
     images = Path(images)
     synonyms = None if synonyms is None else Path(synonyms)
     if kind not in KINDS:
-        raise RecipeError(f"There are no annotations of kind {kind!r}.", f"Known ones: {', '.join(KINDS)}.")
+        raise RecipeError(f"There are no annotations of kind {kind!r}.", did_you_mean(kind, KINDS))
     if synonyms and kind == "none":
         raise RecipeError("Synonyms belong to annotations, and there are none.", "Leave --synonyms out.")
     if not images.is_dir():

@@ -27,7 +27,7 @@ from relook.console import readable_size, status
 from relook.data.encode import Encoder
 from relook.data.samples import Turn
 from relook.data.templates import IM_END, IM_START, IMAGE, Template, get_template, with_image
-from relook.errors import CheckpointError, preview
+from relook.errors import CheckpointError, did_you_mean, preview
 from relook.files import atomic_folder, read_json_object, require_disk_space, write_json
 from relook.model import modeling_relook, post_decoder
 from relook.model.adapters import Adapter, read_adapter
@@ -397,7 +397,7 @@ def export_for(source: str | Path, out: str | Path, engine: str, options: WriteO
     """
     source, out = Path(source), Path(out)
     if engine not in WRITERS:
-        raise CheckpointError(f"There is no engine {engine!r}.", f"Known ones: {', '.join(WRITERS)}.")
+        raise CheckpointError(f"There is no engine {engine!r}.", did_you_mean(engine, WRITERS))
     opened = open_lazy(source, vision_tower=options.vision_tower)
     if has_post_decoder(opened.config):
         raise CheckpointError(

@@ -108,6 +108,7 @@ class LoadedModel:
     aspect_ratio: str = ""
     template: str = "llava_hf"
     images: ImageLoader = field(init=False)
+    runner: Any = field(default=None, init=False, repr=False, compare=False)  # what `generate.ModelRunner.of` keeps
 
     def __post_init__(self) -> None:
         # A copy: the processor itself stays as the folder has it, and is saved so.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,19 @@ from relook.evaluate.benchmark import ScoringInputs
 from relook.evaluate.compare import compare
 from relook.evaluate.results import data_folder_of
 from relook.evaluate.tasks import BENCHMARKS, get_benchmark, get_benchmarks
-from relook.evaluate.tasks.chair import instances_file, vocabulary_of
+from relook.evaluate.tasks.chair import compare_coverage, instances_file, vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json_object, write_json, write_text
+from relook.report.examples import answer_effect, by_image, caption_effects, in_turn
+from relook.report.findings import details, headline
 from relook.report.pages import described, render, thumbnail
+from relook.report.plots import Style, coverage_lines, line_styles, measured, tradeoff
+from relook.report.tables import axis_labels
 
 RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
 PICTURES = 40  # of each benchmark; RESULTS_FILE has all rows
 LONGEST = 2000  # characters of an answer that are shown
-RATES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio"}
+POPE_RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 OWN_SECTIONS = ("pope", "chair")  # comparison.html.j2 shows them paired; others are side by side
 
 
@@ -50,22 +54,35 @@ def write_comparison(
     results = compare_folders(first, second, data)
     write_json(out / RESULTS_FILE, results)
     both, paired, differing = results["scores"], results["paired"], results["differing"]
+    names = results["models"]
+    styles = dict(zip(names, line_styles(("base", "other")).values(), strict=True))
     page = render(
         "comparison.html.j2",
-        title=" and ".join(results["models"]),
-        models=results["models"],
+        title=headline(names[1], both[0], paired, names[0]) if paired else " and ".join(names),
+        findings=details(both[1], both[0], paired),
+        models=names,
+        chart=_chart(names, both, styles) if "chair" in paired else "",
+        styles=list(styles.items()),
+        tallies={
+            split: [" / ".join(f"{side['pope'][split][key]}" for key in ("tp", "fp", "tn", "fn")) for side in both]
+            for split in SPLITS
+        }
+        if "pope" in paired
+        else {},
         both=both,
         paired=paired,
         splits=SPLITS,
-        pope_rates=RATES,
+        pope_rates=POPE_RATES,
         questions=differing_questions(differing["pope"], data) if "pope" in paired else None,
-        captions=caption_cards(differing["chair"], results["models"], data) if "chair" in paired else None,
+        captions=caption_cards(differing["chair"], names, data) if "chair" in paired else None,
+        coverage=results.get("equal_coverage"),
+        coverage_chart=_coverage_chart(names, results["equal_coverage"], styles) if "chair" in paired else "",
         unpaired={
-            name: side_by_side([scores[name] for scores in both], get_benchmark(name).ratings)
+            name: side_by_side(name, [scores[name] for scores in both], get_benchmark(name).ratings)
             for name in both[0]
             if name not in OWN_SECTIONS
         },
-        sources=provenance(both),
+        sources=describe_sources(both),
         limit=PICTURES,
         results_file=RESULTS_FILE,
     )
@@ -92,6 +109,7 @@ def compare_folders(first: Path, second: Path, data: Path) -> dict[str, Any]:
         "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
         "scores": [{name: _scores(name, data, folder) for name in both} for folder in folders],
         "paired": compare(data, first, second, paired),
+        **({"equal_coverage": compare_coverage(data, first, second)} if "chair" in paired else {}),
         "differing": {
             name: list_rows(data, first, second) for name in paired if (list_rows := definitions[name].differing)
         },
@@ -103,15 +121,38 @@ def _scores(name: str, data: Path, folder: Path) -> dict[str, Any]:
     return rescore(folder, ScoringInputs(data), "official") if rescore else read_json_object(folder / f"{name}.json")
 
 
-def side_by_side(sides: Sequence[Mapping[str, Any]], ratings: Collection[str]) -> dict[str, list[Any]]:
-    """Return both models' cells by rate: (value, interval, scale), or a text; empty where one has no such rate.
+def _chart(names: Sequence[str], both: Sequence[Mapping[str, Any]], styles: Mapping[str, Style]) -> str:
+    points = {name: measured(scores["chair"], "recall", "chair_i") for name, scores in zip(names, both, strict=True)}
+    return tradeoff(points, styles, *axis_labels("chair", "recall", "chair_i"), "lower right")
+
+
+def _coverage_chart(names: Sequence[str], coverage: Mapping[str, Any], styles: Mapping[str, Style]) -> str:
+    points = {
+        name: [(100 * recall, 100 * rate) for _, recall, rate in curve if recall is not None and rate is not None]
+        for name, curve in zip(names, coverage["curves"], strict=True)
+    }
+    return coverage_lines(points, styles, *axis_labels("chair", "recall", "chair_i"), 100 * coverage["recall"])
+
+
+def side_by_side(
+    benchmark: str, sides: Sequence[Mapping[str, Any]], ratings: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return a line per rate with both models' cells: (value, interval, scale), or a text; empty where one has none.
 
     What a judge has and has not judged comes first, then each rate with an interval, of the benchmark and its parts.
+
+    Args:
+        ratings: the rates that are not fractions, with their ranges.
     """
     cells = [_judged(scores) | _rates(scores, ratings) for scores in sides]
-    return {
-        rate: [side.get(rate, "") for side in cells] for rate in dict.fromkeys(rate for side in cells for rate in side)
-    }
+    lines = []
+    for name in dict.fromkeys(rate for side in cells for rate in side):
+        of_rate = [side.get(name, "") for side in cells]
+        key = name.split(", ")[-1]
+        is_rate = any(not isinstance(cell, str) for cell in of_rate)
+        unit = ratings.get(key, "percent") if is_rate else ""
+        lines.append({"name": name, "term": f"{benchmark}.{key}", "unit": unit, "cells": of_rate})
+    return lines
 
 
 def _judged(scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +165,7 @@ def _judged(scores: Mapping[str, Any]) -> dict[str, Any]:
     return {"judged / not judged": f"{judged} / {unjudged}{undecided}"}
 
 
-def _rates(scores: Mapping[str, Any], ratings: Collection[str], part: str = "") -> dict[str, Any]:
+def _rates(scores: Mapping[str, Any], ratings: Mapping[str, str], part: str = "") -> dict[str, Any]:
     rates: dict[str, Any] = {}
     for key, value in scores.items():
         if isinstance(value, dict):
@@ -136,35 +177,35 @@ def _rates(scores: Mapping[str, Any], ratings: Collection[str], part: str = "") 
 
 def differing_questions(rows: Sequence[Mapping[str, Any]], data: Path) -> dict[str, Any]:
     """Count the questions on which the two differ, and return those of the pictures that have the most as cards."""
-    by_image: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_image.setdefault(row["image"], []).append(row)
+    groups = by_image(rows)
     cards = []
-    for image in sorted(by_image, key=lambda image: -len(by_image[image]))[:PICTURES]:
+    for image in sorted(groups, key=lambda image: -len(groups[image]))[:PICTURES]:
         shown = [
             {
                 "question": _short(row["question"]),
                 "label": row["label"],
+                "effects": answer_effect(row["right"]),
                 "answers": list(zip(map(_short, row["answers"]), row["right"], strict=True)),
             }
-            for row in by_image[image]
+            for row in groups[image]
         ]
         cards.append({"image": image, "thumbnail": _thumbnail(data, image), "rows": shown})
     return {
         "count": len(rows),
-        "images": len(by_image),
+        "images": len(groups),
         "alone": [sum(row["right"][side] and not row["right"][1 - side] for row in rows) for side in (0, 1)],
         "cards": cards,
     }
 
 
 def caption_cards(rows: Sequence[Mapping[str, Any]], names: Sequence[str], data: Path) -> dict[str, Any]:
-    """Return the pictures of which the two name different absent objects, with both captions, as cards."""
+    """Return the pictures of which the two name different objects, with both captions, as cards."""
     vocabulary, cards = vocabulary_of(read_coco(instances_file(data))), []
-    for row in rows[:PICTURES]:
+    for row in in_turn(rows)[:PICTURES]:
         captions = [(name, caption[:LONGEST]) for name, caption in zip(names, row["captions"], strict=True)]
         texts = described(row["objects"], captions, vocabulary)
-        cards.append({"image": row["image"], "thumbnail": _thumbnail(data, row["image"]), "texts": texts})
+        picture = {"image": row["image"], "thumbnail": _thumbnail(data, row["image"])}
+        cards.append({**picture, "texts": texts, "effects": caption_effects(row)})
     return {"count": len(rows), "cards": cards}
 
 
@@ -176,7 +217,7 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
-def provenance(both: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def describe_sources(both: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Return what each number depends on, for both models, by benchmark and key."""
     lines = {}
     for benchmark in both[0]:

@@ -1,56 +1,44 @@
-"""Reports as self-contained HTML files, rendered by the templates beside this file; the demo's page."""
+"""Reports as self-contained HTML files: what all pages share, and which page a folder gets."""
 
 from __future__ import annotations
 
 import base64
 import io
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
-from relook.data.annotations import read_coco
 from relook.data.images import open_image
-from relook.data.paths import coco_images
-from relook.data.samples import Turn
-from relook.data.templates import with_image
 from relook.errors import DataError, RecipeError
 from relook.evaluate.results import EVAL_FILE
-from relook.evaluate.tasks.chair import (
-    CHAIR_PROMPT,
-    Vocabulary,
-    instances_file,
-    mentions,
-    read_eval_captions,
-    vocabulary_of,
-)
-from relook.evaluate.tasks.pope import SPLITS
-from relook.files import read_json, write_text
-from relook.model.load import load_model
-from relook.report.plots import attention_before, curves
+from relook.evaluate.tasks.chair import Vocabulary, mentions
+from relook.report.tables import bracket, change, decimal, verdict
+from relook.report.terms import GLOSSARY
 
 # ----------------------------------------------------------------------------------------------------
 # What all pages share. Names, questions and answers are untrusted text: the templates escape them.
 
-NOTHING = "–"  # in place of a ratio of nothing
 THUMBNAIL = 240  # pixels of the longer side
 Spans = list[tuple[str, bool]]  # a text in pieces, and whether a piece is wrong
+HEAT_SIDE, HEAT_LEVELS, HEAT_COLOR = 64, 32, (214, 0, 110)
+HEAT_OPACITY = 0.8  # of the strongest place
 
-_ENVIRONMENT = Environment(
+ENVIRONMENT = Environment(
     loader=PackageLoader("relook.report"),
     autoescape=True,
     undefined=StrictUndefined,  # a misspelt name is an error, not a gap in the page
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.globals["NOTHING"] = NOTHING
 
 
 def render(template: str, **values: Any) -> str:
     """Fill in a template of `relook/report/templates` and return the HTML."""
-    return _ENVIRONMENT.get_template(template).render(values)
+    return ENVIRONMENT.get_template(template).render(values)
 
 
 def mark_absent(text: str, present: Collection[str], vocabulary: Vocabulary) -> Spans:
@@ -68,7 +56,7 @@ def described(
 ) -> list[tuple[str, Spans]]:
     """Return the objects on a picture, then each model's caption by its name, words for absent objects marked."""
     marked = [(name, mark_absent(text, present, vocabulary)) for name, text in captions]
-    return [("there is", [(", ".join(sorted(present)), False)]), *marked]
+    return [("In the picture", [(", ".join(sorted(present)), False)]), *marked]
 
 
 def thumbnail(path: Path) -> dict[str, str]:
@@ -83,56 +71,47 @@ def thumbnail(path: Path) -> dict[str, str]:
     return {"fault": "", "source": data_url(buffer.getvalue())}
 
 
+def heat(grid: Sequence[Sequence[float]]) -> str:
+    """Draw a grid of weights as a smooth layer to lay over a picture, and return its data URL.
+
+    The layer has one colour; the stronger a place, the more opaque, and the strongest place is the same in every layer.
+    Places without weight leave the picture as it is.
+    """
+    weights = np.asarray(grid, np.float32)
+    # Bicubic interpolation overshoots a little on both sides.
+    smooth = np.asarray(Image.fromarray(weights).resize((HEAT_SIDE, HEAT_SIDE), Image.Resampling.BICUBIC))
+    levels = (smooth.clip(0) / max(float(smooth.max()), 1e-12) * (HEAT_LEVELS - 1)).round().astype(np.uint8)
+    layer = Image.fromarray(levels, "P")
+    layer.putpalette(HEAT_COLOR * HEAT_LEVELS)
+    opacity = bytes(round(255 * HEAT_OPACITY * level / (HEAT_LEVELS - 1)) for level in range(HEAT_LEVELS))
+    buffer = io.BytesIO()
+    layer.save(buffer, "PNG", transparency=opacity, optimize=True)
+    return data_url(buffer.getvalue(), "png")
+
+
+def facts(value: Any) -> list[tuple[str, Any]] | str:
+    """Turn nested values into what a list shows: (name, facts) lines of a mapping, and a text of anything else."""
+    if isinstance(value, Mapping):
+        return [(str(key).replace("_", " "), facts(part)) for key, part in value.items()] or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, list | tuple):
+        return "; ".join(_flat(part) for part in value) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _flat(value: Any) -> str:
+    shown = facts(value)
+    return shown if isinstance(shown, str) else ", ".join(f"{key} {_flat(part)}" for key, part in value.items())
+
+
 def data_url(content: bytes, kind: str = "jpeg") -> str:
     """Write an image file's bytes as a URL."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-# ----------------------------------------------------------------------------------------------------
-
-PICTURES = 12
-LOOKING = "post_decoder"  # the run whose attention is shown
-
-
-def write_demo_page(out: Path) -> Path:
-    """Write `out/report.html` from a finished demo folder."""
-    results = read_json(out / "results.json")
-    runs = list(results["runs"])
-    page = render(
-        "demo.html.j2",
-        title="relook demo",
-        splits=SPLITS,
-        scores={"base": results["base"], **results["runs"]},
-        differences={**results["paired"], "post_decoder − nll_control": results["against_control"]},
-        curves=curves({regime: read_json(out / "runs" / regime / "run.json")["log"] for regime in runs}),
-        cards=list(itertools.islice(gallery(out, out / "world" / "test", runs), PICTURES)),
-        provenance=results["provenance"],
-    )
-    write_text(out / "report.html", page)
-    return out / "report.html"
-
-
-def gallery(out: Path, folder: Path, runs: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the pictures on which the base hallucinates: all captions, and where the post decoder looked."""
-    annotations = read_coco(instances_file(folder))
-    vocabulary = vocabulary_of(annotations)
-    answers = {name: read_eval_captions(out / "eval" / "test" / name) for name in ("base", *runs)}
-    loaded = load_model(out / "runs" / LOOKING)
-    for image, text in answers["base"].items():
-        present = annotations.objects[image]
-        wrong = [mention for mention in mentions(text, vocabulary) if mention.object not in present]
-        if not wrong:
-            continue
-        path = coco_images(folder) / image
-        turns = [Turn(with_image(CHAIR_PROMPT), text)]
-        grids = attention_before(loaded, path, turns, [mention.start for mention in wrong])
-        words = [text[mention.start : mention.end] for mention in wrong]
-        yield {
-            "source": data_url(path.read_bytes()),
-            "texts": described(present, [(name, texts[image]) for name, texts in answers.items()], vocabulary),
-            "maps": list(zip(grids, words, strict=False)),  # no grids where the model has no cross-attention
-        }
-
+ENVIRONMENT.globals.update(GLOSSARY=GLOSSARY, HEAT_COLOR=HEAT_COLOR, HEAT_OPACITY=HEAT_OPACITY, verdict=verdict)
+ENVIRONMENT.filters.update(decimal=decimal, bracket=bracket, change=change, heat=heat, facts=facts)
 
 # ----------------------------------------------------------------------------------------------------
 # `relook report`: which page a folder gets. Nothing that trains is imported for it.
@@ -143,15 +122,14 @@ RESULTS_FILE = "results.json"  # of a demo and of a sweep
 def write_report(out: str | Path) -> Path:
     """Write `report.html` from a demo's files, or a sweep's."""
     out = Path(out)
-    from relook.report import sweep_page  # which imports this module
+    # The pages import this module.
+    from relook.report.demo_page import write_demo_page
+    from relook.report.sweep_page import write_sweep_page
+    from relook.sweep_config import SWEEP_FILE
 
     if not (out / RESULTS_FILE).exists():
         raise RecipeError(f"{out} holds no finished demo.", f"Run `relook demo --out {out}` first.")
-    from relook.sweep_config import SWEEP_FILE
-
-    if (out / SWEEP_FILE).exists():
-        return sweep_page.write_sweep_page(out)
-    return write_demo_page(out)
+    return (write_sweep_page if (out / SWEEP_FILE).exists() else write_demo_page)(out)
 
 
 def write_reports(

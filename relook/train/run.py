@@ -21,12 +21,12 @@ from transformers.utils import CONFIG_NAME, is_torch_tf32_available
 from relook import distributed
 from relook.console import progress, status
 from relook.data.encode import Example
-from relook.data.readers import read_hadpo, read_llava, read_pairs
+from relook.data.readers import read_hadpo, read_llava, read_pairs, read_sentinel
 from relook.data.samples import Conversation, PreferencePair, ReadReport
 from relook.data.templates import get_template
 from relook.errors import DataError, Faults, RecipeError, preview
 from relook.files import file_hash, is_free, read_json_object, read_text, text_hash, write_json, writes_alone
-from relook.flags import check_model_settings, idle_keys
+from relook.flags import DEFAULTS, check_model_settings, idle_keys
 from relook.forward import activation_memory
 from relook.forward.collate import (
     Collator,
@@ -284,17 +284,12 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     """
     gpu = torch.accelerator.is_available()
     defaults = {
-        "report_to": "none",
+        **DEFAULTS,
         "remove_unused_columns": False,
         "label_names": [],
-        "save_strategy": "no",
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        "logging_nan_inf_filter": False,  # it hides NaN and inf losses, and syncs with the device at every step
         # A copy from memory that is not pinned waits for all queued GPU work.
         "dataloader_pin_memory": gpu,
         "accelerator_config": {"non_blocking": gpu},
-        "seed": 42,
         "eval_strategy": "epoch" if recipe.eval_fraction else "no",
         "use_cpu": not gpu,  # otherwise bf16 is refused on a CPU
         # Workers read images while a GPU computes. Cached states need none, and a CPU run has no cores to spare.
@@ -402,6 +397,8 @@ def check_schedule(arguments: TrainingArguments, samples: int) -> None:
 
 def read_samples(recipe: Recipe) -> Samples:
     """Read the samples of the recipe's data files, and report what the reader left out."""
+    if recipe.sentinel_pairs:
+        return read_sentinel(Path(recipe.pairs_path), Path(recipe.vg_path), recipe.on_bad)
     if recipe.pairs_path:
         folder = Path(recipe.image_folder) if recipe.image_folder else None
         return read_pairs(Path(recipe.pairs_path), folder, on_bad=recipe.on_bad)
@@ -508,7 +505,8 @@ def prepare_items(
                 )
             items = [replace(item, reference=reference) for item, reference in zip(items, log_probs, strict=True)]
     if recipe.task == "dpo":
-        items = [replace(item, weight=preference_weights(item.example, recipe.dpo_tokens)) for item in items]
+        weighting = recipe.dpo_tokens, recipe.unchanged_weight, recipe.ld_alpha
+        items = [replace(item, weight=preference_weights(item.example, *weighting)) for item in items]
     pairs, corrupted = items[: len(distinct)], items[len(distinct) :]
     if corrupted:
         pairs = [replace(pair, corrupted=copy) for pair, copy in zip(pairs, corrupted, strict=True)]

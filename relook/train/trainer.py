@@ -6,7 +6,6 @@ Several processes give the same result as one: a step's loss is the mean over it
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import Trainer, TrainerCallback, trainer_callback
 from transformers.trainer_utils import rotate_checkpoints
 
 from relook import distributed
@@ -33,6 +31,7 @@ from relook.recipe import Recipe
 from relook.train.callbacks import SanityCheckCallback, count_nonfinite_tensors
 from relook.train.loss import batch_loss, count_answer_tokens, targets_of
 from relook.train.metrics import Meter, StepCosts
+from relook.train.summary import ProgressCallback
 
 # ----------------------------------------------------------------------------------------------------
 # Order of SFT samples: LLaVA's `group_by_modality_length`.
@@ -119,9 +118,9 @@ class RelookTrainer(Trainer):
         exact = policy.dtype == torch.float32 and recipe.bits == 16
         self._sanity_check = SanityCheckCallback(self.accelerator, exact, policy.trunk_pass, recipe.needs_reference)
         self.add_callback(self._sanity_check)
-        for callback in (ProgressCallback, PrinterCallback):
+        for callback in (trainer_callback.ProgressCallback, trainer_callback.PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(_Bar(report))
+        self.add_callback(ProgressCallback(report))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Compute the recipe's loss over one batch, shape (), and keep its terms for the log."""
@@ -429,23 +428,3 @@ def _last_checkpoint(folder: Path) -> str | None:
         else:
             shutil.rmtree(checkpoint)
     return str(max(complete)[1]) if complete else None
-
-
-class _Bar(TrainerCallback):
-    """Callback that updates relook's progress bar from the Trainer's steps and logs."""
-
-    def __init__(self, report: ProgressReport) -> None:
-        self.report, self.note, self.last = report, "", 0.0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.note = f"loss {float(logs['loss']):.3f}"
-            if "rewards/margins" in logs:
-                self.note += f", margin {logs['rewards/margins']:.2f}"
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        now = time.monotonic()
-        # Redraw ten times a second at most; toyworld's steps are shorter than that.
-        if now - self.last > 0.1 or state.global_step == state.max_steps:
-            self.last = now
-            self.report(state.global_step, state.max_steps, self.note)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from relook.errors import RecipeError, preview
+from relook.errors import RecipeError, did_you_mean, preview
 
 if TYPE_CHECKING:
     from relook.evaluate.benchmark import Benchmark
@@ -21,6 +21,8 @@ BENCHMARKS = {
     "shr": "relook.evaluate.tasks.shr",
     "amber": "relook.evaluate.tasks.amber",
     "mmhal": "relook.evaluate.tasks.mmhal",
+    "objhal": "relook.evaluate.tasks.objhal",
+    "repope": "relook.evaluate.tasks.repope",
 }
 
 
@@ -33,7 +35,7 @@ def get_benchmarks(names: Iterable[str]) -> dict[str, Benchmark]:
     names = list(names)
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
-        raise RecipeError(f"There is no benchmark {preview(unknown)}.", f"Known ones: {', '.join(BENCHMARKS)}.")
+        raise RecipeError(f"There is no benchmark {preview(unknown)}.", did_you_mean(unknown[0], BENCHMARKS))
     return {name: import_module(BENCHMARKS[name]).BENCHMARK for name in names}
 
 

@@ -146,5 +146,5 @@ BENCHMARK = Benchmark(
     needs_judge=lambda data: True,
     judge_request=REQUEST,
     read_answers=read_mmhal_answers,
-    ratings=("score",),
+    ratings={"score": "0 to 6"},
 )

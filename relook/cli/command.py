@@ -1,0 +1,156 @@
+"""What all commands share: groups in the help, every mistake of a command line at once, and JSON for programs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from relook.errors import Faults, RecipeError, did_you_mean, most_similar
+
+START = "Start here"  # the panel of commands for the first hour
+
+# Typer has click inside or beside it, depending on its version; this name is the same error in both.
+UsageError: Any = typer.BadParameter.__base__
+
+
+class Command(TyperCommand):
+    """Command that names all mistakes of its words at once, each with the most similar option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse a command's words.
+
+        Raises:
+            RelookError: everything that is wrong with them, in one error.
+        """
+        if ctx.resilient_parsing:  # shell completion
+            return super().parse_args(ctx, args)
+        faults, valueless = Faults(), set[str]()
+        values, rest = self._read_words(ctx, list(args), faults, valueless)
+        for parameter in sorted(self.get_params(ctx), key=lambda parameter: not parameter.is_eager):
+            with faults:
+                try:
+                    _, rest = parameter.handle_parse_result(ctx, values, rest)
+                except UsageError as error:
+                    if not valueless & {*parameter.opts}:  # its missing value is named already
+                        raise as_recipe_error(error, ctx) from None
+        if rest and not ctx.allow_extra_args:
+            faults.errors.append(RecipeError(f"{' '.join(rest)!r} is too much.", _help_hint(ctx)))
+        faults.check()
+        ctx.args = rest
+        return rest
+
+    def _read_words(
+        self, ctx: Any, words: list[str], faults: Faults, valueless: set[str]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Sort words into options and arguments; an unknown option counts as the one that it resembles.
+
+        Args:
+            valueless: receives the options that lack their value.
+
+        Returns:
+            The values by parameter, and the words that are left over.
+        """
+        options = [
+            option for parameter in self.get_params(ctx) for option in (*parameter.opts, *parameter.secondary_opts)
+        ]
+        while True:
+            try:
+                values, rest, _ = self.make_parser(ctx).parse_args(args=list(words))
+                return values, list(rest)
+            except UsageError as error:
+                name = getattr(error, "option_name", None)
+                place = next((i for i, word in enumerate(words) if word.partition("=")[0] == name), None)
+                if place is None:
+                    faults.errors.append(as_recipe_error(error, ctx))
+                    faults.check()
+                    raise
+                if name in options:
+                    valueless.add(str(name))
+                    faults.errors.append(as_recipe_error(error, ctx))
+                    del words[place]
+                    continue
+                faults.errors.append(
+                    RecipeError(f"There is no option {name}.", did_you_mean(name, options, _help_hint(ctx)))
+                )
+                if meant := most_similar(name, options):
+                    words[place] = meant + words[place].removeprefix(str(name))
+                else:  # together with what looks like its value
+                    followed = place + 1 < len(words) and "=" not in words[place] and words[place + 1][:1] != "-"
+                    del words[place : place + 1 + followed]
+
+
+class RecipeCommand(Command):
+    """Command of a recipe: with `RECIPE --help` it describes the recipe and lists its keys."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--help" in args and not args[0].startswith("-"):
+            from relook.recipe_help import print_recipe
+
+            print_recipe(args[0], ctx.command_path)
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
+class Group(TyperGroup):
+    """Group of commands that suggests the most similar command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            if not args:  # which shows the help
+                raise
+            raise as_recipe_error(error, ctx) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            hint = did_you_mean(args[0], self.commands, f"`{ctx.command_path} --help` lists the commands.")
+            raise RecipeError(f"There is no command {args[0]!r}.", hint)
+        return super().resolve_command(ctx, args)
+
+
+class App(typer.Typer):
+    """Typer with relook's commands.
+
+    Args:
+        panel: heading of its commands in the help.
+    """
+
+    def __init__(self, panel: str | None = None, **settings: Any) -> None:
+        super().__init__(cls=Group, **settings)
+        self.panel = panel
+
+    def command(self, name: str | None = None, cls: Any = Command, **settings: Any) -> Any:
+        """Register a function as a command; its docstring is the help, whose paragraphs fill the terminal's lines."""
+
+        def register(function: Any) -> Any:
+            paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+            text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            given = {"help": text, "rich_help_panel": self.panel, **settings}
+            return super(App, self).command(name, cls=cls, **given)(function)
+
+        return register
+
+
+def as_recipe_error(error: Any, ctx: Any) -> RecipeError:
+    """Turn an error of the command-line parser into relook's own."""
+    problem = error.format_message().strip().splitlines()[0].rstrip(".")
+    return RecipeError(f"{problem}.", _help_hint(ctx))
+
+
+def _help_hint(ctx: Any) -> str:
+    return f"`{ctx.command_path} --help` lists the options."
+
+
+def print_result(result: Any, as_json: bool, print_tables: Callable[[Any], None]) -> None:
+    """Print a command's result on standard output: tables on a terminal, else JSON, and JSON wherever it is wanted."""
+    if as_json or not sys.stdout.isatty():
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        print_tables(result)
