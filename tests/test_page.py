@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,7 +30,10 @@ from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources
 from relook.serve.page import actions
 from relook.serve.page.actions import Page, Sampling
-from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, explain_error, language_of
+from relook.serve.page.dialogue import Answer, Dialogue, Exchange
+from relook.serve.page.texts import ENGLISH, explain_error, language_of
+from relook.serve.page.texts import TEXTS as TEXT_TABLES
+from relook.serve.page.view import Place, View
 from relook.serve.protocol import APIError
 from relook.toyworld.world import sample_scenes
 
@@ -52,16 +57,24 @@ def place(page: Page) -> str:
     return str(page.folder / "picture.png")
 
 
-def ask(
-    page: Page, place: str, question: str, histories: Sequence[Sequence[Turn]] = ((), ()), **how: Any
-) -> list[tuple[str, ...]]:
+def talk(page: Page, place: str, *turns: Sequence[Turn]) -> Dialogue:
+    """A conversation, with the turns of each model."""
+    conversation = Dialogue(models=tuple(page.engines), picture=place)
+    for sides in zip(*turns, strict=True):
+        answers = [Answer(text=turn.response, finish="stop") for turn in sides]
+        conversation = conversation.asked(sides[0].prompt).answered(answers)
+    return conversation
+
+
+def ask(page: Page, place: str | Dialogue, question: str, **how: Any) -> list[tuple[str, ...]]:
     """All that is shown, one after the other."""
+    conversation = talk(page, place) if isinstance(place, str) else place
 
-    async def shown() -> list[tuple[str, ...]]:
+    async def shown() -> list[tuple[Answer, ...]]:
         sampling = Sampling(**{"temperature": 0, "max_tokens": NEW, **how})
-        return [texts async for texts in page.ask(place, question, histories, sampling)]
+        return [answers async for answers in page.ask(conversation, question, sampling)]
 
-    return asyncio.run(shown())
+    return [tuple(answer.text for answer in answers) for answers in asyncio.run(shown())]
 
 
 def refused(page: Page, place: str, question: str = "What is this?", **how: Any) -> APIError:
@@ -80,9 +93,18 @@ def test_both_models_answer_as_they_would_alone(page: Page, place: str) -> None:
     assert len(shown) > 2
 
 
+def test_why_an_answer_ended_is_told(page: Page, place: str) -> None:
+    async def last() -> tuple[Answer, ...]:
+        shown = [answers async for answers in page.ask(talk(page, place), TEXTS[3], Sampling(0, max_tokens=2))]
+        assert not any(answer.finish for answer in shown[0])
+        return shown[-1]
+
+    assert [answer.finish for answer in asyncio.run(last())] == ["length", "length"]
+
+
 def test_each_model_goes_on_in_its_own_conversation(page: Page, place: str) -> None:
     histories = [[Turn(TEXTS[0], text)] for text in ask(page, place, TEXTS[0])[-1]]
-    [*_, last] = ask(page, place, TEXTS[1], histories)
+    [*_, last] = ask(page, talk(page, place, *histories), TEXTS[1])
     for (turn,), engine, text in zip(histories, page.engines.values(), last, strict=True):
         turns = [Turn(with_image(turn.prompt), turn.response), Turn(TEXTS[1], "")]
         image = engine.image(PICTURES[0])
@@ -104,7 +126,7 @@ def test_a_seed_draws_the_same_again(page: Page, place: str) -> None:
 
 def test_leaving_early_frees_the_slots(page: Page, place: str) -> None:
     async def first() -> None:
-        answers = page.ask(place, TEXTS[3], [(), ()], Sampling(0, max_tokens=400))
+        answers = page.ask(talk(page, place), TEXTS[3], Sampling(0, max_tokens=400))
         async for _ in answers:
             break
         await answers.aclose()  # type: ignore[attr-defined]
@@ -124,10 +146,10 @@ def test_what_cannot_be_asked(page: Page, place: str, tmp_path: Path) -> None:
     for name, code, what in (
         ("text.png", "invalid_message", "PNG, JPEG"),
         ("page.svg", "invalid_message", "PNG, JPEG"),
-        ("large.png", "invalid_message", "200,000 bytes"),
+        ("large.png", "bad_picture", "200,000 bytes"),
         ("gone.png", "no_picture", ""),
-        ("link.png", "invalid_message", "no such file"),
-        (str(tmp_path / "secret.png"), "invalid_message", "no such file"),
+        ("link.png", "bad_picture", "no such file"),
+        (str(tmp_path / "secret.png"), "bad_picture", "no such file"),
         (f"../{tmp_path.name}/secret.png", "", "no such file"),
         ("a\0b", "", "no such file"),
         ("http://127.0.0.1/a.png", "", "no such file"),
@@ -138,8 +160,10 @@ def test_what_cannot_be_asked(page: Page, place: str, tmp_path: Path) -> None:
         with pytest.raises(APIError):
             page.look("tuned", str(page.folder / name), [Turn("What?", "A cup.")], 0)
     assert refused(page, "relative.png").code == "no_picture"
-    assert "temperature" in refused(page, place, temperature=3).message
-    assert "max_tokens" in refused(page, place, max_tokens=0).message
+    for setting, wrong in (("temperature", 3), ("top_p", "a"), ("max_tokens", 0), ("seed", "x")):
+        error = refused(page, place, **{setting: wrong})
+        assert (error.code, error.param) == ("bad_setting", setting)
+        assert explain_error("en", error).startswith(f"“{ENGLISH[setting]}” must be a")
     assert "<image>" in refused(page, place, "<image>").message
     assert refused(page, place, "a b " * 3000).code == "context_length_exceeded"
 
@@ -168,41 +192,108 @@ def test_a_click_shows_where_the_post_decoder_looked(page: Page, place: str) -> 
     turns = [Turn(TEXTS[0], "No."), Turn(TEXTS[3], "There is a <cup>.")]
     pieces = page.pieces(turns[-1].response)
     index = next(i for i, piece in enumerate(pieces) if piece.text == "cup")
-    shown = page.look("tuned", place, turns, index)
+    attention = page.look("tuned", place, turns, index)
+    assert attention is not None
     loaded = page.engines["tuned"].loaded
     image = image_from_bytes(PICTURES[0], 10**6, lambda *_: None)
     marked = [Turn(with_image(TEXTS[0]), "No."), turns[1]]
     [grid] = attention_before(loaded, image, marked, [pieces[index].start])
-    assert f'<image class=heat width="1" height="1" preserveAspectRatio="none" href="{heat(grid)}"/>' in shown
-    assert "cup" in shown
-    assert page.look("tuned", place, turns, index + 1) == ""  # between words
-    assert page.look("tuned", place, turns, 99) == ""
+    assert attention.grid == grid
+    assert attention.word == "cup"
+    assert page.look("tuned", place, turns, index + 1) is None  # between words
+    assert page.look("tuned", place, turns, 99) is None
     assert [has_attention_maps(page.engines[name].loaded) for name in ("tuned", "base")] == [True, False]
-    assert "post decoder" in page.look("base", place, turns, index)
-    assert "后解码器" in page.look("tuned", "", turns, index, "zh")
+    assert page.look("base", place, turns, index) is None
+    assert page.look("tuned", "", turns, index) is None
 
 
-def test_a_conversation_comes_back_from_the_browser_as_it_was_said() -> None:
-    """And nothing of it is HTML on the way."""
-    from gradio import Chatbot
+def test_what_the_browser_kept_is_read_again_or_forgotten() -> None:
+    names = ["tuned", "base"]
+    answers = [Answer(text="\n<img src=x> $$x$$ ${1}\n", finish="stop"), Answer(text="No")]
+    kept = Dialogue(models=tuple(names), picture="a.png").asked(" a <b>bold</b> & &lt;\n ").answered(answers)
+    assert Dialogue.parse(kept.model_dump_json(), names) == kept
+    assert kept.running
+    assert [answer.finish for answer in kept.ended("cancelled").exchanges[0].answers] == ["stop", "cancelled"]
+    empty = Dialogue(models=tuple(names))
+    short = Dialogue(models=("tuned", "base"), exchanges=(Exchange(question="a", answers=()),))
+    for state in ("", None, "{", "[]", 3, {}, kept.model_dump_json()[:-3], short.model_dump_json()):
+        assert Dialogue.parse(state, names) == empty
+    assert Dialogue.parse(kept.model_dump_json(), ["other", "base"]).exchanges == ()
 
-    from relook.serve.page import app
 
-    turns = [Turn(" a <b>bold</b> & &lt;\n  question ", "\n<img src=x> $$x$$\n"), Turn("b", "")]
-    shown = Chatbot().postprocess(app._messages(turns)).model_dump()
-    assert app._turns(shown) == turns
-    assert "<" not in json.dumps(shown)
+def test_another_answer_takes_the_place_of_the_one_before() -> None:
+    def said(text: str) -> list[Answer]:
+        return [Answer(text=text, finish="stop")]
+
+    first = Dialogue(models=("tuned",)).asked("a").answered(said("1")).asked("b").answered(said("2"))
+    both = first.asked("b", 1.0).answered(said("3")).asked("b", 0.5).answered(said("4"))
+    assert both.turns(0) == [Turn("a", "1"), Turn("b", "4")]
+    assert both.turns(0, last=2) == [Turn("a", "1"), Turn("b", "3")]  # as it was when that word was written
+    assert both.before_last_question().turns(0) == [Turn("a", "1")]
 
 
-def test_both_languages_say_everything() -> None:
-    assert set(ENGLISH) == set(CHINESE)
-    for key, text in ENGLISH.items():
-        assert text.count("{") == CHINESE[key].count("{")
-    assert [language_of(accepted) for accepted in ("zh-CN,zh;q=0.9", "en-US,zh", "", "ZH")] == ["zh", "en", "en", "zh"]
-    error = APIError(429, "Too many.", "busy")
-    assert explain_error("en", error) == "Too many."
-    assert explain_error("zh", error) == f"{CHINESE_ERRORS['busy']} Too many."
-    assert explain_error("zh", APIError(400, ENGLISH["no_question"], "no_question")) == CHINESE["no_question"]
+def test_what_is_shown_is_no_html_and_no_code(page: Page, place: str) -> None:
+    text = "<img src=x> & ${alert(1)} `{{x}}` a <cup>"
+    conversation = talk(page, place, [Turn(text, text)], [Turn(text, "")])
+    shown = View(page, [], [], "en").chat(conversation)
+    assert "<img" not in shown
+    assert "${alert(1)} `{{x}}`" in html.unescape(re.sub(r"<[^>]*>", "", shown))
+    assert ENGLISH["empty"] in shown
+
+
+def test_words_of_models_that_look_can_be_clicked(page: Page, place: str) -> None:
+    view = View(page, [], [], "en")
+    said = [[Turn("What?", "A cup.")]] * 2
+    shown = view.chat(talk(page, place, *said))
+    assert re.findall(r'data-place="([0-9-]+)"', shown) == ["0-0-0", "0-0-2"]  # the tuned model's, without the space
+    assert ENGLISH["click_word"].format(name="tuned") in html.unescape(shown)
+    assert "<button" not in view.chat(talk(page, "", *said))  # without a picture
+    growing = talk(page, place, *said).asked("And?")
+    assert "<button" not in view.chat(growing)
+    assert "…" in view.chat(growing)
+    attention = page.look("tuned", place, said[0], 2)
+    shown = view.chat(talk(page, place, *said), Place(0, 0, 2), attention)
+    assert re.findall(r'data-place="([0-9-]+)" aria-pressed="true"', shown) == ["0-0-2"]
+    assert 'role=img aria-label="Map of tuned&#39;s attention before “cup”"' in shown
+    assert attention is not None
+    assert f'class=heat width="1" height="1" preserveAspectRatio="none" href="{heat(attention.grid)}"' in shown
+
+
+def test_a_run_shows_its_own_pictures(page: Page, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "b"
+    data.mkdir(parents=True)
+    for i in range(8):
+        (data / f"{i}.PNG").write_bytes(PICTURES[0] if i != 2 else b"no picture")
+    (tmp_path / "recipe.yaml").write_text(f"image_folder: {tmp_path / 'data'}")
+    pictures = page.run_pictures(tmp_path)
+    assert len(pictures) == 5
+    assert all(path.parent == page.folder and path.read_bytes() == PICTURES[0] for path in pictures)
+    for recipe in ("image_folder: /nowhere", "- no mapping", "image_folder: [3]"):
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        assert page.run_pictures(tmp_path) == []
+    assert page.run_pictures(tmp_path / "nothing") == page.run_pictures(None) == []
+
+
+def test_all_languages_say_everything() -> None:
+    for language, texts in TEXT_TABLES.items():
+        assert set(texts) == set(ENGLISH)
+        for key, text in ENGLISH.items():
+            assert sorted(re.findall(r"{.*?}", texts[key])) == sorted(re.findall(r"{.*?}", text)), (language, key)
+    for accepted, language in {
+        "zh-CN,zh;q=0.9": "zh",
+        "ZH": "zh",
+        "en-US,zh": "en",
+        "": "en",
+        "zh-TW,zh;q=0.9": "zh-TW",
+        "zh-Hant-HK": "zh-TW",
+    }.items():
+        assert language_of(accepted) == language
+    assert TEXT_TABLES["zh-TW"]["no_picture"] == "圖片已不在伺服器上，請重新選擇。"
+    for code in ("busy", "timeout", "failed", "context_length_exceeded", "invalid_message", "no_question", "x", None):
+        for language in ("zh", "zh-TW"):
+            text = explain_error(language, APIError(429, "Too many.", code)).replace("<image>", "")
+            assert not re.search("[A-Za-z]", text)
+    assert explain_error("en", APIError(400, "A text may not hold <image>.", "invalid_message")).startswith("A text")
 
 
 # --- the page's routes, beside the API's

@@ -25,7 +25,8 @@ from relook.generate.request import EngineLimits
 from relook.model.load import add_post_decoder, without_post_decoder
 from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources
-from relook.serve.page.texts import CHINESE, CHINESE_ERRORS, ENGLISH, TEXTS
+from relook.serve.page.actions import EXAMPLE_QUESTION
+from relook.serve.page.texts import ENGLISH, TEXTS, language_of
 from relook.toyworld.build import shipped_base
 
 pytestmark = pytest.mark.slow
@@ -80,33 +81,40 @@ def chromium() -> Iterator[Any]:
 
 
 class Tab:
-    """The page in a browser of some language and width."""
+    """The page in a browser of some language and size."""
 
-    def __init__(self, chromium: Any, served: Served, shots: Path, locale: str = "en-US", width: int = 1280) -> None:
+    def __init__(
+        self,
+        chromium: Any,
+        served: Served,
+        shots: Path,
+        locale: str = "en-US",
+        width: int = 1280,
+        height: int = 720,
+        **options: Any,
+    ) -> None:
         self.name, self.shots, self.elsewhere = f"{locale}-{width}", shots, set[str]()
-        self.engines = served.engines
-        self.text = TEXTS["zh" if locale.startswith("zh") else "en"]
-        self.url = f"http://127.0.0.1:{served.port}/"
+        self.engines, self.text = served.engines, TEXTS[language_of(locale)]
+        self.url, self.height = f"http://127.0.0.1:{served.port}/", height
         credentials = {"username": "anyone", "password": KEY}
         self.context = chromium.new_context(
-            locale=locale, viewport={"width": width, "height": 1000}, http_credentials=credentials
+            locale=locale, viewport={"width": width, "height": height}, http_credentials=credentials, **options
         )
         self.page = self.context.new_page()
         self.page.on("request", lambda request: self._asked(request.url))
         self.page.goto(self.url)
-        self.page.wait_for_selector("#question textarea")
+        self.page.wait_for_selector("#panel .example")
 
     def _asked(self, url: str) -> None:
         if not url.startswith((self.url, "data:", "blob:")):
             self.elsewhere.add(url)
 
     def shoot(self, what: str) -> None:
-        self.page.screenshot(path=self.shots / f"{self.name}-{what}.png", full_page=True)
+        self.page.screenshot(path=self.shots / f"{self.name}-{what}.png")
 
     def show(self, data: bytes, name: str = "picture.png") -> None:
         file = {"name": name, "mimeType": "image/png", "buffer": data}
-        with self.page.expect_response(re.compile("queue/data")):
-            self.page.set_input_files("#picture input[type=file]", file)
+        self.page.set_input_files("#panel input[type=file]", file)
 
     def ask(self, question: str = QUESTION) -> None:
         self.page.fill("#question textarea", question)
@@ -114,29 +122,32 @@ class Tab:
 
     def answer(self, side: int = 0) -> str:
         """The last answer of a model, as far as it is there."""
-        said = self.page.locator(".chat").nth(side).locator("[data-testid=bot]").all_inner_texts()
+        said = self.page.locator(f".answer:nth-child({side + 1}) .text").evaluate_all(TEXT_OF)
         return str(said[-1]).strip() if said else ""
 
     def whole(self, side: int = 0) -> str:
-        """The last answer, once no model answers any more and all of it is shown."""
-        until(lambda: self.words(side) and not any(engine.running for engine in self.engines.values()))
-        until(lambda: self.answer(side) == self.words(side))
+        """The last answer, once no model answers any more."""
+        self.page.wait_for_selector(".answer")
+        self.page.wait_for_selector(".scroll:not([data-running])")
         return self.answer(side)
 
-    def words(self, side: int = 0) -> str:
-        return "".join(self.page.locator(".words").nth(side).locator(".token .text").all_text_contents()).strip()
+    def click_word(self, word: str) -> None:
+        self.page.locator(".word").get_by_text(word, exact=True).first.click()
 
-    def click_word(self, word: str, side: int = 0) -> None:
-        self.page.locator(".words").nth(side).locator(".token").get_by_text(word, exact=True).first.click()
+    def notice(self, text: str) -> None:
+        """Wait until the page says this."""
+        until(lambda: text in self.page.locator("#notice").inner_text())
 
-    def error(self) -> str:
-        toast = self.page.locator("[data-testid=toast-body]")
-        toast.first.wait_for()
-        text = str(toast.first.inner_text())
-        assert "Traceback" not in text
-        toast.first.locator("button").click()
-        toast.first.wait_for(state="detached")
-        return text
+    def asked(self) -> list[str]:
+        return [str(text) for text in self.page.locator(".question .said").all_inner_texts()]
+
+
+# Without the growing sign, and the marks of what is not there.
+TEXT_OF = """texts => texts.map(text => {
+  const copy = text.cloneNode(true);
+  copy.querySelectorAll(".growing, .tag").forEach(sign => sign.remove());
+  return copy.textContent;
+})"""
 
 
 @pytest.fixture
@@ -146,17 +157,23 @@ def shots(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("locale", "width"), [("en-US", 1280), ("zh-CN", 1280), ("en-US", 400)])
+@pytest.mark.parametrize(
+    ("locale", "width", "height"), [("en-US", 1280, 720), ("zh-CN", 390, 844), ("zh-TW", 390, 844)]
+)
 def test_a_picture_a_question_a_word(
-    chromium: Any, served: Served, shots: Path, strangers: set[str], world: Path, locale: str, width: int
+    chromium: Any, served: Served, shots: Path, strangers: set[str], world: Path, locale: str, width: int, height: int
 ) -> None:
-    tab = Tab(chromium, served, shots, locale, width)
+    tab = Tab(chromium, served, shots, locale, width, height)
     page, text = tab.page, tab.text
-    for key in ("picture", "examples", "settings", "question", "ask", "stop", "clear", "words", "map"):
+    for key in ("title", "no_picture_yet", "upload", "examples", "settings", "question", "ask"):
         assert page.get_by_text(text[key], exact=True).first.is_visible(), key
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for absent in (".answer", "#stop", "#again", "#clear"):  # nothing empty, nothing that would do nothing
+        assert page.locator(absent).count() == 0 or not page.locator(absent).is_visible()
+    assert page.title() == "relook: tuned, tuned-base"
+    tab.shoot("start")
     image = min((world / "test" / "val2014").iterdir())
     tab.show(image.read_bytes(), image.name)
+    page.wait_for_selector("#panel img.picture")
     tab.ask()
     seen: list[str] = []
     until(lambda: bool(tab.answer()))
@@ -168,41 +185,56 @@ def test_a_picture_a_question_a_word(
     said = [tab.whole(side) for side in (0, 1)]
     assert said[0] == said[1] == served.engines["tuned"].loaded.generate([image], QUESTION)
     assert all(said[0].startswith(piece) for piece in seen)
+    assert page.get_by_text(text["click_word"].format(name="tuned")).is_visible()
     tab.click_word("picture")
-    page.wait_for_selector("#map svg.picture")
-    assert page.locator("#map rect").count() == 1 + 36
-    assert "picture" in page.locator("#map").inner_text()
+    page.wait_for_selector("figure.map svg.picture")
+    # It opens below its answer and above the other model's, on the screen, and the word is marked.
+    map_, other = page.locator("figure.map").bounding_box(), page.locator(".answer").nth(1).bounding_box()
+    assert map_ is not None
+    assert other is not None
+    until(lambda: -1 < page.locator("figure.map").bounding_box()["y"] < height - 100)  # type: ignore[index]
+    assert width > 700 or map_["y"] + map_["height"] <= other["y"]
+    assert page.locator(".word[aria-pressed=true]").all_inner_texts() == ["picture"]
+    assert page.locator("figure.map .heat").count() == 1
+    assert page.get_by_role("img", name=text["map"].format(name="tuned", word="picture")).is_visible()
     tab.shoot("map")
-    tab.click_word("picture", side=1)
-    page.get_by_text(text["no_map"].format(model="tuned-base")).wait_for()
+    assert page.locator(".answer").nth(1).locator("button").count() == 0  # the base looks at nothing
     tab.ask("Is there a dog in the image?")  # the second turn of the same conversation
-    until(lambda: tab.answer(1) in ("Yes.", "No.") and tab.answer() in ("Yes.", "No."))
-    assert page.locator(".chat").first.locator("[data-testid=user]").count() == 2
+    until(lambda: tab.whole(1) in ("Yes.", "No.") and tab.answer() in ("Yes.", "No."))
+    assert tab.asked() == [QUESTION, "Is there a dog in the image?"]
+    question, chat = page.locator("#question").bounding_box(), page.locator("#chat").bounding_box()
+    assert question is not None
+    assert chat is not None
+    assert question["y"] >= chat["y"] + chat["height"]
     page.click("#clear")
-    until(lambda: page.locator(".chat [data-testid=bot]").count() == 0)
+    until(lambda: page.locator(".answer").count() == 0)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    words = page.locator("body").inner_text()
+    if locale != "en-US":
+        names = ("relook", "tuned-base", "tuned", *re.findall("[a-z]+", text["examples"]), EXAMPLE_QUESTION)
+        for name in names:
+            words = words.replace(name, "")
+        assert not re.findall(r"[A-Za-z]{3,}", words), "not translated"
     assert tab.elsewhere == set()
     assert strangers == set()
     tab.context.close()
 
 
-def test_what_is_not_there_is_marked(chromium: Any, served: Served, shots: Path, world: Path) -> None:
-    """On an example, of which the truth is known. The base claims objects that usually belong to a setting."""
+def test_an_example_is_asked_about_at_once(chromium: Any, served: Served, shots: Path) -> None:
+    """Of the drawn ones the truth is known. The base claims objects that usually belong to a setting."""
     tab = Tab(chromium, served, shots)
     for i in range(6):
-        tab.page.locator(".gallery-item").nth(i).click()
-        tab.page.locator("#facts").get_by_text("On this picture").wait_for()
-        names = re.search(r"picture: (.*?)\.", tab.page.locator("#facts").inner_text())
+        tab.page.locator(".example").nth(i).click()
+        until(lambda: tab.asked() == [EXAMPLE_QUESTION] and tab.page.locator("#panel .facts").count() == 1)
+        names = re.search(r"picture: (.*?)\.", tab.page.locator("#panel .facts").inner_text())
         assert names is not None
-        there = names[1].split(", ")
-        tab.ask()
-        answer = tab.whole()
+        answer, there = tab.whole(), names[1].split(", ")
+        assert str(tab.page.locator(".example").nth(i).get_attribute("aria-label")).endswith(": " + names[1])
         claimed = set(re.findall(r"There is an? (\w+)", answer))
-        marks = tab.page.locator(".words").first.locator(".token:has(.label)")
-        found = {str(mark.locator(".text").first.inner_text()) for mark in marks.all()}
-        assert found == claimed - set(there), answer
-        if found:
-            assert tab.page.locator(".words").first.get_by_text(ENGLISH["absent"]).count() >= len(found)
+        marks = tab.page.locator(".answer").first.locator(".absent")
+        assert set(marks.all_inner_texts()) == claimed - set(there), answer
+        if marks.count():
+            assert tab.page.locator(".answer").first.locator(".tag").count() == marks.count()
             tab.shoot("marked")
             break
     else:
@@ -210,31 +242,114 @@ def test_what_is_not_there_is_marked(chromium: Any, served: Served, shots: Path,
     tab.context.close()
 
 
+def test_what_is_typed_stays_and_a_second_question_waits(chromium: Any, served: Served, shots: Path) -> None:
+    tab = Tab(chromium, served, shots)
+    page = tab.page
+    tab.ask()
+    page.wait_for_selector(".growing")  # before the first word
+    assert tab.asked() == [QUESTION]
+    until(lambda: page.locator("#stop").is_visible() and page.locator("#ask").is_disabled())
+    until(lambda: page.input_value("#question textarea") == "")
+    page.fill("#question textarea", "Is there")
+    page.type("#question textarea", " a cat?")
+    page.press("#question textarea", "Enter")  # does nothing yet, and loses nothing
+    tab.whole()
+    assert page.input_value("#question textarea").strip() == "Is there a cat?"
+    assert tab.asked() == [QUESTION]
+    until(lambda: page.locator("#ask").is_enabled() and not page.locator("#stop").is_visible())
+    tab.context.close()
+
+
+def test_an_empty_seed_stays_empty_and_another_answer_differs(chromium: Any, served: Served, shots: Path) -> None:
+    tab = Tab(chromium, served, shots)
+    page = tab.page
+    page.get_by_text(ENGLISH["settings"], exact=True).click()
+    page.wait_for_selector("#seed input, #seed textarea")
+    assert page.input_value("#seed input, #seed textarea") == ""
+    tab.ask()
+    answers = {tab.whole()}
+    for count in range(2, 6):
+        page.click("#again")
+        until(lambda count=count: page.locator(".exchange").count() == count)  # type: ignore[misc]
+        answers.add(tab.whole())
+    assert len(answers) > 2  # sampled anew each time
+    assert page.get_by_text(ENGLISH["once_more"].format(temperature="1")).count() == 4
+    page.fill("#seed input, #seed textarea", "x")
+    tab.ask("Is there a dog?")
+    tab.notice(ENGLISH["range_seed"])
+    tab.context.close()
+
+
 @pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
 def test_mistakes_are_told(chromium: Any, served: Served, shots: Path, locale: str) -> None:
     tab = Tab(chromium, served, shots, locale)
-    chinese = locale == "zh-CN"
-    tab.show(b"this is a text")
-    told = tab.error()
-    assert "PNG, JPEG, WebP, GIF or BMP" in told
-    assert (CHINESE_ERRORS["invalid_message"] in told) == chinese
+    page, text = tab.page, tab.text
+    bad = text["bad_picture"].format(megabytes=0.1, megapixels=40)
     tab.ask(" ")
-    assert tab.error().strip().endswith((CHINESE if chinese else ENGLISH)["no_question"])
+    tab.notice(text["no_question"])
+    assert page.locator(".answer").count() == 0  # nothing is covered or added
+    for data in (b"this is a text", noise(0, (400, 400))):
+        tab.show(data)
+        tab.notice(bad)
+        assert page.locator("#panel img.picture").count() == 0  # it is not selected
+        tab.ask()  # what was refused is not asked about, and the page says so
+        until(lambda: text["without_picture"] in page.locator(".question").first.inner_text())
+        tab.whole()
+        assert bad not in page.locator("#notice").inner_text()
+        page.click("#clear")
+        until(lambda: page.locator(".answer").count() == 0)
     tab.ask("<image>")
-    assert "<image>" in tab.error()
-    large = {"name": "a.png", "mimeType": "image/png", "buffer": noise(0, (400, 400))}
-    tab.page.set_input_files("#picture input[type=file]", large)
-    assert "maximum allowed size" in tab.error()  # Gradio's own words
-    assert "Traceback" not in tab.page.content()
+    tab.notice("<image>")
+    assert page.input_value("#question textarea") == "<image>"  # to be corrected
+    assert page.locator(".answer").count() == 0
+    assert "Traceback" not in page.content()
+    tab.context.close()
+
+
+def test_an_end_before_the_end_is_told(chromium: Any, served: Served, shots: Path) -> None:
+    tab = Tab(chromium, served, shots)
+    tab.ask()
+    until(lambda: bool(tab.answer()))
+    tab.page.click("#stop")
+    until(lambda: tab.page.get_by_text(ENGLISH["cancelled"]).count() == 2)
+    tab.page.get_by_text(ENGLISH["settings"], exact=True).click()
+    tab.page.get_by_label(ENGLISH["max_tokens"]).first.fill("2")
+    tab.ask()
+    until(lambda: tab.page.get_by_text(ENGLISH["length"]).count() == 2)
     tab.context.close()
 
 
 def test_what_is_said_is_no_html(chromium: Any, served: Served, shots: Path) -> None:
     tab = Tab(chromium, served, shots)
-    text = "Is <img src=x> & <b>this</b> $$x$$ a &lt;cup&gt;?"
+    text = "Is <img src=x> & <b>this</b> $$x$$ ${alert(1)} `{{x}}` a &lt;cup&gt;?"
+    tab.page.on("dialog", lambda dialog: pytest.fail("it ran"))
     tab.ask(text)
     tab.whole()
-    assert tab.page.locator(".chat").first.locator("[data-testid=user]").inner_text().strip() == text
+    assert tab.asked() == [text]
+    tab.context.close()
+
+
+def test_a_reload_and_back_keep_everything(chromium: Any, served: Served, shots: Path) -> None:
+    tab = Tab(chromium, served, shots)
+    page = tab.page
+    page.locator(".example").first.click()
+    answer = tab.whole()
+    page.reload()
+    until(lambda: tab.answer() == answer)
+    assert page.locator("#panel img.picture").is_visible()
+    page.goto("about:blank")
+    page.go_back()
+    until(lambda: tab.answer() == answer)
+    tab.ask("Is there a dog in the image?")
+    until(lambda: len(tab.asked()) == 2)
+    tab.whole()
+    page.reload()  # also while an answer grows
+    tab.page.wait_for_selector(".answer")
+    page.click("#clear")
+    until(lambda: not tab.asked())
+    page.reload()
+    page.wait_for_selector("#panel .example")
+    assert tab.asked() == []
     tab.context.close()
 
 
@@ -256,8 +371,57 @@ def test_stopping_and_leaving_free_the_model(chromium: Any, served: Served, shot
     for leave in (lambda: tab.page.click("#stop"), tab.context.close):
         tab.ask()
         until(lambda: all(engine.running == 1 for engine in served.engines.values()))
+        until(lambda: tab.page.locator("#stop").is_visible())
         leave()
         until(lambda: all(engine.running == 0 for engine in served.engines.values()))
+        until(lambda: tab.page.is_closed() or tab.page.locator("#ask").is_enabled())
+
+
+def test_a_base_alone_says_nothing_about_looking(chromium: Any, shots: Path, tmp_path: Path) -> None:
+    """And a server that stops says so in words."""
+    engines = {"base": Engine(load_model(shipped_base()), EngineLimits(slots=1))}
+    slow(engines["base"])
+    with serving(engines, ServerLimits(KEY), tmp_path / "uploads", stop_seconds=0) as server:
+        tab = Tab(chromium, server, shots)
+        assert ENGLISH["looks"] not in tab.page.locator("#head").inner_text()
+        tab.page.locator(".example").first.click()
+        tab.whole()
+        assert tab.page.locator(".word").count() == 0
+        assert tab.page.locator(".hint").count() == 0
+    tab.ask()
+    tab.notice(ENGLISH["offline"])
+    assert tab.page.locator("[data-testid=toast-body]:visible").count() == 0
+    tab.context.close()
+
+
+@pytest.mark.parametrize(("locale", "width"), [("en-US", 1280), ("zh-TW", 390)])
+def test_the_page_is_accessible(chromium: Any, served: Served, shots: Path, locale: str, width: int) -> None:
+    """By axe-core (`npm pack axe-core`), whose script RELOOK_AXE names."""
+    script = os.environ.get("RELOOK_AXE")
+    if not script:
+        pytest.skip("no axe-core; set RELOOK_AXE to its axe.min.js")
+    for scheme in ("light", "dark"):
+        tab = Tab(chromium, served, shots, locale, width, color_scheme=scheme, bypass_csp=True)
+        tab.page.get_by_text(tab.text["settings"], exact=True).click()
+        assert _violations(tab, script) == []
+        for example in tab.page.locator(".example").all():
+            example.click()
+            tab.page.get_by_text(EXAMPLE_QUESTION, exact=True).wait_for()
+            tab.whole()
+            if tab.page.locator(".absent").count():
+                break
+        tab.click_word("picture")
+        tab.page.wait_for_selector("figure.map")
+        tab.ask(" ")
+        tab.notice(tab.text["no_question"])
+        assert _violations(tab, script) == []
+        tab.context.close()
+
+
+def _violations(tab: Tab, script: str) -> list[tuple[str, str, str]]:
+    tab.page.add_script_tag(path=script)
+    found = tab.page.evaluate("axe.run()")["violations"]
+    return [(fault["impact"], fault["id"], fault["nodes"][0]["html"]) for fault in found]
 
 
 def test_without_the_key_there_is_no_page(chromium: Any, served: Served) -> None:

@@ -75,7 +75,9 @@ def serve(
         pages.check_gradio_installed()
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
     run.serve(
-        run.ServeOptions(host, port, stop_timeout, version, pages.installed() if page is None else page, warm),
+        run.ServeOptions(
+            host, port, stop_timeout, version, pages.installed() if page is None else page, warm, adapter or model
+        ),
         EngineLimits(slots, queue, max_length, cache_gb, seconds=timeout),
         ServerLimits(
             api_key,

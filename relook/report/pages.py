@@ -27,7 +27,7 @@ Spans = list[tuple[str, bool]]  # a text in pieces, and whether a piece is wrong
 HEAT_SIDE, HEAT_LEVELS, HEAT_COLOR = 64, 32, (214, 0, 110)
 HEAT_OPACITY = 0.8  # of the strongest place
 
-_ENVIRONMENT = Environment(
+ENVIRONMENT = Environment(
     loader=PackageLoader("relook.report"),
     autoescape=True,
     undefined=StrictUndefined,  # a misspelt name is an error, not a gap in the page
@@ -38,7 +38,7 @@ _ENVIRONMENT = Environment(
 
 def render(template: str, **values: Any) -> str:
     """Fill in a template of `relook/report/templates` and return the HTML."""
-    return _ENVIRONMENT.get_template(template).render(values)
+    return ENVIRONMENT.get_template(template).render(values)
 
 
 def mark_absent(text: str, present: Collection[str], vocabulary: Vocabulary) -> Spans:
@@ -110,8 +110,8 @@ def data_url(content: bytes, kind: str = "jpeg") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-_ENVIRONMENT.globals.update(GLOSSARY=GLOSSARY, HEAT_COLOR=HEAT_COLOR, HEAT_OPACITY=HEAT_OPACITY, verdict=verdict)
-_ENVIRONMENT.filters.update(decimal=decimal, bracket=bracket, change=change, heat=heat, facts=facts)
+ENVIRONMENT.globals.update(GLOSSARY=GLOSSARY, HEAT_COLOR=HEAT_COLOR, HEAT_OPACITY=HEAT_OPACITY, verdict=verdict)
+ENVIRONMENT.filters.update(decimal=decimal, bracket=bracket, change=change, heat=heat, facts=facts)
 
 # ----------------------------------------------------------------------------------------------------
 # `relook report`: which page a folder gets. Nothing that trains is imported for it.

@@ -49,6 +49,7 @@ class ServeOptions:
         template: conversation template; empty for the model's own.
         page: whether there is a page for people at `/`.
         warm: whether everything is compiled before requests are taken.
+        run: the training run that is served, if it is one: the page offers pictures of its data.
     """
 
     host: str = "127.0.0.1"
@@ -57,6 +58,7 @@ class ServeOptions:
     template: str = ""
     page: bool = False
     warm: bool = False
+    run: Path | None = None
 
 
 class Protocol(H11Protocol):
@@ -126,7 +128,7 @@ def serve(
         uploads = None
         if serving.page:
             uploads = Path(until_end.enter_context(tempfile.TemporaryDirectory(prefix="relook-page-")))
-        server = make_server(engines, policy, serving.stop_seconds, uploads)
+        server = make_server(engines, policy, serving.stop_seconds, uploads, serving.run)
         url = f"http://{bracketed(address)}:{port}"
         status(f"Serving {', '.join(engines)} at {url}/v1" + serving.page * f", and a page at {url}/")
         if not policy.api_key and not ip_address(address).is_loopback:
@@ -150,7 +152,11 @@ def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, templ
 
 
 def make_server(
-    engines: Mapping[str, Engine], policy: ServerLimits, stop_seconds: int, uploads: str | Path | None = None
+    engines: Mapping[str, Engine],
+    policy: ServerLimits,
+    stop_seconds: int,
+    uploads: str | Path | None = None,
+    run: Path | None = None,
 ) -> uvicorn.Server:
     """Build a server that is not started yet; with a folder for uploads, it serves the page too."""
     uploads = None if uploads is None else Path(uploads)
@@ -158,7 +164,7 @@ def make_server(
     if uploads is not None:
         from relook.serve.page.app import with_page
 
-        app = with_page(app, engines, policy, uploads)
+        app = with_page(app, engines, policy, uploads, run)
     if policy.hosts:
         app = OwnNames(app, policy.hosts)
     config = uvicorn.Config(

@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,18 @@ from pydantic import ValidationError
 from relook.data.images import image_from_bytes
 from relook.data.samples import Turn
 from relook.data.templates import with_image
-from relook.errors import DataError
+from relook.errors import DataError, RelookError
 from relook.evaluate.tasks.chair import Vocabulary, mentions
 from relook.generate.engine import Engine
 from relook.generate.request import QueueFull, Request
-from relook.report.pages import data_url, render
+from relook.recipe import read_yaml_or_shipped
+from relook.report.pages import data_url
 from relook.report.plots import attention_before
 from relook.serve.api import ServerLimits
 from relook.serve.chat import AnswerStream, read_request
 from relook.serve.media import ImageSources
-from relook.serve.page.texts import ENGLISH, translate
+from relook.serve.page.dialogue import Answer, Dialogue
+from relook.serve.page.texts import ENGLISH
 from relook.serve.protocol import APIError, ChatRequest
 from relook.serve.threads import Readers
 from relook.toyworld.world import OBJECTS, SYNONYMS, draw_scene, sample_scenes
@@ -43,18 +47,22 @@ from relook.toyworld.world import OBJECTS, SYNONYMS, draw_scene, sample_scenes
 # ----------------------------------------------------------------------------------------------------
 
 EXAMPLES = 6
+EXAMPLE_QUESTION = "Describe this image in detail."  # of relook's training data, which toyworld's base knows
+PICTURE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SETTINGS = ("temperature", "top_p", "max_tokens", "seed")
+AGAIN_TEMPERATURE = 1.0  # of another answer, where the first was greedy: else it would be the same
 _CJK = "\u3040-\u30ff\u3400-\u9fff"  # written without spaces: each character counts as a word
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:[-'’][^\W{_CJK}]+)*")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Set how answers are sampled; None leaves a value to the API."""
+    """Set how answers are sampled; None leaves a value to the API, which checks the others."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
+    temperature: Any = None
+    top_p: Any = None
+    max_tokens: Any = None
+    seed: Any = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,20 @@ class AnswerWord:
     start: int
     word: bool
     absent: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Hold where a model looked before a word.
+
+    Args:
+        source: the picture as the model gets it, as a data URL.
+        grid: a square of weights that sum to 1.
+    """
+
+    word: str
+    source: str
+    grid: list[list[float]]
 
 
 @dataclass
@@ -93,9 +115,19 @@ class Page:
         for scene in sample_scenes(0, "test", EXAMPLES):
             path = self.folder / f"example-{scene.id}.png"
             draw_scene(scene).save(path)
-            # By content, because Gradio may hand the browser a copy under another path.
             self.truth[_key(path.read_bytes())] = frozenset(scene.names)
             paths.append(path)
+        return paths
+
+    def run_pictures(self, run: Path | None) -> list[Path]:
+        """Copy the first pictures that a run was trained on among the uploads; none where they cannot be read."""
+        paths: list[Path] = []
+        for picture in itertools.islice(training_pictures(run) if run else (), EXAMPLES):
+            path = self.folder / f"run-{len(paths)}{picture.suffix.lower()}"
+            with contextlib.suppress(OSError, APIError):  # the data went away, or is no picture
+                shutil.copyfile(picture, path)
+                self.check(str(path))
+                paths.append(path)
         return paths
 
     def read(self, path: str) -> bytes:
@@ -107,8 +139,7 @@ class Page:
         try:
             return self.sources.read(_url(path))
         except DataError as error:
-            missing = not Path(path).is_file()
-            raise APIError(400, str(error), "no_picture" if missing else "invalid_message") from None
+            raise APIError(400, str(error), "bad_picture" if _is_file(path) else "no_picture") from None
 
     def check(self, path: str) -> None:
         """Raise APIError if a picture cannot be given to a model."""
@@ -116,20 +147,17 @@ class Page:
         try:
             next(iter(self.engines.values())).image(data)
         except DataError as error:
-            raise APIError(400, str(error), "invalid_message") from None
+            raise APIError(400, str(error), "bad_picture") from None
 
     def known_objects(self, path: str) -> frozenset[str] | None:
         """Return the objects on a picture; None if they are not known."""
         return self.truth.get(_key(self.read(path))) if path else None
 
-    async def ask(
-        self, path: str, question: str, histories: Sequence[Sequence[Turn]], sampling: Sampling
-    ) -> AsyncIterator[tuple[str, ...]]:
-        """Yield the answers of all models so far, each time that one has grown.
+    async def ask(self, conversation: Dialogue, question: str, sampling: Sampling) -> AsyncIterator[tuple[Answer, ...]]:
+        """Yield the answers of all models so far, each time that one has grown or ended.
 
         Args:
-            path: of the picture; empty for no picture.
-            histories: for each model, the turns before.
+            conversation: what was said before.
 
         Raises:
             APIError: the request is refused as the API would refuse it.
@@ -138,26 +166,27 @@ class Page:
             raise APIError(400, ENGLISH["no_question"], "no_question")
         if any(engine.full for engine in self.engines.values()):  # before anything is read
             raise APIError(429, "Too many requests are waiting already.", "busy")
+        path = conversation.picture
         if path:
             await anyio.to_thread.run_sync(self.read, path)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(31))  # the same for all models
 
         arrived = time.monotonic()
-        answers = AnswerStream(
-            [
-                (engine, await self._request(name, path, [*turns, Turn(question, "")], sampling, arrived))
-                for (name, engine), turns in zip(self.engines.items(), histories, strict=True)
-            ]
-        )
-        texts = [""] * len(self.engines)
+        requests = [
+            (engine, await self._request(name, path, [*conversation.turns(i), Turn(question, "")], sampling, arrived))
+            for i, (name, engine) in enumerate(self.engines.items())
+        ]
+        stream = AnswerStream(requests)
+        answers = [Answer()] * len(self.engines)
         try:
-            async for index, event in answers:
-                if event.text:
-                    texts[index] += event.text
-                    yield tuple(texts)
+            async for index, event in stream:
+                if event.text or event.finish:
+                    finish = "length" if event.finish == "length" else "stop" if event.finish else ""
+                    answers[index] = Answer(text=answers[index].text + event.text, finish=finish)
+                    yield tuple(answers)
         finally:
-            answers.cancel()  # the browser has gone, or the user pressed stop
+            stream.cancel()  # the browser has gone, or the user pressed stop
 
     async def _request(
         self, name: str, path: str, turns: Sequence[Turn], sampling: Sampling, arrived: float
@@ -173,7 +202,9 @@ class Page:
             body = ChatRequest(model=name, messages=messages[:-1], stream=True, **vars(sampling))  # type: ignore[arg-type]
         except ValidationError as error:
             first_fault = error.errors()[0]
-            raise APIError(400, f"{'.'.join(map(str, first_fault['loc']))}: {first_fault['msg']}") from None
+            setting = next((str(part) for part in first_fault["loc"] if part in SETTINGS), None)
+            code = "bad_setting" if setting else "invalid_message"
+            raise APIError(400, first_fault["msg"], code, setting) from None
         deadline = arrived + engine.limits.seconds
         [request] = await read_request(engine, body, self.sources, self.policy.max_images, deadline, self.readers)
         return request
@@ -195,8 +226,8 @@ class Page:
             last = match.end()
         return [*pieces, AnswerWord(text[last:], last, False)] if last < len(text) else pieces
 
-    def look(self, name: str, path: str, turns: Sequence[Turn], index: int, language: str = "en") -> str:
-        """Show where a model's post decoder looked before a word of the last answer, as HTML; empty between words.
+    def look(self, name: str, path: str, turns: Sequence[Turn], index: int) -> AttentionMap | None:
+        """Compute where a model's post decoder looked before a word of the last answer; None if there is no map.
 
         Args:
             index: of the word's piece.
@@ -204,12 +235,11 @@ class Page:
         Raises:
             APIError: the picture is gone, or the conversation is not one that the model could have had.
         """
-        no_map = render("attention.html.j2", grid=None, caption=translate(language, "no_map", model=name))
         if not turns or not path:
-            return no_map
+            return None
         pieces, engine = self.pieces(turns[-1].response), self.engines[name]
         if not 0 <= index < len(pieces) or not pieces[index].word:
-            return ""
+            return None
         first, *later = turns
         conversation = [Turn(with_image(first.prompt), first.response), *later]
         loaded, data, template = engine.loaded, self.read(path), engine.encoder.template.name
@@ -223,12 +253,29 @@ class Page:
         except QueueFull as error:
             raise APIError(503, str(error), "busy") from None
         if not maps:
-            return no_map
+            return None
         buffer = io.BytesIO()
         loaded.images.seen(image).save(buffer, "PNG")
-        caption = translate(language, "before", model=name, word=pieces[index].text)
-        source = data_url(buffer.getvalue(), "png")
-        return render("attention.html.j2", source=source, grid=maps[0], caption=caption)
+        return AttentionMap(pieces[index].text, data_url(buffer.getvalue(), "png"), maps[0])
+
+
+def training_pictures(folder: Path) -> Iterator[Path]:
+    """Yield the pictures of a run's data, by its recipe; nothing if there is none, or it cannot be read."""
+    try:
+        recipe = read_yaml_or_shipped(str(folder / "recipe.yaml"), "recipe")
+    except RelookError:
+        return
+    for root in (recipe.get("image_folder"), recipe.get("vg_path")):
+        for parent, folders, names in os.walk(str(root or "")):
+            folders.sort()
+            yield from (Path(parent, name) for name in sorted(names) if name.lower().endswith(PICTURE_TYPES))
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except ValueError:  # a NUL byte
+        return False
 
 
 def _url(path: str) -> str:

@@ -1,7 +1,7 @@
 """The page's components and events, and its routes: the only module that knows Gradio.
 
-Every event takes the browser's values as they are (`preprocess=False`): Gradio would open pictures with all of Pillow's
-readers, and they are to be opened by `Page` alone.
+Gradio has the widgets, the uploads and the stream of events. The picture, the conversation and its words are HTML of
+the page's own (`view.py`): Gradio's cannot be clicked by word, are not accessible, and speak one language each.
 """
 
 from __future__ import annotations
@@ -9,215 +9,316 @@ from __future__ import annotations
 import asyncio
 import html
 import json
+import logging
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
 import gradio as gr
 
-from relook.data.samples import Turn
 from relook.generate.engine import Engine
-from relook.report.plots import has_attention_maps
 from relook.serve.api import READING, ServerLimits
 from relook.serve.middleware import App, Message, Receive, RequestGate, Scope, Send, refuse, replay
-from relook.serve.page.actions import EVERY_SECONDS, KEPT_SECONDS, AnswerWord, Page, Sampling, Uploads
-from relook.serve.page.texts import TEXTS, explain_error, language_of, translate
+from relook.serve.page.actions import (
+    AGAIN_TEMPERATURE,
+    EVERY_SECONDS,
+    EXAMPLE_QUESTION,
+    KEPT_SECONDS,
+    Page,
+    Sampling,
+    Uploads,
+)
+from relook.serve.page.dialogue import Dialogue
+from relook.serve.page.texts import LOCALES, TEXTS, TRADITIONAL, explain_error, language_of
+from relook.serve.page.view import Place, View
 from relook.serve.protocol import APIError
 
 # ----------------------------------------------------------------------------------------------------
 
 SESSIONS = 256  # whose components' values Gradio remembers
-CSS = """
-.gradio-container{max-width:1400px!important}
-#map .prose{padding-top:1.8em}
-#map svg.picture{width:100%;max-width:420px;aspect-ratio:1;image-rendering:pixelated}
-"""
-LANGUAGES = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"]})
+FOLDER = resources.files("relook.serve.page") / "templates"
+LANGUAGES = gr.I18n(**TEXTS, **{locale: TEXTS[language] for locale, language in LOCALES.items()})
+# Gradio's own colour of the button has a contrast of 2.8 : 1.
+PRIMARY = ("background_fill", "background_fill_hover", "background_fill_dark", "background_fill_hover_dark")
+STORAGE = "relook"  # in the browser, which keeps the conversation
 
 Raw = Any  # what the browser sends for a component
+Outputs = dict[Any, Any]  # by component; others stay as they are
 
 
-def build_page(page: Page) -> gr.Blocks:
-    """Build the page of the models."""
-    t, names = LANGUAGES, list(page.engines)
-    with gr.Blocks(title="relook", analytics_enabled=False, delete_cache=(EVERY_SECONDS, KEPT_SECONDS)) as blocks:
+@dataclass(frozen=True)
+class Parts:
+    """Hold the page's components that events change."""
+
+    state: gr.BrowserState
+    head: gr.HTML
+    panel: gr.HTML
+    chat: gr.HTML
+    notice: gr.HTML
+    question: gr.Textbox
+    ask: gr.Button
+    stop: gr.Button
+    again: gr.Button
+    clear: gr.Button
+
+    @property
+    def all(self) -> list[Any]:
+        """Return them in order."""
+        return [getattr(self, part.name) for part in fields(self)]
+
+
+def build_page(page: Page, run: Path | None = None) -> gr.Blocks:
+    """Build the page of the models; `run` is the training run that is served, if it is one."""
+    t, title = LANGUAGES, f"relook: {', '.join(page.engines)}"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(EVERY_SECONDS, KEPT_SECONDS)) as blocks:
+        # The secret hides nothing: it keeps what was stored readable after a restart of the server.
+        state = gr.BrowserState("", storage_key=STORAGE, secret=STORAGE)
+        head = _html("head")
         with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                picture = gr.Image(
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    label=t("picture"),
-                    height=320,
-                    elem_id="picture",
-                    buttons=[],
+            with gr.Column(scale=1, min_width=280):
+                panel = _html("panel", "panel.js")
+            with gr.Column(scale=3, min_width=300):
+                chat = _html("chat", "chat.js")
+                notice = _html("notice", value=_alert(""))
+                question = gr.Textbox(
+                    label=t("question"), placeholder=t("ask_here"), elem_id="question", lines=1, max_lines=4
                 )
-                facts = gr.HTML(elem_id="facts")
-                paths = [str(path) for path in page.draw_examples()]
-                # Not `Examples`, which calls the server past the queue, by a route that the page has closed.
-                examples = gr.Dataset(components=[picture], samples=[[path] for path in paths], label=t("examples"))
-                with gr.Accordion(t("settings"), open=False):
+                with gr.Row():
+                    ask = gr.Button(t("ask"), variant="primary", elem_id="ask", min_width=80)
+                    stop = gr.Button(t("stop"), elem_id="stop", min_width=80, visible=False)
+                    again = gr.Button(t("again"), elem_id="again", min_width=80, visible=False)
+                    clear = gr.Button(t("clear"), elem_id="clear", min_width=80, visible=False)
+                with gr.Accordion(t("settings"), open=False, elem_id="settings"):
                     sampling = [
                         gr.Slider(0, 2, 0, step=0.05, label=t("temperature")),
                         gr.Slider(0, 1, 1, step=0.01, label=t("top_p")),
                         gr.Number(512, label=t("max_tokens"), precision=0, minimum=1),
-                        gr.Number(None, label=t("seed"), precision=0),
+                        # A text, because Gradio turns an empty number into 0.
+                        gr.Textbox("", label=t("seed"), elem_id="seed"),
                     ]
-            with gr.Column(scale=2, min_width=300):
-                question = gr.Textbox(label=t("question"), placeholder=t("ask_here"), elem_id="question", max_lines=6)
-                with gr.Row():
-                    ask = gr.Button(t("ask"), variant="primary", elem_id="ask", min_width=80)
-                    stop = gr.Button(t("stop"), elem_id="stop", min_width=80)
-                    clear = gr.Button(t("clear"), elem_id="clear", min_width=80)
-                with gr.Row():
-                    sides = [_side(name, has_attention_maps(page.engines[name].loaded)) for name in names]
-                shown = gr.HTML(label=t("map"), show_label=True, container=True, elem_id="map")
-        chats, answers = [chat for chat, _ in sides], [answer for _, answer in sides]
-        event_settings: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
-        everything = [*chats, *answers, shown]
-        asking = gr.on(
-            [question.submit, ask.click],
-            _asker(page),
-            [picture, question, *sampling, *chats],
-            [question, *everything],
-            concurrency_limit=min(engine.limits.slots for engine in page.engines.values()),
-            **event_settings,
-        )
-        stop.click(None, cancels=[asking])
-        # First the answer is ended, then cleared: text that is on its way when both happen at once would come back.
-        ended = gr.on([clear.click, *(chat.clear for chat in chats)], None, cancels=[asking])
-        ended.then(lambda: _nothing(names), None, everything, **event_settings)
-        examples.click(lambda index: paths[index], [examples], [picture], **event_settings)
-        picture.change(None, cancels=[asking]).then(_shower(page), [picture], [facts, *everything], **event_settings)
-        for name, chat, answer in zip(names, chats, answers, strict=True):
-            answer.select(_looker(page, name), [picture, chat], [shown], concurrency_limit=2, **event_settings)
+        data = gr.JSON(visible=False)
+        parts = Parts(state, head, panel, chat, notice, question, ask, stop, again, clear)
+        _add_events(blocks, Actions(page, page.draw_examples(), page.run_pictures(run), parts), sampling, data)
     waiting = sum(engine.limits.waiting for engine in page.engines.values())
     blocks.state_session_capacity = SESSIONS
     return blocks.queue(max_size=waiting, api_open=False)
 
 
-def _side(name: str, looks: bool) -> tuple[gr.Chatbot, gr.HighlightedText]:
-    """Add a model's conversation, and its last answer in words."""
-    colors = {text["absent"]: "red" for text in TEXTS.values()}
-    with gr.Column(min_width=300):
-        # No Markdown; HTML it shows all the same (sanitised), so messages come escaped.
-        chat = gr.Chatbot(
-            label=name,
-            render_markdown=False,
-            latex_delimiters=[],
-            buttons=[],  # "copy" would copy them as they are escaped
-            feedback_options=None,
-            allow_file_downloads=False,
-            height=360,
-            elem_classes="chat",
-        )
-        return chat, gr.HighlightedText(
-            label=LANGUAGES("words" if looks else "last"), color_map=colors, elem_classes="words"
-        )
+def _html(name: str, script: str = "", value: str = "") -> gr.HTML:
+    js = (FOLDER / script).read_text(encoding="utf-8") if script else None
+    return gr.HTML(value, elem_id=name, js_on_load=js, apply_default_css=False)
 
 
-def _nothing(names: Sequence[str]) -> list[Any]:
-    return [*([] for _ in names), *([] for _ in names), ""]
+def _event_data(event: gr.EventData) -> Raw:
+    return event._data
 
 
-def _asker(page: Page) -> Callable[..., AsyncIterator[list[Any]]]:
-    async def ask(request: gr.Request, picture: Raw, question: str, *rest: Raw) -> AsyncIterator[list[Any]]:
-        language, chats_before = _language(request), list(rest[4:])
-        with _show_errors(language):
-            histories = [_turns(chat) for chat in chats_before]
-            path = _picture_path(picture)
-            present = await anyio.to_thread.run_sync(page.known_objects, path)
-            async for texts in page.ask(path, str(question or ""), histories, _sampling(*rest[:4])):
-                chats = [
-                    _messages([*turns, Turn(question, text)]) for turns, text in zip(histories, texts, strict=True)
-                ]
-                words = [_marked(page.pieces(text, present), language) for text in texts]
-                yield ["", *chats, *words, ""]
+def _add_events(blocks: gr.Blocks, actions: Actions, sampling: Sequence[Any], data: gr.JSON) -> None:
+    parts = actions.parts
+    settings: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
+    # Answers wait in the engines' queue, where they count; not in Gradio's, where a question would show nothing.
+    answering: dict[str, Any] = {**settings, "concurrency_limit": None}
+    blocks.load(actions.load, [parts.state], parts.all, **settings)
+    inputs = [parts.state, parts.question, *sampling]
+    asking = [
+        gr.on([parts.question.submit, parts.ask.click], actions.ask, inputs, parts.all, **answering),
+        parts.again.click(actions.ask_again, [parts.state, *sampling], parts.all, **answering),
+    ]
+    # First the answer is ended, then shown: text that is on its way when both happen at once would come back.
+    # What follows an event knows nothing of it, so its data goes through a component.
+    chosen = parts.panel.select(_event_data, None, data, cancels=asking, **settings)
+    chosen = chosen.then(actions.choose, [parts.state, data], parts.all, **settings)
+    asking.append(chosen.success(actions.ask_example, [parts.state, *sampling], parts.all, **answering))
+    parts.panel.select(None, cancels=[asking[-1]])
+    uploaded = parts.panel.upload(_event_data, None, data, cancels=asking, **settings)
+    uploaded.then(actions.show_upload, [parts.state, data], parts.all, **settings)
+    for event, action in (
+        (parts.stop.click, actions.stop),
+        (parts.clear.click, actions.start_again),
+        (parts.panel.clear, actions.remove_picture),
+    ):
+        event(None, cancels=asking).then(action, [parts.state], parts.all, **settings)
+    parts.panel.error(actions.refuse_upload, [parts.state], parts.all, **settings)
+    parts.chat.select(actions.look, [parts.state], parts.all, concurrency_limit=2, **settings)
 
-    return ask
 
+@dataclass(frozen=True)
+class Actions:
+    """Answer the page's events: each takes the conversation from the browser, and returns what changes."""
 
-def _shower(page: Page) -> Callable[..., list[Any]]:
-    def show(request: gr.Request, picture: Raw) -> list[Any]:
-        language, path, facts = _language(request), _picture_path(picture), ""
-        with _show_errors(language):
-            if path:
-                page.check(path)
-                present = page.known_objects(path)
-                facts = "" if present is None else translate(language, "there_is", names=", ".join(sorted(present)))
-        return [html.escape(facts), *_nothing(list(page.engines))]
+    page: Page
+    examples: Sequence[Path]
+    run_pictures: Sequence[Path]
+    parts: Parts
 
-    return show
+    def load(self, request: gr.Request, state: Raw) -> Outputs:
+        """Show the page, with the conversation that the browser kept."""
+        conversation = self._parse(state).ended("cancelled")
+        shown = self._everything(request, conversation)
+        shown[self.parts.head] = self._view(request).head()
+        if conversation.picture:
+            try:
+                self.page.read(conversation.picture)
+            except APIError as error:
+                shown |= self._notice(request, error)
+        return shown
 
+    async def ask(self, request: gr.Request, state: Raw, question: Raw, *sampling: Raw) -> AsyncIterator[Outputs]:
+        """Ask all models, and show their answers as they grow."""
+        conversation = self._parse(state).ended("cancelled")
+        async for shown in self._answers(request, conversation, str(question or ""), sampling):
+            yield shown
 
-def _looker(page: Page, name: str) -> Callable[..., str]:
-    def look(request: gr.Request, event: gr.SelectData, picture: Raw, chat: Raw) -> str:
-        language = _language(request)
-        index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
-        with _show_errors(language):
-            return page.look(name, _picture_path(picture), _turns(chat), int(index), language)
+    async def ask_again(self, request: gr.Request, state: Raw, *sampling: Raw) -> AsyncIterator[Outputs]:
+        """Ask the last question once more, sampled."""
+        conversation = self._parse(state).ended("cancelled")
+        if not conversation.exchanges:
+            return
+        sampling = (sampling[0] or AGAIN_TEMPERATURE, *sampling[1:])
+        question = conversation.exchanges[-1].question
+        async for shown in self._answers(request, conversation, question, sampling, again=True):
+            yield shown
 
-    return look
+    async def ask_example(self, request: gr.Request, state: Raw, *sampling: Raw) -> AsyncIterator[Outputs]:
+        """Ask about the example that was chosen."""
+        async for shown in self._answers(request, self._parse(state), EXAMPLE_QUESTION, sampling):
+            yield shown
+
+    async def _answers(
+        self, request: gr.Request, before: Dialogue, question: str, sampling: Sequence[Raw], again: bool = False
+    ) -> AsyncIterator[Outputs]:
+        parts, view = self.parts, self._view(request)
+        if not question.strip():
+            yield self._notice(request, APIError(400, "", "no_question"))
+            return
+        temperature = float(sampling[0]) if again else None
+        conversation = before.asked(question, temperature)
+        # At once, before the first word. The question box is emptied here only: what is typed later stays.
+        emptied = {} if again else {parts.question: ""}
+        yield {**self._conversation(request, conversation), **emptied, **self._notice(request)}
+        started = False
+        try:
+            history = before.before_last_question() if again else before
+            async for answers in self.page.ask(history, question, _sampling(*sampling)):
+                started = True
+                conversation = conversation.answered(answers)
+                yield {parts.state: conversation.model_dump_json(), parts.chat: view.chat(conversation)}
+            yield self._conversation(request, conversation)
+        except Exception as error:
+            if not isinstance(error, APIError):
+                logging.getLogger(__name__).exception("The page failed on a question.")
+                error = APIError(500, "", "failed")
+            if started:
+                yield {**self._conversation(request, conversation.ended("failed")), **self._notice(request, error)}
+            else:  # as if it had not been asked
+                back = {} if again else {parts.question: question}
+                yield {**self._conversation(request, before), **back, **self._notice(request, error)}
+
+    def stop(self, request: gr.Request, state: Raw) -> Outputs:
+        """Show that the answers were stopped."""
+        return self._conversation(request, self._parse(state).ended("cancelled"))
+
+    def start_again(self, request: gr.Request, state: Raw) -> Outputs:
+        """Forget the conversation, but not the picture."""
+        return self._everything(request, self._new(self._parse(state).picture))
+
+    def choose(self, request: gr.Request, state: Raw, data: Raw) -> Outputs:
+        """Begin a conversation about an example."""
+        paths = [path for path in (*self.examples, *self.run_pictures) if path.name == _value(data, "name")]
+        return self._everything(request, self._new(str(paths[0]) if paths else ""))
+
+    def show_upload(self, request: gr.Request, state: Raw, data: Raw) -> Outputs:
+        """Begin a conversation about an upload, if the models can read it; else leave all as it is."""
+        path = _value(data, "path")
+        try:
+            self.page.check(path)
+        except APIError as error:
+            return {
+                **self._conversation(request, self._parse(state).ended("cancelled")),
+                **self._notice(request, error),
+            }
+        return self._everything(request, self._new(path))
+
+    def refuse_upload(self, request: gr.Request, state: Raw) -> Outputs:
+        """Tell that an upload was not taken."""
+        return self._notice(request, APIError(400, "", "bad_picture"))
+
+    def remove_picture(self, request: gr.Request, state: Raw) -> Outputs:
+        """Begin a conversation without a picture."""
+        return self._everything(request, self._new())
+
+    def look(self, request: gr.Request, event: gr.EventData, state: Raw) -> Outputs:
+        """Show where a model looked before the clicked word, below its answer."""
+        conversation, place = self._parse(state), Place.parse(_value(event._data, "place"))
+        names = list(self.page.engines)
+        if place is None or place.model >= len(names) or place.exchange >= len(conversation.exchanges):
+            return {}
+        turns = conversation.turns(place.model, place.exchange)
+        try:
+            attention = self.page.look(names[place.model], conversation.picture, turns, place.piece)
+        except APIError as error:
+            return {self.parts.chat: self._view(request).chat(conversation), **self._notice(request, error)}
+        return {self.parts.chat: self._view(request).chat(conversation, place, attention)}
+
+    def _parse(self, state: Raw) -> Dialogue:
+        return Dialogue.parse(state, list(self.page.engines))
+
+    def _new(self, picture: str = "") -> Dialogue:
+        return Dialogue(models=tuple(self.page.engines), picture=picture)
+
+    def _view(self, request: gr.Request) -> View:
+        return View(self.page, self.examples, self.run_pictures, _language(request))
+
+    def _everything(self, request: gr.Request, conversation: Dialogue) -> Outputs:
+        panel = {self.parts.panel: self._view(request).panel(conversation)}
+        return {**self._conversation(request, conversation), **panel, **self._notice(request)}
+
+    def _conversation(self, request: gr.Request, conversation: Dialogue) -> Outputs:
+        """Show a conversation, and the buttons that it allows: Stop while answers grow, the others when they ended."""
+        parts, running, begun = self.parts, conversation.running, bool(conversation.exchanges)
+        return {
+            parts.state: conversation.model_dump_json(),
+            parts.chat: self._view(request).chat(conversation),
+            parts.ask: gr.update(interactive=not running),
+            parts.stop: gr.update(visible=running),
+            parts.again: gr.update(visible=begun and not running),
+            parts.clear: gr.update(visible=begun),
+        }
+
+    def _notice(self, request: gr.Request, error: APIError | None = None) -> Outputs:
+        limits = {
+            "megabytes": self.page.sources.max_bytes / 1e6,
+            "megapixels": next(iter(self.page.engines.values())).limits.max_pixels / 1e6,
+        }
+        return {self.parts.notice: _alert(explain_error(_language(request), error, **limits) if error else "")}
 
 
 # --- what the browser sends, and what it is sent
 
 
-@contextmanager
-def _show_errors(language: str) -> Iterator[None]:
-    """Show an error of the API to the user of the page."""
-    try:
-        yield
-    except APIError as error:
-        raise gr.Error(html.escape(explain_error(language, error)), print_exception=False) from None
+def _value(data: Raw, key: str) -> str:
+    return str(data.get(key) or "") if isinstance(data, Mapping) else ""
+
+
+def _alert(text: str) -> str:
+    return f'<div role="alert">{html.escape(text)}</div>'
 
 
 def _language(request: gr.Request) -> str:
     return language_of(request.headers.get("accept-language", ""))
 
 
-def _picture_path(picture: Raw) -> str:
-    """Return the path of an uploaded picture; empty if there is no picture."""
-    return str(picture.get("path") or "") if isinstance(picture, Mapping) else ""
-
-
 def _sampling(temperature: Raw, top_p: Raw, max_tokens: Raw, seed: Raw) -> Sampling:
-    # A number may arrive as 512.0, which the API refuses.
-    integers = [int(n) if isinstance(n, float) and n.is_integer() else n for n in (max_tokens, seed)]
-    return Sampling(temperature, top_p, *integers)
-
-
-def _turns(chat: Raw) -> list[Turn]:
-    """Read a chatbot's messages as turns of a prompt and its answer."""
-    texts = [_text(message.get("content")) for message in chat or [] if isinstance(message, Mapping)]
-    return [Turn(*texts[i : i + 2]) for i in range(0, len(texts) - 1, 2)]
-
-
-def _text(content: Raw) -> str:
-    """Read a message's content, a text or a list of parts with texts, escaped as `_messages` wrote it."""
-    parts = content if isinstance(content, list) else [content]
-    texts = (part.get("text") if isinstance(part, Mapping) else part for part in parts)
-    return html.unescape("".join(str(text or "") for text in texts))
-
-
-def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Write turns as a chatbot's messages."""
-    # Escaped, because text is no HTML: it neither vanishes nor loads anything. As parts, which Gradio does not strip:
-    # what the browser sends back must be the text as it was.
-    return [
-        {"role": role, "content": {"type": "text", "text": html.escape(text, quote=False)}}
-        for turn in turns
-        for role, text in (("user", turn.prompt), ("assistant", turn.response))
-    ]
-
-
-def _marked(pieces: Sequence[AnswerWord], language: str) -> list[tuple[str, str | None]]:
-    return [(piece.text, translate(language, "absent") if piece.absent else None) for piece in pieces]
+    """Read the settings as they are sent: a number may arrive as 512.0, and a seed is a text."""
+    if isinstance(max_tokens, float) and max_tokens.is_integer():
+        max_tokens = int(max_tokens)
+    text = str(seed or "").strip()
+    return Sampling(temperature, top_p, max_tokens, int(text) if text.isdecimal() and len(text) < 20 else text or None)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -260,11 +361,14 @@ class PathRouter:
         await (self.api if of_api else self.page)(scope, receive, send)
 
 
-def with_page(api: App, engines: Mapping[str, Engine], policy: ServerLimits, folder: Path) -> App:
+def with_page(
+    api: App, engines: Mapping[str, Engine], policy: ServerLimits, folder: Path, run: Path | None = None
+) -> App:
     """Put the page beside the API.
 
     Args:
         folder: for uploads; nothing else may be in it.
+        run: the training run that is served, if it is one.
     """
     # Read when Gradio is imported and when components are made.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -275,13 +379,16 @@ def with_page(api: App, engines: Mapping[str, Engine], policy: ServerLimits, fol
 
     app = gradio.mount_gradio_app(
         FastAPI(openapi_url=None),
-        build_page(Page(engines, policy, folder)),
+        build_page(Page(engines, policy, folder), run),
         path="/",
         max_file_size=policy.sources.max_bytes,
         i18n=LANGUAGES,
-        css=CSS,
+        css=(FOLDER / "page.css").read_text(encoding="utf-8"),
+        js=_page_script(),
         # Its default fonts come from Google.
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gradio.themes.Default(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ).set(**{f"button_primary_{part}": "*primary_700" for part in PRIMARY}),
         footer_links=[],
         run_history=False,
         ssr_mode=False,
@@ -300,6 +407,17 @@ def with_page(api: App, engines: Mapping[str, Engine], policy: ServerLimits, fol
         challenge='Basic realm="relook: any name, and the API key as password", charset="UTF-8"',
     )
     return PathRouter(api, gate)
+
+
+def _page_script() -> str:
+    constants = {
+        "OFFLINE": {language: texts["offline"] for language, texts in TEXTS.items()},
+        "TRADITIONAL": TRADITIONAL,
+    }
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    for name, value in constants.items():
+        script = script.replace(name, json.dumps(value))
+    return script
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,29 @@
+// Upload a chosen, dropped or pasted picture; tell which example was chosen, and that the picture is to be removed.
+const take = async (file) => {
+  if (!file) return;
+  try {
+    const { path } = await upload(file);
+    trigger("upload", { path });
+  } catch {
+    trigger("error");
+  }
+};
+element.addEventListener("change", (event) => {
+  take(event.target.files?.[0]);
+  event.target.value = "";
+});
+element.addEventListener("click", (event) => {
+  const example = event.target.closest(".example");
+  if (example) trigger("select", { name: example.dataset.name });
+  if (event.target.closest(".remove")) trigger("clear");
+});
+for (const kind of ["dragenter", "dragover", "dragleave", "drop"])
+  element.addEventListener(kind, (event) => {
+    event.preventDefault();
+    element.querySelector(".drop")?.classList.toggle("over", kind.startsWith("dragen") || kind === "dragover");
+    if (kind === "drop") take(event.dataTransfer.files[0]);
+  });
+document.addEventListener("paste", (event) => {
+  const file = [...event.clipboardData.files].find((pasted) => pasted.type.startsWith("image/"));
+  if (file) event.preventDefault(), take(file);
+});
