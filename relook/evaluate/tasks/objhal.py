@@ -188,16 +188,16 @@ def score_objhal(
     """
     vocabulary = objhal_vocabulary(data)
     truth = objhal_truth(data, [question.id for question in questions], vocabulary)
-    found = {i: [m.object for m in mentions(text, vocabulary)] for i, text in answers.items()}
-    result: dict[str, Any] = {"word_list": objhal_rates(count_objects(found, answers, truth))}
+    named = {i: [m.object for m in mentions(text, vocabulary)] for i, text in answers.items()}
+    result: dict[str, Any] = {"word_list": objhal_rates(count_objects(named, answers, truth))}
     result["synonyms"] = text_hash(*sorted(f"{word}={name}" for word, name in vocabulary.phrases.items()))
     if judge is not None:
         template, prompt = prompt_template(data / "objhal" / PROGRAM, "prompt_template", TEMPLATE)
-        asked = [question for question in questions if len(answers[question.id].split()) >= SHORTEST]
-        tasks = [Task(_filled(template, question.text, answers[question.id]), read_objects) for question in asked]
+        long_enough = [question for question in questions if len(answers[question.id].split()) >= SHORTEST]
+        tasks = [Task(_filled(template, question.text, answers[question.id]), read_objects) for question in long_enough]
         judged = judge.ask(tasks, REQUEST, "Object HalBench judge")
         lists: dict[str, tuple[str, ...] | None] = {question.id: () for question in questions}
-        lists |= {question.id: names for question, names in zip(asked, judged.verdicts, strict=True)}
+        lists |= {question.id: names for question, names in zip(long_enough, judged.verdicts, strict=True)}
         read = {i: listed_objects(names, vocabulary) for i, names in lists.items() if names is not None}
         result["by_judge"] = {
             **objhal_rates(count_objects(read, answers, truth)),
