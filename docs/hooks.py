@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-GITHUB_ONLY = re.compile(r"<!-- github -->.*?<!-- /github -->\n?", re.S)
 
 # Files outside docs/ that become pages, and where.
 PAGES = {
@@ -42,7 +41,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     source = {target: name for name, target in PAGES.items()}.get(path, f"docs/{path}")
     if path == "zoo.md":
         markdown = markdown.replace("<!-- table: sizes -->", sizes_table())
-    return relink(GITHUB_ONLY.sub("", markdown), source, path)
+    return relink(titled(markdown, source), source, path)
+
+
+def titled(markdown: str, source: str) -> str:
+    """Name links whose text is a file's name by that page's title: on the site nobody sees the file."""
+
+    def title(match: re.Match[str]) -> str:
+        target = (ROOT / source).parent / match[1]
+        first = target.read_text(encoding="utf-8").partition("\n")[0]
+        return f"[{first.removeprefix('# ')}]({match[1]}"
+
+    return re.sub(r"\[[\w./-]+\.md\]\(([\w./-]+\.md)", title, markdown)
 
 
 def relink(markdown: str, source: str, page: str) -> str:

@@ -63,12 +63,14 @@ _PUBLIC = {
 __all__ = [*_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import; `relook --help` and scoring do without them.
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'relook' has no attribute {name!r}")
-    module, _, inner = _PUBLIC[name].partition(":")
-    return getattr(import_module(module), inner or name)
+if not TYPE_CHECKING:  # for type checkers a module with `__getattr__` has every name
+
+    def __getattr__(name: str) -> Any:
+        # torch and transformers take seconds to import; `relook --help` and scoring do without them.
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'relook' has no attribute {name!r}")
+        module, _, inner = _PUBLIC[name].partition(":")
+        return getattr(import_module(module), inner or name)
 
 
 def __dir__() -> list[str]:

@@ -176,7 +176,10 @@ CHOICES = {
     "task": ("sft", "dpo"),
     "on_bad": ON_BAD,
     "dpo_tokens": ("all", "differing"),
-    "loss_type": ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
+    "loss_type": (
+        *("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
+        *("sigmoid_norm", "bco_pair", "apo_zero", "apo_down"),
+    ),
     "post_decoder_init": ("random", "projector"),
     "feature_cache": ("auto", "memory", "disk", "off"),
     "trunk_pass": ("auto", "compiled", "flex", "dense"),
@@ -185,7 +188,7 @@ CHOICES = {
     "lora_bias": ("none", "lora_only", "all"),
 }
 REFERENCE_FREE = ("simpo", "orpo")  # losses without a reference model
-LENGTH_NORMALISED = ("ipo", *REFERENCE_FREE)  # losses of the mean over a response's tokens, not the sum
+LENGTH_NORMALISED = ("ipo", "sigmoid_norm", *REFERENCE_FREE)  # losses of the mean over a response's tokens, not the sum
 MDPO_WEIGHTS = ("mdpo_conditional_weight", "mdpo_anchored_weight")
 WEIGHTS = ("dpo_weight", "nll_weight", *MDPO_WEIGHTS)
 # Bounds that libraries check late or never: torch checks only the first of several learning rates.
@@ -204,11 +207,12 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_steps": (lambda n: n >= 1 or n == -1, "1 or more, or leave it out for whole epochs"),
     "seed": (lambda n: 0 <= n < 2**32, "0 to below 2^32"),
     "activation_offloading": (lambda n: 0 <= n <= 1, "0 to 1, a share of the layers"),
+    **dict.fromkeys(("ld_alpha", "unchanged_weight"), (lambda n: 0 <= n <= 1, "0 to 1, the weight of a token")),
 }
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
 HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")  # vg_path first: SENTINEL's files need it, too
-DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", *WEIGHTS)
+DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", "ld_alpha", *WEIGHTS)
 SFT_KEYS = ("data_path", "conversations_per_tree")
 ACTIVATION_KEYS = ("activation_memory_budget", "activation_offloading")
 
@@ -242,8 +246,8 @@ class Recipe:
     pope_data_path: str = _key("", "dpo: HA-DPO's file of yes/no pairs; one of the two, or both")
     pairs_path: str = _key(
         "",
-        "dpo, instead of these: parquet file or folder with columns of TRL, RLHF-V or RLAIF-V (needs relook[data]); or "
-        "SENTINEL's file, over vg_path",
+        "dpo, instead of these: parquet file or folder with TRL's, RLHF-V's or RLAIF-V's columns (needs relook[data]); "
+        "or SENTINEL's .json or .jsonl over vg_path",
     )
     data_path: str = _key("", "sft: LLaVA's conversation file")
     image_folder: str = _key("", "sft: root of its images; with pairs_path: receives embedded images, empty: beside it")
@@ -281,7 +285,9 @@ class Recipe:
     lm_head_lr: float | None = _key(None, "learning rate of lm_head; empty: learning_rate")
     mm_projector_lr: float | None = _key(None, "learning rate of the projector; empty: learning_rate")
     # Names are TRL's where TRL has one.
-    loss_type: str = _key("sigmoid", "preference loss; sigmoid is DPO")
+    loss_type: Any = _key(  # noqa: RUF009 (a string)
+        "sigmoid", "preference loss; sigmoid is DPO. Or several with their weights: {sigmoid: 0.8, bco_pair: 0.2}"
+    )
     beta: float = _key(0.1, "scale of the rewards; IPO's tau, ORPO's lambda. SimPO's paper uses 2 to 2.5")
     label_smoothing: float = _key(0.0, "robust: share of pairs with swapped labels, below 0.5")
     simpo_gamma: float = _key(0.5, "simpo: margin between the rewards")
@@ -292,7 +298,11 @@ class Recipe:
     )
     mdpo_anchored_weight: float = _key(0.0, "mDPO: the chosen response's reward against mdpo_anchor; 1 in the paper")
     mdpo_anchor: float = _key(0.0, "mDPO's anchor, in units of reward")
-    dpo_tokens: str = _key("all", "differing counts only tokens in which the responses differ; not for means or mDPO")
+    dpo_tokens: str = _key("all", "differing counts only tokens in which the responses differ; not for mDPO")
+    unchanged_weight: float = _key(
+        0.0, "dpo_tokens differing: weight of the tokens that do not differ, 1 / gamma of DDPO; above 0 for means"
+    )
+    ld_alpha: float = _key(1.0, "LD-DPO: weight of a response's tokens beyond the other's length; not for means")
     feature_cache: str = _key("auto", "where states of a frozen trunk are kept; auto: in memory if half of it suffices")
     feature_cache_dir: str = _key("", "folder of caches on disk, shared by runs; empty: trunk_cache beside output_dir")
     trunk_pass: str = _key(
@@ -330,10 +340,14 @@ class Recipe:
 
     def _choices(self) -> Iterator[RecipeError]:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                value, close = getattr(self, name), most_similar(getattr(self, name), allowed)
+            value = getattr(self, name)
+            several = name == "loss_type" and isinstance(value, Mapping) and value
+            if unknown := [choice for choice in (value if several else [value]) if choice not in allowed]:
+                close = most_similar(unknown[0], allowed)
                 meant = f" Did you mean {close}?" if close else ""
                 yield RecipeError(f"{name} is {value!r}.{meant}", f"It must be one of {', '.join(map(str, allowed))}.")
+            elif several and not all(isinstance(w, int | float) and w > 0 for w in value.values()):
+                yield RecipeError(f"{name} is {value!r}.", "Give each loss a weight above 0.")
 
     def _needed(self) -> Iterator[RecipeError]:
         over_vg = not self.pairs_path or self.sentinel_pairs
@@ -380,7 +394,8 @@ class Recipe:
     def _unused(self) -> Iterator[RecipeError]:
         """Yield an error for keys that differ from their default although nothing reads them in this recipe."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)} | {"post_decoder": {}}
-        dpo = self.dpo_weight > 0
+        losses = self.loss_weights if self.dpo_weight > 0 else {}
+        of_means = [name for name in self.loss_weights if name in LENGTH_NORMALISED]
         recomputed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         # `resolve_trunk_pass` checks the cases that depend on the machine.
         elsewhere = [key for key in ("fsdp", "deepspeed", "use_cpu") if self.training.get(key)]
@@ -403,22 +418,29 @@ class Recipe:
             ),
             (not (self.tune_lm_head or self.full), "without tune_lm_head", ("lm_head_lr",)),
             (not (self.tune_mm_mlp_adapter or self.full), "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
-            (not dpo or self.loss_type != "robust", "without loss_type robust and a dpo_weight", ("label_smoothing",)),
-            (not dpo or self.loss_type != "simpo", "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
+            ("robust" not in losses, "without loss_type robust and a dpo_weight", ("label_smoothing",)),
+            ("simpo" not in losses, "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
+            (self.dpo_tokens != "differing", "without dpo_tokens differing", ("unchanged_weight",)),
             (self.cached_trunk, "with cached trunk states", ACTIVATION_KEYS),
             (bool(recomputed), f"beside {' '.join(recomputed)}", ACTIVATION_KEYS),
             (self.frozen_trunk, "where no gradient flows through the trunk", ("activation_offloading",)),
             (bool(elsewhere), f"with {' '.join(elsewhere)}", ("activation_offloading",)),
             (not self.mdpo_anchored_weight, "without mdpo_anchored_weight", ("mdpo_anchor",)),
             (
-                self.loss_type in LENGTH_NORMALISED,
-                f"with loss_type {self.loss_type}, which counts a response by its mean token",
-                ("dpo_tokens", *MDPO_WEIGHTS),
+                bool(of_means),
+                f"with loss_type {preview(of_means)}, which counts a response by its mean token",
+                ("ld_alpha", *MDPO_WEIGHTS),
+            ),
+            (
+                # A response without differing tokens would have no mean.
+                bool(of_means) and not self.unchanged_weight,
+                f"with loss_type {preview(of_means)} and unchanged_weight 0: a response may have no token to average",
+                ("dpo_tokens",),
             ),
             (
                 any(getattr(self, name) for name in MDPO_WEIGHTS),
                 "beside mDPO's terms, which count whole responses",
-                ("dpo_tokens",),
+                ("dpo_tokens", "ld_alpha"),
             ),
         ):
             # A learning rate of 0 (as in HA-DPO's command) is fine for a part that does not train.
@@ -444,7 +466,7 @@ class Recipe:
                 yield RecipeError(f"{name} is {getattr(self, name)}.", "A weight must not be below 0.")
         if self.task == "dpo" and not any(getattr(self, name) for name in WEIGHTS):
             yield RecipeError(f"{', '.join(WEIGHTS)} are all 0: there is no loss.", "Set one of them.")
-        if self.loss_type == "orpo" and self.dpo_weight and not self.nll_weight:
+        if "orpo" in self.loss_weights and self.dpo_weight and not self.nll_weight:
             yield RecipeError("ORPO is its odds-ratio term and a supervised one.", "Set nll_weight, 1 in the paper.")
         # Both caches hold whole images by path; the term reads random crops of them.
         caches = self.feature_cache != "off" if self.frozen_trunk else self.feature_cache == "memory"
@@ -461,9 +483,14 @@ class Recipe:
         return Path(self.pairs_path).suffix in SENTINEL_SUFFIXES
 
     @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """Return the weight of each preference loss within the preference term."""
+        return loss_weights(self.loss_type)
+
+    @property
     def needs_reference(self) -> bool:
         """Return True if the loss needs the log-probs of a reference model."""
-        return self.task == "dpo" and self.loss_type not in REFERENCE_FREE
+        return self.task == "dpo" and not set(self.loss_weights) <= set(REFERENCE_FREE)
 
     @property
     def full(self) -> bool:
@@ -517,7 +544,17 @@ LOSS_LABELS = {
     "robust": "robust DPO",
     "simpo": "SimPO",
     "orpo": "odds ratio",
+    "sigmoid_norm": "length-normalised DPO",
+    "bco_pair": "BCO",
+    "apo_zero": "APO-zero",
+    "apo_down": "APO-down",
 }
+
+
+def loss_weights(loss_type: Any) -> Mapping[str, float]:
+    """Return the weights of the preference losses that a `loss_type` names."""
+    weights: Mapping[str, float] = loss_type if isinstance(loss_type, Mapping) else {loss_type: 1.0}
+    return weights
 
 
 def objective_name(values: Mapping[str, Any]) -> str:
@@ -525,7 +562,7 @@ def objective_name(values: Mapping[str, Any]) -> str:
     if values.get("task") == "sft":
         return "SFT"
     parts = {
-        LOSS_LABELS[values.get("loss_type", "sigmoid")]: values.get("dpo_weight", 1),
+        **{LOSS_LABELS[name]: values.get("dpo_weight", 1) for name in loss_weights(values.get("loss_type", "sigmoid"))},
         "mDPO conditional": values.get("mdpo_conditional_weight"),
         "mDPO anchored": values.get("mdpo_anchored_weight"),
     }

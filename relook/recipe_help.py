@@ -179,6 +179,7 @@ def print_recipe(name: str, command: str) -> None:
         console.print(table)
         console.print()
     console.print("Every other argument of transformers' TrainingArguments is a key, too.")
+    console.print(f"`{command} --help` lists the command's own options; docs/recipes.md explains the keys.")
 
 
 def _text(value: Any) -> str:

@@ -16,7 +16,10 @@ from relook.evaluate.benchmark import ScoringInputs, score_command
 from relook.evaluate.tasks.chair import (
     Mention,
     Vocabulary,
+    chair_by_third,
     coco_vocabulary,
+    coverage_curve,
+    equal_coverage,
     mentions,
     plural,
     score_captions,
@@ -278,3 +281,45 @@ def test_captions_that_cannot_be_scored(coco: Path, records: list[dict], message
     answers.write_text(json.dumps(records))
     with pytest.raises(DataError, match=message):
         score_command("chair", [answers], ScoringInputs(annotations=coco))
+
+
+# --- parts of captions
+
+TRUTH = {"a": frozenset({"dog", "cup"}), "b": frozenset({"bed"})}
+ANNOTATED = Annotations(tuple(TRUTH), ("dog", "cup", "bed", "cat"), TRUTH, {})
+
+
+def test_thirds_by_hand() -> None:
+    """Of a's nine words a dog, a cat and a cup begin the thirds; b's only object is in its last word."""
+    captions = {"a": "A dog runs a cat sleeps a cup stands", "b": "One sees a bed"}
+    thirds = chair_by_third(captions, ANNOTATED)
+    assert [third["chair_i"] for third in thirds.values()] == [0, 1, 0]
+    assert list(thirds) == ["first", "second", "last"]
+    assert thirds["second"]["chair_i_ci"] == [1, 1]
+
+
+def test_equal_coverage_by_hand() -> None:
+    """The second model says less. At its recall, 2 of 3 objects, the first one has made up nothing yet."""
+    talkative = {"a": "A dog and a cup and a cat and a cat", "b": "A bed and a cat"}
+    silent = {"a": "A cat and a dog", "b": "A bed"}
+    curves = [coverage_curve(captions, ANNOTATED) for captions in (talkative, silent)]
+    assert [score.mentioned for score in curves[0]][:2] == [(0, 0), (1, 1)]
+    assert curves[0][-1].chair_i == 3 / 6
+    found = equal_coverage(*curves)
+    assert found["recall"] == pytest.approx(2 / 3)
+    assert found["words"] == [2, 5]
+    assert found["recalls"] == [pytest.approx(2 / 3)] * 2
+    assert found["chair_i"] == [0, pytest.approx(1 / 3)]
+    assert found["difference"] == pytest.approx(1 / 3)
+    assert found["ci"][0] <= found["difference"] <= found["ci"][1]
+    assert found["curves"][0][1] == [2, pytest.approx(2 / 3), 0]
+
+
+@given(st.lists(st.sampled_from(["dog", "cat", "a", "cup", "and"]), min_size=1, max_size=12))
+def test_a_curve_ends_at_the_whole_captions_score(words: list[str]) -> None:
+    captions = {"a": " ".join(words), "b": "a bed"}
+    curve = coverage_curve(captions, ANNOTATED)
+    whole = score_captions(captions, TRUTH, vocabulary_of(ANNOTATED))
+    assert curve[-1] == whole
+    recalls = [score.recall for score in curve]
+    assert recalls == sorted(recalls)

@@ -7,14 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.damaged import encoded
 from helpers.tiny import dpo_keys
 from PIL import Image
-from trl.data_utils import prepare_multimodal_messages
 
 from relook.data.convert import FOLDERS, PAIR_LAYOUTS, convert_pairs
 from relook.data.readers import read_hadpo, read_pairs
@@ -183,6 +181,10 @@ def test_the_pairs_are_those_that_hadpo_trains_on(tmp_path: Path) -> None:
 
 
 def test_trl_and_datasets_read_what_is_written(tmp_path: Path) -> None:
+    # Imported here: both take seconds, which test processes that run other tests do without.
+    import datasets
+    from trl.data_utils import prepare_multimodal_messages
+
     convert_pairs(rlaifv(tmp_path / "source.parquet"), tmp_path / "pairs.parquet", "trl")
     [row, *_] = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "pairs.parquet"), split="train", cache_dir=str(tmp_path / "cache")

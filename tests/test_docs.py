@@ -17,6 +17,7 @@ import yaml
 from typer.main import get_command
 
 from relook.cli import app
+from relook.model.checkpoint import config_template
 from relook.model.families import FAMILIES
 from relook.model.post_decoder import PostDecoderSettings
 from relook.recipe import Recipe, read_overrides, shipped_names, sort_keys
@@ -81,6 +82,14 @@ def test_links_are_rewritten_for_the_site(hooks: Any) -> None:
         assert relink(same, "README.md", "index.md") == same
 
 
+def test_links_are_named_by_their_pages_titles(hooks: Any) -> None:
+    text = "See [data.md](data.md#check), [RESULTS](../benchmarks/RESULTS.md) and [real-data.md](real-data.md)."
+    assert hooks.titled(text, "docs/estimate.md") == (
+        "See [Dataset folders](data.md#check), [RESULTS](../benchmarks/RESULTS.md) and "
+        "[From toyworld to LLaVA-1.5-7B](real-data.md)."
+    )
+
+
 def test_the_menu_of_the_site_names_every_page(hooks: Any) -> None:
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
@@ -92,7 +101,10 @@ def test_the_zoo_covers_the_families(hooks: Any) -> None:
     assert {family for family, _ in hooks.SHAPES.values()} == {*FAMILIES}
     text = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
     assert "<!-- table: sizes -->" in text
-    assert not [name for name in hooks.SHAPES if f"`{name}`" not in text]
+    for name in hooks.SHAPES:
+        row = re.search(rf"^\| .*`{name}`.* \| .* \| `(\w+)`", text, re.M)
+        assert row
+        assert row[1] == config_template(hooks.config_of(name))
 
 
 def test_the_zoo_counts_parameters_and_memory(hooks: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from relook.data.encode import Example
 from relook.data.packing import TokenRow, Tree, batch_targets, pack
 from relook.forward import policy
+from relook.forward.collate import preference_weights
 from relook.forward.policy import LiveBatch, Policy, token_log_probs
 from relook.recipe import CHOICES, LENGTH_NORMALISED, REFERENCE_FREE, Recipe
 from relook.toyworld.build import make_processor
@@ -81,6 +83,10 @@ LN3 = math.log(3)
         (loss.mdpo_conditional(one(1.0), one(1.0 - 2 * LN3), 0.5), math.log(4 / 3)),
         (loss.mdpo_anchored(one(2 * LN3), 0.5, 0.0), math.log(4 / 3)),
         (loss.mdpo_anchored(one(0.0), 0.5, -LN3), math.log(4 / 3)),
+        (loss.sigmoid_norm(one(2 * LN3), one(LN3), 1.0), math.log(4 / 3)),
+        (loss.bco_pair(one(LN3), one(-LN3), 1.0), 2 * math.log(4 / 3)),
+        (loss.apo_zero(one(2 * LN3), one(0.0), 0.5), 1 / 4 + 1 / 2),
+        (loss.apo_down(one(2 * LN3), one(4 * LN3), 0.5), 3 / 4 + 3 / 4),
     ],
 )
 def test_the_other_losses_by_hand(loss: Tensor, expected: float) -> None:
@@ -139,9 +145,38 @@ def test_every_loss_is_finite_and_pulls_the_right_way(kind: str, chosen: float, 
     assert a.grad is not None
     assert b.grad is not None
     assert torch.stack([loss.detach(), a.grad, b.grad]).isfinite().all()
-    within = {"ipo": chosen - rejected <= 1 / (2 * beta), "robust": beta * (chosen - rejected) <= 0}.get(kind, True)
+    within = {
+        "ipo": chosen - rejected <= 1 / (2 * beta),
+        "robust": beta * (chosen - rejected) <= 0,
+        "apo_down": abs(chosen - rejected) <= 0.9 * abs(chosen),  # elsewhere it also lowers the chosen answer
+    }.get(kind, True)
     if within:
         assert a.grad.item() <= 0 <= b.grad.item()
+
+
+def test_token_weights_by_hand() -> None:
+    """DDPO's weighted mean, and LD-DPO's factor behind the shorter response; chosen 5 6 7, rejected 5 8 7 9 9."""
+    chosen, rejected = (TokenRow(ids, (True,) * len(ids)) for ids in ((5, 6, 7), (5, 8, 7, 9, 9)))
+    tree, log_probs = Tree((1,), (chosen, rejected)), torch.tensor([-1.0, -2, -3, -1, -4, -3, -5, -6])
+    weights = preference_weights(Example("", tree, ()), "differing", unchanged_weight=0.2)
+    torch.testing.assert_close(weights, torch.tensor([0.2, 1, 0.2, 0.2, 1, 0.2, 1, 1]))
+    how = recipe(loss_type="sigmoid_norm", beta=1.0, dpo_tokens="differing", unchanged_weight=0.2)
+    found, _ = preference_loss(how, log_probs, batch_targets([tree]), 0 * log_probs, weights)
+    # (unchanged + 5 * changed) / (number unchanged + 5 * number changed)
+    means = (-1 - 3 + 5 * -2) / (2 + 5), (-1 - 3 + 5 * (-4 - 5 - 6)) / (2 + 5 * 3)
+    assert found.item() == pytest.approx(math.log1p(math.exp(means[1] - means[0])), rel=1e-5)
+    alpha = preference_weights(Example("", tree, ()), ld_alpha=0.3)
+    torch.testing.assert_close(alpha, torch.tensor([1.0, 1, 1, 1, 1, 1, 0.3, 0.3]))
+
+
+def test_a_sum_of_losses_is_weighted() -> None:
+    tree = Tree((1,), tuple(TokenRow((i,), (True,)) for i in (5, 6)))
+    log_probs, weight = torch.tensor([-1.0, -2.0]), torch.ones(2)
+    how = recipe(loss_type={"sigmoid": 0.8, "simpo": 0.2}, beta=2.0, dpo_weight=0.5)
+    found, fields = preference_loss(how, log_probs, batch_targets([tree]), torch.tensor([-2.0, -2.0]), weight)
+    both = 0.8 * dpo_sigmoid(one(1.0), one(0.0), 2.0) + 0.2 * loss.simpo(one(-1.0), one(-2.0), 2.0, how.simpo_gamma)
+    assert found.item() == pytest.approx(0.5 * both.item(), rel=1e-6)
+    assert ["loss", *fields] == metric_names(how)
 
 
 @given(numbers, numbers, betas)

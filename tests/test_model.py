@@ -63,8 +63,9 @@ def new_tokens(model: Any, inputs: dict[str, Tensor], **how: Any) -> list[list[i
 
 @pytest.mark.parametrize("attention", ["cross", "none", "self_cross"])
 @pytest.mark.parametrize("align", ["linear", "mlp", "mlp_twice"])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_untrained_leaves_every_logit_as_it_was(attention: str, align: str, depth: int) -> None:
+def test_untrained_leaves_every_logit_as_it_was(attention: str, align: str) -> None:
+    """Every depth with every attention and every alignment, but not with all of their pairs."""
+    depth = 1 + (["cross", "none", "self_cross"].index(attention) + ["linear", "mlp", "mlp_twice"].index(align)) % 3
     plain = tiny_llava()
     inputs = batch(*rows(plain))
     activation = ("gelu", "silu", "relu")[depth - 1]

@@ -20,8 +20,9 @@ SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path":
 def test_shipped_recipes_load_with_the_users_paths(name: str) -> None:
     recipe = load_recipe(name, SFT if read_yaml_or_shipped(name, "recipe")["task"] == "sft" else DPO)
     assert (recipe.model_name_or_path, recipe.output_dir) == ("m", "o")
-    assert recipe.full == (name in ("toyworld-base", "llava-sft"))
-    assert recipe.frozen_trunk == (name not in ("toyworld-base", "llava-sft", "toyworld-lora", "hadpo-lora"))
+    assert recipe.full == (name in ("toyworld-base", "llava-sft", "mpo"))
+    trained = ("toyworld-base", "llava-sft", "mpo", "toyworld-lora", "hadpo-lora", "sentinel")
+    assert recipe.frozen_trunk == (name not in trained)
     assert isinstance(recipe.training["learning_rate"], float)
 
 
@@ -124,6 +125,12 @@ def test_a_value_of_the_wrong_type(key: str, value: Any, kind: str) -> None:
         ({"dpo_weight": -1.0}, "dpo_weight is -1.0"),
         ({"mdpo_anchored_weight": -0.1}, "mdpo_anchored_weight is -0.1"),
         ({"loss_type": "kto"}, "It must be one of sigmoid, ipo, hinge, robust, simpo, orpo"),
+        ({"loss_type": {"sigmoid": 1, "kto": 1}}, "loss_type is .* It must be one of sigmoid"),
+        ({"loss_type": {"sigmoid": 0}}, "Give each loss a weight above 0"),
+        ({"unchanged_weight": 0.2}, "unchanged_weight would have no effect without dpo_tokens differing"),
+        ({"ld_alpha": 1.5}, "ld_alpha is 1.5. Give 0 to 1"),
+        ({"loss_type": "sigmoid_norm", "ld_alpha": 0.5}, "ld_alpha would have no effect with loss_type sigmoid_norm"),
+        ({"mdpo_anchored_weight": 1, "ld_alpha": 0.5}, "ld_alpha would have no effect beside mDPO"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing is 0.5, a share"),
         ({"label_smoothing": 0.1}, "label_smoothing would have no effect without loss_type robust"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing would have no effect"),
@@ -198,6 +205,8 @@ def test_sft_has_no_preference_loss(key: str, value: Any) -> None:
     [
         {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0},
         {"loss_type": "orpo", "nll_weight": 1.0},
+        {"loss_type": {"sigmoid": 0.8, "bco_pair": 0.2}, "nll_weight": 1.0, "ld_alpha": 0.5},
+        {"loss_type": "sigmoid_norm", "dpo_tokens": "differing", "unchanged_weight": 0.2},
         {"loss_type": "robust", "label_smoothing": 0.1, "dpo_tokens": "differing"},
         {"dpo_weight": 0.0, "mdpo_conditional_weight": 1.0, "mdpo_anchored_weight": 1.0, "mdpo_anchor": 0.1},
         {"mdpo_conditional_weight": 1.0, "tune_post_decoder": True, "feature_cache": "off"},

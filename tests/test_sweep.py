@@ -18,7 +18,7 @@ from helpers.command import Command
 from helpers.tiny import dpo_keys
 from torch import Tensor
 
-from relook import load_model, sweep
+from relook import LoadedModel, load_model, sweep
 from relook.errors import RecipeError, RelookError
 from relook.evaluate import pope_from_cache
 from relook.evaluate.compare import hallucination_by_divergence, kl_divergence
@@ -238,8 +238,7 @@ def test_a_base_that_answers_anything_is_generated_in_full(base: Path, world: Pa
         assert first == second
 
 
-def next_token(run: Path, image: Path, text: str) -> Tensor:
-    loaded = load_model(run)
+def next_token(loaded: LoadedModel, image: Path, text: str) -> Tensor:
     with torch.inference_mode():
         logits: Tensor = loaded.model(**loaded.encode([image], text, "llava_hf")).logits[0, -1]
     return logits.log_softmax(-1)
@@ -256,10 +255,11 @@ def test_first_tokens_are_the_models_own(
     records = read_records(tmp_path / "out" / FIRST_FILE)
     assert len(records) == len(found) == len(engine.prompts.questions)
     assert sum(record["kl"] for record in records) > 0
+    tuned_model, base_model = load_model(runs[name]), load_model(runs["base"])
     for index in (0, 7, len(found) - 1):
         question = engine.prompts.questions[index]
-        tuned = next_token(runs[name], question.image, question.text)
-        untuned = next_token(runs["base"], question.image, question.text)
+        tuned = next_token(tuned_model, question.image, question.text)
+        untuned = next_token(base_model, question.image, question.text)
         torch.testing.assert_close(found[index], tuned, atol=2e-4, rtol=1e-5)
         kl = F.kl_div(untuned, tuned, log_target=True, reduction="sum").item()
         assert records[index]["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-3)

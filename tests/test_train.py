@@ -103,8 +103,7 @@ def recipe_for(base: Path, world: Path, out: Path, **keys: Any) -> Recipe:
 # --- the first step
 
 
-@every_regime
-@pytest.mark.parametrize("tokens", ["all", "differing"])
+@pytest.mark.parametrize(("regime", "tokens"), [*((regime, "all") for regime in REGIMES), ("both", "differing")])
 def test_before_training_the_loss_is_ln_2(regime: str, tokens: str, base: Path, world: Path, tmp_path: Path) -> None:
     recipe = recipe_for(base, world, tmp_path, dpo_tokens=tokens, **REGIMES[regime][0])
     bench = Bench(recipe)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers.tiny import pixels, scramble, tiny_llava
 from test_loss import pairs, recipe
 from torch import Tensor
-from trl import DPOConfig, DPOTrainer
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from relook.data.encode import Example
 from relook.data.packing import TokenRow, Tree, pack
+from relook.forward.collate import preference_weights
 from relook.forward.policy import LiveBatch, Policy
 from relook.recipe import Recipe
 from relook.toyworld.build import make_processor
@@ -43,12 +42,18 @@ def ours(model: Any, how: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             reference = Policy(tiny_llava())(batch)
     found = Policy(model)(batch)
-    return preference_loss(how, found, batch.packed.targets, reference, torch.ones_like(found))
+    weights = [preference_weights(Example("", tree, ()), ld_alpha=how.ld_alpha) for tree in trees]
+    return preference_loss(how, found, batch.packed.targets, reference, torch.cat(weights))
 
 
-def theirs(model: Any, trainer: Any, config: Any, out: Path, **keys: Any) -> Any:
+def theirs(model: Any, method: str, out: Path, **keys: Any) -> Any:
     """A TRL trainer of a copy of the model. Its data set is never read: the batches are given to it as they are."""
-    own = {"ref_model": tiny_llava()} if trainer is DPOTrainer else {}
+    # Imported here: both take seconds, which test processes that run other tests do without.
+    from datasets import Dataset
+
+    trl = import_module("trl" if method == "DPO" else f"trl.experimental.{method.lower()}")
+    trainer, config = getattr(trl, f"{method}Trainer"), getattr(trl, f"{method}Config")
+    own = {"ref_model": tiny_llava()} if method == "DPO" else {}
     arguments = config(
         str(out), use_cpu=True, bf16=False, report_to="none", max_length=512, gradient_checkpointing=False, **keys
     )
@@ -93,15 +98,23 @@ def assert_same(model: Any, loss: Tensor, other: Any, expected: Tensor) -> None:
         {"loss_type": "ipo", "beta": 0.3},
         {"loss_type": "hinge", "beta": 0.05},
         {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
+        {"loss_type": "sigmoid_norm", "beta": 2.0},
+        {"loss_type": "apo_zero", "beta": 0.2},
+        {"loss_type": "apo_down", "beta": 0.2},
+        {"loss_type": {"sigmoid": 0.8, "bco_pair": 0.2}, "nll_weight": 1.0},  # MPO's sum
+        {"loss_type": {"ipo": 0.5, "hinge": 2.0}, "dpo_weight": 0.5, "ld_alpha": 1.0},
+        {"loss_type": "sigmoid", "beta": 0.2, "ld_alpha": 0.3},
     ],
     ids=str,
 )
 def test_losses_with_a_reference_are_the_dpo_trainers(keys: dict[str, Any], policy: Any, tmp_path: Path) -> None:
     how = recipe(**keys)
     loss, fields = ours(policy, how)
-    kinds, weights = [how.loss_type, "sft"], [how.dpo_weight, how.nll_weight]
+    kinds = [*how.loss_weights, "sft"]
+    weights = [*(how.dpo_weight * weight for weight in how.loss_weights.values()), how.nll_weight]
     own = {"loss_type": kinds, "loss_weights": weights, "beta": how.beta, "label_smoothing": how.label_smoothing}
-    trainer = theirs(policy, DPOTrainer, DPOConfig, tmp_path, **own)
+    own |= {"ld_alpha": how.ld_alpha} if how.ld_alpha != 1 else {}
+    trainer = theirs(policy, "DPO", tmp_path, **own)
     ids, there, answer = padded([row for side in zip(*pairs(policy), strict=True) for row in side])
     inputs = {"input_ids": ids, "attention_mask": there, "completion_mask": answer}
     pictures = pixels(3).repeat(2, 1, 1, 1)
@@ -136,7 +149,7 @@ def test_simpo_is_the_cpo_trainers(nll_weight: float, policy: Any, tmp_path: Pat
     how = recipe(loss_type="simpo", beta=2.0, simpo_gamma=1.0, nll_weight=nll_weight)
     loss, fields = ours(policy, how)
     own = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": nll_weight}
-    trainer = theirs(policy, CPOTrainer, CPOConfig, tmp_path, **own)
+    trainer = theirs(policy, "CPO", tmp_path, **own)
     expected, logged = trainer.get_batch_loss_metrics(seeing(trainer.model), rows_of(policy))
     for name in ("chosen", "rejected", "accuracies", "margins"):
         assert float(fields[f"rewards/{name}"]) == pytest.approx(float(logged[f"rewards/{name}"]), abs=1e-5)
@@ -148,7 +161,7 @@ def test_orpo_is_the_orpo_trainers(policy: Any, tmp_path: Path) -> None:
     """But for the supervised term, which TRL takes over the prompt and its image, too, and relook over the answer."""
     how = recipe(loss_type="orpo", beta=0.3, nll_weight=1.0)
     loss, fields = ours(policy, how)
-    trainer = theirs(policy, ORPOTrainer, ORPOConfig, tmp_path, beta=0.3)
+    trainer = theirs(policy, "ORPO", tmp_path, beta=0.3)
     forward = trainer.concatenated_forward(seeing(trainer.model), rows_of(policy))
     total, logged = trainer.get_batch_loss_metrics(seeing(trainer.model), rows_of(policy))
     ratios = -trainer.odds_ratio_loss(*forward[:2])[0].mean()

@@ -70,15 +70,15 @@ class Command(TyperCommand):
                     faults.errors.append(as_recipe_error(error, ctx))
                     faults.check()
                     raise
-                known = [option for option in options if option.startswith("--")]
                 if name in options:
                     valueless.add(str(name))
                     faults.errors.append(as_recipe_error(error, ctx))
                     del words[place]
                     continue
-                hint = did_you_mean(name, known, _help_hint(ctx))
-                faults.errors.append(RecipeError(f"There is no option {name}.", hint))
-                if meant := most_similar(name, known):
+                faults.errors.append(
+                    RecipeError(f"There is no option {name}.", did_you_mean(name, options, _help_hint(ctx)))
+                )
+                if meant := most_similar(name, options):
                     words[place] = meant + words[place].removeprefix(str(name))
                 else:  # together with what looks like its value
                     followed = place + 1 < len(words) and "=" not in words[place] and words[place + 1][:1] != "-"

@@ -13,8 +13,8 @@ from relook.errors import DataError, Faults, RecipeError, did_you_mean
 
 # Names that options accept, for the help, completion and early checks. `tests/test_commands.py` compares them with the
 # registries, whose modules take seconds to import.
-LAYOUTS = ("hadpo", "llava", "pope", "shr", "amber")
-PAIR_LAYOUTS = ("hadpo", "trl", "rlhfv", "rlaifv")
+LAYOUTS = ("hadpo", "sentinel", "llava", "pope", "shr", "amber")
+PAIR_LAYOUTS = ("hadpo", "sentinel", "trl", "rlhfv", "rlaifv")
 ANNOTATIONS = ("coco", "vg", "toyworld", "none")
 PARSERS = ("official", "llava", "lmms-eval")
 SUBMISSIONS = ("vqav2", "vizwiz", "gqa", "mmbench", "mmbench-cn", "seed", "mm-vet", "mme")

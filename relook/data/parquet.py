@@ -334,8 +334,9 @@ def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str, 
         prompt, context = texts["prompt"], ""
         if isinstance(prompt, list) and len(prompt) == 2:
             context, prompt = _message_text(prompt[1:], "prompt", "assistant"), prompt[:1]
-        answers = (context + _message_text(texts[side], side, "assistant") for side in ("chosen", "rejected"))
-        return _message_text(prompt, "prompt", "user"), *answers, context
+        question = _message_text(prompt, "prompt", "user")
+        chosen, rejected = (context + _message_text(texts[side], side, "assistant") for side in ("chosen", "rejected"))
+        return question, chosen, rejected, context
     if layout == "rlhfv":
         try:
             texts = json.loads(texts["text"])
@@ -344,7 +345,8 @@ def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str, 
     plain = [texts.get(name) if isinstance(texts, dict) else None for name in TEXT_COLUMNS]
     if not all(isinstance(text, str) for text in plain):
         raise InvalidPair("no question, chosen or rejected")
-    return *plain, ""  # type: ignore[return-value]
+    prompt, chosen, rejected = plain
+    return prompt, chosen, rejected, ""  # type: ignore[return-value]
 
 
 def _message_text(value: Any, column: str, role: str) -> str:

@@ -304,8 +304,8 @@ def read_sentinel(
             if isinstance(record, dict) and answered_correctly(hadpo_record(RawPair((), "", "", "", record))):
                 drop_log.skip("answered correctly")
                 continue
-            *texts, context, complete = sentinel_pair(record)
-            pairs.append(_pair(name, image_id, *texts, {"context": context, "complete": complete}, paths))
+            pair = sentinel_pair(record)
+            pairs.append(_pair(name, image_id, pair.prompt, pair.chosen, pair.rejected, pair._asdict(), paths))
         except BadRecord as bad:
             drop_log.drop(name, str(bad))
     return pairs, drop_log.report(len(pairs))

@@ -322,11 +322,23 @@ def reference_log_probs(
     return [by_item[i] for i in range(len(items))]
 
 
-def preference_weights(example: Example, dpo_tokens: str) -> Tensor:
-    """Return a float mask (N,): 1 for each target of a pair that the preference loss counts, else 0."""
-    count = sum(sum(branch.supervised) for branch in example.tree.branches)
-    return (
-        torch.tensor(differing_tokens(example.tree), dtype=torch.float32)
-        if dpo_tokens == "differing"
-        else torch.ones(count)
-    )
+def preference_weights(
+    example: Example, dpo_tokens: str = "all", unchanged_weight: float = 0.0, ld_alpha: float = 1.0
+) -> Tensor:
+    """Return the weight of each target of a pair in the preference loss, (N,) float.
+
+    Args:
+        dpo_tokens: "differing" gives tokens in which the responses do not differ `unchanged_weight`; "all" gives 1.
+        unchanged_weight: 1 / gamma of DDPO (Yu et al. 2024, arXiv:2312.00849), whose value of a response is
+            (sum of unchanged log p + gamma * sum of changed log p) / (unchanged + gamma * changed), as the mean over
+            these weights is.
+        ld_alpha: LD-DPO's alpha (Liu et al. 2024, arXiv:2409.06411): the factor of tokens beyond the length of the
+            pair's shorter response; 1 is DPO.
+    """
+    lengths = [sum(branch.supervised) for branch in example.tree.branches]
+    # Index of each target in its own response.
+    index = torch.cat([torch.arange(length) for length in lengths])
+    weights = torch.where(index < min(lengths), 1.0, ld_alpha)
+    if dpo_tokens == "differing":
+        weights = weights * torch.where(torch.tensor(differing_tokens(example.tree)), 1.0, unchanged_weight)
+    return weights

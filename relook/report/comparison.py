@@ -13,13 +13,13 @@ from relook.evaluate.benchmark import ScoringInputs
 from relook.evaluate.compare import compare
 from relook.evaluate.results import data_folder_of
 from relook.evaluate.tasks import BENCHMARKS, get_benchmark, get_benchmarks
-from relook.evaluate.tasks.chair import instances_file, vocabulary_of
+from relook.evaluate.tasks.chair import compare_coverage, instances_file, vocabulary_of
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import is_free, read_json_object, write_json, write_text
 from relook.report.examples import answer_effect, by_image, caption_effects, in_turn
 from relook.report.findings import details, headline
 from relook.report.pages import described, render, thumbnail
-from relook.report.plots import Style, line_styles, measured, tradeoff
+from relook.report.plots import Style, coverage_lines, line_styles, measured, tradeoff
 from relook.report.tables import axis_labels
 
 RESULTS_FILE, REPORT_FILE = "comparison.json", "comparison.html"
@@ -75,6 +75,8 @@ def write_comparison(
         pope_rates=POPE_RATES,
         questions=differing_questions(differing["pope"], data) if "pope" in paired else None,
         captions=caption_cards(differing["chair"], names, data) if "chair" in paired else None,
+        coverage=results.get("equal_coverage"),
+        coverage_chart=_coverage_chart(names, results["equal_coverage"], styles) if "chair" in paired else "",
         unpaired={
             name: side_by_side(name, [scores[name] for scores in both], get_benchmark(name).ratings)
             for name in both[0]
@@ -107,6 +109,7 @@ def compare_folders(first: Path, second: Path, data: Path) -> dict[str, Any]:
         "models": [str(folder) if first.name == second.name else folder.name for folder in folders],
         "scores": [{name: _scores(name, data, folder) for name in both} for folder in folders],
         "paired": compare(data, first, second, paired),
+        **({"equal_coverage": compare_coverage(data, first, second)} if "chair" in paired else {}),
         "differing": {
             name: list_rows(data, first, second) for name in paired if (list_rows := definitions[name].differing)
         },
@@ -121,6 +124,14 @@ def _scores(name: str, data: Path, folder: Path) -> dict[str, Any]:
 def _chart(names: Sequence[str], both: Sequence[Mapping[str, Any]], styles: Mapping[str, Style]) -> str:
     points = {name: measured(scores["chair"], "recall", "chair_i") for name, scores in zip(names, both, strict=True)}
     return tradeoff(points, styles, *axis_labels("chair", "recall", "chair_i"), "lower right")
+
+
+def _coverage_chart(names: Sequence[str], coverage: Mapping[str, Any], styles: Mapping[str, Style]) -> str:
+    points = {
+        name: [(100 * recall, 100 * rate) for _, recall, rate in curve if recall is not None and rate is not None]
+        for name, curve in zip(names, coverage["curves"], strict=True)
+    }
+    return coverage_lines(points, styles, *axis_labels("chair", "recall", "chair_i"), 100 * coverage["recall"])
 
 
 def side_by_side(

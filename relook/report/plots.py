@@ -132,6 +132,23 @@ def against_rate(panels: Mapping[str, Points], base: Mapping[str, float], styles
     return [_chart(title, "learning rate", lambda axes, title=title: draw(axes, title)) for title in panels]
 
 
+def coverage_lines(points: Points, styles: Mapping[str, Style], x: str, y: str, shared: float) -> str:
+    """Plot hallucination against recall as captions grow word by word, one line per model, as an SVG element.
+
+    Args:
+        points: (x, y) in percent by model, in order of growing captions.
+        x, y: labels of the axes.
+        shared: the recall that all models reach, a vertical line.
+    """
+
+    def draw(axes: Any) -> None:
+        _draw_lines(axes, points, styles)
+        axes.axvline(shared, color=BASE_STYLE.color, linestyle=":", linewidth=1)
+
+    name = f"{y} against {x} as captions grow, a line for each model; dotted: the recall that both reach"
+    return _chart("Captions cut after 1, 2, ... words", x, draw, y, name=name)
+
+
 Measured = tuple[float, Sequence[float] | None]  # a value and its interval
 
 

@@ -92,7 +92,7 @@ def _rate(value: float | None, scale: int = 100, digits: int = 2) -> str:
 # `relook report --table`: one line per evaluation and POPE split.
 
 
-def write_table(folders: Sequence[Path], form: str, out: Path | None) -> str:
+def write_table(folders: Sequence[str | Path], form: str, out: str | Path | None = None) -> str:
     """Make the table of all evaluations in the given folders, and write it to `out` if that is a file.
 
     Args:
@@ -102,10 +102,10 @@ def write_table(folders: Sequence[Path], form: str, out: Path | None) -> str:
     Raises:
         RelookError: a folder holds no finished evaluation; all such folders in one error.
     """
-    rows = score_rows(folders)
+    rows = score_rows([Path(folder) for folder in folders])
     text = {"text": _as_text, "markdown": _as_markdown, "csv": _as_csv}[form](rows)
     if out is not None:
-        write_text(out, text)
+        write_text(Path(out), text)
     return text
 
 

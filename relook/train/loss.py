@@ -80,6 +80,65 @@ def dpo_robust(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float, label_
     return ((1 - label_smoothing) * as_given - label_smoothing * swapped) / (1 - 2 * label_smoothing)
 
 
+def sigmoid_norm(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
+    """Compute DPO on means over a response's tokens (length-normalised DPO, Lambert et al. 2024, arXiv:2411.15124).
+
+    With token weights (`preference_weights`) it is DDPO's loss (Yu et al. 2024, arXiv:2312.00849, eq. 3).
+
+    Args:
+        chosen_ratio, rejected_ratio: weighted mean over tokens of the log ratios, (pairs,).
+        beta: as for `dpo_sigmoid`, of a mean.
+
+    Returns:
+        -log sigmoid(beta * (chosen_ratio - rejected_ratio)), (pairs,).
+    """
+    return dpo_sigmoid(chosen_ratio, rejected_ratio, beta)
+
+
+def bco_pair(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
+    """Compute the binary classifier loss of BCO (Jung et al. 2024, arXiv:2404.04656): good or bad, each on its own.
+
+    As in TRL, the reward shift is 0; the paper's, and MPO's quality loss (Wang et al. 2024, arXiv:2411.10442), subtract
+    a running mean of the rewards.
+
+    Args:
+        chosen_ratio, rejected_ratio, beta: as for `dpo_sigmoid`; ratios have shape (pairs,).
+
+    Returns:
+        -log sigmoid(beta * chosen_ratio) - log sigmoid(-beta * rejected_ratio), (pairs,).
+    """
+    return -F.logsigmoid(beta * chosen_ratio) - F.logsigmoid(-beta * rejected_ratio)
+
+
+def apo_zero(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
+    """Compute APO-zero, eq. 7 of D'Oosterlinck et al. 2024 (arXiv:2408.06266).
+
+    It makes chosen responses likelier and rejected ones less likely: for chosen ones better than the model's own.
+
+    Args:
+        chosen_ratio, rejected_ratio, beta: as for `dpo_sigmoid`; ratios have shape (pairs,).
+
+    Returns:
+        1 - sigmoid(beta * chosen_ratio) + sigmoid(beta * rejected_ratio), (pairs,).
+    """
+    # 1 - sigmoid(x) = sigmoid(-x) keeps precision where sigmoid(x) is close to 1.
+    return torch.sigmoid(-beta * chosen_ratio) + torch.sigmoid(beta * rejected_ratio)
+
+
+def apo_down(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
+    """Compute APO-down, eq. 8 of D'Oosterlinck et al. 2024 (arXiv:2408.06266).
+
+    It makes both responses less likely, the rejected one more so: for chosen ones worse than the model's own.
+
+    Args:
+        chosen_ratio, rejected_ratio, beta: as for `dpo_sigmoid`; ratios have shape (pairs,).
+
+    Returns:
+        sigmoid(beta * chosen_ratio) + 1 - sigmoid(beta * (chosen_ratio - rejected_ratio)), (pairs,).
+    """
+    return torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(-beta * (chosen_ratio - rejected_ratio))
+
+
 def simpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
     """Compute SimPO, eq. 6 of Meng et al. 2024 (arXiv:2405.14734): no reference; rewards are means over tokens.
 
@@ -193,6 +252,10 @@ PAIR_LOSSES = {
         REFERENCE_FREE_METRICS,
     ),
     "orpo": PairLoss(lambda recipe, chosen, rejected: orpo(chosen, rejected, recipe.beta), REFERENCE_FREE_METRICS),
+    "sigmoid_norm": PairLoss(lambda recipe, chosen, rejected: sigmoid_norm(chosen, rejected, recipe.beta), METRICS),
+    "bco_pair": PairLoss(lambda recipe, chosen, rejected: bco_pair(chosen, rejected, recipe.beta), METRICS),
+    "apo_zero": PairLoss(lambda recipe, chosen, rejected: apo_zero(chosen, rejected, recipe.beta), METRICS),
+    "apo_down": PairLoss(lambda recipe, chosen, rejected: apo_down(chosen, rejected, recipe.beta), METRICS),
 }
 
 
@@ -200,7 +263,8 @@ def metric_names(recipe: Recipe) -> list[str]:
     """Return the names of the fields that an evaluation of the recipe's loss logs, in their order."""
     if recipe.task == "sft":
         return ["loss"]
-    names = ["loss", *PAIR_LOSSES[recipe.loss_type].metrics]
+    # Where only some of several losses have a reference, the longer list has its fields.
+    names = ["loss", *max((PAIR_LOSSES[name].metrics for name in recipe.loss_weights), key=len)]
     if recipe.mdpo_conditional_weight:
         end_of_rewards = names.index("rewards/margins") + 1
         names[end_of_rewards:end_of_rewards] = MDPO_METRICS
@@ -280,13 +344,14 @@ def preference_loss(
     if reference is not None:
         reference_sums = targets.sum_by_branch(reference * weight)
         ratio = policy_sums - reference_sums
-    # IPO, SimPO and ORPO compare means per token, so that long answers have no larger margins.
-    normalised = ratio / lengths if recipe.loss_type in LENGTH_NORMALISED else ratio
     chosen, _ = _sides(ratio, pairs)
     loss = log_probs.new_zeros(())
-    if recipe.dpo_weight:
-        per_pair = PAIR_LOSSES[recipe.loss_type].equation(recipe, *_sides(normalised, pairs))
-        loss = loss + recipe.dpo_weight * per_pair.mean()
+    for name, loss_weight in recipe.loss_weights.items() if recipe.dpo_weight else ():
+        compared = policy_sums if name in REFERENCE_FREE else ratio
+        # Some losses compare means per token, so that long answers have no larger margins.
+        compared = compared / lengths if name in LENGTH_NORMALISED else compared
+        per_pair = PAIR_LOSSES[name].equation(recipe, *_sides(compared, pairs))
+        loss = loss + recipe.dpo_weight * loss_weight * per_pair.mean()
     if recipe.mdpo_conditional_weight:
         corrupted = ratio[2 * pairs :]  # after the chosen and rejected branches
         conditional = mdpo_conditional(chosen, corrupted, recipe.beta)
@@ -298,8 +363,9 @@ def preference_loss(
     if recipe.nll_weight:
         loss = loss + share * recipe.nll_weight * nll
     with torch.no_grad():
-        # Rewards are the values that the loss compares; those of ipo are sums over tokens, as TRL logs them.
-        rewards = recipe.beta * (normalised if recipe.loss_type in REFERENCE_FREE else ratio)
+        # Rewards are log ratios, as sums over tokens also where a loss compares their means: TRL logs them so. Without
+        # a reference, both of its losses compare mean log-probs.
+        rewards = recipe.beta * (policy_sums / lengths if reference is None else ratio)
         fields = {**_reward_metrics(rewards, pairs), **_side_means("policy_logps", policy_sums, pairs)}
         if reference_sums is not None:
             fields |= _side_means("reference_logps", reference_sums, pairs)

@@ -505,7 +505,8 @@ def prepare_items(
                 )
             items = [replace(item, reference=reference) for item, reference in zip(items, log_probs, strict=True)]
     if recipe.task == "dpo":
-        items = [replace(item, weight=preference_weights(item.example, recipe.dpo_tokens)) for item in items]
+        weighting = recipe.dpo_tokens, recipe.unchanged_weight, recipe.ld_alpha
+        items = [replace(item, weight=preference_weights(item.example, *weighting)) for item in items]
     pairs, corrupted = items[: len(distinct)], items[len(distinct) :]
     if corrupted:
         pairs = [replace(pair, corrupted=copy) for pair, copy in zip(pairs, corrupted, strict=True)]

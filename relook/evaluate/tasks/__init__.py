@@ -21,6 +21,8 @@ BENCHMARKS = {
     "shr": "relook.evaluate.tasks.shr",
     "amber": "relook.evaluate.tasks.amber",
     "mmhal": "relook.evaluate.tasks.mmhal",
+    "objhal": "relook.evaluate.tasks.objhal",
+    "repope": "relook.evaluate.tasks.repope",
 }
 
 

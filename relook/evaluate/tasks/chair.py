@@ -7,6 +7,7 @@ vocabulary lists singulars and plurals, so nothing has to be installed and a men
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,15 @@ from relook.data.samples import Question, as_id
 from relook.errors import DataError, preview
 from relook.evaluate.benchmark import Benchmark, ScoringInputs, require_option
 from relook.evaluate.results import data_folder_of, provenance
-from relook.evaluate.statistics import Ratio, discordant_counts, mcnemar, rate_difference, rate_intervals, safe_ratio
+from relook.evaluate.statistics import (
+    Ratio,
+    discordant_counts,
+    mcnemar,
+    rate_difference,
+    rate_intervals,
+    safe_ratio,
+    to_columns,
+)
 from relook.files import read_records, read_text, text_hash
 
 CHAIR_PROMPT = "Describe this image in detail."
@@ -97,9 +106,14 @@ def vocabulary_of(annotations: Annotations) -> Vocabulary:
 def coco_vocabulary() -> Vocabulary:
     """Load CHAIR's vocabulary of COCO's 80 objects, with its rules for double words, from `coco_synonyms.txt`."""
     text = files("relook.evaluate").joinpath("coco_synonyms.txt").read_text(encoding="utf-8")
-    rows = [line.split(", ") for line in text.splitlines() if line and not line.startswith("#")]
+    return chair_vocabulary([line.split(", ") for line in text.splitlines() if line and not line.startswith("#")])
+
+
+def chair_vocabulary(rows: Sequence[Sequence[str]]) -> Vocabulary:
+    """Build a vocabulary with CHAIR's rules for double words from rows of an object and its synonyms in COCO."""
     phrases = {word: row[0] for row in rows for word in row}
-    phrases |= {f"{age} {animal}": phrases[animal] for animal in _ANIMALS for age in ("baby", "adult")}
+    animals = [animal for animal in _ANIMALS if animal in phrases]
+    phrases |= {f"{age} {animal}": phrases[animal] for animal in animals for age in ("baby", "adult")}
     phrases |= {"passenger jet": "airplane", "passenger train": "train", "toilet seat": "toilet"}
     phrases |= dict.fromkeys(_NO_OBJECT, "")
     # "The seat of the toilet" names no chair.
@@ -352,13 +366,25 @@ def score_captions(
     unknown = [image for image in captions if image not in truth]
     if unknown:
         raise DataError(f"There are no annotations for {preview(unknown)}.", "Give the annotations of the same images.")
+    return count_objects({i: [m.object for m in mentions(c, vocabulary)] for i, c in captions.items()}, captions, truth)
+
+
+def count_objects(
+    objects: Mapping[str, Sequence[str]], captions: Mapping[str, str], truth: Mapping[str, Collection[str]]
+) -> ChairScore:
+    """Count each image's mentioned objects against those that are present.
+
+    Args:
+        objects: mentioned objects, in order, by image.
+        captions: texts by image, for their lengths.
+        truth: objects that are present, by image.
+    """
     rows = []
-    for image, caption in captions.items():
+    for image, names in objects.items():
         # An object that is named twice counts twice in CHAIR_i, as in the original, but once in recall.
-        objects, present = [mention.object for mention in mentions(caption, vocabulary)], set(truth[image])
-        absent = sum(name not in present for name in objects)
-        covered = len(present & set(objects))
-        rows.append((image, len(objects), absent, covered, len(present), len(caption.split())))
+        present = set(truth[image])
+        absent, covered = sum(name not in present for name in names), len(present & set(names))
+        rows.append((image, len(names), absent, covered, len(present), len(captions[image].split())))
     # One tuple per column; zip of no rows has no columns, so an empty score is spelled out.
     return ChairScore(*(tuple(column) for column in zip(*rows, strict=True))) if rows else ChairScore(*((),) * 6)
 
@@ -376,7 +402,33 @@ def chair_counts(captions: Mapping[str, str], annotations: Annotations) -> Chair
 def score_chair(captions: Mapping[str, str], annotations: Annotations) -> dict[str, Any]:
     """Compute CHAIR with 95 % intervals over images; a hash identifies the image list."""
     score = chair_counts(captions, annotations)
-    return score.to_json() | rate_intervals(score.ratios()) | {"image_list": text_hash(*captions)}
+    rates = score.to_json() | rate_intervals(score.ratios())
+    return rates | {"by_third": chair_by_third(captions, annotations), "image_list": text_hash(*captions)}
+
+
+def chair_by_third(captions: Mapping[str, str], annotations: Annotations) -> dict[str, Any]:
+    """Compute CHAIR_i of the mentions in each third of the captions, by the word that a mention begins with.
+
+    Models make up more towards the end of a description, so a model may score better by ending earlier alone.
+    """
+    vocabulary, result = vocabulary_of(annotations), {}
+    for number, name in enumerate(("first", "second", "last")):
+        pairs = []
+        for image, caption in captions.items():
+            found = located_mentions(caption, vocabulary)
+            names = [m for begin, _, m in found if 3 * begin // len(caption.split()) == number]
+            pairs.append((sum(m not in annotations.objects[image] for m in names), len(names)))
+        tops, bottoms = to_columns(pairs)
+        result[name] = {"chair_i": safe_ratio(sum(tops), sum(bottoms)), **rate_intervals({"chair_i": pairs})}
+    return result
+
+
+def located_mentions(text: str, vocabulary: Vocabulary) -> list[tuple[int, int, str]]:
+    """Return every mention as (first word, words up to its end, object); words are separated by white space."""
+    starts = [match.start() for match in re.finditer(r"\S+", text)]
+    return [
+        (bisect_right(starts, m.start) - 1, bisect_left(starts, m.end), m.object) for m in mentions(text, vocabulary)
+    ]
 
 
 def chair_results(data: Path, out: Path) -> dict[str, Any]:
@@ -411,6 +463,56 @@ def rescore_chair(answers: Path, inputs: ScoringInputs, parser: str = "") -> dic
         captions = {name: captions[name] for name in names}
     result = score_chair(captions, read_truth(file, inputs.captions, list(captions)))
     return {**result, "provenance": provenance(answers, **_truth(result, inputs.captions))}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Two models at equal coverage: captions cut after the same share of the objects, so that silence does not win.
+
+
+def coverage_curve(captions: Mapping[str, str], annotations: Annotations) -> list[ChairScore]:
+    """Score the captions cut after 1, 2, ... words; the last score is that of the whole captions."""
+    vocabulary = vocabulary_of(annotations)
+    truth = {image: annotations.objects[image] for image in captions}
+    found = {image: located_mentions(caption, vocabulary) for image, caption in captions.items()}
+    words = {image: caption.split() for image, caption in captions.items()}
+    curve = []
+    for length in range(1, max(map(len, words.values()), default=0) + 1):
+        named = {image: [name for _, end, name in of_image if end <= length] for image, of_image in found.items()}
+        cut = {image: " ".join(of_image[:length]) for image, of_image in words.items()}
+        curve.append(count_objects(named, cut, truth))
+    return curve
+
+
+def equal_coverage(first: Sequence[ChairScore], second: Sequence[ChairScore]) -> dict[str, Any]:
+    """Compare two models at the recall that both reach: each is cut after the first word at which it has it.
+
+    Args:
+        first, second: the models' curves over the same images in the same order (`coverage_curve`).
+
+    Returns:
+        The shared `recall`, and per model `words`, `recalls` and `chair_i` at its cut; the difference second - first of
+        CHAIR_i with its paired interval over images; and the curves as [words, recall, CHAIR_i] for plots.
+    """
+    sides = (first, second)
+    shared = min(max(score.recall or 0.0 for score in side) for side in sides)
+    cuts = [next(n for n, score in enumerate(side) if (score.recall or 0.0) >= shared) for side in sides]
+    scores = [side[cut] for side, cut in zip(sides, cuts, strict=True)]
+    return {
+        "recall": shared,
+        "words": [cut + 1 for cut in cuts],
+        "recalls": [score.recall for score in scores],
+        "chair_i": [score.chair_i for score in scores],
+        **rate_difference(*([score.ratios()["chair_i"]] for score in scores)),
+        "curves": [[[n, score.recall, score.chair_i] for n, score in enumerate(side, 1)] for side in sides],
+    }
+
+
+def compare_coverage(data: Path, first: Path, second: Path) -> dict[str, Any]:
+    """Compare two `relook eval` folders at equal coverage; see `equal_coverage`."""
+    sides = _captions_of_both(first, second)
+    annotations = data_truth(data, list(sides[0]))
+    curves = [coverage_curve({image: side[image] for image in sides[0]}, annotations) for side in sides]
+    return equal_coverage(*curves)
 
 
 # ----------------------------------------------------------------------------------------------------

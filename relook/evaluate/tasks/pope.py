@@ -369,11 +369,11 @@ def pope_results(data: Path, out: Path, parser: str = "official") -> dict[str, A
         split: score_pope(of_split, read_pope_answers(out / f"pope_{split}.jsonl"), parser)
         for split, of_split in questions.items()
     }
-    results["provenance"] = provenance(out, YES_NO_MAX_TOKENS, parser=parser, **_question_hashes(questions))
+    results["provenance"] = provenance(out, YES_NO_MAX_TOKENS, parser=parser, **question_hashes(questions))
     return results
 
 
-def _question_hashes(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
+def question_hashes(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
     """Compute hashes of the questions and of their images."""
     texts = {
         split: text_hash(*(part for q in of_split for part in (q.image.name, q.text, q.label)))
@@ -383,6 +383,12 @@ def _question_hashes(questions: Mapping[str, Sequence[Question]]) -> dict[str, A
     return {"questions": texts, "image_list": text_hash(*images)}
 
 
+def require_parser(name: str) -> None:
+    """Raise RecipeError if there is no parser of that name."""
+    if name not in PARSERS:
+        raise RecipeError(f"There is no parser {name!r}.", did_you_mean(name, PARSERS))
+
+
 def rescore_pope(answers: Path, inputs: ScoringInputs, parser: str = "official") -> dict[str, Any]:
     """Score an answer file made by any program, or a folder of `relook eval` again.
 
@@ -390,21 +396,20 @@ def rescore_pope(answers: Path, inputs: ScoringInputs, parser: str = "official")
         RelookError: an unknown parser, something is missing, or questions and answers do not match; the message names
             the ids.
     """
-    if parser not in PARSERS:
-        raise RecipeError(f"There is no parser {parser!r}.", did_you_mean(parser, PARSERS))
+    require_parser(parser)
     if answers.is_dir():
         return pope_results(inputs.data or data_folder_of(answers), answers, parser)
     file = require_option(inputs.questions, "--questions, POPE's file", "There are no questions to an answer file")
     records = read_pope_answers(answers)
     if inputs.annotations is None:
         questions = read_pope_questions(file, Path())
-        hashes = _question_hashes({file.stem: questions})
+        hashes = question_hashes({file.stem: questions})
         return score_pope(questions, records, parser) | {"provenance": provenance(answers, parser=parser, **hashes)}
     # LLaVA's file holds all splits: match once, so that an answer to none of them shows, then deal the rows out.
     splits = read_llava_questions(file, inputs.annotations, Path())
     rows = iter(match_answers([q for questions in splits.values() for q in questions], records, parser))
     result = {split: _score_rows(list(islice(rows, len(splits[split]))), parser) for split in splits}
-    return result | {"provenance": provenance(answers, parser=parser, **_question_hashes(splits))}
+    return result | {"provenance": provenance(answers, parser=parser, **question_hashes(splits))}
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,261 @@
+"""Photoworld's table from answers alone: scores, contrasts with paired intervals, and where the differences lie.
+
+python benchmarks/photoworld/analysis.py WORK       # a work folder, or an unpacked results file
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scenes import Scene
+
+from relook.evaluate.compare import compare_pooled
+from relook.evaluate.statistics import Ratio, rate_difference, safe_ratio
+from relook.evaluate.tasks.chair import data_truth, mentions, plural, read_eval_captions, vocabulary_of
+from relook.evaluate.tasks.pope import question_text
+from relook.files import read_json, read_records, write_json
+
+SIZES = {"absent": (0, 0), "small": (0, 18), "middle": (18, 35), "large": (35, 1e9)}  # pixels, low < size <= high
+THIRDS = ("first", "second", "third")
+DOSES = (0, 5, 10, 20)  # percent
+# name: (first, second); a difference is second - first
+CONTRASTS = {
+    "H1 looking again": ("none", "cross"),
+    "H2 its own image in training": ("other_image", "cross"),
+    "H2 its own image at test": ("swapped", "cross"),
+    "H4 free alignment": ("projected", "cross"),
+    "H5 cross-attention, not LoRA": ("lora", "cross"),
+    "H5 LoRA, not an MLP": ("none", "lora"),
+    **{f"H6 preference at {dose} % false": (f"nll_{dose}", f"dpo_{dose}") for dose in DOSES},
+    "H7 preference, on-policy": ("nll_policy", "dpo_policy"),
+}
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Return the scores that tables show, of a folder of answers."""
+    pope, chair = read_json(folder / "pope.json"), read_json(folder / "chair.json")
+    row = {split: pope[split]["accuracy"] for split in ("random", "popular", "adversarial")}
+    row["yes_ratio"] = pope["adversarial"]["yes_ratio"]
+    return row | {key: chair[key] for key in ("chair_i", "chair_s", "recall", "length")}
+
+
+def repeated(folder: Path) -> float | None:
+    """Return the share of captions that hold a sentence twice."""
+    captions = [record["caption"].split(". ") for record in read_records(folder / "chair.jsonl")]
+    return safe_ratio(sum(len(set(sentences)) < len(sentences) for sentences in captions), len(captions))
+
+
+def analyse(data: Path, answers: Path) -> dict[str, Any]:
+    """Compute everything from the answers on one split.
+
+    Args:
+        data: the split's folder, with scenes.json, pope/ and annotations/.
+        answers: folder of one folder a run, `<variant>-<seed>` or `base`.
+    """
+    runs = {out.name: out for out in sorted(answers.iterdir()) if (out / "chair.json").exists()}
+    groups = {
+        "right answers by size": {name: answers_by_size(data, out) for name, out in runs.items()},
+        "CHAIR_i by third of the caption": {name: chair_by_third(data, out) for name, out in runs.items()},
+    }
+    names = sorted({name.rsplit("-", 1)[0] for name in runs} - {"base"})
+    pairs = {**CONTRASTS, **{f"{name} - base": ("base", name) for name in names}}
+    contrasts = {}
+    for title, sides in pairs.items():
+        pooled = pairs_of(sides, list(runs))
+        if pooled:
+            found = compare_pooled([(data, runs[a], runs[b]) for a, b in pooled])
+            row = {"runs": len(pooled), "adversarial": found["pope"]["adversarial"]}
+            row |= {key: found["chair"][key] for key in ("chair_i", "chair_s", "recall", "length")}
+            for what, by_run in groups.items():
+                row[what] = {
+                    group: rate_difference([by_run[a][group] for a, _ in pooled], [by_run[b][group] for _, b in pooled])
+                    for group in by_run[pooled[0][0]]
+                }
+            contrasts[title] = row
+    rates = {
+        what: {
+            name: {group: safe_ratio(sum(a for a, _ in r), sum(b for _, b in r)) for group, r in row.items()}
+            for name, row in by_run.items()
+        }
+        for what, by_run in groups.items()
+    }
+    rows = {name: {**summary(out), "repeated": repeated(out)} for name, out in runs.items()}
+    return {"rows": rows, "contrasts": contrasts, **rates}
+
+
+def pairs_of(sides: tuple[str, str], runs: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the runs of two variants that have the same seed; the base has none and goes with all."""
+    seeds = sorted({name.rsplit("-", 1)[1] for name in runs if "-" in name})
+    pairs = [tuple(side if side == "base" else f"{side}-{seed}" for side in sides) for seed in seeds]
+    return [(first, second) for first, second in pairs if first in runs and second in runs]
+
+
+def answers_by_size(data: Path, out: Path) -> dict[str, Ratio]:
+    """Return (right, asked) by image for the adversarial questions, by the size of the largest object asked about."""
+    drawn, numbers = scenes_of(data)
+    categories = read_json(data / "annotations" / "instances_val2014.json")["categories"]
+    names = {question_text(category["name"]): category["name"] for category in categories}
+
+    def group_of(record: Mapping[str, Any]) -> tuple[str, bool]:
+        name = names[record["question"]]
+        objects = drawn[numbers[record["image"]]].objects
+        size = max((item.size for item in objects if item.name == name), default=0)
+        return next(g for g, (low, high) in SIZES.items() if low < size <= high or low == size == high), size > 0
+
+    ratios: dict[str, dict[str, list[bool]]] = {group: {image: [] for image in numbers} for group in SIZES}
+    for record in read_records(out / "pope_adversarial.jsonl"):
+        group, present = group_of(record)
+        ratios[group][record["image"]].append(record["answer"].strip().lower().startswith("yes") == present)
+    return {group: [(sum(r), len(r)) for r in by_image.values()] for group, by_image in ratios.items()}
+
+
+def chair_by_third(data: Path, out: Path) -> dict[str, Ratio]:
+    """Return (absent, named) objects by image, for the thirds of each caption's characters."""
+    captions = read_eval_captions(out)
+    truth = data_truth(data, list(captions))
+    vocabulary = vocabulary_of(truth)
+    ratios: dict[str, list[tuple[int, int]]] = {third: [] for third in THIRDS}
+    for image in sorted(captions):
+        text, counts = captions[image], {third: [0, 0] for third in THIRDS}
+        for mention in mentions(text, vocabulary):
+            count = counts[THIRDS[min(2, 3 * mention.start // len(text))]]
+            count[0] += mention.object not in truth.objects[image]
+            count[1] += 1
+        for third, (absent, named) in counts.items():
+            ratios[third].append((absent, named))
+    return dict(ratios)
+
+
+def corrected(data: Path, out: Path) -> dict[str, tuple[str, str]]:
+    """Return, by image, each caption that names an absent object, corrected, and as it is.
+
+    An absent object is exchanged for a present one that the caption does not name; where none is left, its sentence
+    goes.
+    """
+    captions = read_eval_captions(out)
+    truth = data_truth(data, list(captions))
+    vocabulary = vocabulary_of(truth)
+    pairs = {}
+    for image, text in captions.items():
+        named = mentions(text, vocabulary)
+        unnamed = sorted(truth.objects[image] - {mention.object for mention in named})
+        better = text
+        for mention in reversed([m for m in named if m.object not in truth.objects[image]]):  # spans before it stay
+            if unnamed:
+                better = exchanged(better, mention.start, mention.end, unnamed.pop())
+            else:
+                start = better.rfind(". ", 0, mention.start) + 2 if ". " in better[: mention.start] else 0
+                end = better.find(". ", mention.end)
+                better = better[:start] + (better[end + 2 :] if end >= 0 else "")
+        if better != text and better.strip():
+            pairs[image] = better.strip(), text
+    return pairs
+
+
+def exchanged(text: str, start: int, end: int, name: str) -> str:
+    """Return the text with the words from `start` to `end`, and an article before them, exchanged for a name."""
+    article = re.search(r"(?i)\b(an?) $", text[:start])
+    if article is None:
+        return text[:start] + plural(name) + text[end:]
+    words = ("an " if name[0] in "aeiou" else "a ") + name
+    if text[article.start()].isupper():
+        words = words.capitalize()
+    return text[: article.start()] + words + text[end:]
+
+
+def scenes_of(data: Path) -> tuple[list[Scene], dict[str, int]]:
+    """Return a split's scenes, and their numbers by the name of the picture."""
+    drawn = [Scene.from_json(record) for record in read_json(data / "scenes.json")]
+    images = read_json(data / "annotations" / "instances_val2014.json")["images"]
+    return drawn, {image["file_name"]: number for number, image in enumerate(images)}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tables and plots
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def signed(found: Mapping[str, Any], scale: float = 100) -> str:
+    if found["difference"] is None:
+        return "–"
+    low, high = found["ci"]
+    return f"{scale * found['difference']:+.1f} [{scale * low:+.1f}, {scale * high:+.1f}]".replace("-", "−")
+
+
+def print_tables(result: Mapping[str, Any]) -> None:
+    print("| run | random | popular | adversarial | yes ratio | CHAIR_i | CHAIR_s | recall | words | repeated |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name, row in result["rows"].items():
+        print(f"| {name} | " + " | ".join(f"{v:.1f}" if k == "length" else percent(v) for k, v in row.items()) + " |")
+    print("\n| second − first | runs | adversarial | CHAIR_i | recall | words |\n|---|---|---|---|---|---|")
+    for title, row in result["contrasts"].items():
+        cells = [signed(row[key]) for key in ("adversarial", "chair_i", "recall")]
+        print(f"| {title} | {row['runs']} | {' | '.join(cells)} | {signed(row['length'], 1)} |")
+    for what in ("right answers by size", "CHAIR_i by third of the caption"):
+        groups = list(next(iter(result[what].values())))
+        print(f"\n| {what} | " + " | ".join(groups) + " |\n|---|" + "---|" * len(groups))
+        for name, row in result[what].items():
+            print(f"| {name} | " + " | ".join(percent(row[group]) for group in groups) + " |")
+        for title, row in result["contrasts"].items():
+            if title in CONTRASTS:
+                print(f"| {title} | " + " | ".join(signed(row[what][group]) for group in groups) + " |")
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Draw the contrasts of H1 to H5, the answers by size, and the dose and response."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    shown = [title for title in result["contrasts"] if title in CONTRASTS and not title.startswith("H6")]
+    for key, colour, shift in (("adversarial", "tab:blue", 0.12), ("chair_i", "tab:red", -0.12)):
+        for place, title in enumerate(reversed(shown)):
+            found = result["contrasts"][title][key]
+            middle_value, (low, high) = 100 * found["difference"], (100 * value for value in found["ci"])
+            label = {"adversarial": "POPE adversarial", "chair_i": "CHAIR_i"}[key] if place == 0 else None
+            error = [[middle_value - low], [high - middle_value]]
+            left.errorbar(middle_value, place + shift, xerr=error, fmt="o", ms=4, color=colour, label=label)
+    left.axvline(0, color="grey", lw=0.8)
+    left.set_yticks(range(len(shown)), [title[:31] for title in reversed(shown)], fontsize=8)
+    left.set(xlabel="points, 95 % interval over images", title="Looking again")
+    left.legend(fontsize=8)
+    by_size = result["right answers by size"]
+    groups = [group for group, value in next(iter(by_size.values())).items() if value is not None]
+    for name in ("base", "none", "cross", "other_image", "lora"):
+        rows = [row for run, row in by_size.items() if run.rsplit("-", 1)[0] == name]
+        if rows:
+            middle.plot(groups, [100 * sum(row[g] for row in rows) / len(rows) for g in groups], "o-", ms=4, label=name)
+    middle.set(ylabel="right, %", title="Adversarial answers by size of the object")
+    middle.legend(fontsize=8)
+    for kind, style in (("nll", "o--"), ("dpo", "s-")):
+        rows = {
+            dose: [r for n, r in result["rows"].items() if n.rsplit("-", 1)[0] == f"{kind}_{dose}"] for dose in DOSES
+        }
+        doses = [dose for dose in DOSES if rows[dose]]
+        for key, colour in (("chair_i", "tab:red"), ("recall", "tab:green")):
+            means = [100 * sum(row[key] for row in rows[dose]) / len(rows[dose]) for dose in doses]
+            right.plot(doses, means, style, color=colour, ms=4, label=f"{kind.upper()}: {key}")
+    right.plot((0, 20), (0, 20), ":", color="grey", lw=1, label="as in the chosen texts")
+    right.set(xlabel="false objects in chosen captions, %", ylabel="%", title="Dose and response")
+    right.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    found = analyse(options.work / "data" / options.split, options.work / "eval" / options.split)
+    print_tables(found)
+    write_json(options.work / f"analysis_{options.split}.json", found)
+    if options.plot:
+        plot(found, options.plot)
