@@ -6,9 +6,10 @@ computed beforehand (`TrunkStates`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from relook.data.packing import PackedTrees, Targets, pin_memory, to_device
 from relook.forward import activation_memory
 from relook.forward.packed_attention import BUDGET, PackedTrunk, has_sparse_last_mlp, resolve_trunk_pass
-from relook.model.modeling_relook import selected_features
+from relook.model.families import connector, vision_tower
+from relook.model.modeling_relook import vision_features
 from relook.model.post_decoder import FlatLayout, PostDecoder
 
 # ----------------------------------------------------------------------------------------------------
@@ -105,9 +107,9 @@ class LiveBatch:
     """Packed trees and the model inputs for their images, in order of trees; `image_counts` has the images per tree."""
 
     packed: PackedTrees
-    pixel_values: Tensor | None  # (I, 3, H, W) or (I, tiles, 3, H, W)
+    pixel_values: Tensor | None  # (I, 3, H, W), (I, tiles, 3, H, W), or flat patches of all images (patches, values)
     image_counts: list[int]
-    image_sizes: Tensor | None = None  # (I, 2) height and width, for models that tile images
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)  # what the tower takes beside pixels: sizes or grids
     features: Tensor | None = None  # (I, M, V) cached vision features, where the tower is not run
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
@@ -195,7 +197,7 @@ class Policy(nn.Module):
 
     def offload_vision_tower(self) -> None:
         """Move a vision tower that no step runs to the CPU, which frees its memory on the device."""
-        self.core.model.vision_tower.to("cpu")
+        vision_tower(self.core.model).to("cpu")
 
     @property
     def post_decoder(self) -> PostDecoder | None:
@@ -252,9 +254,7 @@ class Policy(nn.Module):
     @cached_property
     def _mixed_vision(self) -> bool:
         base = self.core.model
-        return any(
-            self._has_mixed_dtypes(part.named_parameters()) for part in (base.vision_tower, base.multi_modal_projector)
-        )
+        return any(self._has_mixed_dtypes(part.named_parameters()) for part in (vision_tower(base), connector(base)))
 
     def trunk(self, batch: LiveBatch) -> TrunkStates:
         """Run vision tower, projector and language model on packed trees."""
@@ -272,33 +272,31 @@ class Policy(nn.Module):
             states = self._packed_trunk(embeds, packed)
         return TrunkStates(states, features, batch.image_counts, packed.targets)
 
-    def vision_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
-        """Compute the vision features that `trunk` returns, (M, V) per image, without the language model.
-
-        Without a post decoder that merges tiles, an image is one row of `pixel_values`.
-        """
-        image = self._encode_images(pixel_values, image_sizes)
+    def vision_features(
+        self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> list[Tensor]:
+        """Compute the vision features that `trunk` returns, (M, V) per image, without the language model."""
+        image = self._encode_images(pixel_values, image_inputs)
         # A model with a post decoder has grouped them by image already.
-        features = getattr(image, "vision_features", None)
-        return list(selected_features(self.config, image.hidden_states) if features is None else features)
+        features: list[Tensor] | None = getattr(image, "vision_features", None)
+        return vision_features(self.config, image, image_inputs.get("image_sizes")) if features is None else features
 
-    def _encode_images(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Any:
+    def _encode_images(self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor]) -> Any:
         base = self.core.model
-        sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
         pixels = pixel_values.to(base.get_input_embeddings().weight.dtype)
         with self.autocast(self._mixed_vision):  # the language model's float32 adapters need no autocast here
-            return base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
+            return base.get_image_features(pixel_values=pixels, **image_inputs, return_dict=True)
 
     def _image_inputs(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None]:
         """Return vision features per image, if the post decoder reads them, and the embeddings at image positions."""
         # Cached features (I, M, V) skip the tower, but not the projector, which may train.
         if batch.features is not None:
             with self.autocast(self._mixed_vision):
-                projected = self.core.model.multi_modal_projector(batch.features)
+                projected = connector(self.core.model)(batch.features)
             return list(batch.features) if self.needs_vision_features else None, projected.flatten(0, 1)
         if batch.pixel_values is None:
             return None, None
-        image = self._encode_images(batch.pixel_values, batch.image_sizes)
+        image = self._encode_images(batch.pixel_values, batch.image_inputs)
         return image.vision_features if self.needs_vision_features else None, torch.cat(list(image.pooler_output))
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:

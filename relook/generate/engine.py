@@ -28,7 +28,6 @@ import torch
 from relook.console import status
 from relook.data.images import RecentCache, image_from_bytes
 from relook.data.samples import Turn
-from relook.data.templates import get_template
 from relook.errors import CheckpointError, RelookError
 from relook.generate.request import (
     ActiveRequest,
@@ -72,7 +71,7 @@ class Engine:
                 "Take beams, penalties and the like out of it.",
             )
         self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_positions)
-        self.ends, self.stops = _endings(loaded, get_template(template or loaded.template).stop)
+        self.ends, self.stops = _endings(loaded, loaded.conversation_template(template).stop)
         self.batch = Scheduler(loaded, limits, self.length)
         self._token_bytes = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
         self._images: RecentCache[ProcessedImage] = RecentCache(READ_IMAGES, lambda image: image.nbytes)

@@ -24,7 +24,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from relook.errors import CheckpointError, preview
 from relook.files import read_json_object, require_regular, require_regular_files, write_json
-from relook.model.families import FAMILIES, MODEL_TYPES, has_post_decoder
+from relook.model.families import FAMILIES, RELOOK, find_family, has_post_decoder
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -236,6 +236,8 @@ FROM_HF: Renames = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(?=multi_modal_projector\.|vision_tower\.|image_newline$)", "model."),
     (r"^model\.vision_tower\.vision_model\.", TOWER),
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?=(layers|embed_tokens|norm)\.)", "model.language_model."),
 )
 TO_LLAVA: Renames = (
     (r"^model\.language_model\.", "model."),
@@ -398,17 +400,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def _model_kind(path: Path, config: dict[str, Any]) -> str:
     # Both formats have folders of type "llava"; only transformers' has a text_config.
     kind = str(config.get("model_type"))
-    if kind in MODEL_TYPES and "text_config" in config:
-        return "hf" if kind in FAMILIES else "relook"
-    if kind in LLAVA_TYPES:
+    if kind in LLAVA_TYPES and "text_config" not in config:
         return "llava"
     if kind == "llama":
         return "llama"
-    raise CheckpointError(
-        f"{path} holds a model of type {kind!r}, which relook cannot load.",
-        "Supported are LLaVA in liuhaotian's folders (llava_llama), LLaVA and LLaVA-NeXT in transformers' "
-        f"({', '.join(FAMILIES)}), and relook's own.",
-    )
+    try:
+        find_family(kind)
+    except (KeyError, AttributeError):
+        raise CheckpointError(
+            f"{path} holds a model of type {kind!r}, which relook cannot load.",
+            "Supported are LLaVA in liuhaotian's folders (llava_llama), models of images and text in transformers' "
+            f"({', '.join(FAMILIES)} are tested), and relook's own.",
+        ) from None
+    return "relook" if kind.startswith(RELOOK) else "hf"
 
 
 def config_template(config: dict[str, Any]) -> str:
@@ -417,7 +421,8 @@ def config_template(config: dict[str, Any]) -> str:
     LLaVA-NeXT over Mistral uses Mistral's. Over other language models, its config does not tell Vicuna's from Yi's.
     """
     # A conversion keeps the original's template under this key; else the format decides.
-    default = "llava_hf" if "text_config" in config else "v1"
+    is_hf = "text_config" in config or "vision_config" in config
+    default = find_family(str(config["model_type"])).template if is_hf else "v1"
     if config.get("model_type") == "llava_next" and config.get("text_config", {}).get("model_type") == "mistral":
         default = "mistral"
     return str(config.get("conversation_template", default))
@@ -484,6 +489,8 @@ def one_rope(text: dict[str, Any]) -> dict[str, Any]:
         rope |= {"rope_type" if name == "type" else name: value for name, value in stated.items()}
     if any(isinstance(value, dict) for value in rope.values()):  # settings per layer type, which LLaMA does not have
         return text
+    if rope.get("rope_type") == "mrope":  # the older name of sections for time, row and column
+        rope["rope_type"] = "default"
     if text.get("rope_theta") is not None:
         rope.setdefault("rope_theta", text["rope_theta"])
     theta = rope.get("rope_theta", 1.0)

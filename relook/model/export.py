@@ -478,7 +478,7 @@ def _write_speech(source: LazyModel, folder: Path, processor: Any) -> None:
 
 
 def _write_generation(source: LazyModel, folder: Path, tokenizer: Any) -> None:
-    settings, stop = source.generation_config(), get_template(source.template).stop
+    settings, stop = source.generation_config(), get_template(source.template, source.processor()).stop
     # Engines stop at token ids only; a stop string that is one token becomes an end-of-text id.
     if stop in tokenizer.get_added_vocab():
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
@@ -497,7 +497,7 @@ def chat_template(source: LazyModel, processor: Any) -> str:
     Raises:
         CheckpointError: with this tokenizer, no template reproduces the prompts that the model was tuned with.
     """
-    template, tokenizer = get_template(source.template), processor.tokenizer
+    template, tokenizer = get_template(source.template, processor), processor.tokenizer
     marked = getattr(source.config, "mm_use_im_start_end", False)
     encoder = Encoder(tokenizer, template, source.config.image_token_id, 1, image_start_end=marked)
     # Two turns, so that every part of the template occurs: first and later prompts, answers, and the open end.

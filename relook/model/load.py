@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from relook.data.encode import Encoder
 from relook.data.images import ImageLoader, ImageSource
-from relook.data.templates import get_template
+from relook.data.templates import IMAGE, Template, get_template
 from relook.distributed import full_shape, set_full
 from relook.errors import CheckpointError, preview
 from relook.files import file_hash
 from relook.model.adapters import TENSORS_FILE, language_model_config, parse_adapter, read_adapter
 from relook.model.checkpoint import ADAPTER_FILE, AnyFolder, ModelFolder, parse_folder
 from relook.model.config_checks import check_processor
-from relook.model.families import family_of, with_post_decoder
+from relook.model.families import CONNECTORS, TOWERS, connector, family_of, image_positions, with_post_decoder
 from relook.model.lazy_model import LazyModel, open_folder
 from relook.model.tokenizer import UNFINISHED, decode_bytes
 
@@ -35,7 +36,7 @@ from relook.model.tokenizer import UNFINISHED, decode_bytes
 # The layers above the trunk by themselves: post decoder and lm_head. Runs on cached hidden states need nothing else.
 
 ABOVE = ("model.post_decoder.", "lm_head.")
-PROJECTOR = "model.multi_modal_projector."  # small, and a post decoder may start from it
+PROJECTOR = tuple(f"model.{path}." for path in CONNECTORS)  # small, and a post decoder may start from it
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
@@ -61,14 +62,14 @@ def load_head_only(source: LazyModel, dtype: torch.dtype, device: str | torch.de
     # The whole module tree, without memory; `assign` below then replaces the meta tensors of the parts that are read.
     with torch.device("meta"):
         model: Any = source.model_class(copy.deepcopy(source.config)).to(dtype)
-    tensors = source.read(*ABOVE, PROJECTOR)
+    tensors = source.read(*ABOVE, *PROJECTOR)
     if "lm_head.weight" not in tensors:  # lm_head is tied to the embeddings, which are not loaded
         tensors["lm_head.weight"] = source.read(EMBEDDINGS)[EMBEDDINGS]
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     read = {name: t.to(device, dtype) for name, t in tensors.items()}
     model.load_state_dict(read, strict=False, assign=True)
-    lacking = [n for n, p in model.named_parameters() if p.is_meta and n.startswith((*ABOVE, PROJECTOR))]
+    lacking = [n for n, p in model.named_parameters() if p.is_meta and n.startswith((*ABOVE, *PROJECTOR))]
     if lacking:
         raise CheckpointError(f"{source.path} has no {lacking[0]}.", "Check that the folder is complete.")
     return model
@@ -87,7 +88,7 @@ __all__ = [
 ]
 
 # Modules that stay in full precision when the language model's linears are quantised, as in the original.
-NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.post_decoder", "lm_head"]
+NOT_QUANTISED = [*(f"model.{part}" for part in (*TOWERS, *CONNECTORS)), "model.post_decoder", "lm_head"]
 
 
 @dataclass
@@ -115,7 +116,7 @@ class LoadedModel:
         if family_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
             # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
-        self.images = ImageLoader(image_processor, self.aspect_ratio)
+        self.images = ImageLoader(image_processor, self.aspect_ratio, positions=cache(self._positions_by_size))
 
     @property
     def core(self) -> Any:
@@ -125,8 +126,17 @@ class LoadedModel:
     @property
     def image_positions(self) -> int | Callable[[ImageSource], int]:
         """Return the number of positions one image takes, or a function of the image where its size decides."""
-        positions = family_of(self.core.config).positions(self.core)
+        positions = image_positions(self.core, self._positions_by_size)
         return positions if isinstance(positions, int) else lambda image: positions(self.images.size(image))
+
+    def _positions_by_size(self, size: tuple[int, int]) -> int:
+        """Return the positions of an image of a height and width, as its processor counts them."""
+        counts = self.processor._get_num_multimodal_tokens(image_sizes=[size])
+        return int(counts["num_image_tokens"][0])
+
+    def conversation_template(self, name: str = "") -> Template:
+        """Return the conversation template of that name, or the model's own."""
+        return get_template(name or self.template, self.processor)
 
     @property
     def pad_id(self) -> int:
@@ -138,7 +148,7 @@ class LoadedModel:
         """Build an encoder of prompts and samples; `max_length` 0 means the language model's maximum."""
         return Encoder(
             self.processor.tokenizer,
-            get_template(template or self.template),
+            self.conversation_template(template),
             self.core.config.image_token_id,
             self.image_positions,
             max_length or self.core.config.text_config.max_position_embeddings,
@@ -149,13 +159,15 @@ class LoadedModel:
     def encode(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "") -> dict[str, Tensor]:
         """Encode one open prompt as inputs of `generate` or of the model.
 
-        They are input_ids, attention_mask, and the image processor's outputs (pixel_values, and image_sizes if the
-        model takes them).
+        They are input_ids, attention_mask, the image processor's outputs (pixel_values, and image_sizes or
+        image_grid_thw if the model takes them), and mm_token_type_ids where its positions depend on them.
         """
         ids = torch.tensor([self.encoder(template).prompt(text, images)])  # (1, S), no padding
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
             inputs |= self.images.batch(images)
+        if hasattr(self.core.model, "get_rope_index"):
+            inputs["mm_token_type_ids"] = (ids == self.core.config.image_token_id).long()
         device, dtype = self.core.device, self.core.dtype
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
 
@@ -174,7 +186,7 @@ class LoadedModel:
         There are none if the tokenizer cannot produce the stop string, since no answer can then contain it. The
         end-of-text token always stops generation.
         """
-        stop, tokenizer = get_template(template or self.template).stop, self.processor.tokenizer
+        stop, tokenizer = self.conversation_template(template).stop, self.processor.tokenizer
         if not stop or stop not in tokenizer.decode(tokenizer.encode(stop, add_special_tokens=False)):
             return {}
         return {"stop_strings": [stop], "tokenizer": tokenizer}
@@ -186,7 +198,7 @@ class LoadedModel:
         # A byte that is part of no character: fast tokenizers would replace whole characters beside it.
         if UNFINISHED in text:
             text = decode_bytes(tokenizer, torch.as_tensor(ids).tolist())
-        stop = get_template(template or self.template).stop
+        stop = self.conversation_template(template).stop
         return (text.partition(stop)[0] if stop else text).strip()  # a token may reach beyond the stop
 
 
@@ -354,7 +366,8 @@ def wrap(model: Any, source: LazyModel) -> LoadedModel:
     # liuhaotian's setting; transformers' folders say it as `do_pad` of their processor (see `LoadedModel`).
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
-    check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config)
+    token = getattr(loaded.processor, "image_token", IMAGE)
+    check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config, token)
     return loaded
 
 
@@ -421,7 +434,7 @@ def add_post_decoder(
     new.generation_config = model.generation_config
     decoder = new.model.post_decoder.to_empty(device=model.lm_head.weight.device).to(model.dtype)
     decoder.reset_parameters(generator)
-    if init == "projector" and not decoder.start_from_projector(model.model.multi_modal_projector):
+    if init == "projector" and not decoder.start_from_projector(connector(model.model)):
         raise CheckpointError(
             "The projector's shape does not fit the post decoder's alignment.",
             'Use post_decoder_init "random", or align "mlp" with align_size 0.',
