@@ -1,4 +1,4 @@
-"""Answers per second: relook's trees against transformers' `generate` at batch 1 and 16, in one run, random weights.
+"""Answers per second: relook's engine against transformers' `generate`, in one run, random weights.
 
     python benchmarks/answering.py --out answering.json     # LLaVA-1.5-7B's shape, 500 images x 18 questions, one GPU
     python benchmarks/answering.py --tiny                   # the same on a CPU, float32, in seconds
@@ -16,6 +16,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, pe
 from relook.evaluate.tasks.chair import CHAIR_PROMPT
 from relook.evaluate.tasks.pope import SPLITS, read_pope_questions
 from relook.files import write_json
-from relook.generate.tree_decoding import GenerationSettings, Prompt, answer_questions, generate_batch
+from relook.generate.answering import GenerationSettings, Prompt, answer_questions, generate_batch
 from relook.model.load import LoadedModel, load_model, parse_dtype
 from relook.toyworld.build import shipped_base
 from relook.toyworld.layouts import write_eval
@@ -47,32 +48,40 @@ def main() -> None:
             found = dict(answer_questions(loaded, some, asking, lambda *_: None))
             return [found[i] for i in range(len(some))]
 
-        def generate(size: int) -> Callable[[Sequence[Question]], list[str]]:
-            encoder = loaded.encoder(asking.template)
+        def generate(size: int, **settings: Any) -> Callable[[Sequence[Question]], list[str]]:
+            encoder, how = loaded.encoder(asking.template), replace(asking, generate=tuple(settings.items()))
             prompt = lambda row: Prompt(0, (row[0],), encoder.prompt(row[1], [row[0]]))  # noqa: E731
             return lambda some: [
                 text
                 for start in range(0, len(some), size)
-                for text in generate_batch(loaded, [prompt(row) for row in some[start : start + size]], asking)
+                for text in generate_batch(loaded, [prompt(row) for row in some[start : start + size]], how)
             ]
 
         ways: dict[str, tuple[Callable[[Sequence[Question]], list[str]], int]] = {
             "relook": (engine, len(rows)),
-            "generate_1": (generate(1), options.single),
-            "generate_16": (generate(16), options.batched),
+            **{f"generate_{size}": (generate(size), rows_of(options, size)) for size in options.rows},
+            **{
+                f"generate_static_{size}": (generate(size, cache_implementation="static"), rows_of(options, size))
+                for size in options.static
+            },
         }
         for name, (ask, count) in ways.items():
-            ask(rows[: min(count, 36)])  # warm-up, of the images' cache too
+            ask(rows[: count // 10 if name == "relook" else min(count, 36)])  # warm-up: compiles, and captures graphs
             said[name], result[name] = measure(ask, rows[:count])
             print(name, result[name], flush=True)
     result["ratios"] = {n: result["relook"]["rows_per_s"] / result[n]["rows_per_s"] for n in ways if n != "relook"}
     pairs = (("relook", "generate_1"), ("generate_16", "generate_1"), ("relook", "generate_16"))
-    result["equal_rows"] = {f"{a} = {b}": equal(said[a], said[b]) for a, b in pairs}
+    result["equal_rows"] = {f"{a} = {b}": equal(said[a], said[b]) for a, b in pairs if {a, b} <= said.keys()}
     print("times as fast as:", {name: round(ratio, 1) for name, ratio in result["ratios"].items()})
     for name, found in result["equal_rows"].items():
         print(f"{name}: {found['differing']} of {found['rows']} rows differ; {100 * found['share']:.2f} % are equal")
     if options.out:
         write_json(options.out, result)
+
+
+def rows_of(options: argparse.Namespace, size: int) -> int:
+    """Return the number of questions that `generate` answers at a batch size."""
+    return int(options.single if size == 1 else max(options.batched // size, 2) * size)
 
 
 def untrained(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, list[Question]]:
@@ -97,6 +106,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
     parser.add_argument("--trained", action="store_true", help="toyworld's base instead of random weights")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 16], help="batch sizes of `generate`")
+    parser.add_argument("--static", type=int, nargs="*", default=[16], help="and with a static cache, compiled")
     numbers = {
         "images": 500,
         "questions": 18,

@@ -7,7 +7,10 @@
 `clients` starts the server as a user does and asks about pictures whose answers the answering engine gave beforehand:
 an answer that is not the one of its picture is counted. It is measured three times: 64 clients, 64 clients of a server
 with one slot (what answers one at a time), and one client. Weights of `tokens` are random: speed does not depend on
-them (`shapes.py`). It sends 1, 8 and 32 requests at a time.
+them (`shapes.py`). It sends 1, 8, 32, 64 and 128 requests at a time; beside the engine's rate stand that of `generate`,
+plain and with `cache_implementation="static"`, which compiles, and what the memory's bandwidth allows: a step must read
+the language model's weights once, and the keys and values of every row. Rates are end to end, prompts and images
+included, and of the steps alone: those are what bandwidth bounds, while reading prompts is bound by products.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import asyncio
 import base64
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -26,25 +30,39 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, sync, versions, write_questions
+from shapes import (
+    GPU,
+    LLAVA_7B,
+    TINY,
+    Question,
+    bandwidth,
+    device_name,
+    endless_model,
+    step_bytes,
+    sync,
+    versions,
+    write_questions,
+)
 
 from relook import load_model
 from relook.data.samples import Turn
 from relook.data.templates import with_image
 from relook.evaluate.tasks.pope import question_text
 from relook.files import write_json
+from relook.generate.answering import GenerationSettings, Prompt, answer_questions, generate_batch
 from relook.generate.engine import Engine
 from relook.generate.request import EngineLimits, Request
-from relook.generate.tree_decoding import GenerationSettings, Prompt, answer_questions, generate_batch
+from relook.generate.text import Text
 from relook.model.load import LoadedModel
 from relook.toyworld.build import shipped_base
 from relook.toyworld.world import draw_scene, sample_scenes
 
+STEPS = 64  # that are timed by themselves
 DESCRIBE = "Describe this image in detail."
 
 
@@ -60,7 +78,14 @@ def main() -> None:
     tokens = ways.add_parser("tokens")
     tokens.set_defaults(measure=measure_tokens)
     tokens.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
-    tokens.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 32])
+    tokens.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 32, 64, 128])
+    tokens.add_argument(
+        "--peers",
+        nargs="*",
+        choices=("generate", "static"),
+        default=["generate", "static"],
+        help="transformers' `generate` with its usual cache, and with a static one, which it compiles",
+    )
     tokens.add_argument("--new-tokens", type=int, default=128)
     tokens.add_argument("--rounds", type=int, default=2, help="requests of each client")
     tokens.add_argument("--bits", type=int, default=16, help="8 or 4: quantised by bitsandbytes")
@@ -199,17 +224,27 @@ def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
     loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder, bits=options.bits)
     result: dict[str, Any] = {"device": device_name(), "bits": options.bits, "new_tokens": options.new_tokens}
     result |= {"rounds": options.rounds, "loaded_gib": round(torch.cuda.memory_allocated() / 2**30, 1) if GPU else 0}
+    result["bytes_per_s"] = bandwidth()
     with tempfile.TemporaryDirectory() as folder:
         pictures = 1 + max(options.at_once) * options.rounds
         warm, *rows = write_questions(Path(folder), loaded.processor, pictures, each=1, tokens=25)
         for count in options.at_once:
             some = rows[: count * options.rounds]
             served = engine_speed(loaded, warm, some, count, options.new_tokens)
-            plain = generate_speed(loaded, warm, some, count, options.new_tokens)
-            times = round(served["tokens_per_s"] / plain["tokens_per_s"], 2)
-            result[str(count)] = {"engine": served, "generate": plain, "times": times}
-            print(count, result[str(count)], file=sys.stderr, flush=True)
-    if 1 in options.at_once:
+            limit = count * result["bytes_per_s"] / step_bytes(loaded.core, count * served.pop("positions"))
+            row: dict[str, Any] = {
+                "engine": served,
+                "byte limit": round(limit, 1),
+                "share of the byte limit": round(served["step_tokens_per_s"] / limit, 3),
+            }
+            print(count, row, file=sys.stderr, flush=True)
+            for peer in options.peers:
+                row[peer] = generate_speed(loaded, warm, some, count, options.new_tokens, peer == "static")
+                for rate, name in (("tokens_per_s", "times"), ("step_tokens_per_s", "step times")):
+                    row[f"{name} {peer}"] = round(served[rate] / row[peer][rate], 2)
+                print(count, {key: row[key] for key in row if peer in key}, file=sys.stderr, flush=True)
+            result[str(count)] = row
+    if 1 in options.at_once and "generate" in options.peers:
         one = result["1"]["generate"]["tokens_per_s"]
         result["times generate one after the other"] = {
             count: round(result[str(count)]["engine"]["tokens_per_s"] / one, 2) for count in map(str, options.at_once)
@@ -219,12 +254,13 @@ def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
 
 def engine_speed(loaded: LoadedModel, warm: Question, rows: Sequence[Question], count: int, new: int) -> dict[str, Any]:
     """So many clients, each with a request of its own running at any time, streamed."""
-    engine = Engine(loaded, EngineLimits(slots=count, waiting=len(rows), cache_gb=40))
+    engine = Engine(loaded, EngineLimits(slots=count, waiting=len(rows), cache_gb=64))
 
     def request(row: Question, new: int) -> Request:
         image = engine.image(row[0].read_bytes())
         return Request(engine.prompt([Turn(with_image(row[1]), "")], [image]), (image,), new)
 
+    engine.warm()
     list(engine.stream(request(warm, 4)))
     requests = [request(row, new) for row in rows]
     firsts: list[float] = []
@@ -246,21 +282,53 @@ def engine_speed(loaded: LoadedModel, warm: Question, rows: Sequence[Question], 
         thread.join()
     wall = time.perf_counter() - started
     said = engine.batch.counts.new_tokens - said
+    length = round(statistics.mean(len(request.ids) for request in requests)) + new // 2 - STEPS // 2
+    steps = engine.run(lambda: step_speed(engine, length, count))
     engine.stop()
     return {
+        "positions": length + STEPS // 2,
         "tokens_per_s": round(said / wall, 1),
+        "step_tokens_per_s": round(steps, 1),
         "first_token_s": round(statistics.median(firsts), 3),
         "seconds": round(wall, 2),
     }
 
 
+def step_speed(engine: Engine, length: int, count: int) -> float:
+    """Tokens a second of steps alone, with so many texts of that length on average."""
+    rng, vocabulary = random.Random(count), engine.loaded.core.config.text_config.vocab_size
+    texts = [
+        Text(tuple(rng.randrange(300, vocabulary) for _ in range(length)), (), 4 * STEPS, lambda *_: False)
+        for _ in range(count)
+    ]
+    scheduler = engine.batch
+    scheduler.waiting.extend(texts)
+    while scheduler.waiting or scheduler.reading:
+        scheduler.step()
+    for _ in range(4):
+        scheduler.step()
+    sync()
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        scheduler.step()
+    sync()
+    seconds = time.perf_counter() - started
+    for text in texts:
+        scheduler.cancel(text)
+    while scheduler.busy:
+        scheduler.step()
+    return count * STEPS / seconds
+
+
 def generate_speed(
-    loaded: LoadedModel, warm: Question, rows: Sequence[Question], count: int, new: int
+    loaded: LoadedModel, warm: Question, rows: Sequence[Question], count: int, new: int, static: bool = False
 ) -> dict[str, Any]:
     """transformers' `generate`, the same requests in batches of as many."""
-    encoder, asking = loaded.encoder(), GenerationSettings(max_new_tokens=new)
+    encoder = loaded.encoder()
+    asking = GenerationSettings(max_new_tokens=new, generate=(("cache_implementation", "static"),) if static else ())
     first, *prompts = [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text) in enumerate([warm, *rows])]
-    generate_batch(loaded, [first] * count, GenerationSettings(max_new_tokens=4))
+    for _ in range(2 if static else 1):  # it compiles, and captures at the second
+        generate_batch(loaded, [first] * count, replace(asking, max_new_tokens=new if static else 4))
     for prompt in prompts:
         loaded.images(prompt.images[0])  # the engine's images are read beforehand too
     started = time.perf_counter()
@@ -268,7 +336,18 @@ def generate_speed(
         generate_batch(loaded, prompts[start : start + count], asking)
     sync()
     wall = time.perf_counter() - started
-    return {"tokens_per_s": round(len(rows) * new / wall, 1), "seconds": round(wall, 2)}
+    # A single token is reading alone, which `generate` does not compile.
+    one = replace(asking, max_new_tokens=1, generate=())
+    generate_batch(loaded, prompts[:count], one)
+    started = time.perf_counter()
+    generate_batch(loaded, prompts[:count], one)
+    sync()
+    reading = (time.perf_counter() - started) * len(rows) / count
+    return {
+        "tokens_per_s": round(len(rows) * new / wall, 1),
+        "step_tokens_per_s": round(len(rows) * (new - 1) / max(wall - reading, 1e-9), 1),
+        "seconds": round(wall, 2),
+    }
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from relook.data.images import prefetch_map
 from relook.evaluate.tasks.pope import SPLITS, question_text
 from relook.files import write_json
+from relook.generate.attention import PoolShape
 from relook.model.load import LoadedModel, add_post_decoder, load_model
 from relook.toyworld.build import make_processor
 from relook.toyworld.world import vocabulary
@@ -225,6 +226,28 @@ def matmul() -> dict[str, float]:
         times.append(time.perf_counter() - started)
     flops = 2 * size**3 / 1e12
     return {"best_tflops": round(flops / min(times), 3), "sustained_tflops": round(flops * len(times) / sum(times), 3)}
+
+
+def bandwidth() -> float:
+    """Bytes a second that a copy reads and writes together: the best of several."""
+    source = torch.empty(2**30 if GPU else 2**24, dtype=torch.uint8, device=DEVICE)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(10):
+        sync()
+        started = time.perf_counter()
+        target.copy_(source)
+        sync()
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / min(seconds)
+
+
+def step_bytes(core: Any, positions: int) -> int:
+    """Bytes that a step must read: the language model's weights, and keys and values of so many positions."""
+    read = (core.model.language_model.layers, core.lm_head, getattr(core.model, "post_decoder", None))
+    weights = sum(p.nbytes for module in read if module is not None for p in module.parameters())
+    text = core.config.text_config
+    size = text.hidden_size // text.num_attention_heads
+    return weights + positions * PoolShape(text.num_hidden_layers, text.num_key_value_heads, size).nbytes(core.dtype)
 
 
 def flops_of_pair(shape: dict[str, Any], prompt: int, response: int, both: bool) -> float:

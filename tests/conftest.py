@@ -105,7 +105,7 @@ def served(media: Path) -> Iterator[Served]:
     """A server of two models, "tuned" and "base", with small limits."""
     from helpers.serving import KEY, serving
     from helpers.tiny import tiny_relook
-    from test_tree_decoding import as_loaded
+    from test_answering import as_loaded
 
     from relook.generate.engine import Engine
     from relook.generate.request import EngineLimits

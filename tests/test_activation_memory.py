@@ -23,7 +23,6 @@ from relook.forward.activation_memory import ActivationOffload, CopyStream, Offl
 from relook.forward.packed_attention import PackedTrunk, resolve_trunk_pass
 from relook.forward.policy import Policy
 from relook.recipe import build_recipe
-from relook.toyworld import build
 from relook.train.run import train
 
 CPU = torch.device("cpu")
@@ -183,11 +182,10 @@ def test_a_tree_pass_has_the_same_gradients(share: float, times: int) -> None:
 def test_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches of mixed lengths, measuring in between, and a tower that must not be called; on a CPU, against the
     rule."""
-    monkeypatch.setattr(build, "LAYERS", 5)
     monkeypatch.setattr(policy, "resolve_trunk_pass", lambda *_: "dense")
     monkeypatch.setattr(Policy, "offload_vision_tower", lambda self: setattr(self.core.model, "vision_tower", None))
     fetched = counted_returns(monkeypatch)
-    base, world = save_tiny(tmp_path / "base"), write_world(tmp_path / "world")
+    base, world = save_tiny(tmp_path / "base", layers=5), write_world(tmp_path / "world")
     more = {"lora_enable": True, "lora_r": 4, "use_cpu": False, "max_steps": 3, "gradient_accumulation_steps": 2}
     more |= {"eval_fraction": 0.3, "eval_strategy": "steps", "eval_steps": 1}
     trained = []

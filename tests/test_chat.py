@@ -16,7 +16,7 @@ from helpers.command import Command
 from helpers.serving import NEW, PICTURES, until
 from helpers.tiny import tiny_relook
 from PIL import Image
-from test_tree_decoding import TEXTS, as_loaded
+from test_answering import TEXTS, as_loaded
 
 from relook import load_model
 from relook.data.samples import Turn
@@ -173,7 +173,7 @@ def test_a_question_that_the_model_failed_on_is_not_in_the_conversation(
     talk = Talk(engines)
     answer = talk(TEXTS[0])
     with monkeypatch.context() as failing:
-        failing.setattr(engines[0].batch, "admit", lambda waiting: waiting.popleft().report("error"))
+        failing.setattr(engines[0].batch.runner, "prefill", lambda *_: 1 / 0)
         with pytest.raises(RelookError, match="failed on this question"):
             talk(TEXTS[1])
     assert talk.chat.turns == [Turn(TEXTS[0], answer)]

@@ -231,7 +231,7 @@ torch.save(model(input_ids=ids, pixel_values=pixels).logits.detach(), sys.argv[2
 
 def test_a_post_decoder_has_no_place_in_llavas_format(toy: Path, tmp_path: Path) -> None:
     run = decoder_run(toy, tmp_path / "run")
-    with pytest.raises(RelookError, match="no place for a post decoder"):
+    with pytest.raises(RelookError, match="cannot hold a post decoder"):
         convert_model(run, tmp_path / "llava", "llava")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "toy"]
 

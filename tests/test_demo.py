@@ -13,7 +13,7 @@ from helpers.interrupted import interrupt
 
 from relook import demo
 from relook.evaluate.tasks.pope import SPLITS
-from relook.generate import tree_decoding as answering
+from relook.generate import answering
 from relook.mine import output as mining
 from relook.model.load import TENSORS_FILE
 from relook.toyworld import layouts
@@ -125,11 +125,11 @@ def test_an_interrupted_demo_ends_with_the_same_results(whole: Path, small: Any,
     trainer = training.RelookTrainer
     places: list[tuple[Any, str, int]] = [
         (layouts, "draw_scene", 11),
-        (answering, "answer_batch", 2),
+        (answering, "submit", 4),
         (mining, "write_json", 2),
         (trainer, "compute_loss", 3),
         (training, "save_run", 1),
-        (answering, "answer_batch", 1),
+        (answering, "submit", 1),
         (demo, "write_report", 1),
     ]
     for owner, name, count in places:

@@ -38,8 +38,8 @@ from relook.evaluate.tasks.pope import (
     read_pope_questions,
 )
 from relook.files import read_json, read_records, text_hash, write_json, write_jsonl
-from relook.generate import tree_decoding as answering
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate import answering
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.load import model_hash
 from relook.toyworld.build import shipped_base
 
@@ -51,13 +51,13 @@ CHAIR_KEYS = {"chair_i", "chair_s", "recall", "length", "empty"}
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     """Every prompt that a model is given: image name and token ids."""
     prompts: list[tuple[str, tuple[int, ...]]] = []
-    whole = answering.answer_batch
+    submit = answering.submit
 
-    def counted(loaded: Any, batch: answering.Batch, *more: Any) -> list[str]:
-        prompts.extend((prompt.images[0].name, prompt.ids) for group in batch for prompt in group)
-        return whole(loaded, batch, *more)
+    def counted(batch: Any, group: answering.Group, *more: Any) -> int:
+        prompts.extend((prompt.images[0].name, prompt.ids) for prompt in group)
+        return submit(batch, group, *more)
 
-    monkeypatch.setattr(answering, "answer_batch", counted)
+    monkeypatch.setattr(answering, "submit", counted)
     return prompts
 
 
@@ -222,17 +222,16 @@ def test_a_strange_line_in_an_answer_file_is_refused(line: str, tmp_path: Path) 
 
 
 def test_answers_are_kept_while_they_come(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C after some batches: those batches' answers are on disk and are not asked again."""
-    whole, batches = answering.answer_batch, []
+    """Ctrl-C after some answers: those are on disk and are not asked again."""
+    submit, groups = answering.submit, []
 
-    def interrupted(loaded: Any, batch: answering.Batch, *more: Any) -> list[str]:
-        if len(batches) == 3:
-            batches.append([])
+    def interrupted(batch: Any, group: answering.Group, *more: Any) -> int:
+        groups.append(group)
+        if len(groups) == 4:
             raise KeyboardInterrupt
-        batches.append([prompt.images[0].name for group in batch for prompt in group])
-        return whole(loaded, batch, *more)
+        return submit(batch, group, *more)
 
-    monkeypatch.setattr(answering, "answer_batch", interrupted)
+    monkeypatch.setattr(answering, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pope(world, tmp_path / "out", batch_size=5)
     held = {
@@ -242,8 +241,9 @@ def test_answers_are_kept_while_they_come(world: Path, tmp_path: Path, monkeypat
     }
     assert len(held) >= 10
     pope(world, tmp_path / "out", batch_size=5)
-    again = [name for batch in batches[4:] for name in batch]
-    assert len(again) <= sum(map(len, batches)) - 10
+    questions = [question for split in pope_questions(world / "test").values() for question in split]
+    asked_again = sum(map(len, groups[4:]))
+    assert asked_again == len({(question.image, question.text) for question in questions}) - len(held)
 
 
 def test_answers_before_a_failure_are_kept(tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import dpo_keys, save_tiny, tilted, tiny_llava, write_world
+from helpers.tiny import dpo_keys, save_tiny, tilted, tiny_llava, tiny_relook, write_world
 from test_activation_memory import counted_returns
+from test_answering import as_loaded
 from test_packing import PAD, row
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from relook import load_model
+from relook import LoadedModel, load_model
 from relook.data import packing
+from relook.data.images import RecentCache
 from relook.data.packing import Tree, copy_to_cpu, pack, to_device
 from relook.data.samples import Turn
 from relook.data.templates import with_image
@@ -24,9 +26,14 @@ from relook.evaluate.tasks.pope import question_text
 from relook.files import read_json_object
 from relook.forward import activation_memory
 from relook.forward.packed_attention import PackedTrunk
+from relook.generate.answering import GenerationSettings, Prompt, generate_batch
+from relook.generate.attention import ExtentReads, PassView, attend
+from relook.generate.dense_attention import NOTHING, DenseReads
 from relook.generate.engine import Engine
+from relook.generate.model_runner import ModelRunner
 from relook.generate.request import EngineLimits, Request
-from relook.generate.tree_decoding import GenerationSettings, Prompt, generate_batch
+from relook.generate.scheduler import Scheduler, feature_bytes
+from relook.generate.text import Text
 from relook.recipe import build_recipe
 from relook.toyworld import build
 from relook.toyworld.build import shipped_base
@@ -186,3 +193,89 @@ def test_the_doctor_finds_a_gpu_that_works() -> None:
     states = {one.check: one.state for one in run_checks()}
     assert (states["FlexAttention"], states["bf16"]) == (OK, OK)
     assert any(name.startswith("GPU 0") for name in states)
+
+
+# --- the engine
+
+
+def engine_texts(loaded: LoadedModel, prompts: list[Prompt], places: int = 6000) -> tuple[Scheduler, list[Text]]:
+    settings = loaded.core.generation_config
+    inputs = lambda image: {n: t[0] for n, t in loaded.images.batch([image]).items()}  # noqa: E731
+    banned = tuple(settings.suppress_tokens or ()), tuple(settings.begin_suppress_tokens or ())
+    batch = Scheduler(ModelRunner(loaded, places, banned), 64, inputs, RecentCache(1 << 28, feature_bytes))
+    ends = lambda token, _: token == settings.eos_token_id  # noqa: E731
+    return batch, [Text(prompt.ids, prompt.images, 24, ends) for prompt in prompts]
+
+
+def prompts_on(loaded: LoadedModel, pictures: list[tuple[Path, Scene]]) -> list[Prompt]:
+    encoder, asked = loaded.encoder(), []
+    for path, scene in pictures[:12]:
+        asked += [(path, "Describe this image in detail."), (path, question_text(scene.names[0]))]
+    return [Prompt(i, (path,), encoder.prompt(text, [path])) for i, (path, text) in enumerate(asked)]
+
+
+@pytest.mark.parametrize("post_decoder", [{}, {"depth": 2}, {"attention": "self_cross"}], ids=str)
+def test_replayed_and_compiled_steps_give_the_cpus_texts(
+    post_decoder: dict[str, Any], pictures: list[tuple[Path, Scene]]
+) -> None:
+    """float32, arriving three at a time; a step launches one graph, and nothing is compiled twice."""
+    loaded, there = (load_model(shipped_base(), device=device) for device in ("cpu", "cuda"))
+    if post_decoder:
+        loaded, there = (as_loaded(tiny_relook(**post_decoder)) for _ in range(2))
+        there.model.to("cuda")
+    prompts = prompts_on(loaded, pictures)
+    here, wanted = engine_texts(loaded, prompts)
+    here.waiting.extend(wanted)
+    while here.busy:
+        here.step()
+    batch, texts = engine_texts(there, prompts)
+    assert batch.runner.compiled
+    for turn in range(2):
+        left = list(texts)
+        with torch._dynamo.config.patch(error_on_recompile=turn > 0):
+            while left or batch.busy:
+                batch.waiting.extend(left[:3])
+                del left[:3]
+                batch.step()
+        assert batch.runner.compiled
+        assert [text.tokens for text in texts] == [text.tokens for text in wanted]
+        graphs = len(batch.runner._graphs)
+        texts = [Text(text.ids, text.images, 24, text.on_token) for text in texts]
+    assert graphs == len(batch.runner._graphs)
+
+
+def test_a_step_launches_one_graph(pictures: list[tuple[Path, Scene]]) -> None:
+    loaded = load_model(shipped_base(), dtype="bfloat16", device="cuda")
+    loaded.core.generation_config.eos_token_id = None
+    batch, texts = engine_texts(loaded, prompts_on(loaded, pictures))
+    batch.waiting.extend(texts)
+    for _ in range(4):
+        batch.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(5):
+            batch.step()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts.get("cudaGraphLaunch") == 5
+    assert not counts.get("cudaLaunchKernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(32, 32, 128), (32, 8, 128), (4, 4, 64), (4, 2, 32)])
+def test_the_decode_kernel_attends_as_plain_operations_do(
+    dtype: torch.dtype, heads: int, key_heads: int, size: int
+) -> None:
+    """Groups of one query and of many, extents of one place and of many, and one that is empty."""
+    torch.manual_seed(0)
+    kv = tuple(torch.randn(6000, key_heads, size, device="cuda", dtype=dtype) for _ in range(2))
+    ints = lambda values: torch.tensor(values, dtype=torch.int32, device="cuda")  # noqa: E731
+    counts, extents = [1, 1, 1, 18, 3], [(4000, 700), (0, 1), (900, 0), (2000, 640), (5, 333)]
+    query = torch.randn(sum(counts), heads, size, device="cuda", dtype=dtype)
+    keys, values = (side.float() for side in kv)
+    expected = DenseReads(counts, [NOTHING] * 5, extents, keys).attend(query.float(), (keys, values), size**-0.5)
+    ends, firsts, used = [0, 1, 2, 3, 21, 24], [first for first, _ in extents], [length for _, length in extents]
+    for pieces in (1, 4):
+        reads = ExtentReads(ints(ends), ints([*firsts, 0]), ints(used), 18, 704, False, pieces)
+        mixed = attend(query, (kv[0], kv[1]), PassView(ints([]), [reads], True), size**-0.5)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(mixed.float(), expected, atol=tolerance, rtol=tolerance)

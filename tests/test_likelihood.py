@@ -10,13 +10,13 @@ import pytest
 import torch
 from helpers.tiny import IMAGE_SIZE, tiny_llava, tiny_relook
 from PIL import Image
-from test_tree_decoding import as_loaded
+from test_answering import as_loaded
 from torch import Tensor
 
 from relook import load_model
 from relook.data.images import MemoryImage
 from relook.evaluate.likelihood import ScoredAnswer, likelihoods
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.toyworld.build import shipped_base
 
 

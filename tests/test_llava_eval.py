@@ -29,7 +29,7 @@ from relook.evaluate.llava_bench import (
     write_submission,
 )
 from relook.files import read_json, read_records, write_json, write_jsonl
-from relook.generate import tree_decoding as answering
+from relook.generate import answering
 from relook.toyworld.build import shipped_base
 
 
@@ -75,15 +75,15 @@ def test_a_run_that_was_cut_off_goes_on(
 ) -> None:
     how: Any = {"max_new_tokens": 6, "batch_size": 1}
     answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "whole", **how)
-    whole, batches = answering.answer_batch, []
+    submit, groups = answering.submit, []
 
-    def interrupted(loaded: Any, batch: answering.Batch, *more: Any) -> list[str]:
-        batches.append(batch)
-        if len(batches) == 2:
+    def interrupted(batch: Any, group: answering.Group, *more: Any) -> int:
+        groups.append(group)
+        if len(groups) == 3:
             raise KeyboardInterrupt
-        return whole(loaded, batch, *more)
+        return submit(batch, group, *more)
 
-    monkeypatch.setattr(answering, "answer_batch", interrupted)
+    monkeypatch.setattr(answering, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answer_question_file(shipped_base(), questions, pictures[0].parent, tmp_path / "out", **how)
     left = 5 - len(read_records(tmp_path / "out" / "llava.jsonl"))
@@ -319,7 +319,7 @@ def test_the_commands(questions: Path, pictures: list[Path], tmp_path: Path) -> 
         (["eval", "pope"], "--data is missing"),
         (["eval", "lmms", "--tasks", "mme", *where], "--questions, --data would do nothing here"),
         (["eval", "pope", "--limit", "3", *where], "--limit, --questions would do nothing here"),
-        (["eval", "llava", "pope", "--data", str(tmp_path)], "by themselves"),
+        (["eval", "llava", "pope", "--data", str(tmp_path)], "Give one of them alone"),
     ):
         refused = CliRunner().invoke(app, [*arguments, *model])
         assert isinstance(refused.exception, RecipeError)

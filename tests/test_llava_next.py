@@ -22,7 +22,7 @@ from relook.data.samples import PreferencePair, Turn
 from relook.errors import RelookError
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.checkpoint import config_template
 from relook.model.export import convert_model, export_model
 from relook.model.load import add_post_decoder

@@ -444,12 +444,9 @@ def test_hadpos_recipe_runs_as_it_ships(base: Path, tmp_path: Path) -> None:
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.02)
     adapter = json.loads((out / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (128, 256, 0.0)
+    more = {"output_dir": tmp_path / "2", "mm_vision_select_layer": -1, "use_cpu": True, "max_steps": 2}
     with pytest.raises(RecipeError, match="mm_vision_select_layer is -1, but the model's config says -2"):
-        train(
-            load_recipe(
-                "hadpo-lora", {**paths, "output_dir": tmp_path / "2", "mm_vision_select_layer": -1, "use_cpu": True}
-            )
-        )
+        train(load_recipe("hadpo-lora", {**paths, **more}))
 
 
 def test_dropout_is_off_for_the_reference(base: Path, world: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from helpers.serving import KEY, NEW, PICTURES, Served, assert_refused, noise, serving, until
 from helpers.tiny import tiny_llava, tiny_relook
-from test_tree_decoding import TEXTS, as_loaded
+from test_answering import TEXTS, as_loaded
 
 from relook.data.images import image_from_bytes
 from relook.data.samples import Turn
@@ -371,4 +371,4 @@ def test_without_gradio_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not pages.installed()
     with pytest.raises(RelookError, match=r"pip install 'relook\[page\]'"):
-        pages.check_installed()
+        pages.check_gradio_installed()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.serving import KEY, Served, noise, serving, until
-from test_tree_decoding import as_loaded
+from test_answering import as_loaded
 
 from relook import load_model
 from relook.generate.engine import Engine

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.serving import noise
 from helpers.tiny import tiny_relook
-from test_tree_decoding import as_loaded
+from test_answering import as_loaded
 from torch import Tensor
 
 from relook.data.images import image_from_bytes

@@ -251,6 +251,6 @@ def test_a_run_does_not_go_on_with_other_data(
     (tmp_path / "run" / "run.json").unlink()
     ended = relook(*command)
     assert ended.status == 2
-    assert f"what {key} names has changed" in ended.err
+    assert f"the files of {key} have changed since" in ended.err
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # nothing is left to go on from: it begins anew
     fine(relook(*command))

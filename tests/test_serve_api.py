@@ -29,7 +29,7 @@ from helpers.serving import (
 )
 from helpers.tiny import save_tiny, tiny_relook
 from PIL import Image
-from test_tree_decoding import TEXTS, as_loaded
+from test_answering import TEXTS, as_loaded
 
 from relook import load_model
 from relook.data.samples import Turn
@@ -330,7 +330,7 @@ def test_a_failing_step_is_a_short_error(served: Served, monkeypatch: pytest.Mon
         raise RuntimeError("/work/secret/path.py")
 
     with monkeypatch.context() as patch:
-        patch.setattr(served.engines["tuned"].batch, "_read", failing)
+        patch.setattr(served.engines["tuned"].batch.runner, "prefill", failing)
         assert_refused(served.chat("A"), 500, "failed")
         body = json.dumps({"model": "tuned", "messages": [user("A")], "stream": True}).encode()
         _, events = served.send("POST", "/v1/chat/completions", body)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,18 +19,21 @@ from helpers.tiny import tiny_llava, tiny_relook
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_answering import MODELS, TEXTS, as_loaded
 from test_llava_next import as_loaded as as_loaded_next
 from test_llava_next import picture as next_picture
 from test_llava_next import tiny_next, with_decoder
-from test_tree_decoding import MODELS, TEXTS, as_loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relook import LoadedModel, load_model
-from relook.data.images import EncodedImage
+from relook.data.images import EncodedImage, RecentCache
 from relook.data.samples import Turn
 from relook.data.templates import TEMPLATES, Template, with_image
 from relook.errors import CheckpointError, DataError, RelookError
+from relook.generate.answering import GenerationSettings, Prompt, generate_batch
+from relook.generate.attention import WithoutCudnnAttention
 from relook.generate.engine import Engine
+from relook.generate.model_runner import ModelRunner
 from relook.generate.request import (
     ActiveRequest,
     ContextTooLong,
@@ -43,7 +45,7 @@ from relook.generate.request import (
     TokenOutput,
 )
 from relook.generate.scheduler import Scheduler
-from relook.generate.tree_decoding import GenerationSettings, Prompt, WithoutCudnnAttention, generate_batch
+from relook.generate.text import Text
 from relook.model.tokenizer import EACH_BYTE, load_tokenizer, token_bytes
 from relook.model.trainable import untie_head
 from relook.toyworld.build import make_processor
@@ -233,12 +235,11 @@ def test_a_stop_that_the_tokenizer_does_not_know_is_not_the_unknown_token() -> N
     assert tokenizer.unk_token_id in tokens[:-1]
 
 
-def test_attention_makes_no_plan_for_each_length_while_texts_grow() -> None:
+def test_attention_makes_no_plan_for_each_length_while_generate_grows_texts() -> None:
     loaded = as_loaded(tiny_relook())
     planning = []
     loaded.core.model.register_forward_pre_hook(lambda *_: planning.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    with engine_of(loaded) as engine:
-        text_of(engine.stream(asked(engine, *QUESTIONS[0])))
+    generate_batch(loaded, [Prompt(0, (), loaded.encoder().prompt(TEXTS[0], []))], GenerationSettings(max_new_tokens=2))
     assert planning
     assert not any(planning)
     before, any_length = torch.backends.cuda.cudnn_sdp_enabled(), WithoutCudnnAttention()
@@ -259,16 +260,6 @@ class Kernels(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def kernels_a_step(loaded: LoadedModel, run: Callable[[], object]) -> int:
-    """Between two passes of the model in the middle of some work."""
-    at: list[int] = []
-    with Kernels() as kernels:
-        hook = loaded.core.model.register_forward_pre_hook(lambda *_: at.append(kernels.count))
-        run()
-        hook.remove()
-    return at[5] - at[4]
-
-
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS[:1] * 3, TEXTS], ids=["one", "of one length", "of several"])
 def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -> None:
     model = tiny_relook()
@@ -282,24 +273,28 @@ def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -
     model.generation_config.eos_token_id = None
     picture, encoder = EncodedImage(PICTURES[0], "a picture"), loaded.encoder()
     prompts = [Prompt(i, (picture,), encoder.prompt(text, [picture])) for i, text in enumerate(texts)]
-    plain = kernels_a_step(loaded, lambda: generate_batch(loaded, prompts, GenerationSettings(max_new_tokens=NEW)))
-    with engine_of(loaded) as engine:
-        requests = [asked(engine, PICTURES[:1], text) for text in texts]
+    plain: list[int] = []
+    hook = model.model.register_forward_pre_hook(lambda *_: plain.append(kernels.count))
+    with Kernels() as kernels:
+        generate_batch(loaded, prompts, GenerationSettings(max_new_tokens=NEW))
+    hook.remove()
+    inputs = {name: tensor[0] for name, tensor in loaded.images.batch([picture]).items()}
+    batch = Scheduler(ModelRunner(loaded, 4 * 400), 4, lambda _: inputs, RecentCache(0, lambda _: 0))
+    batch.waiting.extend(Text(prompt.ids, (picture,), NEW, lambda *_: False) for prompt in prompts)
+    own: list[int] = []
+    with Kernels() as kernels:
+        while batch.busy:
+            own.append(kernels.count)
+            batch.step()
+    assert own[5] - own[4] <= plain[5] - plain[4]
 
-    def answer() -> None:  # on this thread, where operations are counted
-        batch = Scheduler(loaded, EngineLimits(slots=4), 400)
-        tokenizer = loaded.processor.tokenizer
-        waiting = deque(
-            ActiveRequest(r, [].append, IncrementalText(partial(token_bytes, tokenizer)), frozenset(), NEW, (), inf)
-            for r in requests
-        )
-        with torch.inference_mode():
-            while waiting:
-                batch.admit(waiting)
-            while batch.live:
-                batch.step()
 
-    assert kernels_a_step(loaded, answer) <= plain
+def test_a_warm_engine_answers_as_a_cold_one() -> None:
+    loaded = as_loaded(tiny_relook())
+    with engine_of(loaded, slots=5) as engine:
+        engine.warm()
+        assert engine.batch.counts.new_tokens == 0
+        assert at_once(engine, QUESTIONS[:8]) == one_by_one(loaded, QUESTIONS[:8])
 
 
 # --- sampling, stops, log-probs
@@ -339,7 +334,7 @@ def grown(tokenizer: Any, ids: Sequence[int], stops: Sequence[str] = (), top: in
     events: list[Event] = []
     text = IncrementalText(partial(token_bytes, tokenizer), stops)
     request = Request((), logprobs=True, top=top)
-    answer = ActiveRequest(request, events.append, text, frozenset(), len(ids), (), inf)
+    answer = ActiveRequest(request, events.append, text, frozenset(), len(ids), inf)
     for id in ids:
         finish = answer.add(TokenOutput(id, top=((id, 0.0),)))
         answer.report(finish)
@@ -454,7 +449,7 @@ def test_a_step_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with engine_of(loaded) as engine:
         expected = text_of(engine.stream(asked(engine, *QUESTIONS[0])))
         with monkeypatch.context() as patch:
-            patch.setattr(engine.batch, "_read", lambda *_: 1 / 0)
+            patch.setattr(engine.batch.runner, "prefill", lambda *_: 1 / 0)
             assert [event.finish for event in engine.stream(asked(engine, *QUESTIONS[0]))] == ["error"]
         assert engine.alive
         assert text_of(engine.stream(asked(engine, *QUESTIONS[0]))) == expected

@@ -43,7 +43,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from starlette.exceptions import HTTPException
-from test_tree_decoding import as_loaded
+from test_answering import as_loaded
 
 from relook.errors import DataError, RelookError
 from relook.generate.engine import DECODERS, Engine
@@ -52,8 +52,8 @@ from relook.serve import api
 from relook.serve import media as media_module
 from relook.serve.api import ServerLimits
 from relook.serve.media import ImageSources, is_public
-from relook.serve.server import check_names, own_hosts
-from relook.serve.threads import read_json
+from relook.serve.server import check_host_names, own_hosts
+from relook.serve.threads import parse_body
 
 ROUTE = "/v1/chat/completions"
 
@@ -622,10 +622,10 @@ def test_what_a_body_holds_is_counted_before_it_is_parsed(value: Any, ascii: boo
     body, tokens = json.dumps(value, ensure_ascii=ascii).encode("utf-8", "replace"), count_tokens(value)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("relook.serve.threads.JSON_TOKENS", tokens)
-        assert read_json(body) == json.loads(body)
+        assert parse_body(body) == json.loads(body)
         patch.setattr("relook.serve.threads.JSON_TOKENS", tokens - 1)
         with pytest.raises(HTTPException, match="too many messages"):
-            read_json(body)
+            parse_body(body)
 
 
 @pytest.mark.parametrize(
@@ -665,9 +665,9 @@ def test_json_is_parsed_beside_the_event_loop(served: Served, monkeypatch: pytes
 
     def noted(body: bytes) -> Any:
         threads.append(threading.current_thread().name)
-        return read_json(body)
+        return parse_body(body)
 
-    monkeypatch.setattr(api, "read_json", noted)
+    monkeypatch.setattr(api, "parse_body", noted)
     assert_well(served)
     assert [name.partition("_")[0] for name in threads] == ["texts"]
 
@@ -829,7 +829,7 @@ def test_names_that_no_browser_sends_are_the_users_mistake() -> None:
     hosts = {"https://a.example", "a.example:80", "a.example/", "*", "", "a b", "::1", "b.example", "[::1]"}
     origins = ("a.example", "https://a.example/", "https://*.example", "https://b.example", "*", "http://[::1]:80")
     with pytest.raises(RelookError) as caught:
-        check_names(ServerLimits(hosts=frozenset(hosts), origins=origins))
+        check_host_names(ServerLimits(hosts=frozenset(hosts), origins=origins))
     wrong = str(caught.value).partition(": ")[2].partition(". Give")[0].split(", ")
     expected = [f"--allow-host {host}" for host in hosts - {"::1", "b.example", "[::1]"}]
     assert sorted(wrong) == sorted(expected + [f"--cors-origin {origin}" for origin in origins[:3]])

@@ -98,7 +98,7 @@ def test_names_tell_rows_apart() -> None:
         ({"rows": [{"max_steps": 1}]}, "No step would have a learning rate above 0"),
         ({"rows": {"seed": 1}}, "list of mappings"),
         ({"rows": [{"seed": 1}], "grid": {"seed": [1, 2]}}, "rows and in grid"),
-        ({"rows": [{"seed": 1}, {"seed": 1}]}, "twice"),
+        ({"rows": [{"seed": 1}, {"seed": 1}]}, "Several rows of the sweep are called"),
         ({"rows": [{"name": "base"}]}, "base"),
         ({"rows": [{"recipe": "toyworld-heat"}]}, "toyworld-head"),
         ({"rows": [{"recipe": "toyworld-head", "model_name_or_path": "a"}, {"seed": 1}]}, "model_name_or_path"),

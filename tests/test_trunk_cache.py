@@ -135,7 +135,7 @@ def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path
         (dpo_keys, {"tune_lm_head": True}),
         (sft_keys, SELF_CROSS | {"tune_lm_head": True}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_wherever_the_states_are_the_training_is_the_same(
     of: Callable[..., dict[str, Any]], keys: dict[str, Any], base: Path, world: Path, tmp_path: Path
@@ -391,7 +391,7 @@ def test_a_broken_shard_is_noticed_and_computed_again(
         victim = sorted((tmp_path / "trunk_cache").rglob(f"{part}-*"))[count]
         victim.write_bytes(harm(victim.read_bytes()))
     prepared(keys)
-    assert capsys.readouterr().err.count("is broken") == 3
+    assert capsys.readouterr().err.count("is corrupt") == 3
     assert contents(tmp_path / "trunk_cache") == whole
 
 

@@ -1,4 +1,4 @@
-"""Other trunks than LLaVA's through the generic way: Qwen2.5-VL from its hub layout to the trained and exported model."""
+"""Trunks other than LLaVA by the generic way: Qwen2.5-VL from its hub layout to the trained and exported model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from relook.errors import DataError
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy
 from relook.forward.positions import tree_positions
+from relook.generate.answering import GenerationSettings, answer_questions
+from relook.generate.engine import Engine
+from relook.generate.request import EngineLimits, Request
 from relook.model.export import export_model, merge_adapter
 from relook.model.inspect import inspect_model
 from relook.model.load import add_post_decoder
@@ -254,3 +257,39 @@ def test_cached_states_train_to_the_same_weights_as_live_ones(
         recipe = world_keys("dpo", folder, world, tmp_path / cache, optim="sgd", learning_rate=0.1, feature_cache=cache)
         found.append(load_model(train(build_recipe(recipe | keys))).model.state_dict())
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+# --- answers
+
+
+@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}], ids=str)
+def test_answers_are_those_of_generate(folder: Path, world: Path, settings: dict[str, Any] | None) -> None:
+    loaded = load_model(folder) if settings is None else with_decoder(folder, **settings)
+    paths = sorted((world / "vg").rglob("*.jpg"))
+    questions: list[Any] = [(path, f"Is there a {name} in the image?") for path in paths for name in ("cup", "dog")]
+    questions.append(((paths[0], paths[1]), "Which of both?"))
+    found = dict(
+        answer_questions(loaded, questions, GenerationSettings(max_new_tokens=6, batch_size=4), lambda *_: None)
+    )
+    for i in (0, 3, 6, len(questions) - 1):
+        images = [questions[i][0]] if isinstance(questions[i][0], Path) else list(questions[i][0])
+        assert found[i] == loaded.generate(images, questions[i][1], max_new_tokens=6)
+
+
+def test_a_conversation_goes_on_in_the_engine(folder: Path, tmp_path: Path) -> None:
+    loaded = load_model(folder)
+    engine = Engine(loaded, EngineLimits(slots=2, length=400))
+    try:
+        picture(SIZES[1]).save(tmp_path / "a.png")
+        image = engine.image((tmp_path / "a.png").read_bytes())
+        turns = [Turn("<image>\nWhat is this?", "A cup of tea."), Turn("And where?", "")]
+        for said in (turns[:1], turns):
+            asked = [*said[:-1], Turn(said[-1].prompt, "")]
+            ids = engine.prompt(asked, [image])
+            text = "".join(event.text for event in engine.stream(Request(ids, (image,), max_new_tokens=6)))
+            inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+            inputs |= loaded.token_types(inputs["input_ids"]) | loaded.images.batch([tmp_path / "a.png"])
+            expected = loaded.core.generate(**inputs, do_sample=False, max_new_tokens=6)[0, len(ids) :]
+            assert text.strip() == loaded.decode(expected)
+    finally:
+        engine.stop()

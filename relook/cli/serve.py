@@ -50,6 +50,7 @@ def serve(
     page: Annotated[
         bool | None, typer.Option("--page/--no-page", help="A page for people at /; there where gradio is installed.")
     ] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Compile everything before taking requests (GPUs).")] = False,
     version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,
@@ -70,10 +71,10 @@ def serve(
 
     sources = ImageSources(int(max_image_mb * 1e6), allow_http, media_root)
     if page:
-        pages.check_installed()
+        pages.check_gradio_installed()
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
     run.serve(
-        run.ServeOptions(host, port, stop_timeout, version, pages.installed() if page is None else page),
+        run.ServeOptions(host, port, stop_timeout, version, pages.installed() if page is None else page, warm),
         EngineLimits(slots, queue, max_length, cache_gb, seconds=timeout),
         ServerLimits(
             api_key,

@@ -156,5 +156,5 @@ def exit_with_parent() -> None:
         main_process.join()
         os._exit(1)
 
-    # The pool cannot do this: a killed parent shuts nothing down, and its workers would wait for tasks for ever.
+    # The pool cannot do this: a killed parent shuts nothing down, and its workers would wait for tasks forever.
     Thread(target=end, daemon=True).start()

@@ -75,7 +75,7 @@ Value = TypeVar("Value")
 
 
 def to_device(value: Value, device: torch.device | str) -> Value:
-    """Move every tensor field of a dataclass, and tensors in lists and dicts, to a device; copies to a GPU do not block.
+    """Move every tensor field of a dataclass, and tensors in lists and dicts, to a device; copies to a GPU do not wait.
 
     After `pin_memory`, the copy need not wait for the GPU either. A copy from pageable memory starts only once the GPU
     has finished all earlier work.

@@ -20,7 +20,7 @@ from relook.forward.activation_memory import layers_on_device
 from relook.forward.collate import TREES_PER_ROOT
 from relook.forward.packed_attention import ADAPTER, ATTENTION_INPUTS, MLP_INPUTS, packs_rows
 from relook.forward.policy import LOGITS_BYTES, ROWS_IN_FLOAT32, Policy
-from relook.model.families import vision_width
+from relook.model.modeling_relook import vision_width
 from relook.model.post_decoder import PostDecoder
 from relook.recipe import Recipe
 from relook.train.cache_store import SHARD_BYTES

@@ -86,7 +86,7 @@ class DataLengths:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Recommendation:
     """Strategy to run a recipe with.
 
     Args:
@@ -126,7 +126,7 @@ def estimate(
     source = open_meta_model(recipe)
     if family_of(source.config).positions is None:
         raise RecipeError(
-            f"The memory of a {source.config.model_type} is not known: only LLaVA's and LLaVA-NeXT's towers are counted.",
+            f"The memory of a {source.config.model_type} is not known: only LLaVA and LLaVA-NeXT are counted.",
             "Run a few steps (--max_steps 3), whose log says the peak.",
         )
     model = build_on_meta(recipe, source)
@@ -357,7 +357,7 @@ def choose(
     gpu_memory: float,
     gpus: int,
     largest: Mapping[str, int],
-) -> Choice:
+) -> Recommendation:
     """Choose the fastest strategy that fits, with weights of 4 bits if none fits otherwise.
 
     If the trunk trains, layers are recomputed only if batches of ENOUGH samples do not fit otherwise. Steps have as
@@ -385,8 +385,8 @@ def choose(
                 # Without recomputation comes first; with it, if only that has batches that keep a GPU busy.
                 enough = [fit for fit in fitted if fit[1] >= min(ENOUGH, batch_size(recipe))]
                 change, largest_size = (enough or fitted[::-1])[0]
-                return Choice(name, _flags(recipe, name, change), largest_size)
-    return Choice("", "", 0)
+                return Recommendation(name, _flags(recipe, name, change), largest_size)
+    return Recommendation("", "", 0)
 
 
 def _fitted(

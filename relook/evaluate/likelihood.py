@@ -18,7 +18,7 @@ from relook.data.images import Shown, prefetch_map
 from relook.data.packing import Tree
 from relook.forward.collate import build_live_batch
 from relook.forward.policy import LOGITS_BYTES, LiveBatch, Policy, gather_log_probs, prediction_states
-from relook.generate.tree_decoding import require_finite
+from relook.generate.answering import require_finite
 from relook.model.load import LoadedModel
 
 ScoredAnswer = tuple[tuple[Shown, ...], str, str]  # images, a question, and an answer to it

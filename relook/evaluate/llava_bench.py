@@ -41,7 +41,7 @@ from relook.files import (
     write_text,
     writes_alone,
 )
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.checkpoint import parse_folder
 from relook.model.load import LoadOptions
 

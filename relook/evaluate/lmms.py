@@ -19,7 +19,7 @@ from relook.errors import DataError, RecipeError, RelookError
 from relook.evaluate.results import provenance
 from relook.evaluate.run import begin_evaluation
 from relook.files import read_json, write_json
-from relook.generate.tree_decoding import GenerationSettings
+from relook.generate.answering import GenerationSettings
 from relook.model.checkpoint import parse_folder
 from relook.model.load import LoadOptions
 

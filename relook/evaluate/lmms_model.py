@@ -26,7 +26,7 @@ from relook.evaluate.likelihood import Likelihood, likelihoods
 from relook.evaluate.results import AnswerFile
 from relook.evaluate.run import append_answers
 from relook.files import text_hash
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.load import LoadedModel, LoadOptions
 from relook.recipe import coerce
 

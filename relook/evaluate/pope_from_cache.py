@@ -34,8 +34,8 @@ from relook.evaluate.tasks.pope import BENCHMARK, SPLITS, pope_questions, pope_r
 from relook.files import atomic_file, write_json, write_jsonl
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy, TrunkStates, prediction_states
+from relook.generate.answering import GenerationSettings, answer_questions, require_finite
 from relook.generate.sampling import Sampler
-from relook.generate.tree_decoding import GenerationSettings, answer_questions, require_finite
 from relook.model.adapters import read_adapter
 from relook.model.checkpoint import parse_folder
 from relook.model.families import has_post_decoder
@@ -169,7 +169,7 @@ class CachedPope:
         if rule is None:
             return {}
         # A token that sampling never chooses cannot be the first, however likely it is.
-        suppressed = {*rule.never.tolist(), *rule.not_first.tolist()}
+        suppressed = {*rule.never, *rule.not_first}
         # Several tokens decode to the same word, with and without a leading space: all of them count.
         words = {token: tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
         return {token: word for token, word in words.items() if word in DECISIVE_MARGIN and token not in suppressed}

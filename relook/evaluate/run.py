@@ -20,7 +20,7 @@ from relook.evaluate.benchmark import YES_NO_MAX_TOKENS, Benchmark, Questions, r
 from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, utc_now
 from relook.evaluate.tasks import get_benchmarks
 from relook.files import claim_output_dir, read_json, read_json_object, write_json, writes_alone
-from relook.generate.tree_decoding import GenerationSettings, answer_questions
+from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.checkpoint import AnyFolder, parse_folder
 from relook.model.load import LoadedModel, LoadOptions, parse_device
 

@@ -1,4 +1,4 @@
-"""Continuous batching: one thread owns the model and advances all answers by a token a step.
+"""Serving: one thread owns the model and advances all answers by a token a step.
 
 Greedy text is that of transformers' `generate` at batch 1 in float32, whatever else is being answered.
 
@@ -24,11 +24,16 @@ from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from relook.console import status
-from relook.data.images import RecentCache, image_from_bytes
+from relook.console import progress, status
+from relook.data.images import GRID, RecentCache, image_from_bytes
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, RelookError
+from relook.forward.positions import row_positions
+from relook.generate.kv_extents import MIN_SHARED
+from relook.generate.model_runner import ModelRunner, position_bytes
+from relook.generate.passes import BUCKETS
 from relook.generate.request import (
     ActiveRequest,
     ContextTooLong,
@@ -39,16 +44,17 @@ from relook.generate.request import (
     QueueFull,
     Request,
 )
-from relook.generate.sampling import supported_settings, uniform
-from relook.generate.scheduler import Scheduler
-from relook.generate.tree_decoding import without_cudnn_attention
+from relook.generate.sampling import Sampler, uniform
+from relook.generate.scheduler import EngineCounts, Scheduler, feature_bytes
+from relook.generate.text import ImageKey, Text
 from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
-Made = TypeVar("Made")
-CHARACTERS = 64  # of a text for each position: more are not even cut into tokens
-DECODERS = 2  # images at a time, which are hundreds of megabytes at worst
-READ_IMAGES = 1 << 28  # bytes of decoded images that are remembered
+Result = TypeVar("Result")
+MAX_CHARACTERS = 64  # of a conversation for each position; a longer one is not even tokenised
+DECODERS = 2  # images decoded at a time, which take hundreds of megabytes at worst
+IMAGE_BYTES = 1 << 28  # processed images that are cached
+WARM_TOKENS = 4  # of each made-up answer
 
 
 class Engine:
@@ -64,17 +70,24 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, limits: EngineLimits, template: str = "") -> None:
         self.loaded, self.limits = loaded, limits
-        self.length = slot_length(loaded.core.config.text_config, limits, loaded.core.dtype)
-        if supported_settings(loaded, {"do_sample": False}, self.length) is None:
+        self.length = slot_length(loaded, limits)
+        sampler = Sampler.of(loaded, template, {"do_sample": False}, self.length)
+        if sampler is None:
             raise CheckpointError(
                 f"generation_config.json of {loaded.path} asks for what only `generate` follows.",
                 "Take beams, penalties and the like out of it.",
             )
         self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_positions)
         self.ends, self.stops = _endings(loaded, loaded.conversation_template(template).stop)
-        self.batch = Scheduler(loaded, limits, self.length)
+        self.batch = Scheduler(
+            ModelRunner(loaded, limits.slots * self.length, (sampler.never, sampler.not_first)),
+            limits.slots,
+            self._image_inputs,
+            RecentCache(int(limits.image_gb * 1e9), feature_bytes),
+        )
+        self._active: dict[Text, ActiveRequest] = {}  # requests whose text is in the scheduler
         self._token_bytes = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
-        self._images: RecentCache[ProcessedImage] = RecentCache(READ_IMAGES, lambda image: image.nbytes)
+        self._images: RecentCache[ProcessedImage] = RecentCache(IMAGE_BYTES, lambda image: image.nbytes)
         self._decoding = threading.Semaphore(DECODERS)
         self._waiting: deque[ActiveRequest] = deque()
         self._calls: deque[Callable[[], None]] = deque()
@@ -83,32 +96,56 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
+    def warm(self) -> None:
+        """Answer made-up prompts, so that everything is compiled and captured before the first request.
+
+        Every number of rows is answered twice: with prompts that share nothing, and with ones that share a beginning.
+        """
+        first, second = [id for id in range(3) if id != self.batch.image_token][:2]
+
+        def answer_all() -> None:
+            buckets = [bucket for bucket in BUCKETS if bucket <= self.limits.slots]
+            for rows in buckets:
+                for shared in (0, 2 * MIN_SHARED):
+                    for row in range(rows):
+                        # The row's number in binary, so that no prompt is equal to another.
+                        suffix = tuple(second if row >> bit & 1 else first for bit in range(MIN_SHARED - 1))
+                        ids = ((first,) * shared + suffix)[: self.length - WARM_TOKENS]
+                        self.batch.waiting.append(Text(ids, (), WARM_TOKENS, lambda *_: False))
+                    while self.batch.busy:
+                        self.batch.step()
+                report(buckets.index(rows) + 1, len(buckets))
+            self.batch.counts = EngineCounts()
+
+        with progress("Warming up") as report:
+            self.run(answer_all)
+
     def image(self, data: bytes) -> ProcessedImage:
-        """An image file's bytes, decoded and prepared; one that was sent lately is remembered.
+        """Decode and process an image file's bytes; recent images are cached.
 
         Raises:
             DataError: it is no image, or too large.
         """
         key = hashlib.sha256(data).hexdigest()
-        found = self._images.get(key)
-        if found is None:
+        processed = self._images.get(key)
+        if processed is None:
             with self._decoding:
                 picture = image_from_bytes(data, self.limits.max_pixels, self.loaded.images.check_shape)
-                inputs = {name: t[0] for name, t in self.loaded.images.batch([picture]).items()}
+                inputs = self.batch.runner.staged(self.loaded.images.inputs(picture))
             positions = self.loaded.image_positions
-            found = ProcessedImage(key, inputs, positions if isinstance(positions, int) else positions(picture))
-            self._images.put(key, found)
-        return found
+            processed = ProcessedImage(key, inputs, positions if isinstance(positions, int) else positions(picture))
+            self._images.put(key, processed)
+        return processed
 
     def prompt(self, turns: Sequence[Turn], images: Sequence[ProcessedImage] = ()) -> tuple[int, ...]:
-        """Ids of a conversation whose last turn is to be answered. Prompts name their images by `<image>`.
+        """Encode a conversation whose last turn is to be answered. Prompts name their images by `<image>`.
 
         Raises:
-            TooLong: it leaves no room for an answer.
+            ContextTooLong: it leaves no room for an answer.
             DataError: its placeholders are not its images.
         """
         characters = sum(len(turn.prompt) + len(turn.response) for turn in turns)
-        if characters > CHARACTERS * self.length:
+        if characters > MAX_CHARACTERS * self.length:
             raise self._too_long(f"the conversation has {characters:,} characters")
         *history, last = turns
         pictures: Sequence[Any] = images
@@ -117,12 +154,12 @@ class Engine:
         return ids
 
     def check_length(self, positions: int) -> None:
-        """Raises TooLong where a conversation of so many positions leaves no room for an answer."""
+        """Raise ContextTooLong if a conversation of so many positions leaves no room for an answer."""
         if positions >= self.length:
             raise self._too_long(f"the conversation takes {positions:,} positions")
 
     def _too_long(self, size: str) -> ContextTooLong:
-        """In OpenAI's words, by which proxies know the error."""
+        """Word the error as OpenAI does, by which proxies know it."""
         return ContextTooLong(
             f"This model's maximum context length is {self.length} tokens with the answer, but {size}.",
             "Shorten it.",
@@ -132,30 +169,29 @@ class Engine:
         """Queue a request. `emit` is called on the engine's thread, and must not wait.
 
         Raises:
-            Busy: the queue is full, or the engine stops.
+            QueueFull: the queue is full, or the engine stops.
         """
-        most = max(1, min(request.max_new_tokens, self.length - len(request.ids)))
-        draws = uniform(request.seed, 0, most).tolist() if request.temperature else []
+        max_new_tokens = max(1, min(request.max_new_tokens, self.length - len(request.ids)))
         text = IncrementalText(self._token_bytes, (*self.stops, *request.stop))
         until = request.until or time.monotonic() + self.limits.seconds
-        answer = ActiveRequest(request, emit, text, self.ends, most, draws, until)
+        active = ActiveRequest(request, emit, text, self.ends, max_new_tokens, until)
         with self._wake:
             if self._stopping:
                 raise QueueFull("The server is stopping.")
             if self.full:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting already.", "Try again later.")
-            self._waiting.append(answer)
+            self._waiting.append(active)
             self._wake.notify()
-        return answer
+        return active
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """The events of one answer, up to the last. Leaving the loop early frees its slot.
+        """Yield the events of one answer, up to the last. Leaving the loop early cancels the request.
 
         Raises:
-            Busy: as `submit`.
+            QueueFull: as `submit`.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        answer = self.submit(request, events.put)
+        active = self.submit(request, events.put)
         try:
             while True:
                 event = events.get()
@@ -163,16 +199,16 @@ class Engine:
                 if event.finish:
                     return
         finally:
-            answer.cancel()
+            active.cancel()
 
-    def run(self, work: Callable[[], Made]) -> Made:
-        """What a function makes of the model. It is called on the engine's thread, between two steps.
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Call a function on the engine's thread, between two steps, and return its result.
 
         Raises:
-            Busy: the engine stops.
+            QueueFull: the engine stops.
             Exception: whatever the function raises.
         """
-        done: Future[Made] = Future()
+        done: Future[Result] = Future()
 
         def call() -> None:
             try:
@@ -189,25 +225,26 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a slot."""
+        """Return the number of requests that wait for a slot."""
         return len(self._waiting)
 
     @property
     def full(self) -> bool:
-        """Whether one more would be refused."""
+        """Return True if one more request would be refused."""
         return len(self._waiting) >= self.limits.waiting
 
     @property
     def running(self) -> int:
-        """Answers in slots."""
+        """Return the number of answers in slots."""
         return self.batch.live
 
     @property
     def alive(self) -> bool:
+        """Return True while the engine's thread runs."""
         return self._thread.is_alive()
 
     def stop(self, seconds: float = 0.0) -> None:
-        """Take nothing new, finish what is being answered for so long at most, and end the rest."""
+        """Refuse new requests, let running ones finish for `seconds` at most, and end the rest."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -215,9 +252,8 @@ class Engine:
         self._ending = True
         self._thread.join()
 
-    @without_cudnn_attention
-    @torch.inference_mode()
     def _run(self) -> None:
+        """Work until the engine is stopped and nothing is left to do."""
         while True:
             with self._wake:
                 while not self._busy and not self._stopping:
@@ -231,33 +267,69 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        return bool(self._waiting or self._calls or self.batch.live)
+        return bool(self._waiting or self._calls or self.batch.busy)
 
     def _turn(self) -> None:
-        """Let go of who is gone, take in who waits, and take one step."""
-        while self._calls:
-            self._calls.popleft()()
+        """Let go of cancelled and late requests, admit waiting ones, and take one step."""
+        with torch.inference_mode():
+            while self._calls:
+                self._calls.popleft()()
         now = math.inf if self._ending else time.monotonic()
-        self.batch.leave(now)
+        for text, active in self._active.items():
+            if active.over(now):
+                self.batch.cancel(text)
+                active.report("timeout")
         with self._wake:
-            over = [answer for answer in self._waiting if answer.over(now)]
-            for answer in over:
-                self._waiting.remove(answer)
-        for answer in over:
-            answer.report("timeout")
-        self.batch.admit(self._waiting)
-        if self.batch.live:
-            self.batch.step()
+            # The scheduler admits first come, first served; no more are given to it than there are slots.
+            late = [active for active in self._waiting if active.over(now)]
+            for active in late:
+                self._waiting.remove(active)
+            while self._waiting and self.batch.live < self.limits.slots:
+                self._admit(self._waiting.popleft())
+        for active in late:
+            active.report("timeout")
+        try:
+            if self.batch.busy:
+                self.batch.step()
+        finally:
+            for text in [text for text in self._active if text.ended]:
+                active = self._active.pop(text)
+                if text.failed:
+                    active.report("error")
+
+    def _admit(self, active: ActiveRequest) -> None:
+        """Queue a request's text in the scheduler."""
+        request = active.request
+        text = Text(
+            request.ids,
+            tuple(image.key for image in request.images),
+            active.max_new_tokens,
+            lambda token, logprobs: active.take(token, logprobs, text.reused),
+            request.temperature,
+            0,
+            request.top_p,
+            uniform(request.seed, 0, active.max_new_tokens) if request.temperature else None,
+            request.top if request.logprobs else -1,
+            positions=row_positions(
+                self.loaded.core.config, request.ids, [image.inputs.get(GRID) for image in request.images]
+            ),
+        )
+        self._active[text] = active
+        self.batch.waiting.append(text)
+
+    def _image_inputs(self, key: ImageKey) -> dict[str, Tensor]:
+        """Return the image processor's outputs of an image that a request in the scheduler shows."""
+        images = (image for active in self._active.values() for image in active.request.images)
+        return next(image.inputs for image in images if image.key == key)
 
 
-def slot_length(text_config: Any, limits: EngineLimits, dtype: torch.dtype) -> int:
-    """Positions of a slot: what the language model was made for, or less where that does not fit `cache_gb`."""
-    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    position = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * size * dtype.itemsize
-    fits = int(limits.cache_gb * 1e9) // (position * limits.slots)
+def slot_length(loaded: LoadedModel, limits: EngineLimits) -> int:
+    """Return the positions of a slot: what the language model was made for, or less if that exceeds `cache_gb`."""
+    text_config = loaded.core.config.text_config
+    fits = int(limits.cache_gb * 1e9) // (position_bytes(loaded) * limits.slots)
     window = getattr(text_config, "sliding_window", None)
-    made_for = text_config.max_position_embeddings
-    length = min(limits.length or made_for, made_for, window or made_for, fits)
+    maximum = text_config.max_position_embeddings
+    length = min(limits.length or maximum, maximum, window or maximum, fits)
     if length < 2:
         raise RelookError(f"{limits.slots} slots do not fit into {limits.cache_gb} GB.", "Raise --cache-gb.")
     return int(length)
@@ -268,9 +340,9 @@ def _positions(image: Any) -> int:
 
 
 def _endings(loaded: LoadedModel, stop: str) -> tuple[frozenset[int], tuple[str, ...]]:
-    """The tokens and the texts that end an answer. A text that is a special token is not seen in decoded text."""
-    ends = loaded.core.generation_config.eos_token_id
-    ids = {ends} if isinstance(ends, int) else set(ends or ())
+    """Return the tokens and the texts that end an answer. Decoded text does not show special tokens."""
+    eos = loaded.core.generation_config.eos_token_id
+    ids = {eos} if isinstance(eos, int) else set(eos or ())
     added = loaded.processor.tokenizer.added_tokens_decoder.items()
     ids |= {id for id, token in added if token.special and token.content == stop}
     return frozenset(ids), (stop,) if stop else ()

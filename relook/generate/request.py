@@ -1,4 +1,4 @@
-"""One answer while it grows: its tokens, when it ends, and which of its characters may be shown."""
+"""A request to the engine, and its answer while it grows: when it ends, and which of its text may be shown."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor
 
 from relook.data.images import nbytes
 from relook.errors import DataError, RelookError
+from relook.generate.sampling import TokenLogprobs
 from relook.model.tokenizer import EACH_BYTE, UTF8
 
 # ----------------------------------------------------------------------------------------------------
-# What the engine is asked, and what it says while it answers.
+# What the engine is asked for, and what it reports while it answers.
 
 
 @dataclass(frozen=True)
 class ProcessedImage:
-    """An image as the model takes it.
+    """An image as the model reads it.
 
     Args:
         key: hash of its bytes; images of the same key are the same.
-        inputs: what the image processor made of it, without a batch dimension.
-        positions: that it takes in a prompt.
+        inputs: outputs of the image processor, without a batch dimension.
+        positions: number of positions it takes in a prompt.
     """
 
     key: str
@@ -37,18 +38,18 @@ class ProcessedImage:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted.
+    """A request for one answer.
 
     Args:
-        ids: the prompt, as `Engine.prompt` makes it.
-        images: those of its placeholders, in order.
+        ids: the prompt, as `Engine.prompt` encodes it.
+        images: the images of its placeholders, in order.
         temperature: 0 takes the most likely token.
         top_p: of sampling: the smallest set of tokens that is as likely together.
         seed: of sampling. The same seed draws the same answer, whatever else is being answered.
         stop: texts that end the answer, and are not part of it.
         logprobs: whether each token comes with its log-probability; `top` says with how many of the likeliest others.
-        stream: events as the answer grows; else one, at its end.
-        until: when it must be whole, by the monotonic clock; 0 for the engine's `seconds` after it is queued.
+        stream: report events as the answer grows; otherwise one, at its end.
+        until: deadline by the monotonic clock; 0 for the engine's `seconds` after it is queued.
     """
 
     ids: tuple[int, ...]
@@ -80,11 +81,11 @@ class TokenOutput:
 
 @dataclass(frozen=True)
 class Event:
-    """What is new of an answer.
+    """News of an answer.
 
     Args:
         finish: on the last event: "stop", "length", "timeout" or "error".
-        reused: positions of the prompt that were in memory already, once it has been read.
+        reused: positions of the prompt that were in memory already, known once it is read.
     """
 
     text: str = ""
@@ -95,16 +96,16 @@ class Event:
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What an engine may take.
+    """Limits of an engine.
 
     Args:
-        slots: answers at the same time.
+        slots: answers that grow at the same time.
         waiting: requests that may wait for a slot; one more is refused.
         length: longest prompt with its answer, in positions; 0 is what the language model was made for.
-        cache_gb: memory for keys and values of all slots: `length` is made smaller to keep to it.
-        image_gb: memory for what the vision tower said of recent images.
-        seconds: from a request's arrival to its answer's end.
-        max_pixels: of an image.
+        cache_gb: memory for keys and values of all slots; `length` is reduced to fit into it.
+        image_gb: memory for the features of recent images.
+        seconds: longest time from a request's arrival to its answer's end.
+        max_pixels: largest image.
     """
 
     slots: int = 16
@@ -132,7 +133,7 @@ class IncrementalText:
     """The text of an answer while it grows: its tokens' bytes as UTF-8, up to a stop, without white space around it.
 
     Args:
-        token_bytes: what a token adds, as `relook.model.tokenizer.token_bytes` gives it.
+        token_bytes: returns the bytes that a token adds, as `relook.model.tokenizer.token_bytes` gives it.
         stops: texts that end an answer, and are not part of it.
     """
 
@@ -164,24 +165,25 @@ class IncrementalText:
     def _write(self, new: str) -> None:
         if self.stopped:
             return
-        if new and not self._begun:  # as a tokenizer decodes it
+        if new and not self._begun:  # a tokenizer drops the leading space too
             new, self._begun = new.removeprefix(" "), True
         old, self._raw = len(self._raw), self._raw + new
+        # A stop may begin in the text before; it ends in the new one.
         stops = [at for stop in self.stops if (at := self._raw.find(stop, max(0, old - len(stop) + 1))) >= 0]
         if stops:
             self._raw, self.stopped = self._raw[: min(stops)], True
 
-    def more(self, whole: bool) -> str:
+    def more(self, final: bool) -> str:
         """Return the characters that can be shown and have not been. Before the end, whatever may still change is held
         back: space at the end, half a character, the beginning of a stop."""
-        held = 0
-        if whole:
+        withheld = 0
+        if final:
             self._give_up()
         else:
-            held = max((_overlap(self._raw, stop) for stop in self.stops), default=0)
-        more = self._raw[: len(self._raw) - held].strip()[self._shown :]
-        self._shown += len(more)
-        return more
+            withheld = max((_overlap(self._raw, stop) for stop in self.stops), default=0)
+        shown = self._raw[: len(self._raw) - withheld].strip()[self._shown :]
+        self._shown += len(shown)
+        return shown
 
     @property
     def _lead(self) -> int:
@@ -192,8 +194,8 @@ class IncrementalText:
         """Count the tokens of which all is shown that will be; the first ones are known to be such."""
         limit = self._lead + self._shown
         # A token that ends with the shown text and wrote none of it may be the beginning of a character, or of a stop.
-        held = (i for i in range(first, len(self._ends)) if self._ends[i] > limit or self._start(i) == limit)
-        return next(held, len(self._ends))
+        unsettled = (i for i in range(first, len(self._ends)) if self._ends[i] > limit or self._start(i) == limit)
+        return next(unsettled, len(self._ends))
 
     def token(self, index: int, id: int) -> tuple[str, bytes]:
         """Return the part of the shown text that a token wrote, and its bytes. Joined, both are the shown text."""
@@ -219,36 +221,34 @@ class IncrementalText:
 
 
 def _continues(data: bytes) -> bool:
-    """Whether bytes may belong to a character that began before them; no bytes at all change nothing."""
+    """Return True if bytes may belong to a character that began before them; no bytes at all change nothing."""
     return not data or data[0] & 0xC0 == 0x80
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text a stop may begin with."""
+    """Return the number of characters at the end of a text with which a stop may begin."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass
 class ActiveRequest:
-    """A request on its way. The engine's thread owns it; `cancel` may be called from any.
+    """A request that waits or is answered. The engine's thread owns it; `cancel` may be called from any.
 
     Args:
-        emit: takes the events, and must not wait.
-        ends: tokens that end it.
-        most: tokens that it may have.
-        draws: a uniform number for each of them; empty where the most likely token is taken.
-        until: when it must be whole, by the monotonic clock.
+        emit: receives the events; it must not block.
+        ends: tokens that end the answer.
+        max_new_tokens: tokens that it may have.
+        until: deadline by the monotonic clock.
     """
 
     request: Request
     emit: Callable[[Event], None]
     text: IncrementalText
     ends: frozenset[int]
-    most: int
-    draws: Sequence[float]
+    max_new_tokens: int
     until: float
     reused: int = 0
-    said: list[TokenOutput] = field(default_factory=list)
+    tokens: list[TokenOutput] = field(default_factory=list)
     reported: int = 0
     cancelled: bool = False
 
@@ -256,22 +256,30 @@ class ActiveRequest:
         self.cancelled = True
 
     def over(self, now: float) -> bool:
-        """Whether nobody waits for it any more."""
+        """Return True if nobody waits for the answer any more."""
         return self.cancelled or now > self.until
 
-    def add(self, said: TokenOutput) -> str:
-        """Take the next token: why the answer ends with it, if it does."""
-        self.said.append(said)
-        self.text.add(said.id)
-        if said.id in self.ends or self.text.stopped:
+    def take(self, id: int, logprobs: TokenLogprobs | None, reused: int) -> bool:
+        """Take the next token and report what is new. Return True if the answer ends."""
+        self.reused = reused
+        finish = self.add(TokenOutput(id) if logprobs is None else TokenOutput(id, logprobs[0], tuple(logprobs[1])))
+        if finish or self.request.stream:
+            self.report(finish)
+        return bool(finish)
+
+    def add(self, token: TokenOutput) -> str:
+        """Take the next token. Return why the answer ends with it, or nothing if it goes on."""
+        self.tokens.append(token)
+        self.text.add(token.id)
+        if token.id in self.ends or self.text.stopped:
             return "stop"
-        return "length" if len(self.said) == self.most else ""
+        return "length" if len(self.tokens) == self.max_new_tokens else ""
 
     def report(self, finish: str = "") -> None:
-        """Tell what is new: text that can be shown, and the tokens that wrote it."""
+        """Report what is new: text that can be shown, and the tokens that wrote it."""
         text = self.text.more(bool(finish))
         if finish:
-            settled = len(self.said) - (finish == "stop" and self.said[-1].id in self.ends)
+            settled = len(self.tokens) - (finish == "stop" and self.tokens[-1].id in self.ends)
         else:
             settled = self.text.settled(self.reported)
         tokens = tuple(self._written(i) for i in range(self.reported, settled))
@@ -279,10 +287,10 @@ class ActiveRequest:
         self.emit(Event(text, tokens, finish, self.reused))
 
     def _written(self, index: int) -> TokenOutput:
-        """A token with its text, where log-probabilities are wanted."""
-        said = self.said[index]
+        """Return a token, with its text where log-probabilities are requested."""
+        token = self.tokens[index]
         if not self.request.logprobs:
-            return said
-        own = self.text.token(index, said.id)
-        others = (own if id == said.id else self.text.instead(index, id) for id, _ in said.top)
-        return replace(said, written=(own, *others))
+            return token
+        written = self.text.token(index, token.id)
+        alternatives = (written if id == token.id else self.text.instead(index, id) for id, _ in token.top)
+        return replace(token, written=(written, *alternatives))

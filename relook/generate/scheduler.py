@@ -1,305 +1,323 @@
-"""What is being answered: slots of the cache, and the passes of the model over them. One thread owns it.
+"""Continuous batching: which texts are read and grown next.
 
-New prompts are read into free slots between two steps; a step is one more token for every answer. A prompt that begins
-like what a slot has read before, over the same images, takes that over: the earlier turns of a conversation, or the
-picture that somebody else asks about at the same time. An image goes through the vision tower once, as long as it is
-remembered.
+Texts come and go between two steps. Long prompts are read in chunks between the steps of the others. On a GPU the host
+launches a step before it has read the tokens of the one before, so that the device never waits for it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from relook.data.images import RecentCache, stack
-from relook.data.packing import common_prefix_length
-from relook.generate.kv_cache import ImageKV, SlotCache
-from relook.generate.request import ActiveRequest, EngineLimits, Request, TokenOutput
-from relook.generate.sampling import Sampler, supported_settings
-from relook.generate.tree_decoding import additive_mask
-from relook.model.load import LoadedModel
-from relook.model.modeling_relook import CACHE
-from relook.model.post_decoder import PostDecoder
+from relook.data.images import RecentCache
+from relook.generate.dense_attention import DenseReads
+from relook.generate.kv_extents import KVExtents
+from relook.generate.model_runner import ModelRunner
+from relook.generate.pass_layout import PassLayout
+from relook.generate.passes import StepState
+from relook.generate.sampling import TokenLogprobs
+from relook.generate.text import ImageFeatures, ImageKey, PromptChunk, Text
 
-# ----------------------------------------------------------------------------------------------------
-# The next token of many answers at once, each by its own rule.
+PREFILL_POSITIONS = 16384  # of a pass that no growing text waits for
+CHUNK_POSITIONS = 2048  # of a pass between two steps of growing texts
+MAX_IMAGES = 32  # in one pass of the vision tower
 
-
-def sample_batch(
-    logits_RV: Tensor, answers: Sequence[ActiveRequest], rule: Callable[[float, float], Sampler]
-) -> list[TokenOutput]:
-    """What each answer says next.
-
-    Args:
-        rule: of a temperature and a top_p. Answers that share one are chosen for together.
-    """
-    groups: dict[tuple[float, float, bool], list[int]] = {}
-    for i, answer in enumerate(answers):
-        how = (answer.request.temperature, answer.request.top_p) if answer.draws else (0.0, 1.0)
-        groups.setdefault((*how, not answer.said), []).append(i)
-    chosen: list[Tensor] = []
-    for (temperature, top_p, first), members in groups.items():
-        draws = None
-        if temperature:
-            drawn = [answers[i].draws[len(answers[i].said)] for i in members]
-            draws = torch.tensor(drawn, dtype=torch.float64, device=logits_RV.device)
-        logits = logits_RV if len(groups) == 1 else logits_RV[members]
-        chosen.append(rule(temperature, top_p).choose(logits, draws, first))
-    places = [i for members in groups.values() for i in members]
-    by_place = dict(zip(places, torch.cat(chosen).tolist(), strict=True))  # the one wait for the device
-    tokens = [by_place[i] for i in range(len(answers))]
-    likely = _log_probs(logits_RV, answers, tokens)
-    return [likely.get(i) or TokenOutput(token) for i, token in enumerate(tokens)]
-
-
-def _log_probs(logits_RV: Tensor, answers: Sequence[ActiveRequest], tokens: Sequence[int]) -> dict[int, TokenOutput]:
-    """Of the answers that want them."""
-    wanted = [i for i, answer in enumerate(answers) if answer.request.logprobs]
-    if not wanted:
-        return {}
-    log_probs = logits_RV[wanted].float().log_softmax(-1)
-    top = max(answers[i].request.top for i in wanted)
-    values, ids = (side.tolist() for side in log_probs.topk(min(top, log_probs.shape[-1])))
-    own = log_probs.gather(1, torch.tensor([[tokens[i]] for i in wanted], device=log_probs.device))[:, 0].tolist()
-    return {
-        i: TokenOutput(tokens[i], own[n], tuple(zip(ids[n], values[n], strict=True))[: answers[i].request.top])
-        for n, i in enumerate(wanted)
-    }
-
-
-# ----------------------------------------------------------------------------------------------------
-
-MIN_SHARED = 32  # positions: a prompt that shares as many with one that is just being read comes a step later
-MAX_SAMPLERS = 256  # ways of sampling that are remembered; clients choose them
-MAX_PREFILL = 4096  # positions of prompts that are read between two steps, unless one alone has more
-
-Features = tuple[Tensor, Tensor | None]  # of an image: projected (P, D), and what the post decoder looks at (M, V)
-
-
-@dataclass
-class Slot:
-    """What lies in a row of the cache: ids whose keys and values are there, and the images that they name."""
-
-    ids: list[int] = field(default_factory=list)
-    images: tuple[str, ...] = ()
-    used: int = 0
-    answer: ActiveRequest | None = None
+Results = Callable[[], tuple[list[int], list[TokenLogprobs] | None]]  # each row's token and its log-probabilities
 
 
 @dataclass
 class EngineCounts:
-    """What has been done so far, for those who watch."""
+    """Counters of an engine's work, for metrics; `steps` counts the passes that chose tokens."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
     images: int = 0
     steps: int = 0
+    not_finite: int = 0  # texts whose logits were NaN or infinite
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Tokens that the device chose in a turn and the host has not read yet."""
+
+    turn: int
+    texts: list[Text]
+    results: Results
 
 
 class Scheduler:
-    """The answers of one model. The first `live` slots are being answered.
+    """The texts of one model.
 
     Args:
-        length: positions of a slot.
+        max_rows: number of texts that grow at the same time.
+        image_inputs: returns the image processor's outputs for an image key.
+        features: cache of image features by key.
+        chunk: positions that are read between two steps of growing texts, which wait for them.
+        keeps_answers: whether prompts may continue an answer, so that whole texts stay in the pool.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: EngineLimits, length: int) -> None:
-        self.loaded, self.core, self.length = loaded, loaded.core, length
-        self.decoder: PostDecoder | None = getattr(self.core.model, "post_decoder", None)
-        blocks = 0 if self.decoder is None else len(self.decoder.blocks)
-        own = blocks if self.decoder is not None and self.decoder.reads_all_positions else 0
-        self.cache = SlotCache(limits.slots, self.core.config.text_config.num_hidden_layers + own, length)
-        self.sides = ImageKV(limits.slots, blocks)
-        self.slots = [Slot() for _ in range(limits.slots)]
-        self.live = 0
+    def __init__(
+        self,
+        runner: ModelRunner,
+        max_rows: int,
+        image_inputs: Callable[[ImageKey], dict[str, Tensor]],
+        features: RecentCache[ImageFeatures],
+        chunk: int = CHUNK_POSITIONS,
+        keeps_answers: bool = True,
+    ) -> None:
+        self.runner, self.max_rows, self.chunk = runner, max_rows, chunk
+        self.image_inputs, self.features = image_inputs, features
+        self.image_token: int = runner.core.config.image_token_id
+        self.extents = KVExtents(runner, keeps_answers)
+        self.layout = PassLayout(runner)
+        self.waiting: deque[Text] = deque()
+        self.reading: list[Text] = []  # texts whose prompts are not read to the end
+        self.growing: list[Text] = []
         self.counts = EngineCounts()
-        self._features: RecentCache[Features] = RecentCache(int(limits.image_gb * 1e9), _size)
-        self._rule = lru_cache(MAX_SAMPLERS)(self._make_rule)
+        self._state: StepState | None = None
+        self._first_tokens: list[Tensor] = []  # of texts whose prompts were just read
+        self._turn = 0
+        self._unread: deque[_Unread] = deque()
+        # On a GPU a turn is launched before the tokens of the turn before are read; a text that ends runs one step too
+        # many.
+        self._runs_ahead = runner.device.type == "cuda"
 
-    def _make_rule(self, temperature: float, top_p: float) -> Sampler:
-        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        settings = supported_settings(self.loaded, how if temperature else {"do_sample": False}, self.length)
-        assert settings is not None, "the engine has checked it"
-        return Sampler(settings, self.loaded.pad_id, None, 0, self.core.device)
+    @property
+    def busy(self) -> bool:
+        """Return True if any text waits, is read or grows."""
+        return bool(self.waiting or self.reading or self.growing)
 
-    # --- who comes and goes
+    @property
+    def live(self) -> int:
+        """Return the number of texts that have not ended."""
+        return sum(not text.ended for texts in (self.waiting, self.reading, self.growing) for text in texts)
 
-    def admit(self, waiting: deque[ActiveRequest]) -> None:
-        """Read prompts from the queue's head into free slots, as many as may be read at once."""
-        first, room = self.live, MAX_PREFILL
-        starts: list[int] = []
-        try:
-            while waiting and self.live < len(self.slots):
-                request = waiting[0].request
-                room -= len(request.ids)
-                shared = [self._shares(request, slot) for slot in self.slots]
-                if starts and (room < 0 or max(shared[first : self.live]) >= MIN_SHARED):
-                    break
-                shared[first : self.live] = [0] * len(starts)  # they are not read yet
-                starts.append(self._place(waiting.popleft(), shared))
-                self.live += 1
-            self._prefill(first, starts)
-        except Exception:
-            self.fail(first)
-            raise
-
-    def leave(self, now: float) -> None:
-        """Free the slots of those who went away or ran out of time."""
-        for slot in self.slots[: self.live]:
-            if slot.answer is not None and slot.answer.over(now):
-                _end(slot, "timeout")
-        self._compact()
-
-    def fail(self, first: int = 0) -> None:
-        """End the answers from a slot on; what lies there is not known any more."""
-        for i in range(first, len(self.slots)):
-            if self.slots[i].answer is not None:
-                _end(self.slots[i], "error")
-            self.slots[i] = Slot()
-        self.live = first
-
-    def _compact(self) -> None:
-        """Bring the slots that are being answered to the front."""
-        for i in reversed(range(self.live)):
-            if self.slots[i].answer is None:
-                self.live -= 1
-                self._swap(i, self.live)
-
-    def _swap(self, a: int, b: int) -> None:
-        if a != b:
-            self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
-            self.cache.swap(a, b)
-            self.sides.swap(a, b)
-
-    def _shares(self, request: Request, slot: Slot) -> int:
-        """Positions of a prompt that a slot has: with the same images, all of them, or it has none."""
-        if slot.images != tuple(image.key for image in request.images):
-            return 0
-        ids = tuple(slot.ids)
-        shared = common_prefix_length([ids, request.ids], min(len(ids), len(request.ids) - 1))
-        return 0 if self.core.config.image_token_id in request.ids[shared:] else shared
-
-    def _place(self, answer: ActiveRequest, shared: Sequence[int]) -> int:
-        """Give a request the slot behind the live ones, with what can be taken over; how many positions that is."""
-        best = max(range(len(shared)), key=shared.__getitem__)
-        free = range(self.live, len(self.slots))
-        target = best if shared[best] and best >= self.live else min(free, key=lambda i: self.slots[i].used)
-        slot, request = self.slots[target], answer.request
-        slot.answer, answer.reused = answer, shared[best]
-        self._swap(target, self.live)
-        if best < self.live and shared[best]:
-            self.cache.copy(best, self.live, shared[best])
-            self.sides.copy(best, self.live)
-        slot.ids, slot.images = list(request.ids), tuple(image.key for image in request.images)
-        self.counts.prompt_tokens += len(request.ids)
-        self.counts.reused_tokens += shared[best]
-        return shared[best]
-
-    # --- passes
-
+    @torch.inference_mode()
     def step(self) -> None:
-        """One more token for every answer."""
-        rows = self.slots[: self.live]
-        starts = [len(slot.ids) for slot in rows]
-        for slot in rows:
-            if slot.answer is not None:
-                slot.ids.append(slot.answer.said[-1].id)
+        """Admit waiting texts, read prompts, launch a step of all growing texts, and hand out the tokens before it.
+
+        Raises:
+            Exception: whatever a pass raised; the texts it was for have failed, and the others go on.
+        """
+        self._turn += 1
+        changed = self._release_ended()
+        self._admit()
+        changed |= self._prefill()
         try:
-            self._advance(0, starts, [])
+            self._grow(changed)
+            ahead = self._runs_ahead and any(not text.is_launched for text in self.growing)
+            while self._unread and not (ahead and self._unread[0].turn == self._turn):
+                self._hand_out(self._unread.popleft())
         except Exception:
-            self.fail()
+            for text in self.growing:
+                text.fail()
+            self._state, self._first_tokens = None, []
+            self._unread.clear()
             raise
-        self._compact()
 
-    def _prefill(self, first: int, starts: Sequence[int]) -> None:
-        """Read the prompts from a slot on, of which `starts` positions are there: neighbours that begin at nothing in
-        one pass, which needs no mask, and neighbours that go on from something in another."""
-        requests = [slot.answer.request for slot in self.slots[first : self.live] if slot.answer is not None]
-        features = self._encode(requests)
-        for _, group in itertools.groupby(range(len(starts)), key=lambda i: bool(starts[i])):
-            members = list(group)
-            projected: list[Tensor] = []
-            for i in members:
-                if not starts[i]:
-                    own = [features[image.key] for image in requests[i].images]
-                    projected += [one for one, _ in own]
-                    if self.decoder is not None:
-                        looks = [look for _, look in own if look is not None]
-                        self.sides.put(first + i, self.decoder.image_context(looks, [len(looks)]))
-            self._advance(first + members[0], [starts[i] for i in members], projected)
-        self._compact()
+    def cancel(self, text: Text) -> None:
+        """End a text as soon as the step under way is over."""
+        text.ended = True
+        if text in self.waiting:
+            self.waiting.remove(text)
 
-    def _encode(self, requests: Sequence[Request]) -> dict[str, Features]:
-        """The features of the requests' images; what is not remembered goes through the vision tower, in one pass."""
-        images = {image.key: image for request in requests for image in request.images}
-        found = {key: kept for key in images if (kept := self._features.get(key)) is not None}
-        missing = [image for key, image in images.items() if key not in found]
-        if missing:
-            device, dtype = self.core.device, self.core.dtype
-            inputs = stack([image.inputs for image in missing])
-            inputs = {n: t.to(device, dtype) if t.is_floating_point() else t.to(device) for n, t in inputs.items()}
-            made = self.core.model.get_image_features(**inputs, return_dict=True)
-            looks: Sequence[Tensor | None] = getattr(made, "vision_features", None) or [None] * len(missing)
-            for image, projected, look in zip(missing, made.pooler_output, looks, strict=True):
-                # Copies: a view would keep what all images of the pass have in memory.
-                found[image.key] = projected.to(dtype).clone(), None if look is None else look.clone()
-                self._features.put(image.key, found[image.key])
-            self.counts.images += len(missing)
-        return found
+    # --- steps
 
-    def _advance(self, first: int, starts: Sequence[int], images: Sequence[Tensor]) -> None:
-        """Read neighbouring slots' ids from `starts` on, and say the next token of each."""
-        rows = self.slots[first : first + len(starts)]
-        states = self._read(first, starts, [slot.ids[start:] for slot, start in zip(rows, starts, strict=True)], images)
-        answers = [slot.answer for slot in rows if slot.answer is not None]
-        said = sample_batch(self.core.lm_head(states), answers, self._rule)
+    def _grow(self, changed: bool) -> None:
+        """Launch one more token for every growing text.
+
+        Args:
+            changed: whether texts have come or gone since the last step.
+        """
+        if all(text.is_launched for text in self.growing):
+            return
+        if changed or self._state is None:
+            last_tokens = [] if self._state is None else [self._state.tokens]
+            self._state = self.runner.place(self.layout.step(self.growing, torch.cat(last_tokens + self._first_tokens)))
+            self._first_tokens = []
+        self.runner.step(self._state)
+        for text in self.growing:
+            text.launched += 1
+        results = _read_later(self._state.tokens, self._state.logprobs)
+        self._unread.append(_Unread(self._turn, list(self.growing), results))
         self.counts.steps += 1
-        self.counts.new_tokens += len(said)
-        for slot, answer, token in zip(rows, answers, said, strict=True):
-            slot.used = self.counts.steps
-            finish = answer.add(token)
-            if finish:
-                _end(slot, finish)
-            elif answer.request.stream:
-                answer.report()
 
-    def _read(
-        self, first: int, starts: Sequence[int], new: Sequence[Sequence[int]], images: Sequence[Tensor]
-    ) -> Tensor:
-        """New tokens of neighbouring slots through the model: the states at the last of each, (R, D)."""
-        device, counts = self.core.device, [len(row) for row in new]
-        pad, longest = self.loaded.pad_id, max(counts)
-        ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in new], device=device)
-        numbers, sees = self.cache.open(first, starts, counts, device)
-        embeds = self.core.get_input_embeddings()(ids)
-        if images:
-            where = (ids == self.core.config.image_token_id)[..., None]
-            embeds = embeds.masked_scatter(where, torch.cat(list(images)).to(embeds.dtype))
-        self.cache.relook_image = self.sides.view(first, len(new))
-        hidden: Tensor = self.core.model(
-            inputs_embeds=embeds,
-            attention_mask=None if sees is None else additive_mask(sees, embeds.dtype),
-            position_ids=numbers,
-            use_cache=True,
-            **{CACHE: self.cache},
-        ).last_hidden_state
-        if min(counts) == longest:
-            return hidden[:, -1]
-        return hidden[torch.arange(len(new), device=device), torch.tensor(counts, device=device) - 1]
+    def _hand_out(self, unread: _Unread) -> None:
+        """Give each text its token."""
+        tokens, logprobs = unread.results()  # the host waits here, for a step that is usually over
+        for row, text in enumerate(unread.texts):
+            if text.ended:
+                continue
+            if tokens[row] < 0:  # the sign of logits that are NaN or infinite
+                text.fail()
+                self.counts.not_finite += 1
+                continue
+            text.tokens.append(tokens[row])
+            self.counts.new_tokens += 1
+            row_logprobs = None
+            if logprobs is not None and text.top >= 0:
+                row_logprobs = logprobs[row][0], logprobs[row][1][: text.top]
+            text.ended = text.on_token(tokens[row], row_logprobs) or len(text.tokens) >= text.max_new_tokens
+
+    def _release_ended(self) -> bool:
+        """Release the texts that have ended or need no further step.
+
+        Returns:
+            Whether the rows of a step must be laid out anew.
+        """
+        ended = [text for text in self.growing if text.ended or text.is_launched]
+        cancelled = [text for text in self.reading if text.ended]
+        state_is_over = self._state is not None and self._state.is_over
+        dense = self._state is not None and isinstance(self._state.reads, DenseReads)
+        if dense and not (state_is_over or self.waiting or self.reading) and 4 * len(ended) < len(self.growing):
+            return False  # what dense reads gathered serves further steps; a few rows too many cost less
+        for text in ended + cancelled:
+            (self.growing if text in self.growing else self.reading).remove(text)
+            self.extents.release(text, self.counts.steps)
+        return bool(ended) or state_is_over
+
+    # --- admission
+
+    def _admit(self) -> None:
+        """Give waiting texts their extents, in order, as far as there is room."""
+        next_texts = list(self._next_texts())
+        features = self._features_for_placing(next_texts)
+        for text in next_texts:
+            idle = not self.growing and not self.reading
+            try_place = self.extents.place
+            # Alone, a text may take the whole pool: then even what it would share must make room.
+            if not (
+                try_place(text, features, True, self.counts.steps)
+                or (idle and try_place(text, features, False, self.counts.steps))
+            ):
+                if idle:
+                    self.waiting.popleft()
+                    text.fail()
+                    raise MemoryError(f"{len(text.ids) + text.max_new_tokens} positions do not fit into the pool.")
+                return
+            self.counts.prompt_tokens += len(text.ids)
+            self.counts.reused_tokens += text.reused
+            self.reading.append(self.waiting.popleft())
+
+    def _next_texts(self) -> Iterator[Text]:
+        """Yield the waiting texts for which there are rows, over no more images than are encoded together."""
+        images: set[ImageKey] = set()
+        for text in itertools.islice(self.waiting, max(0, self.max_rows - len(self.growing) - len(self.reading))):
+            if images and len(images.union(text.images)) > MAX_IMAGES:
+                return
+            images.update(text.images)
+            yield text
+
+    def _features_for_placing(self, texts: Sequence[Text]) -> Mapping[ImageKey, ImageFeatures]:
+        """Return the images' features where the post decoder reads them, which needs them before a prompt is read."""
+        if self.runner.image_pool is None:
+            return {}
+        try:
+            return self._encode([key for text in texts for key in text.images])
+        except Exception:
+            for text in texts:
+                self.waiting.remove(text)
+                text.fail()
+            raise
+
+    def _encode(self, images: Sequence[ImageKey]) -> dict[ImageKey, ImageFeatures]:
+        """Return features by image; those that are not cached go through the vision tower in one batch."""
+        features = {key: cached for key in dict.fromkeys(images) if (cached := self.features.get(key)) is not None}
+        missing = [key for key in dict.fromkeys(images) if key not in features]
+        if missing:
+            encoded = self.runner.encode_images([self.image_inputs(key) for key in missing])
+            for key, new in zip(missing, encoded, strict=True):
+                features[key] = new
+                self.features.put(key, new)
+            self.counts.images += len(missing)
+        return features
+
+    # --- reading prompts
+
+    def _prefill(self) -> bool:
+        """Read the next positions of prompts. Return True if a text begins to grow, its prompt read to the end."""
+        chunks = self._next_chunks()
+        if not chunks:
+            return False
+        finished = [text for text, _, end in chunks if end == len(text.ids)]
+        images = [key for text, start, end in chunks if self.image_token in text.ids[start:end] for key in text.images]
+        try:
+            tokens, logprobs = self.runner.prefill(self.layout.prefill(chunks, finished, self._encode(images)))
+        except Exception:
+            for text, start, _ in chunks:
+                text.read = text.extent.filled = start
+                text.fail()
+            for text in self.reading:
+                if _waits_for_base(text):
+                    text.fail()
+            raise
+        if not finished:
+            return False
+        rows = sum(map(len, self._first_tokens)) + (0 if self._state is None else self._state.rows)
+        for index, text in enumerate(finished):
+            text.row, text.launched = rows + index, 1
+            self.reading.remove(text)
+        self._first_tokens.append(tokens)
+        self._unread.append(_Unread(self._turn, finished, _read_later(tokens, logprobs)))
+        self.growing += finished
+        self.counts.steps += 1
+        return True
+
+    def _next_chunks(self) -> list[PromptChunk]:
+        """Choose what the next pass reads, so that texts that share a beginning are neighbours."""
+        budget = self.chunk if self.growing else PREFILL_POSITIONS
+        chunks: list[PromptChunk] = []
+        for text in self.reading:
+            if budget <= 0:
+                break
+            # A beginning that is being read itself must get as far in this pass at the latest.
+            if text.ended or _waits_for_base(text):
+                continue
+            end = min(len(text.ids), text.read + budget)
+            chunks.append(PromptChunk(text, text.read, end))
+            budget -= end - text.read
+            text.read = text.extent.filled = end
+        order = {id(base): n for n, base in enumerate(dict.fromkeys(chunk.text.base for chunk in chunks))}
+        return sorted(chunks, key=lambda c: (c.text.base is not None, order[id(c.text.base)], c.text.shared))
 
 
-def _end(slot: Slot, finish: str) -> None:
-    answer, slot.answer = slot.answer, None
-    assert answer is not None
-    answer.report(finish)
+def _waits_for_base(text: Text) -> bool:
+    """Return True if the beginning that a text shares is not read as far as the text needs it."""
+    return text.base is not None and text.base.filled < text.shared
 
 
-def _size(features: Features) -> int:
+def feature_bytes(features: ImageFeatures) -> int:
+    """Return the bytes of an image's features."""
     return sum(tensor.nbytes for tensor in features if tensor is not None)
+
+
+def _read_later(tokens: Tensor, logprobs: tuple[Tensor, Tensor] | None) -> Results:
+    """Copy what tensors hold now to the host; the returned function waits for no more than what computed them."""
+    copies = [_host_copy(tensor) for tensor in (tokens, *(logprobs or ()))]
+    event = torch.cuda.Event() if tokens.is_cuda else None
+    if event is not None:
+        event.record()
+
+    def read() -> tuple[list[int], list[TokenLogprobs] | None]:
+        if event is not None:
+            event.synchronize()
+        chosen, *values_and_ids = (copy.tolist() for copy in copies)
+        if not values_and_ids:
+            return chosen, None
+        rows = zip(*values_and_ids, strict=True)
+        return chosen, [(values[0], list(zip(ids, values[1:], strict=True))) for values, ids in rows]
+
+    return read
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -12,7 +12,7 @@ from typing import Any
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.evaluate.judge import Judge
 from relook.evaluate.tasks.pope import question_text, stated
-from relook.generate.tree_decoding import GenerationSettings
+from relook.generate.answering import GenerationSettings
 from relook.mine.jobs import MiningSettings, generate_all
 from relook.mine.pairs import (
     JudgedDescription,

@@ -15,7 +15,7 @@ from relook.console import ProgressReport, progress
 from relook.data.images import prefetch_map
 from relook.evaluate.results import AnswerFile
 from relook.files import make_paths
-from relook.generate.tree_decoding import GenerationSettings, Question, answer_questions
+from relook.generate.answering import GenerationSettings, Question, answer_questions
 from relook.mine.pictures import fingerprint
 from relook.model.load import LoadedModel
 

@@ -30,7 +30,7 @@ from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import library_versions
 from relook.evaluate.tasks.chair import Vocabulary
 from relook.files import claim_output_dir, read_json, read_json_object, read_text, text_hash, write_json, writes_alone
-from relook.generate.tree_decoding import GenerationSettings
+from relook.generate.answering import GenerationSettings
 from relook.mine import candidates, output, pairs
 from relook.mine.candidates import DescriptionPairs, ProbeQuestion, describe_images, find_pairs
 from relook.mine.jobs import MiningSettings, MiningSource, fingerprint_all, generate_all

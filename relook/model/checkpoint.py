@@ -555,9 +555,9 @@ def llava_settings(config: Any) -> dict[str, Any]:
     strategies = {value: key for key, value in STRATEGIES.items()}
     projectors = {value: key for key, value in PROJECTORS.items()}
     return {
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": strategies.get(config.vision_feature_select_strategy),
-        "mm_projector_type": projectors.get(config.projector_hidden_act),
+        "mm_vision_select_layer": getattr(config, "vision_feature_layer", None),
+        "mm_vision_select_feature": strategies.get(getattr(config, "vision_feature_select_strategy", "")),
+        "mm_projector_type": projectors.get(getattr(config, "projector_hidden_act", "")),
         "mm_use_im_start_end": getattr(config, "mm_use_im_start_end", False),
         "mm_use_im_patch_token": getattr(config, "mm_use_im_patch_token", False),
     }

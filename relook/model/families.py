@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from relook.model.modeling_relook import PostDecoderConfig, family_classes, vision_width
+from relook.model.modeling_relook import PostDecoderConfig, family_classes
 
 Size = tuple[int, int]  # height, width
 TOWERS, CONNECTORS = ("vision_tower", "visual"), ("multi_modal_projector", "visual.merger")

@@ -109,6 +109,7 @@ class LoadedModel:
     aspect_ratio: str = ""
     template: str = "llava_hf"
     images: ImageLoader = field(init=False)
+    runner: Any = field(default=None, init=False, repr=False, compare=False)  # what `generate.ModelRunner.of` keeps
 
     def __post_init__(self) -> None:
         # A copy: the processor itself stays as the folder has it, and is saved so.
@@ -166,10 +167,15 @@ class LoadedModel:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
             inputs |= self.images.batch(images)
-        if hasattr(self.core.model, "get_rope_index"):
-            inputs["mm_token_type_ids"] = (ids == self.core.config.image_token_id).long()
+        inputs |= self.token_types(ids)
         device, dtype = self.core.device, self.core.dtype
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
+
+    def token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return the model input that tells image positions from text, where position numbers depend on it."""
+        if not hasattr(self.core.model, "get_rope_index"):
+            return {}
+        return {"mm_token_type_ids": (ids == self.core.config.image_token_id).long()}
 
     @torch.inference_mode()
     def generate(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "", **kwargs: Any) -> str:

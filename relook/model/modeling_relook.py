@@ -3,8 +3,8 @@
 The post decoder sits in the base model, and its output is `last_hidden_state`. Fused-loss trainers and serving engines
 call the base model and then lm_head, and would bypass anything that sat between them in `forward`.
 
-The three mixins hold what is common to every trunk. The classes of a family (`RelookLlavaConfig`, `RelookQwen2_5_VLModel`,
-...) are made of them and of transformers' own when they are first asked for (`family_classes`).
+The three mixins hold what is common to every trunk. A family's classes, such as `RelookQwen2_5_VLModel`, are made of
+them and of transformers' own when they are first asked for (`family_classes`).
 """
 
 from __future__ import annotations
@@ -213,7 +213,12 @@ class PostDecoderModel(PreTrainedModel):
                 kv_cache.relook_image = context
         # 2. Run the trunk. Its length before this call is needed afterwards, when the cache has grown.
         seen = kv_cache.get_seq_length() if kv_cache is not None else 0
-        trunk: dict[str, Any] = {**kwargs, **(images if image is not None else {}), CACHE: kv_cache, "return_dict": True}
+        trunk: dict[str, Any] = {
+            **kwargs,
+            **(images if image is not None else {}),
+            CACHE: kv_cache,
+            "return_dict": True,
+        }
         self._image = image
         try:
             ids = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}

@@ -65,7 +65,7 @@ def write_comparison(
             for name in both[0]
             if name not in OWN_SECTIONS
         },
-        sources=provenance(both),
+        sources=describe_sources(both),
         limit=PICTURES,
         results_file=RESULTS_FILE,
     )
@@ -176,7 +176,7 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
-def provenance(both: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def describe_sources(both: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Return what each number depends on, for both models, by benchmark and key."""
     lines = {}
     for benchmark in both[0]:

@@ -23,16 +23,16 @@ from relook.serve.chat import AnswerStream, ResponseWriter, read_request
 from relook.serve.media import ImageSources
 from relook.serve.middleware import App, Receive, RequestGate, Scope, Send
 from relook.serve.protocol import APIError, ChatRequest, Completion, ErrorBody, Health, ModelCard, ModelList
-from relook.serve.threads import Readers, on, read_json
+from relook.serve.threads import Readers, on, parse_body
 
 # ----------------------------------------------------------------------------------------------------
-# What Prometheus reads.
+# Metrics for Prometheus.
 
 SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 
 
 class Metrics:
-    """Requests as they end, and the engines' own counts as they stand when somebody asks."""
+    """Metrics of requests as they end, and the engines' own counters, read on demand."""
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.registry, self.engines = CollectorRegistry(), engines
@@ -79,23 +79,23 @@ class Metrics:
 # ----------------------------------------------------------------------------------------------------
 
 READING = 16  # requests that may be read at a time, beyond those that are answered or wait
-# Proxies are to pass events on as they come; nginx is told so by its own header.
+# Proxies must pass events on as they come; nginx needs a header of its own for that.
 STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a server lets its clients do.
+    """Limits of a server for its clients.
 
     Args:
-        api_key: that they must have; empty for none.
-        sources: of images.
-        max_images: of a conversation.
-        max_body: bytes of a request.
-        body_seconds: for a request to arrive.
+        api_key: key that clients must send; empty for none.
+        sources: where images may come from.
+        max_images: most images of a conversation.
+        max_body: most bytes of a request.
+        body_seconds: longest time for a request to arrive.
         hosts: names in `Host` that are answered; empty for any.
-        origins: of pages whose scripts may use the API; "*" for any.
+        origins: origins of pages whose scripts may use the API; "*" for any.
     """
 
     api_key: str = ""
@@ -108,10 +108,10 @@ class ServerLimits:
 
 
 class _Body(Request):
-    """A request whose JSON is parsed beside the event loop."""
+    """A request whose JSON is parsed outside the event loop."""
 
     async def json(self) -> Any:
-        return await on(self.app.state.readers.texts, read_json, await self.body())
+        return await on(self.app.state.readers.texts, parse_body, await self.body())
 
 
 class _Route(APIRoute):
@@ -135,7 +135,7 @@ class _HeadAsGet:
 
 
 def make_app(engines: Mapping[str, Engine], policy: ServerLimits) -> FastAPI:
-    """The application that serves these models by name."""
+    """Build the application that serves these models by name."""
     app = FastAPI(title="relook", version=__version__, responses=ERRORS)
     app.router.route_class = _Route
     app.add_middleware(_HeadAsGet)
@@ -204,25 +204,25 @@ def make_app(engines: Mapping[str, Engine], policy: ServerLimits) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """The models that are served."""
+        """List the models that are served."""
         return ModelList(data=[ModelCard(id=name, created=created) for name in engines])
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> ModelCard:
-        """One of them."""
+        """Describe one model."""
         engine_of(name)
         return ModelCard(id=name, created=created)
 
     @app.get("/health")
     async def health(response: Response) -> Health:
-        """Whether requests are answered; for balancers, without a key."""
+        """Report whether requests are answered; for load balancers, without a key."""
         alive = all(engine.alive for engine in engines.values())
         response.status_code = 200 if alive else 503
         return Health(status="ok" if alive else "failed")
 
     @app.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
-        """Counts and times, as Prometheus reads them."""
+        """Export counters and times in the format of Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
@@ -231,7 +231,7 @@ def make_app(engines: Mapping[str, Engine], policy: ServerLimits) -> FastAPI:
 async def _events(
     writer: ResponseWriter, answers: AnswerStream, metrics: Metrics, started: float
 ) -> AsyncIterator[str]:
-    """Chunks as server-sent events. An error that comes when the stream has begun is its last event."""
+    """Yield chunks as server-sent events. An error after the stream has begun is its last event."""
     model, first = writer.body.model, True
     try:
         async for chunk in writer.chunks(answers):
@@ -248,16 +248,16 @@ async def _events(
 
 
 async def _cancel_on_disconnect(work: Any, request: Request) -> Any:
-    """What some work comes to; it ends when the client goes away."""
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    """Await some work, which is cancelled when the client disconnects."""
+    working, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise APIError(400, "The client went away.")
         return working.result()
     finally:
         working.cancel()
-        gone.cancel()
+        disconnected.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -271,11 +271,12 @@ async def _api_error(request: Request, error: Any) -> Response:
 
 async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
+    # pydantic locates a fault by the keys that lead to it; clients know them without the leading "body".
     path = [str(key) for key in first["loc"] if key != "body"]
     if path[2:3] == ["content"]:  # messages.0.content.1: next comes the part's type, by which pydantic chose its class
         del path[4:5]
-    where = ".".join(path)[:200].encode(errors="backslashreplace").decode()  # names of fields are the client's
-    return await _api_error(request, APIError(400, first["msg"], first["type"], where or None))
+    parameter = ".".join(path)[:200].encode(errors="backslashreplace").decode()  # names of fields are the client's
+    return await _api_error(request, APIError(400, first["msg"], first["type"], parameter or None))
 
 
 async def _http_error(request: Request, error: Any) -> Response:
@@ -283,5 +284,5 @@ async def _http_error(request: Request, error: Any) -> Response:
 
 
 async def _unexpected(request: Request, error: Any) -> Response:
-    """The server's log has the trace, the client does not."""
+    """Answer without the trace, which goes to the server's log."""
     return await _api_error(request, APIError(500, "The server failed on this request.", "failed"))

@@ -1,4 +1,4 @@
-"""From a chat request to what the engine takes, and from its events to a reply."""
+"""Chat requests to requests of the engine, and the engine's events to OpenAI's responses."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ from relook.serve.protocol import (
 )
 from relook.serve.threads import Readers, on
 
-CONTEXT = "context_length_exceeded"  # OpenAI's code
-GREEDY_BELOW = 1e-4  # of temperatures: logits divided by less are no numbers any more
+CONTEXT = "context_length_exceeded"  # OpenAI's error code
+GREEDY_BELOW = 1e-4  # temperature; logits divided by less overflow
 
 
 async def read_request(
     engine: Engine, body: ChatRequest, sources: ImageSources, max_images: int, until: float, readers: Readers
 ) -> list[Request]:
-    """What the engine is asked, one request for each of the `n` answers.
+    """Convert a chat request into requests of the engine, one for each of the `n` answers.
 
     Args:
-        until: when the answers must be whole, by the monotonic clock.
+        until: deadline by the monotonic clock.
 
     Raises:
         APIError: what is wrong with the request.
@@ -70,12 +70,12 @@ async def read_request(
             if len(urls) > max_images:
                 error = f"The conversation has {len(urls)} images, more than {max_images}."
                 raise APIError(400, error, "too_many_images")
-            for where, url in urls:
+            for parameter, url in urls:
                 try:
                     data = await on(readers.fetches, sources.read, url)
                     images.append(await on(readers.decodes, engine.image, data))
                 except DataError as error:
-                    raise APIError(400, str(error), "invalid_message", where) from None
+                    raise APIError(400, str(error), "invalid_message", parameter) from None
                 engine.check_length(sum(image.positions for image in images))  # before more of them are decoded
             ids = await on(readers.texts, engine.prompt, turns, images)
     except TimeoutError:
@@ -115,33 +115,34 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str,
     """
     turns: list[Turn] = []
     urls: list[tuple[str, str]] = []
-    asked: list[str] = []
+    texts_of_turn: list[str] = []
     pictures = 0
 
     def prompt() -> str:
-        return with_image("\n".join(asked), pictures)
+        return with_image("\n".join(texts_of_turn), pictures)
 
     for i, message in enumerate(messages):
         texts = []
         for j, part in enumerate(message.content):
-            where = f"messages.{i}.content" + f".{j}.{part.type}" * (len(message.content) > 1)
+            parameter = f"messages.{i}.content" + f".{j}.{part.type}" * (len(message.content) > 1)
             if isinstance(part, TextPart):
+                # A placeholder typed by a client would shift the images of the prompt.
                 if IMAGE in part.text:
                     wrong = f"A text may not hold {IMAGE}: send images as image_url."
-                    raise APIError(400, wrong, "invalid_message", where)
+                    raise APIError(400, wrong, "invalid_message", parameter)
                 texts.append(part.text)
             elif message.role != "user":
-                raise APIError(400, "Only the user's messages may hold images.", "invalid_message", where)
+                raise APIError(400, "Only the user's messages may hold images.", "invalid_message", parameter)
             else:
                 urls.append((f"messages.{i}.content.{j}.image_url", part.image_url.url))
                 pictures += 1
         text = "\n".join(texts)
         if message.role == "assistant":
             turns.append(Turn(prompt(), text))
-            asked, pictures = [], 0
+            texts_of_turn, pictures = [], 0
         else:
-            asked.append(text)
-    if not asked:
+            texts_of_turn.append(text)
+    if not texts_of_turn:
         raise APIError(400, "The last message must not be the assistant's.", "invalid_message", "messages")
     return [*turns, Turn(prompt(), "")], urls
 
@@ -149,7 +150,7 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str,
 class AnswerStream:
     """The answers to requests, of one engine or several, as an asynchronous stream of (index, event)."""
 
-    def __init__(self, asked: Sequence[tuple[Engine, Request]]) -> None:
+    def __init__(self, requests: Sequence[tuple[Engine, Request]]) -> None:
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -162,7 +163,7 @@ class AnswerStream:
 
         self.answers: list[ActiveRequest] = []
         try:
-            for i, (engine, request) in enumerate(asked):
+            for i, (engine, request) in enumerate(requests):
                 self.answers.append(engine.submit(request, emit_as(i)))
         except QueueFull as error:
             self.cancel()
@@ -189,7 +190,7 @@ class AnswerStream:
 
 @dataclass
 class ResponseWriter:
-    """Puts events into OpenAI's shapes."""
+    """Writer of events in OpenAI's response formats."""
 
     body: ChatRequest
     requests: Sequence[Request]
@@ -204,15 +205,15 @@ class ResponseWriter:
             self._count(event)
             events[index].append(event)
         choices = []
-        for index, said in enumerate(events):
-            content = "".join(event.text for event in said)
-            tokens = [token for event in said for token in event.tokens]
+        for index, answer_events in enumerate(events):
+            content = "".join(event.text for event in answer_events)
+            tokens = [token for event in answer_events for token in event.tokens]
             choices.append(
                 Choice(
                     index=index,
                     message=ResponseMessage(content=content),
                     logprobs=self._logprobs(tokens),
-                    finish_reason=said[-1].finish,  # type: ignore[arg-type]
+                    finish_reason=answer_events[-1].finish,  # type: ignore[arg-type]
                 )
             )
         return Completion(id=self.id, created=self.created, model=self.body.model, choices=choices, usage=self.usage)
@@ -248,6 +249,7 @@ class ResponseWriter:
 
     def _count(self, event: Event) -> None:
         self.new_tokens += len(event.tokens)
+        # Several answers share the prompt among themselves: what was cached before cannot be told apart.
         self.reused = max(self.reused, event.reused) if len(self.requests) == 1 else 0
 
     def _chunk(self, *choices: ChunkChoice, usage: Usage | None = None) -> Chunk:
@@ -256,13 +258,13 @@ class ResponseWriter:
     def _logprobs(self, tokens: Sequence[TokenOutput]) -> Logprobs | None:
         if not self.body.logprobs:
             return None
-        return Logprobs(content=[self._token(said) for said in tokens])
+        return Logprobs(content=[self._token(token) for token in tokens])
 
     @staticmethod
-    def _token(said: TokenOutput) -> TokenLogprob:
-        logprobs = (said.logprob, *(logprob for _, logprob in said.top))
-        own, *top = [
+    def _token(token: TokenOutput) -> TokenLogprob:
+        logprobs = (token.logprob, *(logprob for _, logprob in token.top))
+        chosen, *top = [
             TopLogprob(token=text, logprob=max(logprob, -9999.0), bytes=list(data))
-            for (text, data), logprob in zip(said.written, logprobs, strict=True)
+            for (text, data), logprob in zip(token.written, logprobs, strict=True)
         ]
-        return TokenLogprob(**vars(own), top_logprobs=top)
+        return TokenLogprob(**vars(chosen), top_logprobs=top)

@@ -20,10 +20,12 @@ import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from relook.console import status
+from relook.console import readable_size, status
 from relook.errors import RelookError
 from relook.generate.engine import Engine
+from relook.generate.model_runner import position_bytes
 from relook.generate.request import EngineLimits
+from relook.generate.shared_projections import share_projections
 from relook.model.checkpoint import AnyFolder, parse_folder
 from relook.model.families import has_post_decoder
 from relook.model.load import LoadedModel, LoadOptions, without_post_decoder
@@ -39,13 +41,14 @@ ORIGIN = re.compile(r"\*|https?://[a-z0-9._-]+(:\d+)?|https?://\[[0-9a-f:.]+\](:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where a server listens, and how it ends.
+    """Where a server listens, and how it starts and stops.
 
     Args:
         port: 0 takes a free one.
-        stop_seconds: that answers may still take once the server is told to stop.
-        template: of conversations; empty for the model's own.
+        stop_seconds: time that running answers get once the server is told to stop.
+        template: conversation template; empty for the model's own.
         page: whether there is a page for people at `/`.
+        warm: whether everything is compiled before requests are taken.
     """
 
     host: str = "127.0.0.1"
@@ -53,10 +56,11 @@ class ServeOptions:
     stop_seconds: int = 30
     template: str = ""
     page: bool = False
+    warm: bool = False
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which waits for ever for a request's head and for a client that does not read."""
+    """uvicorn's protocol with time limits for a request's head, and for a client that does not read."""
 
     waiting: asyncio.TimerHandle | None = None
 
@@ -100,15 +104,21 @@ def serve(
 
     Args:
         limits: as `start_engines` takes them.
-        load: the models by name; called once the port is there, for it may take minutes.
+        load: returns the models by name; called once the port is bound, since loading may take minutes.
     """
-    check_names(policy)
+    check_host_names(policy)
     taken = bind_socket(serving.host, serving.port)
     address, port = taken.getsockname()[:2]
     policy = replace(policy, hosts=own_hosts(serving.host, address, policy))
     engines = start_engines(load(), limits, serving.template)
     for name, engine in engines.items():
-        status(f"{name}: {limits.slots} slots of {engine.length:,} positions")
+        size = readable_size(limits.slots * engine.length * position_bytes(engine.loaded))
+        status(
+            f"{name}: {limits.slots} requests at a time fit, of {engine.length:,} positions each with the answer "
+            f"({size} for keys and values)"
+        )
+        if serving.warm:
+            engine.warm()
     # uvicorn finishes the running answers, then raises the signal that it was sent again; before it runs, making the
     # page takes seconds. Either signal ends it all the same way.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -127,11 +137,11 @@ def serve(
 
 
 def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, template: str = "") -> dict[str, Engine]:
-    """An engine for each model.
+    """Start an engine for each model.
 
     Args:
-        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are there.
-        template: of conversations; empty for the models' own.
+        limits: a `cache_gb` of 0 takes half of the memory that is free once the models are loaded.
+        template: conversation template; empty for the models' own.
     """
     if not limits.cache_gb:
         device = next(iter(models.values())).core.device
@@ -142,7 +152,7 @@ def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, templ
 def make_server(
     engines: Mapping[str, Engine], policy: ServerLimits, stop_seconds: int, uploads: str | Path | None = None
 ) -> uvicorn.Server:
-    """A server that is not started yet; with a folder for uploads, the page is part of it."""
+    """Build a server that is not started yet; with a folder for uploads, it serves the page too."""
     uploads = None if uploads is None else Path(uploads)
     app: App = make_app(engines, policy)
     if uploads is not None:
@@ -164,18 +174,18 @@ def make_server(
 
 
 def own_hosts(host: str, address: str, policy: ServerLimits) -> frozenset[str]:
-    """The names under which a server is answered; empty for any, where a key or a network decides who asks.
+    """Return the host names that are answered; empty for any, where a key or a network decides who may ask.
 
     Args:
-        host: that it was told to listen on; `address` is what that means.
+        host: the name it was told to listen on; `address` is what that resolved to.
     """
     if not policy.hosts and (policy.api_key or not ip_address(address).is_loopback):
         return frozenset()
     return frozenset(bracketed(name).lower() for name in {*LOOPBACK, *policy.hosts, host, address} - {""})
 
 
-def check_names(policy: ServerLimits) -> None:
-    """Raises RelookError where a policy names hosts or origins that no browser sends."""
+def check_host_names(policy: ServerLimits) -> None:
+    """Raise RelookError if a policy names hosts or origins that no browser sends."""
     wrong = [
         f"--allow-host {name}"
         for name in policy.hosts
@@ -188,12 +198,12 @@ def check_names(policy: ServerLimits) -> None:
 
 
 def bracketed(host: str) -> str:
-    """A host as URLs have it."""
+    """Return a host as it is written in URLs."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket with that address. It does not listen yet: until the models are there, balancers are refused."""
+    """Bind a socket, which does not listen yet: until the models are loaded, load balancers are refused."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol named, asyncio sends small pieces at once (TCP_NODELAY): else each answer waits 40 ms.
     taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -213,8 +223,7 @@ def free_bytes(device: torch.device) -> int:
 def load_models(
     model: str | Path, loading: LoadOptions, base: str | Path | None, with_base: bool
 ) -> dict[str, LoadedModel]:
-    """The models to be served, by name: the folder's name, and for what it is compared with, that folder's or
-    NAME-base.
+    """Load the models to be served, by name: the folder's name, and for the base that folder's or NAME-base.
 
     Args:
         base: a model to compare with.
@@ -234,7 +243,7 @@ def load_models(
 
 
 def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedModel:
-    """The model without what was trained on it: without its adapter, a run's base, or without its post decoder.
+    """Load the model without what was trained on it: its adapter, a run's training, or its post decoder.
 
     Raises:
         RelookError: there is nothing to switch off.
@@ -250,7 +259,9 @@ def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedM
 
 
 def load_sharing_tensors(loaded: LoadedModel, path: AnyFolder, loading: LoadOptions) -> LoadedModel:
-    """Another model, which shares what is equal with one that is loaded."""
+    """Load another model, which shares the tensors that are equal with one in memory."""
+    if loaded.core.device.type == "cuda":  # before any is shared: both engines then use the joint matrices
+        share_projections(loaded.core.model.language_model.layers)
     other = replace(loading, adapter=None).load(path)
     share_equal_tensors(other.core, loaded.core)
     return other
@@ -259,8 +270,8 @@ def load_sharing_tensors(loaded: LoadedModel, path: AnyFolder, loading: LoadOpti
 @torch.no_grad()
 def share_equal_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
     """Let a model use another's tensors where they are equal, so that memory holds what was trained twice only."""
-    others = dict(other.named_parameters())
+    other_parameters = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
-        same = others.get(name)
+        same = other_parameters.get(name)
         if same is not None and type(same) is type(parameter) is torch.nn.Parameter and torch.equal(same, parameter):
             parameter.data = same.data

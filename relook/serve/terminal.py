@@ -32,13 +32,13 @@ class Chat:
     Args:
         tuned: the model's engine.
         make_base: starts that of the model without its change; raises RelookError where it has none.
-        how: the request of every question, but its prompt and images.
+        settings: the request of every question, except its prompt and images.
         write: takes pieces of answers.
     """
 
     tuned: Engine
     make_base: Callable[[], Engine]
-    how: Request
+    settings: Request
     write: Callable[[str], object]
     images: tuple[ProcessedImage, ...] = ()
     turns: list[Turn] = field(default_factory=list)
@@ -92,17 +92,17 @@ class Chat:
         """Write the answer as it grows. After Ctrl-C, what came of it is the answer."""
         engine = self.base if self.on_base and self.base is not None else self.tuned
         ids = engine.prompt([*self.turns, Turn(question, "")], self.images)
-        said, finish = "", ""
+        answer, finish = "", ""
         with contextlib.suppress(KeyboardInterrupt):
-            for event in engine.stream(replace(self.how, ids=ids, images=self.images)):
-                said, finish = said + event.text, event.finish
+            for event in engine.stream(replace(self.settings, ids=ids, images=self.images)):
+                answer, finish = answer + event.text, event.finish
                 self.write(_printable(event.text))
         self.write("\n")
         if finish == "error":
             raise RelookError("The model failed on this question.", "Ask again, or /reset.")
-        self.turns.append(Turn(question, said))
+        self.turns.append(Turn(question, answer))
         if finish == "length":
-            status(f"[cut at {self.how.max_new_tokens} tokens: --max-tokens]", style="dim")
+            status(f"[cut at {self.settings.max_new_tokens} tokens: --max-tokens]", style="dim")
 
 
 def _printable(text: str) -> str:
@@ -115,14 +115,14 @@ def converse(
     loading: LoadOptions,
     base: str | Path | None,
     image: str | Path | None,
-    how: Request,
+    settings: Request,
     template: str = "",
 ) -> None:
     """Talk until the input ends. Answers go to standard output, all else to standard error.
 
     Args:
         base: the model that /base asks; None for the model itself without what was trained.
-        how: the request of every question, but its prompt and images.
+        settings: the request of every question, but its prompt and images.
         template: of conversations; empty for the model's own.
 
     Raises:
@@ -150,7 +150,7 @@ def converse(
 
     [loaded] = load_models(model, loading, None, False).values()
     with started, contextlib.suppress(EOFError, KeyboardInterrupt):
-        chat = Chat(start(loaded), start_base, how, write)
+        chat = Chat(start(loaded), start_base, settings, write)
         if image is not None:
             chat.show(image)
         for line in _lines():

@@ -33,7 +33,7 @@ async def on(pool: ThreadPoolExecutor, work: Callable[..., Result], *args: Any) 
     return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
 
 
-def read_json(body: bytes) -> Any:
+def parse_body(body: bytes) -> Any:
     """Parse a JSON body, unless it has so many values that they would fill the memory.
 
     Raises:

@@ -257,7 +257,7 @@ def select(outputs: Any) -> Tensor:
     return features
 
 
-def assemble(tower: CLIPVisionModel, seed: int) -> LlavaForConditionalGeneration:
+def assemble(tower: CLIPVisionModel, seed: int, layers: int = LAYERS) -> LlavaForConditionalGeneration:
     """Build a LLaVA model around a trained tower, with a fresh language model whose embeddings are tied to lm_head."""
     processor = make_processor()
     token = processor.tokenizer.convert_tokens_to_ids
@@ -267,7 +267,7 @@ def assemble(tower: CLIPVisionModel, seed: int) -> LlavaForConditionalGeneration
             vocab_size=len(processor.tokenizer),
             hidden_size=WIDTH,
             intermediate_size=3 * WIDTH,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             initializer_range=INIT_STD,
             rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
             num_attention_heads=4,

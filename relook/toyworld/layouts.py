@@ -92,7 +92,7 @@ def write_eval(root: str | Path, split: str, seed: int, scenes: int = 300, progr
     if _begin(folder, split, seed, scenes):
         path_of = lambda s: folder / "val2014" / coco_name(s)  # noqa: E731
         drawn = _draw_all(sample_scenes(seed, split, scenes), scenes, path_of, progress)
-        write_json(folder / "annotations" / "instances_val2014.json", coco_annotations(drawn))
+        write_json(folder / "annotations" / "instances_val2014.json", coco_instances(drawn))
         objects = {coco_name(scene): scene.names for scene in drawn}
         for name, records in build_splits(objects, OBJECTS, seed).items():
             write_jsonl(folder / "pope" / f"coco_pope_{name}.json", records)
@@ -121,7 +121,7 @@ def coco_name(scene: Scene) -> str:
     return f"COCO_val2014_{scene.id:012d}.jpg"
 
 
-def coco_annotations(scenes: Sequence[Scene]) -> dict[str, Any]:
+def coco_instances(scenes: Sequence[Scene]) -> dict[str, Any]:
     """Return COCO's instances layout; categories carry their synonyms beside the official keys."""
     ids = {name: number for number, name in enumerate(OBJECTS, 1)}
     annotations: list[dict[str, Any]] = []

@@ -23,7 +23,8 @@ from relook.errors import RelookError
 from relook.files import atomic_file, file_hash, process_is_alive
 from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import Policy
-from relook.model.families import vision_feature_count, vision_width
+from relook.model.families import vision_feature_count
+from relook.model.modeling_relook import vision_width
 
 # ----------------------------------------------------------------------------------------------------
 

@@ -39,8 +39,9 @@ from relook.files import file_hash, read_json, require_disk_space, text_hash, wr
 from relook.forward.collate import Collator, Item, reference_log_probs
 from relook.forward.policy import LiveBatch, Policy
 from relook.model.checkpoint import parse_folder
-from relook.model.families import family_of, vision_feature_count, vision_width
+from relook.model.families import family_of, vision_feature_count
 from relook.model.load import model_hash, tower_of
+from relook.model.modeling_relook import vision_width
 from relook.recipe import Recipe
 from relook.train.cache_store import (
     FEATURES,

@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL in its hub layout: the real processor class, flat config.json, tensors under their published names."""
+"""A tiny Qwen2.5-VL in its hub layout: the real processor class, a flat config.json, tensors under published names."""
 
 from __future__ import annotations
 
@@ -46,14 +46,28 @@ def tiny_qwen(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     tokenizer = byte_tokenizer()
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
     text = {
-        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
-        **{"num_key_value_heads": 2, "vocab_size": len(tokenizer) + 3, "max_position_embeddings": 2048},
-        **{"pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "bos_token_id": None},
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer) + 3,
+        "max_position_embeddings": 2048,
+        "pad_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "bos_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
     }
     vision = {
-        **{"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32},
-        **{"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16},
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 16,
         "fullatt_block_indexes": [1],
     }
     config = Qwen2_5_VLConfig(

@@ -20,21 +20,21 @@ from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import RelookLlavaForConditionalGeneration
 from relook.model.trainable import untie_head
 from relook.toyworld import layouts
-from relook.toyworld.build import IMAGE_SIZE, PATCH, WIDTH, assemble, make_processor
+from relook.toyworld.build import IMAGE_SIZE, LAYERS, PATCH, WIDTH, assemble, make_processor
 from relook.toyworld.world import OBJECTS, describe_scene, sample_scenes
 
 SCENES = 6
 
 
-def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
+def tiny_llava(seed: int = 0, layers: int = LAYERS) -> LlavaForConditionalGeneration:
     """Toyworld's architecture with random weights; a copy of one that is built once."""
-    model, state = _built_llava(seed)
+    model, state = _built_llava(seed, layers)
     torch.set_rng_state(state)  # tests go on to draw from where the weights ended
     return copy.deepcopy(model)
 
 
 @functools.cache
-def _built_llava(seed: int) -> tuple[LlavaForConditionalGeneration, Tensor]:
+def _built_llava(seed: int, layers: int) -> tuple[LlavaForConditionalGeneration, Tensor]:
     torch.manual_seed(seed)
     tower = CLIPVisionModel(
         CLIPVisionConfig(
@@ -46,12 +46,12 @@ def _built_llava(seed: int) -> tuple[LlavaForConditionalGeneration, Tensor]:
             patch_size=PATCH,
         )
     )
-    return assemble(tower, seed).eval(), torch.get_rng_state()
+    return assemble(tower, seed, layers).eval(), torch.get_rng_state()
 
 
-def save_tiny(folder: Path, seed: int = 0) -> Path:
+def save_tiny(folder: Path, seed: int = 0, layers: int = LAYERS) -> Path:
     """The same as a model folder, lm_head untied."""
-    model = tiny_llava(seed)
+    model = tiny_llava(seed, layers)
     untie_head(model)
     model.save_pretrained(folder)
     make_processor().save_pretrained(folder)

@@ -15,7 +15,7 @@ def installed() -> bool:
     return importlib.util.find_spec("gradio") is not None
 
 
-def check_installed() -> None:
+def check_gradio_installed() -> None:
     """Raise RelookError if they are not."""
     if not installed():
         raise RelookError("The page needs gradio.", "Run: pip install 'relook[page]'")

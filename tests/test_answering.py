@@ -1,4 +1,4 @@
-"""The answering engine over trees: the text of transformers' `generate` at batch 1, however questions are grouped."""
+"""The answering engine: the text of transformers' `generate` at batch 1, however questions are grouped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import tiny_llava, tiny_relook
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
@@ -22,16 +20,9 @@ from transformers import LlavaForConditionalGeneration
 from relook import LoadedModel, load_model
 from relook.data.templates import TEMPLATES, get_template
 from relook.errors import DataError
-from relook.generate import tree_decoding as answering
-from relook.generate.sampling import Sampler, has_full_attention
-from relook.generate.tree_decoding import (
-    GenerationSettings,
-    Prompt,
-    PromptTree,
-    Question,
-    answer_questions,
-    batch_by_images,
-)
+from relook.generate import answering
+from relook.generate.answering import GenerationSettings, Question, answer_questions
+from relook.generate.sampling import RowSampling, Sampler, choose_tokens, has_full_attention
 from relook.toyworld.build import IMAGE_SIZE, make_processor
 
 NEW = 6
@@ -81,7 +72,7 @@ def answers(loaded: LoadedModel, questions: Sequence[Question], size: int = 64, 
 
 
 @pytest.fixture
-def trees_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """No question may take the other way."""
 
     def never(*_: Any) -> None:
@@ -121,7 +112,7 @@ MODELS: dict[str, Any] = {
 }
 
 
-@pytest.mark.usefixtures("trees_only")
+@pytest.mark.usefixtures("texts_only")
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"cross"}))  # "cross, deep" is more
 def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list[Question]) -> None:
     loaded = as_loaded(MODELS[name]())
@@ -131,7 +122,7 @@ def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list
         assert answers(loaded, questions, size) == expected, size
 
 
-@pytest.mark.usefixtures("trees_only")
+@pytest.mark.usefixtures("texts_only")
 @pytest.mark.slow  # answers that end with a text leave rows and batch in the same way
 @pytest.mark.parametrize("settings", [{}, {"attention": "self_cross"}], ids=str)
 def test_answers_of_all_lengths(settings: dict[str, Any], questions: list[Question]) -> None:
@@ -155,7 +146,7 @@ def test_answers_of_all_lengths(settings: dict[str, Any], questions: list[Questi
         assert answers(loaded, questions, size, max_new_tokens=40) == expected
 
 
-@pytest.mark.usefixtures("trees_only")
+@pytest.mark.usefixtures("texts_only")
 def test_answers_that_end_with_a_text(tiny: Path, tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several characters, which may lie in several tokens or begin in the middle of one."""
     loaded = load_model(tiny / "ckpt_safetensors", vision_tower=tower)
@@ -174,7 +165,7 @@ def test_answers_that_end_with_a_text(tiny: Path, tower: Path, monkeypatch: pyte
 # --- settings of generation
 
 
-@pytest.mark.usefixtures("trees_only")
+@pytest.mark.usefixtures("texts_only")
 def test_suppressed_tokens_and_a_models_own_sampling_settings(questions: list[Question]) -> None:
     loaded = as_loaded(tiny_llava())
     config, plain = loaded.model.generation_config, answers(loaded, questions)
@@ -203,7 +194,7 @@ def test_what_only_generate_follows_is_left_to_it(
     settings: dict[str, Any], questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether the caller says it or the model's own settings do."""
-    monkeypatch.setattr(answering, "decode", None)
+    monkeypatch.setattr(answering, "Scheduler", None)
     plain, asked = as_loaded(tiny_llava()), questions[:6]
     torch.manual_seed(0)
     expected = one_by_one(plain, asked, **settings)
@@ -224,7 +215,8 @@ def test_a_window_over_the_text_is_left_to_generate() -> None:
     assert not has_full_attention(config, 1)
 
 
-def test_a_prompt_that_ends_in_its_image_is_left_to_generate(pictures: list[Path]) -> None:
+@pytest.mark.usefixtures("texts_only")
+def test_a_prompt_that_ends_in_its_image(pictures: list[Path]) -> None:
     loaded = as_loaded(tiny_llava())
     questions: list[Question] = [(path, "<image>") for path in pictures[:2]]
     assert loaded.encoder("plain").prompt("<image>", [pictures[0]])[-1] == loaded.model.config.image_token_id
@@ -238,7 +230,7 @@ def sampling(**settings: Any) -> dict[str, Any]:
     return {"generate": tuple({"do_sample": True, **settings}.items())}
 
 
-@pytest.mark.usefixtures("trees_only")
+@pytest.mark.usefixtures("texts_only")
 def test_draws_depend_on_the_seed_and_not_on_the_batch(questions: list[Question]) -> None:
     loaded = as_loaded(tiny_relook())
     how = sampling(temperature=1.5, top_k=0)
@@ -259,10 +251,10 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(settings: dict[str, Any]) 
     logits = 2 * torch.randn(60, generator=torch.Generator().manual_seed(0))
     rule = Sampler.of(loaded, "", {"do_sample": True, **settings}, 100)
     assert rule is not None
-    rule.never = rule.never[:0]
-    draws = rule.draws(range(n), 1)
-    assert draws is not None
-    drawn = rule.choose(logits.expand(n, -1), draws[:, 0], first=True)
+    rows = torch.tensor([[rule.temperature], [rule.top_k], [rule.top_p]], dtype=torch.float64).expand(3, n)
+    draws = torch.stack([draw for number in range(n) if (draw := rule.draws(number, 1)) is not None])
+    sampling = RowSampling(rows[0], rows[1].long(), rows[2], draws, True)
+    drawn = choose_tokens(logits.expand(n, -1), [], sampling, first=True)
     share = (logits / settings.get("temperature", 1)).softmax(-1)
     order = share.argsort(descending=True)
     kept = order[: settings.get("top_k", 50) or len(share)]
@@ -280,57 +272,25 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(settings: dict[str, Any]) 
 def test_an_image_and_what_its_prompts_share_is_read_once(
     pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The language model reads a prefix, then the branches' rests; then as many positions a step as branches."""
+    """The language model reads each prompt's beginning once, then one position a step and question."""
     loaded = as_loaded(tiny_relook())
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     towers: list[int] = []
     model = loaded.model.model
-    whole, tower = model.language_model.forward, model.vision_tower.forward
-
-    def counted(*args: Any, **more: Any) -> Any:
-        seen.append(tuple(more["inputs_embeds"].shape[:2]))
-        return whole(*args, **more)
+    layer, tower = model.language_model.layers[0], model.vision_tower.forward
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
 
     def counted_tower(pixel_values: Tensor, **more: Any) -> Any:
         towers.append(len(pixel_values))
         return tower(pixel_values, **more)
 
-    monkeypatch.setattr(model.language_model, "forward", counted)
     monkeypatch.setattr(model.vision_tower, "forward", counted_tower)
     loaded.model.generation_config.eos_token_id = None
     answers(loaded, [(path, text) for path in pictures[:2] for text in TEXTS[:3]], max_new_tokens=4)
     ids = [loaded.encoder().prompt(text, [pictures[0]]) for text in TEXTS[:3]]
     common = next(i for i in range(100) if len({row[i] for row in ids}) > 1)
     assert towers == [2]
-    assert seen == [(2, common), (2, sum(map(len, ids)) - 3 * common), *[(2, 3)] * 3]
-
-
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple), min_size=1, max_size=5))
-def test_a_tree_of_prompts_is_the_prompts(prompts: list[tuple[int, ...]]) -> None:
-    tree = PromptTree.of(prompts)
-    assert [tree.prefix + branch for branch in tree.branches] == prompts
-    assert all(tree.branches)
-    assert len({branch[0] for branch in tree.branches}) > 1 or 1 in map(len, tree.branches)
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=40))
-def test_no_batch_takes_more_positions_than_its_size_in_prompts(made: list[tuple[int, int, int]]) -> None:
-    """Made of an image's number, the length of the text, and how much of it is before the image."""
-    token, new = 99, 4
-    prompts = []
-    for n, (image, length, before) in enumerate(made):
-        start = [1] * before + ([token] * 6 if image else [])
-        prompts.append(Prompt(n, (Path(str(image)),) if image else (), (*start, *range(length))))
-    longest = max(len(prompt.ids) for prompt in prompts) + new
-    for size in (1, 3, 8):
-        batches = batch_by_images(prompts, GenerationSettings(max_new_tokens=new, batch_size=size), longest, token)
-        assert sorted(p.number for batch in batches for group in batch for p in group) == list(range(len(prompts)))
-        for batch in batches:
-            trees = [PromptTree.of([prompt.ids for prompt in group]) for group in batch]
-            assert len(trees) * max(tree.positions(new) for tree in trees) <= size * longest
-            for tree, group in zip(trees, batch, strict=True):
-                assert len({prompt.images for prompt in group}) == 1
-                assert tree.prefix.count(token) == group[0].ids.count(token)
+    assert seen == [2 * (common + sum(map(len, ids)) - 3 * common), *[2 * 3] * 3]
 
 
 # --- images that cannot be read, and nothing asked

@@ -1,0 +1,360 @@
+"""Answering lists of questions, as evaluation, mining and sweeps do.
+
+Equal questions are asked once, and those over the same images share what their prompts begin with. Where the settings
+of generation allow it (`Sampler.of`), all texts grow side by side in one `Scheduler`, which admits the next as soon as
+there is room; otherwise transformers' `generate` answers batch by batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from relook.console import ProgressReport
+from relook.data.encode import Encoder
+from relook.data.images import GRID, RecentCache, Shown, prefetch_map
+from relook.data.samples import Turn
+from relook.errors import CheckpointError, RecipeError
+from relook.forward.positions import row_positions
+from relook.generate.attention import without_cudnn_attention
+from relook.generate.kv_extents import shared_length
+from relook.generate.model_runner import ModelRunner
+from relook.generate.passes import BUCKETS
+from relook.generate.request import IncrementalText
+from relook.generate.sampling import Sampler, TokenLogprobs
+from relook.generate.scheduler import PREFILL_POSITIONS, Scheduler, feature_bytes
+from relook.generate.text import ImageFeatures, ImageKey, Text
+from relook.model.load import LoadedModel
+from relook.model.tokenizer import token_bytes
+
+FEATURE_BYTES = 1 << 30  # image features that are cached
+WAVE_REST = 4  # a share of 1 / 4 of a wave's texts may still grow when the next one comes
+EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around images
+
+Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How questions are put and answered.
+
+    Args:
+        template: conversation template; empty for the model's own.
+        batch_size: bounds memory: that many of the longest prompts with their answers fit into the pool of keys and
+            values, so of prompts that share images more do. Answers do not depend on it (fp32).
+        generate: keyword arguments of transformers' `generate`, e.g. do_sample, temperature, num_beams.
+        seed: of sampling. A question's draws depend on it and on the question's index among the distinct ones; with
+            settings that only `generate` itself follows, on the batches too.
+        first: index of the first distinct question, where these are a part of a longer list that is asked in parts.
+    """
+
+    template: str = ""
+    max_new_tokens: int = 64
+    batch_size: int = 64
+    generate: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+    first: int = 0
+
+    @property
+    def generate_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `generate`: greedy unless set otherwise, whatever the model's own settings are."""
+        return {"do_sample": False, **dict(self.generate)}
+
+    def __post_init__(self) -> None:
+        """Raise a RecipeError where a batch holds no prompt, or an answer no token."""
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}.", "Give 1 or more.")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A distinct question as the model reads it."""
+
+    number: int
+    images: tuple[Shown, ...]
+    ids: tuple[int, ...]
+
+
+Group = list[Prompt]  # over the same images
+
+
+def answer_questions(
+    loaded: LoadedModel, questions: Sequence[Question], settings: GenerationSettings, report: ProgressReport
+) -> Iterator[tuple[int, str]]:
+    """Yield (index of the question, answer text) as answers end; equal questions are asked once.
+
+    Long prompts are asked first, so the order of yields is not that of the questions. Tokenising and reading images run
+    ahead on threads.
+
+    Raises:
+        CheckpointError: the model's logits are NaN or infinite.
+    """
+    indices: dict[tuple[tuple[Shown, ...], str], list[int]] = {}  # of the questions that are equal to each distinct one
+    for index, (images, text) in enumerate(questions):
+        indices.setdefault((images if isinstance(images, tuple) else (images,), text), []).append(index)
+    if not indices:
+        return
+    distinct = [DistinctQuestion(n, images, text) for n, (images, text) in enumerate(indices, settings.first)]
+    encoder = loaded.encoder(settings.template)
+    bounds = {question: max_length(encoder, question) + settings.max_new_tokens for question in distinct}
+    longest = max(distinct, key=lambda question: bounds[question])
+    sampler = Sampler.of(loaded, settings.template, settings.generate_arguments, bounds[longest], settings.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if sampler is None:
+            answers = _answer_by_generate(loaded, encoder, distinct, settings)
+        else:
+            length = len(longest.encode(encoder).ids) + settings.max_new_tokens
+            cells = max(bounds[longest], settings.batch_size * length)
+            if loaded.core.device.type == "cpu":
+                cells = min(cells, sum(bounds.values()))  # a GPU keeps its pool for the next questions, however many
+            groups = group_by_images(distinct, bounds)
+            answers = _answer_by_engine(loaded, encoder, groups, settings, sampler, cells, bounds[longest])
+        by_number = list(indices.values())
+        for done, (prompt, text) in enumerate(answers, 1):
+            for index in by_number[prompt.number - settings.first]:
+                yield index, text
+            report(done, len(distinct))
+
+
+@dataclass(frozen=True)
+class DistinctQuestion:
+    """A text asked about images; `number` is its index among the distinct questions."""
+
+    number: int
+    images: tuple[Shown, ...]
+    text: str
+
+    def encode(self, encoder: Encoder) -> Prompt:
+        """Tokenise the question."""
+        return Prompt(self.number, self.images, encoder.prompt(self.text, self.images))
+
+
+def max_length(encoder: Encoder, question: DistinctQuestion) -> int:
+    """Return an upper bound of a prompt's positions, without the cost of tokenising: a token has a byte at least."""
+    template = encoder.template.render([Turn("", "")], open_end=True)
+    text = "".join([*(piece.text for piece in template), question.text])
+    return sum(encoder.positions(question.images)) + len(text.encode(errors="surrogatepass")) + EXTRA_TOKENS
+
+
+def group_by_images(
+    questions: Sequence[DistinctQuestion], bounds: Mapping[DistinctQuestion, int]
+) -> list[list[DistinctQuestion]]:
+    """Return groups of questions over the same images, long ones first."""
+    groups: dict[tuple[Shown, ...], list[DistinctQuestion]] = {}
+    for question in questions:
+        groups.setdefault(question.images, []).append(question)
+    return sorted(groups.values(), key=lambda group: -max(bounds[question] for question in group))
+
+
+# ----------------------------------------------------------------------------------------------------
+# By the engine
+
+
+def _answer_by_engine(
+    loaded: LoadedModel,
+    encoder: Encoder,
+    groups: Sequence[Sequence[DistinctQuestion]],
+    settings: GenerationSettings,
+    sampler: Sampler,
+    cells: int,
+    minimum: int,
+) -> Iterator[tuple[Prompt, str]]:
+    """Yield answers as they end.
+
+    Args:
+        cells: positions that are in memory at most.
+        minimum: positions of the longest text.
+    """
+    runner = ModelRunner.of(loaded, cells, minimum, (sampler.never, sampler.not_first))
+    features: RecentCache[ImageFeatures] = RecentCache(FEATURE_BYTES, feature_bytes)
+    ready: dict[ImageKey, dict[str, Tensor]] = {}  # inputs of images that were read ahead
+    grids: dict[ImageKey, Tensor | None] = {}
+
+    def read_image(image: Any) -> dict[str, Tensor]:
+        inputs = loaded.images.inputs(image)
+        grids[image] = inputs.get(GRID)
+        return runner.staged(inputs)
+
+    def prepare(questions: Sequence[DistinctQuestion]) -> Group:
+        """Tokenise a group and read its images, on another thread: the scheduler's has no time for that."""
+        for image in questions[0].images:
+            if features.get(image) is None:
+                ready[image] = read_image(image)
+        return [question.encode(encoder) for question in questions]
+
+    def image_inputs(image: ImageKey) -> dict[str, Tensor]:
+        """Return what was read ahead; where features were evicted since, the image is read again."""
+        inputs = ready.pop(image, None)
+        return read_image(image) if inputs is None else inputs
+
+    scheduler = Scheduler(
+        runner,
+        BUCKETS[-1],
+        image_inputs,
+        features,
+        chunk=PREFILL_POSITIONS,  # nobody waits for a step
+        keeps_answers=False,
+    )
+    finished: deque[tuple[Prompt, str]] = deque()
+    bytes_of = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
+
+    def step() -> Iterator[tuple[Prompt, str]]:
+        scheduler.step()
+        require_finite(not scheduler.counts.not_finite)
+        while finished:
+            yield finished.popleft()
+
+    def begin(prompt: Prompt) -> _GrowingAnswer:
+        return _GrowingAnswer(prompt, loaded, settings, sampler, IncrementalText(bytes_of, sampler.stops), finished)
+
+    queued = 0  # positions that the texts of the next wave need
+    for group in prefetch_map(prepare, groups):
+        queued += submit(scheduler, group, begin, grids)
+        if runner.has_kernel:
+            # Some texts always wait, so that a pass is full; no more do, so that few images are in memory.
+            while len(scheduler.waiting) >= settings.batch_size:
+                yield from step()
+        elif queued >= cells:
+            # Without kernels each coming and going copies what all texts read: they come in waves.
+            wave = scheduler.live
+            while scheduler.live > wave // WAVE_REST:
+                yield from step()
+            queued = 0
+    while scheduler.busy:
+        yield from step()
+
+
+@dataclass
+class _GrowingAnswer:
+    """A prompt's answer while it grows; it goes to `finished` with its last token."""
+
+    prompt: Prompt
+    loaded: LoadedModel
+    settings: GenerationSettings
+    sampler: Sampler
+    text: IncrementalText
+    finished: deque[tuple[Prompt, str]]
+    ids: list[int] = field(default_factory=list)
+
+    def add(self, token: int, _: TokenLogprobs | None) -> bool:
+        """Take the next token. Return True if the answer ends with it."""
+        self.ids.append(token)
+        if self.sampler.stops:
+            self.text.add(token)
+        ends = token in self.sampler.eos or self.text.stopped
+        if ends or len(self.ids) == self.settings.max_new_tokens:
+            self.finished.append((self.prompt, self.loaded.decode(self.ids, self.settings.template)))
+        return ends
+
+
+def submit(
+    scheduler: Scheduler,
+    group: Group,
+    begin: Callable[[Prompt], _GrowingAnswer],
+    grids: Mapping[ImageKey, Tensor | None],
+) -> int:
+    """Queue the prompts of a group. Return the positions that they need.
+
+    Args:
+        begin: makes the answer that takes a prompt's tokens.
+        grids: `image_grid_thw` of each image, in models that have it.
+    """
+    config = scheduler.runner.core.config
+    first = group[0].ids
+    common = min(shared_length(first, prompt.ids, len(prompt.ids) - 1) for prompt in group)
+    needed = common
+    for prompt in group:
+        answer = begin(prompt)
+        sampler, max_new_tokens = answer.sampler, answer.settings.max_new_tokens
+        text = Text(prompt.ids, prompt.images, max_new_tokens, answer.add, max_shared=common)
+        text.positions = row_positions(config, prompt.ids, [grids[image] for image in prompt.images])
+        text.temperature, text.top_k, text.top_p = sampler.temperature, sampler.top_k, sampler.top_p
+        text.draws = sampler.draws(prompt.number, max_new_tokens)
+        scheduler.waiting.append(text)
+        needed += len(prompt.ids) - common + max_new_tokens
+    return needed
+
+
+# ----------------------------------------------------------------------------------------------------
+# By transformers' `generate`
+
+
+def require_finite(finite: Tensor | bool) -> None:
+    """Refuse answers of a model whose logits are no numbers.
+
+    Raises:
+        CheckpointError: `finite` is false.
+    """
+    if not finite:
+        raise CheckpointError(
+            "The model's logits are NaN or infinite, though all of its weights are numbers.",
+            "float16 overflows where bfloat16 and float32 do not: choose another --dtype.",
+        )
+
+
+def _answer_by_generate(
+    loaded: LoadedModel, encoder: Encoder, questions: Sequence[DistinctQuestion], settings: GenerationSettings
+) -> Iterator[tuple[Prompt, str]]:
+    """Yield the answers of batches of prompts of similar length."""
+    prompts = sorted((question.encode(encoder) for question in questions), key=lambda prompt: -len(prompt.ids))
+    size = settings.batch_size
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+    def load_images(batch: Group) -> Group:
+        for image in itertools.chain.from_iterable(prompt.images for prompt in batch):
+            loaded.images(image)
+        return batch
+
+    for batch in prefetch_map(load_images, batches):
+        yield from zip(batch, generate_batch(loaded, batch, settings), strict=True)
+
+
+class _NaNCheck(LogitsProcessor):
+    """Processor that leaves scores as they are and records whether all of them are numbers."""
+
+    def __init__(self) -> None:
+        self.finite: Tensor | bool = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.finite = ~scores.isnan().any() & self.finite
+        return scores
+
+
+@without_cudnn_attention
+@torch.inference_mode()
+def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], settings: GenerationSettings) -> list[str]:
+    """Return transformers' answers to left-padded prompts with their images, decoded without special tokens.
+
+    Raises:
+        CheckpointError: the model's logits are NaN.
+    """
+    pad, core = loaded.pad_id, loaded.core
+    longest = max(len(prompt.ids) for prompt in batch)
+    ids = torch.tensor([[pad] * (longest - len(prompt.ids)) + list(prompt.ids) for prompt in batch])
+    mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])
+    images = [image for prompt in batch for image in prompt.images]
+    inputs = loaded.images.batch(images) if images else {}
+    check = _NaNCheck()
+    output = loaded.model.generate(
+        input_ids=ids.to(core.device),
+        attention_mask=mask.to(core.device),
+        **loaded.token_types(ids.to(core.device)),
+        **{n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in inputs.items()},
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=pad,
+        logits_processor=LogitsProcessorList([check]),
+        **loaded.stop_arguments(settings.template),
+        **settings.generate_arguments,
+    )
+    require_finite(check.finite)
+    return [loaded.decode(ids, settings.template) for ids in output[:, longest:]]

@@ -1,0 +1,405 @@
+"""The device's side of answering: flat passes of a model over a pool of keys and values.
+
+Reading prompts (`prefill`) and growing answers (`step`) are the same walk: embed, decoder layers, post decoder,
+lm_head, choose. A step works on tensors that stay in place and changes them itself, so that a CUDA graph replays it
+and the host never waits for a token before it launches the next step.
+
+Shape letters: N positions of a pass or rows of a step, T texts of a prefill, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relook.console import status
+from relook.data.images import stack
+from relook.generate.attention import (
+    ATTENTION_NAME,
+    KVPool,
+    PassView,
+    PoolShape,
+    attend,
+    has_decode_kernel,
+    has_flash,
+    without_cudnn_attention,
+)
+from relook.generate.dense_attention import KV, DenseReads
+from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
+from relook.generate.sampling import choose_tokens, token_logprobs
+from relook.generate.shared_projections import share_projections
+from relook.model.load import LoadedModel
+from relook.model.post_decoder import PostDecoder
+
+LAYER_VARIANTS = 64  # that dynamo may compile of a layer's code
+CELLS_MULTIPLE = 8192  # of a pool that a GPU keeps for the next questions
+POOL_SHARE = 0.7  # of a GPU's free memory; the rest is for the vision tower and for the states of a pass
+PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # Llama's layers, and those like them
+
+
+def run_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -> Tensor:
+    """Run one of transformers' decoder layers over flat positions, (1, N, D)."""
+    output = layer(hidden, attention_mask=None, position_embeddings=angles, use_cache=False, kv=kv, view=view)
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _run_last_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView, selected: Tensor) -> Tensor:
+    """Run a decoder layer whose output is read at some positions only, (1, T, D): the others need no MLP."""
+    normed = layer.input_layernorm(hidden)
+    mixed = layer.self_attn(normed, attention_mask=None, position_embeddings=angles, kv=kv, view=view)[0]
+    states: Tensor = hidden[:, selected] + mixed[:, selected]
+    output: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
+    return output
+
+
+def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -> Tensor:
+    """`run_layer` under a code object of its own, so that its compiled variants are counted apart."""
+    return run_layer(layer, hidden, angles, kv, view)
+
+
+def position_bytes(loaded: LoadedModel) -> int:
+    """Return the bytes that one position of a text takes in all of a model's pools."""
+    return sum(shape.nbytes(loaded.core.dtype) for shape in PoolShape.of(loaded).values())
+
+
+class ModelRunner:
+    """A model and its pools.
+
+    Args:
+        cells: positions that the pool holds for all texts.
+        banned: token ids that are never chosen, and further ones that are not chosen first.
+        compiled: compile the decoder layers and replay steps as CUDA graphs (GPUs only).
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cells: int,
+        banned: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        compiled: bool = True,
+    ) -> None:
+        self.loaded, self.core = loaded, loaded.core
+        self.device: torch.device = self.core.lm_head.weight.device
+        self.post_decoder: PostDecoder | None = getattr(self.core.model, "post_decoder", None)
+        self.has_mrope = hasattr(self.core.model, "get_rope_index")
+        like = self.core.get_input_embeddings().weight.new_empty(0, dtype=self.core.dtype)
+        shapes = PoolShape.of(loaded)
+        self.pool = KVPool(shapes["text"], cells, like)
+        # The post decoder's self-attention reads the same extents; its image side has a pool of its own.
+        self.self_pool = KVPool(shapes["self"], cells, like) if "self" in shapes else None
+        self.image_pool = KVPool(shapes["image"], cells * shapes["image"].cells, like) if "image" in shapes else None
+        head_sizes = {shape.head_size for shape in shapes.values()}
+        self.banned_ids, self.requested_cells = banned, cells
+        self.banned = [torch.tensor(list(ids), dtype=torch.long, device=self.device) for ids in banned]
+        self.flash, self.has_kernel = has_flash(head_sizes, like), has_decode_kernel(head_sizes, like)
+        self.compiled = compiled and self.has_kernel
+        self._open: StepState | None = None  # whose keys and values are not in the pool yet
+        # Steps are compiled for one row and for any number; reading, whose lengths always differ, once for any.
+        self._step_layer = self._read_layer = run_layer
+        if self.compiled:
+            # On disk, so that the next run finds what this one compiled.
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "relook" / "compiled"))
+            share_projections(self.core.model.language_model.layers)
+            self._step_layer = torch.compile(run_layer, fullgraph=True)
+            if self.flash:
+                self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
+        self._compiling: float | None = None  # when the first compilation began
+        self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
+        self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
+
+    @staticmethod
+    def of(loaded: LoadedModel, cells: int, minimum: int, banned: tuple[Sequence[int], Sequence[int]]) -> ModelRunner:
+        """Return a model's runner with so many cells, or as many as fit the free memory of its GPU.
+
+        On a GPU a model keeps its runner: graphs are not recorded again for each set of questions.
+
+        Args:
+            minimum: cells that are needed in any case.
+        """
+        runner = loaded.runner
+        if isinstance(runner, ModelRunner) and runner.banned_ids == banned:
+            if runner.requested_cells >= cells and runner.pool.cells >= minimum:
+                return runner
+            cells = max(cells, runner.requested_cells)
+        loaded.runner = runner = None  # before the next one takes memory
+        requested, device = cells, loaded.core.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(device)[0]
+            # Rounded up, so that questions a little longer find their room there.
+            cells = -(-cells // CELLS_MULTIPLE) * CELLS_MULTIPLE
+            cells = max(minimum, min(cells, int(POOL_SHARE * free) // position_bytes(loaded)))
+        new = ModelRunner(loaded, cells, banned)
+        new.requested_cells = max(requested, new.pool.cells)
+        if new.compiled:
+            loaded.runner = new
+        return new
+
+    # --- images
+
+    @without_cudnn_attention
+    @torch.inference_mode()
+    def encode_images(self, inputs: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
+        """Return each image's projected features (P, D) and what the post decoder reads of it, (M, V) or None.
+
+        Args:
+            inputs: what the image processor made of each image, without a batch dimension.
+        """
+        dtype = self.core.dtype
+        # Copied one by one and stacked on the device: on the host that would take longer than the vision tower does.
+        on_device = [{name: copy_to_device(tensor, self.device) for name, tensor in image.items()} for image in inputs]
+        batch = {
+            name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in stack(on_device).items()
+        }
+        outputs = self.core.model.get_image_features(**batch, return_dict=True)
+        read = getattr(outputs, "vision_features", None) or [None] * len(inputs)
+        # Copies: a view would keep the features of the whole batch in memory.
+        return [
+            (projected.to(dtype).clone(), None if features is None else features.clone())
+            for projected, features in zip(outputs.pooler_output, read, strict=True)
+        ]
+
+    def staged(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return an image's inputs in pinned memory where the model is on a GPU, from which copies do not block."""
+        if self.device.type != "cuda":
+            return inputs
+        return {name: tensor.pin_memory() for name, tensor in inputs.items()}
+
+    @torch.inference_mode()
+    def store_image_context(self, features: Sequence[Tensor], first: int) -> None:
+        """Write the post decoder's image keys and values of one text's images into its pool, from a place on."""
+        assert self.post_decoder is not None
+        assert self.image_pool is not None
+        context = self.post_decoder.image_context(list(features), [len(features)])
+        assert context is not None
+        for kv, keys, values in zip(self.image_pool.layers, context.keys, context.values, strict=True):
+            cells = slice(first, first + keys.shape[2])
+            for stored, new in zip(kv, (keys, values), strict=True):
+                stored[cells] = new[0].transpose(0, 1)
+
+    # --- passes
+
+    @torch.inference_mode()
+    def prefill(self, batch: Prefill) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Read new positions and choose the token after each of `last`.
+
+        Returns:
+            The tokens, (T,), -1 where logits are not finite, and `token_logprobs` of them if they are wanted.
+        """
+        self.write_back()
+        if self.compiled and self._compiling is None:
+            status("Compiling the model's layers (a minute at most; the next run finds them on disk).", style="dim")
+            self._compiling = time.perf_counter()
+        try:
+            states = self._read_prompts(batch)
+        except Exception as error:
+            if self._read_layer is run_layer:
+                raise
+            self._fall_back(error)
+            states = self._read_prompts(batch)
+        logits = self.core.lm_head(states)
+        chosen = choose_tokens(logits, [ids for ids in self.banned if len(ids)], batch.sampling, first=True)
+        return chosen, None if batch.top < 0 else token_logprobs(logits, chosen, batch.top)
+
+    def _read_prompts(self, batch: Prefill) -> Tensor:
+        """Return the states that predict the next tokens, (T, D)."""
+        embeds = self.core.get_input_embeddings()(batch.ids)
+        if batch.image_rows:
+            # Image features take the positions of the placeholders, in order.
+            placeholder = (batch.ids == self.core.config.image_token_id)[:, None]
+            embeds = embeds.masked_scatter(placeholder, torch.cat(batch.image_rows).to(embeds.dtype))
+        view = PassView(batch.cells, batch.reads, is_step=False)
+        with self._pool_attention():
+            states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None)
+        states = self._post_decode(states, view, batch.image)
+        return states if self.self_pool is None else states[batch.last]
+
+    @torch.inference_mode()
+    def step(self, state: StepState) -> None:
+        """Append one token to every row: `state.tokens` holds it afterwards."""
+        if not self.compiled:
+            if self._open is not state:
+                self.write_back()
+                self._open = state
+            with self._pool_attention():
+                self._step(state)
+            return None
+        key = _graph_key(state)
+        if key not in self._graphs:
+            try:
+                graph = self._capture(state)
+            except Exception as error:
+                self._fall_back(error)
+                return self.step(state)
+            if not self._graphs and self._compiling is not None:
+                torch.cuda.synchronize()
+                status(f"Compiled in {time.perf_counter() - self._compiling:.0f} s.", style="dim")
+            self._graphs[key] = state, graph
+        owner, graph = self._graphs[key]
+        assert owner is state, "rows are placed by `place` before they are stepped"
+        graph.replay()
+        return None
+
+    def write_back(self) -> None:
+        """Bring the keys and values of the steps since the last pass into the pool."""
+        if self._open is not None and isinstance(self._open.reads, DenseReads):
+            self._open.reads.write_back(self._open.rooms)
+        self._open = None
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the keys and values of neighbouring cells."""
+        self.write_back()
+        for pool in (self.pool, self.self_pool):
+            for side in itertools.chain.from_iterable(pool.layers if pool is not None else ()):
+                side[target : target + count] = side[source : source + count]
+
+    @torch.inference_mode()
+    def place(self, state: StepState) -> StepState:
+        """Return the state whose tensors the graph of this shape works on, set to the given one."""
+        stored = self._graphs.get(_graph_key(state)) if self.compiled else None
+        if stored is None:
+            return state
+        target = stored[0]
+        target.tokens.copy_(state.tokens, non_blocking=True)
+        target.ints.copy_(state.ints, non_blocking=True)
+        if state.sampling is not None and target.sampling is not None:
+            target.sampling.copy_(state.sampling)
+        return target
+
+    def _step(self, state: StepState) -> None:
+        positions, cells, count, _ = state.counters
+        view = PassView(cells.long(), state.reads, is_step=True)
+        embeds = self.core.get_input_embeddings()(state.tokens.clamp(min=0))  # -1 where logits were not finite
+        states = self._post_decode(self._trunk(embeds, positions, view), view, state.image)
+        logits = self.core.lm_head(states)
+        banned = [self.banned[0]] if len(self.banned[0]) else []
+        chosen = choose_tokens(logits, banned, state.sampling, count=count)
+        state.tokens.copy_(chosen)
+        if state.logprobs is not None:
+            for stored, new in zip(
+                state.logprobs, token_logprobs(logits, chosen, state.logprobs[1].shape[1]), strict=True
+            ):
+                stored.copy_(new)
+        state.counters.add_(state.moves)
+        if isinstance(state.reads, DenseReads):
+            state.reads.advance()
+
+    def _fall_back(self, error: Exception) -> None:
+        """Go on without compiled layers and graphs, and say so, once: nothing is tried again."""
+        self.compiled, self._graphs = False, {}
+        self._step_layer = self._read_layer = run_layer
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        status(f"This model cannot be compiled ({reason}); it answers without, several times slower.", style="yellow")
+
+    def _trunk(self, embeds_ND: Tensor, positions_N: Tensor, view: PassView, selected: Tensor | None = None) -> Tensor:
+        """Run the language model over flat positions; return the last hidden states, (N, D), or the `selected` ones."""
+        model = self.core.model.language_model
+        run = self._step_layer if view.is_step else self._read_layer
+        hidden = embeds_ND[None]
+        if self.has_mrope:  # (N,) or (3, N): of text, the numbers of time, row and column are one
+            positions_N = positions_N.expand(3, -1)
+        # (1, N) or (3, 1, N)
+        angles = model.rotary_emb(hidden, position_ids=positions_N.unsqueeze(-2))
+        *layers, last = zip(model.layers, self.pool.layers, strict=True)
+        for layer, kv in layers:
+            hidden = run(layer, hidden, angles, kv, view)
+        # Of a prompt the last layer's keys and values are needed everywhere, its output only where a token is chosen.
+        if selected is None or {name for name, _ in last[0].named_children()} != PRE_NORM:
+            hidden = run(last[0], hidden, angles, last[1], view)
+            hidden = hidden if selected is None else hidden[:, selected]
+        else:
+            hidden = _run_last_layer(last[0], hidden, angles, last[1], view, selected)
+        normed: Tensor = model.norm(hidden)[0]
+        return normed
+
+    def _post_decode(self, states_ND: Tensor, view: PassView, image: AnyReads | None) -> Tensor:
+        """Run the post decoder over flat positions, whose image side lies in its pool."""
+        blocks: Any = self.post_decoder.blocks if self.post_decoder is not None else ()
+        for index, block in enumerate(blocks):
+            if block.self_attention is not None:
+                # As in a decoder layer: its own keys and values of all positions, in the cells of the same extents.
+                assert self.self_pool is not None
+                attention, normed = block.self_attention, block.self_norm(states_ND)
+                query, key, value = (
+                    projection(normed).unflatten(-1, (attention.num_heads, -1))
+                    for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+                )
+                kv = self.self_pool.layers[index]
+                mixed = attend(query, kv, view, query.shape[-1] ** -0.5, (key, value))
+                states_ND = states_ND + attention.o_proj(mixed.flatten(1))
+            if block.cross_attention is not None and image is not None:
+                # The image's keys and values were written once, by `store_image_context`.
+                assert self.image_pool is not None
+                attention = block.cross_attention
+                query = attention.q_proj(block.cross_norm(states_ND)).unflatten(-1, (attention.num_heads, -1))
+                looking = PassView(view.cells, image, view.is_step)
+                mixed = attend(query, self.image_pool.layers[index], looking, query.shape[-1] ** -0.5)
+                states_ND = states_ND + attention.o_proj(mixed.flatten(1))
+            states_ND = states_ND + block.mlp(block.mlp_norm(states_ND))
+        return states_ND
+
+    @contextmanager
+    def _pool_attention(self) -> Iterator[None]:
+        """Let the language model's layers attend to the pool.
+
+        transformers looks the attention function up by the config's name of it, at each call of a layer.
+        """
+        config = self.core.model.language_model.config
+        before, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
+        try:
+            if self.compiled:
+                # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
+                with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
+                    yield
+            else:  # without dynamo, whose import takes a second
+                yield
+        finally:
+            config._attn_implementation = before
+
+    # --- CUDA graphs
+
+    def _capture(self, state: StepState) -> torch.cuda.CUDAGraph:
+        """Record a step on these tensors. Warm-up and capture run without any text in the rows, and change nothing."""
+        before = state.tokens.clone(), state.ints.clone()
+        # Without moves, counters stay as they are; all rows write into the pool's last cell, which is no text's.
+        state.moves.zero_()
+        state.counters[1].fill_(self.pool.cells)
+        try:
+            with self._pool_attention():
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    self._step(state)  # compiles, and lets libraries take their workspaces
+                torch.cuda.current_stream().wait_stream(side)
+                # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+                    self._step(state)
+        finally:
+            state.tokens.copy_(before[0])
+            state.ints.copy_(before[1])
+        return graph
+
+
+def _graph_key(state: StepState) -> tuple[Any, ...]:
+    """Return what a graph is good for: shapes, and which parts there are; never what is in a tensor."""
+    parts = tuple(
+        (reads.max_queries, reads.pieces)
+        for part in (state.reads, state.image)
+        for reads in (part if isinstance(part, list) else ())
+    )
+    counts = tuple(len(part) if isinstance(part, list) else 0 for part in (state.reads, state.image))
+    top = None if state.logprobs is None else state.logprobs[1].shape[1]
+    return state.rows, counts, parts, top, None if state.sampling is None else state.sampling.key
