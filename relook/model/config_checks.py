@@ -72,23 +72,26 @@ def refuse_unsupported(label: str, config: Any) -> None:
     """Refuse models that would read packed trees wrongly.
 
     Raises:
-        CheckpointError: an encoder-decoder, or a language model whose layers carry a state from token to token.
+        CheckpointError: an encoder-decoder, or a language model with layers that do not attend to the whole prompt.
     """
     text = config.text_config
-    states = sorted(
-        {kind for kind in getattr(text, "layer_types", None) or () if "attention" not in kind or "linear" in kind}
-    )
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise CheckpointError(
             f"{label} is a {config.model_type} over an encoder-decoder, {text.model_type}: answers do not share the "
             "positions of a prompt there, so trees and packed rows do not apply.",
             "Take a model over a decoder.",
         )
-    if states:
+    if others:
+        windows = all(kind in ("sliding_attention", "chunked_attention") for kind in others)
+        why = (
+            "packed rows have no windows, so that long prompts would be read in another way"
+            if windows
+            else "these carry a state through a row, from one answer of a packed tree into the next"
+        )
         raise CheckpointError(
-            f"{label} is a {config.model_type} whose language model has layers of {', '.join(states)}: these carry a "
-            "state through a row, from one answer of a packed tree into the next.",
-            "Take a model whose layers all attend.",
+            f"{label} is a {config.model_type} whose language model has layers of {', '.join(others)}: {why}.",
+            "Take a model whose layers all attend to the whole prompt.",
         )
 
 

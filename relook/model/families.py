@@ -14,14 +14,17 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from relook.model.modeling_relook import PostDecoderConfig, family_classes
+from relook.model import modeling_relook
+from relook.model.modeling_relook import PostDecoderConfig
 
 Size = tuple[int, int]  # height, width
-TOWERS, CONNECTORS = ("vision_tower", "visual"), ("multi_modal_projector", "visual.merger")
+RELOOK = "relook_"  # begins the model_type of a config with a post decoder
+TOWERS = ("vision_tower", "visual", "vision_model")
+CONNECTORS = ("multi_modal_projector", "visual.merger", "connector")
 
 
 @dataclass(frozen=True)
@@ -45,29 +48,14 @@ class Family:
     projects_rows: bool = False
     template: str = "chat"
 
-    @property
-    def _prefix(self) -> str:
-        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[self.model_type].removesuffix("ForConditionalGeneration")
-
-    @property
-    def config(self) -> Any:
-        return CONFIG_MAPPING[self.model_type]
-
-    @property
-    def model(self) -> Any:
-        return getattr(transformers, f"{self._prefix}ForConditionalGeneration")
-
-    @property
-    def base(self) -> Any:
-        return getattr(transformers, f"{self._prefix}Model")
-
-    @property
-    def relook_config(self) -> Any:
-        return family_classes(self._prefix)[f"Relook{self._prefix}Config"]
-
-    @property
-    def relook_model(self) -> Any:
-        return family_classes(self._prefix)[f"Relook{self._prefix}ForConditionalGeneration"]
+    def __getattr__(self, name: str) -> Any:
+        """Return a class: transformers' `config`, `base` or `model`; `relook_config` ... have a post decoder."""
+        kinds = {"config": "Config", "base": "Model", "model": "ForConditionalGeneration"}
+        if name.removeprefix(RELOOK) not in kinds:
+            raise AttributeError(name)
+        prefix = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[self.model_type].removesuffix("ForConditionalGeneration")
+        own, place = ("Relook", modeling_relook) if name.startswith(RELOOK) else ("", transformers)
+        return getattr(place, own + prefix + kinds[name.removeprefix(RELOOK)])
 
 
 def _features_per_row(config: Any) -> int:
@@ -115,7 +103,6 @@ _TESTED = (
     Family("qwen2_5_vl"),
 )
 FAMILIES = {family.model_type: family for family in _TESTED}
-RELOOK = "relook_"  # begins the model_type of a config with a post decoder
 
 
 @cache
@@ -165,6 +152,10 @@ def connector(base: Any) -> nn.Module:
 def _part(base: Any, paths: Sequence[str]) -> nn.Module:
     parts = dict(base.named_modules())
     return next(parts[path] for path in paths if path in parts)
+
+
+def is_tested(config: Any) -> bool:
+    return family_of(config).model_type in FAMILIES
 
 
 def has_post_decoder(config: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -28,7 +29,15 @@ from relook.files import file_hash
 from relook.model.adapters import TENSORS_FILE, language_model_config, parse_adapter, read_adapter
 from relook.model.checkpoint import ADAPTER_FILE, AnyFolder, ModelFolder, parse_folder
 from relook.model.config_checks import check_processor
-from relook.model.families import CONNECTORS, TOWERS, connector, family_of, image_positions, with_post_decoder
+from relook.model.families import (
+    CONNECTORS,
+    TOWERS,
+    connector,
+    family_of,
+    image_positions,
+    is_tested,
+    with_post_decoder,
+)
 from relook.model.lazy_model import LazyModel, open_folder
 from relook.model.tokenizer import UNFINISHED, decode_bytes
 
@@ -145,11 +154,20 @@ class LoadedModel:
         tokenizer = self.processor.tokenizer
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
-    def encoder(self, template: str = "", max_length: int = 0) -> Encoder:
+    @property
+    def image_token(self) -> str:
+        """Return the image placeholder of the processor."""
+        return str(getattr(self.processor, "image_token", IMAGE))
+
+    def plain_encoder(self) -> Encoder:
+        """Build an encoder of text without a template around it."""
+        return self.encoder(Template("", "", "", "", "", ""))
+
+    def encoder(self, template: str | Template = "", max_length: int = 0) -> Encoder:
         """Build an encoder of prompts and samples; `max_length` 0 means the language model's maximum."""
         return Encoder(
             self.processor.tokenizer,
-            self.conversation_template(template),
+            self.conversation_template(template) if isinstance(template, str) else template,
             self.core.config.image_token_id,
             self.image_positions,
             max_length or self.core.config.text_config.max_position_embeddings,
@@ -172,10 +190,9 @@ class LoadedModel:
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
 
     def token_types(self, ids: Tensor) -> dict[str, Tensor]:
-        """Return the model input that tells image positions from text, where position numbers depend on it."""
-        if not hasattr(self.core.model, "get_rope_index"):
-            return {}
-        return {"mm_token_type_ids": (ids == self.core.config.image_token_id).long()}
+        """Return the model input that tells image positions from text, under the name that the model has for it."""
+        names = inspect.signature(self.core.forward).parameters.keys() & {"mm_token_type_ids", "token_type_ids"}
+        return {name: (ids == self.core.config.image_token_id).long() for name in names}
 
     @torch.inference_mode()
     def generate(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "", **kwargs: Any) -> str:
@@ -364,7 +381,12 @@ def materialize(
     model.name_or_path = str(source.path)  # peft queries the hub for models without a path
     if not quantisation:  # bitsandbytes has placed quantised weights already
         model.to(device)
-    return wrap(model, source)
+    loaded = wrap(model, source)
+    if not is_tested(source.config):
+        from relook.generate.family_check import check_family  # which loads models of its own kind: not at the top
+
+        check_family(loaded)
+    return loaded
 
 
 def wrap(model: Any, source: LazyModel) -> LoadedModel:
@@ -372,8 +394,7 @@ def wrap(model: Any, source: LazyModel) -> LoadedModel:
     # liuhaotian's setting; transformers' folders say it as `do_pad` of their processor (see `LoadedModel`).
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
-    token = getattr(loaded.processor, "image_token", IMAGE)
-    check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config, token)
+    check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config, loaded.image_token)
     return loaded
 
 
