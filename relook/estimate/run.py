@@ -431,7 +431,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 
 def build_cache_plan(policy: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """Plan the cache of the known examples; return the plan, and the factor from them to all examples."""
-    images: Any = SimpleNamespace(size=lengths.size)
+    images: Any = SimpleNamespace(size=lengths.size, positions=None)
     plan = CachePlan.of(policy, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 
