@@ -263,13 +263,14 @@ class Policy(nn.Module):
             # 1. Embed the ids of all rows: (R, L) -> (R, L, D). Image positions hold placeholder ids.
             embeds = self.core.model.get_input_embeddings()(packed.ids)
             # 2. Encode the images; the projected features of all images form one (image positions, D).
-            features, projected = self._image_inputs(batch)
+            features, projected, deep = self._image_inputs(batch)
             # 3. Write them over the placeholders; images come in order of trees, and trees in order of rows.
             if projected is not None:
                 placeholders = (packed.ids == self.config.image_token_id).unsqueeze(-1)  # (R, L, 1)
                 embeds = embeds.masked_scatter(placeholders, projected.to(embeds.dtype))
+            image = {"visual_pos_masks": placeholders[..., 0], "deepstack_visual_embeds": deep} if deep else {}
             # 4. Run the decoder layers and keep the positions that predict something: (R, L, D) -> (T, S, D).
-            states = self._packed_trunk(embeds, packed)
+            states = self._packed_trunk(embeds, packed, **image)
         return TrunkStates(states, features, batch.image_counts, packed.targets)
 
     def vision_features(
@@ -287,17 +288,22 @@ class Policy(nn.Module):
         with self.autocast(self._mixed_vision):  # the language model's float32 adapters need no autocast here
             return base.get_image_features(pixel_values=pixels, **image_inputs, return_dict=True)
 
-    def _image_inputs(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Return vision features per image, if the post decoder reads them, and the embeddings at image positions."""
+    def _image_inputs(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None, list[Tensor]]:
+        """Return vision features per image, if the post decoder reads them, and what image positions get.
+
+        That are their embeddings, and what the first layers add (`deepstack_rows`).
+        """
         # Cached features (I, M, V) skip the tower, but not the projector, which may train.
         if batch.features is not None:
             with self.autocast(self._mixed_vision):
                 projected = connector(self.core.model)(batch.features)
-            return list(batch.features) if self.needs_vision_features else None, projected.flatten(0, 1)
+            return list(batch.features) if self.needs_vision_features else None, projected.flatten(0, 1), []
         if batch.pixel_values is None:
-            return None, None
+            return None, None, []
         image = self._encode_images(batch.pixel_values, batch.image_inputs)
-        return image.vision_features if self.needs_vision_features else None, torch.cat(list(image.pooler_output))
+        features = image.vision_features if self.needs_vision_features else None
+        deep = deepstack_rows(image) if sum(batch.image_counts) else []  # not of a blank image, which has no position
+        return features, torch.cat(list(image.pooler_output)), deep
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Return the log-prob of each supervised token, (N,) float32."""
@@ -308,6 +314,12 @@ class Policy(nn.Module):
             states = prediction_states(self.post_decoder, trunk)
             # lm_head and log-softmax, without ever holding the logits of all positions.
             return token_log_probs(self.core.lm_head, states, trunk.targets.id, compiled=self.trunk_pass == "compiled")
+
+
+def deepstack_rows(image: Any) -> list[Tensor]:
+    """Return what each of the first layers adds at the image positions, (positions, D), as in Qwen3-VL; mostly none."""
+    layers = getattr(image, "deepstack_features", None) or ()
+    return [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
 
 
 def prediction_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:
