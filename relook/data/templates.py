@@ -208,6 +208,9 @@ def chat_template(processor: Any) -> Template:
         raise RecipeError(f"The model's own chat template cannot be used: {reason}", OTHER) from None
     token = getattr(processor, "image_token", None) or processor.tokenizer.image_token
     end = closed.rstrip("\n")  # what follows the end mark belongs to the next turn
+    if not closed:  # an answer ends with the mark that begins the next turn, as in GLM-4V
+        specials = processor.tokenizer.added_tokens_decoder.values()
+        end = max((t.content for t in specials if t.special and between.startswith(t.content)), key=len, default="")
     if cue != open_cue or not end or not between.startswith(closed) or image.count(token) != 1:
         raise RecipeError("The model's own chat template writes answers or images in a way that relook cannot.", OTHER)
     later = between.removeprefix(end)

@@ -100,7 +100,7 @@ _TESTED = (
         template="llava_hf",
     ),
     Family("llava_next", _llava_next_positions, _llava_next_tiles, template="llava_hf"),
-    Family("qwen2_5_vl"),
+    *map(Family, ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")),
 )
 FAMILIES = {family.model_type: family for family in _TESTED}
 
