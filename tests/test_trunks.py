@@ -331,3 +331,12 @@ def test_a_conversation_goes_on_in_the_engine(folder: Path, tmp_path: Path) -> N
             assert text.strip() == loaded.decode(expected)
     finally:
         engine.stop()
+
+
+def test_the_page_lists_the_families_and_the_suite_that_runs_them() -> None:
+    page = (Path(__file__).parents[1] / "docs/trunks.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    slow = {kind.values[0]: "slow" for kind in KINDS if not isinstance(kind, str)}
+    assert {row[1].strip("`"): row[-1] for row in rows[2:]} == {
+        kind: slow.get(kind, "default") for kind in families.FAMILIES
+    }

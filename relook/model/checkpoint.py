@@ -21,6 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from relook.errors import CheckpointError, preview
 from relook.files import read_json_object, require_regular, require_regular_files, write_json
@@ -408,11 +412,22 @@ def _model_kind(path: Path, config: dict[str, Any]) -> str:
         find_family(kind)
     except (KeyError, AttributeError):
         raise CheckpointError(
-            f"{path} holds a model of type {kind!r}, which relook cannot load.",
+            f"{path} holds a model of type {kind!r}, which relook cannot load{_reason(kind, config)}.",
             "Supported are LLaVA in liuhaotian's folders (llava_llama), models of images and text in transformers' "
             f"({', '.join(FAMILIES)} are tested), and relook's own.",
         ) from None
     return "relook" if kind.startswith(RELOOK) else "hf"
+
+
+def _reason(kind: str, config: dict[str, Any]) -> str:
+    """Say why a model of images and text cannot be loaded, as far as its type tells."""
+    text = config.get("text_config")
+    kinds = {kind, text.get("model_type") if isinstance(text, dict) else None}
+    if config.get("is_encoder_decoder") or kinds & MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys():
+        return ": its language model is an encoder-decoder, where answers do not share the positions of a prompt"
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return ": transformers' class has no get_image_features, or reads videos only"
+    return ""
 
 
 def config_template(config: dict[str, Any]) -> str:

@@ -74,6 +74,12 @@ def refuse_unsupported(label: str, config: Any) -> None:
     Raises:
         CheckpointError: an encoder-decoder, or a language model with layers that do not attend to the whole prompt.
     """
+    if lacking := [name for name in ("text_config", "vision_config", "image_token_id") if not hasattr(config, name)]:
+        raise CheckpointError(
+            f"{label} is a {config.model_type}, whose config has no {' and no '.join(lacking)}: it does not read images "
+            "at placeholders of a prompt.",
+            "Take another model; docs/trunks.md lists the tested ones.",
+        )
     text = config.text_config
     others = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
