@@ -221,17 +221,13 @@ class ImageLoader:
         aspect_ratio: "pad" first pads each picture to a square in the processor's mean colour, as LLaVA-1.5 does;
             anything else leaves resizing and cropping to the processor.
         cache_bytes: most bytes of pixel values to cache.
-        positions: counts the positions that a picture of a height and width takes, where the processor decides it.
     """
 
-    def __init__(
-        self,
-        image_processor: Any,
-        aspect_ratio: str = "",
-        cache_bytes: int = 1 << 30,
-        positions: Callable[[tuple[int, int]], int] | None = None,
-    ) -> None:
-        self.image_processor, self.aspect_ratio, self.positions = image_processor, aspect_ratio, positions
+    # Counts the positions that a picture of a height and width takes, where the processor decides it.
+    positions: Callable[[tuple[int, int]], int] | None = None
+
+    def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
+        self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
         self.flat = GRID in image_processor.model_input_names  # pixels are patches, without an axis of images
         self._cache: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
 

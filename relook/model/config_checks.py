@@ -76,8 +76,8 @@ def refuse_unsupported(label: str, config: Any) -> None:
     """
     if lacking := [name for name in ("text_config", "vision_config", "image_token_id") if not hasattr(config, name)]:
         raise CheckpointError(
-            f"{label} is a {config.model_type}, whose config has no {' and no '.join(lacking)}: it does not read images "
-            "at placeholders of a prompt.",
+            f"{label} is a {config.model_type}, whose config has no {' and no '.join(lacking)}: it does not read "
+            "images at placeholders of a prompt.",
             "Take another model; docs/trunks.md lists the tested ones.",
         )
     text = config.text_config

@@ -133,12 +133,6 @@ def family_of(config: Any) -> Family:
     return find_family(config.model_type)
 
 
-def image_positions(core: Any, count: Callable[[Size], int]) -> int | Callable[[Size], int]:
-    """Return the positions that an image takes: a number, or a function of its size; `count` is the processor's."""
-    positions = family_of(core.config).positions
-    return count if positions is None else positions(core)
-
-
 def vision_tower(base: Any) -> nn.Module:
     """Return the vision tower of a base model."""
     return _part(base, TOWERS)

@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from relook.model.families import (
     TOWERS,
     connector,
     family_of,
-    image_positions,
     is_tested,
     with_post_decoder,
 )
@@ -101,6 +99,20 @@ NOT_QUANTISED = [*(f"model.{part}" for part in (*TOWERS, *CONNECTORS)), "model.p
 
 
 @dataclass
+class PositionCounter:
+    """Count of the positions that a processor writes for an image of a height and width; sizes are remembered."""
+
+    processor: Any
+    known: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __call__(self, size: tuple[int, int]) -> int:
+        if size not in self.known:
+            counts = self.processor._get_num_multimodal_tokens(image_sizes=[size])
+            self.known[size] = int(counts["num_image_tokens"][0])
+        return self.known[size]
+
+
+@dataclass
 class LoadedModel:
     """Model in memory, with its processor, image loader and conversation template.
 
@@ -126,7 +138,9 @@ class LoadedModel:
         if family_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
             # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
-        self.images = ImageLoader(image_processor, self.aspect_ratio, positions=cache(self._positions_by_size))
+        self.images = ImageLoader(image_processor, self.aspect_ratio)
+        if family_of(self.core.config).positions is None:
+            self.images.positions = PositionCounter(self.processor)
 
     @property
     def core(self) -> Any:
@@ -136,13 +150,10 @@ class LoadedModel:
     @property
     def image_positions(self) -> int | Callable[[ImageSource], int]:
         """Return the number of positions one image takes, or a function of the image where its size decides."""
-        positions = image_positions(self.core, self._positions_by_size)
+        count = family_of(self.core.config).positions
+        positions = count(self.core) if count is not None else self.images.positions
+        assert positions is not None
         return positions if isinstance(positions, int) else lambda image: positions(self.images.size(image))
-
-    def _positions_by_size(self, size: tuple[int, int]) -> int:
-        """Return the positions of an image of a height and width, as its processor counts them."""
-        counts = self.processor._get_num_multimodal_tokens(image_sizes=[size])
-        return int(counts["num_image_tokens"][0])
 
     def conversation_template(self, name: str = "") -> Template:
         """Return the conversation template of that name, or the model's own."""

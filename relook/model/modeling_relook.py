@@ -150,6 +150,7 @@ class PostDecoderModel(PreTrainedModel):
         if input_ids is not None:
             placeholders = torch.eq(input_ids, token)
         else:  # find them by comparing with the embedding of the image token
+            assert embeds is not None
             placeholder = self.get_input_embeddings()(torch.tensor(token, device=embeds.device))
             placeholders = torch.eq(embeds, placeholder).all(-1)
         counts: list[int] = placeholders.sum(1).tolist()
@@ -213,16 +214,11 @@ class PostDecoderModel(PreTrainedModel):
                 kv_cache.relook_image = context
         # 2. Run the trunk. Its length before this call is needed afterwards, when the cache has grown.
         seen = kv_cache.get_seq_length() if kv_cache is not None else 0
-        trunk: dict[str, Any] = {
-            **kwargs,
-            **(images if image is not None else {}),
-            CACHE: kv_cache,
-            "return_dict": True,
-        }
+        trunk: dict[str, Any] = {**kwargs, CACHE: kv_cache, "return_dict": True, "attention_mask": attention_mask}
+        trunk |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **(images if image is not None else {})}
         self._image = image
         try:
-            ids = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-            outputs = super().forward(**ids, attention_mask=attention_mask, **trunk)
+            outputs = super().forward(**trunk)
         finally:
             self._image = None
         after = getattr(outputs, CACHE)
