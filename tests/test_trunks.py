@@ -124,6 +124,15 @@ def test_hybrids_are_refused_by_name(tmp_path: Path) -> None:
         load_model(save_trunk(tmp_path / "hybrid", "qwen3_5"))
 
 
+def test_a_family_that_nobody_named_is_loaded_and_read(tmp_path: Path) -> None:
+    loaded = load_model(save_trunk(tmp_path / "unnamed", "llava_onevision"))  # checked against transformers here
+    assert not families.is_tested(loaded.core.config)
+    images = [picture((40, 24))]
+    text = loaded.processor.apply_chat_template(messages(1, "What is this?"), add_generation_prompt=True)
+    theirs = loaded.processor(images=images, text=[text], return_tensors="pt")
+    assert torch.equal(loaded.encode(images, "What is this?")["input_ids"], theirs["input_ids"])
+
+
 def test_an_untested_family_is_checked_when_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_trunk(tmp_path / "unknown", "qwen3_vl")
     monkeypatch.setattr(families, "FAMILIES", {})

@@ -334,12 +334,14 @@ def _subject(image: Shown) -> str:
 
 def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack the inputs of single images to a batch, padded to the most tiles; flat patches are concatenated."""
-    flat = {"pixel_values"} if GRID in inputs[0] else set()
-    return {
-        name: torch.cat(tensors) if name in flat else pad_sequence(tensors, batch_first=True)
-        for name in inputs[0]
-        for tensors in [[image[name] for image in inputs]]
-    }
+    batch = {}
+    for name in inputs[0]:
+        tensors = [image[name] for image in inputs]
+        if name == "pixel_values" and GRID in inputs[0]:
+            batch[name] = torch.cat(tensors)
+        else:
+            batch[name] = pad_sequence(tensors, batch_first=True) if tensors[0].ndim else torch.stack(tensors)
+    return batch
 
 
 def nbytes(inputs: Mapping[str, Tensor]) -> int:

@@ -29,7 +29,8 @@ from relook.errors import DataError, RecipeError, preview
 from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import LiveBatch, Policy, TrunkStates
 from relook.forward.positions import tree_positions
-from relook.model.families import reads_tower, vision_feature_count
+from relook.model.families import vision_feature_count
+from relook.model.modeling_relook import reads_tower
 
 
 @dataclass(frozen=True)

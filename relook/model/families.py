@@ -1,7 +1,7 @@
 """Model families, and everything that differs between them outside of transformers' common interfaces.
 
-A new family usually needs no code: what is not said here is found by these interfaces, and `check_trees` compares trees
-with separate rows where a model of an unknown family is loaded. docs/trunks.md lists what to consider.
+A new family usually needs no code: what is not said here is found by these interfaces, and `check_family` compares a
+model of an untested family with transformers where it is loaded. docs/trunks.md lists what to consider.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from relook.errors import CheckpointError
 from relook.model import modeling_relook
-from relook.model.modeling_relook import PostDecoderConfig
+from relook.model.modeling_relook import PostDecoderConfig, reads_tower
 
 Size = tuple[int, int]  # height, width
 RELOOK = "relook_"  # begins the model_type of a config with a post decoder
@@ -145,7 +146,10 @@ def connector(base: Any) -> nn.Module:
 
 def _part(base: Any, paths: Sequence[str]) -> nn.Module:
     parts = dict(base.named_modules())
-    return next(parts[path] for path in paths if path in parts)
+    module = next((parts[path] for path in paths if path in parts), None)
+    if module is None:
+        raise CheckpointError(f"A {base.config.model_type} has no {' or '.join(paths)}.", "Take another model.")
+    return module
 
 
 def is_tested(config: Any) -> bool:
@@ -163,11 +167,6 @@ def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
     return find_family(RELOOK + config.model_type.removeprefix(RELOOK)).relook_config(
         **{**values, "post_decoder": settings}
     )
-
-
-def reads_tower(config: Any) -> bool:
-    """Return True if the post decoder attends to the tower's states, not to what the language model reads."""
-    return hasattr(config, "vision_feature_layer")
 
 
 def vision_feature_count(config: Any, size: Size, positions: Callable[[Size], int] | None = None) -> int:

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from relook.console import status
 from relook.data.encode import Encoder
 from relook.data.images import ImageLoader, ImageSource
-from relook.data.templates import IMAGE, Template, get_template
+from relook.data.templates import CHAT, EOS, IMAGE, Template, get_template
 from relook.distributed import full_shape, set_full
 from relook.errors import CheckpointError, preview
 from relook.files import file_hash
@@ -98,6 +100,11 @@ __all__ = [
 NOT_QUANTISED = [*(f"model.{part}" for part in (*TOWERS, *CONNECTORS)), "model.post_decoder", "lm_head"]
 
 
+@cache  # once for each model
+def note_own_template(name: str, model: str) -> None:
+    status(f"  template {name} is LLaVA's: {model} is asked by its own chat template", style="yellow")
+
+
 @dataclass
 class PositionCounter:
     """Count of the positions that a processor writes for an image of a height and width; sizes are remembered."""
@@ -156,8 +163,16 @@ class LoadedModel:
         return positions if isinstance(positions, int) else lambda image: positions(self.images.size(image))
 
     def conversation_template(self, name: str = "") -> Template:
-        """Return the conversation template of that name, or the model's own."""
-        return get_template(name or self.template, self.processor)
+        """Return the conversation template of that name, or the model's own.
+
+        LLaVA's templates end an answer with </s>, and recipes for LLaVA name them. A model that brings a chat template
+        and has no such token keeps its own.
+        """
+        template = get_template(name or self.template, self.processor)
+        if self.template == CHAT and EOS in template.end and self.processor.tokenizer.eos_token != EOS:
+            note_own_template(name, str(self.path))
+            return get_template(CHAT, self.processor)
+        return template
 
     @property
     def pad_id(self) -> int:

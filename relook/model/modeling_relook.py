@@ -35,6 +35,11 @@ class PostDecoderConfig:
         super().__init__(**kwargs)
 
 
+def reads_tower(config: Any) -> bool:
+    """Return True if the post decoder attends to the tower's selected layers, not to what the language model reads."""
+    return config.model_type.removeprefix("relook_") in ("llava", "llava_next")
+
+
 def selected_features(config: Any, hidden_states: Any) -> Tensor:
     """Return the pre-projector vision features (rows, P, V) of the selected layers.
 
@@ -47,16 +52,14 @@ def selected_features(config: Any, hidden_states: Any) -> Tensor:
 
 
 def vision_features(config: Any, image: Any, image_sizes: Any = None) -> list[Tensor]:
-    """Return what a post decoder attends to, (M, V) per image: the tower's states if the config selects some.
-
-    In other families it is what the language model reads of the image.
+    """Return what a post decoder attends to, (M, V) per image (see `reads_tower`).
 
     Args:
         config: the model's config.
         image: outputs of `get_image_features`.
         image_sizes: heights and widths of the images, for models that cut an image into tiles.
     """
-    if not hasattr(config, "vision_feature_layer"):
+    if not reads_tower(config):
         return list(image.pooler_output)
     features_RPV = selected_features(config, image.hidden_states)
     if image_sizes is None or not hasattr(config, "image_grid_pinpoints"):
@@ -69,7 +72,7 @@ def vision_features(config: Any, image: Any, image_sizes: Any = None) -> list[Te
 
 def vision_width(config: Any) -> int:
     """Return V of the vision features: the tower's width times its selected layers, or the language model's width."""
-    if not hasattr(config, "vision_feature_layer"):
+    if not reads_tower(config):
         return int(config.text_config.hidden_size)
     layers = config.vision_feature_layer
     return int(config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1))

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     Glm4vConfig,
+    LlavaOnevisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
@@ -19,9 +20,11 @@ from transformers import (
     Qwen3VLConfig,
 )
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 PATCH = 4
+GRID = [[16, 16], [32, 32], [16, 32]]  # tiles of LLaVA-OneVision
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|image_pad|>", "<|video_pad|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"),
@@ -107,6 +110,18 @@ def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> Any:
         heads = {f"linear_{name}": 4 for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}
         text |= {"head_dim": 8, "layer_types": ["linear_attention", "linear_attention", "full_attention"], **heads}
         return Qwen3_5Config(text_config=text, vision_config=vision | {"num_position_embeddings": 64}, **qwen)
+    if kind == "llava_onevision":
+        tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+        tower |= {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": PATCH, "vision_use_head": False}
+        return LlavaOnevisionConfig(
+            text_config={key: value for key, value in text.items() if key != "rope_parameters"},
+            vision_config=tower,
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            image_grid_pinpoints=GRID,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
     rope["partial_rotary_factor"] = 1.0
     marks = {"image_token_id": ids["<|image|>"], "video_token_id": ids["<|video|>"]}
     marks |= {"image_start_token_id": ids["<|begin_of_image|>"], "image_end_token_id": ids["<|end_of_image|>"]}
@@ -126,9 +141,22 @@ def save_trunk(folder: Path, kind: str = "qwen2_5_vl", seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     glm = kind == "glm4v"
-    sizes = {"patch_size": PATCH, "merge_size": 2, "size": {"shortest_edge": 4 * 64, "longest_edge": 64 * 64}}
-    (Glm4vImageProcessorPil if glm else Qwen2VLImageProcessorPil)(**sizes).save_pretrained(folder)
-    names = {"qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL", "qwen3_5": "Qwen3VL"}
+    images: Any
+    if kind == "llava_onevision":
+        images = LlavaOnevisionImageProcessorPil(size={"height": 16, "width": 16}, image_grid_pinpoints=GRID)
+        settings = {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "image_token": "<|image_pad|>"}
+        _change(folder / "processor_config.json", processor_class="LlavaOnevisionProcessor", **settings)
+    else:
+        sizes = {"patch_size": PATCH, "merge_size": 2, "size": {"shortest_edge": 4 * 64, "longest_edge": 64 * 64}}
+        images = (Glm4vImageProcessorPil if glm else Qwen2VLImageProcessorPil)(**sizes)
+    images.save_pretrained(folder)
+    names = {
+        "llava_onevision": "LlavaOnevision",
+        "qwen2_5_vl": "Qwen2_5_VL",
+        "qwen2_vl": "Qwen2VL",
+        "qwen3_vl": "Qwen3VL",
+        "qwen3_5": "Qwen3VL",
+    }
     _change(folder / "preprocessor_config.json", processor_class=f"{names.get(kind, 'Glm4v')}Processor")
     _change(folder / "chat_template.json", chat_template=GLM_CHAT if glm else CHAT)
     text = model.config.text_config
