@@ -248,7 +248,7 @@ def test_an_untrained_post_decoder_leaves_every_logit_as_it_was(folder: Path, lo
 
 def world_keys(task: str, folder: Path, world: Path, out: Path, **keys: Any) -> dict[str, Any]:
     keys = {"per_device_train_batch_size": 24, "max_steps": 3, **keys}
-    return (dpo_keys if task == "dpo" else sft_keys)(folder, world, out, **keys) | {"version": ""}
+    return (dpo_keys if task == "dpo" else sft_keys)(folder, world, out, **keys) | {"version": "v1"}
 
 
 REGIMES: dict[str, dict[str, Any]] = {
