@@ -185,14 +185,14 @@ def get_template(name: str, processor: Any = None) -> Template:
         RecipeError: there is no such template; the message lists the known names.
     """
     if name == CHAT and processor is not None:
-        return chat_template(processor)
+        return processor_template(processor)
     try:
         return TEMPLATES[name]
     except KeyError:
         raise RecipeError(f"There is no conversation template {name!r}.", did_you_mean(name, TEMPLATES)) from None
 
 
-def chat_template(processor: Any) -> Template:
+def processor_template(processor: Any) -> Template:
     """Take a processor's own chat template apart, by rendering a conversation of known texts.
 
     Raises:

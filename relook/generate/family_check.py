@@ -99,14 +99,14 @@ def _answers_alike(loaded: LoadedModel, picture: Image.Image) -> bool:
     while scheduler.busy:
         scheduler.step()
     row = torch.tensor([ids], device=core.device)
-    given = {"input_ids": row, "attention_mask": torch.ones_like(row), **loaded.token_types(row)}
-    given |= {
+    inputs_of_row = {"input_ids": row, "attention_mask": torch.ones_like(row), **loaded.token_types(row)}
+    inputs_of_row |= {
         name: value.to(core.device, core.dtype) if value.is_floating_point() else value.to(core.device)
         for name, value in loaded.images.batch([picture]).items()
     }
-    how = {"do_sample": False, "num_beams": 1, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
-    expected = core.generate(**given, **how, eos_token_id=None)[0, len(ids) :].tolist()
-    return text.tokens == expected or (core.dtype != torch.float32 and text.tokens[:1] == expected[:1])
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    expected = core.generate(**inputs_of_row, **greedy, eos_token_id=None)[0, len(ids) :].tolist()
+    return bool(text.tokens == expected or (core.dtype != torch.float32 and text.tokens[:1] == expected[:1]))
 
 
 def _check_placeholders(loaded: LoadedModel, picture: Image.Image, positions: int) -> None:

@@ -146,7 +146,7 @@ def connector(base: Any) -> nn.Module:
 
 def _part(base: Any, paths: Sequence[str]) -> nn.Module:
     parts = dict(base.named_modules())
-    module = next((parts[path] for path in paths if path in parts), None)
+    module: nn.Module | None = next((parts[path] for path in paths if path in parts), None)
     if module is None:
         raise CheckpointError(f"A {base.config.model_type} has no {' or '.join(paths)}.", "Take another model.")
     return module

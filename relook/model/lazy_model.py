@@ -215,7 +215,7 @@ def load_processor(folder: Path) -> Any:
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
     parts = [part for part in processor_class.get_attributes() if part != "video_processor"]
     # Under the same name, which is saved with the processor.
-    without_videos = type(
+    without_videos: Any = type(
         processor_class.__name__, (processor_class,), {"get_attributes": classmethod(lambda _: parts)}
     )
     return without_videos.from_pretrained(folder, local_files_only=True)

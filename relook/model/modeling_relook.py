@@ -204,7 +204,8 @@ class PostDecoderModel(PreTrainedModel):
         kv_cache = past_key_values if cache is None else cache
         # 1. Find the image: encoded by `generate`, as pixels, or, in decode steps, as the context of the prefill.
         context: ImageContext | None = getattr(kv_cache, "relook_image", None)
-        image, images = (mm_encoder_outputs or {}).get("image"), {"mm_encoder_outputs": mm_encoder_outputs}
+        image = (mm_encoder_outputs or {}).get("image")
+        images: dict[str, Any] = {"mm_encoder_outputs": mm_encoder_outputs}
         if image is None and pixel_values is not None:
             names = kwargs.keys() & inspect.signature(self.get_image_features).parameters
             image = self.get_image_features(pixel_values, **{name: kwargs[name] for name in names})

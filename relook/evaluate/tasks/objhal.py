@@ -129,7 +129,7 @@ def _of_split(path: Path, split: str) -> Path:
     return path.with_name(path.name.replace("val2014", split))
 
 
-def read_objects(reply: str) -> tuple[str, ...] | None:
+def read_object_list(reply: str) -> tuple[str, ...] | None:
     """Parse a judge's list of objects; None unless the reply holds exactly one JSON list of strings."""
     lists = re.findall(r"\[[^\[\]]*\]", reply)
     if len(lists) != 1:
@@ -194,7 +194,9 @@ def score_objhal(
     if judge is not None:
         template, prompt = prompt_template(data / "objhal" / PROGRAM, "prompt_template", TEMPLATE)
         long_enough = [question for question in questions if len(answers[question.id].split()) >= SHORTEST]
-        tasks = [Task(_filled(template, question.text, answers[question.id]), read_objects) for question in long_enough]
+        tasks = [
+            Task(_filled(template, question.text, answers[question.id]), read_object_list) for question in long_enough
+        ]
         judged = judge.ask(tasks, REQUEST, "Object HalBench judge")
         lists: dict[str, tuple[str, ...] | None] = {question.id: () for question in questions}
         lists |= {question.id: names for question, names in zip(long_enough, judged.verdicts, strict=True)}
