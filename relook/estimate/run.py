@@ -616,9 +616,9 @@ def print_estimate(estimated: Mapping[str, Any]) -> None:
     if estimated["tower"]:
         console.print(f"vision tower: {estimated['tower']}")
     console.print(f"lengths: {estimated['lengths']}")
-    whole = _table(estimated["ways"], (*PARTS, *TOTALS))
+    every = _table(estimated["ways"], (*PARTS, *TOTALS))
     # A narrow terminal gets two tables: what decides, then the parts.
-    for table in [whole] if fits(whole, console) else [_table(estimated["ways"], names) for names in (TOTALS, PARTS)]:
+    for table in [every] if fits(every, console) else [_table(estimated["ways"], names) for names in (TOTALS, PARTS)]:
         console.print(table)
     for line in advice(estimated):
         console.print(line, soft_wrap=True if line.startswith("  ") else None)  # a command is copied as it is

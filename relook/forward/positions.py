@@ -46,8 +46,8 @@ def tree_positions(
     """
     trees_grids = [()] * len(trees) if grids is None else grids.split(list(image_counts))
     positions = []
-    for tree, own in zip(trees, trees_grids, strict=True):
-        rows = [row_positions(config, (*tree.prefix, *branch.ids), list(own)) for branch in tree.branches]
+    for tree, image_grids in zip(trees, trees_grids, strict=True):
+        rows = [row_positions(config, (*tree.prefix, *branch.ids), list(image_grids)) for branch in tree.branches]
         if rows[0] is None:
             return None
         start = len(tree.prefix)

@@ -66,8 +66,8 @@ def _difference(loaded: LoadedModel, picture: Image.Image) -> float:
     encoder, core = loaded.plain_encoder(), loaded.core
     positions = encoder.positions([picture])
     _check_placeholders(loaded, picture, positions[0])
-    asked = TemplatePiece(f"Look: {IMAGE} What is it?")
-    tree = Tree.of([encoder.row([asked, TemplatePiece(answer, True)], positions) for answer in ANSWERS])
+    question = TemplatePiece(f"Look: {IMAGE} What is it?")
+    tree = Tree.of([encoder.row([question, TemplatePiece(answer, True)], positions) for answer in ANSWERS])
     policy = Policy(core, core.dtype, trunk_pass="dense")
     batch = build_live_batch(policy, loaded.images, loaded.pad_id, [(tree, [picture])])
     ours = policy(batch.to(core.device))

@@ -81,22 +81,22 @@ def refuse_unsupported(label: str, config: Any) -> None:
             "Take another model; docs/trunks.md lists the tested ones.",
         )
     text = config.text_config
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
+    unsupported = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise CheckpointError(
             f"{label} is a {config.model_type} over an encoder-decoder, {text.model_type}: answers do not share the "
             "positions of a prompt there, so trees and packed rows do not apply.",
             "Take a model over a decoder.",
         )
-    if others:
-        windows = all(kind in ("sliding_attention", "chunked_attention") for kind in others)
+    if unsupported:
+        windows = all(kind in ("sliding_attention", "chunked_attention") for kind in unsupported)
         why = (
             "packed rows have no windows, so that long prompts would be read in another way"
             if windows
             else "these carry a state through a row, from one answer of a packed tree into the next"
         )
         raise CheckpointError(
-            f"{label} is a {config.model_type} whose language model has layers of {', '.join(others)}: {why}.",
+            f"{label} is a {config.model_type} whose language model has layers of {', '.join(unsupported)}: {why}.",
             "Take a model whose layers all attend to the whole prompt.",
         )
 

@@ -55,8 +55,8 @@ class Family:
         if name.removeprefix(RELOOK) not in kinds:
             raise AttributeError(name)
         prefix = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[self.model_type].removesuffix("ForConditionalGeneration")
-        own, place = ("Relook", modeling_relook) if name.startswith(RELOOK) else ("", transformers)
-        return getattr(place, own + prefix + kinds[name.removeprefix(RELOOK)])
+        prefix_of_relook, module = ("Relook", modeling_relook) if name.startswith(RELOOK) else ("", transformers)
+        return getattr(module, prefix_of_relook + prefix + kinds[name.removeprefix(RELOOK)])
 
 
 def _features_per_row(config: Any) -> int:
@@ -115,11 +115,11 @@ def find_family(model_type: str) -> Family:
     Raises:
         KeyError: transformers has no such model of images and text, or only one without the common interfaces.
     """
-    own = model_type.removeprefix(RELOOK)
-    family = FAMILIES.get(own) or Family(own)
+    plain_type = model_type.removeprefix(RELOOK)
+    family = FAMILIES.get(plain_type) or Family(plain_type)
     if not hasattr(family.base, "get_image_features"):
         raise KeyError(model_type)
-    if own != model_type:
+    if plain_type != model_type:
         AutoConfig.register(family.relook_config.model_type, family.relook_config, exist_ok=True)
         AutoModelForImageTextToText.register(family.relook_config, family.relook_model, exist_ok=True)
     return family

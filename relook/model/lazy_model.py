@@ -295,8 +295,8 @@ def open_folder(
     tensors = _renamed(read_tensor_folder(path), FROM_HF) if weights else {}
     # A copy: the folder's parsed config is shared and stays as it is on disk.
     # Older folders have the language model's settings at the top.
-    own = {"text_config": _build_checked(path, one_rope, raw["text_config"])} if "text_config" in raw else {}
-    raw = raw | own if own else _build_checked(path, one_rope, raw)
+    text_config = {"text_config": _build_checked(path, one_rope, raw["text_config"])} if "text_config" in raw else {}
+    raw = raw | text_config if text_config else _build_checked(path, one_rope, raw)
     config = _build_checked(path, config_class.from_dict, plain_config(raw))
     refuse_unsupported(str(path), config)
     check_config(str(path), config)

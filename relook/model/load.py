@@ -110,13 +110,13 @@ class PositionCounter:
     """Count of the positions that a processor writes for an image of a height and width; sizes are remembered."""
 
     processor: Any
-    known: dict[tuple[int, int], int] = field(default_factory=dict)
+    counts: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __call__(self, size: tuple[int, int]) -> int:
-        if size not in self.known:
+        if size not in self.counts:
             counts = self.processor._get_num_multimodal_tokens(image_sizes=[size])
-            self.known[size] = int(counts["num_image_tokens"][0])
-        return self.known[size]
+            self.counts[size] = int(counts["num_image_tokens"][0])
+        return self.counts[size]
 
 
 @dataclass

@@ -313,10 +313,10 @@ def family_classes(prefix: str) -> dict[str, type]:
         f"Relook{prefix}Model", (PostDecoderModel, base), {**of_config, "get_image_features": get_image_features}
     )
     bases = (PostDecoderForGeneration, generation)
-    whole: Any = type(f"Relook{prefix}ForConditionalGeneration", bases, {**of_config, "trunk_class": model})
+    full_model: Any = type(f"Relook{prefix}ForConditionalGeneration", bases, {**of_config, "trunk_class": model})
     relook_config.register_for_auto_class()
-    whole.register_for_auto_class("AutoModelForImageTextToText")
-    return {made.__name__: made for made in (relook_config, model, whole)}
+    full_model.register_for_auto_class("AutoModelForImageTextToText")
+    return {defined.__name__: defined for defined in (relook_config, model, full_model)}
 
 
 def __getattr__(name: str) -> Any:

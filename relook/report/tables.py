@@ -103,10 +103,10 @@ class ScoreTable:
         """Return the best value of a column; None if none is better, or all are equal."""
         better = self.columns[index].term.better
         values = [line.cells[index].value for line in self.lines]
-        known = [value for value in values if value is not None]
-        if not better or len(set(known)) < 2:
+        measured = [value for value in values if value is not None]
+        if not better or len(set(measured)) < 2:
             return None
-        return max(known) if better > 0 else min(known)
+        return max(measured) if better > 0 else min(measured)
 
 
 CAPTION_COLUMNS = [Column(f"chair.{key}") for key in ("chair_i", "chair_s", "recall", "length")]

@@ -149,11 +149,11 @@ def listed_objects(names: Sequence[str], vocabulary: Vocabulary) -> list[str]:
     """
     words: dict[str, str] = {}
     for name in names:
-        whole = re.sub(r"^(a|an|the) ", "", " ".join(name.lower().split()))
-        if whole in vocabulary.phrases:
-            words.setdefault(whole, vocabulary.phrases[whole])
+        phrase = re.sub(r"^(a|an|the) ", "", " ".join(name.lower().split()))
+        if phrase in vocabulary.phrases:
+            words.setdefault(phrase, vocabulary.phrases[phrase])
             continue
-        for double in _double_words(whole):
+        for double in _double_words(phrase):
             if double in vocabulary.phrases:
                 words.setdefault(double, vocabulary.phrases[double])
     return [name for name in words.values() if name]
@@ -188,8 +188,8 @@ def score_objhal(
     """
     vocabulary = objhal_vocabulary(data)
     truth = objhal_truth(data, [question.id for question in questions], vocabulary)
-    named = {i: [m.object for m in mentions(text, vocabulary)] for i, text in answers.items()}
-    result: dict[str, Any] = {"word_list": objhal_rates(count_objects(named, answers, truth))}
+    mentioned = {i: [m.object for m in mentions(text, vocabulary)] for i, text in answers.items()}
+    result: dict[str, Any] = {"word_list": objhal_rates(count_objects(mentioned, answers, truth))}
     result["synonyms"] = text_hash(*sorted(f"{word}={name}" for word, name in vocabulary.phrases.items()))
     if judge is not None:
         template, prompt = prompt_template(data / "objhal" / PROGRAM, "prompt_template", TEMPLATE)

@@ -51,15 +51,15 @@ def answers_to(
     # LLaVA's texts have a second line, and its ids are others: only image and first line identify a question.
     id_of = {(question.image.name, question.text): question.id for question in questions}
     renamed = {question.id: id_of.get((question.image.name, question.text.split("\n")[0])) for question in pope}
-    kept = ((renamed.get(str(record["question_id"])), record) for record in answers)
-    return [{"question_id": id, "answer": record.get("answer", record.get("text"))} for id, record in kept if id]
+    matched = ((renamed.get(str(record["question_id"])), record) for record in answers)
+    return [{"question_id": id, "answer": record.get("answer", record.get("text"))} for id, record in matched if id]
 
 
 def repope_results(data: Path, folder: Path, parser: str = "official") -> dict[str, Any]:
     """Compute the contents of `repope.json`, from the folder's own answers or else from those of its POPE run."""
     questions = repope_questions(data)
-    own = {split: folder / f"repope_{split}.jsonl" for split in SPLITS}
-    answers = {split: read_pope_answers(path) for split, path in own.items() if path.exists()}
+    paths = {split: folder / f"repope_{split}.jsonl" for split in SPLITS}
+    answers = {split: read_pope_answers(path) for split, path in paths.items() if path.exists()}
     left_out: dict[str, int] = {}
     if not answers:
         pope = pope_questions(data)
@@ -87,8 +87,8 @@ def rescore_repope(answers: Path, inputs: ScoringInputs, parser: str = "official
     if any("question_id" not in record for record in records):
         raise DataError(f"{answers} has no question_id, so it is unclear which answers count.", "Add POPE's ids.")
     ids = {question.id for question in questions}
-    kept = [record for record in records if str(record["question_id"]) in ids]
-    scores = {**score_pope(questions, kept, parser), "left_out": len(records) - len(kept)}
+    labelled = [record for record in records if str(record["question_id"]) in ids]
+    scores = {**score_pope(questions, labelled, parser), "left_out": len(records) - len(labelled)}
     return {**scores, "provenance": provenance(answers, parser=parser, **question_hashes({file.stem: questions}))}
 
 

@@ -139,8 +139,8 @@ class Page:
         try:
             return self.sources.read(_url(path))
         except DataError as error:
-            there = _is_below(path, self.folder) and Path(path).is_file()
-            raise APIError(400, str(error), "bad_picture" if there else "no_picture") from None
+            exists = _is_below(path, self.folder) and Path(path).is_file()
+            raise APIError(400, str(error), "bad_picture" if exists else "no_picture") from None
 
     def check(self, path: str) -> None:
         """Raise APIError if a picture cannot be given to a model."""
