@@ -126,6 +126,11 @@ def estimate(
         fault = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
         raise RecipeError(fault, "Give one GPU at least, and sizes above 0.")
     source = open_meta_model(recipe)
+    if family_of(source.config).positions is None:
+        raise RecipeError(
+            f"The memory of a {source.config.model_type} is not known: only LLaVA and LLaVA-NeXT are counted.",
+            "Run a few steps (--max_steps 3), whose log says the peak.",
+        )
     model = build_on_meta(recipe, source)
     policy, sharded_policy = (build_meta_policy(recipe, model, sharded) for sharded in (False, True))
     lengths = read_lengths(recipe, source, policy.core, assumed, missing)
@@ -238,7 +243,9 @@ def read_lengths(
         return DataLengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size)
     except (RelookError, OSError) as error:
         reason = str(error)
-    positions = family_of(model.config).positions(model)
+    count = family_of(model.config).positions
+    assert count is not None  # `estimate` has refused the others
+    positions = count(model)
     image = positions if isinstance(positions, int) else positions(ASSUMED_SIZE)
     answer = TokenRow((1,) * assumed.response_tokens, (True,) * assumed.response_tokens)
     tree = Tree(
@@ -426,7 +433,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 
 def build_cache_plan(policy: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """Plan the cache of the known examples; return the plan, and the factor from them to all examples."""
-    images: Any = SimpleNamespace(size=lengths.size)
+    images: Any = SimpleNamespace(size=lengths.size, positions=None)
     plan = CachePlan.of(policy, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 
@@ -609,9 +616,9 @@ def print_estimate(estimated: Mapping[str, Any]) -> None:
     if estimated["tower"]:
         console.print(f"vision tower: {estimated['tower']}")
     console.print(f"lengths: {estimated['lengths']}")
-    whole = _table(estimated["ways"], (*PARTS, *TOTALS))
+    every = _table(estimated["ways"], (*PARTS, *TOTALS))
     # A narrow terminal gets two tables: what decides, then the parts.
-    for table in [whole] if fits(whole, console) else [_table(estimated["ways"], names) for names in (TOTALS, PARTS)]:
+    for table in [every] if fits(every, console) else [_table(estimated["ways"], names) for names in (TOTALS, PARTS)]:
         console.print(table)
         console.print()
     for line in advice(estimated):

@@ -128,8 +128,8 @@ def find_evaluations(folder: Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    found = [path.parent for path in sorted(folder.rglob(EVAL_FILE))]
-    done = [path for path in found if any((path / f"{name}.json").exists() for name in ("pope", "chair"))]
+    folders = [path.parent for path in sorted(folder.rglob(EVAL_FILE))]
+    done = [path for path in folders if any((path / f"{name}.json").exists() for name in ("pope", "chair"))]
     if not done:
         raise DataError(f"{folder} holds no finished evaluation.", "Give folders of `relook eval pope` or `chair`.")
     return done
