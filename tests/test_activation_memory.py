@@ -179,6 +179,7 @@ def test_a_tree_pass_has_the_same_gradients(share: float, times: int) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow  # two runs of what `test_a_tree_pass_has_the_same_gradients` compares in one step
 def test_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches of mixed lengths, measuring in between, and a tower that must not be called; on a CPU, against the
     rule."""

@@ -296,7 +296,7 @@ def test_models_share_compiled_code_whatever_is_kept(monkeypatch: pytest.MonkeyP
     assert len(made) == 2
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(TREES, ROOTS, SHARING, st.integers(1, 80), st.sampled_from([1, 30]), st.sampled_from([20, 300, 10_000]))
 def test_the_block_mask_is_the_dense_one(
     trees: list[Tree], beginning: tuple[int, ...], sharing: int | None, times: int, stretch: int, row_length: int

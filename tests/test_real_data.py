@@ -20,7 +20,7 @@ from torch import Tensor
 from relook import load_model
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, read_records, write_json
-from relook.recipe import shipped_names
+from relook.recipe import read_yaml_or_shipped, shipped_names
 from relook.train.feature_cache import TrunkCache
 
 NAME = "openai/clip-vit-tiny-patch14-56"
@@ -181,10 +181,15 @@ def test_every_shipped_recipe_trains_as_it_is(
     recipe: str, relook: Command, tiny: Path, tower: Path, world: Path, tmp_path: Path, no_trunk_cache: None
 ) -> None:
     """With its own precision and learning rate, on few pairs; a warm-up may be longer than that many steps."""
-    keys = ["--model_name_or_path", tiny / "ckpt_bin_sharded", "--vision_tower", tower, *data_of(world)]
-    small = ["--lora_r", "2"] if "lora" in recipe else []
+    values = read_yaml_or_shipped(recipe, "recipe")
+    keys = ["--model_name_or_path", tiny / "ckpt_bin_sharded", "--vision_tower", tower]
+    small = ["--lora_r", "2"] if values.get("lora_enable") else []
+    if values["task"] == "sft":
+        keys += ["--data_path", world / "llava" / "toyworld_mix.json", "--image_folder", world / "llava" / "images"]
+    else:
+        keys += data_of(world)
     ended = fine(relook("train", recipe, *keys, *small, "--max_steps", "2", "--output_dir", tmp_path / "run"))
-    assert "6 description pairs is taken twice an epoch" in ended.err
+    assert values["task"] == "sft" or "6 description pairs is taken twice an epoch" in ended.err
     assert (tmp_path / "run" / "run.json").exists()
 
 
