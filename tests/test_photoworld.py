@@ -91,6 +91,30 @@ def test_caption_pairs_differ_in_nouns_alone_and_by_the_dose(assets: Path) -> No
         assert 0.1 < (false[dose, "rejected"] - false[dose, "chosen"]) / mentions < 0.4
 
 
+def test_corrected_captions_name_nothing_absent(tmp_path: Path) -> None:
+    import analysis
+
+    names = ["dog", "apple", "car"]
+    images = ["COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg", "COCO_val2014_000000000003.jpg"]
+    instances = {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(images, 1)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
+        "annotations": [
+            {"id": number, "image_id": image, "category_id": category}
+            for number, (image, category) in enumerate([(1, 1), (1, 2), (2, 1), (3, 1)], 1)
+        ],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2014.json").write_text(json.dumps(instances))
+    texts = ["A park. A car is near. A dog is left.", "A park. A dog is left. A car is near. End.", "A dog is left."]
+    lines = [json.dumps({"image": image, "caption": text}) for image, text in zip(images, texts, strict=True)]
+    (tmp_path / "chair.jsonl").write_text("\n".join(lines))
+    assert analysis.corrected(tmp_path, tmp_path) == {
+        images[0]: ("A park. An apple is near. A dog is left.", texts[0]),  # the apple was not named
+        images[1]: ("A park. A dog is left. End.", texts[1]),  # nothing else is there
+    }
+
+
 def test_cut_tokenizer_keeps_tokens() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     import fetch
