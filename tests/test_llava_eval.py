@@ -317,8 +317,8 @@ def test_the_commands(questions: Path, pictures: list[Path], tmp_path: Path) -> 
         (["eval", "llava"], "--questions is missing"),
         (["eval", "lmms"], "--tasks is missing"),
         (["eval", "pope"], "--data is missing"),
-        (["eval", "lmms", "--tasks", "mme", *where], "--questions, --data would do nothing here"),
-        (["eval", "pope", "--limit", "3", *where], "--limit, --questions would do nothing here"),
+        (["eval", "lmms", "--tasks", "mme", *where], "--questions, --data would do nothing for these benchmarks"),
+        (["eval", "pope", "--limit", "3", *where], "--limit, --questions would do nothing for these benchmarks"),
         (["eval", "llava", "pope", "--data", str(tmp_path)], "Give one of them alone"),
     ):
         refused = CliRunner().invoke(app, [*arguments, *model])

@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -14,6 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 from relook.errors import Faults, RecipeError, did_you_mean, most_similar
 
 START = "Start here"  # the panel of commands for the first hour
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Typer has click inside or beside it, depending on its version; this name is the same error in both.
 UsageError: Any = typer.BadParameter.__base__
@@ -126,10 +128,10 @@ class App(typer.Typer):
         super().__init__(cls=Group, **settings)
         self.panel = panel
 
-    def command(self, name: str | None = None, cls: Any = Command, **settings: Any) -> Any:
+    def command(self, name: str | None = None, cls: Any = Command, **settings: Any) -> Callable[[Function], Function]:
         """Register a function as a command; its docstring is the help, whose paragraphs fill the terminal's lines."""
 
-        def register(function: Any) -> Any:
+        def register(function: Function) -> Function:
             paragraphs = (inspect.getdoc(function) or "").split("\n\n")
             text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
             given = {"help": text, "rich_help_panel": self.panel, **settings}

@@ -99,4 +99,4 @@ JudgePrice = Annotated[tuple[float, float], typer.Option(help="Dollars per milli
 JudgeKey = Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")]
 JudgeWorkers = Annotated[int, typer.Option(help="Prompts before the judge at once.", min=1)]
 JudgeRequest = Annotated[str, typer.Option(help="JSON: further fields of its requests; null leaves one out.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, as to a pipe, instead of tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]

@@ -397,10 +397,10 @@ def write_sentinel(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> i
             _write_image(temporary, images, entry, row.image)
             in_order.append({"image_id": entry["image_id"], **record})
             by_image.setdefault(str(entry["image_id"]), []).append(record)
-        name, records, write = f"{SENTINEL}.jsonl", in_order, write_jsonl
         if files == {".json"}:
-            name, records, write = f"{SENTINEL}.json", by_image, write_json
-        _write_records(temporary / name, records, write)
+            _write_records(temporary / f"{SENTINEL}.json", by_image, write_json)
+        else:
+            _write_records(temporary / f"{SENTINEL}.jsonl", in_order, write_jsonl)
         if None in files:
             _write_notes(temporary, source, fields)
         write_json(temporary / IMAGES, [entry for entry, _ in images.values()])

@@ -38,12 +38,13 @@ class SentinelPair(NamedTuple):
     complete: bool
 
 
-def read_sentinel_records(path: Path) -> list[SentinelRecord]:
+def read_sentinel_records(path: str | Path) -> list[SentinelRecord]:
     """Read the records of a file in either layout.
 
     Raises:
         DataError: the file is missing, or in neither layout.
     """
+    path = Path(path)
     if path.suffix == ".jsonl":
         lines = enumerate(read_records(path))
         return [SentinelRecord(f"line-{number}", record.get("image_id"), record) for number, record in lines]

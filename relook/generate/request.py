@@ -149,8 +149,10 @@ class IncrementalText:
 
     def add(self, id: int) -> None:
         """Take the next token."""
+        # Byte tokens make a character together; what is unfinished stays in the decoder's state.
         data = self.token_bytes(id)
         self._before.append(self._utf8.getstate()[0])
+        # A token that begins a new character: the unfinished one before it will never be whole.
         if not _continues(data):
             self._give_up()
         self._write(self._utf8.decode(data))
@@ -200,10 +202,12 @@ class IncrementalText:
     def token(self, index: int, id: int) -> tuple[str, bytes]:
         """Return the part of the shown text that a token wrote, and its bytes. Joined, both are the shown text."""
         start, end, lead = self._start(index), self._ends[index], self._lead
+        # Only what was shown counts: white space at either end, or a stop, may cut a token.
         limit = lead + self._shown
         if start >= limit:  # a stop, or space at the end
             return "", b""
         text = self._raw[max(start, lead) : min(end, limit)]
+        # The token's own bytes where they are the text's; else the text's: a cut token has other bytes.
         written, data = self.instead(index, id)
         return text, text.encode() if written.encode() == data else data
 
@@ -278,10 +282,12 @@ class ActiveRequest:
     def report(self, finish: str = "") -> None:
         """Report what is new: text that can be shown, and the tokens that wrote it."""
         text = self.text.more(bool(finish))
+        # The end-of-text token is no text, and is not reported as a token of the answer.
         if finish:
             settled = len(self.tokens) - (finish == "stop" and self.tokens[-1].id in self.ends)
         else:
             settled = self.text.settled(self.reported)
+        # Text and tokens are reported together, so that the tokens' texts always join to what was shown.
         tokens = tuple(self._written(i) for i in range(self.reported, settled))
         self.reported = settled
         self.emit(Event(text, tokens, finish, self.reused))

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from relook.console import plain_table, stdout_console
+from relook.console import fits, plain_table, stdout_console
 from relook.errors import DataError, Faults
 from relook.evaluate.results import EVAL_FILE
 from relook.evaluate.tasks import BENCHMARKS, get_benchmark
@@ -92,7 +92,7 @@ def _rate(value: float | None, scale: int = 100, digits: int = 2) -> str:
 # `relook report --table`: one line per evaluation and POPE split.
 
 
-def write_table(folders: Sequence[Path], form: str, out: Path | None) -> str:
+def write_table(folders: Sequence[str | Path], form: str, out: str | Path | None = None) -> str:
     """Make the table of all evaluations in the given folders, and write it to `out` if that is a file.
 
     Args:
@@ -102,10 +102,10 @@ def write_table(folders: Sequence[Path], form: str, out: Path | None) -> str:
     Raises:
         RelookError: a folder holds no finished evaluation; all such folders in one error.
     """
-    rows = score_rows(folders)
+    rows = score_rows([Path(folder) for folder in folders])
     text = {"text": _as_text, "markdown": _as_markdown, "csv": _as_csv}[form](rows)
     if out is not None:
-        write_text(out, text)
+        write_text(Path(out), text)
     return text
 
 
@@ -200,7 +200,7 @@ def _as_text(rows: Sequence[Mapping[str, str]]) -> str:
     table = plain_table(*columns, right=[*rates, "lr", "Epoch"])
     for row in rows:
         table.add_row(*(row[column] for column in columns))
-    if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+    if fits(table, console):
         return "\n".join(_lines(table)) + "\n"
     table = plain_table("", *(shown := [column for column in columns if column in rates]), right=shown)
     for row in rows:

@@ -113,7 +113,7 @@ CAPTION_COLUMNS = [Column(f"chair.{key}") for key in ("chair_i", "chair_s", "rec
 ANSWER_COLUMNS = [Column("pope.accuracy", split) for split in SPLIT_TERMS]
 
 
-def axis_labels(benchmark: str, *keys: str) -> list[str]:
-    """Return the labels of a plot's axes for metrics in percent."""
-    terms = [GLOSSARY[f"{benchmark}.{key}"] for key in keys]
-    return [f"{term.label}, % ({term.symbol})" for term in terms]
+def axis_labels(benchmark: str, x: str, y: str) -> tuple[str, str]:
+    """Return the labels of a plot's axes for two metrics in percent."""
+    across, up = (GLOSSARY[f"{benchmark}.{key}"] for key in (x, y))
+    return f"{across.label}, % ({across.symbol})", f"{up.label}, % ({up.symbol})"

@@ -60,6 +60,7 @@ class Metrics:
             running.add_metric([name], engine.running)
             waiting.add_metric([name], engine.waiting)
         yield from (running, waiting)
+        # Read when Prometheus asks: a step of the engine pays nothing for its counters.
         for key, text in {
             "prompt_tokens": "Positions of prompts.",
             "reused_tokens": "Positions of prompts that were in memory already.",
@@ -137,6 +138,7 @@ class _HeadAsGet:
 def make_app(engines: Mapping[str, Engine], policy: ServerLimits) -> FastAPI:
     """Build the application that serves these models by name."""
     app = FastAPI(title="relook", version=__version__, responses=ERRORS)
+    # Megabytes of base64 take seconds to parse, in which the event loop would answer nobody else.
     app.router.route_class = _Route
     app.add_middleware(_HeadAsGet)
     app.add_middleware(
@@ -176,12 +178,14 @@ def make_app(engines: Mapping[str, Engine], policy: ServerLimits) -> FastAPI:
     async def chat(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation about texts and images, whole or as server-sent events."""
         engine, started = engine_of(body.model), request.state.arrived
+        # What the counter says if the client goes away before any of the cases below.
         status = "cancelled"
         try:
             if engine.full:  # before anything is read
                 raise APIError(429, "Too many requests are waiting already.", "busy")
             until = started + engine.limits.seconds
             reading = read_request(engine, body, policy.sources, policy.max_images, until, readers)
+            # Nobody decodes pictures for a client that has gone.
             requests = await _cancel_on_disconnect(reading, request)
             answers = AnswerStream([(engine, request) for request in requests])
             writer = ResponseWriter(body, requests)
@@ -235,6 +239,7 @@ async def _events(
     model, first = writer.body.model, True
     try:
         async for chunk in writer.chunks(answers):
+            # The time to the first text that a person can read; the first chunk has none.
             if first and any(choice.delta.content for choice in chunk.choices):
                 metrics.first.labels(model).observe(time.monotonic() - started)
                 first = False
@@ -242,6 +247,7 @@ async def _events(
     except APIError as error:
         yield f"data: {ErrorBody.model_validate(error.body).model_dump_json()}\n\n"
     finally:
+        # Reached, too, when the client disconnects: the generator is closed where it waits.
         answers.cancel()
         metrics.seconds.labels(model).observe(time.monotonic() - started)
     yield "data: [DONE]\n\n"

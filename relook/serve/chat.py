@@ -57,6 +57,7 @@ async def read_request(
     Raises:
         APIError: what is wrong with the request.
     """
+    # OpenAI refuses these combinations, too: a client that sends one expects something that will not come.
     for name, effective, needed in (
         ("top_logprobs", body.top_logprobs, "logprobs"),
         ("stream_options", body.stream_options and body.stream_options.include_usage, "stream"),
@@ -70,6 +71,7 @@ async def read_request(
             if len(urls) > max_images:
                 error = f"The conversation has {len(urls)} images, more than {max_images}."
                 raise APIError(400, error, "too_many_images")
+            # One image at a time: a conversation that is too long is refused before its later images are decoded.
             for parameter, url in urls:
                 try:
                     data = await on(readers.fetches, sources.read, url)
@@ -79,11 +81,13 @@ async def read_request(
                 engine.check_length(sum(image.positions for image in images))  # before more of them are decoded
             ids = await on(readers.texts, engine.prompt, turns, images)
     except TimeoutError:
+        # Fetching and decoding count towards the request's time, as waiting and answering do.
         raise APIError(504, "The answer was not ready in time.", "timeout") from None
     except ContextTooLong as error:
         raise APIError(400, str(error), CONTEXT, "messages") from None
     except DataError as error:
         raise APIError(400, str(error), "invalid_message", "messages") from None
+    # OpenAI's defaults, which clients rely on when they leave these out.
     temperature = 1.0 if body.temperature is None else body.temperature
     stop = body.stop or ()
     first = Request(
@@ -99,6 +103,7 @@ async def read_request(
         bool(body.stream),
         until,
     )
+    # Each of the `n` answers has a seed of its own; the engine reads their common prompt once.
     return [replace(first, seed=first.seed + i) for i in range(body.n or 1)]
 
 
@@ -138,6 +143,7 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str,
                 pictures += 1
         text = "\n".join(texts)
         if message.role == "assistant":
+            # An answer closes the turn: what comes next belongs to a new one.
             turns.append(Turn(prompt(), text))
             texts_of_turn, pictures = [], 0
         else:
@@ -152,6 +158,7 @@ class AnswerStream:
 
     def __init__(self, requests: Sequence[tuple[Engine, Request]]) -> None:
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        # Engines emit on their own threads; the queue belongs to the event loop.
         loop = asyncio.get_running_loop()
 
         def emit_as(index: int) -> Callable[[Event], None]:
@@ -165,6 +172,7 @@ class AnswerStream:
         try:
             for i, (engine, request) in enumerate(requests):
                 self.answers.append(engine.submit(request, emit_as(i)))
+        # All or nothing: answers that were queued already have nobody to read them.
         except QueueFull as error:
             self.cancel()
             raise APIError(429, str(error), "busy") from None
@@ -219,10 +227,12 @@ class ResponseWriter:
         return Completion(id=self.id, created=self.created, model=self.body.model, choices=choices, usage=self.usage)
 
     async def chunks(self, answers: AnswerStream) -> AsyncIterator[Chunk]:
+        # OpenAI's clients take the role from the first chunk of each choice.
         for index in range(len(self.requests)):
             yield self._chunk(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
         async for index, event in answers:
             self._count(event)
+            # Half a character or the beginning of a stop: nothing to show yet.
             if not event.text and not event.finish and not (event.tokens and self.body.logprobs):
                 continue
             yield self._chunk(
@@ -233,6 +243,7 @@ class ResponseWriter:
                     finish_reason=event.finish or None,  # type: ignore[arg-type]
                 )
             )
+        # By the protocol the last chunk, without choices.
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield self._chunk(usage=self.usage)
 
@@ -263,6 +274,7 @@ class ResponseWriter:
     @staticmethod
     def _token(token: TokenOutput) -> TokenLogprob:
         logprobs = (token.logprob, *(logprob for _, logprob in token.top))
+        # JSON has no infinity: a token that sampling can never choose gets OpenAI's floor of -9999.
         chosen, *top = [
             TopLogprob(token=text, logprob=max(logprob, -9999.0), bytes=list(data))
             for (text, data), logprob in zip(token.written, logprobs, strict=True)

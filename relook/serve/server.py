@@ -72,6 +72,7 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        # The head has arrived; `RequestGate` limits the time for the body.
         if self.conn.their_state is not h11.IDLE:
             self._cancel()
         elif self.waiting is None:
@@ -109,6 +110,7 @@ def serve(
         load: returns the models by name; called once the port is bound, since loading may take minutes.
     """
     check_host_names(policy)
+    # A port in use is found before minutes of loading.
     taken = bind_socket(serving.host, serving.port)
     address, port = taken.getsockname()[:2]
     policy = replace(policy, hosts=own_hosts(serving.host, address, policy))
@@ -145,6 +147,7 @@ def start_engines(models: Mapping[str, LoadedModel], limits: EngineLimits, templ
         limits: a `cache_gb` of 0 takes half of the memory that is free once the models are loaded.
         template: conversation template; empty for the models' own.
     """
+    # Measured once the weights are loaded: what is free now is for keys, values and passes.
     if not limits.cache_gb:
         device = next(iter(models.values())).core.device
         limits = replace(limits, cache_gb=CACHE_SHARE * free_bytes(device) / 1e9 / len(models))
@@ -165,6 +168,7 @@ def make_server(
         from relook.serve.page.app import with_page
 
         app = with_page(app, engines, policy, uploads, run)
+    # Against DNS rebinding: a page elsewhere must not reach a server on this machine by another name.
     if policy.hosts:
         app = OwnNames(app, policy.hosts)
     config = uvicorn.Config(
@@ -278,6 +282,7 @@ def share_equal_tensors(model: torch.nn.Module, other: torch.nn.Module) -> None:
     """Let a model use another's tensors where they are equal, so that memory holds what was trained twice only."""
     other_parameters = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
+        # Quantised tensors are parameters of other types, whose memory cannot be shared by assignment.
         same = other_parameters.get(name)
         if same is not None and type(same) is type(parameter) is torch.nn.Parameter and torch.equal(same, parameter):
             parameter.data = same.data

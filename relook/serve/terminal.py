@@ -52,6 +52,7 @@ class Chat:
             RelookError: what is wrong with it.
             EOFError: it ends the conversation.
         """
+        # A question may contain a slash, but not begin with one.
         command, _, rest = line.strip().partition(" ")
         if not command.startswith("/"):
             if line.strip():
@@ -83,6 +84,7 @@ class Chat:
         """Go on with the other model, which is asked the last question again."""
         if to_base and self.base is None:
             self.base = self.make_base()
+        # Both models go on with one history: the answers so far are context for either.
         self.on_base = to_base
         status("base:" if to_base else "tuned:", style="bold")
         if self.turns:
@@ -91,6 +93,7 @@ class Chat:
     def ask(self, question: str) -> None:
         """Write the answer as it grows. After Ctrl-C, what came of it is the answer."""
         engine = self.base if self.on_base and self.base is not None else self.tuned
+        # Before anything is written: a conversation that is too long leaves the turns as they are.
         ids = engine.prompt([*self.turns, Turn(question, "")], self.images)
         answer, finish = "", ""
         with contextlib.suppress(KeyboardInterrupt):
@@ -157,6 +160,7 @@ def converse(
             try:
                 chat.line(line)
             except RelookError as error:
+                # A script must not go on after a line that failed; a person can type it again.
                 if not sys.stdin.isatty():
                     raise
                 status(str(error), style="red")

@@ -82,13 +82,13 @@ def _memory(logs: Mapping[str, Any]) -> str:
     return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
 
 
-def run_summary(recipe: Recipe, out: Path) -> str:
+def run_summary(recipe: Recipe, out: str | Path) -> str:
     """Say in words what a finished run trained, how well, where it is, and what to do next.
 
     Args:
         out: the run's folder.
     """
-    run = read_json(out / "run.json")
+    run = read_json(Path(out) / "run.json")
     log = run["log"]
     lines = [entry for entry in log if "loss" in entry]
     steps = max((entry["step"] for entry in log), default=0)

@@ -415,8 +415,8 @@ def chair_by_third(captions: Mapping[str, str], annotations: Annotations) -> dic
     for number, name in enumerate(("first", "second", "last")):
         pairs = []
         for image, caption in captions.items():
-            found = located_mentions(caption, vocabulary)
-            names = [m for begin, _, m in found if 3 * begin // len(caption.split()) == number]
+            located = located_mentions(caption, vocabulary)
+            names = [m for begin, _, m in located if 3 * begin // len(caption.split()) == number]
             pairs.append((sum(m not in annotations.objects[image] for m in names), len(names)))
         tops, bottoms = to_columns(pairs)
         result[name] = {"chair_i": safe_ratio(sum(tops), sum(bottoms)), **rate_intervals({"chair_i": pairs})}
@@ -473,11 +473,11 @@ def coverage_curve(captions: Mapping[str, str], annotations: Annotations) -> lis
     """Score the captions cut after 1, 2, ... words; the last score is that of the whole captions."""
     vocabulary = vocabulary_of(annotations)
     truth = {image: annotations.objects[image] for image in captions}
-    found = {image: located_mentions(caption, vocabulary) for image, caption in captions.items()}
+    located = {image: located_mentions(caption, vocabulary) for image, caption in captions.items()}
     words = {image: caption.split() for image, caption in captions.items()}
     curve = []
     for length in range(1, max(map(len, words.values()), default=0) + 1):
-        named = {image: [name for _, end, name in of_image if end <= length] for image, of_image in found.items()}
+        named = {image: [name for _, end, name in of_image if end <= length] for image, of_image in located.items()}
         cut = {image: " ".join(of_image[:length]) for image, of_image in words.items()}
         curve.append(count_objects(named, cut, truth))
     return curve
