@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -116,8 +117,8 @@ def test_corrected_captions_name_nothing_absent(tmp_path: Path) -> None:
 
 
 def test_cut_tokenizer_keeps_tokens() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
     import fetch
+    import tokenizers
 
     corpus = ["Is there a dog in the image?", "There is a cat on the left side.", "unrelated words entirely"] * 50
     full = tokenizers.ByteLevelBPETokenizer()
@@ -177,12 +178,14 @@ def test_the_chain_runs_in_a_tiny_form(assets: Path, tmp_path: Path) -> None:
     assert {"cross-1", "none-1", "swapped-1", "lora-1", "base"} <= results["study"]["rows"].keys()
 
 
-def test_blocks_are_dequantised_as_gguf_does() -> None:
-    gguf = pytest.importorskip("gguf")
+def test_blocks_are_dequantised_by_their_layout() -> None:
     import llava
 
-    values = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
-    for kind, number in (("q4_1", gguf.GGMLQuantizationType.Q4_1), ("q8_0", gguf.GGMLQuantizationType.Q8_0)):
-        blocks = gguf.quants.quantize(values, number)
-        ours = llava.dequantised(kind, blocks.ravel()).reshape(values.shape)
-        np.testing.assert_array_equal(ours, gguf.quants.dequantize(blocks, number))
+    # Q4_1: scale and minimum (fp16), then 16 bytes whose low halves are values 0 to 15, the high ones 16 to 31.
+    digits = [i % 16 for i in range(32)]
+    block = struct.pack("<2e16B", 0.5, -1.0, *(digits[i] | digits[16 + i] << 4 for i in range(16)))
+    values = llava.dequantised("q4_1", np.frombuffer(block, np.uint8))
+    assert values.ravel().tolist() == [0.5 * digit - 1 for digit in digits]
+    # Q8_0: scale (fp16), then 32 signed bytes.
+    block = struct.pack("<e32b", 0.25, *range(-16, 16))
+    assert llava.dequantised("q8_0", np.frombuffer(block, np.uint8)).ravel().tolist() == [i / 4 for i in range(-16, 16)]
