@@ -132,7 +132,7 @@ class Tab:
         return self.answer(side)
 
     def click_word(self, word: str) -> None:
-        self.page.locator(".word").get_by_text(word, exact=True).first.click()
+        self.page.locator(".word", has_text=re.compile(f"^{word}$")).first.click()
 
     def notice(self, text: str) -> None:
         """Wait until the page says this."""

@@ -5,7 +5,7 @@ const take = async (file) => {
     const { path } = await upload(file);
     trigger("upload", { path });
   } catch {
-    trigger("error");
+    trigger("refused"); // an event of that name, because Gradio keeps "error" to itself
   }
 };
 element.addEventListener("change", (event) => {
