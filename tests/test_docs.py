@@ -31,7 +31,7 @@ COMMAND: Any = get_command(app)
 # Programs of HA-DPO, LLaVA, the benchmarks and other engines, which pages name.
 FOREIGN = """
 train.py train_dpo.py train_mem.py train_xformers.py merge_lora_weights.py pope_eval.py evaluate.py shr_eval.py
-json_eval.py gpt_utils.py eval_gpt4.py llava.py template_manager.py
+json_eval.py gpt_utils.py eval_gpt4.py eval_gpt_obj_halbench.py llava.py template_manager.py
 """
 
 

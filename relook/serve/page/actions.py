@@ -38,7 +38,7 @@ from relook.report.plots import attention_before
 from relook.serve.api import ServerLimits
 from relook.serve.chat import AnswerStream, read_request
 from relook.serve.media import ImageSources
-from relook.serve.page.dialogue import Answer, Dialogue
+from relook.serve.page.dialogue import Answer, Dialogue, Finish
 from relook.serve.page.texts import ENGLISH
 from relook.serve.protocol import APIError, ChatRequest
 from relook.serve.threads import Readers
@@ -139,8 +139,8 @@ class Page:
         try:
             return self.sources.read(_url(path))
         except DataError as error:
-            there = _is_below(path, self.folder) and Path(path).is_file()
-            raise APIError(400, str(error), "bad_picture" if there else "no_picture") from None
+            exists = _is_below(path, self.folder) and Path(path).is_file()
+            raise APIError(400, str(error), "bad_picture" if exists else "no_picture") from None
 
     def check(self, path: str) -> None:
         """Raise APIError if a picture cannot be given to a model."""
@@ -183,7 +183,7 @@ class Page:
         try:
             async for index, event in stream:
                 if event.text or event.finish:
-                    finish = "length" if event.finish == "length" else "stop" if event.finish else ""
+                    finish: Finish = "length" if event.finish == "length" else "stop" if event.finish else ""
                     answers[index] = Answer(text=answers[index].text + event.text, finish=finish)
                     yield tuple(answers)
         finally:
