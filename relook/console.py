@@ -78,6 +78,11 @@ def plain_table(*columns: str, right: Collection[str] = ()) -> Table:
     return table
 
 
+def fits(table: Table, console: Console) -> bool:
+    """Return True if a table's columns need no more than the console's width."""
+    return console.measure(table, options=console.options.update(width=1000)).maximum <= console.width
+
+
 def readable_seconds(seconds: float) -> str:
     """Format a duration for people: 1 h 05 min, 3 min 20 s, 45 s."""
     total = round(seconds)

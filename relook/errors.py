@@ -70,15 +70,15 @@ def preview(names: Sequence[object], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def most_similar(name: object, known: Iterable[object]) -> str | None:
+def most_similar(name: object, candidates: Iterable[object]) -> str | None:
     """Return the known name that resembles another most, capitals apart; None if none resembles it."""
-    names = {str(candidate).lower(): str(candidate) for candidate in known}
+    names = {str(candidate).lower(): str(candidate) for candidate in candidates}
     close = difflib.get_close_matches(str(name).lower(), names, 1, cutoff=0.7)
     return names[close[0]] if close else None
 
 
-def did_you_mean(name: object, known: Iterable[object], otherwise: str = "") -> str:
+def did_you_mean(name: object, candidates: Iterable[object], otherwise: str = "") -> str:
     """Return the advice for a name that is not known: the most similar one, else `otherwise`, else all known names."""
-    names = list(map(str, known))
+    names = list(map(str, candidates))
     close = most_similar(name, names)
     return f"Did you mean {close}?" if close else otherwise or f"Known ones: {', '.join(names)}."

@@ -670,8 +670,8 @@ def sort_keys(values: Mapping[str, Any], options: Sequence[str] = ()) -> Keys:
                 # transformers declares fsdp as a string, but expects true.
                 keys.training[key] = value if key == "fsdp" else coerce(key, value, training_keys[key])
             else:
-                known = [*field_types, "post_decoder", *training_keys, *MODEL_CONFIG_KEYS, *options]
-                hint = did_you_mean(str(key), known, "`relook train RECIPE --help` and docs/recipes.md list all keys.")
+                valid = [*field_types, "post_decoder", *training_keys, *MODEL_CONFIG_KEYS, *options]
+                hint = did_you_mean(str(key), valid, "`relook train RECIPE --help` and docs/recipes.md list all keys.")
                 raise RecipeError(f"There is no recipe key {key!r}.", hint)
     with keys.faults:
         keys.post_decoder = _fit_settings(settings)

@@ -64,23 +64,23 @@ def describe_keys() -> list[KeyDescription]:
     from relook.model.post_decoder import PostDecoderSettings
 
     described, section = [], ""
-    for own in dataclasses.fields(Recipe):
-        section = SECTIONS.get(own.name, section)
-        if own.name == "post_decoder":
+    for entry in dataclasses.fields(Recipe):
+        section = SECTIONS.get(entry.name, section)
+        if entry.name == "post_decoder":
             meanings = argument_meanings(PostDecoderSettings)
             described += [
                 KeyDescription(f"post_decoder.{f.name}", section, str(f.type), f.default, meanings[f.name])
                 for f in dataclasses.fields(PostDecoderSettings)
             ]
-        elif "meaning" in own.metadata:
-            choices = CHOICES.get(own.name)
+        elif "meaning" in entry.metadata:
+            choices = CHOICES.get(entry.name)
             kind = (
                 " | ".join(map(str, choices))
                 if choices
-                else str(own.type).removesuffix(" | None").replace("Any", "str | list")
+                else str(entry.type).removesuffix(" | None").replace("Any", "str | list")
             )
-            default = REQUIRED if own.default is dataclasses.MISSING else own.default
-            described.append(KeyDescription(own.name, section, kind, default, own.metadata["meaning"]))
+            default = REQUIRED if entry.default is dataclasses.MISSING else entry.default
+            described.append(KeyDescription(entry.name, section, kind, default, entry.metadata["meaning"]))
     for argument in dataclasses.fields(TrainingArguments):
         if argument.name in (*IGNORED, *UNSUPPORTED, "output_dir"):
             continue
@@ -98,8 +98,8 @@ def describe_keys() -> list[KeyDescription]:
 def argument_meanings(documented: type) -> dict[str, str]:
     """Read the arguments' meanings from the `Args:` section of a class's docstring, by name."""
     _, _, section = (inspect.getdoc(documented) or "").partition("Args:\n")
-    found = re.findall(r"^    ([\w, ]+): (.+(?:\n     +.+)*)", section, re.M)
-    return {name: " ".join(text.split()).rstrip(".") for names, text in found for name in names.split(", ")}
+    entries = re.findall(r"^    ([\w, ]+): (.+(?:\n     +.+)*)", section, re.M)
+    return {name: " ".join(text.split()).rstrip(".") for names, text in entries for name in names.split(", ")}
 
 
 def shipped_description(name: str, kind: str = "recipe") -> tuple[str, str]:
@@ -107,8 +107,8 @@ def shipped_description(name: str, kind: str = "recipe") -> tuple[str, str]:
     text = (resources.files("relook") / f"{kind}s" / f"{name}.yaml").read_text(encoding="utf-8")
     comment = re.match(r"(?:#.*\n)*", text)
     words = " ".join(line.lstrip("# ") for line in (comment[0] if comment else "").splitlines())
-    what, _, source = words.partition("Source:")
-    return what.strip(), source.strip()
+    purpose, _, source = words.partition("Source:")
+    return purpose.strip(), source.strip()
 
 
 def shipped_recipes() -> list[dict[str, str]]:
@@ -116,7 +116,7 @@ def shipped_recipes() -> list[dict[str, str]]:
     lines = []
     for name in shipped_names("recipe"):
         values = read_yaml_or_shipped(name, "recipe")
-        what, source = shipped_description(name)
+        purpose, source = shipped_description(name)
         data = "conversations" if values["task"] == "sft" else "pairs"
         lines.append(
             {
@@ -124,7 +124,7 @@ def shipped_recipes() -> list[dict[str, str]]:
                 "trains": regime_name(values),
                 "loss": objective_name(values),
                 "data": f"toyworld's {data}" if name.startswith("toyworld") else data,
-                "what": what,
+                "what": purpose,
                 "source": source,
             }
         )
@@ -173,9 +173,9 @@ def print_recipe(name: str, command: str) -> None:
         for key in shown:
             if key.section == section:
                 # An empty path in a shipped recipe is one that the user gives.
-                given = flat.get(key.name) not in (None, "")
-                value = flat[key.name] if given else key.default
-                table.add_row(f"--{key.name}", key.kind, f"{_text(value)}{' *' if given else ''}", key.meaning)
+                is_set = flat.get(key.name) not in (None, "")
+                value = flat[key.name] if is_set else key.default
+                table.add_row(f"--{key.name}", key.kind, f"{_text(value)}{' *' if is_set else ''}", key.meaning)
         console.print(table)
         console.print()
     console.print("Every other argument of transformers' TrainingArguments is a key, too.")

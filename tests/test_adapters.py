@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -52,14 +53,18 @@ def scrambled(model: Any, std: float = 0.1) -> Any:
     return model.eval()
 
 
+@functools.cache
+def read_plain(base: Path) -> LlavaForConditionalGeneration:
+    return LlavaForConditionalGeneration.from_pretrained(base)
+
+
 def by_peft(base: Path, folder: Path, **settings: Any) -> Tensor:
     """Save an adapter of these settings, as peft trains it; the logits that peft itself has when it loads it again."""
     torch.manual_seed(0)
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LM, **settings})
-    plain = LlavaForConditionalGeneration.from_pretrained(base)
-    model = scrambled(get_peft_model(copy.deepcopy(plain), config))
+    model = scrambled(get_peft_model(copy.deepcopy(read_plain(base)), config))
     model.save_pretrained(folder)
-    again = PeftModel.from_pretrained(plain, folder).eval()
+    again = PeftModel.from_pretrained(copy.deepcopy(read_plain(base)), folder).eval()
     torch.testing.assert_close(logits(again), logits(model), **CLOSE)
     return logits(again)
 
@@ -146,7 +151,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_an_adapter_of_another_kind_is_refused_by_name(kind: str, biased: Path, tmp_path: Path) -> None:
     settings, message = REFUSED[kind]
     config = LoraConfig(**{"r": 4, "target_modules": LM, **settings})
-    get_peft_model(LlavaForConditionalGeneration.from_pretrained(biased), config).save_pretrained(tmp_path / "a")
+    get_peft_model(copy.deepcopy(read_plain(biased)), config).save_pretrained(tmp_path / "a")
     with pytest.raises(CheckpointError, match=message):
         load_model(biased, tmp_path / "a")
 

@@ -291,6 +291,16 @@ def test_the_notes_table_as_text_markdown_and_file(relook: Command, evaluations:
     )
 
 
+def test_a_sweep_ends_in_its_results_or_the_table(
+    relook: Command, evaluations: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "results.json", {"rows": []})
+    monkeypatch.setattr("relook.sweep.sweep_command", lambda words: tmp_path / "report.html")
+    assert json.loads(relook("sweep", "toyworld").out) == {"rows": []}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "post decoder + head" in relook("sweep", "toyworld").out
+
+
 # --- training's lines and summary
 
 

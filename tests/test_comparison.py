@@ -34,6 +34,8 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
+        if self.tags[-1][0] == "style":
+            return
         self.text.append(data)
         if self.tags[-1][0] == "mark":
             self.marked.append(data)

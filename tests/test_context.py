@@ -16,7 +16,6 @@ from helpers.reference import IMAGE_ID, reference_tokenizer
 from helpers.tiny import dpo_keys, pixels, tiny_llava
 from test_loss import recipe, separate
 from test_trl import padded, theirs
-from trl import DPOConfig, DPOTrainer
 
 from relook.data.check import check_folder
 from relook.data.convert import PAIR_LAYOUTS, convert_pairs
@@ -134,7 +133,7 @@ def test_log_probs_and_loss_are_trls_with_the_context_in_the_prompt(tmp_path: Pa
     policy_targets, found = log_probs_of(model, examples[:1])
     _, by_reference = log_probs_of(reference, examples[:1])
     loss, fields = preference_loss(recipe(), found, policy_targets, by_reference, torch.ones_like(found))
-    trainer = theirs(model, DPOTrainer, DPOConfig, tmp_path)
+    trainer = theirs(model, "DPO", tmp_path)
     ids, there, answer = padded(rows)
     inputs = {"input_ids": ids, "attention_mask": there, "completion_mask": answer}
     inputs["pixel_values"] = pixels(1).repeat(2, 1, 1, 1)

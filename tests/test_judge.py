@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from helpers.endpoint import Answer, Request, completion, endpoint
 from helpers.forked import FORK, forked
+from helpers.strategies import ANY_TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +38,7 @@ from relook.evaluate.judge import (
     read_reply,
 )
 
-JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+JSON = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT | st.lists(st.integers())
 SOON = {"retry-after-ms": "1"}  # so that tests do not wait
 
 
@@ -365,7 +366,7 @@ def test_a_kill_loses_no_reply(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40)
-@given(st.text())
+@given(ANY_TEXT)
 def test_no_body_is_too_odd(body: str) -> None:
     assert read_reply(body) is None or json.loads(body)["choices"]
 

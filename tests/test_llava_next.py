@@ -310,7 +310,7 @@ REGIMES: dict[str, dict[str, Any]] = {
 def test_training_starts_at_ln_2_and_what_it_leaves_is_loaded(
     regime: str, folder: Path, odd_world: Path, tmp_path: Path
 ) -> None:
-    keys = dpo_keys(folder, odd_world, tmp_path / "run", **REGIMES[regime], max_steps=4, **WHOLE)
+    keys = dpo_keys(folder, odd_world, tmp_path / "run", **REGIMES[regime], max_steps=3, **WHOLE)
     out = train(build_recipe(keys))
     log = json.loads((out / "run.json").read_text())["log"]
     losses = [entry["loss"] for entry in log if "loss" in entry]

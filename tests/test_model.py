@@ -6,15 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.forked import forked
 from helpers.tiny import left_padded, pixels, prompt, scramble, tiny_llava, tiny_relook
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, dynamic_module_utils
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from relook import load_model
 from relook.errors import CheckpointError
@@ -385,7 +390,34 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_saved_models_load_where_relook_is_not_installed(tmp_path: Path) -> None:
+def run_alone(folders: list[Path], home: Path) -> None:
+    """In a process of its own, where nothing may be what transformers is about to drop."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-W", "error::FutureWarning", "-c", ALONE, *map(str, folders)]
+    subprocess.run(command, check=True, env=environment, cwd=folders[0])
+
+
+def fork_alone(folders: list[Path], home: Path) -> None:
+    """In a fork that forgets relook: one need not wait until transformers is imported again."""
+    done = forked(_forget_relook_and_run, folders, home)
+    assert done.codes == [0], done.stderr
+
+
+def _forget_relook_and_run(folders: list[Path], home: Path) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "relook"]:
+        del sys.modules[name]
+    for registry in (CONFIG_MAPPING, AutoModelForImageTextToText._model_mapping):
+        registry._extra_content.clear()
+    dynamic_module_utils.HF_MODULES_CACHE = str(home)
+    warnings.simplefilter("error", FutureWarning)
+    sys.argv = ["alone", *map(str, folders)]
+    exec(ALONE, {})
+
+
+@pytest.mark.parametrize("run", [fork_alone, pytest.param(run_alone, marks=pytest.mark.slow)])
+def test_saved_models_load_where_relook_is_not_installed(
+    run: Callable[[list[Path], Path], None], tmp_path: Path
+) -> None:
     folders, expected = [], []
     for number, settings in enumerate(VARIANTS[:3]):
         model = tiny_relook(**settings)
@@ -401,10 +433,7 @@ def test_saved_models_load_where_relook_is_not_installed(tmp_path: Path) -> None
     shutil.copyfile(folders[0] / "inputs.pt", tmp_path / "converted" / "inputs.pt")
     folders.append(tmp_path / "converted")
     expected.append(expected[0])
-    # Nothing in them may be what transformers is about to drop.
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-W", "error::FutureWarning", "-c", ALONE, *map(str, folders)]
-    subprocess.run(command, check=True, env={**os.environ, **home}, cwd=tmp_path)
+    run(folders, tmp_path / "home")
     for folder, (logits, text) in zip(folders, expected, strict=True):
         found = torch.load(folder / "outputs.pt", weights_only=True)
         torch.testing.assert_close(found["logits"], logits, rtol=0, atol=1e-5)

@@ -15,7 +15,7 @@ from relook.errors import DataError
 from relook.evaluate.benchmark import ScoringInputs, score_command
 from relook.evaluate.judge import JudgeSettings
 from relook.evaluate.tasks import objhal
-from relook.evaluate.tasks.objhal import listed_objects, objhal_questions, objhal_vocabulary, read_objects
+from relook.evaluate.tasks.objhal import listed_objects, objhal_questions, objhal_vocabulary, read_object_list
 from relook.files import write_json, write_jsonl, write_text
 
 SYNONYMS = "person, man, woman\ndog, puppy\ncat\ndining table, table\ncup, mug\nchair, seat\ntoilet\n"
@@ -93,7 +93,7 @@ def test_rates_by_a_judge(data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_replies_are_read_strictly(reply: str, names: Any) -> None:
-    assert read_objects(reply) == names
+    assert read_object_list(reply) == names
 
 
 def test_names_are_words_of_the_list(data: Path) -> None:

@@ -381,7 +381,9 @@ def test_a_base_alone_says_nothing_about_looking(chromium: Any, shots: Path, tmp
     """And a server that stops says so in words."""
     engines = {"base": Engine(load_model(shipped_base()), EngineLimits(slots=1))}
     slow(engines["base"])
-    with serving(engines, ServerLimits(KEY), tmp_path / "uploads", stop_seconds=0) as server:
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    with serving(engines, ServerLimits(KEY), uploads, stop_seconds=0) as server:
         tab = Tab(chromium, server, shots)
         assert ENGLISH["looks"] not in tab.page.locator("#head").inner_text()
         tab.page.locator(".example").first.click()

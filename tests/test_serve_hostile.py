@@ -38,6 +38,7 @@ from helpers.serving import (
     user,
 )
 from helpers.serving import with_picture as asking_about
+from helpers.strategies import ANY_TEXT
 from helpers.tiny import tiny_relook
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -611,8 +612,8 @@ def count_tokens(value: Any) -> int:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text() | st.text('"\\,[{', max_size=8),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.text('"\\', max_size=5), inner),
+    st.none() | st.booleans() | st.integers() | ANY_TEXT | st.text('"\\,[{', max_size=8),
+    lambda inner: st.lists(inner) | st.dictionaries(ANY_TEXT | st.text('"\\', max_size=5), inner),
 )
 
 

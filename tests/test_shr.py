@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.endpoint import Answer, Request, endpoint
+from helpers.strategies import ANY_TEXT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,7 +55,7 @@ def test_labels_are_read_strictly(reply: str, labels: Any) -> None:
     assert shr.read_labels(reply, 2) == labels
 
 
-@given(st.text(), st.integers(0, 3))
+@given(ANY_TEXT, st.integers(0, 3))
 def test_any_reply_is_labels_or_nothing(reply: str, count: int) -> None:
     for text in (reply, f"Judgement:\n{reply}"):
         labels = shr.read_labels(text, count)

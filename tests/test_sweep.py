@@ -214,7 +214,10 @@ def test_scores_are_those_of_full_generation(
     engine.evaluate(runs["base"], tmp_path / "base")
     engine.release()
     seen = set()
+    every = "No" in words
     for name, run in runs.items():
+        if not every and name not in ("base", "both", "lora"):  # whose trunk is shared, and one whose is not
+            continue
         if name != "base":
             engine.evaluate(run, tmp_path / name)
         scores = read_json(tmp_path / name / "pope.json")
@@ -226,7 +229,7 @@ def test_scores_are_those_of_full_generation(
             undecided = sum(not record["answer"].startswith(tuple(words)) for record in records)
             assert scores[split]["generated"] == undecided, name
         seen.add(tuple(whole["adversarial"][count] for count in COUNTS))
-    assert len(seen) > 3  # the regimes answer differently
+    assert len(seen) > 3 or not every  # the regimes answer differently
 
 
 def test_a_base_that_answers_anything_is_generated_in_full(base: Path, world: Path, tmp_path: Path) -> None:

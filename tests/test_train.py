@@ -277,14 +277,13 @@ def test_accumulated_batches_are_one_batch(base: Path, world: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "keys",
     [
-        {"tune_lm_head": True},
         {"tune_post_decoder": True, "nll_weight": 1.0, "dpo_tokens": "differing"},
-        {"tune_post_decoder": True, "tune_lm_head": True, "post_decoder": {"attention": "self_cross", "depth": 2}},
         {"tune_post_decoder": True, "post_decoder": {"attention": "none"}},
     ],
     ids=str,
 )
 def test_cached_states_train_as_live_ones(keys: dict[str, Any], base: Path, world: Path, tmp_path: Path) -> None:
+    """Of a head, and of attention to the text too, in test_trunk_cache.py."""
     keys = {**keys, "optim": "sgd", "learning_rate": 0.1, "max_steps": 5}
     outs = [
         train(recipe_for(base, world, tmp_path / feature_cache, **keys, feature_cache=feature_cache))
@@ -705,8 +704,7 @@ def test_a_kill_before_the_last_file_is_made_up_for(base: Path, world: Path, tmp
 # --- precision and recomputation
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
-@pytest.mark.parametrize("regime", ["both", "lora"])
+@pytest.mark.parametrize(("kind", "regime"), [("bf16", "both"), ("fp16", "lora")])
 def test_small_steps_are_kept_in_low_precision(
     kind: str, regime: str, base: Path, world: Path, tmp_path: Path, no_trunk_cache: None
 ) -> None:

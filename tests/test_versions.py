@@ -16,7 +16,7 @@ import torch
 from helpers.command import Command
 from helpers.tiny import pixels, prompt, tiny_relook
 from packaging.requirements import Requirement
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import DynamicCache, GenerationMixin, LlavaProcessor, PreTrainedConfig, PreTrainedModel, Trainer
 
 import relook
 from relook import load_model
@@ -35,6 +35,7 @@ PRIVATE: dict[str, Any] = {
     "_expand_inputs_for_generation": GenerationMixin,
     "_flash_attention_forward": torch.ops.aten,
     "_functorch": torch,
+    "_get_num_multimodal_tokens": LlavaProcessor,
     "_get_output_dir": Trainer,
     "_get_train_sampler": Trainer,
     "_inductor": torch,

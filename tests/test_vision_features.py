@@ -27,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 LORA: dict[str, Any] = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0}
 SHORT: dict[str, Any] = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
 REGIMES: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
-    "lora": (dpo_keys, LORA),
     "lora, a worker": (dpo_keys, {**LORA, "dataloader_num_workers": 1}),
     "lora, projector and post decoder": (dpo_keys, {**LORA, "tune_post_decoder": True, "tune_mm_mlp_adapter": True}),
     "full, sft": (sft_keys, {}),

@@ -248,6 +248,31 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def plot_base(results: Path, by_size: Mapping[str, float | None], file: Path) -> None:
+    """Draw what the base answers, and what tower, last state and patches hold, by the size of the object.
+
+    Args:
+        results: folder of the stages' results, with tower.json and probe.json.
+        by_size: share of right answers by group of sizes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    groups = list(SIZES)
+    bars = left.bar(groups, [100 * (by_size[group] or 0) for group in groups], color=["grey", *["tab:blue"] * 3])
+    left.bar_label(bars, fmt="%.1f")
+    left.set(ylim=(0, 110), ylabel="right answers, %", title="The base's answers, adversarial questions")
+    curves = {"tower's head (other questions)": read_json(results / "tower.json")["auc"]}
+    names = {"yes - no": "base: yes − no", "state": "last state", "state + patches": "last state + patches"}
+    curves |= {names[name]: row for name, row in read_json(results / "probe.json")["auc"].items()}
+    for (name, row), style in zip(curves.items(), ("k:", "s-", "o-", "^--"), strict=True):
+        right.plot(groups[1:], [row[group] for group in groups[1:]], style, label=name, ms=5)
+    right.set(ylim=(0.78, 1.01), ylabel="AUC, present against absent", title="What is known, by size of the object")
+    right.legend(fontsize=8, loc="lower right")
+    figure.savefig(file, dpi=100)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
@@ -257,5 +282,7 @@ if __name__ == "__main__":
     found = analyse(options.work / "data" / options.split, options.work / "eval" / options.split)
     print_tables(found)
     write_json(options.work / f"analysis_{options.split}.json", found)
-    if options.plot:
+    if options.plot and found["contrasts"]:
         plot(found, options.plot)
+    elif options.plot:  # the base alone
+        plot_base(options.work / "results", found["right answers by size"]["base"], options.plot)

@@ -16,6 +16,7 @@ from llava import PATCHES, auc, auc_by_size, device, normalised
 from scenes import CLASSES, Scene
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from work import Paths, Sizes, load_pixels, picture_of, read_scenes
 
 from relook.evaluate.tasks.pope import question_text
 from relook.files import read_records
@@ -55,7 +56,7 @@ def training_questions(drawn: list[Scene]) -> list[Asked]:
     return asked
 
 
-def adversarial_questions(paths: Any, split: str, pictures: list[str]) -> list[Asked]:
+def adversarial_questions(paths: Paths, split: str, pictures: list[str]) -> list[Asked]:
     """The adversarial split's questions, each once."""
     names = {question_text(name): name for name in CLASSES}
     numbers = {name: number for number, name in enumerate(pictures)}
@@ -89,9 +90,7 @@ def read_states(model: Any, processor: Any, pixels: Tensor, asked: list[Asked]) 
     return states, margins, torch.cat(patches)
 
 
-def run(paths: Any, sizes: Any, split: str = "dev") -> dict[str, Any]:
-    from run import load_pixels, picture_of, read_scenes
-
+def run(paths: Paths, sizes: Sizes, split: str = "dev") -> dict[str, Any]:
     where = device()
     dtype = torch.bfloat16 if where == "cuda" else torch.float32
     model = LlavaForConditionalGeneration.from_pretrained(paths.base, dtype=dtype).to(where).eval()

@@ -13,11 +13,9 @@ import argparse
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,72 +23,12 @@ from typing import Any
 import captions
 import numpy as np
 import scenes
-from analysis import DOSES, summary
+from analysis import DOSES
 from scenes import OBJECTS, Scene
+from work import FIRST_ID, HERE, TINY, Paths, Sizes, evaluate, load_pixels, picture_of, read_scenes, relook
 
 from relook.evaluate.tasks.build_pope import build_splits
 from relook.files import atomic_file, read_json, write_json, write_jsonl
-
-HERE = Path(__file__).resolve().parent
-FIRST_ID = {"sft": 1_000_000, "pairs": 2_000_000, "dev": 3_000_000, "test": 4_000_000}  # an image's id is its seed
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much of everything: scenes of each split, and the settings that depend on it."""
-
-    scenes: dict[str, int] = field(default_factory=lambda: {"sft": 20000, "pairs": 4000, "dev": 300, "test": 600})
-    tower: tuple[int, int] = (384, 8)  # width, layers
-    tower_seconds: float = 80
-    layers: int = 30  # of the language model
-    align_steps: int = 300
-    sft: tuple[str, ...] = ("--bf16", "true")
-    tune: tuple[str, ...] = ("--bf16", "true")
-    evaluation: tuple[str, ...] = ("--dtype", "bfloat16", "--batch-size", "256", "--max-new-tokens", "140")
-    mined: int = 2500  # captions of the base
-    probe_steps: int = 1500
-    jobs: int = 6  # processes that share the GPU
-    seeds: tuple[int, ...] = (1, 2)
-    shared_cache: bool = True  # of the variants of the same pairs, on disk
-    only: tuple[str, ...] = ()  # variants of the study; empty: all
-    study_seconds: float = 0  # no variant is begun after so long; 0: all are
-
-
-TINY = Sizes(
-    scenes={"sft": 48, "pairs": 16, "dev": 12, "test": 12},
-    tower=(64, 2),
-    tower_seconds=6,
-    layers=2,
-    align_steps=10,
-    sft=("--max_steps", "12", "--per_device_train_batch_size", "8", "--warmup_steps", "2", "--save_steps", "1000"),
-    tune=("--max_steps", "3", "--per_device_train_batch_size", "8", "--warmup_steps", "1"),
-    evaluation=("--batch-size", "32", "--max-new-tokens", "24"),
-    probe_steps=10,
-    jobs=1,
-    seeds=(1,),
-)
-
-
-@dataclass(frozen=True)
-class Paths:
-    assets: Path
-    work: Path
-
-    def data(self, split: str) -> Path:
-        return self.work / "data" / split
-
-    def pixels(self, split: str) -> Path:
-        return self.data(split) / "pixels.npy"
-
-    @property
-    def base(self) -> Path:
-        return self.work / "base"
-
-
-def picture_of(folder: Path, split: str, number: int) -> Path:
-    image_id = FIRST_ID[split] + number
-    return folder / (f"images/{image_id}.jpg" if split == "sft" else f"val2014/COCO_val2014_{image_id:012d}.jpg")
-
 
 # ----------------------------------------------------------------------------------------------------
 # Scenes
@@ -134,10 +72,6 @@ def make_scenes(paths: Paths, sizes: Sizes) -> dict[str, Any]:
                 "small": float(np.mean([item.size < captions.SMALL for item in objects])),
             }
     return report
-
-
-def read_scenes(paths: Paths, split: str) -> list[Scene]:
-    return [Scene.from_json(record) for record in read_json(paths.data(split) / "scenes.json")]
 
 
 def write_texts(folder: Path, split: str, drawn: list[Scene]) -> None:
@@ -209,13 +143,6 @@ def coco_annotations(pictures: list[Path], drawn: list[Scene]) -> dict[str, Any]
 # The base
 
 
-def load_pixels(paths: Paths, split: str) -> tuple[Any, Any]:
-    import torch
-
-    pixels = torch.from_numpy(np.load(paths.pixels(split)))
-    return pixels, torch.from_numpy(np.load(paths.data(split) / "patches.npy").astype(np.int64))
-
-
 def make_tower(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     import torch
     from llava import tower_scores, train_tower
@@ -251,18 +178,6 @@ def make_model(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     return {"align_loss": loss, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def relook(paths: Paths, log: str, *words: str | Path, module: str = "-m relook") -> None:
-    """Run relook's command in a process of its own; its output goes to a log file, the end of it to an error."""
-    file = paths.work / "log" / f"{log}.txt"
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w") as stream:
-        done = subprocess.run(
-            [sys.executable, *module.split(), *map(str, words)], stdout=stream, stderr=subprocess.STDOUT, check=False
-        )
-    if done.returncode:
-        raise RuntimeError(f"{log} failed:\n{file.read_text()[-2500:]}")
-
-
 def train_base(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     data = paths.data("sft")
     words = ("--model_name_or_path", paths.work / "start", "--output_dir", paths.base, *sizes.sft)
@@ -271,16 +186,6 @@ def train_base(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     run = read_json(paths.base / "run.json")
     losses = [row["loss"] for row in run["log"] if "loss" in row]
     return {"train_seconds": run["seconds"], "losses": losses[:: max(1, len(losses) // 10)]}
-
-
-def evaluate(paths: Paths, sizes: Sizes, name: str, model: Path, split: str, *change: str) -> dict[str, Any]:
-    """Answer POPE and CHAIR (what is answered is kept) and return the scores that tables show."""
-    out = paths.work / "eval" / split / name
-    if not ((out / "chair.json").exists() and (out / "pope.json").exists()):
-        words = ("pope", "chair", "--model", model, "--data", paths.data(split), "--out", out, "--version", "llava_hf")
-        module = f"{HERE / 'changed.py'} {' '.join(change)} --" if change else "-m relook"
-        relook(paths, f"eval-{split}-{name}", "eval", *words, *sizes.evaluation, module=module)
-    return summary(out)
 
 
 def evaluate_base(paths: Paths, sizes: Sizes) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import analyse, print_tables
+from work import HERE, Paths, Sizes, evaluate, relook
 
 from relook.files import read_json
 
@@ -75,9 +76,7 @@ def parameters_matched(base: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
-    from run import evaluate
-
+def run(paths: Paths, sizes: Sizes, split: str = "test") -> dict[str, Any]:
     cells = [(name, seed) for name in VARIANTS for seed in sizes.seeds]
     only = sizes.only or list(VARIANTS)
     cells = [(name, seed) for name, seed in cells if name in only]
@@ -95,6 +94,9 @@ def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
             return
         try:
             variant = VARIANTS[name]
+            file = pairs_file(paths, variant)
+            if not (file.exists() and read_json(file)):
+                raise RuntimeError(f"{name} has no pairs: the base's captions hold no false object.")
             trained = variant.trained_as or name
             cached = filled.get((variant.pairs, variant.questions)) if name != "lora" and sizes.shared_cache else None
             with cached or nullcontext():
@@ -118,14 +120,16 @@ def run(paths: Any, sizes: Any, split: str = "test") -> dict[str, Any]:
     return {**result, "failures": failures}
 
 
-def cache_folder(paths: Any, variant: Variant) -> Path:
+def pairs_file(paths: Paths, variant: Variant) -> Path:
+    return paths.data("pairs") / f"desc_{variant.pairs}.json"
+
+
+def cache_folder(paths: Paths, variant: Variant) -> Path:
     folder: Path = paths.work / f"trunk_cache_{variant.pairs}_{'all' if variant.questions else 'captions'}"
     return folder
 
 
-def train(paths: Any, sizes: Any, name: str, seed: int, matched: Mapping[str, Mapping[str, str]]) -> Path:
-    from run import HERE, relook
-
+def train(paths: Paths, sizes: Sizes, name: str, seed: int, matched: Mapping[str, Mapping[str, str]]) -> Path:
     variant, out = VARIANTS[name], paths.work / "runs" / f"{name}-{seed}"
     if (out / "run.json").exists():
         return out
@@ -134,7 +138,7 @@ def train(paths: Any, sizes: Any, name: str, seed: int, matched: Mapping[str, Ma
         "model_name_or_path": paths.base,
         "output_dir": out,
         "vg_path": data,
-        "desc_data_path": data / f"desc_{variant.pairs}.json",
+        "desc_data_path": pairs_file(paths, variant),
         "seed": seed,
         **variant.keys,
         **matched.get(name, {}),
@@ -151,9 +155,7 @@ def train(paths: Any, sizes: Any, name: str, seed: int, matched: Mapping[str, Ma
     return out
 
 
-def answer(paths: Any, sizes: Any, name: str, model: Path, split: str, seed: int) -> None:
-    from run import evaluate
-
+def answer(paths: Paths, sizes: Sizes, name: str, model: Path, split: str, seed: int) -> None:
     variant = VARIANTS[name]
     change = variant.change if variant.test_change is None else variant.test_change
     start = time.time()

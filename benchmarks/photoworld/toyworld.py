@@ -14,8 +14,8 @@ from pathlib import Path
 import captions
 import study
 from analysis import DOSES
-from run import Paths, Sizes
 from scenes import Scene, Visible
+from work import Paths, Sizes
 
 from relook.evaluate.tasks.pope import question_text
 from relook.files import write_json

@@ -21,8 +21,8 @@ for group in (train, evaluate, serve, data, models):
     app.add_typer(group.app)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"relook {__version__}")
         raise typer.Exit
 

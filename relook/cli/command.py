@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -14,6 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 from relook.errors import Faults, RecipeError, did_you_mean, most_similar
 
 START = "Start here"  # the panel of commands for the first hour
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Typer has click inside or beside it, depending on its version; this name is the same error in both.
 UsageError: Any = typer.BadParameter.__base__
@@ -65,24 +67,24 @@ class Command(TyperCommand):
                 return values, list(rest)
             except UsageError as error:
                 name = getattr(error, "option_name", None)
-                place = next((i for i, word in enumerate(words) if word.partition("=")[0] == name), None)
-                if place is None:
+                index = next((i for i, word in enumerate(words) if word.partition("=")[0] == name), None)
+                if index is None:
                     faults.errors.append(as_recipe_error(error, ctx))
                     faults.check()
                     raise
                 if name in options:
                     valueless.add(str(name))
                     faults.errors.append(as_recipe_error(error, ctx))
-                    del words[place]
+                    del words[index]
                     continue
                 faults.errors.append(
                     RecipeError(f"There is no option {name}.", did_you_mean(name, options, _help_hint(ctx)))
                 )
                 if meant := most_similar(name, options):
-                    words[place] = meant + words[place].removeprefix(str(name))
+                    words[index] = meant + words[index].removeprefix(str(name))
                 else:  # together with what looks like its value
-                    followed = place + 1 < len(words) and "=" not in words[place] and words[place + 1][:1] != "-"
-                    del words[place : place + 1 + followed]
+                    followed = index + 1 < len(words) and "=" not in words[index] and words[index + 1][:1] != "-"
+                    del words[index : index + 1 + followed]
 
 
 class RecipeCommand(Command):
@@ -126,14 +128,14 @@ class App(typer.Typer):
         super().__init__(cls=Group, **settings)
         self.panel = panel
 
-    def command(self, name: str | None = None, cls: Any = Command, **settings: Any) -> Any:
+    def command(self, name: str | None = None, cls: Any = Command, **settings: Any) -> Callable[[Function], Function]:
         """Register a function as a command; its docstring is the help, whose paragraphs fill the terminal's lines."""
 
-        def register(function: Any) -> Any:
+        def register(function: Function) -> Function:
             paragraphs = (inspect.getdoc(function) or "").split("\n\n")
             text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-            given = {"help": text, "rich_help_panel": self.panel, **settings}
-            return super(App, self).command(name, cls=cls, **given)(function)
+            options = {"help": text, "rich_help_panel": self.panel, **settings}
+            return super(App, self).command(name, cls=cls, **options)(function)
 
         return register
 

@@ -40,20 +40,20 @@ def choice(kind: str, names: Iterable[str], text: str = "") -> dict[str, Any]:
         kind: what the names are, for the error.
         text: the help; by default the names.
     """
-    known = list(names)
+    choices = list(names)
 
     def check(value: Any) -> Any:
         faults = Faults()
         for name in value if isinstance(value, list) else [value]:
-            if name and name not in known:
-                faults.errors.append(RecipeError(f"There is no {kind} {name!r}.", did_you_mean(name, known)))
+            if name and name not in choices:
+                faults.errors.append(RecipeError(f"There is no {kind} {name!r}.", did_you_mean(name, choices)))
         faults.check()
         return value
 
     return {
-        "help": text or f"{', '.join(known[:-1])} or {known[-1]}.",
+        "help": text or f"{', '.join(choices[:-1])} or {choices[-1]}.",
         "callback": check,
-        "autocompletion": completion(lambda: known),
+        "autocompletion": completion(lambda: choices),
     }
 
 
@@ -99,4 +99,4 @@ JudgePrice = Annotated[tuple[float, float], typer.Option(help="Dollars per milli
 JudgeKey = Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")]
 JudgeWorkers = Annotated[int, typer.Option(help="Prompts before the judge at once.", min=1)]
 JudgeRequest = Annotated[str, typer.Option(help="JSON: further fields of its requests; null leaves one out.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, as to a pipe, instead of tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]

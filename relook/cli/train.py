@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,7 +132,10 @@ def estimate(
 
     assumed = AssumedData(prompt_tokens, response_tokens, samples)
     estimated = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)
-    print_result(estimated, as_json, print_estimate)
+    if as_json:
+        typer.echo(json.dumps(estimated, indent=1))
+    else:
+        print_estimate(estimated)
 
 
 @app.command(context_settings=EXTRA)

@@ -336,8 +336,8 @@ def write_hadpo(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> int:
             extra = {field.name: row.extra.get(field.name) for field in fields}
             # The HA-DPO record that the row was made from, if there is one; it has its own context.
             stored = stored_columns(row, "hadpo")
-            own = PAIR_OPTIONS if stored else ()
-            present = {name: value for name, value in extra.items() if value is not None and name not in own}
+            ignored = PAIR_OPTIONS if stored else ()
+            present = {name: value for name, value in extra.items() if value is not None and name not in ignored}
             entry = _entry(row)
             _write_image(temporary, images, entry, row.image)
             # A row goes back into the record it came from, unless its texts were edited since.
@@ -397,10 +397,10 @@ def write_sentinel(folder: Path, source: PairFile, rows: Iterator[RawPair]) -> i
             _write_image(temporary, images, entry, row.image)
             in_order.append({"image_id": entry["image_id"], **record})
             by_image.setdefault(str(entry["image_id"]), []).append(record)
-        name, records, write = f"{SENTINEL}.jsonl", in_order, write_jsonl
         if files == {".json"}:
-            name, records, write = f"{SENTINEL}.json", by_image, write_json
-        _write_records(temporary / name, records, write)
+            _write_records(temporary / f"{SENTINEL}.json", by_image, write_json)
+        else:
+            _write_records(temporary / f"{SENTINEL}.jsonl", in_order, write_jsonl)
         if None in files:
             _write_notes(temporary, source, fields)
         write_json(temporary / IMAGES, [entry for entry, _ in images.values()])
@@ -421,9 +421,9 @@ def _sentinel_record(row: RawPair) -> dict[str, Any]:
     else:
         record = {"image_name": row.image.name}
     # The source's own context wins if it means the same: null, "" and white space are all none.
-    own = {**record, **further}
-    blank = {"context": own["context"]} if not texts["context"] and "context" in own else {}
-    return {**own, **texts, **blank}
+    merged = {**record, **further}
+    blank = {"context": merged["context"]} if not texts["context"] and "context" in merged else {}
+    return {**merged, **texts, **blank}
 
 
 def _write_records(path: Path, records: Any, write: Callable[[Path, Any], None] = write_json) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -104,8 +105,9 @@ class Encoder:
         """
         ids: list[int] = []
         # Llama's tokenizers put BOS first; others have none, or say in their config that it is not added.
-        if self.tokenizer.bos_token_id is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
-            ids = [self.tokenizer.bos_token_id]
+        bos = self.tokenizer.bos_token_id if self.template.bos else None
+        if bos is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
+            ids = [bos]
         supervised = [False] * len(ids)
         text = "".join(piece.text for piece in pieces)
         # Two flags per character: whether it is supervised, and whether it belongs to an answer.
@@ -137,6 +139,8 @@ class Encoder:
                 f"Sample {id} has {len(ids)} positions, more than model_max_length {self.max_length}.",
                 "Raise model_max_length or shorten the sample.",
             )
+        if ids.count(self.image_token_id) != sum(images):
+            raise DataError(f"Sample {id} has the image placeholder of the model in its text.", "Remove it.")
         self._check_embedded(ids, id)
         return TokenRow(tuple(ids), tuple(supervised))
 
@@ -268,6 +272,9 @@ class Encoder:
         return self.row(self.template.render(self._marked(turns)), self.positions(images), id)
 
     def _marked(self, turns: Sequence[Turn]) -> list[Turn]:
+        if self.template.image != IMAGE:  # the line break that LLaVA's data has beside an image is not written then
+            image = re.compile(rf"\n?{IMAGE}\n?")
+            return [replace(turn, prompt=image.sub(lambda _: self.template.image, turn.prompt)) for turn in turns]
         marked = f"{IM_START}{IMAGE}{IM_END}" if self.image_start_end else IMAGE
         return [replace(turn, prompt=turn.prompt.replace(IMAGE, marked)) for turn in turns]
 

@@ -64,6 +64,8 @@ class RecentCache(Generic[T]):
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: beyond it an image is taken for a decompression bomb
 UNTRUSTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # formats whose readers run no program and fetch no file
+GRID = "image_grid_thw"  # model input that tells the flat patches of images apart
+MAX_ASPECT = 200  # of the processors of such models
 CROP_SHARE = (0.01, 0.2)  # share of a picture's area that a `RandomCrop` shows
 
 
@@ -221,21 +223,26 @@ class ImageLoader:
         cache_bytes: most bytes of pixel values to cache.
     """
 
+    # Counts the positions that a picture of a height and width takes, where the processor decides it.
+    positions: Callable[[tuple[int, int]], int] | None = None
+
     def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
         self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
+        self.flat = GRID in image_processor.model_input_names  # pixels are patches, without an axis of images
         self._cache: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
 
     def __call__(self, image: ImageSource) -> Tensor:
-        """Return one picture's pixel values, float32: (3, H, W), or (tiles, 3, H, W) if the processor tiles images."""
-        return self._inputs(image)["pixel_values"]
+        """Return one picture's pixel values, float32: (3, H, W), (tiles, 3, H, W) or flat patches (patches, values)."""
+        return self.inputs(image)["pixel_values"]
 
     def batch(self, images: Sequence[ImageSource]) -> dict[str, Tensor]:
         """Return the model inputs of some images, in order.
 
         These are pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with image_sizes (I, 2): the heights and
-        widths, which tell how many tiles of each image are real.
+        widths, which tell how many tiles of each image are real; or the patches of all images, (patches, values), with
+        image_grid_thw (I, 3): their counts in time, height and width.
         """
-        return stack([self._inputs(image) for image in images])
+        return stack([self.inputs(image) for image in images])
 
     def size(self, image: ImageSource) -> tuple[int, int]:
         """Return height and width of the picture that the processor gets; of a file, only the header is read."""
@@ -255,7 +262,7 @@ class ImageLoader:
         Raises:
             DataError: as `preprocess` does.
         """
-        pixels = self._inputs(image)["pixel_values"]
+        pixels = self.inputs(image)["pixel_values"]
         mean, std = (
             torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
         )
@@ -274,13 +281,19 @@ class ImageLoader:
 
     def check_shape(self, width: int, height: int, subject: str = "The image") -> None:
         """Check that an image is not too long and thin. Raises DataError as `preprocess` does."""
-        target = self.image_processor.size.get("shortest_edge") or 0
-        # Padding makes a square of the long side; the processor scales the short side to its target.
         short, long = sorted((width, height))
-        if (long * long if self.aspect_ratio == "pad" else target * target * long // short) > MAX_PIXELS:
+        if self.flat:  # the processor keeps the number of pixels within bounds
+            is_too_long = long > MAX_ASPECT * short
+        else:
+            # Padding makes a square of the long side; the processor scales the short side to its target.
+            target = self.image_processor.size.get("shortest_edge") or 0
+            pixels = long * long if self.aspect_ratio == "pad" else target * target * long // short
+            is_too_long = pixels > MAX_PIXELS
+        if is_too_long:
             raise DataError(f"{subject} is too long and thin: {width} x {height} pixels.", "Crop it.")
 
-    def _inputs(self, image: ImageSource) -> dict[str, Tensor]:
+    def inputs(self, image: ImageSource) -> dict[str, Tensor]:
+        """Return the model inputs of one picture, without an axis of images."""
         if isinstance(image, Image.Image):
             return self._process(image, "An image")
         # The hash is key enough: a MemoryImage as key would keep its whole picture in memory.
@@ -304,8 +317,10 @@ class ImageLoader:
             red, green, blue = (int(255 * channel) for channel in self.image_processor.image_mean)
             image = pad_to_square(image, (red, green, blue))
         processed = self.image_processor(images=[image], return_tensors="pt")
-        # Drop the batch axis of one image.
+        # Drop the batch axis of one image, which flat patches do not have.
         inputs = {name: processed[name][0] for name in self.image_processor.model_input_names}
+        if self.flat:
+            inputs["pixel_values"] = processed["pixel_values"]
         return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
 
 
@@ -318,8 +333,15 @@ def _subject(image: Shown) -> str:
 
 
 def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack the inputs of single images to a batch, padded to the most tiles."""
-    return {name: pad_sequence([image[name] for image in inputs], batch_first=True) for name in inputs[0]}
+    """Stack the inputs of single images to a batch, padded to the most tiles; flat patches are concatenated."""
+    batch = {}
+    for name in inputs[0]:
+        tensors = [image[name] for image in inputs]
+        if name == "pixel_values" and GRID in inputs[0]:
+            batch[name] = torch.cat(tensors)
+        else:
+            batch[name] = pad_sequence(tensors, batch_first=True) if tensors[0].ndim else torch.stack(tensors)
+    return batch
 
 
 def nbytes(inputs: Mapping[str, Tensor]) -> int:

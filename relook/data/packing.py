@@ -75,7 +75,7 @@ Value = TypeVar("Value")
 
 
 def to_device(value: Value, device: torch.device | str) -> Value:
-    """Move every tensor field of a dataclass, and tensors in list fields, to a device; copies to a GPU do not block.
+    """Move every tensor field of a dataclass, and tensors in lists and dicts, to a device; copies to a GPU do not wait.
 
     After `pin_memory`, the copy need not wait for the GPU either. A copy from pageable memory starts only once the GPU
     has finished all earlier work.
@@ -115,6 +115,8 @@ def _map_tensors(value: Value, function: Callable[[Tensor], Tensor]) -> Value:
             mapped[field.name] = function(content)
         elif isinstance(content, list):
             mapped[field.name] = [function(element) if isinstance(element, Tensor) else element for element in content]
+        elif isinstance(content, dict):
+            mapped[field.name] = {key: function(element) for key, element in content.items()}
         elif hasattr(content, "__dataclass_fields__"):
             mapped[field.name] = _map_tensors(content, function)
     return replace(value, **mapped)  # type: ignore[type-var]
@@ -158,7 +160,7 @@ class PackedTrees:
     """
 
     ids: Tensor  # (R, L)
-    position_ids: Tensor  # (R, L)
+    position_ids: Tensor  # (R, L), or (3, R, L) where an image's positions have a time, a row and a column (M-RoPE)
     tree_index: Tensor  # (R, L) index of the tree, ROOT at shared root positions, PADDING at padding
     last_query: Tensor  # (R, L) int32, last position of the row that sees this one; padding sees only itself
     keep: Tensor  # (T, S) flat index r * L + l of the positions whose hidden states are kept
@@ -308,6 +310,7 @@ def pack(
     round_up: Callable[[int], int] = int,
     root_length: int = 0,
     trees_per_root: int | None = None,
+    positions: Sequence[Tensor] | None = None,
 ) -> PackedTrees:
     """Lay trees out in rows: several per row while they fit into `row_length`, or one per row without it.
 
@@ -319,6 +322,8 @@ def pack(
         round_up: maps the length that the longest row needs to the length that rows get.
         root_length: leading tokens that the trees of a row store once; see `common_root_length`.
         trees_per_root: most trees that share a root; the trees after them get a new root. None: one root per row.
+        positions: each tree's position numbers, (positions,) or (3, positions). None: they count the tokens, and every
+            branch goes on from the prefix.
     """
     group_size = trees_per_root or len(trees)
     # With one root per row, a row has room for one root and its trees' own tokens. A row of several roots may need
@@ -331,7 +336,9 @@ def pack(
     )
     shape = (len(rows), L)
     # Start from all padding, where every position sees only itself.
-    ids, positions = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
+    ids = torch.full(shape, pad_id)
+    numbers = positions or [torch.tensor(_position_ids(tree)) for tree in trees]
+    position_ids = torch.zeros(*numbers[0].shape[:-1], *shape, dtype=torch.long)
     tree_RL = torch.full(shape, PADDING)
     last_query = torch.arange(L, dtype=torch.int32).repeat(len(rows), 1)
     targets = batch_targets(trees, keep_all)
@@ -344,7 +351,7 @@ def pack(
             skipped = root_length if in_row % group_size else 0  # root tokens that an earlier tree has already stored
             span = slice(start, start + len(tree) - skipped)
             ids[r, span] = torch.tensor(tokens[skipped:])
-            positions[r, span] = torch.tensor(_position_ids(tree)[skipped:])
+            position_ids[..., r, span] = numbers[t][..., skipped:]
             tree_RL[r, span] = t
             last_query[r, span] = start - skipped + torch.tensor(_last_queries(tree)[skipped:], dtype=torch.int32)
             if not skipped:  # this tree brings a new root
@@ -357,4 +364,4 @@ def pack(
             offset = torch.where(in_tree < root_length, root_start, start - skipped)
             keep[t, : len(in_tree)] = r * L + in_tree + offset
             start = span.stop
-    return PackedTrees(ids, positions, tree_RL, last_query, keep, targets)
+    return PackedTrees(ids, position_ids, tree_RL, last_query, keep, targets)

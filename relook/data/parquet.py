@@ -345,8 +345,8 @@ def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str, 
     plain = [texts.get(name) if isinstance(texts, dict) else None for name in TEXT_COLUMNS]
     if not all(isinstance(text, str) for text in plain):
         raise InvalidPair("no question, chosen or rejected")
-    prompt, chosen, rejected = plain
-    return prompt, chosen, rejected, ""  # type: ignore[return-value]
+    question, chosen, rejected = map(str, plain)
+    return question, chosen, rejected, ""
 
 
 def _message_text(value: Any, column: str, role: str) -> str:

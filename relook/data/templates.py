@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from relook.data.samples import Turn
 from relook.errors import RecipeError, did_you_mean
@@ -11,6 +13,7 @@ from relook.errors import RecipeError, did_you_mean
 IMAGE = "<image>"
 IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 EOS = "</s>"
+CHAT = "chat"  # the template that a model's processor brings along
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Template:
         lead: text that the model writes first.
         end: text that the model writes last.
         captions: training keeps only the images of a prompt and leaves out `cue` (LLaVA's projector pretraining).
+        image: how an image is written in a prompt. Other than LLaVA's, it has no line break beside it.
+        bos: BOS precedes the conversation, if the tokenizer has one; a model's own template says for itself.
     """
 
     name: str
@@ -50,6 +55,8 @@ class Template:
     lead: str
     end: str
     captions: bool = False
+    image: str = IMAGE
+    bos: bool = True
 
     @property
     def stop(self) -> str:
@@ -168,16 +175,55 @@ TEMPLATES = {template.name: template for template in _KNOWN}
 TEMPLATES |= {alias: TEMPLATES[name] for alias, name in _ALIASES.items()}
 
 
-def get_template(name: str) -> Template:
+def get_template(name: str, processor: Any = None) -> Template:
     """Return the template of that name.
+
+    Args:
+        processor: a model's processor, whose own chat template is called CHAT.
 
     Raises:
         RecipeError: there is no such template; the message lists the known names.
     """
+    if name == CHAT and processor is not None:
+        return processor_template(processor)
     try:
         return TEMPLATES[name]
     except KeyError:
         raise RecipeError(f"There is no conversation template {name!r}.", did_you_mean(name, TEMPLATES)) from None
+
+
+def processor_template(processor: Any) -> Template:
+    """Take a processor's own chat template apart, by rendering a conversation of known texts.
+
+    Raises:
+        RecipeError: it has none, or writes the answers of earlier turns in another way than the one to be written.
+    """
+    texts = [f"relook's {word} text" for word in ("first", "second", "third")]
+    prompt, response, last = ({"type": "text", "text": text} for text in texts)
+
+    def render(*turns: list[dict[str, str]], is_open: bool = True) -> str:
+        messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+        return str(processor.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False))
+
+    try:
+        first, cue, between, open_cue = re.split("|".join(texts), render([prompt], [response], [last]))
+        closed = render([prompt], [response], is_open=False).partition(texts[1])[2]
+        image = render([{"type": "image"}, prompt]).removeprefix(first).partition(texts[0])[0]
+    except Exception as error:  # jinja raises anything; without a template, ValueError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RecipeError(f"The model's own chat template cannot be used: {reason}", OTHER) from None
+    token = getattr(processor, "image_token", None) or processor.tokenizer.image_token
+    end = closed.rstrip("\n")  # what follows the end mark belongs to the next turn
+    if not closed:  # an answer ends with the mark that begins the next turn, as in GLM-4V
+        specials = processor.tokenizer.added_tokens_decoder.values()
+        end = max((t.content for t in specials if t.special and between.startswith(t.content)), key=len, default="")
+    if cue != open_cue or not end or not between.startswith(closed) or image.count(token) != 1:
+        raise RecipeError("The model's own chat template writes answers or images in a way that relook cannot.", OTHER)
+    later = between.removeprefix(end)
+    return Template(CHAT, first, later, cue, "", end, image=image.replace(token, IMAGE), bos=False)
+
+
+OTHER = f"Name a template by version: {', '.join(TEMPLATES)}."
 
 
 def with_image(prompt: str, images: int = 1) -> str:

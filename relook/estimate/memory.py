@@ -20,7 +20,7 @@ from relook.forward.activation_memory import layers_on_device
 from relook.forward.collate import TREES_PER_ROOT
 from relook.forward.packed_attention import ADAPTER, ATTENTION_INPUTS, MLP_INPUTS, packs_rows
 from relook.forward.policy import LOGITS_BYTES, ROWS_IN_FLOAT32, Policy
-from relook.model.families import vision_feature_width
+from relook.model.modeling_relook import vision_width
 from relook.model.post_decoder import PostDecoder
 from relook.recipe import Recipe
 from relook.train.cache_store import SHARD_BYTES
@@ -209,7 +209,7 @@ def _is_in(parameter: str, modules: Sequence[str]) -> bool:
 
 def projector_bytes(config: Any, compute_bytes: int, mixed_precision: bool) -> SavedBytes:
     """Return what a trained projector saves, with rows of vision features as positions."""
-    D, V = config.text_config.hidden_size, vision_feature_width(config)
+    D, V = config.text_config.hidden_size, vision_width(config)
     # The inputs of both linear layers (V and D), the first one's output (D), and autocast's copies of both weights.
     return SavedBytes(int(V + 2 * D) * compute_bytes, int(V * D + D * D) * compute_bytes if mixed_precision else 0)
 
@@ -484,7 +484,7 @@ class Job:
     def prefetch_bytes(self) -> int:
         """Return the bytes of the batch and of the next one, which accelerate prefetches to the GPU."""
         batch, side = self.batch, int(self.policy.config.vision_config.image_size)
-        width = vision_feature_width(self.policy.config)
+        width = vision_width(self.policy.config)
         if self.recipe.cached_trunk:
             states = 2 * batch.slots * self.width
             features = batch.padded_features * width if self.policy.needs_vision_features else 0

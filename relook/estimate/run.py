@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import yaml
+from rich.table import Table
 
-from relook.console import plain_table, readable_size, stdout_console
+from relook.console import fits, plain_table, readable_size, stdout_console
 from relook.data.encode import Example
 from relook.data.images import ImageSource
 from relook.data.packing import TokenRow, Tree, common_root_length, kept_positions
@@ -43,6 +44,7 @@ GIB = 2**30
 MAX_SAMPLES = 2000  # samples whose lengths are read
 ASSUMED_SIZE = (480, 640)  # height and width of an image without data, COCO's commonest
 ENOUGH = 4  # samples that keep a GPU busy: smaller micro-batches wait for the host (benchmarks/RESULTS.md)
+TOTALS = ("training", "before", "fits", "CPU", "largest batch", "flag")  # columns that decide, beside PARTS
 PLACEHOLDER = "not-given"  # in place of a path that only the data or the result needs; never shown
 
 
@@ -124,6 +126,11 @@ def estimate(
         fault = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
         raise RecipeError(fault, "Give one GPU at least, and sizes above 0.")
     source = open_meta_model(recipe)
+    if family_of(source.config).positions is None:
+        raise RecipeError(
+            f"The memory of a {source.config.model_type} is not known: only LLaVA and LLaVA-NeXT are counted.",
+            "Run a few steps (--max_steps 3), whose log says the peak.",
+        )
     model = build_on_meta(recipe, source)
     policy, sharded_policy = (build_meta_policy(recipe, model, sharded) for sharded in (False, True))
     lengths = read_lengths(recipe, source, policy.core, assumed, missing)
@@ -236,7 +243,9 @@ def read_lengths(
         return DataLengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size)
     except (RelookError, OSError) as error:
         reason = str(error)
-    positions = family_of(model.config).positions(model)
+    count = family_of(model.config).positions
+    assert count is not None  # `estimate` has refused the others
+    positions = count(model)
     image = positions if isinstance(positions, int) else positions(ASSUMED_SIZE)
     answer = TokenRow((1,) * assumed.response_tokens, (True,) * assumed.response_tokens)
     tree = Tree(
@@ -424,7 +433,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 
 def build_cache_plan(policy: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """Plan the cache of the known examples; return the plan, and the factor from them to all examples."""
-    images: Any = SimpleNamespace(size=lengths.size)
+    images: Any = SimpleNamespace(size=lengths.size, positions=None)
     plan = CachePlan.of(policy, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 
@@ -581,25 +590,38 @@ def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
     return [name, *(word for i, word in enumerate(rest) if i not in dropped)]
 
 
+def _table(ways: Mapping[str, Any], columns: Sequence[str]) -> Table:
+    """Build a table with a row for each way to train, of the given columns: PARTS, TOTALS or both."""
+    table = plain_table("GiB of each GPU", *columns, right=set(columns) - {"flag"})
+    table.collapse_padding = True
+    for name, row in ways.items():
+        cells = {part: f"{row['parts'][part] / GIB:.2f}" for part in PARTS} | {
+            "training": f"{row['peak'] / GIB:.2f}",
+            "before": f"{row['before'] / GIB:.2f}",
+            "fits": "yes" if row["fits"] else "no",
+            "CPU": f"{row['processor'] / GIB:.1f}",
+            "largest batch": str(row["largest_batch"] or "none"),
+            "flag": row["flag"] or "none",
+        }
+        table.add_row(name, *(cells[column] for column in columns))
+    return table
+
+
 def print_estimate(estimated: Mapping[str, Any]) -> None:
     """Print an estimate to standard output; a pipe gets wide lines."""
     console = stdout_console()
-    console.soft_wrap = True
+    console.soft_wrap = not console.is_terminal
     trained, everything = (estimated["parameters"][key] / 1e9 for key in ("trained", "all"))
     console.print(f"{estimated['model']}: {everything:.3f}e9 parameters, {trained:.3f}e9 of them train")
     if estimated["tower"]:
         console.print(f"vision tower: {estimated['tower']}")
     console.print(f"lengths: {estimated['lengths']}")
-    columns = (*PARTS, "training", "before", "fits", "CPU", "largest batch")
-    table = plain_table("GiB of each GPU", *columns, "flag", right=columns)
-    for name, row in estimated["ways"].items():
-        sizes = [*(row["parts"][part] for part in PARTS), row["peak"], row["before"]]
-        fits, batch = "yes" if row["fits"] else "no", str(row["largest_batch"] or "none")
-        cells = [*(f"{size / GIB:.2f}" for size in sizes), fits, f"{row['processor'] / GIB:.1f}", batch]
-        table.add_row(name, *cells, row["flag"] or "none")
-    console.print(table)
+    every = _table(estimated["ways"], (*PARTS, *TOTALS))
+    # A narrow terminal gets two tables: what decides, then the parts.
+    for table in [every] if fits(every, console) else [_table(estimated["ways"], names) for names in (TOTALS, PARTS)]:
+        console.print(table)
     for line in advice(estimated):
-        console.print(line)
+        console.print(line, soft_wrap=True if line.startswith("  ") else None)  # a command is copied as it is
     first = next(iter(estimated["ways"].values()))
     elsewhere = (f"{part} {size / GIB:.2f}" for part, size in first["largest"].items() if size > first["parts"][part])
     console.print(f"parts are those at the peak of a step; at other moments up to {', '.join(elsewhere) or 'the same'}")

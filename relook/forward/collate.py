@@ -28,7 +28,9 @@ from relook.data.packing import (
 from relook.errors import DataError, RecipeError, preview
 from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import LiveBatch, Policy, TrunkStates
+from relook.forward.positions import tree_positions
 from relook.model.families import vision_feature_count
+from relook.model.modeling_relook import reads_tower
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Collator:
             return replace(batch, features=unseen[None])
         # Else the tower runs on a black picture; no position holds its placeholder.
         blank = self.images.batch([Image.new("RGB", (32, 32))])
-        return replace(batch, pixel_values=blank["pixel_values"], image_sizes=blank.get("image_sizes"))
+        return replace(batch, pixel_values=blank.pop("pixel_values"), image_inputs=blank)
 
     def live_batch(
         self, items: Sequence[Item], row_length: int = 0, features: Mapping[Path, Tensor] | None = None
@@ -165,6 +167,14 @@ class Collator:
         features = [self.features[path] for path in paths] if self.features and paths else None
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
 
+    def _feature_count(self, batch: LiveBatch) -> int:
+        """Count the rows of vision features over all images of a batch."""
+        if not reads_tower(self.policy.config):  # one for each position
+            return int((batch.packed.ids == self.policy.config.image_token_id).sum())
+        # Only models that tile images need their sizes; elsewhere every image has the same number of features.
+        sizes = batch.image_inputs["image_sizes"].tolist() if batch.image_inputs else [(0, 0)] * sum(batch.image_counts)
+        return sum(vision_feature_count(self.policy.config, (height, width)) for height, width in sizes)
+
     def stats(self, items: Sequence[Item], batch: LiveBatch | TrunkStates, pairs: int) -> BatchStats:
         """Compute the work in a batch; the first `pairs` items are not corrupted copies."""
         trees = [item.example.tree for item in items]
@@ -175,10 +185,10 @@ class Collator:
             targets, features = batch.targets, sum(len(image_features) for image_features in batch.features or [])
         else:
             packed, targets = batch.packed, batch.packed.targets
-            # Only models that tile images need their sizes; elsewhere every image has the same number of features.
-            sizes = batch.image_sizes.tolist() if batch.image_sizes is not None else [(0, 0)] * sum(batch.image_counts)
-            features = sum(vision_feature_count(self.policy.config, (height, width)) for height, width in sizes)
+            features = self._feature_count(batch)
             encoded = features if batch.features is None else 0
+            if batch.pixel_values is not None and self.images.flat:  # several patches make one feature
+                encoded = len(batch.pixel_values)
             tokens = last_mlp = int((packed.tree_index != PADDING).sum())
             if self.policy.uses_sparse_last_mlp(packed.keep.numel(), packed.ids.numel()):
                 last_mlp = int((targets.kept_branch != PADDING).sum())
@@ -218,19 +228,20 @@ def build_live_batch(
     available = [tensor for tensor in cached if tensor is not None]
     # Cached features are used for all pictures of a batch or for none.
     inputs = images.batch(pictures) if len(available) < len(pictures) else {}
+    counts = [len(shown) for _, shown in items]
+    numbers = tree_positions(policy.config, trees, counts, inputs.get("image_grid_thw"))
     keep_all, root = policy.needs_all_states, common_root_length(trees, policy.config.image_token_id)
     if packs_rows(policy.trunk_pass):
         at_least = lambda needed: round_up_to_blocks(max(needed, row_length))  # noqa: E731
         sharing = None if row_length else TREES_PER_ROOT
         # One row as long as all trees together, rounded up to whole blocks of FlexAttention's mask.
-        packed = pack(trees, pad_id, keep_all, sum(map(len, trees)), at_least, root, sharing)
+        packed = pack(trees, pad_id, keep_all, sum(map(len, trees)), at_least, root, sharing, numbers)
     else:
         # Rows as long as the longest tree; short trees share a row where they fit.
-        packed = pack(trees, pad_id, keep_all, max(map(len, trees)), root_length=root)
-    counts = [len(shown) for _, shown in items]
+        packed = pack(trees, pad_id, keep_all, max(map(len, trees)), root_length=root, positions=numbers)
     # Stack copies the features: a worker that sends a view would send its whole storage.
     stored = torch.stack(available) if pictures and not inputs else None
-    return LiveBatch(packed, inputs.get("pixel_values"), counts, inputs.get("image_sizes"), stored)
+    return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, stored)
 
 
 class ItemDataset(Dataset[Item]):

@@ -250,8 +250,11 @@ class PackedTrunk:
             for number, layer in enumerate(list(layers)):
                 layers[number] = OffloadedLayer(layer, number, lambda: self.offload)
 
-    def __call__(self, embeds: Tensor, packed: PackedTrees) -> Tensor:
+    def __call__(self, embeds: Tensor, packed: PackedTrees, **image: Any) -> Tensor:
         """Return the last hidden states at the kept positions, (T, S, D), of embedded trees (R, L, D).
+
+        Args:
+            image: further arguments of the language model, about its image positions.
 
         Raises:
             RelookError: the layers cannot be compiled here.
@@ -275,7 +278,11 @@ class PackedTrunk:
         ):
             try:
                 states: Tensor = self.model(
-                    inputs_embeds=embeds, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
+                    inputs_embeds=embeds,
+                    attention_mask=mask,
+                    position_ids=packed.position_ids,
+                    use_cache=False,
+                    **image,
                 ).last_hidden_state
             except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
                 raise RelookError(

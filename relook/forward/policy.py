@@ -6,9 +6,10 @@ computed beforehand (`TrunkStates`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from relook.data.packing import PackedTrees, Targets, pin_memory, to_device
 from relook.forward import activation_memory
 from relook.forward.packed_attention import BUDGET, PackedTrunk, has_sparse_last_mlp, resolve_trunk_pass
-from relook.model.modeling_relook import selected_features
+from relook.model.families import connector, vision_tower
+from relook.model.modeling_relook import vision_features
 from relook.model.post_decoder import FlatLayout, PostDecoder
 
 # ----------------------------------------------------------------------------------------------------
@@ -105,9 +107,9 @@ class LiveBatch:
     """Packed trees and the model inputs for their images, in order of trees; `image_counts` has the images per tree."""
 
     packed: PackedTrees
-    pixel_values: Tensor | None  # (I, 3, H, W) or (I, tiles, 3, H, W)
+    pixel_values: Tensor | None  # (I, 3, H, W), (I, tiles, 3, H, W), or flat patches of all images (patches, values)
     image_counts: list[int]
-    image_sizes: Tensor | None = None  # (I, 2) height and width, for models that tile images
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)  # what the tower takes beside pixels: sizes or grids
     features: Tensor | None = None  # (I, M, V) cached vision features, where the tower is not run
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
@@ -195,7 +197,7 @@ class Policy(nn.Module):
 
     def offload_vision_tower(self) -> None:
         """Move a vision tower that no step runs to the CPU, which frees its memory on the device."""
-        self.core.model.vision_tower.to("cpu")
+        vision_tower(self.core.model).to("cpu")
 
     @property
     def post_decoder(self) -> PostDecoder | None:
@@ -252,9 +254,7 @@ class Policy(nn.Module):
     @cached_property
     def _mixed_vision(self) -> bool:
         base = self.core.model
-        return any(
-            self._has_mixed_dtypes(part.named_parameters()) for part in (base.vision_tower, base.multi_modal_projector)
-        )
+        return any(self._has_mixed_dtypes(part.named_parameters()) for part in (vision_tower(base), connector(base)))
 
     def trunk(self, batch: LiveBatch) -> TrunkStates:
         """Run vision tower, projector and language model on packed trees."""
@@ -263,43 +263,47 @@ class Policy(nn.Module):
             # 1. Embed the ids of all rows: (R, L) -> (R, L, D). Image positions hold placeholder ids.
             embeds = self.core.model.get_input_embeddings()(packed.ids)
             # 2. Encode the images; the projected features of all images form one (image positions, D).
-            features, projected = self._image_inputs(batch)
+            features, projected, deep = self._image_inputs(batch)
             # 3. Write them over the placeholders; images come in order of trees, and trees in order of rows.
             if projected is not None:
                 placeholders = (packed.ids == self.config.image_token_id).unsqueeze(-1)  # (R, L, 1)
                 embeds = embeds.masked_scatter(placeholders, projected.to(embeds.dtype))
+            image = {"visual_pos_masks": placeholders[..., 0], "deepstack_visual_embeds": deep} if deep else {}
             # 4. Run the decoder layers and keep the positions that predict something: (R, L, D) -> (T, S, D).
-            states = self._packed_trunk(embeds, packed)
+            states = self._packed_trunk(embeds, packed, **image)
         return TrunkStates(states, features, batch.image_counts, packed.targets)
 
-    def vision_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
-        """Compute the vision features that `trunk` returns, (M, V) per image, without the language model.
-
-        Without a post decoder that merges tiles, an image is one row of `pixel_values`.
-        """
-        image = self._encode_images(pixel_values, image_sizes)
+    def vision_features(
+        self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> list[Tensor]:
+        """Compute the vision features that `trunk` returns, (M, V) per image, without the language model."""
+        image = self._encode_images(pixel_values, image_inputs)
         # A model with a post decoder has grouped them by image already.
-        features = getattr(image, "vision_features", None)
-        return list(selected_features(self.config, image.hidden_states) if features is None else features)
+        features: list[Tensor] | None = getattr(image, "vision_features", None)
+        return vision_features(self.config, image, image_inputs.get("image_sizes")) if features is None else features
 
-    def _encode_images(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Any:
+    def _encode_images(self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor]) -> Any:
         base = self.core.model
-        sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
         pixels = pixel_values.to(base.get_input_embeddings().weight.dtype)
         with self.autocast(self._mixed_vision):  # the language model's float32 adapters need no autocast here
-            return base.get_image_features(pixel_values=pixels, **sizes, return_dict=True)
+            return base.get_image_features(pixel_values=pixels, **image_inputs, return_dict=True)
 
-    def _image_inputs(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Return vision features per image, if the post decoder reads them, and the embeddings at image positions."""
+    def _image_inputs(self, batch: LiveBatch) -> tuple[list[Tensor] | None, Tensor | None, list[Tensor]]:
+        """Return vision features per image, if the post decoder reads them, and what image positions get.
+
+        That are their embeddings, and what the first layers add (`deepstack_rows`).
+        """
         # Cached features (I, M, V) skip the tower, but not the projector, which may train.
         if batch.features is not None:
             with self.autocast(self._mixed_vision):
-                projected = self.core.model.multi_modal_projector(batch.features)
-            return list(batch.features) if self.needs_vision_features else None, projected.flatten(0, 1)
+                projected = connector(self.core.model)(batch.features)
+            return list(batch.features) if self.needs_vision_features else None, projected.flatten(0, 1), []
         if batch.pixel_values is None:
-            return None, None
-        image = self._encode_images(batch.pixel_values, batch.image_sizes)
-        return image.vision_features if self.needs_vision_features else None, torch.cat(list(image.pooler_output))
+            return None, None, []
+        image = self._encode_images(batch.pixel_values, batch.image_inputs)
+        features = image.vision_features if self.needs_vision_features else None
+        deep = deepstack_rows(image) if sum(batch.image_counts) else []  # not of a blank image, which has no position
+        return features, torch.cat(list(image.pooler_output)), deep
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Return the log-prob of each supervised token, (N,) float32."""
@@ -310,6 +314,12 @@ class Policy(nn.Module):
             states = prediction_states(self.post_decoder, trunk)
             # lm_head and log-softmax, without ever holding the logits of all positions.
             return token_log_probs(self.core.lm_head, states, trunk.targets.id, compiled=self.trunk_pass == "compiled")
+
+
+def deepstack_rows(image: Any) -> list[Tensor]:
+    """Return what each of the first layers adds at the image positions, (positions, D), as in Qwen3-VL; mostly none."""
+    layers = getattr(image, "deepstack_features", None) or ()
+    return [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
 
 
 def prediction_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:

@@ -20,9 +20,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from relook.console import ProgressReport
 from relook.data.encode import Encoder
-from relook.data.images import RecentCache, Shown, prefetch_map
+from relook.data.images import GRID, RecentCache, Shown, prefetch_map
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, RecipeError
+from relook.forward.positions import row_positions
 from relook.generate.attention import without_cudnn_attention
 from relook.generate.kv_extents import shared_length
 from relook.generate.model_runner import ModelRunner
@@ -177,9 +178,12 @@ def _answer_by_engine(
     runner = ModelRunner.of(loaded, cells, minimum, (sampler.never, sampler.not_first))
     features: RecentCache[ImageFeatures] = RecentCache(FEATURE_BYTES, feature_bytes)
     ready: dict[ImageKey, dict[str, Tensor]] = {}  # inputs of images that were read ahead
+    grids: dict[ImageKey, Tensor | None] = {}
 
     def read_image(image: Any) -> dict[str, Tensor]:
-        return runner.staged({name: tensor[0] for name, tensor in loaded.images.batch([image]).items()})
+        inputs = loaded.images.inputs(image)
+        grids[image] = inputs.get(GRID)
+        return runner.staged(inputs)
 
     def prepare(questions: Sequence[DistinctQuestion]) -> Group:
         """Tokenise a group and read its images, on another thread: the scheduler's has no time for that."""
@@ -216,7 +220,7 @@ def _answer_by_engine(
     # Groups are prepared (tokenised, images decoded and pinned) on threads, ahead of the scheduler.
     queued = 0  # positions that the texts of the next wave need
     for group in prefetch_map(prepare, groups):
-        queued += submit(scheduler, group, begin)
+        queued += submit(scheduler, group, begin, grids)
         if runner.has_kernel:
             # Some texts always wait, so that a pass is full; no more do, so that few images are in memory.
             while len(scheduler.waiting) >= settings.batch_size:
@@ -254,12 +258,19 @@ class _GrowingAnswer:
         return ends
 
 
-def submit(scheduler: Scheduler, group: Group, begin: Callable[[Prompt], _GrowingAnswer]) -> int:
+def submit(
+    scheduler: Scheduler,
+    group: Group,
+    begin: Callable[[Prompt], _GrowingAnswer],
+    grids: Mapping[ImageKey, Tensor | None],
+) -> int:
     """Queue the prompts of a group. Return the positions that they need.
 
     Args:
         begin: makes the answer that takes a prompt's tokens.
+        grids: `image_grid_thw` of each image, in models that have it.
     """
+    config = scheduler.runner.core.config
     first = group[0].ids
     # What all prompts of the group have in common: its image, usually, and the words before it.
     common = min(shared_length(first, prompt.ids, len(prompt.ids) - 1) for prompt in group)
@@ -268,6 +279,7 @@ def submit(scheduler: Scheduler, group: Group, begin: Callable[[Prompt], _Growin
         answer = begin(prompt)
         sampler, max_new_tokens = answer.sampler, answer.settings.max_new_tokens
         text = Text(prompt.ids, prompt.images, max_new_tokens, answer.add, max_shared=common)
+        text.positions = row_positions(config, prompt.ids, [grids[image] for image in prompt.images])
         text.temperature, text.top_k, text.top_p = sampler.temperature, sampler.top_k, sampler.top_p
         text.draws = sampler.draws(prompt.number, max_new_tokens)
         scheduler.waiting.append(text)
@@ -339,6 +351,7 @@ def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], settings: Gener
     output = loaded.model.generate(
         input_ids=ids.to(core.device),
         attention_mask=mask.to(core.device),
+        **loaded.token_types(ids.to(core.device)),
         **{n: t.to(core.device, core.dtype if t.is_floating_point() else t.dtype) for n, t in inputs.items()},
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=pad,

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from relook.console import progress, status
-from relook.data.images import RecentCache, image_from_bytes
+from relook.data.images import GRID, RecentCache, image_from_bytes
 from relook.data.samples import Turn
-from relook.data.templates import get_template
 from relook.errors import CheckpointError, RelookError
+from relook.forward.positions import row_positions
 from relook.generate.kv_extents import MIN_SHARED
 from relook.generate.model_runner import ModelRunner, position_bytes
 from relook.generate.passes import BUCKETS
@@ -79,7 +79,7 @@ class Engine:
             )
         self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_positions)
         # The end of an answer is a token for most models, and a text for templates without such a token.
-        self.ends, self.stops = _endings(loaded, get_template(template or loaded.template).stop)
+        self.ends, self.stops = _endings(loaded, loaded.conversation_template(template).stop)
         self.batch = Scheduler(
             ModelRunner(loaded, limits.slots * self.length, (sampler.never, sampler.not_first)),
             limits.slots,
@@ -134,9 +134,7 @@ class Engine:
         if processed is None:
             with self._decoding:
                 picture = image_from_bytes(data, self.limits.max_pixels, self.loaded.images.check_shape)
-                inputs = self.batch.runner.staged(
-                    {name: t[0] for name, t in self.loaded.images.batch([picture]).items()}
-                )
+                inputs = self.batch.runner.staged(self.loaded.images.inputs(picture))
             positions = self.loaded.image_positions
             processed = ProcessedImage(key, inputs, positions if isinstance(positions, int) else positions(picture))
             self._images.put(key, processed)
@@ -321,6 +319,9 @@ class Engine:
             request.top_p,
             uniform(request.seed, 0, active.max_new_tokens) if request.temperature else None,
             request.top if request.logprobs else -1,
+            positions=row_positions(
+                self.loaded.core.config, request.ids, [image.inputs.get(GRID) for image in request.images]
+            ),
         )
         self._active[text] = active
         self.batch.waiting.append(text)

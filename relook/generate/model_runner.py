@@ -22,6 +22,7 @@ from torch import Tensor
 
 from relook.console import status
 from relook.data.images import stack
+from relook.forward.policy import deepstack_rows
 from relook.generate.attention import (
     ATTENTION_NAME,
     KVPool,
@@ -90,6 +91,7 @@ class ModelRunner:
         self.loaded, self.core = loaded, loaded.core
         self.device: torch.device = self.core.lm_head.weight.device
         self.post_decoder: PostDecoder | None = getattr(self.core.model, "post_decoder", None)
+        self.has_mrope = hasattr(self.core.model, "get_rope_index")
         like = self.core.get_input_embeddings().weight.new_empty(0, dtype=self.core.dtype)
         shapes = PoolShape.of(loaded)
         self.pool = KVPool(shapes["text"], cells, like)
@@ -151,6 +153,8 @@ class ModelRunner:
     def encode_images(self, inputs: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
         """Return each image's projected features (P, D) and what the post decoder reads of it, (M, V) or None.
 
+        What the first layers add at image positions (`deepstack_rows`) lies beside the projected features, (P, n * D).
+
         Args:
             inputs: what the image processor made of each image, without a batch dimension.
         """
@@ -163,10 +167,13 @@ class ModelRunner:
         }
         outputs = self.core.model.get_image_features(**batch, return_dict=True)
         read = getattr(outputs, "vision_features", None) or [None] * len(inputs)
+        rows = outputs.pooler_output
+        if deep := deepstack_rows(outputs):
+            rows = torch.cat([torch.cat(list(rows)), *deep], dim=-1).split([len(image) for image in rows])
         # Copies: a view would keep the features of the whole batch in memory.
         return [
             (projected.to(dtype).clone(), None if features is None else features.clone())
-            for projected, features in zip(outputs.pooler_output, read, strict=True)
+            for projected, features in zip(rows, read, strict=True)
         ]
 
     def staged(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -214,13 +221,16 @@ class ModelRunner:
     def _read_prompts(self, batch: Prefill) -> Tensor:
         """Return the states that predict the next tokens, (T, D)."""
         embeds = self.core.get_input_embeddings()(batch.ids)
+        deep: list[Tensor] = []
         if batch.image_rows:
             # Image features take the positions of the placeholders, in order.
             placeholder = (batch.ids == self.core.config.image_token_id)[:, None]
-            embeds = embeds.masked_scatter(placeholder, torch.cat(batch.image_rows).to(embeds.dtype))
+            rows, *added = torch.cat(batch.image_rows).to(embeds.dtype).split(embeds.shape[-1], dim=-1)
+            embeds = embeds.masked_scatter(placeholder, rows)
+            deep = [torch.zeros_like(embeds).masked_scatter(placeholder, layer) for layer in added]
         view = PassView(batch.cells, batch.reads, is_step=False)
         with self._pool_attention():
-            states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None)
+            states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
         states = self._post_decode(states, view, batch.image)
         return states if self.self_pool is None else states[batch.last]
 
@@ -302,15 +312,30 @@ class ModelRunner:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         status(f"This model cannot be compiled ({reason}); it answers without, several times slower.", style="yellow")
 
-    def _trunk(self, embeds_ND: Tensor, positions_N: Tensor, view: PassView, selected: Tensor | None = None) -> Tensor:
-        """Run the language model over flat positions; return the last hidden states, (N, D), or the `selected` ones."""
+    def _trunk(
+        self,
+        embeds_ND: Tensor,
+        positions_N: Tensor,
+        view: PassView,
+        selected: Tensor | None = None,
+        deep: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Run the language model over flat positions; return the last hidden states, (N, D), or the `selected` ones.
+
+        Args:
+            deep: what is added to the states after each of the first layers, (N, D).
+        """
         model = self.core.model.language_model
         run = self._step_layer if view.is_step else self._read_layer
         hidden = embeds_ND[None]
-        angles = model.rotary_emb(hidden, position_ids=positions_N[None])
+        if self.has_mrope:  # (N,) or (3, N): of text, the numbers of time, row and column are one
+            positions_N = positions_N.expand(3, -1)
+        # (1, N) or (3, 1, N)
+        angles = model.rotary_emb(hidden, position_ids=positions_N.unsqueeze(-2))
         *layers, last = zip(model.layers, self.pool.layers, strict=True)
-        for layer, kv in layers:
+        for (layer, kv), added in itertools.zip_longest(layers, deep):
             hidden = run(layer, hidden, angles, kv, view)
+            hidden = hidden if added is None else hidden + added
         # Of a prompt the last layer's keys and values are needed everywhere, its output only where a token is chosen.
         if selected is None or {name for name, _ in last[0].named_children()} != PRE_NORM:
             hidden = run(last[0], hidden, angles, last[1], view)

@@ -46,13 +46,13 @@ class PassLayout:
             features: of all images whose placeholders the chunks hold.
         """
         ids: list[int] = []
-        positions: list[int] = []
+        positions: list[Tensor] = []
         cells: list[int] = []
         image_rows: list[Tensor] = []
         # Flat and without padding: chunk after chunk, positions counted from each text's own beginning.
         for text, start, end in chunks:
             ids += text.ids[start:end]
-            positions += range(start, end)
+            positions.append(torch.arange(start, end) if text.positions is None else text.positions[:, start:end])
             # What a text shares lies in its base's extent, so its own cells begin at position `shared`.
             cells += range(text.extent.first + start - text.shared, text.extent.first + end - text.shared)
             placeholders = text.ids[start:end].count(self.image_token)
@@ -71,7 +71,7 @@ class PassLayout:
             image_counts, images = [1] * len(finished), [text.extent.image for text in finished]
         return Prefill(
             self._ints(ids),
-            self._ints(positions),
+            copy_to_device(join_positions(positions).to(torch.int32), self.runner.device),
             self._ints(cells).long(),
             self._prefill_reads(counts, private, shared),
             image_rows,
@@ -138,7 +138,7 @@ class PassLayout:
             rows = next(bucket for bucket in BUCKETS if bucket >= rows)
         padded = lambda values, fill: [*values, *[fill] * (rows - len(texts))]  # noqa: E731
         columns: list[list[int]] = [
-            padded([len(text.ids) + text.launched - 1 for text in texts], 0),  # position
+            padded([text.next_position + text.launched - 1 for text in texts], 0),  # position
             padded([text.extent.first + text.written for text in texts], self.runner.pool.cells),  # cell
             padded([text.launched for text in texts], 0),  # tokens so far
             padded([length for _, length in private], 0),  # cells of its own that it reads
@@ -236,6 +236,13 @@ class PassLayout:
         top = min(max(top, API_TOP), self.runner.core.lm_head.weight.shape[0])
         device = self.runner.device
         return torch.zeros(rows, 1 + top, device=device), torch.zeros(rows, top, dtype=torch.long, device=device)
+
+
+def join_positions(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate position numbers, (N,), or (3, N) where any part has three for each token."""
+    if all(part.ndim == 1 for part in parts):
+        return torch.cat(list(parts))
+    return torch.cat([part.expand(3, -1) for part in parts], dim=1)
 
 
 def _shared_lengths(texts: Sequence[Text]) -> dict[Text, int]:

@@ -58,6 +58,7 @@ class Text:
         top: number of likeliest tokens to report with each token and its log-probability; -1 reports neither.
         max_shared: positions at most that are shared with another text, for a caller that knows what a whole group has
             in common; the group then reads it in one go.
+        positions: (3, prompt) position numbers in a model with M-RoPE; None where they count the tokens.
     """
 
     ids: tuple[int, ...]
@@ -70,6 +71,7 @@ class Text:
     draws: Tensor | None = None
     top: int = -1
     max_shared: int | None = None
+    positions: Tensor | None = None
     extent: Extent = field(init=False)  # set when the text is admitted
     reused: int = field(default=0, init=False)  # positions of the prompt that were in the pool already
     read: int = field(default=0, init=False)  # positions of the prompt whose reading is launched
@@ -98,6 +100,11 @@ class Text:
     def is_launched(self) -> bool:
         """Return True if the device was told to choose every token that the answer may have."""
         return self.launched >= self.max_new_tokens
+
+    @property
+    def next_position(self) -> int:
+        """Return the position number of the first token of the answer; those after it count on."""
+        return len(self.ids) if self.positions is None else int(self.positions.max()) + 1
 
     def fail(self) -> None:
         """End the text because its pass failed; nothing is known of what the pass wrote."""

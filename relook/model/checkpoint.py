@@ -21,10 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from relook.errors import CheckpointError, preview
 from relook.files import read_json_object, require_regular, require_regular_files, write_json
-from relook.model.families import FAMILIES, MODEL_TYPES, has_post_decoder
+from relook.model.families import FAMILIES, RELOOK, find_family, has_post_decoder
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -236,6 +240,8 @@ FROM_HF: Renames = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(?=multi_modal_projector\.|vision_tower\.|image_newline$)", "model."),
     (r"^model\.vision_tower\.vision_model\.", TOWER),
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?=(layers|embed_tokens|norm)\.)", "model.language_model."),
 )
 TO_LLAVA: Renames = (
     (r"^model\.language_model\.", "model."),
@@ -398,17 +404,30 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def _model_kind(path: Path, config: dict[str, Any]) -> str:
     # Both formats have folders of type "llava"; only transformers' has a text_config.
     kind = str(config.get("model_type"))
-    if kind in MODEL_TYPES and "text_config" in config:
-        return "hf" if kind in FAMILIES else "relook"
-    if kind in LLAVA_TYPES:
+    if kind in LLAVA_TYPES and "text_config" not in config:
         return "llava"
     if kind == "llama":
         return "llama"
-    raise CheckpointError(
-        f"{path} holds a model of type {kind!r}, which relook cannot load.",
-        "Supported are LLaVA in liuhaotian's folders (llava_llama), LLaVA and LLaVA-NeXT in transformers' "
-        f"({', '.join(FAMILIES)}), and relook's own.",
-    )
+    try:
+        find_family(kind)
+    except (KeyError, AttributeError):
+        raise CheckpointError(
+            f"{path} holds a model of type {kind!r}, which relook cannot load{_reason(kind, config)}.",
+            "Supported are LLaVA in liuhaotian's folders (llava_llama), models of images and text in transformers' "
+            f"({', '.join(FAMILIES)} are tested), and relook's own.",
+        ) from None
+    return "relook" if kind.startswith(RELOOK) else "hf"
+
+
+def _reason(kind: str, config: dict[str, Any]) -> str:
+    """Say why a model of images and text cannot be loaded, as far as its type tells."""
+    text = config.get("text_config")
+    kinds = {kind, text.get("model_type") if isinstance(text, dict) else None}
+    if config.get("is_encoder_decoder") or kinds & MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys():
+        return ": its language model is an encoder-decoder, where answers do not share the positions of a prompt"
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return ": transformers' class has no get_image_features, or reads videos only"
+    return ""
 
 
 def config_template(config: dict[str, Any]) -> str:
@@ -417,7 +436,8 @@ def config_template(config: dict[str, Any]) -> str:
     LLaVA-NeXT over Mistral uses Mistral's. Over other language models, its config does not tell Vicuna's from Yi's.
     """
     # A conversion keeps the original's template under this key; else the format decides.
-    default = "llava_hf" if "text_config" in config else "v1"
+    is_hf = "text_config" in config or "vision_config" in config
+    default = find_family(str(config["model_type"])).template if is_hf else "v1"
     if config.get("model_type") == "llava_next" and config.get("text_config", {}).get("model_type") == "mistral":
         default = "mistral"
     return str(config.get("conversation_template", default))
@@ -484,6 +504,8 @@ def one_rope(text: dict[str, Any]) -> dict[str, Any]:
         rope |= {"rope_type" if name == "type" else name: value for name, value in stated.items()}
     if any(isinstance(value, dict) for value in rope.values()):  # settings per layer type, which LLaMA does not have
         return text
+    if rope.get("rope_type") == "mrope":  # the older name of sections for time, row and column
+        rope["rope_type"] = "default"
     if text.get("rope_theta") is not None:
         rope.setdefault("rope_theta", text["rope_theta"])
     theta = rope.get("rope_theta", 1.0)
@@ -548,9 +570,9 @@ def llava_settings(config: Any) -> dict[str, Any]:
     strategies = {value: key for key, value in STRATEGIES.items()}
     projectors = {value: key for key, value in PROJECTORS.items()}
     return {
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": strategies.get(config.vision_feature_select_strategy),
-        "mm_projector_type": projectors.get(config.projector_hidden_act),
+        "mm_vision_select_layer": getattr(config, "vision_feature_layer", None),
+        "mm_vision_select_feature": strategies.get(getattr(config, "vision_feature_select_strategy", "")),
+        "mm_projector_type": projectors.get(getattr(config, "projector_hidden_act", "")),
         "mm_use_im_start_end": getattr(config, "mm_use_im_start_end", False),
         "mm_use_im_patch_token": getattr(config, "mm_use_im_patch_token", False),
     }

@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import GenerationConfig, PreTrainedConfig
 
 from relook.data.images import ImageLoader
-from relook.data.templates import IMAGE
 from relook.errors import CheckpointError, preview
 from relook.files import read_json_object
 
@@ -67,6 +66,39 @@ def check_config(model_name: str, config: Any) -> None:
     if wrong:
         message = f"The config of {model_name} has values that no model can have: {preview(wrong, 10)}."
         raise CheckpointError(message, AGAIN)
+
+
+def refuse_unsupported(label: str, config: Any) -> None:
+    """Refuse models that would read packed trees wrongly.
+
+    Raises:
+        CheckpointError: an encoder-decoder, or a language model with layers that do not attend to the whole prompt.
+    """
+    if lacking := [name for name in ("text_config", "vision_config", "image_token_id") if not hasattr(config, name)]:
+        raise CheckpointError(
+            f"{label} is a {config.model_type}, whose config has no {' and no '.join(lacking)}: it does not read "
+            "images at placeholders of a prompt.",
+            "Take another model; docs/trunks.md lists the tested ones.",
+        )
+    text = config.text_config
+    unsupported = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{label} is a {config.model_type} over an encoder-decoder, {text.model_type}: answers do not share the "
+            "positions of a prompt there, so trees and packed rows do not apply.",
+            "Take a model over a decoder.",
+        )
+    if unsupported:
+        windows = all(kind in ("sliding_attention", "chunked_attention") for kind in unsupported)
+        why = (
+            "packed rows have no windows, so that long prompts would be read in another way"
+            if windows
+            else "these carry a state through a row, from one answer of a packed tree into the next"
+        )
+        raise CheckpointError(
+            f"{label} is a {config.model_type} whose language model has layers of {', '.join(unsupported)}: {why}.",
+            "Take a model whose layers all attend to the whole prompt.",
+        )
 
 
 AGAIN = "Download it again."
@@ -169,22 +201,24 @@ def _generation(vocab_size: int) -> Mapping[str, Callable[[Any], bool]]:
     }
 
 
-def check_processor(model_name: str, tokenizer: Any, images: ImageLoader, config: Any) -> None:
+def check_processor(model_name: str, tokenizer: Any, images: ImageLoader, config: Any, image_token: str) -> None:
     """Try a processor on the image placeholder and on a small image.
 
     Args:
         model_name: the model's name in error messages.
         tokenizer: the processor's tokenizer.
+        image_token: its image placeholder.
         images: image loader around the image processor.
         config: the model's config.
 
     Raises:
         CheckpointError: it fails, or its output does not fit a model of this config.
     """
-    placeholder, side = tokenizer.convert_tokens_to_ids(IMAGE), config.vision_config.image_size
+    placeholder, side = tokenizer.convert_tokens_to_ids(image_token), getattr(config.vision_config, "image_size", None)
     if placeholder != config.image_token_id:
         raise CheckpointError(
-            f"The tokenizer of {model_name} has {IMAGE} as {placeholder}, its config as {config.image_token_id}.", AGAIN
+            f"The tokenizer of {model_name} has {image_token} as {placeholder}, its config as {config.image_token_id}.",
+            AGAIN,
         )
     # Check the sizes before any picture is made: a processor would try to allocate whatever it is told.
     processor = images.image_processor
@@ -196,7 +230,7 @@ def check_processor(model_name: str, tokenizer: Any, images: ImageLoader, config
             raise ValueError(f"sizes of {preview(strange)} pixels")
         # A non-square picture of black, whose pixels become -mean / std.
         pixels = images(Image.new("RGB", (3, 2)))
-        if pixels.shape[-3:] != (3, side, side):
+        if not images.flat and pixels.shape[-3:] != (3, side, side):
             raise ValueError(f"pictures become {list(pixels.shape)}, but the vision tower takes {[3, side, side]}")
         if not bool(pixels.isfinite().all()):
             raise ValueError("pixels become NaN or infinity: look at image_std and rescale_factor")

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from relook.console import readable_size, status
 from relook.data.encode import Encoder
 from relook.data.samples import Turn
-from relook.data.templates import IM_END, IM_START, IMAGE, Template, get_template, with_image
+from relook.data.templates import CHAT, IM_END, IM_START, IMAGE, Template, get_template, with_image
 from relook.errors import CheckpointError, did_you_mean, preview
 from relook.files import atomic_folder, read_json_object, require_disk_space, write_json
 from relook.model import modeling_relook, post_decoder
@@ -354,7 +354,7 @@ def _logits_by_peft(beneath: LazyModel, change: Adapter) -> tuple[Tensor, dict[s
 def _small_input(loaded: LoadedModel) -> dict[str, Tensor]:
     config = loaded.core.config
     generator = torch.Generator().manual_seed(0)
-    side = config.vision_config.image_size
+    side = getattr(config.vision_config, "image_size", 64)  # any, where models take all sizes
     noise = torch.randint(256, (side, 2 * side, 3), dtype=torch.uint8, generator=generator)
     picture = Image.fromarray(noise.numpy())
     # One image and 16 tokens other than the placeholder. The picture is noise, wider than high, so that cropping and
@@ -363,7 +363,8 @@ def _small_input(loaded: LoadedModel) -> dict[str, Tensor]:
     picked = torch.randint(len(words), (16,), generator=generator)
     ids = [config.image_token_id] * loaded.encoder().positions([picture])[0] + [words[i] for i in picked.tolist()]
     images = loaded.images.batch([picture])
-    return {"input_ids": torch.tensor([ids])} | {
+    tokens = torch.tensor([ids])
+    return {"input_ids": tokens, **loaded.token_types(tokens)} | {
         name: value.to(loaded.core.dtype) if value.is_floating_point() else value for name, value in images.items()
     }
 
@@ -413,8 +414,9 @@ def _write_plain(source: LazyModel, folder: Path, shard_bytes: int) -> None:
     config = read_json_object(folder / "config.json")
     # Version 4 reads these from the text config, under its own names.
     text = config["text_config"]
-    text |= rope_settings(text)
-    text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]]
+    if text["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # not of Qwen2.5-VL, whose class is the whole model's
+        text |= rope_settings(text)
+        text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]]
     text["tie_word_embeddings"] = source.config.tie_word_embeddings
     write_json(folder / "config.json", config)
     _write_speech(source, folder, _processor(source))
@@ -478,7 +480,7 @@ def _write_speech(source: LazyModel, folder: Path, processor: Any) -> None:
 
 
 def _write_generation(source: LazyModel, folder: Path, tokenizer: Any) -> None:
-    settings, stop = source.generation_config(), get_template(source.template).stop
+    settings, stop = source.generation_config(), get_template(source.template, source.processor()).stop
     # Engines stop at token ids only; a stop string that is one token becomes an end-of-text id.
     if stop in tokenizer.get_added_vocab():
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
@@ -497,6 +499,8 @@ def chat_template(source: LazyModel, processor: Any) -> str:
     Raises:
         CheckpointError: with this tokenizer, no template reproduces the prompts that the model was tuned with.
     """
+    if source.template == CHAT:
+        return str(processor.chat_template)
     template, tokenizer = get_template(source.template), processor.tokenizer
     marked = getattr(source.config, "mm_use_im_start_end", False)
     encoder = Encoder(tokenizer, template, source.config.image_token_id, 1, image_start_end=marked)

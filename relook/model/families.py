@@ -1,35 +1,31 @@
-"""Model families that can carry a post decoder, and everything that differs between them outside the model classes.
+"""Model families, and everything that differs between them outside of transformers' common interfaces.
 
-A new family needs its three classes in `modeling_relook` and an entry here; docs/trunks.md lists what else to consider.
+A new family usually needs no code: what is not said here is found by these interfaces, and `check_family` compares a
+model of an untested family with transformers where it is loaded. docs/trunks.md lists what to consider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-)
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from relook.model.modeling_relook import (
-    PostDecoderConfig,
-    RelookLlavaConfig,
-    RelookLlavaForConditionalGeneration,
-    RelookLlavaNextConfig,
-    RelookLlavaNextForConditionalGeneration,
-)
+from relook.errors import CheckpointError
+from relook.model import modeling_relook
+from relook.model.modeling_relook import PostDecoderConfig, reads_tower
 
 Size = tuple[int, int]  # height, width
+RELOOK = "relook_"  # begins the model_type of a config with a post decoder
+TOWERS = ("vision_tower", "visual", "vision_model")
+CONNECTORS = ("multi_modal_projector", "visual.merger", "connector")
 
 
 @dataclass(frozen=True)
@@ -37,23 +33,30 @@ class Family:
     """Classes and image layout of one family of models.
 
     Args:
-        config, model: transformers' classes.
-        relook_config, relook_model: the same with a post decoder.
+        model_type: of the family's configs.
         positions: maps a model to the number of positions that one image takes. Where that depends on the image, it
-            returns a function of the image's size.
+            returns a function of the image's size. None: the model's processor counts them.
         tiles: maps a model's config and an image's size to the number of tiles (rows of pixels) the image is cut into.
         pads_to_square: `do_pad` of the family's image processor means padding to a square, which relook does itself.
         projects_rows: the projected features of an image fill its positions unchanged.
+        template: conversation template of its models; "chat" is the one that a processor brings along.
     """
 
-    config: Any
-    model: Any
-    relook_config: Any
-    relook_model: Any
-    positions: Callable[[Any], int | Callable[[Size], int]]
-    tiles: Callable[[Any, Size], int]
-    pads_to_square: bool
-    projects_rows: bool
+    model_type: str
+    positions: Callable[[Any], int | Callable[[Size], int]] | None = None
+    tiles: Callable[[Any, Size], int] = lambda config, size: 1
+    pads_to_square: bool = False
+    projects_rows: bool = False
+    template: str = "chat"
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a class: transformers' `config`, `base` or `model`; `relook_config` ... have a post decoder."""
+        kinds = {"config": "Config", "base": "Model", "model": "ForConditionalGeneration"}
+        if name.removeprefix(RELOOK) not in kinds:
+            raise AttributeError(name)
+        prefix = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[self.model_type].removesuffix("ForConditionalGeneration")
+        prefix_of_relook, module = ("Relook", modeling_relook) if name.startswith(RELOOK) else ("", transformers)
+        return getattr(module, prefix_of_relook + prefix + kinds[name.removeprefix(RELOOK)])
 
 
 def _features_per_row(config: Any) -> int:
@@ -61,10 +64,6 @@ def _features_per_row(config: Any) -> int:
     vision = config.vision_config
     class_token = 0 if config.vision_feature_select_strategy == "default" else 1
     return int((vision.image_size // vision.patch_size) ** 2 + class_token)
-
-
-def _llava_positions(core: Any) -> int:
-    return _features_per_row(core.config)
 
 
 def _llava_next_tiles(config: Any, size: Size) -> int:
@@ -92,40 +91,69 @@ def _llava_next_positions(core: Any) -> Callable[[Size], int]:
     return positions
 
 
-FAMILIES = {
-    "llava": Family(
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        RelookLlavaConfig,
-        RelookLlavaForConditionalGeneration,
-        _llava_positions,
-        lambda config, size: 1,
+# Families that are tested (docs/trunks.md). Others are looked up by `find_family`.
+_TESTED = (
+    Family(
+        "llava",
+        lambda core: _features_per_row(core.config),
         pads_to_square=True,
         projects_rows=True,
+        template="llava_hf",
     ),
-    "llava_next": Family(
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        RelookLlavaNextConfig,
-        RelookLlavaNextForConditionalGeneration,
-        _llava_next_positions,
-        _llava_next_tiles,
-        pads_to_square=False,
-        projects_rows=False,
-    ),
-}
-# By model_type of a config: each family's own, and that of the same model with a post decoder.
-MODEL_TYPES = {**FAMILIES, **{trunk.relook_config.model_type: trunk for trunk in FAMILIES.values()}}
+    Family("llava_next", _llava_next_positions, _llava_next_tiles, template="llava_hf"),
+    *map(Family, ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")),
+)
+FAMILIES = {family.model_type: family for family in _TESTED}
 
-# So that transformers' Auto classes, and pipelines built on them, know the folders that relook writes.
-for trunk in FAMILIES.values():
-    AutoConfig.register(trunk.relook_config.model_type, trunk.relook_config, exist_ok=True)
-    AutoModelForImageTextToText.register(trunk.relook_config, trunk.relook_model, exist_ok=True)
+
+@cache
+def find_family(model_type: str) -> Family:
+    """Return the family of a model type, with or without a post decoder.
+
+    The Auto classes of transformers, and pipelines built on them, then know the folders that relook writes.
+
+    Raises:
+        KeyError: transformers has no such model of images and text, or only one without the common interfaces.
+    """
+    plain_type = model_type.removeprefix(RELOOK)
+    family = FAMILIES.get(plain_type) or Family(plain_type)
+    if not hasattr(family.base, "get_image_features"):
+        raise KeyError(model_type)
+    if plain_type != model_type:
+        AutoConfig.register(family.relook_config.model_type, family.relook_config, exist_ok=True)
+        AutoModelForImageTextToText.register(family.relook_config, family.relook_model, exist_ok=True)
+    return family
+
+
+for name in ("llava", "llava_next"):
+    find_family(RELOOK + name)
 
 
 def family_of(config: Any) -> Family:
     """Return the family of a model, with or without a post decoder, by its config."""
-    return MODEL_TYPES[config.model_type]
+    return find_family(config.model_type)
+
+
+def vision_tower(base: Any) -> nn.Module:
+    """Return the vision tower of a base model."""
+    return _part(base, TOWERS)
+
+
+def connector(base: Any) -> nn.Module:
+    """Return the projector, merger or connector of a base model, from the tower's features to the language model."""
+    return _part(base, CONNECTORS)
+
+
+def _part(base: Any, paths: Sequence[str]) -> nn.Module:
+    parts = dict(base.named_modules())
+    module: nn.Module | None = next((parts[path] for path in paths if path in parts), None)
+    if module is None:
+        raise CheckpointError(f"A {base.config.model_type} has no {' or '.join(paths)}.", "Take another model.")
+    return module
+
+
+def is_tested(config: Any) -> bool:
+    return family_of(config).model_type in FAMILIES
 
 
 def has_post_decoder(config: Any) -> bool:
@@ -136,16 +164,18 @@ def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
     """Return the config of the same model with a post decoder of these settings."""
     # The new class names itself; these two keys would contradict it.
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
-    return family_of(config).relook_config(**{**values, "post_decoder": settings})
+    return find_family(RELOOK + config.model_type.removeprefix(RELOOK)).relook_config(
+        **{**values, "post_decoder": settings}
+    )
 
 
-def vision_feature_count(config: Any, size: Size) -> int:
-    """Compute M of the vision features (M, V) of an image of this size, over all its tiles."""
-    return family_of(config).tiles(config, size) * _features_per_row(config)
+def vision_feature_count(config: Any, size: Size, positions: Callable[[Size], int] | None = None) -> int:
+    """Compute M of the vision features (M, V) of an image of this size, over all its tiles.
 
-
-def vision_feature_width(config: Any) -> int:
-    """Compute V of the vision features: the tower's width times the number of its layers that the model reads."""
-    # Features of several layers are concatenated (see `selected_features`).
-    layers = config.vision_feature_layer
-    return int(config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1))
+    Args:
+        positions: counts the positions that an image takes, for families whose processor does.
+    """
+    if reads_tower(config):
+        return family_of(config).tiles(config, size) * _features_per_row(config)
+    assert positions is not None
+    return positions(size)

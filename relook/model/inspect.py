@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from relook.console import plain_table, stdout_console
 from relook.model.checkpoint import LazyTensor
-from relook.model.families import has_post_decoder, with_post_decoder
+from relook.model.families import connector, has_post_decoder, with_post_decoder
 from relook.model.lazy_model import LazyModel
 from relook.model.load import LoadedModel, materialize, open_lazy, parse_device, parse_dtype
 from relook.model.trainable import set_trainable
@@ -261,8 +261,9 @@ def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
             stack.callback(module.register_forward_hook(hook).remove)
 
         # In order of the data flow: image side, language model, post decoder, lm_head.
-        before(base.multi_modal_projector, input_hook("image features", "image_features"))
-        after(base.multi_modal_projector, output_hook("projected features"))
+        projector = connector(base)
+        before(projector, input_hook("image features", "image_features"))
+        after(projector, output_hook("projected features"))
         before(base.language_model, lambda module, args, kwargs: note("merged embeddings", kwargs["inputs_embeds"]))
         for i, layer in enumerate(base.language_model.layers, 1):
             after(layer, output_hook(f"hidden states, layer {i}"))
@@ -285,10 +286,11 @@ def print_tables(findings: Mapping[str, Any]) -> None:
     console = stdout_console()
     console.print(f"{findings['model']}: {findings['type']}")
     table = plain_table("module", "class", "parameters", "dtype", "shapes", right=("parameters",))
+    table.columns[0].no_wrap = True  # on a narrow terminal classes and shapes are folded
     for module in findings["modules"]:
         times = f" (x {module['repeats']})" if module["repeats"] > 1 else ""
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in module["shapes"].items())
-        name = "  " * module["depth"] + module["name"] + times
+        name = " " * module["depth"] + module["name"] + times
         table.add_row(name, module["kind"], f"{module['parameters']:,}", ", ".join(module["dtypes"]), shapes)
     console.print(table)
     table = plain_table("regime", "trains", "of", "parts", right=("trains", "of"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from relook.data.templates import IM_END, IM_START, IMAGE
 from relook.errors import CheckpointError, preview
@@ -49,8 +51,8 @@ from relook.model.checkpoint import (
     rename,
     weight_files,
 )
-from relook.model.config_checks import check_config, generation_config, plain_config
-from relook.model.families import MODEL_TYPES, family_of, has_post_decoder
+from relook.model.config_checks import check_config, generation_config, plain_config, refuse_unsupported
+from relook.model.families import family_of, find_family, has_post_decoder
 from relook.model.tokenizer import load_tokenizer
 
 NEVER_TEXT = "<0xFF>"
@@ -148,8 +150,8 @@ class LazyModel:
             if name in expected and expected[name] != tensor.shape
         ]
         # A wrong layer number would show only in the first forward pass.
-        layers = self.config.vision_feature_layer
-        depth = self.config.vision_config.num_hidden_layers
+        layers = getattr(self.config, "vision_feature_layer", [])
+        depth = getattr(self.config.vision_config, "num_hidden_layers", 0)
         if any(not 1 <= abs(layer) <= depth for layer in (layers if isinstance(layers, list) else [layers])):
             raise CheckpointError(
                 f"{self.label} takes its image features from layer {layers} of a vision tower that has {depth}.",
@@ -174,7 +176,7 @@ class LazyModel:
         try:
             # Folders of transformers' format hold a whole processor; liuhaotian's get theirs from two folders.
             if self.tower is None:
-                processor = AutoProcessor.from_pretrained(self.path, local_files_only=True)
+                processor = load_processor(self.path)
                 # Without a known processor class, transformers falls back to the tokenizer alone.
                 if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
                     raise ValueError(f"it is a {type(processor).__name__}, without pictures or without text")
@@ -202,6 +204,21 @@ class LazyModel:
         return GenerationConfig(
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the processor of a folder in transformers' format; without torchvision, without its part for videos."""
+    names = ("processor_config", "preprocessor_config", "tokenizer_config")
+    stated = (read_json_object(folder / f"{name}.json", optional=True).get("processor_class") for name in names)
+    processor_class = getattr(transformers, str(next(filter(None, stated), "")), AutoProcessor)
+    if is_torchvision_available() or "video_processor" not in getattr(processor_class, "get_attributes", list)():
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    parts = [part for part in processor_class.get_attributes() if part != "video_processor"]
+    # Under the same name, which is saved with the processor.
+    without_videos: Any = type(
+        processor_class.__name__, (processor_class,), {"get_attributes": classmethod(lambda _: parts)}
+    )
+    return without_videos.from_pretrained(folder, local_files_only=True)
 
 
 def _shapes_of(model_class: type[PreTrainedModel], config: Any) -> dict[str, tuple[int, ...]]:
@@ -273,12 +290,15 @@ def open_folder(
         return _open_llava(path, raw, vision_tower, weights, tower_by_name)
     if vision_tower is not None:
         raise CheckpointError(f"{path} has a vision tower of its own.", "Leave vision_tower out.")
-    family = MODEL_TYPES[raw["model_type"]]
+    family = find_family(raw["model_type"])
     config_class = family.relook_config if kind == "relook" else family.config
     tensors = _renamed(read_tensor_folder(path), FROM_HF) if weights else {}
     # A copy: the folder's parsed config is shared and stays as it is on disk.
-    raw = raw | {"text_config": _build_checked(path, one_rope, raw["text_config"])}
+    # Older folders have the language model's settings at the top.
+    text_config = {"text_config": _build_checked(path, one_rope, raw["text_config"])} if "text_config" in raw else {}
+    raw = raw | text_config if text_config else _build_checked(path, one_rope, raw)
     config = _build_checked(path, config_class.from_dict, plain_config(raw))
+    refuse_unsupported(str(path), config)
     check_config(str(path), config)
     return LazyModel(path, kind, config, tensors, _build_checked(path, config_template, raw))
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,24 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from relook.console import status
 from relook.data.encode import Encoder
 from relook.data.images import ImageLoader, ImageSource
-from relook.data.templates import get_template
+from relook.data.templates import CHAT, EOS, IMAGE, Template, get_template
 from relook.distributed import full_shape, set_full
 from relook.errors import CheckpointError, preview
 from relook.files import file_hash
 from relook.model.adapters import TENSORS_FILE, language_model_config, parse_adapter, read_adapter
 from relook.model.checkpoint import ADAPTER_FILE, AnyFolder, ModelFolder, parse_folder
 from relook.model.config_checks import check_processor
-from relook.model.families import family_of, with_post_decoder
+from relook.model.families import (
+    CONNECTORS,
+    TOWERS,
+    connector,
+    family_of,
+    is_tested,
+    with_post_decoder,
+)
 from relook.model.lazy_model import LazyModel, open_folder
 from relook.model.tokenizer import UNFINISHED, decode_bytes
 
@@ -35,7 +45,7 @@ from relook.model.tokenizer import UNFINISHED, decode_bytes
 # The layers above the trunk by themselves: post decoder and lm_head. Runs on cached hidden states need nothing else.
 
 ABOVE = ("model.post_decoder.", "lm_head.")
-PROJECTOR = "model.multi_modal_projector."  # small, and a post decoder may start from it
+PROJECTOR = tuple(f"model.{path}." for path in CONNECTORS)  # small, and a post decoder may start from it
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
@@ -61,14 +71,14 @@ def load_head_only(source: LazyModel, dtype: torch.dtype, device: str | torch.de
     # The whole module tree, without memory; `assign` below then replaces the meta tensors of the parts that are read.
     with torch.device("meta"):
         model: Any = source.model_class(copy.deepcopy(source.config)).to(dtype)
-    tensors = source.read(*ABOVE, PROJECTOR)
+    tensors = source.read(*ABOVE, *PROJECTOR)
     if "lm_head.weight" not in tensors:  # lm_head is tied to the embeddings, which are not loaded
         tensors["lm_head.weight"] = source.read(EMBEDDINGS)[EMBEDDINGS]
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     read = {name: t.to(device, dtype) for name, t in tensors.items()}
     model.load_state_dict(read, strict=False, assign=True)
-    lacking = [n for n, p in model.named_parameters() if p.is_meta and n.startswith((*ABOVE, PROJECTOR))]
+    lacking = [n for n, p in model.named_parameters() if p.is_meta and n.startswith((*ABOVE, *PROJECTOR))]
     if lacking:
         raise CheckpointError(f"{source.path} has no {lacking[0]}.", "Check that the folder is complete.")
     return model
@@ -87,7 +97,26 @@ __all__ = [
 ]
 
 # Modules that stay in full precision when the language model's linears are quantised, as in the original.
-NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.post_decoder", "lm_head"]
+NOT_QUANTISED = [*(f"model.{part}" for part in (*TOWERS, *CONNECTORS)), "model.post_decoder", "lm_head"]
+
+
+@cache  # once for each model
+def note_own_template(name: str, model: str) -> None:
+    status(f"  template {name} is LLaVA's: {model} is asked by its own chat template", style="yellow")
+
+
+@dataclass
+class PositionCounter:
+    """Count of the positions that a processor writes for an image of a height and width; sizes are remembered."""
+
+    processor: Any
+    counts: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __call__(self, size: tuple[int, int]) -> int:
+        if size not in self.counts:
+            counts = self.processor._get_num_multimodal_tokens(image_sizes=[size])
+            self.counts[size] = int(counts["num_image_tokens"][0])
+        return self.counts[size]
 
 
 @dataclass
@@ -117,6 +146,8 @@ class LoadedModel:
             # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
         self.images = ImageLoader(image_processor, self.aspect_ratio)
+        if family_of(self.core.config).positions is None:
+            self.images.positions = PositionCounter(self.processor)
 
     @property
     def core(self) -> Any:
@@ -126,8 +157,22 @@ class LoadedModel:
     @property
     def image_positions(self) -> int | Callable[[ImageSource], int]:
         """Return the number of positions one image takes, or a function of the image where its size decides."""
-        positions = family_of(self.core.config).positions(self.core)
+        count = family_of(self.core.config).positions
+        positions = count(self.core) if count is not None else self.images.positions
+        assert positions is not None
         return positions if isinstance(positions, int) else lambda image: positions(self.images.size(image))
+
+    def conversation_template(self, name: str = "") -> Template:
+        """Return the conversation template of that name, or the model's own.
+
+        LLaVA's templates end an answer with </s>, and recipes for LLaVA name them. A model that brings a chat template
+        and has no such token keeps its own.
+        """
+        template = get_template(name or self.template, self.processor)
+        if self.template == CHAT and EOS in template.end and self.processor.tokenizer.eos_token != EOS:
+            note_own_template(name, str(self.path))
+            return get_template(CHAT, self.processor)
+        return template
 
     @property
     def pad_id(self) -> int:
@@ -135,11 +180,20 @@ class LoadedModel:
         tokenizer = self.processor.tokenizer
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
-    def encoder(self, template: str = "", max_length: int = 0) -> Encoder:
+    @property
+    def image_token(self) -> str:
+        """Return the image placeholder of the processor."""
+        return str(getattr(self.processor, "image_token", IMAGE))
+
+    def plain_encoder(self) -> Encoder:
+        """Build an encoder of text without a template around it."""
+        return self.encoder(Template("", "", "", "", "", ""))
+
+    def encoder(self, template: str | Template = "", max_length: int = 0) -> Encoder:
         """Build an encoder of prompts and samples; `max_length` 0 means the language model's maximum."""
         return Encoder(
             self.processor.tokenizer,
-            get_template(template or self.template),
+            self.conversation_template(template) if isinstance(template, str) else template,
             self.core.config.image_token_id,
             self.image_positions,
             max_length or self.core.config.text_config.max_position_embeddings,
@@ -150,15 +204,21 @@ class LoadedModel:
     def encode(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "") -> dict[str, Tensor]:
         """Encode one open prompt as inputs of `generate` or of the model.
 
-        They are input_ids, attention_mask, and the image processor's outputs (pixel_values, and image_sizes if the
-        model takes them).
+        They are input_ids, attention_mask, the image processor's outputs (pixel_values, and image_sizes or
+        image_grid_thw if the model takes them), and mm_token_type_ids where its positions depend on them.
         """
         ids = torch.tensor([self.encoder(template).prompt(text, images)])  # (1, S), no padding
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
             inputs |= self.images.batch(images)
+        inputs |= self.token_types(ids)
         device, dtype = self.core.device, self.core.dtype
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
+
+    def token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return the model input that tells image positions from text, under the name that the model has for it."""
+        names = inspect.signature(self.core.forward).parameters.keys() & {"mm_token_type_ids", "token_type_ids"}
+        return {name: (ids == self.core.config.image_token_id).long() for name in names}
 
     @torch.inference_mode()
     def generate(self, images: Sequence[ImageSource] = (), text: str = "", template: str = "", **kwargs: Any) -> str:
@@ -175,7 +235,7 @@ class LoadedModel:
         There are none if the tokenizer cannot produce the stop string, since no answer can then contain it. The
         end-of-text token always stops generation.
         """
-        stop, tokenizer = get_template(template or self.template).stop, self.processor.tokenizer
+        stop, tokenizer = self.conversation_template(template).stop, self.processor.tokenizer
         if not stop or stop not in tokenizer.decode(tokenizer.encode(stop, add_special_tokens=False)):
             return {}
         return {"stop_strings": [stop], "tokenizer": tokenizer}
@@ -187,7 +247,7 @@ class LoadedModel:
         # A byte that is part of no character: fast tokenizers would replace whole characters beside it.
         if UNFINISHED in text:
             text = decode_bytes(tokenizer, torch.as_tensor(ids).tolist())
-        stop = get_template(template or self.template).stop
+        stop = self.conversation_template(template).stop
         return (text.partition(stop)[0] if stop else text).strip()  # a token may reach beyond the stop
 
 
@@ -347,7 +407,12 @@ def materialize(
     model.name_or_path = str(source.path)  # peft queries the hub for models without a path
     if not quantisation:  # bitsandbytes has placed quantised weights already
         model.to(device)
-    return wrap(model, source)
+    loaded = wrap(model, source)
+    if not is_tested(source.config):
+        from relook.generate.family_check import check_family  # which loads models of its own kind: not at the top
+
+        check_family(loaded)
+    return loaded
 
 
 def wrap(model: Any, source: LazyModel) -> LoadedModel:
@@ -355,7 +420,7 @@ def wrap(model: Any, source: LazyModel) -> LoadedModel:
     # liuhaotian's setting; transformers' folders say it as `do_pad` of their processor (see `LoadedModel`).
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
-    check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config)
+    check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config, loaded.image_token)
     return loaded
 
 
@@ -422,7 +487,7 @@ def add_post_decoder(
     new.generation_config = model.generation_config
     decoder = new.model.post_decoder.to_empty(device=model.lm_head.weight.device).to(model.dtype)
     decoder.reset_parameters(generator)
-    if init == "projector" and not decoder.start_from_projector(model.model.multi_modal_projector):
+    if init == "projector" and not decoder.start_from_projector(connector(model.model)):
         raise CheckpointError(
             "The projector's shape does not fit the post decoder's alignment.",
             'Use post_decoder_init "random", or align "mlp" with align_size 0.',

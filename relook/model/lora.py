@@ -267,7 +267,7 @@ class LoraSettings:
 
 
 LANGUAGE = "model.language_model."
-PARTS = (LANGUAGE, "model.vision_tower.", "model.post_decoder.", "lm_head")
+PARTS = (LANGUAGE, "model.vision_tower.", "model.visual.", "model.post_decoder.", "lm_head")
 
 
 def _prefixes(modules: Mapping[str, str]) -> Iterator[tuple[str, str]]:

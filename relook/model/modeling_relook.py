@@ -1,35 +1,30 @@
-"""LLaVA and LLaVA-NeXT with a post decoder inside their base model, as ordinary transformers classes.
+"""Vision-language models of transformers with a post decoder inside their base model, as ordinary transformers classes.
 
 The post decoder sits in the base model, and its output is `last_hidden_state`. Fused-loss trainers and serving engines
 call the base model and then lm_head, and would bypass anything that sat between them in `forward`.
 
-The three mixins hold what is common to every trunk. A family adds its three classes. Where an image takes more than one
-row of vision features, the family also says which rows belong to which image.
+The three mixins hold what is common to every trunk. A family's classes, such as `RelookQwen2_5_VLModel`, are made of
+them and of transformers' own when they are first asked for (`family_classes`).
 """
 
 from __future__ import annotations
 
 import inspect
+import re
+from functools import cache, wraps
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    Cache,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextModel,
-    PreTrainedModel,
-)
+from transformers import Cache, LlavaModel, PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .post_decoder import ImageContext, PostDecoder
 
 # The KV cache argument as the installed transformers names it: 5.24 renamed it, and 5.40 drops the old name.
 CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
+SIZES = ("image_sizes", "image_grid_thw")  # inputs of the vision tower beside the pixels
 
 
 class PostDecoderConfig:
@@ -38,6 +33,11 @@ class PostDecoderConfig:
     def __init__(self, post_decoder: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.post_decoder = dict(post_decoder or {})
         super().__init__(**kwargs)
+
+
+def reads_tower(config: Any) -> bool:
+    """Return True if the post decoder attends to the tower's selected layers, not to what the language model reads."""
+    return config.model_type.removeprefix("relook_") in ("llava", "llava_next")
 
 
 def selected_features(config: Any, hidden_states: Any) -> Tensor:
@@ -49,6 +49,33 @@ def selected_features(config: Any, hidden_states: Any) -> Tensor:
     layers = config.vision_feature_layer
     start = 1 if config.vision_feature_select_strategy == "default" else 0
     return torch.cat([hidden_states[i][:, start:] for i in (layers if isinstance(layers, list) else [layers])], dim=-1)
+
+
+def vision_features(config: Any, image: Any, image_sizes: Any = None) -> list[Tensor]:
+    """Return what a post decoder attends to, (M, V) per image (see `reads_tower`).
+
+    Args:
+        config: the model's config.
+        image: outputs of `get_image_features`.
+        image_sizes: heights and widths of the images, for models that cut an image into tiles.
+    """
+    if not reads_tower(config):
+        return list(image.pooler_output)
+    features_RPV = selected_features(config, image.hidden_states)
+    if image_sizes is None or not hasattr(config, "image_grid_pinpoints"):
+        return list(features_RPV)  # each row is an image
+    # Each row is a tile, and an image's size (height, width) decides its tile count.
+    grid, side = config.image_grid_pinpoints, config.vision_config.image_size
+    tiles = [image_size_to_num_patches(size, grid, side) for size in image_sizes]
+    return [features.flatten(0, 1) for features in features_RPV.split(tiles)]
+
+
+def vision_width(config: Any) -> int:
+    """Return V of the vision features: the tower's width times its selected layers, or the language model's width."""
+    if not reads_tower(config):
+        return int(config.text_config.hidden_size)
+    layers = config.vision_feature_layer
+    return int(config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1))
 
 
 def images_per_row(lengths: list[int], placeholder_counts: list[int]) -> list[int]:
@@ -102,33 +129,35 @@ class PostDecoderModel(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.post_decoder = PostDecoder.of(config)
+        self._image: Any = None  # image outputs of the forward pass that is under way
+        self.post_decoder = PostDecoder.of(config, vision_width(config))
         self.post_init()
 
-    def features_by_image(self, features_RPV: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
-        """Split the vision features, R rows of P, into one (M, V) tensor per image. By default each row is an image."""
-        return list(features_RPV)
-
-    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """Extend the trunk's image outputs by `vision_features`, which the post decoder attends to.
 
         `vision_features` holds one (M, V) tensor per image. `generate` calls this once per image and passes the result
         to the first forward pass.
         """
-        sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
-        outputs = super().get_image_features(pixel_values=pixel_values, **sizes, **{**kwargs, "return_dict": True})
-        selected = selected_features(self.config, outputs.hidden_states)
-        outputs.vision_features = self.features_by_image(selected, image_sizes)
+        if self._image is not None:  # asked by the trunk's own forward pass, of images that are encoded already
+            return self._image
+        encode = super().get_image_features
+        inputs = inspect.signature(encode).bind(*args, **{**kwargs, "return_dict": True})
+        outputs = encode(*inputs.args, **inputs.kwargs)
+        outputs.vision_features = vision_features(self.config, outputs, inputs.arguments.get("image_sizes"))
         return outputs
 
-    def _placeholders(self, input_ids: Tensor | None, embeds: Tensor) -> Tensor:
-        """Return a (B, S, 1) bool mask of the image placeholder positions."""
+    def _placeholder_counts(self, input_ids: Tensor | None, embeds: Tensor | None) -> list[int]:
+        """Count the image placeholders of each row of ids (B, S) or of embeddings (B, S, D)."""
         token = self.config.image_token_id
         if input_ids is not None:
-            return torch.eq(input_ids, token).unsqueeze(-1)
-        # Without input_ids, find the placeholders by comparing with the embedding of the image token.
-        placeholder = self.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-        return torch.eq(embeds, placeholder).all(-1, keepdim=True)
+            placeholders = torch.eq(input_ids, token)
+        else:  # find them by comparing with the embedding of the image token
+            assert embeds is not None
+            placeholder = self.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+            placeholders = torch.eq(embeds, placeholder).all(-1)
+        counts: list[int] = placeholders.sum(1).tolist()
+        return counts
 
     def _context(self, image: Any, placeholder_counts: list[int]) -> ImageContext | None:
         """Build the image context for rows with `placeholder_counts` placeholders each; None where no image is read.
@@ -147,7 +176,6 @@ class PostDecoderModel(PreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
@@ -158,8 +186,8 @@ class PostDecoderModel(PreTrainedModel):
         """Run the trunk and apply the post decoder to its `last_hidden_state`.
 
         The image context is built when an image comes in, as pixels or already encoded by `generate`. It is kept on the
-        KV cache, where the decode steps, which get no image, find it. The trunk receives embeddings with the image
-        features already scattered in. It builds its own output, whose fields differ between transformers versions.
+        KV cache, where the decode steps, which get no image, find it. The trunk builds its own output, whose fields
+        differ between transformers versions.
 
         Args:
             past_key_values, cache: the KV cache; the same argument under its older and its newer name.
@@ -170,62 +198,59 @@ class PostDecoderModel(PreTrainedModel):
         """
         # transformers lets a call override these, but the post decoder reads them from the config.
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            configured = getattr(self.config, name)
+            configured = getattr(self.config, name, None)
             if kwargs.pop(name, configured) not in (configured, None):
                 raise ValueError(f"a relook model takes no {name}: the config says it")
         kv_cache = past_key_values if cache is None else cache
-        # 1. Embed the text, (B, S) -> (B, S, D); image positions hold placeholders.
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        # 2. Find the image: encoded by `generate`, as pixels, or, in decode steps, as the context of the prefill.
+        # 1. Find the image: encoded by `generate`, as pixels, or, in decode steps, as the context of the prefill.
         context: ImageContext | None = getattr(kv_cache, "relook_image", None)
-        image, projected = (mm_encoder_outputs or {}).get("image"), None
+        image = (mm_encoder_outputs or {}).get("image")
+        images: dict[str, Any] = {"mm_encoder_outputs": mm_encoder_outputs}
         if image is None and pixel_values is not None:
-            image = self.get_image_features(pixel_values, image_sizes)
+            names = kwargs.keys() & inspect.signature(self.get_image_features).parameters
+            image = self.get_image_features(pixel_values, **{name: kwargs[name] for name in names})
+            images = {"pixel_values": pixel_values}
         if image is not None:
-            placeholders = self._placeholders(input_ids, inputs_embeds)  # (B, S, 1)
-            placeholder_counts = placeholders.flatten(1).sum(1).tolist()
+            placeholder_counts = self._placeholder_counts(input_ids, inputs_embeds)
             for_each_beam(image, placeholder_counts)
             context = self._context(image, placeholder_counts)  # raises if images and placeholders do not match
-            # 3. Scatter the projected features, (image positions, D), over the placeholder embeddings in order.
-            projected = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(placeholders, projected)
             if kv_cache is not None:
                 kv_cache.relook_image = context
-        # 4. Run the trunk. Its length before this call is needed afterwards, when the cache has grown.
+        # 2. Run the trunk. Its length before this call is needed afterwards, when the cache has grown.
         seen = kv_cache.get_seq_length() if kv_cache is not None else 0
-        trunk: dict[str, Any] = {**kwargs, CACHE: kv_cache, "return_dict": True}
-        outputs = super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **trunk)
+        trunk: dict[str, Any] = {**kwargs, CACHE: kv_cache, "return_dict": True, "attention_mask": attention_mask}
+        trunk |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **(images if image is not None else {})}
+        self._image = image
+        try:
+            outputs = super().forward(**trunk)
+        finally:
+            self._image = None
         after = getattr(outputs, CACHE)
         if after is not None and kv_cache is None:  # the trunk has just created the cache
             after.relook_image = context
-        # 5. Run the post decoder on its states (B, S, D); the blocks' self-attention extends the same cache.
+        # 3. Run the post decoder on its states (B, S, D); the blocks' self-attention extends the same cache.
         outputs.last_hidden_state = self.post_decoder(
             outputs.last_hidden_state,
             context,
-            self_mask=self._self_mask(attention_mask, inputs_embeds, seen),
+            self_mask=self._self_mask(attention_mask, outputs.last_hidden_state, seen),
             cache=after,
             first_layer=self.config.text_config.num_hidden_layers,
         )
-        if hasattr(outputs, "image_outputs"):  # since 5.24
-            outputs.image_outputs = image
-        else:
-            outputs.image_hidden_states = projected
         return outputs
 
-    def _self_mask(self, attention_mask: Any, embeds: Tensor, seen: int) -> Tensor | None:
+    def _self_mask(self, attention_mask: Any, states: Tensor, seen: int) -> Tensor | None:
         """Build the causal mask (B, 1, S, seen + S) of the blocks' self-attention; None if they have none.
 
         Args:
             attention_mask: padding mask (B, seen + S), or a 4D mask, boolean or additive; None masks no padding.
-            embeds: input embeddings (B, S, D).
+            states: hidden states (B, S, D).
             seen: number of tokens already in the KV cache.
         """
         if not self.post_decoder.reads_all_positions:
             return None
-        B, S = embeds.shape[:2]
+        B, S = states.shape[:2]
         # Query i sits at position seen + i and may attend to keys 0 .. seen + i.
-        causal = torch.ones(S, seen + S, dtype=torch.bool, device=embeds.device).tril(seen)
+        causal = torch.ones(S, seen + S, dtype=torch.bool, device=states.device).tril(seen)
         if attention_mask is None:
             return causal.expand(B, 1, S, seen + S)
         if attention_mask.ndim == 4:  # already causal; an additive mask holds large negative numbers where it blocks
@@ -255,7 +280,7 @@ class PostDecoderForGeneration(PreTrainedModel):
         Some versions, 5.17 among them, repeat each image individually where they repeat rows. A row of two images would
         then get the first one twice.
         """
-        image_inputs = {name: kwargs.pop(name) for name in ("pixel_values", "image_sizes") if name in kwargs}
+        image_inputs = {name: kwargs.pop(name) for name in ("pixel_values", *SIZES) if name in kwargs}
         input_ids, expanded = super()._expand_inputs_for_generation(*args, **kwargs)
         return input_ids, {**expanded, **image_inputs}
 
@@ -265,44 +290,38 @@ class PostDecoderForGeneration(PreTrainedModel):
             module.reset_parameters()
 
 
-class RelookLlavaConfig(PostDecoderConfig, LlavaConfig):
-    model_type = "relook_llava"
-    __init__ = PostDecoderConfig.__init__  # transformers generates one for a config class without its own
+@cache
+def family_classes(prefix: str) -> dict[str, type]:
+    """Make the config, base model and generation model with a post decoder of a family, by their names.
+
+    Args:
+        prefix: how transformers' own classes of the family begin, such as "Llava" or "Qwen2_5_VL".
+    """
+    config, base, generation = (
+        getattr(transformers, prefix + name) for name in ("Config", "Model", "ForConditionalGeneration")
+    )
+
+    @wraps(base.get_image_features)  # `generate` reads the arguments from the signature
+    def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return PostDecoderModel.get_image_features(self, *args, **kwargs)
+
+    # transformers generates an __init__ for a config class without its own.
+    settings = {"model_type": f"relook_{config.model_type}", "__init__": PostDecoderConfig.__init__}
+    relook_config: Any = type(f"Relook{prefix}Config", (PostDecoderConfig, config), settings)
+    of_config = {"config_class": relook_config, "__annotations__": {"config": relook_config}}
+    model = type(
+        f"Relook{prefix}Model", (PostDecoderModel, base), {**of_config, "get_image_features": get_image_features}
+    )
+    bases = (PostDecoderForGeneration, generation)
+    full_model: Any = type(f"Relook{prefix}ForConditionalGeneration", bases, {**of_config, "trunk_class": model})
+    relook_config.register_for_auto_class()
+    full_model.register_for_auto_class("AutoModelForImageTextToText")
+    return {defined.__name__: defined for defined in (relook_config, model, full_model)}
 
 
-class RelookLlavaModel(PostDecoderModel, LlavaModel):
-    config: RelookLlavaConfig
-
-
-class RelookLlavaForConditionalGeneration(PostDecoderForGeneration, LlavaForConditionalGeneration):
-    config: RelookLlavaConfig
-    config_class = RelookLlavaConfig
-    trunk_class = RelookLlavaModel
-
-
-class RelookLlavaNextConfig(PostDecoderConfig, LlavaNextConfig):
-    model_type = "relook_llava_next"
-    __init__ = PostDecoderConfig.__init__
-
-
-class RelookLlavaNextModel(PostDecoderModel, LlavaNextModel):
-    config: RelookLlavaNextConfig
-
-    def features_by_image(self, features_RPV: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
-        """Group the rows by image: each row is a tile, and an image's size (height, width) decides its tile count."""
-        grid, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        assert image_sizes is not None
-        tiles = [image_size_to_num_patches(size, grid, side) for size in image_sizes]
-        return [features.flatten(0, 1) for features in features_RPV.split(tiles)]
-
-
-class RelookLlavaNextForConditionalGeneration(PostDecoderForGeneration, LlavaNextForConditionalGeneration):
-    config: RelookLlavaNextConfig
-    config_class = RelookLlavaNextConfig
-    trunk_class = RelookLlavaNextModel
-
-
-RelookLlavaConfig.register_for_auto_class()
-RelookLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-RelookLlavaNextConfig.register_for_auto_class()
-RelookLlavaNextForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+def __getattr__(name: str) -> Any:
+    """Return a class of a family by its name: saved models name theirs, and so does whoever imports one."""
+    prefix = re.fullmatch(r"Relook(\w+?)(Config|Model|ForConditionalGeneration)", name)
+    if prefix is None or not hasattr(transformers, f"{prefix[1]}ForConditionalGeneration"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return family_classes(prefix[1])[name]

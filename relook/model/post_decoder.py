@@ -319,12 +319,12 @@ class PostDecoder(nn.Module):
         )
 
     @staticmethod
-    def of(config: Any) -> PostDecoder:
-        """Build the post decoder that a model's config describes."""
-        text, layers = config.text_config, config.vision_feature_layer
+    def of(config: Any, vision_size: int) -> PostDecoder:
+        """Build the post decoder that a model's config describes, over vision features of that width."""
+        text = config.text_config
         return PostDecoder(
             PostDecoderSettings(**config.post_decoder),
-            vision_size=config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1),
+            vision_size=vision_size,
             hidden_size=text.hidden_size,
             num_heads=text.num_attention_heads,
             mlp_size=text.intermediate_size,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from relook.errors import RecipeError, preview
-from relook.model.families import has_post_decoder
+from relook.model.families import CONNECTORS, connector, has_post_decoder
 from relook.model.load import LoadedModel, add_post_decoder
 from relook.model.post_decoder import PostDecoderSettings
 from relook.recipe import ALL_LINEAR, Recipe
@@ -46,7 +46,7 @@ def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
     parts = {
         "post_decoder": (recipe.tune_post_decoder, lambda: core.model.post_decoder),
         "lm_head": (recipe.tune_lm_head or recipe.full, lambda: core.lm_head),
-        "projector": (recipe.tune_mm_mlp_adapter or recipe.full, lambda: core.model.multi_modal_projector),
+        "projector": (recipe.tune_mm_mlp_adapter or recipe.full, lambda: connector(core.model)),
         "language_model": (recipe.full, lambda: core.model.language_model),
     }
     for is_trained, part in parts.values():
@@ -144,7 +144,7 @@ def learning_rate_group(name: str) -> str:
     for part, group in (
         ("post_decoder", "post_decoder"),
         ("lm_head", "lm_head"),
-        ("multi_modal_projector", "mm_projector"),
+        *((path, "mm_projector") for path in CONNECTORS),
     ):
         if f".{part}." in f".{name}":
             return group

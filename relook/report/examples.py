@@ -24,12 +24,12 @@ def caption_effects(row: Mapping[str, Any]) -> list[Effect]:
         row: of `differing_captions`.
     """
     before, now = (Counter(names) for names in row["hallucinated"])
-    named_before, named = (set(names) for names in row["named"])
+    named_before, named_now = (set(names) for names in row["named"])
     parts = [
         (True, "invents less: {}", before - now),
-        (True, "now finds: {}", named - named_before),
+        (True, "now finds: {}", named_now - named_before),
         (False, "invents: {}", now - before),
-        (False, "loses what is there: {}", named_before - named),
+        (False, "loses what is there: {}", named_before - named_now),
     ]
     return [Effect(helps, text.format(", ".join(sorted(names)))) for helps, text, names in parts if names]
 

@@ -23,7 +23,7 @@ def headline(name: str, base: Mapping[str, Any], paired: Mapping[str, Any], refe
     than = f" than {reference}" if reference else ""
     clauses = []
     if "chair" in paired:
-        invented, found = paired["chair"]["chair_i"], paired["chair"]["recall"]
+        invented, recall = paired["chair"]["chair_i"], paired["chair"]["recall"]
         before = base["chair"]["chair_i"]
         if verdict(invented, -1) != UNCLEAR and before:
             amount = decimal(abs(invented["difference"]) / before, 100, digits=0)
@@ -31,7 +31,7 @@ def headline(name: str, base: Mapping[str, Any], paired: Mapping[str, Any], refe
         else:
             clauses.append(f"shows no clear change in invented objects{f' against {reference}' if reference else ''}")
         # Saying less is the cheapest way to invent less: it belongs into the same line.
-        if verdict(found, 1) == "worse":
+        if verdict(recall, 1) == "worse":
             clauses.append("finds fewer of those that are there")
     if "pope" in paired:
         answers = paired["pope"][HARDEST]

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], styles: Mapping[str,
             for name, log in logs.items()
         }
         if any(lines.values()):
-            panels.append(_chart(title, "epoch", lambda axes, lines=lines: _draw_lines(axes, lines, styles)))
+            panels.append(_chart(title, "epoch", partial(_draw_lines, lines=lines, styles=styles)))
     return panels
 
 
@@ -129,7 +130,7 @@ def against_rate(panels: Mapping[str, Points], base: Mapping[str, float], styles
         axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axes.minorticks_off()
 
-    return [_chart(title, "learning rate", lambda axes, title=title: draw(axes, title)) for title in panels]
+    return [_chart(title, "learning rate", partial(draw, title=title)) for title in panels]
 
 
 def coverage_lines(points: Points, styles: Mapping[str, Style], x: str, y: str, shared: float) -> str:

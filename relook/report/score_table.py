@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from relook.console import plain_table, stdout_console
+from relook.console import fits, plain_table, stdout_console
 from relook.errors import DataError, Faults
 from relook.evaluate.results import EVAL_FILE
 from relook.evaluate.tasks import BENCHMARKS, get_benchmark
@@ -128,8 +128,8 @@ def find_evaluations(folder: Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    found = [path.parent for path in sorted(folder.rglob(EVAL_FILE))]
-    done = [path for path in found if any((path / f"{name}.json").exists() for name in ("pope", "chair"))]
+    folders = [path.parent for path in sorted(folder.rglob(EVAL_FILE))]
+    done = [path for path in folders if any((path / f"{name}.json").exists() for name in ("pope", "chair"))]
     if not done:
         raise DataError(f"{folder} holds no finished evaluation.", "Give folders of `relook eval pope` or `chair`.")
     return done
@@ -200,7 +200,7 @@ def _as_text(rows: Sequence[Mapping[str, str]]) -> str:
     table = plain_table(*columns, right=[*rates, "lr", "Epoch"])
     for row in rows:
         table.add_row(*(row[column] for column in columns))
-    if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+    if fits(table, console):
         return "\n".join(_lines(table)) + "\n"
     table = plain_table("", *(shown := [column for column in columns if column in rates]), right=shown)
     for row in rows:

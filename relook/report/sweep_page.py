@@ -113,10 +113,10 @@ def _best_rows(results: Mapping[str, Any]) -> list[str]:
         measures.append(("fewest invented objects", lambda row: row["chair"]["chair_i"], -1))
     sentences = []
     for title, measure, better in measures:
-        known = [row for row in results["rows"] if measure(row) is not None]
-        if not known:
+        measured_rows = [row for row in results["rows"] if measure(row) is not None]
+        if not measured_rows:
             continue
-        best = max(known, key=lambda row: better * measure(row))
+        best = max(measured_rows, key=lambda row: better * measure(row))
         paired = best["paired"]["pope"][HARDEST] if better > 0 else best["paired"]["chair"]["chair_i"]
         sentences.append(
             f"{'Most' if better > 0 else 'The'} {title}: {spoken(best['name'])}: {decimal(measure(best), 100)} % "

@@ -103,17 +103,17 @@ class ScoreTable:
         """Return the best value of a column; None if none is better, or all are equal."""
         better = self.columns[index].term.better
         values = [line.cells[index].value for line in self.lines]
-        known = [value for value in values if value is not None]
-        if not better or len(set(known)) < 2:
+        measured = [value for value in values if value is not None]
+        if not better or len(set(measured)) < 2:
             return None
-        return max(known) if better > 0 else min(known)
+        return max(measured) if better > 0 else min(measured)
 
 
 CAPTION_COLUMNS = [Column(f"chair.{key}") for key in ("chair_i", "chair_s", "recall", "length")]
 ANSWER_COLUMNS = [Column("pope.accuracy", split) for split in SPLIT_TERMS]
 
 
-def axis_labels(benchmark: str, *keys: str) -> list[str]:
-    """Return the labels of a plot's axes for metrics in percent."""
-    terms = [GLOSSARY[f"{benchmark}.{key}"] for key in keys]
-    return [f"{term.label}, % ({term.symbol})" for term in terms]
+def axis_labels(benchmark: str, x: str, y: str) -> tuple[str, str]:
+    """Return the labels of a plot's axes for two metrics in percent."""
+    across, up = (GLOSSARY[f"{benchmark}.{key}"] for key in (x, y))
+    return f"{across.label}, % ({across.symbol})", f"{up.label}, % ({up.symbol})"

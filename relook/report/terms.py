@@ -74,6 +74,11 @@ METRIC_TERMS = {
     "amber.accuracy": Term("Right answers", "The share of yes/no questions answered right.", "accuracy", 1),
     "amber.f1": Term("F1 of no", "Harmonic mean of precision and recall of the answers no.", "F1", 1),
     "amber.amber_score": Term("AMBER score", "Mean of 1 − CHAIR and F1.", better=1),
+    "objhal.response": Term(
+        "Answers that invent", "Of the answers that name an object, the share that names an absent one.", "response", -1
+    ),
+    "objhal.mention": Term("Invented objects", "Of all objects named, the share that is absent.", "mention", -1),
+    "objhal.recall": Term("Objects found", "Of the objects in the pictures, the share named.", "recall", 1),
     "sweep.kl": Term(
         "Divergence",
         "KL(p || q) in nats over the whole vocabulary, of the tuned (p) from the base distribution (q) of an "
@@ -82,6 +87,9 @@ METRIC_TERMS = {
         scale=1,
     ),
 }
+METRIC_TERMS |= {
+    f"re{key}": term for key, term in METRIC_TERMS.items() if key.startswith("pope.")
+}  # RePOPE's rates are POPE's
 SPLIT_TERMS = {
     "random": Term("random", "Absent objects in the questions are drawn at random."),
     "popular": Term("popular", "Absent objects in the questions are those that pictures show most often."),

@@ -23,7 +23,8 @@ from relook.errors import RelookError
 from relook.files import atomic_file, file_hash, process_is_alive
 from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import Policy
-from relook.model.families import vision_feature_count, vision_feature_width
+from relook.model.families import vision_feature_count
+from relook.model.modeling_relook import vision_width
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -99,12 +100,12 @@ class CachePlan:
             [len(kept_positions(tree, policy.needs_all_states)) for tree in trees],
             [sum(sum(branch.supervised) for branch in tree.branches) for tree in trees],
             {
-                path: vision_feature_count(policy.config, images.size(path))
+                path: vision_feature_count(policy.config, images.size(path), images.positions)
                 for path in dict.fromkeys(p for e in examples for p in e.images)
             },
             {
                 STATES: policy.config.text_config.hidden_size,
-                FEATURES: vision_feature_width(policy.config),
+                FEATURES: vision_width(policy.config),
                 REFERENCE: 1,
             },
             policy.dtype,

@@ -39,8 +39,9 @@ from relook.files import file_hash, read_json, require_disk_space, text_hash, wr
 from relook.forward.collate import Collator, Item, reference_log_probs
 from relook.forward.policy import LiveBatch, Policy
 from relook.model.checkpoint import parse_folder
-from relook.model.families import family_of, vision_feature_count, vision_feature_width
+from relook.model.families import family_of, vision_feature_count
 from relook.model.load import model_hash, tower_of
+from relook.model.modeling_relook import vision_width
 from relook.recipe import Recipe
 from relook.train.cache_store import (
     FEATURES,
@@ -398,7 +399,7 @@ def compute_trunk_states(
         else:
             features = None
             if live.pixel_values is not None:
-                features = policy.vision_features(live.pixel_values, live.image_sizes)
+                features = policy.vision_features(live.pixel_values, live.image_inputs)
         # Keep the features of each image once, from the first batch that shows it.
         paths = [path for i in indices for path in plan.examples[i].images]
         for path, image_features in zip(paths, features or [], strict=features is not None):
@@ -529,7 +530,7 @@ def cache_vision_features(
         return None
     # Families that project rows resize every image to the same shape, so the first one's size holds for all.
     rows = vision_feature_count(policy.config, images.size(paths[0]))
-    size = len(paths) * rows * vision_feature_width(policy.config) * policy.dtype.itemsize
+    size = len(paths) * rows * vision_width(policy.config) * policy.dtype.itemsize
     if recipe.feature_cache == "auto" and not fits_half_of_memory(size):
         return None
     status(f"  vision features: {readable_size(size)} in memory")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from relook.errors import RelookError
 from relook.forward.collate import BatchStats
+from relook.model.families import connector, vision_tower
 
 
 def linear_flops(parameters: int, trained: bool, flows: bool) -> int:
@@ -49,20 +50,24 @@ class StepCosts:
         Parallel layers are treated as sequential, which overestimates slightly in the first block that trains.
         """
         base = policy.core.model
+        has_trunk = hasattr(base, "language_model")
         names = ("vision_tower", "projector", "trunk", "last_mlp", "post_decoder_image", "post_decoder", "lm_head")
         costs = dict.fromkeys(names, 0)
         # With cached trunk states, the trunk is absent.
         parts = {
-            "vision_tower": [getattr(base, "vision_tower", None)],
-            "projector": [getattr(base, "multi_modal_projector", None)],
-            "trunk": [getattr(base, "language_model", None)],
+            "vision_tower": [vision_tower(base)] if has_trunk else [],
+            "projector": [connector(base)] if has_trunk else [],
+            "trunk": [base.language_model] if has_trunk else [],
             "post_decoder": [policy.post_decoder],
             "lm_head": [policy.core.lm_head],
         }
         # `flows`: the layer needs an input gradient, because something before it in the data flow trains.
         flows, last = False, f"layers.{policy.config.text_config.num_hidden_layers - 1}.mlp."
+        merger = {module for root in parts["projector"] for module in root.modules()}  # may be inside the tower
         for part, modules in parts.items():
             for name, module in (pair for root in modules if root is not None for pair in root.named_modules()):
+                if part == "vision_tower" and module in merger:
+                    continue
                 if isinstance(module, nn.Linear):
                     trained = module.weight.requires_grad
                     image_side = part == "post_decoder" and ("align." in name or _cross_keys(name))

@@ -69,10 +69,10 @@ class ProgressCallback(TrainerCallback):
             status(f"{step}, held out: {describe_fields(logs, 'eval_')}")
 
     def _time_left(self, state: Any) -> str:
-        done, left = state.global_step - self.first_step, state.max_steps - state.global_step
-        if not self.started or done <= 0 or not left:
+        done, remaining = state.global_step - self.first_step, state.max_steps - state.global_step
+        if not self.started or done <= 0 or not remaining:
             return ""
-        return f", {readable_seconds((time.monotonic() - self.started) / done * left)} left"
+        return f", {readable_seconds((time.monotonic() - self.started) / done * remaining)} left"
 
 
 def _memory(logs: Mapping[str, Any]) -> str:
@@ -115,5 +115,5 @@ def _best(log: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
     if not scored:
         return ""
     best = (max if greater and prefix else min)(scored, key=lambda entry: float(entry[key]))
-    where = "held out" if prefix else "in training; eval_fraction holds samples out"
-    return f"step {best['step']:,}: {describe_fields(best, prefix)} ({where})"
+    split = "held out" if prefix else "in training; eval_fraction holds samples out"
+    return f"step {best['step']:,}: {describe_fields(best, prefix)} ({split})"

@@ -415,8 +415,8 @@ def chair_by_third(captions: Mapping[str, str], annotations: Annotations) -> dic
     for number, name in enumerate(("first", "second", "last")):
         pairs = []
         for image, caption in captions.items():
-            found = located_mentions(caption, vocabulary)
-            names = [m for begin, _, m in found if 3 * begin // len(caption.split()) == number]
+            located = located_mentions(caption, vocabulary)
+            names = [m for begin, _, m in located if 3 * begin // len(caption.split()) == number]
             pairs.append((sum(m not in annotations.objects[image] for m in names), len(names)))
         tops, bottoms = to_columns(pairs)
         result[name] = {"chair_i": safe_ratio(sum(tops), sum(bottoms)), **rate_intervals({"chair_i": pairs})}
@@ -473,13 +473,13 @@ def coverage_curve(captions: Mapping[str, str], annotations: Annotations) -> lis
     """Score the captions cut after 1, 2, ... words; the last score is that of the whole captions."""
     vocabulary = vocabulary_of(annotations)
     truth = {image: annotations.objects[image] for image in captions}
-    found = {image: located_mentions(caption, vocabulary) for image, caption in captions.items()}
+    located = {image: located_mentions(caption, vocabulary) for image, caption in captions.items()}
     words = {image: caption.split() for image, caption in captions.items()}
     curve = []
     for length in range(1, max(map(len, words.values()), default=0) + 1):
-        named = {image: [name for _, end, name in of_image if end <= length] for image, of_image in found.items()}
+        mentioned = {image: [name for _, end, name in of_image if end <= length] for image, of_image in located.items()}
         cut = {image: " ".join(of_image[:length]) for image, of_image in words.items()}
-        curve.append(count_objects(named, cut, truth))
+        curve.append(count_objects(mentioned, cut, truth))
     return curve
 
 
@@ -542,10 +542,10 @@ def differing_captions(data: Path, first: Path, second: Path) -> list[dict[str, 
         captions = [side[image] for side in sides]
         objects = [[mention.object for mention in mentions(caption, vocabulary)] for caption in captions]
         absent = [[name for name in side if name not in truth.objects[image]] for side in objects]
-        named = [sorted(set(side) & truth.objects[image]) for side in objects]
-        if Counter(absent[0]) != Counter(absent[1]) or named[0] != named[1]:
+        present = [sorted(set(side) & truth.objects[image]) for side in objects]
+        if Counter(absent[0]) != Counter(absent[1]) or present[0] != present[1]:
             row = {"image": image, "objects": sorted(truth.objects[image])}
-            rows.append({**row, "captions": captions, "hallucinated": absent, "named": named})
+            rows.append({**row, "captions": captions, "hallucinated": absent, "named": present})
     return sorted(rows, key=lambda row: -abs(len(row["hallucinated"][0]) - len(row["hallucinated"][1])))
 
 

@@ -129,7 +129,7 @@ def _of_split(path: Path, split: str) -> Path:
     return path.with_name(path.name.replace("val2014", split))
 
 
-def read_objects(reply: str) -> tuple[str, ...] | None:
+def read_object_list(reply: str) -> tuple[str, ...] | None:
     """Parse a judge's list of objects; None unless the reply holds exactly one JSON list of strings."""
     lists = re.findall(r"\[[^\[\]]*\]", reply)
     if len(lists) != 1:
@@ -149,11 +149,11 @@ def listed_objects(names: Sequence[str], vocabulary: Vocabulary) -> list[str]:
     """
     words: dict[str, str] = {}
     for name in names:
-        whole = re.sub(r"^(a|an|the) ", "", " ".join(name.lower().split()))
-        if whole in vocabulary.phrases:
-            words.setdefault(whole, vocabulary.phrases[whole])
+        phrase = re.sub(r"^(a|an|the) ", "", " ".join(name.lower().split()))
+        if phrase in vocabulary.phrases:
+            words.setdefault(phrase, vocabulary.phrases[phrase])
             continue
-        for double in _double_words(whole):
+        for double in _double_words(phrase):
             if double in vocabulary.phrases:
                 words.setdefault(double, vocabulary.phrases[double])
     return [name for name in words.values() if name]
@@ -188,16 +188,18 @@ def score_objhal(
     """
     vocabulary = objhal_vocabulary(data)
     truth = objhal_truth(data, [question.id for question in questions], vocabulary)
-    found = {i: [m.object for m in mentions(text, vocabulary)] for i, text in answers.items()}
-    result: dict[str, Any] = {"word_list": objhal_rates(count_objects(found, answers, truth))}
+    mentioned = {i: [m.object for m in mentions(text, vocabulary)] for i, text in answers.items()}
+    result: dict[str, Any] = {"word_list": objhal_rates(count_objects(mentioned, answers, truth))}
     result["synonyms"] = text_hash(*sorted(f"{word}={name}" for word, name in vocabulary.phrases.items()))
     if judge is not None:
         template, prompt = prompt_template(data / "objhal" / PROGRAM, "prompt_template", TEMPLATE)
-        asked = [question for question in questions if len(answers[question.id].split()) >= SHORTEST]
-        tasks = [Task(_filled(template, question.text, answers[question.id]), read_objects) for question in asked]
+        long_enough = [question for question in questions if len(answers[question.id].split()) >= SHORTEST]
+        tasks = [
+            Task(_filled(template, question.text, answers[question.id]), read_object_list) for question in long_enough
+        ]
         judged = judge.ask(tasks, REQUEST, "Object HalBench judge")
         lists: dict[str, tuple[str, ...] | None] = {question.id: () for question in questions}
-        lists |= {question.id: names for question, names in zip(asked, judged.verdicts, strict=True)}
+        lists |= {question.id: names for question, names in zip(long_enough, judged.verdicts, strict=True)}
         read = {i: listed_objects(names, vocabulary) for i, names in lists.items() if names is not None}
         result["by_judge"] = {
             **objhal_rates(count_objects(read, answers, truth)),

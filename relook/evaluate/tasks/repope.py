@@ -45,27 +45,27 @@ def repope_questions(data: Path) -> dict[str, list[Question]]:
 
 
 def answers_to(
-    questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], asked: Sequence[Question]
+    questions: Sequence[Question], answers: Sequence[Mapping[str, Any]], pope: Sequence[Question]
 ) -> list[dict[str, Any]]:
-    """Select the answers to `questions` among those to a run's questions `asked`, matched by image and text."""
+    """Select the answers to `questions` among those to a run's POPE questions, matched by image and text."""
     # LLaVA's texts have a second line, and its ids are others: only image and first line identify a question.
     id_of = {(question.image.name, question.text): question.id for question in questions}
-    renamed = {question.id: id_of.get((question.image.name, question.text.split("\n")[0])) for question in asked}
-    kept = ((renamed.get(str(record["question_id"])), record) for record in answers)
-    return [{"question_id": id, "answer": record.get("answer", record.get("text"))} for id, record in kept if id]
+    renamed = {question.id: id_of.get((question.image.name, question.text.split("\n")[0])) for question in pope}
+    matched = ((renamed.get(str(record["question_id"])), record) for record in answers)
+    return [{"question_id": id, "answer": record.get("answer", record.get("text"))} for id, record in matched if id]
 
 
 def repope_results(data: Path, folder: Path, parser: str = "official") -> dict[str, Any]:
     """Compute the contents of `repope.json`, from the folder's own answers or else from those of its POPE run."""
     questions = repope_questions(data)
-    own = {split: folder / f"repope_{split}.jsonl" for split in SPLITS}
-    answers = {split: read_pope_answers(path) for split, path in own.items() if path.exists()}
+    paths = {split: folder / f"repope_{split}.jsonl" for split in SPLITS}
+    answers = {split: read_pope_answers(path) for split, path in paths.items() if path.exists()}
     left_out: dict[str, int] = {}
     if not answers:
-        asked = pope_questions(data)
-        given = {split: read_pope_answers(folder / f"pope_{split}.jsonl") for split in SPLITS}
-        answers = {split: answers_to(questions[split], given[split], asked[split]) for split in SPLITS}
-        left_out = {split: len(given[split]) - len(answers[split]) for split in SPLITS}
+        pope = pope_questions(data)
+        records = {split: read_pope_answers(folder / f"pope_{split}.jsonl") for split in SPLITS}
+        answers = {split: answers_to(questions[split], records[split], pope[split]) for split in SPLITS}
+        left_out = {split: len(records[split]) - len(answers[split]) for split in SPLITS}
     results: dict[str, Any] = {split: score_pope(questions[split], answers[split], parser) for split in answers}
     for split, count in left_out.items():
         results[split]["left_out"] = count
@@ -87,8 +87,8 @@ def rescore_repope(answers: Path, inputs: ScoringInputs, parser: str = "official
     if any("question_id" not in record for record in records):
         raise DataError(f"{answers} has no question_id, so it is unclear which answers count.", "Add POPE's ids.")
     ids = {question.id for question in questions}
-    kept = [record for record in records if str(record["question_id"]) in ids]
-    scores = {**score_pope(questions, kept, parser), "left_out": len(records) - len(kept)}
+    labelled = [record for record in records if str(record["question_id"]) in ids]
+    scores = {**score_pope(questions, labelled, parser), "left_out": len(records) - len(labelled)}
     return {**scores, "provenance": provenance(answers, parser=parser, **question_hashes({file.stem: questions}))}
 
 

@@ -38,7 +38,7 @@ from relook.report.plots import attention_before
 from relook.serve.api import ServerLimits
 from relook.serve.chat import AnswerStream, read_request
 from relook.serve.media import ImageSources
-from relook.serve.page.dialogue import Answer, Dialogue
+from relook.serve.page.dialogue import Answer, Dialogue, Finish
 from relook.serve.page.texts import ENGLISH
 from relook.serve.protocol import APIError, ChatRequest
 from relook.serve.threads import Readers
@@ -139,7 +139,8 @@ class Page:
         try:
             return self.sources.read(_url(path))
         except DataError as error:
-            raise APIError(400, str(error), "bad_picture" if _is_file(path) else "no_picture") from None
+            exists = _is_below(path, self.folder) and Path(path).is_file()
+            raise APIError(400, str(error), "bad_picture" if exists else "no_picture") from None
 
     def check(self, path: str) -> None:
         """Raise APIError if a picture cannot be given to a model."""
@@ -182,7 +183,7 @@ class Page:
         try:
             async for index, event in stream:
                 if event.text or event.finish:
-                    finish = "length" if event.finish == "length" else "stop" if event.finish else ""
+                    finish: Finish = "length" if event.finish == "length" else "stop" if event.finish else ""
                     answers[index] = Answer(text=answers[index].text + event.text, finish=finish)
                     yield tuple(answers)
         finally:
@@ -271,10 +272,11 @@ def training_pictures(folder: Path) -> Iterator[Path]:
             yield from (Path(parent, name) for name in sorted(names) if name.lower().endswith(PICTURE_TYPES))
 
 
-def _is_file(path: str) -> bool:
+def _is_below(path: str, folder: Path) -> bool:
+    """Return True if a path, with its links followed, leads below a folder; False for any other text."""
     try:
-        return Path(path).is_file()
-    except ValueError:  # a NUL byte
+        return Path(path).resolve().is_relative_to(folder.resolve())
+    except (ValueError, OSError, RuntimeError):  # a NUL byte, a name too long, links in a circle
         return False
 
 
@@ -312,10 +314,7 @@ class Uploads:
 
     def has(self, path: str) -> bool:
         """Return True if a path, with its links followed, leads below the folder; False for any other text."""
-        try:
-            return Path(path).resolve().is_relative_to(self.folder.resolve())
-        except (ValueError, OSError, RuntimeError):  # a NUL byte, a name too long, links in a circle
-            return False
+        return _is_below(path, self.folder)
 
     def full(self) -> bool:
         """Return True if no more uploads are taken."""

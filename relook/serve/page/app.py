@@ -254,16 +254,16 @@ class Actions:
 
     def look(self, request: gr.Request, event: gr.EventData, state: Raw) -> Outputs:
         """Show where a model looked before the clicked word, below its answer."""
-        conversation, place = self._parse(state), Place.parse(_value(event._data, "place"))
+        conversation, word = self._parse(state), Place.parse(_value(event._data, "place"))
         names = list(self.page.engines)
-        if place is None or place.model >= len(names) or place.exchange >= len(conversation.exchanges):
+        if word is None or word.model >= len(names) or word.exchange >= len(conversation.exchanges):
             return {}
-        turns = conversation.turns(place.model, place.exchange)
+        turns = conversation.turns(word.model, word.exchange)
         try:
-            attention = self.page.look(names[place.model], conversation.picture, turns, place.piece)
+            attention = self.page.look(names[word.model], conversation.picture, turns, word.piece)
         except APIError as error:
             return {self.parts.chat: self._view(request).chat(conversation), **self._notice(request, error)}
-        return {self.parts.chat: self._view(request).chat(conversation, place, attention)}
+        return {self.parts.chat: self._view(request).chat(conversation, word, attention)}
 
     def _parse(self, state: Raw) -> Dialogue:
         return Dialogue.parse(state, list(self.page.engines))

@@ -7,7 +7,7 @@ from relook.serve.protocol import APIError
 ENGLISH = {
     "title": "Ask a model about a picture",
     "lead": "{name} answers questions about the picture.",
-    "lead_compared": "{name} and {others} answer the same question side by side: the difference is what training did.",
+    "lead_compared": "{name} and {others} answer the same question side by side, so that you can compare them.",
     "looks": "Click a word of an answer to see where the model looked just before it wrote that word.",
     "start": "Choose a picture and ask, or click an example: it is asked “{question}” at once.",
     "picture": "Picture",
@@ -66,7 +66,7 @@ ENGLISH = {
 CHINESE = {
     "title": "就图片向模型提问",
     "lead": "{name} 回答关于图片的问题。",
-    "lead_compared": "{name} 与 {others} 并排回答同一个问题：差别就是训练的作用。",
+    "lead_compared": "{name} 与 {others} 并排回答同一个问题，便于对比。",
     "looks": "点击回答中的一个词，查看模型写下它之前看向图片的哪里。",
     "start": "选择一张图片并提问，或点击一个示例：会立即提问“{question}”。",
     "picture": "图片",

@@ -56,9 +56,9 @@ class View:
 
     def head(self) -> str:
         """Render the title, and what the page is for."""
-        name, *others = self.page.engines
-        key = "lead_compared" if others else "lead"
-        lead = translate(self.language, key, name=name, others=", ".join(others))
+        name, *other_models = self.page.engines
+        key = "lead_compared" if other_models else "lead"
+        lead = translate(self.language, key, name=name, others=", ".join(other_models))
         return self._render("head.html.j2", lead=lead, looks=any(map(self._looks, self.page.engines)))
 
     def panel(self, conversation: Dialogue) -> str:
@@ -80,11 +80,11 @@ class View:
             galleries.append({"title": title, "examples": pictures})
         return self._render("panel.html.j2", picture=_url(Path(path)) if path else "", facts=facts, galleries=galleries)
 
-    def chat(self, conversation: Dialogue, place: Place | None = None, attention: AttentionMap | None = None) -> str:
+    def chat(self, conversation: Dialogue, word: Place | None = None, attention: AttentionMap | None = None) -> str:
         """Render the conversation.
 
         Args:
-            place: the clicked word, below whose answer `attention` is shown, or that there is nothing to show.
+            word: the clicked word, below whose answer `attention` is shown, or that there is nothing to show.
         """
         try:
             objects = self.page.known_objects(conversation.picture)
@@ -96,7 +96,7 @@ class View:
                 "once_more": self._once_more(exchange),
                 "note": "" if conversation.picture or i else translate(self.language, "without_picture"),
                 "answers": [
-                    self._answer(conversation, Place(i, j, -1), answer, objects, place, attention)
+                    self._answer(conversation, Place(i, j, -1), answer, objects, word, attention)
                     for j, answer in enumerate(exchange.answers)
                 ],
             }
@@ -111,11 +111,11 @@ class View:
         at: Place,
         answer: Answer,
         objects: frozenset[str] | None,
-        place: Place | None,
+        word: Place | None,
         attention: AttentionMap | None,
     ) -> dict[str, Any]:
         names = list(self.page.engines)
-        name, here = names[at.model], place is not None and (place.exchange, place.model) == (at.exchange, at.model)
+        name, here = names[at.model], word is not None and (word.exchange, word.model) == (at.exchange, at.model)
         # While an answer grows a map would vanish with the next word.
         clickable = bool(conversation.picture) and not conversation.running and self._looks(name)
         pieces = self.page.pieces(answer.text, objects)
@@ -131,7 +131,7 @@ class View:
                     "absent": piece.absent,
                     "marked": piece.absent and _ends_mention(pieces, i),
                     "clickable": clickable and piece.word,
-                    "pressed": here and place is not None and place.piece == i,
+                    "pressed": here and word is not None and word.piece == i,
                 }
                 for i, piece in enumerate(pieces)
             ],

@@ -1,0 +1,108 @@
+"""What photoworld's stages share: sizes, files of the work folder, and relook's commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from analysis import summary
+from scenes import Scene
+
+from relook.files import read_json
+
+HERE = Path(__file__).resolve().parent
+FIRST_ID = {"sft": 1_000_000, "pairs": 2_000_000, "dev": 3_000_000, "test": 4_000_000}  # an image's id is its seed
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: scenes of each split, and the settings that depend on it."""
+
+    scenes: dict[str, int] = field(default_factory=lambda: {"sft": 20000, "pairs": 4000, "dev": 300, "test": 600})
+    tower: tuple[int, int] = (384, 8)  # width, layers
+    tower_seconds: float = 80
+    layers: int = 30  # of the language model
+    align_steps: int = 300
+    sft: tuple[str, ...] = ("--bf16", "true")
+    tune: tuple[str, ...] = ("--bf16", "true")
+    evaluation: tuple[str, ...] = ("--dtype", "bfloat16", "--batch-size", "256", "--max-new-tokens", "140")
+    mined: int = 2500  # captions of the base
+    probe_steps: int = 1500
+    jobs: int = 6  # processes that share the GPU
+    seeds: tuple[int, ...] = (1, 2)
+    shared_cache: bool = True  # of the variants of the same pairs, on disk
+    only: tuple[str, ...] = ()  # variants of the study; empty: all
+    study_seconds: float = 0  # no variant is begun after so long; 0: all are
+
+
+TINY = Sizes(
+    scenes={"sft": 48, "pairs": 16, "dev": 12, "test": 12},
+    tower=(64, 2),
+    tower_seconds=6,
+    layers=2,
+    align_steps=10,
+    sft=("--max_steps", "12", "--per_device_train_batch_size", "8", "--warmup_steps", "2", "--save_steps", "1000"),
+    tune=("--max_steps", "3", "--per_device_train_batch_size", "8", "--warmup_steps", "1"),
+    evaluation=("--batch-size", "32", "--max-new-tokens", "24"),
+    probe_steps=10,
+    jobs=1,
+    seeds=(1,),
+)
+
+
+@dataclass(frozen=True)
+class Paths:
+    assets: Path
+    work: Path
+
+    def data(self, split: str) -> Path:
+        return self.work / "data" / split
+
+    def pixels(self, split: str) -> Path:
+        return self.data(split) / "pixels.npy"
+
+    @property
+    def base(self) -> Path:
+        return self.work / "base"
+
+
+def picture_of(folder: Path, split: str, number: int) -> Path:
+    image_id = FIRST_ID[split] + number
+    return folder / (f"images/{image_id}.jpg" if split == "sft" else f"val2014/COCO_val2014_{image_id:012d}.jpg")
+
+
+def read_scenes(paths: Paths, split: str) -> list[Scene]:
+    return [Scene.from_json(record) for record in read_json(paths.data(split) / "scenes.json")]
+
+
+def load_pixels(paths: Paths, split: str) -> tuple[Any, Any]:
+    import torch
+
+    pixels = torch.from_numpy(np.load(paths.pixels(split)))
+    return pixels, torch.from_numpy(np.load(paths.data(split) / "patches.npy").astype(np.int64))
+
+
+def relook(paths: Paths, log: str, *words: str | Path, module: str = "-m relook") -> None:
+    """Run relook's command in a process of its own; its output goes to a log file, the end of it to an error."""
+    file = paths.work / "log" / f"{log}.txt"
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w") as stream:
+        done = subprocess.run(
+            [sys.executable, *module.split(), *map(str, words)], stdout=stream, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise RuntimeError(f"{log} failed:\n{file.read_text()[-2500:]}")
+
+
+def evaluate(paths: Paths, sizes: Sizes, name: str, model: Path, split: str, *change: str) -> dict[str, Any]:
+    """Answer POPE and CHAIR (what is answered is kept) and return the scores that tables show."""
+    out = paths.work / "eval" / split / name
+    if not ((out / "chair.json").exists() and (out / "pope.json").exists()):
+        words = ("pope", "chair", "--model", model, "--data", paths.data(split), "--out", out, "--version", "llava_hf")
+        module = f"{HERE / 'changed.py'} {' '.join(change)} --" if change else "-m relook"
+        relook(paths, f"eval-{split}-{name}", "eval", *words, *sizes.evaluation, module=module)
+    return summary(out)

@@ -1,0 +1,119 @@
+"""Check of a model of an untested family against transformers' own forward pass and `generate`.
+
+Packed trees must give what separate rows give, and the engine must write what `generate` writes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from relook.data.images import GRID, RecentCache
+from relook.data.packing import Tree
+from relook.data.templates import IMAGE, TemplatePiece
+from relook.errors import CheckpointError
+from relook.forward.collate import build_live_batch
+from relook.forward.policy import Policy
+from relook.forward.positions import row_positions
+from relook.generate.model_runner import ModelRunner
+from relook.generate.scheduler import Scheduler, feature_bytes
+from relook.generate.text import Text
+
+if TYPE_CHECKING:
+    from relook.model.load import LoadedModel
+
+SIZES = [(90, 60), (500, 700)]  # width and height of pictures: a model may cut a large one into tiles
+ANSWERS = (" A cup of tea.", " Two dogs on the grass, and a cat.")
+TOKENS = 4  # of the answer
+TOLERANCE = {torch.float32: 1e-3}  # of log-probs; half precision rounds at about 1e-1
+
+
+def check_family(loaded: LoadedModel) -> None:
+    """Compare trees of an image and two answers with their rows, and an answer of the engine with `generate`'s.
+
+    Raises:
+        CheckpointError: they differ, or the model or its processor lacks an interface that relook needs.
+    """
+    kind = loaded.core.config.model_type
+    advice = "docs/trunks.md says what a family needs; the tested ones are listed there."
+    try:
+        difference = max(_difference(loaded, _noise(size)) for size in SIZES)
+        same_answer = _answers_alike(loaded, _noise(SIZES[0]))
+    except Exception as error:  # of an unknown class: anything may be missing anywhere
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{loaded.path} is a {kind}, which relook cannot read: {reason}", advice) from error
+    if not difference <= TOLERANCE.get(loaded.core.dtype, 0.25):
+        raise CheckpointError(
+            f"{loaded.path} is a {kind}, of which relook would compute something else: log-probs of packed answers "
+            f"differ from those of separate ones by {difference:.1e}.",
+            advice,
+        )
+    if not same_answer:
+        raise CheckpointError(f"{loaded.path} is a {kind}, whose answers the engine would change.", advice)
+
+
+def _noise(size: tuple[int, int]) -> Image.Image:
+    values = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(values.numpy())
+
+
+@torch.inference_mode()
+def _difference(loaded: LoadedModel, picture: Image.Image) -> float:
+    """Return the largest difference of log-probs between a tree and transformers' own forward pass on its rows."""
+    encoder, core = loaded.plain_encoder(), loaded.core
+    positions = encoder.positions([picture])
+    _check_placeholders(loaded, picture, positions[0])
+    question = TemplatePiece(f"Look: {IMAGE} What is it?")
+    tree = Tree.of([encoder.row([question, TemplatePiece(answer, True)], positions) for answer in ANSWERS])
+    policy = Policy(core, core.dtype, trunk_pass="dense")
+    batch = build_live_batch(policy, loaded.images, loaded.pad_id, [(tree, [picture])])
+    ours = policy(batch.to(core.device))
+    images = {
+        name: value.to(core.device, core.dtype) if value.is_floating_point() else value.to(core.device)
+        for name, value in loaded.images.batch([picture]).items()
+    }
+    theirs: list[Tensor] = []
+    for branch in tree.branches:
+        ids = torch.tensor([[*tree.prefix, *branch.ids]], device=core.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **loaded.token_types(ids)}
+        log_probs = core(**inputs, **images).logits[0].float().log_softmax(-1)
+        targets = ids[0, len(tree.prefix) :]
+        theirs.append(log_probs[len(tree.prefix) - 1 : -1].gather(-1, targets[:, None])[:, 0])
+    return float((ours - torch.cat(theirs)).abs().max())
+
+
+@torch.inference_mode()
+def _answers_alike(loaded: LoadedModel, picture: Image.Image) -> bool:
+    """Return True if the engine's greedy tokens are those of `generate`; in half precision, the first one."""
+    encoder, core = loaded.plain_encoder(), loaded.core
+    inputs = loaded.images.inputs(picture)
+    ids = encoder.row([TemplatePiece(f"Look: {IMAGE} What is it?")], encoder.positions([picture])).ids
+    runner = ModelRunner(loaded, len(ids) + TOKENS, compiled=False)
+    scheduler = Scheduler(runner, 1, lambda _: inputs, RecentCache(1 << 30, feature_bytes))
+    text = Text(ids, (0,), TOKENS, lambda *_: False)
+    text.positions = row_positions(core.config, ids, [inputs.get(GRID)])
+    scheduler.waiting.append(text)
+    while scheduler.busy:
+        scheduler.step()
+    row = torch.tensor([ids], device=core.device)
+    inputs_of_row = {"input_ids": row, "attention_mask": torch.ones_like(row), **loaded.token_types(row)}
+    inputs_of_row |= {
+        name: value.to(core.device, core.dtype) if value.is_floating_point() else value.to(core.device)
+        for name, value in loaded.images.batch([picture]).items()
+    }
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    expected = core.generate(**inputs_of_row, **greedy, eos_token_id=None)[0, len(ids) :].tolist()
+    return bool(text.tokens == expected or (core.dtype != torch.float32 and text.tokens[:1] == expected[:1]))
+
+
+def _check_placeholders(loaded: LoadedModel, picture: Image.Image, positions: int) -> None:
+    """Raise ValueError if the processor writes an image in another way than by so many neighbouring placeholders."""
+    processed = loaded.processor(images=[picture], text=[loaded.image_token], return_tensors="pt")
+    places = (processed["input_ids"][0] == loaded.core.config.image_token_id).nonzero().flatten().tolist()
+    if len(places) != positions:
+        raise ValueError(f"its processor writes {len(places)} placeholders for an image, but counts {positions}")
+    if places[-1] - places[0] + 1 != positions:
+        raise ValueError("its processor writes text between the parts of an image")

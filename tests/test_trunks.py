@@ -1,0 +1,351 @@
+"""Trunks other than LLaVA by the generic way: Qwen2.5-VL from its hub layout to the trained and exported model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import dpo_keys, scramble, sft_keys, write_world
+from helpers.trunks import save_trunk
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from relook import LoadedModel, load_model
+from relook.data.packing import TokenRow, Tree, pack
+from relook.data.samples import Conversation, PreferencePair, Turn
+from relook.errors import CheckpointError, DataError
+from relook.forward import policy
+from relook.forward.collate import Collator, Item
+from relook.forward.policy import Policy
+from relook.forward.positions import tree_positions
+from relook.generate import model_runner
+from relook.generate.answering import GenerationSettings, answer_questions
+from relook.generate.engine import Engine
+from relook.generate.request import EngineLimits, Request
+from relook.model import families
+from relook.model.export import WriteOptions, export_for, export_model, merge_adapter
+from relook.model.inspect import inspect_model
+from relook.model.load import add_post_decoder
+from relook.recipe import build_recipe
+from relook.train.run import train
+
+SIZES = [(40, 24), (24, 56), (100, 30), (16, 16)]  # width, height
+pytestmark = pytest.mark.usefixtures("no_trunk_cache")
+
+
+# Qwen2.5-VL in the default suite, the others where minutes do not matter.
+KINDS = ["qwen2_5_vl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2_vl", "qwen3_vl", "glm4v"))]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_trunk(tmp_path_factory.mktemp(request.param) / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedModel:
+    return load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Toyworld's pairs with pictures of all shapes."""
+    root = write_world(tmp_path_factory.mktemp("world"))
+    for i, path in enumerate(sorted(root.rglob("*.jpg"))):
+        Image.open(path).resize(SIZES[i % len(SIZES)]).save(path)
+    return root
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator).numpy())
+
+
+def with_decoder(folder: Path, trained: bool = True, **settings: Any) -> LoadedModel:
+    loaded = load_model(folder)
+    generator = torch.Generator().manual_seed(1)
+    loaded.model = add_post_decoder(loaded.model, settings, generator).eval()
+    if trained:
+        scramble(loaded.model.model.post_decoder, generator)
+    return loaded
+
+
+# --- loading and encoding
+
+
+def messages(count: int, text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}] * count + [{"type": "text", "text": text}]}]
+
+
+def test_a_prompt_is_that_of_the_processor_and_its_chat_template(loaded: LoadedModel) -> None:
+    images = [picture(size) for size in SIZES[:2]]
+    ours = loaded.encode(images, "What is this?")
+    text = loaded.processor.apply_chat_template(messages(2, "What is this?"), add_generation_prompt=True)
+    theirs = loaded.processor(images=images, text=[text], return_tensors="pt")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    turns = [Turn("<image>\nWhat is this?", "A cup."), Turn("Where?", "")]
+    ids = loaded.encoder().prompt("Where?", images[:1], turns[:1])
+    history = [
+        *messages(1, "What is this?"),
+        {"role": "assistant", "content": [{"type": "text", "text": "A cup."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Where?"}]},
+    ]
+    text = loaded.processor.apply_chat_template(history, add_generation_prompt=True)
+    assert list(ids) == loaded.processor(images=images[:1], text=[text])["input_ids"][0]
+
+
+def test_the_placeholder_in_a_text_is_no_image(loaded: LoadedModel) -> None:
+    encoder = loaded.encoder()
+    image = picture(SIZES[0])
+    token = loaded.image_token
+    assert len(encoder.prompt(f"{token}?", [image])) > len(encoder.prompt("?", [image])) + 1  # letters
+    with pytest.raises(DataError, match="placeholder"):
+        encoder.learned([Turn(f"<image>\n{token}?", "No.")], [image], "1")
+
+
+def test_inspect_traces_its_tensors(folder: Path, tmp_path: Path) -> None:
+    picture(SIZES[0]).save(tmp_path / "a.png")
+    found = inspect_model(folder, image=tmp_path / "a.png", prompt="What?")
+    assert found["trains"]["projector"]["parts"] == {"visual": found["trains"]["projector"]["trains"]}
+    shapes = {row["name"]: row["shape"] for row in found["tensors"] if row["step"] == "prefill"}
+    assert shapes["merged embeddings"][-1] == 32
+    assert shapes["projected features"] == (15, 32)
+
+
+def test_hybrids_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"qwen3_5 .* linear_attention: these carry a state"):
+        load_model(save_trunk(tmp_path / "hybrid", "qwen3_5"))
+
+
+def test_a_family_that_nobody_named_is_loaded_and_read(tmp_path: Path) -> None:
+    loaded = load_model(save_trunk(tmp_path / "unnamed", "llava_onevision"))  # checked against transformers here
+    assert not families.is_tested(loaded.core.config)
+    images = [picture((40, 24))]
+    text = loaded.processor.apply_chat_template(messages(1, "What is this?"), add_generation_prompt=True)
+    theirs = loaded.processor(images=images, text=[text], return_tensors="pt")
+    assert torch.equal(loaded.encode(images, "What is this?")["input_ids"], theirs["input_ids"])
+
+
+def test_an_untested_family_is_checked_when_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_trunk(tmp_path / "unknown", "qwen3_vl")
+    monkeypatch.setattr(families, "FAMILIES", {})
+    load_model(folder)
+    # Without what its first layers add, it would be another model.
+    monkeypatch.setattr(policy, "deepstack_rows", lambda image: [])
+    with pytest.raises(CheckpointError, match="qwen3_vl, of which relook would compute something else"):
+        load_model(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(families, "FAMILIES", {})
+    monkeypatch.setattr(model_runner, "deepstack_rows", lambda image: [])
+    with pytest.raises(CheckpointError, match="qwen3_vl, whose answers the engine would change"):
+        load_model(folder)
+
+
+# --- trees
+
+
+def examples_of(loaded: LoadedModel, world: Path) -> list[Any]:
+    encoder = loaded.encoder()
+    paths = sorted((world / "vg").rglob("*.jpg"))[:4]
+    answers = ("There is a cup.", "There is a dog in the image.")
+    return [encoder.pair(PreferencePair("p", path, "Describe this image.", *answers)) for path in paths] + [
+        encoder.conversation(
+            Conversation(
+                "c", tuple(paths[:2]), (Turn("<image>\nWhat?", "A cup."), Turn("And <image>\nthis?", "A dog."))
+            )
+        )
+    ]
+
+
+def row_log_probs(loaded: LoadedModel, items: Sequence[Item]) -> Tensor:
+    """Log-probs of the targets by transformers' own forward pass, one branch at a time."""
+    found = []
+    for item in items:
+        tree = item.example.tree
+        for branch in tree.branches:
+            ids = torch.tensor([[*tree.prefix, *branch.ids]])
+            inputs = {"input_ids": ids, "mm_token_type_ids": (ids == loaded.core.config.image_token_id).long()}
+            inputs |= loaded.images.batch(item.example.images)
+            log_probs = loaded.core(**inputs).logits[0].log_softmax(-1)
+            places = [len(tree.prefix) + i for i, flag in enumerate(branch.supervised) if flag]
+            found += [log_probs[place - 1, ids[0, place]] for place in places]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}], ids=str)
+@torch.no_grad()
+def test_trees_are_equal_to_separate_rows(folder: Path, world: Path, settings: dict[str, Any] | None) -> None:
+    loaded = load_model(folder) if settings is None else with_decoder(folder, **settings)
+    collator = Collator(Policy(loaded.core), loaded.images, loaded.pad_id)
+    items = sorted(map(Item, examples_of(loaded, world)), key=lambda item: -len(item.example.tree))
+    batch = collator(items)["batch"]
+    assert batch.packed.position_ids.shape == (3, *batch.packed.ids.shape)
+    ours, theirs = collator.policy(batch), row_log_probs(loaded, items)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    # Controls: numbers that only count tokens, and a branch that sees the one before it.
+    counting = batch.packed.position_ids[:1].expand(3, -1, -1)
+    leaking = batch.packed.last_query.clone().clamp(min=batch.packed.ids.shape[1] - 1)
+    for change in ({"position_ids": counting}, {"last_query": leaking}):
+        packed = type(batch.packed)(**{**vars(batch.packed), **change})
+        wrong = collator.policy(type(batch)(**{**vars(batch), "packed": packed}))
+        assert (wrong - theirs).abs().max() > 1e-2
+
+
+def test_branches_restart_behind_the_prefix_in_all_three_numbers(loaded: LoadedModel) -> None:
+    config = loaded.core.config
+    branches = tuple(TokenRow((1,) * n, (True,) * n) for n in (2, 3))
+    tree = Tree((5, *[config.image_token_id] * 6, 6), branches)
+    (numbers,) = tree_positions(config, [tree], [1], torch.tensor([[1, 4, 6]])) or ()
+    time = [0, 1, 1, 1, 1, 1, 1, 4, 5, 6, 5, 6, 7]  # the text goes on behind the longest side, which is 3
+    row = [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 5, 6, 7]
+    column = [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 5, 6, 7]
+    assert numbers.tolist() == [time, row, column]
+    packed = pack([tree, tree], 0, row_length=40, root_length=1, positions=[numbers, numbers])
+    assert packed.position_ids[:, 0, : len(tree)].tolist() == numbers.tolist()
+    assert packed.position_ids[:, 0, len(tree) : 2 * len(tree) - 1].tolist() == numbers[:, 1:].tolist()
+
+
+# --- the post decoder and generate
+
+
+ROWS = [[picture(SIZES[1])], [picture(SIZES[2], 1), picture(SIZES[0], 2)], [picture(SIZES[3], 3)]]
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+def test_a_batch_says_what_its_rows_say_alone(folder: Path, how: dict[str, Any]) -> None:
+    loaded = with_decoder(folder, depth=2)
+    rows = [loaded.encode(row, "Is there a cup?") for row in ROWS]
+    longest = max(row["input_ids"].shape[1] for row in rows)
+
+    def together(name: str, pad: int) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(r[name], (longest - r[name].shape[1], 0), value=pad) for r in rows])
+
+    batch = {"input_ids": together("input_ids", loaded.pad_id)}
+    batch |= {name: together(name, 0) for name in ("attention_mask", "mm_token_type_ids")}
+    batch |= {name: torch.cat([row[name] for row in rows]) for name in ("pixel_values", "image_grid_thw")}
+    token = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": -1, **how}
+    answers = loaded.core.generate(**batch, **token)[:, longest:].tolist()
+    assert answers != load_model(folder).core.generate(**batch, **token)[:, longest:].tolist()
+    for row, answer in zip(rows, answers, strict=True):
+        assert loaded.core.generate(**row, **token)[0, row["input_ids"].shape[1] :].tolist() == answer
+
+
+@torch.no_grad()
+def test_an_untrained_post_decoder_leaves_every_logit_as_it_was(folder: Path, loaded: LoadedModel) -> None:
+    inputs = loaded.encode(ROWS[1], "What?")
+    assert torch.equal(with_decoder(folder, False).core(**inputs).logits, loaded.core(**inputs).logits)
+
+
+# --- training
+
+
+def world_keys(task: str, folder: Path, world: Path, out: Path, **keys: Any) -> dict[str, Any]:
+    keys = {"per_device_train_batch_size": 24, "max_steps": 3, **keys}
+    return (dpo_keys if task == "dpo" else sft_keys)(folder, world, out, **keys) | {"version": "v1"}
+
+
+REGIMES: dict[str, dict[str, Any]] = {
+    "head": {"tune_lm_head": True},
+    "post_decoder": {"tune_post_decoder": True},
+    "lora": {"lora_enable": True, "lora_r": 4},
+    "projector": {"tune_mm_mlp_adapter": True},
+    "full": {},
+}
+FAST = {("post_decoder", "dpo"), ("lora", "sft")}
+
+
+@pytest.mark.parametrize(
+    ("regime", "task"),
+    [
+        pytest.param(regime, task, marks=[] if (regime, task) in FAST else pytest.mark.slow)
+        for regime in REGIMES
+        for task in ("dpo", "sft")
+    ],
+)
+def test_what_a_run_leaves_is_loaded_merged_and_exported(
+    regime: str, task: str, folder: Path, world: Path, tmp_path: Path
+) -> None:
+    out = train(build_recipe(world_keys(task, folder, world, tmp_path / "run", **REGIMES[regime])))
+    log = json.loads((out / "run.json").read_text())["log"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0]
+    if task == "dpo":
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the log rounds to four decimals
+    tuned, base = load_model(out), load_model(folder)
+    inputs = base.encode(ROWS[1], "What?")
+    with torch.no_grad():
+        logits = tuned.core(**inputs).logits
+        assert not torch.allclose(logits, base.core(**inputs).logits, atol=1e-4)
+    if regime != "full":
+        assert (merge_adapter(folder, out, tmp_path / "merged") or 0.0) < 1e-5
+    assert (export_model(out, tmp_path / "exported") or 0.0) < 1e-5
+    assert load_model(tmp_path / "exported").template == "chat"
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "exported", trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, logits, atol=1e-5, rtol=1e-5)
+    if regime != "post_decoder":
+        assert type(plain).__module__.startswith("transformers.models.")
+        assert (export_for(out, tmp_path / "vllm", "vllm", WriteOptions()) or 0.0) < 1e-5
+
+
+@pytest.mark.parametrize("keys", [{"tune_post_decoder": True}, {"tune_lm_head": True}], ids=str)
+def test_cached_states_train_to_the_same_weights_as_live_ones(
+    keys: dict[str, Any], folder: Path, world: Path, tmp_path: Path
+) -> None:
+    found = []
+    for cache in ("disk", "off"):
+        recipe = world_keys("dpo", folder, world, tmp_path / cache, optim="sgd", learning_rate=0.1, feature_cache=cache)
+        found.append(load_model(train(build_recipe(recipe | keys))).model.state_dict())
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+# --- answers
+
+
+@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}], ids=str)
+def test_answers_are_those_of_generate(folder: Path, world: Path, settings: dict[str, Any] | None) -> None:
+    loaded = load_model(folder) if settings is None else with_decoder(folder, **settings)
+    paths = sorted((world / "vg").rglob("*.jpg"))
+    questions: list[Any] = [(path, f"Is there a {name} in the image?") for path in paths for name in ("cup", "dog")]
+    questions.append(((paths[0], paths[1]), "Which of both?"))
+    found = dict(
+        answer_questions(loaded, questions, GenerationSettings(max_new_tokens=6, batch_size=4), lambda *_: None)
+    )
+    for i in (0, 3, 6, len(questions) - 1):
+        images = [questions[i][0]] if isinstance(questions[i][0], Path) else list(questions[i][0])
+        assert found[i] == loaded.generate(images, questions[i][1], max_new_tokens=6)
+
+
+def test_a_conversation_goes_on_in_the_engine(folder: Path, tmp_path: Path) -> None:
+    loaded = load_model(folder)
+    engine = Engine(loaded, EngineLimits(slots=2, length=400))
+    try:
+        picture(SIZES[1]).save(tmp_path / "a.png")
+        image = engine.image((tmp_path / "a.png").read_bytes())
+        turns = [Turn("<image>\nWhat is this?", "A cup of tea."), Turn("And where?", "")]
+        for said in (turns[:1], turns):
+            asked = [*said[:-1], Turn(said[-1].prompt, "")]
+            ids = engine.prompt(asked, [image])
+            text = "".join(event.text for event in engine.stream(Request(ids, (image,), max_new_tokens=6)))
+            inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+            inputs |= loaded.token_types(inputs["input_ids"]) | loaded.images.batch([tmp_path / "a.png"])
+            expected = loaded.core.generate(**inputs, do_sample=False, max_new_tokens=6)[0, len(ids) :]
+            assert text.strip() == loaded.decode(expected)
+    finally:
+        engine.stop()
+
+
+def test_the_page_lists_the_families_and_the_suite_that_runs_them() -> None:
+    page = (Path(__file__).parents[1] / "docs/trunks.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    slow = {kind.values[0]: "slow" for kind in KINDS if not isinstance(kind, str)}
+    assert {row[1].strip("`"): row[-1] for row in rows[2:]} == {
+        kind: slow.get(kind, "default") for kind in families.FAMILIES
+    }
