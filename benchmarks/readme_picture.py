@@ -105,7 +105,6 @@ def photograph(page: Path, out: Path, chromium: str) -> None:
         view.goto(page.resolve().as_uri())
         view.screenshot(path=out)
         browser.close()
-    Image.open(out).convert("RGB").quantize(128).save(out, optimize=True)  # few colours: a third of the bytes
 
 
 if __name__ == "__main__":
