@@ -51,8 +51,8 @@ PRIVATE: dict[str, Any] = {
     "_save_checkpoint": Trainer,
     "_save_optimizer_and_scheduler": Trainer,
 }
-# Of Python itself; of DeepSpeed, where it has taken a model over.
-OTHER = {"_exit", "_hp_mapping"}
+# Of Python itself; of DeepSpeed, where it has taken a model over; of Gradio's events (`_data`).
+OTHER = {"_asdict", "_data", "_exit", "_hp_mapping"}
 
 
 def private_names() -> set[str]:
