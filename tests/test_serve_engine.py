@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.serving import NEW, PICTURES, Held, png, until
 from helpers.tiny import tiny_llava, tiny_relook
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from test_answering import MODELS, TEXTS, as_loaded
@@ -355,6 +355,7 @@ def test_pieces_of_a_text_are_the_whole(ids: list[int], stops: list[str]) -> Non
 
 
 @given(ids=st.lists(st.integers(0, 1023), min_size=1, max_size=20), stop=st.text("aeit 狗", min_size=1, max_size=2))
+@example(ids=[197, 0], stop="a")  # half a character, and a special token
 def test_tokens_join_to_the_text_that_came_with_them(ids: list[int], stop: str, tiny: Path) -> None:
     """Llama's tokens in any order: bytes, halves of characters, spaces, special ones."""
     tokenizer = load_tokenizer(tiny / "ckpt_safetensors")
