@@ -74,7 +74,9 @@ def plain_table(*columns: str, right: Collection[str] = ()) -> Table:
     """Build a table without rules; the columns named in `right` hold numbers and are right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        # Where columns do not fit, text is folded before numbers are.
+        number = column in right
+        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number)
     return table
 
 

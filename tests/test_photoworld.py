@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -91,9 +92,33 @@ def test_caption_pairs_differ_in_nouns_alone_and_by_the_dose(assets: Path) -> No
         assert 0.1 < (false[dose, "rejected"] - false[dose, "chosen"]) / mentions < 0.4
 
 
+def test_corrected_captions_name_nothing_absent(tmp_path: Path) -> None:
+    import analysis
+
+    names = ["dog", "apple", "car"]
+    images = ["COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg", "COCO_val2014_000000000003.jpg"]
+    instances = {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(images, 1)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
+        "annotations": [
+            {"id": number, "image_id": image, "category_id": category}
+            for number, (image, category) in enumerate([(1, 1), (1, 2), (2, 1), (3, 1)], 1)
+        ],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2014.json").write_text(json.dumps(instances))
+    texts = ["A park. A car is near. A dog is left.", "A park. A dog is left. A car is near. End.", "A dog is left."]
+    lines = [json.dumps({"image": image, "caption": text}) for image, text in zip(images, texts, strict=True)]
+    (tmp_path / "chair.jsonl").write_text("\n".join(lines))
+    assert analysis.corrected(tmp_path, tmp_path) == {
+        images[0]: ("A park. An apple is near. A dog is left.", texts[0]),  # the apple was not named
+        images[1]: ("A park. A dog is left. End.", texts[1]),  # nothing else is there
+    }
+
+
 def test_cut_tokenizer_keeps_tokens() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
     import fetch
+    import tokenizers
 
     corpus = ["Is there a dog in the image?", "There is a cat on the left side.", "unrelated words entirely"] * 50
     full = tokenizers.ByteLevelBPETokenizer()
@@ -153,12 +178,14 @@ def test_the_chain_runs_in_a_tiny_form(assets: Path, tmp_path: Path) -> None:
     assert {"cross-1", "none-1", "swapped-1", "lora-1", "base"} <= results["study"]["rows"].keys()
 
 
-def test_blocks_are_dequantised_as_gguf_does() -> None:
-    gguf = pytest.importorskip("gguf")
+def test_blocks_are_dequantised_by_their_layout() -> None:
     import llava
 
-    values = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
-    for kind, number in (("q4_1", gguf.GGMLQuantizationType.Q4_1), ("q8_0", gguf.GGMLQuantizationType.Q8_0)):
-        blocks = gguf.quants.quantize(values, number)
-        ours = llava.dequantised(kind, blocks.ravel()).reshape(values.shape)
-        np.testing.assert_array_equal(ours, gguf.quants.dequantize(blocks, number))
+    # Q4_1: scale and minimum (fp16), then 16 bytes whose low halves are values 0 to 15, the high ones 16 to 31.
+    digits = [i % 16 for i in range(32)]
+    block = struct.pack("<2e16B", 0.5, -1.0, *(digits[i] | digits[16 + i] << 4 for i in range(16)))
+    values = llava.dequantised("q4_1", np.frombuffer(block, np.uint8))
+    assert values.ravel().tolist() == [0.5 * digit - 1 for digit in digits]
+    # Q8_0: scale (fp16), then 32 signed bytes.
+    block = struct.pack("<e32b", 0.25, *range(-16, 16))
+    assert llava.dequantised("q8_0", np.frombuffer(block, np.uint8)).ravel().tolist() == [i / 4 for i in range(-16, 16)]

@@ -259,7 +259,8 @@ def main() -> None:
             report = STAGES[stage](paths, sizes)
             write_json(marker, {**report, "seconds": round(time.time() - start, 1)})
         print(f"== {stage}: {time.time() - start:.1f} s", flush=True)
-        print(json.dumps(read_json(marker), indent=1)[:3000], flush=True)
+        if stage != "study":  # which prints its table
+            print(json.dumps(read_json(marker), indent=1)[:3000], flush=True)
 
 
 if __name__ == "__main__":

@@ -620,6 +620,7 @@ def print_estimate(estimated: Mapping[str, Any]) -> None:
     # A narrow terminal gets two tables: what decides, then the parts.
     for table in [every] if fits(every, console) else [_table(estimated["ways"], names) for names in (TOTALS, PARTS)]:
         console.print(table)
+        console.print()
     for line in advice(estimated):
         console.print(line, soft_wrap=True if line.startswith("  ") else None)  # a command is copied as it is
     first = next(iter(estimated["ways"].values()))

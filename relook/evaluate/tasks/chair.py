@@ -476,7 +476,7 @@ def coverage_curve(captions: Mapping[str, str], annotations: Annotations) -> lis
     located = {image: located_mentions(caption, vocabulary) for image, caption in captions.items()}
     words = {image: caption.split() for image, caption in captions.items()}
     curve = []
-    for length in range(1, max(map(len, words.values()), default=0) + 1):
+    for length in range(1, max([1, *map(len, words.values())]) + 1):  # a point also where all captions are empty
         mentioned = {image: [name for _, end, name in of_image if end <= length] for image, of_image in located.items()}
         cut = {image: " ".join(of_image[:length]) for image, of_image in words.items()}
         curve.append(count_objects(mentioned, cut, truth))

@@ -143,7 +143,7 @@ def _add_events(blocks: gr.Blocks, actions: Actions, sampling: Sequence[Any], da
         (parts.panel.clear, actions.remove_picture),
     ):
         event(None, cancels=asking).then(action, [parts.state], parts.all, **settings)
-    parts.panel.error(actions.refuse_upload, [parts.state], parts.all, **settings)
+    parts.panel.refused(actions.refuse_upload, [parts.state], parts.all, **settings)
     parts.chat.select(actions.look, [parts.state], parts.all, concurrency_limit=2, **settings)
 
 

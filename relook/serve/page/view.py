@@ -78,7 +78,8 @@ class View:
             labels = (translate(self.language, "run_picture", number=i + 1) for i in range(len(self.run_pictures)))
             pictures = [_gallery_item(path, label) for path, label in zip(self.run_pictures, labels, strict=True)]
             galleries.append({"title": title, "examples": pictures})
-        return self._render("panel.html.j2", picture=_url(Path(path)) if path else "", facts=facts, galleries=galleries)
+        picture, max_bytes = _url(Path(path)) if path else "", self.page.sources.max_bytes
+        return self._render("panel.html.j2", picture=picture, facts=facts, galleries=galleries, max_bytes=max_bytes)
 
     def chat(self, conversation: Dialogue, word: Place | None = None, attention: AttentionMap | None = None) -> str:
         """Render the conversation.

@@ -1,11 +1,13 @@
 // Upload a chosen, dropped or pasted picture; tell which example was chosen, and that the picture is to be removed.
 const take = async (file) => {
   if (!file) return;
+  // Gradio would say so in its own words, in English.
+  if (file.size > Number(element.querySelector(".drop")?.dataset.maxBytes)) return trigger("refused");
   try {
     const { path } = await upload(file);
     trigger("upload", { path });
   } catch {
-    trigger("error");
+    trigger("refused"); // an event of that name, because Gradio keeps "error" to itself
   }
 };
 element.addEventListener("change", (event) => {
