@@ -143,6 +143,7 @@ class IncrementalText:
     _raw: str = field(default="", init=False)
     _ends: list[int] = field(default_factory=list, init=False)  # characters of `_raw` up to each token's end
     _before: list[bytes] = field(default_factory=list, init=False)  # an unfinished character before each token
+    _last: int = field(default=0, init=False)  # index of the last token that has bytes
     _begun: bool = field(default=False, init=False)
     _shown: int = field(default=0, init=False)
     _utf8: codecs.IncrementalDecoder = field(default_factory=lambda: UTF8(EACH_BYTE), init=False)
@@ -156,13 +157,15 @@ class IncrementalText:
         if not _continues(data):
             self._give_up()
         self._write(self._utf8.decode(data))
+        if data:
+            self._last = len(self._ends)
         self._ends.append(len(self._raw))
 
     def _give_up(self) -> None:
         """Write a character that stays unfinished as U+FFFD, the text of its tokens."""
         self._write(self._utf8.decode(b"", final=True))
-        if self._ends:
-            self._ends[-1] = len(self._raw)
+        # It belongs to the last token with bytes: special tokens behind that one write nothing.
+        self._ends[self._last :] = [len(self._raw)] * len(self._ends[self._last :])
 
     def _write(self, new: str) -> None:
         if self.stopped:
