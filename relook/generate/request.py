@@ -212,8 +212,7 @@ class IncrementalText:
         text = self._raw[max(start, lead) : min(end, limit)]
         # The token's own bytes where they are the text's; else the text's: a cut token has other bytes.
         written, data = self.instead(index, id)
-        # A token without bytes, after half a character, writes that character's U+FFFD, but none of its bytes.
-        return text, text.encode() if data and written.encode() == data else data
+        return text, text.encode() if written.encode() == data else data
 
     def instead(self, index: int, id: int) -> tuple[str, bytes]:
         """Return the text that a token would have written at a place, and its bytes. Of a character's tokens, the last

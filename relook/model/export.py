@@ -185,7 +185,8 @@ def _tensor_stream(source: LazyModel, renames: Any, tower: bool) -> Iterator[tup
 def write_hf(source: LazyModel, folder: Path, shard_bytes: int) -> None:
     """Write transformers' format: llava-hf's tensor names, or with a post decoder the module tree's, plus its code."""
     with_decoder = has_post_decoder(source.config)
-    renames = () if with_decoder else TO_HF
+    # llava-hf's folders have older names, which vLLM and transformers know; other families those of the module tree.
+    renames = TO_HF if source.config.model_type.startswith("llava") else ()
     # The tower's tensors come first, then all others.
     stream = (pair for tower in (True, False) for pair in _tensor_stream(source, renames, tower))
     write_tensors(folder, stream, shard_bytes)
