@@ -186,6 +186,12 @@ def get_template(name: str, processor: Any = None) -> Template:
         ) from None
 
 
+def check_template(name: str) -> None:
+    """Check that there is such a template, before a model is loaded. Raises RecipeError as `get_template` does."""
+    if name != CHAT:
+        get_template(name)
+
+
 def chat_template(processor: Any) -> Template:
     """Take a processor's own chat template apart, by rendering a conversation of known texts.
 
