@@ -192,6 +192,12 @@ def get_template(name: str, processor: Any = None) -> Template:
         raise RecipeError(f"There is no conversation template {name!r}.", did_you_mean(name, TEMPLATES)) from None
 
 
+def check_template(name: str) -> None:
+    """Check that there is such a template, before a model is loaded. Raises RecipeError as `get_template` does."""
+    if name != CHAT:
+        get_template(name)
+
+
 def processor_template(processor: Any) -> Template:
     """Take a processor's own chat template apart, by rendering a conversation of known texts.
 

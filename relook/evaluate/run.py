@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from relook import distributed
 from relook.console import progress, status
 from relook.data.samples import Question
-from relook.data.templates import get_template
+from relook.data.templates import check_template
 from relook.errors import DataError
 from relook.evaluate.benchmark import YES_NO_MAX_TOKENS, Benchmark, Questions, require_images, require_judge
 from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, utc_now
@@ -116,7 +116,7 @@ def begin_evaluation(
     """
     model = parse_folder(model)
     settings = dataclasses.replace(settings, template=settings.template or model.template)
-    get_template(settings.template)
+    check_template(settings.template)
     parse_device(loading.device)
     claimed = (out, model, data, settings.template, settings.max_new_tokens, loading)
     # The main process creates the folder's record; the others then find it and only compare.

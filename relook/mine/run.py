@@ -23,7 +23,7 @@ from typing import Any
 from relook import distributed
 from relook.data.convert import DESC, POPE
 from relook.data.parquet import pyarrow
-from relook.data.templates import get_template
+from relook.data.templates import check_template
 from relook.errors import DataError, RecipeError
 from relook.evaluate.benchmark import YES_NO_MAX_TOKENS
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
@@ -145,7 +145,7 @@ def _check_settings(
         raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
     parse_device(loading.device)
     settings = dataclasses.replace(settings, template=settings.template or model.template)
-    get_template(settings.template)
+    check_template(settings.template)
     return settings
 
 

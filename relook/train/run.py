@@ -23,7 +23,7 @@ from relook.console import progress, status
 from relook.data.encode import Example
 from relook.data.readers import read_hadpo, read_llava, read_pairs, read_sentinel
 from relook.data.samples import Conversation, PreferencePair, ReadReport
-from relook.data.templates import get_template
+from relook.data.templates import check_template
 from relook.errors import DataError, Faults, RecipeError, preview
 from relook.files import file_hash, is_free, read_json_object, read_text, text_hash, write_json, writes_alone
 from relook.flags import DEFAULTS, check_model_settings, idle_keys
@@ -170,7 +170,7 @@ def check_run(recipe: Recipe, out: Path, read: bool = True) -> tuple[TrainingArg
     faults.errors += absent.values()
     with faults:
         if recipe.version:
-            get_template(recipe.version)
+            check_template(recipe.version)
     with faults:
         if not absent.keys() & HUB_KEYS:
             base, adapter = base_and_adapter(recipe.model_name_or_path, recipe.adapter_name_or_path or None)
