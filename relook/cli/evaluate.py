@@ -119,18 +119,18 @@ def evaluate(
         print_result(results, as_json, lambda results: print_scores({alone: results} if alone == "llava" else results))
 
 
-def _refuse_unused_options(options: Mapping[str, object], used: Collection[str], circumstance: str) -> None:
+def _refuse_unused_options(options: Mapping[str, object], used: Collection[str], condition: str) -> None:
     """Refuse options that would do nothing.
 
     Args:
-        circumstance: the words for the case in which they do nothing.
+        condition: the words for the case in which they do nothing.
 
     Raises:
         RecipeError: such an option is set.
     """
     idle = [f"--{name}" for name, value in options.items() if value and name not in used]
     if idle:
-        raise RecipeError(f"{preview(idle)} would do nothing {circumstance}.", "Leave it out, or change that.")
+        raise RecipeError(f"{preview(idle)} would do nothing {condition}.", "Leave it out, or change that.")
 
 
 @app.command()

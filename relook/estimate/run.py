@@ -616,9 +616,9 @@ def print_estimate(estimated: Mapping[str, Any]) -> None:
     if estimated["tower"]:
         console.print(f"vision tower: {estimated['tower']}")
     console.print(f"lengths: {estimated['lengths']}")
-    every = _table(estimated["ways"], (*PARTS, *TOTALS))
+    wide = _table(estimated["ways"], (*PARTS, *TOTALS))
     # A narrow terminal gets two tables: what decides, then the parts.
-    for table in [every] if fits(every, console) else [_table(estimated["ways"], names) for names in (TOTALS, PARTS)]:
+    for table in [wide] if fits(wide, console) else [_table(estimated["ways"], names) for names in (TOTALS, PARTS)]:
         console.print(table)
         console.print()
     for line in advice(estimated):

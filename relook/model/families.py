@@ -55,8 +55,10 @@ class Family:
         if name.removeprefix(RELOOK) not in kinds:
             raise AttributeError(name)
         prefix = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[self.model_type].removesuffix("ForConditionalGeneration")
-        prefix_of_relook, module = ("Relook", modeling_relook) if name.startswith(RELOOK) else ("", transformers)
-        return getattr(module, prefix_of_relook + prefix + kinds[name.removeprefix(RELOOK)])
+        class_name = prefix + kinds[name.removeprefix(RELOOK)]
+        if name.startswith(RELOOK):
+            return getattr(modeling_relook, f"Relook{class_name}")
+        return getattr(transformers, class_name)
 
 
 def _features_per_row(config: Any) -> int:

@@ -115,5 +115,5 @@ def _best(log: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
     if not scored:
         return ""
     best = (max if greater and prefix else min)(scored, key=lambda entry: float(entry[key]))
-    split = "held out" if prefix else "in training; eval_fraction holds samples out"
-    return f"step {best['step']:,}: {describe_fields(best, prefix)} ({split})"
+    measured = "held out" if prefix else "in training; eval_fraction holds samples out"
+    return f"step {best['step']:,}: {describe_fields(best, prefix)} ({measured})"
