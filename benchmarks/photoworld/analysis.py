@@ -26,7 +26,11 @@ DOSES = (0, 5, 10, 20)  # percent
 CONTRASTS = {
     "H1 looking again": ("none", "cross"),
     "H2 its own image in training": ("other_image", "cross"),
+    "H2 its own image, not a similar one": ("similar_image", "cross"),
     "H2 its own image at test": ("swapped", "cross"),
+    "H2 its own at test, not a similar one": ("swapped_similar", "cross"),
+    "H8 more pixels": ("own_pixels", "cross"),
+    "H8 looking at the trunk's pixels": ("none", "own_pixels"),
     "H4 free alignment": ("projected", "cross"),
     "H5 cross-attention, not LoRA": ("lora", "cross"),
     "H5 LoRA, not an MLP": ("none", "lora"),

@@ -53,10 +53,13 @@ VARIANTS = {  # in the order of training
     **preference("10"),
     **preference("20"),
     "other_image": Variant(POST_DECODER, change=("other_image",)),
+    "similar_image": Variant(POST_DECODER, change=("similar_image",)),
+    "own_pixels": Variant(POST_DECODER, change=("own_pixels",)),
     "projected": Variant(POST_DECODER, change=("projected",)),
     **preference("5"),
     **preference("policy"),
     "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
+    "swapped_similar": Variant(POST_DECODER, test_change=("similar_image",), trained_as="cross"),
 }
 
 
@@ -76,7 +79,8 @@ def parameters_matched(base: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def run(paths: Paths, sizes: Sizes, split: str = "test") -> dict[str, Any]:
+def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
+    split = sizes.split
     cells = [(name, seed) for name in VARIANTS for seed in sizes.seeds]
     only = sizes.only or list(VARIANTS)
     cells = [(name, seed) for name, seed in cells if name in only]
@@ -121,7 +125,8 @@ def run(paths: Paths, sizes: Sizes, split: str = "test") -> dict[str, Any]:
 
 
 def pairs_file(paths: Paths, variant: Variant) -> Path:
-    return paths.data("pairs") / f"desc_{variant.pairs}.json"
+    folder = paths.work if variant.pairs == "policy" else paths.data("pairs")
+    return folder / f"desc_{variant.pairs}.json"
 
 
 def cache_folder(paths: Paths, variant: Variant) -> Path:
@@ -148,9 +153,9 @@ def train(paths: Paths, sizes: Sizes, name: str, seed: int, matched: Mapping[str
     if variant.questions:
         keys["pope_data_path"] = data / "pope_data.json"
     words = [word for key, value in keys.items() for word in (f"--{key}", value)]
-    module = f"{HERE / 'changed.py'} {' '.join(variant.change)} --" if variant.change else "-m relook"
     start = time.time()
-    relook(paths, f"train-{name}-{seed}", "train", HERE / "recipe_tune.yaml", *sizes.tune, *words, module=module)
+    recipe = ("train", HERE / "recipe_tune.yaml", *sizes.tune)
+    relook(paths, sizes, f"train-{name}-{seed}", *recipe, *words, change=variant.change)
     print(f"  trained {name}-{seed} in {time.time() - start:.0f} s", flush=True)
     return out
 
