@@ -27,6 +27,7 @@ from relook.cli import main
 from relook.model.post_decoder import Alignment, PostDecoder
 
 LAYER = -2  # of the tower, LLaVA's
+BOTH = [1, 2]  # where the coarse and the sharp features then lie, by the model's config
 LATEST = 256  # images among which a similar one is looked for
 _align = Alignment.forward
 _scale = 1  # of the trunk's pictures
@@ -56,7 +57,8 @@ def trunk_pixels(scale: str | int) -> None:
         kwargs |= {"output_hidden_states": True, "return_dict": True}
         outputs = encode(self, pixel_values, **kwargs)
         blurred = encode(self, coarse(pixel_values, _scale), **kwargs)
-        outputs.hidden_states = (blurred.hidden_states[LAYER], outputs.hidden_states[LAYER])
+        sharp = outputs.hidden_states[LAYER]
+        outputs.hidden_states = (sharp, blurred.hidden_states[LAYER], sharp)  # the config reads 1 and 2 (BOTH)
         return outputs
 
     CLIPVisionModel.forward = forward  # type: ignore[method-assign]

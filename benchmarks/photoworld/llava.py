@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from changed import LAYER, coarse
+from changed import BOTH, LAYER, coarse
 from scenes import CLASSES, PATCH, SIZE, Scene
 from torch import Tensor, nn
 from transformers import (
@@ -283,7 +283,7 @@ def assemble(
         ),
         image_token_index=ids["<image>"],
         image_seq_length=PATCHES,
-        vision_feature_layer=[0, 1] if both_resolutions else LAYER,
+        vision_feature_layer=BOTH if both_resolutions else LAYER,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
