@@ -116,18 +116,13 @@ def test_corrected_captions_name_nothing_absent(tmp_path: Path) -> None:
     }
 
 
-def test_trunk_and_post_decoder_read_their_halves() -> None:
+def test_cells_are_averaged_where_they_are() -> None:
     import changed
     import torch
 
-    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    blurred = changed.coarse(pixels, 2)
-    assert blurred.shape == pixels.shape
-    assert blurred.var() < 0.5 * pixels.var()
-    assert torch.allclose(blurred.mean((2, 3)), pixels.mean((2, 3)), atol=0.02)
-    features = torch.arange(8.0).view(1, 1, 8)
-    assert changed.half(features, False).tolist() == [[[0, 1, 2, 3, 0, 0, 0, 0]]]
-    assert changed.half(features, True).tolist() == [[[4, 5, 6, 7, 0, 0, 0, 0]]]
+    patches = torch.arange(16.0).view(1, 16, 1)  # 4 x 4
+    rows = changed.averaged(patches, 2).view(4, 4).tolist()
+    assert rows == [[2.5, 2.5, 4.5, 4.5]] * 2 + [[10.5, 10.5, 12.5, 12.5]] * 2
 
 
 def test_cut_tokenizer_keeps_tokens() -> None:
@@ -190,7 +185,7 @@ def test_the_chain_runs_in_a_tiny_form(assets: Path, tmp_path: Path) -> None:
     # A base of random weights names no object, so its captions give no pairs.
     assert set(results["study"]["failures"]) <= {"nll_policy-1", "dpo_policy-1"}
     rows = results["study"]["rows"]
-    assert {"cross-1", "none-1", "own_pixels-1", "swapped-1", "swapped_similar-1", "lora-1", "base"} <= rows.keys()
+    assert {"cross-1", "none-1", "own_tokens-1", "swapped-1", "swapped_similar-1", "lora-1", "base"} <= rows.keys()
 
 
 def test_blocks_are_dequantised_by_their_layout() -> None:

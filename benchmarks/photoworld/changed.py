@@ -1,13 +1,13 @@
-"""relook's command with changes to what trunk and post decoder see: the world's low resolution, and the controls.
+"""relook's command with changes to what trunk and post decoder see: the world's few tokens, and the controls.
 
     python benchmarks/photoworld/changed.py CHANGE ... -- train RECIPE ...
 
-- trunk_pixels=N: the trunk sees each picture at 1 / N of its resolution, the post decoder all of it. The tower runs
-  twice; its features of both lie side by side, and each reader gets its half (the other half is zero).
-- own_pixels: the post decoder reads the trunk's half, too.
+- trunk_grid=N: the trunk sees the projector's output averaged over N x N cells, each repeated where its patches were.
+  The post decoder sees all patches.
+- own_tokens: the post decoder reads averages over the trunk's cells, too.
 - other_image: it sees the features of another image of the batch (with one image alone: of the last).
 - similar_image: of another image, the most similar of the latest ones: mostly the same setting.
-- projected: it reads the projector's output as it is; of the alignment only the norm trains. For
+- projected: it reads the projector's output on all patches as it is; of the alignment only the norm trains. For
   `post_decoder_init: projector`.
 """
 
@@ -20,55 +20,34 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from relook.cli import main
 from relook.model.post_decoder import Alignment, PostDecoder
 
-LAYER = -2  # of the tower, LLaVA's
-BOTH = [1, 2]  # where the coarse and the sharp features then lie, by the model's config
 LATEST = 256  # images among which a similar one is looked for
+project = LlavaMultiModalProjector.forward  # one patch at a time
 _align = Alignment.forward
-_scale = 1  # of the trunk's pictures
+_grid = 0  # cells of the trunk's picture a side; 0: its patches
 
 
-def coarse(pixels: Tensor, scale: int) -> Tensor:
-    """Return pictures (B, 3, H, W) of the same size that hold what 1 / scale of the resolution does."""
-    side = pixels.shape[-1]
-    small = F.interpolate(pixels.float(), size=side // scale, mode="bilinear", antialias=True)
-    return F.interpolate(small, size=side, mode="bilinear").to(pixels.dtype)
+def averaged(features: Tensor, cells: int) -> Tensor:
+    """Average features (B, M, D) of M = side x side patches over cells x cells, and repeat each average in its cell."""
+    side = round(features.shape[1] ** 0.5)
+    picture = features.transpose(1, 2).unflatten(2, (side, side))
+    means = F.adaptive_avg_pool2d(picture, cells)
+    return F.interpolate(means, size=(side, side), mode="nearest").flatten(2).transpose(1, 2)
 
 
-def half(features: Tensor, second: bool) -> Tensor:
-    """Return the coarse or the sharp half of features (..., 2 V), with zeros behind it."""
-    chosen = features.chunk(2, -1)[second]
-    return torch.cat([chosen, torch.zeros_like(chosen)], -1)
+def trunk_grid(cells: str | int) -> None:
+    global _grid
+    _grid = int(cells)
+    LlavaMultiModalProjector.forward = lambda self, features: averaged(project(self, features), _grid)
 
 
-def trunk_pixels(scale: str | int) -> None:
-    global _scale
-    if _scale > 1:
-        return
-    _scale = int(scale)
-    encode, project = CLIPVisionModel.forward, LlavaMultiModalProjector.forward
-
-    def forward(self: CLIPVisionModel, pixel_values: Tensor, **kwargs: Any) -> Any:
-        kwargs |= {"output_hidden_states": True, "return_dict": True}
-        outputs = encode(self, pixel_values, **kwargs)
-        blurred = encode(self, coarse(pixel_values, _scale), **kwargs)
-        sharp = outputs.hidden_states[LAYER]
-        outputs.hidden_states = (sharp, blurred.hidden_states[LAYER], sharp)  # the config reads 1 and 2 (BOTH)
-        return outputs
-
-    CLIPVisionModel.forward = forward  # type: ignore[method-assign]
-    LlavaMultiModalProjector.forward = lambda self, features: project(self, half(features, False))
-    Alignment.forward = lambda self, features: _align(self, half(features, True))  # type: ignore[method-assign]
-
-
-def own_pixels() -> None:
-    if _scale > 1:
-        Alignment.forward = lambda self, features: _align(self, half(features, False))  # type: ignore[method-assign]
+def own_tokens() -> None:
+    if _grid:
+        Alignment.forward = lambda self, features: averaged(_align(self, features), _grid)  # type: ignore[method-assign]
 
 
 def other_image() -> None:
@@ -102,7 +81,6 @@ def similar_image() -> None:
 
 def projected() -> None:
     def forward(self: Alignment, features: Tensor) -> Tensor:
-        features = half(features, False) if _scale > 1 else features
         for number, linear in enumerate(self.linears):
             features = linear(features if number == 0 else self.activation(features))
         normed: Tensor = self.norm(features.detach())
@@ -112,7 +90,7 @@ def projected() -> None:
 
 
 CHANGES: dict[str, Callable[..., None]] = {
-    change.__name__: change for change in (trunk_pixels, own_pixels, other_image, similar_image, projected)
+    change.__name__: change for change in (trunk_grid, own_tokens, other_image, similar_image, projected)
 }
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import re
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from changed import BOTH, LAYER, coarse
+from changed import project
 from scenes import CLASSES, PATCH, SIZE, Scene
 from torch import Tensor, nn
 from transformers import (
@@ -29,7 +28,6 @@ from transformers import (
 )
 from work import Sizes
 
-from relook.model.modeling_relook import selected_features
 from relook.toyworld.build import CHAT_TEMPLATE, select
 
 PATCHES = (SIZE // PATCH) ** 2
@@ -85,29 +83,18 @@ class TowerProbe(nn.Module):
 
 
 def train_tower(
-    pixels: Tensor,
-    labels: Tensor,
-    width: int,
-    layers: int,
-    seconds: float,
-    known: dict[str, Tensor] | None = None,
-    batch: int = 384,
-    rate: float = 1e-3,
+    pixels: Tensor, labels: Tensor, width: int, layers: int, seconds: float, batch: int = 384, rate: float = 1e-3
 ) -> tuple[TowerProbe, dict[str, Any]]:
     """Train a tower by the clock on the device, as many steps as fit.
 
     Args:
         pixels: (N, 3, 224, 224) uint8.
         labels: class of each patch, (N, 14, 14) int64.
-        known: weights to start from.
     """
     where = device()
     torch.manual_seed(0)
-    random.seed(0)
     pixels, labels = pixels.to(where), labels.to(where)
     net = TowerProbe(width, layers).to(where)
-    if known is not None:
-        net.load_state_dict(known)
     optimizer = torch.optim.AdamW(net.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.02)
     weight = torch.ones(len(CLASSES) + 1, device=where)
     weight[0] = BACKGROUND_WEIGHT
@@ -141,26 +128,20 @@ def train_tower(
 
 
 def augmented(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirror half of the batches, roll pictures by whole patches, so that labels stay exact, and blur half of them."""
+    """Mirror half of the batches, and roll the picture by whole patches, so that labels stay exact."""
     if torch.rand(()) < 0.5:
         pixels, labels = pixels.flip(3), labels.flip(2)
     parts = []
     for images, shown in zip(pixels.chunk(4), labels.chunk(4), strict=True):
         shift = int(torch.randint(SIZE // PATCH, ()))
-        scale = random.choice((1, 1, 2, 3))
-        images = coarse(images, scale) if scale > 1 else images
         parts.append((images.roll(PATCH * shift, 3), shown.roll(shift, 2)))
     return torch.cat([images for images, _ in parts]), torch.cat([shown for _, shown in parts])
 
 
 @torch.no_grad()
-def tower_scores(net: TowerProbe, pixels: Tensor, scenes: Sequence[Scene], scale: int) -> dict[str, float]:
-    """Score the probe on the setting's usual objects, present by size against absent, as areas under the ROC curve.
-
-    Args:
-        scale: pictures are seen at 1 / scale of their resolution.
-    """
-    logits = torch.cat([net(normalised(coarse(part.to(device()), scale)))[1].cpu() for part in pixels.split(256)])
+def tower_scores(net: TowerProbe, pixels: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Score the probe on the setting's usual objects, present by size against absent, as areas under the ROC curve."""
+    logits = torch.cat([net(normalised(part.to(device())))[1].cpu() for part in pixels.split(256)])
     rows = []
     for scene, row in zip(scenes, logits.tolist(), strict=True):
         sizes: dict[str, float] = {}
@@ -250,14 +231,11 @@ def make_processor(folder: Path) -> LlavaProcessor:
     )
 
 
-def assemble(
-    tower: CLIPVisionModel, folder: Path, layers: int, both_resolutions: bool
-) -> tuple[LlavaForConditionalGeneration, Any]:
+def assemble(tower: CLIPVisionModel, folder: Path, layers: int) -> tuple[LlavaForConditionalGeneration, Any]:
     """Build the LLaVA; new tokens start at the mean embedding, but `</s>` as the model's own end of a turn.
 
     Args:
         layers: of the language model, from the first.
-        both_resolutions: the tower gives features of the coarse and of the sharp picture (`changed.trunk_pixels`).
     """
     processor = make_processor(folder)
     tokenizer = processor.tokenizer
@@ -283,7 +261,6 @@ def assemble(
         ),
         image_token_index=ids["<image>"],
         image_seq_length=PATCHES,
-        vision_feature_layer=BOTH if both_resolutions else LAYER,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
@@ -327,11 +304,10 @@ def align_projector(
     for _ in range(sizes.align_steps):
         chosen = torch.randint(len(pixels), (min(64, len(pixels)),))
         with torch.no_grad():
-            outputs = tower(normalised(pixels[chosen].to(where)), output_hidden_states=True)
-            features = selected_features(model.config, outputs.hidden_states)
+            features = select(tower(normalised(pixels[chosen].to(where)), output_hidden_states=True))
         shown = labels[chosen].flatten(1)  # (B, patches)
         counts = told[chosen].gather(1, shown).to(where)
-        errors = (projector(features) - goals[shown.to(where)]).pow(2).mean(-1)
+        errors = (project(projector, features) - goals[shown.to(where)]).pow(2).mean(-1)
         loss = errors[counts].mean() / goals.var(0).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -1,6 +1,6 @@
 """The headroom gate: does the image hold more about an asked object than the trunk's last state says at the answer?
 
-The image is the tower's features before the projector: those that the trunk gets, and those of the full resolution.
+The image is the tower's features before the projector: averaged as the trunk gets them, and all patches.
 Probes are trained on questions about the pair scenes and scored on the test scenes' adversarial questions (dev scenes
 before a choice is final), as areas under the ROC curve by size of the object, with intervals over images.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from changed import averaged
 from llava import PATCHES, auc, auc_by_size, device, normalised
 from scenes import CLASSES, Scene
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from work import Paths, Sizes, load_pixels, picture_of, read_scenes
 
 from relook.evaluate.tasks.pope import question_text
 from relook.files import read_records
-from relook.model.modeling_relook import selected_features
+from relook.toyworld.build import select
 
 Asked = tuple[int, str]  # number of the scene, name of the object
 
@@ -94,9 +95,7 @@ def read_states(model: Any, processor: Any, pixels: Tensor, asked: list[Asked]) 
     patches = []
     for part in pixels.split(256):
         images = normalised(part.to(where)).to(model.dtype)
-        outputs = model.model.vision_tower(images, output_hidden_states=True)
-        features = selected_features(model.config, outputs.hidden_states)
-        patches.append(features.cpu())
+        patches.append(select(model.model.vision_tower(images, output_hidden_states=True)).cpu())
     return states, margins, torch.cat(patches)
 
 
@@ -120,16 +119,16 @@ def run(paths: Paths, sizes: Sizes, split: str = "dev") -> dict[str, Any]:
     labels = torch.tensor(sizes_seen > 0, dtype=torch.float32, device=where)
 
     def inputs(states: Tensor, patches: Tensor, images: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        return (states[at] - mean) / scale, ((patches[images[at]].float() - center) / spread)[..., read]
+        seen = (patches[images[at]].float() - center) / spread
+        return (states[at] - mean) / scale, averaged(seen, sizes.trunk_grid) if "cells" in name else seen
 
     scores = {"yes - no": margins.numpy()}
-    width = model.config.vision_config.hidden_size
-    reads = {"state": slice(0), "state + patches": slice(width)}
-    if patches.shape[2] > width:
-        reads["state + sharp patches"] = slice(width, 2 * width)
-    for name, read in reads.items():
+    reads = ["state", "state + patches"]
+    if sizes.trunk_grid:
+        reads.insert(1, "state + trunk's cells")
+    for name in reads:
         torch.manual_seed(0)
-        probe = Probe(states.shape[1], len(range(patches.shape[2])[read])).to(where)
+        probe = Probe(states.shape[1], 0 if name == "state" else patches.shape[2]).to(where)
         optimizer = torch.optim.AdamW(probe.parameters(), 1e-3, weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=sizes.probe_steps)
         for _ in range(sizes.probe_steps):
@@ -148,9 +147,7 @@ def run(paths: Paths, sizes: Sizes, split: str = "dev") -> dict[str, Any]:
     return {
         "questions": [len(labels), len(test_states)],
         "auc": {name: auc_by_size(values, test_sizes) for name, values in scores.items()},
-        "headroom": {
-            name: difference(scores["state"], scores[name], test_sizes, groups) for name in reads if name != "state"
-        },
+        "headroom": {name: difference(scores["state"], scores[name], test_sizes, groups) for name in reads[1:]},
     }
 
 

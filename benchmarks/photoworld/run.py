@@ -141,11 +141,8 @@ def make_tower(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     import torch
     from llava import tower_scores, train_tower
 
-    start = paths.assets / "tower.pt"  # of an earlier run, to go on from
-    known = torch.load(start) if start.exists() else None
-    net, report = train_tower(*load_pixels(paths, "sft"), *sizes.tower, sizes.tower_seconds, known)
-    pixels, drawn = load_pixels(paths, "dev")[0], read_scenes(paths, "dev")
-    report["auc"] = {f"1/{scale}": tower_scores(net, pixels, drawn, scale) for scale in (1, 2, 3)}
+    net, report = train_tower(*load_pixels(paths, "sft"), *sizes.tower, sizes.tower_seconds)
+    report["auc"] = tower_scores(net, load_pixels(paths, "dev")[0], read_scenes(paths, "dev"))
     with atomic_file(paths.tower) as temporary:
         torch.save({key: value.half().cpu() for key, value in net.state_dict().items()}, temporary)
     return report
@@ -162,15 +159,15 @@ def load_tower(paths: Paths, sizes: Sizes) -> Any:
 
 def make_model(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     import torch
-    from changed import trunk_pixels
+    from changed import trunk_grid
     from llava import align_projector, assemble
 
     from relook.files import atomic_folder
 
-    if sizes.trunk_scale > 1:
-        trunk_pixels(sizes.trunk_scale)
+    if sizes.trunk_grid:
+        trunk_grid(sizes.trunk_grid)
     lm = paths.work / "lm" if (paths.work / "lm").exists() else paths.assets / "lm"
-    model, processor = assemble(load_tower(paths, sizes).tower, lm, sizes.layers, sizes.trunk_scale > 1)
+    model, processor = assemble(load_tower(paths, sizes).tower, lm, sizes.layers)
     pixels, labels = load_pixels(paths, "sft")
     loss = align_projector(model, processor, pixels, labels, told_labels(read_scenes(paths, "sft")), sizes)
     with atomic_folder(paths.work / "start") as folder:
@@ -243,10 +240,10 @@ def mine(paths: Paths, sizes: Sizes) -> dict[str, Any]:
 
 def run_probe(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     import probe
-    from changed import trunk_pixels
+    from changed import trunk_grid
 
-    if sizes.trunk_scale > 1:
-        trunk_pixels(sizes.trunk_scale)
+    if sizes.trunk_grid:
+        trunk_grid(sizes.trunk_grid)
     return probe.run(paths, sizes)
 
 

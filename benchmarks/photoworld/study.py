@@ -47,19 +47,19 @@ def preference(pairs: str) -> dict[str, Variant]:
 
 VARIANTS = {  # in the order of training
     "cross": Variant(POST_DECODER),
-    "none": Variant(WITHOUT),
-    "lora": Variant(LORA),
-    **preference("0"),
-    **preference("10"),
     **preference("20"),
-    "other_image": Variant(POST_DECODER, change=("other_image",)),
-    "similar_image": Variant(POST_DECODER, change=("similar_image",)),
-    "own_pixels": Variant(POST_DECODER, change=("own_pixels",)),
-    "projected": Variant(POST_DECODER, change=("projected",)),
-    **preference("5"),
-    **preference("policy"),
+    "none": Variant(WITHOUT),
+    "own_tokens": Variant(POST_DECODER, change=("own_tokens",)),
+    **preference("0"),
     "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
     "swapped_similar": Variant(POST_DECODER, test_change=("similar_image",), trained_as="cross"),
+    **preference("10"),
+    "other_image": Variant(POST_DECODER, change=("other_image",)),
+    "similar_image": Variant(POST_DECODER, change=("similar_image",)),
+    **preference("5"),
+    "projected": Variant(POST_DECODER, change=("projected",)),
+    **preference("policy"),
+    "lora": Variant(LORA),
 }
 
 
@@ -88,9 +88,8 @@ def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     start = time.time()
     failures = {}
     # Variants of the same pairs share a trunk cache on disk: the first of them fills it, the others wait for it.
-    filled: dict[tuple[str, bool], threading.Lock] = {
-        (v.pairs, v.questions): threading.Lock() for v in VARIANTS.values()
-    }
+    filled = {(v.pairs, v.questions): threading.Lock() for v in VARIANTS.values()}
+    training = {cell: threading.Lock() for cell in cells}  # a model that is swapped at test is trained once
 
     def cell(name: str, seed: int) -> None:
         if sizes.study_seconds and time.time() - start > sizes.study_seconds:
@@ -103,10 +102,11 @@ def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
                 raise RuntimeError(f"{name} has no pairs: the base's captions hold no false object.")
             trained = variant.trained_as or name
             cached = filled.get((variant.pairs, variant.questions)) if name != "lora" and sizes.shared_cache else None
-            with cached or nullcontext():
-                first = cached is not None and not cache_folder(paths, variant).exists()
-                model = train(paths, sizes, trained, seed, matched) if first else None
-            model = model or train(paths, sizes, trained, seed, matched)
+            with training[trained, seed]:
+                with cached or nullcontext():
+                    first = cached is not None and not cache_folder(paths, variant).exists()
+                    model = train(paths, sizes, trained, seed, matched) if first else None
+                model = model or train(paths, sizes, trained, seed, matched)
             answer(paths, sizes, name, model, split, seed)
         except RuntimeError as error:
             failures[f"{name}-{seed}"] = str(error)
@@ -114,10 +114,7 @@ def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
 
     with ThreadPoolExecutor(sizes.jobs) as pool:
         base = pool.submit(evaluate, paths, sizes, "base", paths.base, split)
-        # Those that share a trunk cache wait for the first of them, which fills it; swapped waits for cross.
-        late = [(name, seed) for name, seed in cells if VARIANTS[name].trained_as]
-        list(pool.map(lambda c: cell(*c), [c for c in cells if c not in late]))
-        list(pool.map(lambda c: cell(*c), late))
+        list(pool.map(lambda c: cell(*c), cells))
         base.result()
     result = analyse(paths.data(split), paths.work / "eval" / split)
     print_tables(result)

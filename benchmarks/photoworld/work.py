@@ -28,7 +28,7 @@ class Sizes:
     tower_seconds: float = 80
     layers: int = 12  # of the language model's 30, from the first
     claim_core: float = 0.6  # probability that the base's texts claim an absent core object
-    trunk_scale: int = 2  # the trunk sees pictures at 1 / so much of their resolution, the post decoder all of it
+    trunk_grid: int = 2  # the trunk sees so many cells a side, the post decoder all 14 x 14 patches; 0: both do
     seed: int = 0  # of the base
     align_steps: int = 300
     sft: tuple[str, ...] = ("--bf16", "true")
@@ -100,9 +100,9 @@ def relook(paths: Paths, sizes: Sizes, log: str, *words: str | Path, change: Seq
     """Run relook's command in a process of its own; its output goes to a log file, the end of it to an error.
 
     Args:
-        change: what changed.py changes, beside the trunk's resolution.
+        change: what changed.py changes, beside the trunk's grid.
     """
-    changes = [*([f"trunk_pixels={sizes.trunk_scale}"] if sizes.trunk_scale > 1 else []), *change]
+    changes = [*([f"trunk_grid={sizes.trunk_grid}"] if sizes.trunk_grid else []), *change]
     module = [str(HERE / "changed.py"), *changes, "--"] if changes else ["-m", "relook"]
     file = paths.work / "log" / f"{log}.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
