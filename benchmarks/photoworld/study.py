@@ -88,8 +88,11 @@ def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     start = time.time()
     failures = {}
     # Variants of the same pairs share a trunk cache on disk: the first of them fills it, the others wait for it.
-    filled = {(v.pairs, v.questions): threading.Lock() for v in VARIANTS.values()}
-    training = {cell: threading.Lock() for cell in cells}  # a model that is swapped at test is trained once
+    filled = {cache_of(name): threading.Lock() for name in VARIANTS}
+    fillers = {cache_of(name): (name, seed) for name, seed in reversed(cells)}
+    cells = sorted(cells, key=lambda c: c != fillers[cache_of(c[0])])
+    # A model that is swapped at test is trained once.
+    training = {(name, seed): threading.Lock() for name in VARIANTS for seed in sizes.seeds}
 
     def cell(name: str, seed: int) -> None:
         if sizes.study_seconds and time.time() - start > sizes.study_seconds:
@@ -101,7 +104,7 @@ def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
             if not (file.exists() and read_json(file)):
                 raise RuntimeError(f"{name} has no pairs: the base's captions hold no false object.")
             trained = variant.trained_as or name
-            cached = filled.get((variant.pairs, variant.questions)) if name != "lora" and sizes.shared_cache else None
+            cached = filled[cache_of(name)] if name != "lora" and sizes.shared_cache else None
             with training[trained, seed]:
                 with cached or nullcontext():
                     first = cached is not None and not cache_folder(paths, variant).exists()
@@ -119,6 +122,10 @@ def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     result = analyse(paths.data(split), paths.work / "eval" / split)
     print_tables(result)
     return {**result, "failures": failures}
+
+
+def cache_of(name: str) -> tuple[str, bool]:
+    return VARIANTS[name].pairs, VARIANTS[name].questions
 
 
 def pairs_file(paths: Paths, variant: Variant) -> Path:
