@@ -25,6 +25,7 @@ DOSES = (0, 5, 10, 20)  # percent
 # name: (first, second); a difference is second - first
 CONTRASTS = {
     "H1 looking again": ("none", "cross"),
+    "H1 looking again, questions alone": ("none_questions", "cross_questions"),
     "H2 its own image in training": ("other_image", "cross"),
     "H2 its own image, not a similar one": ("similar_image", "cross"),
     "H2 its own image at test": ("swapped", "cross"),
@@ -35,6 +36,7 @@ CONTRASTS = {
     "H5 cross-attention, not LoRA": ("lora", "cross"),
     "H5 LoRA, not an MLP": ("none", "lora"),
     **{f"H6 preference at {dose} % false": (f"nll_{dose}", f"dpo_{dose}") for dose in DOSES},
+    **{f"H6 preference of weight {weight}, 20 % false": ("nll_20", f"dpo_20_{weight}") for weight in ("0.3", "0.1")},
     "H7 preference, on-policy": ("nll_policy", "dpo_policy"),
 }
 

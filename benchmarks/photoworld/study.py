@@ -27,10 +27,10 @@ DPO = {"dpo_weight": "1.0"}
 
 @dataclass(frozen=True)
 class Variant:
-    """Keys of the recipe, the share of false objects in chosen texts, and changes in training and at test."""
+    """Keys of the recipe, the pairs, and changes in training and at test."""
 
     keys: Mapping[str, str]
-    pairs: str = "0"  # the file of description pairs: a dose in percent, or "policy"
+    pairs: str = "0"  # the file of description pairs: a dose in percent, or "policy"; empty: none
     questions: bool = True  # train on question pairs, too
     change: tuple[str, ...] = ()
     test_change: tuple[str, ...] | None = None  # None: as in training
@@ -49,6 +49,10 @@ VARIANTS = {  # in the order of training
     "cross": Variant(POST_DECODER),
     **preference("20"),
     "none": Variant(WITHOUT),
+    "dpo_20_0.3": Variant(POST_DECODER | {"dpo_weight": "0.3"}, "20", questions=False),
+    "cross_questions": Variant(POST_DECODER, ""),
+    "none_questions": Variant(WITHOUT, ""),
+    "dpo_20_0.1": Variant(POST_DECODER | {"dpo_weight": "0.1"}, "20", questions=False),
     "own_tokens": Variant(POST_DECODER, change=("own_tokens",)),
     **preference("0"),
     "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
@@ -81,9 +85,8 @@ def parameters_matched(base: Path) -> dict[str, dict[str, str]]:
 
 def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     split = sizes.split
-    cells = [(name, seed) for name in VARIANTS for seed in sizes.seeds]
     only = sizes.only or list(VARIANTS)
-    cells = [(name, seed) for name, seed in cells if name in only]
+    cells = [(name, seed) for seed in sizes.seeds for name in only]
     matched = parameters_matched(paths.base)
     start = time.time()
     failures = {}
@@ -101,7 +104,7 @@ def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
         try:
             variant = VARIANTS[name]
             file = pairs_file(paths, variant)
-            if not (file.exists() and read_json(file)):
+            if variant.pairs and not (file.exists() and read_json(file)):
                 raise RuntimeError(f"{name} has no pairs: the base's captions hold no false object.")
             trained = variant.trained_as or name
             cached = filled[cache_of(name)] if name != "lora" and sizes.shared_cache else None
@@ -147,10 +150,10 @@ def train(paths: Paths, sizes: Sizes, name: str, seed: int, matched: Mapping[str
         "model_name_or_path": paths.base,
         "output_dir": out,
         "vg_path": data,
-        "desc_data_path": pairs_file(paths, variant),
+        "desc_data_path": pairs_file(paths, variant) if variant.pairs else "",
         "seed": seed,
         **variant.keys,
-        **matched.get(name, {}),
+        **matched.get(name.removesuffix("_questions"), {}),
     }
     if name != "lora" and sizes.shared_cache:
         keys |= {"feature_cache": "disk", "feature_cache_dir": cache_folder(paths, variant)}

@@ -16,7 +16,13 @@ from scenes import Scene
 from relook.files import read_json
 
 HERE = Path(__file__).resolve().parent
-FIRST_ID = {"sft": 1_000_000, "pairs": 2_000_000, "dev": 3_000_000, "test": 4_000_000}  # an image's id is its seed
+FIRST_ID = {
+    "sft": 1_000_000,
+    "pairs": 2_000_000,
+    "dev": 3_000_000,
+    "test": 4_000_000,
+    "fresh": 5_000_000,
+}  # an image's id is its seed
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Sizes:
     evaluation: tuple[str, ...] = ("--dtype", "bfloat16", "--batch-size", "256", "--max-new-tokens", "140")
     mined: int = 2500  # captions of the base
     probe_steps: int = 1500
-    split: str = "test"  # on which the study answers
+    split: str = "test"  # on which the study answers; "fresh": scenes that no choice was made on
     jobs: int = 6  # processes that share the GPU
     seeds: tuple[int, ...] = (1, 2)
     shared_cache: bool = True  # of the variants of the same pairs, on disk
