@@ -150,8 +150,8 @@ def train(paths: Paths, sizes: Sizes, name: str, seed: int, matched: Mapping[str
         "model_name_or_path": paths.base,
         "output_dir": out,
         "vg_path": data,
-        "desc_data_path": pairs_file(paths, variant) if variant.pairs else "",
         "seed": seed,
+        **({"desc_data_path": pairs_file(paths, variant)} if variant.pairs else {}),
         **variant.keys,
         **matched.get(name.removesuffix("_questions"), {}),
     }
