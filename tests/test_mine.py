@@ -26,6 +26,7 @@ from PIL import Image
 from relook.data.check import check_folder
 from relook.data.convert import convert_pairs
 from relook.data.readers import DESCRIBE_PROMPTS, read_hadpo, read_pairs
+from relook.data.sentences import split_sentences
 from relook.demo import mining_settings
 from relook.errors import DataError, RecipeError, RelookError
 from relook.evaluate.judge import JudgeSettings, NoVerdict
@@ -47,7 +48,6 @@ from relook.mine.pairs import (
     near_duplicates,
     replace_noun,
     shingles,
-    split_sentences,
     word_count,
 )
 from relook.mine.pictures import NEUTRAL, AnnotatedImages, ExclusionFilter, MinedImage, fingerprint, read_pictures

@@ -12,6 +12,7 @@ import typer
 from relook.cli.command import App
 from relook.cli.options import (
     ANNOTATIONS,
+    BY,
     LAYOUTS,
     PAIR_LAYOUTS,
     Adapter,
@@ -126,7 +127,17 @@ def mine(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
-    judge: Annotated[str, typer.Option(help="exact: annotations alone; or a judge's endpoint.")] = "exact",
+    by: Annotated[
+        str, typer.Option(**choice("kind of pairs", BY, "Pairs of a description each, or by sentence."))
+    ] = BY[0],
+    continuations: Annotated[
+        int, typer.Option(help="By sentence: continuations sampled at each sentence's end.", min=2)
+    ] = 5,
+    max_pairs: Annotated[int, typer.Option(help="Largest number of pairs, without questions; 0 keeps all.", min=0)] = 0,
+    judge: Annotated[
+        str,
+        typer.Option(help="exact: annotations alone; a judge's endpoint; self: by sentence, the model's own answers."),
+    ] = "exact",
     judge_model: JudgeModel = "",
     exclude: Annotated[
         list[Path] | None, input_option("Evaluation images: a file that names them, or a folder of them. Repeat.")
@@ -156,19 +167,32 @@ def mine(
 
     torchrun (`-m relook mine ...`) shares the work.
     """
+    import time
+
     from relook.console import status
     from relook.evaluate.judge import judge_settings
     from relook.mine.jobs import MiningSettings, MiningSource
     from relook.mine.run import mine_pairs
     from relook.model.load import LoadOptions
 
-    url = "" if judge == "exact" else judge
+    started = time.monotonic()
+    url = "" if judge in ("exact", "self") else judge
     endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    settings = MiningSettings(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts)
+    settings = MiningSettings(
+        *(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts),
+        by=by,
+        continuations=continuations,
+        own_answers=judge == "self",
+        max_pairs=max_pairs,
+    )
     source = MiningSource(images, annotations, synonyms, exclude or ())
     card = mine_pairs(model, source, out, settings, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
     status(
-        f"{pairs[0]:,} description pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "
+        f"{pairs[0]:,} {by} pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "
         "pairs.html shows some."
     )
+    if cost := card["descriptions"].get("cost"):
+        rate = 60 * pairs[0] / (time.monotonic() - started)
+        counts = f"{cost['images_read']:,} image readings, {cost['tokens_sampled']:,} tokens, {cost['checks']:,} checks"
+        status(f"Cost: {counts}; {rate:,.0f} pairs a minute in this run")

@@ -16,6 +16,7 @@ from relook.errors import DataError, Faults, RecipeError, did_you_mean
 LAYOUTS = ("hadpo", "sentinel", "llava", "pope", "shr", "amber")
 PAIR_LAYOUTS = ("hadpo", "sentinel", "trl", "rlhfv", "rlaifv")
 ANNOTATIONS = ("coco", "vg", "toyworld", "none")
+BY = ("description", "sentence")
 PARSERS = ("official", "llava", "lmms-eval")
 SUBMISSIONS = ("vqav2", "vizwiz", "gqa", "mmbench", "mmbench-cn", "seed", "mm-vet", "mme")
 ENGINES = ("vllm", "sglang", "transformers-serve")
