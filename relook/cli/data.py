@@ -134,6 +134,7 @@ def mine(
         int, typer.Option(help="By sentence: continuations sampled at each sentence's end.", min=2)
     ] = 5,
     max_pairs: Annotated[int, typer.Option(help="Largest number of pairs, without questions; 0 keeps all.", min=0)] = 0,
+    max_images: Annotated[int, typer.Option(help="Number of images, drawn by the seed; 0: all.", min=0)] = 0,
     judge: Annotated[
         str,
         typer.Option(help="exact: annotations alone; a judge's endpoint; self: by sentence, the model's own answers."),
@@ -184,6 +185,7 @@ def mine(
         continuations=continuations,
         own_answers=judge == "self",
         max_pairs=max_pairs,
+        max_images=max_images,
     )
     source = MiningSource(images, annotations, synonyms, exclude or ())
     card = mine_pairs(model, source, out, settings, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))

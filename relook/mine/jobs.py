@@ -117,6 +117,7 @@ class MiningSettings:
         continuations: by sentence: how many are sampled at each sentence's end.
         own_answers: by sentence: the model's own yes/no answers check what it wrote.
         max_pairs: largest number of pairs of descriptions or sentences; 0 keeps all.
+        max_images: number of images, drawn by the seed, that are mined; 0 for all.
     """
 
     seed: int = 0
@@ -132,6 +133,7 @@ class MiningSettings:
     continuations: int = 5
     own_answers: bool = False
     max_pairs: int = 0
+    max_images: int = 0
 
     @property
     def by_sentence(self) -> bool:

@@ -86,7 +86,7 @@ def mine_pairs(
     # Select. The model is loaded when there is something to ask it: a finished stage needs none.
     work, load = out / WORK, functools.cache(lambda: loading.load(folder))
     exclusion = _fingerprint(annotated.pictures, listed, evaluation_images, work)
-    pictures, left_out = _select_images(source, annotated.pictures, exclusion)
+    pictures, left_out = _select_images(source, annotated.pictures, exclusion, settings)
     description_rng, question_rng = (random.Random(f"{settings.seed}/{stage}") for stage in ("describe", "ask"))
     judge_client = Judge(judge, work / JUDGE_CACHE) if judge and distributed.is_main() else None
 
@@ -221,7 +221,7 @@ def _fingerprint(
 
 
 def _select_images(
-    source: MiningSource, pictures: Sequence[MinedImage], exclusion: ExclusionFilter
+    source: MiningSource, pictures: Sequence[MinedImage], exclusion: ExclusionFilter, settings: MiningSettings
 ) -> tuple[list[MinedImage], dict[str, int]]:
     """Return the pictures that are mined, and how many are not, by reason."""
     reasons = exclusion.left_out(pictures)
@@ -229,7 +229,12 @@ def _select_images(
     if len(reasons) == len(pictures):
         causes = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise DataError(f"No picture of {source.images} is left: {causes}.", "Check --images and --exclude.")
-    return [picture for picture in pictures if picture.id not in reasons], counts
+    usable = [picture for picture in pictures if picture.id not in reasons]
+    if settings.max_images and len(usable) > settings.max_images:
+        counts["not drawn"] = len(usable) - settings.max_images
+        drawn = sorted(random.Random(f"{settings.seed}/images").sample(range(len(usable)), settings.max_images))
+        usable = [usable[i] for i in drawn]
+    return usable, counts
 
 
 def _claim_folder(out: Path, identity: Mapping[str, Any], judge: JudgeSettings | None) -> None:
