@@ -11,20 +11,34 @@ import typer
 
 from relook.cli.command import App
 from relook.cli.options import (
-    ANNOTATIONS,
     BY,
     LAYOUTS,
+    OWN_JUDGES,
     PAIR_LAYOUTS,
     Adapter,
+    AnnotationKind,
     AsJson,
+    BatchSize,
     Bits,
+    By,
+    Continuations,
     Device,
     Dtype,
+    Exclude,
     JudgeKey,
     JudgeModel,
     JudgePrice,
     JudgeRequest,
     JudgeWorkers,
+    MaxImages,
+    MaxPairs,
+    MinedFolder,
+    MiningJudge,
+    NearTexts,
+    ProbeQuestions,
+    Samples,
+    Synonyms,
+    Temperature,
     Tower,
     Version,
     choice,
@@ -119,40 +133,24 @@ def data_convert(
 @app.command()
 def mine(
     model: Annotated[Path, input_option("The model whose mistakes are corrected.")],
-    images: Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")],
-    annotations: Annotated[
-        str,
-        typer.Option(
-            **choice("kind of annotations", ANNOTATIONS, "What says what is on them: coco, vg, toyworld or none.")
-        ),
-    ],
+    images: MinedFolder,
+    annotations: AnnotationKind,
     out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
-    by: Annotated[
-        str, typer.Option(**choice("kind of pairs", BY, "Pairs of a description each, or by sentence."))
-    ] = BY[0],
-    continuations: Annotated[
-        int, typer.Option(help="By sentence: continuations sampled at each sentence's end.", min=2)
-    ] = 5,
-    max_pairs: Annotated[int, typer.Option(help="Largest number of pairs, without questions; 0 keeps all.", min=0)] = 0,
-    max_images: Annotated[int, typer.Option(help="Number of images, drawn by the seed; 0: all.", min=0)] = 0,
-    judge: Annotated[
-        str,
-        typer.Option(help="exact: annotations alone; a judge's endpoint; self: by sentence, the model's own answers."),
-    ] = "exact",
+    by: By = BY[0],
+    continuations: Continuations = 5,
+    max_pairs: MaxPairs = 0,
+    max_images: MaxImages = 0,
+    judge: MiningJudge = "exact",
     judge_model: JudgeModel = "",
-    exclude: Annotated[
-        list[Path] | None, input_option("Evaluation images: a file that names them, or a folder of them. Repeat.")
-    ] = None,
-    synonyms: Annotated[Path | None, input_option('JSON: further words for objects, as {"cup": ["mug"]}.')] = None,
+    exclude: Exclude = None,
+    synonyms: Synonyms = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    samples: Annotated[int, typer.Option(help="Sampled descriptions an image, besides the greedy one.", min=0)] = 1,
-    temperature: Annotated[float, typer.Option(help="Of the sampled descriptions.")] = 1.0,
-    questions: Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)] = 6,
-    near_texts: Annotated[
-        float, typer.Option(help="Similarity from which a description was said before; 0 keeps all.", min=0, max=1)
-    ] = 0.9,
+    samples: Samples = 1,
+    temperature: Temperature = 1.0,
+    questions: ProbeQuestions = 6,
+    near_texts: NearTexts = 0.9,
     max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.", min=1)] = 256,
-    batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.", min=1)] = 64,
+    batch_size: BatchSize = 64,
     version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,
@@ -177,15 +175,11 @@ def mine(
     from relook.model.load import LoadOptions
 
     started = time.monotonic()
-    url = "" if judge in ("exact", "self") else judge
+    url = "" if judge in OWN_JUDGES else judge
     endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
     settings = MiningSettings(
-        *(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts),
-        by=by,
-        continuations=continuations,
-        own_answers=judge == "self",
-        max_pairs=max_pairs,
-        max_images=max_images,
+        *(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts, True),
+        *(by, continuations, judge == OWN_JUDGES[1], max_pairs, max_images),
     )
     source = MiningSource(images, annotations, synonyms, exclude or ())
     card = mine_pairs(model, source, out, settings, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))

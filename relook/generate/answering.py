@@ -319,8 +319,8 @@ class _GrowingAnswer:
 def continuation(
     loaded: LoadedModel, prompt: Prompt, ids: Sequence[int], complete: bool, settings: GenerationSettings
 ) -> Continuation:
-    """Decode an answer's tokens. A tokenizer drops the white space at the beginning of a text, so what follows a context
-    is decoded with the token before it."""
+    """Decode an answer's tokens; what follows a context keeps its white space."""
+    # A tokenizer drops white space at the beginning of a text: the token before is decoded, too.
     before = loaded.decode(prompt.context, settings.template) if prompt.context else ""
     text = loaded.decode([*prompt.context, *ids], settings.template)[len(before) :]
     end = end_of_first_sentence(text) if settings.one_sentence else None

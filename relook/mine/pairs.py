@@ -161,8 +161,8 @@ class Correction:
 # more than that.
 _EXISTS = re.compile(
     r"(?:in (?:the|this) \w+,? )?"
-    r"(?:there(?: is| are|'s)|(?:the|this) (?:image|picture|photo|photograph|scene)(?: also)? (?:shows|features|contains|"
-    r"includes|depicts|displays|has)|(?:i|we|you)(?: can)?(?: also)? see)(?: also)?",
+    r"(?:there(?: is| are|'s)|(?:the|this) (?:image|picture|photo|photograph|scene)(?: also)? "
+    r"(?:shows|features|contains|includes|depicts|displays|has)|(?:i|we|you)(?: can)?(?: also)? see)(?: also)?",
     re.IGNORECASE,
 )
 _ITEM_END = re.compile(r",(?: and)?|\band\b|\bor\b|[.!?]+$")  # of a list of things
