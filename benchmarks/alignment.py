@@ -155,9 +155,8 @@ def report(options: argparse.Namespace) -> None:
         ]
         chair = compare_pooled(runs, ["chair"])["chair"]
         result["whole"][f"{second} - {first}"] = {key: chair[key] for key in ("chair_i", "recall", "length")}
-        print(
-            f"| whole captions: {second} - {first} | CHAIR_i {change(chair['chair_i'])} | recall {change(chair['recall'])} |"
-        )
+        rates = " | ".join(f"{key} {change(chair[key])}" for key in ("chair_i", "recall"))
+        print(f"| whole captions: {second} - {first} | {rates} |")
     write_json(options.out / "alignment.json", result)
 
 

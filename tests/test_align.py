@@ -25,7 +25,7 @@ MINING = MiningSettings(
 
 def scores(chair_i: float) -> dict[str, Any]:
     interval = [chair_i - 0.01, chair_i + 0.01]
-    rates = {name: chair_i for name in ("chair_i", "chair_s", "recall", "length")}
+    rates = dict.fromkeys(("chair_i", "chair_s", "recall", "length"), chair_i)
     return {**rates, **{f"{name}_ci": interval for name in rates}}
 
 

@@ -28,6 +28,7 @@ from relook.evaluate.benchmark import ScoringInputs, score_command
 from relook.evaluate.compare import compare
 from relook.evaluate.results import AnswerFile
 from relook.evaluate.run import append_answers, evaluate_model
+from relook.evaluate.tasks.chair import chair_images
 from relook.evaluate.tasks.pope import (
     LLAVA_QUESTIONS,
     SPLITS,
@@ -37,7 +38,6 @@ from relook.evaluate.tasks.pope import (
     pope_questions,
     read_pope_questions,
 )
-from relook.evaluate.tasks.chair import chair_images
 from relook.files import file_hash, read_json, read_records, text_hash, write_json, write_jsonl
 from relook.generate import answering
 from relook.generate.answering import GenerationSettings, answer_questions
