@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from helpers.endpoint import Answer, endpoint
 from helpers.interrupted import interrupt
-from test_answering import as_loaded
 from test_mine import VOCABULARY, judging, seeing
 
+from relook import load_model
 from relook.data.check import check_folder
 from relook.data.readers import read_pairs, read_sentinel
 from relook.data.sentences import end_of_first_sentence, split_sentences
@@ -78,7 +78,7 @@ def test_where_a_first_sentence_ends(text: str, end: int | None) -> None:
 
 def test_a_continuation_is_the_rest_of_the_answer(world: Path) -> None:
     """Greedy continuations, sentence by sentence, join to the whole greedy answer."""
-    loaded = as_loaded(shipped_base())
+    loaded = load_model(shipped_base())
     image, prompt = read_pictures(world / "vg", "toyworld").pictures[0].path, "Describe this image in detail."
     [(_, whole)] = answer_questions(loaded, [(image, prompt)], GenerationSettings(max_new_tokens=64), quiet)
     settings, text = GenerationSettings(max_new_tokens=64, one_sentence=True), ""
