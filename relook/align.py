@@ -33,7 +33,7 @@ from relook.mine.output import SENTENCES
 from relook.mine.run import mine_pairs
 from relook.model.checkpoint import parse_folder
 from relook.model.load import LoadOptions
-from relook.recipe import Recipe, load_recipe
+from relook.recipe import Recipe, load_recipe, read_yaml_or_shipped
 from relook.report.align_page import ROUNDS_FILE, write_align_page
 from relook.train.run import train
 
@@ -154,8 +154,9 @@ def _check_settings(model: Path, out: Path, settings: AlignSettings, mining: Min
     given = sorted({"model_name_or_path", "output_dir", "vg_path", *PAIR_KEYS} & settings.keys.keys())
     if given:
         raise RecipeError(f"Each round has its own {', '.join(given)}.", "Leave these keys out; --model is the base.")
-    if _recipe(model, out / "round-1", settings, mining).task != "dpo":
+    if {**read_yaml_or_shipped(settings.recipe, "recipe"), **settings.keys}.get("task") != "dpo":
         raise RecipeError(f"{settings.recipe} does not train on pairs.", "Choose a recipe of task dpo.")
+    _recipe(model, out / "round-1", settings, mining)  # which checks its keys
     read_json(instances_file(settings.data))
 
 
