@@ -176,7 +176,7 @@ def test_exchanged_nouns_take_article_and_number_along(sentence: str, noun: str,
 
 def test_a_new_word_that_makes_another_object_drops_the_pair(tmp_path: Path) -> None:
     vocabulary = coco_vocabulary()
-    texts = ["There is a toilet. There is a seat.", "There is a teddy dog.", "There is a dog.", "There is a cup."]
+    texts = ["There is a toilet and a seat.", "There is a teddy dog.", "There is a dog.", "There is a cup."]
     there = [frozenset(names) for names in (["cup"], ["bear"], ["cup"], ["cup"])]
     pictures = [MinedImage(str(i), tmp_path, frozenset(), objects) for i, objects in enumerate(there)]
     annotated = AnnotatedImages(tuple(pictures), vocabulary, NEUTRAL)
