@@ -78,7 +78,10 @@ def mine_pairs(
     evaluation_images = [path for entry in source.exclude if entry.is_dir() for path in evaluation_files(entry)]
     if distributed.is_main():
         excluded = [*sorted(listed), *(str(path.resolve()) for path in evaluation_images)]
-        _claim_folder(out, _identity(folder, source, annotated.pictures, excluded, settings, loading), judge)
+        identity = _identity(folder, source, annotated.pictures, excluded, settings, loading)
+        if settings.by_sentence:  # what a description goes on with depends on who checks
+            identity["checked_by"] = judge and [judge.model, dict(judge.request)]
+        _claim_folder(out, identity, judge)
     distributed.barrier("the output folder")
     if (out / output.CARD).exists():
         return dict(read_json(out / output.CARD))
