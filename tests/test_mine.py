@@ -595,6 +595,16 @@ def test_the_demos_settings_are_the_same_mining(world: Path, tmp_path: Path) -> 
     assert card["near_texts"] == 0
 
 
+def start_ranks(command: Sequence[object], count: int) -> list[subprocess.Popen[bytes]]:
+    """Start a command in several processes, as torchrun does, but so that a kill reaches them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    more = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    ranks = [{**os.environ, **more, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+    return [subprocess.Popen(list(map(str, command)), env=rank) for rank in ranks]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_for_good_and_over_processes_the_files_are_the_same(
@@ -607,24 +617,16 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
     command += ["--annotations", "toyworld", "--exclude", place.exclude[0], "--questions", "4", "--near-texts", "0"]
     command += ["--max-new-tokens", "40", "--batch-size", "1"]
 
-    def start() -> list[subprocess.Popen[bytes]]:
-        with socket.socket() as probe:  # as torchrun does, but so that a kill reaches them
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        more = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        ranks = [{**os.environ, **more, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
-        return [subprocess.Popen(list(map(str, command)), env=rank) for rank in ranks]
-
     for name in ("pictures", "descriptions_0", "descriptions_1", "answers", "desc_data.json", "pairs.parquet"):
         file = out / name if "." in name else out / "work" / f"{name}.jsonl"
-        jobs = start()
+        jobs = start_ranks(command, count)
         while not file.exists() and any(job.poll() is None for job in jobs):
             time.sleep(0.005)
         for job in jobs:
             job.kill()
             job.wait()
         assert file.exists()
-    assert [job.wait() for job in start()] == [0] * count
+    assert [job.wait() for job in start_ranks(command, count)] == [0] * count
     assert contents(out) == contents(mined)
 
 
