@@ -286,7 +286,7 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
 ) -> None:
     """kill -9 in the midst of the descriptions and of the files, then let alone."""
     out = tmp_path / "out"
-    command = [
+    command = [sys.executable, "-m", "relook", "mine", "--model", shipped_base(), "--images", world / "vg"]
         sys.executable,
         "-m",
         "relook",
