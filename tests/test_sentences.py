@@ -287,18 +287,18 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
     """kill -9 in the midst of the descriptions and of the files, then let alone."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "relook", "mine", "--model", shipped_base(), "--images", world / "vg"]
-        sys.executable,
-        "-m",
-        "relook",
-        "mine",
-        "--model",
-        shipped_base(),
-        "--images",
-        world / "vg",
+    command += [
         "--out",
         out,
+        "--annotations",
+        "toyworld",
+        "--exclude",
+        world / "test",
+        "--by",
+        "sentence",
+        "--continuations",
+        "3",
     ]
-    command += ["--annotations", "toyworld", "--exclude", world / "test", "--by", "sentence", "--continuations", "3"]
     command += ["--questions", "4", "--near-texts", "0", "--max-new-tokens", "40", "--batch-size", "2"]
     for name in ("work/sentences.jsonl", "work/answers.jsonl", "pairs.parquet"):
         jobs = start_ranks(command, count)
