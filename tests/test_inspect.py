@@ -164,6 +164,7 @@ def test_the_command(relook: Command, image: Path, monkeypatch: pytest.MonkeyPat
     assert found.keys() == {"model", "type", "modules", "trains", "tensors"}
     assert not any("projected" in row["name"] for row in found["tensors"])  # no image
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
     ended = relook("inspect", base, "--image", image, "--prompt", "Is there a cup?")
     assert ended.status == 0, ended.err
     for text in ("CLIPEncoderLayer", "post_decoder_head", "merged embeddings", "decode"):

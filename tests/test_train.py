@@ -21,14 +21,16 @@ from helpers.tiny import dpo_keys, sft_keys, tiny_llava
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from relook import load_model
 from relook.errors import CheckpointError, DataError, RecipeError, RelookError
 from relook.files import sole_writer, write_json
 from relook.forward.collate import Collator, split_held_out
 from relook.forward.policy import Policy
-from relook.model.load import TENSORS_FILE
+from relook.model.checkpoint import parse_folder
+from relook.model.export import merge_adapter
+from relook.model.load import TENSORS_FILE, LoadedModel, LoadOptions
 from relook.model.trainable import parameter_groups, set_trainable
 from relook.recipe import Recipe, build_recipe
 from relook.toyworld.build import make_processor
@@ -472,6 +474,32 @@ def test_a_post_decoder_trained_on_the_wrong_base_is_refused(base: Path, world: 
     write_json(out / "change.json", change)
     with pytest.raises(CheckpointError, match="do not fit"):
         load_model(out)
+
+
+def test_a_run_is_asked_and_shown_images_as_it_was_trained(
+    base: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every command and after a merge; the base itself is asked by llava_hf, and images are not padded."""
+
+    def how(loaded: LoadedModel) -> tuple[str, str]:
+        return loaded.template, loaded.images.aspect_ratio
+
+    keys: dict[str, Any] = {"tune_lm_head": True, "max_steps": 1, "version": "vicuna_v1", "image_aspect_ratio": "pad"}
+    out = train(recipe_for(base, world, tmp_path / "run", **keys))
+    assert how(load_model(base)) == ("llava_hf", "")
+    assert how(load_model(out)) == how(load_model(base, adapter=out)) == ("v1", "pad")
+    assert "was trained with template v1, which is used instead of its base's llava_hf" in capsys.readouterr().err
+    assert parse_folder(out).template == LoadOptions(adapter=out).template_of(base) == "v1"
+    merge_adapter(base, out, tmp_path / "merged")
+    assert how(load_model(tmp_path / "merged")) == ("v1", "pad")
+    images = LlavaProcessor.from_pretrained(tmp_path / "merged").image_processor
+    assert images.do_pad  # for transformers
+    # A run on it keeps the template, and may leave the padding out again.
+    keys = {"tune_lm_head": True, "max_steps": 1, "version": "", "image_aspect_ratio": "square"}
+    second = train(recipe_for(tmp_path / "merged", world, tmp_path / "second", **keys))
+    assert how(load_model(second)) == ("v1", "square")
+    whole = train(build_recipe(sft_keys(base, world, tmp_path / "whole", max_steps=1, version="v1")))
+    assert how(load_model(whole)) == ("v1", "")
 
 
 def test_a_full_run_is_a_model_of_its_own(base: Path, world: Path, tmp_path: Path) -> None:

@@ -391,7 +391,7 @@ class ModelRunner:
 
     @contextmanager
     def _variants(self) -> Iterator[None]:
-        """Let a compiled layer have a variant for each number of reads and pieces: more than dynamo allows by default."""
+        """Let a compiled layer have a variant for each number of reads and pieces: more than dynamo allows itself."""
         if self.compiled:
             with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
                 yield
