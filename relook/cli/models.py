@@ -47,7 +47,9 @@ def merge(
         int | None,
         typer.Option(
             help="0 adds the post decoder and replaces the head; 1 adds or replaces the post decoder only; 2 replaces "
-            "both in a model that has one. Without it the whole change is taken."
+            "both in a model that has one. Without it the whole change is taken.",
+            min=0,
+            max=2,
         ),
     ] = None,
     force: Force = False,
