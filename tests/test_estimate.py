@@ -373,7 +373,10 @@ def test_what_an_h100_measured(seven_billion: Path, recipe: str, measured: float
         assert found["ways"]["one GPU"]["before"] / GIB == pytest.approx(19.5, rel=0.1)
 
 
-@pytest.mark.parametrize(("share", "measured"), [(0, 27.2), (0.25, 25.1), (0.43, 23.4)])
+@pytest.mark.parametrize(
+    ("share", "measured"),
+    [(0, 27.2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.25, 25.1), (0.43, 23.4)))],
+)
 def test_what_an_h200_measured_of_activations_that_leave(seven_billion: Path, share: float, measured: float) -> None:
     """benchmarks/RESULTS.md: LoRA of rank 128, 8 pairs a step by four."""
     words = ["--gradient_checkpointing", "false", "--per_device_train_batch_size", "4", "--prompt-tokens", "43"]
@@ -384,6 +387,7 @@ def test_what_an_h200_measured_of_activations_that_leave(seven_billion: Path, sh
     assert (way["processor"] > 0) == (share > 0)
 
 
+@pytest.mark.slow
 def test_what_leaves_comes_back_beside_gradients(seven_billion: Path) -> None:
     """Without gradients of micro-batches before, a step's peak is when the last layer that left has come back: as many
     layers are there as at the beginning, whole ones, and the gradients of those that are done."""
@@ -397,6 +401,7 @@ def test_what_leaves_comes_back_beside_gradients(seven_billion: Path) -> None:
     assert away["processor"] == pytest.approx(kept["parts"]["activations"] / 2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_card_of_24_gib(seven_billion: Path) -> None:
     """QLoRA with recomputation fits; without it, it does not."""
     model = ["--model_name_or_path", str(seven_billion), "--gpu-memory", "24", "--per_device_train_batch_size", "8"]

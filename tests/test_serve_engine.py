@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.serving import NEW, PICTURES, Held, png, until
 from helpers.tiny import tiny_llava, tiny_relook
+from helpers.variants import variants
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -144,7 +145,9 @@ def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -
 # --- the text of `generate`
 
 
-@pytest.mark.parametrize("name", ["cross, deep", "self_cross"])  # test_answering.py has the others in such steps
+@pytest.mark.parametrize(
+    "name", variants(["cross, deep", "self_cross"], {"self_cross"})
+)  # test_answering.py has the others in such steps
 def test_many_at_once_each_get_the_text_of_generate(name: str) -> None:
     loaded = as_loaded(MODELS[name]())
     expected = one_by_one(loaded, QUESTIONS, max_new_tokens=6)
