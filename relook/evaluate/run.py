@@ -115,7 +115,7 @@ def begin_evaluation(
         The settings, with the model's own template if they name none.
     """
     model = parse_folder(model)
-    settings = dataclasses.replace(settings, template=settings.template or model.template)
+    settings = dataclasses.replace(settings, template=settings.template or loading.template_of(model))
     check_template(settings.template)
     parse_device(loading.device)
     claimed = (out, model, data, settings.template, settings.max_new_tokens, loading)

@@ -9,6 +9,7 @@ Shape letters: N positions of a pass or rows of a step, T texts of a prefill, D 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
@@ -72,6 +73,23 @@ def position_bytes(loaded: LoadedModel) -> int:
     return sum(shape.nbytes(loaded.core.dtype) for shape in PoolShape.of(loaded).values())
 
 
+def _layers_over_pool(language_model: Any) -> list[Any]:
+    """Return the decoder layers with the same weights, but with attention over the pool.
+
+    transformers looks the attention function up by its name in the config. The copies have a config of their own,
+    because another engine or an attention map may run the original layers, or another model's that share their config,
+    on another thread.
+    """
+    config = copy.copy(language_model.config)
+    config._attn_implementation = ATTENTION_NAME
+    layers = [copy.copy(layer) for layer in language_model.layers]
+    for layer in layers:
+        attention = copy.copy(layer.self_attn)
+        attention.config = config
+        layer._modules = {**layer._modules, "self_attn": attention}
+    return layers
+
+
 class ModelRunner:
     """A model and its pools.
 
@@ -106,6 +124,7 @@ class ModelRunner:
         self._open: StepState | None = None  # whose keys and values are not in the pool yet
         # Steps are compiled for one row and for any number; reading, whose lengths always differ, once for any.
         self._step_layer = self._read_layer = run_layer
+        self._layers = _layers_over_pool(self.core.model.language_model)
         if self.compiled:
             # On disk, so that the next run finds what this one compiled.
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -229,7 +248,7 @@ class ModelRunner:
             embeds = embeds.masked_scatter(placeholder, rows)
             deep = [torch.zeros_like(embeds).masked_scatter(placeholder, layer) for layer in added]
         view = PassView(batch.cells, batch.reads, is_step=False)
-        with self._pool_attention():
+        with self._variants():
             states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
         states = self._post_decode(states, view, batch.image)
         return states if self.self_pool is None else states[batch.last]
@@ -241,8 +260,7 @@ class ModelRunner:
             if self._open is not state:
                 self.write_back()
                 self._open = state
-            with self._pool_attention():
-                self._step(state)
+            self._step(state)
             return None
         key = _graph_key(state)
         if key not in self._graphs:
@@ -332,7 +350,7 @@ class ModelRunner:
             positions_N = positions_N.expand(3, -1)
         # (1, N) or (3, 1, N)
         angles = model.rotary_emb(hidden, position_ids=positions_N.unsqueeze(-2))
-        *layers, last = zip(model.layers, self.pool.layers, strict=True)
+        *layers, last = zip(self._layers, self.pool.layers, strict=True)
         for (layer, kv), added in itertools.zip_longest(layers, deep):
             hidden = run(layer, hidden, angles, kv, view)
             hidden = hidden if added is None else hidden + added
@@ -372,22 +390,13 @@ class ModelRunner:
         return states_ND
 
     @contextmanager
-    def _pool_attention(self) -> Iterator[None]:
-        """Let the language model's layers attend to the pool.
-
-        transformers looks the attention function up by the config's name of it, at each call of a layer.
-        """
-        config = self.core.model.language_model.config
-        before, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
-        try:
-            if self.compiled:
-                # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
-                with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
-                    yield
-            else:  # without dynamo, whose import takes a second
+    def _variants(self) -> Iterator[None]:
+        """Let a compiled layer have a variant for each number of reads and pieces: more than dynamo allows itself."""
+        if self.compiled:
+            with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
                 yield
-        finally:
-            config._attn_implementation = before
+        else:  # without dynamo, whose import takes a second
+            yield
 
     # --- CUDA graphs
 
@@ -398,7 +407,7 @@ class ModelRunner:
         state.moves.zero_()
         state.counters[1].fill_(self.pool.cells)
         try:
-            with self._pool_attention():
+            with self._variants():
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):

@@ -181,7 +181,7 @@ def _check_settings(
     if settings.samples and settings.temperature <= 0:
         raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
     parse_device(loading.device)
-    settings = dataclasses.replace(settings, template=settings.template or model.template)
+    settings = dataclasses.replace(settings, template=settings.template or loading.template_of(model))
     check_template(settings.template)
     return settings
 
