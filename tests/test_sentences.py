@@ -30,7 +30,7 @@ from relook.generate.answering import (
 )
 from relook.mine import output, sentences
 from relook.mine.jobs import MiningSettings, MiningSource
-from relook.mine.pairs import hallucinations
+from relook.mine.pairs import CONTEXT, hallucinations
 from relook.mine.pictures import MinedImage, read_pictures
 from relook.mine.run import mine_pairs
 from relook.mine.sentences import ENDED, NOTHING_TRUE, GrowingDescription, by_annotations, by_judge, by_own_answers
@@ -329,6 +329,8 @@ def test_without_annotations_a_judge_checks(world: Path, tmp_path: Path) -> None
     with endpoint(seeing(scenes)) as there:
         card = mine_pairs(shipped_base(), source, tmp_path / "out", settings, judging(there.url))
         asked = len(there.requests)
+        prompts = [request["messages"][0]["content"][0]["text"] for request in there.requests[1:]]
+    assert any(f"{CONTEXT}The picture shows" in prompt for prompt in prompts)  # what a sentence goes on from
     truth = {f"{p.path.parent.name}/{p.path.name}": p.objects for p in pictures}
     found = 0
     for image, records in read_json(tmp_path / "out/sentinel.json").items():

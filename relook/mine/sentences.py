@@ -268,10 +268,15 @@ def by_judge(judge: Judge) -> Check:
         nonlocal judged
         # The judge's verdicts are on the sentences of a text: each candidate must be one with an end mark.
         listed = [[_ended(c.sentence) for c in candidates] for _, candidates in asked]
-        shown = [(d.picture, " ".join(texts)) for (d, _), texts in zip(asked, listed, strict=True) if texts]
+        shown = [(d, " ".join(texts)) for (d, _), texts in zip(asked, listed, strict=True) if texts]
         if not shown:
             return [[] for _ in asked]
-        results = check_descriptions(judge, shown, optional=judged or len(shown) < ENOUGH_TASKS)
+        results = check_descriptions(
+            judge,
+            [(description.picture, text) for description, text in shown],
+            optional=judged or len(shown) < ENOUGH_TASKS,
+            contexts=[description.text for description, _ in shown],
+        )
         # Counts of a call are kept with its first description, so that a resumed job knows them.
         spent = {name: results.details[name] for name in JUDGE_COUNTS}
         asked[0][0].counts.update({**spent, **{f"{UNJUDGED}{why}": n for why, n in results.unjudged.items()}})
