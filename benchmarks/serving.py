@@ -44,7 +44,9 @@ import torch
 from shapes import (
     GPU,
     LLAVA_7B,
+    LLAVA_NEXT_7B,
     TINY,
+    TINY_NEXT,
     Question,
     bandwidth,
     device_name,
@@ -96,6 +98,7 @@ def main() -> None:
     tokens.add_argument("--rounds", type=int, default=2, help="requests of each client")
     tokens.add_argument("--bits", type=int, default=16, help="8 or 4: quantised by bitsandbytes")
     tokens.add_argument("--post-decoder", type=int, default=1, help="blocks; 0 for none")
+    tokens.add_argument("--next", action="store_true", help="a LLaVA-NeXT, whose images take several tiles")
     http = ways.add_parser("http")
     http.set_defaults(measure=measure_http)
     http.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
@@ -363,7 +366,8 @@ def stream_late(port: int, others: Sequence[bytes], late: Sequence[bytes]) -> li
 
 
 def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
-    loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder, bits=options.bits)
+    shape = (TINY_NEXT if options.tiny else LLAVA_NEXT_7B) if options.next else TINY if options.tiny else LLAVA_7B
+    loaded = endless_model(shape, options.post_decoder, bits=options.bits)
     result: dict[str, Any] = {"device": device_name(), "bits": options.bits, "new_tokens": options.new_tokens}
     result |= {"rounds": options.rounds, "loaded_gib": round(torch.cuda.memory_allocated() / 2**30, 1) if GPU else 0}
     result["bytes_per_s"] = bandwidth()
