@@ -143,7 +143,7 @@ def test_an_untested_family_is_checked_when_it_is_loaded(tmp_path: Path, monkeyp
         load_model(folder)
     monkeypatch.undo()
     monkeypatch.setattr(families, "FAMILIES", {})
-    monkeypatch.setattr(model_runner, "deepstack_rows", lambda image: [])
+    monkeypatch.setattr(model_runner, "position_rows", lambda image: list(image.pooler_output))
     with pytest.raises(CheckpointError, match="qwen3_vl, whose answers the engine would change"):
         load_model(folder)
 
@@ -155,7 +155,7 @@ def examples_of(loaded: LoadedModel, world: Path) -> list[Any]:
     encoder = loaded.encoder()
     paths = sorted((world / "vg").rglob("*.jpg"))[:4]
     answers = ("There is a cup.", "There is a dog in the image.")
-    return [encoder.pair(PreferencePair("p", path, "Describe this image.", *answers)) for path in paths] + [
+    return [encoder.pair(PreferencePair("p", (path,), "Describe this image.", *answers)) for path in paths] + [
         encoder.conversation(
             Conversation(
                 "c", tuple(paths[:2]), (Turn("<image>\nWhat?", "A cup."), Turn("And <image>\nthis?", "A dog."))

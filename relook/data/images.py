@@ -220,14 +220,18 @@ class ImageLoader:
         image_processor: transformers image processor of the model.
         aspect_ratio: "pad" first pads each picture to a square in the processor's mean colour, as LLaVA-1.5 does;
             anything else leaves resizing and cropping to the processor.
+        positions: the number of positions that a picture takes, or a function of its height and width.
         cache_bytes: most bytes of pixel values to cache.
     """
 
-    # Counts the positions that a picture of a height and width takes, where the processor decides it.
-    positions: Callable[[tuple[int, int]], int] | None = None
-
-    def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
-        self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
+    def __init__(
+        self,
+        image_processor: Any,
+        aspect_ratio: str = "",
+        positions: int | Callable[[tuple[int, int]], int] = 0,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        self.image_processor, self.positions, self.aspect_ratio = image_processor, positions, aspect_ratio
         self.flat = GRID in image_processor.model_input_names  # pixels are patches, without an axis of images
         self._cache: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
 
@@ -335,7 +339,7 @@ def _subject(image: Shown) -> str:
 def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack the inputs of single images to a batch, padded to the most tiles; flat patches are concatenated."""
     batch = {}
-    for name in inputs[0]:
+    for name in inputs[0] if inputs else ():
         tensors = [image[name] for image in inputs]
         if name == "pixel_values" and GRID in inputs[0]:
             batch[name] = torch.cat(tensors)

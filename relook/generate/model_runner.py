@@ -22,7 +22,7 @@ from torch import Tensor
 
 from relook.console import status
 from relook.data.images import stack
-from relook.forward.policy import deepstack_rows
+from relook.forward.policy import position_rows
 from relook.generate.attention import (
     ATTENTION_NAME,
     KVPool,
@@ -153,7 +153,7 @@ class ModelRunner:
     def encode_images(self, inputs: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
         """Return each image's projected features (P, D) and what the post decoder reads of it, (M, V) or None.
 
-        What the first layers add at image positions (`deepstack_rows`) lies beside the projected features, (P, n * D).
+        What the first layers add at image positions (`position_rows`) lies beside the projected features, (P, n * D).
 
         Args:
             inputs: what the image processor made of each image, without a batch dimension.
@@ -167,9 +167,7 @@ class ModelRunner:
         }
         outputs = self.core.model.get_image_features(**batch, return_dict=True)
         read = getattr(outputs, "vision_features", None) or [None] * len(inputs)
-        rows = outputs.pooler_output
-        if deep := deepstack_rows(outputs):
-            rows = torch.cat([torch.cat(list(rows)), *deep], dim=-1).split([len(image) for image in rows])
+        rows = position_rows(outputs)
         # Copies: a view would keep the features of the whole batch in memory.
         return [
             (projected.to(dtype).clone(), None if features is None else features.clone())
