@@ -32,9 +32,11 @@ from relook.model import families
 from relook.model.export import WriteOptions, export_for, export_model, merge_adapter
 from relook.model.inspect import inspect_model
 from relook.model.load import add_post_decoder
+from relook.model.modeling_relook import TOWERS_READ
 from relook.recipe import build_recipe
 from relook.train.run import train
 
+TOWER = {"features": "tower"}  # the post decoder looks at the tower's states, before the merger
 SIZES = [(40, 24), (24, 56), (100, 30), (16, 16)]  # width, height
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 
@@ -69,6 +71,8 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 def with_decoder(folder: Path, trained: bool = True, **settings: Any) -> LoadedModel:
     loaded = load_model(folder)
+    if settings == TOWER and loaded.core.config.model_type not in TOWERS_READ:  # it is refused there
+        settings = {"features": "projected"}
     generator = torch.Generator().manual_seed(1)
     loaded.model = add_post_decoder(loaded.model, settings, generator).eval()
     if trained:
@@ -179,7 +183,7 @@ def row_log_probs(loaded: LoadedModel, items: Sequence[Item]) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}], ids=str)
+@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}, TOWER], ids=str)
 @torch.no_grad()
 def test_trees_are_equal_to_separate_rows(folder: Path, world: Path, settings: dict[str, Any] | None) -> None:
     loaded = load_model(folder) if settings is None else with_decoder(folder, **settings)
@@ -295,7 +299,15 @@ def test_what_a_run_leaves_is_loaded_merged_and_exported(
         assert (export_for(out, tmp_path / "vllm", "vllm", WriteOptions()) or 0.0) < 1e-5
 
 
-@pytest.mark.parametrize("keys", [{"tune_post_decoder": True}, {"tune_lm_head": True}], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tune_post_decoder": True},
+        {"tune_post_decoder": True, "post_decoder.features": "tower"},
+        pytest.param({"tune_lm_head": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_cached_states_train_to_the_same_weights_as_live_ones(
     keys: dict[str, Any], folder: Path, world: Path, tmp_path: Path
 ) -> None:
@@ -309,7 +321,7 @@ def test_cached_states_train_to_the_same_weights_as_live_ones(
 # --- answers
 
 
-@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}], ids=str)
+@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}, TOWER], ids=str)
 def test_answers_are_those_of_generate(folder: Path, world: Path, settings: dict[str, Any] | None) -> None:
     loaded = load_model(folder) if settings is None else with_decoder(folder, **settings)
     paths = sorted((world / "vg").rglob("*.jpg"))

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from relook.console import status
 from relook.data.images import stack
-from relook.forward.policy import position_rows
 from relook.generate.attention import (
     ATTENTION_NAME,
     KVPool,
@@ -37,6 +36,7 @@ from relook.generate.dense_attention import KV, DenseReads
 from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
 from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
+from relook.model.families import position_rows
 from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 

@@ -35,11 +35,11 @@ def set_trainable(loaded: LoadedModel, recipe: Recipe) -> None:
     loaded.model = add_trainable_modules(loaded.model, recipe, loaded.images)
 
 
-def add_trainable_modules(model: Any, recipe: Recipe, images: ImageLoader) -> Any:
+def add_trainable_modules(model: Any, recipe: Recipe, images: ImageLoader | None) -> Any:
     """Add the modules that the recipe trains, with peft for LoRA, and freeze all others; return the model.
 
     Args:
-        images: of the model, for a look at which parts of its vision tower are in use.
+        images: of the model; needed where its vision tower trains, to find which parts of it are in use.
     """
     seed = int(recipe.training.get("seed", 42))
     _check_post_decoder(model.config, recipe)
@@ -54,7 +54,7 @@ def add_trainable_modules(model: Any, recipe: Recipe, images: ImageLoader) -> An
     if recipe.bits == 4:
         _keep_unpacked(model)
     core = model  # peft's wrapper hides the parts below
-    unused = unused_in_tower(core, images) if recipe.trains_vision_tower else []
+    unused = unused_in_tower(core, images) if recipe.trains_vision_tower and images is not None else []
     if recipe.lora_enable:
         model = _with_lora(model, recipe, seed, unused)
     parts = {
