@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import dpo_keys, scramble, sft_keys, write_world
-from helpers.trunks import save_trunk
+from helpers.trunks import PATCH, save_trunk
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -34,6 +34,7 @@ from relook.model.inspect import inspect_model
 from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import TOWERS_READ
 from relook.recipe import build_recipe
+from relook.report.plots import attention_before
 from relook.train.run import train
 
 TOWER = {"features": "tower"}  # the post decoder looks at the tower's states, before the merger
@@ -361,3 +362,39 @@ def test_the_page_lists_the_families_and_the_suite_that_runs_them() -> None:
     assert {row[1].strip("`"): row[-1] for row in rows[2:]} == {
         kind: slow.get(kind, "default") for kind in families.FAMILIES
     }
+
+
+def test_a_map_has_the_proportions_of_the_picture(folder: Path) -> None:
+    loaded, image = with_decoder(folder), picture((60, 30))
+    turns = [Turn("<image>\nWhat is this?", "There is a cup.")]
+    [grid] = attention_before(loaded, image, turns, [turns[0].response.index("cup")])
+    seen = loaded.images.seen(image)
+    assert (len(grid[0]) * 2 * PATCH, len(grid) * 2 * PATCH) == seen.size
+    assert sum(map(sum, grid)) == pytest.approx(1)
+    # By transformers: the queries of the pass over the prompt, before the word.
+    decoder: Any = loaded.model.model.post_decoder
+    block, queries = decoder.blocks[-1].cross_attention, list[Tensor]()
+    hook = block.q_proj.register_forward_hook(lambda module, inputs, output: queries.append(output))
+    prompt = loaded.encode([image], "What is this?")
+    words = loaded.processor.tokenizer("There is a", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    prompt["input_ids"] = torch.cat([prompt["input_ids"], words], 1)
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    with torch.no_grad():
+        loaded.core(**prompt | loaded.token_types(prompt["input_ids"]))
+        features = loaded.core.model.get_image_features(
+            prompt["pixel_values"], prompt["image_grid_thw"], return_dict=True
+        ).pooler_output[0]
+        keys, _ = block.keys_values(decoder.align(features[None]))
+        scores = block.split(queries[0][:, -1:]) @ keys.transpose(-1, -2) / keys.shape[-1] ** 0.5
+    hook.remove()
+    torch.testing.assert_close(torch.tensor(grid).flatten(), scores.softmax(-1).mean(1).flatten())
+    assert attention_before(with_decoder(folder, features="tower"), image, turns, [0]) == []  # of patches, none
+
+
+def test_what_is_kept_for_lora_trains_alike(folder: Path, world: Path, tmp_path: Path) -> None:
+    weights = []
+    for cache in ("memory", "off"):
+        keys = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 0.1}
+        recipe = world_keys("dpo", folder, world, tmp_path / cache, feature_cache=cache, **keys)
+        weights.append(load_model(train(build_recipe(recipe))).model.state_dict())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)

@@ -266,7 +266,12 @@ class ImageLoader:
         Raises:
             DataError: as `preprocess` does.
         """
-        pixels = self.inputs(image)["pixel_values"]
+        inputs = self.inputs(image)
+        if self.flat:  # the patches of the resized picture
+            _, height, width = (inputs[GRID] * self.image_processor.patch_size).tolist()
+            opened = image if isinstance(image, Image.Image) else _opened(image)
+            return as_rgb(opened).resize((width, height), Image.Resampling.BICUBIC)
+        pixels = inputs["pixel_values"]
         mean, std = (
             torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
         )
@@ -305,8 +310,7 @@ class ImageLoader:
         cached = self._cache.get(key)
         if cached is not None:
             return cached
-        opened = open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
-        inputs = self._process(opened, _subject(image))
+        inputs = self._process(_opened(image), _subject(image))
         self._cache.put(key, inputs)
         return inputs
 
@@ -326,6 +330,10 @@ class ImageLoader:
         if self.flat:
             inputs["pixel_values"] = processed["pixel_values"]
         return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
+
+
+def _opened(image: Shown) -> Image.Image:
+    return open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
 
 
 def _subject(image: Shown) -> str:
