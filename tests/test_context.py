@@ -207,7 +207,7 @@ def test_bad_pairs_are_named_by_readers_and_check(vg: Path, tmp_path: Path) -> N
     named = {name: reason for reason, names in report.reasons.items() for name in names}
     expected = {f"1-{i}": reason for i, (_, reason) in enumerate(BAD)}
     assert named == expected | {"3-0": "image file missing", "9-0": "image id not in image_data.json"}
-    with pytest.raises(DataError, match="sample 1-0: an answer repeats the context"):
+    with pytest.raises(DataError, match="bad samples: an answer repeats the context"):
         read_sentinel(path, vg, "error")
     write_jsonl(path.with_suffix(".jsonl"), [{"image_id": 1, **r} if isinstance(r, dict) else r for r in records[:-1]])
     checked = check_folder("sentinel", path.parent, vg, workers=1)

@@ -225,7 +225,7 @@ def test_llava_names_every_conversation_it_drops(tmp_path: Path) -> None:
     assert len(named) == len(BAD_CONVERSATIONS)
     for number, (_, reason) in enumerate(BAD_CONVERSATIONS):
         assert named[str(number)].startswith(reason)
-    with pytest.raises(DataError, match="sample 0: turns do not alternate"):
+    with pytest.raises(DataError, match="bad samples: turns do not alternate"):
         read_llava(file, tmp_path, on_bad="error")
 
 

@@ -139,21 +139,23 @@ def _with_lora(model: Any, recipe: Recipe, seed: int, unused: Sequence[nn.Parame
 
     # The pattern names the parts, whose layers share names (q_proj, k_proj, ...).
     parts = {"language_model": model.model.language_model}
-    excluded: list[str] = []
     if recipe.lora_vision_tower:
         parts |= {name: module for name, module in model.model.named_children() if module is vision_tower(model.model)}
-        # A merger lies in the tower, but is the projector. No gradient reaches what is not in use.
-        left_out = {id(module) for module in connector(model.model).modules()} | {id(p) for p in unused}
-        excluded = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and (id(module) in left_out or id(module.weight) in left_out)
-        ]
+    targets = _targets(parts, recipe)
+    # A merger lies in the tower, but is the projector. No gradient reaches what is not in use. A convolution may be
+    # called like a linear layer.
+    left_out = {id(module) for module in connector(model.model).modules()} | {id(p) for p in unused}
+    excluded = [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in targets and f".{name}".startswith(tuple(f".model.{part}." for part in parts))
+        if not isinstance(module, nn.Linear) or id(module) in left_out or id(module.weight) in left_out
+    ]
     config = LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=rf".*\b({'|'.join(parts)})\..*\.({'|'.join(_targets(parts, recipe))})",
+        target_modules=rf".*\b({'|'.join(parts)})\..*\.({'|'.join(targets)})",
         exclude_modules="|".join(map(re.escape, excluded)) or None,
         bias=recipe.lora_bias,
         use_dora=recipe.use_dora,
