@@ -211,8 +211,10 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("ld_alpha", "unchanged_weight"), (lambda n: 0 <= n <= 1, "0 to 1, the weight of a token")),
 }
 ALL_LINEAR = "all-linear"
-LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
-LORA_KEYS += ("lora_vision_tower",)
+LORA_KEYS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora"),
+    "lora_vision_tower",
+)
 HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")  # vg_path first: SENTINEL's files need it, too
 DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", "ld_alpha", *WEIGHTS)
 SFT_KEYS = ("data_path", "conversations_per_tree")

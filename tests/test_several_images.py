@@ -19,7 +19,7 @@ from relook.data.convert import convert_pairs
 from relook.data.readers import read_llava, read_pairs
 from relook.data.samples import Conversation, PreferencePair, Turn
 from relook.data.templates import interleave
-from relook.errors import DataError
+from relook.errors import DataError, RelookError
 from relook.evaluate.llava_bench import answer_question_file, read_llava_bench_questions
 from relook.files import read_records, write_json, write_jsonl
 from relook.forward.collate import Collator, Item
@@ -251,7 +251,7 @@ def test_a_question_file_with_lists_of_images(pictures: list[Path], tmp_path: Pa
             {**questions[2], "image": "no.png"},
         ],
     )
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(RelookError) as refused:
         read_llava_bench_questions(tmp_path / "bad.jsonl", root)
     assert "1 images do not exist" in str(refused.value)
     assert "2 questions: number of <image> differs from the number of images (0, 2)" in str(refused.value)

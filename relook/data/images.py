@@ -260,6 +260,10 @@ class ImageLoader:
             width, height = _open(path, _size, str(path))
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
+    def position_count(self, size: tuple[int, int]) -> int:
+        """Return the number of positions that a picture of a height and width takes."""
+        return self.positions if isinstance(self.positions, int) else self.positions(size)
+
     def seen(self, image: ImageSource) -> Image.Image:
         """Return a picture as the model sees it: padded or cropped, and resized. Models with tiles are not supported.
 

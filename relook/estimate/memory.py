@@ -409,7 +409,7 @@ class Job:
         # Layer i of the selected ones is the output of i layers; those behind the last selected one do not train.
         layers = [i % (vision.num_hidden_layers + 1) for i in (selected if isinstance(selected, list) else [selected])]
         states = self.tile_count(self.batch) * ((vision.image_size // vision.patch_size) ** 2 + 1)
-        return max(layers) * tower_layer_bytes(vision, self.compute_bytes, self.mixed_precision).of(states)
+        return int(max(layers)) * tower_layer_bytes(vision, self.compute_bytes, self.mixed_precision).of(states)
 
     @property
     def last_mlp_positions(self) -> int:

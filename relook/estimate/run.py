@@ -310,8 +310,8 @@ def count_batch(recipe: Recipe, policy: Policy, lengths: DataLengths, examples: 
 
 def count_features(policy: Policy, lengths: DataLengths, example: Example) -> int:
     """Count the rows of vision features of an example, over its images."""
-    positions = image_positions(policy)
-    return sum(vision_feature_count(policy.config, lengths.size(image), positions) for image in example.images)
+    sizes = [lengths.size(image) for image in example.images]
+    return sum(vision_feature_count(policy.config, size, position_count(policy, size)) for size in sizes)
 
 
 def count_tower_states(policy: Policy, lengths: DataLengths, example: Example) -> int:
@@ -319,8 +319,14 @@ def count_tower_states(policy: Policy, lengths: DataLengths, example: Example) -
     return sum(tower_state_count(policy.config, lengths.size(image), 0) for image in example.images)
 
 
-def image_positions(policy: Policy) -> int | Callable[[tuple[int, int]], int]:
-    """Return the number of positions that an image takes, or a function of its size."""
+def position_count(policy: Policy, size: tuple[int, int]) -> int:
+    """Return the number of positions that an image of this size takes."""
+    positions = _image_positions(policy)
+    return positions if isinstance(positions, int) else positions(size)
+
+
+@functools.lru_cache(maxsize=1)  # it remembers the sizes
+def _image_positions(policy: Policy) -> int | Callable[[tuple[int, int]], int]:
     count = family_of(policy.config).positions
     assert count is not None  # `estimate` has refused the others
     return count(policy.core)
@@ -456,7 +462,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 
 def build_cache_plan(policy: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """Plan the cache of the known examples; return the plan, and the factor from them to all examples."""
-    images: Any = SimpleNamespace(size=lengths.size, positions=image_positions(policy))
+    images: Any = SimpleNamespace(size=lengths.size, position_count=functools.partial(position_count, policy))
     plan = CachePlan.of(policy, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 

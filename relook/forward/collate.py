@@ -160,11 +160,11 @@ class Collator:
             return batch if width is None else replace(batch, features=[batch.states.new_zeros(1, width)])
         if self.kept:  # no batch calls the tower
             unseen = next(iter(self.kept.values()))
-            blanks = (None if t is None else [torch.zeros_like(t)] for t in (unseen.tower, unseen.projected))
-            return replace(batch, **dict(zip(("tower", "projected"), blanks, strict=True)))
+            blank = [None if t is None else [torch.zeros_like(t)] for t in (unseen.tower, unseen.projected)]
+            return replace(batch, tower=blank[0], projected=blank[1])
         # Else the tower runs on a black picture; no position holds its placeholder.
-        blank = self.images.batch([Image.new("RGB", (32, 32))])
-        return replace(batch, pixel_values=blank.pop("pixel_values"), image_inputs=blank)
+        inputs = self.images.batch([Image.new("RGB", (32, 32))])
+        return replace(batch, pixel_values=inputs.pop("pixel_values"), image_inputs=inputs)
 
     def live_batch(self, items: Sequence[Item], row_length: int = 0) -> LiveBatch:
         """Build a batch of packed trees with pixels or kept vision features; see `build_live_batch`."""

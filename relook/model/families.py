@@ -171,23 +171,17 @@ def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
     )
 
 
-def vision_feature_count(config: Any, size: Size, positions: int | Callable[[Size], int]) -> int:
-    """Compute M of the vision features (M, V) of an image of this size, which a post decoder attends to.
-
-    Args:
-        positions: the number of positions that an image takes, or a function that counts them.
-    """
-    if reads_tower(config):
-        return tower_state_count(config, size, positions)
-    return positions if isinstance(positions, int) else positions(size)
+def vision_feature_count(config: Any, size: Size, positions: int) -> int:
+    """Compute M of the vision features (M, V) of an image of this size, which takes so many positions."""
+    return tower_state_count(config, size, positions) if reads_tower(config) else positions
 
 
-def tower_state_count(config: Any, size: Size, positions: int | Callable[[Size], int]) -> int:
-    """Compute M of the vision tower's states (M, V) of an image of this size, over all its tiles."""
+def tower_state_count(config: Any, size: Size, positions: int) -> int:
+    """Compute M of the vision tower's states (M, V) of an image, over all its tiles; see `vision_feature_count`."""
     if hasattr(config, "vision_feature_layer"):
         return family_of(config).tiles(config, size) * _features_per_row(config)
     # A merger makes one position of so many patches a side.
-    return (positions if isinstance(positions, int) else positions(size)) * config.vision_config.spatial_merge_size**2
+    return positions * int(config.vision_config.spatial_merge_size) ** 2
 
 
 def deepstack_rows(image: Any) -> list[Tensor]:

@@ -94,16 +94,16 @@ def unused_in_tower(model: Any, images: ImageLoader) -> list[nn.Parameter]:
         image = model.model.get_image_features(pixel_values=pixels, **inputs, return_dict=True)
     # Walk back from the output through the graph of operations; its leaves are the parameters in use.
     rows = position_rows(image)
-    functions, leaves = {row.grad_fn for row in rows}, set()
-    waiting = list(functions)
+    functions = {row.grad_fn for row in rows if row.grad_fn is not None}
+    waiting, leaves = list(functions), set[int]()
     while waiting:
         function = waiting.pop()
-        leaves.add(getattr(function, "variable", None))
+        leaves.add(id(getattr(function, "variable", None)))
         new = {before for before, _ in function.next_functions if before is not None} - functions
         functions |= new
         waiting += new
     vision_tower(model.model).requires_grad_(False)
-    return [parameter for parameter in parameters if parameter not in leaves]
+    return [parameter for parameter in parameters if id(parameter) not in leaves]
 
 
 def _keep_unpacked(model: nn.Module) -> None:

@@ -541,12 +541,8 @@ def cache_vision_features(
     widths = tower_width(config) * keeps_tower, config.text_config.hidden_size * layers * (not projects)
     # Families that project rows resize every image to the same shape, so the first one's size holds for all.
     sizes = [images.size(path) for path in (paths[:1] if projects else paths)]
-    counts = images.positions if isinstance(images.positions, int) else None
-    rows = [
-        (tower_state_count(config, s, images.positions), images.positions(s) if counts is None else counts)
-        for s in sizes
-    ]
-    values = sum(states * widths[0] + positions * widths[1] for states, positions in rows)
+    rows = [(size, images.position_count(size)) for size in sizes]
+    values = sum(tower_state_count(config, *row) * widths[0] + row[1] * widths[1] for row in rows)
     size = values * policy.dtype.itemsize * (len(paths) if projects else 1)
     if recipe.feature_cache == "auto" and not fits_half_of_memory(size):
         return None
@@ -559,13 +555,11 @@ def cache_vision_features(
             inputs = {name: tensor.to(policy.device) for name, tensor in inputs.items()}
             pixels = inputs.pop("pixel_values")
             image = policy.encode_images(pixels, inputs)
-            parts = (
-                tower_states(config, image, inputs) if keeps_tower else [None] * len(batch),
-                [None] * len(batch) if projects else position_rows(image),
-            )
-            for i, (path, tower, projected) in enumerate(zip(batch, *parts, strict=True)):
+            tower = tower_states(config, image, inputs) if keeps_tower else []
+            projected = [] if projects else position_rows(image)
+            for i, path in enumerate(batch):
                 # Copies: a view would keep, or send to a worker, the features of the whole batch.
-                kept = (None if t is None else copy_to_cpu(t.to(policy.dtype)).clone() for t in (tower, projected))
-                by_image[path] = KeptImage(*kept, {name: tensor[i].cpu() for name, tensor in inputs.items()})
+                parts = (copy_to_cpu(part[i].to(policy.dtype)).clone() if part else None for part in (tower, projected))
+                by_image[path] = KeptImage(*parts, inputs={name: tensor[i].cpu() for name, tensor in inputs.items()})
             report(len(by_image), len(paths))
     return by_image
