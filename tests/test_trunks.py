@@ -371,12 +371,12 @@ def test_a_map_has_the_proportions_of_the_picture(folder: Path) -> None:
     seen = loaded.images.seen(image)
     assert (len(grid[0]) * 2 * PATCH, len(grid) * 2 * PATCH) == seen.size
     assert sum(map(sum, grid)) == pytest.approx(1)
-    # By transformers: the queries of the pass over the prompt, before the word.
+    # By transformers: the queries of the pass over the prompt, before the word. Each letter is a token here.
     decoder: Any = loaded.model.model.post_decoder
     block, queries = decoder.blocks[-1].cross_attention, list[Tensor]()
     hook = block.q_proj.register_forward_hook(lambda module, inputs, output: queries.append(output))
     prompt = loaded.encode([image], "What is this?")
-    words = loaded.processor.tokenizer("There is a", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    words = loaded.processor.tokenizer("There is a ", add_special_tokens=False, return_tensors="pt")["input_ids"]
     prompt["input_ids"] = torch.cat([prompt["input_ids"], words], 1)
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
     with torch.no_grad():

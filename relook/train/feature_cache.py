@@ -559,7 +559,7 @@ def cache_vision_features(
             projected = [] if projects else position_rows(image)
             for i, path in enumerate(batch):
                 # Copies: a view would keep, or send to a worker, the features of the whole batch.
-                parts = (copy_to_cpu(part[i].to(policy.dtype)).clone() if part else None for part in (tower, projected))
-                by_image[path] = KeptImage(*parts, inputs={name: tensor[i].cpu() for name, tensor in inputs.items()})
+                kept = [copy_to_cpu(part[i].to(policy.dtype)).clone() if part else None for part in (tower, projected)]
+                by_image[path] = KeptImage(kept[0], kept[1], {name: tensor[i].cpu() for name, tensor in inputs.items()})
             report(len(by_image), len(paths))
     return by_image
