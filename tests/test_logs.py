@@ -48,7 +48,9 @@ def test_operations_by_hand() -> None:
     work = BatchStats(pairs=1, tokens=7, last_mlp=6, features=5, projected=5, encoded=4, states=3, targets=2, live=True)
     costs = StepCosts(1, 10, 100, 1000, 10**4, 10**5, 10**6)
     assert costs.flops(work) == 4 + 50 + 700 + 6000 + 50_000 + 300_000 + 2_000_000
-    cached = BatchStats(pairs=1, tokens=7, last_mlp=6, features=5, projected=5, encoded=4, states=3, targets=2, live=False)
+    cached = BatchStats(
+        pairs=1, tokens=7, last_mlp=6, features=5, projected=5, encoded=4, states=3, targets=2, live=False
+    )
     assert costs.flops(cached) == 50_000 + 300_000 + 2_000_000
 
 
