@@ -15,10 +15,14 @@ from relook.cli.options import (
     LAYOUTS,
     PAIR_LAYOUTS,
     Adapter,
+    AnsweringModel,
     AsJson,
     Bits,
     Device,
     Dtype,
+    Engine,
+    EngineArgs,
+    EngineKey,
     JudgeKey,
     JudgeModel,
     JudgePrice,
@@ -117,7 +121,7 @@ def data_convert(
 
 @app.command()
 def mine(
-    model: Annotated[Path, input_option("The model whose mistakes are corrected.")],
+    model: AnsweringModel,
     images: Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")],
     annotations: Annotated[
         str,
@@ -147,6 +151,9 @@ def mine(
     dtype: Dtype = "float32",
     bits: Bits = 16,
     device: Device = "",
+    engine: Engine = "",
+    engine_args: EngineArgs = "{}",
+    engine_key: EngineKey = "OPENAI_API_KEY",
     judge_price: JudgePrice = (0.0, 0.0),
     judge_key: JudgeKey = "OPENAI_API_KEY",
     judge_workers: JudgeWorkers = 8,
@@ -157,6 +164,7 @@ def mine(
     torchrun (`-m relook mine ...`) shares the work.
     """
     from relook.console import status
+    from relook.evaluate.engines import answer_source
     from relook.evaluate.judge import judge_settings
     from relook.mine.jobs import MiningSettings, MiningSource
     from relook.mine.run import mine_pairs
@@ -166,7 +174,8 @@ def mine(
     endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
     settings = MiningSettings(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts)
     source = MiningSource(images, annotations, synonyms, exclude or ())
-    card = mine_pairs(model, source, out, settings, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))
+    answers = answer_source(engine, engine_args, engine_key, LoadOptions(adapter, vision_tower, dtype, bits, device))
+    card = mine_pairs(model, source, out, settings, endpoint, answers)
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
     status(
         f"{pairs[0]:,} description pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from relook.generate.request import IncrementalText
 from relook.generate.sampling import Sampler, TokenLogprobs
 from relook.generate.scheduler import PREFILL_POSITIONS, Scheduler, feature_bytes
 from relook.generate.text import ImageFeatures, ImageKey, Text
+from relook.model.checkpoint import AnyFolder, ModelFolder
 from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
@@ -87,8 +88,37 @@ class Prompt:
 Group = list[Prompt]  # over the same images
 
 
+class AnsweringEngine(Protocol):
+    """Another engine than relook's own, such as vLLM or a server."""
+
+    def answer(
+        self, questions: Sequence[DistinctQuestion], settings: GenerationSettings
+    ) -> Iterator[tuple[DistinctQuestion, str]]:
+        """Yield the answers to distinct questions as they end."""
+        ...
+
+
+Answerer = LoadedModel | AnsweringEngine
+
+
+class AnswerSource(Protocol):
+    """Where a command takes its answers from: `LoadOptions` load a model, others name another engine."""
+
+    def open(self, model: AnyFolder) -> ModelFolder:
+        """Check the settings, and parse the model's folder."""
+        ...
+
+    def identity(self, model: AnyFolder) -> dict[str, Any]:
+        """Return everything that answers depend on."""
+        ...
+
+    def load(self, model: AnyFolder) -> Answerer:
+        """Load the model, or reach for the engine that has it."""
+        ...
+
+
 def answer_questions(
-    loaded: LoadedModel, questions: Sequence[Question], settings: GenerationSettings, report: ProgressReport
+    answerer: Answerer, questions: Sequence[Question], settings: GenerationSettings, report: ProgressReport
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of the question, answer text) as answers end; equal questions are asked once.
 
@@ -104,26 +134,37 @@ def answer_questions(
     if not indices:
         return
     distinct = [DistinctQuestion(n, images, text) for n, (images, text) in enumerate(indices, settings.first)]
+    by_number = list(indices.values())
+    answers: Iterator[tuple[DistinctQuestion | Prompt, str]] = (
+        _answer_by_model(answerer, distinct, settings)
+        if isinstance(answerer, LoadedModel)
+        else answerer.answer(distinct, settings)
+    )
+    for done, (question, text) in enumerate(answers, 1):
+        for index in by_number[question.number - settings.first]:
+            yield index, text
+        report(done, len(distinct))
+
+
+def _answer_by_model(
+    loaded: LoadedModel, questions: Sequence[DistinctQuestion], settings: GenerationSettings
+) -> Iterator[tuple[Prompt, str]]:
+    """Yield the answers of a model in memory: by relook's engine where it can, else by `generate`."""
     encoder = loaded.encoder(settings.template)
-    bounds = {question: max_length(encoder, question) + settings.max_new_tokens for question in distinct}
-    longest = max(distinct, key=lambda question: bounds[question])
+    bounds = {question: max_length(encoder, question) + settings.max_new_tokens for question in questions}
+    longest = max(questions, key=lambda question: bounds[question])
     sampler = Sampler.of(loaded, settings.template, settings.generate_arguments, bounds[longest], settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if sampler is None:
-            answers = _answer_by_generate(loaded, encoder, distinct, settings)
-        else:
-            length = len(longest.encode(encoder).ids) + settings.max_new_tokens
-            cells = max(bounds[longest], settings.batch_size * length)
-            if loaded.core.device.type == "cpu":
-                cells = min(cells, sum(bounds.values()))  # a GPU keeps its pool for the next questions, however many
-            groups = group_by_images(distinct, bounds)
-            answers = _answer_by_engine(loaded, encoder, groups, settings, sampler, cells, bounds[longest])
-        by_number = list(indices.values())
-        for done, (prompt, text) in enumerate(answers, 1):
-            for index in by_number[prompt.number - settings.first]:
-                yield index, text
-            report(done, len(distinct))
+            yield from _answer_by_generate(loaded, encoder, questions, settings)
+            return
+        length = len(longest.encode(encoder).ids) + settings.max_new_tokens
+        cells = max(bounds[longest], settings.batch_size * length)
+        if loaded.core.device.type == "cpu":
+            cells = min(cells, sum(bounds.values()))  # a GPU keeps its pool for the next questions, however many
+        groups = group_by_images(questions, bounds)
+        yield from _answer_by_engine(loaded, encoder, groups, settings, sampler, cells, bounds[longest])
 
 
 @dataclass(frozen=True)

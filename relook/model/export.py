@@ -377,8 +377,8 @@ def _small_input(loaded: LoadedModel) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------
 # `relook export --for ENGINE`: a folder that vLLM, SGLang or `transformers serve` loads as it is.
 #
-# LoRA, head and projector are merged. A post decoder runs in vLLM by relook's plugin; the other engines have LLaVA's own
-# layers only. The files they read were determined from their source code; docs/serving.md says from which.
+# LoRA, head and projector are merged. A post decoder runs in vLLM, by relook's plugin (`relook.vllm`); other engines
+# have LLaVA's own layers only. The files they read were determined from their source code.
 
 # SGLang recognises a CLIP tower by this word in its path.
 CLIP_FOLDER = f"clip_{TOWER_FOLDER}"
@@ -404,9 +404,13 @@ def export_for(source: str | Path, out: str | Path, engine: str, options: WriteO
     source, out = Path(source), Path(out)
     if engine not in WRITERS:
         raise CheckpointError(f"There is no engine {engine!r}.", did_you_mean(engine, WRITERS))
-    opened = open_lazy(source, vision_tower=options.vision_tower)
+    return export_lazy(open_lazy(source, vision_tower=options.vision_tower), out, engine, options)
+
+
+def export_lazy(opened: LazyModel, out: Path, engine: str, options: WriteOptions) -> float | None:
+    """Write an opened model for a serving engine, as `export_for` does."""
     if reason := unsupported_by(engine, opened.config):
-        raise CheckpointError(f"{source} cannot run in {engine}: {reason}.", "Use relook serve.")
+        raise CheckpointError(f"{opened.path} cannot run in {engine}: {reason}.", "Use relook serve.")
     difference = write_model(opened, out, WRITERS[engine], options)
     dtype = str(opened.dtype).removeprefix("torch.")
     status(
@@ -426,11 +430,11 @@ def unsupported_by(engine: str, config: Any) -> str:
     settings = PostDecoderSettings(**config.post_decoder)
     if config.model_type != f"{RELOOK}llava":
         # The plugin keeps the image's keys at the placeholders: each needs the feature that it stands for.
-        return "the plugin has LLaVA-1.5 alone, where each placeholder stands for one feature that the post decoder reads"
+        return "relook's plugin has LLaVA-1.5 alone, where each placeholder stands for one feature of the vision tower"
     if settings.attention == "self_cross" and settings.depth > 1:
         return (
-            "from its second block on, the post decoder's self-attention reads image positions that have seen the whole "
-            "image, and in a cache none sees what follows it"
+            "the self-attention of its second block reads image positions that have seen the whole image, but in a "
+            "cache no position sees what follows it"
         )
     if isinstance(config.vision_feature_layer, list):
         return "vLLM's LLaVA reads one layer of the vision tower, not several"

@@ -64,7 +64,7 @@ class PagedAttention(nn.Module):
         return output
 
     def _widen(self, flat: Tensor, extra: Tensor | float) -> Tensor:
-        """Pad each head's d to the cached size: (N, H * d) -> (N, H * cached size), with `extra` as first new number."""
+        """Pad each head: (N, H * d) -> (N, H * cached size), with `extra` as the first new number over the image."""
         wide = F.pad(flat.view(-1, self.heads, self.head_size), (0, self.cached_size - self.head_size))
         if self.over_image:
             wide[..., self.head_size] = extra
