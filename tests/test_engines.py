@@ -57,7 +57,7 @@ def test_a_server_gives_the_files_and_scores_of_relooks_own_engine(
     results = {}
     for name, loading in (("own", LoadOptions()), ("server", source(served_base))):
         results[name] = evaluate_model(
-            shipped_base(), ["pope", "chair"], world / "test", tmp_path / name, max_new_tokens=40, loading=loading
+            shipped_base(), ["pope"], world / "test", tmp_path / name, max_new_tokens=40, loading=loading
         )
     for file in (tmp_path / "own").glob("*.jsonl"):
         own, server = read_records(file), read_records(tmp_path / "server" / file.name)
@@ -159,6 +159,8 @@ def test_what_engines_cannot_do_is_refused() -> None:
         beams = GenerationSettings(generate=(("num_beams", 5),))
         with pytest.raises(RecipeError, match="num_beams=5"):
             list(answer_questions(engine, [((), "Why?")], beams, lambda *_: None))
+        with pytest.raises(RecipeError, match="not by v0"):
+            list(answer_questions(engine, [((), "Why?")], GenerationSettings("v0"), lambda *_: None))
         with pytest.raises(DataError, match="inside a text"):
             list(answer_questions(engine, [((), "Why <image>?")], GenerationSettings(), lambda *_: None))
         with pytest.raises(RelookError, match=r"serves m, not other"):

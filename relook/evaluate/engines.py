@@ -21,7 +21,7 @@ from PIL import ExifTags, Image
 from relook import distributed
 from relook.data.encode import Encoder
 from relook.data.images import Shown, open_image
-from relook.data.templates import IMAGE, get_template
+from relook.data.templates import CHAT, IMAGE, get_template
 from relook.errors import DataError, RecipeError, RelookError, preview
 from relook.evaluate.judge import read_reply
 from relook.generate.answering import AnswerSource, DistinctQuestion, GenerationSettings
@@ -106,7 +106,7 @@ class ServerSource:
         """Parse the folder if it is here; else the model is only a name at the server."""
         if isinstance(model, ModelFolder) or Path(model).is_dir():
             return parse_folder(model)
-        return ModelFolder(Path(model), "remote", {"conversation_template": ""})
+        return ModelFolder(Path(model), "remote", {"conversation_template": CHAT})
 
     def identity(self, model: AnyFolder) -> dict[str, Any]:
         """Return the model's path and hash, where it is here, and the server's kind, version and request fields."""
@@ -120,7 +120,8 @@ class ServerSource:
         }
 
     def load(self, model: AnyFolder) -> ServerEngine:
-        return ServerEngine(self, asyncio.run(self._describe(self.open(model)))["model"])
+        folder = self.open(model)
+        return ServerEngine(self, asyncio.run(self._describe(folder))["model"], folder.template)
 
     def client(self) -> Any:
         """Build a client whose responses are bounded in size."""
@@ -174,10 +175,16 @@ class ServerSource:
 
 @dataclass(frozen=True)
 class ServerEngine:
-    """Answers by a server. `batch_size` requests are under way at a time."""
+    """Answers by a server. `batch_size` requests are under way at a time.
+
+    Args:
+        model: its name at the server.
+        template: the conversation template that the server has for it.
+    """
 
     source: ServerSource
     model: str
+    template: str
 
     def answer(
         self, questions: Sequence[DistinctQuestion], settings: GenerationSettings
@@ -185,8 +192,12 @@ class ServerEngine:
         """Yield answers as they come.
 
         Raises:
-            RelookError: a request has no answer.
+            RelookError: a request has no answer, or asks for what the server does not do.
         """
+        if settings.template not in ("", self.template):
+            raise RecipeError(
+                f"The server writes prompts itself, not by {settings.template}.", "Leave --version out."
+            )
         answers = self._ask_all(questions, settings)
 
         async def advance() -> tuple[DistinctQuestion, str] | None:

@@ -190,7 +190,9 @@ def write_hf(source: LazyModel, folder: Path, shard_bytes: int, code: bool = Tru
         code: whether a post decoder's code goes along, for transformers without relook.
     """
     # llava-hf's folders have older names, which vLLM and transformers know; other families those of the module tree.
-    renames = TO_HF if source.config.model_type.startswith("llava") else ()
+    own_names = has_post_decoder(source.config) and code  # transformers finds the module tree's in the code
+    is_llava = source.config.model_type.removeprefix(RELOOK).startswith("llava")
+    renames = TO_HF if is_llava and not own_names else ()
     # The tower's tensors come first, then all others.
     stream = (pair for tower in (True, False) for pair in _tensor_stream(source, renames, tower))
     write_tensors(folder, stream, shard_bytes)

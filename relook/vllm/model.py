@@ -132,6 +132,8 @@ class RelookLlavaForConditionalGeneration(llava.LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("A post decoder needs the image on the last rank: use tensor parallelism.")
+        if vllm_config.model_config.multimodal_config.enable_mm_embeds:
+            raise ValueError("A post decoder reads the vision tower's features: start without enable_mm_embeds.")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         text, settings = self.config.text_config, PostDecoderSettings(**self.config.post_decoder)
         name = maybe_prefix(prefix, "post_decoder")
@@ -153,8 +155,6 @@ class RelookLlavaForConditionalGeneration(llava.LlavaForConditionalGeneration):
 
         vLLM keeps both in its encoder cache, as it does Qwen3-VL's deepstack features.
         """
-        if not isinstance(image_input, llava.LlavaImagePixelInputs):
-            raise ValueError("A post decoder reads the vision tower's features: send images, not image_embeds.")
         features = self._process_image_pixels(image_input)
         projected = self.multi_modal_projector(features)
         if not hasattr(self.post_decoder, "align"):
@@ -176,8 +176,10 @@ class RelookLlavaForConditionalGeneration(llava.LlavaForConditionalGeneration):
         if embeddings and hasattr(self.post_decoder, "align"):
             self.filled = len(input_ids)
             where = is_multimodal.to(self.hidden_N.device)
-            self.image_ND[: self.filled][where] = torch.cat([e[:, size:] for e in embeddings]).to(self.image_ND.dtype)
-            self.hidden_N[: self.filled][where] = 0.0
+            aligned = torch.cat([e[:, size:] for e in embeddings]).to(self.image_ND.dtype)
+            # Not by indices, for which the host would wait.
+            self.image_ND[: self.filled].masked_scatter_(where[:, None], aligned)
+            self.hidden_N[: self.filled].masked_fill_(where, 0.0)
         return super().embed_input_ids(input_ids, [e[:, :size] for e in embeddings], is_multimodal=is_multimodal)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
