@@ -195,9 +195,7 @@ class ServerEngine:
             RelookError: a request has no answer, or asks for what the server does not do.
         """
         if settings.template not in ("", self.template):
-            raise RecipeError(
-                f"The server writes prompts itself, not by {settings.template}.", "Leave --version out."
-            )
+            raise RecipeError(f"The server writes prompts itself, not by {settings.template}.", "Leave --version out.")
         answers = self._ask_all(questions, settings)
 
         async def advance() -> tuple[DistinctQuestion, str] | None:

@@ -199,6 +199,7 @@ def write_hf(source: LazyModel, folder: Path, shard_bytes: int, code: bool = Tru
     config = copy.deepcopy(source.config)
     config.architectures, config.dtype = [source.model_class.__name__], source.dtype
     config.conversation_template = source.template
+    config.__dict__.pop("auto_map", None)
     if has_post_decoder(config) and code:
         config.auto_map = {
             "AutoConfig": f"modeling_relook.{type(source.config).__name__}",
