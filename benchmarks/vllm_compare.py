@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -33,7 +34,7 @@ from relook.files import read_json_object, read_records
 from relook.generate.answering import GenerationSettings, Question, answer_questions
 
 SETTINGS = {  # flags of `vllm serve`
-    "prefix cache": ["--enforce-eager", "--enable-prefix-caching"],
+    "prefix cache": ["--enforce-eager", "--block-size", "32"],
     "chunked prefill": ["--enforce-eager", "--max-num-batched-tokens", "32"],
     "cache of 20 blocks": ["--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "20"],
     "compiled": [],
@@ -66,6 +67,15 @@ def vllm_serve(folder: Path, flags: list[str], log: Path) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
+
+
+def counters(url: str) -> str:
+    """Return what the server counted that the settings are about: reused positions, and requests that were put back."""
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=10) as response:
+        found = re.findall(
+            r"^vllm:(prefix_cache_hits|num_preemptions)_total\{.*\} (\S+)$", response.read().decode(), re.M
+        )
+    return ", ".join(f"{name} {float(value):.0f}" for name, value in found)
 
 
 def questions_and_texts(data: Path, answers: Path) -> list[tuple[Question, str]]:
@@ -134,6 +144,7 @@ def main() -> None:
                     failed |= equal == len(rows)
                 elif setting not in INEXACT:
                     failed |= equal < len(rows)
+            print(f"  {counters(url)}", flush=True)
     (options.out / "results.json").write_text(json.dumps({"of": len(rows), "equal": results}, indent=1))
     sys.exit(failed)
 
