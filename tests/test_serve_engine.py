@@ -313,6 +313,28 @@ def test_a_warm_engine_answers_as_a_cold_one() -> None:
         assert at_once(engine, QUESTIONS[:8]) == one_by_one(loaded, QUESTIONS[:8])
 
 
+def test_generate_runs_beside_an_engine() -> None:
+    """While the engine is inside a pass, the model's own forward passes attend as transformers'."""
+    loaded = as_loaded(tiny_relook())
+    expected = loaded.generate((), TEXTS[0], max_new_tokens=NEW)
+    inside, go = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if threading.current_thread().name == "engine":
+            inside.set()
+            assert go.wait(30)
+
+    with engine_of(loaded) as engine:
+        loaded.core.model.language_model.norm.register_forward_pre_hook(hold)
+        events: list[Event] = []
+        engine.submit(asked(engine, (), TEXTS[0]), events.append)
+        assert inside.wait(30)
+        beside = loaded.generate((), TEXTS[0], max_new_tokens=NEW)
+        go.set()
+        until(lambda: bool(events and events[-1].finish))
+    assert beside == text_of(iter(events)) == expected
+
+
 # --- sampling, stops, log-probs
 
 
