@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -550,8 +550,8 @@ def test_mined_files_are_read_by_every_reader(mined: Path) -> None:
     )
     rows, report = read_pairs(mined / "pairs.parquet", mined.parent / "rows", on_bad="error")
     assert len(rows) == card["questions"]["pairs"] + card["descriptions"]["pairs"]
-    asked = {(pair.prompt, pair.chosen, pair.rejected, pair.images[0].read_bytes()) for pair in pairs}  # type: ignore[union-attr]
-    assert {(row.prompt, row.chosen, row.rejected, row.images[0].read_bytes()) for row in rows} == asked  # type: ignore[union-attr]
+    asked = {(pair.prompt, pair.chosen, pair.rejected, pair.images[0].read_bytes()) for pair in pairs}
+    assert {(row.prompt, row.chosen, row.rejected, row.images[0].read_bytes()) for row in rows} == asked
 
 
 def test_parquet_goes_back_to_hadpo(mined: Path, tmp_path: Path) -> None:
@@ -637,7 +637,7 @@ def judging(url: str) -> JudgeSettings:
     return JudgeSettings(url, "judge", retries=0)
 
 
-def seeing(scenes: dict[str, Sequence[str]]) -> Callable[[Request, int], Answer]:
+def seeing(scenes: Mapping[str, Sequence[str]]) -> Callable[[Request, int], Answer]:
     """A judge that knows toyworld's scenes by their images' bytes."""
 
     def answer(request: Request, number: int) -> Answer:

@@ -247,7 +247,7 @@ def test_mined_sentences_are_read_by_every_reader(mined: Path, world: Path) -> N
     for pair in pairs:
         if pair.complete:  # an answer to a question
             continue
-        objects = truth[pair.image.read_bytes()]
+        objects = truth[pair.images[0].read_bytes()]
         assert not hallucinations(pair.chosen, objects, VOCABULARY)
         assert hallucinations(pair.rejected[len(pair.context) :], objects, VOCABULARY)
         assert len(split_sentences(pair.chosen)) == len(split_sentences(pair.context)) + 2
