@@ -32,6 +32,7 @@ class MinedPair:
 
     Args:
         prompt, context: of sentences: what was asked, and the description so far; `chosen` and `rejected` follow it.
+        complete: False for sentences after which the description goes on.
     """
 
     picture: MinedImage
@@ -39,6 +40,7 @@ class MinedPair:
     rejected: str
     prompt: str = ""
     context: str = ""
+    complete: bool = True
 
     @property
     def answers(self) -> tuple[str, str]:
@@ -67,7 +69,7 @@ def match_lengths(pairs: Sequence[MinedPair], max_gap: float = MAX_LENGTH_GAP) -
         The remaining pairs in their order, and how many were dropped, by reason.
     """
     # First the pairs whose own lengths differ much.
-    close = [p for p in pairs if abs(p.longer) <= max_gap * max(word_count(p.chosen), word_count(p.rejected))]
+    close = [p for p in pairs if abs(p.longer) <= MAX_LENGTH_GAP * max(word_count(p.chosen), word_count(p.rejected))]
     total, rejected = sum(p.longer for p in close), sum(word_count(p.rejected) for p in close)
     # Then those that pull the means of both sides apart: from the end of the sorted pairs that has the worst ones.
     remaining = deque(sorted(range(len(close)), key=lambda i: close[i].longer))
