@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.serving import NEW, PICTURES, Held, png, until
 from helpers.tiny import tiny_llava, tiny_relook
+from helpers.variants import variants
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -92,6 +93,19 @@ def test_a_function_runs_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> N
         engine.run(lambda: 1)
 
 
+def test_a_pass_leaves_the_models_config_alone() -> None:
+    """Another engine, or an attention map, may run a model with the same config on another thread."""
+    loaded = as_loaded(tiny_relook())
+    model, seen = loaded.core.model.language_model, set[str]()
+    model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda *_: seen.add(model.config._attn_implementation)  # type: ignore[func-returns-value]
+    )
+    before = model.config._attn_implementation
+    with engine_of(loaded) as engine:
+        text_of(engine.stream(asked(engine, PICTURES[:1], TEXTS[0])))
+    assert seen == {before}
+
+
 def asked(engine: Engine, images: Sequence[bytes], *texts: str, **how: Any) -> Request:
     """A request of a conversation: texts of user and model in turns, all images in the first."""
     read = tuple(map(engine.image, images))
@@ -131,7 +145,9 @@ def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -
 # --- the text of `generate`
 
 
-@pytest.mark.parametrize("name", ["cross, deep", "self_cross"])  # test_answering.py has the others in such steps
+@pytest.mark.parametrize(
+    "name", variants(["cross, deep", "self_cross"], {"self_cross"})
+)  # test_answering.py has the others in such steps
 def test_many_at_once_each_get_the_text_of_generate(name: str) -> None:
     loaded = as_loaded(MODELS[name]())
     expected = one_by_one(loaded, QUESTIONS, max_new_tokens=6)

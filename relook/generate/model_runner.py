@@ -22,7 +22,6 @@ from torch import Tensor
 
 from relook.console import status
 from relook.data.images import stack
-from relook.forward.policy import deepstack_rows
 from relook.generate.attention import (
     ATTENTION_NAME,
     KVPool,
@@ -37,6 +36,7 @@ from relook.generate.dense_attention import KV, DenseReads
 from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
 from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
+from relook.model.families import position_rows
 from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
@@ -174,7 +174,7 @@ class ModelRunner:
     def encode_images(self, inputs: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
         """Return each image's projected features (P, D) and what the post decoder reads of it, (M, V) or None.
 
-        What the first layers add at image positions (`deepstack_rows`) lies beside the projected features, (P, n * D).
+        What the first layers add at image positions (`position_rows`) lies beside the projected features, (P, n * D).
 
         Args:
             inputs: what the image processor made of each image, without a batch dimension.
@@ -188,9 +188,7 @@ class ModelRunner:
         }
         outputs = self.core.model.get_image_features(**batch, return_dict=True)
         read = getattr(outputs, "vision_features", None) or [None] * len(inputs)
-        rows = outputs.pooler_output
-        if deep := deepstack_rows(outputs):
-            rows = torch.cat([torch.cat(list(rows)), *deep], dim=-1).split([len(image) for image in rows])
+        rows = position_rows(outputs)
         # Copies: a view would keep the features of the whole batch in memory.
         return [
             (projected.to(dtype).clone(), None if features is None else features.clone())
