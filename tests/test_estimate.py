@@ -222,6 +222,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "lora and post decoder": {"lora_enable": True, "lora_r": 8, "tune_post_decoder": True},
     "recomputed lora": {"lora_enable": True, "lora_r": 8, "gradient_checkpointing": True},
     "full": {},
+    "tower": {"tune_vision_tower": True, "tune_lm_head": True},
 }
 
 
@@ -231,7 +232,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     [
         *((regime, torch.float32) for regime in REGIMES),
         # LayerNorm, which the post decoder has, stays in bfloat16 on a CPU; CUDA's autocast takes float32.
-        *((regime, torch.bfloat16) for regime in ("projector", "lora", "full")),
+        *((regime, torch.bfloat16) for regime in ("projector", "lora", "full", "tower")),
     ],
     ids=str,
 )
@@ -268,7 +269,7 @@ def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Pat
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
     policy = build_policy(recipe, loaded, torch.float32)
     collator = Collator(policy, loaded.images, loaded.pad_id)
-    collator.features = cache_vision_features(recipe, policy, examples, loaded.images)
+    collator.kept = cache_vision_features(recipe, policy, examples, loaded.images)
     items, costs = [Item(example) for example in examples], StepCosts.of(policy)
     real = sum(costs.flops(collator(items[start : start + size])["work"]) for start in range(0, len(items), size))
     said = estimate(recipe)["work"]
@@ -373,7 +374,10 @@ def test_what_an_h100_measured(seven_billion: Path, recipe: str, measured: float
         assert found["ways"]["one GPU"]["before"] / GIB == pytest.approx(19.5, rel=0.1)
 
 
-@pytest.mark.parametrize(("share", "measured"), [(0, 27.2), (0.25, 25.1), (0.43, 23.4)])
+@pytest.mark.parametrize(
+    ("share", "measured"),
+    [(0, 27.2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.25, 25.1), (0.43, 23.4)))],
+)
 def test_what_an_h200_measured_of_activations_that_leave(seven_billion: Path, share: float, measured: float) -> None:
     """benchmarks/RESULTS.md: LoRA of rank 128, 8 pairs a step by four."""
     words = ["--gradient_checkpointing", "false", "--per_device_train_batch_size", "4", "--prompt-tokens", "43"]
@@ -384,6 +388,7 @@ def test_what_an_h200_measured_of_activations_that_leave(seven_billion: Path, sh
     assert (way["processor"] > 0) == (share > 0)
 
 
+@pytest.mark.slow
 def test_what_leaves_comes_back_beside_gradients(seven_billion: Path) -> None:
     """Without gradients of micro-batches before, a step's peak is when the last layer that left has come back: as many
     layers are there as at the beginning, whole ones, and the gradients of those that are done."""
@@ -397,6 +402,7 @@ def test_what_leaves_comes_back_beside_gradients(seven_billion: Path) -> None:
     assert away["processor"] == pytest.approx(kept["parts"]["activations"] / 2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_card_of_24_gib(seven_billion: Path) -> None:
     """QLoRA with recomputation fits; without it, it does not."""
     model = ["--model_name_or_path", str(seven_billion), "--gpu-memory", "24", "--per_device_train_batch_size", "8"]

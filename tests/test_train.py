@@ -186,7 +186,10 @@ def test_only_differing_tokens_can_be_weighed(base: Path, world: Path, tmp_path:
         {"loss_type": "robust", "label_smoothing": 0.1, "dpo_tokens": "differing"},
         {"loss_type": "simpo", "beta": 2.0},
         {"loss_type": "orpo", "nll_weight": 1.0, "learning_rate": 5e-3},
-        {"feature_cache": "off", "mdpo_conditional_weight": 1.0, "mdpo_anchored_weight": 1.0, "learning_rate": 5e-3},
+        pytest.param(
+            {"feature_cache": "off", "mdpo_conditional_weight": 1, "mdpo_anchored_weight": 1, "learning_rate": 5e-3},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -732,7 +735,7 @@ def test_a_kill_before_the_last_file_is_made_up_for(base: Path, world: Path, tmp
 # --- precision and recomputation
 
 
-@pytest.mark.parametrize(("kind", "regime"), [("bf16", "both"), ("fp16", "lora")])
+@pytest.mark.parametrize(("kind", "regime"), [("bf16", "both"), pytest.param("fp16", "lora", marks=pytest.mark.slow)])
 def test_small_steps_are_kept_in_low_precision(
     kind: str, regime: str, base: Path, world: Path, tmp_path: Path, no_trunk_cache: None
 ) -> None:

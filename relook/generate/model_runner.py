@@ -13,8 +13,7 @@ import copy
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from relook.console import status
 from relook.data.images import stack
-from relook.forward.policy import deepstack_rows
 from relook.generate.attention import (
     ATTENTION_NAME,
     KVPool,
@@ -38,6 +36,7 @@ from relook.generate.dense_attention import KV, DenseReads
 from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
 from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
+from relook.model.families import position_rows
 from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
@@ -68,26 +67,27 @@ def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView)
     return run_layer(layer, hidden, angles, kv, view)
 
 
+def _with_pool_attention(layers: Sequence[Any]) -> list[Any]:
+    """Return the same layers, with the same weights and adapters, whose attention is the pool's.
+
+    transformers' layers look their attention function up in their config, which the whole model shares: with a config
+    of their own, whatever else runs the model meanwhile keeps its attention.
+    """
+    config = copy.copy(layers[0].self_attn.config)
+    config._attn_implementation = ATTENTION_NAME
+    same = []
+    for layer in layers:
+        attention, layer = copy.copy(layer.self_attn), copy.copy(layer)
+        attention.config = config
+        # The copies' other modules are the layer's own; a new dict, since the copy shares the layer's.
+        layer._modules = {**layer._modules, "self_attn": attention}
+        same.append(layer)
+    return same
+
+
 def position_bytes(loaded: LoadedModel) -> int:
     """Return the bytes that one position of a text takes in all of a model's pools."""
     return sum(shape.nbytes(loaded.core.dtype) for shape in PoolShape.of(loaded).values())
-
-
-def _layers_over_pool(language_model: Any) -> list[Any]:
-    """Return the decoder layers with the same weights, but with attention over the pool.
-
-    transformers looks the attention function up by its name in the config. The copies have a config of their own,
-    because another engine or an attention map may run the original layers, or another model's that share their config,
-    on another thread.
-    """
-    config = copy.copy(language_model.config)
-    config._attn_implementation = ATTENTION_NAME
-    layers = [copy.copy(layer) for layer in language_model.layers]
-    for layer in layers:
-        attention = copy.copy(layer.self_attn)
-        attention.config = config
-        layer._modules = {**layer._modules, "self_attn": attention}
-    return layers
 
 
 class ModelRunner:
@@ -124,15 +124,17 @@ class ModelRunner:
         self._open: StepState | None = None  # whose keys and values are not in the pool yet
         # Steps are compiled for one row and for any number; reading, whose lengths always differ, once for any.
         self._step_layer = self._read_layer = run_layer
-        self._layers = _layers_over_pool(self.core.model.language_model)
         if self.compiled:
             # On disk, so that the next run finds what this one compiled.
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "relook" / "compiled"))
             share_projections(self.core.model.language_model.layers)
+            # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
+            torch._dynamo.config.recompile_limit = max(LAYER_VARIANTS, torch._dynamo.config.recompile_limit)
             self._step_layer = torch.compile(run_layer, fullgraph=True)
             if self.flash:
                 self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
+        self.layers = _with_pool_attention(self.core.model.language_model.layers)
         self._compiling: float | None = None  # when the first compilation began
         self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
@@ -172,7 +174,7 @@ class ModelRunner:
     def encode_images(self, inputs: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
         """Return each image's projected features (P, D) and what the post decoder reads of it, (M, V) or None.
 
-        What the first layers add at image positions (`deepstack_rows`) lies beside the projected features, (P, n * D).
+        What the first layers add at image positions (`position_rows`) lies beside the projected features, (P, n * D).
 
         Args:
             inputs: what the image processor made of each image, without a batch dimension.
@@ -186,9 +188,7 @@ class ModelRunner:
         }
         outputs = self.core.model.get_image_features(**batch, return_dict=True)
         read = getattr(outputs, "vision_features", None) or [None] * len(inputs)
-        rows = outputs.pooler_output
-        if deep := deepstack_rows(outputs):
-            rows = torch.cat([torch.cat(list(rows)), *deep], dim=-1).split([len(image) for image in rows])
+        rows = position_rows(outputs)
         # Copies: a view would keep the features of the whole batch in memory.
         return [
             (projected.to(dtype).clone(), None if features is None else features.clone())
@@ -248,8 +248,7 @@ class ModelRunner:
             embeds = embeds.masked_scatter(placeholder, rows)
             deep = [torch.zeros_like(embeds).masked_scatter(placeholder, layer) for layer in added]
         view = PassView(batch.cells, batch.reads, is_step=False)
-        with self._variants():
-            states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
+        states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
         states = self._post_decode(states, view, batch.image)
         return states if self.self_pool is None else states[batch.last]
 
@@ -350,7 +349,7 @@ class ModelRunner:
             positions_N = positions_N.expand(3, -1)
         # (1, N) or (3, 1, N)
         angles = model.rotary_emb(hidden, position_ids=positions_N.unsqueeze(-2))
-        *layers, last = zip(self._layers, self.pool.layers, strict=True)
+        *layers, last = zip(self.layers, self.pool.layers, strict=True)
         for (layer, kv), added in itertools.zip_longest(layers, deep):
             hidden = run(layer, hidden, angles, kv, view)
             hidden = hidden if added is None else hidden + added
@@ -389,15 +388,6 @@ class ModelRunner:
             states_ND = states_ND + block.mlp(block.mlp_norm(states_ND))
         return states_ND
 
-    @contextmanager
-    def _variants(self) -> Iterator[None]:
-        """Let a compiled layer have a variant for each number of reads and pieces: more than dynamo allows itself."""
-        if self.compiled:
-            with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
-                yield
-        else:  # without dynamo, whose import takes a second
-            yield
-
     # --- CUDA graphs
 
     def _capture(self, state: StepState) -> torch.cuda.CUDAGraph:
@@ -407,16 +397,15 @@ class ModelRunner:
         state.moves.zero_()
         state.counters[1].fill_(self.pool.cells)
         try:
-            with self._variants():
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    self._step(state)  # compiles, and lets libraries take their workspaces
-                torch.cuda.current_stream().wait_stream(side)
-                # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-                    self._step(state)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(state)  # compiles, and lets libraries take their workspaces
+            torch.cuda.current_stream().wait_stream(side)
+            # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+                self._step(state)
         finally:
             state.tokens.copy_(before[0])
             state.ints.copy_(before[1])

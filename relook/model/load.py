@@ -145,9 +145,9 @@ class LoadedModel:
         if family_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
             # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
-        self.images = ImageLoader(image_processor, self.aspect_ratio)
-        if family_of(self.core.config).positions is None:
-            self.images.positions = PositionCounter(self.processor)
+        count = family_of(self.core.config).positions
+        positions = count(self.core) if count is not None else PositionCounter(self.processor)
+        self.images = ImageLoader(image_processor, self.aspect_ratio, positions)
 
     @property
     def core(self) -> Any:
@@ -157,9 +157,7 @@ class LoadedModel:
     @property
     def image_positions(self) -> int | Callable[[ImageSource], int]:
         """Return the number of positions one image takes, or a function of the image where its size decides."""
-        count = family_of(self.core.config).positions
-        positions = count(self.core) if count is not None else self.images.positions
-        assert positions is not None
+        positions = self.images.positions
         return positions if isinstance(positions, int) else lambda image: positions(self.images.size(image))
 
     def conversation_template(self, name: str = "") -> Template:
