@@ -298,6 +298,11 @@ class LoadOptions:
     bits: int = 16
     device: str = ""
 
+    def open(self, path: AnyFolder) -> ModelFolder:
+        """Check that torch has the device, and parse the model's folder."""
+        parse_device(self.device)
+        return parse_folder(path)
+
     def identity(self, path: AnyFolder) -> dict[str, Any]:
         """Return everything that answers depend on: the model's path, hashes and load options, not the device."""
         options = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
