@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
 from pathlib import Path
@@ -107,6 +107,9 @@ class ServerSource:
         if isinstance(model, ModelFolder) or Path(model).is_dir():
             return parse_folder(model)
         return ModelFolder(Path(model), "remote", {"conversation_template": CHAT})
+
+    def template_of(self, model: AnyFolder) -> str:
+        return self.open(model).template
 
     def identity(self, model: AnyFolder) -> dict[str, Any]:
         """Return the model's path and hash, where it is here, and the server's kind, version and request fields."""
@@ -211,7 +214,7 @@ class ServerEngine:
 
     async def _ask_all(
         self, questions: Sequence[DistinctQuestion], settings: GenerationSettings
-    ) -> AsyncIterator[tuple[DistinctQuestion, str]]:
+    ) -> AsyncGenerator[tuple[DistinctQuestion, str], None]:
         gate = asyncio.Semaphore(settings.batch_size)
         async with self.source.client() as client:
 
@@ -322,6 +325,9 @@ class VllmSource:
                 "Run it without torchrun; --engine-args has tensor_parallel_size.",
             )
         return parse_folder(model)
+
+    def template_of(self, model: AnyFolder) -> str:
+        return self.loading.template_of(model)
 
     def identity(self, model: AnyFolder) -> dict[str, Any]:
         """Return what the answers of the loaded model depend on, and vLLM's version and arguments."""

@@ -116,7 +116,7 @@ def begin_evaluation(
         The settings, with the model's own template if they name none.
     """
     model = loading.open(model)
-    settings = dataclasses.replace(settings, template=settings.template or model.template)
+    settings = dataclasses.replace(settings, template=settings.template or loading.template_of(model))
     check_template(settings.template)
     claimed = (out, model, data, settings.template, settings.max_new_tokens, loading)
     # The main process creates the folder's record; the others then find it and only compare.

@@ -39,7 +39,7 @@ from relook.model.tokenizer import token_bytes
 
 FEATURE_BYTES = 1 << 30  # image features that are cached
 WAVE_REST = 4  # a share of 1 / 4 of a wave's texts may still grow when the next one comes
-EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around images
+EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around an image
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
 
@@ -135,6 +135,10 @@ class AnswerSource(Protocol):
 
     def open(self, model: AnyFolder) -> ModelFolder:
         """Check the settings, and parse the model's folder."""
+        ...
+
+    def template_of(self, model: AnyFolder) -> str:
+        """Return the conversation template of prompts that name none."""
         ...
 
     def identity(self, model: AnyFolder) -> dict[str, Any]:
@@ -237,7 +241,8 @@ def max_length(encoder: Encoder, question: DistinctQuestion) -> int:
     """Return an upper bound of a prompt's positions, without the cost of tokenising: a token has a byte at least."""
     template = encoder.template.render([Turn("", "")], open_end=True)
     text = "".join([*(piece.text for piece in template), question.text, question.context])
-    return sum(encoder.positions(question.images)) + len(text.encode(errors="surrogatepass")) + EXTRA_TOKENS
+    extra = EXTRA_TOKENS * max(1, len(question.images))
+    return sum(encoder.positions(question.images)) + len(text.encode(errors="surrogatepass")) + extra
 
 
 def group_by_images(

@@ -72,7 +72,7 @@ def mine_pairs(
             folder with other pairs.
     """
     folder, out = loading.open(model), Path(out)
-    settings = _check_settings(folder, source, out, settings, judge)
+    settings = _check_settings(folder, source, out, settings, judge, loading)
     annotated = read_pictures(source.images, source.annotations, source.synonyms)
     listed = frozenset[str]().union(*(excluded_names(path) for path in source.exclude if not path.is_dir()))
     evaluation_images = [path for entry in source.exclude if entry.is_dir() for path in evaluation_files(entry)]
@@ -129,7 +129,7 @@ def mine_pairs(
         records = candidates.question_records(questions, answers)
         selected = candidates.balance_answers(records, question_rng)
         write_outputs(out, pictures, annotated.vocabulary, described.pairs, selected, exclusion, settings)
-        card = {
+        card: dict[str, Any] = {
             "model": folder.path.name,
             **{key: model_identity[key] for key in ("model_hash", "engine") if key in model_identity},
             "annotations": source.annotations,
@@ -153,6 +153,7 @@ def _check_settings(
     out: Path,
     settings: MiningSettings,
     judge: JudgeSettings | None,
+    loading: AnswerSource,
 ) -> MiningSettings:
     """Check that nothing contradicts, and return the settings with the model's own template where none is given."""
     if settings.by not in BY:
@@ -180,7 +181,7 @@ def _check_settings(
         pyarrow()
     if settings.samples and settings.temperature <= 0:
         raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
-    settings = dataclasses.replace(settings, template=settings.template or model.template)
+    settings = dataclasses.replace(settings, template=settings.template or loading.template_of(model))
     check_template(settings.template)
     return settings
 

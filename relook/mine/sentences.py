@@ -209,8 +209,8 @@ def _add_sentence(
     by_description = [continuations[i : i + count] for i in range(0, len(continuations), count)]
     candidates = [d.candidates(texts) for d, texts in zip(growing, by_description, strict=True)]
     checked = check(list(zip(growing, candidates, strict=True)))
-    for description, *rest in zip(growing, by_description, candidates, checked, strict=True):
-        description.grow(*rest)
+    for description, texts, sentences, checks in zip(growing, by_description, candidates, checked, strict=True):
+        description.grow(texts, sentences, checks)
         if not description.end and description.length >= settings.max_new_tokens:
             description.end = TOO_LONG
 

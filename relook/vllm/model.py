@@ -137,7 +137,7 @@ class RelookLlavaForConditionalGeneration(llava.LlavaForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         text, settings = self.config.text_config, PostDecoderSettings(**self.config.post_decoder)
         name = maybe_prefix(prefix, "post_decoder")
-        self.post_decoder = nn.Module()
+        self.post_decoder: Any = nn.Module()
         if settings.attention != "none":
             self.post_decoder.align = Alignment(settings, vision_width(self.config), text.hidden_size)
         self.post_decoder.blocks = nn.ModuleList(
@@ -156,10 +156,10 @@ class RelookLlavaForConditionalGeneration(llava.LlavaForConditionalGeneration):
         vLLM keeps both in its encoder cache, as it does Qwen3-VL's deepstack features.
         """
         features = self._process_image_pixels(image_input)
-        projected = self.multi_modal_projector(features)
+        projected: Tensor = self.multi_modal_projector(features)
         if not hasattr(self.post_decoder, "align"):
             return projected
-        return torch.cat([projected, self.post_decoder.align(features)], -1)
+        return torch.cat((projected, self.post_decoder.align(features)), -1)
 
     def embed_input_ids(
         self,
@@ -173,14 +173,16 @@ class RelookLlavaForConditionalGeneration(llava.LlavaForConditionalGeneration):
         self.hidden_N[: self.filled] = HIDDEN
         self.filled, size = 0, self.config.text_config.hidden_size
         embeddings = list(multimodal_embeddings if multimodal_embeddings is not None else ())
-        if embeddings and hasattr(self.post_decoder, "align"):
+        if embeddings and is_multimodal is not None and hasattr(self.post_decoder, "align"):
             self.filled = len(input_ids)
             where = is_multimodal.to(self.hidden_N.device)
             aligned = torch.cat([e[:, size:] for e in embeddings]).to(self.image_ND.dtype)
             # Not by indices, for which the host would wait.
             self.image_ND[: self.filled].masked_scatter_(where[:, None], aligned)
             self.hidden_N[: self.filled].masked_fill_(where, 0.0)
-        return super().embed_input_ids(input_ids, [e[:, :size] for e in embeddings], is_multimodal=is_multimodal)
+        projected = [e[:, :size] for e in embeddings]
+        embedded: Tensor = super().embed_input_ids(input_ids, projected, is_multimodal=is_multimodal)
+        return embedded
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the language model, then the blocks on its hidden states (N, D)."""
