@@ -22,7 +22,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -57,15 +57,13 @@ def vllm_serve(folder: Path, flags: list[str], log: Path) -> Iterator[str]:
     with log.open("w") as output:
         server = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
     try:
-        for _ in range(1200):
+        while True:
             time.sleep(0.5)
             if server.poll() is not None:
                 raise SystemExit(f"vllm serve ended; see {log}")
-            try:
+            with suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
                 break
-            except OSError:
-                continue
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         os.killpg(server.pid, signal.SIGTERM)
@@ -167,6 +165,7 @@ def main() -> None:
         "--settings", nargs="*", choices=[*SETTINGS, "control", REQUESTS], default=[*SETTINGS, "control", REQUESTS]
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
     options.out.mkdir(parents=True, exist_ok=True)
     exported = options.out / "exported"
     command = [sys.executable, "-m", "relook", "export", options.run, exported, "--for", "vllm", "--force"]
