@@ -93,6 +93,10 @@ class Event:
     finish: str = ""
     reused: int = 0
 
+    def then(self, later: Event) -> Event:
+        """Return the news of both."""
+        return Event(self.text + later.text, self.tokens + later.tokens, later.finish, later.reused)
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -177,6 +181,11 @@ class IncrementalText:
         stops = [at for stop in self.stops if (at := self._raw.find(stop, max(0, old - len(stop) + 1))) >= 0]
         if stops:
             self._raw, self.stopped = self._raw[: min(stops)], True
+
+    @property
+    def raw(self) -> str:
+        """Return the text up to here, with the white space around it."""
+        return self._raw
 
     def more(self, final: bool) -> str:
         """Return the characters that can be shown and have not been. Before the end, whatever may still change is held
