@@ -122,7 +122,7 @@ def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
         base = pool.submit(evaluate, paths, sizes, "base", paths.base, split)
         list(pool.map(lambda c: cell(*c), cells))
         base.result()
-    result = analyse(paths.data(split), paths.work / "eval" / split)
+    result = analyse([(paths.data(split), paths.work / "eval" / split)])
     print_tables(result)
     return {**result, "failures": failures}
 

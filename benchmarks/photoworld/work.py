@@ -29,7 +29,7 @@ FIRST_ID = {
 class Sizes:
     """How much of everything: scenes of each split, and the settings that depend on it."""
 
-    scenes: dict[str, int] = field(default_factory=lambda: {"sft": 12000, "pairs": 6000, "dev": 300, "test": 600})
+    scenes: dict[str, int] = field(default_factory=lambda: {"sft": 12000, "pairs": 5000, "dev": 300, "test": 500})
     tower: tuple[int, int] = (384, 8)  # width, layers
     tower_seconds: float = 80
     layers: int = 12  # of the language model's 30, from the first
@@ -37,8 +37,8 @@ class Sizes:
     trunk_grid: int = 2  # the trunk sees so many cells a side, the post decoder all 14 x 14 patches; 0: both do
     seed: int = 0  # of the base
     align_steps: int = 300
-    sft: tuple[str, ...] = ("--bf16", "true")
-    tune: tuple[str, ...] = ("--bf16", "true")
+    sft: tuple[str, ...] = ("--bf16", "true", "--max_steps", "600")
+    tune: tuple[str, ...] = ("--bf16", "true", "--max_steps", "500")
     evaluation: tuple[str, ...] = ("--dtype", "bfloat16", "--batch-size", "256", "--max-new-tokens", "140")
     mined: int = 2500  # captions of the base
     probe_steps: int = 1500
