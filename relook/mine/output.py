@@ -45,8 +45,8 @@ def write_pairs(out: Path, by_sentence: bool, pairs: Sequence[MinedPair], record
         texts = SentinelPair(pair.prompt, *pair.answers, pair.context, pair.complete)
         by_image.setdefault(pair.picture.id, []).append(sentinel_texts(texts))
     for record in records:
-        texts = {"question": record["question"], "context": None, "y_win": record["chosen"], "y_lose": record["reject"]}
-        by_image.setdefault(record["image_id"], []).append({**texts, "origin": record["origin"]})
+        answers = {"y_win": record["chosen"], "y_lose": record["reject"], "origin": record["origin"]}
+        by_image.setdefault(record["image_id"], []).append({"question": record["question"], "context": None, **answers})
     write_json(out / SENTENCES, by_image)
 
 
