@@ -70,7 +70,11 @@ def vllm_serve(folder: Path, flags: list[str], log: Path) -> Iterator[str]:
     finally:
         with suppress(ProcessLookupError):  # it ended by itself
             os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def counters(url: str) -> str:
