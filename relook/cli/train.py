@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,11 +159,7 @@ def estimate(
     from relook.estimate.run import AssumedData, estimate_command, print_estimate
 
     assumed = AssumedData(prompt_tokens, response_tokens, samples)
-    estimated = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)
-    if as_json:
-        typer.echo(json.dumps(estimated, indent=1))
-    else:
-        print_estimate(estimated)
+    print_result(estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops), as_json, print_estimate)
 
 
 @app.command(cls=RecipeCommand, context_settings=EXTRA)

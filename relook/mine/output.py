@@ -97,6 +97,14 @@ def write_card(out: Path, card: Mapping[str, Any]) -> None:
     write_json(out / CARD, card)
 
 
+def _provenance(card: Mapping[str, Any]) -> str:
+    engine = card.get("engine")
+    parts = [f"hash {card['model_hash']}"] if card["model_hash"] else []
+    if engine:
+        parts.append(f"answers by {engine['name']} {engine['version'] or ''}".strip())
+    return f"({', '.join(parts)})"
+
+
 def _readme(card: Mapping[str, Any]) -> str:
     pictures, described, questions = card["pictures"], card["descriptions"], card["questions"]
     excluded, lengths = card["apart"], card["lengths"]
@@ -110,7 +118,7 @@ def _readme(card: Mapping[str, Any]) -> str:
     lines = [
         "# Preference pairs from a model's own mistakes",
         "",
-        f"Mined by relook from the model `{card['model']}` (hash {card['model_hash']}), seed {card['seed']}. "
+        f"Mined by relook from the model `{card['model']}` {_provenance(card)}, seed {card['seed']}. "
         f"Mistakes were found by {_finder(card)}.",
         "",
         "| file | what is in it |",

@@ -22,12 +22,18 @@ from relook.evaluate.judge import Judge, JudgeSettings
 from relook.evaluate.tasks.chair import Vocabulary, mentions
 from relook.evaluate.tasks.pope import question_text, stated
 from relook.files import text_hash
-from relook.generate.answering import Beginning, Continuation, GenerationSettings, answer_questions, continue_answers
+from relook.generate.answering import (
+    Answerer,
+    Beginning,
+    Continuation,
+    GenerationSettings,
+    answer_questions,
+    continue_answers,
+)
 from relook.mine.candidates import DescriptionPairs
 from relook.mine.jobs import BATCHES, MiningSettings, Record, run_resumable
 from relook.mine.pairs import JudgedDescription, MinedPair, check_descriptions, claimed_objects
 from relook.mine.pictures import MinedImage
-from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -150,7 +156,7 @@ def describe_by_sentence(
     pictures: Sequence[MinedImage],
     prompts: Sequence[str],
     settings: MiningSettings,
-    load: Callable[[], LoadedModel],
+    load: Callable[[], Answerer],
     check: Check,
     work: Path,
 ) -> list[Record]:
@@ -175,7 +181,7 @@ def describe_by_sentence(
 def _add_sentence(
     growing: Sequence[GrowingDescription],
     settings: MiningSettings,
-    loaded: LoadedModel,
+    answerer: Answerer,
     check: Check,
     step: int,
     start: int,
@@ -198,13 +204,13 @@ def _add_sentence(
         one_sentence=True,
     )
     continuations = [Continuation("", 0, True)] * len(beginnings)
-    for index, continuation in continue_answers(loaded, beginnings, generation, lambda *_: None):
+    for index, continuation in continue_answers(answerer, beginnings, generation, lambda *_: None):
         continuations[index] = continuation
     by_description = [continuations[i : i + count] for i in range(0, len(continuations), count)]
     candidates = [d.candidates(texts) for d, texts in zip(growing, by_description, strict=True)]
     checked = check(list(zip(growing, candidates, strict=True)))
-    for description, *rest in zip(growing, by_description, candidates, checked, strict=True):
-        description.grow(*rest)
+    for description, texts, sentences, checks in zip(growing, by_description, candidates, checked, strict=True):
+        description.grow(texts, sentences, checks)
         if not description.end and description.length >= settings.max_new_tokens:
             description.end = TOO_LONG
 
@@ -302,7 +308,7 @@ def _ended(sentence: str) -> str:
     return sentence if sentence[-1] in ".!?" else f"{sentence}."
 
 
-def by_own_answers(vocabulary: Vocabulary, load: Callable[[], LoadedModel], settings: MiningSettings) -> Check:
+def by_own_answers(vocabulary: Vocabulary, load: Callable[[], Answerer], settings: MiningSettings) -> Check:
     """Check by the model itself: it is asked whether each object that a sentence names is in the picture.
 
     A sentence is true if all answers are yes, and false if one is no.
