@@ -20,6 +20,7 @@ from relook.forward.activation_memory import layers_on_device
 from relook.forward.collate import TREES_PER_ROOT
 from relook.forward.packed_attention import ADAPTER, ATTENTION_INPUTS, MLP_INPUTS, packs_rows
 from relook.forward.policy import LOGITS_BYTES, ROWS_IN_FLOAT32, Policy
+from relook.model.families import LANGUAGE_MODELS, language_model
 from relook.model.modeling_relook import vision_width
 from relook.model.post_decoder import PostDecoder
 from relook.recipe import Recipe
@@ -367,7 +368,7 @@ class Job:
 
     @property
     def layers(self) -> Any:
-        return self.trunk_policy.core.model.language_model.layers
+        return language_model(self.trunk_policy.core.model).layers
 
     @cached_property
     def layer_parts(self) -> tuple[SavedBytes, SavedBytes]:
@@ -562,7 +563,8 @@ def _frozen_bytes(policy: Policy, recipe: Recipe) -> int:
     total = 0.0
     for name, parameter in policy.core.named_parameters():
         if not parameter.requires_grad:
-            quantised = recipe.bits != 16 and "language_model.layers." in name and parameter.ndim == 2
+            in_layers = any(f"{part}.layers." in name for part in LANGUAGE_MODELS)
+            quantised = recipe.bits != 16 and in_layers and parameter.ndim == 2
             total += parameter.numel() * (_quantised_weight_bytes(recipe) if quantised else parameter.element_size())
     return round(total)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relook.data.encode import Example, differing_tokens
-from relook.data.images import ImageLoader, ImageSource, RandomCrop, prefetch_map
+from relook.data.images import ImageLoader, ImageSource, RandomCrop, prefetch_map, stack
 from relook.data.packing import (
     PADDING,
     Tree,
@@ -29,7 +29,7 @@ from relook.errors import DataError, RecipeError, preview
 from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import LiveBatch, Policy, TrunkStates
 from relook.forward.positions import tree_positions
-from relook.model.families import vision_feature_count
+from relook.model.families import sees_ahead, vision_feature_count
 from relook.model.modeling_relook import reads_tower
 
 
@@ -142,7 +142,8 @@ class Collator:
             return replace(batch, features=unseen[None])
         # Else the tower runs on a black picture; no position holds its placeholder.
         blank = self.images.batch([Image.new("RGB", (32, 32))])
-        return replace(batch, pixel_values=blank.pop("pixel_values"), image_inputs=blank)
+        pixels = blank.pop("pixel_values")
+        return replace(batch, pixel_values=pixels, image_inputs=blank, image_rows=[len(pixels)])
 
     def live_batch(
         self, items: Sequence[Item], row_length: int = 0, features: Mapping[Path, Tensor] | None = None
@@ -227,21 +228,25 @@ def build_live_batch(
     cached = [features.get(picture) for picture in pictures if isinstance(picture, Path)] if features else []
     available = [tensor for tensor in cached if tensor is not None]
     # Cached features are used for all pictures of a batch or for none.
-    inputs = images.batch(pictures) if len(available) < len(pictures) else {}
+    processed = [images.inputs(picture) for picture in pictures] if len(available) < len(pictures) else []
+    inputs, image_rows = stack(processed), [len(each["pixel_values"]) for each in processed]
     counts = [len(shown) for _, shown in items]
     numbers = tree_positions(policy.config, trees, counts, inputs.get("image_grid_thw"))
+    both_ways = policy.config.image_token_id if sees_ahead(policy.config) else None
     keep_all, root = policy.needs_all_states, common_root_length(trees, policy.config.image_token_id)
     if packs_rows(policy.trunk_pass):
         at_least = lambda needed: round_up_to_blocks(max(needed, row_length))  # noqa: E731
         sharing = None if row_length else TREES_PER_ROOT
         # One row as long as all trees together, rounded up to whole blocks of FlexAttention's mask.
-        packed = pack(trees, pad_id, keep_all, sum(map(len, trees)), at_least, root, sharing, numbers)
+        packed = pack(trees, pad_id, keep_all, sum(map(len, trees)), at_least, root, sharing, numbers, both_ways)
     else:
         # Rows as long as the longest tree; short trees share a row where they fit.
-        packed = pack(trees, pad_id, keep_all, max(map(len, trees)), root_length=root, positions=numbers)
+        packed = pack(
+            trees, pad_id, keep_all, max(map(len, trees)), root_length=root, positions=numbers, image_token_id=both_ways
+        )
     # Stack copies the features: a worker that sends a view would send its whole storage.
     stored = torch.stack(available) if pictures and not inputs else None
-    return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, stored)
+    return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, stored, image_rows or None)
 
 
 class ItemDataset(Dataset[Item]):

@@ -6,7 +6,7 @@ computed beforehand (`TrunkStates`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from relook.data.packing import PackedTrees, Targets, pin_memory, to_device
 from relook.forward import activation_memory
 from relook.forward.packed_attention import BUDGET, PackedTrunk, has_sparse_last_mlp, resolve_trunk_pass
-from relook.model.families import connector, vision_tower
+from relook.model.families import connector, language_model, vision_tower
 from relook.model.modeling_relook import vision_features
 from relook.model.post_decoder import FlatLayout, PostDecoder
 
@@ -111,6 +111,7 @@ class LiveBatch:
     image_counts: list[int]
     image_inputs: dict[str, Tensor] = field(default_factory=dict)  # what the tower takes beside pixels: sizes or grids
     features: Tensor | None = None  # (I, M, V) cached vision features, where the tower is not run
+    image_rows: list[int] | None = None  # rows of pixel_values of each image: 1, its tiles or its patches
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
         return to_device(self, device)
@@ -171,14 +172,14 @@ class Policy(nn.Module):
 
     @cached_property  # built at the first step, when peft, FSDP or DeepSpeed have finished with the layers
     def _packed_trunk(self) -> PackedTrunk:
-        model = self.core.model.language_model
+        model = language_model(self.core.model)
         return PackedTrunk(
             model, self.trunk_pass, self.activation_memory_budget, self.sharded, self.activation_offloading
         )
 
     def uses_sparse_last_mlp(self, kept_positions: int, positions: int) -> bool:
         """Return True if the trunk's last MLP runs at the kept positions only; both counts include padding."""
-        at_kept = not self.sharded and has_sparse_last_mlp(self.core.model.language_model, self.trunk_pass)
+        at_kept = not self.sharded and has_sparse_last_mlp(language_model(self.core.model), self.trunk_pass)
         return at_kept and kept_positions < positions
 
     @property
@@ -276,7 +277,7 @@ class Policy(nn.Module):
     def vision_features(
         self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor] = MappingProxyType({})
     ) -> list[Tensor]:
-        """Compute the vision features that `trunk` returns, (M, V) per image, without the language model."""
+        """Compute the vision features that `trunk` returns, (M, V) per image or tile, without the language model."""
         image = self._encode_images(pixel_values, image_inputs)
         # A model with a post decoder has grouped them by image already.
         features: list[Tensor] | None = getattr(image, "vision_features", None)
@@ -301,9 +302,9 @@ class Policy(nn.Module):
         if batch.pixel_values is None:
             return None, None, []
         image = self._encode_images(batch.pixel_values, batch.image_inputs)
-        features = image.vision_features if self.needs_vision_features else None
+        features = image_features(image.vision_features, batch.image_rows) if self.needs_vision_features else None
         deep = deepstack_rows(image) if sum(batch.image_counts) else []  # not of a blank image, which has no position
-        return features, torch.cat(list(image.pooler_output)), deep
+        return features, torch.cat([rows.flatten(0, -2) for rows in image.pooler_output]), deep
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Return the log-prob of each supervised token, (N,) float32."""
@@ -314,6 +315,19 @@ class Policy(nn.Module):
             states = prediction_states(self.post_decoder, trunk)
             # lm_head and log-softmax, without ever holding the logits of all positions.
             return token_log_probs(self.core.lm_head, states, trunk.targets.id, compiled=self.trunk_pass == "compiled")
+
+
+def image_features(rows: Iterable[Tensor], image_rows: Sequence[int] | None) -> list[Tensor]:
+    """Return features by image, (positions, D) each, of features that may come by tile.
+
+    Args:
+        image_rows: rows of pixel_values of each image; None leaves the features as they are.
+    """
+    rows = list(rows)
+    if image_rows is None or len(rows) == len(image_rows):
+        return rows
+    tiles = iter(rows)
+    return [torch.cat([next(tiles) for _ in range(count)]) for count in image_rows]
 
 
 def deepstack_rows(image: Any) -> list[Tensor]:

@@ -6,7 +6,8 @@ model of an untested family with transformers where it is loaded. docs/trunks.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,6 +26,7 @@ from relook.model.modeling_relook import PostDecoderConfig, reads_tower
 Size = tuple[int, int]  # height, width
 RELOOK = "relook_"  # begins the model_type of a config with a post decoder
 TOWERS = ("vision_tower", "visual", "vision_model")
+LANGUAGE_MODELS = ("language_model", "text_model")
 CONNECTORS = ("multi_modal_projector", "visual.merger", "connector")
 
 
@@ -141,6 +143,11 @@ def vision_tower(base: Any) -> nn.Module:
     return _part(base, TOWERS)
 
 
+def language_model(base: Any) -> Any:
+    """Return the language model of a base model, without lm_head."""
+    return _part(base, LANGUAGE_MODELS)
+
+
 def connector(base: Any) -> nn.Module:
     """Return the projector, merger or connector of a base model, from the tower's features to the language model."""
     return _part(base, CONNECTORS)
@@ -156,6 +163,26 @@ def _part(base: Any, paths: Sequence[str]) -> nn.Module:
 
 def is_tested(config: Any) -> bool:
     return family_of(config).model_type in FAMILIES
+
+
+def attention_windows(text: Any) -> dict[str, int | None]:
+    """Return how many positions each kind of layer of a language model sees, itself included; None sees all.
+
+    Kinds are those of `layer_types` of its config, or "" where all layers are alike.
+    """
+    kinds = dict.fromkeys(getattr(text, "layer_types", None) or ("",))
+    return {kind: None if kind == "full_attention" else getattr(text, "sliding_window", None) for kind in kinds}
+
+
+def sees_ahead(config: Any) -> bool:
+    """Return True if the positions of an image see each other both ways, as in Gemma 3."""
+    return "token_type_ids" in inspect.signature(family_of(config).base.forward).parameters
+
+
+def embeddings_name(tensors: Container[str]) -> str:
+    """Return the name of the input embeddings among those of a model's tensors."""
+    names = (f"model.{part}.embed_tokens.weight" for part in LANGUAGE_MODELS)
+    return next((name for name in names if name in tensors), "")
 
 
 def has_post_decoder(config: Any) -> bool:

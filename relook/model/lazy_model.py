@@ -52,7 +52,7 @@ from relook.model.checkpoint import (
     weight_files,
 )
 from relook.model.config_checks import check_config, generation_config, plain_config, refuse_unsupported
-from relook.model.families import family_of, find_family, has_post_decoder
+from relook.model.families import embeddings_name, family_of, find_family, has_post_decoder
 from relook.model.tokenizer import load_tokenizer
 
 NEVER_TEXT = "<0xFF>"
@@ -114,7 +114,7 @@ class LazyModel:
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype that the language model is stored in."""
-        return self.tensors["model.language_model.embed_tokens.weight"].read().dtype
+        return self.tensors[embeddings_name(self.tensors)].read().dtype
 
     @property
     def label(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from relook.errors import RecipeError, preview
-from relook.model.families import CONNECTORS, connector, has_post_decoder
+from relook.model.families import CONNECTORS, LANGUAGE_MODELS, connector, has_post_decoder, language_model
 from relook.model.load import LoadedModel, add_post_decoder
 from relook.model.post_decoder import PostDecoderSettings
 from relook.recipe import ALL_LINEAR, Recipe
@@ -47,7 +47,7 @@ def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
         "post_decoder": (recipe.tune_post_decoder, lambda: core.model.post_decoder),
         "lm_head": (recipe.tune_lm_head or recipe.full, lambda: core.lm_head),
         "projector": (recipe.tune_mm_mlp_adapter or recipe.full, lambda: connector(core.model)),
-        "language_model": (recipe.full, lambda: core.model.language_model),
+        "language_model": (recipe.full, lambda: language_model(core.model)),
     }
     for is_trained, part in parts.values():
         if is_trained:
@@ -94,7 +94,7 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=rf".*\blanguage_model\..*\.({'|'.join(_targets(model.model.language_model, recipe))})",
+        target_modules=rf".*\b({'|'.join(LANGUAGE_MODELS)})\..*\.({'|'.join(_targets(language_model(model.model), recipe))})",
         bias=recipe.lora_bias,
         use_dora=recipe.use_dora,
         use_rslora=recipe.use_rslora,
@@ -106,7 +106,7 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 uses a name that transformers 5.23 deprecates
         wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():  # peft's "all" includes biases of the image side
-        if parameter.requires_grad and ".language_model." not in name:
+        if parameter.requires_grad and not any(f".{part}." in name for part in LANGUAGE_MODELS):
             parameter.requires_grad_(False)
     if recipe.lora_bias != "none" and not any(p.requires_grad and ".bias" in n for n, p in wrapped.named_parameters()):
         raise RecipeError(
@@ -115,12 +115,10 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
     return wrapped
 
 
-def _targets(language_model: nn.Module, recipe: Recipe) -> list[str]:
+def _targets(trunk: nn.Module, recipe: Recipe) -> list[str]:
     """Return the names of the linear layers that get LoRA, without their module paths."""
     # "model.layers.0.self_attn.q_proj" -> "q_proj"
-    linears = {
-        name.rpartition(".")[2] for name, module in language_model.named_modules() if isinstance(module, nn.Linear)
-    }
+    linears = {name.rpartition(".")[2] for name, module in trunk.named_modules() if isinstance(module, nn.Linear)}
     if recipe.lora_target_modules == ALL_LINEAR:
         return sorted(linears)
     unknown = [name for name in recipe.lora_target_modules if name not in linears]

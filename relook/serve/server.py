@@ -27,7 +27,7 @@ from relook.generate.model_runner import position_bytes
 from relook.generate.request import EngineLimits
 from relook.generate.shared_projections import share_projections
 from relook.model.checkpoint import AnyFolder, parse_folder
-from relook.model.families import has_post_decoder
+from relook.model.families import has_post_decoder, language_model
 from relook.model.load import LoadedModel, LoadOptions, without_post_decoder
 from relook.serve.api import ServerLimits, make_app
 from relook.serve.middleware import App, OwnNames, host_name
@@ -271,7 +271,7 @@ def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedM
 def load_sharing_tensors(loaded: LoadedModel, path: AnyFolder, loading: LoadOptions) -> LoadedModel:
     """Load another model, which shares the tensors that are equal with one in memory."""
     if loaded.core.device.type == "cuda":  # before any is shared: both engines then use the joint matrices
-        share_projections(loaded.core.model.language_model.layers)
+        share_projections(language_model(loaded.core.model).layers)
     other = replace(loading, adapter=None).load(path)
     share_equal_tensors(other.core, loaded.core)
     return other

@@ -37,7 +37,7 @@ from relook.data.packing import TreeTargets, copy_to_cpu
 from relook.errors import DataError, RecipeError, RelookError
 from relook.files import file_hash, read_json, require_disk_space, text_hash, write_json
 from relook.forward.collate import Collator, Item, reference_log_probs
-from relook.forward.policy import LiveBatch, Policy
+from relook.forward.policy import LiveBatch, Policy, image_features
 from relook.model.checkpoint import parse_folder
 from relook.model.families import family_of, vision_feature_count
 from relook.model.load import model_hash, tower_of
@@ -400,12 +400,13 @@ def compute_trunk_states(
             features = None
             if live.pixel_values is not None:
                 features = policy.vision_features(live.pixel_values, live.image_inputs)
+                features = image_features(features, live.image_rows)
         # Keep the features of each image once, from the first batch that shows it.
         paths = [path for i in indices for path in plan.examples[i].images]
-        for path, image_features in zip(paths, features or [], strict=features is not None):
+        for path, of_image in zip(paths, features or [], strict=features is not None):
             if path in unseen:
                 unseen.remove(path)
-                tensors[FEATURES].append(image_features.to(plan.dtype))
+                tensors[FEATURES].append(of_image.to(plan.dtype))
     # Batches are concatenated in order, so rows follow `plan.rows`.
     return {part: torch.cat(pieces) for part, pieces in tensors.items()}
 
