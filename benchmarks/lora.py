@@ -1,4 +1,4 @@
-"""LoRA DPO at the shape of LLaVA-1.5-7B or Qwen2.5-VL-7B: relook beside TRL's DPOTrainer, with and without Liger kernels, in one run.
+"""LoRA DPO at LLaVA-1.5-7B's or Qwen2.5-VL-7B's shape: relook beside TRL's DPOTrainer, with and without Liger kernels.
 
     python benchmarks/lora.py --work DIR --out lora.json     # one GPU with 80 GB, 16 GB of disk, trl and liger-kernel
     python benchmarks/lora.py --work DIR --family qwen2_5_vl --parts trl_liger,relook

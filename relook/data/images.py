@@ -338,9 +338,14 @@ def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         tensors = [image[name] for image in inputs]
         # (I, most tiles, ...), or (I, ...): of each axis but the first, the largest size.
         sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-        padding = [[n for size, have in zip(sizes, t.shape[1:]) for n in (size - have, 0)][::-1] for t in tensors]
-        batch[name] = torch.cat([pad(t, missing) if any(missing) else t for t, missing in zip(tensors, padding)])
+        batch[name] = torch.cat([_padded(tensor, sizes) for tensor in tensors])
     return batch
+
+
+def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
+    # `pad` takes the last axis first, each with what is missing before and behind.
+    return pad(tensor, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else tensor
 
 
 def nbytes(inputs: Mapping[str, Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -232,7 +232,7 @@ def processor_template(processor: Any) -> Template:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RecipeError(f"The model's own chat template cannot be used: {reason}", OTHER) from None
     # The prompt begins with an image, or with text: what follows their common beginning differs.
-    start = os.path.commonprefix([one, first])
+    start = "".join(a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, first, strict=False)))
     image = one[len(start) : len(start) + len(two) - len(one)]
     token = image_mark(processor)
     before_text, after_images = first.removeprefix(start), one.removeprefix(start + image)

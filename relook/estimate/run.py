@@ -30,7 +30,13 @@ from relook.forward.collate import TREES_PER_ROOT, BatchStats, Item, corrupt
 from relook.forward.packed_attention import BUDGET, packs_rows
 from relook.forward.policy import Policy
 from relook.model.checkpoint import ADAPTER_FILE
-from relook.model.families import family_of, has_post_decoder, vision_feature_count, with_post_decoder
+from relook.model.families import (
+    family_of,
+    has_post_decoder,
+    patches_per_feature,
+    vision_feature_count,
+    with_post_decoder,
+)
 from relook.model.lazy_model import LazyModel, open_folder
 from relook.model.load import HeadModel, LoadedModel
 from relook.model.trainable import add_trainable_modules
@@ -79,12 +85,18 @@ class DataLengths:
         total: number of examples of the run.
         source: where the lengths come from, in words.
         size: returns an image's height and width, as the model's image processor gets it.
+        positions: counts the positions that an image of a size takes, in families whose processor does.
     """
 
     examples: Sequence[Example]
     total: int
     source: str
     size: Callable[[ImageSource], tuple[int, int]]
+    positions: Callable[[tuple[int, int]], int] | None = None
+
+    def features(self, config: Any, image: ImageSource) -> int:
+        """Return the rows of vision features of an image."""
+        return vision_feature_count(config, self.size(image), self.positions)
 
 
 @dataclass(frozen=True)
@@ -126,11 +138,6 @@ def estimate(
         fault = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
         raise RecipeError(fault, "Give one GPU at least, and sizes above 0.")
     source = open_meta_model(recipe)
-    if family_of(source.config).positions is None:
-        raise RecipeError(
-            f"The memory of a {source.config.model_type} is not known: only LLaVA and LLaVA-NeXT are counted.",
-            "Run a few steps (--max_steps 3), whose log says the peak.",
-        )
     model = build_on_meta(recipe, source)
     policy, sharded_policy = (build_meta_policy(recipe, model, sharded) for sharded in (False, True))
     lengths = read_lengths(recipe, source, policy.core, assumed, missing)
@@ -223,6 +230,9 @@ def read_lengths(
     recipe: Recipe, source: LazyModel, model: Any, assumed: AssumedData, missing: Sequence[str] = ()
 ) -> DataLengths:
     """Build the trees of the recipe's data, at most MAX_SAMPLES of them, or assumed ones if it cannot be read."""
+    count, counter = family_of(model.config).positions, None
+    if count is None:  # without the processor there is no number of positions to assume either
+        counter = LoadedModel(model, source.processor(), source.path).images.positions
     try:
         if unnamed := [key for key in missing if key != "output_dir"]:
             raise DataError(f"The recipe names no {' and no '.join(unnamed)}.")
@@ -240,12 +250,10 @@ def read_lengths(
         total = round(len(samples) * len(examples) / len(drawn))
         # If all images take the same number of positions, their files need not be opened.
         size = (lambda image: ASSUMED_SIZE) if isinstance(loaded.image_positions, int) else loaded.images.size
-        return DataLengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size)
+        return DataLengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size, counter)
     except (RelookError, OSError) as error:
         reason = str(error)
-    count = family_of(model.config).positions
-    assert count is not None  # `estimate` has refused the others
-    positions = count(model)
+    positions: Any = counter if count is None else count(model)
     image = positions if isinstance(positions, int) else positions(ASSUMED_SIZE)
     answer = TokenRow((1,) * assumed.response_tokens, (True,) * assumed.response_tokens)
     tree = Tree(
@@ -258,7 +266,7 @@ def read_lengths(
         f"assumed: {image} positions of an image, {assumed.prompt_tokens} of a prompt, {assumed.response_tokens} of an "
         f"answer. {reason}"
     )
-    return DataLengths(examples, assumed.samples, source_note, lambda image: ASSUMED_SIZE)
+    return DataLengths(examples, assumed.samples, source_note, lambda image: ASSUMED_SIZE, counter)
 
 
 def step_examples(recipe: Recipe, examples: Sequence[Example]) -> list[Example]:
@@ -296,10 +304,7 @@ def batch_size(recipe: Recipe) -> int:
 
 def count_batch(recipe: Recipe, policy: Policy, lengths: DataLengths, examples: Sequence[Example]) -> BatchCounts:
     """Count the batch that a step on some examples reads."""
-    rows = [
-        sum(vision_feature_count(policy.config, lengths.size(image)) for image in example.images)
-        for example in examples
-    ]
+    rows = [sum(lengths.features(policy.config, image) for image in example.images) for example in examples]
     return BatchCounts.of(step_examples(recipe, examples), rows * (2 if recipe.mdpo_conditional_weight else 1), policy)
 
 
@@ -433,7 +438,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 
 def build_cache_plan(policy: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """Plan the cache of the known examples; return the plan, and the factor from them to all examples."""
-    images: Any = SimpleNamespace(size=lengths.size, positions=None)
+    images: Any = SimpleNamespace(size=lengths.size, positions=lengths.positions)
     plan = CachePlan.of(policy, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 
@@ -486,15 +491,13 @@ def compute_cost(job: Job, lengths: DataLengths, gpus: int, tflops: float) -> di
     tokens = last_mlp = everything - spared
     if policy.uses_sparse_last_mlp(job.batch.slots, job.batch.positions):
         last_mlp = sum(len(kept_positions(tree, policy.needs_all_states)) for tree in trees)
-    features = sum(
-        vision_feature_count(policy.config, lengths.size(image)) for example in examples for image in example.images
-    )
+    features = sum(lengths.features(policy.config, image) for example in examples for image in example.images)
     work = BatchStats(
         pairs=len(trees),
         tokens=tokens,
         last_mlp=last_mlp,
         features=features,
-        encoded=0 if job.features_cached else features,
+        encoded=0 if job.features_cached else features * patches_per_feature(policy.config),
         states=everything if policy.needs_all_states else targets,
         targets=targets,
         live=not job.recipe.cached_trunk,

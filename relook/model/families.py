@@ -105,7 +105,7 @@ _TESTED = (
         template="llava_hf",
     ),
     Family("llava_next", _llava_next_positions, _llava_next_tiles, template="llava_hf"),
-    *map(Family, ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")),
+    *map(Family, ("llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "glm4v", "internvl", "smolvlm", "gemma3")),
 )
 FAMILIES = {family.model_type: family for family in _TESTED}
 
@@ -196,6 +196,20 @@ def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
     return find_family(RELOOK + config.model_type.removeprefix(RELOOK)).relook_config(
         **{**values, "post_decoder": settings}
     )
+
+
+def patches_per_feature(config: Any) -> int:
+    """Return how many patches of the tower a projector or merger makes one row of."""
+    if reads_tower(config):
+        return 1
+    for part, name in (
+        (config.vision_config, "spatial_merge_size"),
+        (config, "spatial_merge_size"),
+        (config, "scale_factor"),
+    ):
+        if side := getattr(part, name, None):
+            return int(side) ** 2
+    return round(1 / getattr(config, "downsample_ratio", 1) ** 2)
 
 
 def vision_feature_count(config: Any, size: Size, positions: Callable[[Size], int] | None = None) -> int:
