@@ -170,13 +170,13 @@ def packs_rows(trunk_pass: str) -> bool:
 def block_mask(packed: PackedTrees, window: int | None = None) -> BlockMask:
     """Build the mask of `PackedTrees.dense_mask` in FlexAttention's form, (R, 1, L, L); L must be a multiple of BLOCK.
 
-    It is built from the range of queries of each key. torch's `create_block_mask` evaluates all L x L pairs, which takes 25 ms for 16,384
-    positions on an H100; compiled for some lengths, it keeps ptxas busy for minutes.
+    It is built from the range of queries of each key. torch's `create_block_mask` evaluates all L x L pairs, which
+    takes 25 ms for 16,384 positions on an H100; compiled for some lengths, it keeps ptxas busy for minutes.
     """
     first, last, L = packed.first_query, packed.last_query, packed.last_query.shape[1]
     position = torch.arange(L, device=last.device, dtype=torch.int32)  # (L,)
-    # Key k is seen by the queries first[k]..last[k]. Compare this range with each block of queries, (R, blocks, L): they
-    # overlap if any query of the block sees the key; the range covers the block if all its queries do.
+    # Key k is seen by the queries first[k]..last[k]. Compare this range with each block of queries, (R, blocks, L):
+    # they overlap if any query of the block sees the key; the range covers the block if all its queries do.
     low = position[::BLOCK, None]  # first query of each block
     any_visible = (first[:, None] < low + BLOCK) & (last[:, None] >= low)
     all_visible = (first[:, None] <= low) & (last[:, None] >= low + BLOCK - 1)

@@ -202,14 +202,13 @@ def patches_per_feature(config: Any) -> int:
     """Return how many patches of the tower a projector or merger makes one row of."""
     if reads_tower(config):
         return 1
-    for part, name in (
-        (config.vision_config, "spatial_merge_size"),
-        (config, "spatial_merge_size"),
-        (config, "scale_factor"),
-    ):
-        if side := getattr(part, name, None):
-            return int(side) ** 2
-    return round(1 / getattr(config, "downsample_ratio", 1) ** 2)
+    sides = (
+        getattr(part, name, None)
+        for part in (config.vision_config, config)
+        for name in ("spatial_merge_size", "scale_factor", "downsample_factor")
+    )
+    side = next(filter(None, sides), 1 / getattr(config, "downsample_ratio", 1))
+    return round(side**2)
 
 
 def vision_feature_count(config: Any, size: Size, positions: Callable[[Size], int] | None = None) -> int:

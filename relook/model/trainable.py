@@ -90,11 +90,12 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     # The pattern matches the language model only: its layers share names with the tower's (q_proj, k_proj, ...).
+    layers, linears = "|".join(LANGUAGE_MODELS), "|".join(_targets(language_model(model.model), recipe))
     config = LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=rf".*\b({'|'.join(LANGUAGE_MODELS)})\..*\.({'|'.join(_targets(language_model(model.model), recipe))})",
+        target_modules=rf".*\b({layers})\..*\.({linears})",
         bias=recipe.lora_bias,
         use_dora=recipe.use_dora,
         use_rslora=recipe.use_rslora,
