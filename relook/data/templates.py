@@ -241,6 +241,8 @@ def processor_template(processor: Any) -> Template:
         specials = processor.tokenizer.added_tokens_decoder.values()
         end = max((t.content for t in specials if t.special and between.startswith(t.content)), key=len, default="")
     later = between.removeprefix(end)
+    # LLaVA-OneVision's makers have another space in earlier turns: the one to be written is what it was trained on.
+    cue = open_cue if cue.split() == open_cue.split() and not cue.startswith(open_cue) else cue
     knows_parts = cue.startswith(open_cue) and between.startswith(closed) and later.endswith(before_text)
     if not (knows_parts and end and image.count(token) == 1 and two == start + 2 * image + after_images):
         raise RecipeError("The model's own chat template writes answers or images in a way that relook cannot.", OTHER)

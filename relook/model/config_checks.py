@@ -225,12 +225,13 @@ def check_processor(model_name: str, processor: Any, images: ImageLoader, config
     sizes = [n for name in ("size", "crop_size") for n in dict(getattr(used, name, None) or {}).values()]
     sizes += [n for pair in getattr(used, "image_grid_pinpoints", None) or () for n in pair]
     try:
-        strange = [size for size in sizes if size is not None and not _whole(1, SIDE)(size)]
+        largest = SIDE**2 if images.flat else SIDE  # of flat patches the area is bounded, not the sides
+        strange = [size for size in sizes if size is not None and not _whole(1, largest)(size)]
         if strange:
             raise ValueError(f"sizes of {preview(strange)} pixels")
         # A non-square picture of black, whose pixels become -mean / std.
-        pixels = images(Image.new("RGB", (3, 2)))
-        if images.positions is not None and not images.positions((2, 3)):
+        pixels = images(Image.new("RGB", (5, 4)))
+        if images.positions is not None and not images.positions((4, 5)):
             raise ValueError(f"it writes no placeholder of id {config.image_token_id} for a picture")
         if counts and pixels.shape[-3:] != (3, side, side):
             raise ValueError(f"pictures become {list(pixels.shape)}, but the vision tower takes {[3, side, side]}")

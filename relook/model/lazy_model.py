@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -213,11 +214,18 @@ def load_processor(folder: Path) -> Any:
     processor_class = getattr(transformers, str(next(filter(None, stated), "")), AutoProcessor)
     if is_torchvision_available() or "video_processor" not in getattr(processor_class, "get_attributes", list)():
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    parts = [part for part in processor_class.get_attributes() if part != "video_processor"]
+    places = processor_class.get_attributes()
+    parts = [part for part in places if part != "video_processor"]
+
+    def build(cls: Any, arguments: Any, settings: Any, **kwargs: Any) -> Any:
+        arguments = list(arguments)
+        arguments.insert(places.index("video_processor"), None)  # some classes insist on all parts
+        return super(without_videos, cls).from_args_and_dict(arguments, settings, **kwargs)
+
     # Under the same name, which is saved with the processor.
-    without_videos: Any = type(
-        processor_class.__name__, (processor_class,), {"get_attributes": classmethod(lambda _: parts)}
-    )
+    attributes = {"get_attributes": classmethod(lambda _: parts), "from_args_and_dict": classmethod(build)}
+    attributes["video_processor"] = SimpleNamespace(num_frames=0, fps=0)  # SmolVLM's chat template reads these
+    without_videos: Any = type(processor_class.__name__, (processor_class,), attributes)
     return without_videos.from_pretrained(folder, local_files_only=True)
 
 

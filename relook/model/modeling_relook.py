@@ -121,7 +121,8 @@ def for_each_beam(image: Any, placeholder_counts: list[int]) -> None:
         for count in images_per_row(lengths, placeholder_counts[::beams]):
             row = [next(pictures) for _ in range(count)]
             repeated += row * beams
-        image.pooler_output = repeated
+        # Some models take a tensor only, and then give all images, or tiles, as many positions.
+        image.pooler_output = torch.stack(repeated) if isinstance(image.pooler_output, Tensor) else repeated
 
 
 class PostDecoderModel(PreTrainedModel):

@@ -374,6 +374,10 @@ def _publish(folder: Path) -> None:
         "rope_theta": rope["rope_theta"],
     }
     flat["vision_config"]["model_type"] = "qwen2_5_vl"
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    del images["size"]
+    images |= {"min_pixels": 4 * 64, "max_pixels": 12845056}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "config.json").write_text(json.dumps(flat))
     tensors = load_file(folder / "model.safetensors")
     assert "visual.patch_embed.proj.weight" in tensors
