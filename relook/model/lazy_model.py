@@ -208,11 +208,18 @@ class LazyModel:
 
 
 def load_processor(folder: Path) -> Any:
-    """Load the processor of a folder in transformers' format; without torchvision, without its part for videos."""
+    """Load the processor of a folder in transformers' format.
+
+    Its part for videos is left out without torchvision, or where the folder has no settings of it.
+    """
     names = ("processor_config", "preprocessor_config", "tokenizer_config")
     stated = (read_json_object(folder / f"{name}.json", optional=True).get("processor_class") for name in names)
     processor_class = getattr(transformers, str(next(filter(None, stated), "")), AutoProcessor)
-    if is_torchvision_available() or "video_processor" not in getattr(processor_class, "get_attributes", list)():
+    has_videos = (folder / "video_preprocessor_config.json").exists() or "video_processor" in read_json_object(
+        folder / "processor_config.json", optional=True
+    )
+    takes_videos = "video_processor" in getattr(processor_class, "get_attributes", list)()
+    if not takes_videos or (has_videos and is_torchvision_available()):
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
     places = processor_class.get_attributes()
     parts = [part for part in places if part != "video_processor"]
