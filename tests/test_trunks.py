@@ -35,6 +35,7 @@ from relook.model.export import WriteOptions, export_for, export_model, merge_ad
 from relook.model.inspect import inspect_model
 from relook.model.load import add_post_decoder
 from relook.recipe import build_recipe
+from relook.report.plots import attention_before
 from relook.train.run import train
 
 SIZES = [(40, 24), (24, 56), (100, 30), (16, 16)]  # width, height
@@ -377,6 +378,19 @@ def test_a_conversation_goes_on_in_the_engine(folder: Path, tmp_path: Path) -> N
             assert text.strip() == loaded.decode(expected)
     finally:
         engine.stop()
+
+
+def test_maps_lie_over_the_image_where_its_features_are_one_grid(folder: Path) -> None:
+    loaded = with_decoder(folder, depth=2)
+    image = picture((40, 24))
+    grids = attention_before(loaded, image, [Turn("<image>\nWhat?", "A cup of tea.")], [2])
+    (shown,) = loaded.plain_encoder().positions([image])
+    kind = loaded.core.config.model_type.removeprefix("relook_")
+    assert bool(grids) == (loaded.images.flat or kind in ("gemma3", "vipllava"))
+    for grid in grids:
+        rows, columns = (3, 5) if loaded.images.flat else (math.isqrt(placeholder_count(shown)),) * 2
+        assert torch.tensor(grid).shape == (rows, columns)
+        assert torch.tensor(grid).sum() == pytest.approx(1, abs=1e-4)
 
 
 # --- docs/trunks.md

@@ -261,9 +261,13 @@ class ImageLoader:
     def seen(self, image: ImageSource) -> Image.Image:
         """Return a picture as the model sees it: padded or cropped, and resized. Models with tiles are not supported.
 
+        Models of patches see all of a picture; it is returned as it is.
+
         Raises:
             DataError: as `preprocess` does.
         """
+        if self.flat:
+            return as_rgb(image if isinstance(image, Image.Image) else _opened(image))
         pixels = self(image)
         mean, std = (
             torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
@@ -303,8 +307,7 @@ class ImageLoader:
         cached = self._cache.get(key)
         if cached is not None:
             return cached
-        opened = open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
-        inputs = self._process(opened, _subject(image))
+        inputs = self._process(_opened(image), _subject(image))
         self._cache.put(key, inputs)
         return inputs
 
@@ -321,6 +324,10 @@ class ImageLoader:
         processed = self.image_processor(images=[image], return_tensors="pt")
         inputs = {name: processed[name] for name in self.input_names if name in processed}
         return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
+
+
+def _opened(image: Shown) -> Image.Image:
+    return open_image(image) if isinstance(image, (str, Path)) else image.open()
 
 
 def _subject(image: Shown) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from relook.data.images import ImageSource
+from relook.data.images import GRID, ImageSource
 from relook.data.packing import Tree
 from relook.data.samples import Turn
 from relook.forward.collate import build_live_batch
-from relook.forward.policy import Policy
+from relook.forward.policy import LiveBatch, Policy
 from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
@@ -269,8 +269,8 @@ def attention_before(
         template: of the conversation; empty for the model's own.
 
     Returns:
-        For each word a square grid of weights that sum to 1; no grids where the model has no cross-attention, or looks
-        at more than one square grid of features (the tiles of LLaVA-NeXT).
+        For each word a grid of weights that sum to 1, as its rows; no grids where the model has no cross-attention, or
+        looks at more than one grid of features (tiles).
 
     Raises:
         DataError: training would refuse the conversation: too long, an empty answer, marks of the template.
@@ -289,9 +289,8 @@ def attention_before(
         return []
     # trunk.states are the states before each supervised token; maps: (states, image features).
     maps = policy.post_decoder.attention_maps(trunk.states, context)[0]
-    vision = policy.config.vision_config
-    side = vision.image_size // vision.patch_size
-    if maps.shape[-1] != side * side:
+    grid = _feature_grid(policy.config, batch, maps.shape[-1])
+    if grid is None:
         return []
     # The targets are the tokens of all answers; those of the last one are what is supervised up to the row's end.
     first = sum(row.supervised) - sum(1 for _ in itertools.takewhile(bool, reversed(row.supervised)))
@@ -299,4 +298,15 @@ def attention_before(
     tokens = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     # A token's offsets may begin with the space before the word, so the word's token is the one that ends after it.
     positions = [next(i for i, (_, end) in enumerate(tokens) if end > start) for start in starts]
-    return [maps[int(trunk.targets.slot[first + position])].view(side, side).tolist() for position in positions]
+    return [maps[int(trunk.targets.slot[first + position])].view(grid).tolist() for position in positions]
+
+
+def _feature_grid(config: Any, batch: LiveBatch, features: int) -> tuple[int, int] | None:
+    """Return rows and columns of the features of a batch's only image; None where they are no grid."""
+    if GRID in batch.image_inputs:  # patches, of which the merger makes one out of a square of several
+        _, height, width = batch.image_inputs[GRID][0].tolist()
+        merged = config.vision_config.spatial_merge_size
+        return height // merged, width // merged
+    side, pixels = math.isqrt(features), batch.pixel_values
+    is_one_tile = pixels is not None and pixels.ndim == 4 and len(pixels) == 1
+    return (side, side) if is_one_tile and side * side == features else None
