@@ -220,6 +220,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "lora and post decoder": {"lora_enable": True, "lora_r": 8, "tune_post_decoder": True},
     "recomputed lora": {"lora_enable": True, "lora_r": 8, "gradient_checkpointing": True},
     "full": {},
+    "tower": {"tune_vision_tower": True, "tune_lm_head": True},
 }
 
 
@@ -229,7 +230,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     [
         *((regime, torch.float32) for regime in REGIMES),
         # LayerNorm, which the post decoder has, stays in bfloat16 on a CPU; CUDA's autocast takes float32.
-        *((regime, torch.bfloat16) for regime in ("projector", "lora", "full")),
+        *((regime, torch.bfloat16) for regime in ("projector", "lora", "full", "tower")),
     ],
     ids=str,
 )
@@ -266,7 +267,7 @@ def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Pat
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
     policy = build_policy(recipe, loaded, torch.float32)
     collator = Collator(policy, loaded.images, loaded.pad_id)
-    collator.features = cache_vision_features(recipe, policy, examples, loaded.images)
+    collator.kept = cache_vision_features(recipe, policy, examples, loaded.images)
     items, costs = [Item(example) for example in examples], StepCosts.of(policy)
     real = sum(costs.flops(collator(items[start : start + size])["work"]) for start in range(0, len(items), size))
     said = estimate(recipe)["work"]

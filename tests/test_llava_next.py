@@ -175,7 +175,7 @@ def test_a_number_of_images_is_not_enough(loaded: LoadedModel, tmp_path: Path) -
         loaded.encoder().prompt("Hello", 1)
     (tmp_path / "no.jpg").write_bytes(b"no image")
     with pytest.raises(RelookError, match=r"no\.jpg is not an image"):
-        loaded.encoder().pair(PreferencePair("1", tmp_path / "no.jpg", "What?", "a", "b"))
+        loaded.encoder().pair(PreferencePair("1", (tmp_path / "no.jpg",), "What?", "a", "b"))
 
 
 def test_the_square_canvas_is_not_taken_for_the_padding_of_batches(loaded: LoadedModel) -> None:
@@ -282,7 +282,7 @@ def test_trees_are_equal_to_separate_rows(odd_world: Path, settings: dict[str, A
     encoder = loaded.encoder()
     paths = sorted((odd_world / "vg").rglob("*.jpg"))[:4]
     answers = ("There is a cup.", "There is a dog in the image.")
-    examples = [encoder.pair(PreferencePair("p", path, "Describe this image.", *answers)) for path in paths]
+    examples = [encoder.pair(PreferencePair("p", (path,), "Describe this image.", *answers)) for path in paths]
     collator = Collator(Policy(model), loaded.images, 3)
     items = sorted(map(Item, examples), key=lambda item: -len(item.example.tree))
     ours = collator.policy(collator(items)["batch"])

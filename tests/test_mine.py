@@ -516,8 +516,8 @@ def test_mined_files_are_read_by_every_reader(mined: Path) -> None:
     )
     rows, report = read_pairs(mined / "pairs.parquet", mined.parent / "rows", on_bad="error")
     assert len(rows) == card["questions"]["pairs"] + card["descriptions"]["pairs"]
-    asked = {(pair.prompt, pair.chosen, pair.rejected, pair.image.read_bytes()) for pair in pairs}  # type: ignore[union-attr]
-    assert {(row.prompt, row.chosen, row.rejected, row.image.read_bytes()) for row in rows} == asked  # type: ignore[union-attr]
+    asked = {(pair.prompt, pair.chosen, pair.rejected, pair.images[0].read_bytes()) for pair in pairs}  # type: ignore[union-attr]
+    assert {(row.prompt, row.chosen, row.rejected, row.images[0].read_bytes()) for row in rows} == asked  # type: ignore[union-attr]
 
 
 def test_parquet_goes_back_to_hadpo(mined: Path, tmp_path: Path) -> None:

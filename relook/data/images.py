@@ -220,14 +220,18 @@ class ImageLoader:
         image_processor: transformers image processor of the model.
         aspect_ratio: "pad" first pads each picture to a square in the processor's mean colour, as LLaVA-1.5 does;
             anything else leaves resizing and cropping to the processor.
+        positions: the number of positions that a picture takes, or a function of its height and width.
         cache_bytes: most bytes of pixel values to cache.
     """
 
-    # Counts the positions that a picture of a height and width takes, where the processor decides it.
-    positions: Callable[[tuple[int, int]], int] | None = None
-
-    def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
-        self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
+    def __init__(
+        self,
+        image_processor: Any,
+        aspect_ratio: str = "",
+        positions: int | Callable[[tuple[int, int]], int] = 0,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        self.image_processor, self.positions, self.aspect_ratio = image_processor, positions, aspect_ratio
         self.input_names: Collection[str] = image_processor.model_input_names
         self.flat = GRID in image_processor.model_input_names  # pixels are patches, without an axis of images
         self._cache: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
@@ -258,6 +262,10 @@ class ImageLoader:
             width, height = _open(path, _size, str(path))
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
+    def position_count(self, size: tuple[int, int]) -> int:
+        """Return the number of positions that a picture of a height and width takes."""
+        return self.positions if isinstance(self.positions, int) else self.positions(size)
+
     def seen(self, image: ImageSource) -> Image.Image:
         """Return a picture as the model sees it: padded or cropped, and resized. Models with tiles are not supported.
 
@@ -266,8 +274,10 @@ class ImageLoader:
         Raises:
             DataError: as `preprocess` does.
         """
-        if self.flat:
-            return as_rgb(image if isinstance(image, Image.Image) else _opened(image))
+        if self.flat:  # the patches of the resized picture
+            _, height, width = (self.inputs(image)[GRID][0] * self.image_processor.patch_size).tolist()
+            opened = image if isinstance(image, Image.Image) else _opened(image)
+            return as_rgb(opened).resize((width, height), Image.Resampling.BICUBIC)
         pixels = self(image)
         mean, std = (
             torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
@@ -327,7 +337,7 @@ class ImageLoader:
 
 
 def _opened(image: Shown) -> Image.Image:
-    return open_image(image) if isinstance(image, (str, Path)) else image.open()
+    return open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
 
 
 def _subject(image: Shown) -> str:

@@ -33,12 +33,12 @@ from relook.model.checkpoint import ADAPTER_FILE
 from relook.model.families import (
     family_of,
     has_post_decoder,
-    patches_per_feature,
+    tower_state_count,
     vision_feature_count,
     with_post_decoder,
 )
 from relook.model.lazy_model import LazyModel, open_folder
-from relook.model.load import HeadModel, LoadedModel
+from relook.model.load import HeadModel, LoadedModel, placeholder_counter
 from relook.model.trainable import add_trainable_modules
 from relook.recipe import Recipe, build_recipe, parse_overrides, read_yaml_or_shipped
 from relook.train.cache_store import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, CachePlan, fits_half_of_memory
@@ -94,10 +94,6 @@ class DataLengths:
     size: Callable[[ImageSource], tuple[int, int]]
     positions: Callable[[tuple[int, int]], int] | None = None
 
-    def features(self, config: Any, image: ImageSource) -> int:
-        """Return the rows of vision features of an image."""
-        return vision_feature_count(config, self.size(image), self.positions)
-
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -138,6 +134,11 @@ def estimate(
         fault = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
         raise RecipeError(fault, "Give one GPU at least, and sizes above 0.")
     source = open_meta_model(recipe)
+    if recipe.trains_vision_tower and family_of(source.config).positions is None:
+        raise RecipeError(
+            f"The memory of a {source.config.model_type}'s tower that trains is not known, only LLaVA's.",
+            "Run a few steps (--max_steps 3), whose log says the peak.",
+        )
     model = build_on_meta(recipe, source)
     policy, sharded_policy = (build_meta_policy(recipe, model, sharded) for sharded in (False, True))
     lengths = read_lengths(recipe, source, policy.core, assumed, missing)
@@ -204,8 +205,10 @@ def build_on_meta(recipe: Recipe, source: LazyModel) -> Any:
         config = with_post_decoder(config, dict(recipe.post_decoder))
     with torch.device("meta"):
         model = replace(source, config=config).model_class(config).to(dtype_of(recipe))
+    images = LoadedModel(model, source.processor(), source.path).images if recipe.trains_vision_tower else None
+    with torch.device("meta"):
         # The post decoder is there already; a start from the projector's weights changes no shape.
-        return add_trainable_modules(model, replace(recipe, post_decoder_init="random"))
+        return add_trainable_modules(model, replace(recipe, post_decoder_init="random"), images)
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -232,7 +235,7 @@ def read_lengths(
     """Build the trees of the recipe's data, at most MAX_SAMPLES of them, or assumed ones if it cannot be read."""
     count, counter = family_of(model.config).positions, None
     if count is None:  # without the processor there is no number of positions to assume either
-        counter = LoadedModel(model, source.processor(), source.path).images.positions
+        counter = placeholder_counter(model.config, source.processor())
     try:
         if unnamed := [key for key in missing if key != "output_dir"]:
             raise DataError(f"The recipe names no {' and no '.join(unnamed)}.")
@@ -304,8 +307,33 @@ def batch_size(recipe: Recipe) -> int:
 
 def count_batch(recipe: Recipe, policy: Policy, lengths: DataLengths, examples: Sequence[Example]) -> BatchCounts:
     """Count the batch that a step on some examples reads."""
-    rows = [sum(lengths.features(policy.config, image) for image in example.images) for example in examples]
+    rows = [count_features(policy, lengths, example) for example in examples]
     return BatchCounts.of(step_examples(recipe, examples), rows * (2 if recipe.mdpo_conditional_weight else 1), policy)
+
+
+def count_features(policy: Policy, lengths: DataLengths, example: Example) -> int:
+    """Count the rows of vision features of an example, over its images."""
+    sizes = [lengths.size(image) for image in example.images]
+    return sum(vision_feature_count(policy.config, size, position_count(policy, lengths, size)) for size in sizes)
+
+
+def count_tower_states(policy: Policy, lengths: DataLengths, example: Example) -> int:
+    """Count the rows that the vision tower gives of an example, over its images."""
+    sizes = [lengths.size(image) for image in example.images]
+    return sum(tower_state_count(policy.config, size, position_count(policy, lengths, size)) for size in sizes)
+
+
+def position_count(policy: Policy, lengths: DataLengths, size: tuple[int, int]) -> int:
+    """Return the number of positions that an image of this size takes."""
+    positions = lengths.positions or _image_positions(policy)
+    return positions if isinstance(positions, int) else positions(size)
+
+
+@functools.lru_cache(maxsize=1)  # it remembers the sizes
+def _image_positions(policy: Policy) -> int | Callable[[tuple[int, int]], int]:
+    count = family_of(policy.config).positions
+    assert count is not None  # of others, `DataLengths` has the count
+    return count(policy.core)
 
 
 def largest_batch(examples: Sequence[Example], size: int) -> list[Example]:
@@ -438,7 +466,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 
 def build_cache_plan(policy: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """Plan the cache of the known examples; return the plan, and the factor from them to all examples."""
-    images: Any = SimpleNamespace(size=lengths.size, positions=lengths.positions)
+    images: Any = SimpleNamespace(size=lengths.size, position_count=functools.partial(position_count, policy, lengths))
     plan = CachePlan.of(policy, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 
@@ -491,13 +519,14 @@ def compute_cost(job: Job, lengths: DataLengths, gpus: int, tflops: float) -> di
     tokens = last_mlp = everything - spared
     if policy.uses_sparse_last_mlp(job.batch.slots, job.batch.positions):
         last_mlp = sum(len(kept_positions(tree, policy.needs_all_states)) for tree in trees)
-    features = sum(lengths.features(policy.config, image) for example in examples for image in example.images)
+    states = sum(count_tower_states(policy, lengths, example) for example in examples)
     work = BatchStats(
         pairs=len(trees),
         tokens=tokens,
         last_mlp=last_mlp,
-        features=features,
-        encoded=0 if job.features_cached else features * patches_per_feature(policy.config),
+        features=sum(count_features(policy, lengths, example) for example in examples),
+        projected=states,
+        encoded=0 if job.features_cached else states,
         states=everything if policy.needs_all_states else targets,
         targets=targets,
         live=not job.recipe.cached_trunk,
@@ -510,9 +539,9 @@ def compute_cost(job: Job, lengths: DataLengths, gpus: int, tflops: float) -> di
     forward = StepCosts.of(policy)
     for parameter in trained:
         parameter.requires_grad_(True)
-    before = float(forward.vision_tower * features) if job.features_cached else 0.0
+    before = float(forward.vision_tower * states) if job.features_cached else 0.0
     if job.recipe.cached_trunk or job.recipe.needs_reference:
-        before = forward.flops(replace(work, encoded=features, live=True))
+        before = forward.flops(replace(work, encoded=states, live=True))
     step += (forward.trunk * tokens + forward.last_mlp * last_mlp) * job.recomputed_share
     samples = len(lengths.examples)
     costs = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}

@@ -49,6 +49,7 @@ from relook.model.load import (
     parse_device,
     parse_dtype,
 )
+from relook.model.modeling_relook import reads_tower
 from relook.train.feature_cache import cache_inputs, cache_key
 
 FIRST_FILE = "first_tokens.jsonl"
@@ -152,9 +153,14 @@ class CachedPope:
         """Load the base; see `release`."""
         return self.loading.load(self.base)
 
+    @cached_property
+    def keeps_tower(self) -> bool:
+        """Return True if the vision features beside the base's states are the tower's."""
+        return reads_tower(self.loaded.core.config)
+
     def release(self) -> None:
         """Free the base's weights, after computing what other models need of it."""
-        _ = self.base_log_probs, self.decisive
+        _ = self.base_log_probs, self.decisive, self.keeps_tower
         self.loaded.model = None
 
     @cached_property
@@ -245,7 +251,8 @@ class CachedPope:
             above = load_model(model, None, tower, self.dtype, device=self.device, trunk=False)
             policy = Policy(HeadModel(above.model))
             # A post decoder with self-attention reads every position of the prompt; the states are those at its end.
-            if not policy.needs_all_states:
+            # And it may look at other features than those that were kept.
+            if not policy.needs_all_states and reads_tower(policy.config) == self.keeps_tower:
                 return self._from_states(policy)
         return self._live(load())
 

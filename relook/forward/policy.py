@@ -6,7 +6,7 @@ computed beforehand (`TrunkStates`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from relook.data.packing import PackedTrees, Targets, pin_memory, to_device
 from relook.forward import activation_memory
 from relook.forward.packed_attention import BUDGET, PackedTrunk, has_sparse_last_mlp, resolve_trunk_pass
-from relook.model.families import connector, language_model, vision_tower
-from relook.model.modeling_relook import vision_features
+from relook.model.families import connector, deepstack_rows, image_features, language_model, vision_tower
+from relook.model.modeling_relook import reads_tower, vision_features
 from relook.model.post_decoder import FlatLayout, PostDecoder
 
 # ----------------------------------------------------------------------------------------------------
@@ -110,7 +110,9 @@ class LiveBatch:
     pixel_values: Tensor | None  # (I, 3, H, W), (I, tiles, 3, H, W), or flat patches of all images (patches, values)
     image_counts: list[int]
     image_inputs: dict[str, Tensor] = field(default_factory=dict)  # what the tower takes beside pixels: sizes or grids
-    features: Tensor | None = None  # (I, M, V) cached vision features, where the tower is not run
+    # Of each image, where the tower is not run (see `KeptImage`): its states (M, V), and what image positions get.
+    tower: list[Tensor] | None = None
+    projected: list[Tensor] | None = None
     image_rows: list[int] | None = None  # rows of pixel_values of each image: 1, its tiles or its patches
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
@@ -277,13 +279,14 @@ class Policy(nn.Module):
     def vision_features(
         self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor] = MappingProxyType({})
     ) -> list[Tensor]:
-        """Compute the vision features that `trunk` returns, (M, V) per image or tile, without the language model."""
-        image = self._encode_images(pixel_values, image_inputs)
+        """Compute the vision features that `trunk` returns, (M, V) per image, without the language model."""
+        image = self.encode_images(pixel_values, image_inputs)
         # A model with a post decoder has grouped them by image already.
         features: list[Tensor] | None = getattr(image, "vision_features", None)
-        return vision_features(self.config, image, image_inputs.get("image_sizes")) if features is None else features
+        return vision_features(self.config, image, image_inputs) if features is None else features
 
-    def _encode_images(self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor]) -> Any:
+    def encode_images(self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor]) -> Any:
+        """Run vision tower and projector; return the outputs of `get_image_features`."""
         base = self.core.model
         pixels = pixel_values.to(base.get_input_embeddings().weight.dtype)
         with self.autocast(self._mixed_vision):  # the language model's float32 adapters need no autocast here
@@ -294,17 +297,24 @@ class Policy(nn.Module):
 
         That are their embeddings, and what the first layers add (`deepstack_rows`).
         """
-        # Cached features (I, M, V) skip the tower, but not the projector, which may train.
-        if batch.features is not None:
+        features, deep = batch.tower, list[Tensor]()
+        if batch.pixel_values is not None:
+            image = self.encode_images(batch.pixel_values, batch.image_inputs)
+            projected, deep = image_features(image.pooler_output, batch.image_rows), deepstack_rows(image)
+            if (features := getattr(image, "vision_features", None)) is not None:
+                features = image_features(features, batch.image_rows)
+        elif batch.projected is not None:
+            rows, *deep = torch.cat(batch.projected).split(self.config.text_config.hidden_size, dim=-1)
+            projected = list(rows.split([len(image) for image in batch.projected]))
+        elif batch.tower is not None:  # kept states skip the tower, but not the projector, which may train
             with self.autocast(self._mixed_vision):
-                projected = connector(self.core.model)(batch.features)
-            return list(batch.features) if self.needs_vision_features else None, projected.flatten(0, 1), []
-        if batch.pixel_values is None:
+                projected = list(connector(self.core.model)(torch.stack(batch.tower)))
+        else:
             return None, None, []
-        image = self._encode_images(batch.pixel_values, batch.image_inputs)
-        features = image_features(image.vision_features, batch.image_rows) if self.needs_vision_features else None
-        deep = deepstack_rows(image) if sum(batch.image_counts) else []  # not of a blank image, which has no position
-        return features, torch.cat([rows.flatten(0, -2) for rows in image.pooler_output]), deep
+        if batch.pixel_values is None and not reads_tower(self.config):
+            features = projected
+        deep = deep if sum(batch.image_counts) else []  # not of a blank image, which has no position
+        return features if self.needs_vision_features else None, torch.cat(projected), deep
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Return the log-prob of each supervised token, (N,) float32."""
@@ -315,25 +325,6 @@ class Policy(nn.Module):
             states = prediction_states(self.post_decoder, trunk)
             # lm_head and log-softmax, without ever holding the logits of all positions.
             return token_log_probs(self.core.lm_head, states, trunk.targets.id, compiled=self.trunk_pass == "compiled")
-
-
-def image_features(rows: Iterable[Tensor], image_rows: Sequence[int] | None) -> list[Tensor]:
-    """Return features by image, (positions, D) each, of features that may come by tile.
-
-    Args:
-        image_rows: rows of pixel_values of each image; None leaves the features as they are.
-    """
-    rows = list(rows)
-    if image_rows is None or len(rows) == len(image_rows):
-        return rows
-    tiles = iter(rows)
-    return [torch.cat([next(tiles) for _ in range(count)]) for count in image_rows]
-
-
-def deepstack_rows(image: Any) -> list[Tensor]:
-    """Return what each of the first layers adds at the image positions, (positions, D), as in Qwen3-VL; mostly none."""
-    layers = getattr(image, "deepstack_features", None) or ()
-    return [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
 
 
 def prediction_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:

@@ -37,7 +37,7 @@ from relook.model.tokenizer import token_bytes
 
 FEATURE_BYTES = 1 << 30  # image features that are cached
 WAVE_REST = 4  # a share of 1 / 4 of a wave's texts may still grow when the next one comes
-EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around images
+EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around an image
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from relook.console import status
 from relook.data.images import stack
-from relook.forward.policy import deepstack_rows, image_features
 from relook.generate.attention import (
     ATTENTION_NAME,
     KVPool,
@@ -38,7 +37,7 @@ from relook.generate.dense_attention import KV, DenseReads
 from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
 from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
-from relook.model.families import language_model, sees_ahead
+from relook.model.families import image_features, language_model, position_rows, sees_ahead
 from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
@@ -161,7 +160,7 @@ class ModelRunner:
     def encode_images(self, inputs: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
         """Return each image's projected features (P, D) and what the post decoder reads of it, (M, V) or None.
 
-        What the first layers add at image positions (`deepstack_rows`) lies beside the projected features, (P, n * D).
+        What the first layers add at image positions (`position_rows`) lies beside the projected features, (P, n * D).
 
         Args:
             inputs: what the image processor made of each image (`ImageLoader.inputs`).
@@ -177,9 +176,7 @@ class ModelRunner:
         image_rows = [len(image["pixel_values"]) for image in inputs]
         features = getattr(outputs, "vision_features", None)
         read = image_features(features, image_rows) if features else [None] * len(inputs)
-        rows = image_features(outputs.pooler_output, image_rows)
-        if deep := deepstack_rows(outputs):
-            rows = torch.cat([torch.cat(list(rows)), *deep], dim=-1).split([len(image) for image in rows])
+        rows = position_rows(outputs, image_rows)
         # Copies: a view would keep the features of the whole batch in memory.
         return [
             (projected.to(dtype).clone(), None if features is None else features.clone())

@@ -213,7 +213,10 @@ def check_processor(model_name: str, processor: Any, images: ImageLoader, config
     Raises:
         CheckpointError: it fails, or its output does not fit a model of this config.
     """
-    token, counts = image_mark(processor), images.positions is None  # of a model where positions follow from the config
+    token, counts = (
+        image_mark(processor),
+        not hasattr(images.positions, "placeholders"),
+    )  # else positions follow from the config
     placeholder = processor.tokenizer.convert_tokens_to_ids(token)
     if counts and placeholder != config.image_token_id:
         raise CheckpointError(
@@ -231,7 +234,7 @@ def check_processor(model_name: str, processor: Any, images: ImageLoader, config
             raise ValueError(f"sizes of {preview(strange)} pixels")
         # A non-square picture of black, whose pixels become -mean / std.
         pixels = images(Image.new("RGB", (5, 4)))
-        if images.positions is not None and not images.positions((4, 5)):
+        if not counts and not images.position_count((4, 5)):
             raise ValueError(f"it writes no placeholder of id {config.image_token_id} for a picture")
         if counts and pixels.shape[-3:] != (3, side, side):
             raise ValueError(f"pictures become {list(pixels.shape)}, but the vision tower takes {[3, side, side]}")

@@ -7,14 +7,14 @@ model of an untested family with transformers where it is loaded. docs/trunks.md
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -199,9 +199,7 @@ def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
 
 
 def patches_per_feature(config: Any) -> int:
-    """Return how many patches of the tower a projector or merger makes one row of."""
-    if reads_tower(config):
-        return 1
+    """Return how many of the tower's patches a projector or merger makes one position of."""
     sides = (
         getattr(part, name, None)
         for part in (config.vision_config, config)
@@ -211,13 +209,44 @@ def patches_per_feature(config: Any) -> int:
     return round(side**2)
 
 
-def vision_feature_count(config: Any, size: Size, positions: Callable[[Size], int] | None = None) -> int:
-    """Compute M of the vision features (M, V) of an image of this size, over all its tiles.
+def vision_feature_count(config: Any, size: Size, positions: int) -> int:
+    """Compute M of the vision features (M, V) of an image of this size, which takes so many positions."""
+    return tower_state_count(config, size, positions) if reads_tower(config) else positions
+
+
+def tower_state_count(config: Any, size: Size, positions: int) -> int:
+    """Compute M of the vision tower's states (M, V) of an image, over all its tiles; see `vision_feature_count`."""
+    if family_of(config).positions is not None:
+        return family_of(config).tiles(config, size) * _features_per_row(config)
+    return positions * patches_per_feature(config)
+
+
+def deepstack_rows(image: Any) -> list[Tensor]:
+    """Return what each of the first layers adds at the image positions, (positions, D), as in Qwen3-VL; mostly none."""
+    layers = getattr(image, "deepstack_features", None) or ()
+    return [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
+
+
+def image_features(rows: Iterable[Tensor], image_rows: Sequence[int] | None) -> list[Tensor]:
+    """Return features by image, (positions, D) each, of features that may come by tile.
 
     Args:
-        positions: counts the positions that an image takes, for families whose processor does.
+        image_rows: rows of pixel_values of each image; None leaves the features as they are.
     """
-    if reads_tower(config):
-        return family_of(config).tiles(config, size) * _features_per_row(config)
-    assert positions is not None
-    return positions(size)
+    rows = list(rows)
+    if image_rows is None or len(rows) == len(image_rows):
+        return rows
+    tiles = iter(rows)
+    return [torch.cat([next(tiles) for _ in range(count)]) for count in image_rows]
+
+
+def position_rows(image: Any, image_rows: Sequence[int] | None = None) -> list[Tensor]:
+    """Return what the positions of each image get, (P, D), with what the first layers add beside it, (P, n * D).
+
+    Args:
+        image_rows: see `image_features`.
+    """
+    rows = image_features(image.pooler_output, image_rows)
+    if deep := deepstack_rows(image):
+        rows = list(torch.cat([torch.cat(rows), *deep], dim=-1).split([len(projected) for projected in rows]))
+    return rows

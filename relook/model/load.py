@@ -173,6 +173,11 @@ class PlaceholderCounter:
         return tuple(len(run) // len(self.token) if i % 2 else run for i, run in enumerate(runs))
 
 
+def placeholder_counter(config: Any, processor: Any) -> PlaceholderCounter:
+    """Return the counter of a model's processor."""
+    return PlaceholderCounter(processor, processor.tokenizer.convert_ids_to_tokens(config.image_token_id))
+
+
 @dataclass
 class LoadedModel:
     """Model in memory, with its processor, image loader and conversation template.
@@ -199,12 +204,11 @@ class LoadedModel:
         if family_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
             # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
-        self.images = ImageLoader(image_processor, self.aspect_ratio)
+        count = family_of(self.core.config).positions
+        counter = placeholder_counter(self.core.config, self.processor)
+        self.images = ImageLoader(image_processor, self.aspect_ratio, counter if count is None else count(self.core))
         # A processor may return more than the model takes, such as numbers of tiles.
         self.images.input_names = inspect.signature(self.core.forward).parameters.keys()
-        if family_of(self.core.config).positions is None:
-            token = self.processor.tokenizer.convert_ids_to_tokens(self.core.config.image_token_id)
-            self.images.positions = PlaceholderCounter(self.processor, token)
 
     @property
     def core(self) -> Any:
@@ -214,11 +218,9 @@ class LoadedModel:
     @property
     def image_positions(self) -> int | Callable[[ImageSource], Placeholders]:
         """Return the number of positions one image takes, or a function of the image where its size decides."""
-        count = family_of(self.core.config).positions
-        if count is None:
-            counter: Any = self.images.positions
-            return lambda image: counter.placeholders(self.images.size(image))
-        positions = count(self.core)
+        positions = self.images.positions
+        if isinstance(positions, PlaceholderCounter):
+            return lambda image: positions.placeholders(self.images.size(image))
         return positions if isinstance(positions, int) else lambda image: positions(self.images.size(image))
 
     def conversation_template(self, name: str = "") -> Template:

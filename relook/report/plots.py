@@ -256,6 +256,15 @@ def _attention_recorder(policy: Policy) -> bool:
     return policy.needs_vision_features and not policy.needs_all_states
 
 
+def _grid_shape(config: Any, batch: LiveBatch, features: int) -> tuple[int, int]:
+    """Return the rows and columns of the features of a batch's only image; (0, 0) where they are no grid."""
+    if GRID in batch.image_inputs:  # which counts patches before the merger
+        _, height, width = (batch.image_inputs[GRID][0] // config.vision_config.spatial_merge_size).tolist()
+        return height, width
+    side, pixels = math.isqrt(features), batch.pixel_values
+    return (side, side) if pixels is not None and pixels.ndim == 4 and len(pixels) == 1 else (0, 0)
+
+
 @torch.inference_mode()
 def attention_before(
     loaded: LoadedModel, image: ImageSource, turns: Sequence[Turn], starts: Sequence[int], template: str = ""
@@ -269,8 +278,8 @@ def attention_before(
         template: of the conversation; empty for the model's own.
 
     Returns:
-        For each word a grid of weights that sum to 1, as its rows; no grids where the model has no cross-attention, or
-        looks at more than one grid of features (tiles).
+        For each word a grid of weights that sum to 1; no grids where the model has no cross-attention, or looks at
+        features that are not one grid in rows: the tiles of LLaVA-NeXT, and patches before a merger.
 
     Raises:
         DataError: training would refuse the conversation: too long, an empty answer, marks of the template.
@@ -289,8 +298,8 @@ def attention_before(
         return []
     # trunk.states are the states before each supervised token; maps: (states, image features).
     maps = policy.post_decoder.attention_maps(trunk.states, context)[0]
-    grid = _feature_grid(policy.config, batch, maps.shape[-1])
-    if grid is None:
+    shape = _grid_shape(policy.config, batch, maps.shape[-1])
+    if maps.shape[-1] != math.prod(shape):
         return []
     # The targets are the tokens of all answers; those of the last one are what is supervised up to the row's end.
     first = sum(row.supervised) - sum(1 for _ in itertools.takewhile(bool, reversed(row.supervised)))
@@ -298,15 +307,4 @@ def attention_before(
     tokens = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     # A token's offsets may begin with the space before the word, so the word's token is the one that ends after it.
     positions = [next(i for i, (_, end) in enumerate(tokens) if end > start) for start in starts]
-    return [maps[int(trunk.targets.slot[first + position])].view(grid).tolist() for position in positions]
-
-
-def _feature_grid(config: Any, batch: LiveBatch, features: int) -> tuple[int, int] | None:
-    """Return rows and columns of the features of a batch's only image; None where they are no grid."""
-    if GRID in batch.image_inputs:  # patches, of which the merger makes one out of a square of several
-        _, height, width = batch.image_inputs[GRID][0].tolist()
-        merged = config.vision_config.spatial_merge_size
-        return height // merged, width // merged
-    side, pixels = math.isqrt(features), batch.pixel_values
-    is_one_tile = pixels is not None and pixels.ndim == 4 and len(pixels) == 1
-    return (side, side) if is_one_tile and side * side == features else None
+    return [maps[int(trunk.targets.slot[first + position])].view(shape).tolist() for position in positions]

@@ -422,8 +422,8 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     else:
         examples = encoder.conversations(samples, recipe.conversations_per_tree, faults)
     if faults and recipe.on_bad == "error":
-        fix = f"{len(faults)} samples in all cannot be used; set on_bad drop to leave them out."
-        raise DataError(faults[0], fix)
+        problem = f"{len(faults):,} samples cannot be used: {preview(faults, 3)}"
+        raise DataError(problem, "Repair them, or set on_bad drop to leave them out.")
     examples, image_faults = check_images(examples, loaded.images, recipe.on_bad)
     faults += image_faults
     if not examples:
@@ -490,7 +490,9 @@ def prepare_items(
     if recipe.cached_trunk:
         items = cached_items(recipe, policy, distinct, collator, load_with_trunk)
     else:
-        collator.features = cache_vision_features(recipe, policy, distinct, collator.images)
+        if recipe.trains_vision_tower:
+            status("  the vision tower trains: nothing is cached, and each step runs the whole model")
+        collator.kept = cache_vision_features(recipe, policy, distinct, collator.images)
         items = [Item(example) for example in distinct]
         if recipe.mdpo_conditional_weight:
             # Behind all pairs: the chosen answers once more, on corrupted images.
