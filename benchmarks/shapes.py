@@ -228,7 +228,8 @@ def endless_model(
     model, processor = random_model(shape, answers=False, dtype=dtype)
     if post_decoder:
         model = add_post_decoder(model, {"depth": post_decoder}, None)
-    loaded = LoadedModel(model.eval(), processor, Path(), "pad")
+    of_qwen = "family" in shape
+    loaded = LoadedModel(model.eval(), processor, Path(), "" if of_qwen else "pad", "chat" if of_qwen else "llava_hf")
     if bits < 16:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
