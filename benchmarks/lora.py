@@ -67,7 +67,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "relook_0.4": {"activation_memory_budget": 0.4},
     "relook_recomputed": {"gradient_checkpointing": True},
     "relook_mixed_lengths": {},
+    "relook_context": {},
 }
+CONTEXT = 100  # words that both answers of a pair of relook_context begin with
 
 
 def main() -> None:
@@ -90,11 +92,12 @@ def main() -> None:
         return
     found: dict[str, Any] = {"device": device_name(), "versions": versions()}
     write_model(options.work / "plain", shape, answers=False)
-    size = shape.get("picture", (500, 375))
-    write_pairs(options.work / "lora_fixed", PAIRS * options.steps, PAIRS * options.steps, 0, size)
-    third = PAIRS * options.steps // 3
-    if any("mixed" in part for part in options.parts.split(",")):
-        write_pairs(options.work / "lora_mixed", 3 * third, third, 2 * third, size)
+    size, count = shape.get("picture", (500, 375)), PAIRS * options.steps
+    write_pairs(options.work / "lora_fixed", count, count, 0, size=size)
+    if "context" in options.parts:
+        write_pairs(options.work / "lora_context", count, count, 0, CONTEXT, size)
+    if "mixed" in options.parts:
+        write_pairs(options.work / "lora_mixed", count, count // 3, 2 * count // 3, size=size)
     found["matmul"] = matmul()
     if GPU:
         torch.cuda.empty_cache()
@@ -103,13 +106,15 @@ def main() -> None:
         run = subprocess.run([sys.executable, *sys.argv, "--part", part], stdout=subprocess.PIPE, text=True)
         last = run.stdout.strip().splitlines()[-1:]
         figures = json.loads(last[0]) if run.returncode == 0 else {"failed": run.returncode}
-        if "pairs_per_s" in figures and "mixed" not in part:
+        if part == "relook_context" and "pairs_per_s" in found.get("relook", {}):
+            figures["times_cost_of_relook"] = round(found["relook"]["pairs_per_s"] / figures["pairs_per_s"], 3)
+        elif "pairs_per_s" in figures and "mixed" not in part:
             figures["useful_tflops"] = round(figures["pairs_per_s"] * flops, 1)
             figures["of_best_matmul"] = round(figures["useful_tflops"] / found["matmul"]["best_tflops"], 3)
             figures["of_sustained_matmul"] = round(figures["useful_tflops"] / found["matmul"]["sustained_tflops"], 3)
         found[part] = figures
         for name in PEERS:
-            if part in RUNS and "pairs_per_s" in found.get(name, {}) and "mixed" not in part:
+            if part in RUNS and "pairs_per_s" in found.get(name, {}) and not {"mixed", "context"} & {*part.split("_")}:
                 figures[f"times_{name}"] = round(figures["pairs_per_s"] / found[name]["pairs_per_s"], 2)
         print(part, json.dumps(figures), flush=True)
         if options.out:
@@ -121,7 +126,8 @@ def main() -> None:
 
 def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     """`relook train` by its shipped recipe; the figures are those that it logs, over the last half of its steps."""
-    data = options.work / ("lora_mixed" if "mixed" in options.part else "lora_fixed")
+    kind = next((kind for kind in ("mixed", "context") if kind in options.part), "fixed")
+    data = options.work / f"lora_{kind}"
     files = {"desc_data_path": data / "desc_data.json"}
     if "mixed" in options.part:
         files["pope_data_path"] = data / "pope_data.json"

@@ -270,9 +270,19 @@ def write_questions(folder: Path, processor: Any, images: int, each: int, tokens
 
 
 def write_pairs(
-    folder: Path, images: int, descriptions: int, questions: int, size: tuple[int, int] = (500, 375)
+    folder: Path,
+    images: int,
+    descriptions: int,
+    questions: int,
+    context: int = 0,
+    size: tuple[int, int] = (500, 375),
 ) -> None:
-    """HA-DPO's files over Visual Genome's layout: one description pair, or some question pairs, an image."""
+    """HA-DPO's files over Visual Genome's layout: one description pair, or some question pairs, an image.
+
+    Args:
+        context: words that both descriptions of a pair begin with, as its context.
+        size: width and height of the pictures.
+    """
     if (folder / "desc_data.json").exists():
         return
     rng, words = random.Random(1), [word for word in vocabulary() if word.isalpha()]
@@ -281,7 +291,11 @@ def write_pairs(
     write_images([folder / "VG_100K" / name for name in names], size)
     urls = [{"image_id": n, "url": f"https://x/VG_100K/{name}"} for n, name in enumerate(names, 1)]
     write_json(folder / "image_data.json", urls)
-    described = {str(n): {"chosen": [text(RESPONSE)], "rejected": [text(RESPONSE)]} for n in range(1, descriptions + 1)}
+    described: dict[str, Any] = {}
+    for number in range(1, descriptions + 1):
+        before = f"{text(context)} " if context else ""
+        sides = {side: [before + text(RESPONSE)] for side in ("chosen", "rejected")}
+        described[str(number)] = {**sides, **({"context": before.strip()} if context else {})}
     write_json(folder / "desc_data.json", described)
     asked = [
         {

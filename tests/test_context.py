@@ -24,6 +24,7 @@ from relook.data.packing import TokenRow, pack
 from relook.data.parquet import _META_COLUMNS
 from relook.data.readers import read_hadpo, read_pairs, read_sentinel
 from relook.data.samples import PreferencePair
+from relook.data.sentinel import SentinelPair, sentinel_pair, sentinel_texts
 from relook.data.templates import get_template
 from relook.errors import DataError, RecipeError
 from relook.files import read_json, write_json, write_jsonl
@@ -317,10 +318,18 @@ def without_place(pair: PreferencePair) -> tuple[Any, ...]:
 
 
 def test_what_sentinels_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
-    """Whole answers with a context, and a context that no space ends."""
-    with pytest.raises(DataError, match=r"whole answers with a context: 0; no space after the context: 1"):
+    """A context that no space ends; whole answers with a context, and first sentences, have relook's key `complete`."""
+    with pytest.raises(DataError, match=r"\(no space after the context: 1\)"):
         convert_pairs(trl_file(tmp_path / "trl.parquet"), tmp_path / "out", "sentinel")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("context", "complete"), [("", False), ("", True), (CONTEXT, False), (CONTEXT, True)])
+def test_sentinels_records_say_whether_answers_are_whole(context: str, complete: bool) -> None:
+    pair = SentinelPair(PAIR.prompt, PAIR.chosen, PAIR.rejected, context, complete)
+    record = sentinel_texts(pair)
+    assert sentinel_pair(record) == pair
+    assert ("complete" in record) == (complete == bool(context))
 
 
 # --- a run

@@ -16,6 +16,8 @@ from relook.errors import DataError, Faults, RecipeError, did_you_mean
 LAYOUTS = ("hadpo", "sentinel", "llava", "pope", "shr", "amber")
 PAIR_LAYOUTS = ("hadpo", "sentinel", "trl", "rlhfv", "rlaifv")
 ANNOTATIONS = ("coco", "vg", "toyworld", "none")
+BY = ("description", "sentence")
+OWN_JUDGES = ("exact", "self")  # values of --judge that are no endpoint
 PARSERS = ("official", "llava", "lmms-eval")
 SUBMISSIONS = ("vqav2", "vizwiz", "gqa", "mmbench", "mmbench-cn", "seed", "mm-vet", "mme")
 ENGINES = ("vllm", "sglang", "transformers-serve")
@@ -100,3 +102,31 @@ JudgeKey = Annotated[str, typer.Option(help="Environment variable that holds the
 JudgeWorkers = Annotated[int, typer.Option(help="Prompts before the judge at once.", min=1)]
 JudgeRequest = Annotated[str, typer.Option(help="JSON: further fields of its requests; null leaves one out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
+
+# What mining takes.
+MinedFolder = Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")]
+AnnotationKind = Annotated[
+    str,
+    typer.Option(
+        **choice("kind of annotations", ANNOTATIONS, "What says what is on them: coco, vg, toyworld or none.")
+    ),
+]
+By = Annotated[str, typer.Option(**choice("kind of pairs", BY, "Pairs of a description each, or by sentence."))]
+Continuations = Annotated[int, typer.Option(help="By sentence: continuations sampled at each sentence's end.", min=2)]
+MaxPairs = Annotated[int, typer.Option(help="Largest number of pairs, without questions; 0 keeps all.", min=0)]
+MaxImages = Annotated[int, typer.Option(help="Number of images, drawn by the seed; 0: all.", min=0)]
+MiningJudge = Annotated[
+    str,
+    typer.Option(help="exact: annotations alone; a judge's endpoint; self: by sentence, the model's own answers."),
+]
+Exclude = Annotated[
+    list[Path] | None, input_option("Evaluation images: a file that names them, or a folder of them. Repeat.")
+]
+Synonyms = Annotated[Path | None, input_option('JSON: further words for objects, as {"cup": ["mug"]}.')]
+Samples = Annotated[int, typer.Option(help="Sampled descriptions an image, besides the greedy one.", min=0)]
+Temperature = Annotated[float, typer.Option(help="Of what is sampled.")]
+ProbeQuestions = Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)]
+NearTexts = Annotated[
+    float, typer.Option(help="Similarity from which a description was said before; 0 keeps all.", min=0, max=1)
+]
+BatchSize = Annotated[int, typer.Option(help="Prompts that a batch has memory for.", min=1)]

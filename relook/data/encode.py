@@ -170,7 +170,7 @@ class Encoder:
             raise DataError(f"The text of sample {id} is not valid Unicode.", "Mend or remove it.") from None
 
     def prompt(
-        self, text: str, images: int | Sequence[ImageSource] = 1, history: Sequence[Turn] = ()
+        self, text: str, images: int | Sequence[ImageSource] = 1, history: Sequence[Turn] = (), context: str = ""
     ) -> tuple[int, ...]:
         """Encode an open prompt for generation: `text` is the user's turn, and the model writes the answer.
 
@@ -180,8 +180,11 @@ class Encoder:
             images: the images of the whole conversation, or their number (see `positions`). If no turn has a
                 placeholder, they are put before the first turn's text.
             history: the earlier turns.
+            context: beginning of the answer, which the model continues.
         """
         pieces, positions = self._open_prompt(text, images, history)
+        if context:
+            pieces.append(TemplatePiece(f"{self.template.lead}{self._literal.escape(context)}", context=True))
         return self.row(pieces, positions).ids
 
     def answered(self, text: str, response: str, images: int | Sequence[ImageSource] = 1) -> TokenRow:

@@ -157,11 +157,12 @@ class Judge:
         cache: JSON lines file of replies, keyed by model, request, prompt, image and number of the try, but not by
             endpoint. It grows as replies come and survives a kill. A prompt with a cached verdict is never asked
             again. A prompt with only unreadable replies is, and the later line of a try counts.
+        rank: of this process, where several ask; each adds to a file of its own and reads all.
     """
 
-    def __init__(self, settings: JudgeSettings, cache: Path) -> None:
+    def __init__(self, settings: JudgeSettings, cache: Path, rank: int = 0) -> None:
         self.settings = settings
-        self.cache = AnswerFile(cache, "key")
+        self.cache = AnswerFile(cache, "key", rank)
 
     def probe(self, request: Mapping[str, Any], image: Path | None = None) -> None:
         """Ask a short question and discard the reply.
