@@ -33,6 +33,7 @@ from relook.generate.request import EngineLimits, Request
 from relook.model import families
 from relook.model.export import WriteOptions, export_for, export_model, merge_adapter
 from relook.model.inspect import inspect_model
+from relook.model.lazy_model import open_folder
 from relook.model.load import add_post_decoder
 from relook.model.modeling_relook import TOWERS_READ
 from relook.recipe import build_recipe
@@ -132,6 +133,24 @@ def test_inspect_traces_its_tensors(folder: Path, tmp_path: Path) -> None:
     shapes = {row["name"]: row["shape"] for row in found["tensors"] if row["step"] == "prefill"}
     assert shapes["merged embeddings"][-1] == 32
     assert shapes["projected features"][-1] == 32
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "instructblip", "text_config": {"model_type": "llama"}}, "takes qformer_input_ids"),
+        ({"model_type": "instructblip", "text_config": {"model_type": "t5"}}, "encoder-decoder"),
+        ({"model_type": "blip-2", "text_config": {"model_type": "t5"}}, "encoder-decoder"),
+        ({"model_type": "florence2"}, "encoder-decoder"),
+        ({"model_type": "llama4"}, "no base model of it with get_image_features"),
+        ({"model_type": "minigpt4"}, "type 'minigpt4', which relook cannot load"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_a_trunk_is_refused_by_name(config: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=reason):
+        open_folder(tmp_path, weights=False)
 
 
 def test_hybrids_are_refused_by_name(tmp_path: Path) -> None:

@@ -428,7 +428,7 @@ def _reason(kind: str, config: dict[str, Any]) -> str:
     if kind == "instructblip":
         return ": its get_image_features takes qformer_input_ids, so that an image's features depend on the prompt"
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return ": transformers' class has no get_image_features, or reads videos only"
+        return ": transformers has no base model of it with get_image_features"
     return ""
 
 
