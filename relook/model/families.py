@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -154,11 +156,11 @@ def connector(base: Any) -> nn.Module:
 
 
 def _part(base: Any, paths: Sequence[str]) -> nn.Module:
-    parts = dict(base.named_modules())
-    module: nn.Module | None = next((parts[path] for path in paths if path in parts), None)
-    if module is None:
-        raise CheckpointError(f"A {base.config.model_type} has no {' or '.join(paths)}.", "Take another model.")
-    return module
+    for path in paths:
+        with suppress(AttributeError):
+            module: nn.Module = attrgetter(path)(base)
+            return module
+    raise CheckpointError(f"A {base.config.model_type} has no {' or '.join(paths)}.", "Take another model.")
 
 
 def is_tested(config: Any) -> bool:
