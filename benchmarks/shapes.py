@@ -98,14 +98,17 @@ TINY_QWEN = {
     "vocabulary": 320,
     "picture": (112, 84),
 }
-SHAPES = {"llava": (LLAVA_7B, None), "qwen2_5_vl": (QWEN_7B, TINY_QWEN)}  # by family: the real one, a tiny one
 TINY = {
     "vision": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
     "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "vocabulary": 320,
     "image_size": 56,
 }
-SHAPES["llava"] = LLAVA_7B, TINY
+# By family: the real one, and a tiny one for a CPU.
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llava": (LLAVA_7B, TINY),
+    "qwen2_5_vl": (QWEN_7B, TINY_QWEN),
+}
 CHAT = (  # in the manner of Qwen's, with the end mark of the benchmarks' tokenizer
     "{% for message in messages %}{% if message['role'] == 'user' %}<|im_start|>{% endif %}{% for c in "
     "message['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}"

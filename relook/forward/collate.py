@@ -270,8 +270,8 @@ def build_live_batch(
         packed = pack(
             trees, pad_id, keep_all, max(map(len, trees)), root_length=root, positions=numbers, image_token_id=both_ways
         )
-    parts = (None if live or not part or part[0] is None else part for part in (tower, projected))
-    return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, *parts, image_rows)
+    tower, projected = (None if live or not part or part[0] is None else part for part in (tower, projected))
+    return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, tower, projected, image_rows)
 
 
 class ItemDataset(Dataset[Item]):

@@ -230,7 +230,8 @@ def load_processor(folder: Path) -> Any:
         return super(without_videos, cls).from_args_and_dict(arguments, settings, **kwargs)
 
     # Under the same name, which is saved with the processor.
-    attributes = {"get_attributes": classmethod(lambda _: parts), "from_args_and_dict": classmethod(build)}
+    attributes: dict[str, Any] = {"get_attributes": lambda _: parts, "from_args_and_dict": build}
+    attributes = {name: classmethod(method) for name, method in attributes.items()}
     attributes["video_processor"] = SimpleNamespace(num_frames=0, fps=0)  # SmolVLM's chat template reads these
     without_videos: Any = type(processor_class.__name__, (processor_class,), attributes)
     return without_videos.from_pretrained(folder, local_files_only=True)

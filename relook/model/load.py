@@ -144,11 +144,11 @@ class PlaceholderCounter:
     def placeholders(self, size: tuple[int, int]) -> tuple[int | str, ...]:
         """Return numbers of placeholders, with the texts before, between and behind them."""
         if size not in self.shown:
-            self.shown[size] = self._written(size) if self._uniform is None else self._counted(*self._uniform, size)
+            self.shown[size] = self._written(size) if self._uniform is None else self._counted(size, *self._uniform)
         return self.shown[size]
 
     @cached_property
-    def _uniform(self) -> tuple[int | str, ...] | None:
+    def _uniform(self) -> tuple[str, int, str] | None:
         """Return what is the same of any image: the texts around, and how many positions too many are counted.
 
         None where the processor cannot count without a picture, or writes texts in between.
@@ -157,10 +157,12 @@ class PlaceholderCounter:
             return None
         written = [self._written(size) for size in SIZES]
         counts = self.processor._get_num_multimodal_tokens(image_sizes=SIZES)["num_image_tokens"]
-        same = {(w[0], count - w[1], w[2]) if len(w) == 3 else () for w, count in zip(written, counts, strict=True)}
-        return (same.pop() or None) if len(same) == 1 else None
+        same: set[Any] = {
+            (w[0], count - w[1], w[2]) if len(w) == 3 else None for w, count in zip(written, counts, strict=True)
+        }
+        return same.pop() if len(same) == 1 else None
 
-    def _counted(self, before: str, surplus: int, behind: str, size: tuple[int, int]) -> tuple[int | str, ...]:
+    def _counted(self, size: tuple[int, int], before: str, surplus: int, behind: str) -> tuple[int | str, ...]:
         (count,) = self.processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"]
         return before, int(count) - surplus, behind
 

@@ -349,8 +349,8 @@ def save_trunk(folder: Path, name: str = "qwen2_5_vl", seed: int = 0) -> Path:
             parameter.data.normal_(0, 0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    module, prefix = kind.images.split(".")
-    module = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
+    name_of_module, prefix = kind.images.split(".")
+    module = importlib.import_module(f"transformers.models.{name_of_module}.image_processing_pil_{name_of_module}")
     getattr(module, f"{prefix}ImageProcessorPil")(**kind.settings).save_pretrained(folder)
     settings = {"processor_class": f"{kind.prefix}Processor"} | kind.processor
     _change(folder / "processor_config.json", **settings)
