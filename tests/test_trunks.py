@@ -41,7 +41,7 @@ from relook.recipe import build_recipe
 from relook.report.plots import attention_before
 from relook.train.run import train
 
-TOWER = {"features": "tower"}  # the post decoder looks at the tower's states, before the merger
+TOWER: dict[str, Any] = {"features": "tower"}  # the post decoder looks at the tower's states, before the merger
 SIZES = [(40, 24), (24, 56), (100, 30), (16, 16)]  # width, height
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 
@@ -264,7 +264,9 @@ def test_branches_restart_behind_the_prefix_in_all_three_numbers() -> None:
     config = tiny_config("qwen2_5_vl", byte_tokenizer(KINDS["qwen2_5_vl"]))
     branches = tuple(TokenRow((1,) * n, (True,) * n) for n in (2, 3))
     tree = Tree((5, *[config.image_token_id] * 6, 6), branches)
-    (numbers,) = tree_positions(config, [tree], [1], torch.tensor([[1, 4, 6]])) or ()
+    positions = tree_positions(config, [tree], [1], torch.tensor([[1, 4, 6]]))
+    assert positions is not None
+    (numbers,) = positions
     time = [0, 1, 1, 1, 1, 1, 1, 4, 5, 6, 5, 6, 7]  # the text goes on behind the longest side, which is 3
     row = [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 5, 6, 7]
     column = [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 5, 6, 7]
