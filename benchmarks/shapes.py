@@ -26,10 +26,13 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from relook.data.images import prefetch_map
@@ -115,6 +118,9 @@ CHAT = (  # in the manner of Qwen's, with the end mark of the benchmarks' tokeni
     "{{ c['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>' if message['role'] == 'user' else '</s>' }}{% endfor %}"
 )
 QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+# LLaVA-NeXT cuts an image into up to four tiles of the tower's size, and looks at the whole of it besides.
+LLAVA_NEXT_7B = LLAVA_7B | {"tiles": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))}
+TINY_NEXT = TINY | {"tiles": ((1, 2), (2, 1), (2, 2))}
 Question = tuple[Path, str]
 RESPONSE = 109  # words of a description, which </s> ends
 
@@ -161,15 +167,18 @@ def random_model(shape: dict[str, Any], answers: bool = True, dtype: torch.dtype
     return model.eval(), processor
 
 
-def _llava_config(shape: dict[str, Any], token: Callable[[str], int], ids: dict[str, int]) -> LlavaConfig:
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape["vision"], image_size=shape["image_size"], patch_size=14),
-        text_config=LlamaConfig(**shape["text"], vocab_size=shape["vocabulary"], max_position_embeddings=4096, **ids),
-        image_token_index=token("<image>"),
-        image_seq_length=positions_of_image(shape),
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
-    )
+def _llava_config(shape: dict[str, Any], token: Callable[[str], int], ids: dict[str, int]) -> Any:
+    text = {**shape["text"], "vocab_size": shape["vocabulary"], "max_position_embeddings": 4096, **ids}
+    arguments: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(**shape["vision"], image_size=shape["image_size"], patch_size=14),
+        "text_config": LlamaConfig(**text),
+        "image_token_index": token("<image>"),
+        "image_seq_length": positions_of_image(shape),
+        "vision_feature_layer": -2,
+        "tie_word_embeddings": False,
+    }
+    tiles = "tiles" in shape
+    return LlavaNextConfig(**arguments, image_grid_pinpoints=pinpoints(shape)) if tiles else LlavaConfig(**arguments)
 
 
 def _qwen_config(shape: dict[str, Any], token: Callable[[str], int], ids: dict[str, int]) -> Qwen2_5_VLConfig:
@@ -191,9 +200,14 @@ def positions_of_image(shape: dict[str, Any]) -> int:
     return int((shape["image_size"] // 14) ** 2)
 
 
+def pinpoints(shape: dict[str, Any]) -> list[list[int]]:
+    """Return the sizes, height and width, that a LLaVA-NeXT cuts images to."""
+    return [[rows * shape["image_size"], columns * shape["image_size"]] for rows, columns in shape["tiles"]]
+
+
 def processor_of(shape: dict[str, Any]) -> Any:
     """Toyworld's processor at a shape's image size, with words w0, w1, ... up to the size of its vocabulary."""
-    processor = make_processor()
+    processor: Any = make_processor()
     if "family" in shape:
         tokenizer = processor.tokenizer
         ids = tokenizer.get_vocab()
@@ -210,11 +224,20 @@ def processor_of(shape: dict[str, Any]) -> Any:
         )
         return without_videos(images, tokenizer, chat_template=CHAT)
     side = {"height": shape["image_size"], "width": shape["image_size"]}
-    processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": shape["image_size"]}, crop_size=side)
-    processor.patch_size = 14
+    size: dict[str, Any] = {"size": {"shortest_edge": shape["image_size"]}, "crop_size": side}
     ids = processor.tokenizer.get_vocab()
     ids |= {f"▁w{i}": id for i, id in enumerate(range(len(ids), shape["vocabulary"]))}
     processor.tokenizer.backend_tokenizer.model = WordLevel(ids, unk_token="<unk>")
+    if "tiles" in shape:
+        return LlavaNextProcessor(
+            LlavaNextImageProcessorPil(**size, image_grid_pinpoints=pinpoints(shape)),
+            processor.tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+    processor.image_processor = CLIPImageProcessorPil(**size)
+    processor.patch_size = 14
     return processor
 
 

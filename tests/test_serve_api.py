@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -35,9 +38,11 @@ from relook import load_model
 from relook.data.samples import Turn
 from relook.errors import RelookError
 from relook.generate.engine import Engine
-from relook.generate.request import EngineLimits
+from relook.generate.request import EngineLimits, Event, Request
 from relook.model.load import LoadOptions
 from relook.serve.api import ServerLimits
+from relook.serve.chat import AnswerStream
+from relook.serve.protocol import APIError
 from relook.serve.server import bind_socket, load_models
 
 # --- OpenAI's client
@@ -347,7 +352,7 @@ def test_a_model_and_itself_with_its_change_switched_off(tmp_path: Path) -> None
     model = tiny_relook()
     model.save_pretrained(tmp_path / "pd")
     as_loaded(model).processor.save_pretrained(tmp_path / "pd")
-    models = load_models(tmp_path / "pd", LoadOptions(), None, with_base=True)
+    models = load_models([tmp_path / "pd"], LoadOptions(), with_base=True)
     assert list(models) == ["pd", "pd-base"]
     plain = save_tiny(tmp_path / "plain")
     image = Image.open(io.BytesIO(PICTURES[0]))
@@ -355,12 +360,26 @@ def test_a_model_and_itself_with_its_change_switched_off(tmp_path: Path) -> None
     assert texts["pd-base"] == load_model(plain).generate([image], TEXTS[0], max_new_tokens=NEW) != texts["pd"]
     both = [loaded.core.model.language_model.embed_tokens.weight for loaded in models.values()]
     assert both[0].data_ptr() == both[1].data_ptr()
-    beside = load_models(tmp_path / "pd", LoadOptions(), plain, with_base=False)
+    beside = load_models([tmp_path / "pd"], LoadOptions(), plain)
     assert list(beside) == ["pd", "plain"]
     both = [loaded.core.model.language_model.embed_tokens.weight for loaded in beside.values()]
     assert both[0].data_ptr() == both[1].data_ptr()
     with pytest.raises(RelookError, match="nothing that could be switched off"):
-        load_models(plain, LoadOptions(), None, with_base=True)
+        load_models([plain], LoadOptions(), with_base=True)
+
+
+def test_several_models_share_what_is_equal_and_have_names_of_their_own(tmp_path: Path) -> None:
+    plain, other = save_tiny(tmp_path / "plain"), save_tiny(tmp_path / "other" / "plain")
+    tiny_relook().save_pretrained(tmp_path / "pd")
+    as_loaded(tiny_relook()).processor.save_pretrained(tmp_path / "pd")
+    models = load_models([tmp_path / "pd", plain, other], LoadOptions())
+    assert list(models) == [f"{tmp_path.name}/pd", f"{tmp_path.name}/plain", "other/plain"]
+    weights = [loaded.core.model.language_model.embed_tokens.weight for loaded in models.values()]
+    assert len({weight.data_ptr() for weight in weights}) == 1
+    with pytest.raises(RelookError, match="named twice"):
+        load_models([plain, tmp_path / "other" / ".." / "plain"], LoadOptions())
+    with pytest.raises(RelookError, match="single model"):
+        load_models([plain, other], LoadOptions(), with_base=True)
 
 
 def test_a_port_is_taken_or_the_user_is_told() -> None:
@@ -374,10 +393,42 @@ def test_a_port_is_taken_or_the_user_is_told() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_model_says_over_http_what_it_says_in_python(bits: int, base: Path) -> None:
-    (model,) = load_models(base, LoadOptions(bits=bits, device="cpu"), None, False).values()
+    (model,) = load_models([base], LoadOptions(bits=bits, device="cpu")).values()
     with serving({"tuned": Engine(model, EngineLimits(slots=2))}, ServerLimits()) as quantised:
         status, reply = quantised.chat(with_picture(TEXTS[0], PICTURES[0]))
         assert status == 200
         again = load_model(base, bits=bits)
         picture = Image.open(io.BytesIO(PICTURES[0]))
         assert reply["choices"][0]["message"]["content"] == again.generate([picture], TEXTS[0], max_new_tokens=NEW)
+
+
+def test_events_that_wait_for_a_slow_loop_come_together() -> None:
+    class Emitter:
+        """An engine that hands out all at once, from a thread."""
+
+        def __init__(self, *events: Event) -> None:
+            self.events = events
+
+        def submit(self, request: Request, emit: Callable[[Event], None]) -> Any:
+            thread = threading.Thread(target=lambda: [emit(event) for event in self.events])
+            thread.start()
+            thread.join()
+            return SimpleNamespace(cancel=lambda: None)
+
+    async def stream(*engines: Any) -> list[tuple[int, Event]]:
+        received: list[tuple[int, Event]] = []
+        try:
+            async for index, event in AnswerStream([(engine, Request((1,), ())) for engine in engines]):
+                received.append((index, event))
+        except APIError as error:
+            received.append((error.status, Event()))
+        return received
+
+    a, b = Emitter(Event("It"), Event(" is", finish="stop")), Emitter(Event("Yes", finish="length", reused=3))
+    assert asyncio.run(stream(a, b)) == [
+        (0, Event("It is", finish="stop")),
+        (1, Event("Yes", finish="length", reused=3)),
+    ]
+    # What was said before a failure is told before it.
+    failed = Emitter(Event("It"), Event(" is"), Event(finish="error"))
+    assert asyncio.run(stream(failed)) == [(0, Event("It is")), (500, Event())]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from helpers.command import Command
 from helpers.tiny import dpo_keys
+from helpers.variants import variants
 from torch import Tensor
 
 from relook import LoadedModel, load_model, sweep
@@ -25,7 +26,7 @@ from relook.evaluate.compare import hallucination_by_divergence, kl_divergence
 from relook.evaluate.pope_from_cache import FIRST_FILE, AnswerStates, CachedPope, shares_trunk
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.tasks.pope import SPLITS
-from relook.files import read_json, read_records
+from relook.files import read_json, read_records, write_json
 from relook.forward.policy import Policy
 from relook.model.load import LoadOptions
 from relook.recipe import build_recipe, read_yaml_or_shipped, shipped_names
@@ -199,7 +200,9 @@ def engine_of(base: Path, world: Path, folder: Path) -> CachedPope:
 
 
 @pytest.mark.parametrize(
-    "words", [pope_from_cache.DECISIVE_MARGIN, ("Yes",)], ids=["decided by yes and no", "by yes alone"]
+    "words",
+    variants([pope_from_cache.DECISIVE_MARGIN, ("Yes",)], [("Yes",)]),
+    ids=["decided by yes and no", "by yes alone"],
 )
 def test_scores_are_those_of_full_generation(
     words: Sequence[str],
@@ -232,6 +235,7 @@ def test_scores_are_those_of_full_generation(
     assert len(seen) > 3 or not every  # the regimes answer differently
 
 
+@pytest.mark.slow
 def test_a_base_that_answers_anything_is_generated_in_full(base: Path, world: Path, tmp_path: Path) -> None:
     scores = engine_of(base, world, tmp_path).evaluate(base, tmp_path / "states")
     evaluate_model(base, ["pope"], world / "test", tmp_path / "whole", "llava_hf", loading=CPU)
@@ -247,7 +251,7 @@ def next_token(loaded: LoadedModel, image: Path, text: str) -> Tensor:
     return logits.log_softmax(-1)
 
 
-@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize("name", variants(REGIMES, {"post decoder", "self_cross", "lora"}))
 def test_first_tokens_are_the_models_own(
     name: str, runs: dict[str, Path], world: Path, states: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +276,19 @@ def test_only_what_has_the_bases_trunk_shares_it(runs: dict[str, Path], base: Pa
     shared = {name for name, run in runs.items() if shares_trunk(run, runs["base"])}
     assert shared == {*runs} - {"lora"}
     assert not shares_trunk(runs["head"], base)
+
+
+def test_a_run_that_is_shown_other_images_needs_a_pass_of_its_own(
+    runs: dict[str, Path], world: Path, states: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded = tmp_path / "padded"
+    shutil.copytree(runs["head"], padded)
+    write_json(padded / "change.json", {**read_json(padded / "change.json"), "image_aspect_ratio": "pad"})
+    engine = engine_of(runs["base"], world, states)
+    monkeypatch.setattr(CachedPope, "_live", lambda self, loaded: loaded.images.aspect_ratio)
+    monkeypatch.setattr(CachedPope, "_from_states", lambda *_: "the base's")
+    assert engine.log_probs(padded, lambda: load_model(padded)) == "pad"
+    assert engine.log_probs(runs["head"], lambda: load_model(padded)) == "the base's"
 
 
 def test_generation_settings_that_steer(runs: dict[str, Path], world: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.tiny import dpo_keys, scramble, sft_keys, write_world
 from helpers.trunks import KINDS, byte_tokenizer, save_trunk, tiny_config
+from helpers.variants import variants
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -326,7 +327,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "projector": {"tune_mm_mlp_adapter": True},
     "full": {},
 }
-FAST = {("post_decoder", "dpo"), ("lora", "sft")}
+FAST = {("post_decoder", "dpo")}
 
 
 @pytest.mark.parametrize(
@@ -363,15 +364,14 @@ def test_what_a_run_leaves_is_loaded_merged_and_exported(
         assert (export_for(out, tmp_path / "vllm", "vllm", WriteOptions()) or 0.0) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"tune_post_decoder": True},
-        {"tune_post_decoder": True, "post_decoder.features": "tower"},
-        pytest.param({"tune_lm_head": True}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+CACHED: list[dict[str, Any]] = [
+    {"tune_post_decoder": True, "post_decoder.features": "tower"},
+    {"tune_post_decoder": True},
+    {"tune_lm_head": True},
+]
+
+
+@pytest.mark.parametrize("keys", variants(CACHED, CACHED[:1]), ids=str)
 def test_cached_states_train_to_the_same_weights_as_live_ones(
     keys: dict[str, Any], folder: Path, world: Path, tmp_path: Path
 ) -> None:

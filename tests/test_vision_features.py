@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from helpers.tiny import dpo_keys, sft_keys
+from helpers.variants import variants
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def trained(out: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", variants(REGIMES, {"lora, projector and post decoder", "full, sft"}))
 def test_training_is_the_same_and_does_without_the_tower(
     regime: str, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

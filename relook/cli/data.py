@@ -17,6 +17,7 @@ from relook.cli.options import (
     PAIR_LAYOUTS,
     Adapter,
     AnnotationKind,
+    AnsweringModel,
     AsJson,
     BatchSize,
     Bits,
@@ -24,6 +25,9 @@ from relook.cli.options import (
     Continuations,
     Device,
     Dtype,
+    Engine,
+    EngineArgs,
+    EngineKey,
     Exclude,
     JudgeKey,
     JudgeModel,
@@ -132,7 +136,7 @@ def data_convert(
 
 @app.command()
 def mine(
-    model: Annotated[Path, input_option("The model whose mistakes are corrected.")],
+    model: AnsweringModel,
     images: MinedFolder,
     annotations: AnnotationKind,
     out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
@@ -157,6 +161,9 @@ def mine(
     dtype: Dtype = "float32",
     bits: Bits = 16,
     device: Device = "",
+    engine: Engine = "",
+    engine_args: EngineArgs = "{}",
+    engine_key: EngineKey = "OPENAI_API_KEY",
     judge_price: JudgePrice = (0.0, 0.0),
     judge_key: JudgeKey = "OPENAI_API_KEY",
     judge_workers: JudgeWorkers = 8,
@@ -169,6 +176,7 @@ def mine(
     import time
 
     from relook.console import status
+    from relook.evaluate.engines import answer_source
     from relook.evaluate.judge import judge_settings
     from relook.mine.jobs import MiningSettings, MiningSource
     from relook.mine.run import mine_pairs
@@ -182,7 +190,8 @@ def mine(
         *(by, continuations, judge == OWN_JUDGES[1], max_pairs, max_images),
     )
     source = MiningSource(images, annotations, synonyms, exclude or ())
-    card = mine_pairs(model, source, out, settings, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))
+    answers = answer_source(engine, engine_args, engine_key, LoadOptions(adapter, vision_tower, dtype, bits, device))
+    card = mine_pairs(model, source, out, settings, endpoint, answers)
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
     status(
         f"{pairs[0]:,} {by} pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "

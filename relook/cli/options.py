@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,6 +79,36 @@ def input_argument(text: str) -> Any:
     return typer.Argument(help=text, callback=_existing_path)
 
 
+def is_server(engine: str) -> bool:
+    """Return True if `--engine` gives the address of a server."""
+    from relook.evaluate.judge import is_address
+
+    return is_address(engine)
+
+
+def _engine(value: str) -> str:
+    if value not in ("", "vllm") and not is_server(value):
+        raise RecipeError(f"There is no engine {value!r}.", "Give vllm, or an address as http://127.0.0.1:8000/v1.")
+    return value
+
+
+def _engine_arguments(value: str) -> str:
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise RecipeError(f"--engine-args {value!r} is not a JSON object.", "Give one as '{\"max_model_len\": 2048}'.")
+    return value
+
+
+def _model_or_name(context: typer.Context, value: Path) -> Path:
+    """Refuse a path that does not exist, unless a server knows the model by this name."""
+    if not is_server(context.params.get("engine", "")):
+        _existing_path(value)
+    return value
+
+
 def _bits(value: int) -> int:
     if value not in (4, 8, 16):
         raise RecipeError(f"--bits is {value}.", "Give 16, 8 or 4.")
@@ -94,6 +125,23 @@ Bits = Annotated[int, typer.Option(callback=_bits, help="8 or 4 quantise the lan
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU where there is one.")]
 Version = Annotated[
     str, typer.Option(**choice("conversation template", TEMPLATES, "Conversation template; empty: the model's own."))
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        callback=_engine, is_eager=True, help="What answers: vllm, or the address of a server; empty: relook itself."
+    ),
+]
+EngineArgs = Annotated[
+    str,
+    typer.Option(callback=_engine_arguments, help="JSON: arguments of vllm.LLM, or further fields of requests."),
+]
+EngineKey = Annotated[str, typer.Option(help="Environment variable that holds the server's key.")]
+AnsweringModel = Annotated[
+    Path,
+    typer.Option(
+        callback=_model_or_name, help="A model folder, or the output folder of a training run; or its name at a server."
+    ),
 ]
 JudgeUrl = Annotated[str, typer.Option(help="OpenAI-compatible endpoint of a judge, as https://api.openai.com/v1.")]
 JudgeModel = Annotated[str, typer.Option(help="The judge's name there.")]

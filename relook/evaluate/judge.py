@@ -83,7 +83,7 @@ def judge_settings(
     """
     if not url and not model:
         return None
-    if url and not _is_address(url):
+    if url and not is_address(url):
         raise RecipeError(f"{url} is no address of a judge.", "Give one as https://api.openai.com/v1.")
     if not url or not model:
         raise RecipeError("A judge is an address and a model.", "Give its address and --judge-model, both.")
@@ -98,7 +98,8 @@ def judge_settings(
     return JudgeSettings(url, model, key_variable, price, workers, request=fields)
 
 
-def _is_address(url: str) -> bool:
+def is_address(url: str) -> bool:
+    """Return True if a text is a web address."""
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

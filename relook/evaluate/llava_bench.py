@@ -42,8 +42,7 @@ from relook.files import (
     write_text,
     writes_alone,
 )
-from relook.generate.answering import GenerationSettings, answer_questions
-from relook.model.checkpoint import parse_folder
+from relook.generate.answering import AnswerSource, GenerationSettings, answer_questions
 from relook.model.load import LoadOptions
 
 # ----------------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ def answer_question_file(
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
-    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
+    loading: AnswerSource = LoadOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Answer a question file into `out/llava.jsonl`, in its order; questions with an answer there are not asked again.
 
@@ -109,7 +108,7 @@ def answer_question_file(
     Raises:
         RelookError: a question file that cannot be used, a missing image, or an output folder with other answers.
     """
-    folder, questions, out = parse_folder(model), Path(questions), Path(out)
+    folder, questions, out = loading.open(model), Path(questions), Path(out)
     data = None if data is None else Path(data)
     file_questions = read_llava_bench_questions(questions, data)
     settings = GenerationSettings(template, max_new_tokens, batch_size)
@@ -120,11 +119,11 @@ def answer_question_file(
         images = shard_images(question.images for question in file_questions)
         missing = [q for q in file_questions if q.images in images and q.key not in file.records]
         if missing:
-            loaded = loading.load(folder)
+            answerer = loading.load(folder)
             with progress(questions.name) as report:
                 prompts = [(question.images, question.text) for question in missing]
                 append_answers(
-                    answer_questions(loaded, prompts, settings, report),
+                    answer_questions(answerer, prompts, settings, report),
                     lambda i, text: (file, missing[i].answer_record(text, folder.path.name)),
                     [file],
                     batch_size,

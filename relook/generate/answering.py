@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from relook.generate.request import IncrementalText
 from relook.generate.sampling import Sampler, TokenLogprobs
 from relook.generate.scheduler import PREFILL_POSITIONS, Scheduler, feature_bytes
 from relook.generate.text import ImageFeatures, ImageKey, Text
+from relook.model.checkpoint import AnyFolder, ModelFolder
 from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
@@ -116,8 +117,41 @@ class Prompt:
 Group = list[Prompt]  # over the same images
 
 
+class AnsweringEngine(Protocol):
+    """Another engine than relook's own, such as vLLM or a server."""
+
+    def answer(
+        self, questions: Sequence[DistinctQuestion], settings: GenerationSettings
+    ) -> Iterator[tuple[DistinctQuestion, str]]:
+        """Yield the answers to distinct questions as they end."""
+        ...
+
+
+Answerer = LoadedModel | AnsweringEngine
+
+
+class AnswerSource(Protocol):
+    """Where a command takes its answers from: `LoadOptions` load a model, others name another engine."""
+
+    def open(self, model: AnyFolder) -> ModelFolder:
+        """Check the settings, and parse the model's folder."""
+        ...
+
+    def template_of(self, model: AnyFolder) -> str:
+        """Return the conversation template of prompts that name none."""
+        ...
+
+    def identity(self, model: AnyFolder) -> dict[str, Any]:
+        """Return everything that answers depend on."""
+        ...
+
+    def load(self, model: AnyFolder) -> Answerer:
+        """Load the model, or reach for the engine that has it."""
+        ...
+
+
 def answer_questions(
-    loaded: LoadedModel, questions: Sequence[Question], settings: GenerationSettings, report: ProgressReport
+    answerer: Answerer, questions: Sequence[Question], settings: GenerationSettings, report: ProgressReport
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of the question, answer text) as answers end; equal questions are asked once.
 
@@ -132,25 +166,35 @@ def answer_questions(
         indices.setdefault((images if isinstance(images, tuple) else (images,), text), []).append(index)
     distinct = [DistinctQuestion(n, images, text) for n, (images, text) in enumerate(indices, settings.first)]
     by_number = list(indices.values())
-    for done, (prompt, answer) in enumerate(_answer_distinct(loaded, distinct, settings), 1):
-        for index in by_number[prompt.number - settings.first]:
-            yield index, answer.text
+    answers: Iterator[tuple[DistinctQuestion | Prompt, str]] = (
+        ((prompt, answer.text) for prompt, answer in _answer_distinct(answerer, distinct, settings))
+        if isinstance(answerer, LoadedModel)
+        else answerer.answer(distinct, settings)
+    )
+    for done, (question, text) in enumerate(answers, 1):
+        for index in by_number[question.number - settings.first]:
+            yield index, text
         report(done, len(distinct))
 
 
 def continue_answers(
-    loaded: LoadedModel, beginnings: Sequence[Beginning], settings: GenerationSettings, report: ProgressReport
+    answerer: Answerer, beginnings: Sequence[Beginning], settings: GenerationSettings, report: ProgressReport
 ) -> Iterator[tuple[int, Continuation]]:
     """Yield (index of the beginning, its continuation) as they end, in any order; see `answer_questions`.
 
     Equal beginnings have draws of their own. All over one image share what they have in common, as a prefix that is
     read once.
+
+    Raises:
+        RecipeError: another engine answers than relook's own.
     """
+    if not isinstance(answerer, LoadedModel):
+        raise RecipeError("Only relook's own engine goes on with answers that have begun.", "Leave --engine out.")
     questions = [
         DistinctQuestion(number, (beginning.image,), beginning.text, beginning.context)
         for number, beginning in enumerate(beginnings, settings.first)
     ]
-    for done, (prompt, continuation) in enumerate(_answer_distinct(loaded, questions, settings), 1):
+    for done, (prompt, continuation) in enumerate(_answer_distinct(answerer, questions, settings), 1):
         yield prompt.number - settings.first, continuation
         report(done, len(questions))
 

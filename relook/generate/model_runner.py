@@ -9,12 +9,12 @@ Shape letters: N positions of a pass or rows of a step, T texts of a prefill, D 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,24 @@ def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView)
     return run_layer(layer, hidden, angles, kv, view)
 
 
+def _with_pool_attention(layers: Sequence[Any]) -> list[Any]:
+    """Return the same layers, with the same weights and adapters, whose attention is the pool's.
+
+    transformers' layers look their attention function up in their config, which the whole model shares: with a config
+    of their own, whatever else runs the model meanwhile keeps its attention.
+    """
+    config = copy.copy(layers[0].self_attn.config)
+    config._attn_implementation = ATTENTION_NAME
+    same = []
+    for layer in layers:
+        attention, layer = copy.copy(layer.self_attn), copy.copy(layer)
+        attention.config = config
+        # The copies' other modules are the layer's own; a new dict, since the copy shares the layer's.
+        layer._modules = {**layer._modules, "self_attn": attention}
+        same.append(layer)
+    return same
+
+
 def position_bytes(loaded: LoadedModel) -> int:
     """Return the bytes that one position of a text takes in all of a model's pools."""
     return sum(shape.nbytes(loaded.core.dtype) for shape in PoolShape.of(loaded).values())
@@ -118,9 +136,12 @@ class ModelRunner:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "relook" / "compiled"))
             share_projections(self.language_model.layers)
+            # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
+            torch._dynamo.config.recompile_limit = max(LAYER_VARIANTS, torch._dynamo.config.recompile_limit)
             self._step_layer = torch.compile(run_layer, fullgraph=True)
             if self.flash:
                 self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
+        self.layers = _with_pool_attention(self.language_model.layers)
         self._compiling: float | None = None  # when the first compilation began
         self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
@@ -236,8 +257,7 @@ class ModelRunner:
             embeds = embeds.masked_scatter(placeholder, rows)
             deep = [torch.zeros_like(embeds).masked_scatter(placeholder, layer) for layer in added]
         view = PassView(batch.cells, batch.reads, is_step=False)
-        with self._pool_attention():
-            states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
+        states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
         states = self._post_decode(states, view, batch.image)
         return states if self.self_pool is None else states[batch.last]
 
@@ -248,8 +268,7 @@ class ModelRunner:
             if self._open is not state:
                 self.write_back()
                 self._open = state
-            with self._pool_attention():
-                self._step(state)
+            self._step(state)
             return None
         key = _graph_key(state)
         if key not in self._graphs:
@@ -344,7 +363,7 @@ class ModelRunner:
             )
             for kind in dict.fromkeys(self.layer_kinds)
         }
-        *layers, last = zip(model.layers, self.pool.layers, (angles[kind] for kind in self.layer_kinds), strict=True)
+        *layers, last = zip(self.layers, self.pool.layers, (angles[kind] for kind in self.layer_kinds), strict=True)
         for (layer, kv, turned), added in itertools.zip_longest(layers, deep):
             hidden = run(layer, hidden, turned, kv, view)
             hidden = hidden if added is None else hidden + added
@@ -383,24 +402,6 @@ class ModelRunner:
             states_ND = states_ND + block.mlp(block.mlp_norm(states_ND))
         return states_ND
 
-    @contextmanager
-    def _pool_attention(self) -> Iterator[None]:
-        """Let the language model's layers attend to the pool.
-
-        transformers looks the attention function up by the config's name of it, at each call of a layer.
-        """
-        config = self.language_model.config
-        before, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
-        try:
-            if self.compiled:
-                # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
-                with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
-                    yield
-            else:  # without dynamo, whose import takes a second
-                yield
-        finally:
-            config._attn_implementation = before
-
     # --- CUDA graphs
 
     def _capture(self, state: StepState) -> torch.cuda.CUDAGraph:
@@ -410,16 +411,15 @@ class ModelRunner:
         state.moves.zero_()
         state.counters[1].fill_(self.pool.cells)
         try:
-            with self._pool_attention():
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    self._step(state)  # compiles, and lets libraries take their workspaces
-                torch.cuda.current_stream().wait_stream(side)
-                # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-                    self._step(state)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(state)  # compiles, and lets libraries take their workspaces
+            torch.cuda.current_stream().wait_stream(side)
+            # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+                self._step(state)
         finally:
             state.tokens.copy_(before[0])
             state.ints.copy_(before[1])

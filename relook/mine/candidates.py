@@ -12,7 +12,7 @@ from typing import Any
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.evaluate.judge import Judge
 from relook.evaluate.tasks.pope import question_text, stated
-from relook.generate.answering import GenerationSettings
+from relook.generate.answering import Answerer, GenerationSettings
 from relook.mine.jobs import MiningSettings, generate_all
 from relook.mine.pairs import (
     JudgedDescription,
@@ -25,7 +25,6 @@ from relook.mine.pairs import (
     near_duplicates,
 )
 from relook.mine.pictures import AnnotatedImages, MinedImage
-from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -70,7 +69,7 @@ class DescriptionPairs:
 def describe_images(
     pictures: Sequence[MinedImage],
     settings: MiningSettings,
-    load: Callable[[], LoadedModel],
+    load: Callable[[], Answerer],
     work: Path,
     rng: random.Random,
 ) -> list[list[str]]:

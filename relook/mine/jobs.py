@@ -15,9 +15,8 @@ from relook.console import ProgressReport, progress
 from relook.data.images import prefetch_map
 from relook.evaluate.results import AnswerFile
 from relook.files import make_paths
-from relook.generate.answering import GenerationSettings, Question, answer_questions
+from relook.generate.answering import Answerer, GenerationSettings, Question, answer_questions
 from relook.mine.pictures import fingerprint
-from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -76,7 +75,7 @@ def fingerprint_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -
 
 def generate_all(
     path: Path,
-    load: Callable[[], LoadedModel],
+    load: Callable[[], Answerer],
     questions: Sequence[tuple[str, Question]],
     settings: GenerationSettings,
     title: str,

@@ -31,7 +31,7 @@ from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import library_versions
 from relook.evaluate.tasks.chair import Vocabulary, coco_vocabulary
 from relook.files import claim_output_dir, read_json, read_json_object, read_text, text_hash, write_json, writes_alone
-from relook.generate.answering import GenerationSettings
+from relook.generate.answering import Answerer, AnswerSource, GenerationSettings
 from relook.mine import candidates, output, pairs, sentences
 from relook.mine.candidates import DescriptionPairs, ProbeQuestion, describe_images, find_pairs
 from relook.mine.jobs import MiningSettings, MiningSource, fingerprint_all, generate_all
@@ -45,8 +45,8 @@ from relook.mine.pictures import (
     excluded_names,
     read_pictures,
 )
-from relook.model.checkpoint import ModelFolder, parse_folder
-from relook.model.load import LoadedModel, LoadOptions, model_hash, parse_device
+from relook.model.checkpoint import ModelFolder
+from relook.model.load import LoadOptions
 
 SETTINGS, WORK = "mine.json", "work"
 BY = ("description", "sentence")
@@ -59,7 +59,7 @@ def mine_pairs(
     out: str | Path,
     settings: MiningSettings,
     judge: JudgeSettings | None = None,
-    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
+    loading: AnswerSource = LoadOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Mine pairs into a folder, or finish what a stopped run began there; returns the data card (`out/card.json`).
 
@@ -71,14 +71,15 @@ def mine_pairs(
         RelookError: settings that contradict each other, data that cannot be used, a judge that does not answer, or a
             folder with other pairs.
     """
-    folder, out = parse_folder(model), Path(out)
+    folder, out = loading.open(model), Path(out)
     settings = _check_settings(folder, source, out, settings, judge, loading)
     annotated = read_pictures(source.images, source.annotations, source.synonyms)
     listed = frozenset[str]().union(*(excluded_names(path) for path in source.exclude if not path.is_dir()))
     evaluation_images = [path for entry in source.exclude if entry.is_dir() for path in evaluation_files(entry)]
+    model_identity = loading.identity(folder)
     if distributed.is_main():
         excluded = [*sorted(listed), *(str(path.resolve()) for path in evaluation_images)]
-        identity = _identity(folder, source, annotated.pictures, excluded, settings, loading)
+        identity = _identity(source, annotated.pictures, excluded, settings, model_identity)
         if settings.by_sentence:  # what a description goes on with depends on who checks
             identity["checked_by"] = judge and [judge.model, dict(judge.request)]
         _claim_folder(out, identity, judge)
@@ -93,7 +94,7 @@ def mine_pairs(
     description_rng, question_rng = (random.Random(f"{settings.seed}/{stage}") for stage in ("describe", "ask"))
     judge_client = Judge(judge, work / JUDGE_CACHE) if judge and distributed.is_main() else None
 
-    def load_for_judge() -> LoadedModel:
+    def load_for_judge() -> Answerer:
         if judge_client:  # a judge that does not answer is found now, not after hours of descriptions
             judge_client.probe(REQUEST, pictures[0].path if source.annotations == "none" else None)
         return load()
@@ -128,9 +129,9 @@ def mine_pairs(
         records = candidates.question_records(questions, answers)
         selected = candidates.balance_answers(records, question_rng)
         write_outputs(out, pictures, annotated.vocabulary, described.pairs, selected, exclusion, settings)
-        card = {
+        card: dict[str, Any] = {
             "model": folder.path.name,
-            "model_hash": model_hash(folder),
+            **{key: model_identity[key] for key in ("model_hash", "engine") if key in model_identity},
             "annotations": source.annotations,
             **dataclasses.asdict(settings),
             "pictures": {"found": len(annotated.pictures), "left_out": left_out, "mined": len(pictures)},
@@ -152,7 +153,7 @@ def _check_settings(
     out: Path,
     settings: MiningSettings,
     judge: JudgeSettings | None,
-    loading: LoadOptions,
+    loading: AnswerSource,
 ) -> MiningSettings:
     """Check that nothing contradicts, and return the settings with the model's own template where none is given."""
     if settings.by not in BY:
@@ -180,8 +181,7 @@ def _check_settings(
         pyarrow()
     if settings.samples and settings.temperature <= 0:
         raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
-    parse_device(loading.device)
-    settings = dataclasses.replace(settings, template=settings.template or model.template)
+    settings = dataclasses.replace(settings, template=settings.template or loading.template_of(model))
     check_template(settings.template)
     return settings
 
@@ -191,7 +191,7 @@ def _pair_sentences(
     annotated: AnnotatedImages,
     settings: MiningSettings,
     judge: JudgeSettings | None,
-    load: Callable[[], LoadedModel],
+    load: Callable[[], Answerer],
     work: Path,
     rng: random.Random,
 ) -> DescriptionPairs:
@@ -205,10 +205,8 @@ def _pair_sentences(
     prompts = [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
     records = sentences.describe_by_sentence(pictures, prompts, settings, load, check, work)
     result = sentences.pairs_of_records(pictures, records, judge)
+    # Lengths are not matched: both sides are the model's own words, and where nothing true follows an end is better.
     candidates.drop_near_duplicates(result, settings.near_texts)
-    # Sentences of one model differ in length by chance: only the means must agree.
-    result.pairs, dropped = pairs.match_lengths(result.pairs, max_gap=1.0)
-    result.dropped += dropped
     return result
 
 
@@ -259,17 +257,16 @@ def _claim_folder(out: Path, identity: Mapping[str, Any], judge: JudgeSettings |
 
 
 def _identity(
-    model: ModelFolder,
     source: MiningSource,
     pictures: Sequence[MinedImage],
     excluded: Sequence[str],
     settings: MiningSettings,
-    loading: LoadOptions,
+    answers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return all that the pairs depend on, except the judge."""
+    """Return all that the pairs depend on, except the judge; `answers` is what the model's answers depend on."""
     objects = [f"{picture.id}: {', '.join(sorted(picture.objects))}" for picture in pictures]
     return {
-        **loading.identity(model),
+        **answers,
         "images": str(source.images.resolve()),
         "annotations": source.annotations,
         "annotations_hash": text_hash(*objects),

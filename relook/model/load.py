@@ -30,7 +30,7 @@ from relook.distributed import full_shape, set_full
 from relook.errors import CheckpointError, preview
 from relook.files import file_hash
 from relook.model.adapters import TENSORS_FILE, language_model_config, parse_adapter, read_adapter
-from relook.model.checkpoint import ADAPTER_FILE, AnyFolder, ModelFolder, parse_folder
+from relook.model.checkpoint import ADAPTER_FILE, TRAINED_WITH, AnyFolder, ModelFolder, parse_folder
 from relook.model.config_checks import check_processor
 from relook.model.families import (
     CONNECTORS,
@@ -363,6 +363,11 @@ class LoadOptions:
     bits: int = 16
     device: str = ""
 
+    def open(self, path: AnyFolder) -> ModelFolder:
+        """Check that torch has the device, and parse the model's folder."""
+        parse_device(self.device)
+        return parse_folder(path)
+
     def identity(self, path: AnyFolder) -> dict[str, Any]:
         """Return everything that answers depend on: the model's path, hashes and load options, not the device."""
         options = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
@@ -374,6 +379,11 @@ class LoadOptions:
         }
         hashes = {f"{name}_hash": model_hash(part) for name, part in parts.items() if part is not None}
         return {**options, "model": str(model.path.resolve()), **hashes}
+
+    def template_of(self, path: AnyFolder) -> str:
+        """Return the conversation template that the adapter was trained with, else the model's."""
+        adapted = {} if self.adapter is None else parse_folder(self.adapter).change
+        return str(adapted.get(TRAINED_WITH[0]) or parse_folder(path).template)
 
     def load(self, path: AnyFolder) -> LoadedModel:
         return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, self.device)
