@@ -269,8 +269,8 @@ def build_live_batch(
         packed = pack(
             trees, pad_id, keep_all, max(map(len, trees)), root_length=root, positions=numbers, image_token_id=both_ways
         )
-    kept = ([getattr(image, name) for image in available] for name in ("tower", "projected"))
-    tower, projected = (None if live or not part or part[0] is None else part for part in kept)
+    parts = ([getattr(image, name) for image in available] for name in ("tower", "projected"))
+    tower, projected = (None if live or not part or part[0] is None else part for part in parts)
     return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, tower, projected, image_rows)
 
 
