@@ -255,7 +255,6 @@ def build_live_batch(
     live = len(available) < len(pictures)
     processed = [images.inputs(picture) for picture in pictures] if live else [image.inputs for image in available]
     inputs, image_rows = stack(processed), [len(each["pixel_values"]) for each in processed] if live else None
-    tower, projected = ([getattr(image, name) for image in available] for name in ("tower", "projected"))
     counts = [len(shown) for _, shown in items]
     numbers = tree_positions(policy.config, trees, counts, inputs.get("image_grid_thw"))
     both_ways = policy.config.image_token_id if sees_ahead(policy.config) else None
@@ -270,7 +269,8 @@ def build_live_batch(
         packed = pack(
             trees, pad_id, keep_all, max(map(len, trees)), root_length=root, positions=numbers, image_token_id=both_ways
         )
-    tower, projected = (None if live or not part or part[0] is None else part for part in (tower, projected))
+    parts = ([getattr(image, name) for image in available] for name in ("tower", "projected"))
+    tower, projected = (None if live or not part or part[0] is None else part for part in parts)
     return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, tower, projected, image_rows)
 
 
