@@ -234,12 +234,10 @@ def tower_layer_bytes(vision: Any, compute_bytes: int, mixed_precision: bool, tr
     per_position = 2 * ((4 if mixed_precision else compute_bytes) * V + 8) + 4 * V * compute_bytes + 4 * H
     # The activation's input; quick_gelu saves its sigmoid, too.
     per_position += (2 if vision.hidden_act == "quick_gelu" else 1) * F * compute_bytes
-    if not trains:
-        return SavedBytes(per_position)
-    # The inputs of linear layers: of the norms' outputs autocast makes a copy for each layer.
-    inputs = ((4 if mixed_precision else 2) * V + F) * compute_bytes
+    if trains:  # the inputs of linear layers: of the norms' outputs autocast makes a copy for each layer
+        per_position += ((4 if mixed_precision else 2) * V + F) * compute_bytes
     fixed = (4 * V * V + 2 * V * F) * compute_bytes if mixed_precision else 0  # autocast's copies of the weights
-    return SavedBytes(per_position + inputs, fixed)
+    return SavedBytes(per_position, fixed)
 
 
 def post_decoder_bytes(
