@@ -186,16 +186,19 @@ def pixel_values(scenes: Sequence[Scene]) -> Tensor:
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def patch_labels(scenes: Sequence[Scene]) -> Tensor:
+def patch_labels(scenes: Sequence[Scene], small: bool = True) -> Tensor:
     """Compute how much of each object or setting a patch shows: (scenes, patches, objects + settings) in [0, 1].
 
-    An object counts fully for a patch once half of the patch or half of the object lies in it.
+    An object counts fully for a patch once half of the patch or half of the object lies in it; small ones can be left
+    out.
     """
     labels = np.zeros((len(scenes), SIDE, SIDE, len(OBJECTS) + len(SETTINGS)), dtype=np.float32)
     settings = list(SETTINGS)
     for s, scene in enumerate(scenes):
         labels[s, :, :, len(OBJECTS) + settings.index(scene.setting)] = 1
         for placed in scene.objects:
+            if placed.small and not small:
+                continue
             x, y, w, h = placed.box
             # The patches that the box touches, and the area of the overlap with each.
             for row in range(y // PATCH, min(SIDE, (y + h - 1) // PATCH + 1)):
@@ -296,11 +299,14 @@ def assemble(tower: CLIPVisionModel, seed: int, layers: int = LAYERS) -> LlavaFo
 def align_projector(
     model: LlavaForConditionalGeneration, scenes: Sequence[Scene], pixels: Tensor, seed: int, epochs: int = 4
 ) -> None:
-    """Bring each patch near the embeddings of the words for what it shows, in place (LLaVA's first stage)."""
+    """Bring each patch near the embeddings of the words for what it shows, in place (LLaVA's first stage).
+
+    Small objects are left out, as the annotators overlook them: only the tower knows them.
+    """
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     token = make_processor().tokenizer.convert_tokens_to_ids
     words = [token("▁" + name) for name in [*OBJECTS, *SETTINGS]]
-    labels = patch_labels(scenes)
+    labels = patch_labels(scenes, small=False)
     labels[..., len(OBJECTS) :] *= 0.5  # every patch shows its setting
     with torch.no_grad():
         features = torch.cat([select(tower(part, output_hidden_states=True)) for part in pixels.split(256)])
