@@ -477,15 +477,20 @@ def sft_samples(scene: Scene, annotator: Annotator, rng: random.Random) -> list[
 
 def ask_about(scene: Scene, count: int, rng: random.Random) -> list[str]:
     """Choose objects to ask about: at most half of them present, two thirds of the absent ones usual in the setting."""
-    setting = SETTINGS[scene.setting]
     present = rng.sample(sorted(scene.names), min(count // 2, len(scene.names)))
-    usual = [n for n in (*setting.core, *setting.common) if n not in scene.names]
+    usual = usual_absent(scene)
     rare = [n for n in OBJECTS if n not in scene.names and n not in usual]
     absent = count - len(present)
     tempting = rng.sample(usual, min(len(usual), round(absent * 2 / 3)))
     names = [*present, *tempting, *rng.sample(rare, absent - len(tempting))]
     rng.shuffle(names)
     return names
+
+
+def usual_absent(scene: Scene) -> list[str]:
+    """Return the objects that are usual in a scene's setting, and not in the scene."""
+    setting = SETTINGS[scene.setting]
+    return [name for name in (*setting.core, *setting.common) if name not in scene.names]
 
 
 def words(text: str) -> list[str]:
