@@ -115,9 +115,7 @@ def tune_all(options: argparse.Namespace) -> None:
         "cells": {
             p.out.name: {n: read_scores(p.answers(n, options.split)) for n in ("base", *variants)} for p in places
         },
-        "repeated": {
-            n: mean([repeated(p.answers(n, options.split)) for p in places]) for n in ("base", *variants)
-        },
+        "repeated": {n: mean([repeated(p.answers(n, options.split)) for p in places]) for n in ("base", *variants)},
     }
     result["pooled"] = {name: pooled(places, "base", name, options.split) for name in variants}
     controls = {name: keys["control"] for name, keys in variants.items() if "control" in keys}

@@ -23,12 +23,13 @@ from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.run import mine_pairs
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
+from relook.report.findings import CONTROLS
 from relook.report.pages import RESULTS_FILE, write_report
 from relook.toyworld import layouts
 from relook.toyworld.build import shipped_base
 from relook.train.run import train
 
-REGIMES = ("post_decoder", "nll_control", "post_decoder_head", "head", "lora")
+REGIMES = ("post_decoder", "nll_control", "no_cross_attention", "head", "lora")
 PAIR_SCENES, TEST_SCENES = 1000, 300
 DEMO_FILE, REPORT_FILE = "demo.json", "report.html"
 
@@ -159,7 +160,7 @@ def demo_results(paths: DemoPaths, model: Path, seed: int) -> dict[str, Any]:
         "base": read_scores(paths.answers("base")),
         "runs": {regime: read_scores(paths.answers(regime)) for regime in REGIMES},
         "paired": {regime: compare(test, paths.answers("base"), paths.answers(regime)) for regime in REGIMES},
-        "against_control": compare(test, paths.answers("nll_control"), paths.answers("post_decoder")),
+        "against": {name: compare(test, paths.answers(name), paths.answers("post_decoder")) for name in CONTROLS},
         "provenance": {
             "seed": seed,
             "base": str(model),

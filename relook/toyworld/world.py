@@ -334,7 +334,9 @@ def _street(pen: ImageDraw.ImageDraw, side: int, line: int, rng: random.Random) 
         pen.rectangle((x, line - height, x + width, line), (shade, shade - 4, shade + 2))
         for left in range(x + side // 40, x + width - side // 30, side // 20):
             for upper in range(line - height + side // 40, line - side // 40, side // 18):
-                pen.rectangle((left, upper, left + side // 48, upper + side // 40), (shade + 32, shade + 34, shade + 36))
+                pen.rectangle(
+                    (left, upper, left + side // 48, upper + side // 40), (shade + 32, shade + 34, shade + 36)
+                )
         x += width
     pen.rectangle((0, line, side, line + side // 20), (158, 156, 152))  # the pavement
     dash = rng.randrange(side // 5)
@@ -344,7 +346,11 @@ def _street(pen: ImageDraw.ImageDraw, side: int, line: int, rng: random.Random) 
 
 def _park(pen: ImageDraw.ImageDraw, side: int, line: int, rng: random.Random) -> None:
     for _ in range(3):  # hills behind the meadow
-        x, width, height = rng.randint(-side // 4, side), rng.randint(side // 2, side), rng.randint(side // 16, side // 8)
+        x, width, height = (
+            rng.randint(-side // 4, side),
+            rng.randint(side // 2, side),
+            rng.randint(side // 16, side // 8),
+        )
         pen.pieslice((x - width // 2, line - height, x + width // 2, line + height), 180, 360, (140, 186, 132))
     for _ in range(60):  # blades of grass
         x, y = rng.randrange(side), rng.randint(line + side // 30, side)
