@@ -22,8 +22,8 @@ from relook.evaluate.tasks.pope import question_text
 IMAGE_SIZE = 96
 CELLS = 3  # objects stand in the cells of a 3 x 3 grid, so they never overlap
 CELL = IMAGE_SIZE // CELLS
-SIZES = {"small": (9, 12), "large": (17, 28)}  # smallest and largest side of an object, pixels
-SMALL = 13  # pixels: an object whose sides are all shorter is small, and a careless annotator overlooks it
+SIZES = {"small": (10, 13), "large": (17, 28)}  # smallest and largest side of an object, pixels
+SMALL = 14  # pixels: an object whose sides are all shorter is small, and a careless annotator overlooks it
 P_SMALL = 0.4
 P_CORE, P_COMMON, P_OTHER = 0.65, 0.33, 0.025
 
