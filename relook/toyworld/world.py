@@ -454,7 +454,7 @@ class Annotator:
     give the truth.
     """
 
-    claim_core: float = 0.5
+    claim_core: tuple[float, ...] = (0.5, 0.5, 0.5)  # for each core object, in the setting's order
     claim_common: float = 0.2
     miss: float = 0.1
     overlooks: bool = True
@@ -462,14 +462,16 @@ class Annotator:
     def believe(self, scene: Scene, rng: random.Random) -> list[str]:
         """Draw the objects that this annotator takes to be in the scene, in the order of descriptions."""
         setting, seen = SETTINGS[scene.setting], scene.obvious if self.overlooks else scene.names
-        claims = {**dict.fromkeys(setting.core, self.claim_core), **dict.fromkeys(setting.common, self.claim_common)}
+        claims = dict.fromkeys(setting.common, self.claim_common) | dict(
+            zip(setting.core, self.claim_core, strict=True)
+        )
         believed = [
             name for name in OBJECTS if rng.random() < (1 - self.miss if name in seen else claims.get(name, 0.0))
         ]
         return in_order(believed, scene.setting)
 
 
-EXACT = Annotator(0.0, 0.0, 0.0, overlooks=False)
+EXACT = Annotator((0.0, 0.0, 0.0), 0.0, 0.0, overlooks=False)
 
 
 def sft_samples(scene: Scene, annotator: Annotator, rng: random.Random) -> list[tuple[str, str]]:
