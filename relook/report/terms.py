@@ -128,7 +128,7 @@ VARIANTS = {  # of the demo, by the name of their runs
     ),
     "no_cross_attention": Term(
         "As many weights, no second look",
-        "The control: a module of as many weights in the same place that cannot look at the picture, on the same pairs.",
+        "The control: a module of as many weights in the same place, which cannot look at the picture; the same pairs.",
     ),
     "head": Term("Output layer only", "Only the model's last linear layer (lm_head) is trained."),
     "lora": Term("LoRA", "Low-rank changes to the language model's layers are trained; the usual method."),
