@@ -137,7 +137,7 @@ def check_gate(out: Path, world: Path, seed: int) -> dict[str, Any]:
     write_json(out / "gate.json", verdict)
     if not verdict["passed"]:
         status(
-            f"This base did not learn to look: {accuracy:.3f} of its answers on dev scenes are right, {GATE} is needed. "
+            f"This base did not learn to look: {accuracy:.3f} of its dev answers are right, {GATE} is needed. "
             "Its results say little; try another --seed.",
             style="yellow",
         )
