@@ -30,7 +30,7 @@ from relook.toyworld.build import shipped_base
 from relook.train.run import train
 
 REGIMES = ("post_decoder", "nll_control", "no_cross_attention", "head", "lora")
-PAIR_SCENES, TEST_SCENES = 1000, 300
+PAIR_SCENES, TEST_SCENES = 700, 300
 DEMO_FILE, REPORT_FILE = "demo.json", "report.html"
 
 
@@ -130,7 +130,7 @@ def mine_demo_pairs(model: Path, paths: DemoPaths, seed: int) -> None:
 def mining_settings(seed: int) -> MiningSettings:
     """Return toyworld's settings of mining."""
     # Its descriptions are made of set phrases, so similar texts are no duplicates: near_texts is 0.
-    return MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100, near_texts=0, parquet=False)
+    return MiningSettings(seed, samples=0, questions=4, max_new_tokens=64, batch_size=100, near_texts=0, parquet=False)
 
 
 def train_regime(

@@ -24,7 +24,7 @@ CELLS = 3  # objects stand in the cells of a 3 x 3 grid, so they never overlap
 CELL = IMAGE_SIZE // CELLS
 SIZES = {"small": (10, 13), "large": (17, 28)}  # smallest and largest side of an object, pixels
 SMALL = 14  # pixels: an object whose sides are all shorter is small, and a careless annotator overlooks it
-P_SMALL = 0.4
+P_SMALL = 0.3
 P_CORE, P_COMMON, P_OTHER = 0.65, 0.33, 0.025
 
 
@@ -412,10 +412,13 @@ def _jitter(color: Color, rng: random.Random) -> Color:
 # calm." are five tokens), so a sentence can be exchanged for another without changing a text's length. Objects come in
 # one order, the most usual first: what was named tells what may follow, and a small model does not repeat itself.
 
-FILLERS = ("The colors are bright.", "It looks quite calm.", "The light is soft.", "Everything is in place.")
+FILLERS = (
+    *("The colors are bright.", "It looks quite calm.", "The light is soft.", "Everything is in place."),
+    *("The view is clear.", "It feels very peaceful.", "The mood is cheerful.", "All is well lit."),
+)
 MENTIONS = ("There is {a} {name}.", "{A} {name} is nearby.", "I see {a} {name}.", "{A} {name} stands out.")
 SYNONYMS = {"bicycle": ["bike"], "boat": ["ship"], "cup": ["mug"], "dog": ["puppy"], "flower": ["blossom"]}
-QUESTIONS = 8
+CAPTIONS, QUESTIONS = 2, 8  # texts on a scene that a base is trained on
 
 
 def article(name: str) -> str:
@@ -454,8 +457,8 @@ class Annotator:
     give the truth.
     """
 
-    claim_core: tuple[float, ...] = (0.5, 0.5, 0.5)  # for each core object, in the setting's order
-    claim_common: float = 0.2
+    claim_core: tuple[float, ...] = (0.6, 0.6, 0.6)  # for each core object, in the setting's order
+    claim_common: float = 0.0
     miss: float = 0.1
     overlooks: bool = True
 
@@ -475,9 +478,11 @@ EXACT = Annotator((0.0, 0.0, 0.0), 0.0, 0.0, overlooks=False)
 
 
 def sft_samples(scene: Scene, annotator: Annotator, rng: random.Random) -> list[tuple[str, str]]:
-    """Write (prompt, response) samples for supervised tuning: one description and some yes/no questions."""
-    text = describe_scene(annotator.believe(scene, rng), scene.setting, 1, rng)
-    samples = [(rng.choice(DESCRIBE_PROMPTS), text)]
+    """Write (prompt, response) samples for supervised tuning: descriptions and some yes/no questions."""
+    samples = [
+        (rng.choice(DESCRIBE_PROMPTS), describe_scene(annotator.believe(scene, rng), scene.setting, 1, rng))
+        for _ in range(CAPTIONS)
+    ]
     believed = annotator.believe(scene, rng)
     samples += [(question_text(n), "Yes." if n in believed else "No.") for n in ask_about(scene, QUESTIONS, rng)]
     return samples
