@@ -65,7 +65,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "relook_0.4": {"activation_memory_budget": 0.4},
     "relook_recomputed": {"gradient_checkpointing": True},
     "relook_mixed_lengths": {},
+    "relook_context": {},
 }
+CONTEXT = 100  # words that both answers of a pair of relook_context begin with
 
 
 def main() -> None:
@@ -88,6 +90,7 @@ def main() -> None:
     found: dict[str, Any] = {"device": device_name(), "versions": versions()}
     write_model(options.work / "plain", shape, answers=False)
     write_pairs(options.work / "lora_fixed", PAIRS * options.steps, PAIRS * options.steps, 0)
+    write_pairs(options.work / "lora_context", PAIRS * options.steps, PAIRS * options.steps, 0, CONTEXT)
     third = PAIRS * options.steps // 3
     write_pairs(options.work / "lora_mixed", 3 * third, third, 2 * third)
     found["matmul"] = matmul()
@@ -98,13 +101,15 @@ def main() -> None:
         run = subprocess.run([sys.executable, *sys.argv, "--part", part], stdout=subprocess.PIPE, text=True)
         last = run.stdout.strip().splitlines()[-1:]
         figures = json.loads(last[0]) if run.returncode == 0 else {"failed": run.returncode}
-        if "pairs_per_s" in figures and "mixed" not in part:
+        if part == "relook_context" and "pairs_per_s" in found.get("relook", {}):
+            figures["times_cost_of_relook"] = round(found["relook"]["pairs_per_s"] / figures["pairs_per_s"], 3)
+        elif "pairs_per_s" in figures and "mixed" not in part:
             figures["useful_tflops"] = round(figures["pairs_per_s"] * flops, 1)
             figures["of_best_matmul"] = round(figures["useful_tflops"] / found["matmul"]["best_tflops"], 3)
             figures["of_sustained_matmul"] = round(figures["useful_tflops"] / found["matmul"]["sustained_tflops"], 3)
         found[part] = figures
         for name in PEERS:
-            if part in RUNS and "pairs_per_s" in found.get(name, {}) and "mixed" not in part:
+            if part in RUNS and "pairs_per_s" in found.get(name, {}) and not {"mixed", "context"} & {*part.split("_")}:
                 figures[f"times_{name}"] = round(figures["pairs_per_s"] / found[name]["pairs_per_s"], 2)
         print(part, json.dumps(figures), flush=True)
         if options.out:
@@ -116,7 +121,8 @@ def main() -> None:
 
 def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     """`relook train` by its shipped recipe; the figures are those that it logs, over the last half of its steps."""
-    data = options.work / ("lora_mixed" if "mixed" in options.part else "lora_fixed")
+    kind = next((kind for kind in ("mixed", "context") if kind in options.part), "fixed")
+    data = options.work / f"lora_{kind}"
     files = {"desc_data_path": data / "desc_data.json"}
     if "mixed" in options.part:
         files["pope_data_path"] = data / "pope_data.json"

@@ -3,6 +3,7 @@
     python benchmarks/serving.py clients --seconds 60 --out serving.json   # toyworld's base, two cores, over HTTP
     python benchmarks/serving.py tokens --out tokens.json                  # LLaVA-1.5-7B's shape, one GPU, no HTTP
     python benchmarks/serving.py tokens --tiny                             # the same on a CPU, in seconds
+    python benchmarks/serving.py http --out http.json                      # the same shape over HTTP, with pictures
 
 `clients` starts the server as a user does and asks about pictures whose answers the answering engine gave beforehand:
 an answer that is not the one of its picture is counted. It is measured three times: 64 clients, 64 clients of a server
@@ -11,6 +12,9 @@ them (`shapes.py`). It sends 1, 8, 32, 64 and 128 requests at a time; beside the
 plain and with `cache_implementation="static"`, which compiles, and what the memory's bandwidth allows: a step must read
 the language model's weights once, and the keys and values of every row. Rates are end to end, prompts and images
 included, and of the steps alone: those are what bandwidth bounds, while reading prompts is bound by products.
+`http` serves that shape to so many clients, in a process of their own, each request with a picture that is new, and
+streams the answers; beside the rate stands the engine's own. One more client asks while all the others are answered:
+the time until its first token.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 import asyncio
 import base64
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -28,7 +33,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +44,9 @@ import torch
 from shapes import (
     GPU,
     LLAVA_7B,
+    LLAVA_NEXT_7B,
     TINY,
+    TINY_NEXT,
     Question,
     bandwidth,
     device_name,
@@ -90,7 +98,15 @@ def main() -> None:
     tokens.add_argument("--rounds", type=int, default=2, help="requests of each client")
     tokens.add_argument("--bits", type=int, default=16, help="8 or 4: quantised by bitsandbytes")
     tokens.add_argument("--post-decoder", type=int, default=1, help="blocks; 0 for none")
-    for parsed in (clients, tokens):
+    tokens.add_argument("--next", action="store_true", help="a LLaVA-NeXT, whose images take several tiles")
+    http = ways.add_parser("http")
+    http.set_defaults(measure=measure_http)
+    http.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
+    http.add_argument("--at-once", type=int, default=32)
+    http.add_argument("--new-tokens", type=int, default=128)
+    http.add_argument("--rounds", type=int, default=3, help="requests of each client")
+    http.add_argument("--late", type=int, default=12, help="requests whose first token is timed under load")
+    for parsed in (clients, tokens, http):
         parsed.add_argument("--out", type=Path)
     options = parser.parse_args()
     result = options.measure(options)
@@ -217,11 +233,141 @@ async def client(port: int, rows: Sequence[tuple[bytes, str]], number: int, unti
     writer.close()
 
 
+# --- a model of full size over HTTP
+
+
+def measure_http(options: argparse.Namespace) -> dict[str, Any]:
+    from relook.serve.api import ServerLimits
+    from relook.serve.server import make_server
+
+    count, new = options.at_once, options.new_tokens
+    loaded = endless_model(TINY if options.tiny else LLAVA_7B)
+    result: dict[str, Any] = {"device": device_name(), "clients": count, "new_tokens": new, "rounds": options.rounds}
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = 1 + 2 * count * options.rounds + options.late + count
+        warm, *rows = write_questions(Path(folder), loaded.processor, pictures, each=1, tokens=25)
+        own, rows = rows[: count * options.rounds], rows[count * options.rounds :]
+        result["engine"] = engine_speed(loaded, warm, own, count, new)
+        bodies = [request_bytes(path.read_bytes(), text, new) for path, text in rows]
+    engine = Engine(loaded, EngineLimits(slots=count, waiting=count, cache_gb=64))
+    engine.warm()
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = make_server({"model": engine}, ServerLimits(), 1)
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]  # it runs on another thread
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        # Clients of a process of their own: they take no time from the server's interpreter.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            port, rounds = listening.getsockname()[1], bodies[: count * options.rounds]
+            pool.submit(stream_all, port, bodies[-count:], count).result()  # warm-up
+            firsts, tokens, wall = pool.submit(stream_all, port, rounds, count).result()
+            late = bodies[count * options.rounds : -count]
+            lates = pool.submit(stream_late, port, rounds[: count - 1], late).result()
+        server.should_exit = True
+        thread.join()
+    engine.stop()
+    result["http"] = {"tokens_per_s": round(tokens / wall, 1), "first_token_s": round(statistics.median(firsts), 3)}
+    result["share of the engine's"] = round(result["http"]["tokens_per_s"] / result["engine"]["tokens_per_s"], 3)
+    times = sorted(lates)
+    result["first token under load"] = {
+        "requests": len(times),
+        "median_s": round(statistics.median(times), 3),
+        "max_s": round(times[-1], 3),
+    }
+    return result
+
+
+def request_bytes(picture: bytes, text: str, new: int) -> bytes:
+    """A streamed request about a picture, with the counts at its end."""
+    url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+    body: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": content}], "temperature": 0}
+    body |= {"max_tokens": new, "stream": True, "stream_options": {"include_usage": True}}
+    data = json.dumps(body).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+async def events(port: int, request: bytes) -> AsyncIterator[dict[str, Any]]:
+    """The events of one streamed answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    if b" 200 " not in head[:20]:
+        raise SystemExit(f"{head.decode()}{(await reader.read()).decode()}")
+    async for line in reader:  # each event is a line; the sizes of chunks are lines of their own
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+    writer.close()
+
+
+def is_text(event: dict[str, Any]) -> bool:
+    return bool(event["choices"] and event["choices"][0]["delta"].get("content"))
+
+
+def stream_all(port: int, requests: Sequence[bytes], clients: int) -> tuple[list[float], int, float]:
+    """Seconds to each first token, tokens, and seconds in all."""
+    firsts: list[float] = []
+    tokens = 0
+
+    async def client(own: Sequence[bytes]) -> None:
+        nonlocal tokens
+        for request in own:
+            began, first = time.perf_counter(), True
+            async for event in events(port, request):
+                if first and is_text(event):
+                    firsts.append(time.perf_counter() - began)
+                    first = False
+                if event.get("usage"):
+                    tokens += event["usage"]["completion_tokens"]
+
+    async def all_clients() -> None:
+        await asyncio.gather(*(client(requests[i::clients]) for i in range(clients)))
+
+    began = time.perf_counter()
+    asyncio.run(all_clients())
+    return firsts, tokens, time.perf_counter() - began
+
+
+def stream_late(port: int, others: Sequence[bytes], late: Sequence[bytes]) -> list[float]:
+    """Seconds to the first token of requests that come one after the other while others are answered all the time."""
+    firsts: list[float] = []
+
+    async def busy(request: bytes) -> None:
+        while True:
+            async for _ in events(port, request):
+                pass
+
+    async def ask() -> None:
+        tasks = [asyncio.create_task(busy(request)) for request in others]
+        await asyncio.sleep(2)
+        for request in late:
+            began = time.perf_counter()
+            stream = events(port, request)
+            async for event in stream:
+                if is_text(event):
+                    firsts.append(time.perf_counter() - began)
+                    break
+            await stream.aclose()  # type: ignore[attr-defined]  # the connection ends with it
+            await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(ask())
+    return firsts
+
+
 # --- tokens a second of the engine
 
 
 def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
-    loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder, bits=options.bits)
+    shape = (TINY_NEXT if options.tiny else LLAVA_NEXT_7B) if options.next else TINY if options.tiny else LLAVA_7B
+    loaded = endless_model(shape, options.post_decoder, bits=options.bits)
     result: dict[str, Any] = {"device": device_name(), "bits": options.bits, "new_tokens": options.new_tokens}
     result |= {"rounds": options.rounds, "loaded_gib": round(torch.cuda.memory_allocated() / 2**30, 1) if GPU else 0}
     result["bytes_per_s"] = bandwidth()

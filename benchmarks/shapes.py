@@ -20,8 +20,18 @@ import transformers
 from PIL import Image
 from tokenizers.models import WordLevel
 from torch.profiler import ProfilerActivity, profile, schedule
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from relook.data.images import prefetch_map
 from relook.evaluate.tasks.pope import SPLITS, question_text
@@ -47,6 +57,9 @@ TINY = {
     "vocabulary": 320,
     "image_size": 56,
 }
+# LLaVA-NeXT cuts an image into up to four tiles of the tower's size, and looks at the whole of it besides.
+LLAVA_NEXT_7B = LLAVA_7B | {"tiles": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))}
+TINY_NEXT = TINY | {"tiles": ((1, 2), (2, 1), (2, 2))}
 Question = tuple[Path, str]
 RESPONSE = 109  # words of a description, which </s> ends
 
@@ -79,19 +92,29 @@ def random_model(
     processor = processor_of(shape)
     token = processor.tokenizer.convert_tokens_to_ids
     ids = {f"{name}_token_id": token(text) for name, text in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape["vision"], image_size=shape["image_size"], patch_size=14),
-        text_config=LlamaConfig(**shape["text"], vocab_size=shape["vocabulary"], max_position_embeddings=4096, **ids),
-        image_token_index=token("<image>"),
-        image_seq_length=(shape["image_size"] // 14) ** 2,
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
-    )
+    arguments: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(**shape["vision"], image_size=shape["image_size"], patch_size=14),
+        "text_config": LlamaConfig(
+            **shape["text"], vocab_size=shape["vocabulary"], max_position_embeddings=4096, **ids
+        ),
+        "image_token_index": token("<image>"),
+        "image_seq_length": (shape["image_size"] // 14) ** 2,
+        "vision_feature_layer": -2,
+        "tie_word_embeddings": False,
+    }
+    kind: Any = LlavaForConditionalGeneration
+    if "tiles" in shape:
+        kind, config = (
+            LlavaNextForConditionalGeneration,
+            LlavaNextConfig(**arguments, image_grid_pinpoints=pinpoints(shape)),
+        )
+    else:
+        config = LlavaConfig(**arguments)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(DEVICE):
-        model = LlavaForConditionalGeneration(config)
+        model = kind(config)
     torch.set_default_dtype(torch.float32)
     if answers:
         with torch.no_grad():
@@ -102,15 +125,29 @@ def random_model(
     return model.eval(), processor
 
 
+def pinpoints(shape: dict[str, Any]) -> list[list[int]]:
+    """Return the sizes, height and width, that a LLaVA-NeXT cuts images to."""
+    return [[rows * shape["image_size"], columns * shape["image_size"]] for rows, columns in shape["tiles"]]
+
+
 def processor_of(shape: dict[str, Any]) -> LlavaProcessor:
     """Toyworld's processor at a shape's image size, with words w0, w1, ... up to the size of its vocabulary."""
-    processor = make_processor()
+    processor: Any = make_processor()
     side = {"height": shape["image_size"], "width": shape["image_size"]}
-    processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": shape["image_size"]}, crop_size=side)
-    processor.patch_size = 14
+    size: dict[str, Any] = {"size": {"shortest_edge": shape["image_size"]}, "crop_size": side}
     ids = processor.tokenizer.get_vocab()
     ids |= {f"▁w{i}": id for i, id in enumerate(range(len(ids), shape["vocabulary"]))}
     processor.tokenizer.backend_tokenizer.model = WordLevel(ids, unk_token="<unk>")
+    if "tiles" in shape:
+        return LlavaNextProcessor(
+            LlavaNextImageProcessorPil(**size, image_grid_pinpoints=pinpoints(shape)),
+            processor.tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+    processor.image_processor = CLIPImageProcessorPil(**size)
+    processor.patch_size = 14
     return processor
 
 
@@ -167,8 +204,12 @@ def write_questions(folder: Path, processor: LlavaProcessor, images: int, each: 
     return [(path, " ".join(rng.choices(words, k=tokens))) for path in paths for _ in range(each)]
 
 
-def write_pairs(folder: Path, images: int, descriptions: int, questions: int) -> None:
-    """HA-DPO's files over Visual Genome's layout: one description pair, or some question pairs, an image."""
+def write_pairs(folder: Path, images: int, descriptions: int, questions: int, context: int = 0) -> None:
+    """HA-DPO's files over Visual Genome's layout: one description pair, or some question pairs, an image.
+
+    Args:
+        context: words that both descriptions of a pair begin with, as its context.
+    """
     if (folder / "desc_data.json").exists():
         return
     rng, words = random.Random(1), [word for word in vocabulary() if word.isalpha()]
@@ -177,7 +218,11 @@ def write_pairs(folder: Path, images: int, descriptions: int, questions: int) ->
     write_images([folder / "VG_100K" / name for name in names])
     urls = [{"image_id": n, "url": f"https://x/VG_100K/{name}"} for n, name in enumerate(names, 1)]
     write_json(folder / "image_data.json", urls)
-    described = {str(n): {"chosen": [text(RESPONSE)], "rejected": [text(RESPONSE)]} for n in range(1, descriptions + 1)}
+    described: dict[str, Any] = {}
+    for number in range(1, descriptions + 1):
+        before = f"{text(context)} " if context else ""
+        sides = {side: [before + text(RESPONSE)] for side in ("chosen", "rejected")}
+        described[str(number)] = {**sides, **({"context": before.strip()} if context else {})}
     write_json(folder / "desc_data.json", described)
     asked = [
         {

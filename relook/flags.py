@@ -15,6 +15,8 @@ Values = Mapping[str, Any]
 
 # Old names of keys: those of transformers before version 5, and of HA-DPO.
 RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "optimizer_type": "optim"}
+# LLaVA's names.
+RENAMED |= {"mm_vision_tower_lr": "vision_tower_lr", "unfreeze_mm_vision_tower": "tune_vision_tower"}
 
 # Reasons that several flags share.
 _SCORES = "relook logs its own fields over the held-out pairs"

@@ -201,7 +201,8 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         (lambda n: n >= 1, "1 or more"),
     ),
     **dict.fromkeys(
-        ("learning_rate", "post_decoder_lr", "lm_head_lr", "mm_projector_lr"), (lambda n: n >= 0, "0 or more")
+        ("learning_rate", "post_decoder_lr", "lm_head_lr", "mm_projector_lr", "vision_tower_lr"),
+        (lambda n: n >= 0, "0 or more"),
     ),
     **dict.fromkeys(("num_train_epochs", "save_steps", "eval_steps"), (lambda n: n > 0, "a number above 0")),
     "max_steps": (lambda n: n >= 1 or n == -1, "1 or more, or leave it out for whole epochs"),
@@ -210,7 +211,10 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("ld_alpha", "unchanged_weight"), (lambda n: 0 <= n <= 1, "0 to 1, the weight of a token")),
 }
 ALL_LINEAR = "all-linear"
-LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora")
+LORA_KEYS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora"),
+    "lora_vision_tower",
+)
 HADPO_KEYS = ("vg_path", "desc_data_path", "pope_data_path")  # vg_path first: SENTINEL's files need it, too
 DPO_KEYS = (*HADPO_KEYS, "pairs_path", "loss_type", "beta", "dpo_tokens", "ld_alpha", *WEIGHTS)
 SFT_KEYS = ("data_path", "conversations_per_tree")
@@ -275,15 +279,18 @@ class Recipe:
     lora_bias: str = _key("none", "lora_only trains the biases of layers with LoRA, all those of the language model")
     use_dora: bool = _key(False, "DoRA (arXiv:2402.09353)")
     use_rslora: bool = _key(False, "rank-stabilised LoRA, alpha / sqrt(r) (arXiv:2312.03732)")
+    lora_vision_tower: bool = _key(False, "LoRA on the vision tower's linear layers, too")
     tune_post_decoder: bool = _key(False, "the post decoder trains (stage 1; with tune_lm_head stage 2)")
     tune_lm_head: bool = _key(False, "lm_head trains")
     tune_mm_mlp_adapter: bool = _key(False, "the projector trains")
+    tune_vision_tower: bool = _key(False, "the vision tower trains, too, beside what other keys say or a full run")
     freeze_backbone: bool = _key(False, "asserts that vision tower, projector and language model stay unchanged")
     post_decoder: Mapping[str, Any] = field(default_factory=dict)
     post_decoder_init: str = _key("random", "projector initialises the post decoder's alignment from the projector")
     post_decoder_lr: float | None = _key(None, "learning rate of the post decoder; empty: learning_rate")
     lm_head_lr: float | None = _key(None, "learning rate of lm_head; empty: learning_rate")
     mm_projector_lr: float | None = _key(None, "learning rate of the projector; empty: learning_rate")
+    vision_tower_lr: float | None = _key(None, "learning rate of the vision tower, its LoRA too; empty: learning_rate")
     # Names are TRL's where TRL has one.
     loss_type: Any = _key(  # noqa: RUF009 (a string)
         "sigmoid", "preference loss; sigmoid is DPO. Or several with their weights: {sigmoid: 0.8, bco_pair: 0.2}"
@@ -376,8 +383,13 @@ class Recipe:
                 "freeze_backbone is set and nothing else trains.",
                 "Set tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter.",
             )
-        if self.freeze_backbone and self.lora_enable:
-            yield RecipeError("freeze_backbone and lora_enable contradict each other.", "Remove one of them.")
+        for first, second in (
+            ("freeze_backbone", "lora_enable"),
+            ("freeze_backbone", "tune_vision_tower"),
+            ("tune_vision_tower", "lora_vision_tower"),
+        ):
+            if getattr(self, first) and getattr(self, second):
+                yield RecipeError(f"{first} and {second} contradict each other.", "Remove one of them.")
         if self.full and self.bits != 16:
             yield RecipeError(f"Weights of {self.bits} bits cannot train.", "Set lora_enable, or bits 16.")
         if self.lora_enable and not (self.lora_r > 0 and self.lora_alpha > 0 and 0 <= self.lora_dropout < 1):
@@ -417,7 +429,8 @@ class Recipe:
                 ("post_decoder", "post_decoder_init", "post_decoder_lr"),
             ),
             (not (self.tune_lm_head or self.full), "without tune_lm_head", ("lm_head_lr",)),
-            (not (self.tune_mm_mlp_adapter or self.full), "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
+            (not self.trains_projector, "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
+            (not self.trains_vision_tower, "without tune_vision_tower or lora_vision_tower", ("vision_tower_lr",)),
             ("robust" not in losses, "without loss_type robust and a dpo_weight", ("label_smoothing",)),
             ("simpo" not in losses, "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
             (self.dpo_tokens != "differing", "without dpo_tokens differing", ("unchanged_weight",)),
@@ -452,6 +465,11 @@ class Recipe:
             setting = "feature_cache disk" if self.feature_cache == "disk" else "feature_cache_dir"
             yield RecipeError(
                 f"{setting} would have no effect: the trunk trains, and there are no states of it to cache.",
+                "Leave it out.",
+            )
+        if self.trains_vision_tower and self.feature_cache == "memory":
+            yield RecipeError(
+                "feature_cache memory would have no effect: the vision tower trains, and its features change.",
                 "Leave it out.",
             )
 
@@ -505,12 +523,22 @@ class Recipe:
     @property
     def encodes_images_once(self) -> bool:
         """Return True if the trunk trains, but its frozen vision tower may run only once per image."""
-        return not self.frozen_trunk and self.feature_cache != "off" and not self.mdpo_conditional_weight
+        kept = self.feature_cache != "off" and not self.mdpo_conditional_weight
+        return kept and not self.frozen_trunk and not self.trains_vision_tower
+
+    @property
+    def trains_projector(self) -> bool:
+        return self.full or self.tune_mm_mlp_adapter
+
+    @property
+    def trains_vision_tower(self) -> bool:
+        """Return True if the vision tower trains, whole or by LoRA."""
+        return self.tune_vision_tower or self.lora_vision_tower
 
     @property
     def frozen_trunk(self) -> bool:
         """Return True if nothing before the post decoder trains, so that trunk states may be computed once."""
-        return not (self.full or self.lora_enable or self.tune_mm_mlp_adapter)
+        return not (self.lora_enable or self.trains_projector or self.trains_vision_tower)
 
     @property
     def explicit_keys(self) -> dict[str, Any]:
@@ -580,7 +608,9 @@ def regime_name(values: Mapping[str, Any]) -> str:
         "head": "tune_lm_head",
         "projector": "tune_mm_mlp_adapter",
     }
-    return " + ".join(name for name, key in parts.items() if values.get(key)) or "full"
+    regime = " + ".join(name for name, key in parts.items() if values.get(key)) or "full"
+    tower = {"tune_vision_tower": "vision tower", "lora_vision_tower": "LoRA of the vision tower"}
+    return " + ".join([regime, *(name for key, name in tower.items() if values.get(key))])
 
 
 def _training_keys() -> dict[str, Any]:

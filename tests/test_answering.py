@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import tiny_llava, tiny_relook
+from helpers.variants import variants
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
@@ -113,7 +114,9 @@ MODELS: dict[str, Any] = {
 
 
 @pytest.mark.usefixtures("texts_only")
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"cross"}))  # "cross, deep" is more
+@pytest.mark.parametrize(
+    "name", variants(sorted(MODELS.keys() - {"cross"}), {"plain", "lora", "self_cross"})
+)  # "cross, deep" is more
 def test_the_text_is_that_of_generate_for_every_batch(name: str, questions: list[Question]) -> None:
     loaded = as_loaded(MODELS[name]())
     expected = one_by_one(loaded, questions)

@@ -273,6 +273,10 @@ def test_the_notes_table_is_made_of_any_number_of_evaluations(evaluations: list[
     }
     assert (rows[0]["Regime"], rows[0]["lr"], rows[0]["CHAIR_s"]) == ("base", "", "")
     assert (rows[6]["Epoch"], rows[6]["Model"]) == ("0.25", "llava-1.5-7b-hf")
+    # RePOPE's splits are lines of their own.
+    write_json(evaluations[0] / "repope.json", {"random": {**POPE["random"], "accuracy": 0.5}, "provenance": {}})
+    corrected = score_rows(evaluations)[3]
+    assert (corrected["Split"], corrected["Accuracy"], corrected["Regime"]) == ("RePOPE random", "50.00", "base")
     # A folder above them gives them all.
     assert {row["Folder"] for row in score_rows([tmp_path / "eval"])} == set(map(str, evaluations))
 

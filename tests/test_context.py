@@ -24,6 +24,7 @@ from relook.data.packing import TokenRow, pack
 from relook.data.parquet import _META_COLUMNS
 from relook.data.readers import read_hadpo, read_pairs, read_sentinel
 from relook.data.samples import PreferencePair
+from relook.data.sentinel import SentinelPair, sentinel_pair, sentinel_texts
 from relook.data.templates import get_template
 from relook.errors import DataError, RecipeError
 from relook.files import read_json, write_json, write_jsonl
@@ -35,7 +36,7 @@ from relook.train.run import read_samples, train
 
 CONTEXT = "There is a red cup."
 PAIR = PreferencePair(
-    "p", Path("1.png"), "Describe it.", f"{CONTEXT} There is a dog.", f"{CONTEXT} There is a bed.", CONTEXT
+    "p", (Path("1.png"),), "Describe it.", f"{CONTEXT} There is a dog.", f"{CONTEXT} There is a bed.", CONTEXT
 )
 
 
@@ -57,7 +58,7 @@ def targets(row: TokenRow) -> list[int]:
 
 
 def with_context(context: str, complete: bool = True) -> PreferencePair:
-    return PreferencePair("p", PAIR.image, PAIR.prompt, PAIR.chosen, PAIR.rejected, context, complete)
+    return PreferencePair("p", PAIR.images, PAIR.prompt, PAIR.chosen, PAIR.rejected, context, complete)
 
 
 @pytest.mark.parametrize("variant", ["llama_full_32000/legacy_false", "llama_cut_1024/legacy_true"])
@@ -92,7 +93,7 @@ def test_an_answer_that_breaks_off_has_no_end_mark() -> None:
 def batch_of(model: Any) -> tuple[Encoder, list[Example]]:
     encode = encoder(model)
     other = PreferencePair(
-        "q", PAIR.image, "Is there a cup?", "Yes. There is a dog.", "Yes. There is a bed.", "Yes.", False
+        "q", PAIR.images, "Is there a cup?", "Yes. There is a dog.", "Yes. There is a bed.", "Yes.", False
     )
     return encode, [encode.pair(pair) for pair in (PAIR, other)]
 
@@ -190,11 +191,11 @@ def test_sentinels_files_are_read(vg: Path, tmp_path: Path) -> None:
     assert [pair.id for pair in pairs] == ["2-0", "2-1", "2-2", "1-0"]
     one = pairs[0]
     assert (one.chosen, one.rejected) == (f"{CONTEXT} There is a dog.", f"{CONTEXT} There is a bed.")
-    assert (one.context, one.complete, one.image) == (CONTEXT, False, vg / "VG_100K/2.jpg")
+    assert (one.context, one.complete, one.images[0]) == (CONTEXT, False, vg / "VG_100K/2.jpg")
     assert [(pair.context, pair.complete) for pair in pairs[1:3]] == [("", True)] * 2
     assert pairs[2].chosen == "A cup."
     lines, _ = read_sentinel(sound_file(tmp_path, ".jsonl"), vg)
-    assert [pair.image.name for pair in lines] == ["2.jpg", "1.jpg", "2.jpg", "1.jpg"]
+    assert [pair.images[0].name for pair in lines] == ["2.jpg", "1.jpg", "2.jpg", "1.jpg"]
     assert [pair.chosen for pair in lines] == [pair.chosen for pair in pairs]
 
 
@@ -207,7 +208,7 @@ def test_bad_pairs_are_named_by_readers_and_check(vg: Path, tmp_path: Path) -> N
     named = {name: reason for reason, names in report.reasons.items() for name in names}
     expected = {f"1-{i}": reason for i, (_, reason) in enumerate(BAD)}
     assert named == expected | {"3-0": "image file missing", "9-0": "image id not in image_data.json"}
-    with pytest.raises(DataError, match="sample 1-0: an answer repeats the context"):
+    with pytest.raises(DataError, match="bad samples: an answer repeats the context"):
         read_sentinel(path, vg, "error")
     write_jsonl(path.with_suffix(".jsonl"), [{"image_id": 1, **r} if isinstance(r, dict) else r for r in records[:-1]])
     checked = check_folder("sentinel", path.parent, vg, workers=1)
@@ -313,14 +314,22 @@ def test_sentinels_contexts_there_and_back(by: str, suffix: str, vg: Path, tmp_p
 
 
 def without_place(pair: PreferencePair) -> tuple[Any, ...]:
-    return pair.prompt, pair.chosen, pair.rejected, pair.context, pair.complete, pair.image.read_bytes()
+    return pair.prompt, pair.chosen, pair.rejected, pair.context, pair.complete, pair.images[0].read_bytes()
 
 
 def test_what_sentinels_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
-    """Whole answers with a context, and a context that no space ends."""
-    with pytest.raises(DataError, match=r"whole answers with a context: 0; no space after the context: 1"):
+    """A context that no space ends; whole answers with a context, and first sentences, have relook's key `complete`."""
+    with pytest.raises(DataError, match=r"\(no space after the context: 1\)"):
         convert_pairs(trl_file(tmp_path / "trl.parquet"), tmp_path / "out", "sentinel")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("context", "complete"), [("", False), ("", True), (CONTEXT, False), (CONTEXT, True)])
+def test_sentinels_records_say_whether_answers_are_whole(context: str, complete: bool) -> None:
+    pair = SentinelPair(PAIR.prompt, PAIR.chosen, PAIR.rejected, context, complete)
+    record = sentinel_texts(pair)
+    assert sentinel_pair(record) == pair
+    assert ("complete" in record) == (complete == bool(context))
 
 
 # --- a run

@@ -175,7 +175,7 @@ def test_the_pairs_are_those_that_hadpo_trains_on(tmp_path: Path) -> None:
     convert_pairs(source, tmp_path / "pairs.parquet", "trl")
     pairs, report = read_pairs(tmp_path / "pairs.parquet")
     original, _ = read_hadpo(source, source / "desc_data.json", source / "pope_data.json")
-    text = lambda found: {(p.prompt, p.chosen, p.rejected, p.image.read_bytes()) for p in found}  # noqa: E731
+    text = lambda found: {(p.prompt, p.chosen, p.rejected, p.images[0].read_bytes()) for p in found}  # noqa: E731
     assert text(pairs) == text(original)
     assert report.skipped == {"answered correctly": 1}
 
@@ -281,12 +281,12 @@ def test_bad_rows_are_dropped_and_named(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
     pairs, report = read_pairs(tmp_path / "a.parquet")
     assert [pair.id for pair in pairs] == ["row-7", "row-8"]
-    assert pairs[0].image == pairs[1].image
-    assert pairs[0].image.read_bytes() == sound["image"]["bytes"]
+    assert pairs[0].images[0] == pairs[1].images[0]
+    assert pairs[0].images[0].read_bytes() == sound["image"]["bytes"]
     assert {name: reason for reason, names in report.reasons.items() for name in names} == {
         f"row-{i}": reason for i, (_, reason) in enumerate(BAD)
     }
-    with pytest.raises(DataError, match="sample row-0: empty text"):
+    with pytest.raises(DataError, match=r"bad samples: empty text: 1 \(row-0\)"):
         read_pairs(tmp_path / "a.parquet", on_bad="error")
 
 
@@ -304,4 +304,4 @@ def test_a_run_trains_on_a_parquet_file(base: Path, world: Path, tmp_path: Path)
         build_recipe({**keys, "pairs_path": tmp_path / "pairs.parquet", "vg_path": "vg"})
     places = {"output_dir": tmp_path / "b", "image_folder": tmp_path / "elsewhere"}
     found, _ = read_samples(build_recipe({**keys, **places, "pairs_path": tmp_path / "pairs.parquet"}))
-    assert {pair.image.parent for pair in found} == {tmp_path / "elsewhere"}
+    assert {pair.images[0].parent for pair in found} == {tmp_path / "elsewhere"}

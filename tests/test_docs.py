@@ -241,7 +241,7 @@ def parse_command(words: list[str]) -> None:
         if not word.startswith("-") and not Path(word).is_absolute():
             Path(word).mkdir(parents=True, exist_ok=True)
     context = command.make_context(name, list(words))
-    if name in ("train", "estimate", "sweep"):
+    if name in ("train", "estimate", "sweep", "align"):
         kind = "sweep" if name == "sweep" else "recipe"
         file = context.params["file" if kind == "sweep" else "recipe"]
         assert file in {*shipped_names(kind), "RECIPE"} or file.endswith(".yaml")

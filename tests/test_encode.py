@@ -100,7 +100,7 @@ def test_hadpo_pins_differ_in_the_tokens_after_an_end_only(refdata: Path, tokeni
 def test_pairs_of_the_original_dpo_trainer(refdata: Path, tokenizers: dict[str, Any], name: str) -> None:
     made = json.loads((refdata / f"llava_tiny/training/{name}.json").read_text())
     [(asked, chosen)], [(_, rejected)] = (turns_of(made["pairs"][0][side]) for side in ("chosen", "rejected"))
-    pair = PreferencePair("p", IMAGE, asked.removeprefix("<image>\n"), chosen, rejected)
+    pair = PreferencePair("p", (IMAGE,), asked.removeprefix("<image>\n"), chosen, rejected)
     both = rows(encoder(tokenizers[TINY]).pair(pair))
     with np.load(refdata / f"llava_tiny/training/{name}.npz") as arrays:
         for (ids, labels), side in zip(both, ("chosen", "reject"), strict=True):
@@ -217,7 +217,7 @@ def test_images_and_placeholders_must_agree(tokenizers: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"Sample x has 0 <image>, but 1 images"):
         made.conversation(Conversation("x", (IMAGE,), (Turn("Q", "A"),)))
     with pytest.raises(DataError, match=r"Sample p has <image> in an answer"):
-        made.pair(PreferencePair("p", IMAGE, "Q", "an <image>", "A"))
+        made.pair(PreferencePair("p", (IMAGE,), "Q", "an <image>", "A"))
     with pytest.raises(DataError, match=r"The prompt has 1 <image>, but 2 images"):
         made.prompt("<image> Q", images=2)
 

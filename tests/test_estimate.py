@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command import Command
 from helpers.tiny import dpo_keys, sft_keys
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -220,6 +222,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "lora and post decoder": {"lora_enable": True, "lora_r": 8, "tune_post_decoder": True},
     "recomputed lora": {"lora_enable": True, "lora_r": 8, "gradient_checkpointing": True},
     "full": {},
+    "tower": {"tune_vision_tower": True, "tune_lm_head": True},
 }
 
 
@@ -229,7 +232,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     [
         *((regime, torch.float32) for regime in REGIMES),
         # LayerNorm, which the post decoder has, stays in bfloat16 on a CPU; CUDA's autocast takes float32.
-        *((regime, torch.bfloat16) for regime in ("projector", "lora", "full")),
+        *((regime, torch.bfloat16) for regime in ("projector", "lora", "full", "tower")),
     ],
     ids=str,
 )
@@ -266,7 +269,7 @@ def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Pat
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
     policy = build_policy(recipe, loaded, torch.float32)
     collator = Collator(policy, loaded.images, loaded.pad_id)
-    collator.features = cache_vision_features(recipe, policy, examples, loaded.images)
+    collator.kept = cache_vision_features(recipe, policy, examples, loaded.images)
     items, costs = [Item(example) for example in examples], StepCosts.of(policy)
     real = sum(costs.flops(collator(items[start : start + size])["work"]) for start in range(0, len(items), size))
     said = estimate(recipe)["work"]
@@ -351,7 +354,7 @@ def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def shown(*words: str) -> Any:
-    result = CliRunner().invoke(app, ["estimate", *words, "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["estimate", *words], catch_exceptions=False)
     return json.loads(result.stdout)
 
 
@@ -371,7 +374,10 @@ def test_what_an_h100_measured(seven_billion: Path, recipe: str, measured: float
         assert found["ways"]["one GPU"]["before"] / GIB == pytest.approx(19.5, rel=0.1)
 
 
-@pytest.mark.parametrize(("share", "measured"), [(0, 27.2), (0.25, 25.1), (0.43, 23.4)])
+@pytest.mark.parametrize(
+    ("share", "measured"),
+    [(0, 27.2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.25, 25.1), (0.43, 23.4)))],
+)
 def test_what_an_h200_measured_of_activations_that_leave(seven_billion: Path, share: float, measured: float) -> None:
     """benchmarks/RESULTS.md: LoRA of rank 128, 8 pairs a step by four."""
     words = ["--gradient_checkpointing", "false", "--per_device_train_batch_size", "4", "--prompt-tokens", "43"]
@@ -382,6 +388,7 @@ def test_what_an_h200_measured_of_activations_that_leave(seven_billion: Path, sh
     assert (way["processor"] > 0) == (share > 0)
 
 
+@pytest.mark.slow
 def test_what_leaves_comes_back_beside_gradients(seven_billion: Path) -> None:
     """Without gradients of micro-batches before, a step's peak is when the last layer that left has come back: as many
     layers are there as at the beginning, whole ones, and the gradients of those that are done."""
@@ -395,6 +402,7 @@ def test_what_leaves_comes_back_beside_gradients(seven_billion: Path) -> None:
     assert away["processor"] == pytest.approx(kept["parts"]["activations"] / 2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_card_of_24_gib(seven_billion: Path) -> None:
     """QLoRA with recomputation fits; without it, it does not."""
     model = ["--model_name_or_path", str(seven_billion), "--gpu-memory", "24", "--per_device_train_batch_size", "8"]
@@ -548,9 +556,12 @@ def test_what_is_chosen_fits_and_no_larger_batch_does(
         assert set(largest.values()) == {0}
 
 
-def test_the_table_says_what_decides_and_what_to_choose(seven_billion: Path) -> None:
+def test_the_table_says_what_decides_and_what_to_choose(
+    relook: Command, seven_billion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     words = ["hadpo-lora", "--model_name_or_path", str(seven_billion), "--gpus", "2", "--gpu-memory", "24"]
-    text = CliRunner().invoke(app, ["estimate", *words, "--deepspeed=zero3"], catch_exceptions=False).stdout
+    text = relook("estimate", *words, "--deepspeed=zero3").out
     assert "before decides, not training: ZeRO-3, offload." in text
     assert [line.split()[-1] for line in text.splitlines() if line.startswith(("FSDP2", "ZeRO-2 ", "DDP"))]
     command = next(line for line in text.splitlines() if line.startswith("  torchrun"))
@@ -566,7 +577,9 @@ def test_lengths_are_those_of_the_data(base: Path, world: Path, tmp_path: Path) 
     assert found["batch"]["images"] <= 4
 
 
-def test_a_run_and_what_it_measured(base: Path, world: Path, tmp_path: Path) -> None:
+def test_a_run_and_what_it_measured(
+    relook: Command, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run's folder stands for its base with its post decoder; a finished run's peak is shown beside what is said."""
     keys = dpo_keys(base, world, tmp_path / "run", max_steps=1, **REGIMES["post decoder"])
     train(build_recipe(keys))
@@ -576,7 +589,8 @@ def test_a_run_and_what_it_measured(base: Path, world: Path, tmp_path: Path) -> 
     write_json(tmp_path / "run" / "run.json", {**record, "log": [{"peak_memory_gib": 0.5}, {"loss": 1}]})
     assert estimate(build_recipe(keys))["measured_gib"] == 0.5
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-    text = CliRunner().invoke(app, ["estimate", "post-decoder", *words, "--bf16", "false"]).stdout
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    text = relook("estimate", "post-decoder", *words, "--bf16", "false").out
     assert "measured in the finished run: 0.50 GiB" in text
     assert "one GPU" in text
 

@@ -28,6 +28,7 @@ from relook.evaluate.benchmark import ScoringInputs, score_command
 from relook.evaluate.compare import compare
 from relook.evaluate.results import AnswerFile
 from relook.evaluate.run import append_answers, evaluate_model
+from relook.evaluate.tasks.chair import chair_images
 from relook.evaluate.tasks.pope import (
     LLAVA_QUESTIONS,
     SPLITS,
@@ -37,7 +38,7 @@ from relook.evaluate.tasks.pope import (
     pope_questions,
     read_pope_questions,
 )
-from relook.files import read_json, read_records, text_hash, write_json, write_jsonl
+from relook.files import file_hash, read_json, read_records, text_hash, write_json, write_jsonl
 from relook.generate import answering
 from relook.generate.answering import GenerationSettings, answer_questions
 from relook.model.load import model_hash
@@ -424,9 +425,21 @@ def test_chair_takes_a_pinned_list(world: Path, tmp_path: Path) -> None:
     assert [record["image"] for record in read_records(tmp_path / "out" / "chair.jsonl")] == list(images[1::2])
     whole = evaluate_model(shipped_base(), ["chair"], world / "test", tmp_path / "whole", max_new_tokens=20)["chair"]
     assert result["image_list"] != whole["image_list"]
+    listed = {"name": "chair_images.txt", "sha256": file_hash(data / "chair_images.txt")}
+    assert result["provenance"]["image_list_file"] == listed
+    assert "image_list_file" not in whole["provenance"]
     (data / "chair_images.txt").write_text("nowhere.jpg\n")
     with pytest.raises(DataError, match=r"without annotations: nowhere\.jpg"):
         evaluate_model(shipped_base(), ["chair"], data, tmp_path / "other", max_new_tokens=20)
+
+
+def test_published_lists_name_images_in_three_ways(world: Path, tmp_path: Path) -> None:
+    annotations = read_coco(world / "test" / "annotations" / "instances_val2014.json")
+    numbers = {name: number for number, name in annotations.ids.items()}
+    names, listed = annotations.images[:4], tmp_path / "list.jsonl"
+    lines = [names[0], numbers[names[1]], json.dumps({"image_id": int(numbers[names[2]]), "caption": "A cup."})]
+    listed.write_text("\n".join([*lines, json.dumps({"image": names[3]}), ""]))
+    assert chair_images(annotations, listed) == list(names)
 
 
 # --- scores of existing files

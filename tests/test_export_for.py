@@ -13,7 +13,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
+    MistralConfig,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from typer.testing import CliRunner
@@ -45,9 +48,11 @@ from relook.data.encode import Encoder
 from relook.data.templates import get_template
 from relook.errors import RelookError
 from relook.files import read_json, write_json
+from relook.model import modeling_relook
 from relook.model.adapters import TENSORS_FILE
 from relook.model.checkpoint import ADAPTER_FILE
-from relook.model.export import WRITERS, WriteOptions, export_for, export_model
+from relook.model.export import WRITERS, WriteOptions, export_for, export_model, unsupported_by
+from relook.model.load import add_post_decoder
 from relook.serve.chat import read_turns
 from relook.serve.protocol import Message
 from relook.toyworld.build import shipped_base
@@ -263,9 +268,40 @@ def test_a_post_decoder_is_refused_with_the_reason(base: Path, tmp_path: Path) -
     for engine in WRITERS:
         done = CliRunner().invoke(app, ["export", str(pd), str(tmp_path / "out"), "--for", engine])
         assert isinstance(done.exception, RelookError), engine
-        assert "at every token" in str(done.exception)
+        reason = "that have seen the whole image" if engine == "vllm" else "only LLaVA's own layers"
+        assert reason in str(done.exception)
         assert "relook serve" in done.exception.fix
         assert not (tmp_path / "out").exists()
+
+
+def test_vllms_plugin_runs_a_post_decoder_over_one_placeholder_for_each_feature() -> None:
+    def reason(prefix: str = "Llava", config: dict[str, Any] | None = None, **settings: Any) -> str:
+        config_class = getattr(modeling_relook, f"Relook{prefix}Config")
+        return unsupported_by("vllm", config_class(post_decoder=settings, **(config or {})))
+
+    for settings in ({"depth": 3}, {"attention": "none", "depth": 2}, {"attention": "self_cross"}, {"num_heads": 2}):
+        assert reason(**settings) == ""
+    assert "no position sees what follows it" in reason(attention="self_cross", depth=2)
+    assert "LLaVA-1.5 alone" in reason("LlavaNext")
+    assert "LLaVA-1.5 alone" in reason("Qwen2_5_VL")
+    assert "one layer" in reason(config={"vision_feature_layer": [-2, -1]})
+    assert "sliding window" in reason(config={"text_config": MistralConfig(sliding_window=4)})
+
+
+def test_a_post_decoders_folder_needs_relooks_plugin_and_no_code(base: Path, tmp_path: Path) -> None:
+    pd = tmp_path / "pd"
+    add_post_decoder(load_model(base).model, {"depth": 2}, torch.Generator().manual_seed(5)).save_pretrained(pd)
+    load_model(base).processor.save_pretrained(pd)
+    done = CliRunner().invoke(app, ["export", str(pd), str(tmp_path / "out"), "--for", "vllm"])
+    assert done.exit_code == 0, done.output
+    assert "--dtype float32" in done.stderr.splitlines()[-1]
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["architectures"] == ["RelookLlavaForConditionalGeneration"]
+    assert "auto_map" not in config
+    assert not list((tmp_path / "out").glob("*.py"))
+    entry = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["entry-points"]
+    module, _, function = entry["vllm.general_plugins"]["relook"].partition(":")
+    assert callable(getattr(import_module(module), function))  # without vLLM: it is imported when called
 
 
 def test_what_an_engine_cannot_run_is_refused(plain: Path, base: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_image_ids_as_numbers_and_texts_are_the_same(tmp_path: Path) -> None:
     ids = [1, "1", 1.0, "0001"]
     write_json(folder / "pope_data.json", [ask((f"{i}?", "Yes.", "No."), image_id=id) for i, id in enumerate(ids)])
     pairs, _ = read_hadpo(folder, None, folder / "pope_data.json", on_bad="error")
-    assert {pair.image.name for pair in pairs} == {"1.jpg"}
+    assert {pair.images[0].name for pair in pairs} == {"1.jpg"}
     assert check_folder("hadpo", folder).clean
     assert convert_pairs(folder, tmp_path / "out.parquet", "trl") == len(ids)
 
@@ -181,18 +181,18 @@ def test_an_extension_in_another_case_is_the_same_file_to_every_reader(tmp_path:
     vg = write_vg(tmp_path / "vg", suffix=".JPG")
     write_json(vg / "pope_data.json", [ask(SOUND)])
     [pair], _ = read_hadpo(vg, None, vg / "pope_data.json", on_bad="error")
-    assert pair.image == vg / "VG_100K/0.JPG"
+    assert pair.images == (vg / "VG_100K/0.JPG",)
     assert convert_pairs(vg, tmp_path / "out.parquet", "trl") == 1
     record = {"id": "1", "image": "0.jpg", "conversations": talk("<image>\nWhat?", "A dog.")}
     write_json(vg / "VG_100K/mix.json", [record])
     [sample], _ = read_llava(vg / "VG_100K/mix.json", vg / "VG_100K", on_bad="error")
-    assert sample.images == (pair.image,)
+    assert sample.images == pair.images
     row = {"image": {"bytes": None, "path": "0.jpg"}, "question": "What?", "chosen": "A dog.", "rejected": "A cat."}
     pq.write_table(pa.Table.from_pylist([row]), vg / "VG_100K/named.parquet")
     assert read_pairs(vg / "VG_100K/named.parquet", tmp_path / "images")[1].dropped == 0
     fixed = tmp_path / "fixed"
     assert fix_folder("hadpo", vg, fixed)["records_dropped"] == {}
-    assert (fixed / "VG_100K/0.jpg").read_bytes() == pair.image.read_bytes()  # not encoded again
+    assert (fixed / "VG_100K/0.jpg").read_bytes() == pair.images[0].read_bytes()  # not encoded again
     assert check_folder("hadpo", fixed, named_only=True).clean
 
 

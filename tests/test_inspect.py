@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.command import Command
 from helpers.tiny import dpo_keys
 from PIL import Image
 from test_llava_next import GRID, next_processor, tiny_next
-from typer.testing import CliRunner
 
 from relook import load_model, toyworld
-from relook.cli import app
-from relook.errors import RelookError
 from relook.model.inspect import TracedTensor, inspect_model
 from relook.model.load import add_post_decoder
 from relook.recipe import build_recipe
@@ -159,13 +158,15 @@ def test_a_liuhaotian_folder_and_a_change_on_it(refdata: Path) -> None:
     assert logits[0] != logits[1]
 
 
-def test_the_command(image: Path) -> None:
-    invoke, base = CliRunner().invoke, str(Path(toyworld.__file__).parent / "base")
-    done = invoke(app, ["inspect", base, "--image", str(image), "--prompt", "Is there a cup?"])
-    assert done.exit_code == 0, done.output
-    for text in ("CLIPEncoderLayer", "post_decoder_head", "merged embeddings", "decode"):
-        assert text in done.stdout
-    found = json.loads(invoke(app, ["inspect", base, "--prompt", "Is there a cup?", "--json"]).stdout)
+def test_the_command(relook: Command, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Path(toyworld.__file__).parent / "base"
+    found = json.loads(relook("inspect", base, "--prompt", "Is there a cup?").out)  # of a pipe
     assert found.keys() == {"model", "type", "modules", "trains", "tensors"}
     assert not any("projected" in row["name"] for row in found["tensors"])  # no image
-    assert isinstance(invoke(app, ["inspect", "nowhere"]).exception, RelookError)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    ended = relook("inspect", base, "--image", image, "--prompt", "Is there a cup?")
+    assert ended.status == 0, ended.err
+    for text in ("CLIPEncoderLayer", "post_decoder_head", "merged embeddings", "decode"):
+        assert text in ended.out
+    assert "nowhere does not exist" in relook("inspect", "nowhere").err

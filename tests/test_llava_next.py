@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import dpo_keys, left_padded, scramble, tiny_llava, write_world
+from helpers.variants import variants
 from PIL import Image
 from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
@@ -175,7 +176,7 @@ def test_a_number_of_images_is_not_enough(loaded: LoadedModel, tmp_path: Path) -
         loaded.encoder().prompt("Hello", 1)
     (tmp_path / "no.jpg").write_bytes(b"no image")
     with pytest.raises(RelookError, match=r"no\.jpg is not an image"):
-        loaded.encoder().pair(PreferencePair("1", tmp_path / "no.jpg", "What?", "a", "b"))
+        loaded.encoder().pair(PreferencePair("1", (tmp_path / "no.jpg",), "What?", "a", "b"))
 
 
 def test_the_square_canvas_is_not_taken_for_the_padding_of_batches(loaded: LoadedModel) -> None:
@@ -208,7 +209,7 @@ def test_it_looks_at_every_tile_of_its_own_images(loaded: LoadedModel) -> None:
         torch.testing.assert_close(one, states[-2][:, 1:].flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("how", variants([{}, {"num_beams": 3}, {"use_cache": False}], ({}, {"num_beams": 3})), ids=str)
 def test_a_batch_says_what_its_rows_say_alone(how: dict[str, Any]) -> None:
     model = with_decoder(depth=2)
     loaded = as_loaded(model)
@@ -282,7 +283,7 @@ def test_trees_are_equal_to_separate_rows(odd_world: Path, settings: dict[str, A
     encoder = loaded.encoder()
     paths = sorted((odd_world / "vg").rglob("*.jpg"))[:4]
     answers = ("There is a cup.", "There is a dog in the image.")
-    examples = [encoder.pair(PreferencePair("p", path, "Describe this image.", *answers)) for path in paths]
+    examples = [encoder.pair(PreferencePair("p", (path,), "Describe this image.", *answers)) for path in paths]
     collator = Collator(Policy(model), loaded.images, 3)
     items = sorted(map(Item, examples), key=lambda item: -len(item.example.tree))
     ours = collator.policy(collator(items)["batch"])
@@ -306,7 +307,7 @@ REGIMES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", variants(REGIMES, {"both"}))
 def test_training_starts_at_ln_2_and_what_it_leaves_is_loaded(
     regime: str, folder: Path, odd_world: Path, tmp_path: Path
 ) -> None:

@@ -45,10 +45,12 @@ def test_operations_by_hand() -> None:
     assert linear_flops(100, trained=True, flows=False) == 400  # and the weights' gradient
     assert linear_flops(100, trained=False, flows=True) == 400  # and the input's
     assert linear_flops(100, trained=True, flows=True) == 600
-    work = BatchStats(pairs=1, tokens=7, last_mlp=6, features=5, encoded=4, states=3, targets=2, live=True)
+    work = BatchStats(pairs=1, tokens=7, last_mlp=6, features=5, projected=5, encoded=4, states=3, targets=2, live=True)
     costs = StepCosts(1, 10, 100, 1000, 10**4, 10**5, 10**6)
     assert costs.flops(work) == 4 + 50 + 700 + 6000 + 50_000 + 300_000 + 2_000_000
-    cached = BatchStats(pairs=1, tokens=7, last_mlp=6, features=5, encoded=4, states=3, targets=2, live=False)
+    cached = BatchStats(
+        pairs=1, tokens=7, last_mlp=6, features=5, projected=5, encoded=4, states=3, targets=2, live=False
+    )
     assert costs.flops(cached) == 50_000 + 300_000 + 2_000_000
 
 
@@ -144,7 +146,7 @@ def test_the_meter_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.numel()) or whole(tensor))
     for name in ("item", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a read of its own"))
-    meter, work = Meter(StepCosts(*[1] * 7)), BatchStats(1, 2, 3, 4, 5, 6, 7, live=True)
+    meter, work = Meter(StepCosts(*[1] * 7)), BatchStats(1, 2, 3, 4, 4, 5, 6, 7, live=True)
     meter.start()
     for step in range(10):
         meter.add({"loss": torch.tensor(float(step)), "nll": torch.tensor(1.0)}, work, step)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.tiny import dpo_keys, sft_keys, write_world
+from helpers.variants import variants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -313,7 +314,7 @@ def by_peft(base: Path, *adapters: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("how", ["model", "adapter"])
+@pytest.mark.parametrize("how", variants(["model", "adapter"], {"adapter"}))
 def test_a_policy_that_goes_on_from_an_sft_lora(how: str, sft: Path, base: Path, world: Path, tmp_path: Path) -> None:
     """Its reference is the SFT model, and what is saved is the new adapter on that."""
     on = {"model_name_or_path": sft} if how == "model" else {"adapter_name_or_path": sft}
@@ -349,6 +350,7 @@ def test_a_policy_that_goes_on_from_an_sft_lora(how: str, sft: Path, base: Path,
         merge_adapter(base, out, tmp_path / "stage", stage=1)
 
 
+@pytest.mark.slow
 def test_a_third_run_and_a_frozen_trunk_on_a_run(sft: Path, base: Path, world: Path, tmp_path: Path) -> None:
     second = train(
         build_recipe(dpo_keys(base, world, tmp_path / "2", model_name_or_path=sft, tune_lm_head=True, max_steps=2))
@@ -374,7 +376,7 @@ def test_a_third_run_and_a_frozen_trunk_on_a_run(sft: Path, base: Path, world: P
         tensors.write_bytes(kept)
 
 
-@pytest.mark.parametrize("on", ["bits", "adapter", "run"])
+@pytest.mark.parametrize("on", variants(["bits", "adapter", "run"], {"run"}))
 def test_what_stands_above_a_trunk_trains_as_with_it(
     on: str, sft: Path, base: Path, world: Path, tmp_path: Path
 ) -> None:
@@ -432,6 +434,7 @@ def test_a_trainer_that_compiles_the_policy(base: Path, world: Path, tmp_path: P
 # --- HA-DPO's recipe
 
 
+@pytest.mark.slow  # test_real_data.py runs it, too
 def test_hadpos_recipe_runs_as_it_ships(base: Path, tmp_path: Path) -> None:
     """On a small model and few pairs, with flags of HA-DPO's command beside it."""
     keys = dpo_keys(base, write_world(tmp_path / "world", scenes=2), tmp_path / "run")

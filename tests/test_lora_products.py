@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import tilted
+from helpers.variants import variants
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
@@ -66,14 +67,17 @@ def states_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "lora",
-    [
-        {},
-        {"lora_alpha": 7},
-        {"use_rslora": True, "r": 3},
-        {"target_modules": ["q_proj", "v_proj", "up_proj"]},
-        {"target_modules": ["k_proj", "down_proj"]},
-        {"lora_dropout": 0.5},
-    ],
+    variants(
+        [
+            {},
+            {"lora_alpha": 7},
+            {"use_rslora": True, "r": 3},
+            {"target_modules": ["q_proj", "v_proj", "up_proj"]},
+            {"target_modules": ["k_proj", "down_proj"]},
+            {"lora_dropout": 0.5},
+        ],
+        ({}, {"target_modules": ["k_proj", "down_proj"]}, {"lora_dropout": 0.5}),
+    ),
     ids=str,
 )
 def test_states_and_gradients_are_pefts(lora: dict[str, Any]) -> None:
@@ -100,7 +104,7 @@ def test_dropout_is_pefts() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("autocast", variants([True, False], {True}))
 def test_in_a_lower_precision_as_near_as_pefts(autocast: bool) -> None:
     """bf16 beside float32 adapters: both differ from exact numbers by rounding, neither by more."""
     model, other = with_lora()
@@ -164,6 +168,7 @@ def traced_products(kept: list[Any]) -> Any:
     return backend
 
 
+@pytest.mark.slow
 def test_a_layer_compiles_in_one_piece_and_once_for_all() -> None:
     """Of 7 layers' products with A four are left: those that read the same states are one."""
     _, other = with_lora()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from PIL import Image
 from relook.data.check import check_folder
 from relook.data.convert import convert_pairs
 from relook.data.readers import DESCRIBE_PROMPTS, read_hadpo, read_pairs
+from relook.data.sentences import split_sentences
 from relook.demo import mining_settings
 from relook.errors import DataError, RecipeError, RelookError
 from relook.evaluate.judge import JudgeSettings, NoVerdict
@@ -47,7 +49,6 @@ from relook.mine.pairs import (
     near_duplicates,
     replace_noun,
     shingles,
-    split_sentences,
     word_count,
 )
 from relook.mine.pictures import NEUTRAL, AnnotatedImages, ExclusionFilter, MinedImage, fingerprint, read_pictures
@@ -60,7 +61,7 @@ names = st.lists(st.sampled_from(OBJECTS), max_size=8)
 
 
 def fixed(text: str, truth: Sequence[str], seed: int = 0) -> str:
-    return correct_description(text, truth, VOCABULARY, FILLERS, random.Random(seed))
+    return correct_description(text, truth, VOCABULARY, FILLERS, random.Random(seed)).text
 
 
 # --- corrections
@@ -71,7 +72,7 @@ def test_corrections_are_true_and_of_equal_length(
     said: list[str], truth: set[str], setting: str, rng: random.Random
 ) -> None:
     text = describe_scene(said, setting, rng.randint(0, 2), rng)
-    chosen = correct_description(text, truth, VOCABULARY, FILLERS, rng)
+    chosen = correct_description(text, truth, VOCABULARY, FILLERS, rng).text
     assert hallucinations(chosen, truth, VOCABULARY) == []
     assert len(words(chosen)) == len(words(text))
     sentences = list(zip(text.split(". "), chosen.split(". "), strict=True))
@@ -86,7 +87,7 @@ def test_corrections_are_true_and_of_equal_length(
 
 def test_corrections_by_hand() -> None:
     assert fixed("There is a dog. There is a cup.", ["cup", "apple"]) == "There is an apple. There is a cup."
-    assert fixed("A dog and an apple lie here.", ["apple", "bed"]) == "A bed and an apple lie here."
+    assert fixed("There is a dog and an apple.", ["apple", "bed"]) == "There is a bed and an apple."
     assert fixed("There is a puppy.", ["dog"]) == "There is a puppy."  # a synonym is no mistake
     assert fixed("It looks quite calm.", []) == "It looks quite calm."
     replaced = fixed("There is a dog. There is a cat.", []).split(". ")
@@ -95,16 +96,16 @@ def test_corrections_by_hand() -> None:
 
 
 def test_what_is_said_again_is_exchanged_for_the_same() -> None:
-    assert fixed("A dog runs. The dog is big.", ["cup", "bed"]) in (
-        "A cup runs. The cup is big.",
-        "A bed runs. The bed is big.",
+    assert fixed("There is a dog. We see the dog.", ["cup", "bed"]) in (
+        "There is a cup. We see the cup.",
+        "There is a bed. We see the bed.",
     )
     assert set(words(fixed("There is a dog. There is a dog.", ["cup", "bed"]))) >= {"cup", "bed"}
 
 
 def test_a_neutral_sentence_is_about_as_long_and_names_nothing() -> None:
     long = "There is a dog that lies in the corner and sleeps the whole day long."
-    chosen = correct_description(long, [], VOCABULARY, NEUTRAL, random.Random(0))
+    chosen = correct_description(long, [], VOCABULARY, NEUTRAL, random.Random(0)).text
     assert abs(len(chosen.split()) - len(long.split())) <= 2
     assert not any(mentions(line, coco_vocabulary()) for line in NEUTRAL)
     assert NEUTRAL[: len(FILLERS)] == FILLERS
@@ -113,13 +114,42 @@ def test_a_neutral_sentence_is_about_as_long_and_names_nothing() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("A dog.\n\nIt is 3.5 m away.", "A cup.\n\nIt is 3.5 m away."),  # paragraphs and numbers stay
+        ("There is a dog.\n\nIt is 3.5 m away.", "There is a cup.\n\nIt is 3.5 m away."),  # paragraphs and numbers stay
         ("A bed! There is a dog", "A bed! There is a cup"),  # a sentence that was cut off stays cut off
         ("There is a bed. There is", "There is a bed. There is"),
     ],
 )
 def test_nothing_else_changes(text: str, expected: str) -> None:
     assert fixed(text, ["bed", "cup"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "taken_out"),
+    [
+        ("There is a small blue bird.", "There is a cup.", 2),  # the bird's colour would be said of the cup
+        (
+            "The picture shows a red car, a blue bus and a big bird.",
+            "The picture shows a cup, a blue bus and a bed.",
+            2,
+        ),
+        ("In the picture, there is an old dog", "In the picture, there is a cup", 1),
+        ("There is a bird in the sky.", None, 0),  # where it is
+        ("A dog runs.", None, 0),  # what it does
+        ("There are two dogs.", None, 0),  # how many there are
+        ("There is a man riding a bicycle.", None, 0),
+        ("There is a bus next to a dog.", None, 0),
+        ("There is a bus and its dog.", None, 0),
+    ],
+)
+def test_nothing_is_kept_that_was_said_of_what_is_not_there(text: str, expected: str | None, taken_out: int) -> None:
+    rng = random.Random(1)
+    found = correct_description(text, ["bus", "cup", "bed"], VOCABULARY, NEUTRAL, rng)
+    if expected is None:
+        assert found.text in NEUTRAL
+        assert (found.exchanged, found.taken_out, found.neutral) == (0, 0, 1)
+    else:
+        assert found.text in (expected, re.sub("cup|bed", lambda m: {"cup": "bed", "bed": "cup"}[m[0]], expected))
+        assert found.taken_out == taken_out
 
 
 def test_a_neutral_sentence_stays_cut_off_too() -> None:
@@ -146,13 +176,15 @@ def test_exchanged_nouns_take_article_and_number_along(sentence: str, noun: str,
 
 def test_a_new_word_that_makes_another_object_drops_the_pair(tmp_path: Path) -> None:
     vocabulary = coco_vocabulary()
-    texts = ["There is a toilet with a seat.", "A teddy dog lies there.", "There is a dog.", "There is a cup."]
+    texts = ["There is a toilet and a seat.", "There is a teddy dog.", "There is a dog.", "There is a cup."]
     there = [frozenset(names) for names in (["cup"], ["bear"], ["cup"], ["cup"])]
     pictures = [MinedImage(str(i), tmp_path, frozenset(), objects) for i, objects in enumerate(there)]
     annotated = AnnotatedImages(tuple(pictures), vocabulary, NEUTRAL)
     found = find_pairs(pictures, [[text] for text in texts], annotated, 0, None, random.Random(0))
-    assert [(pair.picture.id, pair.chosen) for pair in found.pairs] == [("2", "There is a cup.")]
-    assert found.dropped == {STILL_FALSE: 2}
+    chosen = [("1", "There is a bear."), ("2", "There is a cup.")]
+    assert [(pair.picture.id, pair.chosen) for pair in found.pairs] == chosen
+    assert found.dropped == {STILL_FALSE: 1}
+    assert found.corrections == {"exchanged": 2, "taken_out": 1, "neutral": 0}
 
 
 # --- which questions
@@ -404,7 +436,9 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
 def test_what_is_mined_from_known_answers(said: list[tuple[Path, str]], kitchen: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     card = mine_pairs(shipped_base(), MiningSource(kitchen, "vg"), out, MiningSettings(questions=2, near_texts=0))
-    assert card["descriptions"] == {"made": 8, "hallucinated": 6, "found": 3, "dropped": {}, "pairs": 3}
+    corrections = {"exchanged": 3, "taken_out": 0, "neutral": 1}
+    counts = {"made": 8, "hallucinated": 6, "found": 3, "dropped": {}, "pairs": 3, "corrections": corrections}
+    assert card["descriptions"] == counts
     pairs = read_json(out / "desc_data.json")
     assert pairs.keys() == {"1", "2", "3"}
     assert all(pair["rejected"] == ["There is a cup. There is a dog."] for pair in pairs.values())
@@ -516,8 +550,8 @@ def test_mined_files_are_read_by_every_reader(mined: Path) -> None:
     )
     rows, report = read_pairs(mined / "pairs.parquet", mined.parent / "rows", on_bad="error")
     assert len(rows) == card["questions"]["pairs"] + card["descriptions"]["pairs"]
-    asked = {(pair.prompt, pair.chosen, pair.rejected, pair.image.read_bytes()) for pair in pairs}  # type: ignore[union-attr]
-    assert {(row.prompt, row.chosen, row.rejected, row.image.read_bytes()) for row in rows} == asked  # type: ignore[union-attr]
+    asked = {(pair.prompt, pair.chosen, pair.rejected, pair.images[0].read_bytes()) for pair in pairs}  # type: ignore[union-attr]
+    assert {(row.prompt, row.chosen, row.rejected, row.images[0].read_bytes()) for row in rows} == asked  # type: ignore[union-attr]
 
 
 def test_parquet_goes_back_to_hadpo(mined: Path, tmp_path: Path) -> None:
@@ -561,6 +595,16 @@ def test_the_demos_settings_are_the_same_mining(world: Path, tmp_path: Path) -> 
     assert card["near_texts"] == 0
 
 
+def start_ranks(command: Sequence[object], count: int) -> list[subprocess.Popen[bytes]]:
+    """Start a command in several processes, as torchrun does, but so that a kill reaches them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    more = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    ranks = [{**os.environ, **more, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+    return [subprocess.Popen(list(map(str, command)), env=rank) for rank in ranks]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_for_good_and_over_processes_the_files_are_the_same(
@@ -573,24 +617,16 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
     command += ["--annotations", "toyworld", "--exclude", place.exclude[0], "--questions", "4", "--near-texts", "0"]
     command += ["--max-new-tokens", "40", "--batch-size", "1"]
 
-    def start() -> list[subprocess.Popen[bytes]]:
-        with socket.socket() as probe:  # as torchrun does, but so that a kill reaches them
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        more = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        ranks = [{**os.environ, **more, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
-        return [subprocess.Popen(list(map(str, command)), env=rank) for rank in ranks]
-
     for name in ("pictures", "descriptions_0", "descriptions_1", "answers", "desc_data.json", "pairs.parquet"):
         file = out / name if "." in name else out / "work" / f"{name}.jsonl"
-        jobs = start()
+        jobs = start_ranks(command, count)
         while not file.exists() and any(job.poll() is None for job in jobs):
             time.sleep(0.005)
         for job in jobs:
             job.kill()
             job.wait()
         assert file.exists()
-    assert [job.wait() for job in start()] == [0] * count
+    assert [job.wait() for job in start_ranks(command, count)] == [0] * count
     assert contents(out) == contents(mined)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from helpers.forked import forked
 from helpers.tiny import left_padded, pixels, prompt, scramble, tiny_llava, tiny_relook
+from helpers.variants import variants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, dynamic_module_utils
@@ -269,7 +270,7 @@ def test_labels_give_the_mean_cross_entropy() -> None:
 # --- generation
 
 
-@every_variant
+@pytest.mark.parametrize("settings", variants(VARIANTS, ({}, VARIANTS[-1])), ids=str)
 def test_generated_text_does_not_depend_on_the_way(settings: dict[str, Any]) -> None:
     """Greedy and beams: alone, together, cached and not; and an argmax loop that never heard of a cache."""
     model = tiny_relook(**settings)

@@ -254,6 +254,7 @@ def test_states_are_those_of_separate_rows(
     check_states(trees, pack(trees, PAD, everything, row_length, root_length=root, trees_per_root=sharing), "dense")
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(TREES, ROOTS, SHARING, st.booleans(), st.sampled_from(["flex", "compiled"]), st.sampled_from([30, 1000]))
 def test_flex_attention_gives_the_same_states(

@@ -308,11 +308,12 @@ def test_mistakes_are_told(chromium: Any, served: Served, shots: Path, locale: s
 
 def test_an_end_before_the_end_is_told(chromium: Any, served: Served, shots: Path) -> None:
     tab = Tab(chromium, served, shots)
+    # First of all, because Gradio sets the values once more some moments after it has shown them.
+    tab.page.get_by_text(ENGLISH["settings"], exact=True).click()
     tab.ask()
     until(lambda: bool(tab.answer()))
     tab.page.click("#stop")
     until(lambda: tab.page.get_by_text(ENGLISH["cancelled"]).count() == 2)
-    tab.page.get_by_text(ENGLISH["settings"], exact=True).click()
     tab.page.get_by_label(ENGLISH["max_tokens"]).first.fill("2")
     tab.ask()
     until(lambda: tab.page.get_by_text(ENGLISH["length"]).count() == 2)

@@ -69,14 +69,14 @@ def test_hadpo_mixes_and_draws_as_the_original(vg: Path, tmp_path: Path) -> None
     random.setstate(state)
     descriptions = [
         PreferencePair(
-            f"desc-{i}", vg / ("VG_100K" if int(i) % 2 else "VG_100K_2") / f"{i}.jpg", prompt, chosen, rejected
+            f"desc-{i}", (vg / ("VG_100K" if int(i) % 2 else "VG_100K_2") / f"{i}.jpg",), prompt, chosen, rejected
         )
         for i, chosen, rejected, prompt in draws
     ]
     text = "Is there a dog in the image?"
     assert pairs == [
-        PreferencePair("pope-0", vg / "VG_100K/3.jpg", text, "No.", "Yes."),
-        PreferencePair("pope-2", vg / "VG_100K_2/6.jpg", text, "Yes.", "No."),
+        PreferencePair("pope-0", (vg / "VG_100K/3.jpg",), text, "No.", "Yes."),
+        PreferencePair("pope-2", (vg / "VG_100K_2/6.jpg",), text, "Yes.", "No."),
         *descriptions,
         *descriptions,
     ]
@@ -130,7 +130,7 @@ def test_hadpo_names_every_pair_it_drops(vg: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("key", "record", "reason"), BAD_DESCRIPTIONS)
 def test_hadpo_raises_if_asked_to(vg: Path, tmp_path: Path, key: str, record: Any, reason: str) -> None:
-    with pytest.raises(DataError, match=f"sample desc-{key}: {reason}"):
+    with pytest.raises(DataError, match=rf"bad samples: {reason}: 1 \(desc-{key}\)"):
         read_hadpo(vg, write(tmp_path / "d.json", {key: record}), on_bad="error")
 
 
@@ -225,7 +225,7 @@ def test_llava_names_every_conversation_it_drops(tmp_path: Path) -> None:
     assert len(named) == len(BAD_CONVERSATIONS)
     for number, (_, reason) in enumerate(BAD_CONVERSATIONS):
         assert named[str(number)].startswith(reason)
-    with pytest.raises(DataError, match="sample 0: turns do not alternate"):
+    with pytest.raises(DataError, match="bad samples: turns do not alternate"):
         read_llava(file, tmp_path, on_bad="error")
 
 

@@ -20,8 +20,8 @@ SFT = {"task": "sft", "model_name_or_path": "m", "output_dir": "o", "data_path":
 def test_shipped_recipes_load_with_the_users_paths(name: str) -> None:
     recipe = load_recipe(name, SFT if read_yaml_or_shipped(name, "recipe")["task"] == "sft" else DPO)
     assert (recipe.model_name_or_path, recipe.output_dir) == ("m", "o")
-    assert recipe.full == (name in ("toyworld-base", "llava-sft", "mpo"))
-    trained = ("toyworld-base", "llava-sft", "mpo", "toyworld-lora", "hadpo-lora", "sentinel")
+    assert recipe.full == (name in ("toyworld-base", "llava-sft", "mpo", "rlaif-v"))
+    trained = ("toyworld-base", "llava-sft", "mpo", "toyworld-lora", "hadpo-lora", "sentinel", "rlaif-v", "opa-dpo")
     assert recipe.frozen_trunk == (name not in trained)
     assert isinstance(recipe.training["learning_rate"], float)
 

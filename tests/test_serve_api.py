@@ -347,7 +347,7 @@ def test_a_model_and_itself_with_its_change_switched_off(tmp_path: Path) -> None
     model = tiny_relook()
     model.save_pretrained(tmp_path / "pd")
     as_loaded(model).processor.save_pretrained(tmp_path / "pd")
-    models = load_models(tmp_path / "pd", LoadOptions(), None, with_base=True)
+    models = load_models([tmp_path / "pd"], LoadOptions(), with_base=True)
     assert list(models) == ["pd", "pd-base"]
     plain = save_tiny(tmp_path / "plain")
     image = Image.open(io.BytesIO(PICTURES[0]))
@@ -355,12 +355,26 @@ def test_a_model_and_itself_with_its_change_switched_off(tmp_path: Path) -> None
     assert texts["pd-base"] == load_model(plain).generate([image], TEXTS[0], max_new_tokens=NEW) != texts["pd"]
     both = [loaded.core.model.language_model.embed_tokens.weight for loaded in models.values()]
     assert both[0].data_ptr() == both[1].data_ptr()
-    beside = load_models(tmp_path / "pd", LoadOptions(), plain, with_base=False)
+    beside = load_models([tmp_path / "pd"], LoadOptions(), plain)
     assert list(beside) == ["pd", "plain"]
     both = [loaded.core.model.language_model.embed_tokens.weight for loaded in beside.values()]
     assert both[0].data_ptr() == both[1].data_ptr()
     with pytest.raises(RelookError, match="nothing that could be switched off"):
-        load_models(plain, LoadOptions(), None, with_base=True)
+        load_models([plain], LoadOptions(), with_base=True)
+
+
+def test_several_models_share_what_is_equal_and_have_names_of_their_own(tmp_path: Path) -> None:
+    plain, other = save_tiny(tmp_path / "plain"), save_tiny(tmp_path / "other" / "plain")
+    tiny_relook().save_pretrained(tmp_path / "pd")
+    as_loaded(tiny_relook()).processor.save_pretrained(tmp_path / "pd")
+    models = load_models([tmp_path / "pd", plain, other], LoadOptions())
+    assert list(models) == [f"{tmp_path.name}/pd", f"{tmp_path.name}/plain", "other/plain"]
+    weights = [loaded.core.model.language_model.embed_tokens.weight for loaded in models.values()]
+    assert len({weight.data_ptr() for weight in weights}) == 1
+    with pytest.raises(RelookError, match="named twice"):
+        load_models([plain, tmp_path / "other" / ".." / "plain"], LoadOptions())
+    with pytest.raises(RelookError, match="single model"):
+        load_models([plain, other], LoadOptions(), with_base=True)
 
 
 def test_a_port_is_taken_or_the_user_is_told() -> None:
@@ -374,7 +388,7 @@ def test_a_port_is_taken_or_the_user_is_told() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_model_says_over_http_what_it_says_in_python(bits: int, base: Path) -> None:
-    (model,) = load_models(base, LoadOptions(bits=bits, device="cpu"), None, False).values()
+    (model,) = load_models([base], LoadOptions(bits=bits, device="cpu")).values()
     with serving({"tuned": Engine(model, EngineLimits(slots=2))}, ServerLimits()) as quantised:
         status, reply = quantised.chat(with_picture(TEXTS[0], PICTURES[0]))
         assert status == 200

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.serving import NEW, PICTURES, Held, png, until
 from helpers.tiny import tiny_llava, tiny_relook
+from helpers.variants import variants
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -92,6 +93,19 @@ def test_a_function_runs_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> N
         engine.run(lambda: 1)
 
 
+def test_a_pass_leaves_the_models_config_alone() -> None:
+    """Another engine, or an attention map, may run a model with the same config on another thread."""
+    loaded = as_loaded(tiny_relook())
+    model, seen = loaded.core.model.language_model, set[str]()
+    model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda *_: seen.add(model.config._attn_implementation)  # type: ignore[func-returns-value]
+    )
+    before = model.config._attn_implementation
+    with engine_of(loaded) as engine:
+        text_of(engine.stream(asked(engine, PICTURES[:1], TEXTS[0])))
+    assert seen == {before}
+
+
 def asked(engine: Engine, images: Sequence[bytes], *texts: str, **how: Any) -> Request:
     """A request of a conversation: texts of user and model in turns, all images in the first."""
     read = tuple(map(engine.image, images))
@@ -131,7 +145,9 @@ def one_by_one(loaded: LoadedModel, questions: Sequence[Question], **how: Any) -
 # --- the text of `generate`
 
 
-@pytest.mark.parametrize("name", ["cross, deep", "self_cross"])  # test_answering.py has the others in such steps
+@pytest.mark.parametrize(
+    "name", variants(["cross, deep", "self_cross"], {"self_cross"})
+)  # test_answering.py has the others in such steps
 def test_many_at_once_each_get_the_text_of_generate(name: str) -> None:
     loaded = as_loaded(MODELS[name]())
     expected = one_by_one(loaded, QUESTIONS, max_new_tokens=6)
@@ -295,6 +311,28 @@ def test_a_warm_engine_answers_as_a_cold_one() -> None:
         engine.warm()
         assert engine.batch.counts.new_tokens == 0
         assert at_once(engine, QUESTIONS[:8]) == one_by_one(loaded, QUESTIONS[:8])
+
+
+def test_generate_runs_beside_an_engine() -> None:
+    """While the engine is inside a pass, the model's own forward passes attend as transformers'."""
+    loaded = as_loaded(tiny_relook())
+    expected = loaded.generate((), TEXTS[0], max_new_tokens=NEW)
+    inside, go = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        if threading.current_thread().name == "engine":
+            inside.set()
+            assert go.wait(30)
+
+    with engine_of(loaded) as engine:
+        loaded.core.model.language_model.norm.register_forward_pre_hook(hold)
+        events: list[Event] = []
+        engine.submit(asked(engine, (), TEXTS[0]), events.append)
+        assert inside.wait(30)
+        beside = loaded.generate((), TEXTS[0], max_new_tokens=NEW)
+        go.set()
+        until(lambda: bool(events and events[-1].finish))
+    assert beside == text_of(iter(events)) == expected
 
 
 # --- sampling, stops, log-probs

@@ -21,14 +21,16 @@ from helpers.tiny import dpo_keys, sft_keys, tiny_llava
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from relook import load_model
 from relook.errors import CheckpointError, DataError, RecipeError, RelookError
 from relook.files import sole_writer, write_json
 from relook.forward.collate import Collator, split_held_out
 from relook.forward.policy import Policy
-from relook.model.load import TENSORS_FILE
+from relook.model.checkpoint import parse_folder
+from relook.model.export import merge_adapter
+from relook.model.load import TENSORS_FILE, LoadedModel, LoadOptions
 from relook.model.trainable import parameter_groups, set_trainable
 from relook.recipe import Recipe, build_recipe
 from relook.toyworld.build import make_processor
@@ -184,7 +186,10 @@ def test_only_differing_tokens_can_be_weighed(base: Path, world: Path, tmp_path:
         {"loss_type": "robust", "label_smoothing": 0.1, "dpo_tokens": "differing"},
         {"loss_type": "simpo", "beta": 2.0},
         {"loss_type": "orpo", "nll_weight": 1.0, "learning_rate": 5e-3},
-        {"feature_cache": "off", "mdpo_conditional_weight": 1.0, "mdpo_anchored_weight": 1.0, "learning_rate": 5e-3},
+        pytest.param(
+            {"feature_cache": "off", "mdpo_conditional_weight": 1, "mdpo_anchored_weight": 1, "learning_rate": 5e-3},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -474,6 +479,32 @@ def test_a_post_decoder_trained_on_the_wrong_base_is_refused(base: Path, world: 
         load_model(out)
 
 
+def test_a_run_is_asked_and_shown_images_as_it_was_trained(
+    base: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every command and after a merge; the base itself is asked by llava_hf, and images are not padded."""
+
+    def how(loaded: LoadedModel) -> tuple[str, str]:
+        return loaded.template, loaded.images.aspect_ratio
+
+    keys: dict[str, Any] = {"tune_lm_head": True, "max_steps": 1, "version": "vicuna_v1", "image_aspect_ratio": "pad"}
+    out = train(recipe_for(base, world, tmp_path / "run", **keys))
+    assert how(load_model(base)) == ("llava_hf", "")
+    assert how(load_model(out)) == how(load_model(base, adapter=out)) == ("v1", "pad")
+    assert "was trained with template v1, which is used instead of its base's llava_hf" in capsys.readouterr().err
+    assert parse_folder(out).template == LoadOptions(adapter=out).template_of(base) == "v1"
+    merge_adapter(base, out, tmp_path / "merged")
+    assert how(load_model(tmp_path / "merged")) == ("v1", "pad")
+    images = LlavaProcessor.from_pretrained(tmp_path / "merged").image_processor
+    assert images.do_pad  # for transformers
+    # A run on it keeps the template, and may leave the padding out again.
+    keys = {"tune_lm_head": True, "max_steps": 1, "version": "", "image_aspect_ratio": "square"}
+    second = train(recipe_for(tmp_path / "merged", world, tmp_path / "second", **keys))
+    assert how(load_model(second)) == ("v1", "square")
+    whole = train(build_recipe(sft_keys(base, world, tmp_path / "whole", max_steps=1, version="v1")))
+    assert how(load_model(whole)) == ("v1", "")
+
+
 def test_a_full_run_is_a_model_of_its_own(base: Path, world: Path, tmp_path: Path) -> None:
     recipe = build_recipe(sft_keys(base, world, tmp_path / "run", conversations_per_tree=4, learning_rate=1e-3))
     out = train(recipe)
@@ -704,7 +735,7 @@ def test_a_kill_before_the_last_file_is_made_up_for(base: Path, world: Path, tmp
 # --- precision and recomputation
 
 
-@pytest.mark.parametrize(("kind", "regime"), [("bf16", "both"), ("fp16", "lora")])
+@pytest.mark.parametrize(("kind", "regime"), [("bf16", "both"), pytest.param("fp16", "lora", marks=pytest.mark.slow)])
 def test_small_steps_are_kept_in_low_precision(
     kind: str, regime: str, base: Path, world: Path, tmp_path: Path, no_trunk_cache: None
 ) -> None:

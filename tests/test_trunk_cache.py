@@ -17,6 +17,7 @@ import torch
 from helpers.forked import forked
 from helpers.several import fill_cache
 from helpers.tiny import dpo_keys, sft_keys
+from helpers.variants import variants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -132,8 +133,8 @@ def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path
     [
         (dpo_keys, CROSS | {"tune_lm_head": True}),
         (dpo_keys, SELF_CROSS),
-        (dpo_keys, {"tune_lm_head": True}),
-        (sft_keys, SELF_CROSS | {"tune_lm_head": True}),
+        pytest.param(dpo_keys, {"tune_lm_head": True}, marks=pytest.mark.slow),
+        pytest.param(sft_keys, SELF_CROSS | {"tune_lm_head": True}, marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -173,6 +174,7 @@ def test_a_second_run_finds_everything_on_disk(
     assert (train(build_recipe(auto)) / TENSORS_FILE).read_bytes() == (first / TENSORS_FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_removed_is_made_again(base: Path, world: Path, tmp_path: Path) -> None:
     """Within one process, too, and in another folder."""
     first = train(build_recipe(of_dpo(base, world, tmp_path / "1", **CROSS)))
@@ -305,7 +307,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", variants(CHANGES, {"weight", "image", "template"}))
 def test_what_determines_the_states_is_part_of_the_key(
     change: str, cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

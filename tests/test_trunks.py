@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import dpo_keys, scramble, sft_keys, write_world
-from helpers.trunks import save_trunk
+from helpers.trunks import PATCH, save_trunk
+from helpers.variants import variants
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -32,9 +33,12 @@ from relook.model import families
 from relook.model.export import WriteOptions, export_for, export_model, merge_adapter
 from relook.model.inspect import inspect_model
 from relook.model.load import add_post_decoder
+from relook.model.modeling_relook import TOWERS_READ
 from relook.recipe import build_recipe
+from relook.report.plots import attention_before
 from relook.train.run import train
 
+TOWER = {"features": "tower"}  # the post decoder looks at the tower's states, before the merger
 SIZES = [(40, 24), (24, 56), (100, 30), (16, 16)]  # width, height
 pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 
@@ -69,6 +73,8 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 def with_decoder(folder: Path, trained: bool = True, **settings: Any) -> LoadedModel:
     loaded = load_model(folder)
+    if settings == TOWER and loaded.core.config.model_type not in TOWERS_READ:  # it is refused there
+        settings = {"features": "projected"}
     generator = torch.Generator().manual_seed(1)
     loaded.model = add_post_decoder(loaded.model, settings, generator).eval()
     if trained:
@@ -143,7 +149,7 @@ def test_an_untested_family_is_checked_when_it_is_loaded(tmp_path: Path, monkeyp
         load_model(folder)
     monkeypatch.undo()
     monkeypatch.setattr(families, "FAMILIES", {})
-    monkeypatch.setattr(model_runner, "deepstack_rows", lambda image: [])
+    monkeypatch.setattr(model_runner, "position_rows", lambda image: list(image.pooler_output))
     with pytest.raises(CheckpointError, match="qwen3_vl, whose answers the engine would change"):
         load_model(folder)
 
@@ -155,7 +161,7 @@ def examples_of(loaded: LoadedModel, world: Path) -> list[Any]:
     encoder = loaded.encoder()
     paths = sorted((world / "vg").rglob("*.jpg"))[:4]
     answers = ("There is a cup.", "There is a dog in the image.")
-    return [encoder.pair(PreferencePair("p", path, "Describe this image.", *answers)) for path in paths] + [
+    return [encoder.pair(PreferencePair("p", (path,), "Describe this image.", *answers)) for path in paths] + [
         encoder.conversation(
             Conversation(
                 "c", tuple(paths[:2]), (Turn("<image>\nWhat?", "A cup."), Turn("And <image>\nthis?", "A dog."))
@@ -179,7 +185,7 @@ def row_log_probs(loaded: LoadedModel, items: Sequence[Item]) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}], ids=str)
+@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}, TOWER], ids=str)
 @torch.no_grad()
 def test_trees_are_equal_to_separate_rows(folder: Path, world: Path, settings: dict[str, Any] | None) -> None:
     loaded = load_model(folder) if settings is None else with_decoder(folder, **settings)
@@ -258,7 +264,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "projector": {"tune_mm_mlp_adapter": True},
     "full": {},
 }
-FAST = {("post_decoder", "dpo"), ("lora", "sft")}
+FAST = {("post_decoder", "dpo")}
 
 
 @pytest.mark.parametrize(
@@ -295,7 +301,14 @@ def test_what_a_run_leaves_is_loaded_merged_and_exported(
         assert (export_for(out, tmp_path / "vllm", "vllm", WriteOptions()) or 0.0) < 1e-5
 
 
-@pytest.mark.parametrize("keys", [{"tune_post_decoder": True}, {"tune_lm_head": True}], ids=str)
+CACHED: list[dict[str, Any]] = [
+    {"tune_post_decoder": True, "post_decoder.features": "tower"},
+    {"tune_post_decoder": True},
+    {"tune_lm_head": True},
+]
+
+
+@pytest.mark.parametrize("keys", variants(CACHED, CACHED[:1]), ids=str)
 def test_cached_states_train_to_the_same_weights_as_live_ones(
     keys: dict[str, Any], folder: Path, world: Path, tmp_path: Path
 ) -> None:
@@ -309,7 +322,7 @@ def test_cached_states_train_to_the_same_weights_as_live_ones(
 # --- answers
 
 
-@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}], ids=str)
+@pytest.mark.parametrize("settings", [None, {"depth": 2}, {"attention": "self_cross"}, TOWER], ids=str)
 def test_answers_are_those_of_generate(folder: Path, world: Path, settings: dict[str, Any] | None) -> None:
     loaded = load_model(folder) if settings is None else with_decoder(folder, **settings)
     paths = sorted((world / "vg").rglob("*.jpg"))
@@ -349,3 +362,40 @@ def test_the_page_lists_the_families_and_the_suite_that_runs_them() -> None:
     assert {row[1].strip("`"): row[-1] for row in rows[2:]} == {
         kind: slow.get(kind, "default") for kind in families.FAMILIES
     }
+
+
+def test_a_map_has_the_proportions_of_the_picture(folder: Path) -> None:
+    loaded, image = with_decoder(folder), picture((60, 30))
+    turns = [Turn("<image>\nWhat is this?", "There is a cup.")]
+    [grid] = attention_before(loaded, image, turns, [turns[0].response.index("cup")])
+    seen = loaded.images.seen(image)
+    assert (len(grid[0]) * 2 * PATCH, len(grid) * 2 * PATCH) == seen.size
+    assert sum(map(sum, grid)) == pytest.approx(1)
+    # By transformers: the queries of the pass over the prompt, before the word. Each letter is a token here.
+    decoder: Any = loaded.model.model.post_decoder
+    block, queries = decoder.blocks[-1].cross_attention, list[Tensor]()
+    hook = block.q_proj.register_forward_hook(lambda module, inputs, output: queries.append(output))
+    prompt = loaded.encode([image], "What is this?")
+    words = loaded.processor.tokenizer("There is a ", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    prompt["input_ids"] = torch.cat([prompt["input_ids"], words], 1)
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    with torch.no_grad():
+        loaded.core(**prompt | loaded.token_types(prompt["input_ids"]))
+        features = loaded.core.model.get_image_features(
+            prompt["pixel_values"], prompt["image_grid_thw"], return_dict=True
+        ).pooler_output[0]
+        keys, _ = block.keys_values(decoder.align(features[None]))
+        scores = block.split(queries[0][:, -1:]) @ keys.transpose(-1, -2) / keys.shape[-1] ** 0.5
+    hook.remove()
+    torch.testing.assert_close(torch.tensor(grid).flatten(), scores.softmax(-1).mean(1).flatten())
+    if loaded.core.config.model_type.removeprefix("relook_") in TOWERS_READ:  # no map of patches
+        assert attention_before(with_decoder(folder, **TOWER), image, turns, [0]) == []
+
+
+def test_what_is_kept_for_lora_trains_alike(folder: Path, world: Path, tmp_path: Path) -> None:
+    weights = []
+    for cache in ("memory", "off"):
+        keys = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 0.1}
+        recipe = world_keys("dpo", folder, world, tmp_path / cache, feature_cache=cache, **keys)
+        weights.append(load_model(train(build_recipe(recipe))).model.state_dict())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)

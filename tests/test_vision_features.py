@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import psutil
 import pytest
 import torch
 from helpers.tiny import dpo_keys, sft_keys
+from helpers.variants import variants
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,15 +40,15 @@ def trained(out: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", variants(REGIMES, {"lora, projector and post decoder", "full, sft"}))
 def test_training_is_the_same_and_does_without_the_tower(
     regime: str, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of, keys = REGIMES[regime]
     monkeypatch.setattr(feature_cache, "IMAGE_BATCH", 4)
     seen: list[int] = []
-    whole = Policy._encode_images
-    monkeypatch.setattr(Policy, "_encode_images", lambda self, *of: seen.append(len(of[0])) or whole(self, *of))
+    whole = Policy.encode_images
+    monkeypatch.setattr(Policy, "encode_images", lambda self, *of: seen.append(len(of[0])) or whole(self, *of))
     found, looked = {}, {}
     for cache in ("off", "memory"):
         seen.clear()
@@ -73,21 +75,23 @@ def test_features_are_the_towers(base: Path, world: Path, tmp_path: Path) -> Non
     found = cache_vision_features(recipe, policy, examples, collator.images)
     assert found is not None
     assert found.keys() == {path for example in examples for path in example.images}
-    for path, features in found.items():
+    for path, kept in found.items():
         with torch.no_grad():
             pixels = collator.images(path)[None]
             hidden = policy.core.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        torch.testing.assert_close(features, hidden[-2][0, 1:], rtol=1e-5, atol=1e-5)
-    collator.features = found
+        assert kept.projected is None  # it may train
+        torch.testing.assert_close(kept.tower, hidden[-2][0, 1:], rtol=1e-5, atol=1e-5)
+    collator.kept = found
     items = [Item(example) for example in examples[:3]]
     batch = collator(items)["batch"]
     assert batch.pixel_values is None
-    assert batch.features.shape[0] == 3
-    assert batch.features.untyped_storage().nbytes() == batch.features.nbytes  # nothing else goes along to a process
+    assert len(batch.tower) == 3
+    for states in batch.tower:
+        assert states.untyped_storage().nbytes() == states.nbytes  # nothing else goes along to a process
     assert collator(items)["work"].encoded == 0
-    collator.features = None
+    collator.kept = None
     given = collator(items)
-    assert (given["batch"].features, given["work"].encoded) == (None, given["work"].features)
+    assert (given["batch"].tower, given["work"].encoded) == (None, given["work"].features)
     with torch.no_grad():
         torch.testing.assert_close(policy(batch), policy(given["batch"]), rtol=1e-5, atol=1e-5)
 
@@ -130,10 +134,13 @@ def test_where_each_step_computes_its_own(
         small.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size + 2))
         assert take(recipe) is not None
     with monkeypatch.context() as tiles:
+        # Elsewhere what the language model reads is kept, as long as the projector does not train.
         tiles.setattr(feature_cache, "family_of", lambda config: SimpleNamespace(projects_rows=False))
-        assert take(recipe) is None
-        with pytest.raises(RecipeError, match="cuts images into tiles"):
-            take(wanted)
+        kept = next(iter((take(recipe) or {}).values()))
+        assert (kept.tower, kept.projected.shape) == (None, next(iter((take(wanted) or {}).values())).projected.shape)
+        assert take(replace(recipe, tune_mm_mlp_adapter=True)) is None
+        with pytest.raises(RecipeError, match="projector of a llava trains"):
+            take(replace(wanted, tune_mm_mlp_adapter=True))
     assert cache_vision_features(wanted, policy, [], collator.images) is None
 
 

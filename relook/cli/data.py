@@ -11,19 +11,38 @@ import typer
 
 from relook.cli.command import App
 from relook.cli.options import (
-    ANNOTATIONS,
+    BY,
     LAYOUTS,
+    OWN_JUDGES,
     PAIR_LAYOUTS,
     Adapter,
+    AnnotationKind,
+    AnsweringModel,
     AsJson,
+    BatchSize,
     Bits,
+    By,
+    Continuations,
     Device,
     Dtype,
+    Engine,
+    EngineArgs,
+    EngineKey,
+    Exclude,
     JudgeKey,
     JudgeModel,
     JudgePrice,
     JudgeRequest,
     JudgeWorkers,
+    MaxImages,
+    MaxPairs,
+    MinedFolder,
+    MiningJudge,
+    NearTexts,
+    ProbeQuestions,
+    Samples,
+    Synonyms,
+    Temperature,
     Tower,
     Version,
     choice,
@@ -117,36 +136,34 @@ def data_convert(
 
 @app.command()
 def mine(
-    model: Annotated[Path, input_option("The model whose mistakes are corrected.")],
-    images: Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")],
-    annotations: Annotated[
-        str,
-        typer.Option(
-            **choice("kind of annotations", ANNOTATIONS, "What says what is on them: coco, vg, toyworld or none.")
-        ),
-    ],
+    model: AnsweringModel,
+    images: MinedFolder,
+    annotations: AnnotationKind,
     out: Annotated[Path, typer.Option(help="Folder for the pairs; run again to go on there.")],
-    judge: Annotated[str, typer.Option(help="exact: annotations alone; or a judge's endpoint.")] = "exact",
+    by: By = BY[0],
+    continuations: Continuations = 5,
+    max_pairs: MaxPairs = 0,
+    max_images: MaxImages = 0,
+    judge: MiningJudge = "exact",
     judge_model: JudgeModel = "",
-    exclude: Annotated[
-        list[Path] | None, input_option("Evaluation images: a file that names them, or a folder of them. Repeat.")
-    ] = None,
-    synonyms: Annotated[Path | None, input_option('JSON: further words for objects, as {"cup": ["mug"]}.')] = None,
+    exclude: Exclude = None,
+    synonyms: Synonyms = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    samples: Annotated[int, typer.Option(help="Sampled descriptions an image, besides the greedy one.", min=0)] = 1,
-    temperature: Annotated[float, typer.Option(help="Of the sampled descriptions.")] = 1.0,
-    questions: Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)] = 6,
-    near_texts: Annotated[
-        float, typer.Option(help="Similarity from which a description was said before; 0 keeps all.", min=0, max=1)
-    ] = 0.9,
+    samples: Samples = 1,
+    temperature: Temperature = 1.0,
+    questions: ProbeQuestions = 6,
+    near_texts: NearTexts = 0.9,
     max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.", min=1)] = 256,
-    batch_size: Annotated[int, typer.Option(help="Prompts that a batch has memory for.", min=1)] = 64,
+    batch_size: BatchSize = 64,
     version: Version = "",
     adapter: Adapter = None,
     vision_tower: Tower = None,
     dtype: Dtype = "float32",
     bits: Bits = 16,
     device: Device = "",
+    engine: Engine = "",
+    engine_args: EngineArgs = "{}",
+    engine_key: EngineKey = "OPENAI_API_KEY",
     judge_price: JudgePrice = (0.0, 0.0),
     judge_key: JudgeKey = "OPENAI_API_KEY",
     judge_workers: JudgeWorkers = 8,
@@ -156,19 +173,31 @@ def mine(
 
     torchrun (`-m relook mine ...`) shares the work.
     """
+    import time
+
     from relook.console import status
+    from relook.evaluate.engines import answer_source
     from relook.evaluate.judge import judge_settings
     from relook.mine.jobs import MiningSettings, MiningSource
     from relook.mine.run import mine_pairs
     from relook.model.load import LoadOptions
 
-    url = "" if judge == "exact" else judge
+    started = time.monotonic()
+    url = "" if judge in OWN_JUDGES else judge
     endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
-    settings = MiningSettings(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts)
+    settings = MiningSettings(
+        *(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts, True),
+        *(by, continuations, judge == OWN_JUDGES[1], max_pairs, max_images),
+    )
     source = MiningSource(images, annotations, synonyms, exclude or ())
-    card = mine_pairs(model, source, out, settings, endpoint, LoadOptions(adapter, vision_tower, dtype, bits, device))
+    answers = answer_source(engine, engine_args, engine_key, LoadOptions(adapter, vision_tower, dtype, bits, device))
+    card = mine_pairs(model, source, out, settings, endpoint, answers)
     pairs = [card[kind]["pairs"] for kind in ("descriptions", "questions")]
     status(
-        f"{pairs[0]:,} description pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "
+        f"{pairs[0]:,} {by} pairs and {pairs[1]:,} question pairs in {out}: README.md there has the counts, "
         "pairs.html shows some."
     )
+    if cost := card["descriptions"].get("cost"):
+        rate = 60 * pairs[0] / (time.monotonic() - started)
+        counts = f"{cost['images_read']:,} image readings, {cost['tokens_sampled']:,} tokens, {cost['checks']:,} checks"
+        status(f"Cost: {counts}; {rate:,.0f} pairs a minute in this run")

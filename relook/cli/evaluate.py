@@ -14,10 +14,14 @@ from relook.cli.options import (
     PARSERS,
     SUBMISSIONS,
     Adapter,
+    AnsweringModel,
     AsJson,
     Bits,
     Device,
     Dtype,
+    Engine,
+    EngineArgs,
+    EngineKey,
     JudgeKey,
     JudgeModel,
     JudgePrice,
@@ -37,14 +41,18 @@ FORMATS = ("text", "markdown", "csv")  # of `relook report --table`
 app = App("Evaluate")
 BENCHMARKS_HELP = ", ".join(BENCHMARKS)
 # Options that only some benchmarks have, by those that are asked by themselves, and for all others.
-USED = {"lmms": ["tasks", "limit", "include-path"], "llava": ["questions", "data"], "": ["data", "judge-url"]}
+USED = {
+    "lmms": ["tasks", "limit", "include-path"],
+    "llava": ["questions", "data", "engine"],
+    "": ["data", "judge-url", "engine"],
+}
 ASKED_HELP = f"{BENCHMARKS_HELP}; or lmms, or llava, by itself"
 
 
 @app.command(name="eval")
 def evaluate(
     benchmarks: Annotated[list[str], typer.Argument(**choice("benchmark", (*BENCHMARKS, "lmms", "llava"), ASKED_HELP))],
-    model: Annotated[Path, input_option("A model folder, or the output folder of a training run.")],
+    model: AnsweringModel,
     out: Annotated[Path, typer.Option(help="Folder for answers and scores; run again to go on there.")],
     data: Annotated[
         Path | None, input_option("Folder with the benchmarks' files (docs/evaluation.md); llava: of the images.")
@@ -57,6 +65,9 @@ def evaluate(
     dtype: Dtype = "float32",
     bits: Bits = 16,
     device: Device = "",
+    engine: Engine = "",
+    engine_args: EngineArgs = "{}",
+    engine_key: EngineKey = "OPENAI_API_KEY",
     judge_url: JudgeUrl = "",
     judge_model: JudgeModel = "",
     judge_price: JudgePrice = (0.0, 0.0),
@@ -85,7 +96,8 @@ def evaluate(
     with faults:
         if not alone and USED.keys() & set(benchmarks):
             raise RecipeError("lmms and llava cannot be combined with other benchmarks.", "Give one of them alone.")
-        _refuse_unused_options({**options, "judge-url": judge_url}, USED.get(alone, USED[""]), "for these benchmarks")
+        options |= {"judge-url": judge_url, "engine": engine}
+        _refuse_unused_options(options, USED.get(alone, USED[""]), "for these benchmarks")
     with faults:
         if not options[required]:
             raise RecipeError(f"--{required} is missing.", "Add it to the command.")
@@ -93,9 +105,11 @@ def evaluate(
         judge = judge_settings(judge_url, judge_model, judge_price, judge_key, judge_workers, judge_request)
     faults.check()
     from relook import distributed
+    from relook.evaluate.engines import answer_source
     from relook.model.load import LoadOptions
 
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
+    source = answer_source(engine, engine_args, engine_key, loading)
     settings = (out, version, batch_size, max_new_tokens)
     results: Any
     if alone == "lmms":
@@ -107,12 +121,12 @@ def evaluate(
         from relook.evaluate.llava_bench import answer_question_file
 
         assert questions is not None  # required above
-        results = answer_question_file(model, questions, data, *settings, loading)
+        results = answer_question_file(model, questions, data, *settings, source)
     else:
         from relook.evaluate.run import evaluate_model
 
         assert data is not None
-        results = evaluate_model(model, benchmarks, data, *settings, loading, judge)
+        results = evaluate_model(model, benchmarks, data, *settings, source, judge)
     if distributed.is_main():  # under torchrun every process gets here
         from relook.report.score_table import print_scores
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from relook.cli.command import START, App
+from relook.cli.command import START, App, print_result
 from relook.cli.options import ENGINES, Adapter, AsJson, Device, Dtype, Tower, choice, input_argument, input_option
 
 # ----------------------------------------------------------------------------------------------------
@@ -47,7 +47,9 @@ def merge(
         int | None,
         typer.Option(
             help="0 adds the post decoder and replaces the head; 1 adds or replaces the post decoder only; 2 replaces "
-            "both in a model that has one. Without it the whole change is taken."
+            "both in a model that has one. Without it the whole change is taken.",
+            min=0,
+            max=2,
         ),
     ] = None,
     force: Force = False,
@@ -100,11 +102,7 @@ def inspect(
     """
     from relook.model.inspect import inspect_model, print_tables
 
-    inspection = inspect_model(model, image, prompt, adapter, vision_tower, dtype, device)
-    if as_json:
-        typer.echo(json.dumps(inspection, indent=1))
-    else:
-        print_tables(inspection)
+    print_result(inspect_model(model, image, prompt, adapter, vision_tower, dtype, device), as_json, print_tables)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,8 @@ from relook.errors import DataError, Faults, RecipeError, did_you_mean
 LAYOUTS = ("hadpo", "sentinel", "llava", "pope", "shr", "amber")
 PAIR_LAYOUTS = ("hadpo", "sentinel", "trl", "rlhfv", "rlaifv")
 ANNOTATIONS = ("coco", "vg", "toyworld", "none")
+BY = ("description", "sentence")
+OWN_JUDGES = ("exact", "self")  # values of --judge that are no endpoint
 PARSERS = ("official", "llava", "lmms-eval")
 SUBMISSIONS = ("vqav2", "vizwiz", "gqa", "mmbench", "mmbench-cn", "seed", "mm-vet", "mme")
 ENGINES = ("vllm", "sglang", "transformers-serve")
@@ -76,6 +79,36 @@ def input_argument(text: str) -> Any:
     return typer.Argument(help=text, callback=_existing_path)
 
 
+def is_server(engine: str) -> bool:
+    """Return True if `--engine` gives the address of a server."""
+    from relook.evaluate.judge import is_address
+
+    return is_address(engine)
+
+
+def _engine(value: str) -> str:
+    if value not in ("", "vllm") and not is_server(value):
+        raise RecipeError(f"There is no engine {value!r}.", "Give vllm, or an address as http://127.0.0.1:8000/v1.")
+    return value
+
+
+def _engine_arguments(value: str) -> str:
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise RecipeError(f"--engine-args {value!r} is not a JSON object.", "Give one as '{\"max_model_len\": 2048}'.")
+    return value
+
+
+def _model_or_name(context: typer.Context, value: Path) -> Path:
+    """Refuse a path that does not exist, unless a server knows the model by this name."""
+    if not is_server(context.params.get("engine", "")):
+        _existing_path(value)
+    return value
+
+
 def _bits(value: int) -> int:
     if value not in (4, 8, 16):
         raise RecipeError(f"--bits is {value}.", "Give 16, 8 or 4.")
@@ -93,6 +126,23 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; empty: a GPU 
 Version = Annotated[
     str, typer.Option(**choice("conversation template", TEMPLATES, "Conversation template; empty: the model's own."))
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        callback=_engine, is_eager=True, help="What answers: vllm, or the address of a server; empty: relook itself."
+    ),
+]
+EngineArgs = Annotated[
+    str,
+    typer.Option(callback=_engine_arguments, help="JSON: arguments of vllm.LLM, or further fields of requests."),
+]
+EngineKey = Annotated[str, typer.Option(help="Environment variable that holds the server's key.")]
+AnsweringModel = Annotated[
+    Path,
+    typer.Option(
+        callback=_model_or_name, help="A model folder, or the output folder of a training run; or its name at a server."
+    ),
+]
 JudgeUrl = Annotated[str, typer.Option(help="OpenAI-compatible endpoint of a judge, as https://api.openai.com/v1.")]
 JudgeModel = Annotated[str, typer.Option(help="The judge's name there.")]
 JudgePrice = Annotated[tuple[float, float], typer.Option(help="Dollars per million tokens: of prompts, of replies.")]
@@ -100,3 +150,31 @@ JudgeKey = Annotated[str, typer.Option(help="Environment variable that holds the
 JudgeWorkers = Annotated[int, typer.Option(help="Prompts before the judge at once.", min=1)]
 JudgeRequest = Annotated[str, typer.Option(help="JSON: further fields of its requests; null leaves one out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
+
+# What mining takes.
+MinedFolder = Annotated[Path, input_option("Folder of the images: of Visual Genome, of a split of COCO's, or any.")]
+AnnotationKind = Annotated[
+    str,
+    typer.Option(
+        **choice("kind of annotations", ANNOTATIONS, "What says what is on them: coco, vg, toyworld or none.")
+    ),
+]
+By = Annotated[str, typer.Option(**choice("kind of pairs", BY, "Pairs of a description each, or by sentence."))]
+Continuations = Annotated[int, typer.Option(help="By sentence: continuations sampled at each sentence's end.", min=2)]
+MaxPairs = Annotated[int, typer.Option(help="Largest number of pairs, without questions; 0 keeps all.", min=0)]
+MaxImages = Annotated[int, typer.Option(help="Number of images, drawn by the seed; 0: all.", min=0)]
+MiningJudge = Annotated[
+    str,
+    typer.Option(help="exact: annotations alone; a judge's endpoint; self: by sentence, the model's own answers."),
+]
+Exclude = Annotated[
+    list[Path] | None, input_option("Evaluation images: a file that names them, or a folder of them. Repeat.")
+]
+Synonyms = Annotated[Path | None, input_option('JSON: further words for objects, as {"cup": ["mug"]}.')]
+Samples = Annotated[int, typer.Option(help="Sampled descriptions an image, besides the greedy one.", min=0)]
+Temperature = Annotated[float, typer.Option(help="Of what is sampled.")]
+ProbeQuestions = Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)]
+NearTexts = Annotated[
+    float, typer.Option(help="Similarity from which a description was said before; 0 keeps all.", min=0, max=1)
+]
+BatchSize = Annotated[int, typer.Option(help="Prompts that a batch has memory for.", min=1)]

@@ -15,7 +15,9 @@ app = App("Serve")
 
 @app.command()
 def serve(
-    model: Annotated[Path, input_argument("A model folder, or the output folder of a training run.")],
+    models: Annotated[
+        list[Path], input_argument("Model folders or output folders of training runs; requests choose by name.")
+    ],
     base: Annotated[Path | None, input_option("Another model to compare with, served beside it.")] = None,
     with_base: Annotated[
         bool, typer.Option("--with-base", help="Serve the model with its change switched off beside it.")
@@ -59,7 +61,7 @@ def serve(
     bits: Bits = 16,
     device: Device = "",
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's chat API does."""
+    """Serve models over HTTP, as OpenAI's chat API does."""
     from relook.serve import check_installed
 
     check_installed()
@@ -76,7 +78,7 @@ def serve(
     loading = LoadOptions(adapter, vision_tower, dtype, bits, device)
     run.serve(
         run.ServeOptions(
-            host, port, stop_timeout, version, pages.installed() if page is None else page, warm, adapter or model
+            host, port, stop_timeout, version, pages.installed() if page is None else page, warm, adapter or models[0]
         ),
         EngineLimits(slots, queue, max_length, cache_gb, seconds=timeout),
         ServerLimits(
@@ -87,7 +89,7 @@ def serve(
             hosts=frozenset(allow_host or ()),
             origins=tuple(cors_origin or ()),
         ),
-        lambda: run.load_models(model, loading, base, with_base),
+        lambda: run.load_models(models, loading, base, with_base),
     )
 
 

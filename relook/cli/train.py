@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +9,40 @@ from typing import Annotated, Any
 import typer
 
 from relook.cli.command import START, App, RecipeCommand, print_result
-from relook.cli.options import AsJson, completion, input_option
+from relook.cli.options import (
+    BY,
+    OWN_JUDGES,
+    AnnotationKind,
+    AsJson,
+    BatchSize,
+    By,
+    Continuations,
+    Device,
+    Dtype,
+    Exclude,
+    JudgeKey,
+    JudgeModel,
+    JudgePrice,
+    JudgeRequest,
+    JudgeWorkers,
+    MaxImages,
+    MaxPairs,
+    MinedFolder,
+    MiningJudge,
+    NearTexts,
+    ProbeQuestions,
+    Samples,
+    Synonyms,
+    Temperature,
+    Version,
+    completion,
+    input_option,
+)
 from relook.errors import Faults, RecipeError
 from relook.recipe import (
     build_recipe,
     missing_paths,
+    parse_overrides,
     read_overrides,
     read_yaml_or_shipped,
     shipped_names,
@@ -131,11 +159,75 @@ def estimate(
     from relook.estimate.run import AssumedData, estimate_command, print_estimate
 
     assumed = AssumedData(prompt_tokens, response_tokens, samples)
-    estimated = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)
-    if as_json:
-        typer.echo(json.dumps(estimated, indent=1))
-    else:
-        print_estimate(estimated)
+    print_result(estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops), as_json, print_estimate)
+
+
+@app.command(cls=RecipeCommand, context_settings=EXTRA)
+def align(
+    context: typer.Context,
+    recipe: RecipeName,
+    model: Annotated[Path, input_option("The base model.")],
+    images: MinedFolder,
+    annotations: AnnotationKind,
+    data: Annotated[Path, input_option("Dev set: a folder as `relook eval chair` takes; not the test set.")],
+    out: Annotated[Path, typer.Option(help="Folder of the rounds; run again to go on there.")],
+    rounds: Annotated[int, typer.Option(help="Largest number of rounds.", min=1)] = 3,
+    min_gain: Annotated[
+        float, typer.Option(help="Stop where CHAIR_i at equal recall falls by no more than this share.", min=0)
+    ] = 0.0,
+    by: By = BY[1],
+    continuations: Continuations = 5,
+    max_pairs: MaxPairs = 0,
+    max_images: MaxImages = 0,
+    judge: MiningJudge = "exact",
+    judge_model: JudgeModel = "",
+    exclude: Exclude = None,
+    synonyms: Synonyms = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, and of training.")] = 0,
+    samples: Samples = 1,
+    temperature: Temperature = 1.0,
+    questions: ProbeQuestions = 6,
+    near_texts: NearTexts = 0.9,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest description in tokens.", min=1)] = 256,
+    batch_size: BatchSize = 64,
+    version: Version = "",
+    dtype: Dtype = "float32",
+    device: Device = "",
+    judge_price: JudgePrice = (0.0, 0.0),
+    judge_key: JudgeKey = "OPENAI_API_KEY",
+    judge_workers: JudgeWorkers = 8,
+    judge_request: JudgeRequest = "{}",
+) -> None:
+    """Align a model in rounds: mine pairs from its mistakes, train on them, evaluate on a dev set, and again.
+
+    The recipe's keys may follow as --key value. Each step is a command of its own, which is shown as it begins; the
+    rounds stop where invented objects at equal recall do not fall any more. One report shows all rounds.
+    """
+    options = [option.removeprefix("--") for parameter in context.command.params for option in parameter.opts]
+    check_names(recipe, context.args, complete=False, options=options)
+    from relook.align import AlignSettings, align
+    from relook.evaluate.judge import judge_settings
+    from relook.mine.jobs import MiningSettings, MiningSource
+    from relook.model.load import LoadOptions
+
+    keys = {**parse_overrides(context.args), "seed": seed, **({"version": version} if version else {})}
+    url = "" if judge in OWN_JUDGES else judge
+    endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
+    mining = MiningSettings(
+        *(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts, False),
+        *(by, continuations, judge == OWN_JUDGES[1], max_pairs, max_images),
+    )
+    adapter, tower = (Path(keys[key]) if keys.get(key) else None for key in ("adapter_name_or_path", "vision_tower"))
+    page = align(
+        model,
+        MiningSource(images, annotations, synonyms, exclude or ()),
+        out,
+        AlignSettings(recipe, keys, data, rounds, min_gain),
+        mining,
+        endpoint,
+        LoadOptions(adapter, tower, dtype, 16, device),
+    )
+    typer.echo(str(page))
 
 
 @app.command(context_settings=EXTRA)

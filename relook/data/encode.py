@@ -168,7 +168,7 @@ class Encoder:
             raise DataError(f"The text of sample {id} is not valid Unicode.", "Mend or remove it.") from None
 
     def prompt(
-        self, text: str, images: int | Sequence[ImageSource] = 1, history: Sequence[Turn] = ()
+        self, text: str, images: int | Sequence[ImageSource] = 1, history: Sequence[Turn] = (), context: str = ""
     ) -> tuple[int, ...]:
         """Encode an open prompt for generation: `text` is the user's turn, and the model writes the answer.
 
@@ -178,8 +178,11 @@ class Encoder:
             images: the images of the whole conversation, or their number (see `positions`). If no turn has a
                 placeholder, they are put before the first turn's text.
             history: the earlier turns.
+            context: beginning of the answer, which the model continues.
         """
         pieces, positions = self._open_prompt(text, images, history)
+        if context:
+            pieces.append(TemplatePiece(f"{self.template.lead}{self._literal.escape(context)}", context=True))
         return self.row(pieces, positions).ids
 
     def answered(self, text: str, response: str, images: int | Sequence[ImageSource] = 1) -> TokenRow:
@@ -206,12 +209,12 @@ class Encoder:
         Raises:
             DataError: see `conversation`; or chosen and rejected have the same tokens.
         """
-        prompt, sides = with_image(pair.prompt), (pair.chosen, pair.rejected)
+        prompt, sides = with_image(pair.prompt, len(pair.images)), (pair.chosen, pair.rejected)
         turns = [Turn(prompt, response, pair.context, pair.complete) for response in sides]
-        rows = [self.learned([turn], (pair.image,), pair.id) for turn in turns]
+        rows = [self.learned([turn], pair.images, pair.id) for turn in turns]
         if rows[0] == rows[1]:
             raise DataError(f"Pair {pair.id}: chosen and rejected have the same tokens.", "Remove the pair.")
-        return Example(pair.id, Tree.of(rows), (pair.image,))
+        return Example(pair.id, Tree.of(rows), pair.images)
 
     def pairs(self, pairs: Sequence[PreferencePair], faults: list[str] | None = None) -> list[Example]:
         """Encode preference pairs as trees; `faults` is as in `conversations`."""
@@ -231,21 +234,21 @@ class Encoder:
     def conversations(
         self, samples: Sequence[Conversation], branches: int, faults: list[str] | None = None
     ) -> list[Example]:
-        """Encode conversations on the same image as branches of one tree, at most `branches`: the image is read once.
+        """Encode conversations on the same images as branches of one tree, at most `branches`: images are read once.
 
         Args:
             faults: list that receives the errors of unusable samples, which are then left out; without it, the first
                 one raises.
         """
-        # By images and by tokens up to the image's end, the prefix that they share; each group in chunks of `branches`.
+        # By images and by tokens up to the last image's end, the prefix that they share; in chunks of `branches`.
         groups: dict[tuple[tuple[Path, ...], tuple[int, ...]], list[list[tuple[str, TokenRow]]]] = {}
         singles: list[tuple[tuple[Path, ...], list[tuple[str, TokenRow]]]] = []
         for sample in samples:
             row = _or_fault(self._conversation_row, sample, faults)
             if row is None:
                 continue
-            start = self._start(row) if len(sample.images) == 1 else ()
-            # Without an image, with several, or with an answer before the image, the conversation gets its own tree.
+            start = self._start(row) if sample.images else ()
+            # Without an image, or with an answer before the last one, the conversation gets its own tree.
             if not start:
                 singles.append((sample.images, [(sample.id, row)]))
                 continue
@@ -257,7 +260,7 @@ class Encoder:
         return [Example(chunk[0][0], Tree.of([row for _, row in chunk]), images) for images, chunk in grouped]
 
     def _start(self, row: TokenRow) -> tuple[int, ...]:
-        """Return a row's tokens up to the end of its image, or () if an answer precedes it."""
+        """Return a row's tokens up to the end of its last image, or () if an answer precedes that."""
         end = len(row.ids) - row.ids[::-1].index(self.image_token_id)
         return () if True in row.supervised[:end] else row.ids[:end]
 

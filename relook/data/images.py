@@ -220,14 +220,18 @@ class ImageLoader:
         image_processor: transformers image processor of the model.
         aspect_ratio: "pad" first pads each picture to a square in the processor's mean colour, as LLaVA-1.5 does;
             anything else leaves resizing and cropping to the processor.
+        positions: the number of positions that a picture takes, or a function of its height and width.
         cache_bytes: most bytes of pixel values to cache.
     """
 
-    # Counts the positions that a picture of a height and width takes, where the processor decides it.
-    positions: Callable[[tuple[int, int]], int] | None = None
-
-    def __init__(self, image_processor: Any, aspect_ratio: str = "", cache_bytes: int = 1 << 30) -> None:
-        self.image_processor, self.aspect_ratio = image_processor, aspect_ratio
+    def __init__(
+        self,
+        image_processor: Any,
+        aspect_ratio: str = "",
+        positions: int | Callable[[tuple[int, int]], int] = 0,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        self.image_processor, self.positions, self.aspect_ratio = image_processor, positions, aspect_ratio
         self.flat = GRID in image_processor.model_input_names  # pixels are patches, without an axis of images
         self._cache: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
 
@@ -256,13 +260,22 @@ class ImageLoader:
             width, height = _open(path, _size, str(path))
         return (max(width, height),) * 2 if self.aspect_ratio == "pad" else (height, width)
 
+    def position_count(self, size: tuple[int, int]) -> int:
+        """Return the number of positions that a picture of a height and width takes."""
+        return self.positions if isinstance(self.positions, int) else self.positions(size)
+
     def seen(self, image: ImageSource) -> Image.Image:
         """Return a picture as the model sees it: padded or cropped, and resized. Models with tiles are not supported.
 
         Raises:
             DataError: as `preprocess` does.
         """
-        pixels = self.inputs(image)["pixel_values"]
+        inputs = self.inputs(image)
+        if self.flat:  # the patches of the resized picture
+            _, height, width = (inputs[GRID] * self.image_processor.patch_size).tolist()
+            opened = image if isinstance(image, Image.Image) else _opened(image)
+            return as_rgb(opened).resize((width, height), Image.Resampling.BICUBIC)
+        pixels = inputs["pixel_values"]
         mean, std = (
             torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
         )
@@ -301,8 +314,7 @@ class ImageLoader:
         cached = self._cache.get(key)
         if cached is not None:
             return cached
-        opened = open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
-        inputs = self._process(opened, _subject(image))
+        inputs = self._process(_opened(image), _subject(image))
         self._cache.put(key, inputs)
         return inputs
 
@@ -324,6 +336,10 @@ class ImageLoader:
         return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
 
 
+def _opened(image: Shown) -> Image.Image:
+    return open_image(Path(image)) if isinstance(image, (str, Path)) else image.open()
+
+
 def _subject(image: Shown) -> str:
     """Return the subject of an error message about a picture."""
     if isinstance(image, MemoryImage):
@@ -335,7 +351,7 @@ def _subject(image: Shown) -> str:
 def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack the inputs of single images to a batch, padded to the most tiles; flat patches are concatenated."""
     batch = {}
-    for name in inputs[0]:
+    for name in inputs[0] if inputs else ():
         tensors = [image[name] for image in inputs]
         if name == "pixel_values" and GRID in inputs[0]:
             batch[name] = torch.cat(tensors)

@@ -16,13 +16,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from relook.data.paths import resolve_extension
-from relook.data.samples import IMAGE_MISSING, BadRecord, path_fault
+from relook.data.samples import IMAGE_COUNT, IMAGE_MISSING, BadRecord, path_fault
+from relook.data.templates import IMAGE, interleave
 from relook.errors import DataError
 from relook.files import atomic_file
 
@@ -46,7 +48,7 @@ class Embedded:
 
 
 class InvalidPair(BadRecord):
-    """Reason why a row is not a preference pair of one image, one prompt and two answers."""
+    """Reason why a row is not a preference pair of images, one prompt and two answers."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ IMAGE_FEATURES: dict[str, dict[str, Any]] = {
 }
 META = b"relook"  # key in a file's metadata
 CONTEXT = "context"
+PARTS = ("text", "image")  # kinds of parts of a message
+SPLIT = re.compile(f"({IMAGE})")  # cuts a prompt into texts and placeholders
 ROWS = 64  # rows read or written at a time; few, since they hold images
 
 
@@ -291,6 +295,8 @@ def _row(
     try:
         images = tuple(_embedded(image, folders) for image in _listed(values[column]))
         prompt, chosen, rejected, context = _plain_texts(layout, texts)
+        if layout == "trl" and _image_parts(values["prompt"]) not in (0, len(images)):
+            raise InvalidPair(IMAGE_COUNT)
     except InvalidPair as bad:
         return bad
     extra = {name: values[name] for name in extra_names if name in values} | ({CONTEXT: context} if context else {})
@@ -350,7 +356,10 @@ def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str, 
 
 
 def _message_text(value: Any, column: str, role: str) -> str:
-    """Return the text of a TRL value: a string, or one message whose content is a string or parts."""
+    """Return the text of a TRL value: a string, or one message whose content is a string or parts.
+
+    Images with a text between them stay where they are, as `<image>` (`interleave`).
+    """
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != role:
@@ -358,12 +367,19 @@ def _message_text(value: Any, column: str, role: str) -> str:
     content = value[0].get("content")
     if isinstance(content, str):
         return content
-    # The other parts of a prompt are placeholders of its image.
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     texts: list[Any] = [part.get("text") for part in parts if part.get("type") == "text"]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InvalidPair(f"{column} holds no text")
-    return "".join(texts)
+    shown = [part["text"] if part["type"] == "text" else IMAGE for part in parts if part.get("type") in PARTS]
+    return interleave(shown)
+
+
+def _image_parts(prompt: Any) -> int:
+    """Count the images that the messages of a prompt place; 0 if it is a text."""
+    contents = [message["content"] for message in prompt] if isinstance(prompt, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return sum(isinstance(part, dict) and part.get("type") == "image" for part in parts)
 
 
 def _without_none(value: Any) -> Any:
@@ -415,7 +431,10 @@ def _message(kind: Any, role: str, text: str, images: int) -> Any:
     content = kind.value_type.field("content").type
     if types.is_string(content) or types.is_large_string(content):
         return [{"role": role, "content": text}]
-    return [{"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}]
+    if IMAGE not in text:  # the images stand before it
+        return [{"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}]
+    parts = [{"type": "text", "text": part} if part != IMAGE else {"type": "image"} for part in SPLIT.split(text)]
+    return [{"role": role, "content": [part for part in parts if part.get("text") != ""]}]
 
 
 def write_parquet(path: str | Path, layout: str, source: PairFile, rows: Iterator[RawPair]) -> int:

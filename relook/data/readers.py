@@ -17,6 +17,7 @@ from relook.data.parquet import Embedded, InvalidPair, RawPair, content_hash, ha
 from relook.data.paths import resolve_extension
 from relook.data.samples import (
     ID_UNKNOWN,
+    IMAGE_COUNT,
     IMAGE_MISSING,
     BadRecord,
     Conversation,
@@ -65,11 +66,11 @@ def read_hadpo(
         desc_data_path: `{image id: {"chosen": [text, ...], "rejected": [text, ...]}}`, or None to read none.
         pope_data_path: `[{"image_id", "question", "chosen", "reject", "answer", "correct"}, ...]`, or None.
         on_bad: "drop" reports unusable records (missing field, empty text, chosen equal to rejected, unknown image id,
-            missing image file); "error" raises at the first one.
+            missing image file); "error" refuses the file for them.
         seed: seed of the draws; the original's is 42.
 
     Raises:
-        DataError: a file is missing or has another layout, or a record is bad and `on_bad` is "error".
+        DataError: a file is missing or has another layout, or records are bad and `on_bad` is "error".
     """
     vg_path = Path(vg_path)
     desc_data_path = None if desc_data_path is None else Path(desc_data_path)
@@ -199,7 +200,7 @@ def _pair(
         raise BadRecord(ID_UNKNOWN)
     if not (path := resolve_extension(path)).is_file():
         raise BadRecord(IMAGE_MISSING)
-    return PreferencePair(name, path, prompt, chosen, rejected, **options)
+    return PreferencePair(name, (path,), prompt, chosen, rejected, **options)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -217,10 +218,10 @@ def read_llava(
     bad.
 
     Args:
-        on_bad: "drop" reports bad records; "error" raises at the first one.
+        on_bad: "drop" reports bad records; "error" refuses the file for them.
 
     Raises:
-        DataError: the file or folder is missing, the file is no JSON array, or a record is bad and `on_bad` is "error".
+        DataError: the file or folder is missing, the file is no JSON array, or records are bad and `on_bad` is "error".
     """
     data_path, image_folder = Path(data_path), Path(image_folder)
     drop_log = DropLog(str(data_path), on_bad)
@@ -258,7 +259,7 @@ def conversation(name: str, record: Any, image_folder: Path) -> Conversation:
     if any(IMAGE in turn.response for turn in turns):
         raise BadRecord(f"{IMAGE} in an answer")
     if sum(turn.prompt.count(IMAGE) for turn in turns) != len(images):
-        raise BadRecord(f"number of {IMAGE} differs from the number of images")
+        raise BadRecord(IMAGE_COUNT)
     return Conversation(name, images, turns)
 
 
@@ -292,10 +293,10 @@ def read_sentinel(
 
     Args:
         vg_path: Visual Genome's folder.
-        on_bad: "drop" reports unusable records; "error" raises at the first one.
+        on_bad: "drop" reports unusable records; "error" refuses the file for them.
 
     Raises:
-        DataError: a file is missing or has another layout, or a record is bad and `on_bad` is "error".
+        DataError: a file is missing or has another layout, or records are bad and `on_bad` is "error".
     """
     path = Path(path)
     drop_log, paths, pairs = DropLog(str(path), on_bad), read_image_paths(Path(vg_path)), []
@@ -320,17 +321,17 @@ def read_pairs(
 ) -> tuple[list[PreferencePair], ReadReport]:
     """Read a parquet file, or all parquet files of a folder, as training pairs.
 
-    Embedded images are written as files once, named by their content. A row is bad if it is not one image with one
-    user turn and two answers, an answer is empty, or chosen equals rejected. Rows that HA-DPO's reader would skip
-    (`correct` in a `hadpo_record`) are skipped.
+    Embedded images are written as files once, named by their content. A row is bad if it is not one user turn over
+    images and two answers, an answer is empty, or chosen equals rejected. A prompt has one `<image>` for each image, or
+    none. Rows that HA-DPO's reader would skip (`correct` in a `hadpo_record`) are skipped.
 
     Args:
         image_folder: where embedded images are written, and where images that a row only names are looked up. The
             default is a folder beside `path`, of its name and `_images`.
-        on_bad: "drop" reports bad rows; "error" raises at the first one.
+        on_bad: "drop" reports bad rows; "error" refuses the file for them.
 
     Raises:
-        DataError: there is no such file, it has none of the layouts, or a row is bad and `on_bad` is "error".
+        DataError: there is no such file, it has none of the layouts, or rows are bad and `on_bad` is "error".
     """
     path = Path(path)
     image_folder = None if image_folder is None else Path(image_folder)
@@ -347,8 +348,12 @@ def read_pairs(
             options = pair_options(row.extra)
             if fault := check_pair(row.prompt, row.chosen, row.rejected, options["context"]):
                 raise BadRecord(fault)
-            path = _extracted(row.image, folder)
-            pairs.append(PreferencePair(name, path, row.prompt, row.chosen, row.rejected, **options))
+            if not row.images:
+                raise BadRecord("no image")
+            if row.prompt.count(IMAGE) not in (0, len(row.images)):
+                raise BadRecord(IMAGE_COUNT)
+            images = tuple(_extracted(image, folder) for image in row.images)
+            pairs.append(PreferencePair(name, images, row.prompt, row.chosen, row.rejected, **options))
         except BadRecord as bad:
             drop_log.drop(name, str(bad))
     return pairs, drop_log.report(len(pairs))

@@ -15,16 +15,17 @@ from relook.errors import DataError, RecipeError, preview
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Image and prompt with a preferred and a dispreferred response.
+    """Images and prompt with a preferred and a dispreferred response.
 
     Args:
-        prompt: the bare question, without `<image>`, role names or a template.
+        prompt: the bare question, without role names or a template. It has one `<image>` for each image, or none: the
+            images then stand before it.
         context: text with which both responses begin. It is read like the prompt and not supervised.
         complete: False if the responses break off, as sentences of a longer answer do. No end mark follows them.
     """
 
     id: str
-    image: Path
+    images: tuple[Path, ...]
     prompt: str
     chosen: str
     rejected: str
@@ -95,12 +96,16 @@ class ReadReport:
     def dropped(self) -> int:
         return sum(map(len, self.reasons.values()))
 
+    @property
+    def faults(self) -> str:
+        """Return the reasons why samples were dropped, each with their number and the first names."""
+        return "; ".join(f"{reason}: {len(names):,} ({preview(names, 3)})" for reason, names in self.reasons.items())
+
     def summary(self) -> str:
         """Summarise in one line how many samples were used, skipped and dropped, and why."""
         parts = [f"{self.used:,} samples"]
         parts += [f"{count:,} skipped ({reason})" for reason, count in self.skipped.items()]
-        faults = "; ".join(f"{reason}: {len(names):,} ({preview(names, 3)})" for reason, names in self.reasons.items())
-        parts.append(f"{self.dropped:,} dropped ({faults})" if faults else "none dropped")
+        parts.append(f"{self.dropped:,} dropped ({self.faults})" if self.reasons else "none dropped")
         return f"{self.source}: {', '.join(parts)}."
 
 
@@ -109,7 +114,7 @@ class DropLog:
 
     Args:
         source: the file that is read, for messages.
-        on_bad: "drop" notes a bad sample; "error" raises at the first one.
+        on_bad: "drop" notes bad samples; "error" refuses the file for them, all in one error.
 
     Raises:
         RecipeError: `on_bad` is something else.
@@ -123,13 +128,7 @@ class DropLog:
         self._skipped: Counter[str] = Counter()
 
     def drop(self, name: str, reason: str) -> None:
-        """Note a sample that cannot be used.
-
-        Raises:
-            DataError: `on_bad` is "error".
-        """
-        if self._on_bad == "error":
-            raise DataError(f"{self._source}, sample {name}: {reason}.", "Repair it, or set on_bad drop.")
+        """Note a sample that cannot be used."""
         self._reasons.setdefault(reason, []).append(name)
 
     def skip(self, reason: str) -> None:
@@ -137,8 +136,16 @@ class DropLog:
         self._skipped[reason] += 1
 
     def report(self, used: int, note: str = "") -> ReadReport:
+        """Account for all samples.
+
+        Raises:
+            DataError: some cannot be used, and `on_bad` is "error".
+        """
         reasons = {reason: tuple(names) for reason, names in self._reasons.items()}
-        return ReadReport(self._source, used, reasons, dict(self._skipped), note)
+        report = ReadReport(self._source, used, reasons, dict(self._skipped), note)
+        if reasons and self._on_bad == "error":
+            raise DataError(f"{self._source}: bad samples: {report.faults}.", "Repair them, or set on_bad drop.")
+        return report
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -146,6 +153,7 @@ class DropLog:
 
 
 IMAGE_MISSING, ID_UNKNOWN = "image file missing", "image id not in image_data.json"
+IMAGE_COUNT = "number of <image> differs from the number of images"
 
 
 class BadRecord(Exception):

@@ -4,7 +4,8 @@
     *_data_pair.jsonl    a line: {"image_id", "question", "context", "y_win", "y_lose", ...}
 
 As in the original's trainer, a space joins the context and a sentence, and no end mark follows a sentence that has a
-context. Without one (null, or empty), a pair is an ordinary pair of answers.
+context. Without one (null, or empty), a pair is an ordinary pair of answers. A further key of relook's, `complete`,
+says otherwise: false for first sentences, which have no context, true for whole answers with one.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ def sentinel_pair(record: Any) -> SentinelPair:
     """
     if fault := missing_fields(record, *FIELDS) or text_fault(*(record[name] for name in FIELDS)):
         raise BadRecord(fault)
-    context: str = pair_options({"context": record.get("context")})["context"]
+    options = pair_options(record)
+    context: str = options["context"]
     chosen, rejected = (f"{context} {record[side]}" if context else record[side] for side in ("y_win", "y_lose"))
-    return SentinelPair(record["question"], chosen, rejected, context, complete=not context)
+    complete = not context if record.get("complete") is None else options["complete"]
+    return SentinelPair(record["question"], chosen, rejected, context, complete)
 
 
 def sentinel_texts(pair: SentinelPair) -> dict[str, Any]:
@@ -80,7 +83,6 @@ def sentinel_texts(pair: SentinelPair) -> dict[str, Any]:
     sides = [answer.removeprefix(pair.context) for answer in (pair.chosen, pair.rejected)]
     if pair.context and not all(side.startswith(" ") for side in sides):
         raise BadRecord("no space after the context")
-    if pair.complete == bool(pair.context):
-        raise BadRecord("whole answers with a context" if pair.context else "answers that break off without a context")
     y_win, y_lose = (side.removeprefix(" ") for side in sides) if pair.context else sides
-    return {"question": pair.prompt, "context": pair.context or None, "y_win": y_win, "y_lose": y_lose}
+    texts = {"question": pair.prompt, "context": pair.context or None, "y_win": y_win, "y_lose": y_lose}
+    return {**texts, **({"complete": pair.complete} if pair.complete == bool(pair.context) else {})}

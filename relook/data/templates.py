@@ -237,6 +237,18 @@ def with_image(prompt: str, images: int = 1) -> str:
     return prompt if IMAGE in prompt else f"{IMAGE}\n" * images + prompt
 
 
+def interleave(parts: Sequence[str], separator: str = "") -> str:
+    """Join the texts and placeholders of a message.
+
+    Images that have a text between them stay where they are. Otherwise the placeholders are left out: the images then
+    stand before the text (`with_image`), as LLaVA was trained.
+    """
+    places = [i for i, part in enumerate(parts) if part == IMAGE]
+    between = parts[places[0] : places[-1]] if places else ()
+    kept = parts if any(part != IMAGE and part.strip() for part in between) else [p for p in parts if p != IMAGE]
+    return separator.join(kept)
+
+
 def image_first(prompt: str) -> str:
     """Move a prompt's only image placeholder to its front, as LLaVA does before training (`preprocess_multimodal`)."""
     if prompt.count(IMAGE) != 1:

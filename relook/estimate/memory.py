@@ -20,7 +20,8 @@ from relook.forward.activation_memory import layers_on_device
 from relook.forward.collate import TREES_PER_ROOT
 from relook.forward.packed_attention import ADAPTER, ATTENTION_INPUTS, MLP_INPUTS, packs_rows
 from relook.forward.policy import LOGITS_BYTES, ROWS_IN_FLOAT32, Policy
-from relook.model.modeling_relook import vision_width
+from relook.model.families import family_of
+from relook.model.modeling_relook import reads_tower, tower_width, vision_width
 from relook.model.post_decoder import PostDecoder
 from relook.recipe import Recipe
 from relook.train.cache_store import SHARD_BYTES
@@ -209,9 +210,25 @@ def _is_in(parameter: str, modules: Sequence[str]) -> bool:
 
 def projector_bytes(config: Any, compute_bytes: int, mixed_precision: bool) -> SavedBytes:
     """Return what a trained projector saves, with rows of vision features as positions."""
-    D, V = config.text_config.hidden_size, vision_width(config)
+    D, V = config.text_config.hidden_size, tower_width(config)
     # The inputs of both linear layers (V and D), the first one's output (D), and autocast's copies of both weights.
     return SavedBytes(int(V + 2 * D) * compute_bytes, int(V * D + D * D) * compute_bytes if mixed_precision else 0)
+
+
+def tower_layer_bytes(vision: Any, compute_bytes: int, mixed_precision: bool) -> SavedBytes:
+    """Return what a layer of a CLIP tower that trains saves, with patches and class token as positions.
+
+    Args:
+        vision: config of the tower.
+    """
+    V, F, H = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
+    # Two LayerNorms with mean and standard deviation; their outputs, of which autocast makes a copy for each linear
+    # layer; queries, keys, values, the attention's output and its log-sum.
+    norms = 2 * ((4 if mixed_precision else compute_bytes) * V + 8)
+    attention = (4 * V + (4 if mixed_precision else 2) * V) * compute_bytes + 4 * H
+    mlp = (3 if vision.hidden_act == "quick_gelu" else 2) * F * compute_bytes  # quick_gelu saves its sigmoid, too
+    fixed = (4 * V * V + 2 * V * F) * compute_bytes if mixed_precision else 0  # autocast's copies of the weights
+    return SavedBytes(norms + attention + mlp, fixed)
 
 
 def post_decoder_bytes(
@@ -382,6 +399,18 @@ class Job:
             self.recipe.lora_dropout,
         )
 
+    @cached_property
+    def saved_in_tower(self) -> int:
+        """Return the bytes that a vision tower saves that trains."""
+        if not self.recipe.trains_vision_tower:
+            return 0
+        config = self.trunk_policy.config
+        vision, selected = config.vision_config, config.vision_feature_layer
+        # Layer i of the selected ones is the output of i layers; those behind the last selected one do not train.
+        layers = [i % (vision.num_hidden_layers + 1) for i in (selected if isinstance(selected, list) else [selected])]
+        states = self.tile_count(self.batch) * ((vision.image_size // vision.patch_size) ** 2 + 1)
+        return int(max(layers)) * tower_layer_bytes(vision, self.compute_bytes, self.mixed_precision).of(states)
+
     @property
     def last_mlp_positions(self) -> int:
         """Return the positions at which the last MLP and the last norm are computed; see `SparseLastLayer`."""
@@ -446,8 +475,8 @@ class Job:
 
     @cached_property
     def saved_in_trunk(self) -> int:
-        """Return the bytes that the trunk's layers and the projector save."""
-        total = 0
+        """Return the bytes that the trunk's layers, the projector and the vision tower save."""
+        total = self.saved_in_tower
         if not self.recipe.frozen_trunk:
             # Layers either save everything on the GPU (the last one at fewer positions), or only their input.
             resident = len(self.layers) - self.recomputed_layers - self.offloaded_layers
@@ -484,17 +513,26 @@ class Job:
     def prefetch_bytes(self) -> int:
         """Return the bytes of the batch and of the next one, which accelerate prefetches to the GPU."""
         batch, side = self.batch, int(self.policy.config.vision_config.image_size)
-        width = vision_width(self.policy.config)
         if self.recipe.cached_trunk:
             states = 2 * batch.slots * self.width
-            features = batch.padded_features * width if self.policy.needs_vision_features else 0
+            features = (
+                batch.padded_features * vision_width(self.policy.config) if self.policy.needs_vision_features else 0
+            )
             return (states + features) * self.compute_bytes
-        # Two batches of cached vision features, or of float32 pixels with three channels.
+        # Two batches of kept vision features, or of float32 pixels with three channels.
         return 2 * (
-            batch.features * width * self.compute_bytes
+            batch.features * self.kept_width * self.compute_bytes
             if self.features_cached
             else self.tile_count(batch) * 3 * side**2 * 4
         )
+
+    @property
+    def kept_width(self) -> int:
+        """Return how many values are kept of a row of vision features (`KeptImage`)."""
+        config = self.policy.config
+        if family_of(config).projects_rows:
+            return tower_width(config)
+        return self.width + tower_width(config) * (self.policy.needs_vision_features and reads_tower(config))
 
     def tile_count(self, counts: BatchCounts) -> int:
         """Count the images that the vision tower reads, or the tiles into which they are cut."""
@@ -736,7 +774,7 @@ def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
     resident = len(job.layers) - job.offloaded_layers
     done = head + above + (1 - head - above) * job.offloaded_layers / len(job.layers)
     all_fetched = {
-        "activations": resident * job.layer_budgeted_bytes + job.recompute_bytes,
+        "activations": resident * job.layer_budgeted_bytes + job.recompute_bytes + job.saved_in_tower,
         "gradients": max(accumulated, round(done * gradients)),
         "workspace": job.layer_workspace_bytes,
     }
@@ -751,7 +789,11 @@ def _moments(job: Job, gradients: int) -> Sequence[dict[str, int]]:
         {"activations": layer, "gradients": after_post_decoder, "workspace": job.layer_workspace_bytes},
         *([all_fetched] if job.offloaded_layers else []),
         # The backward pass of the first decoder layer, when all gradients are there; then the optimizer's step.
-        {"activations": job.layer_saved_bytes, "gradients": gradients, "workspace": job.layer_workspace_bytes},
+        {
+            "activations": job.layer_saved_bytes + job.saved_in_tower,
+            "gradients": gradients,
+            "workspace": job.layer_workspace_bytes,
+        },
         {"gradients": gradients, "workspace": 0},
     ]
 

@@ -30,7 +30,13 @@ from relook.forward.collate import TREES_PER_ROOT, BatchStats, Item, corrupt
 from relook.forward.packed_attention import BUDGET, packs_rows
 from relook.forward.policy import Policy
 from relook.model.checkpoint import ADAPTER_FILE
-from relook.model.families import family_of, has_post_decoder, vision_feature_count, with_post_decoder
+from relook.model.families import (
+    family_of,
+    has_post_decoder,
+    tower_state_count,
+    vision_feature_count,
+    with_post_decoder,
+)
 from relook.model.lazy_model import LazyModel, open_folder
 from relook.model.load import HeadModel, LoadedModel
 from relook.model.trainable import add_trainable_modules
@@ -197,8 +203,10 @@ def build_on_meta(recipe: Recipe, source: LazyModel) -> Any:
         config = with_post_decoder(config, dict(recipe.post_decoder))
     with torch.device("meta"):
         model = replace(source, config=config).model_class(config).to(dtype_of(recipe))
+    images = LoadedModel(model, source.processor(), source.path).images if recipe.trains_vision_tower else None
+    with torch.device("meta"):
         # The post decoder is there already; a start from the projector's weights changes no shape.
-        return add_trainable_modules(model, replace(recipe, post_decoder_init="random"))
+        return add_trainable_modules(model, replace(recipe, post_decoder_init="random"), images)
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -296,11 +304,32 @@ def batch_size(recipe: Recipe) -> int:
 
 def count_batch(recipe: Recipe, policy: Policy, lengths: DataLengths, examples: Sequence[Example]) -> BatchCounts:
     """Count the batch that a step on some examples reads."""
-    rows = [
-        sum(vision_feature_count(policy.config, lengths.size(image)) for image in example.images)
-        for example in examples
-    ]
+    rows = [count_features(policy, lengths, example) for example in examples]
     return BatchCounts.of(step_examples(recipe, examples), rows * (2 if recipe.mdpo_conditional_weight else 1), policy)
+
+
+def count_features(policy: Policy, lengths: DataLengths, example: Example) -> int:
+    """Count the rows of vision features of an example, over its images."""
+    sizes = [lengths.size(image) for image in example.images]
+    return sum(vision_feature_count(policy.config, size, position_count(policy, size)) for size in sizes)
+
+
+def count_tower_states(policy: Policy, lengths: DataLengths, example: Example) -> int:
+    """Count the rows that the vision tower gives of an example, over its images."""
+    return sum(tower_state_count(policy.config, lengths.size(image), 0) for image in example.images)
+
+
+def position_count(policy: Policy, size: tuple[int, int]) -> int:
+    """Return the number of positions that an image of this size takes."""
+    positions = _image_positions(policy)
+    return positions if isinstance(positions, int) else positions(size)
+
+
+@functools.lru_cache(maxsize=1)  # it remembers the sizes
+def _image_positions(policy: Policy) -> int | Callable[[tuple[int, int]], int]:
+    count = family_of(policy.config).positions
+    assert count is not None  # `estimate` has refused the others
+    return count(policy.core)
 
 
 def largest_batch(examples: Sequence[Example], size: int) -> list[Example]:
@@ -433,7 +462,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 
 def build_cache_plan(policy: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """Plan the cache of the known examples; return the plan, and the factor from them to all examples."""
-    images: Any = SimpleNamespace(size=lengths.size, positions=None)
+    images: Any = SimpleNamespace(size=lengths.size, position_count=functools.partial(position_count, policy))
     plan = CachePlan.of(policy, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 
@@ -486,15 +515,14 @@ def compute_cost(job: Job, lengths: DataLengths, gpus: int, tflops: float) -> di
     tokens = last_mlp = everything - spared
     if policy.uses_sparse_last_mlp(job.batch.slots, job.batch.positions):
         last_mlp = sum(len(kept_positions(tree, policy.needs_all_states)) for tree in trees)
-    features = sum(
-        vision_feature_count(policy.config, lengths.size(image)) for example in examples for image in example.images
-    )
+    states = sum(count_tower_states(policy, lengths, example) for example in examples)
     work = BatchStats(
         pairs=len(trees),
         tokens=tokens,
         last_mlp=last_mlp,
-        features=features,
-        encoded=0 if job.features_cached else features,
+        features=sum(count_features(policy, lengths, example) for example in examples),
+        projected=states,
+        encoded=0 if job.features_cached else states,
         states=everything if policy.needs_all_states else targets,
         targets=targets,
         live=not job.recipe.cached_trunk,
@@ -507,9 +535,9 @@ def compute_cost(job: Job, lengths: DataLengths, gpus: int, tflops: float) -> di
     forward = StepCosts.of(policy)
     for parameter in trained:
         parameter.requires_grad_(True)
-    before = float(forward.vision_tower * features) if job.features_cached else 0.0
+    before = float(forward.vision_tower * states) if job.features_cached else 0.0
     if job.recipe.cached_trunk or job.recipe.needs_reference:
-        before = forward.flops(replace(work, encoded=features, live=True))
+        before = forward.flops(replace(work, encoded=states, live=True))
     step += (forward.trunk * tokens + forward.last_mlp * last_mlp) * job.recomputed_share
     samples = len(lengths.examples)
     costs = {"step_tflop": step / samples / 1e12, "before_tflop": before / samples / 1e12}

@@ -83,7 +83,7 @@ def judge_settings(
     """
     if not url and not model:
         return None
-    if url and not _is_address(url):
+    if url and not is_address(url):
         raise RecipeError(f"{url} is no address of a judge.", "Give one as https://api.openai.com/v1.")
     if not url or not model:
         raise RecipeError("A judge is an address and a model.", "Give its address and --judge-model, both.")
@@ -98,7 +98,8 @@ def judge_settings(
     return JudgeSettings(url, model, key_variable, price, workers, request=fields)
 
 
-def _is_address(url: str) -> bool:
+def is_address(url: str) -> bool:
+    """Return True if a text is a web address."""
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -157,11 +158,12 @@ class Judge:
         cache: JSON lines file of replies, keyed by model, request, prompt, image and number of the try, but not by
             endpoint. It grows as replies come and survives a kill. A prompt with a cached verdict is never asked
             again. A prompt with only unreadable replies is, and the later line of a try counts.
+        rank: of this process, where several ask; each adds to a file of its own and reads all.
     """
 
-    def __init__(self, settings: JudgeSettings, cache: Path) -> None:
+    def __init__(self, settings: JudgeSettings, cache: Path, rank: int = 0) -> None:
         self.settings = settings
-        self.cache = AnswerFile(cache, "key")
+        self.cache = AnswerFile(cache, "key", rank)
 
     def probe(self, request: Mapping[str, Any], image: Path | None = None) -> None:
         """Ask a short question and discard the reply.

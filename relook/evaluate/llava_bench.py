@@ -23,8 +23,9 @@ from relook import distributed
 from relook.console import progress
 from relook.data.images import EncodedImage, Shown
 from relook.data.paths import resolve_extension
-from relook.data.templates import IMAGE
-from relook.errors import DataError, RecipeError, did_you_mean, preview
+from relook.data.samples import IMAGE_COUNT
+from relook.data.templates import IMAGE, with_image
+from relook.errors import DataError, Faults, RecipeError, did_you_mean, preview
 from relook.evaluate.results import AnswerFile, provenance
 from relook.evaluate.run import append_answers, begin_evaluation, shard_images
 from relook.files import (
@@ -41,8 +42,7 @@ from relook.files import (
     write_text,
     writes_alone,
 )
-from relook.generate.answering import GenerationSettings, answer_questions
-from relook.model.checkpoint import parse_folder
+from relook.generate.answering import AnswerSource, GenerationSettings, answer_questions
 from relook.model.load import LoadOptions
 
 # ----------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def answer_question_file(
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
-    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
+    loading: AnswerSource = LoadOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Answer a question file into `out/llava.jsonl`, in its order; questions with an answer there are not asked again.
 
@@ -108,7 +108,7 @@ def answer_question_file(
     Raises:
         RelookError: a question file that cannot be used, a missing image, or an output folder with other answers.
     """
-    folder, questions, out = parse_folder(model), Path(questions), Path(out)
+    folder, questions, out = loading.open(model), Path(questions), Path(out)
     data = None if data is None else Path(data)
     file_questions = read_llava_bench_questions(questions, data)
     settings = GenerationSettings(template, max_new_tokens, batch_size)
@@ -119,11 +119,11 @@ def answer_question_file(
         images = shard_images(question.images for question in file_questions)
         missing = [q for q in file_questions if q.images in images and q.key not in file.records]
         if missing:
-            loaded = loading.load(folder)
+            answerer = loading.load(folder)
             with progress(questions.name) as report:
                 prompts = [(question.images, question.text) for question in missing]
                 append_answers(
-                    answer_questions(loaded, prompts, settings, report),
+                    answer_questions(answerer, prompts, settings, report),
                     lambda i, text: (file, missing[i].answer_record(text, folder.path.name)),
                     [file],
                     batch_size,
@@ -142,7 +142,8 @@ def read_llava_bench_questions(path: str | Path, images: str | Path | None) -> l
     """Read the questions of a file in one of LLaVA's layouts.
 
     Raises:
-        DataError: there is no question, one has no id or text, or an image is missing.
+        DataError: there is no question, one has no id or text, images are missing, or questions have `<image>`, but not
+            one for each image.
     """
     path = Path(path)
     images = None if images is None else Path(images)
@@ -166,8 +167,13 @@ def read_llava_bench_questions(path: str | Path, images: str | Path | None) -> l
     # Pictures in a table are in memory; only paths can be missing.
     files = dict.fromkeys(image for question in questions for image in question.images if isinstance(image, Path))
     missing = [image for image in files if not image.is_file()]
+    faults = Faults()
     if missing:
-        raise DataError(f"{len(missing)} images do not exist: {preview(missing, 2)}.", "Check --data.")
+        faults.errors.append(DataError(f"{len(missing)} images do not exist: {preview(missing, 2)}.", "Check --data."))
+    if wrong := [question.id for question in questions if question.text.count(IMAGE) not in (0, len(question.images))]:
+        problem = f"{len(wrong)} questions: {IMAGE_COUNT} ({preview(wrong, 3)})."
+        faults.errors.append(DataError(problem, f"Write {IMAGE} once for each image, or not at all."))
+    faults.check()
     return questions
 
 
@@ -179,24 +185,25 @@ def _of_record(record: Mapping[str, Any], images: Path | None, location: str) ->
 
 
 def _of_line(record: Mapping[str, Any], images: Path | None) -> LlavaQuestion:
-    """Read `{"question_id", "image"?, "text", "category"?}`."""
+    """Read `{"question_id", "image"?, "text", "category"?}`; `image` is a name or a list of names."""
     return LlavaQuestion(record["question_id"], _images(record, images), str(record["text"]), str(record["text"]))
 
 
 def _of_conversation(record: Mapping[str, Any], images: Path | None) -> LlavaQuestion:
     """Read ScienceQA's `{"id", "image"?, "conversations": [{"value"}, ...]}`, and ask for a letter, as LLaVA-1.5."""
-    text = record["conversations"][0]["value"].replace(IMAGE, "").strip() + f"\n{LETTER}"
-    shown = _images(record, images)
-    return LlavaQuestion(record["id"], shown, text, f"{IMAGE}\n{text}" if shown else text)
+    text, shown = record["conversations"][0]["value"], _images(record, images)
+    if len(shown) < 2:  # several stay where they are
+        text = text.replace(IMAGE, "")
+    text = f"{text.strip()}\n{LETTER}"
+    return LlavaQuestion(record["id"], shown, text, with_image(text, len(shown)))
 
 
 def _images(record: Mapping[str, Any], images: Path | None) -> tuple[Path, ...]:
-    name = record.get("image")
-    if not name:
-        return ()
-    if images is None:
+    named = record.get("image")
+    names = named if isinstance(named, list) else [named] if named else []
+    if names and images is None:
         raise DataError("The questions are about images.", "Give their folder as --data.")
-    return (resolve_extension(images / name),)
+    return tuple(resolve_extension(Path(images or "", name)) for name in names)
 
 
 def read_table(text: str, name: str) -> list[dict[str, str]]:

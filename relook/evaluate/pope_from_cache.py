@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from relook.console import progress
 from relook.data.encode import Encoder, Example
-from relook.data.images import prefetch_map
+from relook.data.images import ImageLoader, prefetch_map
 from relook.data.packing import TokenRow, Tree, batch_targets, copy_to_cpu
 from relook.data.samples import Question
 from relook.evaluate.benchmark import YES_NO_MAX_TOKENS
@@ -49,6 +49,7 @@ from relook.model.load import (
     parse_device,
     parse_dtype,
 )
+from relook.model.modeling_relook import reads_tower
 from relook.train.feature_cache import cache_inputs, cache_key
 
 FIRST_FILE = "first_tokens.jsonl"
@@ -152,9 +153,14 @@ class CachedPope:
         """Load the base; see `release`."""
         return self.loading.load(self.base)
 
+    @cached_property
+    def keeps_tower(self) -> bool:
+        """Return True if the vision features beside the base's states are the tower's."""
+        return reads_tower(self.loaded.core.config)
+
     def release(self) -> None:
         """Free the base's weights, after computing what other models need of it."""
-        _ = self.base_log_probs, self.decisive
+        _ = self.base_log_probs, self.decisive, self.keeps_tower
         self.loaded.model = None
 
     @cached_property
@@ -199,7 +205,7 @@ class CachedPope:
     def _compute(self, policy: Policy) -> AnswerStates:
         states: list[Tensor] = []
         features: list[Tensor] = []
-        for trunk in self._passes(policy, "trunk states of the questions"):
+        for trunk in self._passes(policy, self.loaded.images, "trunk states of the questions"):
             counts = (trunk.targets.kept_branch >= 0).sum(1).tolist()
             # Drop the padding of the batch, and clone: a view would keep the whole batch in memory.
             on_cpu = copy_to_cpu(trunk.states)
@@ -208,10 +214,10 @@ class CachedPope:
         return AnswerStates(states, features or None)
 
     @torch.inference_mode()
-    def _passes(self, policy: Policy, title: str) -> Iterator[TrunkStates]:
+    def _passes(self, policy: Policy, images: ImageLoader, title: str) -> Iterator[TrunkStates]:
         """Run the trunk over the trees, batch by batch."""
         policy.eval()
-        collator = Collator(policy, self.loaded.images, self.loaded.pad_id)
+        collator = Collator(policy, images, self.loaded.pad_id)
         examples = self.prompts.examples
         with progress(title) as report:
             items = [Item(example) for example in examples]
@@ -235,7 +241,7 @@ class CachedPope:
     @torch.inference_mode()
     def _live(self, loaded: LoadedModel) -> LogProbs:
         policy = Policy(loaded.model)
-        for trunk in self._passes(policy, "first answer tokens"):
+        for trunk in self._passes(policy, loaded.images, "first answer tokens"):
             yield first_log_probs(policy, trunk)
 
     def log_probs(self, model: Path, load: Callable[[], LoadedModel]) -> LogProbs:
@@ -244,8 +250,10 @@ class CachedPope:
             tower = self.loading.vision_tower if model == self.base else None
             above = load_model(model, None, tower, self.dtype, device=self.device, trunk=False)
             policy = Policy(HeadModel(above.model))
-            # A post decoder with self-attention reads every position of the prompt; the states are those at its end.
-            if not policy.needs_all_states:
+            # A post decoder with self-attention reads every position of the prompt; the states are those at its end, of
+            # images as the base gets them. And it may look at other features than those that were kept.
+            same_images = above.images.aspect_ratio == self.loaded.images.aspect_ratio
+            if not policy.needs_all_states and same_images and reads_tower(policy.config) == self.keeps_tower:
                 return self._from_states(policy)
         return self._live(load())
 

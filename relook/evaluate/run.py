@@ -20,9 +20,9 @@ from relook.evaluate.benchmark import YES_NO_MAX_TOKENS, Benchmark, Questions, r
 from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, utc_now
 from relook.evaluate.tasks import get_benchmarks
 from relook.files import claim_output_dir, read_json, read_json_object, write_json, writes_alone
-from relook.generate.answering import GenerationSettings, answer_questions
-from relook.model.checkpoint import AnyFolder, parse_folder
-from relook.model.load import LoadedModel, LoadOptions, parse_device
+from relook.generate.answering import Answerer, AnswerSource, GenerationSettings, answer_questions
+from relook.model.checkpoint import AnyFolder
+from relook.model.load import LoadOptions
 
 if TYPE_CHECKING:
     from relook.evaluate.judge import Judge, JudgeSettings
@@ -39,7 +39,7 @@ def evaluate_model(
     template: str = "",
     batch_size: int = 64,
     max_new_tokens: int = 512,
-    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
+    loading: AnswerSource = LoadOptions(),  # noqa: B008 (frozen)
     judge: JudgeSettings | None = None,
 ) -> dict[str, Any]:
     """Answer and score benchmarks; questions that already have an answer are not asked again.
@@ -48,6 +48,7 @@ def evaluate_model(
     judge's result is kept as it is if no judge is given.
 
     Args:
+        loading: how the model is loaded, or another engine that answers (`relook.evaluate.engines`).
         judge: judge for benchmarks whose scores need one. Its replies are kept in `out/judge.jsonl`. A short probe
             checks it before anything is generated.
 
@@ -58,7 +59,7 @@ def evaluate_model(
         RelookError: an unknown benchmark, missing data or images, no judge where one is needed, a judge that does not
             answer, or an output folder with another model's answers.
     """
-    folder, data, out = parse_folder(model), Path(data), Path(out)
+    folder, data, out = loading.open(model), Path(data), Path(out)
     definitions = get_benchmarks(benchmarks)
     settings = begin_evaluation(out, folder, data, GenerationSettings(template, max_new_tokens, batch_size), loading)
     # Scores are cheap and are computed anew, unless they need a judge and none is given.
@@ -72,7 +73,7 @@ def evaluate_model(
     probes = [request for name in remaining if (request := definitions[name].judge_request) is not None]
 
     @functools.cache
-    def load() -> LoadedModel:
+    def load() -> Answerer:
         # A judge that does not answer should show before hours of generation, and before the model is loaded.
         if judge and probes and distributed.is_main():
             judge.open(out).probe(probes[0])
@@ -107,17 +108,16 @@ def shard_images(images: Iterable[Any]) -> set[Any]:
 
 
 def begin_evaluation(
-    out: Path, model: AnyFolder, data: Path | None, settings: GenerationSettings, loading: LoadOptions, **inputs: Any
+    out: Path, model: AnyFolder, data: Path | None, settings: GenerationSettings, loading: AnswerSource, **inputs: Any
 ) -> GenerationSettings:
     """Check the settings and claim the output folder with `claim_eval_dir`, the main process before the others.
 
     Returns:
         The settings, with the model's own template if they name none.
     """
-    model = parse_folder(model)
-    settings = dataclasses.replace(settings, template=settings.template or model.template)
+    model = loading.open(model)
+    settings = dataclasses.replace(settings, template=settings.template or loading.template_of(model))
     check_template(settings.template)
-    parse_device(loading.device)
     claimed = (out, model, data, settings.template, settings.max_new_tokens, loading)
     # The main process creates the folder's record; the others then find it and only compare.
     if distributed.is_main():
@@ -134,7 +134,7 @@ def claim_eval_dir(
     data: Path | None,
     template: str,
     max_new_tokens: int,
-    loading: LoadOptions,
+    loading: AnswerSource,
     **inputs: Any,
 ) -> None:
     """Claim an output folder for one model, data folder and settings; refuse one that holds other answers.
@@ -187,7 +187,7 @@ def append_answers(
 def ask_missing(
     benchmark: Benchmark,
     questions: Questions,
-    load: Callable[[], LoadedModel],
+    load: Callable[[], Answerer],
     out: Path,
     settings: GenerationSettings,
 ) -> None:
@@ -217,7 +217,7 @@ def ask_missing(
 def _ask(
     benchmark: Benchmark,
     questions: Sequence[tuple[str, Question]],
-    loaded: LoadedModel,
+    answerer: Answerer,
     files: Mapping[str, AnswerFile],
     settings: GenerationSettings,
 ) -> None:
@@ -227,7 +227,7 @@ def _ask(
 
     with progress(benchmark.title) as report:
         answers = answer_questions(
-            loaded, [(question.image, question.text) for _, question in questions], settings, report
+            answerer, [(question.image, question.text) for _, question in questions], settings, report
         )
         append_answers(answers, record, list(files.values()), settings.batch_size)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relook.data.encode import Example, differing_tokens
-from relook.data.images import ImageLoader, ImageSource, RandomCrop, prefetch_map
+from relook.data.images import GRID, ImageLoader, ImageSource, RandomCrop, prefetch_map, stack
 from relook.data.packing import (
     PADDING,
     Tree,
@@ -29,7 +29,7 @@ from relook.errors import DataError, RecipeError, preview
 from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import LiveBatch, Policy, TrunkStates
 from relook.forward.positions import tree_positions
-from relook.model.families import vision_feature_count
+from relook.model.families import tower_state_count
 from relook.model.modeling_relook import reads_tower
 
 
@@ -43,7 +43,8 @@ class BatchStats:
             padding does not count.
         last_mlp: positions that the trunk's last MLP reads.
         features: rows of vision features, over all images.
-        encoded: rows of vision features that the vision tower computes.
+        projected: rows that the projector computes.
+        encoded: rows that the vision tower computes.
         states: positions that the post decoder processes.
         targets: positions that lm_head reads.
         live: True if the trunk runs, False if its hidden states are cached.
@@ -53,6 +54,7 @@ class BatchStats:
     tokens: int
     last_mlp: int
     features: int
+    projected: int
     encoded: int
     states: int
     targets: int
@@ -91,6 +93,26 @@ class Item:
         return [RandomCrop(path, self.crop) for path in images] if self.crop else list(images)
 
 
+@dataclass(frozen=True)
+class KeptImage:
+    """What a frozen vision tower gives of an image, kept so that no step runs it.
+
+    Args:
+        tower: its states (M, V), where the projector trains or the post decoder reads them.
+        projected: what the image's positions get (`position_rows`), where the projector is frozen; else each step
+            projects `tower`.
+        inputs: model inputs of the image beside its pixels.
+    """
+
+    tower: Tensor | None
+    projected: Tensor | None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.tower, self.projected) if tensor is not None)
+
+
 def corrupt(item: Item, seed: int) -> Item:
     """Return a pair's chosen answer on a corrupted image; the crop does not depend on the pair's place in the data."""
     tree = item.example.tree
@@ -104,16 +126,15 @@ class Collator:
     policy: Policy
     images: ImageLoader
     pad_id: int
-    features: Mapping[Path, Tensor] | None = None  # cached vision features by image path
+    features: Mapping[Path, Tensor] | None = None  # vision features by image path, beside cached trunk states
+    kept: Mapping[Path, KeptImage] | None = None  # by image path, where the trunk trains and its tower does not
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
         pairs = len(items)
         # Corrupted copies follow the pairs, so that the loss finds both by counting.
         items += [item.corrupted for item in items if item.corrupted is not None]
-        inputs = (
-            self.cached_batch(items) if items[0].states is not None else self.live_batch(items, features=self.features)
-        )
+        inputs = self.cached_batch(items) if items[0].states is not None else self.live_batch(items)
         work = self.stats(items, inputs, pairs)  # before a blank image is added, which is no work of the data
         batch: dict[str, Any] = {
             "batch": inputs if any(inputs.image_counts) else self.with_blank_image(inputs),
@@ -137,19 +158,18 @@ class Collator:
             width = self.policy.vision_width
             # One row of zeros (1, V); `pad_images` masks it everywhere.
             return batch if width is None else replace(batch, features=[batch.states.new_zeros(1, width)])
-        if self.features:  # features are cached, so no batch calls the tower
-            unseen = torch.zeros_like(next(iter(self.features.values())))
-            return replace(batch, features=unseen[None])
+        if self.kept:  # no batch calls the tower
+            unseen = next(iter(self.kept.values()))
+            blank = [None if t is None else [torch.zeros_like(t)] for t in (unseen.tower, unseen.projected)]
+            return replace(batch, tower=blank[0], projected=blank[1])
         # Else the tower runs on a black picture; no position holds its placeholder.
-        blank = self.images.batch([Image.new("RGB", (32, 32))])
-        return replace(batch, pixel_values=blank.pop("pixel_values"), image_inputs=blank)
+        inputs = self.images.batch([Image.new("RGB", (32, 32))])
+        return replace(batch, pixel_values=inputs.pop("pixel_values"), image_inputs=inputs)
 
-    def live_batch(
-        self, items: Sequence[Item], row_length: int = 0, features: Mapping[Path, Tensor] | None = None
-    ) -> LiveBatch:
-        """Build a batch of packed trees with pixels or cached vision features; see `build_live_batch`."""
+    def live_batch(self, items: Sequence[Item], row_length: int = 0) -> LiveBatch:
+        """Build a batch of packed trees with pixels or kept vision features; see `build_live_batch`."""
         shown = [(item.example.tree, item.image_sources) for item in items]
-        return build_live_batch(self.policy, self.images, self.pad_id, shown, row_length, features)
+        return build_live_batch(self.policy, self.images, self.pad_id, shown, row_length, self.kept)
 
     def cached_batch(self, items: Sequence[Item]) -> TrunkStates:
         """Build a batch of cached trunk states, padded to (T, S, D)."""
@@ -167,28 +187,30 @@ class Collator:
         features = [self.features[path] for path in paths] if self.features and paths else None
         return TrunkStates(states, features, [len(item.example.images) for item in items], targets)
 
-    def _feature_count(self, batch: LiveBatch) -> int:
-        """Count the rows of vision features over all images of a batch."""
-        if not reads_tower(self.policy.config):  # one for each position
-            return int((batch.packed.ids == self.policy.config.image_token_id).sum())
-        # Only models that tile images need their sizes; elsewhere every image has the same number of features.
-        sizes = batch.image_inputs["image_sizes"].tolist() if batch.image_inputs else [(0, 0)] * sum(batch.image_counts)
-        return sum(vision_feature_count(self.policy.config, (height, width)) for height, width in sizes)
+    def _image_rows(self, batch: LiveBatch) -> tuple[int, int, int]:
+        """Count rows over all images of a batch: vision features, those that the projector and that the tower give."""
+        config = self.policy.config
+        positions = int((batch.packed.ids == config.image_token_id).sum())
+        if GRID in batch.image_inputs:  # a merger makes one row of several patches
+            states, projected = int(batch.image_inputs[GRID].prod(-1).sum()), positions
+        else:
+            # Only models that tile images need their sizes; elsewhere every image has the same number of features.
+            sizes = batch.image_inputs.get("image_sizes", torch.zeros(sum(batch.image_counts), 2)).tolist()
+            states = projected = sum(tower_state_count(config, (height, width), 0) for height, width in sizes)
+        features = states if reads_tower(config) else positions
+        return features, projected, 0 if batch.pixel_values is None else states
 
     def stats(self, items: Sequence[Item], batch: LiveBatch | TrunkStates, pairs: int) -> BatchStats:
         """Compute the work in a batch; the first `pairs` items are not corrupted copies."""
         trees = [item.example.tree for item in items]
         positions, answers = sum(map(len, trees)), sum(len(tree.branches) for tree in trees)
         # Each tree counts in full here; packed rows may share a root, so that the trunk reads fewer positions.
-        tokens, last_mlp, encoded = positions, 0, 0
+        tokens, last_mlp, projected, encoded = positions, 0, 0, 0
         if isinstance(batch, TrunkStates):
             targets, features = batch.targets, sum(len(image_features) for image_features in batch.features or [])
         else:
             packed, targets = batch.packed, batch.packed.targets
-            features = self._feature_count(batch)
-            encoded = features if batch.features is None else 0
-            if batch.pixel_values is not None and self.images.flat:  # several patches make one feature
-                encoded = len(batch.pixel_values)
+            features, projected, encoded = self._image_rows(batch)
             tokens = last_mlp = int((packed.tree_index != PADDING).sum())
             if self.policy.uses_sparse_last_mlp(packed.keep.numel(), packed.ids.numel()):
                 last_mlp = int((targets.kept_branch != PADDING).sum())
@@ -197,6 +219,7 @@ class Collator:
             tokens=tokens,
             last_mlp=last_mlp,
             features=features,
+            projected=projected,
             encoded=encoded,
             states=positions if self.policy.needs_all_states else len(targets.id),
             targets=len(targets.id),
@@ -210,7 +233,7 @@ def build_live_batch(
     pad_id: int,
     items: Sequence[tuple[Tree, Sequence[ImageSource]]],
     row_length: int = 0,
-    features: Mapping[Path, Tensor] | None = None,
+    kept: Mapping[Path, KeptImage] | None = None,
 ) -> LiveBatch:
     """Build a live batch: trees packed as the policy reads them, with the inputs for their images.
 
@@ -220,14 +243,15 @@ def build_live_batch(
         pad_id: token id at padding positions.
         items: trees, long ones first, each with the pictures of its prefix.
         row_length: minimum length of a row of many trees; nonzero only where no gradients follow.
-        features: cached vision features by image path; replace the pixels if they cover all pictures.
+        kept: kept vision features by image path; they replace the pixels if they cover all pictures.
     """
     trees = [tree for tree, _ in items]
     pictures = [picture for _, shown in items for picture in shown]
-    cached = [features.get(picture) for picture in pictures if isinstance(picture, Path)] if features else []
-    available = [tensor for tensor in cached if tensor is not None]
-    # Cached features are used for all pictures of a batch or for none.
-    inputs = images.batch(pictures) if len(available) < len(pictures) else {}
+    available = [kept[picture] for picture in pictures if isinstance(picture, Path) and picture in kept] if kept else []
+    # Kept features are used for all pictures of a batch or for none.
+    live = len(available) < len(pictures)
+    inputs = images.batch(pictures) if live else stack([image.inputs for image in available])
+    tower, projected = ([getattr(image, name) for image in available] for name in ("tower", "projected"))
     counts = [len(shown) for _, shown in items]
     numbers = tree_positions(policy.config, trees, counts, inputs.get("image_grid_thw"))
     keep_all, root = policy.needs_all_states, common_root_length(trees, policy.config.image_token_id)
@@ -239,9 +263,8 @@ def build_live_batch(
     else:
         # Rows as long as the longest tree; short trees share a row where they fit.
         packed = pack(trees, pad_id, keep_all, max(map(len, trees)), root_length=root, positions=numbers)
-    # Stack copies the features: a worker that sends a view would send its whole storage.
-    stored = torch.stack(available) if pictures and not inputs else None
-    return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, stored)
+    parts = (None if live or not part or part[0] is None else part for part in (tower, projected))
+    return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, *parts)
 
 
 class ItemDataset(Dataset[Item]):

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from relook.data.packing import PackedTrees, Targets, pin_memory, to_device
 from relook.forward import activation_memory
 from relook.forward.packed_attention import BUDGET, PackedTrunk, has_sparse_last_mlp, resolve_trunk_pass
-from relook.model.families import connector, vision_tower
-from relook.model.modeling_relook import vision_features
+from relook.model.families import connector, deepstack_rows, vision_tower
+from relook.model.modeling_relook import reads_tower, vision_features
 from relook.model.post_decoder import FlatLayout, PostDecoder
 
 # ----------------------------------------------------------------------------------------------------
@@ -110,7 +110,9 @@ class LiveBatch:
     pixel_values: Tensor | None  # (I, 3, H, W), (I, tiles, 3, H, W), or flat patches of all images (patches, values)
     image_counts: list[int]
     image_inputs: dict[str, Tensor] = field(default_factory=dict)  # what the tower takes beside pixels: sizes or grids
-    features: Tensor | None = None  # (I, M, V) cached vision features, where the tower is not run
+    # Of each image, where the tower is not run (see `KeptImage`): its states (M, V), and what image positions get.
+    tower: list[Tensor] | None = None
+    projected: list[Tensor] | None = None
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
         return to_device(self, device)
@@ -277,12 +279,13 @@ class Policy(nn.Module):
         self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor] = MappingProxyType({})
     ) -> list[Tensor]:
         """Compute the vision features that `trunk` returns, (M, V) per image, without the language model."""
-        image = self._encode_images(pixel_values, image_inputs)
+        image = self.encode_images(pixel_values, image_inputs)
         # A model with a post decoder has grouped them by image already.
         features: list[Tensor] | None = getattr(image, "vision_features", None)
-        return vision_features(self.config, image, image_inputs.get("image_sizes")) if features is None else features
+        return vision_features(self.config, image, image_inputs) if features is None else features
 
-    def _encode_images(self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor]) -> Any:
+    def encode_images(self, pixel_values: Tensor, image_inputs: Mapping[str, Tensor]) -> Any:
+        """Run vision tower and projector; return the outputs of `get_image_features`."""
         base = self.core.model
         pixels = pixel_values.to(base.get_input_embeddings().weight.dtype)
         with self.autocast(self._mixed_vision):  # the language model's float32 adapters need no autocast here
@@ -293,17 +296,23 @@ class Policy(nn.Module):
 
         That are their embeddings, and what the first layers add (`deepstack_rows`).
         """
-        # Cached features (I, M, V) skip the tower, but not the projector, which may train.
-        if batch.features is not None:
+        features, deep = batch.tower, list[Tensor]()
+        if batch.pixel_values is not None:
+            image = self.encode_images(batch.pixel_values, batch.image_inputs)
+            projected, deep = list(image.pooler_output), deepstack_rows(image)
+            features = getattr(image, "vision_features", None)
+        elif batch.projected is not None:
+            rows, *deep = torch.cat(batch.projected).split(self.config.text_config.hidden_size, dim=-1)
+            projected = list(rows.split([len(image) for image in batch.projected]))
+        elif batch.tower is not None:  # kept states skip the tower, but not the projector, which may train
             with self.autocast(self._mixed_vision):
-                projected = connector(self.core.model)(batch.features)
-            return list(batch.features) if self.needs_vision_features else None, projected.flatten(0, 1), []
-        if batch.pixel_values is None:
+                projected = list(connector(self.core.model)(torch.stack(batch.tower)))
+        else:
             return None, None, []
-        image = self._encode_images(batch.pixel_values, batch.image_inputs)
-        features = image.vision_features if self.needs_vision_features else None
-        deep = deepstack_rows(image) if sum(batch.image_counts) else []  # not of a blank image, which has no position
-        return features, torch.cat(list(image.pooler_output)), deep
+        if batch.pixel_values is None and not reads_tower(self.config):
+            features = projected
+        deep = deep if sum(batch.image_counts) else []  # not of a blank image, which has no position
+        return features if self.needs_vision_features else None, torch.cat(projected), deep
 
     def forward(self, batch: LiveBatch | TrunkStates) -> Tensor:
         """Return the log-prob of each supervised token, (N,) float32."""
@@ -314,12 +323,6 @@ class Policy(nn.Module):
             states = prediction_states(self.post_decoder, trunk)
             # lm_head and log-softmax, without ever holding the logits of all positions.
             return token_log_probs(self.core.lm_head, states, trunk.targets.id, compiled=self.trunk_pass == "compiled")
-
-
-def deepstack_rows(image: Any) -> list[Tensor]:
-    """Return what each of the first layers adds at the image positions, (positions, D), as in Qwen3-VL; mostly none."""
-    layers = getattr(image, "deepstack_features", None) or ()
-    return [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
 
 
 def prediction_states(post_decoder: PostDecoder | None, trunk: TrunkStates) -> Tensor:

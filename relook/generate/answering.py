@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from relook.console import ProgressReport
 from relook.data.encode import Encoder
 from relook.data.images import GRID, RecentCache, Shown, prefetch_map
 from relook.data.samples import Turn
+from relook.data.sentences import end_of_first_sentence
 from relook.errors import CheckpointError, RecipeError
 from relook.forward.positions import row_positions
 from relook.generate.attention import without_cudnn_attention
@@ -32,14 +33,40 @@ from relook.generate.request import IncrementalText
 from relook.generate.sampling import Sampler, TokenLogprobs
 from relook.generate.scheduler import PREFILL_POSITIONS, Scheduler, feature_bytes
 from relook.generate.text import ImageFeatures, ImageKey, Text
+from relook.model.checkpoint import AnyFolder, ModelFolder
 from relook.model.load import LoadedModel
 from relook.model.tokenizer import token_bytes
 
 FEATURE_BYTES = 1 << 30  # image features that are cached
 WAVE_REST = 4  # a share of 1 / 4 of a wave's texts may still grow when the next one comes
-EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around images
+EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around an image
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
+
+
+class Beginning(NamedTuple):
+    """A question whose answer has begun.
+
+    Args:
+        context: the answer so far, which is read with the prompt; empty at its beginning.
+    """
+
+    image: Shown
+    text: str
+    context: str
+
+
+class Continuation(NamedTuple):
+    """What a model writes after a context, with the white space between.
+
+    Args:
+        tokens: tokens that were generated for it.
+        complete: True if the model ended its answer there.
+    """
+
+    text: str
+    tokens: int
+    complete: bool
 
 
 @dataclass(frozen=True)
@@ -54,6 +81,7 @@ class GenerationSettings:
         seed: of sampling. A question's draws depend on it and on the question's index among the distinct ones; with
             settings that only `generate` itself follows, on the batches too.
         first: index of the first distinct question, where these are a part of a longer list that is asked in parts.
+        one_sentence: end an answer with its first sentence.
     """
 
     template: str = ""
@@ -62,6 +90,7 @@ class GenerationSettings:
     generate: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
     first: int = 0
+    one_sentence: bool = False
 
     @property
     def generate_arguments(self) -> dict[str, Any]:
@@ -77,18 +106,52 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A distinct question as the model reads it."""
+    """A distinct question as the model reads it; `context` is the last token of the answer so far, if there is one."""
 
     number: int
     images: tuple[Shown, ...]
     ids: tuple[int, ...]
+    context: tuple[int, ...] = ()
 
 
 Group = list[Prompt]  # over the same images
 
 
+class AnsweringEngine(Protocol):
+    """Another engine than relook's own, such as vLLM or a server."""
+
+    def answer(
+        self, questions: Sequence[DistinctQuestion], settings: GenerationSettings
+    ) -> Iterator[tuple[DistinctQuestion, str]]:
+        """Yield the answers to distinct questions as they end."""
+        ...
+
+
+Answerer = LoadedModel | AnsweringEngine
+
+
+class AnswerSource(Protocol):
+    """Where a command takes its answers from: `LoadOptions` load a model, others name another engine."""
+
+    def open(self, model: AnyFolder) -> ModelFolder:
+        """Check the settings, and parse the model's folder."""
+        ...
+
+    def template_of(self, model: AnyFolder) -> str:
+        """Return the conversation template of prompts that name none."""
+        ...
+
+    def identity(self, model: AnyFolder) -> dict[str, Any]:
+        """Return everything that answers depend on."""
+        ...
+
+    def load(self, model: AnyFolder) -> Answerer:
+        """Load the model, or reach for the engine that has it."""
+        ...
+
+
 def answer_questions(
-    loaded: LoadedModel, questions: Sequence[Question], settings: GenerationSettings, report: ProgressReport
+    answerer: Answerer, questions: Sequence[Question], settings: GenerationSettings, report: ProgressReport
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of the question, answer text) as answers end; equal questions are asked once.
 
@@ -101,49 +164,85 @@ def answer_questions(
     indices: dict[tuple[tuple[Shown, ...], str], list[int]] = {}  # of the questions that are equal to each distinct one
     for index, (images, text) in enumerate(questions):
         indices.setdefault((images if isinstance(images, tuple) else (images,), text), []).append(index)
-    if not indices:
-        return
     distinct = [DistinctQuestion(n, images, text) for n, (images, text) in enumerate(indices, settings.first)]
+    by_number = list(indices.values())
+    answers: Iterator[tuple[DistinctQuestion | Prompt, str]] = (
+        ((prompt, answer.text) for prompt, answer in _answer_distinct(answerer, distinct, settings))
+        if isinstance(answerer, LoadedModel)
+        else answerer.answer(distinct, settings)
+    )
+    for done, (question, text) in enumerate(answers, 1):
+        for index in by_number[question.number - settings.first]:
+            yield index, text
+        report(done, len(distinct))
+
+
+def continue_answers(
+    answerer: Answerer, beginnings: Sequence[Beginning], settings: GenerationSettings, report: ProgressReport
+) -> Iterator[tuple[int, Continuation]]:
+    """Yield (index of the beginning, its continuation) as they end, in any order; see `answer_questions`.
+
+    Equal beginnings have draws of their own. All over one image share what they have in common, as a prefix that is
+    read once.
+
+    Raises:
+        RecipeError: another engine answers than relook's own.
+    """
+    if not isinstance(answerer, LoadedModel):
+        raise RecipeError("Only relook's own engine goes on with answers that have begun.", "Leave --engine out.")
+    questions = [
+        DistinctQuestion(number, (beginning.image,), beginning.text, beginning.context)
+        for number, beginning in enumerate(beginnings, settings.first)
+    ]
+    for done, (prompt, continuation) in enumerate(_answer_distinct(answerer, questions, settings), 1):
+        yield prompt.number - settings.first, continuation
+        report(done, len(questions))
+
+
+def _answer_distinct(
+    loaded: LoadedModel, questions: Sequence[DistinctQuestion], settings: GenerationSettings
+) -> Iterator[tuple[Prompt, Continuation]]:
+    """Answer by the engine, or by `generate` where only that follows the settings; yield answers as they end."""
+    if not questions:
+        return
     encoder = loaded.encoder(settings.template)
-    bounds = {question: max_length(encoder, question) + settings.max_new_tokens for question in distinct}
-    longest = max(distinct, key=lambda question: bounds[question])
+    bounds = {question: max_length(encoder, question) + settings.max_new_tokens for question in questions}
+    longest = max(questions, key=lambda question: bounds[question])
     sampler = Sampler.of(loaded, settings.template, settings.generate_arguments, bounds[longest], settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if sampler is None:
-            answers = _answer_by_generate(loaded, encoder, distinct, settings)
-        else:
-            length = len(longest.encode(encoder).ids) + settings.max_new_tokens
-            cells = max(bounds[longest], settings.batch_size * length)
-            if loaded.core.device.type == "cpu":
-                cells = min(cells, sum(bounds.values()))  # a GPU keeps its pool for the next questions, however many
-            groups = group_by_images(distinct, bounds)
-            answers = _answer_by_engine(loaded, encoder, groups, settings, sampler, cells, bounds[longest])
-        by_number = list(indices.values())
-        for done, (prompt, text) in enumerate(answers, 1):
-            for index in by_number[prompt.number - settings.first]:
-                yield index, text
-            report(done, len(distinct))
+            yield from _answer_by_generate(loaded, encoder, questions, settings)
+            return
+        length = len(longest.encode(encoder).ids) + settings.max_new_tokens
+        cells = max(bounds[longest], settings.batch_size * length)
+        if loaded.core.device.type == "cpu":
+            cells = min(cells, sum(bounds.values()))  # a GPU keeps its pool for the next questions, however many
+        groups = group_by_images(questions, bounds)
+        yield from _answer_by_engine(loaded, encoder, groups, settings, sampler, cells, bounds[longest])
 
 
 @dataclass(frozen=True)
 class DistinctQuestion:
-    """A text asked about images; `number` is its index among the distinct questions."""
+    """A text asked about images; `number` is its index among the distinct questions, `context` its answer so far."""
 
     number: int
     images: tuple[Shown, ...]
     text: str
+    context: str = ""
 
     def encode(self, encoder: Encoder) -> Prompt:
         """Tokenise the question."""
-        return Prompt(self.number, self.images, encoder.prompt(self.text, self.images))
+        ids = encoder.prompt(self.text, self.images, context=self.context)
+        return Prompt(self.number, self.images, ids, ids[-1:] if self.context else ())
 
 
 def max_length(encoder: Encoder, question: DistinctQuestion) -> int:
     """Return an upper bound of a prompt's positions, without the cost of tokenising: a token has a byte at least."""
     template = encoder.template.render([Turn("", "")], open_end=True)
-    text = "".join([*(piece.text for piece in template), question.text])
-    return sum(encoder.positions(question.images)) + len(text.encode(errors="surrogatepass")) + EXTRA_TOKENS
+    text = "".join([*(piece.text for piece in template), question.text, question.context])
+    extra = EXTRA_TOKENS * max(1, len(question.images))
+    return sum(encoder.positions(question.images)) + len(text.encode(errors="surrogatepass")) + extra
 
 
 def group_by_images(
@@ -168,7 +267,7 @@ def _answer_by_engine(
     sampler: Sampler,
     cells: int,
     minimum: int,
-) -> Iterator[tuple[Prompt, str]]:
+) -> Iterator[tuple[Prompt, Continuation]]:
     """Yield answers as they end.
 
     Args:
@@ -205,10 +304,10 @@ def _answer_by_engine(
         chunk=PREFILL_POSITIONS,  # nobody waits for a step
         keeps_answers=False,
     )
-    finished: deque[tuple[Prompt, str]] = deque()
+    finished: deque[tuple[Prompt, Continuation]] = deque()
     bytes_of = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
 
-    def step() -> Iterator[tuple[Prompt, str]]:
+    def step() -> Iterator[tuple[Prompt, Continuation]]:
         scheduler.step()
         require_finite(not scheduler.counts.not_finite)
         while finished:
@@ -244,18 +343,33 @@ class _GrowingAnswer:
     settings: GenerationSettings
     sampler: Sampler
     text: IncrementalText
-    finished: deque[tuple[Prompt, str]]
+    finished: deque[tuple[Prompt, Continuation]]
     ids: list[int] = field(default_factory=list)
 
     def add(self, token: int, _: TokenLogprobs | None) -> bool:
         """Take the next token. Return True if the answer ends with it."""
         self.ids.append(token)
-        if self.sampler.stops:
+        if self.sampler.stops or self.settings.one_sentence:
             self.text.add(token)
-        ends = token in self.sampler.eos or self.text.stopped
+        complete = token in self.sampler.eos or self.text.stopped
+        # White space after an end mark: the sentence ended with the token before.
+        ends = complete or (self.settings.one_sentence and end_of_first_sentence(self.text.raw) is not None)
         if ends or len(self.ids) == self.settings.max_new_tokens:
-            self.finished.append((self.prompt, self.loaded.decode(self.ids, self.settings.template)))
+            self.finished.append(
+                (self.prompt, continuation(self.loaded, self.prompt, self.ids, complete, self.settings))
+            )
         return ends
+
+
+def continuation(
+    loaded: LoadedModel, prompt: Prompt, ids: Sequence[int], complete: bool, settings: GenerationSettings
+) -> Continuation:
+    """Decode an answer's tokens; what follows a context keeps its white space."""
+    # A tokenizer drops white space at the beginning of a text: the token before is decoded, too.
+    before = loaded.decode(prompt.context, settings.template) if prompt.context else ""
+    text = loaded.decode([*prompt.context, *ids], settings.template)[len(before) :]
+    end = end_of_first_sentence(text) if settings.one_sentence else None
+    return Continuation(text[:end], len(ids), complete and end is None)
 
 
 def submit(
@@ -306,7 +420,7 @@ def require_finite(finite: Tensor | bool) -> None:
 
 def _answer_by_generate(
     loaded: LoadedModel, encoder: Encoder, questions: Sequence[DistinctQuestion], settings: GenerationSettings
-) -> Iterator[tuple[Prompt, str]]:
+) -> Iterator[tuple[Prompt, Continuation]]:
     """Yield the answers of batches of prompts of similar length."""
     # Longest first: rows of similar length waste little padding, and a lack of memory shows at once.
     prompts = sorted((question.encode(encoder) for question in questions), key=lambda prompt: -len(prompt.ids))
@@ -318,8 +432,14 @@ def _answer_by_generate(
             loaded.images(image)
         return batch
 
+    eos = loaded.core.generation_config.eos_token_id
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
     for batch in prefetch_map(load_images, batches):
-        yield from zip(batch, generate_batch(loaded, batch, settings), strict=True)
+        for prompt, ids in zip(batch, generate_ids(loaded, batch, settings), strict=True):
+            # A row that ends before the others is padded.
+            length = next((number for number, id in enumerate(ids, 1) if id in ends), len(ids))
+            complete = length < settings.max_new_tokens or ids[length - 1] in ends
+            yield prompt, continuation(loaded, prompt, ids[:length], complete, settings)
 
 
 class _NaNCheck(LogitsProcessor):
@@ -333,10 +453,15 @@ class _NaNCheck(LogitsProcessor):
         return scores
 
 
+def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], settings: GenerationSettings) -> list[str]:
+    """Return transformers' answers to prompts with their images, decoded without special tokens; see `generate_ids`."""
+    return [loaded.decode(ids, settings.template) for ids in generate_ids(loaded, batch, settings)]
+
+
 @without_cudnn_attention
 @torch.inference_mode()
-def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], settings: GenerationSettings) -> list[str]:
-    """Return transformers' answers to left-padded prompts with their images, decoded without special tokens.
+def generate_ids(loaded: LoadedModel, batch: Sequence[Prompt], settings: GenerationSettings) -> list[list[int]]:
+    """Return transformers' answers to left-padded prompts with their images, as tokens with padding behind.
 
     Raises:
         CheckpointError: the model's logits are NaN.
@@ -360,4 +485,5 @@ def generate_batch(loaded: LoadedModel, batch: Sequence[Prompt], settings: Gener
         **settings.generate_arguments,
     )
     require_finite(check.finite)
-    return [loaded.decode(ids, settings.template) for ids in output[:, longest:]]
+    answers: list[list[int]] = output[:, longest:].tolist()
+    return answers

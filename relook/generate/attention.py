@@ -28,6 +28,7 @@ from transformers import AttentionInterface
 
 from relook.generate.dense_attention import KV, DenseReads
 from relook.model.load import LoadedModel
+from relook.model.modeling_relook import reads_tower
 
 decode_attention: Any
 try:
@@ -98,8 +99,10 @@ class PoolShape:
             shapes["self"] = PoolShape(len(blocks), heads, text.hidden_size // heads)
         if decoder is not None and decoder.align is not None:
             heads = blocks[0].cross_attention.num_heads
-            # An image has as many features as positions; where it is cut into tiles, those of its margins besides.
-            cells = 1 if isinstance(loaded.image_positions, int) else 4
+            # An image has as many features as positions. Of a tower before its merger it has four for each, and of one
+            # that reads tiles those of margins besides.
+            fixed = isinstance(loaded.image_positions, int) or not reads_tower(loaded.core.config)
+            cells = 1 if fixed else 4
             shapes["image"] = PoolShape(len(blocks), heads, text.hidden_size // heads, cells)
         return shapes
 

@@ -9,11 +9,11 @@ Shape letters: N positions of a pass or rows of a step, T texts of a prefill, D 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from relook.console import status
 from relook.data.images import stack
-from relook.forward.policy import deepstack_rows
 from relook.generate.attention import (
     ATTENTION_NAME,
     KVPool,
@@ -37,6 +36,7 @@ from relook.generate.dense_attention import KV, DenseReads
 from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
 from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
+from relook.model.families import position_rows
 from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
@@ -65,6 +65,24 @@ def _run_last_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassV
 def _read_layer(layer: Any, hidden: Tensor, angles: Any, kv: KV, view: PassView) -> Tensor:
     """`run_layer` under a code object of its own, so that its compiled variants are counted apart."""
     return run_layer(layer, hidden, angles, kv, view)
+
+
+def _with_pool_attention(layers: Sequence[Any]) -> list[Any]:
+    """Return the same layers, with the same weights and adapters, whose attention is the pool's.
+
+    transformers' layers look their attention function up in their config, which the whole model shares: with a config
+    of their own, whatever else runs the model meanwhile keeps its attention.
+    """
+    config = copy.copy(layers[0].self_attn.config)
+    config._attn_implementation = ATTENTION_NAME
+    same = []
+    for layer in layers:
+        attention, layer = copy.copy(layer.self_attn), copy.copy(layer)
+        attention.config = config
+        # The copies' other modules are the layer's own; a new dict, since the copy shares the layer's.
+        layer._modules = {**layer._modules, "self_attn": attention}
+        same.append(layer)
+    return same
 
 
 def position_bytes(loaded: LoadedModel) -> int:
@@ -111,9 +129,12 @@ class ModelRunner:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "relook" / "compiled"))
             share_projections(self.core.model.language_model.layers)
+            # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
+            torch._dynamo.config.recompile_limit = max(LAYER_VARIANTS, torch._dynamo.config.recompile_limit)
             self._step_layer = torch.compile(run_layer, fullgraph=True)
             if self.flash:
                 self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
+        self.layers = _with_pool_attention(self.core.model.language_model.layers)
         self._compiling: float | None = None  # when the first compilation began
         self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
@@ -153,7 +174,7 @@ class ModelRunner:
     def encode_images(self, inputs: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
         """Return each image's projected features (P, D) and what the post decoder reads of it, (M, V) or None.
 
-        What the first layers add at image positions (`deepstack_rows`) lies beside the projected features, (P, n * D).
+        What the first layers add at image positions (`position_rows`) lies beside the projected features, (P, n * D).
 
         Args:
             inputs: what the image processor made of each image, without a batch dimension.
@@ -167,9 +188,7 @@ class ModelRunner:
         }
         outputs = self.core.model.get_image_features(**batch, return_dict=True)
         read = getattr(outputs, "vision_features", None) or [None] * len(inputs)
-        rows = outputs.pooler_output
-        if deep := deepstack_rows(outputs):
-            rows = torch.cat([torch.cat(list(rows)), *deep], dim=-1).split([len(image) for image in rows])
+        rows = position_rows(outputs)
         # Copies: a view would keep the features of the whole batch in memory.
         return [
             (projected.to(dtype).clone(), None if features is None else features.clone())
@@ -229,8 +248,7 @@ class ModelRunner:
             embeds = embeds.masked_scatter(placeholder, rows)
             deep = [torch.zeros_like(embeds).masked_scatter(placeholder, layer) for layer in added]
         view = PassView(batch.cells, batch.reads, is_step=False)
-        with self._pool_attention():
-            states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
+        states = self._trunk(embeds, batch.positions, view, batch.last if self.self_pool is None else None, deep)
         states = self._post_decode(states, view, batch.image)
         return states if self.self_pool is None else states[batch.last]
 
@@ -241,8 +259,7 @@ class ModelRunner:
             if self._open is not state:
                 self.write_back()
                 self._open = state
-            with self._pool_attention():
-                self._step(state)
+            self._step(state)
             return None
         key = _graph_key(state)
         if key not in self._graphs:
@@ -332,7 +349,7 @@ class ModelRunner:
             positions_N = positions_N.expand(3, -1)
         # (1, N) or (3, 1, N)
         angles = model.rotary_emb(hidden, position_ids=positions_N.unsqueeze(-2))
-        *layers, last = zip(model.layers, self.pool.layers, strict=True)
+        *layers, last = zip(self.layers, self.pool.layers, strict=True)
         for (layer, kv), added in itertools.zip_longest(layers, deep):
             hidden = run(layer, hidden, angles, kv, view)
             hidden = hidden if added is None else hidden + added
@@ -371,24 +388,6 @@ class ModelRunner:
             states_ND = states_ND + block.mlp(block.mlp_norm(states_ND))
         return states_ND
 
-    @contextmanager
-    def _pool_attention(self) -> Iterator[None]:
-        """Let the language model's layers attend to the pool.
-
-        transformers looks the attention function up by the config's name of it, at each call of a layer.
-        """
-        config = self.core.model.language_model.config
-        before, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
-        try:
-            if self.compiled:
-                # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
-                with torch._dynamo.config.patch(recompile_limit=LAYER_VARIANTS):
-                    yield
-            else:  # without dynamo, whose import takes a second
-                yield
-        finally:
-            config._attn_implementation = before
-
     # --- CUDA graphs
 
     def _capture(self, state: StepState) -> torch.cuda.CUDAGraph:
@@ -398,16 +397,15 @@ class ModelRunner:
         state.moves.zero_()
         state.counters[1].fill_(self.pool.cells)
         try:
-            with self._pool_attention():
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    self._step(state)  # compiles, and lets libraries take their workspaces
-                torch.cuda.current_stream().wait_stream(side)
-                # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-                    self._step(state)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(state)  # compiles, and lets libraries take their workspaces
+            torch.cuda.current_stream().wait_stream(side)
+            # Other threads go on meanwhile, pinning memory for images: "thread_local" lets them.
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+                self._step(state)
         finally:
             state.tokens.copy_(before[0])
             state.ints.copy_(before[1])

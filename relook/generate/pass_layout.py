@@ -201,7 +201,10 @@ class PassLayout:
         self, texts: Sequence[Text], private: Sequence[Span], shared: Sequence[Span]
     ) -> tuple[DenseReads, DenseReads | None]:
         """Return reads for the next steps, as many as are worth gathering keys and values for."""
-        steps = min(DENSE_STEPS, max(1, *(text.max_new_tokens - text.launched for text in texts)))
+        # Each step has columns of its own, which all queries of a row pay for: answers that have grown long get many
+        # steps at a time, new ones few, of which yes and no need no more.
+        age = sum(text.launched for text in texts) // len(texts)
+        steps = min(DENSE_STEPS, 1 + age, max(1, *(text.max_new_tokens - text.launched for text in texts)))
         counts, image_pool = [1] * len(private), self.runner.image_pool
         reads = DenseReads(counts, private, shared, self.runner.pool.layers[0][0], steps)
         if image_pool is None:

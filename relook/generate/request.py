@@ -178,6 +178,11 @@ class IncrementalText:
         if stops:
             self._raw, self.stopped = self._raw[: min(stops)], True
 
+    @property
+    def raw(self) -> str:
+        """Return the text up to here, with the white space around it."""
+        return self._raw
+
     def more(self, final: bool) -> str:
         """Return the characters that can be shown and have not been. Before the end, whatever may still change is held
         back: space at the end, half a character, the beginning of a stop."""

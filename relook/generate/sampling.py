@@ -88,10 +88,18 @@ class Sampler:
         return uniform(self.seed, number, tokens) if self.temperature else None
 
 
+SEED_FACTOR = 0x9E3779B1  # odd, so that seeds and numbers of questions are spread over all of 2^32
+
+
 def uniform(seed: int, number: int, tokens: int) -> Tensor:
     """Draw (tokens,) uniform numbers in [0, 1), which depend on seed and number alone."""
-    generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32)
+    generator = torch.Generator().manual_seed((seed * SEED_FACTOR + number) % 2**32)
     return torch.rand(tokens, generator=generator, dtype=torch.float64)
+
+
+def seed_of_question(seed: int, number: int) -> int:
+    """Return the seed with which question 0 gets the draws that `number` gets with `seed`: for single requests."""
+    return (seed + number * pow(SEED_FACTOR, -1, 2**32)) % 2**32
 
 
 def supported_settings(loaded: LoadedModel, generate: dict[str, Any], longest: int) -> GenerationConfig | None:

@@ -12,7 +12,7 @@ from typing import Any
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.evaluate.judge import Judge
 from relook.evaluate.tasks.pope import question_text, stated
-from relook.generate.answering import GenerationSettings
+from relook.generate.answering import Answerer, GenerationSettings
 from relook.mine.jobs import MiningSettings, generate_all
 from relook.mine.pairs import (
     JudgedDescription,
@@ -25,7 +25,6 @@ from relook.mine.pairs import (
     near_duplicates,
 )
 from relook.mine.pictures import AnnotatedImages, MinedImage
-from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -42,6 +41,8 @@ class DescriptionPairs:
         dropped: how many pairs were dropped, by reason.
         verdicts: the judge's verdict on the last description it was shown, by picture id.
         judge: the judge and its tokens, as the card has them.
+        corrections: what false sentences became (`Correction`).
+        cost: of pairs by sentence: images, tokens and checks.
     """
 
     pairs: list[MinedPair]
@@ -50,6 +51,8 @@ class DescriptionPairs:
     dropped: Counter[str] = field(default_factory=Counter)
     verdicts: dict[str, JudgedDescription] = field(default_factory=dict)
     judge: list[dict[str, Any]] = field(default_factory=list)
+    corrections: Counter[str] = field(default_factory=Counter)
+    cost: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -58,13 +61,15 @@ class DescriptionPairs:
             "found": len(self.pairs) + sum(self.dropped.values()),
             "dropped": self.dropped,
             "pairs": len(self.pairs),
+            **({"corrections": self.corrections} if self.corrections else {}),
+            **({"cost": self.cost} if self.cost else {}),
         }
 
 
 def describe_images(
     pictures: Sequence[MinedImage],
     settings: MiningSettings,
-    load: Callable[[], LoadedModel],
+    load: Callable[[], Answerer],
     work: Path,
     rng: random.Random,
 ) -> list[list[str]]:
@@ -97,10 +102,7 @@ def find_pairs(
         result = _by_judge(pictures, texts, judge)
     else:
         result = _by_annotations(pictures, texts, annotated, rng)
-    if near_texts:
-        repeated = near_duplicates([f"{pair.chosen} {pair.rejected}" for pair in result.pairs], near_texts)
-        result.pairs = [pair for index, pair in enumerate(result.pairs) if index not in repeated]
-        result.dropped += Counter({"near-duplicate": len(repeated)})
+    drop_near_duplicates(result, near_texts)
     if judge and annotated.vocabulary:
         styled = match_style(judge, result.pairs, annotated.vocabulary)
         # A pair that the judge could not rewrite as asked stays as it is.
@@ -110,6 +112,21 @@ def find_pairs(
     result.pairs, dropped = match_lengths(result.pairs)
     result.dropped += dropped
     return result
+
+
+def drop_near_duplicates(result: DescriptionPairs, near_texts: float) -> None:
+    """Drop pairs whose texts have at least that similarity with an earlier pair's; 0 keeps all."""
+    if near_texts:
+        repeated = near_duplicates([f"{pair.chosen} {pair.rejected}" for pair in result.pairs], near_texts)
+        result.pairs = [pair for index, pair in enumerate(result.pairs) if index not in repeated]
+        result.dropped += Counter({"near-duplicate": len(repeated)})
+
+
+def limit_pairs(result: DescriptionPairs, max_pairs: int) -> None:
+    """Drop pairs from all over the list until there are `max_pairs` at most; 0 keeps all."""
+    if max_pairs and len(result.pairs) > max_pairs:
+        result.dropped["more than wanted"] += len(result.pairs) - max_pairs
+        result.pairs = [result.pairs[i * len(result.pairs) // max_pairs] for i in range(max_pairs)]
 
 
 def _by_annotations(
@@ -122,11 +139,13 @@ def _by_annotations(
         wrong = [text for text in descriptions if hallucinations(text, picture.objects, vocabulary)]
         result.hallucinated += len(wrong)
         if wrong:
-            chosen = correct_description(wrong[0], picture.objects, vocabulary, annotated.neutral, rng)
-            if hallucinations(chosen, picture.objects, vocabulary):
+            correction = correct_description(wrong[0], picture.objects, vocabulary, annotated.neutral, rng)
+            if hallucinations(correction.text, picture.objects, vocabulary):
                 result.dropped[STILL_FALSE] += 1
-            else:
-                result.pairs.append(MinedPair(picture, chosen, wrong[0]))
+                continue
+            result.pairs.append(MinedPair(picture, correction.text, wrong[0]))
+            kinds = ("exchanged", "taken_out", "neutral")
+            result.corrections.update({kind: getattr(correction, kind) for kind in kinds})
     return result
 
 

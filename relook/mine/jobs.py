@@ -15,9 +15,8 @@ from relook.console import ProgressReport, progress
 from relook.data.images import prefetch_map
 from relook.evaluate.results import AnswerFile
 from relook.files import make_paths
-from relook.generate.answering import GenerationSettings, Question, answer_questions
+from relook.generate.answering import Answerer, GenerationSettings, Question, answer_questions
 from relook.mine.pictures import fingerprint
-from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -76,7 +75,7 @@ def fingerprint_all(path: Path, files: Sequence[tuple[str, Path]], title: str) -
 
 def generate_all(
     path: Path,
-    load: Callable[[], LoadedModel],
+    load: Callable[[], Answerer],
     questions: Sequence[tuple[str, Question]],
     settings: GenerationSettings,
     title: str,
@@ -113,6 +112,11 @@ class MiningSettings:
         near_texts: similarity (Jaccard, of runs of five words) from which the texts of a pair count as those of an
             earlier one; 0 keeps all.
         parquet: write TRL's file, too.
+        by: pairs of a whole "description" each, or by "sentence" (`relook.mine.sentences`).
+        continuations: by sentence: how many are sampled at each sentence's end.
+        own_answers: by sentence: the model's own yes/no answers check what it wrote.
+        max_pairs: largest number of pairs of descriptions or sentences; 0 keeps all.
+        max_images: number of images, drawn by the seed, that are mined; 0 for all.
     """
 
     seed: int = 0
@@ -124,6 +128,15 @@ class MiningSettings:
     template: str = ""
     near_texts: float = 0.9
     parquet: bool = True
+    by: str = "description"
+    continuations: int = 5
+    own_answers: bool = False
+    max_pairs: int = 0
+    max_images: int = 0
+
+    @property
+    def by_sentence(self) -> bool:
+        return self.by == "sentence"
 
 
 @dataclass(frozen=True)

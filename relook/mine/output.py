@@ -1,4 +1,4 @@
-"""The files that mining writes: HA-DPO's with their images, TRL's parquet, a data card, and a page of pictures.
+"""The files that mining writes: HA-DPO's or SENTINEL's with their images, TRL's parquet, a data card, and a page.
 
 The folder is a Visual Genome folder to HA-DPO's readers: `image_data.json` names the images that pairs use, and they
 lie beside it, as links where the disk has them already.
@@ -14,9 +14,11 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from relook.data.convert import DESC, IMAGES, POPE, convert_pairs
+from relook.data.convert import DESC, IMAGES, POPE, SENTINEL, convert_pairs
+from relook.data.samples import as_id
+from relook.data.sentinel import read_sentinel_records
 from relook.evaluate.tasks.chair import Vocabulary
-from relook.files import atomic_file, write_json, write_text
+from relook.files import atomic_file, read_json, write_json, write_text
 from relook.mine.pairs import MinedPair
 from relook.mine.pictures import MinedImage
 from relook.report.pages import Spans, described, render, thumbnail
@@ -27,10 +29,34 @@ PARQUET, CARD, README = "pairs.parquet", "card.json", "README.md"
 FOLDER = "VG_100K"  # one of those that Visual Genome has
 
 
-def write_pairs(out: Path, pairs: Sequence[MinedPair], records: Sequence[Mapping[str, Any]]) -> None:
-    """Write `desc_data.json` and `pope_data.json`."""
-    write_json(out / DESC, {pair.picture.id: {"chosen": [pair.chosen], "rejected": [pair.rejected]} for pair in pairs})
-    write_json(out / POPE, records)
+SENTENCES = f"{SENTINEL}.json"
+
+
+def write_pairs(out: Path, by_sentence: bool, pairs: Sequence[MinedPair], records: Sequence[Mapping[str, Any]]) -> None:
+    """Write `desc_data.json` and `pope_data.json`; or `sentinel.json` with both kinds of pairs."""
+    if not by_sentence:
+        described = {pair.picture.id: {"chosen": [pair.chosen], "rejected": [pair.rejected]} for pair in pairs}
+        write_json(out / DESC, described)
+        write_json(out / POPE, records)
+        return
+    by_image: dict[str, list[dict[str, Any]]] = {}
+    for pair in pairs:
+        texts = {"question": pair.prompt, "context": pair.context or None, "y_win": pair.chosen}
+        texts["y_lose"] = pair.rejected
+        # A first sentence has no context, and its description goes on.
+        further = {} if pair.context else {"complete": False}
+        by_image.setdefault(pair.picture.id, []).append({**texts, **further})
+    for record in records:
+        texts = {"question": record["question"], "context": None, "y_win": record["chosen"], "y_lose": record["reject"]}
+        by_image.setdefault(record["image_id"], []).append({**texts, "origin": record["origin"]})
+    write_json(out / SENTENCES, by_image)
+
+
+def named_images(out: Path, by_sentence: bool) -> set[str]:
+    """Return the ids of the images that the files of `write_pairs` name."""
+    if by_sentence:
+        return {as_id(record.image_id) for record in read_sentinel_records(out / SENTENCES)}
+    return {*read_json(out / DESC), *(record["image_id"] for record in read_json(out / POPE))}
 
 
 def write_images(out: Path, pictures: Iterable[MinedImage], contents: Mapping[str, str]) -> None:
@@ -71,18 +97,33 @@ def write_card(out: Path, card: Mapping[str, Any]) -> None:
     write_json(out / CARD, card)
 
 
+def _provenance(card: Mapping[str, Any]) -> str:
+    engine = card.get("engine")
+    parts = [f"hash {card['model_hash']}"] if card["model_hash"] else []
+    if engine:
+        parts.append(f"answers by {engine['name']} {engine['version'] or ''}".strip())
+    return f"({', '.join(parts)})"
+
+
 def _readme(card: Mapping[str, Any]) -> str:
     pictures, described, questions = card["pictures"], card["descriptions"], card["questions"]
     excluded, lengths = card["apart"], card["lengths"]
+    by_sentence = card["by"] == "sentence"
+    kind = "sentence" if by_sentence else "description"
+    files = (
+        f"| `{SENTENCES}` | SENTINEL's layout, also the question pairs; the images are those of `{IMAGES}` |"
+        if by_sentence
+        else f"| `{DESC}`, `{POPE}` | HA-DPO's layout; the images are those of `{IMAGES}` |"
+    )
     lines = [
         "# Preference pairs from a model's own mistakes",
         "",
-        f"Mined by relook from the model `{card['model']}` (hash {card['model_hash']}), seed {card['seed']}. "
+        f"Mined by relook from the model `{card['model']}` {_provenance(card)}, seed {card['seed']}. "
         f"Mistakes were found by {_finder(card)}.",
         "",
         "| file | what is in it |",
         "|---|---|",
-        f"| `{DESC}`, `{POPE}` | HA-DPO's layout; the images are those of `{IMAGES}` |",
+        files,
         *([f"| `{PARQUET}` | the same pairs in TRL's columns, images included |"] if card["parquet"] else []),
         "| `pairs.html` | some pairs with their pictures |",
         f"| `{CARD}` | all that is said here, for programs |",
@@ -90,16 +131,18 @@ def _readme(card: Mapping[str, Any]) -> str:
         "| | |",
         "|---|---|",
         *_rows("pictures found", pictures["found"], pictures["left_out"]),
-        *_rows("descriptions made", described["made"], {}),
+        *_cost(described.get("cost", {})),
+        *_rows(f"{kind}s made", described["made"], {}),
         *_rows("of them with mistakes", described["hallucinated"], {}),
-        *_rows("description pairs found", described["found"], described["dropped"]),
-        *_rows("**description pairs**", described["pairs"], {}),
+        *_corrections(described.get("corrections", {})),
+        *_rows(f"{kind} pairs found", described["found"], described["dropped"]),
+        *_rows(f"**{kind} pairs**", described["pairs"], {}),
         *_rows("yes/no questions asked", questions["asked"], {}),
         *_rows("of them answered wrong", questions["wrong"], {}),
         *_rows("**question pairs**, half of them with answer yes", questions["pairs"], {}),
         *(row for judge in card["judge"] for row in _rows("replies of the judge", judge["replies"], judge["unjudged"])),
         "",
-        *(_lengths(lengths) if described["pairs"] else ()),
+        *(_lengths(kind, lengths) if described["pairs"] else ()),
         f"Evaluation images: {excluded['names']:,} names and {excluded['images']:,} image files were given, from "
         f"{', '.join(excluded['given'])}; none of them is used."
         if excluded["given"]
@@ -108,9 +151,32 @@ def _readme(card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lengths(lengths: Mapping[str, Any]) -> list[str]:
+def _cost(cost: Mapping[str, Any]) -> list[str]:
+    """Return what pairs by sentence took, and why their descriptions ended."""
+    if not cost:
+        return []
     return [
-        "| description pairs, words | chosen | rejected |",
+        *_rows("times that an image was read", cost["images_read"], {}),
+        *_rows("tokens sampled", cost["tokens_sampled"], {}),
+        *_rows("checks", cost["checks"], {}),
+        *(f"| descriptions: {why} | {count:,} |" for why, count in cost["descriptions"].items()),
+        *_rows("sentences without a verdict", cost["sentences_not_judged"], {}),
+    ]
+
+
+def _corrections(corrections: Mapping[str, int]) -> list[str]:
+    """Return what became of false sentences: all else in a chosen text is kept as the model wrote it."""
+    titles = {
+        "exchanged": "nouns exchanged for those of present objects, in sentences that list what is there",
+        "taken_out": "words before them taken out, such as colours",
+        "neutral": "sentences exchanged for neutral ones",
+    }
+    return [f"| {title} | {corrections[kind]:,} |" for kind, title in titles.items() if kind in corrections]
+
+
+def _lengths(kind: str, lengths: Mapping[str, Any]) -> list[str]:
+    return [
+        f"| {kind} pairs, words | chosen | rejected |",
         "|---|---|---|",
         f"| mean length | {lengths['chosen_words']} | {lengths['rejected_words']} |",
         f"| pairs in which it is the longer side | {lengths['chosen_longer']:,} | {lengths['chosen_shorter']:,} |",
@@ -121,6 +187,8 @@ def _lengths(lengths: Mapping[str, Any]) -> list[str]:
 
 
 def _finder(card: Mapping[str, Any]) -> str:
+    if card["own_answers"]:
+        return "the model's own answers to yes/no questions"
     if card["annotations"] != "none":
         return f"annotations ({card['annotations']})" + (
             f", and {card['judge'][0]['model']} gave both sides one style" if card["judge"] else ""
@@ -145,6 +213,7 @@ def write_pairs_page(
     records: Sequence[Mapping[str, Any]],
     images: Mapping[str, MinedImage],
     vocabulary: Vocabulary | None,
+    by_sentence: bool = False,
 ) -> None:
     """Write `out/pairs.html`: pairs from all over the list.
 
@@ -161,11 +230,15 @@ def write_pairs_page(
             (
                 # Without a path, because the same mining writes the same file in any folder.
                 "Train on these pairs, from their folder",
-                f"relook train post-decoder --model_name_or_path MODEL --vg_path . --desc_data_path {DESC} "
+                f"relook train sentinel --model_name_or_path MODEL --vg_path . --pairs_path {SENTENCES} "
+                "--output_dir runs/mine"
+                if by_sentence
+                else f"relook train post-decoder --model_name_or_path MODEL --vg_path . --desc_data_path {DESC} "
                 f"--pope_data_path {POPE} --output_dir runs/mine",
             ),
             ("See what the run changed", "relook eval pope chair --model runs/mine --data COCO --out eval/mine"),
         ],
+        kind="sentences" if by_sentence else "descriptions",
         description_count=len(pairs),
         question_count=len(records),
         descriptions=[
@@ -186,9 +259,11 @@ def _sample_evenly(values: Sequence[Any], count: int) -> list[Any]:
 
 
 def _description_texts(pair: MinedPair, vocabulary: Vocabulary | None) -> list[tuple[str, Spans]]:
+    before: list[tuple[str, Spans]] = [("So far", [(pair.context, False)])] if pair.context else []
     if vocabulary is None:
-        return [("Chosen", [(pair.chosen, False)]), ("Rejected", mark_differences(pair.rejected, pair.chosen))]
-    return described(pair.picture.objects, [("Chosen", pair.chosen), ("Rejected", pair.rejected)], vocabulary)
+        return [*before, ("Chosen", [(pair.chosen, False)]), ("Rejected", mark_differences(pair.rejected, pair.chosen))]
+    sides = described(pair.picture.objects, [("Chosen", pair.chosen), ("Rejected", pair.rejected)], vocabulary)
+    return [*sides[:1], *before, *sides[1:]]
 
 
 def _question_texts(record: Mapping[str, Any]) -> list[tuple[str, Spans]]:

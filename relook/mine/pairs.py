@@ -13,6 +13,7 @@ from typing import Any
 
 from relook.data.readers import DESCRIBE_PROMPTS
 from relook.data.samples import check_pair
+from relook.data.sentences import split_sentences
 from relook.evaluate.judge import Judge, JudgeResults, NoVerdict, Task, fill_template
 from relook.evaluate.statistics import safe_ratio
 from relook.evaluate.tasks.chair import Mention, Vocabulary, mentions, plural
@@ -27,11 +28,23 @@ SHINGLE = 5  # words
 
 @dataclass(frozen=True)
 class MinedPair:
-    """Hold two descriptions of a picture; `rejected` is the model's own, or a judge's in the style of `chosen`."""
+    """Hold two descriptions of a picture; `rejected` is the model's own, or a judge's in the style of `chosen`.
+
+    Args:
+        prompt, context: of sentences: what was asked, and the description so far; `chosen` and `rejected` follow it.
+    """
 
     picture: MinedImage
     chosen: str
     rejected: str
+    prompt: str = ""
+    context: str = ""
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """Return chosen and rejected with the context before them; as in SENTINEL's files, a space joins them."""
+        before = f"{self.context} " if self.context else ""
+        return before + self.chosen, before + self.rejected
 
     @property
     def longer(self) -> int:
@@ -44,14 +57,17 @@ def word_count(text: str) -> int:
     return len(text.split())
 
 
-def match_lengths(pairs: Sequence[MinedPair]) -> tuple[list[MinedPair], Counter[str]]:
+def match_lengths(pairs: Sequence[MinedPair], max_gap: float = MAX_LENGTH_GAP) -> tuple[list[MinedPair], Counter[str]]:
     """Drop pairs until length does not tell chosen from rejected.
+
+    Args:
+        max_gap: largest difference of a pair's lengths, as a share of the longer text's words.
 
     Returns:
         The remaining pairs in their order, and how many were dropped, by reason.
     """
     # First the pairs whose own lengths differ much.
-    close = [p for p in pairs if abs(p.longer) <= MAX_LENGTH_GAP * max(word_count(p.chosen), word_count(p.rejected))]
+    close = [p for p in pairs if abs(p.longer) <= max_gap * max(word_count(p.chosen), word_count(p.rejected))]
     total, rejected = sum(p.longer for p in close), sum(word_count(p.rejected) for p in close)
     # Then those that pull the means of both sides apart: from the end of the sorted pairs that has the worst ones.
     remaining = deque(sorted(range(len(close)), key=lambda i: close[i].longer))
@@ -119,32 +135,61 @@ def near_duplicates(texts: Sequence[str], similarity: float) -> set[int]:
 # ----------------------------------------------------------------------------------------------------
 # What is wrong in a description, and the least change that makes it true: by annotations alone.
 
-SENTENCE_END = re.compile(r"(?<=[.!?])(\s+)")
-
-
-def split_sentences(text: str) -> list[str]:
-    """Split a text into sentences, at even positions, and the white space between them, at odd ones."""
-    return SENTENCE_END.split(text.strip())
-
 
 def hallucinations(text: str, truth: Collection[str], vocabulary: Vocabulary) -> list[str]:
     """Return the objects that a text names and the image does not have, in order of mention."""
     return [mention.object for mention in mentions(text, vocabulary) if mention.object not in truth]
 
 
+@dataclass(frozen=True)
+class Correction:
+    """A corrected description, and what its false sentences became.
+
+    Args:
+        exchanged: nouns that another one took the place of.
+        taken_out: words before them, such as colours, that said something of what is not there.
+        neutral: sentences that a neutral one took the place of.
+    """
+
+    text: str
+    exchanged: int = 0
+    taken_out: int = 0
+    neutral: int = 0
+
+
+# "There is", "In the image, there are", "The picture shows": what follows says of things that they are there, and no
+# more than that.
+_EXISTS = re.compile(
+    r"(?:in (?:the|this) \w+,? )?"
+    r"(?:there(?: is| are|'s)|(?:the|this) (?:image|picture|photo|photograph|scene)(?: also)? "
+    r"(?:shows|features|contains|includes|depicts|displays|has)|(?:i|we|you)(?: can)?(?: also)? see)(?: also)?",
+    re.IGNORECASE,
+)
+_ITEM_END = re.compile(r",(?: and)?|\band\b|\bor\b|[.!?]+$")  # of a list of things
+_DETERMINERS = {"a", "an", "the", "some"}  # others, as "two" and "their", say more than that a thing is there
+# With one of these the words before a noun are more than its attributes: "man on a horse".
+_STRUCTURE = re.compile(
+    r"\b(?:a|an|the|some|of|in|on|at|by|to|with|near|for|from|over|under|next|beside|behind|is|are|has|have|that|which|"
+    r"one|two|three|four|five|six|several|many|few|his|her|its|their|no|not|\w+ing)\b",
+    re.IGNORECASE,
+)
+
+
 def correct_description(
     text: str, truth: Collection[str], vocabulary: Vocabulary, neutral: Sequence[str], rng: random.Random
-) -> str:
+) -> Correction:
     """Make a description true by the least change, at the same number of sentences.
 
-    A hallucinated object is exchanged for a present one that was not named ("a dog ... the dog" for one and the same);
-    where none is left, its sentence is exchanged for a neutral one. All else stays as it is, also line breaks and a
-    last sentence that was cut off.
+    Where a sentence only lists what is there, a hallucinated object is exchanged for a present one that was not named,
+    and the words before it, such as its colour, are taken out: they would be said of the new one. Any other sentence
+    with a hallucinated object says where it is or what it does, and is exchanged for a neutral one, as is a list where
+    no present object is left. All else stays as it is, also line breaks and a last sentence that was cut off.
     """
     mentioned = {mention.object for mention in mentions(text, vocabulary)}
     missing = sorted(set(truth) - mentioned)
     rng.shuffle(missing)
     replacements: dict[str, str] = {}
+    exchanged = taken_out = neutrals = 0
 
     def replacement(mention: Mention, before: str) -> str | None:
         """Return the object that a mention is exchanged for; None if no present object is left."""
@@ -158,18 +203,56 @@ def correct_description(
     parts = split_sentences(text)
     for position in range(0, len(parts), 2):
         sentence = parts[position]
-        wrong = [mention for mention in mentions(sentence, vocabulary) if mention.object not in truth]
-        names = [replacement(mention, sentence[: mention.start]) for mention in wrong]
+        named = mentions(sentence, vocabulary)
+        wrong = [mention for mention in named if mention.object not in truth]
+        attributes = [listed_attributes(sentence, mention, named) for mention in wrong]
+        names = (
+            [None]
+            if None in attributes
+            else [
+                replacement(mention, sentence[: start or mention.start])
+                for mention, start in zip(wrong, attributes, strict=True)
+            ]
+        )
         if None in names:
             # A neutral sentence of about the same length, one that the text does not have yet if possible.
             line = rng.choice(_closest_in_length(sentence, [line for line in neutral if line not in parts] or neutral))
             parts[position] = line if sentence.endswith(".") else line.rstrip(".")
+            neutrals += 1
         else:
             # From the end, so that the character offsets of earlier mentions stay right.
-            for mention, name in zip(reversed(wrong), reversed(names), strict=True):
-                sentence = replace_noun(sentence, mention, str(name), vocabulary)
+            for mention, name, start in zip(reversed(wrong), reversed(names), reversed(attributes), strict=True):
+                assert start is not None, "all mentions stand in lists"
+                taken_out += word_count(sentence[start : mention.start])
+                alone = Mention(mention.object, start, start + mention.end - mention.start)
+                sentence = sentence[:start] + sentence[mention.start :]
+                sentence = replace_noun(sentence, alone, str(name), vocabulary)
+            exchanged += len(wrong)
             parts[position] = sentence
-    return "".join(parts)
+    return Correction("".join(parts), exchanged, taken_out, neutrals)
+
+
+def listed_attributes(sentence: str, mention: Mention, named: Sequence[Mention]) -> int | None:
+    """Return where the words before a listed noun begin that say something of it, such as its colour.
+
+    It is the noun's own beginning if there are none; None if the sentence does more than list the noun as being there:
+    if the words around it say where it is, how many there are or what it does.
+    """
+    frame = _EXISTS.match(sentence)
+    if frame is None:
+        return None
+    end = _ITEM_END.match(sentence, mention.end) or _ITEM_END.match(sentence, mention.end + 1)
+    if end is None and sentence[mention.end :].strip():
+        return None
+    # The item begins after the last comma or "and" before the noun.
+    begin = max([frame.end(), *(m.end() for m in _ITEM_END.finditer(sentence, frame.end(), mention.start))])
+    if any(begin <= other.start < mention.start for other in named):
+        return None
+    words = list(re.finditer(r"\S+", sentence[begin : mention.start]))
+    if words and words[0][0].lower() in _DETERMINERS:
+        words = words[1:]
+    start = begin + words[0].start() if words else mention.start
+    return None if _STRUCTURE.search(sentence, start, mention.start) else start
 
 
 def preceding_article(before: str) -> str:
@@ -303,9 +386,11 @@ def read_check(text: str, reply: str) -> JudgedDescription | None:
     vocabulary, in_image = Vocabulary.of([*present, *absent]), set(present)
     if (
         {*present, *map(plural, present)} & {*absent, *map(plural, absent)}
-        or any(_claimed(sentence, vocabulary) & set(absent) for sentence in parts[::2])
+        or any(claimed_objects(sentence, vocabulary) & set(absent) for sentence in parts[::2])
         or any(
-            (old := _claimed(before, vocabulary)) and old <= in_image and not old & _claimed(after, vocabulary)
+            (old := claimed_objects(before, vocabulary))
+            and old <= in_image
+            and not old & claimed_objects(after, vocabulary)
             for before, after in corrections
         )
     ):
@@ -313,7 +398,7 @@ def read_check(text: str, reply: str) -> JudgedDescription | None:
     return JudgedDescription("".join(parts), tuple(present), tuple(absent))
 
 
-def _claimed(sentence: str, vocabulary: Vocabulary) -> set[str]:
+def claimed_objects(sentence: str, vocabulary: Vocabulary) -> set[str]:
     """Return the objects that a sentence says are present: those that it names before any negation."""
     negation = _NEGATION.search(sentence)
     return {mention.object for mention in mentions(sentence[: negation and negation.start()], vocabulary)}

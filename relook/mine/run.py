@@ -4,9 +4,10 @@ The stages of a job:
 1. select: leave out unreadable and repeated pictures and those of evaluations (pictures.py);
 2. describe: the model describes each picture (candidates.py, jobs.py);
 3. check and pair: annotations or a judge find what is wrong, each wrong text is corrected with the least change and
-   kept at the same length and style, so that training cannot learn length (candidates.py, pairs.py);
+   kept at the same length and style, so that training cannot learn length (candidates.py, pairs.py); by sentence, 2 and
+   3 alternate: true and false continuations of one beginning are pairs (sentences.py);
 4. ask: the model answers yes/no questions, and its wrong answers become pairs, too (candidates.py);
-5. write: HA-DPO's files, parquet, a page, the data card (output.py).
+5. write: HA-DPO's files or SENTINEL's, parquet, a page, the data card (output.py).
 What takes long grows in `out/work`; under torchrun each process takes a share, and the first one pairs and writes.
 """
 
@@ -16,31 +17,39 @@ import dataclasses
 import functools
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relook import distributed
-from relook.data.convert import DESC, POPE
 from relook.data.parquet import pyarrow
+from relook.data.readers import DESCRIBE_PROMPTS
 from relook.data.templates import check_template
-from relook.errors import DataError, RecipeError
+from relook.errors import DataError, RecipeError, did_you_mean
 from relook.evaluate.benchmark import YES_NO_MAX_TOKENS
 from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import library_versions
-from relook.evaluate.tasks.chair import Vocabulary
+from relook.evaluate.tasks.chair import Vocabulary, coco_vocabulary
 from relook.files import claim_output_dir, read_json, read_json_object, read_text, text_hash, write_json, writes_alone
-from relook.generate.answering import GenerationSettings
-from relook.mine import candidates, output, pairs
+from relook.generate.answering import Answerer, AnswerSource, GenerationSettings
+from relook.mine import candidates, output, pairs, sentences
 from relook.mine.candidates import DescriptionPairs, ProbeQuestion, describe_images, find_pairs
 from relook.mine.jobs import MiningSettings, MiningSource, fingerprint_all, generate_all
 from relook.mine.output import write_pairs_page
 from relook.mine.pairs import REQUEST, MinedPair
-from relook.mine.pictures import ExclusionFilter, MinedImage, evaluation_files, excluded_names, read_pictures
-from relook.model.checkpoint import ModelFolder, parse_folder
-from relook.model.load import LoadedModel, LoadOptions, model_hash, parse_device
+from relook.mine.pictures import (
+    AnnotatedImages,
+    ExclusionFilter,
+    MinedImage,
+    evaluation_files,
+    excluded_names,
+    read_pictures,
+)
+from relook.model.checkpoint import ModelFolder
+from relook.model.load import LoadOptions
 
 SETTINGS, WORK = "mine.json", "work"
+BY = ("description", "sentence")
 
 
 @writes_alone(lambda model, source, out, *_, **__: Path(out))
@@ -50,7 +59,7 @@ def mine_pairs(
     out: str | Path,
     settings: MiningSettings,
     judge: JudgeSettings | None = None,
-    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
+    loading: AnswerSource = LoadOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Mine pairs into a folder, or finish what a stopped run began there; returns the data card (`out/card.json`).
 
@@ -62,14 +71,18 @@ def mine_pairs(
         RelookError: settings that contradict each other, data that cannot be used, a judge that does not answer, or a
             folder with other pairs.
     """
-    folder, out = parse_folder(model), Path(out)
+    folder, out = loading.open(model), Path(out)
     settings = _check_settings(folder, source, out, settings, judge, loading)
     annotated = read_pictures(source.images, source.annotations, source.synonyms)
     listed = frozenset[str]().union(*(excluded_names(path) for path in source.exclude if not path.is_dir()))
     evaluation_images = [path for entry in source.exclude if entry.is_dir() for path in evaluation_files(entry)]
+    model_identity = loading.identity(folder)
     if distributed.is_main():
         excluded = [*sorted(listed), *(str(path.resolve()) for path in evaluation_images)]
-        _claim_folder(out, _identity(folder, source, annotated.pictures, excluded, settings, loading), judge)
+        identity = _identity(source, annotated.pictures, excluded, settings, model_identity)
+        if settings.by_sentence:  # what a description goes on with depends on who checks
+            identity["checked_by"] = judge and [judge.model, dict(judge.request)]
+        _claim_folder(out, identity, judge)
     distributed.barrier("the output folder")
     if (out / output.CARD).exists():
         return dict(read_json(out / output.CARD))
@@ -77,21 +90,28 @@ def mine_pairs(
     # Select. The model is loaded when there is something to ask it: a finished stage needs none.
     work, load = out / WORK, functools.cache(lambda: loading.load(folder))
     exclusion = _fingerprint(annotated.pictures, listed, evaluation_images, work)
-    pictures, left_out = _select_images(source, annotated.pictures, exclusion)
+    pictures, left_out = _select_images(source, annotated.pictures, exclusion, settings)
     description_rng, question_rng = (random.Random(f"{settings.seed}/{stage}") for stage in ("describe", "ask"))
     judge_client = Judge(judge, work / JUDGE_CACHE) if judge and distributed.is_main() else None
 
-    def load_for_judge() -> LoadedModel:
+    def load_for_judge() -> Answerer:
         if judge_client:  # a judge that does not answer is found now, not after hours of descriptions
             judge_client.probe(REQUEST, pictures[0].path if source.annotations == "none" else None)
         return load()
 
-    # Describe; check and pair, by the first process.
-    texts = describe_images(pictures, settings, functools.cache(load_for_judge), work, description_rng)
-    described = None
-    if distributed.is_main():
-        described = find_pairs(pictures, texts, annotated, settings.near_texts, judge_client, description_rng)
-    distributed.barrier("pairs of descriptions")
+    # Describe, check and pair.
+    load_first = functools.cache(load_for_judge)
+    described: DescriptionPairs | None
+    if settings.by_sentence:
+        described = _pair_sentences(pictures, annotated, settings, judge, load_first, work, description_rng)
+    else:
+        texts = describe_images(pictures, settings, load_first, work, description_rng)
+        described = None  # the first process pairs
+        if distributed.is_main():
+            described = find_pairs(pictures, texts, annotated, settings.near_texts, judge_client, description_rng)
+        distributed.barrier("pairs of descriptions")
+    if described is not None:
+        candidates.limit_pairs(described, settings.max_pairs)
 
     # Ask. The questions may depend on the judge's verdicts, which only the first process has.
     questions = distributed.broadcast_from_main(
@@ -104,13 +124,14 @@ def mine_pairs(
     answers = generate_all(work / "answers.jsonl", load, prompts, generation, "yes/no questions")
 
     # Write.
-    if described is not None:
+    if distributed.is_main():
+        assert described is not None, "the first process has the pairs"
         records = candidates.question_records(questions, answers)
         selected = candidates.balance_answers(records, question_rng)
-        write_outputs(out, pictures, annotated.vocabulary, described.pairs, selected, exclusion, settings.parquet)
-        card = {
+        write_outputs(out, pictures, annotated.vocabulary, described.pairs, selected, exclusion, settings)
+        card: dict[str, Any] = {
             "model": folder.path.name,
-            "model_hash": model_hash(folder),
+            **{key: model_identity[key] for key in ("model_hash", "engine") if key in model_identity},
             "annotations": source.annotations,
             **dataclasses.asdict(settings),
             "pictures": {"found": len(annotated.pictures), "left_out": left_out, "mined": len(pictures)},
@@ -132,21 +153,63 @@ def _check_settings(
     out: Path,
     settings: MiningSettings,
     judge: JudgeSettings | None,
-    loading: LoadOptions,
+    loading: AnswerSource,
 ) -> MiningSettings:
     """Check that nothing contradicts, and return the settings with the model's own template where none is given."""
-    if source.annotations == "none" and judge is None:
-        raise RecipeError("Without annotations nothing finds the mistakes.", "Give --judge URL and --judge-model.")
+    if settings.by not in BY:
+        raise RecipeError(f"There are no pairs by {settings.by!r}.", did_you_mean(settings.by, BY))
+    if source.annotations == "none" and judge is None and not settings.own_answers:
+        raise RecipeError(
+            "Without annotations nothing finds the mistakes.",
+            "Give --judge URL and --judge-model; or --by sentence --judge self.",
+        )
+    if settings.own_answers and (not settings.by_sentence or source.annotations != "none"):
+        raise RecipeError(
+            "The model's own answers check sentences where there are no annotations.",
+            "Give --by sentence --annotations none, or another --judge.",
+        )
+    if settings.by_sentence and judge and source.annotations != "none":
+        raise RecipeError("Annotations check all sentences: a judge would do nothing.", "Leave --judge out.")
+    if settings.by_sentence and not (settings.temperature > 0 and settings.continuations > 1):
+        raise RecipeError(
+            "A true and a false sentence are found among several sampled ones.",
+            "Give --continuations 2 or more and a --temperature above 0.",
+        )
     if out.resolve().is_relative_to(source.images.resolve()):
         raise RecipeError(f"{out} lies in the image folder.", "Choose another --out.")
     if settings.parquet:
         pyarrow()
     if settings.samples and settings.temperature <= 0:
         raise RecipeError("Nothing is sampled at temperature 0.", "Give --samples 0 for greedy descriptions alone.")
-    parse_device(loading.device)
-    settings = dataclasses.replace(settings, template=settings.template or model.template)
+    settings = dataclasses.replace(settings, template=settings.template or loading.template_of(model))
     check_template(settings.template)
     return settings
+
+
+def _pair_sentences(
+    pictures: Sequence[MinedImage],
+    annotated: AnnotatedImages,
+    settings: MiningSettings,
+    judge: JudgeSettings | None,
+    load: Callable[[], Answerer],
+    work: Path,
+    rng: random.Random,
+) -> DescriptionPairs:
+    """Grow descriptions and return their pairs; every process checks what it samples."""
+    if annotated.vocabulary is not None:
+        check = sentences.by_annotations(annotated.vocabulary)
+    elif judge is not None:
+        check = sentences.by_judge(Judge(judge, work / JUDGE_CACHE, distributed.rank()))
+    else:
+        check = sentences.by_own_answers(coco_vocabulary(), load, settings)
+    prompts = [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
+    records = sentences.describe_by_sentence(pictures, prompts, settings, load, check, work)
+    result = sentences.pairs_of_records(pictures, records, judge)
+    candidates.drop_near_duplicates(result, settings.near_texts)
+    # Sentences of one model differ in length by chance: only the means must agree.
+    result.pairs, dropped = pairs.match_lengths(result.pairs, max_gap=1.0)
+    result.dropped += dropped
+    return result
 
 
 def _fingerprint(
@@ -161,7 +224,7 @@ def _fingerprint(
 
 
 def _select_images(
-    source: MiningSource, pictures: Sequence[MinedImage], exclusion: ExclusionFilter
+    source: MiningSource, pictures: Sequence[MinedImage], exclusion: ExclusionFilter, settings: MiningSettings
 ) -> tuple[list[MinedImage], dict[str, int]]:
     """Return the pictures that are mined, and how many are not, by reason."""
     reasons = exclusion.left_out(pictures)
@@ -169,7 +232,12 @@ def _select_images(
     if len(reasons) == len(pictures):
         causes = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise DataError(f"No picture of {source.images} is left: {causes}.", "Check --images and --exclude.")
-    return [picture for picture in pictures if picture.id not in reasons], counts
+    usable = [picture for picture in pictures if picture.id not in reasons]
+    if settings.max_images and len(usable) > settings.max_images:
+        counts["not drawn"] = len(usable) - settings.max_images
+        drawn = sorted(random.Random(f"{settings.seed}/images").sample(range(len(usable)), settings.max_images))
+        usable = [usable[i] for i in drawn]
+    return usable, counts
 
 
 def _claim_folder(out: Path, identity: Mapping[str, Any], judge: JudgeSettings | None) -> None:
@@ -191,17 +259,16 @@ def _claim_folder(out: Path, identity: Mapping[str, Any], judge: JudgeSettings |
 
 
 def _identity(
-    model: ModelFolder,
     source: MiningSource,
     pictures: Sequence[MinedImage],
     excluded: Sequence[str],
     settings: MiningSettings,
-    loading: LoadOptions,
+    answers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return all that the pairs depend on, except the judge."""
+    """Return all that the pairs depend on, except the judge; `answers` is what the model's answers depend on."""
     objects = [f"{picture.id}: {', '.join(sorted(picture.objects))}" for picture in pictures]
     return {
-        **loading.identity(model),
+        **answers,
         "images": str(source.images.resolve()),
         "annotations": source.annotations,
         "annotations_hash": text_hash(*objects),
@@ -221,6 +288,8 @@ def _choose_questions(
     rng: random.Random,
 ) -> list[ProbeQuestion]:
     assert described is not None, "only the first process chooses questions"
+    if settings.own_answers:  # nothing else knows what is there
+        return []
     if source.annotations == "none":
         return candidates.choose_judged_questions(pictures, described.verdicts, settings.questions, rng)
     return candidates.choose_questions(pictures, settings.questions, rng)
@@ -245,15 +314,15 @@ def write_outputs(
     pairs: Sequence[MinedPair],
     records: Sequence[Mapping[str, Any]],
     exclusion: ExclusionFilter,
-    parquet: bool,
+    settings: MiningSettings,
 ) -> None:
     """Write all files except the card, with which the folder is complete; no picture in them may be a left-out one."""
-    output.write_pairs(out, pairs, records)
+    output.write_pairs(out, settings.by_sentence, pairs, records)
     # Read back from the files: what counts is which pictures are in them.
-    names = {*read_json(out / DESC), *(record["image_id"] for record in read_json(out / POPE))}
+    names = output.named_images(out, settings.by_sentence)
     used = {picture.id: picture for picture in pictures if picture.id in names}
     assert not exclusion.left_out(used.values()), "an evaluation image, or one twice, got into the pairs"
     output.write_images(out, used.values(), {image: exclusion.mined[image]["content"] for image in used})
-    if parquet:
+    if settings.parquet:
         output.write_pairs_parquet(out)
-    write_pairs_page(out, pairs, records, used, vocabulary)
+    write_pairs_page(out, pairs, records, used, vocabulary, settings.by_sentence)

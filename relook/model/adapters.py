@@ -6,9 +6,10 @@ decoder brings tensors that the base need not have.
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from relook.model.checkpoint import (
     LLAVA_TYPES,
     NON_LORA,
     PROJECTOR,
+    TRAINED_WITH,
     WHOLE_MODELS,
     AnyFolder,
     LazyTensor,
@@ -108,7 +110,22 @@ class Adapter:
             if lora.bias is not None:
                 bias = _bias_of(name)
                 tensors[bias] = tensors[bias].map(partial(lora.merged_bias, dtype))
-        return replace(source, config=config, tensors=tensors, adapter=self.path, beneath=(source, self))
+        # 4. Prompts and images are those of its training.
+        template, aspect_ratio = (self.folder.change.get(key) for key in TRAINED_WITH)
+        if template and template != source.template:
+            _note_template(str(self.path), template, source.template)
+        if aspect_ratio:
+            config = copy.copy(config)
+            config.image_aspect_ratio = aspect_ratio
+        return replace(
+            source,
+            config=config,
+            tensors=tensors,
+            adapter=self.path,
+            beneath=(source, self),
+            template=template or source.template,
+            aspect_ratio=aspect_ratio or source.aspect_ratio,
+        )
 
     def without_adapter(self) -> tuple[Adapter, dict[str, LazyTensor]]:
         """Split into the tensors other than LoRA, as an adapter, and the LoRA tensors under peft's names."""
@@ -222,6 +239,11 @@ class Adapter:
         if [folder.path.resolve() for folder in self.previous[: len(present)]] == present:
             return replace(self, previous=self.previous[len(present) :])
         return self
+
+
+@cache  # once for each run
+def _note_template(path: str, template: str, base_template: str) -> None:
+    status(f"  {path} was trained with template {template}, which is used instead of its base's {base_template}")
 
 
 def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:

@@ -222,6 +222,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 
 Renames = tuple[tuple[str, str], ...]
 ADAPTER_FILE = "change.json"  # what a training run of relook changed: its base, post decoder settings, LoRA or not
+TRAINED_WITH = ("conversation_template", "image_aspect_ratio")  # there, as in a model's config
 ADAPTER_CONFIG, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
 ADAPTER_FILES = (NON_LORA, "mm_projector.bin")  # what the original programs save beside a base
 LLAVA_TYPES = ("llava", "llava_llama")  # of a liuhaotian config; HA-DPO's fork calls it "llava"
@@ -339,8 +340,8 @@ class ModelFolder:
 
     @property
     def template(self) -> str:
-        """Return the conversation template that the model, or a run's base, was tuned with."""
-        return config_template(self.base.config)
+        """Return the conversation template that the model was tuned with, or that a run was trained with."""
+        return str(self.change.get(TRAINED_WITH[0]) or config_template(self.base.config))
 
     def tower_for(self, base: ModelFolder) -> Path | None:
         """Return the vision tower that a run was trained with if the base has none of its own, else None."""
@@ -385,6 +386,9 @@ def _read_change(path: Path) -> dict[str, Any]:
     earlier = change.get("earlier", [])
     if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
         raise CheckpointError(f"{path} has {earlier!r} as earlier changes.", "Copy the run again.")
+    for key in TRAINED_WITH:
+        if not isinstance(change.get(key, ""), str):
+            raise CheckpointError(f"{path} has {change[key]!r} as {key}.", "Copy the run again.")
     return change
 
 

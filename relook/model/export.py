@@ -43,10 +43,11 @@ from relook.model.checkpoint import (
     to_llava_config,
     write_tensors,
 )
-from relook.model.families import has_post_decoder
+from relook.model.families import RELOOK, has_post_decoder
 from relook.model.lazy_model import LazyModel
 from relook.model.load import LoadedModel, materialize, open_base, open_lazy
 from relook.model.lora import PEFT_PREFIX
+from relook.model.post_decoder import PostDecoderSettings
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -182,18 +183,24 @@ def _tensor_stream(source: LazyModel, renames: Any, tower: bool) -> Iterator[tup
             yield rename(name, renames), tensor.read()
 
 
-def write_hf(source: LazyModel, folder: Path, shard_bytes: int) -> None:
-    """Write transformers' format: llava-hf's tensor names, or with a post decoder the module tree's, plus its code."""
-    with_decoder = has_post_decoder(source.config)
+def write_hf(source: LazyModel, folder: Path, shard_bytes: int, code: bool = True) -> None:
+    """Write transformers' format: llava-hf's tensor names, or with a post decoder the module tree's.
+
+    Args:
+        code: whether a post decoder's code goes along, for transformers without relook.
+    """
     # llava-hf's folders have older names, which vLLM and transformers know; other families those of the module tree.
-    renames = TO_HF if source.config.model_type.startswith("llava") else ()
+    own_names = has_post_decoder(source.config) and code  # transformers finds the module tree's in the code
+    is_llava = source.config.model_type.removeprefix(RELOOK).startswith("llava")
+    renames = TO_HF if is_llava and not own_names else ()
     # The tower's tensors come first, then all others.
     stream = (pair for tower in (True, False) for pair in _tensor_stream(source, renames, tower))
     write_tensors(folder, stream, shard_bytes)
     config = copy.deepcopy(source.config)
     config.architectures, config.dtype = [source.model_class.__name__], source.dtype
     config.conversation_template = source.template
-    if with_decoder:
+    config.__dict__.pop("auto_map", None)
+    if has_post_decoder(config) and code:
         config.auto_map = {
             "AutoConfig": f"modeling_relook.{type(source.config).__name__}",
             "AutoModelForImageTextToText": f"modeling_relook.{source.model_class.__name__}",
@@ -373,8 +380,8 @@ def _small_input(loaded: LoadedModel) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------
 # `relook export --for ENGINE`: a folder that vLLM, SGLang or `transformers serve` loads as it is.
 #
-# These engines support only LLaVA's own layers, so LoRA, head and projector are merged, and a post decoder is refused.
-# The files they read were determined from their source code; docs/serving.md says from which.
+# LoRA, head and projector are merged. A post decoder runs in vLLM, by relook's plugin (`relook.vllm`); other engines
+# have LLaVA's own layers only. The files they read were determined from their source code.
 
 # SGLang recognises a CLIP tower by this word in its path.
 CLIP_FOLDER = f"clip_{TOWER_FOLDER}"
@@ -400,18 +407,48 @@ def export_for(source: str | Path, out: str | Path, engine: str, options: WriteO
     source, out = Path(source), Path(out)
     if engine not in WRITERS:
         raise CheckpointError(f"There is no engine {engine!r}.", did_you_mean(engine, WRITERS))
-    opened = open_lazy(source, vision_tower=options.vision_tower)
-    if has_post_decoder(opened.config):
-        raise CheckpointError(
-            f"{source} has a post decoder, which looks at the image again at every token; {engine} has no such layer.",
-            "Use relook serve. Heads, LoRA and projectors alone can be exported for it.",
+    return export_lazy(open_lazy(source, vision_tower=options.vision_tower), out, engine, options)
+
+
+def export_lazy(opened: LazyModel, out: Path, engine: str, options: WriteOptions) -> float | None:
+    """Write an opened model for a serving engine, as `export_for` does."""
+    if reason := unsupported_by(engine, opened.config):
+        raise CheckpointError(f"{opened.path} cannot run in {engine}: {reason}.", "Use relook serve.")
+    difference = write_model(opened, out, WRITERS[engine], options)
+    dtype = str(opened.dtype).removeprefix("torch.")
+    status(
+        f"  in {dtype}: run it with `vllm serve {out} --dtype {dtype}`, for vLLM turns float32 into bfloat16 by itself"
+        if engine == "vllm"
+        else f"  in {dtype}: tell {engine}, if its default is another"
+    )
+    return difference
+
+
+def unsupported_by(engine: str, config: Any) -> str:
+    """Return why an engine cannot run a model's post decoder; empty where it can, or where there is none."""
+    if not has_post_decoder(config):
+        return ""
+    if engine != "vllm":
+        return f"it has a post decoder, and {engine} only LLaVA's own layers"
+    settings = PostDecoderSettings(**config.post_decoder)
+    if config.model_type != f"{RELOOK}llava":
+        # The plugin keeps the image's keys at the placeholders: each needs the feature that it stands for.
+        return "relook's plugin has LLaVA-1.5 alone, where each placeholder stands for one feature of the vision tower"
+    if settings.attention == "self_cross" and settings.depth > 1:
+        return (
+            "the self-attention of its second block reads image positions that have seen the whole image, but in a "
+            "cache no position sees what follows it"
         )
-    return write_model(opened, out, WRITERS[engine], options)
+    if isinstance(config.vision_feature_layer, list):
+        return "vLLM's LLaVA reads one layer of the vision tower, not several"
+    if getattr(config.text_config, "sliding_window", None):
+        return "vLLM would limit the post decoder to the language model's sliding window"
+    return ""
 
 
 def _write_plain(source: LazyModel, folder: Path, shard_bytes: int) -> None:
-    """Write transformers' format so that version 4, which vLLM runs on, can read it too."""
-    write_hf(source, folder, shard_bytes)
+    """Write transformers' format without code, so that version 4 can read it too."""
+    write_hf(source, folder, shard_bytes, code=False)
     config = read_json_object(folder / "config.json")
     # Version 4 reads these from the text config, under its own names.
     text = config["text_config"]

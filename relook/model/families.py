@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -171,13 +171,28 @@ def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
     )
 
 
-def vision_feature_count(config: Any, size: Size, positions: Callable[[Size], int] | None = None) -> int:
-    """Compute M of the vision features (M, V) of an image of this size, over all its tiles.
+def vision_feature_count(config: Any, size: Size, positions: int) -> int:
+    """Compute M of the vision features (M, V) of an image of this size, which takes so many positions."""
+    return tower_state_count(config, size, positions) if reads_tower(config) else positions
 
-    Args:
-        positions: counts the positions that an image takes, for families whose processor does.
-    """
-    if reads_tower(config):
+
+def tower_state_count(config: Any, size: Size, positions: int) -> int:
+    """Compute M of the vision tower's states (M, V) of an image, over all its tiles; see `vision_feature_count`."""
+    if hasattr(config, "vision_feature_layer"):
         return family_of(config).tiles(config, size) * _features_per_row(config)
-    assert positions is not None
-    return positions(size)
+    # A merger makes one position of so many patches a side.
+    return positions * int(config.vision_config.spatial_merge_size) ** 2
+
+
+def deepstack_rows(image: Any) -> list[Tensor]:
+    """Return what each of the first layers adds at the image positions, (positions, D), as in Qwen3-VL; mostly none."""
+    layers = getattr(image, "deepstack_features", None) or ()
+    return [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
+
+
+def position_rows(image: Any) -> list[Tensor]:
+    """Return what the positions of each image get, (P, D), with what the first layers add beside it, (P, n * D)."""
+    rows = list(image.pooler_output)
+    if deep := deepstack_rows(image):
+        rows = list(torch.cat([torch.cat(rows), *deep], dim=-1).split([len(projected) for projected in rows]))
+    return rows

@@ -286,7 +286,7 @@ def print_tables(findings: Mapping[str, Any]) -> None:
     console = stdout_console()
     console.print(f"{findings['model']}: {findings['type']}")
     table = plain_table("module", "class", "parameters", "dtype", "shapes", right=("parameters",))
-    table.columns[0].no_wrap = True  # on a narrow terminal classes and shapes are folded
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True  # on a narrow terminal shapes are folded
     for module in findings["modules"]:
         times = f" (x {module['repeats']})" if module["repeats"] > 1 else ""
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in module["shapes"].items())

@@ -89,6 +89,7 @@ class LazyModel:
         config: the family's config in transformers, or relook's where there is a post decoder.
         tensors: under the names of transformers' module tree, whatever they are called on disk.
         template: name of the conversation template.
+        aspect_ratio: "pad" or "square" where a run was trained so; empty: as the folder says.
         tower: the folder of the vision tower, for "llava".
         adapter: path of the adapter that is applied to the model.
         beneath: the model without that adapter, and the `Adapter`.
@@ -100,6 +101,7 @@ class LazyModel:
     config: Any
     tensors: Mapping[str, LazyTensor]
     template: str
+    aspect_ratio: str = ""
     tower: Path | None = None
     adapter: Path | None = None
     beneath: tuple[LazyModel, Any] | None = None
@@ -180,6 +182,8 @@ class LazyModel:
                 # Without a known processor class, transformers falls back to the tokenizer alone.
                 if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
                     raise ValueError(f"it is a {type(processor).__name__}, without pictures or without text")
+                if self.aspect_ratio and family_of(self.config).pads_to_square:
+                    processor.image_processor.do_pad = self.aspect_ratio == "pad"
                 return processor
             images = LlavaImageProcessorPil.from_pretrained(self.tower, local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exception, and transformers any kind
@@ -346,7 +350,7 @@ def _open_llava(
     config = _build_checked(path, from_llava_config, path, raw, vision)
     check_config(str(path), config)
     if not weights:
-        return LazyModel(path, "llava", config, {}, config_template(raw), tower)
+        return LazyModel(path, "llava", config, {}, config_template(raw), tower=tower)
     tensors = _renamed(read_tensor_folder(path), FROM_LLAVA)
     # 1. The tower: from its own folder, unless it was trained with the model.
     trained = raw.get("unfreeze_mm_vision_tower") and any(name.startswith(TOWER) for name in tensors)
@@ -370,7 +374,7 @@ def _open_llava(
         size = config.text_config.hidden_size
         tensors[PROJECTOR + "linear_2.weight"] = LazyTensor((size, size), lambda: torch.eye(size))
         tensors[PROJECTOR + "linear_2.bias"] = LazyTensor((size,), lambda: torch.zeros(size))
-    return LazyModel(path, "llava", config, tensors, config_template(raw), tower)
+    return LazyModel(path, "llava", config, tensors, config_template(raw), tower=tower)
 
 
 def named_tower(name: str, width: Any) -> tuple[CLIPVisionConfig, str] | None:

@@ -28,7 +28,7 @@ from relook.distributed import full_shape, set_full
 from relook.errors import CheckpointError, preview
 from relook.files import file_hash
 from relook.model.adapters import TENSORS_FILE, language_model_config, parse_adapter, read_adapter
-from relook.model.checkpoint import ADAPTER_FILE, AnyFolder, ModelFolder, parse_folder
+from relook.model.checkpoint import ADAPTER_FILE, TRAINED_WITH, AnyFolder, ModelFolder, parse_folder
 from relook.model.config_checks import check_processor
 from relook.model.families import (
     CONNECTORS,
@@ -145,9 +145,9 @@ class LoadedModel:
         if family_of(self.core.config).pads_to_square and getattr(image_processor, "do_pad", False):
             # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
-        self.images = ImageLoader(image_processor, self.aspect_ratio)
-        if family_of(self.core.config).positions is None:
-            self.images.positions = PositionCounter(self.processor)
+        count = family_of(self.core.config).positions
+        positions = count(self.core) if count is not None else PositionCounter(self.processor)
+        self.images = ImageLoader(image_processor, self.aspect_ratio, positions)
 
     @property
     def core(self) -> Any:
@@ -157,9 +157,7 @@ class LoadedModel:
     @property
     def image_positions(self) -> int | Callable[[ImageSource], int]:
         """Return the number of positions one image takes, or a function of the image where its size decides."""
-        count = family_of(self.core.config).positions
-        positions = count(self.core) if count is not None else self.images.positions
-        assert positions is not None
+        positions = self.images.positions
         return positions if isinstance(positions, int) else lambda image: positions(self.images.size(image))
 
     def conversation_template(self, name: str = "") -> Template:
@@ -300,6 +298,11 @@ class LoadOptions:
     bits: int = 16
     device: str = ""
 
+    def open(self, path: AnyFolder) -> ModelFolder:
+        """Check that torch has the device, and parse the model's folder."""
+        parse_device(self.device)
+        return parse_folder(path)
+
     def identity(self, path: AnyFolder) -> dict[str, Any]:
         """Return everything that answers depend on: the model's path, hashes and load options, not the device."""
         options = {key: value and str(value) for key, value in asdict(self).items() if key != "device"}
@@ -311,6 +314,11 @@ class LoadOptions:
         }
         hashes = {f"{name}_hash": model_hash(part) for name, part in parts.items() if part is not None}
         return {**options, "model": str(model.path.resolve()), **hashes}
+
+    def template_of(self, path: AnyFolder) -> str:
+        """Return the conversation template that the adapter was trained with, else the model's."""
+        adapted = {} if self.adapter is None else parse_folder(self.adapter).change
+        return str(adapted.get(TRAINED_WITH[0]) or parse_folder(path).template)
 
     def load(self, path: AnyFolder) -> LoadedModel:
         return load_model(path, self.adapter, self.vision_tower, self.dtype, self.bits, self.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from functools import cache, wraps
 from typing import Any
 
@@ -35,9 +36,15 @@ class PostDecoderConfig:
         super().__init__(**kwargs)
 
 
+# Families whose tower gives states that a post decoder may attend to; LLaVA's does so by default.
+LLAVA = ("llava", "llava_next")
+TOWERS_READ = (*LLAVA, "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
 def reads_tower(config: Any) -> bool:
-    """Return True if the post decoder attends to the tower's selected layers, not to what the language model reads."""
-    return config.model_type.removeprefix("relook_") in ("llava", "llava_next")
+    """Return True if the post decoder attends to the tower's states, not to what the language model reads."""
+    features = (getattr(config, "post_decoder", None) or {}).get("features", "auto")
+    return config.model_type.removeprefix("relook_") in LLAVA if features == "auto" else bool(features == "tower")
 
 
 def selected_features(config: Any, hidden_states: Any) -> Tensor:
@@ -51,17 +58,27 @@ def selected_features(config: Any, hidden_states: Any) -> Tensor:
     return torch.cat([hidden_states[i][:, start:] for i in (layers if isinstance(layers, list) else [layers])], dim=-1)
 
 
-def vision_features(config: Any, image: Any, image_sizes: Any = None) -> list[Tensor]:
+def vision_features(config: Any, image: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Return what a post decoder attends to, (M, V) per image (see `reads_tower`).
+
+    Args:
+        config, image, inputs: see `tower_states`.
+    """
+    return tower_states(config, image, inputs) if reads_tower(config) else list(image.pooler_output)
+
+
+def tower_states(config: Any, image: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the vision tower's states before projector or merger, (M, V) per image.
 
     Args:
         config: the model's config.
         image: outputs of `get_image_features`.
-        image_sizes: heights and widths of the images, for models that cut an image into tiles.
+        inputs: its arguments: `image_sizes` (heights and widths) for models that cut an image into tiles,
+            `image_grid_thw` for those whose pixels are the patches of all images.
     """
-    if not reads_tower(config):
-        return list(image.pooler_output)
-    features_RPV = selected_features(config, image.hidden_states)
+    if not hasattr(config, "vision_feature_layer"):
+        return list(image.last_hidden_state.split(inputs["image_grid_thw"].prod(-1).tolist()))
+    features_RPV, image_sizes = selected_features(config, image.hidden_states), inputs.get("image_sizes")
     if image_sizes is None or not hasattr(config, "image_grid_pinpoints"):
         return list(features_RPV)  # each row is an image
     # Each row is a tile, and an image's size (height, width) decides its tile count.
@@ -71,11 +88,16 @@ def vision_features(config: Any, image: Any, image_sizes: Any = None) -> list[Te
 
 
 def vision_width(config: Any) -> int:
-    """Return V of the vision features: the tower's width times its selected layers, or the language model's width."""
-    if not reads_tower(config):
-        return int(config.text_config.hidden_size)
-    layers = config.vision_feature_layer
-    return int(config.vision_config.hidden_size * (len(layers) if isinstance(layers, list) else 1))
+    """Return V of the vision features, which a post decoder attends to."""
+    return tower_width(config) if reads_tower(config) else int(config.text_config.hidden_size)
+
+
+def tower_width(config: Any) -> int:
+    """Return the width of `tower_states`: that of the tower, times its selected layers."""
+    layers, vision = getattr(config, "vision_feature_layer", None), config.vision_config
+    # Qwen2-VL's `hidden_size` is that of its merger's output.
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    return int(width * (len(layers) if isinstance(layers, list) else 1))
 
 
 def images_per_row(lengths: list[int], placeholder_counts: list[int]) -> list[int]:
@@ -144,7 +166,7 @@ class PostDecoderModel(PreTrainedModel):
         encode = super().get_image_features
         inputs = inspect.signature(encode).bind(*args, **{**kwargs, "return_dict": True})
         outputs = encode(*inputs.args, **inputs.kwargs)
-        outputs.vision_features = vision_features(self.config, outputs, inputs.arguments.get("image_sizes"))
+        outputs.vision_features = vision_features(self.config, outputs, inputs.arguments)
         return outputs
 
     def _placeholder_counts(self, input_ids: Tensor | None, embeds: Tensor | None) -> list[int]:

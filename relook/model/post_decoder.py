@@ -27,6 +27,8 @@ class PostDecoderSettings:
     Args:
         depth: number of stacked blocks.
         attention: "cross" (over the image), "none" (MLP only) or "self_cross" (over the text so far, then the image).
+        features: what it attends to: "tower" (the vision tower's states, before the projector or merger), "projected"
+            (what the language model reads) or "auto" (the tower's states in LLaVA and LLaVA-NeXT, else projected).
         align: how vision features are mapped to the hidden size: "linear", "mlp" or "mlp_twice".
         align_size: width inside the alignment MLP; 0 means the hidden size (the projector's own shape).
         activation: name of the activation in the alignment and the MLP, e.g. "silu" or "gelu".
@@ -36,6 +38,7 @@ class PostDecoderSettings:
 
     depth: int = 1
     attention: str = "cross"
+    features: str = "auto"
     align: str = "mlp"
     align_size: int = 0
     activation: str = "gelu"
@@ -45,6 +48,7 @@ class PostDecoderSettings:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("attention", ("cross", "none", "self_cross")),
+            ("features", ("auto", "tower", "projected")),
             ("align", ("linear", "mlp", "mlp_twice")),
         ):
             if getattr(self, name) not in allowed:
@@ -151,7 +155,7 @@ class _Norm(nn.LayerNorm):
 
 
 class Alignment(nn.Module):
-    """Projection of the vision features (before the projector) to the language model's width, with a LayerNorm."""
+    """Projection of the vision features to the language model's width, with a LayerNorm."""
 
     def __init__(self, settings: PostDecoderSettings, vision_size: int, hidden_size: int) -> None:
         super().__init__()

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
+from relook.data.images import ImageLoader
 from relook.errors import RecipeError, preview
-from relook.model.families import CONNECTORS, connector, has_post_decoder
+from relook.model.families import (
+    CONNECTORS,
+    RELOOK,
+    TOWERS,
+    connector,
+    has_post_decoder,
+    position_rows,
+    vision_tower,
+)
 from relook.model.load import LoadedModel, add_post_decoder
+from relook.model.modeling_relook import TOWERS_READ
 from relook.model.post_decoder import PostDecoderSettings
 from relook.recipe import ALL_LINEAR, Recipe
 
@@ -19,14 +32,14 @@ PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute that permits pac
 
 def set_trainable(loaded: LoadedModel, recipe: Recipe) -> None:
     """Add the modules that the recipe trains and freeze all others, in place."""
-    loaded.model = add_trainable_modules(loaded.model, recipe)
+    loaded.model = add_trainable_modules(loaded.model, recipe, loaded.images)
 
 
-def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
+def add_trainable_modules(model: Any, recipe: Recipe, images: ImageLoader | None) -> Any:
     """Add the modules that the recipe trains, with peft for LoRA, and freeze all others; return the model.
 
-    The vision tower never trains: its unused last layer would get no gradient, and every regime of the originals
-    keeps it frozen.
+    Args:
+        images: of the model; needed where its vision tower trains, to find which parts of it are in use.
     """
     seed = int(recipe.training.get("seed", 42))
     _check_post_decoder(model.config, recipe)
@@ -41,17 +54,22 @@ def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
     if recipe.bits == 4:
         _keep_unpacked(model)
     core = model  # peft's wrapper hides the parts below
+    unused = unused_in_tower(core, images) if recipe.trains_vision_tower and images is not None else []
     if recipe.lora_enable:
-        model = _with_lora(model, recipe, seed)
+        model = _with_lora(model, recipe, seed, unused)
     parts = {
+        "vision_tower": (recipe.tune_vision_tower, lambda: vision_tower(core.model)),
         "post_decoder": (recipe.tune_post_decoder, lambda: core.model.post_decoder),
         "lm_head": (recipe.tune_lm_head or recipe.full, lambda: core.lm_head),
-        "projector": (recipe.tune_mm_mlp_adapter or recipe.full, lambda: connector(core.model)),
         "language_model": (recipe.full, lambda: core.model.language_model),
     }
     for is_trained, part in parts.values():
         if is_trained:
             part().requires_grad_(True)
+    # After the tower, of which a merger is a part.
+    connector(core.model).requires_grad_(recipe.trains_projector)
+    for parameter in unused:
+        parameter.requires_grad_(False)
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not training:
         raise RecipeError(
@@ -61,6 +79,31 @@ def add_trainable_modules(model: Any, recipe: Recipe) -> Any:
         # bf16 has 8 significant bits: steps at the usual learning rates (2e-6) would be rounded away.
         parameter.data = parameter.data.float()
     return model
+
+
+def unused_in_tower(model: Any, images: ImageLoader) -> list[nn.Parameter]:
+    """Return the parameters of the vision tower that nothing of its output depends on; the tower becomes trainable.
+
+    In LLaVA these are the layers behind the selected one. They would get no gradient, which DDP refuses.
+    """
+    parameters = list(vision_tower(model.model).requires_grad_(True).parameters())
+    inputs = images.batch([Image.new("RGB", (32, 32))])
+    pixels = inputs.pop("pixel_values").to(parameters[0].device, parameters[0].dtype)
+    with torch.enable_grad():
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        image = model.model.get_image_features(pixel_values=pixels, **inputs, return_dict=True)
+    # Walk back from the output through the graph of operations; its leaves are the parameters in use.
+    rows = position_rows(image)
+    functions = {row.grad_fn for row in rows if row.grad_fn is not None}
+    waiting, leaves = list(functions), set[int]()
+    while waiting:
+        function = waiting.pop()
+        leaves.add(id(getattr(function, "variable", None)))
+        new = {before for before, _ in function.next_functions if before is not None} - functions
+        functions |= new
+        waiting += new
+    vision_tower(model.model).requires_grad_(False)
+    return [parameter for parameter in parameters if id(parameter) not in leaves]
 
 
 def _keep_unpacked(model: nn.Module) -> None:
@@ -75,7 +118,12 @@ def _keep_unpacked(model: nn.Module) -> None:
 
 
 def _check_post_decoder(config: Any, recipe: Recipe) -> None:
-    """Check that the recipe does not ask for another post decoder than the one the model already has."""
+    """Check that the model can have the recipe's post decoder, and does not have another one already."""
+    family = config.model_type.removeprefix(RELOOK)
+    if recipe.post_decoder.get("features") == "tower" and family not in TOWERS_READ:
+        raise RecipeError(
+            f"post_decoder.features tower: the states of a {family}'s tower are not known.", "Use projected."
+        )
     if not (has_post_decoder(config) and recipe.tune_post_decoder):
         return
     # Compare complete settings: a recipe may leave out what is the default.
@@ -86,15 +134,29 @@ def _check_post_decoder(config: Any, recipe: Recipe) -> None:
         raise RecipeError("The model has a trained post decoder already.", "Leave post_decoder_init out.")
 
 
-def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
+def _with_lora(model: Any, recipe: Recipe, seed: int, unused: Sequence[nn.Parameter]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    # The pattern matches the language model only: its layers share names with the tower's (q_proj, k_proj, ...).
+    # The pattern names the parts, whose layers share names (q_proj, k_proj, ...).
+    parts = {"language_model": model.model.language_model}
+    if recipe.lora_vision_tower:
+        parts |= {name: module for name, module in model.model.named_children() if module is vision_tower(model.model)}
+    targets = _targets(parts, recipe)
+    # A merger lies in the tower, but is the projector. No gradient reaches what is not in use. A convolution may be
+    # called like a linear layer.
+    left_out = {id(module) for module in connector(model.model).modules()} | {id(p) for p in unused}
+    excluded = [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in targets and f".{name}".startswith(tuple(f".model.{part}." for part in parts))
+        if not isinstance(module, nn.Linear) or id(module) in left_out or id(module.weight) in left_out
+    ]
     config = LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=rf".*\blanguage_model\..*\.({'|'.join(_targets(model.model.language_model, recipe))})",
+        target_modules=rf".*\b({'|'.join(parts)})\..*\.({'|'.join(targets)})",
+        exclude_modules="|".join(map(re.escape, excluded)) or None,
         bias=recipe.lora_bias,
         use_dora=recipe.use_dora,
         use_rslora=recipe.use_rslora,
@@ -106,7 +168,7 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 uses a name that transformers 5.23 deprecates
         wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():  # peft's "all" includes biases of the image side
-        if parameter.requires_grad and ".language_model." not in name:
+        if parameter.requires_grad and ".language_model." not in name and "lora_" not in name:
             parameter.requires_grad_(False)
     if recipe.lora_bias != "none" and not any(p.requires_grad and ".bias" in n for n, p in wrapped.named_parameters()):
         raise RecipeError(
@@ -115,18 +177,21 @@ def _with_lora(model: Any, recipe: Recipe, seed: int) -> Any:
     return wrapped
 
 
-def _targets(language_model: nn.Module, recipe: Recipe) -> list[str]:
+def _targets(parts: Mapping[str, nn.Module], recipe: Recipe) -> list[str]:
     """Return the names of the linear layers that get LoRA, without their module paths."""
     # "model.layers.0.self_attn.q_proj" -> "q_proj"
     linears = {
-        name.rpartition(".")[2] for name, module in language_model.named_modules() if isinstance(module, nn.Linear)
+        name.rpartition(".")[2]
+        for part in parts.values()
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear)
     }
     if recipe.lora_target_modules == ALL_LINEAR:
         return sorted(linears)
     unknown = [name for name in recipe.lora_target_modules if name not in linears]
     if unknown:
         raise RecipeError(
-            f"The language model has no linear layer {preview(unknown)} to put LoRA on.",
+            f"The {' and '.join(parts)} has no linear layer {preview(unknown)} to put LoRA on.".replace("_", " "),
             f"lora_target_modules may name {', '.join(sorted(linears))}.",
         )
     return sorted(recipe.lora_target_modules)
@@ -140,11 +205,12 @@ def untie_head(model: Any) -> None:
 
 
 def learning_rate_group(name: str) -> str:
-    """Return a parameter's learning rate group: "post_decoder", "lm_head", "mm_projector", or "" for the common one."""
+    """Return a parameter's learning rate group: "post_decoder", "lm_head", "mm_projector", "vision_tower" or ""."""
     for part, group in (
         ("post_decoder", "post_decoder"),
         ("lm_head", "lm_head"),
-        *((path, "mm_projector") for path in CONNECTORS),
+        *((path, "mm_projector") for path in CONNECTORS),  # before the tower, of which a merger is a part
+        *((path, "vision_tower") for path in TOWERS),
     ):
         if f".{part}." in f".{name}":
             return group
@@ -157,6 +223,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe, weight_decay: float) -> l
         "post_decoder": recipe.post_decoder_lr,
         "lm_head": recipe.lm_head_lr,
         "mm_projector": recipe.mm_projector_lr,
+        "vision_tower": recipe.vision_tower_lr,
     }
     groups: dict[tuple[float | None, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from relook.report.terms import GLOSSARY
 
 THUMBNAIL = 240  # pixels of the longer side
 Spans = list[tuple[str, bool]]  # a text in pieces, and whether a piece is wrong
+NO_BREAK = "\N{NO-BREAK SPACE}"
 HEAT_SIDE, HEAT_LEVELS, HEAT_COLOR = 64, 32, (214, 0, 110)
 HEAT_OPACITY = 0.8  # of the strongest place
 
@@ -110,8 +112,13 @@ def data_url(content: bytes, kind: str = "jpeg") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def unbroken(text: str) -> str:
+    """Keep an interval, and a number with its percent sign, on one line."""
+    return re.sub(r"(?<=\d,) (?=[+−\d])|(?<=\d) (?=%)", NO_BREAK, text)
+
+
 ENVIRONMENT.globals.update(GLOSSARY=GLOSSARY, HEAT_COLOR=HEAT_COLOR, HEAT_OPACITY=HEAT_OPACITY, verdict=verdict)
-ENVIRONMENT.filters.update(decimal=decimal, bracket=bracket, change=change, heat=heat, facts=facts)
+ENVIRONMENT.filters.update(decimal=decimal, bracket=bracket, change=change, heat=heat, facts=facts, unbroken=unbroken)
 
 # ----------------------------------------------------------------------------------------------------
 # `relook report`: which page a folder gets. Nothing that trains is imported for it.

@@ -13,8 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from relook.data.images import ImageSource
+from relook.data.images import GRID, ImageSource
 from relook.data.packing import Tree
 from relook.data.samples import Turn
 from relook.forward.collate import build_live_batch
@@ -256,6 +257,15 @@ def _attention_recorder(policy: Policy) -> bool:
     return policy.needs_vision_features and not policy.needs_all_states
 
 
+def _grid_shape(config: Any, grid: Tensor | None) -> tuple[int, int]:
+    """Return the rows and columns of an image's features; of patches, `grid` (1, 3) counts those before the merger."""
+    vision = config.vision_config
+    if grid is None:
+        return (vision.image_size // vision.patch_size,) * 2
+    _, height, width = (grid[0] // vision.spatial_merge_size).tolist()
+    return height, width
+
+
 @torch.inference_mode()
 def attention_before(
     loaded: LoadedModel, image: ImageSource, turns: Sequence[Turn], starts: Sequence[int], template: str = ""
@@ -269,8 +279,8 @@ def attention_before(
         template: of the conversation; empty for the model's own.
 
     Returns:
-        For each word a square grid of weights that sum to 1; no grids where the model has no cross-attention, or looks
-        at more than one square grid of features (the tiles of LLaVA-NeXT).
+        For each word a grid of weights that sum to 1; no grids where the model has no cross-attention, or looks at
+        features that are not one grid in rows: the tiles of LLaVA-NeXT, and patches before a merger.
 
     Raises:
         DataError: training would refuse the conversation: too long, an empty answer, marks of the template.
@@ -289,9 +299,8 @@ def attention_before(
         return []
     # trunk.states are the states before each supervised token; maps: (states, image features).
     maps = policy.post_decoder.attention_maps(trunk.states, context)[0]
-    vision = policy.config.vision_config
-    side = vision.image_size // vision.patch_size
-    if maps.shape[-1] != side * side:
+    shape = _grid_shape(policy.config, batch.image_inputs.get(GRID))
+    if maps.shape[-1] != math.prod(shape):
         return []
     # The targets are the tokens of all answers; those of the last one are what is supervised up to the row's end.
     first = sum(row.supervised) - sum(1 for _ in itertools.takewhile(bool, reversed(row.supervised)))
@@ -299,4 +308,4 @@ def attention_before(
     tokens = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     # A token's offsets may begin with the space before the word, so the word's token is the one that ends after it.
     positions = [next(i for i, (_, end) in enumerate(tokens) if end > start) for start in starts]
-    return [maps[int(trunk.targets.slot[first + position])].view(side, side).tolist() for position in positions]
+    return [maps[int(trunk.targets.slot[first + position])].view(shape).tolist() for position in positions]

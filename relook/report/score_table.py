@@ -20,6 +20,7 @@ from relook.recipe import objective_name, parse_yaml, regime_name
 
 NOTHING = "–"  # in place of a ratio of nothing
 SPLITS = ("random", "popular", "adversarial")
+QUESTIONS = {"pope": "", "repope": "RePOPE "}  # benchmarks of yes/no questions, and what stands before their splits
 POPE_RATES = {
     "accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1", "yes_ratio": "Yes ratio",
 }  # fmt: skip
@@ -89,7 +90,7 @@ def _rate(value: float | None, scale: int = 100, digits: int = 2) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# `relook report --table`: one line per evaluation and POPE split.
+# `relook report --table`: one line per evaluation and split of POPE or RePOPE.
 
 
 def write_table(folders: Sequence[str | Path], form: str, out: str | Path | None = None) -> str:
@@ -110,7 +111,7 @@ def write_table(folders: Sequence[str | Path], form: str, out: str | Path | None
 
 
 def score_rows(folders: Sequence[Path]) -> list[dict[str, str]]:
-    """Return one row per evaluation and POPE split, by column; one row of an evaluation without POPE."""
+    """Return one row per evaluation and split of its questions, by column; one row of an evaluation without any."""
     faults, evaluations = Faults(), []
     for folder in folders:
         with faults:
@@ -129,18 +130,25 @@ def find_evaluations(folder: Path) -> list[Path]:
         DataError: there is none.
     """
     folders = [path.parent for path in sorted(folder.rglob(EVAL_FILE))]
-    done = [path for path in folders if any((path / f"{name}.json").exists() for name in ("pope", "chair"))]
+    done = [path for path in folders if any((path / f"{name}.json").exists() for name in (*QUESTIONS, "chair"))]
     if not done:
-        raise DataError(f"{folder} holds no finished evaluation.", "Give folders of `relook eval pope` or `chair`.")
+        benchmarks = f"{', '.join(QUESTIONS)} or chair"
+        raise DataError(f"{folder} holds no finished evaluation.", f"Give folders of `relook eval` of {benchmarks}.")
     return done
 
 
 def _rows_of(folder: Path) -> Iterator[dict[str, str]]:
-    pope, chair = (read_json_object(folder / f"{name}.json", optional=True) for name in ("pope", "chair"))
+    chair, *asked = (read_json_object(folder / f"{name}.json", optional=True) for name in ("chair", *QUESTIONS))
     labels = {**training_labels(read_json_object(folder / EVAL_FILE)), "Folder": str(folder)}
     described = {head: _rate(chair[rate]) for rate, head in CHAIR_RATES.items()} if chair else {}
-    for split in [split for split in SPLITS if split in pope] or [""]:
-        rates = {head: _rate(pope[split][rate]) for rate, head in POPE_RATES.items()} if split else {}
+    splits = {
+        f"{title}{split}": scores[split]
+        for title, scores in zip(QUESTIONS.values(), asked, strict=True)
+        for split in SPLITS
+        if split in scores
+    }
+    for split, scores in (splits or {"": {}}).items():
+        rates = {head: _rate(scores[rate]) for rate, head in POPE_RATES.items()} if scores else {}
         yield {**labels, "Split": split, **rates, **described}
 
 

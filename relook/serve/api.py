@@ -224,6 +224,11 @@ def make_app(engines: Mapping[str, Engine], policy: ServerLimits) -> FastAPI:
         response.status_code = 200 if alive else 503
         return Health(status="ok" if alive else "failed")
 
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """Name relook's version, under vLLM's route."""
+        return {"version": __version__}
+
     @app.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """Export counters and times in the format of Prometheus."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from relook.data.samples import Turn
-from relook.data.templates import IMAGE, with_image
+from relook.data.templates import IMAGE, interleave, with_image
 from relook.errors import DataError
 from relook.generate.engine import Engine
 from relook.generate.request import (
@@ -113,21 +113,20 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str,
     A turn's prompt is all that comes before an answer, a line for each text; it is empty before an answer that follows
     nothing, such as a greeting. So a system message stands before the first text of the user: the templates have a
     system text of their own, which the model was tuned with. A turn's images stand before its text, as LLaVA was
-    trained.
+    trained, unless a text stands between two of them (`interleave`).
 
     Raises:
         APIError: a message that cannot be part of such a turn; it is named.
     """
     turns: list[Turn] = []
     urls: list[tuple[str, str]] = []
-    texts_of_turn: list[str] = []
-    pictures = 0
+    parts_of_turn: list[str] = []  # texts and placeholders
 
     def prompt() -> str:
-        return with_image("\n".join(texts_of_turn), pictures)
+        return with_image(interleave(parts_of_turn, "\n"), parts_of_turn.count(IMAGE))
 
     for i, message in enumerate(messages):
-        texts = []
+        parts = []
         for j, part in enumerate(message.content):
             parameter = f"messages.{i}.content" + f".{j}.{part.type}" * (len(message.content) > 1)
             if isinstance(part, TextPart):
@@ -135,20 +134,19 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str,
                 if IMAGE in part.text:
                     wrong = f"A text may not hold {IMAGE}: send images as image_url."
                     raise APIError(400, wrong, "invalid_message", parameter)
-                texts.append(part.text)
+                parts.append(part.text)
             elif message.role != "user":
                 raise APIError(400, "Only the user's messages may hold images.", "invalid_message", parameter)
             else:
                 urls.append((f"messages.{i}.content.{j}.image_url", part.image_url.url))
-                pictures += 1
-        text = "\n".join(texts)
+                parts.append(IMAGE)
         if message.role == "assistant":
             # An answer closes the turn: what comes next belongs to a new one.
-            turns.append(Turn(prompt(), text))
-            texts_of_turn, pictures = [], 0
+            turns.append(Turn(prompt(), "\n".join(parts)))
+            parts_of_turn = []
         else:
-            texts_of_turn.append(text)
-    if not texts_of_turn:
+            parts_of_turn += parts
+    if not parts_of_turn:
         raise APIError(400, "The last message must not be the assistant's.", "invalid_message", "messages")
     return [*turns, Turn(prompt(), "")], urls
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import re
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -21,7 +22,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from relook.console import readable_size, status
-from relook.errors import RelookError
+from relook.errors import RelookError, preview
 from relook.generate.engine import Engine
 from relook.generate.model_runner import position_bytes
 from relook.generate.request import EngineLimits
@@ -231,25 +232,45 @@ def free_bytes(device: torch.device) -> int:
 
 
 def load_models(
-    model: str | Path, loading: LoadOptions, base: str | Path | None, with_base: bool
+    folders: Sequence[str | Path], loading: LoadOptions, base: str | Path | None = None, with_base: bool = False
 ) -> dict[str, LoadedModel]:
-    """Load the models to be served, by name: the folder's name, and for the base that folder's or NAME-base.
+    """Load the models to be served, by name (`model_names`). Each shares the tensors that an earlier one has, too.
 
     Args:
-        base: a model to compare with.
-        with_base: compare with the model itself, its change switched off.
+        base: a further model, to compare with.
+        with_base: compare with the model itself, its change switched off, as NAME-base.
+
+    Raises:
+        RelookError: a folder is named twice, or several are to have the same adapter or the base of one.
     """
-    model = Path(model)
-    base = None if base is None else Path(base)
-    loaded, name = loading.load(model), model.resolve().name
-    models = {name: loaded}
-    if with_base:
-        models[f"{name}-base"] = load_base(loaded, model, loading)
-    if base is not None:
-        models[base.resolve().name if base.resolve().name != name else f"{name}-base"] = load_sharing_tensors(
-            loaded, base, loading
+    paths = [Path(folder) for folder in folders]
+    if len(paths) > 1 and (with_base or loading.adapter is not None):
+        raise RelookError(
+            "--with-base and --adapter belong to a single model.", "Give bases and runs as further models."
         )
+    names = model_names(paths if base is None else [*paths, Path(base)])
+    models = {names[0]: loading.load(paths[0])}
+    if with_base:
+        models[f"{names[0]}-base"] = load_base(models[names[0]], paths[0], loading)
+    for name, path in zip(names[1:], [*paths[1:], *([] if base is None else [Path(base)])], strict=True):
+        models[name] = load_sharing_tensors(tuple(models.values()), path, loading)
     return models
+
+
+def model_names(paths: Sequence[Path]) -> list[str]:
+    """Return the name of each model: its folder's, with as many of the folders above as tell all apart.
+
+    Raises:
+        RelookError: a folder is named twice.
+    """
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise RelookError(f"A model is named twice: {preview(paths)}.", "Name each once.")
+    for depth in itertools.count(1):
+        names = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedModel:
@@ -259,21 +280,22 @@ def load_base(loaded: LoadedModel, model: Path, loading: LoadOptions) -> LoadedM
         RelookError: there is nothing to switch off.
     """
     if loading.adapter is not None:
-        return load_sharing_tensors(loaded, model, loading)
+        return load_sharing_tensors([loaded], model, loading)
     folder = parse_folder(model)
     if folder.kind == "run":
-        return load_sharing_tensors(loaded, folder.previous[-1] if folder.previous else folder.base, loading)
+        return load_sharing_tensors([loaded], folder.previous[-1] if folder.previous else folder.base, loading)
     if not has_post_decoder(loaded.core.config):
         raise RelookError(f"{model} has nothing that could be switched off.", "Give a base to compare with: --base.")
     return replace(loaded, model=without_post_decoder(loaded.core))
 
 
-def load_sharing_tensors(loaded: LoadedModel, path: AnyFolder, loading: LoadOptions) -> LoadedModel:
-    """Load another model, which shares the tensors that are equal with one in memory."""
-    if loaded.core.device.type == "cuda":  # before any is shared: both engines then use the joint matrices
-        share_projections(loaded.core.model.language_model.layers)
+def load_sharing_tensors(models: Sequence[LoadedModel], path: AnyFolder, loading: LoadOptions) -> LoadedModel:
+    """Load another model, which shares the tensors that are equal with models in memory."""
     other = replace(loading, adapter=None).load(path)
-    share_equal_tensors(other.core, loaded.core)
+    for loaded in models:
+        if loaded.core.device.type == "cuda":  # before any is shared: all engines then use the joint matrices
+            share_projections(loaded.core.model.language_model.layers)
+        share_equal_tensors(other.core, loaded.core)
     return other
 
 

@@ -144,14 +144,14 @@ def converse(
 
     def start_base() -> Engine:
         return start(
-            load_sharing_tensors(loaded, base, loading) if base is not None else load_base(loaded, model, loading)
+            load_sharing_tensors([loaded], base, loading) if base is not None else load_base(loaded, model, loading)
         )
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    [loaded] = load_models(model, loading, None, False).values()
+    [loaded] = load_models([model], loading).values()
     with started, contextlib.suppress(EOFError, KeyboardInterrupt):
         chat = Chat(start(loaded), start_base, settings, write)
         if image is not None:

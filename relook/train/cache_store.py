@@ -100,8 +100,9 @@ class CachePlan:
             [len(kept_positions(tree, policy.needs_all_states)) for tree in trees],
             [sum(sum(branch.supervised) for branch in tree.branches) for tree in trees],
             {
-                path: vision_feature_count(policy.config, images.size(path), images.positions)
+                path: vision_feature_count(policy.config, size, images.position_count(size))
                 for path in dict.fromkeys(p for e in examples for p in e.images)
+                for size in [images.size(path)]
             },
             {
                 STATES: policy.config.text_config.hidden_size,

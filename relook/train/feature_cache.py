@@ -36,12 +36,12 @@ from relook.data.images import ImageLoader, prefetch_map
 from relook.data.packing import TreeTargets, copy_to_cpu
 from relook.errors import DataError, RecipeError, RelookError
 from relook.files import file_hash, read_json, require_disk_space, text_hash, write_json
-from relook.forward.collate import Collator, Item, reference_log_probs
+from relook.forward.collate import Collator, Item, KeptImage, reference_log_probs
 from relook.forward.policy import LiveBatch, Policy
 from relook.model.checkpoint import parse_folder
-from relook.model.families import family_of, vision_feature_count
+from relook.model.families import family_of, position_rows, tower_state_count
 from relook.model.load import model_hash, tower_of
-from relook.model.modeling_relook import vision_width
+from relook.model.modeling_relook import reads_tower, tower_states, tower_width
 from relook.recipe import Recipe
 from relook.train.cache_store import (
     FEATURES,
@@ -87,8 +87,11 @@ def cache_inputs(
     """
     folder = parse_folder(model)
     tower = tower_of(folder, vision_tower, adapter or None)
+    settings = getattr(policy.config, "post_decoder", None) or {}
+    features = settings.get("features", "auto")
     return {
         "format": str(CACHE_FORMAT),
+        **({"features": features} if features != "auto" else {}),
         "model": model_hash(folder),
         "adapter": model_hash(Path(adapter)) if adapter else "",
         "bits": bits,
@@ -489,8 +492,8 @@ def _reserve_space(
 # ----------------------------------------------------------------------------------------------------
 # Features of a frozen vision tower, computed once before the trunk behind it trains.
 #
-# The tower is the same at every step, and LLaVA's features of an image, 1.2 MB in bf16, take less than its pixels.
-# So no step decodes an image, or runs the tower, again.
+# The tower is the same at every step, and LLaVA-1.5's states of an image, 1.2 MB in bf16, take less than its pixels.
+# So no step decodes an image, or runs the tower, again. Other families keep what the language model reads.
 
 IMAGE_BATCH = 32  # images per forward pass of the vision tower
 
@@ -502,22 +505,25 @@ def caches_vision_features(recipe: Recipe, config: Any, count: int) -> bool:
         count: number of processes, each of which would hold all features.
 
     Raises:
-        RecipeError: the recipe asks for them, but the model cuts images into tiles. Its features are not yet the rows
-            that the projector reads.
+        RecipeError: the recipe asks for them, but the projector trains, and does more than to project the tower's rows.
     """
     requested = recipe.feature_cache == "memory"
     if not recipe.encodes_images_once or not (requested or count == 1):
         return False
-    if not family_of(config).projects_rows and requested:
-        raise RecipeError("feature_cache memory: this model cuts images into tiles.", "Set feature_cache off.")
-    return family_of(config).projects_rows
+    possible = family_of(config).projects_rows or not recipe.trains_projector
+    if requested and not possible:
+        raise RecipeError(
+            f"feature_cache memory: the projector of a {config.model_type} trains, and its inputs are not kept.",
+            "Set feature_cache off.",
+        )
+    return possible
 
 
 @torch.no_grad()
 def cache_vision_features(
     recipe: Recipe, policy: Policy, examples: Sequence[Example], images: ImageLoader
-) -> dict[Path, Tensor] | None:
-    """Compute the vision features of each image, shape (M, V); return None if each step is to compute its own.
+) -> dict[Path, KeptImage] | None:
+    """Compute the vision features of each image; return None if each step is to compute its own.
 
     That is the case if they are not cached (`caches_vision_features`). Under `feature_cache auto` it is also the case
     if they would take more than half of the free memory.
@@ -528,19 +534,32 @@ def cache_vision_features(
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
     if not paths or not caches_vision_features(recipe, policy.config, distributed.world_size()):
         return None
+    config = policy.config
+    projects = family_of(config).projects_rows  # so that a projector that trains can begin from kept rows, too
+    keeps_tower = projects or (policy.needs_vision_features and reads_tower(config))
+    layers = 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    widths = tower_width(config) * keeps_tower, config.text_config.hidden_size * layers * (not projects)
     # Families that project rows resize every image to the same shape, so the first one's size holds for all.
-    rows = vision_feature_count(policy.config, images.size(paths[0]))
-    size = len(paths) * rows * vision_width(policy.config) * policy.dtype.itemsize
+    sizes = [images.size(path) for path in (paths[:1] if projects else paths)]
+    rows = [(size, images.position_count(size)) for size in sizes]
+    values = sum(tower_state_count(config, *row) * widths[0] + row[1] * widths[1] for row in rows)
+    size = values * policy.dtype.itemsize * (len(paths) if projects else 1)
     if recipe.feature_cache == "auto" and not fits_half_of_memory(size):
         return None
     status(f"  vision features: {readable_size(size)} in memory")
-    by_image: dict[Path, Tensor] = {}
+    by_image: dict[Path, KeptImage] = {}
     policy.eval()
     batches = [paths[start : start + IMAGE_BATCH] for start in range(0, len(paths), IMAGE_BATCH)]
-    read = prefetch_map(lambda batch: images.batch(batch)["pixel_values"], batches)
     with progress("vision features") as report:
-        for batch, pixels in zip(batches, read, strict=True):
-            features = policy.vision_features(pixels.to(policy.device))
-            by_image.update(zip(batch, copy_to_cpu(torch.stack(features).to(policy.dtype)), strict=True))
+        for batch, inputs in zip(batches, prefetch_map(images.batch, batches), strict=True):
+            inputs = {name: tensor.to(policy.device) for name, tensor in inputs.items()}
+            pixels = inputs.pop("pixel_values")
+            image = policy.encode_images(pixels, inputs)
+            tower = tower_states(config, image, inputs) if keeps_tower else []
+            projected = [] if projects else position_rows(image)
+            for i, path in enumerate(batch):
+                # Copies: a view would keep, or send to a worker, the features of the whole batch.
+                kept = [copy_to_cpu(part[i].to(policy.dtype)).clone() if part else None for part in (tower, projected)]
+                by_image[path] = KeptImage(kept[0], kept[1], {name: tensor[i].cpu() for name, tensor in inputs.items()})
             report(len(by_image), len(paths))
     return by_image

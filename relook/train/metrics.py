@@ -81,7 +81,7 @@ class StepCosts:
         """Return the useful FLOPs of one step on a batch."""
         trunk = 0
         if work.live:
-            trunk = self.vision_tower * work.encoded + self.projector * work.features
+            trunk = self.vision_tower * work.encoded + self.projector * work.projected
             trunk += self.trunk * work.tokens + self.last_mlp * work.last_mlp
         # Cached trunk states leave only what stands above the trunk.
         after = self.post_decoder_image * work.features + self.post_decoder * work.states + self.lm_head * work.targets

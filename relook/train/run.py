@@ -41,6 +41,7 @@ from relook.forward.collate import (
 from relook.forward.policy import Policy
 from relook.model.adapters import read_adapter
 from relook.model.checkpoint import llava_settings
+from relook.model.families import family_of
 from relook.model.load import TENSORS_FILE, HeadModel, LoadedModel, base_and_adapter, load_model, open_base
 from relook.model.trainable import set_trainable
 from relook.recipe import (
@@ -422,8 +423,8 @@ def encode_samples(recipe: Recipe, loaded: LoadedModel, samples: Sequence[Any], 
     else:
         examples = encoder.conversations(samples, recipe.conversations_per_tree, faults)
     if faults and recipe.on_bad == "error":
-        fix = f"{len(faults)} samples in all cannot be used; set on_bad drop to leave them out."
-        raise DataError(faults[0], fix)
+        problem = f"{len(faults):,} samples cannot be used: {preview(faults, 3)}"
+        raise DataError(problem, "Repair them, or set on_bad drop to leave them out.")
     examples, image_faults = check_images(examples, loaded.images, recipe.on_bad)
     faults += image_faults
     if not examples:
@@ -452,6 +453,10 @@ def load_for_training(recipe: Recipe, dtype: torch.dtype, device: str, trunk: bo
     # Keys that state something about the model, as in LLaVA's commands, must agree with its config.
     check_model_settings(recipe.of_the_model, llava_settings(loaded.core.config))
     loaded.aspect_ratio = loaded.images.aspect_ratio = recipe.image_aspect_ratio or loaded.aspect_ratio
+    # The config is saved with what is trained: a run is asked and shown images as it was trained.
+    template = loaded.conversation_template(recipe.version).name
+    loaded.core.config.conversation_template = loaded.template = template
+    loaded.core.config.image_aspect_ratio = loaded.aspect_ratio
     return loaded
 
 
@@ -490,7 +495,9 @@ def prepare_items(
     if recipe.cached_trunk:
         items = cached_items(recipe, policy, distinct, collator, load_with_trunk)
     else:
-        collator.features = cache_vision_features(recipe, policy, distinct, collator.images)
+        if recipe.trains_vision_tower:
+            status("  the vision tower trains: nothing is cached, and each step runs the whole model")
+        collator.kept = cache_vision_features(recipe, policy, distinct, collator.images)
         items = [Item(example) for example in distinct]
         if recipe.mdpo_conditional_weight:
             # Behind all pairs: the chosen answers once more, on corrupted images.
@@ -528,6 +535,8 @@ def save_run(recipe: Recipe, loaded: LoadedModel, policy: Policy, out: Path) -> 
     if not distributed.is_main():
         return
     if recipe.full:
+        if family_of(loaded.core.config).pads_to_square:  # what transformers reads of it
+            loaded.processor.image_processor.do_pad = loaded.aspect_ratio == "pad"
         loaded.processor.save_pretrained(out)
         return  # a whole model has no base to name
     save_change(recipe, loaded.core.config, out)

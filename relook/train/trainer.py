@@ -24,7 +24,7 @@ from relook.errors import RecipeError, RelookError
 from relook.files import atomic_file, require_disk_space, write_json, write_text
 from relook.forward.collate import ItemDataset
 from relook.forward.policy import Policy
-from relook.model.checkpoint import ADAPTER_FILE, save_tensors
+from relook.model.checkpoint import ADAPTER_FILE, TRAINED_WITH, save_tensors
 from relook.model.load import TENSORS_FILE, base_and_adapter, load_tensors
 from relook.model.trainable import parameter_groups
 from relook.recipe import Recipe
@@ -342,11 +342,7 @@ class RelookTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             # Offload only now, because accelerate moves the whole model to the device.
-            if (
-                self.recipe.encodes_images_once
-                and self.data_collator.features is not None
-                and distributed.world_size() == 1
-            ):
+            if self.data_collator.kept is not None and distributed.world_size() == 1:
                 self.model.offload_vision_tower()
             return prepared
         # DeepSpeed rounds buffers too: rotary frequencies in bf16 are off by radians at position 700.
@@ -396,8 +392,10 @@ def save_change(recipe: Recipe, config: Any, out: Path) -> None:
         "vision_tower": tower or None,
         "earlier": [str(folder.path.resolve()) for folder in earlier],
     }
+    # Prompts and images of the training are also those of its evaluations.
+    trained_with = {key: value for key in TRAINED_WITH if (value := getattr(config, key, None))}
     settings = getattr(config, "post_decoder", None)
-    write_json(out / ADAPTER_FILE, {**foundation, "post_decoder": settings, "lora": recipe.lora_enable})
+    write_json(out / ADAPTER_FILE, {**foundation, **trained_with, "post_decoder": settings, "lora": recipe.lora_enable})
 
 
 def gather_tensors(model: nn.Module, everything: bool = False) -> dict[str, Tensor]:

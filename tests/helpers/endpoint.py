@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,8 +51,8 @@ def completion(text: Any) -> str:
 
 
 @contextmanager
-def endpoint(answer: Callable[[Request, int], Answer]) -> Iterator[Endpoint]:
-    """Serve `answer(request, how many requests came before)`; the requests are noted."""
+def endpoint(answer: Callable[[Request, int], Answer], pages: Mapping[str, Any] | None = None) -> Iterator[Endpoint]:
+    """Serve `answer(request, how many requests came before)`; the requests are noted. GET finds JSON among `pages`."""
     lock, requests, keys = threading.Lock(), [], []  # type: ignore[var-annotated]
 
     class Handler(BaseHTTPRequestHandler):
@@ -78,6 +78,14 @@ def endpoint(answer: Callable[[Request, int], Answer]) -> Iterator[Endpoint]:
                 self.close_connection = bool(said.short)
             except OSError:
                 self.close_connection = True  # the client waited no longer
+
+        def do_GET(self) -> None:
+            body = json.dumps((pages or {}).get(self.path)).encode()
+            self.send_response(200 if self.path in (pages or {}) else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -6,6 +6,7 @@ vocabulary lists singulars and plurals, so nothing has to be installed and a men
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -31,7 +32,7 @@ from relook.evaluate.statistics import (
     safe_ratio,
     to_columns,
 )
-from relook.files import read_records, read_text, text_hash
+from relook.files import file_hash, read_records, read_text, text_hash
 
 CHAIR_PROMPT = "Describe this image in detail."
 # A hyphen belongs to its word, as in "man-made", and so does an apostrophe, as in "o'clock", that ends no verb or noun.
@@ -243,19 +244,42 @@ def data_truth(data: Path, images: Sequence[str] | None = None) -> Annotations:
 # Questions and captions.
 
 
+PINNED = "chair_images.txt"  # in a data folder: the images to describe
+
+
 def chair_images(annotations: Annotations, pinned: Path) -> list[str]:
-    """Return the images to describe: those listed in the file `pinned`, one name per line, or all if it is missing."""
+    """Return the images to describe: those that the file `pinned` lists, or all if it is missing.
+
+    A line is a file name, COCO's number, or a record with `image` or `image_id`, as in published caption files.
+    """
     if not pinned.exists():
         return list(annotations.images)
-    names = list(dict.fromkeys(line.strip() for line in read_text(pinned).splitlines() if line.strip()))
+    lines = [line.strip() for line in read_text(pinned).splitlines() if line.strip()]
+    names = list(dict.fromkeys(_listed_image(line, annotations) for line in lines))
     if unknown := sorted(set(names) - set(annotations.images)):
         raise DataError(f"{pinned} names images without annotations: {preview(unknown)}.", "Remove them from the list.")
     return names
 
 
+def _listed_image(line: str, annotations: Annotations) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError:  # a file name
+        return line
+    key = record.get("image", record.get("image_id")) if isinstance(record, dict) else record
+    return annotations.ids.get(as_id(key), str(key))
+
+
+def _image_list(pinned: Path | None) -> dict[str, Any]:
+    """Name the file that lists the images, with the hash of its bytes, for a result's provenance."""
+    if pinned is None or not pinned.exists():
+        return {}
+    return {"image_list_file": {"name": pinned.name, "sha256": file_hash(pinned)}}
+
+
 def chair_questions(data: Path) -> list[Question]:
-    """Build questions for the annotated images, or for those in `chair_images.txt` if the data folder pins a list."""
-    names = chair_images(read_coco(instances_file(data)), data / "chair_images.txt")
+    """Build questions for the annotated images, or for those in `PINNED` if the data folder has such a list."""
+    names = chair_images(read_coco(instances_file(data)), data / PINNED)
     images = coco_images(data)
     return [Question(name, resolve_extension(images / name), CHAIR_PROMPT) for name in names]
 
@@ -435,11 +459,12 @@ def chair_results(data: Path, out: Path) -> dict[str, Any]:
     """Compute the contents of `chair.json`: CHAIR's scores, and their provenance."""
     captions = read_eval_captions(out)
     result = score_chair(captions, data_truth(data, list(captions)))
-    return {**result, "provenance": provenance(out, **_truth(result, caption_file(data)))}
+    return {**result, "provenance": provenance(out, **_truth(result, caption_file(data), data / PINNED))}
 
 
-def _truth(result: Mapping[str, Any], captions: Path | None) -> dict[str, Any]:
-    return {"truth": "instances and captions" if captions else "instances", "image_list": result["image_list"]}
+def _truth(result: Mapping[str, Any], captions: Path | None, pinned: Path | None) -> dict[str, Any]:
+    truth = "instances and captions" if captions else "instances"
+    return {"truth": truth, "image_list": result["image_list"], **_image_list(pinned)}
 
 
 def rescore_chair(answers: Path, inputs: ScoringInputs, parser: str = "") -> dict[str, Any]:
@@ -462,7 +487,7 @@ def rescore_chair(answers: Path, inputs: ScoringInputs, parser: str = "") -> dic
             raise DataError(fault, "Describe them, too, or take them off the list.")
         captions = {name: captions[name] for name in names}
     result = score_chair(captions, read_truth(file, inputs.captions, list(captions)))
-    return {**result, "provenance": provenance(answers, **_truth(result, inputs.captions))}
+    return {**result, "provenance": provenance(answers, **_truth(result, inputs.captions, inputs.images))}
 
 
 # ----------------------------------------------------------------------------------------------------

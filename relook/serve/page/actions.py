@@ -81,7 +81,7 @@ class AttentionMap:
 
     Args:
         source: the picture as the model gets it, as a data URL.
-        grid: a square of weights that sum to 1.
+        grid: rows of weights that sum to 1, with the proportions of `source`.
     """
 
     word: str

@@ -1,0 +1,260 @@
+"""`relook align RECIPE`: rounds of mining, training and evaluation, each by the function of its own command.
+
+    out/round-0/eval        the base on the dev set
+    out/round-1/pairs       what `relook mine` finds in the model of the round before
+    out/round-1/run         what `relook train` makes of that model by these pairs
+    out/round-1/eval        `relook eval chair`
+    out/rounds.json, align.html
+
+Every step is skipped where its result is there already, so the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relook import distributed
+from relook.console import status
+from relook.data.convert import DESC, POPE
+from relook.data.paths import coco_images
+from relook.errors import RecipeError
+from relook.evaluate.compare import read_scores
+from relook.evaluate.judge import JudgeSettings
+from relook.evaluate.run import evaluate_model
+from relook.evaluate.tasks.chair import compare_coverage, instances_file
+from relook.files import claim_output_dir, read_json, write_json, writes_alone
+from relook.mine.jobs import MiningSettings, MiningSource
+from relook.mine.output import SENTENCES
+from relook.mine.run import mine_pairs
+from relook.model.checkpoint import parse_folder
+from relook.model.load import LoadOptions
+from relook.recipe import Recipe, load_recipe, read_yaml_or_shipped
+from relook.report.align_page import ROUNDS_FILE, write_align_page
+from relook.train.run import train
+
+SETTINGS_FILE = "align.json"
+BASE_KEYS = {"adapter_name_or_path": "", "vision_tower": ""}  # of the base: a run names its own
+
+
+@dataclass(frozen=True)
+class AlignSettings:
+    """Set the rounds.
+
+    Args:
+        recipe: name of a shipped training recipe, or a file.
+        keys: recipe keys that override it.
+        data: folder of the dev set, as `relook eval chair` takes it; it must not be the test set.
+        rounds: largest number of rounds.
+        min_gain: the rounds stop where CHAIR_i at equal recall falls by no more than this share against the last round.
+    """
+
+    recipe: str
+    keys: Mapping[str, Any]
+    data: Path
+    rounds: int = 3
+    min_gain: float = 0.0
+
+
+@writes_alone(lambda model, source, out, *_, **__: Path(out))
+def align(
+    model: str | Path,
+    source: MiningSource,
+    out: str | Path,
+    settings: AlignSettings,
+    mining: MiningSettings,
+    judge: JudgeSettings | None = None,
+    loading: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
+) -> Path:
+    """Run the rounds, or the rest of an unfinished job, and return the report's path.
+
+    Each round mines with the seed of the first plus its number, so that sampled texts and drawn images differ.
+
+    Args:
+        judge: as in `mine_pairs`.
+        loading: how the base is loaded to mine and to evaluate. The recipe says what its training takes.
+
+    Raises:
+        RelookError: settings that contradict each other, before anything runs; or whatever a step raises.
+    """
+    out, model = Path(out), Path(model)
+    # The dev set decides when to stop, so nothing of it may train.
+    source = dataclasses.replace(source, exclude=(*source.exclude, coco_images(settings.data)))
+    _check_settings(model, out, settings, mining)
+    if distributed.is_main():
+        claim_output_dir(out, SETTINGS_FILE, _identity(model, source, settings, mining, loading), "rounds")
+    distributed.barrier("the output folder")
+
+    evaluations = [out / "round-0" / "eval"]
+    _announce(f"relook eval chair --model {_quote(model)} --data {_quote(settings.data)}", evaluations[0])
+    _evaluate(model, evaluations[0], settings, mining, loading)
+    rounds: list[dict[str, Any]] = [{"round": 0, "model": str(model), "chair": _scores(evaluations[0])}]
+    current, stopped = model, f"{settings.rounds} rounds, as many as wanted"
+    for number in range(1, settings.rounds + 1):
+        folder = out / f"round-{number}"
+        status(f"round {number} of at most {settings.rounds}", style="bold")
+        of_round = dataclasses.replace(mining, seed=mining.seed + number - 1)
+        commands = _commands(current, source, folder, settings, of_round)
+        _announce(commands[0], folder / "pairs")
+        card = mine_pairs(current, source, folder / "pairs", of_round, judge, loading)
+        if not card["descriptions"]["pairs"]:
+            stopped = f"round {number} found no pair"
+            break
+        _announce(commands[1])
+        run = train(_recipe(current, folder, settings, of_round))
+        # The base's adapter and tower are in the run.
+        loading = dataclasses.replace(loading, adapter=None, vision_tower=None)
+        _announce(commands[2], folder / "eval")
+        _evaluate(run, folder / "eval", settings, mining, loading)
+        gain = compare_coverage(settings.data, evaluations[-1], folder / "eval")
+        rounds.append(
+            {
+                "round": number,
+                "model": str(run.relative_to(out)),
+                "pairs": card["descriptions"]["pairs"],
+                "question_pairs": card["questions"]["pairs"],
+                "cost": card["descriptions"].get("cost", {}),
+                "commands": commands,
+                "chair": _scores(folder / "eval"),
+                "against_last": gain,
+                "against_base": compare_coverage(settings.data, evaluations[0], folder / "eval"),
+            }
+        )
+        evaluations.append(folder / "eval")
+        if gain["difference"] is None or gain["difference"] >= -settings.min_gain:
+            stopped = f"round {number} brought no gain at equal recall"
+            break
+        current = run
+    best = next(line for line in rounds if line["model"] in (str(current), _relative(current, out)))
+    if distributed.is_main():
+        result = {"stopped": stopped, "best": best["round"], "best_model": best["model"], "rounds": rounds}
+        write_json(out / ROUNDS_FILE, result)
+        write_align_page(out)
+    distributed.barrier("the report")
+    status(f"{stopped}: the best model is {current}. {out / ROUNDS_FILE} and {out / 'align.html'}")
+    return out / "align.html"
+
+
+def _relative(path: Path, out: Path) -> str:
+    return str(path.relative_to(out)) if path.is_relative_to(out) else str(path)
+
+
+def _check_settings(model: Path, out: Path, settings: AlignSettings, mining: MiningSettings) -> None:
+    """Find mistakes before the first round.
+
+    Raises:
+        RecipeError: the recipe does not train on pairs, or a number makes no sense.
+    """
+    if settings.rounds < 1:
+        raise RecipeError(f"There are {settings.rounds} rounds.", "Give --rounds 1 or more.")
+    given = sorted({"model_name_or_path", "output_dir", "vg_path", *PAIR_KEYS} & settings.keys.keys())
+    if given:
+        raise RecipeError(f"Each round has its own {', '.join(given)}.", "Leave these keys out; --model is the base.")
+    if {**read_yaml_or_shipped(settings.recipe, "recipe"), **settings.keys}.get("task") != "dpo":
+        raise RecipeError(f"{settings.recipe} does not train on pairs.", "Choose a recipe of task dpo.")
+    _recipe(model, out / "round-1", settings, mining)  # which checks its keys
+    read_json(instances_file(settings.data))
+
+
+PAIR_KEYS = ("desc_data_path", "pope_data_path", "pairs_path")
+
+
+def _recipe(model: Path, folder: Path, settings: AlignSettings, mining: MiningSettings) -> Recipe:
+    return load_recipe(settings.recipe, _keys(model, folder, settings, mining))
+
+
+def _keys(model: Path, folder: Path, settings: AlignSettings, mining: MiningSettings) -> dict[str, Any]:
+    """Return the recipe keys of a round: the user's, and where model, pairs and run are."""
+    pairs = folder / "pairs"
+    files = (
+        {"pairs_path": pairs / SENTENCES}
+        if mining.by_sentence
+        else {
+            "desc_data_path": pairs / DESC,
+            # Without questions there is no pair in the file.
+            **({"pope_data_path": pairs / POPE} if mining.questions else {}),
+        }
+    )
+    first = folder.name == "round-1"
+    keys = {key: value for key, value in settings.keys.items() if first or key not in BASE_KEYS}
+    paths = {"model_name_or_path": model, "vg_path": pairs, **files, "output_dir": folder / "run"}
+    return {**keys, **{key: str(path) for key, path in paths.items()}}
+
+
+def _evaluate(
+    model: Path, out: Path, settings: AlignSettings, mining: MiningSettings, loading: LoadOptions
+) -> dict[str, Any]:
+    numbers = (mining.template, mining.batch_size, mining.max_new_tokens)
+    return evaluate_model(model, ["chair"], settings.data, out, *numbers, loading)
+
+
+def _scores(evaluation: Path) -> dict[str, Any]:
+    scores: dict[str, Any] = read_scores(evaluation, ["chair"])["chair"]
+    return scores
+
+
+def _identity(
+    model: Path, source: MiningSource, settings: AlignSettings, mining: MiningSettings, loading: LoadOptions
+) -> dict[str, Any]:
+    """Return all that the rounds depend on. Their steps check the rest, such as the content of files."""
+    return {
+        **loading.identity(parse_folder(model)),
+        "images": str(source.images.resolve()),
+        "annotations": source.annotations,
+        "exclude": [str(path.resolve()) for path in source.exclude],
+        "recipe": settings.recipe,
+        "keys": {key: str(value) for key, value in settings.keys.items()},
+        "data": str(settings.data.resolve()),
+        "min_gain": settings.min_gain,
+        **dataclasses.asdict(mining),
+    }
+
+
+def _commands(
+    model: Path, source: MiningSource, folder: Path, settings: AlignSettings, mining: MiningSettings
+) -> list[str]:
+    """Return the commands that do the same as a round."""
+    defaults = MiningSettings()
+    options = {
+        name.replace("_", "-"): getattr(mining, name)
+        for name in (
+            *("by", "seed", "samples", "continuations", "questions", "temperature", "near_texts"),
+            *("max_pairs", "max_images", "max_new_tokens", "batch_size"),
+        )
+        if getattr(mining, name) != getattr(defaults, name)
+    }
+    if mining.own_answers:
+        options["judge"] = "self"
+    if mining.template:
+        options["version"] = mining.template
+    mine = ["relook", "mine", "--model", str(model), "--images", str(source.images)]
+    mine += ["--annotations", source.annotations]
+    mine += [word for path in source.exclude for word in ("--exclude", str(path))]
+    mine += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    keys = _keys(model, folder, settings, mining)
+    train_words = ["relook", "train", settings.recipe]
+    train_words += [word for key, value in keys.items() for word in (f"--{key}", _word(value))]
+    evaluation = ["relook", "eval", "chair", "--model", str(folder / "run"), "--data", str(settings.data)]
+    evaluation += ["--max-new-tokens", str(mining.max_new_tokens), "--batch-size", str(mining.batch_size)]
+    return [
+        shlex.join([*mine, "--out", str(folder / "pairs")]),
+        shlex.join(train_words),
+        shlex.join([*evaluation, "--out", str(folder / "eval")]),
+    ]
+
+
+def _word(value: Any) -> str:
+    """Write a recipe key's value as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quote(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _announce(command: str, out: Path | None = None) -> None:
+    status(f"  {command}{f' --out {_quote(out)}' if out and ' --out ' not in command else ''}")

@@ -1,0 +1,341 @@
+"""Mining by sentence: pairs of a true and a false sentence after one beginning, checked by annotations, a judge or the
+model itself; what cannot be used is counted and named; stopped anywhere and run again, the files are the same."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.endpoint import Answer, endpoint
+from helpers.interrupted import interrupt
+from test_mine import VOCABULARY, judging, seeing, start_ranks
+
+from relook import load_model
+from relook.data.check import check_folder
+from relook.data.readers import read_pairs, read_sentinel
+from relook.data.sentences import end_of_first_sentence, split_sentences
+from relook.errors import RecipeError
+from relook.evaluate.results import AnswerFile
+from relook.files import read_json
+from relook.generate.answering import (
+    Beginning,
+    Continuation,
+    GenerationSettings,
+    answer_questions,
+    continue_answers,
+)
+from relook.mine import output, sentences
+from relook.mine.jobs import MiningSettings, MiningSource
+from relook.mine.pairs import hallucinations
+from relook.mine.pictures import MinedImage, read_pictures
+from relook.mine.run import mine_pairs
+from relook.mine.sentences import ENDED, NOTHING_TRUE, GrowingDescription, by_annotations, by_judge, by_own_answers
+from relook.toyworld.build import shipped_base
+
+SETTINGS = MiningSettings(
+    questions=4, max_new_tokens=40, batch_size=2, near_texts=0.0, by="sentence", continuations=3
+)  # parts of two
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def written(*texts: str, complete: bool = False) -> list[Continuation]:
+    return [Continuation(text, 4, complete or not text) for text in texts]
+
+
+def description(*objects: str, text: str = "") -> GrowingDescription:
+    return GrowingDescription(MinedImage("1", Path("1.png"), frozenset(), frozenset(objects)), "Describe it.", text)
+
+
+def grown(growing: GrowingDescription, continuations: Sequence[Continuation]) -> GrowingDescription:
+    candidates = growing.candidates(continuations)
+    [checked] = by_annotations(VOCABULARY)([(growing, candidates)])
+    growing.grow(continuations, candidates, checked)
+    return growing
+
+
+# --- sentences and continuations
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("A cup. A dog.", 6),
+        ("\n\nA cup.\nA", 8),
+        ("It is 3.5 m. So", 12),
+        ("A cup.", None),
+        ("A cup", None),
+        ("", None),
+    ],
+)
+def test_where_a_first_sentence_ends(text: str, end: int | None) -> None:
+    assert end_of_first_sentence(text) == end
+
+
+def test_a_continuation_is_the_rest_of_the_answer(world: Path) -> None:
+    """Greedy continuations, sentence by sentence, join to the whole greedy answer."""
+    loaded = load_model(shipped_base())
+    image, prompt = read_pictures(world / "vg", "toyworld").pictures[0].path, "Describe this image in detail."
+    [(_, whole)] = answer_questions(loaded, [(image, prompt)], GenerationSettings(max_new_tokens=64), quiet)
+    settings, text = GenerationSettings(max_new_tokens=64, one_sentence=True), ""
+    for count in range(1, 20):
+        [(_, continuation)] = continue_answers(loaded, [Beginning(image, prompt, text)], settings, quiet)
+        text += continuation.text
+        assert continuation.complete or text == whole[: len(text)]
+        assert text.count(".") == min(count, whole.count("."))
+        if continuation.complete:
+            break
+    assert text == whole
+    assert whole.count(".") > 2
+
+
+# --- what becomes a pair
+
+
+def test_a_true_and_a_false_sentence_are_a_pair_and_the_true_one_goes_on() -> None:
+    growing = description("cup", "bed", text="It is calm.")
+    grown(growing, written(" There is a dog.", " There is a dog.", " There is a cup.", " It is calm.", " There is a"))
+    pair = {"context": "It is calm.", "chosen": "There is a cup.", "rejected": "There is a dog."}
+    assert growing.pairs == [pair]
+    assert growing.text == "It is calm. There is a cup."
+    assert (growing.end, growing.length) == ("", 4)
+    counts = {"images": 1, "tokens": 20, "sentences": 3, "false": 1, "not_judged": 0, "checks": 3}
+    assert growing.counts == counts
+
+
+def test_what_says_most_that_is_new_goes_on() -> None:
+    growing = description("cup", "bed", text="There is a cup.")
+    growing.named = {"cup"}
+    grown(growing, written(" The cup is red.", " The cup is red.", " There is a bed."))
+    assert growing.text.endswith("There is a bed.")
+    assert growing.pairs == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "end"),
+    [
+        ((" There is a dog.", " There is a kite.", ""), NOTHING_TRUE),
+        ((" There is a dog.", "", ""), ENDED),
+        ((" There is a cup.", "", ""), ENDED),
+        ((" There is a cup.", " There is a cup.", ""), ""),
+    ],
+)
+def test_when_a_description_ends(texts: tuple[str, ...], end: str) -> None:
+    assert grown(description("cup"), written(*texts)).end == end
+    assert grown(description("cup"), written(" There is a cup.", complete=True)).end == ENDED
+
+
+def test_pairs_that_cannot_be_used_are_counted_by_reason() -> None:
+    """An answer that repeats its context, and one that is equal to the other side."""
+    growing = description("cup", text="There is a cup.")
+    growing.pairs = [
+        {"context": "There is a cup.", "chosen": "It is red.", "rejected": "There is a cup. There is a dog."},
+        {"context": "There is a cup.", "chosen": "It is red.", "rejected": "It is red."},
+        {"context": "", "chosen": "There is a cup.", "rejected": "There is a dog."},
+    ]
+    result = sentences.pairs_of_records([growing.picture], [growing.to_record()], None)
+    assert [pair.context for pair in result.pairs] == [""]
+    assert result.dropped == {"an answer repeats the context": 1, "chosen equals rejected": 1}
+
+
+# --- who checks
+
+
+def test_the_model_itself_checks_by_yes_and_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    answers = {"cup": "Yes.", "dog": "No.", "bed": "Perhaps."}
+
+    def answer(_: object, questions: Sequence[tuple[Path, str]], *__: object) -> Iterator[tuple[int, str]]:
+        asked.extend(text for _, text in questions)
+        for index, (_, text) in enumerate(questions):
+            yield index, next(said for name, said in answers.items() if name in text)
+
+    monkeypatch.setattr(sentences, "answer_questions", answer)
+    growing, check = description(), by_own_answers(VOCABULARY, lambda: None, SETTINGS)  # type: ignore[arg-type, return-value]
+    texts = written(" There is a cup.", " A cup and a dog.", " A bed and a cup.", " It is calm.")
+    candidates = growing.candidates(texts)
+    for _ in range(2):  # what was asked about a picture is not asked again
+        [checked] = check([(growing, candidates)])
+        assert [verdict.true for verdict in checked] == [True, False, None, True]
+        assert [verdict.present for verdict in checked] == [{"cup"}, {"cup"}, {"cup"}, set()]
+    assert len(asked) == growing.counts["checks"] == 3
+
+
+def test_a_judge_that_answers_nonsense_is_counted_and_makes_no_pair(tmp_path: Path) -> None:
+    picture = tmp_path / "1.png"
+    picture.write_bytes(b"image")
+    growing = [GrowingDescription(MinedImage(str(i), picture, frozenset()), "Describe it.") for i in range(2)]
+    texts = written(" There is a cup.", " There is a dog.")
+
+    def answer(request: Any, number: int) -> Answer:
+        return Answer("I love it!" if "cup" in request["messages"][0]["content"][0]["text"] else "1. right")
+
+    with endpoint(answer) as there:
+        check = by_judge(judging(there.url).open(tmp_path))
+        candidates = [d.candidates(texts) for d in growing]
+        for description_, options, checked in zip(
+            growing, candidates, check(list(zip(growing, candidates, strict=True))), strict=True
+        ):
+            assert [verdict.true for verdict in checked] == [None, None]
+            description_.grow(texts, options, checked)
+            assert (description_.pairs, description_.end) == ([], NOTHING_TRUE)
+    records = [d.to_record() for d in growing]
+    result = sentences.pairs_of_records([d.picture for d in growing], records, judging(there.url))
+    assert result.judge[0]["unjudged"] == {"nonsense": 2}
+    assert result.cost["sentences_not_judged"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "annotations", "judged", "fault"),
+    [
+        ({"own_answers": True}, "toyworld", False, "where there are no annotations"),
+        ({"own_answers": True, "by": "description"}, "none", False, "where there are no annotations"),
+        ({"temperature": 0.0}, "toyworld", False, "several sampled ones"),
+        ({"continuations": 1}, "toyworld", False, "several sampled ones"),
+        ({"by": "sentense"}, "toyworld", False, "Did you mean sentence"),
+        ({}, "none", False, "nothing finds the mistakes"),
+        ({}, "toyworld", True, "a judge would do nothing"),
+    ],
+)
+def test_mistakes_of_a_user(
+    changes: dict[str, Any], annotations: str, judged: bool, fault: str, world: Path, tmp_path: Path
+) -> None:
+    settings = MiningSettings(**{"by": "sentence", **changes})
+    judge = judging("http://127.0.0.1:1/v1") if judged else None
+    with pytest.raises(RecipeError, match=fault):
+        mine_pairs(shipped_base(), MiningSource(world / "vg", annotations), tmp_path / "out", settings, judge)
+
+
+# --- the shipped base on toyworld
+
+FILES = ("sentinel.json", "image_data.json", "pairs.parquet", "pairs.html", "README.md", "card.json")
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (*(out / name for name in FILES), out / "work/sentences.jsonl")}
+
+
+def mine(world: Path, out: Path, settings: MiningSettings = SETTINGS) -> dict[str, Any]:
+    source = MiningSource(world / "vg", "toyworld", exclude=[world / "test"])
+    return mine_pairs(shipped_base(), source, out, settings)
+
+
+@pytest.fixture(scope="module")
+def mined(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sentences") / "out"
+    mine(world, out)
+    return out
+
+
+def test_mined_sentences_are_read_by_every_reader(mined: Path, world: Path) -> None:
+    card = read_json(mined / "card.json")
+    pairs, report = read_sentinel(mined / "sentinel.json", mined, on_bad="error")
+    rows, _ = read_pairs(mined / "pairs.parquet", mined.parent / "rows", on_bad="error")
+    assert check_folder("sentinel", mined).clean
+    assert not report.dropped
+    assert len(pairs) == len(rows) == card["descriptions"]["pairs"] + card["questions"]["pairs"]
+    assert 0 < card["descriptions"]["pairs"] < len(pairs)
+    texts = [(p.prompt, p.chosen, p.rejected, p.context, p.complete) for p in pairs]
+    assert [(p.prompt, p.chosen, p.rejected, p.context, p.complete) for p in rows] == texts
+    truth = {p.path.read_bytes(): p.objects for p in read_pictures(world / "vg", "toyworld").pictures}
+    for pair in pairs:
+        if pair.complete:  # an answer to a question
+            continue
+        objects = truth[pair.image.read_bytes()]
+        assert not hallucinations(pair.chosen, objects, VOCABULARY)
+        assert hallucinations(pair.rejected[len(pair.context) :], objects, VOCABULARY)
+        assert len(split_sentences(pair.chosen)) == len(split_sentences(pair.context)) + 2
+    cost = card["descriptions"]["cost"]
+    lines = (mined / "work/sentences.jsonl").read_text().splitlines()
+    assert sum(cost["descriptions"].values()) == len(lines) == card["pictures"]["mined"]
+    assert cost["checks"] == card["descriptions"]["made"] > 0
+    page = (mined / "pairs.html").read_text()
+    assert "So far" in page
+    assert "--pairs_path sentinel.json" in page
+
+
+def test_stopped_anywhere_it_ends_in_the_same_files(
+    mined: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for owner, name, at in (
+        (sentences, "continue_answers", 2),
+        (sentences, "continue_answers", 9),
+        (AnswerFile, "finish", 3),
+        (output, "write_pairs", 1),
+        (output, "write_card", 1),
+    ):
+        with monkeypatch.context() as patch:
+            interrupt(patch, owner, name, at)
+            with pytest.raises(KeyboardInterrupt):
+                mine(world, out)
+    mine(world, out)
+    assert contents(out) == contents(mined)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_killed_for_good_and_over_processes_the_files_are_the_same(
+    mined: Path, world: Path, tmp_path: Path, count: int
+) -> None:
+    """kill -9 in the midst of the descriptions and of the files, then let alone."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "relook",
+        "mine",
+        "--model",
+        shipped_base(),
+        "--images",
+        world / "vg",
+        "--out",
+        out,
+    ]
+    command += ["--annotations", "toyworld", "--exclude", world / "test", "--by", "sentence", "--continuations", "3"]
+    command += ["--questions", "4", "--near-texts", "0", "--max-new-tokens", "40", "--batch-size", "2"]
+    for name in ("work/sentences.jsonl", "work/answers.jsonl", "pairs.parquet"):
+        jobs = start_ranks(command, count)
+        while not (out / name).exists() and any(job.poll() is None for job in jobs):
+            time.sleep(0.005)
+        for job in jobs:
+            job.kill()
+            job.wait()
+        assert (out / name).exists()
+    assert [job.wait() for job in start_ranks(command, count)] == [0] * count
+    assert contents(out) == contents(mined)
+
+
+def test_a_number_of_images_and_pairs(world: Path, tmp_path: Path) -> None:
+    settings = MiningSettings(**{**vars(SETTINGS), "max_images": 3, "max_pairs": 2, "questions": 0, "parquet": False})
+    card = mine(world, tmp_path / "out", settings)
+    assert card["pictures"]["mined"] == 3
+    assert card["descriptions"]["pairs"] == 2
+    assert card["descriptions"]["dropped"]["more than wanted"] == card["descriptions"]["found"] - 2
+
+
+def test_without_annotations_a_judge_checks(world: Path, tmp_path: Path) -> None:
+    import base64
+
+    pictures = read_pictures(world / "vg", "toyworld").pictures
+    scenes = {base64.b64encode(p.path.read_bytes()).decode(): sorted(p.objects) for p in pictures}
+    source, settings = MiningSource(world / "vg", "none"), MiningSettings(**{**vars(SETTINGS), "questions": 2})
+    with endpoint(seeing(scenes)) as there:
+        card = mine_pairs(shipped_base(), source, tmp_path / "out", settings, judging(there.url))
+        asked = len(there.requests)
+    truth = {f"{p.path.parent.name}/{p.path.name}": p.objects for p in pictures}
+    found = 0
+    for image, records in read_json(tmp_path / "out/sentinel.json").items():
+        for record in records:
+            if record["context"]:
+                found += 1
+                assert hallucinations(record["y_lose"], truth[image], VOCABULARY)
+                assert not hallucinations(record["y_win"], truth[image], VOCABULARY)
+    assert found > 0
+    assert card["judge"][0]["replies"] == asked - 1 == card["descriptions"]["cost"]["checks"]
