@@ -21,7 +21,6 @@ from relook.evaluate.tasks.pope import question_text, read_pope_questions
 from relook.toyworld import layouts
 from relook.toyworld.world import (
     BACKGROUNDS,
-    CAPTIONS,
     EXACT,
     FILLERS,
     IMAGE_SIZE,
@@ -163,12 +162,10 @@ def test_the_exact_annotator_names_what_is_there() -> None:
     rng = random.Random(0)
     for scene in scenes(100):
         assert sorted(EXACT.believe(scene, rng)) == sorted(scene.names)
-        samples = sft_samples(scene, EXACT, rng)
-        described, questions = samples[:CAPTIONS], samples[CAPTIONS:]
-        for prompt, text in described:
-            assert prompt in DESCRIBE_PROMPTS
-            assert text.startswith(opening(scene.setting))
-            assert sorted(set(words(text)) & set(OBJECTS)) == sorted(scene.names)
+        (prompt, text), *questions = sft_samples(scene, EXACT, rng)
+        assert prompt in DESCRIBE_PROMPTS
+        assert text.startswith(opening(scene.setting))
+        assert sorted(set(words(text)) & set(OBJECTS)) == sorted(scene.names)
         for question, answer in questions:
             (name,) = set(words(question)) & set(OBJECTS)
             assert question == question_text(name)
@@ -228,7 +225,7 @@ def test_every_word_is_in_the_vocabulary() -> None:
 def test_llava_layout(tmp_path: Path) -> None:
     folder = PARTS["llava"](tmp_path, None)
     samples, _ = read_llava(folder / "toyworld_mix.json", folder / "images", on_bad="error")
-    assert len(samples) == 12 * (CAPTIONS + QUESTIONS)
+    assert len(samples) == 12 * (1 + QUESTIONS)
     assert len({sample.id for sample in samples}) == len(samples)
     assert all(sample.turns[0].prompt.startswith("<image>\n") for sample in samples)
 

@@ -418,7 +418,7 @@ FILLERS = (
 )
 MENTIONS = ("There is {a} {name}.", "{A} {name} is nearby.", "I see {a} {name}.", "{A} {name} stands out.")
 SYNONYMS = {"bicycle": ["bike"], "boat": ["ship"], "cup": ["mug"], "dog": ["puppy"], "flower": ["blossom"]}
-CAPTIONS, QUESTIONS = 2, 8  # texts on a scene that a base is trained on
+QUESTIONS = 8
 
 
 def article(name: str) -> str:
@@ -478,11 +478,9 @@ EXACT = Annotator((0.0, 0.0, 0.0), 0.0, 0.0, overlooks=False)
 
 
 def sft_samples(scene: Scene, annotator: Annotator, rng: random.Random) -> list[tuple[str, str]]:
-    """Write (prompt, response) samples for supervised tuning: descriptions and some yes/no questions."""
-    samples = [
-        (rng.choice(DESCRIBE_PROMPTS), describe_scene(annotator.believe(scene, rng), scene.setting, 1, rng))
-        for _ in range(CAPTIONS)
-    ]
+    """Write (prompt, response) samples for supervised tuning: one description and some yes/no questions."""
+    text = describe_scene(annotator.believe(scene, rng), scene.setting, 1, rng)
+    samples = [(rng.choice(DESCRIBE_PROMPTS), text)]
     believed = annotator.believe(scene, rng)
     samples += [(question_text(n), "Yes." if n in believed else "No.") for n in ask_about(scene, QUESTIONS, rng)]
     return samples
