@@ -116,6 +116,15 @@ def test_corrected_captions_name_nothing_absent(tmp_path: Path) -> None:
     }
 
 
+def test_cells_are_averaged_where_they_are() -> None:
+    import changed
+    import torch
+
+    patches = torch.arange(16.0).view(1, 16, 1)  # 4 x 4
+    rows = changed.averaged(patches, 2).view(4, 4).tolist()
+    assert rows == [[2.5, 2.5, 4.5, 4.5]] * 2 + [[10.5, 10.5, 12.5, 12.5]] * 2
+
+
 def test_cut_tokenizer_keeps_tokens() -> None:
     import fetch
     import tokenizers
@@ -175,7 +184,8 @@ def test_the_chain_runs_in_a_tiny_form(assets: Path, tmp_path: Path) -> None:
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
     # A base of random weights names no object, so its captions give no pairs.
     assert set(results["study"]["failures"]) <= {"nll_policy-1", "dpo_policy-1"}
-    assert {"cross-1", "none-1", "swapped-1", "lora-1", "base"} <= results["study"]["rows"].keys()
+    rows = results["study"]["rows"]
+    assert {"cross-1", "none-1", "own_tokens-1", "swapped-1", "swapped_similar-1", "lora-1", "base"} <= rows.keys()
 
 
 def test_blocks_are_dequantised_by_their_layout() -> None:

@@ -30,7 +30,7 @@ from relook.generate.answering import (
 )
 from relook.mine import output, sentences
 from relook.mine.jobs import MiningSettings, MiningSource
-from relook.mine.pairs import hallucinations
+from relook.mine.pairs import CONTEXT, hallucinations
 from relook.mine.pictures import MinedImage, read_pictures
 from relook.mine.run import mine_pairs
 from relook.mine.sentences import ENDED, NOTHING_TRUE, GrowingDescription, by_annotations, by_judge, by_own_answers
@@ -247,7 +247,7 @@ def test_mined_sentences_are_read_by_every_reader(mined: Path, world: Path) -> N
     for pair in pairs:
         if pair.complete:  # an answer to a question
             continue
-        objects = truth[pair.image.read_bytes()]
+        objects = truth[pair.images[0].read_bytes()]
         assert not hallucinations(pair.chosen, objects, VOCABULARY)
         assert hallucinations(pair.rejected[len(pair.context) :], objects, VOCABULARY)
         assert len(split_sentences(pair.chosen)) == len(split_sentences(pair.context)) + 2
@@ -286,19 +286,19 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
 ) -> None:
     """kill -9 in the midst of the descriptions and of the files, then let alone."""
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "relook",
-        "mine",
-        "--model",
-        shipped_base(),
-        "--images",
-        world / "vg",
+    command = [sys.executable, "-m", "relook", "mine", "--model", shipped_base(), "--images", world / "vg"]
+    command += [
         "--out",
         out,
+        "--annotations",
+        "toyworld",
+        "--exclude",
+        world / "test",
+        "--by",
+        "sentence",
+        "--continuations",
+        "3",
     ]
-    command += ["--annotations", "toyworld", "--exclude", world / "test", "--by", "sentence", "--continuations", "3"]
     command += ["--questions", "4", "--near-texts", "0", "--max-new-tokens", "40", "--batch-size", "2"]
     for name in ("work/sentences.jsonl", "work/answers.jsonl", "pairs.parquet"):
         jobs = start_ranks(command, count)
@@ -329,6 +329,8 @@ def test_without_annotations_a_judge_checks(world: Path, tmp_path: Path) -> None
     with endpoint(seeing(scenes)) as there:
         card = mine_pairs(shipped_base(), source, tmp_path / "out", settings, judging(there.url))
         asked = len(there.requests)
+        prompts = [request["messages"][0]["content"][0]["text"] for request in there.requests[1:]]
+    assert any(f"{CONTEXT}The picture shows" in prompt for prompt in prompts)  # what a sentence goes on from
     truth = {f"{p.path.parent.name}/{p.path.name}": p.objects for p in pictures}
     found = 0
     for image, records in read_json(tmp_path / "out/sentinel.json").items():

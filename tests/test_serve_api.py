@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -35,9 +38,11 @@ from relook import load_model
 from relook.data.samples import Turn
 from relook.errors import RelookError
 from relook.generate.engine import Engine
-from relook.generate.request import EngineLimits
+from relook.generate.request import EngineLimits, Event, Request
 from relook.model.load import LoadOptions
 from relook.serve.api import ServerLimits
+from relook.serve.chat import AnswerStream
+from relook.serve.protocol import APIError
 from relook.serve.server import bind_socket, load_models
 
 # --- OpenAI's client
@@ -395,3 +400,35 @@ def test_a_quantised_model_says_over_http_what_it_says_in_python(bits: int, base
         again = load_model(base, bits=bits)
         picture = Image.open(io.BytesIO(PICTURES[0]))
         assert reply["choices"][0]["message"]["content"] == again.generate([picture], TEXTS[0], max_new_tokens=NEW)
+
+
+def test_events_that_wait_for_a_slow_loop_come_together() -> None:
+    class Emitter:
+        """An engine that hands out all at once, from a thread."""
+
+        def __init__(self, *events: Event) -> None:
+            self.events = events
+
+        def submit(self, request: Request, emit: Callable[[Event], None]) -> Any:
+            thread = threading.Thread(target=lambda: [emit(event) for event in self.events])
+            thread.start()
+            thread.join()
+            return SimpleNamespace(cancel=lambda: None)
+
+    async def stream(*engines: Any) -> list[tuple[int, Event]]:
+        received: list[tuple[int, Event]] = []
+        try:
+            async for index, event in AnswerStream([(engine, Request((1,), ())) for engine in engines]):
+                received.append((index, event))
+        except APIError as error:
+            received.append((error.status, Event()))
+        return received
+
+    a, b = Emitter(Event("It"), Event(" is", finish="stop")), Emitter(Event("Yes", finish="length", reused=3))
+    assert asyncio.run(stream(a, b)) == [
+        (0, Event("It is", finish="stop")),
+        (1, Event("Yes", finish="length", reused=3)),
+    ]
+    # What was said before a failure is told before it.
+    failed = Emitter(Event("It"), Event(" is"), Event(finish="error"))
+    assert asyncio.run(stream(failed)) == [(0, Event("It is")), (500, Event())]

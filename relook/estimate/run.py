@@ -108,6 +108,13 @@ class Recommendation:
     largest_batch: int
 
 
+def check_hardware(gpus: int, gpu_memory: float, tflops: float) -> None:
+    """Raise RecipeError if there are no such GPUs. Args: as of `estimate`."""
+    if gpus < 1 or gpu_memory <= 0 or tflops < 0:
+        fault = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
+        raise RecipeError(fault, "Give one GPU at least, and sizes above 0.")
+
+
 def estimate(
     recipe: Recipe,
     gpus: int = 1,
@@ -128,9 +135,7 @@ def estimate(
     Raises:
         RelookError: the model's config cannot be read, or the recipe does not fit it.
     """
-    if gpus < 1 or gpu_memory <= 0 or tflops < 0:
-        fault = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
-        raise RecipeError(fault, "Give one GPU at least, and sizes above 0.")
+    check_hardware(gpus, gpu_memory, tflops)
     source = open_meta_model(recipe)
     if family_of(source.config).positions is None:
         raise RecipeError(

@@ -93,6 +93,10 @@ class Event:
     finish: str = ""
     reused: int = 0
 
+    def then(self, later: Event) -> Event:
+        """Return the news of both."""
+        return Event(self.text + later.text, self.tokens + later.tokens, later.finish, later.reused)
+
 
 @dataclass(frozen=True)
 class EngineLimits:

@@ -26,6 +26,7 @@ from relook.generate.text import ImageFeatures, ImageKey, PromptChunk, Text
 PREFILL_POSITIONS = 16384  # of a pass that no growing text waits for
 CHUNK_POSITIONS = 2048  # of a pass between two steps of growing texts
 MAX_IMAGES = 32  # in one pass of the vision tower
+DENSE_PATIENCE = 4  # steps of dense reads for which texts that come wait to join them
 
 Results = Callable[[], tuple[list[int], list[TokenLogprobs] | None]]  # each row's token and its log-probabilities
 
@@ -81,6 +82,7 @@ class Scheduler:
         self.growing: list[Text] = []
         self.counts = EngineCounts()
         self._state: StepState | None = None
+        self._rows = 0  # so many of the growing texts are rows of the state; the others join at the next layout
         self._first_tokens: list[Tensor] = []  # of texts whose prompts were just read
         self._turn = 0
         self._unread: deque[_Unread] = deque()
@@ -106,11 +108,11 @@ class Scheduler:
             Exception: whatever a pass raised; the texts it was for have failed, and the others go on.
         """
         self._turn += 1
-        changed = self._release_ended()
+        self._release_ended()
         self._admit()
-        changed |= self._prefill()
+        self._prefill()
         try:
-            self._grow(changed)
+            self._grow()
             ahead = self._runs_ahead and any(not text.is_launched for text in self.growing)
             while self._unread and not (ahead and self._unread[0].turn == self._turn):
                 self._hand_out(self._unread.popleft())
@@ -129,24 +131,38 @@ class Scheduler:
 
     # --- steps
 
-    def _grow(self, changed: bool) -> None:
-        """Launch one more token for every growing text.
-
-        Args:
-            changed: whether texts have come or gone since the last step.
-        """
+    def _grow(self) -> None:
+        """Launch one more token for every growing text."""
+        self._release_ended()
         if all(text.is_launched for text in self.growing):
             return
-        if changed or self._state is None:
+        if not self._keeps_rows():
             last_tokens = [] if self._state is None else [self._state.tokens]
             self._state = self.runner.place(self.layout.step(self.growing, torch.cat(last_tokens + self._first_tokens)))
-            self._first_tokens = []
+            self._first_tokens, self._rows = [], len(self.growing)
+        assert self._state is not None
         self.runner.step(self._state)
-        for text in self.growing:
+        rows = self.growing[: self._rows]
+        for text in rows:
             text.launched += 1
-        results = _read_later(self._state.tokens, self._state.logprobs)
-        self._unread.append(_Unread(self._turn, list(self.growing), results))
+        self._unread.append(_Unread(self._turn, rows, _read_later(self._state.tokens, self._state.logprobs)))
         self.counts.steps += 1
+
+    def _keeps_rows(self) -> bool:
+        """Return True if the next step has the rows of the last one.
+
+        Dense reads are worth keeping when few texts come or go: to gather keys and values anew costs more than a few
+        rows too many, or too few for a while.
+        """
+        if self._state is None or self._state.is_over:
+            return False
+        joining = len(self.growing) - self._rows
+        # `is_launched`: all of its steps are under way, the tokens of which the host may not have read yet.
+        changes = joining + sum(text.ended or text.is_launched for text in self.growing[: self._rows])
+        if not changes or not isinstance(self._state.reads, DenseReads):
+            return not changes
+        pressed = joining or self.waiting or self.reading
+        return 4 * changes < self._rows and not (pressed and self._state.reads.step >= DENSE_PATIENCE)
 
     def _hand_out(self, unread: _Unread) -> None:
         """Give each text its token."""
@@ -165,23 +181,15 @@ class Scheduler:
                 row_logprobs = logprobs[row][0], logprobs[row][1][: text.top]
             text.ended = text.on_token(tokens[row], row_logprobs) or len(text.tokens) >= text.max_new_tokens
 
-    def _release_ended(self) -> bool:
-        """Release the texts that have ended or need no further step.
-
-        Returns:
-            Whether the rows of a step must be laid out anew.
-        """
-        # `is_launched`: all of its steps are under way, the tokens of which the host may not have read yet.
-        ended = [text for text in self.growing if text.ended or text.is_launched]
-        cancelled = [text for text in self.reading if text.ended]
-        state_is_over = self._state is not None and self._state.is_over
-        dense = self._state is not None and isinstance(self._state.reads, DenseReads)
-        if dense and not (state_is_over or self.waiting or self.reading) and 4 * len(ended) < len(self.growing):
-            return False  # what dense reads gathered serves further steps; a few rows too many cost less
-        for text in ended + cancelled:
+    def _release_ended(self) -> None:
+        """Release the texts that have ended or need no further step, unless the rows stay as they are."""
+        leaving = [text for text in self.reading if text.ended]
+        if not self._keeps_rows():
+            leaving += [text for text in self.growing if text.ended or text.is_launched]
+            self._rows = 0
+        for text in leaving:
             (self.growing if text in self.growing else self.reading).remove(text)
             self.extents.release(text, self.counts.steps)
-        return bool(ended) or state_is_over
 
     # --- admission
 
@@ -243,11 +251,11 @@ class Scheduler:
 
     # --- reading prompts
 
-    def _prefill(self) -> bool:
-        """Read the next positions of prompts. Return True if a text begins to grow, its prompt read to the end."""
+    def _prefill(self) -> None:
+        """Read the next positions of prompts; a text whose prompt is read to the end begins to grow."""
         chunks = self._next_chunks()
         if not chunks:
-            return False
+            return
         finished = [text for text, _, end in chunks if end == len(text.ids)]
         images = [key for text, start, end in chunks if self.image_token in text.ids[start:end] for key in text.images]
         try:
@@ -261,7 +269,7 @@ class Scheduler:
                     text.fail()
             raise
         if not finished:
-            return False
+            return
         # Their first tokens are appended behind the rows of the running step; the next layout gathers both.
         rows = sum(map(len, self._first_tokens)) + (0 if self._state is None else self._state.rows)
         for index, text in enumerate(finished):
@@ -271,7 +279,6 @@ class Scheduler:
         self._unread.append(_Unread(self._turn, finished, _read_later(tokens, logprobs)))
         self.growing += finished
         self.counts.steps += 1
-        return True
 
     def _next_chunks(self) -> list[PromptChunk]:
         """Choose what the next pass reads, so that texts that share a beginning are neighbours."""

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from relook.console import ProgressReport
 from relook.data.samples import check_pair
@@ -86,7 +86,7 @@ class GrowingDescription:
     present: set[str] = field(default_factory=set)
     absent: set[str] = field(default_factory=set)
     believed: dict[str, bool | None] = field(default_factory=dict)
-    pairs: list[dict[str, str]] = field(default_factory=list)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def candidates(self, continuations: Sequence[Continuation]) -> list[Candidate]:
@@ -121,19 +121,33 @@ class GrowingDescription:
         )
         if not true:
             self.end = ENDED if 2 * ends >= len(continuations) else NOTHING_TRUE
+            if false and self.text:
+                self.pairs.append(self._ending(false[0]))
             return
         # The true one that says most that is new, so that training does not learn to say less; among equals, and of
         # the false ones, the one that the model writes most often.
         best, verdict = max(true, key=lambda item: (len(item[1].present - self.named), len(item[0].samples)))
-        if false:
-            # As in SENTINEL's files, a space joins a context and a sentence.
+        complete = 2 * sum(sample.complete for sample in best.samples) >= len(best.samples)
+        # A sentence that names nothing new is true, too, but training on such ones fills descriptions with them.
+        if false and verdict.present - self.named:
+            # As in SENTINEL's files, a space joins a context and a sentence. An end mark follows where the model ends.
             texts = {"chosen": best.sentence, "rejected": false[0].sentence}
-            self.pairs.append({"context": self.text.strip(), **texts})
+            self.pairs.append({"context": self.text.strip(), **texts, "complete": complete})
         self.text += best.text
         self.named |= verdict.present
         self.length += max(sample.tokens for sample in best.samples)
-        if 2 * sum(sample.complete for sample in best.samples) >= len(best.samples) or 2 * ends >= len(continuations):
+        if complete or 2 * ends >= len(continuations):
             self.end = ENDED
+
+    def _ending(self, false: Candidate) -> dict[str, Any]:
+        """Return the pair of an end and a false sentence: both begin with the last sentence, which one of them ends."""
+        *before, last = split_sentences(self.text)
+        return {
+            "context": "".join(before).strip(),
+            "chosen": last,
+            "rejected": f"{last} {false.sentence}",
+            "complete": True,
+        }
 
     def to_record(self) -> Record:
         return {
@@ -227,7 +241,8 @@ def pairs_of_records(
         ends[record["end"]] += 1
         result.verdicts[picture.id] = JudgedDescription("", tuple(record["present"]), tuple(record["absent"]))
         for texts in record["pairs"]:
-            pair = MinedPair(picture, texts["chosen"], texts["rejected"], record["prompt"], texts["context"])
+            sides = texts["chosen"], texts["rejected"]
+            pair = MinedPair(picture, *sides, record["prompt"], texts["context"], texts["complete"])
             if fault := check_pair(pair.prompt, *pair.answers, pair.context):
                 result.dropped[fault] += 1
             else:
@@ -274,10 +289,15 @@ def by_judge(judge: Judge) -> Check:
         nonlocal judged
         # The judge's verdicts are on the sentences of a text: each candidate must be one with an end mark.
         listed = [[_ended(c.sentence) for c in candidates] for _, candidates in asked]
-        shown = [(d.picture, " ".join(texts)) for (d, _), texts in zip(asked, listed, strict=True) if texts]
+        shown = [(d, " ".join(texts)) for (d, _), texts in zip(asked, listed, strict=True) if texts]
         if not shown:
             return [[] for _ in asked]
-        results = check_descriptions(judge, shown, optional=judged or len(shown) < ENOUGH_TASKS)
+        results = check_descriptions(
+            judge,
+            [(description.picture, text) for description, text in shown],
+            optional=judged or len(shown) < ENOUGH_TASKS,
+            contexts=[description.text for description, _ in shown],
+        )
         # Counts of a call are kept with its first description, so that a resumed job knows them.
         spent = {name: results.details[name] for name in JUDGE_COUNTS}
         asked[0][0].counts.update({**spent, **{f"{UNJUDGED}{why}": n for why, n in results.unjudged.items()}})

@@ -6,8 +6,13 @@ import asyncio
 import contextlib
 import secrets
 import time
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 from relook.data.samples import Turn
 from relook.data.templates import IMAGE, interleave, with_image
@@ -151,20 +156,57 @@ def read_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[tuple[str,
     return [*turns, Turn(prompt(), "")], urls
 
 
+FAILURES = {
+    "timeout": (504, "The answer was not ready in time.", "timeout"),
+    "error": (500, "The model failed on this request.", "failed"),
+}
+
+
+class _LoopInbox:
+    """What engines' threads hand to an event loop, which wakes up once for all that waits.
+
+    To wake it is a system call, at which a thread lets go of the interpreter: once a token, the loop would keep it from
+    launching the next step.
+    """
+
+    _of_loop: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopInbox]] = WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._waiting, self._is_waking = weakref.ref(loop), deque[Callable[[], None]](), False
+
+    @staticmethod
+    def of(loop: asyncio.AbstractEventLoop) -> _LoopInbox:
+        """Return a loop's inbox."""
+        return _LoopInbox._of_loop.setdefault(loop, _LoopInbox(loop))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the loop call a function; may be called from any thread."""
+        self._waiting.append(function)
+        loop = self._loop()
+        if not self._is_waking and loop is not None:
+            self._is_waking = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(self._call_all)
+
+    def _call_all(self) -> None:
+        self._is_waking = False  # before the first is taken: what comes from now on wakes the loop again
+        while self._waiting:
+            self._waiting.popleft()()
+
+
 class AnswerStream:
-    """The answers to requests, of one engine or several, as an asynchronous stream of (index, event)."""
+    """The answers to requests, of one engine or several, as an asynchronous stream of (index, event).
+
+    Where the loop lags behind an engine, the events that wait of one answer are joined.
+    """
 
     def __init__(self, requests: Sequence[tuple[Engine, Request]]) -> None:
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         # Engines emit on their own threads; the queue belongs to the event loop.
-        loop = asyncio.get_running_loop()
+        inbox = _LoopInbox.of(asyncio.get_running_loop())
 
         def emit_as(index: int) -> Callable[[Event], None]:
-            def emit(event: Event) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                    loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
-
-            return emit
+            return lambda event: inbox.call(partial(self.events.put_nowait, (index, event)))
 
         self.answers: list[ActiveRequest] = []
         try:
@@ -183,13 +225,19 @@ class AnswerStream:
         running = len(self.answers)
         try:
             while running:
-                index, event = await self.events.get()
-                if event.finish == "timeout":
-                    raise APIError(504, "The answer was not ready in time.", "timeout")
-                if event.finish == "error":
-                    raise APIError(500, "The model failed on this request.", "failed")
-                running -= bool(event.finish)
-                yield index, event
+                waiting = [await self.events.get()]
+                while not self.events.empty():
+                    waiting.append(self.events.get_nowait())
+                failure = next((FAILURES[event.finish] for _, event in waiting if event.finish in FAILURES), None)
+                joined: dict[int, Event] = {}
+                for index, event in waiting:
+                    if event.finish not in FAILURES:
+                        joined[index] = joined[index].then(event) if index in joined else event
+                for index, event in joined.items():
+                    running -= bool(event.finish)
+                    yield index, event
+                if failure is not None:
+                    raise APIError(*failure)
         finally:
             self.cancel()
 
