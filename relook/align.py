@@ -153,9 +153,11 @@ def _check_settings(model: Path, out: Path, settings: AlignSettings, mining: Min
     """
     if settings.rounds < 1:
         raise RecipeError(f"There are {settings.rounds} rounds.", "Give --rounds 1 or more.")
-    given = sorted({"model_name_or_path", "output_dir", "vg_path", *PAIR_KEYS} & settings.keys.keys())
-    if given:
-        raise RecipeError(f"Each round has its own {', '.join(given)}.", "Leave these keys out; --model is the base.")
+    reserved = sorted({"model_name_or_path", "output_dir", "vg_path", *PAIR_KEYS} & settings.keys.keys())
+    if reserved:
+        raise RecipeError(
+            f"Each round has its own {', '.join(reserved)}.", "Leave these keys out; --model is the base."
+        )
     if {**read_yaml_or_shipped(settings.recipe, "recipe"), **settings.keys}.get("task") != "dpo":
         raise RecipeError(f"{settings.recipe} does not train on pairs.", "Choose a recipe of task dpo.")
     _recipe(model, out / "round-1", settings, mining)  # which checks its keys

@@ -21,6 +21,7 @@ from relook import LoadedModel, load_model
 from relook.data.packing import TokenRow, Tree, pack
 from relook.data.samples import Conversation, PreferencePair, Turn
 from relook.errors import CheckpointError, DataError
+from relook.evaluate.pope_from_cache import CachedPope
 from relook.forward import policy
 from relook.forward.collate import Collator, Item
 from relook.forward.policy import Policy
@@ -32,7 +33,7 @@ from relook.generate.request import EngineLimits, Request
 from relook.model import families
 from relook.model.export import WriteOptions, export_for, export_model, merge_adapter
 from relook.model.inspect import inspect_model
-from relook.model.load import add_post_decoder
+from relook.model.load import LoadOptions, add_post_decoder
 from relook.model.modeling_relook import TOWERS_READ
 from relook.recipe import build_recipe
 from relook.report.plots import attention_before
@@ -399,3 +400,23 @@ def test_what_is_kept_for_lora_trains_alike(folder: Path, world: Path, tmp_path:
         recipe = world_keys("dpo", folder, world, tmp_path / cache, feature_cache=cache, **keys)
         weights.append(load_model(train(build_recipe(recipe))).model.state_dict())
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_first_answers_come_from_what_is_kept_of_the_base(
+    folder: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = CachedPope(folder, world / "test", tmp_path / "states.safetensors", "", LoadOptions(device="cpu"), 32)
+    answered: list[bool] = []
+    kept = CachedPope._from_states
+    monkeypatch.setattr(CachedPope, "_from_states", lambda self, policy: [answered.append(True), kept(self, policy)][1])
+    # What is kept for all runs are the features that a post decoder looks at by default.
+    for features, is_kept in (("auto", True), ("tower", False)):
+        if features == "tower" and load_model(folder).core.config.model_type not in TOWERS_READ:
+            continue
+        keys = {"tune_post_decoder": True, "post_decoder.features": features, "max_steps": 1}
+        run = train(build_recipe(world_keys("dpo", folder, world, tmp_path / features, **keys)))
+        answered.clear()
+        ours = torch.cat(list(engine.log_probs(run, lambda run=run: load_model(run))))  # type: ignore[misc]
+        assert bool(answered) == is_kept
+        torch.testing.assert_close(ours, torch.cat(list(engine._live(load_model(run)))), atol=1e-5, rtol=1e-4)

@@ -215,20 +215,24 @@ def projector_bytes(config: Any, compute_bytes: int, mixed_precision: bool) -> S
     return SavedBytes(int(V + 2 * D) * compute_bytes, int(V * D + D * D) * compute_bytes if mixed_precision else 0)
 
 
-def tower_layer_bytes(vision: Any, compute_bytes: int, mixed_precision: bool) -> SavedBytes:
-    """Return what a layer of a CLIP tower that trains saves, with patches and class token as positions.
+def tower_layer_bytes(vision: Any, compute_bytes: int, mixed_precision: bool, trains: bool) -> SavedBytes:
+    """Return what a layer of a CLIP tower saves, with patches and class token as positions.
 
     Args:
         vision: config of the tower.
+        trains: False for the layers behind the last selected one, through which no gradient will flow.
     """
     V, F, H = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
-    # Two LayerNorms with mean and standard deviation; their outputs, of which autocast makes a copy for each linear
-    # layer; queries, keys, values, the attention's output and its log-sum.
-    norms = 2 * ((4 if mixed_precision else compute_bytes) * V + 8)
-    attention = (4 * V + (4 if mixed_precision else 2) * V) * compute_bytes + 4 * H
-    mlp = (3 if vision.hidden_act == "quick_gelu" else 2) * F * compute_bytes  # quick_gelu saves its sigmoid, too
+    # Two LayerNorms with mean and standard deviation; queries, keys, values, the attention's output and its log-sum.
+    per_position = 2 * ((4 if mixed_precision else compute_bytes) * V + 8) + 4 * V * compute_bytes + 4 * H
+    # The activation's input; quick_gelu saves its sigmoid, too.
+    per_position += (2 if vision.hidden_act == "quick_gelu" else 1) * F * compute_bytes
+    if not trains:
+        return SavedBytes(per_position)
+    # The inputs of linear layers: of the norms' outputs autocast makes a copy for each layer.
+    inputs = ((4 if mixed_precision else 2) * V + F) * compute_bytes
     fixed = (4 * V * V + 2 * V * F) * compute_bytes if mixed_precision else 0  # autocast's copies of the weights
-    return SavedBytes(norms + attention + mlp, fixed)
+    return SavedBytes(per_position + inputs, fixed)
 
 
 def post_decoder_bytes(
@@ -406,10 +410,16 @@ class Job:
             return 0
         config = self.trunk_policy.config
         vision, selected = config.vision_config, config.vision_feature_layer
-        # Layer i of the selected ones is the output of i layers; those behind the last selected one do not train.
-        layers = [i % (vision.num_hidden_layers + 1) for i in (selected if isinstance(selected, list) else [selected])]
-        states = self.tile_count(self.batch) * ((vision.image_size // vision.patch_size) ** 2 + 1)
-        return int(max(layers)) * tower_layer_bytes(vision, self.compute_bytes, self.mixed_precision).of(states)
+        tiles, low = self.tile_count(self.batch), self.compute_bytes
+        states = tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+        # Selected is the output of so many layers. What those behind the last one save is freed with Python's cycles.
+        depth = [i % (vision.num_hidden_layers + 1) for i in (selected if isinstance(selected, list) else [selected])]
+        used, unused = max(depth), vision.num_hidden_layers - max(depth)
+        layers = [tower_layer_bytes(vision, low, self.mixed_precision, trains).of(states) for trains in (True, False)]
+        # The pixels, the first norm, and the activation of a projector that does not train itself.
+        first = tiles * 3 * vision.image_size**2 * low + states * (4 * vision.hidden_size + 8)
+        projector = 0 if self.recipe.trains_projector else self.batch.features * self.width * low
+        return int(used * layers[0] + unused * layers[1] + first + projector)
 
     @property
     def last_mlp_positions(self) -> int:

@@ -269,9 +269,9 @@ def pairs_of_records(
 def by_annotations(vocabulary: Vocabulary) -> Check:
     """Check by annotations: a sentence is false if it names an object that is not on the picture."""
 
-    def check(asked: Candidates) -> list[list[CheckedSentence]]:
+    def check(batch: Candidates) -> list[list[CheckedSentence]]:
         verdicts = []
-        for description, candidates in asked:
+        for description, candidates in batch:
             objects = description.picture.objects
             named = [frozenset(m.object for m in mentions(c.sentence, vocabulary)) for c in candidates]
             description.counts["checks"] += len(candidates)
@@ -285,13 +285,13 @@ def by_judge(judge: Judge) -> Check:
     """Check by a judge that sees the picture: one prompt lists all candidates of a description."""
     judged = False
 
-    def check(asked: Candidates) -> list[list[CheckedSentence]]:
+    def check(batch: Candidates) -> list[list[CheckedSentence]]:
         nonlocal judged
         # The judge's verdicts are on the sentences of a text: each candidate must be one with an end mark.
-        listed = [[_ended(c.sentence) for c in candidates] for _, candidates in asked]
-        shown = [(d, " ".join(texts)) for (d, _), texts in zip(asked, listed, strict=True) if texts]
+        listed = [[_ended(c.sentence) for c in candidates] for _, candidates in batch]
+        shown = [(d, " ".join(texts)) for (d, _), texts in zip(batch, listed, strict=True) if texts]
         if not shown:
-            return [[] for _ in asked]
+            return [[] for _ in batch]
         results = check_descriptions(
             judge,
             [(description.picture, text) for description, text in shown],
@@ -300,9 +300,9 @@ def by_judge(judge: Judge) -> Check:
         )
         # Counts of a call are kept with its first description, so that a resumed job knows them.
         spent = {name: results.details[name] for name in JUDGE_COUNTS}
-        asked[0][0].counts.update({**spent, **{f"{UNJUDGED}{why}": n for why, n in results.unjudged.items()}})
+        batch[0][0].counts.update({**spent, **{f"{UNJUDGED}{why}": n for why, n in results.unjudged.items()}})
         verdicts, answers = [], iter(results.verdicts)
-        for (description, candidates), texts in zip(asked, listed, strict=True):
+        for (description, candidates), texts in zip(batch, listed, strict=True):
             answer = next(answers) if texts else None
             description.counts["checks"] += bool(texts)
             corrected = split_sentences(answer.corrected)[::2] if answer else []
@@ -329,16 +329,16 @@ def _ended(sentence: str) -> str:
 
 
 def by_own_answers(vocabulary: Vocabulary, load: Callable[[], Answerer], settings: MiningSettings) -> Check:
-    """Check by the model itself: it is asked whether each object that a sentence names is in the picture.
+    """Check by the model itself: it answers whether each object that a sentence names is in the picture.
 
     A sentence is true if all answers are yes, and false if one is no.
     """
 
-    def check(asked: Candidates) -> list[list[CheckedSentence]]:
-        named = [[{m.object for m in mentions(c.sentence, vocabulary)} for c in candidates] for _, candidates in asked]
+    def check(batch: Candidates) -> list[list[CheckedSentence]]:
+        named = [[{m.object for m in mentions(c.sentence, vocabulary)} for c in candidates] for _, candidates in batch]
         missing = [
             (description, name)
-            for (description, _), of_candidates in zip(asked, named, strict=True)
+            for (description, _), of_candidates in zip(batch, named, strict=True)
             for name in sorted(set[str]().union(*of_candidates) - description.believed.keys())
         ]
         questions = [(description.picture.path, question_text(name)) for description, name in missing]
@@ -350,7 +350,7 @@ def by_own_answers(vocabulary: Vocabulary, load: Callable[[], Answerer], setting
                 description.counts["checks"] += 1
         return [
             [_by_belief(names, description.believed) for names in of_candidates]
-            for (description, _), of_candidates in zip(asked, named, strict=True)
+            for (description, _), of_candidates in zip(batch, named, strict=True)
         ]
 
     return check

@@ -75,8 +75,9 @@ def add_trainable_modules(model: Any, recipe: Recipe, images: ImageLoader | None
         raise RecipeError(
             "Nothing would train.", "Set lora_enable, tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter."
         )
-    for parameter in training:
-        # bf16 has 8 significant bits: steps at the usual learning rates (2e-6) would be rounded away.
+    for parameter in (*training, *(unused if recipe.tune_vision_tower else ())):
+        # bf16 has 8 significant bits: steps at the usual learning rates (2e-6) would be rounded away. A tower has one
+        # type throughout, since LayerNorm on a CPU takes no mixture.
         parameter.data = parameter.data.float()
     return model
 
