@@ -40,7 +40,7 @@ from relook.toyworld.world import sample_scenes, usual_absent
 
 DEMO = {regime: {"recipe": f"toyworld-{regime.replace('_', '-')}"} for regime in REGIMES}
 DEMO["post_decoder"]["control"] = "nll_control"
-PAIR_SCENES, SCENES = 1000, 300
+PAIR_SCENES, SCENES = 700, 300
 DOSES = (0, 5, 10, 20)  # percent of the objects in chosen texts
 NOT_KEYS = ("recipe", "control", "pairs", "change", "test_change", "trained_as")
 

@@ -30,7 +30,7 @@ from relook.toyworld.build import shipped_base
 from relook.train.run import train
 
 REGIMES = ("post_decoder", "nll_control", "no_cross_attention", "head", "lora")
-PAIR_SCENES, TEST_SCENES = 700, 300
+PAIR_SCENES, TEST_SCENES = 500, 300
 DEMO_FILE, REPORT_FILE = "demo.json", "report.html"
 
 
