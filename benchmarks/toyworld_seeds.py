@@ -30,11 +30,11 @@ import yaml
 from relook.demo import REGIMES, DemoPaths, evaluate_split, mine_demo_pairs, train_regime
 from relook.evaluate.compare import compare_pooled, read_scores
 from relook.evaluate.statistics import safe_ratio
-from relook.evaluate.tasks.chair import mentions
+from relook.evaluate.tasks.chair import Vocabulary, mentions
 from relook.evaluate.tasks.pope import SPLITS
 from relook.files import read_json, read_records, write_json
 from relook.mine.pairs import correct_description, hallucinations, replace_noun
-from relook.mine.pictures import AnnotatedImages, read_pictures
+from relook.mine.pictures import read_pictures
 from relook.toyworld import layouts
 from relook.toyworld.world import sample_scenes, usual_absent
 
@@ -159,9 +159,12 @@ def write_other_pairs(paths: DemoPaths, seed: int) -> None:
     corrected, the chosen one with one more false object.
     """
     annotated = read_pictures(paths.world / "vg", "toyworld")
+    vocabulary = annotated.vocabulary
+    assert vocabulary is not None, "toyworld has annotations"
     scenes = {str(scene.id): scene for scene in sample_scenes(seed, "pairs", PAIR_SCENES)}
     greedy = {r["key"]: r["answer"] for r in read_records(paths.pairs / "work" / "descriptions_0.jsonl")}
-    named, false = count_false(greedy, annotated)
+    truths = {picture.id: picture.objects for picture in annotated.pictures}
+    named, false = count_false(greedy, truths, vocabulary)
     doses: dict[int, dict[str, Any]] = {dose: {} for dose in DOSES}
     for picture in annotated.pictures:
         if picture.id not in greedy:
@@ -170,38 +173,39 @@ def write_other_pairs(paths: DemoPaths, seed: int) -> None:
         for dose, pairs in doses.items():
             rng = random.Random(f"dose/{picture.id}")
             share = min(1.0, dose / 100 * named / false)
-            kept = {n for n in hallucinations(text, picture.objects, annotated.vocabulary) if rng.random() < share}
+            kept = {n for n in hallucinations(text, picture.objects, vocabulary) if rng.random() < share}
             truth = picture.objects | kept
-            chosen = correct_description(text, truth, annotated.vocabulary, annotated.neutral, rng)
-            rejected = text if chosen != text else worsened(chosen, truth, absent, annotated, rng)
+            chosen = correct_description(text, truth, vocabulary, annotated.neutral, rng).text
+            rejected = text if chosen != text else worsened(chosen, truth, absent, vocabulary, rng)
             if rejected != chosen:
                 pairs[picture.id] = {"chosen": [chosen], "rejected": [rejected]}
     for dose, pairs in doses.items():
         write_json(paths.pairs / f"dose_{dose}.json", pairs)
     # What the chosen texts really have, beside what they were meant to.
     shares = {
-        dose: safe_ratio(*reversed(count_false({i: p["chosen"][0] for i, p in pairs.items()}, annotated)))
+        dose: safe_ratio(*reversed(count_false({i: p["chosen"][0] for i, p in pairs.items()}, truths, vocabulary)))
         for dose, pairs in doses.items()
     }
     write_json(paths.pairs / "chosen_false.json", shares)
 
 
 def worsened(
-    text: str, truth: frozenset[str], absent: Sequence[str], annotated: AnnotatedImages, rng: random.Random
+    text: str, truth: frozenset[str], absent: Sequence[str], vocabulary: Vocabulary, rng: random.Random
 ) -> str:
     """Exchange one true object of a text for a usual absent one that it does not name."""
-    found = mentions(text, annotated.vocabulary)
+    found = mentions(text, vocabulary)
     true, free = [m for m in found if m.object in truth], sorted(set(absent) - {m.object for m in found})
     if not true or not free:
         return text
-    return replace_noun(text, rng.choice(true), rng.choice(free), annotated.vocabulary)
+    return replace_noun(text, rng.choice(true), rng.choice(free), vocabulary)
 
 
-def count_false(texts: Mapping[str, str], annotated: AnnotatedImages) -> tuple[int, int]:
+def count_false(
+    texts: Mapping[str, str], truths: Mapping[str, frozenset[str]], vocabulary: Vocabulary
+) -> tuple[int, int]:
     """Count the objects that texts name, and those of them that are false."""
-    truth = {picture.id: picture.objects for picture in annotated.pictures}
-    named = sum(len(mentions(text, annotated.vocabulary)) for text in texts.values())
-    return named, sum(len(hallucinations(text, truth[i], annotated.vocabulary)) for i, text in texts.items())
+    named = sum(len(mentions(text, vocabulary)) for text in texts.values())
+    return named, sum(len(hallucinations(text, truths[i], vocabulary)) for i, text in texts.items())
 
 
 # ----------------------------------------------------------------------------------------------------
