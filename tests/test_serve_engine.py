@@ -292,7 +292,7 @@ def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -
     with Kernels() as kernels:
         generate_batch(loaded, prompts, GenerationSettings(max_new_tokens=NEW))
     hook.remove()
-    inputs = {name: tensor[0] for name, tensor in loaded.images.batch([picture]).items()}
+    inputs = loaded.images.batch([picture])
     batch = Scheduler(ModelRunner(loaded, 4 * 400), 4, lambda _: inputs, RecentCache(0, lambda _: 0))
     batch.waiting.extend(Text(prompt.ids, (picture,), NEW, lambda *_: False) for prompt in prompts)
     own: list[int] = []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from relook.console import plain_table, stdout_console
 from relook.model.checkpoint import LazyTensor
-from relook.model.families import connector, has_post_decoder, with_post_decoder
+from relook.model.families import connector, has_post_decoder, language_model, with_post_decoder
 from relook.model.lazy_model import LazyModel
 from relook.model.load import LoadedModel, materialize, open_lazy, parse_device, parse_dtype
 from relook.model.trainable import set_trainable
@@ -264,10 +264,11 @@ def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
         projector = connector(base)
         before(projector, input_hook("image features", "image_features"))
         after(projector, output_hook("projected features"))
-        before(base.language_model, lambda module, args, kwargs: note("merged embeddings", kwargs["inputs_embeds"]))
-        for i, layer in enumerate(base.language_model.layers, 1):
+        trunk = language_model(base)
+        before(trunk, lambda module, args, kwargs: note("merged embeddings", kwargs["inputs_embeds"]))
+        for i, layer in enumerate(trunk.layers, 1):
             after(layer, output_hook(f"hidden states, layer {i}"))
-        after(base.language_model, output_hook("hidden states, normed"))
+        after(trunk, output_hook("hidden states, normed"))
         decoder = getattr(base, "post_decoder", None)
         if decoder is not None:
             if decoder.align is not None:
