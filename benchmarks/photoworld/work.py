@@ -61,6 +61,10 @@ TINY = Sizes(
     probe_steps=10,
     jobs=1,
     seeds=(1,),
+    only=(
+        *("cross", "none", "own_tokens", "dpo_20", "cross_questions"),
+        *("swapped", "swapped_similar", "lora", "nll_policy"),
+    ),
 )
 
 
