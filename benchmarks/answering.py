@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import GPU, LLAVA_7B, TINY, Question, device_name, endless_model, peak, sync, versions, write_questions
+from shapes import GPU, SHAPES, Question, device_name, endless_model, peak, sync, versions, write_questions
 
 from relook.evaluate.tasks.chair import CHAIR_PROMPT
 from relook.evaluate.tasks.pope import SPLITS, read_pope_questions
@@ -39,7 +39,7 @@ def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as folder:
         loaded, rows = trained(options, Path(folder)) if options.trained else untrained(options, Path(folder))
-        asking = GenerationSettings("" if options.trained else "llava_hf", options.new_tokens, options.batch_size)
+        asking = GenerationSettings("", options.new_tokens, options.batch_size)
         result: dict[str, Any] = {"options": {**vars(options), "out": str(options.out)}, "device": device_name()}
         result["versions"] = versions()
         said: dict[str, list[str]] = {}
@@ -86,7 +86,7 @@ def rows_of(options: argparse.Namespace, size: int) -> int:
 
 def untrained(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, list[Question]]:
     """Random weights, and questions that share nothing but their images."""
-    loaded = endless_model(TINY if options.tiny else LLAVA_7B, options.post_decoder, parse_dtype(options.dtype))
+    loaded = endless_model(SHAPES[options.family][options.tiny], options.post_decoder, parse_dtype(options.dtype))
     asked = options.images, options.questions, options.question_tokens
     return loaded, write_questions(folder, loaded.processor, *asked)
 
@@ -104,6 +104,7 @@ def trained(options: argparse.Namespace, folder: Path) -> tuple[LoadedModel, lis
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
+    parser.add_argument("--family", choices=SHAPES, default="llava")
     parser.add_argument("--trained", action="store_true", help="toyworld's base instead of random weights")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16], help="batch sizes of `generate`")

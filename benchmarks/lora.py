@@ -1,6 +1,7 @@
-"""LoRA DPO at LLaVA-1.5-7B's shape: relook beside TRL's DPOTrainer, with and without Liger kernels, in one run.
+"""LoRA DPO at LLaVA-1.5-7B's or Qwen2.5-VL-7B's shape: relook beside TRL's DPOTrainer, with and without Liger kernels.
 
     python benchmarks/lora.py --work DIR --out lora.json     # one GPU with 80 GB, 16 GB of disk, trl and liger-kernel
+    python benchmarks/lora.py --work DIR --family qwen2_5_vl --parts trl_liger,relook
     python benchmarks/lora.py --work DIR --tiny              # the same code on a CPU, in a minute
 
 A pair is an image, 50 tokens of prompt and two answers of 110 tokens; 8 pairs a step, at once or in micro-batches of
@@ -26,13 +27,13 @@ from shapes import (
     DEVICE,
     DTYPE,
     GPU,
-    LLAVA_7B,
     RESPONSE,
-    TINY,
+    SHAPES,
     device_name,
     matmul,
     pair_tokens,
     peak,
+    positions_of_image,
     profiled,
     sync,
     training_flops_of_pair,
@@ -42,6 +43,7 @@ from shapes import (
 )
 
 from relook.files import read_json, write_json
+from relook.model.lazy_model import load_processor
 from relook.recipe import build_recipe
 from relook.train.run import train
 
@@ -74,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for model, data and runs")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--family", choices=SHAPES, default="llava")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--parts", default=",".join([*PEERS, *RUNS]))
     parser.add_argument("--steps", type=int, default=24, help="of each relook run; the last half counts")
@@ -82,17 +85,19 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="table of the kernels of three steps, one file a part")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shape = TINY if options.tiny else LLAVA_7B
+    shape = SHAPES[options.family][options.tiny]
     if options.part:
         made = peer(options, shape) if options.part in PEERS else ours(options, shape)
         print(json.dumps(made))
         return
     found: dict[str, Any] = {"device": device_name(), "versions": versions()}
     write_model(options.work / "plain", shape, answers=False)
-    write_pairs(options.work / "lora_fixed", PAIRS * options.steps, PAIRS * options.steps, 0)
-    write_pairs(options.work / "lora_context", PAIRS * options.steps, PAIRS * options.steps, 0, CONTEXT)
-    third = PAIRS * options.steps // 3
-    write_pairs(options.work / "lora_mixed", 3 * third, third, 2 * third)
+    size, count = shape.get("picture", (500, 375)), PAIRS * options.steps
+    write_pairs(options.work / "lora_fixed", count, count, 0, size=size)
+    if "context" in options.parts:
+        write_pairs(options.work / "lora_context", count, count, 0, CONTEXT, size)
+    if "mixed" in options.parts:
+        write_pairs(options.work / "lora_mixed", count, count // 3, 2 * count // 3, size=size)
     found["matmul"] = matmul()
     if GPU:
         torch.cuda.empty_cache()
@@ -129,7 +134,7 @@ def ours(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     recipe = build_recipe(
         {
             "task": "dpo",
-            "version": "v1",
+            "version": "v1" if options.family == "llava" else "",
             "lora_enable": True,
             "lora_r": options.rank,
             "lora_alpha": 2 * options.rank,
@@ -169,15 +174,15 @@ def peer(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     """TRL's DPOTrainer on batches of the same lengths; the median of its steps after the second."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCallback
+    from transformers import AutoModelForImageTextToText, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    model = LlavaForConditionalGeneration.from_pretrained(
+    model = AutoModelForImageTextToText.from_pretrained(
         options.work / "plain", dtype=DTYPE, attn_implementation="sdpa", device_map=DEVICE
     )
-    processor = AutoProcessor.from_pretrained(options.work / "plain", use_fast=False)
+    processor = load_processor(options.work / "plain")
     prompt, _ = pair_tokens(shape)
-    patches = (shape["image_size"] // 14) ** 2
+    patches = positions_of_image(shape)
     image, generator = model.config.image_token_id, torch.Generator().manual_seed(0)
     draw = lambda rows, count: torch.randint(5, 60, (rows, count), generator=generator)  # noqa: E731
     pairs = PEERS[options.part].get("per_device_train_batch_size", PAIRS)
@@ -186,11 +191,14 @@ def peer(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     mask = torch.ones_like(ids)
     completion = mask.clone()
     completion[:, :prompt] = 0
-    side = shape["image_size"]
-    pixels = torch.randn(pairs, 3, side, side, generator=generator).repeat(2, 1, 1, 1)
-    batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion, "pixel_values": pixels}
+    inputs = processor.image_processor([Image.new("RGB", shape.get("picture", (8, 8)))] * pairs, return_tensors="pt")
+    pixels = torch.randn(inputs["pixel_values"].shape, generator=generator)
+    batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion}
+    batch["pixel_values"] = pixels.repeat(2, *[1] * (pixels.ndim - 1))
+    if "image_grid_thw" in inputs:
+        batch |= {"image_grid_thw": inputs["image_grid_thw"].repeat(2, 1), "mm_token_type_ids": (ids == image).long()}
     rows = 64 * PAIRS
-    texts = {"prompt": ["<image> a"] * rows, "chosen": ["b"] * rows, "rejected": ["c"] * rows}
+    texts = {"prompt": [f"{processor.image_token} a"] * rows, "chosen": ["b"] * rows, "rejected": ["c"] * rows}
     data = Dataset.from_dict({**texts, "images": [[Image.new("RGB", (8, 8))]] * rows})
     seconds: list[float] = []
 

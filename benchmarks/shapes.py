@@ -10,8 +10,9 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ from PIL import Image
 from tokenizers.models import WordLevel
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
-    LlavaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from relook.data.images import prefetch_map
 from relook.evaluate.tasks.pope import SPLITS, question_text
@@ -51,12 +53,71 @@ LLAVA_7B = {
     "vocabulary": 32064,
     "image_size": 336,
 }
+QWEN_7B = {  # Qwen2.5-VL's, with pictures that take 588 positions
+    "family": "Qwen2_5_VL",
+    "vision": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+    "text": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "vocabulary": 152064,
+    "picture": (784, 588),
+}
+TINY_QWEN = {
+    "family": "Qwen2_5_VL",
+    "vision": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+    },
+    "text": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    },
+    "vocabulary": 320,
+    "picture": (112, 84),
+}
 TINY = {
     "vision": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
     "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "vocabulary": 320,
     "image_size": 56,
 }
+# By family: the real one, and a tiny one for a CPU.
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llava": (LLAVA_7B, TINY),
+    "qwen2_5_vl": (QWEN_7B, TINY_QWEN),
+}
+CHAT = (  # in the manner of Qwen's, with the end mark of the benchmarks' tokenizer
+    "{% for message in messages %}{% if message['role'] == 'user' %}<|im_start|>{% endif %}{% for c in "
+    "message['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}"
+    "{{ c['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>' if message['role'] == 'user' else '</s>' }}{% endfor %}"
+)
+QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # LLaVA-NeXT cuts an image into up to four tiles of the tower's size, and looks at the whole of it besides.
 LLAVA_NEXT_7B = LLAVA_7B | {"tiles": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))}
 TINY_NEXT = TINY | {"tiles": ((1, 2), (2, 1), (2, 2))}
@@ -81,10 +142,8 @@ def peak() -> float:
     return round(torch.cuda.max_memory_allocated() / 2**30, 1) if GPU else 0.0
 
 
-def random_model(
-    shape: dict[str, Any], answers: bool = True, dtype: torch.dtype = DTYPE
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A LLaVA with random weights, made where it runs, and its processor.
+def random_model(shape: dict[str, Any], answers: bool = True, dtype: torch.dtype = DTYPE) -> tuple[Any, Any]:
+    """A model with random weights, made where it runs, and its processor.
 
     Args:
         answers: whether its first words are Yes or No, which a language-model loss does not bear.
@@ -92,29 +151,12 @@ def random_model(
     processor = processor_of(shape)
     token = processor.tokenizer.convert_tokens_to_ids
     ids = {f"{name}_token_id": token(text) for name, text in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
-    arguments: dict[str, Any] = {
-        "vision_config": CLIPVisionConfig(**shape["vision"], image_size=shape["image_size"], patch_size=14),
-        "text_config": LlamaConfig(
-            **shape["text"], vocab_size=shape["vocabulary"], max_position_embeddings=4096, **ids
-        ),
-        "image_token_index": token("<image>"),
-        "image_seq_length": (shape["image_size"] // 14) ** 2,
-        "vision_feature_layer": -2,
-        "tie_word_embeddings": False,
-    }
-    kind: Any = LlavaForConditionalGeneration
-    if "tiles" in shape:
-        kind, config = (
-            LlavaNextForConditionalGeneration,
-            LlavaNextConfig(**arguments, image_grid_pinpoints=pinpoints(shape)),
-        )
-    else:
-        config = LlavaConfig(**arguments)
+    config = _qwen_config(shape, token, ids) if "family" in shape else _llava_config(shape, token, ids)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(DEVICE):
-        model = kind(config)
+        model = AutoModelForImageTextToText.from_config(config)
     torch.set_default_dtype(torch.float32)
     if answers:
         with torch.no_grad():
@@ -125,14 +167,62 @@ def random_model(
     return model.eval(), processor
 
 
+def _llava_config(shape: dict[str, Any], token: Callable[[str], int], ids: dict[str, int]) -> Any:
+    text = {**shape["text"], "vocab_size": shape["vocabulary"], "max_position_embeddings": 4096, **ids}
+    arguments: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(**shape["vision"], image_size=shape["image_size"], patch_size=14),
+        "text_config": LlamaConfig(**text),
+        "image_token_index": token("<image>"),
+        "image_seq_length": positions_of_image(shape),
+        "vision_feature_layer": -2,
+        "tie_word_embeddings": False,
+    }
+    tiles = "tiles" in shape
+    return LlavaNextConfig(**arguments, image_grid_pinpoints=pinpoints(shape)) if tiles else LlavaConfig(**arguments)
+
+
+def _qwen_config(shape: dict[str, Any], token: Callable[[str], int], ids: dict[str, int]) -> Qwen2_5_VLConfig:
+    text = {**shape["text"], "vocab_size": shape["vocabulary"], "max_position_embeddings": 4096, **ids}
+    names = ("vision_start", "vision_end", "image", "video")
+    return Qwen2_5_VLConfig(
+        vision_config=dict(shape["vision"]),
+        text_config=text | {"tie_word_embeddings": False},
+        tie_word_embeddings=False,
+        **{f"{name}_token_id": token(mark) for name, mark in zip(names, QWEN_SPECIAL[2:], strict=True)},
+    )
+
+
+def positions_of_image(shape: dict[str, Any]) -> int:
+    """Positions that the language model reads of a picture."""
+    if "family" in shape:
+        width, height = shape["picture"]
+        return int((width // 28) * (height // 28))  # patches of 14 pixels, merged by two ways
+    return int((shape["image_size"] // 14) ** 2)
+
+
 def pinpoints(shape: dict[str, Any]) -> list[list[int]]:
     """Return the sizes, height and width, that a LLaVA-NeXT cuts images to."""
     return [[rows * shape["image_size"], columns * shape["image_size"]] for rows, columns in shape["tiles"]]
 
 
-def processor_of(shape: dict[str, Any]) -> LlavaProcessor:
+def processor_of(shape: dict[str, Any]) -> Any:
     """Toyworld's processor at a shape's image size, with words w0, w1, ... up to the size of its vocabulary."""
     processor: Any = make_processor()
+    if "family" in shape:
+        tokenizer = processor.tokenizer
+        ids = tokenizer.get_vocab()
+        tokenizer.backend_tokenizer.model = WordLevel(
+            ids | {f"▁w{i}": i for i in range(len(ids), shape["vocabulary"] - len(QWEN_SPECIAL))}, unk_token="<unk>"
+        )
+        tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL)})
+        images, parts = (
+            Qwen2VLImageProcessorPil(),
+            [part for part in Qwen2_5_VLProcessor.get_attributes() if part != "video_processor"],
+        )
+        without_videos: Any = type(
+            "Qwen2_5_VLProcessor", (Qwen2_5_VLProcessor,), {"get_attributes": classmethod(lambda _: parts)}
+        )
+        return without_videos(images, tokenizer, chat_template=CHAT)
     side = {"height": shape["image_size"], "width": shape["image_size"]}
     size: dict[str, Any] = {"size": {"shortest_edge": shape["image_size"]}, "crop_size": side}
     ids = processor.tokenizer.get_vocab()
@@ -164,7 +254,8 @@ def endless_model(
     model, processor = random_model(shape, answers=False, dtype=dtype)
     if post_decoder:
         model = add_post_decoder(model, {"depth": post_decoder}, None)
-    loaded = LoadedModel(model.eval(), processor, Path(), "pad")
+    of_qwen = "family" in shape
+    loaded = LoadedModel(model.eval(), processor, Path(), "" if of_qwen else "pad", "chat" if of_qwen else "llava_hf")
     if bits < 16:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -184,19 +275,19 @@ def write_model(folder: Path, shape: dict[str, Any], answers: bool = True) -> Pa
     return folder
 
 
-def write_images(paths: list[Path]) -> None:
-    """JPEG files of Visual Genome's usual size."""
+def write_images(paths: list[Path], size: tuple[int, int] = (500, 375)) -> None:
+    """JPEG files, of Visual Genome's usual size if of no other."""
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for _ in prefetch_map(_write_image, paths):
+    for _ in prefetch_map(partial(_write_image, size), paths):
         pass
 
 
-def _write_image(path: Path) -> None:
+def _write_image(size: tuple[int, int], path: Path) -> None:
     small = Image.frombytes("RGB", (25, 19), random.Random(path.name).randbytes(25 * 19 * 3))
-    small.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+    small.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def write_questions(folder: Path, processor: LlavaProcessor, images: int, each: int, tokens: int) -> list[Question]:
+def write_questions(folder: Path, processor: Any, images: int, each: int, tokens: int) -> list[Question]:
     """Questions of so many random tokens on each of new images, no two alike: of a prompt only the image is shared."""
     rng, words = random.Random(0), sorted(word[1:] for word in processor.tokenizer.get_vocab() if word.startswith("▁"))
     paths = [folder / f"{number}.jpg" for number in range(images)]
@@ -204,18 +295,26 @@ def write_questions(folder: Path, processor: LlavaProcessor, images: int, each: 
     return [(path, " ".join(rng.choices(words, k=tokens))) for path in paths for _ in range(each)]
 
 
-def write_pairs(folder: Path, images: int, descriptions: int, questions: int, context: int = 0) -> None:
+def write_pairs(
+    folder: Path,
+    images: int,
+    descriptions: int,
+    questions: int,
+    context: int = 0,
+    size: tuple[int, int] = (500, 375),
+) -> None:
     """HA-DPO's files over Visual Genome's layout: one description pair, or some question pairs, an image.
 
     Args:
         context: words that both descriptions of a pair begin with, as its context.
+        size: width and height of the pictures.
     """
     if (folder / "desc_data.json").exists():
         return
     rng, words = random.Random(1), [word for word in vocabulary() if word.isalpha()]
     text = lambda count: " ".join(rng.choice(words) for _ in range(count))  # noqa: E731
     names = [f"{number}.jpg" for number in range(1, images + 1)]
-    write_images([folder / "VG_100K" / name for name in names])
+    write_images([folder / "VG_100K" / name for name in names], size)
     urls = [{"image_id": n, "url": f"https://x/VG_100K/{name}"} for n, name in enumerate(names, 1)]
     write_json(folder / "image_data.json", urls)
     described: dict[str, Any] = {}
@@ -306,15 +405,19 @@ def flops_of_pair(shape: dict[str, Any], prompt: int, response: int, both: bool)
     seen = prompt * prompt / 2 + 2 * response * (prompt + response / 2)  # pairs of positions that see each other
     D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
     V, W, N = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"] - 1
-    patches = (shape["image_size"] // 14) ** 2 + 1
-    language = 2 * tokens * L * (4 * D * D + 3 * D * M) + 4 * D * L * seen
+    patches = positions_of_image(shape) + 1
+    # Keys and values may have fewer heads than queries.
+    attention = (
+        2 * D * D * (1 + text.get("num_key_value_heads", text["num_attention_heads"]) / text["num_attention_heads"])
+    )
+    language = 2 * tokens * L * (attention + 3 * D * M) + 4 * D * L * seen
     tower = 2 * patches * N * (4 * V * V + 2 * V * W) + 4 * V * N * patches**2
     return (language + tower + 2 * patches * (V * D + D * D)) / 1e12
 
 
 def pair_tokens(shape: dict[str, Any]) -> tuple[int, int]:
     """Positions of a pair's prompt, 50 and the image's, and of each of its answers."""
-    return 50 + (shape["image_size"] // 14) ** 2, RESPONSE + 1
+    return 50 + positions_of_image(shape), RESPONSE + 1
 
 
 def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int, rank: int) -> float:
@@ -322,7 +425,7 @@ def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int, ra
     of its activations, lm_head both ways, and the adapters of all linear layers three times (their own gradients,
     too). Not the vision tower, which is frozen and need not run in a step."""
     head = 2 * 2 * 2 * response * shape["vocabulary"] * shape["text"]["hidden_size"] / 1e12
-    text, vision = shape["text"], dict(shape["vision"], num_hidden_layers=1)
+    text, vision = shape["text"], dict(shape["vision"], num_hidden_layers=1)  # of the tower, none
     D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
     adapters = 3 * 2 * (prompt + 2 * response) * L * rank * (4 * 2 * D + 3 * (D + M)) / 1e12
     return 2 * flops_of_pair({**shape, "vision": vision}, prompt, response, both=False) + head + adapters

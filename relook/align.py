@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,8 @@ def align(
         claim_output_dir(out, SETTINGS_FILE, _identity(model, source, settings, mining, loading), "rounds")
     distributed.barrier("the output folder")
 
-    evaluations = [out / "round-0" / "eval"]
-    _announce(f"relook eval chair --model {_quote(model)} --data {_quote(settings.data)}", evaluations[0])
+    commands, evaluations = _Commands(source, settings, judge), [out / "round-0" / "eval"]
+    status(f"  {commands.evaluate(model, evaluations[0], mining, loading)}")
     _evaluate(model, evaluations[0], settings, mining, loading)
     rounds: list[dict[str, Any]] = [{"round": 0, "model": str(model), "chair": _scores(evaluations[0])}]
     current, stopped = model, f"{settings.rounds} rounds, as many as wanted"
@@ -98,17 +98,19 @@ def align(
         folder = out / f"round-{number}"
         status(f"round {number} of at most {settings.rounds}", style="bold")
         of_round = dataclasses.replace(mining, seed=mining.seed + number - 1)
-        commands = _commands(current, source, folder, settings, of_round)
-        _announce(commands[0], folder / "pairs")
+        shown = [commands.mine(current, folder / "pairs", of_round, loading)]
+        status(f"  {shown[-1]}")
         card = mine_pairs(current, source, folder / "pairs", of_round, judge, loading)
         if not card["descriptions"]["pairs"]:
             stopped = f"round {number} found no pair"
             break
-        _announce(commands[1])
+        shown.append(commands.train(_keys(current, folder, settings, of_round)))
+        status(f"  {shown[-1]}")
         run = train(_recipe(current, folder, settings, of_round))
         # The base's adapter and tower are in the run.
         loading = dataclasses.replace(loading, adapter=None, vision_tower=None)
-        _announce(commands[2], folder / "eval")
+        shown.append(commands.evaluate(run, folder / "eval", mining, loading))
+        status(f"  {shown[-1]}")
         _evaluate(run, folder / "eval", settings, mining, loading)
         gain = compare_coverage(settings.data, evaluations[-1], folder / "eval")
         rounds.append(
@@ -118,7 +120,7 @@ def align(
                 "pairs": card["descriptions"]["pairs"],
                 "question_pairs": card["questions"]["pairs"],
                 "cost": card["descriptions"].get("cost", {}),
-                "commands": commands,
+                "commands": shown,
                 "chair": _scores(folder / "eval"),
                 "against_last": gain,
                 "against_base": compare_coverage(settings.data, evaluations[0], folder / "eval"),
@@ -151,9 +153,11 @@ def _check_settings(model: Path, out: Path, settings: AlignSettings, mining: Min
     """
     if settings.rounds < 1:
         raise RecipeError(f"There are {settings.rounds} rounds.", "Give --rounds 1 or more.")
-    given = sorted({"model_name_or_path", "output_dir", "vg_path", *PAIR_KEYS} & settings.keys.keys())
-    if given:
-        raise RecipeError(f"Each round has its own {', '.join(given)}.", "Leave these keys out; --model is the base.")
+    reserved = sorted({"model_name_or_path", "output_dir", "vg_path", *PAIR_KEYS} & settings.keys.keys())
+    if reserved:
+        raise RecipeError(
+            f"Each round has its own {', '.join(reserved)}.", "Leave these keys out; --model is the base."
+        )
     if {**read_yaml_or_shipped(settings.recipe, "recipe"), **settings.keys}.get("task") != "dpo":
         raise RecipeError(f"{settings.recipe} does not train on pairs.", "Choose a recipe of task dpo.")
     _recipe(model, out / "round-1", settings, mining)  # which checks its keys
@@ -214,47 +218,68 @@ def _identity(
     }
 
 
-def _commands(
-    model: Path, source: MiningSource, folder: Path, settings: AlignSettings, mining: MiningSettings
-) -> list[str]:
-    """Return the commands that do the same as a round."""
-    defaults = MiningSettings()
-    options = {
-        name.replace("_", "-"): getattr(mining, name)
-        for name in (
+@dataclass(frozen=True)
+class _Commands:
+    """Write the commands that do the same as the rounds' steps."""
+
+    source: MiningSource
+    settings: AlignSettings
+    judge: JudgeSettings | None
+
+    def mine(self, model: Path, out: Path, mining: MiningSettings, loading: LoadOptions) -> str:
+        names = (
             *("by", "seed", "samples", "continuations", "questions", "temperature", "near_texts"),
             *("max_pairs", "max_images", "max_new_tokens", "batch_size"),
         )
-        if getattr(mining, name) != getattr(defaults, name)
+        defaults = MiningSettings()
+        changed = {n: getattr(mining, n) for n in names if getattr(mining, n) != getattr(defaults, n)}
+        judge = {"judge": self.judge.address, "judge-model": self.judge.model} if self.judge else {}
+        return _command(
+            ["relook", "mine"],
+            {
+                "model": model,
+                "images": self.source.images,
+                "annotations": self.source.annotations,
+                "exclude": self.source.exclude,
+                "synonyms": self.source.synonyms,
+                **{name.replace("_", "-"): value for name, value in changed.items()},
+                "judge": "self" if mining.own_answers else None,
+                **judge,
+                **_loading_options(mining, loading),
+                "out": out,
+            },
+        )
+
+    def train(self, keys: Mapping[str, Any]) -> str:
+        return _command(["relook", "train", self.settings.recipe], keys)
+
+    def evaluate(self, model: Path, out: Path, mining: MiningSettings, loading: LoadOptions) -> str:
+        numbers = {"max-new-tokens": mining.max_new_tokens, "batch-size": mining.batch_size}
+        options = {"model": model, "data": self.settings.data, **numbers, **_loading_options(mining, loading)}
+        return _command(["relook", "eval", "chair"], {**options, "out": out})
+
+
+def _loading_options(mining: MiningSettings, loading: LoadOptions) -> dict[str, Any]:
+    return {
+        "version": mining.template,
+        "adapter": loading.adapter,
+        "vision-tower": loading.vision_tower,
+        "dtype": loading.dtype if loading.dtype != "float32" else None,
+        "device": loading.device,
     }
-    if mining.own_answers:
-        options["judge"] = "self"
-    if mining.template:
-        options["version"] = mining.template
-    mine = ["relook", "mine", "--model", str(model), "--images", str(source.images)]
-    mine += ["--annotations", source.annotations]
-    mine += [word for path in source.exclude for word in ("--exclude", str(path))]
-    mine += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    keys = _keys(model, folder, settings, mining)
-    train_words = ["relook", "train", settings.recipe]
-    train_words += [word for key, value in keys.items() for word in (f"--{key}", _word(value))]
-    evaluation = ["relook", "eval", "chair", "--model", str(folder / "run"), "--data", str(settings.data)]
-    evaluation += ["--max-new-tokens", str(mining.max_new_tokens), "--batch-size", str(mining.batch_size)]
-    return [
-        shlex.join([*mine, "--out", str(folder / "pairs")]),
-        shlex.join(train_words),
-        shlex.join([*evaluation, "--out", str(folder / "eval")]),
+
+
+def _command(words: Sequence[str], options: Mapping[str, Any]) -> str:
+    """Write a command; empty values are left out, and those of a list have an option each."""
+    pairs = [
+        (f"--{name}", _word(item))
+        for name, value in options.items()
+        for item in (value if isinstance(value, tuple) else [value])
+        if item not in (None, "")
     ]
+    return shlex.join([*words, *(word for pair in pairs for word in pair)])
 
 
 def _word(value: Any) -> str:
     """Write a recipe key's value as the command line takes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _quote(path: Path) -> str:
-    return shlex.quote(str(path))
-
-
-def _announce(command: str, out: Path | None = None) -> None:
-    status(f"  {command}{f' --out {_quote(out)}' if out and ' --out ' not in command else ''}")

@@ -23,7 +23,7 @@ from relook.train.feature_cache import TrunkCache
 
 POPE = {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "n", "parser", "accuracy_ci"}
 CHAIR = {"chair_i", "chair_s", "recall", "length", "empty", "chair_i_ci", "recall_ci"}
-RUNS = {"head", "post_decoder", "post_decoder_head", "lora", "nll_control"}
+RUNS = {"head", "post_decoder", "no_cross_attention", "lora", "nll_control"}
 SEED = 4
 
 

@@ -200,7 +200,7 @@ def test_the_doctor_finds_a_gpu_that_works() -> None:
 
 def engine_texts(loaded: LoadedModel, prompts: list[Prompt], places: int = 6000) -> tuple[Scheduler, list[Text]]:
     settings = loaded.core.generation_config
-    inputs = lambda image: {n: t[0] for n, t in loaded.images.batch([image]).items()}  # noqa: E731
+    inputs = lambda image: loaded.images.batch([image])  # noqa: E731
     banned = tuple(settings.suppress_tokens or ()), tuple(settings.begin_suppress_tokens or ())
     batch = Scheduler(ModelRunner(loaded, places, banned), 64, inputs, RecentCache(1 << 28, feature_bytes))
     ends = lambda token, _: token == settings.eos_token_id  # noqa: E731

@@ -279,11 +279,11 @@ def test_cache_keeps_the_most_recent(processor: Any, tmp_path: Path) -> None:
     for path in paths:
         PICTURE.save(path)
     loader = ImageLoader(processor, "pad", cache_bytes=2 * 3 * 56 * 56 * 4)
-    first, second = loader(paths[0]), loader(paths[1])
-    assert loader(paths[0]) is first
-    loader(paths[2])  # pushes out the second, which was used longest ago
-    assert loader(paths[0]) is first
-    assert loader(paths[1]) is not second
+    first, second = loader.inputs(paths[0]), loader.inputs(paths[1])
+    assert loader.inputs(paths[0]) is first
+    loader.inputs(paths[2])  # pushes out the second, which was used longest ago
+    assert loader.inputs(paths[0]) is first
+    assert loader.inputs(paths[1]) is not second
 
 
 def test_a_crop_is_a_small_part_as_large_as_the_whole(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,9 @@ def test_corrections_are_true_and_of_equal_length(
 def test_corrections_by_hand() -> None:
     assert fixed("There is a dog. There is a cup.", ["cup", "apple"]) == "There is an apple. There is a cup."
     assert fixed("There is a dog and an apple.", ["apple", "bed"]) == "There is a bed and an apple."
+    assert fixed("A dog is nearby.", ["apple"]) == "An apple is nearby."
+    assert fixed("A big dog can be seen.", ["cat"]) == "A cat can be seen."
+    assert fixed("A dog is nearby, on a bed.", ["apple", "bed"]) not in ("An apple is nearby, on a bed.", "")
     assert fixed("There is a puppy.", ["dog"]) == "There is a puppy."  # a synonym is no mistake
     assert fixed("It looks quite calm.", []) == "It looks quite calm."
     replaced = fixed("There is a dog. There is a cat.", []).split(". ")
@@ -176,7 +179,7 @@ def test_exchanged_nouns_take_article_and_number_along(sentence: str, noun: str,
 
 def test_a_new_word_that_makes_another_object_drops_the_pair(tmp_path: Path) -> None:
     vocabulary = coco_vocabulary()
-    texts = ["There is a toilet and a seat.", "There is a teddy dog.", "There is a dog.", "There is a cup."]
+    texts = ["There is a toilet and a seat.", "There is a dog.", "There is a dog.", "There is a cup."]
     there = [frozenset(names) for names in (["cup"], ["bear"], ["cup"], ["cup"])]
     pictures = [MinedImage(str(i), tmp_path, frozenset(), objects) for i, objects in enumerate(there)]
     annotated = AnnotatedImages(tuple(pictures), vocabulary, NEUTRAL)
@@ -184,7 +187,7 @@ def test_a_new_word_that_makes_another_object_drops_the_pair(tmp_path: Path) -> 
     chosen = [("1", "There is a bear."), ("2", "There is a cup.")]
     assert [(pair.picture.id, pair.chosen) for pair in found.pairs] == chosen
     assert found.dropped == {STILL_FALSE: 1}
-    assert found.corrections == {"exchanged": 2, "taken_out": 1, "neutral": 0}
+    assert found.corrections == {"exchanged": 2, "taken_out": 0, "neutral": 0}
 
 
 # --- which questions
@@ -550,8 +553,8 @@ def test_mined_files_are_read_by_every_reader(mined: Path) -> None:
     )
     rows, report = read_pairs(mined / "pairs.parquet", mined.parent / "rows", on_bad="error")
     assert len(rows) == card["questions"]["pairs"] + card["descriptions"]["pairs"]
-    asked = {(pair.prompt, pair.chosen, pair.rejected, pair.images[0].read_bytes()) for pair in pairs}  # type: ignore[union-attr]
-    assert {(row.prompt, row.chosen, row.rejected, row.images[0].read_bytes()) for row in rows} == asked  # type: ignore[union-attr]
+    asked = {(pair.prompt, pair.chosen, pair.rejected, pair.images[0].read_bytes()) for pair in pairs}
+    assert {(row.prompt, row.chosen, row.rejected, row.images[0].read_bytes()) for row in rows} == asked
 
 
 def test_parquet_goes_back_to_hadpo(mined: Path, tmp_path: Path) -> None:
@@ -591,7 +594,7 @@ def test_stopped_anywhere_it_ends_in_the_same_files(
 def test_the_demos_settings_are_the_same_mining(world: Path, tmp_path: Path) -> None:
     how = mining_settings(0)
     card = mine_pairs(shipped_base(), MiningSource(world / "vg", "toyworld"), tmp_path / "out", how)
-    assert (card["pictures"]["mined"], card["descriptions"]["made"]) == (6, 12)
+    assert (card["pictures"]["mined"], card["descriptions"]["made"]) == (6, 6)
     assert card["near_texts"] == 0
 
 
@@ -637,7 +640,7 @@ def judging(url: str) -> JudgeSettings:
     return JudgeSettings(url, "judge", retries=0)
 
 
-def seeing(scenes: dict[str, Sequence[str]]) -> Callable[[Request, int], Answer]:
+def seeing(scenes: Mapping[str, Sequence[str]]) -> Callable[[Request, int], Answer]:
     """A judge that knows toyworld's scenes by their images' bytes."""
 
     def answer(request: Request, number: int) -> Answer:

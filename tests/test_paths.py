@@ -79,7 +79,7 @@ def test_data_by_strings(world: str, tmp_path: Path) -> None:
     assert convert_pairs(table, str(tmp_path / "hadpo"), "hadpo") == count
     assert read_pairs(table, str(tmp_path / "images"))[0]
     pairs, _ = read_hadpo(f"{world}/vg", f"{world}/desc_data.json", f"{world}/pope_data.json")
-    assert open_image(str(pairs[0].image)).size == (96, 96)
+    assert open_image(str(pairs[0].images[0])).size == (96, 96)
     conversations, _ = read_llava(f"{world}/llava/toyworld_mix.json", f"{world}/llava/images")
     assert conversations
     annotations = f"{world}/test/annotations"

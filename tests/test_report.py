@@ -73,8 +73,10 @@ def test_details_have_signs_intervals_and_verdicts() -> None:
 
 
 def test_the_control_is_judged_by_both_measures() -> None:
-    assert "adds nothing that this test can see" in findings.against_control(paired(UNCLEAR, UP, UNCLEAR))
-    assert "makes a difference" in findings.against_control(paired(DOWN, UP, UNCLEAR))
+    assert "adds nothing that this test can see" in findings.against_control(
+        "nll_control", paired(UNCLEAR, UP, UNCLEAR)
+    )
+    assert "makes a difference" in findings.against_control("nll_control", paired(DOWN, UP, UNCLEAR))
 
 
 @pytest.mark.parametrize(
@@ -190,9 +192,14 @@ def test_provenance_is_a_list() -> None:
 
 
 def test_every_term_is_explained_where_it_stands() -> None:
-    page = render(
-        "pairs.html.j2", title="t", description_count=0, question_count=0, descriptions=[], questions=[], steps=[]
-    )
+    nothing: dict[str, Any] = {
+        "description_count": 0,
+        "question_count": 0,
+        "descriptions": [],
+        "questions": [],
+        "steps": [],
+    }
+    page = render("pairs.html.j2", title="t", kind="descriptions", **nothing)
     tags = SVG(page).tags
     explained = {attributes["id"] for tag, attributes in tags if "popover" in attributes}
     assert explained == {f"term-{key}" for key in GLOSSARY}

@@ -185,7 +185,7 @@ def by_generate(models: Models, asked: list[Any]) -> Tokens:
 def batch_of(loaded: LoadedModel, cells: int, rows: int, **how: Any) -> Scheduler:
     settings = loaded.core.generation_config
     banned = tuple(settings.suppress_tokens or ()), tuple(settings.begin_suppress_tokens or ())
-    inputs = lambda image: {n: t[0] for n, t in loaded.images.batch([image]).items()}  # noqa: E731
+    inputs = lambda image: loaded.images.batch([image])  # noqa: E731
     return Scheduler(ModelRunner(loaded, cells, banned), rows, inputs, RecentCache(1 << 20, lambda _: 1), **how)
 
 

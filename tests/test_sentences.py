@@ -30,7 +30,7 @@ from relook.generate.answering import (
 )
 from relook.mine import output, sentences
 from relook.mine.jobs import MiningSettings, MiningSource
-from relook.mine.pairs import hallucinations
+from relook.mine.pairs import CONTEXT, hallucinations
 from relook.mine.pictures import MinedImage, read_pictures
 from relook.mine.run import mine_pairs
 from relook.mine.sentences import ENDED, NOTHING_TRUE, GrowingDescription, by_annotations, by_judge, by_own_answers
@@ -101,12 +101,31 @@ def test_a_continuation_is_the_rest_of_the_answer(world: Path) -> None:
 def test_a_true_and_a_false_sentence_are_a_pair_and_the_true_one_goes_on() -> None:
     growing = description("cup", "bed", text="It is calm.")
     grown(growing, written(" There is a dog.", " There is a dog.", " There is a cup.", " It is calm.", " There is a"))
-    pair = {"context": "It is calm.", "chosen": "There is a cup.", "rejected": "There is a dog."}
+    pair = {"context": "It is calm.", "chosen": "There is a cup.", "rejected": "There is a dog.", "complete": False}
     assert growing.pairs == [pair]
     assert growing.text == "It is calm. There is a cup."
     assert (growing.end, growing.length) == ("", 4)
     counts = {"images": 1, "tokens": 20, "sentences": 3, "false": 1, "not_judged": 0, "checks": 3}
     assert growing.counts == counts
+
+
+def test_what_names_nothing_new_goes_on_and_is_in_no_pair() -> None:
+    growing = grown(description("cup"), written("It is calm.", "It is calm.", "There is a dog."))
+    assert (growing.text, growing.pairs) == ("It is calm.", [])
+
+
+def test_where_the_model_ends_a_description_the_pair_has_an_end_mark() -> None:
+    growing = grown(description("cup"), [*written("There is a dog."), *written("There is a cup.", complete=True)])
+    assert [pair["complete"] for pair in growing.pairs] == [True]
+
+
+def test_where_nothing_true_follows_an_end_is_better() -> None:
+    growing = description("cup", "bed", text="It is calm. There is a cup.")
+    grown(growing, written(" There is a dog.", " There is a dog.", " There is a kite."))
+    sides = {"chosen": "There is a cup.", "rejected": "There is a cup. There is a dog."}
+    assert growing.pairs == [{"context": "It is calm.", **sides, "complete": True}]
+    assert growing.end == NOTHING_TRUE
+    assert grown(description("cup"), written("There is a dog.")).pairs == []  # nothing that could end
 
 
 def test_what_says_most_that_is_new_goes_on() -> None:
@@ -139,6 +158,7 @@ def test_pairs_that_cannot_be_used_are_counted_by_reason() -> None:
         {"context": "There is a cup.", "chosen": "It is red.", "rejected": "It is red."},
         {"context": "", "chosen": "There is a cup.", "rejected": "There is a dog."},
     ]
+    growing.pairs = [{**pair, "complete": False} for pair in growing.pairs]
     result = sentences.pairs_of_records([growing.picture], [growing.to_record()], None)
     assert [pair.context for pair in result.pairs] == [""]
     assert result.dropped == {"an answer repeats the context": 1, "chosen equals rejected": 1}
@@ -245,12 +265,13 @@ def test_mined_sentences_are_read_by_every_reader(mined: Path, world: Path) -> N
     assert [(p.prompt, p.chosen, p.rejected, p.context, p.complete) for p in rows] == texts
     truth = {p.path.read_bytes(): p.objects for p in read_pictures(world / "vg", "toyworld").pictures}
     for pair in pairs:
-        if pair.complete:  # an answer to a question
+        if pair.chosen in ("Yes.", "No."):
             continue
-        objects = truth[pair.image.read_bytes()]
+        objects = truth[pair.images[0].read_bytes()]
         assert not hallucinations(pair.chosen, objects, VOCABULARY)
         assert hallucinations(pair.rejected[len(pair.context) :], objects, VOCABULARY)
-        assert len(split_sentences(pair.chosen)) == len(split_sentences(pair.context)) + 2
+        before = len(split_sentences(pair.context)) + 1 if pair.context else 0
+        assert len(split_sentences(pair.chosen)) == before + 1
     cost = card["descriptions"]["cost"]
     lines = (mined / "work/sentences.jsonl").read_text().splitlines()
     assert sum(cost["descriptions"].values()) == len(lines) == card["pictures"]["mined"]
@@ -286,19 +307,19 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
 ) -> None:
     """kill -9 in the midst of the descriptions and of the files, then let alone."""
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "relook",
-        "mine",
-        "--model",
-        shipped_base(),
-        "--images",
-        world / "vg",
+    command = [sys.executable, "-m", "relook", "mine", "--model", shipped_base(), "--images", world / "vg"]
+    command += [
         "--out",
         out,
+        "--annotations",
+        "toyworld",
+        "--exclude",
+        world / "test",
+        "--by",
+        "sentence",
+        "--continuations",
+        "3",
     ]
-    command += ["--annotations", "toyworld", "--exclude", world / "test", "--by", "sentence", "--continuations", "3"]
     command += ["--questions", "4", "--near-texts", "0", "--max-new-tokens", "40", "--batch-size", "2"]
     for name in ("work/sentences.jsonl", "work/answers.jsonl", "pairs.parquet"):
         jobs = start_ranks(command, count)
@@ -329,6 +350,8 @@ def test_without_annotations_a_judge_checks(world: Path, tmp_path: Path) -> None
     with endpoint(seeing(scenes)) as there:
         card = mine_pairs(shipped_base(), source, tmp_path / "out", settings, judging(there.url))
         asked = len(there.requests)
+        prompts = [request["messages"][0]["content"][0]["text"] for request in there.requests[1:]]
+    assert any(f"{CONTEXT}The picture shows" in prompt for prompt in prompts)  # what a sentence goes on from
     truth = {f"{p.path.parent.name}/{p.path.name}": p.objects for p in pictures}
     found = 0
     for image, records in read_json(tmp_path / "out/sentinel.json").items():

@@ -97,9 +97,7 @@ def test_a_pass_leaves_the_models_config_alone() -> None:
     """Another engine, or an attention map, may run a model with the same config on another thread."""
     loaded = as_loaded(tiny_relook())
     model, seen = loaded.core.model.language_model, set[str]()
-    model.layers[0].self_attn.q_proj.register_forward_pre_hook(
-        lambda *_: seen.add(model.config._attn_implementation)  # type: ignore[func-returns-value]
-    )
+    model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *_: seen.add(model.config._attn_implementation))
     before = model.config._attn_implementation
     with engine_of(loaded) as engine:
         text_of(engine.stream(asked(engine, PICTURES[:1], TEXTS[0])))
@@ -294,7 +292,7 @@ def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -
     with Kernels() as kernels:
         generate_batch(loaded, prompts, GenerationSettings(max_new_tokens=NEW))
     hook.remove()
-    inputs = {name: tensor[0] for name, tensor in loaded.images.batch([picture]).items()}
+    inputs = loaded.images.batch([picture])
     batch = Scheduler(ModelRunner(loaded, 4 * 400), 4, lambda _: inputs, RecentCache(0, lambda _: 0))
     batch.waiting.extend(Text(prompt.ids, (picture,), NEW, lambda *_: False) for prompt in prompts)
     own: list[int] = []

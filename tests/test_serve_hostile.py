@@ -237,6 +237,9 @@ def test_nulls_and_values_that_ask_for_nothing(served: Served) -> None:
         "spaces_between_special_tokens": [True],
         "add_generation_prompt": [True],
         "chat_template_kwargs": [{}],
+        # vLLM's and SGLang's routers add these to every request.
+        **{name: [False] for name in ("no_stop_trim", "continue_final_message", "return_hidden_states")},
+        **{name: [True] for name in ("separate_reasoning", "stream_reasoning", "include_reasoning")},
     }
     _, plain = served.chat("Is there a cup?")
     every = {name: values[-1] for name, values in neutral.items()}

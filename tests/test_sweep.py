@@ -26,7 +26,7 @@ from relook.evaluate.compare import hallucination_by_divergence, kl_divergence
 from relook.evaluate.pope_from_cache import FIRST_FILE, AnswerStates, CachedPope, shares_trunk
 from relook.evaluate.run import evaluate_model
 from relook.evaluate.tasks.pope import SPLITS
-from relook.files import read_json, read_records
+from relook.files import read_json, read_records, write_json
 from relook.forward.policy import Policy
 from relook.model.load import LoadOptions
 from relook.recipe import build_recipe, read_yaml_or_shipped, shipped_names
@@ -276,6 +276,19 @@ def test_only_what_has_the_bases_trunk_shares_it(runs: dict[str, Path], base: Pa
     shared = {name for name, run in runs.items() if shares_trunk(run, runs["base"])}
     assert shared == {*runs} - {"lora"}
     assert not shares_trunk(runs["head"], base)
+
+
+def test_a_run_that_is_shown_other_images_needs_a_pass_of_its_own(
+    runs: dict[str, Path], world: Path, states: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded = tmp_path / "padded"
+    shutil.copytree(runs["head"], padded)
+    write_json(padded / "change.json", {**read_json(padded / "change.json"), "image_aspect_ratio": "pad"})
+    engine = engine_of(runs["base"], world, states)
+    monkeypatch.setattr(CachedPope, "_live", lambda self, loaded: loaded.images.aspect_ratio)
+    monkeypatch.setattr(CachedPope, "_from_states", lambda *_: "the base's")
+    assert engine.log_probs(padded, lambda: load_model(padded)) == "pad"
+    assert engine.log_probs(runs["head"], lambda: load_model(padded)) == "the base's"
 
 
 def test_generation_settings_that_steer(runs: dict[str, Path], world: Path, tmp_path: Path) -> None:

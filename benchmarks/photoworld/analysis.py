@@ -1,6 +1,6 @@
 """Photoworld's table from answers alone: scores, contrasts with paired intervals, and where the differences lie.
 
-python benchmarks/photoworld/analysis.py WORK       # a work folder, or an unpacked results file
+python benchmarks/photoworld/analysis.py WORK ...     # work folders, or unpacked results files
 """
 
 from __future__ import annotations
@@ -15,22 +15,37 @@ from scenes import Scene
 
 from relook.evaluate.compare import compare_pooled
 from relook.evaluate.statistics import Ratio, rate_difference, safe_ratio
-from relook.evaluate.tasks.chair import data_truth, mentions, plural, read_eval_captions, vocabulary_of
+from relook.evaluate.tasks.chair import (
+    data_truth,
+    located_mentions,
+    mentions,
+    plural,
+    read_eval_captions,
+    vocabulary_of,
+)
 from relook.evaluate.tasks.pope import question_text
 from relook.files import read_json, read_records, write_json
 
 SIZES = {"absent": (0, 0), "small": (0, 18), "middle": (18, 35), "large": (35, 1e9)}  # pixels, low < size <= high
 THIRDS = ("first", "second", "third")
 DOSES = (0, 5, 10, 20)  # percent
+PROBE_STYLES = ("s-", "o-", "v--", "^--")
+TRAINING_STYLES = {"none": "tab:gray", "own_tokens": "tab:blue", "cross": "tab:red"}
 # name: (first, second); a difference is second - first
 CONTRASTS = {
     "H1 looking again": ("none", "cross"),
+    "H1 looking again, questions alone": ("none_questions", "cross_questions"),
     "H2 its own image in training": ("other_image", "cross"),
+    "H2 its own image, not a similar one": ("similar_image", "cross"),
     "H2 its own image at test": ("swapped", "cross"),
+    "H2 its own at test, not a similar one": ("swapped_similar", "cross"),
+    "H8 patches, not the trunk's cells": ("own_tokens", "cross"),
+    "H8 looking at the trunk's cells": ("none", "own_tokens"),
     "H4 free alignment": ("projected", "cross"),
     "H5 cross-attention, not LoRA": ("lora", "cross"),
     "H5 LoRA, not an MLP": ("none", "lora"),
     **{f"H6 preference at {dose} % false": (f"nll_{dose}", f"dpo_{dose}") for dose in DOSES},
+    **{f"H6 preference of weight {weight}, 20 % false": ("nll_20", f"dpo_20_{weight}") for weight in ("0.3", "0.1")},
     "H7 preference, on-policy": ("nll_policy", "dpo_policy"),
 }
 
@@ -49,27 +64,34 @@ def repeated(folder: Path) -> float | None:
     return safe_ratio(sum(len(set(sentences)) < len(sentences) for sentences in captions), len(captions))
 
 
-def analyse(data: Path, answers: Path) -> dict[str, Any]:
-    """Compute everything from the answers on one split.
+def analyse(studies: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
+    """Compute everything from the answers of one or several studies; contrasts are pooled over their runs.
 
     Args:
-        data: the split's folder, with scenes.json, pope/ and annotations/.
-        answers: folder of one folder a run, `<variant>-<seed>` or `base`.
+        studies: of each base, the split's folder (scenes.json, pope/, annotations/) and the folder of one folder a run,
+            `<variant>-<seed>` or `base`. The runs of the second study on are called `<variant>-<seed>@1` and so on.
     """
-    runs = {out.name: out for out in sorted(answers.iterdir()) if (out / "chair.json").exists()}
-    groups = {
-        "right answers by size": {name: answers_by_size(data, out) for name, out in runs.items()},
-        "CHAIR_i by third of the caption": {name: chair_by_third(data, out) for name, out in runs.items()},
+    runs = {
+        f"{out.name}@{number}" if number else out.name: (data, out)
+        for number, (data, answers) in enumerate(studies)
+        for out in sorted(answers.iterdir())
+        if (out / "chair.json").exists() and (out / "pope.json").exists()
     }
-    names = sorted({name.rsplit("-", 1)[0] for name in runs} - {"base"})
+    groups = {
+        "right answers by size": {name: answers_by_size(*run) for name, run in runs.items()},
+        "CHAIR_i by third of the caption": {name: chair_by_third(*run) for name, run in runs.items()},
+    }
+    names = sorted({variant_of(name) for name in runs} - {"base"})
     pairs = {**CONTRASTS, **{f"{name} - base": ("base", name) for name in names}}
     contrasts = {}
     for title, sides in pairs.items():
         pooled = pairs_of(sides, list(runs))
         if pooled:
-            found = compare_pooled([(data, runs[a], runs[b]) for a, b in pooled])
+            found = compare_pooled([(runs[a][0], runs[a][1], runs[b][1]) for a, b in pooled])
             row = {"runs": len(pooled), "adversarial": found["pope"]["adversarial"]}
             row |= {key: found["chair"][key] for key in ("chair_i", "chair_s", "recall", "length")}
+            if title.startswith(("H6", "H7")):
+                row["at equal recall"] = at_equal_recall([(runs[a][0], runs[a][1], runs[b][1]) for a, b in pooled])
             for what, by_run in groups.items():
                 row[what] = {
                     group: rate_difference([by_run[a][group] for a, _ in pooled], [by_run[b][group] for _, b in pooled])
@@ -83,15 +105,62 @@ def analyse(data: Path, answers: Path) -> dict[str, Any]:
         }
         for what, by_run in groups.items()
     }
-    rows = {name: {**summary(out), "repeated": repeated(out)} for name, out in runs.items()}
+    rows = {name: {**summary(out), "repeated": repeated(out)} for name, (_, out) in runs.items()}
     return {"rows": rows, "contrasts": contrasts, **rates}
 
 
+def variant_of(run: str) -> str:
+    return run.split("@")[0].rsplit("-", 1)[0]
+
+
 def pairs_of(sides: tuple[str, str], runs: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the runs of two variants that have the same seed; the base has none and goes with all."""
-    seeds = sorted({name.rsplit("-", 1)[1] for name in runs if "-" in name})
-    pairs = [tuple(side if side == "base" else f"{side}-{seed}" for side in sides) for seed in seeds]
+    """Return the runs of two variants that have the same base and seed; the base has no seed and goes with all."""
+    seeds = sorted({name.rsplit("-", 1)[1] for name in runs if "-" in name})  # "1", "2", "1@1" ...
+    pairs = [
+        tuple("base" + seed[seed.find("@") :] * ("@" in seed) if side == "base" else f"{side}-{seed}" for side in sides)
+        for seed in seeds
+    ]
     return [(first, second) for first, second in pairs if first in runs and second in runs]
+
+
+def objects_by_length(data: Path, out: Path) -> list[list[tuple[int, int, int, int]]]:
+    """Count objects of captions cut after 1, 2, ... words: by image (absent, named, present among them, there).
+
+    Each object counts once, so a caption that says again what is clear names nothing more.
+    """
+    captions = read_eval_captions(out)
+    truth = data_truth(data, list(captions))
+    vocabulary = vocabulary_of(truth)
+    located = {image: located_mentions(text, vocabulary) for image, text in sorted(captions.items())}
+    counts = []
+    for length in range(1, 1 + max(len(text.split()) for text in captions.values())):
+        named = {image: {name for _, end, name in rows if end <= length} for image, rows in located.items()}
+        there = truth.objects
+        counts.append([(len(n - there[i]), len(n), len(n & there[i]), len(there[i])) for i, n in named.items()])
+    return counts
+
+
+def at_equal_recall(pooled: Sequence[tuple[Path, Path, Path]]) -> dict[str, Any]:
+    """Compare the share of absent objects where both runs of each pair have the recall that both reach.
+
+    All captions of a run are cut after the same number of words, the smallest at which it has that recall.
+
+    Args:
+        pooled: (data, first run, second run) of each pair.
+    """
+    sides: tuple[list[list[Ratio]], list[list[Ratio]]] = ([], [])
+    cuts = []
+    for data, *outs in pooled:
+        curves = [objects_by_length(data, out) for out in outs]
+        recalls = [[sum(row[2] for row in rows) / sum(row[3] for row in rows) for rows in curve] for curve in curves]
+        shared = min(max(side) for side in recalls)
+        words = [next(n for n, recall in enumerate(side) if recall >= shared) for side in recalls]
+        cuts.append(
+            {"words": [n + 1 for n in words], "recall": [side[n] for side, n in zip(recalls, words, strict=True)]}
+        )
+        for side, curve, n in zip(sides, curves, words, strict=True):
+            side.append([(absent, named) for absent, named, _, _ in curve[n]])
+    return {**rate_difference(*sides), "cuts": cuts}
 
 
 def answers_by_size(data: Path, out: Path) -> dict[str, Ratio]:
@@ -198,6 +267,10 @@ def print_tables(result: Mapping[str, Any]) -> None:
     for title, row in result["contrasts"].items():
         cells = [signed(row[key]) for key in ("adversarial", "chair_i", "recall")]
         print(f"| {title} | {row['runs']} | {' | '.join(cells)} | {signed(row['length'], 1)} |")
+    for title, row in result["contrasts"].items():
+        if "at equal recall" in row:
+            found = row["at equal recall"]
+            print(f"\n{title}: absent objects at equal recall {signed(found)}; {found['cuts']}")
     for what in ("right answers by size", "CHAIR_i by third of the caption"):
         groups = list(next(iter(result[what].values())))
         print(f"\n| {what} | " + " | ".join(groups) + " |\n|---|" + "---|" * len(groups))
@@ -208,81 +281,53 @@ def print_tables(result: Mapping[str, Any]) -> None:
                 print(f"| {title} | " + " | ".join(signed(row[what][group]) for group in groups) + " |")
 
 
-def plot(result: Mapping[str, Any], file: Path) -> None:
-    """Draw the contrasts of H1 to H5, the answers by size, and the dose and response."""
+def plot(result: Mapping[str, Any], work: Path, file: Path) -> None:
+    """Draw what each stage knows by size of the object, how training falls, and the preference at its recall.
+
+    Args:
+        work: folder with results/probe.json and the runs.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    shown = [title for title in result["contrasts"] if title in CONTRASTS and not title.startswith("H6")]
-    for key, colour, shift in (("adversarial", "tab:blue", 0.12), ("chair_i", "tab:red", -0.12)):
-        for place, title in enumerate(reversed(shown)):
-            found = result["contrasts"][title][key]
-            middle_value, (low, high) = 100 * found["difference"], (100 * value for value in found["ci"])
-            label = {"adversarial": "POPE adversarial", "chair_i": "CHAIR_i"}[key] if place == 0 else None
-            error = [[middle_value - low], [high - middle_value]]
-            left.errorbar(middle_value, place + shift, xerr=error, fmt="o", ms=4, color=colour, label=label)
-    left.axvline(0, color="grey", lw=0.8)
-    left.set_yticks(range(len(shown)), [title[:31] for title in reversed(shown)], fontsize=8)
-    left.set(xlabel="points, 95 % interval over images", title="Looking again")
-    left.legend(fontsize=8)
-    by_size = result["right answers by size"]
-    groups = [group for group, value in next(iter(by_size.values())).items() if value is not None]
-    for name in ("base", "none", "cross", "other_image", "lora"):
-        rows = [row for run, row in by_size.items() if run.rsplit("-", 1)[0] == name]
-        if rows:
-            middle.plot(groups, [100 * sum(row[g] for row in rows) / len(rows) for g in groups], "o-", ms=4, label=name)
-    middle.set(ylabel="right, %", title="Adversarial answers by size of the object")
+    groups = list(SIZES)[1:]
+    for (name, row), style in zip(
+        read_json(work / "results" / "probe.json")["auc"].items(), PROBE_STYLES, strict=False
+    ):
+        left.plot(groups, [row[group] for group in groups], style, label=name, ms=5)
+    left.set(ylabel="AUC, present against absent", title="What is known, by size of the object")
+    left.legend(fontsize=8, loc="lower right")
+    for name, style in TRAINING_STYLES.items():
+        for number, run in enumerate(sorted(work.glob(f"runs/{name}-*/run.json"))):
+            log = [(row["step"], row["loss"]) for row in read_json(run)["log"] if "loss" in row]
+            middle.plot(*zip(*log, strict=True), style, label="_" * number + name)
+    middle.set(xlabel="step", ylabel="loss, nats a token", title="Imitating the same pairs, two seeds each")
     middle.legend(fontsize=8)
-    for kind, style in (("nll", "o--"), ("dpo", "s-")):
-        rows = {
-            dose: [r for n, r in result["rows"].items() if n.rsplit("-", 1)[0] == f"{kind}_{dose}"] for dose in DOSES
-        }
-        doses = [dose for dose in DOSES if rows[dose]]
-        for key, colour in (("chair_i", "tab:red"), ("recall", "tab:green")):
-            means = [100 * sum(row[key] for row in rows[dose]) / len(rows[dose]) for dose in doses]
-            right.plot(doses, means, style, color=colour, ms=4, label=f"{kind.upper()}: {key}")
-    right.plot((0, 20), (0, 20), ":", color="grey", lw=1, label="as in the chosen texts")
-    right.set(xlabel="false objects in chosen captions, %", ylabel="%", title="Dose and response")
+    kinds = sorted({variant_of(name) for name in result["rows"] if name.startswith(("nll", "dpo"))}, reverse=True)
+    for name in kinds:
+        rows = rows_of(result, name)
+        points = [[100 * row[key] for row in rows] for key in ("recall", "chair_i")]
+        right.plot(*points, "o" if name.startswith("nll") else "s", ms=6, label=name)
+    right.set(xlabel="recall, %", ylabel="CHAIR_i, %", title="Imitation at 0, 10, 20 % false, and DPO", ylim=(0, None))
     right.legend(fontsize=8)
-    figure.savefig(file, dpi=110)
-
-
-def plot_base(results: Path, by_size: Mapping[str, float | None], file: Path) -> None:
-    """Draw what the base answers, and what tower, last state and patches hold, by the size of the object.
-
-    Args:
-        results: folder of the stages' results, with tower.json and probe.json.
-        by_size: share of right answers by group of sizes.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    groups = list(SIZES)
-    bars = left.bar(groups, [100 * (by_size[group] or 0) for group in groups], color=["grey", *["tab:blue"] * 3])
-    left.bar_label(bars, fmt="%.1f")
-    left.set(ylim=(0, 110), ylabel="right answers, %", title="The base's answers, adversarial questions")
-    curves = {"tower's head (other questions)": read_json(results / "tower.json")["auc"]}
-    names = {"yes - no": "base: yes − no", "state": "last state", "state + patches": "last state + patches"}
-    curves |= {names[name]: row for name, row in read_json(results / "probe.json")["auc"].items()}
-    for (name, row), style in zip(curves.items(), ("k:", "s-", "o-", "^--"), strict=True):
-        right.plot(groups[1:], [row[group] for group in groups[1:]], style, label=name, ms=5)
-    right.set(ylim=(0.78, 1.01), ylabel="AUC, present against absent", title="What is known, by size of the object")
-    right.legend(fontsize=8, loc="lower right")
     figure.savefig(file, dpi=100)
+
+
+def rows_of(result: Mapping[str, Any], variant: str) -> list[Mapping[str, Any]]:
+    return [row for name, row in result["rows"].items() if variant_of(name) == variant]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--split", default="test")
+    parser.add_argument("work", type=Path, nargs="+", help="of one base each")
+    parser.add_argument("--split", nargs="+", default=["test"], help="one for all, or one for each")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    found = analyse(options.work / "data" / options.split, options.work / "eval" / options.split)
+    splits = options.split * (len(options.work) if len(options.split) == 1 else 1)
+    studies = [(w / "data" / s, w / "eval" / s) for w, s in zip(options.work, splits, strict=True)]
+    found = analyse(studies)
     print_tables(found)
-    write_json(options.work / f"analysis_{options.split}.json", found)
-    if options.plot and found["contrasts"]:
-        plot(found, options.plot)
-    elif options.plot:  # the base alone
-        plot_base(options.work / "results", found["right answers by size"]["base"], options.plot)
+    write_json(options.work[-1] / "analysis.json", found)
+    if options.plot:
+        plot(found, options.work[0], options.plot)

@@ -1,7 +1,7 @@
 """Texts on photoworld's scenes: noisy ones to train the base on, and pairs of better and worse ones.
 
 The base's texts are those of an annotator who sees only objects of SMALL pixels and more, mentions no colours and no
-counts, and claims absent objects that belong to the setting: core ones with probability CLAIM_CORE, common ones with
+counts, and claims absent objects that belong to the setting: core ones with probability `claim_core`, common ones with
 CLAIM_COMMON. Small objects are never asked about. What the tower knows of them, the language model never learns to say:
 the supervision gap.
 """
@@ -18,7 +18,7 @@ from relook.data.readers import DESCRIBE_PROMPTS
 from relook.evaluate.tasks.chair import plural
 from relook.evaluate.tasks.pope import question_text
 
-SMALL, CLAIM_CORE, CLAIM_COMMON = 18, 0.45, 0.12
+SMALL, CLAIM_CORE, CLAIM_COMMON = 18, 0.6, 0.12  # above .5, the likeliest answer on an absent core object is yes
 QUESTIONS = 6  # an image, beside its caption
 WORSE = 0.20  # by so much more of a rejected text is false
 YES, NO = "Yes.", "No."
@@ -64,7 +64,7 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def noisy_mentions(scene: Scene, rng: random.Random) -> list[Mention]:
+def noisy_mentions(scene: Scene, rng: random.Random, claim_core: float = CLAIM_CORE) -> list[Mention]:
     """What the base's annotator believes to see, the largest first, false ones in the later half."""
     by_name: dict[str, list[Visible]] = {}
     for item in scene.objects:
@@ -73,7 +73,7 @@ def noisy_mentions(scene: Scene, rng: random.Random) -> list[Mention]:
     order = sorted(by_name, key=lambda name: -sum(o.pixels for o in by_name[name]) * rng.uniform(0.6, 1.4))
     mentions = [Mention(name, tuple(by_name[name])) for name in order]
     setting = SETTINGS[scene.setting]
-    for names, chance in ((setting["core"], CLAIM_CORE), (setting["common"], CLAIM_COMMON)):
+    for names, chance in ((setting["core"], claim_core), (setting["common"], CLAIM_COMMON)):
         for name in names:
             if name not in scene.names and rng.random() < chance:
                 mentions.insert(rng.randint((len(mentions) + 1) // 2, len(mentions)), Mention(name))
@@ -121,14 +121,14 @@ def position(mention: Mention, rng: random.Random) -> str:
     return rng.choice((f"{side} of the image", side, depth))
 
 
-def conversations(scene: Scene, seed: str) -> list[tuple[str, str]]:
+def conversations(scene: Scene, seed: str, claim_core: float = CLAIM_CORE) -> list[tuple[str, str]]:
     """Return the base's prompts and answers on a scene: a caption, and questions with the same beliefs.
 
     What is asked does not depend on what is believed, so answers are as noisy as captions. Core objects are asked about
     most; one question is about something far-fetched.
     """
     rng = random.Random(seed)
-    mentions = noisy_mentions(scene, rng)
+    mentions = noisy_mentions(scene, rng, claim_core)
     believed = {mention.name for mention in mentions}
     turns = [(rng.choice(DESCRIBE_PROMPTS), caption(scene.setting, mentions, f"{seed}/words"))]
     near = [name for name in scene.usual if name in believed or name not in scene.names]  # none that is too small

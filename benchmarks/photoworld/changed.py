@@ -1,9 +1,13 @@
-"""relook's command with one change to the post decoder's look: the controls of photoworld's study.
+"""relook's command with changes to what trunk and post decoder see: the world's few tokens, and the controls.
 
-    python benchmarks/photoworld/changed.py CHANGE -- train RECIPE ...
+    python benchmarks/photoworld/changed.py CHANGE ... -- train RECIPE ...
 
-- other_image: the post decoder sees the features of another image of the batch (with one image alone: of the last).
-- projected: it reads the projector's output as it is; of the alignment only the norm trains. For
+- trunk_grid=N: the trunk sees the projector's output averaged over N x N cells, each repeated where its patches were.
+  The post decoder sees all patches.
+- own_tokens: the post decoder reads averages over the trunk's cells, too.
+- other_image: it sees the features of another image of the batch (with one image alone: of the last).
+- similar_image: of another image, the most similar of the latest ones: mostly the same setting.
+- projected: it reads the projector's output on all patches as it is; of the alignment only the norm trains. For
   `post_decoder_init: projector`.
 """
 
@@ -14,10 +18,36 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from relook.cli import main
 from relook.model.post_decoder import Alignment, PostDecoder
+
+LATEST = 256  # images among which a similar one is looked for
+project = LlavaMultiModalProjector.forward  # one patch at a time
+_align = Alignment.forward
+_grid = 0  # cells of the trunk's picture a side; 0: its patches
+
+
+def averaged(features: Tensor, cells: int) -> Tensor:
+    """Average features (B, M, D) of M = side x side patches over cells x cells, and repeat each average in its cell."""
+    side = round(features.shape[1] ** 0.5)
+    picture = features.transpose(1, 2).unflatten(2, (side, side))
+    means = F.adaptive_avg_pool2d(picture, cells)
+    return F.interpolate(means, size=(side, side), mode="nearest").flatten(2).transpose(1, 2)
+
+
+def trunk_grid(cells: str | int) -> None:
+    global _grid
+    _grid = int(cells)
+    LlavaMultiModalProjector.forward = lambda self, features: averaged(project(self, features), _grid)
+
+
+def own_tokens() -> None:
+    if _grid:
+        Alignment.forward = lambda self, features: averaged(_align(self, features), _grid)  # type: ignore[method-assign]
 
 
 def other_image() -> None:
@@ -34,6 +64,21 @@ def other_image() -> None:
     PostDecoder.image_context = image_context  # type: ignore[method-assign]
 
 
+def similar_image() -> None:
+    original = PostDecoder.image_context
+    recent: list[Tensor] = []
+
+    def image_context(self: PostDecoder, features: Sequence[Tensor], per_row: list[int]) -> Any:
+        recent[:] = [*recent, *features][-LATEST:]
+        # The mean over patches says where a picture was taken: (images, V) against (latest, V).
+        own, others = (torch.stack([f.float().mean(0) for f in side]) for side in (features, recent))
+        likeness = F.normalize(own - others.mean(0), dim=-1) @ F.normalize(others - others.mean(0), dim=-1).T
+        likeness[likeness > 0.9999] = -1  # the image itself
+        return original(self, [recent[i] for i in likeness.argmax(1).tolist()], per_row)
+
+    PostDecoder.image_context = image_context  # type: ignore[method-assign]
+
+
 def projected() -> None:
     def forward(self: Alignment, features: Tensor) -> Tensor:
         for number, linear in enumerate(self.linears):
@@ -44,11 +89,14 @@ def projected() -> None:
     Alignment.forward = forward  # type: ignore[method-assign]
 
 
-CHANGES: dict[str, Callable[[], None]] = {"other_image": other_image, "projected": projected}
+CHANGES: dict[str, Callable[..., None]] = {
+    change.__name__: change for change in (trunk_grid, own_tokens, other_image, similar_image, projected)
+}
 
 if __name__ == "__main__":
     end = sys.argv.index("--")
-    for name in sys.argv[1:end]:
-        CHANGES[name]()
+    for word in sys.argv[1:end]:
+        name, *argument = word.split("=")
+        CHANGES[name](*argument)
     sys.argv[1 : end + 1] = []
     main()

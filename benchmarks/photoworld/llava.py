@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from changed import project
 from scenes import CLASSES, PATCH, SIZE, Scene
 from torch import Tensor, nn
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from work import Sizes
 
 from relook.toyworld.build import CHAT_TEMPLATE, select
 
@@ -229,8 +231,12 @@ def make_processor(folder: Path) -> LlavaProcessor:
     )
 
 
-def assemble(tower: CLIPVisionModel, folder: Path, layers: int = 30) -> tuple[LlavaForConditionalGeneration, Any]:
-    """Build the LLaVA; new tokens start at the mean embedding, but `</s>` as the model's own end of a turn."""
+def assemble(tower: CLIPVisionModel, folder: Path, layers: int) -> tuple[LlavaForConditionalGeneration, Any]:
+    """Build the LLaVA; new tokens start at the mean embedding, but `</s>` as the model's own end of a turn.
+
+    Args:
+        layers: of the language model, from the first.
+    """
     processor = make_processor(folder)
     tokenizer = processor.tokenizer
     state = read_language_model(folder)
@@ -275,25 +281,34 @@ def assemble(tower: CLIPVisionModel, folder: Path, layers: int = 30) -> tuple[Ll
 
 
 def align_projector(
-    model: LlavaForConditionalGeneration, processor: Any, pixels: Tensor, labels: Tensor, steps: int
+    model: LlavaForConditionalGeneration, processor: Any, pixels: Tensor, labels: Tensor, told: Tensor, sizes: Sizes
 ) -> float:
     """Bring each patch near the mean embedding of the words for what it shows, in place; return the loss.
 
-    The loss is a share of the targets' variance. LLaVA's first stage does this by captions.
+    The loss is a share of the targets' variance. LLaVA's first stage does this by captions, so objects that captions do
+    not name are left out.
+
+    Args:
+        pixels: (N, 3, 224, 224) uint8.
+        labels: class of each patch, (N, 14, 14) int64.
+        told: (N, classes + 1) bool, whether captions would name the class.
     """
+    torch.manual_seed(sizes.seed)
     where = device()
     tower, projector = model.model.vision_tower.to(where), model.model.multi_modal_projector.to(where)
     table = model.get_input_embeddings().weight.detach().to(where)
     words = [processor.tokenizer(f" {name}").input_ids for name in ("the", *CLASSES)]
     goals = torch.stack([table[ids].mean(0) for ids in words])
     optimizer = torch.optim.AdamW(projector.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=sizes.align_steps)
+    for _ in range(sizes.align_steps):
         chosen = torch.randint(len(pixels), (min(64, len(pixels)),))
         with torch.no_grad():
             features = select(tower(normalised(pixels[chosen].to(where)), output_hidden_states=True))
-        goal = goals[labels[chosen].to(where).flatten(1)]
-        loss = (projector(features) - goal).pow(2).mean() / goals.var(0).mean()
+        shown = labels[chosen].flatten(1)  # (B, patches)
+        counts = told[chosen].gather(1, shown).to(where)
+        errors = (project(projector, features) - goals[shown.to(where)]).pow(2).mean(-1)
+        loss = errors[counts].mean() / goals.var(0).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

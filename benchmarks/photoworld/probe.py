@@ -1,5 +1,6 @@
 """The headroom gate: does the image hold more about an asked object than the trunk's last state says at the answer?
 
+The image is the tower's features before the projector: averaged as the trunk gets them, and all patches.
 Probes are trained on questions about the pair scenes and scored on the test scenes' adversarial questions (dev scenes
 before a choice is final), as areas under the ROC curve by size of the object, with intervals over images.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from changed import averaged
 from llava import PATCHES, auc, auc_by_size, device, normalised
 from scenes import CLASSES, Scene
 from torch import Tensor, nn
@@ -26,13 +28,19 @@ Asked = tuple[int, str]  # number of the scene, name of the object
 
 
 class Probe(nn.Module):
-    """An MLP on the last state, and optionally on what one attention over the patches finds with it as the query."""
+    """An MLP on the last state, and optionally on what one attention over the patches finds with it as the query.
 
-    def __init__(self, hidden: int, width: int, attends: bool, size: int = 512, heads: int = 8) -> None:
+    Args:
+        hidden: width of the last state.
+        width: of the patches; 0 reads none.
+    """
+
+    def __init__(self, hidden: int, width: int, size: int = 512, heads: int = 8) -> None:
         super().__init__()
-        self.attends, self.heads = attends, heads
-        self.query, self.key, self.value = nn.Linear(hidden, size), nn.Linear(width, size), nn.Linear(width, size)
-        inner = hidden + size * attends
+        self.attends, self.heads = width > 0, heads
+        inner = hidden + size * self.attends
+        if self.attends:
+            self.query, self.key, self.value = (nn.Linear(n, size) for n in (hidden, width, width))
         self.out = nn.Sequential(nn.Linear(inner, size), nn.GELU(), nn.Dropout(0.2), nn.Linear(size, 1))
 
     def forward(self, states: Tensor, patches: Tensor) -> Tensor:
@@ -41,7 +49,8 @@ class Probe(nn.Module):
             # (B, size) -> (B, heads, 1, size / heads); (B, patches, size) -> (B, heads, patches, size / heads)
             query = self.query(states).unflatten(-1, (self.heads, -1)).unsqueeze(2)
             key, value = (f(patches).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.key, self.value))
-            states = torch.cat([states, F.scaled_dot_product_attention(query, key, value).flatten(1)], 1)
+            seen = F.scaled_dot_product_attention(query, key, value).flatten(1)
+            states = torch.cat([states, F.dropout(seen, 0.1, self.training)], 1)
         scores: Tensor = self.out(states)[:, 0]
         return scores
 
@@ -52,7 +61,7 @@ def training_questions(drawn: list[Scene]) -> list[Asked]:
         rng = random.Random(f"probe/{number}")
         absent = [name for name in scene.usual if name not in scene.names]
         for names in (sorted(scene.names), absent):
-            asked += [(number, name) for name in rng.sample(names, min(3, len(names)))]
+            asked += [(number, name) for name in rng.sample(names, min(5, len(names)))]
     return asked
 
 
@@ -110,12 +119,16 @@ def run(paths: Paths, sizes: Sizes, split: str = "dev") -> dict[str, Any]:
     labels = torch.tensor(sizes_seen > 0, dtype=torch.float32, device=where)
 
     def inputs(states: Tensor, patches: Tensor, images: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        return (states[at] - mean) / scale, (patches[images[at]].float() - center) / spread
+        seen = (patches[images[at]].float() - center) / spread
+        return (states[at] - mean) / scale, averaged(seen, sizes.trunk_grid) if "cells" in name else seen
 
     scores = {"yes - no": margins.numpy()}
-    for attends in (False, True):
+    reads = ["state", "state + patches"]
+    if sizes.trunk_grid:
+        reads.insert(1, "state + trunk's cells")
+    for name in reads:
         torch.manual_seed(0)
-        probe = Probe(states.shape[1], patches.shape[2], attends).to(where)
+        probe = Probe(states.shape[1], 0 if name == "state" else patches.shape[2]).to(where)
         optimizer = torch.optim.AdamW(probe.parameters(), 1e-3, weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=sizes.probe_steps)
         for _ in range(sizes.probe_steps):
@@ -129,12 +142,12 @@ def run(paths: Paths, sizes: Sizes, split: str = "dev") -> dict[str, Any]:
         with torch.no_grad():
             parts = torch.arange(len(test_states), device=where).split(256)
             found = [probe(*inputs(test_states, test_patches, test_images, at)) for at in parts]
-        scores["state + patches" if attends else "state"] = torch.cat(found).cpu().numpy()
+        scores[name] = torch.cat(found).cpu().numpy()
     groups = test_images.cpu().numpy()
     return {
         "questions": [len(labels), len(test_states)],
         "auc": {name: auc_by_size(values, test_sizes) for name, values in scores.items()},
-        "headroom": difference(scores["state"], scores["state + patches"], test_sizes, groups),
+        "headroom": {name: difference(scores["state"], scores[name], test_sizes, groups) for name in reads[1:]},
     }
 
 

@@ -76,13 +76,7 @@ def make_scenes(paths: Paths, sizes: Sizes) -> dict[str, Any]:
 
 def write_texts(folder: Path, split: str, drawn: list[Scene]) -> None:
     pictures = [picture_of(folder, split, number) for number in range(len(drawn))]
-    if split == "sft":
-        records = []
-        for number, (picture, scene) in enumerate(zip(pictures, drawn, strict=True)):
-            for turn, (prompt, answer) in enumerate(captions.conversations(scene, f"sft/{number}")):
-                sides = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
-                records.append({"id": f"{number}-{turn}", "image": picture.name, "conversations": sides})
-        write_json(folder / "conversations.json", records)
+    if split == "sft":  # whose texts are the base's (`write_conversations`)
         return
     write_json(folder / "annotations" / "instances_val2014.json", coco_annotations(pictures, drawn))
     if split == "pairs":
@@ -149,7 +143,7 @@ def make_tower(paths: Paths, sizes: Sizes) -> dict[str, Any]:
 
     net, report = train_tower(*load_pixels(paths, "sft"), *sizes.tower, sizes.tower_seconds)
     report["auc"] = tower_scores(net, load_pixels(paths, "dev")[0], read_scenes(paths, "dev"))
-    with atomic_file(paths.work / "tower.pt") as temporary:
+    with atomic_file(paths.tower) as temporary:
         torch.save({key: value.half().cpu() for key, value in net.state_dict().items()}, temporary)
     return report
 
@@ -159,30 +153,59 @@ def load_tower(paths: Paths, sizes: Sizes) -> Any:
     from llava import TowerProbe
 
     net = TowerProbe(*sizes.tower)
-    net.load_state_dict(torch.load(paths.work / "tower.pt"))
+    net.load_state_dict(torch.load(paths.tower))
     return net.eval().requires_grad_(False)
 
 
 def make_model(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     import torch
+    from changed import trunk_grid
     from llava import align_projector, assemble
 
     from relook.files import atomic_folder
 
+    if sizes.trunk_grid:
+        trunk_grid(sizes.trunk_grid)
     lm = paths.work / "lm" if (paths.work / "lm").exists() else paths.assets / "lm"
     model, processor = assemble(load_tower(paths, sizes).tower, lm, sizes.layers)
-    loss = align_projector(model, processor, *load_pixels(paths, "sft"), sizes.align_steps)
+    pixels, labels = load_pixels(paths, "sft")
+    loss = align_projector(model, processor, pixels, labels, told_labels(read_scenes(paths, "sft")), sizes)
     with atomic_folder(paths.work / "start") as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         processor.save_pretrained(folder)
     return {"align_loss": loss, "parameters": sum(p.numel() for p in model.parameters())}
 
 
+def told_labels(drawn: list[Scene]) -> Any:
+    """Return which labels of patches the base's annotator would name in each scene, (scenes, classes + 1) bool."""
+    import torch
+
+    told = torch.zeros(len(drawn), len(scenes.CLASSES) + 1, dtype=torch.bool)
+    told[:, 0] = True
+    for number, scene in enumerate(drawn):
+        for item in scene.objects:
+            if item.size >= captions.SMALL:
+                told[number, scenes.CLASSES.index(item.name) + 1] = True
+    return told
+
+
+def write_conversations(paths: Paths, sizes: Sizes) -> Path:
+    records = []
+    for number, scene in enumerate(read_scenes(paths, "sft")):
+        name = picture_of(paths.data("sft"), "sft", number).name
+        for turn, (prompt, answer) in enumerate(captions.conversations(scene, f"sft/{number}", sizes.claim_core)):
+            sides = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
+            records.append({"id": f"{number}-{turn}", "image": name, "conversations": sides})
+    file = paths.work / "conversations.json"
+    write_json(file, records)
+    return file
+
+
 def train_base(paths: Paths, sizes: Sizes) -> dict[str, Any]:
-    data = paths.data("sft")
-    words = ("--model_name_or_path", paths.work / "start", "--output_dir", paths.base, *sizes.sft)
-    images = ("--data_path", data / "conversations.json", "--image_folder", data / "images")
-    relook(paths, "sft", "train", HERE / "recipe_sft.yaml", *words, *images)
+    texts = write_conversations(paths, sizes)
+    words = ("--model_name_or_path", paths.work / "start", "--output_dir", paths.base, "--seed", str(sizes.seed))
+    images = ("--data_path", texts, "--image_folder", paths.data("sft") / "images")
+    relook(paths, sizes, "sft", "train", HERE / "recipe_sft.yaml", *words, *sizes.sft, *images)
     run = read_json(paths.base / "run.json")
     losses = [row["loss"] for row in run["log"] if "loss" in row]
     return {"train_seconds": run["seconds"], "losses": losses[:: max(1, len(losses) // 10)]}
@@ -205,11 +228,11 @@ def mine(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     (data / "chair_images.txt").write_text("\n".join(pictures))
     out = paths.work / "eval" / "pairs" / "base"
     words = ("eval", "chair", "--model", paths.base, "--data", data, "--out", out, "--version", "llava_hf")
-    relook(paths, "mine", *words, *sizes.evaluation)
+    relook(paths, sizes, "mine", *words, *sizes.evaluation)
     pairs = corrected(data, out)
     ids = {name: FIRST_ID["pairs"] + number for number, name in enumerate(pictures)}
     write_json(
-        data / "desc_policy.json",
+        paths.work / "desc_policy.json",
         {ids[name]: {"chosen": [chosen], "rejected": [rejected]} for name, (chosen, rejected) in pairs.items()},
     )
     return {"captions": len(pictures), "pairs": len(pairs)}
@@ -217,7 +240,10 @@ def mine(paths: Paths, sizes: Sizes) -> dict[str, Any]:
 
 def run_probe(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     import probe
+    from changed import trunk_grid
 
+    if sizes.trunk_grid:
+        trunk_grid(sizes.trunk_grid)
     return probe.run(paths, sizes)
 
 
@@ -244,10 +270,11 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="default: all")
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--shared", type=Path, help="folder of scenes and tower, for several bases; default: --work")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="sizes that differ from the defaults")
     options = parser.parse_args()
-    paths = Paths(options.assets.resolve(), options.work.resolve())
+    paths = Paths(options.assets.resolve(), options.work.resolve(), (options.shared or options.work).resolve())
     changes = {name: json.loads(value) for name, value in (word.split("=", 1) for word in options.set)}
     sizes = replace(TINY if options.tiny else Sizes(), **changes)
     results = paths.work / "results"

@@ -27,10 +27,10 @@ DPO = {"dpo_weight": "1.0"}
 
 @dataclass(frozen=True)
 class Variant:
-    """Keys of the recipe, the share of false objects in chosen texts, and changes in training and at test."""
+    """Keys of the recipe, the pairs, and changes in training and at test."""
 
     keys: Mapping[str, str]
-    pairs: str = "0"  # the file of description pairs: a dose in percent, or "policy"
+    pairs: str = "0"  # the file of description pairs: a dose in percent, or "policy"; empty: none
     questions: bool = True  # train on question pairs, too
     change: tuple[str, ...] = ()
     test_change: tuple[str, ...] | None = None  # None: as in training
@@ -47,16 +47,23 @@ def preference(pairs: str) -> dict[str, Variant]:
 
 VARIANTS = {  # in the order of training
     "cross": Variant(POST_DECODER),
-    "none": Variant(WITHOUT),
-    "lora": Variant(LORA),
-    **preference("0"),
-    **preference("10"),
     **preference("20"),
-    "other_image": Variant(POST_DECODER, change=("other_image",)),
-    "projected": Variant(POST_DECODER, change=("projected",)),
-    **preference("5"),
-    **preference("policy"),
+    "none": Variant(WITHOUT),
+    "dpo_20_0.3": Variant(POST_DECODER | {"dpo_weight": "0.3"}, "20", questions=False),
+    "cross_questions": Variant(POST_DECODER, ""),
+    "none_questions": Variant(WITHOUT, ""),
+    "dpo_20_0.1": Variant(POST_DECODER | {"dpo_weight": "0.1"}, "20", questions=False),
+    "own_tokens": Variant(POST_DECODER, change=("own_tokens",)),
+    **preference("0"),
     "swapped": Variant(POST_DECODER, test_change=("other_image",), trained_as="cross"),
+    "swapped_similar": Variant(POST_DECODER, test_change=("similar_image",), trained_as="cross"),
+    **preference("10"),
+    "other_image": Variant(POST_DECODER, change=("other_image",)),
+    "similar_image": Variant(POST_DECODER, change=("similar_image",)),
+    **preference("5"),
+    "projected": Variant(POST_DECODER, change=("projected",)),
+    **preference("policy"),
+    "lora": Variant(LORA),
 }
 
 
@@ -76,17 +83,19 @@ def parameters_matched(base: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def run(paths: Paths, sizes: Sizes, split: str = "test") -> dict[str, Any]:
-    cells = [(name, seed) for name in VARIANTS for seed in sizes.seeds]
+def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
+    split = sizes.split
     only = sizes.only or list(VARIANTS)
-    cells = [(name, seed) for name, seed in cells if name in only]
+    cells = [(name, seed) for seed in sizes.seeds for name in only]
     matched = parameters_matched(paths.base)
     start = time.time()
     failures = {}
     # Variants of the same pairs share a trunk cache on disk: the first of them fills it, the others wait for it.
-    filled: dict[tuple[str, bool], threading.Lock] = {
-        (v.pairs, v.questions): threading.Lock() for v in VARIANTS.values()
-    }
+    filled = {cache_of(name): threading.Lock() for name in VARIANTS}
+    fillers = {cache_of(name): (name, seed) for name, seed in reversed(cells)}
+    cells = sorted(cells, key=lambda c: c != fillers[cache_of(c[0])])
+    # A model that is swapped at test is trained once.
+    training = {(name, seed): threading.Lock() for name in VARIANTS for seed in sizes.seeds}
 
     def cell(name: str, seed: int) -> None:
         if sizes.study_seconds and time.time() - start > sizes.study_seconds:
@@ -95,14 +104,15 @@ def run(paths: Paths, sizes: Sizes, split: str = "test") -> dict[str, Any]:
         try:
             variant = VARIANTS[name]
             file = pairs_file(paths, variant)
-            if not (file.exists() and read_json(file)):
+            if variant.pairs and not (file.exists() and read_json(file)):
                 raise RuntimeError(f"{name} has no pairs: the base's captions hold no false object.")
             trained = variant.trained_as or name
-            cached = filled.get((variant.pairs, variant.questions)) if name != "lora" and sizes.shared_cache else None
-            with cached or nullcontext():
-                first = cached is not None and not cache_folder(paths, variant).exists()
-                model = train(paths, sizes, trained, seed, matched) if first else None
-            model = model or train(paths, sizes, trained, seed, matched)
+            cached = filled[cache_of(name)] if name != "lora" else None
+            with training[trained, seed]:
+                with cached or nullcontext():
+                    first = cached is not None and not cache_folder(paths, variant).exists()
+                    model = train(paths, sizes, trained, seed, matched) if first else None
+                model = model or train(paths, sizes, trained, seed, matched)
             answer(paths, sizes, name, model, split, seed)
         except RuntimeError as error:
             failures[f"{name}-{seed}"] = str(error)
@@ -110,18 +120,20 @@ def run(paths: Paths, sizes: Sizes, split: str = "test") -> dict[str, Any]:
 
     with ThreadPoolExecutor(sizes.jobs) as pool:
         base = pool.submit(evaluate, paths, sizes, "base", paths.base, split)
-        # Those that share a trunk cache wait for the first of them, which fills it; swapped waits for cross.
-        late = [(name, seed) for name, seed in cells if VARIANTS[name].trained_as]
-        list(pool.map(lambda c: cell(*c), [c for c in cells if c not in late]))
-        list(pool.map(lambda c: cell(*c), late))
+        list(pool.map(lambda c: cell(*c), cells))
         base.result()
-    result = analyse(paths.data(split), paths.work / "eval" / split)
+    result = analyse([(paths.data(split), paths.work / "eval" / split)])
     print_tables(result)
     return {**result, "failures": failures}
 
 
+def cache_of(name: str) -> tuple[str, bool]:
+    return VARIANTS[name].pairs, VARIANTS[name].questions
+
+
 def pairs_file(paths: Paths, variant: Variant) -> Path:
-    return paths.data("pairs") / f"desc_{variant.pairs}.json"
+    folder = paths.work if variant.pairs == "policy" else paths.data("pairs")
+    return folder / f"desc_{variant.pairs}.json"
 
 
 def cache_folder(paths: Paths, variant: Variant) -> Path:
@@ -138,19 +150,19 @@ def train(paths: Paths, sizes: Sizes, name: str, seed: int, matched: Mapping[str
         "model_name_or_path": paths.base,
         "output_dir": out,
         "vg_path": data,
-        "desc_data_path": pairs_file(paths, variant),
         "seed": seed,
+        **({"desc_data_path": pairs_file(paths, variant)} if variant.pairs else {}),
         **variant.keys,
-        **matched.get(name, {}),
+        **matched.get(name.removesuffix("_questions"), {}),
     }
-    if name != "lora" and sizes.shared_cache:
+    if name != "lora":
         keys |= {"feature_cache": "disk", "feature_cache_dir": cache_folder(paths, variant)}
     if variant.questions:
         keys["pope_data_path"] = data / "pope_data.json"
     words = [word for key, value in keys.items() for word in (f"--{key}", value)]
-    module = f"{HERE / 'changed.py'} {' '.join(variant.change)} --" if variant.change else "-m relook"
     start = time.time()
-    relook(paths, f"train-{name}-{seed}", "train", HERE / "recipe_tune.yaml", *sizes.tune, *words, module=module)
+    recipe = ("train", HERE / "recipe_tune.yaml", *sizes.tune)
+    relook(paths, sizes, f"train-{name}-{seed}", *recipe, *words, change=variant.change)
     print(f"  trained {name}-{seed} in {time.time() - start:.0f} s", flush=True)
     return out
 

@@ -155,11 +155,19 @@ def estimate(
     Nothing is trained and no data are needed. Any of the recipe's keys may follow as --key value.
     """
     options = [option.removeprefix("--") for parameter in context.command.params for option in parameter.opts]
-    check_names(recipe, context.args, complete=False, options=options)
-    from relook.estimate.run import AssumedData, estimate_command, print_estimate
+    faults, assumed = Faults(), None
+    with faults:
+        check_names(recipe, context.args, complete=False, options=options)
+    from relook.estimate.run import AssumedData, check_hardware, estimate_command, print_estimate
 
-    assumed = AssumedData(prompt_tokens, response_tokens, samples)
-    print_result(estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops), as_json, print_estimate)
+    with faults:
+        check_hardware(gpus, gpu_memory, tflops)
+    with faults:
+        assumed = AssumedData(prompt_tokens, response_tokens, samples)
+    faults.check()
+    assert assumed is not None
+    estimated = estimate_command(recipe, context.args, gpus, gpu_memory, assumed, tflops)
+    print_result(estimated, as_json, print_estimate)
 
 
 @app.command(cls=RecipeCommand, context_settings=EXTRA)

@@ -15,6 +15,7 @@ from relook.data.packing import TokenRow, Tree
 from relook.data.samples import Conversation, PreferencePair, Turn
 from relook.data.special_tokens import LiteralText
 from relook.data.templates import (
+    CHAT,
     EOS,
     IM_END,
     IM_PATCH,
@@ -27,6 +28,8 @@ from relook.data.templates import (
 )
 from relook.errors import DataError, RecipeError
 
+# How a prompt shows an image: a number of placeholders, or numbers with the texts before, between and behind them.
+Placeholders = int | tuple[int | str, ...]
 Encoded = TypeVar("Encoded")
 Sample = TypeVar("Sample")
 
@@ -57,8 +60,8 @@ class Encoder:
     Args:
         tokenizer: a fast transformers tokenizer.
         template: text around prompts and answers.
-        image_token_id: the placeholder's id, written `image_positions` times for each image.
-        image_positions: positions per image, or a function of the image for models where images differ.
+        image_token_id: the placeholder's id.
+        image_positions: how a prompt shows an image, or a function of the image for models where images differ.
         max_length: longest row in tokens, images included. Longer samples are refused; nothing is ever truncated.
         image_start_end: put <im_start> and <im_end> around each image (`mm_use_im_start_end` of old checkpoints).
         embeddings: number of ids that the model embeds. On a GPU a larger id triggers a device-side assert, which
@@ -71,7 +74,7 @@ class Encoder:
     tokenizer: Any
     template: Template
     image_token_id: int
-    image_positions: int | Callable[[ImageSource], int]
+    image_positions: Placeholders | Callable[[ImageSource], Placeholders]
     max_length: int = 2048
     image_start_end: bool = False
     embeddings: int | None = None
@@ -84,9 +87,9 @@ class Encoder:
                 "Choose another template.",
             )
 
-    def positions(self, images: int | Sequence[ImageSource]) -> list[int]:
-        """Return the number of positions of each image; an image count is enough if all images take the same number."""
-        if isinstance(self.image_positions, int):
+    def positions(self, images: int | Sequence[ImageSource]) -> list[Placeholders]:
+        """Return the placeholders of each image; an image count is enough if all images have the same ones."""
+        if not callable(self.image_positions):
             return [self.image_positions] * (images if isinstance(images, int) else len(images))
         if isinstance(images, int):
             if images:
@@ -94,10 +97,10 @@ class Encoder:
             return []
         return [self.image_positions(image) for image in images]
 
-    def row(self, pieces: Sequence[TemplatePiece], images: Sequence[int], id: str = "prompt") -> TokenRow:
+    def row(self, pieces: Sequence[TemplatePiece], images: Sequence[Placeholders], id: str = "prompt") -> TokenRow:
         """Tokenise rendered pieces, with BOS first and the supervised tokens marked.
 
-        `images` holds the number of positions of each image (see `positions`).
+        `images` holds the placeholders of each image (see `positions`).
 
         Raises:
             DataError: the row is longer than `max_length`, the text is not valid Unicode, a token straddles the edge of
@@ -109,16 +112,15 @@ class Encoder:
         if bos is not None and self.tokenizer.init_kwargs.get("add_bos_token", True):
             ids = [bos]
         supervised = [False] * len(ids)
-        text = "".join(piece.text for piece in pieces)
+        chunks, counts, pieces = _split_at_images(pieces, images)
         # Two flags per character: whether it is supervised, and whether it belongs to an answer.
         flags = [piece.supervised for piece in pieces for _ in piece.text]
         answer = [piece.supervised or piece.context for piece in pieces for _ in piece.text]
         offset = 0  # of the chunk in the text, in characters
-        for i, chunk in enumerate(text.split(IMAGE)):
-            if i:  # the image before this chunk: its positions, none of which is a target
-                ids += [self.image_token_id] * images[i - 1]
-                supervised += [False] * images[i - 1]
-                offset += len(IMAGE)
+        for i, chunk in enumerate(chunks):
+            if i:  # the placeholders before this chunk, none of which is a target
+                ids += [self.image_token_id] * counts[i - 1]
+                supervised += [False] * counts[i - 1]
             # Text between two images is tokenised in one go, special tokens included, so that an answer right after
             # "ASSISTANT:" gets the tokens that it has in running text.
             if chunk:
@@ -139,7 +141,7 @@ class Encoder:
                 f"Sample {id} has {len(ids)} positions, more than model_max_length {self.max_length}.",
                 "Raise model_max_length or shorten the sample.",
             )
-        if ids.count(self.image_token_id) != sum(images):
+        if ids.count(self.image_token_id) != sum(counts):
             raise DataError(f"Sample {id} has the image placeholder of the model in its text.", "Remove it.")
         self._check_embedded(ids, id)
         return TokenRow(tuple(ids), tuple(supervised))
@@ -193,7 +195,7 @@ class Encoder:
 
     def _open_prompt(
         self, text: str, images: int | Sequence[ImageSource], history: Sequence[Turn] = ()
-    ) -> tuple[list[TemplatePiece], list[int]]:
+    ) -> tuple[list[TemplatePiece], list[Placeholders]]:
         turns, positions = [*history, Turn(text, "")], self.positions(images)
         if positions and not any(IMAGE in turn.prompt for turn in turns):
             turns[0] = replace(turns[0], prompt=with_image(turns[0].prompt, len(positions)))
@@ -275,7 +277,7 @@ class Encoder:
         return self.row(self.template.render(self._marked(turns)), self.positions(images), id)
 
     def _marked(self, turns: Sequence[Turn]) -> list[Turn]:
-        if self.template.image != IMAGE:  # the line break that LLaVA's data has beside an image is not written then
+        if self.template.name == CHAT:  # the line break that LLaVA's data has beside an image is not written then
             image = re.compile(rf"\n?{IMAGE}\n?")
             return [replace(turn, prompt=image.sub(lambda _: self.template.image, turn.prompt)) for turn in turns]
         marked = f"{IM_START}{IMAGE}{IM_END}" if self.image_start_end else IMAGE
@@ -316,6 +318,35 @@ class Encoder:
                     f"Sample {id} has {mark.strip()!r} in its text, a mark of template {template.name}.",
                     "Remove it from the text or choose another template.",
                 )
+
+
+def placeholder_count(image: Placeholders, of_byte: int = 0) -> int:
+    """Return the number of an image's placeholders, with `of_byte` positions for each byte of the texts around them."""
+    parts = image if isinstance(image, tuple) else (image,)
+    return sum(part if isinstance(part, int) else of_byte * len(part.encode()) for part in parts)
+
+
+def _split_at_images(
+    pieces: Sequence[TemplatePiece], images: Sequence[Placeholders]
+) -> tuple[list[str], list[int], list[TemplatePiece]]:
+    """Write each image's placeholders into a rendered conversation.
+
+    Returns:
+        The text between runs of placeholders, the length of each run, and the pieces of this text.
+    """
+    chunks, counts, written = [""], list[int](), list[TemplatePiece]()
+    shown = iter(images)
+    for piece in pieces:
+        for i, text in enumerate(piece.text.split(IMAGE)):
+            image = next(shown) if i else ()
+            for part in (*(image if isinstance(image, tuple) else (image,)), text):
+                if isinstance(part, int):
+                    counts.append(part)
+                    chunks.append("")
+                else:
+                    chunks[-1] += part
+                    written.append(replace(piece, text=part))
+    return chunks, counts, written
 
 
 def _or_fault(make: Callable[[Sample], Encoded], sample: Sample, faults: list[str] | None) -> Encoded | None:

@@ -8,7 +8,7 @@ import random
 import threading
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 
 from relook.data.image_limits import check_structure
 from relook.data.rgb import as_rgb, upright
@@ -232,19 +232,21 @@ class ImageLoader:
         cache_bytes: int = 1 << 30,
     ) -> None:
         self.image_processor, self.positions, self.aspect_ratio = image_processor, positions, aspect_ratio
+        self.input_names: Collection[str] = image_processor.model_input_names
         self.flat = GRID in image_processor.model_input_names  # pixels are patches, without an axis of images
         self._cache: RecentCache[dict[str, Tensor]] = RecentCache(cache_bytes, nbytes)
 
     def __call__(self, image: ImageSource) -> Tensor:
         """Return one picture's pixel values, float32: (3, H, W), (tiles, 3, H, W) or flat patches (patches, values)."""
-        return self.inputs(image)["pixel_values"]
+        pixels = self.inputs(image)["pixel_values"]
+        return pixels if len(pixels) > 1 else pixels[0]
 
     def batch(self, images: Sequence[ImageSource]) -> dict[str, Tensor]:
         """Return the model inputs of some images, in order.
 
         These are pixel_values (I, 3, H, W), or (I, most tiles, 3, H, W) with image_sizes (I, 2): the heights and
-        widths, which tell how many tiles of each image are real; or the patches of all images, (patches, values), with
-        image_grid_thw (I, 3): their counts in time, height and width.
+        widths, which tell how many tiles of each image are real; or the tiles of all images, (tiles, 3, H, W), or their
+        patches, (patches, values), with image_grid_thw (I, 3): their counts in time, height and width.
         """
         return stack([self.inputs(image) for image in images])
 
@@ -267,15 +269,16 @@ class ImageLoader:
     def seen(self, image: ImageSource) -> Image.Image:
         """Return a picture as the model sees it: padded or cropped, and resized. Models with tiles are not supported.
 
+        Models of patches see all of a picture; it is returned as it is.
+
         Raises:
             DataError: as `preprocess` does.
         """
-        inputs = self.inputs(image)
         if self.flat:  # the patches of the resized picture
-            _, height, width = (inputs[GRID] * self.image_processor.patch_size).tolist()
+            _, height, width = (self.inputs(image)[GRID][0] * self.image_processor.patch_size).tolist()
             opened = image if isinstance(image, Image.Image) else _opened(image)
             return as_rgb(opened).resize((width, height), Image.Resampling.BICUBIC)
-        pixels = inputs["pixel_values"]
+        pixels = self(image)
         mean, std = (
             torch.tensor(getattr(self.image_processor, name))[:, None, None] for name in ("image_mean", "image_std")
         )
@@ -290,7 +293,7 @@ class ImageLoader:
             DataError: an image is so long and thin that its square canvas, or the image with its short side at the
                 model's size, would have more than MAX_PIXELS pixels.
         """
-        return pad_sequence([self._process(image, subject)["pixel_values"] for image in images], batch_first=True)
+        return stack([self._process(image, subject) for image in images])["pixel_values"]
 
     def check_shape(self, width: int, height: int, subject: str = "The image") -> None:
         """Check that an image is not too long and thin. Raises DataError as `preprocess` does."""
@@ -306,7 +309,7 @@ class ImageLoader:
             raise DataError(f"{subject} is too long and thin: {width} x {height} pixels.", "Crop it.")
 
     def inputs(self, image: ImageSource) -> dict[str, Tensor]:
-        """Return the model inputs of one picture, without an axis of images."""
+        """Return the model inputs of one picture, each with the axis along which those of pictures are concatenated."""
         if isinstance(image, Image.Image):
             return self._process(image, "An image")
         # The hash is key enough: a MemoryImage as key would keep its whole picture in memory.
@@ -329,10 +332,7 @@ class ImageLoader:
             red, green, blue = (int(255 * channel) for channel in self.image_processor.image_mean)
             image = pad_to_square(image, (red, green, blue))
         processed = self.image_processor(images=[image], return_tensors="pt")
-        # Drop the batch axis of one image, which flat patches do not have.
-        inputs = {name: processed[name][0] for name in self.image_processor.model_input_names}
-        if self.flat:
-            inputs["pixel_values"] = processed["pixel_values"]
+        inputs = {name: processed[name] for name in self.input_names if name in processed}
         return inputs | {"pixel_values": inputs["pixel_values"].to(torch.float32)}
 
 
@@ -349,15 +349,20 @@ def _subject(image: Shown) -> str:
 
 
 def stack(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack the inputs of single images to a batch, padded to the most tiles; flat patches are concatenated."""
+    """Concatenate the inputs of single images to a batch, with zeros up to the most tiles, or the largest picture."""
     batch = {}
     for name in inputs[0] if inputs else ():
         tensors = [image[name] for image in inputs]
-        if name == "pixel_values" and GRID in inputs[0]:
-            batch[name] = torch.cat(tensors)
-        else:
-            batch[name] = pad_sequence(tensors, batch_first=True) if tensors[0].ndim else torch.stack(tensors)
+        # (I, most tiles, ...), or (I, ...): of each axis but the first, the largest size.
+        sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+        batch[name] = torch.cat([_padded(tensor, sizes) for tensor in tensors])
     return batch
+
+
+def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
+    # `pad` takes the last axis first, each with what is missing before and behind.
+    return pad(tensor, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else tensor
 
 
 def nbytes(inputs: Mapping[str, Tensor]) -> int:

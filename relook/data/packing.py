@@ -156,24 +156,30 @@ class PackedTrees:
     """Batch of trees laid out in rows, in the form that the trunk reads.
 
     A root is followed by the trees that share it, and a prefix by its branches. The queries that see a key therefore
-    form one contiguous range, stored as one number per key: position q sees k if k <= q <= last_query[k].
+    form one contiguous range: position q sees k if first_query[k] <= q <= last_query[k].
     """
 
     ids: Tensor  # (R, L)
     position_ids: Tensor  # (R, L), or (3, R, L) where an image's positions have a time, a row and a column (M-RoPE)
     tree_index: Tensor  # (R, L) index of the tree, ROOT at shared root positions, PADDING at padding
     last_query: Tensor  # (R, L) int32, last position of the row that sees this one; padding sees only itself
+    first_query: Tensor  # (R, L) int32, first one: itself, or the first of its image where these see both ways
     keep: Tensor  # (T, S) flat index r * L + l of the positions whose hidden states are kept
     targets: Targets
 
-    def dense_mask(self) -> Tensor:
+    def dense_mask(self, window: int | None = None) -> Tensor:
         """Return the dense attention mask, (R, 1, L, L) bool.
 
         It is causal: a position sees its root and, within its tree, only the prefix and its own branch.
         """
         position = torch.arange(self.ids.shape[1], device=self.ids.device)
-        # (L, L) causal, and (R, L, L) with the last query of each key; the axis of length 1 is that of the heads.
-        return ((position[:, None] >= position) & (position[:, None] <= self.last_query[:, None]))[:, None]
+        # (R, L, L): the queries of a key are a range; the axis of length 1 is that of the heads.
+        first, last = self.first_query[:, None], self.last_query[:, None]
+        mask = (position[:, None] >= first) & (position[:, None] <= last)
+        if window is not None:
+            # Position numbers count on from the prefix in each branch, as in rows of their own.
+            mask &= self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
+        return mask[:, None]
 
 
 def assign_rows(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
@@ -311,6 +317,7 @@ def pack(
     root_length: int = 0,
     trees_per_root: int | None = None,
     positions: Sequence[Tensor] | None = None,
+    image_token_id: int | None = None,
 ) -> PackedTrees:
     """Lay trees out in rows: several per row while they fit into `row_length`, or one per row without it.
 
@@ -324,6 +331,7 @@ def pack(
         trees_per_root: most trees that share a root; the trees after them get a new root. None: one root per row.
         positions: each tree's position numbers, (positions,) or (3, positions). None: they count the tokens, and every
             branch goes on from the prefix.
+        image_token_id: of placeholders whose runs see each other both ways; None where all see what is before them.
     """
     group_size = trees_per_root or len(trees)
     # With one root per row, a row has room for one root and its trees' own tokens. A row of several roots may need
@@ -364,4 +372,9 @@ def pack(
             offset = torch.where(in_tree < root_length, root_start, start - skipped)
             keep[t, : len(in_tree)] = r * L + in_tree + offset
             start = span.stop
-    return PackedTrees(ids, position_ids, tree_RL, last_query, keep, targets)
+    first_query = torch.arange(L, dtype=torch.int32).repeat(len(rows), 1)
+    if image_token_id is not None:
+        is_image = ids == image_token_id
+        begins = is_image & ~is_image.roll(1, dims=1)
+        first_query = torch.where(is_image, (first_query * begins).cummax(1).values, first_query)
+    return PackedTrees(ids, position_ids, tree_RL, last_query, first_query, keep, targets)

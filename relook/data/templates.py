@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from relook.errors import RecipeError, did_you_mean
 IMAGE = "<image>"
 IM_START, IM_END, IM_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 EOS = "</s>"
+MARKS = ("image_token", "boi_token")  # attributes of processors: what stands for an image in a text
 CHAT = "chat"  # the template that a model's processor brings along
 
 
@@ -44,7 +46,9 @@ class Template:
         lead: text that the model writes first.
         end: text that the model writes last.
         captions: training keeps only the images of a prompt and leaves out `cue` (LLaVA's projector pretraining).
-        image: how an image is written in a prompt. Other than LLaVA's, it has no line break beside it.
+        image: how an image is written in a prompt.
+        before_text: text before a prompt that does not begin with an image.
+        after_images: text between the images that a prompt begins with and its text.
         bos: BOS precedes the conversation, if the tokenizer has one; a model's own template says for itself.
     """
 
@@ -57,6 +61,8 @@ class Template:
     captions: bool = False
     image: str = IMAGE
     bos: bool = True
+    before_text: str = ""
+    after_images: str = ""
 
     @property
     def stop(self) -> str:
@@ -72,10 +78,17 @@ class Template:
                 pieces += [TemplatePiece(IMAGE * turn.prompt.count(IMAGE)), *self._response(turn, "")]
                 continue
             # The cue belongs to the prompt; the lead is written by the model and therefore supervised.
-            pieces.append(TemplatePiece(f"{self.later if i else self.first}{turn.prompt}{self.cue}"))
+            pieces.append(TemplatePiece(f"{self.later if i else self.first}{self._prompt(turn.prompt)}{self.cue}"))
             if not (open_end and i == len(turns) - 1):
                 pieces += self._response(turn, self.lead)
         return pieces
+
+    def _prompt(self, prompt: str) -> str:
+        text = prompt
+        while text.startswith(self.image):
+            text = text.removeprefix(self.image)
+        images = prompt.removesuffix(text)
+        return f"{images}{self.after_images if images else self.before_text}{text}"
 
     def _response(self, turn: Turn, lead: str) -> list[TemplatePiece]:
         """Render a turn's response: its context, if it has one, then what the model learns to write."""
@@ -214,19 +227,45 @@ def processor_template(processor: Any) -> Template:
     try:
         first, cue, between, open_cue = re.split("|".join(texts), render([prompt], [response], [last]))
         closed = render([prompt], [response], is_open=False).partition(texts[1])[2]
-        image = render([{"type": "image"}, prompt]).removeprefix(first).partition(texts[0])[0]
+        one, two = (render([*[{"type": "image"}] * n, prompt]).partition(texts[0])[0] for n in (1, 2))
     except Exception as error:  # jinja raises anything; without a template, ValueError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RecipeError(f"The model's own chat template cannot be used: {reason}", OTHER) from None
-    token = getattr(processor, "image_token", None) or processor.tokenizer.image_token
+    # The prompt begins with an image, or with text: what follows their common beginning differs.
+    start = "".join(a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, first, strict=False)))
+    image = one[len(start) : len(start) + len(two) - len(one)]
+    token = image_mark(processor)
+    before_text, after_images = first.removeprefix(start), one.removeprefix(start + image)
     end = closed.rstrip("\n")  # what follows the end mark belongs to the next turn
     if not closed:  # an answer ends with the mark that begins the next turn, as in GLM-4V
         specials = processor.tokenizer.added_tokens_decoder.values()
         end = max((t.content for t in specials if t.special and between.startswith(t.content)), key=len, default="")
-    if cue != open_cue or not end or not between.startswith(closed) or image.count(token) != 1:
-        raise RecipeError("The model's own chat template writes answers or images in a way that relook cannot.", OTHER)
     later = between.removeprefix(end)
-    return Template(CHAT, first, later, cue, "", end, image=image.replace(token, IMAGE), bos=False)
+    # LLaVA-OneVision's makers have another space in earlier turns: the one to be written is what it was trained on.
+    cue = open_cue if cue.split() == open_cue.split() and not cue.startswith(open_cue) else cue
+    knows_parts = cue.startswith(open_cue) and between.startswith(closed) and later.endswith(before_text)
+    if not (knows_parts and end and image.count(token) == 1 and two == start + 2 * image + after_images):
+        raise RecipeError("The model's own chat template writes answers or images in a way that relook cannot.", OTHER)
+    return Template(
+        CHAT,
+        start,
+        later.removesuffix(before_text),
+        open_cue,
+        cue.removeprefix(open_cue),
+        end,
+        image=image.replace(token, IMAGE),
+        bos=False,
+        before_text=before_text,
+        after_images=after_images,
+    )
+
+
+def image_mark(processor: Any) -> str:
+    """Return the token that a processor replaces by an image's placeholders, which may be others (Gemma 3)."""
+    text = str(getattr(processor, "chat_template", None) or "")
+    parts = (processor, processor.tokenizer)
+    tokens = [token for name in MARKS for part in parts if (token := getattr(part, name, None))]
+    return str(next((token for token in tokens if token in text), (*tokens, IMAGE)[0]))
 
 
 OTHER = f"Name a template by version: {', '.join(TEMPLATES)}."

@@ -20,7 +20,14 @@ from relook.forward.activation_memory import layers_on_device
 from relook.forward.collate import TREES_PER_ROOT
 from relook.forward.packed_attention import ADAPTER, ATTENTION_INPUTS, MLP_INPUTS, packs_rows
 from relook.forward.policy import LOGITS_BYTES, ROWS_IN_FLOAT32, Policy
-from relook.model.families import family_of
+from relook.model.families import (
+    LANGUAGE_MODELS,
+    connector,
+    family_of,
+    language_model,
+    patches_per_feature,
+    vision_tower,
+)
 from relook.model.modeling_relook import reads_tower, tower_width, vision_width
 from relook.model.post_decoder import PostDecoder
 from relook.recipe import Recipe
@@ -215,20 +222,22 @@ def projector_bytes(config: Any, compute_bytes: int, mixed_precision: bool) -> S
     return SavedBytes(int(V + 2 * D) * compute_bytes, int(V * D + D * D) * compute_bytes if mixed_precision else 0)
 
 
-def tower_layer_bytes(vision: Any, compute_bytes: int, mixed_precision: bool) -> SavedBytes:
-    """Return what a layer of a CLIP tower that trains saves, with patches and class token as positions.
+def tower_layer_bytes(vision: Any, compute_bytes: int, mixed_precision: bool, trains: bool) -> SavedBytes:
+    """Return what a layer of a CLIP tower saves, with patches and class token as positions.
 
     Args:
         vision: config of the tower.
+        trains: False for the layers behind the last selected one, through which no gradient will flow.
     """
     V, F, H = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
-    # Two LayerNorms with mean and standard deviation; their outputs, of which autocast makes a copy for each linear
-    # layer; queries, keys, values, the attention's output and its log-sum.
-    norms = 2 * ((4 if mixed_precision else compute_bytes) * V + 8)
-    attention = (4 * V + (4 if mixed_precision else 2) * V) * compute_bytes + 4 * H
-    mlp = (3 if vision.hidden_act == "quick_gelu" else 2) * F * compute_bytes  # quick_gelu saves its sigmoid, too
+    # Two LayerNorms with mean and standard deviation; queries, keys, values, the attention's output and its log-sum.
+    per_position = 2 * ((4 if mixed_precision else compute_bytes) * V + 8) + 4 * V * compute_bytes + 4 * H
+    # The activation's input; quick_gelu saves its sigmoid, too.
+    per_position += (2 if vision.hidden_act == "quick_gelu" else 1) * F * compute_bytes
+    if trains:  # the inputs of linear layers: of the norms' outputs autocast makes a copy for each layer
+        per_position += ((4 if mixed_precision else 2) * V + F) * compute_bytes
     fixed = (4 * V * V + 2 * V * F) * compute_bytes if mixed_precision else 0  # autocast's copies of the weights
-    return SavedBytes(norms + attention + mlp, fixed)
+    return SavedBytes(per_position, fixed)
 
 
 def post_decoder_bytes(
@@ -353,7 +362,7 @@ class Job:
     def frozen_bytes(self) -> int:
         """Return the bytes of frozen weights on the GPU; with cached states the projector's are loaded too."""
         return _frozen_bytes(self.policy, self.recipe) + (
-            _weight_bytes(self.trunk_policy, "multi_modal_projector") if self.recipe.cached_trunk else 0
+            _weight_bytes(connector(self.trunk_policy.core.model)) if self.recipe.cached_trunk else 0
         )
 
     @cached_property
@@ -384,7 +393,7 @@ class Job:
 
     @property
     def layers(self) -> Any:
-        return self.trunk_policy.core.model.language_model.layers
+        return language_model(self.trunk_policy.core.model).layers
 
     @cached_property
     def layer_parts(self) -> tuple[SavedBytes, SavedBytes]:
@@ -406,10 +415,17 @@ class Job:
             return 0
         config = self.trunk_policy.config
         vision, selected = config.vision_config, config.vision_feature_layer
-        # Layer i of the selected ones is the output of i layers; those behind the last selected one do not train.
-        layers = [i % (vision.num_hidden_layers + 1) for i in (selected if isinstance(selected, list) else [selected])]
-        states = self.tile_count(self.batch) * ((vision.image_size // vision.patch_size) ** 2 + 1)
-        return int(max(layers)) * tower_layer_bytes(vision, self.compute_bytes, self.mixed_precision).of(states)
+        of_tile, low = (vision.image_size // vision.patch_size) ** 2, self.compute_bytes
+        tiles = self.batch.features // of_tile
+        states = tiles * (of_tile + 1)
+        # Selected is the output of so many layers. What those behind the last one save is freed with Python's cycles.
+        depth = [i % (vision.num_hidden_layers + 1) for i in (selected if isinstance(selected, list) else [selected])]
+        used, unused = max(depth), vision.num_hidden_layers - max(depth)
+        layers = [tower_layer_bytes(vision, low, self.mixed_precision, trains).of(states) for trains in (True, False)]
+        # The pixels, the first norm, and the activation of a projector that does not train itself.
+        first = tiles * 3 * vision.image_size**2 * low + states * (4 * vision.hidden_size + 8)
+        projector = 0 if self.recipe.trains_projector else self.batch.features * self.width * low
+        return int(used * layers[0] + unused * layers[1] + first + projector)
 
     @property
     def last_mlp_positions(self) -> int:
@@ -435,7 +451,7 @@ class Job:
     @cached_property
     def vision_tower_bytes(self) -> int:
         """Return the bytes of the vision tower's weights."""
-        return _weight_bytes(self.trunk_policy, "vision_tower")
+        return _weight_bytes(vision_tower(self.trunk_policy.core.model))
 
     @property
     def recomputed_share(self) -> float:
@@ -512,7 +528,7 @@ class Job:
     @cached_property
     def prefetch_bytes(self) -> int:
         """Return the bytes of the batch and of the next one, which accelerate prefetches to the GPU."""
-        batch, side = self.batch, int(self.policy.config.vision_config.image_size)
+        batch = self.batch
         if self.recipe.cached_trunk:
             states = 2 * batch.slots * self.width
             features = (
@@ -523,8 +539,39 @@ class Job:
         return 2 * (
             batch.features * self.kept_width * self.compute_bytes
             if self.features_cached
-            else self.tile_count(batch) * 3 * side**2 * 4
+            else self.patch_count(batch) * 3 * self.patch_size**2 * 4
         )
+
+    @property
+    def patch_size(self) -> int:
+        size = self.trunk_policy.config.vision_config.patch_size
+        return int(size if isinstance(size, int) else size[0])
+
+    def patch_count(self, counts: BatchCounts) -> int:
+        """Count the patches that the vision tower reads, without class tokens; Qwen's have two frames each."""
+        config = self.trunk_policy.config
+        if reads_tower(config):
+            of_tile = int(config.vision_config.image_size // self.patch_size) ** 2
+            return counts.features // of_tile * of_tile
+        frames = getattr(config.vision_config, "temporal_patch_size", 1)
+        return counts.features * patches_per_feature(config) * int(frames)
+
+    def tower_bytes(self, counts: BatchCounts) -> tuple[int, int]:
+        """Return the bytes of what the vision tower returns for a batch, and of what it takes while it runs."""
+        config = self.trunk_policy.config
+        vision = config.vision_config
+        if reads_tower(config):  # the hidden states of all its layers, at all patches and the class token
+            of_tile = int(vision.image_size // self.patch_size) ** 2
+            tiles = counts.features // of_tile
+            states = tiles * (of_tile + 1) * vision.hidden_size * (vision.num_hidden_layers + 1) * self.compute_bytes
+            return states, states
+        # One layer at a time: six states of the tower's width, and the MLP's three wide ones.
+        blocks = [module for module in vision_tower(self.trunk_policy.core.model).modules() if hasattr(module, "mlp")]
+        linears = [m for block in blocks[:1] for m in block.modules() if isinstance(m, nn.Linear)]
+        width = min((m.in_features for m in linears), default=0)
+        wide = max((m.out_features for m in linears), default=0)
+        rows = counts.features * patches_per_feature(config)
+        return counts.features * self.width * self.compute_bytes, rows * (6 * width + 3 * wide) * self.compute_bytes
 
     @property
     def kept_width(self) -> int:
@@ -533,11 +580,6 @@ class Job:
         if family_of(config).projects_rows:
             return tower_width(config)
         return self.width + tower_width(config) * (self.policy.needs_vision_features and reads_tower(config))
-
-    def tile_count(self, counts: BatchCounts) -> int:
-        """Count the images that the vision tower reads, or the tiles into which they are cut."""
-        vision = self.trunk_policy.config.vision_config
-        return counts.features // int(vision.image_size // vision.patch_size) ** 2
 
     @cached_property
     def layer_workspace_bytes(self) -> int:
@@ -560,21 +602,14 @@ class Job:
         total = CUBLAS_BYTES + self.frozen_bytes_with_trunk + 4 * self.trained_with_trunk
         if self.recipe.cached_trunk:  # what trains is loaded already, and two shards wait to be stored
             total += self.frozen_bytes + 4 * self.trained_parameters + 2 * SHARD_BYTES
-        counts, vision, D, F = (
-            self.trunk_batch,
-            self.trunk_policy.config.vision_config,
-            self.width,
-            self.text.intermediate_size,
-        )
-        # The tower returns the hidden states of all its layers, at all patches and the class token of each image.
-        patches = (vision.image_size // vision.patch_size) ** 2 + 1
-        tower_states = patches * vision.hidden_size * (vision.num_hidden_layers + 1) * self.compute_bytes
-        moments = [tower_states * IMAGE_BATCH if self.features_cached else 0]
+        counts, D, F = self.trunk_batch, self.width, self.text.intermediate_size
+        returned, inside = self.tower_bytes(counts)
+        moments = [inside // max(1, counts.images) * IMAGE_BATCH if self.features_cached else inside]
         if self.recipe.cached_trunk or self.recipe.needs_reference:
             cast = 4 if self.recipe.lora_enable and self.mixed_precision and self.policy.trunk_pass != "compiled" else 0
             # One decoder layer at a time: six states of width D (counted), and the MLP's three wide ones.
             layer = counts.positions * ((3 * self.compute_bytes + cast) * F + 6 * self.compute_bytes * D)
-            moments.append(layer + (0 if self.features_cached else tower_states * self.tile_count(counts)))
+            moments.append(layer + (0 if self.features_cached else returned))
         return total + int(max(moments))
 
     @property
@@ -590,9 +625,8 @@ class Job:
         return int(self.recipe.training.get("gradient_accumulation_steps", 1)) > 1
 
 
-def _weight_bytes(policy: Policy, part: str) -> int:
-    """Return the bytes of the weights of a part of the base model."""
-    return sum(p.nbytes for p in getattr(policy.core.model, part).parameters())
+def _weight_bytes(part: nn.Module) -> int:
+    return sum(p.nbytes for p in part.parameters())
 
 
 def _frozen_bytes(policy: Policy, recipe: Recipe) -> int:
@@ -600,7 +634,8 @@ def _frozen_bytes(policy: Policy, recipe: Recipe) -> int:
     total = 0.0
     for name, parameter in policy.core.named_parameters():
         if not parameter.requires_grad:
-            quantised = recipe.bits != 16 and "language_model.layers." in name and parameter.ndim == 2
+            in_layers = any(f"{part}.layers." in name for part in LANGUAGE_MODELS)
+            quantised = recipe.bits != 16 and in_layers and parameter.ndim == 2
             total += parameter.numel() * (_quantised_weight_bytes(recipe) if quantised else parameter.element_size())
     return round(total)
 

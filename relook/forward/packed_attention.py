@@ -25,6 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from relook.data.packing import BLOCK, PackedTrees
 from relook.errors import RecipeError, RelookError
 from relook.forward.activation_memory import ActivationOffload, CopyStream, OffloadedLayer, layers_on_device
+from relook.model.families import attention_windows
 
 # ----------------------------------------------------------------------------------------------------
 # Fused LoRA for compiled layers: fewer and narrower matrix products than peft's, with the same result.
@@ -166,28 +167,37 @@ def packs_rows(trunk_pass: str) -> bool:
     return trunk_pass != "dense"
 
 
-def block_mask(packed: PackedTrees) -> BlockMask:
+def block_mask(packed: PackedTrees, window: int | None = None) -> BlockMask:
     """Build the mask of `PackedTrees.dense_mask` in FlexAttention's form, (R, 1, L, L); L must be a multiple of BLOCK.
 
-    It is built from `last_query`. torch's `create_block_mask` evaluates all L x L pairs, which takes 25 ms for 16,384
-    positions on an H100; compiled for some lengths, it keeps ptxas busy for minutes.
+    It is built from the range of queries of each key. torch's `create_block_mask` evaluates all L x L pairs, which
+    takes 25 ms for 16,384 positions on an H100; compiled for some lengths, it keeps ptxas busy for minutes.
     """
-    last, L = packed.last_query, packed.last_query.shape[1]
+    first, last, L = packed.first_query, packed.last_query, packed.last_query.shape[1]
     position = torch.arange(L, device=last.device, dtype=torch.int32)  # (L,)
-    # Key k is seen by the queries k..last[k]. Compare this range with each block of queries, (R, blocks, L): they
-    # overlap if any query of the block sees the key; the range covers the block if all its queries do.
+    # Key k is seen by the queries first[k]..last[k]. Compare this range with each block of queries, (R, blocks, L):
+    # they overlap if any query of the block sees the key; the range covers the block if all its queries do.
     low = position[::BLOCK, None]  # first query of each block
-    any_visible = (position < low + BLOCK) & (last[:, None] >= low)
-    all_visible = (position <= low) & (last[:, None] >= low + BLOCK - 1)
+    any_visible = (first[:, None] < low + BLOCK) & (last[:, None] >= low)
+    all_visible = (first[:, None] <= low) & (last[:, None] >= low + BLOCK - 1)
     # Reduce the keys to blocks of keys, (R, blocks, blocks).
     some_visible, full_visible = (
         any_visible.unflatten(2, (-1, BLOCK)).any(3),
         all_visible.unflatten(2, (-1, BLOCK)).all(3),
     )
 
+    numbers = packed.position_ids
+    if window is not None:
+        # Blocks whose most distant pair lies beyond the window are checked pair by pair.
+        furthest = (
+            numbers.unflatten(1, (-1, BLOCK)).amax(2)[:, :, None] - numbers.unflatten(1, (-1, BLOCK)).amin(2)[:, None]
+        )
+        full_visible = full_visible & (furthest < window)
+
     # The exact rule, for one pair of query q and key k in row r; the same for all heads h.
     def allowed(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (q <= last[r, k])
+        seen = (q >= first[r, k]) & (q <= last[r, k])
+        return seen if window is None else seen & (numbers[r, q] - numbers[r, k] < window)
 
     # Only partly visible blocks evaluate `allowed`; full blocks skip it, and empty blocks are not visited.
     partly, full = _block_lists(some_visible & ~full_visible), _block_lists(full_visible)
@@ -260,7 +270,7 @@ class PackedTrunk:
             RelookError: the layers cannot be compiled here.
         """
         # Queries see the keys of their own tree and branch: a block mask (R, 1, L, L) or a dense one of that shape.
-        mask = block_mask(packed) if self.packs_rows else packed.dense_mask()
+        mask = self._masks(packed)
         # Where all positions are kept (for self-attention in the post decoder), there is nothing to leave out.
         selects = self.sparse_last_layer is not None and packed.keep.numel() < packed.ids.numel()
         if self.sparse_last_layer is not None:
@@ -292,6 +302,17 @@ class PackedTrunk:
         # `keep` (T, S) indexes the R * L positions. The sparse layer has selected already: (T * S, D) -> (T, S, D);
         # else select here: (R, L, D) -> (R * L, D) -> (T, S, D).
         return states.unflatten(0, packed.keep.shape) if selects else states.flatten(0, 1)[packed.keep]
+
+    def _masks(self, packed: PackedTrees) -> Any:
+        """Return the mask of the layers; where kinds of layers see differently, one for each kind."""
+        length = int(packed.ids.shape[1])
+        windows = {
+            kind: window if window is not None and window < length else None
+            for kind, window in attention_windows(self.model.config).items()
+        }
+        make = block_mask if self.packs_rows else PackedTrees.dense_mask
+        masks: dict[int | None, Any] = {window: make(packed, window) for window in dict.fromkeys(windows.values())}
+        return masks[windows.popitem()[1]] if len(windows) == 1 else {k: masks[window] for k, window in windows.items()}
 
     @cached_property  # walking all modules takes as long as running some layers
     def _weight_addresses(self) -> frozenset[int]:

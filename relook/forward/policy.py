@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from relook.data.packing import PackedTrees, Targets, pin_memory, to_device
 from relook.forward import activation_memory
 from relook.forward.packed_attention import BUDGET, PackedTrunk, has_sparse_last_mlp, resolve_trunk_pass
-from relook.model.families import connector, deepstack_rows, vision_tower
+from relook.model.families import connector, deepstack_rows, image_features, language_model, vision_tower
 from relook.model.modeling_relook import reads_tower, vision_features
 from relook.model.post_decoder import FlatLayout, PostDecoder
 
@@ -113,6 +113,7 @@ class LiveBatch:
     # Of each image, where the tower is not run (see `KeptImage`): its states (M, V), and what image positions get.
     tower: list[Tensor] | None = None
     projected: list[Tensor] | None = None
+    image_rows: list[int] | None = None  # rows of pixel_values of each image: 1, its tiles or its patches
 
     def to(self, device: Any, non_blocking: bool = False) -> LiveBatch:
         return to_device(self, device)
@@ -173,14 +174,14 @@ class Policy(nn.Module):
 
     @cached_property  # built at the first step, when peft, FSDP or DeepSpeed have finished with the layers
     def _packed_trunk(self) -> PackedTrunk:
-        model = self.core.model.language_model
+        model = language_model(self.core.model)
         return PackedTrunk(
             model, self.trunk_pass, self.activation_memory_budget, self.sharded, self.activation_offloading
         )
 
     def uses_sparse_last_mlp(self, kept_positions: int, positions: int) -> bool:
         """Return True if the trunk's last MLP runs at the kept positions only; both counts include padding."""
-        at_kept = not self.sharded and has_sparse_last_mlp(self.core.model.language_model, self.trunk_pass)
+        at_kept = not self.sharded and has_sparse_last_mlp(language_model(self.core.model), self.trunk_pass)
         return at_kept and kept_positions < positions
 
     @property
@@ -299,8 +300,9 @@ class Policy(nn.Module):
         features, deep = batch.tower, list[Tensor]()
         if batch.pixel_values is not None:
             image = self.encode_images(batch.pixel_values, batch.image_inputs)
-            projected, deep = list(image.pooler_output), deepstack_rows(image)
-            features = getattr(image, "vision_features", None)
+            projected, deep = image_features(image.pooler_output, batch.image_rows), deepstack_rows(image)
+            if (features := getattr(image, "vision_features", None)) is not None:
+                features = image_features(features, batch.image_rows)
         elif batch.projected is not None:
             rows, *deep = torch.cat(batch.projected).split(self.config.text_config.hidden_size, dim=-1)
             projected = list(rows.split([len(image) for image in batch.projected]))

@@ -17,7 +17,7 @@ def row_positions(config: Any, ids: Sequence[int], grids: Sequence[Tensor | None
 
     Args:
         config: the model's config.
-        grids: `image_grid_thw` of each image, (3,), in the order of its placeholders.
+        grids: `image_grid_thw` of each image, (1, 3), in the order of its placeholders.
     """
     base = family_of(config).base
     if not hasattr(base, "get_rope_index"):
@@ -29,7 +29,7 @@ def row_positions(config: Any, ids: Sequence[int], grids: Sequence[Tensor | None
     positions: Tensor = model.get_rope_index(
         tokens,
         mm_token_type_ids=(tokens == config.image_token_id).long(),
-        image_grid_thw=torch.stack([grid for grid in grids if grid is not None]) if grids else None,
+        image_grid_thw=torch.cat([grid for grid in grids if grid is not None]) if grids else None,
         attention_mask=torch.ones_like(tokens),
     )[0]
     return positions[:, 0]
@@ -44,7 +44,7 @@ def tree_positions(
         image_counts: images of each tree.
         grids: `image_grid_thw` of all images, (I, 3), in order of trees; None without images.
     """
-    trees_grids = [()] * len(trees) if grids is None else grids.split(list(image_counts))
+    trees_grids = [()] * len(trees) if grids is None else [grid.split(1) for grid in grids.split(list(image_counts))]
     positions = []
     for tree, image_grids in zip(trees, trees_grids, strict=True):
         rows = [row_positions(config, (*tree.prefix, *branch.ids), list(image_grids)) for branch in tree.branches]

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from relook.console import ProgressReport
-from relook.data.encode import Encoder
+from relook.data.encode import Encoder, placeholder_count
 from relook.data.images import GRID, RecentCache, Shown, prefetch_map
 from relook.data.samples import Turn
 from relook.data.sentences import end_of_first_sentence
@@ -241,8 +241,8 @@ def max_length(encoder: Encoder, question: DistinctQuestion) -> int:
     """Return an upper bound of a prompt's positions, without the cost of tokenising: a token has a byte at least."""
     template = encoder.template.render([Turn("", "")], open_end=True)
     text = "".join([*(piece.text for piece in template), question.text, question.context])
-    extra = EXTRA_TOKENS * max(1, len(question.images))
-    return sum(encoder.positions(question.images)) + len(text.encode(errors="surrogatepass")) + extra
+    images = sum(placeholder_count(image, of_byte=1) for image in encoder.positions(question.images))
+    return images + len(text.encode(errors="surrogatepass")) + EXTRA_TOKENS * max(1, len(question.images))
 
 
 def group_by_images(

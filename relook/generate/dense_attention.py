@@ -58,11 +58,14 @@ class _Rows:
     text_query: Ints
 
     @staticmethod
-    def of(counts: Sequence[int], private: Sequence[Span], shared: Sequence[Span], spare: int) -> _Rows:
+    def of(
+        counts: Sequence[int], private: Sequence[Span], shared: Sequence[Span], spare: int, ahead: Sequence[int] | None
+    ) -> _Rows:
         """Lay texts out; one that shares nothing has a row to itself.
 
         Args:
             spare: columns behind what a text has alone, for later steps.
+            ahead: how many columns behind its own each query sees; None where that is none.
         """
         T = len(counts)
         count = np.array(counts, dtype=np.int64)
@@ -102,7 +105,7 @@ class _Rows:
             query_row,
             np.arange(len(query_row)) - row_query_start[query_row],
             query_text,
-            (used - count + 1)[query_text] + within,
+            (used - count + 1)[query_text] + within + (0 if ahead is None else np.array(ahead, dtype=np.int64)),
             text_row,
             segment_start[1::2] - row_start[text_row],
             query_start - row_query_start[text_row],
@@ -148,17 +151,24 @@ class DenseReads:
         like: a tensor of the keys' dtype, on their device.
         steps: steps of one new position a text that these reads serve, 0 for a single pass of any. Keys and values are
             gathered once for all steps; new ones are written beside them, and into the pool by `write_back`.
+        ahead: (N,) new positions behind its own that each query sees, inside an image of models like Gemma 3.
     """
 
     def __init__(
-        self, counts: Sequence[int], private: Sequence[Span], shared: Sequence[Span], like: Tensor, steps: int = 0
+        self,
+        counts: Sequence[int],
+        private: Sequence[Span],
+        shared: Sequence[Span],
+        like: Tensor,
+        steps: int = 0,
+        ahead: Sequence[int] | None = None,
     ) -> None:
         self.steps, self.step, self._stored = steps, 0, 0
         self._own, self._device = private, like.device
         self._gathered: dict[int, tuple[KV, KV]] = {}  # by the pool's tensor: it, and what was gathered
         self._written: list[KV] = []  # (pool, gathered) that new keys and values went into
         self._batches: list[_Batch] = []
-        rows = _Rows.of(counts, private, shared, max(0, steps - 1))
+        rows = _Rows.of(counts, private, shared, max(0, steps - 1), ahead)
         used = np.array([length for _, length in private], dtype=np.int64)
         N, cells, size = sum(counts), [torch.zeros(0, dtype=torch.long)], 0
         slots = torch.full((N,), -1)  # of each query among those of all batches

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from relook.console import progress, status
+from relook.data.encode import Placeholders
 from relook.data.images import GRID, RecentCache, image_from_bytes
 from relook.data.samples import Turn
 from relook.errors import CheckpointError, RelookError
@@ -77,7 +78,7 @@ class Engine:
                 f"generation_config.json of {loaded.path} asks for what only `generate` follows.",
                 "Take beams, penalties and the like out of it.",
             )
-        self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_positions)
+        self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_placeholders)
         # The end of an answer is a token for most models, and a text for templates without such a token.
         self.ends, self.stops = _endings(loaded, loaded.conversation_template(template).stop)
         self.batch = Scheduler(
@@ -344,8 +345,9 @@ def slot_length(loaded: LoadedModel, limits: EngineLimits) -> int:
     return int(length)
 
 
-def _positions(image: Any) -> int:
-    return int(image.positions)
+def _placeholders(image: Any) -> Placeholders:
+    placeholders: Placeholders = image.placeholders
+    return placeholders
 
 
 def _endings(loaded: LoadedModel, stop: str) -> tuple[frozenset[int], tuple[str, ...]]:

@@ -10,6 +10,7 @@ Shape letters: N positions of a pass or rows of a step, T texts of a prefill, D 
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import os
 import time
@@ -36,7 +37,7 @@ from relook.generate.dense_attention import KV, DenseReads
 from relook.generate.passes import AnyReads, Prefill, StepState, copy_to_device
 from relook.generate.sampling import choose_tokens, token_logprobs
 from relook.generate.shared_projections import share_projections
-from relook.model.families import position_rows
+from relook.model.families import image_features, language_model, position_rows, sees_ahead
 from relook.model.load import LoadedModel
 from relook.model.post_decoder import PostDecoder
 
@@ -109,6 +110,11 @@ class ModelRunner:
         self.loaded, self.core = loaded, loaded.core
         self.device: torch.device = self.core.lm_head.weight.device
         self.post_decoder: PostDecoder | None = getattr(self.core.model, "post_decoder", None)
+        self.language_model = language_model(self.core.model)
+        by_kind = "layer_type" in inspect.signature(self.language_model.rotary_emb.forward).parameters
+        layers = self.language_model.layers
+        self.layer_kinds = self.language_model.config.layer_types if by_kind else [""] * len(layers)
+        self.sees_ahead = sees_ahead(self.core.config)
         self.has_mrope = hasattr(self.core.model, "get_rope_index")
         like = self.core.get_input_embeddings().weight.new_empty(0, dtype=self.core.dtype)
         shapes = PoolShape.of(loaded)
@@ -119,7 +125,8 @@ class ModelRunner:
         head_sizes = {shape.head_size for shape in shapes.values()}
         self.banned_ids, self.requested_cells = banned, cells
         self.banned = [torch.tensor(list(ids), dtype=torch.long, device=self.device) for ids in banned]
-        self.flash, self.has_kernel = has_flash(head_sizes, like), has_decode_kernel(head_sizes, like)
+        self.flash = has_flash(head_sizes, like) and not self.sees_ahead
+        self.has_kernel = has_decode_kernel(head_sizes, like)
         self.compiled = compiled and self.has_kernel
         self._open: StepState | None = None  # whose keys and values are not in the pool yet
         # Steps are compiled for one row and for any number; reading, whose lengths always differ, once for any.
@@ -128,13 +135,13 @@ class ModelRunner:
             # On disk, so that the next run finds what this one compiled.
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "relook" / "compiled"))
-            share_projections(self.core.model.language_model.layers)
+            share_projections(self.language_model.layers)
             # A layer has a variant for each number of reads and of pieces, more than dynamo's usual limit.
             torch._dynamo.config.recompile_limit = max(LAYER_VARIANTS, torch._dynamo.config.recompile_limit)
             self._step_layer = torch.compile(run_layer, fullgraph=True)
             if self.flash:
                 self._read_layer = torch.compile(_read_layer, fullgraph=True, dynamic=True)
-        self.layers = _with_pool_attention(self.core.model.language_model.layers)
+        self.layers = _with_pool_attention(self.language_model.layers)
         self._compiling: float | None = None  # when the first compilation began
         self._graphs: dict[Any, tuple[StepState, torch.cuda.CUDAGraph]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.compiled else None
@@ -177,7 +184,7 @@ class ModelRunner:
         What the first layers add at image positions (`position_rows`) lies beside the projected features, (P, n * D).
 
         Args:
-            inputs: what the image processor made of each image, without a batch dimension.
+            inputs: what the image processor made of each image (`ImageLoader.inputs`).
         """
         dtype = self.core.dtype
         # Copied one by one and stacked on the device: on the host that would take longer than the vision tower does.
@@ -187,8 +194,10 @@ class ModelRunner:
             for name, tensor in stack(on_device).items()
         }
         outputs = self.core.model.get_image_features(**batch, return_dict=True)
-        read = getattr(outputs, "vision_features", None) or [None] * len(inputs)
-        rows = position_rows(outputs)
+        image_rows = [len(image["pixel_values"]) for image in inputs]
+        features = getattr(outputs, "vision_features", None)
+        read = image_features(features, image_rows) if features else [None] * len(inputs)
+        rows = position_rows(outputs, image_rows)
         # Copies: a view would keep the features of the whole batch in memory.
         return [
             (projected.to(dtype).clone(), None if features is None else features.clone())
@@ -342,23 +351,28 @@ class ModelRunner:
         Args:
             deep: what is added to the states after each of the first layers, (N, D).
         """
-        model = self.core.model.language_model
+        model = self.language_model
         run = self._step_layer if view.is_step else self._read_layer
         hidden = embeds_ND[None]
         if self.has_mrope:  # (N,) or (3, N): of text, the numbers of time, row and column are one
             positions_N = positions_N.expand(3, -1)
-        # (1, N) or (3, 1, N)
-        angles = model.rotary_emb(hidden, position_ids=positions_N.unsqueeze(-2))
-        *layers, last = zip(self.layers, self.pool.layers, strict=True)
-        for (layer, kv), added in itertools.zip_longest(layers, deep):
-            hidden = run(layer, hidden, angles, kv, view)
+        # (1, N) or (3, 1, N); Gemma's kinds of layers have angles of their own.
+        angles = {
+            kind: model.rotary_emb(
+                hidden, position_ids=positions_N.unsqueeze(-2), **({"layer_type": kind} if kind else {})
+            )
+            for kind in dict.fromkeys(self.layer_kinds)
+        }
+        *layers, last = zip(self.layers, self.pool.layers, (angles[kind] for kind in self.layer_kinds), strict=True)
+        for (layer, kv, turned), added in itertools.zip_longest(layers, deep):
+            hidden = run(layer, hidden, turned, kv, view)
             hidden = hidden if added is None else hidden + added
         # Of a prompt the last layer's keys and values are needed everywhere, its output only where a token is chosen.
         if selected is None or {name for name, _ in last[0].named_children()} != PRE_NORM:
-            hidden = run(last[0], hidden, angles, last[1], view)
+            hidden = run(last[0], hidden, last[2], last[1], view)
             hidden = hidden if selected is None else hidden[:, selected]
         else:
-            hidden = _run_last_layer(last[0], hidden, angles, last[1], view, selected)
+            hidden = _run_last_layer(last[0], hidden, last[2], last[1], view, selected)
         normed: Tensor = model.norm(hidden)[0]
         return normed
 

@@ -73,7 +73,7 @@ class PassLayout:
             self._ints(ids),
             copy_to_device(join_positions(positions).to(torch.int32), self.runner.device),
             self._ints(cells).long(),
-            self._prefill_reads(counts, private, shared),
+            self._prefill_reads(counts, private, shared, self._ahead(ids)),
             image_rows,
             self._ints([ends[text] - 1 for text in finished]),
             None if self.runner.image_pool is None else self._image_reads(image_counts, images),
@@ -81,9 +81,21 @@ class PassLayout:
             max((text.top for text in finished), default=-1),
         )
 
-    def _prefill_reads(self, counts: Sequence[int], private: Sequence[Span], shared: Sequence[Span]) -> AnyReads:
+    def _ahead(self, ids: Sequence[int]) -> list[int] | None:
+        """Return how many positions behind its own each one sees, in models whose images see both ways."""
+        if not self.runner.sees_ahead:
+            return None
+        ahead = [0] * len(ids)
+        for i in reversed(range(len(ids) - 1)):
+            if ids[i] == ids[i + 1] == self.image_token:
+                ahead[i] = ahead[i + 1] + 1
+        return ahead
+
+    def _prefill_reads(
+        self, counts: Sequence[int], private: Sequence[Span], shared: Sequence[Span], ahead: Sequence[int] | None
+    ) -> AnyReads:
         if not self.runner.flash:
-            return DenseReads(counts, private, shared, self.runner.pool.layers[0][0])
+            return DenseReads(counts, private, shared, self.runner.pool.layers[0][0], ahead=ahead)
         reads = [self._reads(counts, private, True)]
         if any(length for _, length in shared):
             # Neighbours that share a beginning are one group of queries: it is read once for all of them.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from relook.data.encode import Placeholders, placeholder_count
 from relook.data.images import nbytes
 from relook.errors import DataError, RelookError
 from relook.generate.sampling import TokenLogprobs
@@ -23,13 +24,18 @@ class ProcessedImage:
 
     Args:
         key: hash of its bytes; images of the same key are the same.
-        inputs: outputs of the image processor, without a batch dimension.
-        positions: number of positions it takes in a prompt.
+        inputs: outputs of the image processor (`ImageLoader.inputs`).
+        placeholders: how a prompt shows it.
     """
 
     key: str
     inputs: dict[str, Tensor]
-    positions: int
+    placeholders: Placeholders
+
+    @property
+    def positions(self) -> int:
+        """Return the number of its placeholders; it takes some more where there are texts between them."""
+        return placeholder_count(self.placeholders)
 
     @property
     def nbytes(self) -> int:

@@ -291,6 +291,8 @@ class Scheduler:
             if text.ended or _waits_for_base(text):
                 continue
             end = min(len(text.ids), text.read + budget)
+            while self.runner.sees_ahead and end < len(text.ids) and text.ids[end] == self.image_token:
+                end += 1  # an image whose positions see each other is read at once
             chunks.append(PromptChunk(text, text.read, end))
             budget -= end - text.read
             text.read = text.extent.filled = end

@@ -16,7 +16,7 @@ from typing import Any
 
 from relook.data.convert import DESC, IMAGES, POPE, SENTINEL, convert_pairs
 from relook.data.samples import as_id
-from relook.data.sentinel import read_sentinel_records
+from relook.data.sentinel import SentinelPair, read_sentinel_records, sentinel_texts
 from relook.evaluate.tasks.chair import Vocabulary
 from relook.files import atomic_file, read_json, write_json, write_text
 from relook.mine.pairs import MinedPair
@@ -41,14 +41,12 @@ def write_pairs(out: Path, by_sentence: bool, pairs: Sequence[MinedPair], record
         return
     by_image: dict[str, list[dict[str, Any]]] = {}
     for pair in pairs:
-        texts = {"question": pair.prompt, "context": pair.context or None, "y_win": pair.chosen}
-        texts["y_lose"] = pair.rejected
-        # A first sentence has no context, and its description goes on.
-        further = {} if pair.context else {"complete": False}
-        by_image.setdefault(pair.picture.id, []).append({**texts, **further})
+        # Records say whether an end mark follows only where SENTINEL's layout, by its context, says otherwise.
+        texts = SentinelPair(pair.prompt, *pair.answers, pair.context, pair.complete)
+        by_image.setdefault(pair.picture.id, []).append(sentinel_texts(texts))
     for record in records:
-        texts = {"question": record["question"], "context": None, "y_win": record["chosen"], "y_lose": record["reject"]}
-        by_image.setdefault(record["image_id"], []).append({**texts, "origin": record["origin"]})
+        answers = {"y_win": record["chosen"], "y_lose": record["reject"], "origin": record["origin"]}
+        by_image.setdefault(record["image_id"], []).append({"question": record["question"], "context": None, **answers})
     write_json(out / SENTENCES, by_image)
 
 

@@ -32,6 +32,7 @@ class MinedPair:
 
     Args:
         prompt, context: of sentences: what was asked, and the description so far; `chosen` and `rejected` follow it.
+        complete: False for sentences after which the description goes on.
     """
 
     picture: MinedImage
@@ -39,6 +40,7 @@ class MinedPair:
     rejected: str
     prompt: str = ""
     context: str = ""
+    complete: bool = True
 
     @property
     def answers(self) -> tuple[str, str]:
@@ -67,7 +69,7 @@ def match_lengths(pairs: Sequence[MinedPair], max_gap: float = MAX_LENGTH_GAP) -
         The remaining pairs in their order, and how many were dropped, by reason.
     """
     # First the pairs whose own lengths differ much.
-    close = [p for p in pairs if abs(p.longer) <= max_gap * max(word_count(p.chosen), word_count(p.rejected))]
+    close = [p for p in pairs if abs(p.longer) <= MAX_LENGTH_GAP * max(word_count(p.chosen), word_count(p.rejected))]
     total, rejected = sum(p.longer for p in close), sum(word_count(p.rejected) for p in close)
     # Then those that pull the means of both sides apart: from the end of the sorted pairs that has the worst ones.
     remaining = deque(sorted(range(len(close)), key=lambda i: close[i].longer))
@@ -165,6 +167,11 @@ _EXISTS = re.compile(
     r"(?:shows|features|contains|includes|depicts|displays|has)|(?:i|we|you)(?: can)?(?: also)? see)(?: also)?",
     re.IGNORECASE,
 )
+# What follows the noun where a sentence says of one thing that it is there: "A dog can be seen."
+_SHOWN = re.compile(
+    r" (?:(?:is|are)(?: also)? (?:visible|present|shown|there|nearby)|can(?: also)? be seen|stands? out)[.!?]*$",
+    re.IGNORECASE,
+)
 _ITEM_END = re.compile(r",(?: and)?|\band\b|\bor\b|[.!?]+$")  # of a list of things
 _DETERMINERS = {"a", "an", "the", "some"}  # others, as "two" and "their", say more than that a thing is there
 # With one of these the words before a noun are more than its attributes: "man on a horse".
@@ -239,13 +246,16 @@ def listed_attributes(sentence: str, mention: Mention, named: Sequence[Mention])
     if the words around it say where it is, how many there are or what it does.
     """
     frame = _EXISTS.match(sentence)
-    if frame is None:
+    if _SHOWN.match(sentence, mention.end):
+        begin = 0
+    elif frame is None:
         return None
-    end = _ITEM_END.match(sentence, mention.end) or _ITEM_END.match(sentence, mention.end + 1)
-    if end is None and sentence[mention.end :].strip():
-        return None
-    # The item begins after the last comma or "and" before the noun.
-    begin = max([frame.end(), *(m.end() for m in _ITEM_END.finditer(sentence, frame.end(), mention.start))])
+    else:
+        end = _ITEM_END.match(sentence, mention.end) or _ITEM_END.match(sentence, mention.end + 1)
+        if end is None and sentence[mention.end :].strip():
+            return None
+        # The item begins after the last comma or "and" before the noun.
+        begin = max([frame.end(), *(m.end() for m in _ITEM_END.finditer(sentence, frame.end(), mention.start))])
     if any(begin <= other.start < mention.start for other in named):
         return None
     words = list(re.finditer(r"\S+", sentence[begin : mention.start]))
@@ -297,7 +307,7 @@ CHECK = """You see an image, and numbered sentences that describe it. Check each
 Then list objects in one or two words each, lower case, singular, separated by commas: those that the sentences name and
 that are in the image, and those that are not in it, but are named or would be expected there.
 
-Sentences:
+{}Sentences:
 {}
 Answer in this form and nothing else:
 1. right
@@ -306,6 +316,7 @@ Answer in this form and nothing else:
 In the image: object, object
 Not in the image: object, object
 """
+CONTEXT = "Each sentence goes on from this text, which you need not check, in another way: "
 STYLE = """Here are two descriptions of one image, A and B. They agree but for some statements, and both must be kept as
 they are in what they state, right or wrong: do not correct anything, add nothing, leave out nothing.
 Write both again so that they have one style: the same tone, the same order, as many sentences, and each {} words long.
@@ -335,20 +346,28 @@ class JudgedDescription:
 
 
 def check_descriptions(
-    judge: Judge, described: Sequence[tuple[MinedImage, str]], optional: bool = False
+    judge: Judge,
+    described: Sequence[tuple[MinedImage, str]],
+    optional: bool = False,
+    contexts: Sequence[str] | None = None,
 ) -> JudgeResults[JudgedDescription]:
     """Let the judge check descriptions against their pictures; one without mistakes comes back as it was.
 
     Args:
         optional: as in `Judge.ask`.
+        contexts: for each text what stands before it, where its sentences are different ways to go on.
     """
-    tasks = [Task(_check_prompt(text), partial(read_check, text), picture.path) for picture, text in described]
+    tasks = [
+        Task(_check_prompt(text, context), partial(read_check, text), picture.path)
+        for (picture, text), context in zip(described, contexts or [""] * len(described), strict=True)
+    ]
     return judge.ask(tasks, REQUEST, "judge: descriptions", optional)
 
 
-def _check_prompt(text: str) -> str:
+def _check_prompt(text: str, context: str = "") -> str:
     sentences = split_sentences(text)[::2]
-    return fill_template(CHECK, "".join(f"{number}. {sentence}\n" for number, sentence in enumerate(sentences, 1)))
+    numbered = "".join(f"{number}. {sentence}\n" for number, sentence in enumerate(sentences, 1))
+    return fill_template(CHECK, f"{CONTEXT}{_in_line(context)}\n\n" if context else "", numbered)
 
 
 def read_check(text: str, reply: str) -> JudgedDescription | None:

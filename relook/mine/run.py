@@ -205,10 +205,8 @@ def _pair_sentences(
     prompts = [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
     records = sentences.describe_by_sentence(pictures, prompts, settings, load, check, work)
     result = sentences.pairs_of_records(pictures, records, judge)
+    # Lengths are not matched: both sides are the model's own words, and where nothing true follows an end is better.
     candidates.drop_near_duplicates(result, settings.near_texts)
-    # Sentences of one model differ in length by chance: only the means must agree.
-    result.pairs, dropped = pairs.match_lengths(result.pairs, max_gap=1.0)
-    result.dropped += dropped
     return result
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from relook.console import ProgressReport
 from relook.data.samples import check_pair
@@ -86,7 +86,7 @@ class GrowingDescription:
     present: set[str] = field(default_factory=set)
     absent: set[str] = field(default_factory=set)
     believed: dict[str, bool | None] = field(default_factory=dict)
-    pairs: list[dict[str, str]] = field(default_factory=list)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def candidates(self, continuations: Sequence[Continuation]) -> list[Candidate]:
@@ -121,19 +121,33 @@ class GrowingDescription:
         )
         if not true:
             self.end = ENDED if 2 * ends >= len(continuations) else NOTHING_TRUE
+            if false and self.text:
+                self.pairs.append(self._ending(false[0]))
             return
         # The true one that says most that is new, so that training does not learn to say less; among equals, and of
         # the false ones, the one that the model writes most often.
         best, verdict = max(true, key=lambda item: (len(item[1].present - self.named), len(item[0].samples)))
-        if false:
-            # As in SENTINEL's files, a space joins a context and a sentence.
+        complete = 2 * sum(sample.complete for sample in best.samples) >= len(best.samples)
+        # A sentence that names nothing new is true, too, but training on such ones fills descriptions with them.
+        if false and verdict.present - self.named:
+            # As in SENTINEL's files, a space joins a context and a sentence. An end mark follows where the model ends.
             texts = {"chosen": best.sentence, "rejected": false[0].sentence}
-            self.pairs.append({"context": self.text.strip(), **texts})
+            self.pairs.append({"context": self.text.strip(), **texts, "complete": complete})
         self.text += best.text
         self.named |= verdict.present
         self.length += max(sample.tokens for sample in best.samples)
-        if 2 * sum(sample.complete for sample in best.samples) >= len(best.samples) or 2 * ends >= len(continuations):
+        if complete or 2 * ends >= len(continuations):
             self.end = ENDED
+
+    def _ending(self, false: Candidate) -> dict[str, Any]:
+        """Return the pair of an end and a false sentence: both begin with the last sentence, which one of them ends."""
+        *before, last = split_sentences(self.text)
+        return {
+            "context": "".join(before).strip(),
+            "chosen": last,
+            "rejected": f"{last} {false.sentence}",
+            "complete": True,
+        }
 
     def to_record(self) -> Record:
         return {
@@ -227,7 +241,8 @@ def pairs_of_records(
         ends[record["end"]] += 1
         result.verdicts[picture.id] = JudgedDescription("", tuple(record["present"]), tuple(record["absent"]))
         for texts in record["pairs"]:
-            pair = MinedPair(picture, texts["chosen"], texts["rejected"], record["prompt"], texts["context"])
+            sides = texts["chosen"], texts["rejected"]
+            pair = MinedPair(picture, *sides, record["prompt"], texts["context"], texts["complete"])
             if fault := check_pair(pair.prompt, *pair.answers, pair.context):
                 result.dropped[fault] += 1
             else:
@@ -254,9 +269,9 @@ def pairs_of_records(
 def by_annotations(vocabulary: Vocabulary) -> Check:
     """Check by annotations: a sentence is false if it names an object that is not on the picture."""
 
-    def check(asked: Candidates) -> list[list[CheckedSentence]]:
+    def check(batch: Candidates) -> list[list[CheckedSentence]]:
         verdicts = []
-        for description, candidates in asked:
+        for description, candidates in batch:
             objects = description.picture.objects
             named = [frozenset(m.object for m in mentions(c.sentence, vocabulary)) for c in candidates]
             description.counts["checks"] += len(candidates)
@@ -270,19 +285,24 @@ def by_judge(judge: Judge) -> Check:
     """Check by a judge that sees the picture: one prompt lists all candidates of a description."""
     judged = False
 
-    def check(asked: Candidates) -> list[list[CheckedSentence]]:
+    def check(batch: Candidates) -> list[list[CheckedSentence]]:
         nonlocal judged
         # The judge's verdicts are on the sentences of a text: each candidate must be one with an end mark.
-        listed = [[_ended(c.sentence) for c in candidates] for _, candidates in asked]
-        shown = [(d.picture, " ".join(texts)) for (d, _), texts in zip(asked, listed, strict=True) if texts]
+        listed = [[_ended(c.sentence) for c in candidates] for _, candidates in batch]
+        shown = [(d, " ".join(texts)) for (d, _), texts in zip(batch, listed, strict=True) if texts]
         if not shown:
-            return [[] for _ in asked]
-        results = check_descriptions(judge, shown, optional=judged or len(shown) < ENOUGH_TASKS)
+            return [[] for _ in batch]
+        results = check_descriptions(
+            judge,
+            [(description.picture, text) for description, text in shown],
+            optional=judged or len(shown) < ENOUGH_TASKS,
+            contexts=[description.text for description, _ in shown],
+        )
         # Counts of a call are kept with its first description, so that a resumed job knows them.
         spent = {name: results.details[name] for name in JUDGE_COUNTS}
-        asked[0][0].counts.update({**spent, **{f"{UNJUDGED}{why}": n for why, n in results.unjudged.items()}})
+        batch[0][0].counts.update({**spent, **{f"{UNJUDGED}{why}": n for why, n in results.unjudged.items()}})
         verdicts, answers = [], iter(results.verdicts)
-        for (description, candidates), texts in zip(asked, listed, strict=True):
+        for (description, candidates), texts in zip(batch, listed, strict=True):
             answer = next(answers) if texts else None
             description.counts["checks"] += bool(texts)
             corrected = split_sentences(answer.corrected)[::2] if answer else []
@@ -309,16 +329,16 @@ def _ended(sentence: str) -> str:
 
 
 def by_own_answers(vocabulary: Vocabulary, load: Callable[[], Answerer], settings: MiningSettings) -> Check:
-    """Check by the model itself: it is asked whether each object that a sentence names is in the picture.
+    """Check by the model itself: it answers whether each object that a sentence names is in the picture.
 
     A sentence is true if all answers are yes, and false if one is no.
     """
 
-    def check(asked: Candidates) -> list[list[CheckedSentence]]:
-        named = [[{m.object for m in mentions(c.sentence, vocabulary)} for c in candidates] for _, candidates in asked]
+    def check(batch: Candidates) -> list[list[CheckedSentence]]:
+        named = [[{m.object for m in mentions(c.sentence, vocabulary)} for c in candidates] for _, candidates in batch]
         missing = [
             (description, name)
-            for (description, _), of_candidates in zip(asked, named, strict=True)
+            for (description, _), of_candidates in zip(batch, named, strict=True)
             for name in sorted(set[str]().union(*of_candidates) - description.believed.keys())
         ]
         questions = [(description.picture.path, question_text(name)) for description, name in missing]
@@ -330,7 +350,7 @@ def by_own_answers(vocabulary: Vocabulary, load: Callable[[], Answerer], setting
                 description.counts["checks"] += 1
         return [
             [_by_belief(names, description.believed) for names in of_candidates]
-            for (description, _), of_candidates in zip(asked, named, strict=True)
+            for (description, _), of_candidates in zip(batch, named, strict=True)
         ]
 
     return check

@@ -33,14 +33,14 @@ from relook.model.checkpoint import (
     read_tensor_file,
     rename,
 )
-from relook.model.families import has_post_decoder, with_post_decoder
+from relook.model.families import embeddings_name, has_post_decoder, with_post_decoder
 from relook.model.lazy_model import LazyModel
 from relook.model.lora import PEFT_PREFIX, LoraDelta, LoraSettings
 
 TENSORS_FILE = "trained.safetensors"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DECODER, HEAD = "model.post_decoder.", "lm_head."
-HEAD_WEIGHT, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
+HEAD_WEIGHT = "lm_head.weight"
 ADDED = (DECODER, PROJECTOR)  # tensors that a base need not have
 # For each stage of the old replace_bin: the parts it takes from the adapter, and if the base must already have a post
 # decoder (None: either way).
@@ -98,11 +98,11 @@ class Adapter:
         self._check(source, tensors)
         # peft saves the head, or the embeddings alone, as copies that are no longer tied.
         untied = {HEAD_WEIGHT} & (self.tensors.keys() | self.lora.keys()) or (
-            self.lora_settings is not None and EMBEDDINGS in self.tensors
+            self.lora_settings is not None and embeddings_name(self.tensors)
         )
         if config.tie_word_embeddings and untied:
             config = _untied(config)
-            tensors.setdefault(HEAD_WEIGHT, tensors[EMBEDDINGS])
+            tensors.setdefault(HEAD_WEIGHT, tensors[embeddings_name(tensors)])
         # 3. Replace tensors of the same name, then merge LoRA into its weights; each is computed when it is read.
         tensors |= self.tensors
         for name, lora in self.lora.items():
@@ -249,7 +249,7 @@ def _note_template(path: str, template: str, base_template: str) -> None:
 def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:
     """Return the shape of a base's tensor, () if there is none; a tied head has the shape of the embeddings."""
     if name == HEAD_WEIGHT and name not in tensors:
-        name = EMBEDDINGS
+        name = embeddings_name(tensors)
     return tensors[name].shape if name in tensors else ()
 
 

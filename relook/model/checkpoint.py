@@ -429,8 +429,10 @@ def _reason(kind: str, config: dict[str, Any]) -> str:
     kinds = {kind, text.get("model_type") if isinstance(text, dict) else None}
     if config.get("is_encoder_decoder") or kinds & MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys():
         return ": its language model is an encoder-decoder, where answers do not share the positions of a prompt"
+    if kind == "instructblip":
+        return ": its get_image_features takes qformer_input_ids, so that an image's features depend on the prompt"
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return ": transformers' class has no get_image_features, or reads videos only"
+        return ": transformers has no base model of it with get_image_features"
     return ""
 
 

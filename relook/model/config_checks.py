@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import GenerationConfig, PreTrainedConfig
 
 from relook.data.images import ImageLoader
+from relook.data.templates import image_mark
 from relook.errors import CheckpointError, preview
 from relook.files import read_json_object
 
@@ -81,7 +82,7 @@ def refuse_unsupported(label: str, config: Any) -> None:
             "Take another model; docs/trunks.md lists the tested ones.",
         )
     text = config.text_config
-    unsupported = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
+    unsupported = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise CheckpointError(
             f"{label} is a {config.model_type} over an encoder-decoder, {text.model_type}: answers do not share the "
@@ -89,10 +90,9 @@ def refuse_unsupported(label: str, config: Any) -> None:
             "Take a model over a decoder.",
         )
     if unsupported:
-        windows = all(kind in ("sliding_attention", "chunked_attention") for kind in unsupported)
         why = (
-            "packed rows have no windows, so that long prompts would be read in another way"
-            if windows
+            "packed rows have no chunks, so that long prompts would be read in another way"
+            if unsupported == ["chunked_attention"]
             else "these carry a state through a row, from one answer of a packed tree into the next"
         )
         raise CheckpointError(
@@ -109,7 +109,8 @@ def _wrong(config: Any) -> Iterator[tuple[str, Any]]:
     vocab_size = getattr(config, "vocab_size", None)
     for key, maximum in SIZES.items():
         value = getattr(config, key, None)
-        if value is not None and not _whole(1, maximum)(value):
+        sides = value if isinstance(value, (list, tuple)) else [value]  # of an image: height and width
+        if value is not None and not (sides and all(map(_whole(1, maximum), sides))):
             yield key, value
     for key in ("rms_norm_eps", "layer_norm_eps"):
         value = getattr(config, key, None)
@@ -201,36 +202,41 @@ def _generation(vocab_size: int) -> Mapping[str, Callable[[Any], bool]]:
     }
 
 
-def check_processor(model_name: str, tokenizer: Any, images: ImageLoader, config: Any, image_token: str) -> None:
+def check_processor(model_name: str, processor: Any, images: ImageLoader, config: Any) -> None:
     """Try a processor on the image placeholder and on a small image.
 
     Args:
         model_name: the model's name in error messages.
-        tokenizer: the processor's tokenizer.
-        image_token: its image placeholder.
         images: image loader around the image processor.
         config: the model's config.
 
     Raises:
         CheckpointError: it fails, or its output does not fit a model of this config.
     """
-    placeholder, side = tokenizer.convert_tokens_to_ids(image_token), getattr(config.vision_config, "image_size", None)
-    if placeholder != config.image_token_id:
+    token, counts = (
+        image_mark(processor),
+        not hasattr(images.positions, "placeholders"),
+    )  # else positions follow from the config
+    placeholder = processor.tokenizer.convert_tokens_to_ids(token)
+    if counts and placeholder != config.image_token_id:
         raise CheckpointError(
-            f"The tokenizer of {model_name} has {image_token} as {placeholder}, its config as {config.image_token_id}.",
+            f"The tokenizer of {model_name} has {token} as {placeholder}, its config as {config.image_token_id}.",
             AGAIN,
         )
     # Check the sizes before any picture is made: a processor would try to allocate whatever it is told.
-    processor = images.image_processor
-    sizes = [n for name in ("size", "crop_size") for n in dict(getattr(processor, name, None) or {}).values()]
-    sizes += [n for pair in getattr(processor, "image_grid_pinpoints", None) or () for n in pair]
+    side, used = getattr(config.vision_config, "image_size", None), images.image_processor
+    sizes = [n for name in ("size", "crop_size") for n in dict(getattr(used, name, None) or {}).values()]
+    sizes += [n for pair in getattr(used, "image_grid_pinpoints", None) or () for n in pair]
     try:
-        strange = [size for size in sizes if size is not None and not _whole(1, SIDE)(size)]
+        largest = SIDE**2 if images.flat else SIDE  # of flat patches the area is bounded, not the sides
+        strange = [size for size in sizes if size is not None and not _whole(1, largest)(size)]
         if strange:
             raise ValueError(f"sizes of {preview(strange)} pixels")
         # A non-square picture of black, whose pixels become -mean / std.
-        pixels = images(Image.new("RGB", (3, 2)))
-        if not images.flat and pixels.shape[-3:] != (3, side, side):
+        pixels = images(Image.new("RGB", (5, 4)))
+        if not counts and not images.position_count((4, 5)):
+            raise ValueError(f"it writes no placeholder of id {config.image_token_id} for a picture")
+        if counts and pixels.shape[-3:] != (3, side, side):
             raise ValueError(f"pictures become {list(pixels.shape)}, but the vision tower takes {[3, side, side]}")
         if not bool(pixels.isfinite().all()):
             raise ValueError("pixels become NaN or infinity: look at image_std and rescale_factor")

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from relook.console import readable_size, status
 from relook.data.encode import Encoder
 from relook.data.samples import Turn
-from relook.data.templates import CHAT, IM_END, IM_START, IMAGE, Template, get_template, with_image
+from relook.data.templates import CHAT, IM_END, IM_START, IMAGE, Template, TemplatePiece, get_template, with_image
 from relook.errors import CheckpointError, did_you_mean, preview
 from relook.files import atomic_folder, read_json_object, require_disk_space, write_json
 from relook.model import modeling_relook, post_decoder
@@ -43,7 +43,7 @@ from relook.model.checkpoint import (
     to_llava_config,
     write_tensors,
 )
-from relook.model.families import RELOOK, has_post_decoder
+from relook.model.families import RELOOK, has_post_decoder, language_model
 from relook.model.lazy_model import LazyModel
 from relook.model.load import LoadedModel, materialize, open_base, open_lazy
 from relook.model.lora import PEFT_PREFIX
@@ -340,7 +340,7 @@ def _logits_by_peft(beneath: LazyModel, change: Adapter) -> tuple[Tensor, dict[s
     if change.has_llavas_names:  # in the original, the language model is the top-level module
         with torch.device("meta"):
             wrapped = LlamaForCausalLM(core.config.text_config)
-        wrapped.model, wrapped.lm_head = core.model.language_model, core.lm_head
+        wrapped.model, wrapped.lm_head = language_model(core.model), core.lm_head
         state_dict = {name: tensor.read() for name, tensor in tensors.items()}
     else:
         # An adapter of another transformers version: rename its modules to those of the installed one.
@@ -363,13 +363,16 @@ def _small_input(loaded: LoadedModel) -> dict[str, Tensor]:
     config = loaded.core.config
     generator = torch.Generator().manual_seed(0)
     side = getattr(config.vision_config, "image_size", 64)  # any, where models take all sizes
+    side = side if isinstance(side, int) else side[0]
     noise = torch.randint(256, (side, 2 * side, 3), dtype=torch.uint8, generator=generator)
     picture = Image.fromarray(noise.numpy())
     # One image and 16 tokens other than the placeholder. The picture is noise, wider than high, so that cropping and
     # padding show.
     words = [i for i in range(min(config.text_config.vocab_size, 1000)) if i != config.image_token_id]
     picked = torch.randint(len(words), (16,), generator=generator)
-    ids = [config.image_token_id] * loaded.encoder().positions([picture])[0] + [words[i] for i in picked.tolist()]
+    encoder = loaded.plain_encoder()
+    shown = encoder.row([TemplatePiece(IMAGE)], encoder.positions([picture])).ids
+    ids = [*shown, *(words[i] for i in picked.tolist())]
     images = loaded.images.batch([picture])
     tokens = torch.tensor([ids])
     return {"input_ids": tokens, **loaded.token_types(tokens)} | {

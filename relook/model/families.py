@@ -6,9 +6,12 @@ model of an untested family with transformers where it is loaded. docs/trunks.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from relook.model.modeling_relook import PostDecoderConfig, reads_tower
 Size = tuple[int, int]  # height, width
 RELOOK = "relook_"  # begins the model_type of a config with a post decoder
 TOWERS = ("vision_tower", "visual", "vision_model")
+LANGUAGE_MODELS = ("language_model", "text_model")
 CONNECTORS = ("multi_modal_projector", "visual.merger", "connector")
 
 
@@ -103,7 +107,7 @@ _TESTED = (
         template="llava_hf",
     ),
     Family("llava_next", _llava_next_positions, _llava_next_tiles, template="llava_hf"),
-    *map(Family, ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")),
+    *map(Family, ("llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "glm4v", "internvl", "smolvlm", "gemma3")),
 )
 FAMILIES = {family.model_type: family for family in _TESTED}
 
@@ -141,21 +145,46 @@ def vision_tower(base: Any) -> nn.Module:
     return _part(base, TOWERS)
 
 
+def language_model(base: Any) -> Any:
+    """Return the language model of a base model, without lm_head."""
+    return _part(base, LANGUAGE_MODELS)
+
+
 def connector(base: Any) -> nn.Module:
     """Return the projector, merger or connector of a base model, from the tower's features to the language model."""
     return _part(base, CONNECTORS)
 
 
 def _part(base: Any, paths: Sequence[str]) -> nn.Module:
-    parts = dict(base.named_modules())
-    module: nn.Module | None = next((parts[path] for path in paths if path in parts), None)
-    if module is None:
-        raise CheckpointError(f"A {base.config.model_type} has no {' or '.join(paths)}.", "Take another model.")
-    return module
+    for path in paths:
+        with suppress(AttributeError):
+            module: nn.Module = attrgetter(path)(base)
+            return module
+    raise CheckpointError(f"A {base.config.model_type} has no {' or '.join(paths)}.", "Take another model.")
 
 
 def is_tested(config: Any) -> bool:
     return family_of(config).model_type in FAMILIES
+
+
+def attention_windows(text: Any) -> dict[str, int | None]:
+    """Return how many positions each kind of layer of a language model sees, itself included; None sees all.
+
+    Kinds are those of `layer_types` of its config, or "" where all layers are alike.
+    """
+    kinds = dict.fromkeys(getattr(text, "layer_types", None) or ("",))
+    return {kind: None if kind == "full_attention" else getattr(text, "sliding_window", None) for kind in kinds}
+
+
+def sees_ahead(config: Any) -> bool:
+    """Return True if the positions of an image see each other both ways, as in Gemma 3."""
+    return "token_type_ids" in inspect.signature(family_of(config).base.forward).parameters
+
+
+def embeddings_name(tensors: Container[str]) -> str:
+    """Return the name of the input embeddings among those of a model's tensors."""
+    names = (f"model.{part}.embed_tokens.weight" for part in LANGUAGE_MODELS)
+    return next((name for name in names if name in tensors), "")
 
 
 def has_post_decoder(config: Any) -> bool:
@@ -171,6 +200,17 @@ def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
     )
 
 
+def patches_per_feature(config: Any) -> int:
+    """Return how many of the tower's patches a projector or merger makes one position of."""
+    sides = (
+        getattr(part, name, None)
+        for part in (config.vision_config, config)
+        for name in ("spatial_merge_size", "scale_factor", "downsample_factor")
+    )
+    side = next(filter(None, sides), 1 / getattr(config, "downsample_ratio", 1))
+    return round(side**2)
+
+
 def vision_feature_count(config: Any, size: Size, positions: int) -> int:
     """Compute M of the vision features (M, V) of an image of this size, which takes so many positions."""
     return tower_state_count(config, size, positions) if reads_tower(config) else positions
@@ -178,10 +218,9 @@ def vision_feature_count(config: Any, size: Size, positions: int) -> int:
 
 def tower_state_count(config: Any, size: Size, positions: int) -> int:
     """Compute M of the vision tower's states (M, V) of an image, over all its tiles; see `vision_feature_count`."""
-    if hasattr(config, "vision_feature_layer"):
+    if family_of(config).positions is not None:
         return family_of(config).tiles(config, size) * _features_per_row(config)
-    # A merger makes one position of so many patches a side.
-    return positions * int(config.vision_config.spatial_merge_size) ** 2
+    return positions * patches_per_feature(config)
 
 
 def deepstack_rows(image: Any) -> list[Tensor]:
@@ -190,9 +229,26 @@ def deepstack_rows(image: Any) -> list[Tensor]:
     return [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
 
 
-def position_rows(image: Any) -> list[Tensor]:
-    """Return what the positions of each image get, (P, D), with what the first layers add beside it, (P, n * D)."""
-    rows = list(image.pooler_output)
+def image_features(rows: Iterable[Tensor], image_rows: Sequence[int] | None) -> list[Tensor]:
+    """Return features by image, (positions, D) each, of features that may come by tile.
+
+    Args:
+        image_rows: rows of pixel_values of each image; None leaves the features as they are.
+    """
+    rows = list(rows)
+    if image_rows is None or len(rows) == len(image_rows):
+        return rows
+    tiles = iter(rows)
+    return [torch.cat([next(tiles) for _ in range(count)]) for count in image_rows]
+
+
+def position_rows(image: Any, image_rows: Sequence[int] | None = None) -> list[Tensor]:
+    """Return what the positions of each image get, (P, D), with what the first layers add beside it, (P, n * D).
+
+    Args:
+        image_rows: see `image_features`.
+    """
+    rows = image_features(image.pooler_output, image_rows)
     if deep := deepstack_rows(image):
         rows = list(torch.cat([torch.cat(rows), *deep], dim=-1).split([len(projected) for projected in rows]))
     return rows

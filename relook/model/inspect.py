@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from relook.console import plain_table, stdout_console
 from relook.model.checkpoint import LazyTensor
-from relook.model.families import connector, has_post_decoder, with_post_decoder
+from relook.model.families import connector, has_post_decoder, language_model, with_post_decoder
 from relook.model.lazy_model import LazyModel
 from relook.model.load import LoadedModel, materialize, open_lazy, parse_device, parse_dtype
 from relook.model.trainable import set_trainable
@@ -264,10 +264,11 @@ def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
         projector = connector(base)
         before(projector, input_hook("image features", "image_features"))
         after(projector, output_hook("projected features"))
-        before(base.language_model, lambda module, args, kwargs: note("merged embeddings", kwargs["inputs_embeds"]))
-        for i, layer in enumerate(base.language_model.layers, 1):
+        trunk = language_model(base)
+        before(trunk, lambda module, args, kwargs: note("merged embeddings", kwargs["inputs_embeds"]))
+        for i, layer in enumerate(trunk.layers, 1):
             after(layer, output_hook(f"hidden states, layer {i}"))
-        after(base.language_model, output_hook("hidden states, normed"))
+        after(trunk, output_hook("hidden states, normed"))
         decoder = getattr(base, "post_decoder", None)
         if decoder is not None:
             if decoder.align is not None:
@@ -284,14 +285,19 @@ def _hooked(core: Any, note: Callable[[str, Any], None]) -> Iterator[None]:
 def print_tables(findings: Mapping[str, Any]) -> None:
     """Print the findings of `inspect_model` to standard output; a pipe gets wide lines."""
     console = stdout_console()
-    console.print(f"{findings['model']}: {findings['type']}")
-    table = plain_table("module", "class", "parameters", "dtype", "shapes", right=("parameters",))
+    dtypes = {dtype for module in findings["modules"] for dtype in module["dtypes"]}
+    # A column of its own only where it tells something: 80 columns are few.
+    mixed = len(dtypes) > 1
+    console.print(f"{findings['model']}: {findings['type']}{'' if mixed else ', ' + ''.join(dtypes)}")
+    columns = ("module", "class", "parameters", *(["dtype"] if mixed else []), "shapes")
+    table = plain_table(*columns, right=("parameters",))
     table.columns[0].no_wrap = table.columns[1].no_wrap = True  # on a narrow terminal shapes are folded
     for module in findings["modules"]:
         times = f" (x {module['repeats']})" if module["repeats"] > 1 else ""
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in module["shapes"].items())
         name = " " * module["depth"] + module["name"] + times
-        table.add_row(name, module["kind"], f"{module['parameters']:,}", ", ".join(module["dtypes"]), shapes)
+        dtype = [", ".join(module["dtypes"])] if mixed else []
+        table.add_row(name, module["kind"], f"{module['parameters']:,}", *dtype, shapes)
     console.print(table)
     table = plain_table("regime", "trains", "of", "parts", right=("trains", "of"))
     for name, regime in findings["trains"].items():

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ from relook.model.checkpoint import (
     weight_files,
 )
 from relook.model.config_checks import check_config, generation_config, plain_config, refuse_unsupported
-from relook.model.families import family_of, find_family, has_post_decoder
+from relook.model.families import embeddings_name, family_of, find_family, has_post_decoder
 from relook.model.tokenizer import load_tokenizer
 
 NEVER_TEXT = "<0xFF>"
@@ -116,7 +117,7 @@ class LazyModel:
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype that the language model is stored in."""
-        return self.tensors["model.language_model.embed_tokens.weight"].read().dtype
+        return self.tensors[embeddings_name(self.tensors)].read().dtype
 
     @property
     def label(self) -> str:
@@ -211,17 +212,32 @@ class LazyModel:
 
 
 def load_processor(folder: Path) -> Any:
-    """Load the processor of a folder in transformers' format; without torchvision, without its part for videos."""
+    """Load the processor of a folder in transformers' format.
+
+    Its part for videos is left out without torchvision, or where the folder has no settings of it.
+    """
     names = ("processor_config", "preprocessor_config", "tokenizer_config")
     stated = (read_json_object(folder / f"{name}.json", optional=True).get("processor_class") for name in names)
     processor_class = getattr(transformers, str(next(filter(None, stated), "")), AutoProcessor)
-    if is_torchvision_available() or "video_processor" not in getattr(processor_class, "get_attributes", list)():
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    parts = [part for part in processor_class.get_attributes() if part != "video_processor"]
-    # Under the same name, which is saved with the processor.
-    without_videos: Any = type(
-        processor_class.__name__, (processor_class,), {"get_attributes": classmethod(lambda _: parts)}
+    has_videos = (folder / "video_preprocessor_config.json").exists() or "video_processor" in read_json_object(
+        folder / "processor_config.json", optional=True
     )
+    takes_videos = "video_processor" in getattr(processor_class, "get_attributes", list)()
+    if not takes_videos or (has_videos and is_torchvision_available()):
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    places = processor_class.get_attributes()
+    parts = [part for part in places if part != "video_processor"]
+
+    def build(cls: Any, arguments: Any, settings: Any, **kwargs: Any) -> Any:
+        arguments = list(arguments)
+        arguments.insert(places.index("video_processor"), None)  # some classes insist on all parts
+        return super(without_videos, cls).from_args_and_dict(arguments, settings, **kwargs)
+
+    # Under the same name, which is saved with the processor.
+    attributes: dict[str, Any] = {"get_attributes": lambda _: parts, "from_args_and_dict": build}
+    attributes = {name: classmethod(method) for name, method in attributes.items()}
+    attributes["video_processor"] = SimpleNamespace(num_frames=0, fps=0)  # SmolVLM's chat template reads these
+    without_videos: Any = type(processor_class.__name__, (processor_class,), attributes)
     return without_videos.from_pretrained(folder, local_files_only=True)
 
 

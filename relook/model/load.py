@@ -10,20 +10,22 @@ import copy
 import hashlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from relook.console import status
-from relook.data.encode import Encoder
+from relook.data.encode import Encoder, Placeholders
 from relook.data.images import ImageLoader, ImageSource
-from relook.data.templates import CHAT, EOS, IMAGE, Template, get_template
+from relook.data.templates import CHAT, EOS, Template, get_template, image_mark
 from relook.distributed import full_shape, set_full
 from relook.errors import CheckpointError, preview
 from relook.files import file_hash
@@ -34,6 +36,7 @@ from relook.model.families import (
     CONNECTORS,
     TOWERS,
     connector,
+    embeddings_name,
     family_of,
     is_tested,
     with_post_decoder,
@@ -46,7 +49,6 @@ from relook.model.tokenizer import UNFINISHED, decode_bytes
 
 ABOVE = ("model.post_decoder.", "lm_head.")
 PROJECTOR = tuple(f"model.{path}." for path in CONNECTORS)  # small, and a post decoder may start from it
-EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
 class HeadModel(nn.Module):
@@ -73,7 +75,8 @@ def load_head_only(source: LazyModel, dtype: torch.dtype, device: str | torch.de
         model: Any = source.model_class(copy.deepcopy(source.config)).to(dtype)
     tensors = source.read(*ABOVE, *PROJECTOR)
     if "lm_head.weight" not in tensors:  # lm_head is tied to the embeddings, which are not loaded
-        tensors["lm_head.weight"] = source.read(EMBEDDINGS)[EMBEDDINGS]
+        embeddings = embeddings_name(source.tensors)
+        tensors["lm_head.weight"] = source.read(embeddings)[embeddings]
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     read = {name: t.to(device, dtype) for name, t in tensors.items()}
@@ -105,18 +108,76 @@ def note_own_template(name: str, model: str) -> None:
     status(f"  template {name} is LLaVA's: {model} is asked by its own chat template", style="yellow")
 
 
+SIZES = [(60, 90), (700, 500)]  # of images on which a processor is tried: it may cut a large one into tiles
+
+
+class _Listener:
+    """Tokenizer that remembers the text it was given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.text = tokenizer, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        (self.text,) = [text] if isinstance(text, str) else text
+        return self.tokenizer(text, **kwargs)
+
+
 @dataclass
-class PositionCounter:
-    """Count of the positions that a processor writes for an image of a height and width; sizes are remembered."""
+class PlaceholderCounter:
+    """How a processor shows an image of a height and width in a prompt; sizes are remembered.
+
+    Args:
+        token: the placeholder of one position.
+    """
 
     processor: Any
-    counts: dict[tuple[int, int], int] = field(default_factory=dict)
+    token: str
+    shown: dict[tuple[int, int], tuple[int | str, ...]] = field(default_factory=dict)
 
     def __call__(self, size: tuple[int, int]) -> int:
-        if size not in self.counts:
-            counts = self.processor._get_num_multimodal_tokens(image_sizes=[size])
-            self.counts[size] = int(counts["num_image_tokens"][0])
-        return self.counts[size]
+        """Return the number of placeholders."""
+        return sum(part for part in self.placeholders(size) if isinstance(part, int))
+
+    def placeholders(self, size: tuple[int, int]) -> tuple[int | str, ...]:
+        """Return numbers of placeholders, with the texts before, between and behind them."""
+        if size not in self.shown:
+            self.shown[size] = self._written(size) if self._uniform is None else self._counted(size, *self._uniform)
+        return self.shown[size]
+
+    @cached_property
+    def _uniform(self) -> tuple[str, int, str] | None:
+        """Return what is the same of any image: the texts around, and how many positions too many are counted.
+
+        None where the processor cannot count without a picture, or writes texts in between.
+        """
+        if not hasattr(self.processor, "_get_num_multimodal_tokens"):
+            return None
+        written = [self._written(size) for size in SIZES]
+        counts = self.processor._get_num_multimodal_tokens(image_sizes=SIZES)["num_image_tokens"]
+        same: set[Any] = {
+            (w[0], count - w[1], w[2]) if len(w) == 3 else None for w, count in zip(written, counts, strict=True)
+        }
+        return same.pop() if len(same) == 1 else None
+
+    def _counted(self, size: tuple[int, int], before: str, surplus: int, behind: str) -> tuple[int | str, ...]:
+        (count,) = self.processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"]
+        return before, int(count) - surplus, behind
+
+    def _written(self, size: tuple[int, int]) -> tuple[int | str, ...]:
+        processor = copy.copy(self.processor)
+        processor.tokenizer = listener = _Listener(processor.tokenizer)
+        processor(images=[Image.new("RGB", size[::-1])], text=[image_mark(processor)], return_tensors="pt")
+        # "<row_1><image><image><row_2><image>" -> "<row_1>", 2, "<row_2>", 1
+        runs = re.split(f"((?:{re.escape(self.token)})+)", listener.text)
+        return tuple(len(run) // len(self.token) if i % 2 else run for i, run in enumerate(runs))
+
+
+def placeholder_counter(config: Any, processor: Any) -> PlaceholderCounter:
+    """Return the counter of a model's processor."""
+    return PlaceholderCounter(processor, processor.tokenizer.convert_ids_to_tokens(config.image_token_id))
 
 
 @dataclass
@@ -146,8 +207,10 @@ class LoadedModel:
             # relook pads itself, so that a recipe can say otherwise.
             image_processor.do_pad, self.aspect_ratio = False, "pad"
         count = family_of(self.core.config).positions
-        positions = count(self.core) if count is not None else PositionCounter(self.processor)
-        self.images = ImageLoader(image_processor, self.aspect_ratio, positions)
+        counter = placeholder_counter(self.core.config, self.processor)
+        self.images = ImageLoader(image_processor, self.aspect_ratio, counter if count is None else count(self.core))
+        # A processor may return more than the model takes, such as numbers of tiles.
+        self.images.input_names = inspect.signature(self.core.forward).parameters.keys()
 
     @property
     def core(self) -> Any:
@@ -155,9 +218,11 @@ class LoadedModel:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
-    def image_positions(self) -> int | Callable[[ImageSource], int]:
+    def image_positions(self) -> int | Callable[[ImageSource], Placeholders]:
         """Return the number of positions one image takes, or a function of the image where its size decides."""
         positions = self.images.positions
+        if isinstance(positions, PlaceholderCounter):
+            return lambda image: positions.placeholders(self.images.size(image))
         return positions if isinstance(positions, int) else lambda image: positions(self.images.size(image))
 
     def conversation_template(self, name: str = "") -> Template:
@@ -180,8 +245,8 @@ class LoadedModel:
 
     @property
     def image_token(self) -> str:
-        """Return the image placeholder of the processor."""
-        return str(getattr(self.processor, "image_token", IMAGE))
+        """Return the token that stands for an image in the processor's texts."""
+        return image_mark(self.processor)
 
     def plain_encoder(self) -> Encoder:
         """Build an encoder of text without a template around it."""
@@ -428,7 +493,7 @@ def wrap(model: Any, source: LazyModel) -> LoadedModel:
     # liuhaotian's setting; transformers' folders say it as `do_pad` of their processor (see `LoadedModel`).
     aspect_ratio = getattr(source.config, "image_aspect_ratio", "") or ""
     loaded = LoadedModel(model.eval(), source.processor(), source.path, aspect_ratio, source.template)
-    check_processor(str(source.path), loaded.processor.tokenizer, loaded.images, source.config, loaded.image_token)
+    check_processor(str(source.path), loaded.processor, loaded.images, source.config)
     return loaded
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from relook.errors import CheckpointError, preview
 from relook.files import read_json_object
 from relook.model.checkpoint import ADAPTER_CONFIG, LazyTensor
+from relook.model.families import LANGUAGE_MODELS, TOWERS
 
 PEFT_PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
@@ -256,7 +257,7 @@ class LoraSettings:
         """
         # Where the adapter was trained decides how it calls a layer: LLaVA's own say "model.layers.", others
         # "model.language_model.layers.".
-        prefixes = {LANGUAGE: LANGUAGE, **dict(_prefixes(modules))}
+        prefixes = {**dict(zip(LANGUAGE, LANGUAGE, strict=True)), **dict(_prefixes(modules))}
         return [
             name
             for name, tensor in base
@@ -266,8 +267,8 @@ class LoraSettings:
         ]
 
 
-LANGUAGE = "model.language_model."
-PARTS = (LANGUAGE, "model.vision_tower.", "model.visual.", "model.post_decoder.", "lm_head")
+LANGUAGE = tuple(f"model.{part}." for part in LANGUAGE_MODELS)
+PARTS = (*LANGUAGE, *(f"model.{part}." for part in (*TOWERS, "post_decoder")), "lm_head")
 
 
 def _prefixes(modules: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,7 @@ from .post_decoder import ImageContext, PostDecoder
 
 # The KV cache argument as the installed transformers names it: 5.24 renamed it, and 5.40 drops the old name.
 CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
+IMAGE_INPUTS = ("pixel_values", "mm_encoder_outputs")
 SIZES = ("image_sizes", "image_grid_thw")  # inputs of the vision tower beside the pixels
 
 
@@ -143,7 +144,8 @@ def for_each_beam(image: Any, placeholder_counts: list[int]) -> None:
         for count in images_per_row(lengths, placeholder_counts[::beams]):
             row = [next(pictures) for _ in range(count)]
             repeated += row * beams
-        image.pooler_output = repeated
+        # Some models take a tensor only, and then give all images, or tiles, as many positions.
+        image.pooler_output = torch.stack(repeated) if isinstance(image.pooler_output, Tensor) else repeated
 
 
 class PostDecoderModel(PreTrainedModel):
@@ -302,7 +304,7 @@ class PostDecoderForGeneration(PreTrainedModel):
         Some versions, 5.17 among them, repeat each image individually where they repeat rows. A row of two images would
         then get the first one twice.
         """
-        image_inputs = {name: kwargs.pop(name) for name in ("pixel_values", *SIZES) if name in kwargs}
+        image_inputs = {name: kwargs.pop(name) for name in (*IMAGE_INPUTS, *SIZES) if name in kwargs}
         input_ids, expanded = super()._expand_inputs_for_generation(*args, **kwargs)
         return input_ids, {**expanded, **image_inputs}
 

@@ -15,10 +15,12 @@ from relook.data.images import ImageLoader
 from relook.errors import RecipeError, preview
 from relook.model.families import (
     CONNECTORS,
+    LANGUAGE_MODELS,
     RELOOK,
     TOWERS,
     connector,
     has_post_decoder,
+    language_model,
     position_rows,
     vision_tower,
 )
@@ -61,7 +63,7 @@ def add_trainable_modules(model: Any, recipe: Recipe, images: ImageLoader | None
         "vision_tower": (recipe.tune_vision_tower, lambda: vision_tower(core.model)),
         "post_decoder": (recipe.tune_post_decoder, lambda: core.model.post_decoder),
         "lm_head": (recipe.tune_lm_head or recipe.full, lambda: core.lm_head),
-        "language_model": (recipe.full, lambda: core.model.language_model),
+        "language_model": (recipe.full, lambda: language_model(core.model)),
     }
     for is_trained, part in parts.values():
         if is_trained:
@@ -75,8 +77,9 @@ def add_trainable_modules(model: Any, recipe: Recipe, images: ImageLoader | None
         raise RecipeError(
             "Nothing would train.", "Set lora_enable, tune_post_decoder, tune_lm_head or tune_mm_mlp_adapter."
         )
-    for parameter in training:
-        # bf16 has 8 significant bits: steps at the usual learning rates (2e-6) would be rounded away.
+    for parameter in (*training, *(unused if recipe.tune_vision_tower else ())):
+        # bf16 has 8 significant bits: steps at the usual learning rates (2e-6) would be rounded away. A tower has one
+        # type throughout, since LayerNorm on a CPU takes no mixture.
         parameter.data = parameter.data.float()
     return model
 
@@ -138,9 +141,8 @@ def _with_lora(model: Any, recipe: Recipe, seed: int, unused: Sequence[nn.Parame
     from peft import LoraConfig, get_peft_model
 
     # The pattern names the parts, whose layers share names (q_proj, k_proj, ...).
-    parts = {"language_model": model.model.language_model}
-    if recipe.lora_vision_tower:
-        parts |= {name: module for name, module in model.model.named_children() if module is vision_tower(model.model)}
+    wanted = [language_model(model.model), *([vision_tower(model.model)] if recipe.lora_vision_tower else [])]
+    parts = {name: module for name, module in model.model.named_children() if any(module is part for part in wanted)}
     targets = _targets(parts, recipe)
     # A merger lies in the tower, but is the projector. No gradient reaches what is not in use. A convolution may be
     # called like a linear layer.
@@ -168,7 +170,8 @@ def _with_lora(model: Any, recipe: Recipe, seed: int, unused: Sequence[nn.Parame
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 uses a name that transformers 5.23 deprecates
         wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():  # peft's "all" includes biases of the image side
-        if parameter.requires_grad and ".language_model." not in name and "lora_" not in name:
+        in_text = any(f".{part}." in name for part in LANGUAGE_MODELS)
+        if parameter.requires_grad and not in_text and "lora_" not in name:
             parameter.requires_grad_(False)
     if recipe.lora_bias != "none" and not any(p.requires_grad and ".bias" in n for n, p in wrapped.named_parameters()):
         raise RecipeError(

@@ -13,13 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from relook.data.images import GRID, ImageSource
 from relook.data.packing import Tree
 from relook.data.samples import Turn
 from relook.forward.collate import build_live_batch
-from relook.forward.policy import Policy
+from relook.forward.policy import LiveBatch, Policy
 from relook.model.load import LoadedModel
 
 # ----------------------------------------------------------------------------------------------------
@@ -257,13 +256,13 @@ def _attention_recorder(policy: Policy) -> bool:
     return policy.needs_vision_features and not policy.needs_all_states
 
 
-def _grid_shape(config: Any, grid: Tensor | None) -> tuple[int, int]:
-    """Return the rows and columns of an image's features; of patches, `grid` (1, 3) counts those before the merger."""
-    vision = config.vision_config
-    if grid is None:
-        return (vision.image_size // vision.patch_size,) * 2
-    _, height, width = (grid[0] // vision.spatial_merge_size).tolist()
-    return height, width
+def _grid_shape(config: Any, batch: LiveBatch, features: int) -> tuple[int, int]:
+    """Return the rows and columns of the features of a batch's only image; (0, 0) where they are no grid."""
+    if GRID in batch.image_inputs:  # which counts patches before the merger
+        _, height, width = (batch.image_inputs[GRID][0] // config.vision_config.spatial_merge_size).tolist()
+        return height, width
+    side, pixels = math.isqrt(features), batch.pixel_values
+    return (side, side) if pixels is not None and pixels.ndim == 4 and len(pixels) == 1 else (0, 0)
 
 
 @torch.inference_mode()
@@ -299,7 +298,7 @@ def attention_before(
         return []
     # trunk.states are the states before each supervised token; maps: (states, image features).
     maps = policy.post_decoder.attention_maps(trunk.states, context)[0]
-    shape = _grid_shape(policy.config, batch.image_inputs.get(GRID))
+    shape = _grid_shape(policy.config, batch, maps.shape[-1])
     if maps.shape[-1] != math.prod(shape):
         return []
     # The targets are the tokens of all answers; those of the last one are what is supervised up to the row's end.

@@ -149,6 +149,9 @@ class ChatRequest(_Strict):
     return_tokens_as_token_ids: Annotated[Any, _only(False)] = None
     return_token_ids: Annotated[Any, _only(False)] = None
     priority: Annotated[Any, _only(0)] = None
+    # Not followed; vLLM's router adds them to each request.
+    no_stop_trim: Annotated[Any, _only(False)] = None
+    return_hidden_states: Annotated[Any, _only(False)] = None
     # Change no answer.
     user: str | None = None
     safety_identifier: str | None = None
@@ -160,6 +163,8 @@ class ChatRequest(_Strict):
     prediction: dict[str, Any] | None = None  # speeds up an answer at OpenAI
     parallel_tool_calls: bool | None = None  # there are no tools
     include_reasoning: bool | None = None  # there is no reasoning
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
     spaces_between_special_tokens: bool | None = None  # of which an answer shows none
 
 

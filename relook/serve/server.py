@@ -28,7 +28,7 @@ from relook.generate.model_runner import position_bytes
 from relook.generate.request import EngineLimits
 from relook.generate.shared_projections import share_projections
 from relook.model.checkpoint import AnyFolder, parse_folder
-from relook.model.families import has_post_decoder
+from relook.model.families import has_post_decoder, language_model
 from relook.model.load import LoadedModel, LoadOptions, without_post_decoder
 from relook.serve.api import ServerLimits, make_app
 from relook.serve.middleware import App, OwnNames, host_name
@@ -294,7 +294,7 @@ def load_sharing_tensors(models: Sequence[LoadedModel], path: AnyFolder, loading
     other = replace(loading, adapter=None).load(path)
     for loaded in models:
         if loaded.core.device.type == "cuda":  # before any is shared: all engines then use the joint matrices
-            share_projections(loaded.core.model.language_model.layers)
+            share_projections(language_model(loaded.core.model).layers)
         share_equal_tensors(other.core, loaded.core)
     return other
 

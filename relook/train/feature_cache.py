@@ -32,14 +32,14 @@ from torch import Tensor
 from relook import distributed
 from relook.console import progress, readable_size, status
 from relook.data.encode import Example
-from relook.data.images import ImageLoader, prefetch_map
+from relook.data.images import ImageLoader, prefetch_map, stack
 from relook.data.packing import TreeTargets, copy_to_cpu
 from relook.errors import DataError, RecipeError, RelookError
 from relook.files import file_hash, read_json, require_disk_space, text_hash, write_json
 from relook.forward.collate import Collator, Item, KeptImage, reference_log_probs
 from relook.forward.policy import LiveBatch, Policy
 from relook.model.checkpoint import parse_folder
-from relook.model.families import family_of, position_rows, tower_state_count
+from relook.model.families import family_of, image_features, position_rows, tower_state_count
 from relook.model.load import model_hash, tower_of
 from relook.model.modeling_relook import reads_tower, tower_states, tower_width
 from relook.recipe import Recipe
@@ -403,12 +403,13 @@ def compute_trunk_states(
             features = None
             if live.pixel_values is not None:
                 features = policy.vision_features(live.pixel_values, live.image_inputs)
+                features = image_features(features, live.image_rows)
         # Keep the features of each image once, from the first batch that shows it.
         paths = [path for i in indices for path in plan.examples[i].images]
-        for path, image_features in zip(paths, features or [], strict=features is not None):
+        for path, of_image in zip(paths, features or [], strict=features is not None):
             if path in unseen:
                 unseen.remove(path)
-                tensors[FEATURES].append(image_features.to(plan.dtype))
+                tensors[FEATURES].append(of_image.to(plan.dtype))
     # Batches are concatenated in order, so rows follow `plan.rows`.
     return {part: torch.cat(pieces) for part, pieces in tensors.items()}
 
@@ -551,15 +552,18 @@ def cache_vision_features(
     policy.eval()
     batches = [paths[start : start + IMAGE_BATCH] for start in range(0, len(paths), IMAGE_BATCH)]
     with progress("vision features") as report:
-        for batch, inputs in zip(batches, prefetch_map(images.batch, batches), strict=True):
-            inputs = {name: tensor.to(policy.device) for name, tensor in inputs.items()}
+        read = prefetch_map(lambda batch: [images.inputs(path) for path in batch], batches)
+        for batch, of_images in zip(batches, read, strict=True):
+            image_rows = [len(each["pixel_values"]) for each in of_images]
+            inputs = {name: tensor.to(policy.device) for name, tensor in stack(of_images).items()}
             pixels = inputs.pop("pixel_values")
             image = policy.encode_images(pixels, inputs)
             tower = tower_states(config, image, inputs) if keeps_tower else []
-            projected = [] if projects else position_rows(image)
+            projected = [] if projects else position_rows(image, image_rows)
             for i, path in enumerate(batch):
                 # Copies: a view would keep, or send to a worker, the features of the whole batch.
                 kept = [copy_to_cpu(part[i].to(policy.dtype)).clone() if part else None for part in (tower, projected)]
-                by_image[path] = KeptImage(kept[0], kept[1], {name: tensor[i].cpu() for name, tensor in inputs.items()})
+                beside = {name: tensor for name, tensor in of_images[i].items() if name != "pixel_values"}
+                by_image[path] = KeptImage(kept[0], kept[1], beside)
             report(len(by_image), len(paths))
     return by_image

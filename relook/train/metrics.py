@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from relook.errors import RelookError
 from relook.forward.collate import BatchStats
-from relook.model.families import connector, vision_tower
+from relook.model.families import connector, language_model, vision_tower
+from relook.model.load import HeadModel
 
 
 def linear_flops(parameters: int, trained: bool, flows: bool) -> int:
@@ -50,14 +51,14 @@ class StepCosts:
         Parallel layers are treated as sequential, which overestimates slightly in the first block that trains.
         """
         base = policy.core.model
-        has_trunk = hasattr(base, "language_model")
+        has_trunk = not isinstance(policy.core, HeadModel)
         names = ("vision_tower", "projector", "trunk", "last_mlp", "post_decoder_image", "post_decoder", "lm_head")
         costs = dict.fromkeys(names, 0)
         # With cached trunk states, the trunk is absent.
         parts = {
             "vision_tower": [vision_tower(base)] if has_trunk else [],
             "projector": [connector(base)] if has_trunk else [],
-            "trunk": [base.language_model] if has_trunk else [],
+            "trunk": [language_model(base)] if has_trunk else [],
             "post_decoder": [policy.post_decoder],
             "lm_head": [policy.core.lm_head],
         }

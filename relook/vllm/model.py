@@ -25,7 +25,7 @@ from vllm.model_executor.models import llava
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from relook.model.modeling_relook import vision_width
+from relook.model.modeling_relook import reads_tower, vision_width
 from relook.model.post_decoder import Alignment, PostDecoderSettings
 
 HIDDEN = -30000.0  # fits into float16; divided by sqrt(d), its softmax weight is 0
@@ -159,7 +159,8 @@ class RelookLlavaForConditionalGeneration(llava.LlavaForConditionalGeneration):
         projected: Tensor = self.multi_modal_projector(features)
         if not hasattr(self.post_decoder, "align"):
             return projected
-        return torch.cat((projected, self.post_decoder.align(features)), -1)
+        seen = features if reads_tower(self.config) else projected
+        return torch.cat((projected, self.post_decoder.align(seen)), -1)
 
     def embed_input_ids(
         self,
