@@ -100,7 +100,7 @@ def test_the_report_shows_what_was_measured(whole: Path) -> None:
         assert text.count(f'popovertarget="term-{name}"') == 1  # a line of the table, explained
     accuracy = results["runs"]["lora"]["pope"]["adversarial"]
     low, high = (f"{100 * value:.1f}" for value in accuracy["accuracy_ci"])
-    assert f"{100 * accuracy['accuracy']:.1f} <small>[{low}, {high}]</small>" in text
+    assert f"{100 * accuracy['accuracy']:.1f} <small>[{low},\N{NO-BREAK SPACE}{high}]</small>" in text
     assert "<pre>relook serve " in text
     assert "{&#39;" not in text  # no dict as Python writes it
     for title in ("where tuning helps", "where tuning breaks something", "became right", "became wrong"):

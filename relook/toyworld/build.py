@@ -132,8 +132,13 @@ def check_gate(out: Path, world: Path, seed: int) -> dict[str, Any]:
         if present.get(record["question"], True):
             right.append(stated(record["answer"]) is (record["question"] in present))
     accuracy = sum(right) / len(right)
-    verdict = {"right": accuracy, "needed": GATE, "passed": accuracy >= GATE, "seed": seed}
-    verdict["model_hash"] = model_hash(out)
+    verdict = {
+        "right": accuracy,
+        "needed": GATE,
+        "passed": accuracy >= GATE,
+        "seed": seed,
+        "model_hash": model_hash(out),
+    }
     write_json(out / "gate.json", verdict)
     if not verdict["passed"]:
         status(
