@@ -48,7 +48,7 @@ def draw_example(card: dict[str, Any]) -> Image.Image:
     """Draw a picture, both captions with invented words marked, and where the post decoder looked."""
     canvas = Image.new("RGB", (2 * SIDE + TEXT + 4 * GAP, SIDE + 2 * GAP + 2 * SIZE), "white")
     draw = ImageDraw.Draw(canvas)
-    picture = _open(card["source"]).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    picture = _open(card["source"]).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     canvas.paste(picture, (GAP, GAP))
     _write(draw, f"In the picture: {', '.join(card['objects'])}", (GAP, GAP + SIDE + 8), QUIET, 0.8)
 

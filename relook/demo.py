@@ -23,13 +23,14 @@ from relook.mine.jobs import MiningSettings, MiningSource
 from relook.mine.run import mine_pairs
 from relook.model.load import model_hash
 from relook.recipe import load_recipe
+from relook.report.findings import CONTROLS
 from relook.report.pages import RESULTS_FILE, write_report
 from relook.toyworld import layouts
 from relook.toyworld.build import shipped_base
 from relook.train.run import train
 
-REGIMES = ("post_decoder", "nll_control", "post_decoder_head", "head", "lora")
-PAIR_SCENES, TEST_SCENES = 1000, 300
+REGIMES = ("post_decoder", "nll_control", "no_cross_attention", "head", "lora")
+PAIR_SCENES, TEST_SCENES = 500, 300
 DEMO_FILE, REPORT_FILE = "demo.json", "report.html"
 
 
@@ -129,7 +130,7 @@ def mine_demo_pairs(model: Path, paths: DemoPaths, seed: int) -> None:
 def mining_settings(seed: int) -> MiningSettings:
     """Return toyworld's settings of mining."""
     # Its descriptions are made of set phrases, so similar texts are no duplicates: near_texts is 0.
-    return MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100, near_texts=0, parquet=False)
+    return MiningSettings(seed, samples=0, questions=4, max_new_tokens=64, batch_size=100, near_texts=0, parquet=False)
 
 
 def train_regime(
@@ -159,7 +160,7 @@ def demo_results(paths: DemoPaths, model: Path, seed: int) -> dict[str, Any]:
         "base": read_scores(paths.answers("base")),
         "runs": {regime: read_scores(paths.answers(regime)) for regime in REGIMES},
         "paired": {regime: compare(test, paths.answers("base"), paths.answers(regime)) for regime in REGIMES},
-        "against_control": compare(test, paths.answers("nll_control"), paths.answers("post_decoder")),
+        "against": {name: compare(test, paths.answers(name), paths.answers("post_decoder")) for name in CONTROLS},
         "provenance": {
             "seed": seed,
             "base": str(model),

@@ -53,7 +53,7 @@ def test_the_help_shows_groups_and_the_version(relook: Command) -> None:
     ("words", "offered"),
     [
         ("relook tr", ["train"]),
-        ("relook train toyworld-p", ["toyworld-post-decoder", "toyworld-post-decoder-head"]),
+        ("relook train post", ["post-decoder", "post-decoder-head"]),
         ("relook eval ch", ["chair"]),
         ("relook data check --layout h", ["hadpo"]),
         ("relook score pope --pars", ["--parser"]),

@@ -143,7 +143,7 @@ def test_a_page_is_bounded(
     """Of many differing rows the page shows some pictures, the results have all; a lost picture is said."""
     images = read_coco(data / "annotations" / "instances_val2014.json").images
     everything = {
-        (q.image.name, q.text): "Yes" if q.label == "no" else "x" * 5000 + " no"
+        (q.image.name, q.text): "Yes" if q.label == "no" else "x" * 3000 + " no"
         for split in SPLITS
         for q in read_pope_questions(data / "pope" / f"coco_pope_{split}.json", Path())
     }

@@ -23,7 +23,7 @@ from relook.train.feature_cache import TrunkCache
 
 POPE = {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "n", "parser", "accuracy_ci"}
 CHAIR = {"chair_i", "chair_s", "recall", "length", "empty", "chair_i_ci", "recall_ci"}
-RUNS = {"head", "post_decoder", "post_decoder_head", "lora", "nll_control"}
+RUNS = {"head", "post_decoder", "no_cross_attention", "lora", "nll_control"}
 SEED = 4
 
 
@@ -100,7 +100,7 @@ def test_the_report_shows_what_was_measured(whole: Path) -> None:
         assert text.count(f'popovertarget="term-{name}"') == 1  # a line of the table, explained
     accuracy = results["runs"]["lora"]["pope"]["adversarial"]
     low, high = (f"{100 * value:.1f}" for value in accuracy["accuracy_ci"])
-    assert f"{100 * accuracy['accuracy']:.1f} <small>[{low}, {high}]</small>" in text
+    assert f"{100 * accuracy['accuracy']:.1f} <small>[{low},\N{NO-BREAK SPACE}{high}]</small>" in text
     assert "<pre>relook serve " in text
     assert "{&#39;" not in text  # no dict as Python writes it
     for title in ("where tuning helps", "where tuning breaks something", "became right", "became wrong"):

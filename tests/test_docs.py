@@ -108,6 +108,7 @@ def test_the_zoo_covers_the_families(hooks: Any) -> None:
         assert row[1] == config_template(hooks.config_of(name))
 
 
+@pytest.mark.slow
 def test_the_zoo_counts_parameters_and_memory(hooks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """LLaVA-1.5-7B has 7.06e9 parameters (llava-hf's model card says 7B)."""
     name = "llava-hf/llava-1.5-7b-hf"

@@ -52,7 +52,7 @@ from relook.train.run import build_policy, encode_samples, load_for_training, pr
 NAMES = (*ATTENTION_INPUTS, "o_proj", *MLP_INPUTS, "down_proj")
 WIDTH, INNER, ROW = 32, 80, 48  # of the layers below
 PARTITIONED = "aot_eager_decomp_partition"  # torch.compile with everything but generated code
-WORDS, PATCHES = 90, 36  # of toyworld's model
+WORDS, PATCHES = 107, 36  # of toyworld's model
 
 
 class Held:

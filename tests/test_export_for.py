@@ -256,11 +256,12 @@ def test_a_token_that_ends_answers_is_in_the_settings_of_generation(plain: Path,
     source = told(plain, tmp_path / "source", conversation_template="chatml")
     tokens = read_json(source / "tokenizer.json")
     mark = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokens["added_tokens"].append({"id": 89, "content": "<|im_end|>", **mark, "special": True})
-    tokens["model"]["vocab"] = {word: id for word, id in tokens["model"]["vocab"].items() if id != 89}
+    last = max(tokens["model"]["vocab"].values())
+    tokens["added_tokens"].append({"id": last, "content": "<|im_end|>", **mark, "special": True})
+    tokens["model"]["vocab"] = {word: id for word, id in tokens["model"]["vocab"].items() if id != last}
     write_json(source / "tokenizer.json", tokens)
     export_for(source, tmp_path / "out", "vllm", FAST)
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 89]
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, last]
 
 
 def test_a_post_decoder_is_refused_with_the_reason(base: Path, tmp_path: Path) -> None:

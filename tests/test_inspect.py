@@ -20,7 +20,7 @@ from relook.model.load import add_post_decoder
 from relook.recipe import build_recipe
 from relook.train.run import train
 
-PATCHES, WIDTH, LAYERS, WORDS = 36, 128, 2, 90
+PATCHES, WIDTH, LAYERS, WORDS = 36, 128, 2, 107
 
 
 @pytest.fixture(scope="module")

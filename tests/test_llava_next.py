@@ -325,6 +325,7 @@ def test_training_starts_at_ln_2_and_what_it_leaves_is_loaded(
     assert isinstance(tuned.generate([ROWS[0][0]], "Is there a cup?", max_new_tokens=4), str)
 
 
+@pytest.mark.slow
 def test_cached_states_train_to_the_same_weights_as_live_ones(folder: Path, odd_world: Path, tmp_path: Path) -> None:
     found = []
     for cache in ("disk", "off"):

@@ -92,9 +92,8 @@ def test_caption_pairs_differ_in_nouns_alone_and_by_the_dose(assets: Path) -> No
         assert 0.1 < (false[dose, "rejected"] - false[dose, "chosen"]) / mentions < 0.4
 
 
-def test_corrected_captions_name_nothing_absent(tmp_path: Path) -> None:
-    import analysis
-
+def write_annotations(folder: Path) -> list[str]:
+    """Write instances of three images, with a dog in each and an apple in the first, and return the images' names."""
     names = ["dog", "apple", "car"]
     images = ["COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg", "COCO_val2014_000000000003.jpg"]
     instances = {
@@ -105,8 +104,15 @@ def test_corrected_captions_name_nothing_absent(tmp_path: Path) -> None:
             for number, (image, category) in enumerate([(1, 1), (1, 2), (2, 1), (3, 1)], 1)
         ],
     }
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "instances_val2014.json").write_text(json.dumps(instances))
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "instances_val2014.json").write_text(json.dumps(instances))
+    return images
+
+
+def test_corrected_captions_name_nothing_absent(tmp_path: Path) -> None:
+    import analysis
+
+    images = write_annotations(tmp_path)
     texts = ["A park. A car is near. A dog is left.", "A park. A dog is left. A car is near. End.", "A dog is left."]
     lines = [json.dumps({"image": image, "caption": text}) for image, text in zip(images, texts, strict=True)]
     (tmp_path / "chair.jsonl").write_text("\n".join(lines))
@@ -114,6 +120,24 @@ def test_corrected_captions_name_nothing_absent(tmp_path: Path) -> None:
         images[0]: ("A park. An apple is near. A dog is left.", texts[0]),  # the apple was not named
         images[1]: ("A park. A dog is left. End.", texts[1]),  # nothing else is there
     }
+
+
+def test_equal_recall_counts_each_object_once(tmp_path: Path) -> None:
+    import analysis
+
+    images = write_annotations(tmp_path)
+    captions_of = {
+        "first": ["A car. A dog. An apple. A car.", "A dog.", "A dog."],
+        "second": ["A dog. A dog. An apple.", "A dog.", "A park."],
+    }
+    for run, texts in captions_of.items():
+        (tmp_path / run).mkdir()
+        lines = [json.dumps({"image": image, "caption": text}) for image, text in zip(images, texts, strict=True)]
+        (tmp_path / run / "chair.jsonl").write_text("\n".join(lines))
+    found = analysis.at_equal_recall([(tmp_path, tmp_path / "first", tmp_path / "second")])
+    # Both reach a recall of 3 / 4: the first with "A car. A dog." and two dogs, the second with all it says.
+    assert found["cuts"] == [{"words": [4, 6], "recall": [0.75, 0.75]}]
+    assert found["difference"] == pytest.approx(0 / 3 - 1 / 4)
 
 
 def test_cells_are_averaged_where_they_are() -> None:

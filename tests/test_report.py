@@ -73,8 +73,10 @@ def test_details_have_signs_intervals_and_verdicts() -> None:
 
 
 def test_the_control_is_judged_by_both_measures() -> None:
-    assert "adds nothing that this test can see" in findings.against_control(paired(UNCLEAR, UP, UNCLEAR))
-    assert "makes a difference" in findings.against_control(paired(DOWN, UP, UNCLEAR))
+    assert "adds nothing that this test can see" in findings.against_control(
+        "nll_control", paired(UNCLEAR, UP, UNCLEAR)
+    )
+    assert "makes a difference" in findings.against_control("nll_control", paired(DOWN, UP, UNCLEAR))
 
 
 @pytest.mark.parametrize(

@@ -114,14 +114,19 @@ def test_what_names_nothing_new_goes_on_and_is_in_no_pair() -> None:
     assert (growing.text, growing.pairs) == ("It is calm.", [])
 
 
-def test_where_the_model_ends_a_description_the_pair_has_an_end_mark() -> None:
-    growing = grown(description("cup"), [*written("There is a dog."), *written("There is a cup.", complete=True)])
-    assert [pair["complete"] for pair in growing.pairs] == [True]
+@pytest.mark.parametrize("objects", [("cup",), ("cup", "bed")])
+def test_a_pair_has_an_end_mark_where_the_model_ends_and_all_is_named(objects: tuple[str, ...]) -> None:
+    growing = grown(description(*objects), [*written("There is a dog."), *written("There is a cup.", complete=True)])
+    assert [pair["complete"] for pair in growing.pairs] == [len(objects) == 1]
 
 
 def test_where_nothing_true_follows_an_end_is_better() -> None:
-    growing = description("cup", "bed", text="It is calm. There is a cup.")
-    grown(growing, written(" There is a dog.", " There is a dog.", " There is a kite."))
+    growing, texts = description("cup", "bed"), written(" There is a dog.", " There is a dog.", " There is a kite.")
+    growing.text, growing.named = "It is calm. There is a cup.", {"cup"}
+    assert grown(growing, texts).pairs == []  # of what is there, something is left to say
+    growing = description("cup", text=growing.text)
+    growing.named = {"cup"}
+    grown(growing, texts)
     sides = {"chosen": "There is a cup.", "rejected": "There is a cup. There is a dog."}
     assert growing.pairs == [{"context": "It is calm.", **sides, "complete": True}]
     assert growing.end == NOTHING_TRUE

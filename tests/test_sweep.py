@@ -476,6 +476,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     assert read_json(out / "results.json") == read_json(whole / "results.json")
 
 
+@pytest.mark.slow
 def test_a_row_that_diverges_does_not_stop_the_others(world: Path, tmp_path: Path, alone: None) -> None:
     keys = keys_of(
         world, tmp_path / "out", grid={"learning_rate": [1e38, 1e-3]}, recipe="toyworld-head", warmup_steps=0

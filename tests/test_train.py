@@ -181,8 +181,8 @@ def test_only_differing_tokens_can_be_weighed(base: Path, world: Path, tmp_path:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"loss_type": "ipo"},
         {"loss_type": "hinge"},
+        pytest.param({"loss_type": "ipo"}, marks=pytest.mark.slow),
         {"loss_type": "robust", "label_smoothing": 0.1, "dpo_tokens": "differing"},
         {"loss_type": "simpo", "beta": 2.0},
         {"loss_type": "orpo", "nll_weight": 1.0, "learning_rate": 5e-3},
@@ -612,6 +612,7 @@ def test_what_is_known_beforehand_is_what_an_evaluation_measures(
     assert [name.removeprefix("eval_") for name in measured if name.startswith("eval_")] == metric_names(recipe)
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing(base: Path, world: Path, tmp_path: Path) -> None:
     keys = {"tune_post_decoder": True, "lora_enable": True, "lora_r": 4, "lora_dropout": 0.2, "eval_fraction": 0.5}
     outs = [
@@ -753,6 +754,7 @@ def test_small_steps_are_kept_in_low_precision(
         assert 0 < moved.max() < 1e-5
 
 
+@pytest.mark.slow
 def test_recomputing_the_trunk_gives_the_same_training(
     base: Path, world: Path, tmp_path: Path, no_trunk_cache: None
 ) -> None:

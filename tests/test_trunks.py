@@ -451,6 +451,7 @@ def test_a_map_has_the_proportions_of_the_picture(folder: Path) -> None:
         assert attention_before(with_decoder(folder, **TOWER), image, turns, [0]) == []
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_lora_trains_alike(folder: Path, world: Path, tmp_path: Path) -> None:
     weights = []
     for cache in ("memory", "off"):

@@ -53,6 +53,8 @@ PRIVATE: dict[str, Any] = {
 }
 # Of Python itself; of DeepSpeed, where it has taken a model over; of Gradio's events (`_data`).
 OTHER = {"_asdict", "_data", "_exit", "_hp_mapping"}
+# Of vLLM's LLaVA, which is not installed here; `benchmarks/vllm_compare.py` runs it.
+OTHER |= {"_build_llava_or_pixtral_hf_info", "_build_llava_or_pixtral_hf_processor", "_process_image_pixels"}
 
 
 def private_names() -> set[str]:

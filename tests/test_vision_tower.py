@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.tiny import dpo_keys, save_tiny, sft_keys
 from helpers.trunks import save_trunk
+from helpers.variants import variants
 from torch import Tensor
 
 from relook import load_model
@@ -37,7 +38,7 @@ REGIMES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=variants(KINDS, {"llava"}))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param) / request.param
     return save_tiny(path) if request.param == "llava" else save_trunk(path)

@@ -15,13 +15,22 @@ from scenes import Scene
 
 from relook.evaluate.compare import compare_pooled
 from relook.evaluate.statistics import Ratio, rate_difference, safe_ratio
-from relook.evaluate.tasks.chair import data_truth, mentions, plural, read_eval_captions, vocabulary_of
+from relook.evaluate.tasks.chair import (
+    data_truth,
+    located_mentions,
+    mentions,
+    plural,
+    read_eval_captions,
+    vocabulary_of,
+)
 from relook.evaluate.tasks.pope import question_text
 from relook.files import read_json, read_records, write_json
 
 SIZES = {"absent": (0, 0), "small": (0, 18), "middle": (18, 35), "large": (35, 1e9)}  # pixels, low < size <= high
 THIRDS = ("first", "second", "third")
 DOSES = (0, 5, 10, 20)  # percent
+PROBE_STYLES = ("s-", "o-", "v--", "^--")
+TRAINING_STYLES = {"none": "tab:gray", "own_tokens": "tab:blue", "cross": "tab:red"}
 # name: (first, second); a difference is second - first
 CONTRASTS = {
     "H1 looking again": ("none", "cross"),
@@ -81,6 +90,8 @@ def analyse(studies: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
             found = compare_pooled([(runs[a][0], runs[a][1], runs[b][1]) for a, b in pooled])
             row = {"runs": len(pooled), "adversarial": found["pope"]["adversarial"]}
             row |= {key: found["chair"][key] for key in ("chair_i", "chair_s", "recall", "length")}
+            if title.startswith(("H6", "H7")):
+                row["at equal recall"] = at_equal_recall([(runs[a][0], runs[a][1], runs[b][1]) for a, b in pooled])
             for what, by_run in groups.items():
                 row[what] = {
                     group: rate_difference([by_run[a][group] for a, _ in pooled], [by_run[b][group] for _, b in pooled])
@@ -110,6 +121,46 @@ def pairs_of(sides: tuple[str, str], runs: Sequence[str]) -> list[tuple[str, str
         for seed in seeds
     ]
     return [(first, second) for first, second in pairs if first in runs and second in runs]
+
+
+def objects_by_length(data: Path, out: Path) -> list[list[tuple[int, int, int, int]]]:
+    """Count objects of captions cut after 1, 2, ... words: by image (absent, named, present among them, there).
+
+    Each object counts once, so a caption that says again what is clear names nothing more.
+    """
+    captions = read_eval_captions(out)
+    truth = data_truth(data, list(captions))
+    vocabulary = vocabulary_of(truth)
+    located = {image: located_mentions(text, vocabulary) for image, text in sorted(captions.items())}
+    counts = []
+    for length in range(1, 1 + max(len(text.split()) for text in captions.values())):
+        named = {image: {name for _, end, name in rows if end <= length} for image, rows in located.items()}
+        there = truth.objects
+        counts.append([(len(n - there[i]), len(n), len(n & there[i]), len(there[i])) for i, n in named.items()])
+    return counts
+
+
+def at_equal_recall(pooled: Sequence[tuple[Path, Path, Path]]) -> dict[str, Any]:
+    """Compare the share of absent objects where both runs of each pair have the recall that both reach.
+
+    All captions of a run are cut after the same number of words, the smallest at which it has that recall.
+
+    Args:
+        pooled: (data, first run, second run) of each pair.
+    """
+    sides: tuple[list[list[Ratio]], list[list[Ratio]]] = ([], [])
+    cuts = []
+    for data, *outs in pooled:
+        curves = [objects_by_length(data, out) for out in outs]
+        recalls = [[sum(row[2] for row in rows) / sum(row[3] for row in rows) for rows in curve] for curve in curves]
+        shared = min(max(side) for side in recalls)
+        words = [next(n for n, recall in enumerate(side) if recall >= shared) for side in recalls]
+        cuts.append(
+            {"words": [n + 1 for n in words], "recall": [side[n] for side, n in zip(recalls, words, strict=True)]}
+        )
+        for side, curve, n in zip(sides, curves, words, strict=True):
+            side.append([(absent, named) for absent, named, _, _ in curve[n]])
+    return {**rate_difference(*sides), "cuts": cuts}
 
 
 def answers_by_size(data: Path, out: Path) -> dict[str, Ratio]:
@@ -216,6 +267,10 @@ def print_tables(result: Mapping[str, Any]) -> None:
     for title, row in result["contrasts"].items():
         cells = [signed(row[key]) for key in ("adversarial", "chair_i", "recall")]
         print(f"| {title} | {row['runs']} | {' | '.join(cells)} | {signed(row['length'], 1)} |")
+    for title, row in result["contrasts"].items():
+        if "at equal recall" in row:
+            found = row["at equal recall"]
+            print(f"\n{title}: absent objects at equal recall {signed(found)}; {found['cuts']}")
     for what in ("right answers by size", "CHAIR_i by third of the caption"):
         groups = list(next(iter(result[what].values())))
         print(f"\n| {what} | " + " | ".join(groups) + " |\n|---|" + "---|" * len(groups))
@@ -226,35 +281,35 @@ def print_tables(result: Mapping[str, Any]) -> None:
                 print(f"| {title} | " + " | ".join(signed(row[what][group]) for group in groups) + " |")
 
 
-def plot(result: Mapping[str, Any], probe: Mapping[str, Any], file: Path) -> None:
-    """Draw what each stage knows by size of the object, CHAIR_i of the controls, and the preference at its recall.
+def plot(result: Mapping[str, Any], work: Path, file: Path) -> None:
+    """Draw what each stage knows by size of the object, how training falls, and the preference at its recall.
 
     Args:
-        probe: the headroom gate's result.
+        work: folder with results/probe.json and the runs.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     groups = list(SIZES)[1:]
-    for (name, row), style in zip(probe["auc"].items(), ("s-", "o-", "v--", "^--"), strict=False):
+    for (name, row), style in zip(
+        read_json(work / "results" / "probe.json")["auc"].items(), PROBE_STYLES, strict=False
+    ):
         left.plot(groups, [row[group] for group in groups], style, label=name, ms=5)
     left.set(ylabel="AUC, present against absent", title="What is known, by size of the object")
     left.legend(fontsize=8, loc="lower right")
-    shown = [name for name in ("base", "none", "swapped", "own_tokens", "cross") if rows_of(result, name)]
-    for place, name in enumerate(reversed(shown)):
-        values = [100 * row["chair_i"] for row in rows_of(result, name)]
-        middle.plot(values, [place] * len(values), "o", color="tab:red")
-        middle.annotate(f"{sum(values) / len(values):.1f}", (max(values), place), (8, -4), textcoords="offset points")
-    middle.set_yticks(range(len(shown)), list(reversed(shown)))
-    middle.set(xlabel="CHAIR_i, %; one point a run", title="Looking again", ylim=(-0.5, len(shown) - 0.5))
-    middle.set_xlim(0, 1.15 * middle.get_xlim()[1])
+    for name, style in TRAINING_STYLES.items():
+        for number, run in enumerate(sorted(work.glob(f"runs/{name}-*/run.json"))):
+            log = [(row["step"], row["loss"]) for row in read_json(run)["log"] if "loss" in row]
+            middle.plot(*zip(*log, strict=True), style, label="_" * number + name)
+    middle.set(xlabel="step", ylabel="loss, nats a token", title="Imitating the same pairs, two seeds each")
+    middle.legend(fontsize=8)
     kinds = sorted({variant_of(name) for name in result["rows"] if name.startswith(("nll", "dpo"))}, reverse=True)
     for name in kinds:
         rows = rows_of(result, name)
         points = [[100 * row[key] for row in rows] for key in ("recall", "chair_i")]
         right.plot(*points, "o" if name.startswith("nll") else "s", ms=6, label=name)
-    right.set(xlabel="recall, %", ylabel="CHAIR_i, %", title="The preference term")
+    right.set(xlabel="recall, %", ylabel="CHAIR_i, %", title="Imitation at 0, 10, 20 % false, and DPO", ylim=(0, None))
     right.legend(fontsize=8)
     figure.savefig(file, dpi=100)
 
@@ -275,4 +330,4 @@ if __name__ == "__main__":
     print_tables(found)
     write_json(options.work[-1] / "analysis.json", found)
     if options.plot:
-        plot(found, read_json(options.work[0] / "results" / "probe.json"), options.plot)
+        plot(found, options.work[0], options.plot)

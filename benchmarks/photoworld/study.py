@@ -107,7 +107,7 @@ def run(paths: Paths, sizes: Sizes) -> dict[str, Any]:
             if variant.pairs and not (file.exists() and read_json(file)):
                 raise RuntimeError(f"{name} has no pairs: the base's captions hold no false object.")
             trained = variant.trained_as or name
-            cached = filled[cache_of(name)] if name != "lora" and sizes.shared_cache else None
+            cached = filled[cache_of(name)] if name != "lora" else None
             with training[trained, seed]:
                 with cached or nullcontext():
                     first = cached is not None and not cache_folder(paths, variant).exists()
@@ -155,7 +155,7 @@ def train(paths: Paths, sizes: Sizes, name: str, seed: int, matched: Mapping[str
         **variant.keys,
         **matched.get(name.removesuffix("_questions"), {}),
     }
-    if name != "lora" and sizes.shared_cache:
+    if name != "lora":
         keys |= {"feature_cache": "disk", "feature_cache_dir": cache_folder(paths, variant)}
     if variant.questions:
         keys["pope_data_path"] = data / "pope_data.json"

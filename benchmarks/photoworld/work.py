@@ -45,7 +45,6 @@ class Sizes:
     split: str = "test"  # on which the study answers; "fresh": scenes that no choice was made on
     jobs: int = 6  # processes that share the GPU
     seeds: tuple[int, ...] = (1, 2)
-    shared_cache: bool = True  # of the variants of the same pairs, on disk
     only: tuple[str, ...] = ()  # variants of the study; empty: all
     study_seconds: float = 0  # no variant is begun after so long; 0: all are
 
@@ -62,6 +61,10 @@ TINY = Sizes(
     probe_steps=10,
     jobs=1,
     seeds=(1,),
+    only=(
+        *("cross", "none", "own_tokens", "dpo_20", "cross_questions"),
+        *("swapped", "swapped_similar", "lora", "nll_policy"),
+    ),
 )
 
 

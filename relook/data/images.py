@@ -374,7 +374,9 @@ def nbytes(inputs: Mapping[str, Tensor]) -> int:
 
 A = TypeVar("A")
 B = TypeVar("B")
-WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))  # Pillow and numpy release the GIL while they work
+# Those that this process may use, which in a container are often few of a machine's.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = max(1, min(8, _CORES - 1))  # Pillow and numpy release the GIL while they work
 
 
 def prefetch_map(

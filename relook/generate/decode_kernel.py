@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_CELLS = 64
+BLOCK_CELLS = 32  # of 32, 64 and 128 the fastest for long extents and short ones (benchmarks/RESULTS.md)
 LN2 = 0.6931471805599453
 
 
@@ -36,8 +36,9 @@ def _decode_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    group = tl.program_id(0)
-    key_head = tl.program_id(1)
+    # Heads first: programs that run at the same time read the heads of one cell, which are neighbours in memory.
+    key_head = tl.program_id(0)
+    group = tl.program_id(1)
     piece = tl.program_id(2)
     SHARE: tl.constexpr = HEADS // KEY_HEADS  # query heads of one head of keys
 
@@ -115,7 +116,7 @@ def decode_attention(
     out = query_NHD.new_empty((pieces, N, H, D), dtype=torch.float32)
     lse = query_NHD.new_empty((pieces, N, H), dtype=torch.float32)
     rows = max_queries * (H // K)
-    _decode_kernel[(len(used), K, pieces)](
+    _decode_kernel[(K, len(used), pieces)](
         query_NHD,
         keys,
         values,

@@ -74,15 +74,18 @@ def _with_pool_attention(layers: Sequence[Any]) -> list[Any]:
     transformers' layers look their attention function up in their config, which the whole model shares: with a config
     of their own, whatever else runs the model meanwhile keeps its attention.
     """
-    config = copy.copy(layers[0].self_attn.config)
-    config._attn_implementation = ATTENTION_NAME
+    configs: dict[int, Any] = {}  # by the identity of the layers' own
     same = []
     for layer in layers:
-        attention, layer = copy.copy(layer.self_attn), copy.copy(layer)
-        attention.config = config
-        # The copies' other modules are the layer's own; a new dict, since the copy shares the layer's.
-        layer._modules = {**layer._modules, "self_attn": attention}
-        same.append(layer)
+        children = dict(layer._modules)
+        for name, child in children.items():
+            if (config := getattr(child, "config", None)) is not None:
+                own = configs.setdefault(id(config), copy.copy(config))
+                own._attn_implementation = ATTENTION_NAME
+                children[name] = copy.copy(child)
+                children[name].config = own
+        same.append(copy.copy(layer))
+        same[-1]._modules = children
     return same
 
 

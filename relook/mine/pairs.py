@@ -167,6 +167,11 @@ _EXISTS = re.compile(
     r"(?:shows|features|contains|includes|depicts|displays|has)|(?:i|we|you)(?: can)?(?: also)? see)(?: also)?",
     re.IGNORECASE,
 )
+# What follows the noun where a sentence says of one thing that it is there: "A dog can be seen."
+_SHOWN = re.compile(
+    r" (?:(?:is|are)(?: also)? (?:visible|present|shown|there|nearby)|can(?: also)? be seen|stands? out)[.!?]*$",
+    re.IGNORECASE,
+)
 _ITEM_END = re.compile(r",(?: and)?|\band\b|\bor\b|[.!?]+$")  # of a list of things
 _DETERMINERS = {"a", "an", "the", "some"}  # others, as "two" and "their", say more than that a thing is there
 # With one of these the words before a noun are more than its attributes: "man on a horse".
@@ -241,13 +246,16 @@ def listed_attributes(sentence: str, mention: Mention, named: Sequence[Mention])
     if the words around it say where it is, how many there are or what it does.
     """
     frame = _EXISTS.match(sentence)
-    if frame is None:
+    if _SHOWN.match(sentence, mention.end):
+        begin = 0
+    elif frame is None:
         return None
-    end = _ITEM_END.match(sentence, mention.end) or _ITEM_END.match(sentence, mention.end + 1)
-    if end is None and sentence[mention.end :].strip():
-        return None
-    # The item begins after the last comma or "and" before the noun.
-    begin = max([frame.end(), *(m.end() for m in _ITEM_END.finditer(sentence, frame.end(), mention.start))])
+    else:
+        end = _ITEM_END.match(sentence, mention.end) or _ITEM_END.match(sentence, mention.end + 1)
+        if end is None and sentence[mention.end :].strip():
+            return None
+        # The item begins after the last comma or "and" before the noun.
+        begin = max([frame.end(), *(m.end() for m in _ITEM_END.finditer(sentence, frame.end(), mention.start))])
     if any(begin <= other.start < mention.start for other in named):
         return None
     words = list(re.finditer(r"\S+", sentence[begin : mention.start]))

@@ -25,10 +25,7 @@ from relook.toyworld.world import FILLERS, OBJECTS, SYNONYMS
 # ----------------------------------------------------------------------------------------------------
 
 NEUTRAL = (
-    "The colors are bright.",
-    "It looks quite calm.",
-    "The light is soft.",
-    "Everything is in place.",
+    *FILLERS,
     "It all looks calm and well arranged.",
     "Nothing about it seems out of the ordinary.",
     "The overall mood is quiet and nothing seems hurried.",

@@ -121,23 +121,30 @@ class GrowingDescription:
         )
         if not true:
             self.end = ENDED if 2 * ends >= len(continuations) else NOTHING_TRUE
-            if false and self.text:
+            if false and self.text and self.exhausted:
                 self.pairs.append(self._ending(false[0]))
             return
         # The true one that says most that is new, so that training does not learn to say less; among equals, and of
         # the false ones, the one that the model writes most often.
         best, verdict = max(true, key=lambda item: (len(item[1].present - self.named), len(item[0].samples)))
         complete = 2 * sum(sample.complete for sample in best.samples) >= len(best.samples)
+        new = verdict.present - self.named
+        self.named |= new
         # A sentence that names nothing new is true, too, but training on such ones fills descriptions with them.
-        if false and verdict.present - self.named:
-            # As in SENTINEL's files, a space joins a context and a sentence. An end mark follows where the model ends.
+        if false and new:
+            # As in SENTINEL's files, a space joins a context and a sentence, and no end mark follows: training on every
+            # end of the model's makes descriptions shorter and shorter.
             texts = {"chosen": best.sentence, "rejected": false[0].sentence}
-            self.pairs.append({"context": self.text.strip(), **texts, "complete": complete})
+            self.pairs.append({"context": self.text.strip(), **texts, "complete": complete and self.exhausted})
         self.text += best.text
-        self.named |= verdict.present
         self.length += max(sample.tokens for sample in best.samples)
         if complete or 2 * ends >= len(continuations):
             self.end = ENDED
+
+    @property
+    def exhausted(self) -> bool:
+        """Return True if the text names all annotated objects; without annotations nobody knows."""
+        return bool(self.picture.objects) and self.picture.objects <= self.named
 
     def _ending(self, false: Candidate) -> dict[str, Any]:
         """Return the pair of an end and a false sentence: both begin with the last sentence, which one of them ends."""

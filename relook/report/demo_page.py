@@ -46,7 +46,7 @@ def write_demo_page(out: Path) -> Path:
         title=headline(f"The {variant(TUNED).label.lower()}", results["base"], results["paired"][TUNED]),
         findings=[
             *details(results["runs"][TUNED], results["base"], results["paired"][TUNED]),
-            against_control(results["against_control"]),
+            *(against_control(name, paired) for name, paired in results["against"].items()),
         ],
         pictures=results["base"]["chair"]["n"],
         seed=results["provenance"]["seed"],

@@ -73,16 +73,23 @@ def _points(paired: Mapping[str, Any], better: int) -> str:
     return f"{number} points {interval}, {verdict(paired, better)}".replace(" ,", ",")
 
 
-def against_control(paired: Mapping[str, Any]) -> str:
-    """Say what the preference term adds to training on the chosen texts alone."""
-    parts = {
+CONTROLS = {  # what a control of the demo lacks, and what it is
+    "nll_control": ("The preference term", "trained on the good texts alone"),
+    "no_cross_attention": ("Looking at the picture again", "which has as many weights and cannot look"),
+}
+
+
+def against_control(name: str, paired: Mapping[str, Any]) -> str:
+    """Say what the part that a control lacks adds to it."""
+    part, control = CONTROLS[name]
+    shown = {
         "invented objects": (paired["chair"]["chair_i"], -1),
         f"right answers, {HARDEST}": (paired["pope"][HARDEST], 1),
     }
-    verdicts = {verdict(*part) for part in parts.values()}
+    verdicts = {verdict(*difference) for difference in shown.values()}
     conclusion = "adds nothing that this test can see" if verdicts == {UNCLEAR} else "makes a difference"
-    numbers = "; ".join(f"{name} {_points(*part)}" for name, part in parts.items())
-    return f"The preference term {conclusion}: against the control, trained on the good texts alone, {numbers}."
+    numbers = "; ".join(f"{rate} {_points(*difference)}" for rate, difference in shown.items())
+    return f"{part} {conclusion}: against the control, {control}, {numbers}."
 
 
 def sweep_headline(rows: Sequence[Mapping[str, Any]]) -> str:

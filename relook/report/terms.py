@@ -126,8 +126,9 @@ VARIANTS = {  # of the demo, by the name of their runs
         "Post decoder, good texts only",
         "The control: the same module trained on the preferred texts alone, without the preference term.",
     ),
-    "post_decoder_head": Term(
-        "Post decoder + output layer", "The post decoder and the model's output layer (lm_head) are trained together."
+    "no_cross_attention": Term(
+        "As many weights, no second look",
+        "The control: a module of as many weights in the same place, which cannot look at the picture; the same pairs.",
     ),
     "head": Term("Output layer only", "Only the model's last linear layer (lm_head) is trained."),
     "lora": Term("LoRA", "Low-rank changes to the language model's layers are trained; the usual method."),

@@ -174,10 +174,10 @@ class _LoopInbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._waiting, self._is_waking = weakref.ref(loop), deque[Callable[[], None]](), False
 
-    @staticmethod
-    def of(loop: asyncio.AbstractEventLoop) -> _LoopInbox:
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _LoopInbox:
         """Return a loop's inbox."""
-        return _LoopInbox._of_loop.setdefault(loop, _LoopInbox(loop))
+        return cls._of_loop.setdefault(loop, cls(loop))
 
     def call(self, function: Callable[[], None]) -> None:
         """Have the loop call a function; may be called from any thread."""

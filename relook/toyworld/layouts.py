@@ -33,7 +33,7 @@ from relook.toyworld.world import (
 )
 
 Progress = Callable[[int, int], object]  # called with (scenes written, scenes in all)
-FORMAT = 3  # raise when the files of the same seed change
+FORMAT = 4  # raise when the files of the same seed change
 MARKER = "toyworld.json"
 SHR_IMAGES = 200  # as many as the benchmark has
 
