@@ -339,9 +339,9 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
 
 
 def test_a_number_of_images_and_pairs(world: Path, tmp_path: Path) -> None:
-    settings = MiningSettings(**{**vars(SETTINGS), "max_images": 3, "max_pairs": 2, "questions": 0, "parquet": False})
+    settings = MiningSettings(**{**vars(SETTINGS), "max_images": 5, "max_pairs": 2, "questions": 0, "parquet": False})
     card = mine(world, tmp_path / "out", settings)
-    assert card["pictures"]["mined"] == 3
+    assert card["pictures"]["mined"] == 5
     assert card["descriptions"]["pairs"] == 2
     assert card["descriptions"]["dropped"]["more than wanted"] == card["descriptions"]["found"] - 2
 
