@@ -96,12 +96,12 @@ def _flow(draw: ImageDraw.ImageDraw, spans: Spans, left: int, top: int) -> int:
 
 
 def photograph(page: Path, out: Path, chromium: str) -> None:
-    """Save the first screen of a page at 1280 x 800 pixels."""
+    """Save the first screen of a page at 1280 x 640 pixels."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        view = browser.new_page(viewport={"width": 1280, "height": 800})
+        view = browser.new_page(viewport={"width": 1280, "height": 640})
         view.goto(page.resolve().as_uri())
         view.screenshot(path=out)
         browser.close()

@@ -61,6 +61,16 @@ def status(text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, soft_wrap=True)
 
 
+@contextmanager
+def without_status() -> Iterator[None]:
+    """Print no lines while the block runs: they are about files that the user never sees."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def stdout_console() -> Console:
     """Return a console on standard output, for tables. Markup is not interpreted, and a pipe gets wide lines."""
     console = Console(markup=False, highlight=False)

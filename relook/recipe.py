@@ -523,8 +523,8 @@ class Recipe:
     @property
     def encodes_images_once(self) -> bool:
         """Return True if the trunk trains, but its frozen vision tower may run only once per image."""
-        kept = self.feature_cache != "off" and not self.mdpo_conditional_weight
-        return kept and not self.frozen_trunk and not self.trains_vision_tower
+        can_cache = self.feature_cache != "off" and not self.mdpo_conditional_weight
+        return can_cache and not self.frozen_trunk and not self.trains_vision_tower
 
     @property
     def trains_projector(self) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ import relook as package
 from relook import load_model
 from relook.data.images import open_image
 from relook.errors import DataError, RecipeError, RelookError
-from relook.evaluate.engines import ServerSource, answer_source, image_url
+from relook.evaluate.engines import ServerSource, VllmSource, answer_source, image_url
 from relook.evaluate.run import evaluate_model
 from relook.files import read_json, read_records
 from relook.generate.answering import GenerationSettings, Question, answer_questions
@@ -191,3 +193,14 @@ def test_the_command_finds_all_faults_of_an_engine(relook: Command, tmp_path: Pa
     ended = relook(*words, "--model", shipped_base(), "--engine", "vllm")
     assert "pip install 'relook[vllm]'" in ended.err
     assert not (tmp_path / "out").exists()
+
+
+def test_vllms_temporary_export_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The export's lines are about a folder that ends with the command."""
+    vllm = ModuleType("vllm")
+    vllm.LLM = lambda model, **_: SimpleNamespace(llm_engine=read_json(Path(model) / "config.json"))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    assert VllmSource(LoadOptions(), {}).load(shipped_base()).engine["model_type"] == "llava"
+    assert capsys.readouterr().err == ""

@@ -269,7 +269,7 @@ def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Pat
     examples, _ = encode_samples(recipe, loaded, *read_samples(recipe))
     policy = build_policy(recipe, loaded, torch.float32)
     collator = Collator(policy, loaded.images, loaded.pad_id)
-    collator.kept = cache_vision_features(recipe, policy, examples, loaded.images)
+    collator.vision_features = cache_vision_features(recipe, policy, examples, loaded.images)
     items, costs = [Item(example) for example in examples], StepCosts.of(policy)
     real = sum(costs.flops(collator(items[start : start + size])["work"]) for start in range(0, len(items), size))
     said = estimate(recipe)["work"]

@@ -176,14 +176,19 @@ def test_plots_are_legible_on_a_phone_and_escaped() -> None:
 def test_a_heat_layer_is_smooth_and_leaves_the_rest_as_it_is() -> None:
     grid = np.zeros((6, 6))
     grid[0, 5] = 0.7
-    data = heat(grid.tolist()).removeprefix("data:image/png;base64,")
-    opacity = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA"))[..., 3].astype(int)
+    opacity = _opacity(grid)
     assert opacity.argmax() % 64 > 50
     assert opacity.argmax() // 64 < 13
     assert opacity.max() == 204
     assert opacity[32:, :32].max() == 0
     assert abs(np.diff(opacity, axis=1)).max() < 50  # no edges of patches
-    assert heat([[0.0] * 6] * 6)  # a map of nothing has no strongest place
+    assert _opacity(np.zeros((6, 6))).max() == 0  # a map of nothing has no strongest place
+    assert 40 < _opacity(np.full((6, 6), 1 / 36)).max() < 60  # nor has an even one
+
+
+def _opacity(grid: Any) -> Any:
+    data = heat(grid.tolist()).removeprefix("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA"))[..., 3].astype(int)
 
 
 def test_provenance_is_a_list() -> None:

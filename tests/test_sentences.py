@@ -122,10 +122,10 @@ def test_a_pair_has_an_end_mark_where_the_model_ends_and_all_is_named(objects: t
 
 def test_where_nothing_true_follows_an_end_is_better() -> None:
     growing, texts = description("cup", "bed"), written(" There is a dog.", " There is a dog.", " There is a kite.")
-    growing.text, growing.named = "It is calm. There is a cup.", {"cup"}
+    growing.text, growing.mentioned = "It is calm. There is a cup.", {"cup"}
     assert grown(growing, texts).pairs == []  # of what is there, something is left to say
     growing = description("cup", text=growing.text)
-    growing.named = {"cup"}
+    growing.mentioned = {"cup"}
     grown(growing, texts)
     sides = {"chosen": "There is a cup.", "rejected": "There is a cup. There is a dog."}
     assert growing.pairs == [{"context": "It is calm.", **sides, "complete": True}]
@@ -135,7 +135,7 @@ def test_where_nothing_true_follows_an_end_is_better() -> None:
 
 def test_what_says_most_that_is_new_goes_on() -> None:
     growing = description("cup", "bed", text="There is a cup.")
-    growing.named = {"cup"}
+    growing.mentioned = {"cup"}
     grown(growing, written(" The cup is red.", " The cup is red.", " There is a bed."))
     assert growing.text.endswith("There is a bed.")
     assert growing.pairs == []
@@ -339,9 +339,9 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
 
 
 def test_a_number_of_images_and_pairs(world: Path, tmp_path: Path) -> None:
-    settings = MiningSettings(**{**vars(SETTINGS), "max_images": 3, "max_pairs": 2, "questions": 0, "parquet": False})
+    settings = MiningSettings(**{**vars(SETTINGS), "max_images": 5, "max_pairs": 2, "questions": 0, "parquet": False})
     card = mine(world, tmp_path / "out", settings)
-    assert card["pictures"]["mined"] == 3
+    assert card["pictures"]["mined"] == 5
     assert card["descriptions"]["pairs"] == 2
     assert card["descriptions"]["dropped"]["more than wanted"] == card["descriptions"]["found"] - 2
 

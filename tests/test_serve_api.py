@@ -94,8 +94,9 @@ def test_n_seed_stop_and_log_probs(served: Served) -> None:
     assert [choice.message.content for choice in ask(n=4, seed=5, temperature=1.5).choices] == texts
     assert ask(seed=6, temperature=1.5).choices[0].message.content == texts[1]
     whole = expected(served, TEXTS[0])
-    stopped = ask(temperature=0, stop=[whole[5:9]], logprobs=True, top_logprobs=2).choices[0]
-    assert stopped.message.content == whole[:5].strip()
+    stop = whole[len(whole) // 2 :][:4]
+    stopped = ask(temperature=0, stop=[stop], logprobs=True, top_logprobs=2).choices[0]
+    assert stopped.message.content == whole.partition(stop)[0].strip()
     assert stopped.finish_reason == "stop"
     assert stopped.logprobs is not None
     assert all(len(token.top_logprobs) == 2 for token in stopped.logprobs.content or [])

@@ -238,7 +238,8 @@ def test_a_stop_that_the_tokenizer_does_not_know_is_not_the_unknown_token() -> N
     loaded.core.generation_config.suppress_tokens = None
     how = {"template": "v0"}
     assert not loaded.stop_arguments("v0")
-    word = tokenizer.convert_tokens_to_ids("▁" + one_by_one(loaded, QUESTIONS[:1], **how)[0].split()[0])
+    with engine_of(loaded, "v0") as engine:
+        word = next(token.id for event in engine.stream(asked(engine, *QUESTIONS[0])) for token in event.tokens)
     with torch.no_grad():
         head.weight[[word, tokenizer.unk_token_id]] = head.weight[[tokenizer.unk_token_id, word]]
     expected = one_by_one(loaded, QUESTIONS[:4], **how)

@@ -81,7 +81,7 @@ def test_features_are_the_towers(base: Path, world: Path, tmp_path: Path) -> Non
             hidden = policy.core.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         assert kept.projected is None  # it may train
         torch.testing.assert_close(kept.tower, hidden[-2][0, 1:], rtol=1e-5, atol=1e-5)
-    collator.kept = found
+    collator.vision_features = found
     items = [Item(example) for example in examples[:3]]
     batch = collator(items)["batch"]
     assert batch.pixel_values is None
@@ -89,7 +89,7 @@ def test_features_are_the_towers(base: Path, world: Path, tmp_path: Path) -> Non
     for states in batch.tower:
         assert states.untyped_storage().nbytes() == states.nbytes  # nothing else goes along to a process
     assert collator(items)["work"].encoded == 0
-    collator.kept = None
+    collator.vision_features = None
     given = collator(items)
     assert (given["batch"].tower, given["work"].encoded) == (None, given["work"].features)
     with torch.no_grad():

@@ -227,15 +227,17 @@ def processor_template(processor: Any) -> Template:
     try:
         first, cue, between, open_cue = re.split("|".join(texts), render([prompt], [response], [last]))
         closed = render([prompt], [response], is_open=False).partition(texts[1])[2]
-        one, two = (render([*[{"type": "image"}] * n, prompt]).partition(texts[0])[0] for n in (1, 2))
+        single, double = (render([*[{"type": "image"}] * n, prompt]).partition(texts[0])[0] for n in (1, 2))
     except Exception as error:  # jinja raises anything; without a template, ValueError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RecipeError(f"The model's own chat template cannot be used: {reason}", OTHER) from None
     # The prompt begins with an image, or with text: what follows their common beginning differs.
-    start = "".join(a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, first, strict=False)))
-    image = one[len(start) : len(start) + len(two) - len(one)]
+    start = "".join(
+        a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(single, first, strict=False))
+    )
+    image = single[len(start) : len(start) + len(double) - len(single)]
     token = image_mark(processor)
-    before_text, after_images = first.removeprefix(start), one.removeprefix(start + image)
+    before_text, after_images = first.removeprefix(start), single.removeprefix(start + image)
     end = closed.rstrip("\n")  # what follows the end mark belongs to the next turn
     if not closed:  # an answer ends with the mark that begins the next turn, as in GLM-4V
         specials = processor.tokenizer.added_tokens_decoder.values()
@@ -244,7 +246,7 @@ def processor_template(processor: Any) -> Template:
     # LLaVA-OneVision's makers have another space in earlier turns: the one to be written is what it was trained on.
     cue = open_cue if cue.split() == open_cue.split() and not cue.startswith(open_cue) else cue
     knows_parts = cue.startswith(open_cue) and between.startswith(closed) and later.endswith(before_text)
-    if not (knows_parts and end and image.count(token) == 1 and two == start + 2 * image + after_images):
+    if not (knows_parts and end and image.count(token) == 1 and double == start + 2 * image + after_images):
         raise RecipeError("The model's own chat template writes answers or images in a way that relook cannot.", OTHER)
     return Template(
         CHAT,
@@ -284,8 +286,8 @@ def interleave(parts: Sequence[str], separator: str = "") -> str:
     """
     places = [i for i, part in enumerate(parts) if part == IMAGE]
     between = parts[places[0] : places[-1]] if places else ()
-    kept = parts if any(part != IMAGE and part.strip() for part in between) else [p for p in parts if p != IMAGE]
-    return separator.join(kept)
+    shown = parts if any(part != IMAGE and part.strip() for part in between) else [p for p in parts if p != IMAGE]
+    return separator.join(shown)
 
 
 def image_first(prompt: str) -> str:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from PIL import ExifTags, Image
 
 from relook import distributed
+from relook.console import without_status
 from relook.data.encode import Encoder
 from relook.data.images import Shown, open_image
 from relook.data.templates import CHAT, IMAGE, get_template
@@ -363,7 +364,8 @@ class VllmEngine:
             )
         self._folder = tempfile.TemporaryDirectory(prefix="relook-vllm-")  # goes with this object
         folder = Path(self._folder.name) / "model"
-        export_lazy(source, folder, "vllm", WriteOptions(check=False))
+        with without_status():
+            export_lazy(source, folder, "vllm", WriteOptions(check=False))
         from vllm import LLM
 
         self.engine = LLM(**{"model": str(folder), "dtype": dtype, "seed": 0, **arguments}).llm_engine

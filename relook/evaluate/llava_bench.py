@@ -199,8 +199,8 @@ def _of_conversation(record: Mapping[str, Any], images: Path | None) -> LlavaQue
 
 
 def _images(record: Mapping[str, Any], images: Path | None) -> tuple[Path, ...]:
-    named = record.get("image")
-    names = named if isinstance(named, list) else [named] if named else []
+    image_field = record.get("image")
+    names = image_field if isinstance(image_field, list) else [image_field] if image_field else []
     if names and images is None:
         raise DataError("The questions are about images.", "Give their folder as --data.")
     return tuple(resolve_extension(Path(images or "", name)) for name in names)

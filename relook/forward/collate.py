@@ -127,7 +127,8 @@ class Collator:
     images: ImageLoader
     pad_id: int
     features: Mapping[Path, Tensor] | None = None  # vision features by image path, beside cached trunk states
-    kept: Mapping[Path, KeptImage] | None = None  # by image path, where the trunk trains and its tower does not
+    # By image path, where the trunk trains and its tower does not.
+    vision_features: Mapping[Path, KeptImage] | None = None
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         items = sorted(items, key=lambda item: -len(item.example.tree))  # long trees first: short ones share rows
@@ -158,8 +159,8 @@ class Collator:
             width = self.policy.vision_width
             # One row of zeros (1, V); `pad_images` masks it everywhere.
             return batch if width is None else replace(batch, features=[batch.states.new_zeros(1, width)])
-        if self.kept:  # no batch calls the tower
-            unseen = next(iter(self.kept.values()))
+        if self.vision_features:  # no batch calls the tower
+            unseen = next(iter(self.vision_features.values()))
             blank = [None if t is None else [torch.zeros_like(t)] for t in (unseen.tower, unseen.projected)]
             return replace(batch, tower=blank[0], projected=blank[1])
         # Else the tower runs on a black picture; no position holds its placeholder.
@@ -170,7 +171,7 @@ class Collator:
     def live_batch(self, items: Sequence[Item], row_length: int = 0) -> LiveBatch:
         """Build a batch of packed trees with pixels or kept vision features; see `build_live_batch`."""
         shown = [(item.example.tree, item.image_sources) for item in items]
-        return build_live_batch(self.policy, self.images, self.pad_id, shown, row_length, self.kept)
+        return build_live_batch(self.policy, self.images, self.pad_id, shown, row_length, self.vision_features)
 
     def cached_batch(self, items: Sequence[Item]) -> TrunkStates:
         """Build a batch of cached trunk states, padded to (T, S, D)."""
@@ -236,7 +237,7 @@ def build_live_batch(
     pad_id: int,
     items: Sequence[tuple[Tree, Sequence[ImageSource]]],
     row_length: int = 0,
-    kept: Mapping[Path, KeptImage] | None = None,
+    vision_features: Mapping[Path, KeptImage] | None = None,
 ) -> LiveBatch:
     """Build a live batch: trees packed as the policy reads them, with the inputs for their images.
 
@@ -246,15 +247,16 @@ def build_live_batch(
         pad_id: token id at padding positions.
         items: trees, long ones first, each with the pictures of its prefix.
         row_length: minimum length of a row of many trees; nonzero only where no gradients follow.
-        kept: kept vision features by image path; they replace the pixels if they cover all pictures.
+        vision_features: kept ones by image path; they replace the pixels if they cover all pictures.
     """
     trees = [tree for tree, _ in items]
     pictures = [picture for _, shown in items for picture in shown]
-    available = [kept[picture] for picture in pictures if isinstance(picture, Path) and picture in kept] if kept else []
+    known = vision_features or {}
+    available = [known[picture] for picture in pictures if isinstance(picture, Path) and picture in known]
     # Kept features are used for all pictures of a batch or for none.
     live = len(available) < len(pictures)
     processed = [images.inputs(picture) for picture in pictures] if live else [image.inputs for image in available]
-    inputs, image_rows = stack(processed), [len(each["pixel_values"]) for each in processed] if live else None
+    inputs, image_rows = stack(processed), [len(image["pixel_values"]) for image in processed] if live else None
     counts = [len(shown) for _, shown in items]
     numbers = tree_positions(policy.config, trees, counts, inputs.get("image_grid_thw"))
     both_ways = policy.config.image_token_id if sees_ahead(policy.config) else None

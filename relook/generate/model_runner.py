@@ -80,10 +80,10 @@ def _with_pool_attention(layers: Sequence[Any]) -> list[Any]:
         children = dict(layer._modules)
         for name, child in children.items():
             if (config := getattr(child, "config", None)) is not None:
-                own = configs.setdefault(id(config), copy.copy(config))
-                own._attn_implementation = ATTENTION_NAME
+                copied = configs.setdefault(id(config), copy.copy(config))
+                copied._attn_implementation = ATTENTION_NAME
                 children[name] = copy.copy(child)
-                children[name].config = own
+                children[name].config = copied
         same.append(copy.copy(layer))
         same[-1]._modules = children
     return same

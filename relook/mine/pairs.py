@@ -210,9 +210,9 @@ def correct_description(
     parts = split_sentences(text)
     for position in range(0, len(parts), 2):
         sentence = parts[position]
-        named = mentions(sentence, vocabulary)
-        wrong = [mention for mention in named if mention.object not in truth]
-        attributes = [listed_attributes(sentence, mention, named) for mention in wrong]
+        in_sentence = mentions(sentence, vocabulary)
+        wrong = [mention for mention in in_sentence if mention.object not in truth]
+        attributes = [listed_attributes(sentence, mention, in_sentence) for mention in wrong]
         names = (
             [None]
             if None in attributes
@@ -239,7 +239,7 @@ def correct_description(
     return Correction("".join(parts), exchanged, taken_out, neutrals)
 
 
-def listed_attributes(sentence: str, mention: Mention, named: Sequence[Mention]) -> int | None:
+def listed_attributes(sentence: str, mention: Mention, mentioned: Sequence[Mention]) -> int | None:
     """Return where the words before a listed noun begin that say something of it, such as its colour.
 
     It is the noun's own beginning if there are none; None if the sentence does more than list the noun as being there:
@@ -256,7 +256,7 @@ def listed_attributes(sentence: str, mention: Mention, named: Sequence[Mention])
             return None
         # The item begins after the last comma or "and" before the noun.
         begin = max([frame.end(), *(m.end() for m in _ITEM_END.finditer(sentence, frame.end(), mention.start))])
-    if any(begin <= other.start < mention.start for other in named):
+    if any(begin <= other.start < mention.start for other in mentioned):
         return None
     words = list(re.finditer(r"\S+", sentence[begin : mention.start]))
     if words and words[0][0].lower() in _DETERMINERS:

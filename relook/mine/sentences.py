@@ -72,7 +72,7 @@ class GrowingDescription:
 
     Args:
         length: tokens of the text.
-        named: objects in the picture that it names.
+        mentioned: objects in the picture that it names.
         believed: the model's own answers: whether an object is in the picture.
         end: why the description ended; empty while it grows.
     """
@@ -82,7 +82,7 @@ class GrowingDescription:
     text: str = ""
     length: int = 0
     end: str = ""
-    named: set[str] = field(default_factory=set)
+    mentioned: set[str] = field(default_factory=set)
     present: set[str] = field(default_factory=set)
     absent: set[str] = field(default_factory=set)
     believed: dict[str, bool | None] = field(default_factory=dict)
@@ -126,10 +126,10 @@ class GrowingDescription:
             return
         # The true one that says most that is new, so that training does not learn to say less; among equals, and of
         # the false ones, the one that the model writes most often.
-        best, verdict = max(true, key=lambda item: (len(item[1].present - self.named), len(item[0].samples)))
+        best, verdict = max(true, key=lambda item: (len(item[1].present - self.mentioned), len(item[0].samples)))
         complete = 2 * sum(sample.complete for sample in best.samples) >= len(best.samples)
-        new = verdict.present - self.named
-        self.named |= new
+        new = verdict.present - self.mentioned
+        self.mentioned |= new
         # A sentence that names nothing new is true, too, but training on such ones fills descriptions with them.
         if false and new:
             # As in SENTINEL's files, a space joins a context and a sentence, and no end mark follows: training on every
@@ -144,7 +144,7 @@ class GrowingDescription:
     @property
     def exhausted(self) -> bool:
         """Return True if the text names all annotated objects; without annotations nobody knows."""
-        return bool(self.picture.objects) and self.picture.objects <= self.named
+        return bool(self.picture.objects) and self.picture.objects <= self.mentioned
 
     def _ending(self, false: Candidate) -> dict[str, Any]:
         """Return the pair of an end and a false sentence: both begin with the last sentence, which one of them ends."""
@@ -280,9 +280,9 @@ def by_annotations(vocabulary: Vocabulary) -> Check:
         verdicts = []
         for description, candidates in batch:
             objects = description.picture.objects
-            named = [frozenset(m.object for m in mentions(c.sentence, vocabulary)) for c in candidates]
+            mentioned = [frozenset(m.object for m in mentions(c.sentence, vocabulary)) for c in candidates]
             description.counts["checks"] += len(candidates)
-            verdicts.append([CheckedSentence(names <= objects, names & objects) for names in named])
+            verdicts.append([CheckedSentence(names <= objects, names & objects) for names in mentioned])
         return verdicts
 
     return check
@@ -342,10 +342,12 @@ def by_own_answers(vocabulary: Vocabulary, load: Callable[[], Answerer], setting
     """
 
     def check(batch: Candidates) -> list[list[CheckedSentence]]:
-        named = [[{m.object for m in mentions(c.sentence, vocabulary)} for c in candidates] for _, candidates in batch]
+        mentioned = [
+            [{m.object for m in mentions(c.sentence, vocabulary)} for c in candidates] for _, candidates in batch
+        ]
         missing = [
             (description, name)
-            for (description, _), of_candidates in zip(batch, named, strict=True)
+            for (description, _), of_candidates in zip(batch, mentioned, strict=True)
             for name in sorted(set[str]().union(*of_candidates) - description.believed.keys())
         ]
         questions = [(description.picture.path, question_text(name)) for description, name in missing]
@@ -357,7 +359,7 @@ def by_own_answers(vocabulary: Vocabulary, load: Callable[[], Answerer], setting
                 description.counts["checks"] += 1
         return [
             [_by_belief(names, description.believed) for names in of_candidates]
-            for (description, _), of_candidates in zip(batch, named, strict=True)
+            for (description, _), of_candidates in zip(batch, mentioned, strict=True)
         ]
 
     return check

@@ -141,8 +141,8 @@ def _with_lora(model: Any, recipe: Recipe, seed: int, unused: Sequence[nn.Parame
     from peft import LoraConfig, get_peft_model
 
     # The pattern names the parts, whose layers share names (q_proj, k_proj, ...).
-    wanted = [language_model(model.model), *([vision_tower(model.model)] if recipe.lora_vision_tower else [])]
-    parts = {name: module for name, module in model.model.named_children() if any(module is part for part in wanted)}
+    adapted = [language_model(model.model), *([vision_tower(model.model)] if recipe.lora_vision_tower else [])]
+    parts = {name: module for name, module in model.model.named_children() if any(module is part for part in adapted)}
     targets = _targets(parts, recipe)
     # A merger lies in the tower, but is the projector. No gradient reaches what is not in use. A convolution may be
     # called like a linear layer.

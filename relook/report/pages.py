@@ -28,6 +28,7 @@ Spans = list[tuple[str, bool]]  # a text in pieces, and whether a piece is wrong
 NO_BREAK = "\N{NO-BREAK SPACE}"
 HEAT_SIDE, HEAT_LEVELS, HEAT_COLOR = 64, 32, (214, 0, 110)
 HEAT_OPACITY = 0.8  # of the strongest place
+HEAT_PEAK = 4  # times the mean that a place has at least to be so opaque
 
 ENVIRONMENT = Environment(
     loader=PackageLoader("relook.report"),
@@ -76,13 +77,14 @@ def thumbnail(path: Path) -> dict[str, str]:
 def heat(grid: Sequence[Sequence[float]]) -> str:
     """Draw a grid of weights as a smooth layer to lay over a picture, and return its data URL.
 
-    The layer has one colour; the stronger a place, the more opaque, and the strongest place is the same in every layer.
-    Places without weight leave the picture as it is.
+    The layer has one colour; the stronger a place, the more opaque, and the strongest place is the same in every layer
+    that has one: an even layer stays faint. Places without weight leave the picture as it is.
     """
     weights = np.asarray(grid, np.float32)
     # Bicubic interpolation overshoots a little on both sides.
     smooth = np.asarray(Image.fromarray(weights).resize((HEAT_SIDE, HEAT_SIDE), Image.Resampling.BICUBIC))
-    levels = (smooth.clip(0) / max(float(smooth.max()), 1e-12) * (HEAT_LEVELS - 1)).round().astype(np.uint8)
+    most = max(float(smooth.max()), HEAT_PEAK * float(weights.mean()), 1e-12)
+    levels = (smooth.clip(0) / most * (HEAT_LEVELS - 1)).round().astype(np.uint8)
     layer = Image.fromarray(levels, "P")
     layer.putpalette(HEAT_COLOR * HEAT_LEVELS)
     opacity = bytes(round(255 * HEAT_OPACITY * level / (HEAT_LEVELS - 1)) for level in range(HEAT_LEVELS))

@@ -138,12 +138,12 @@ def find_evaluations(folder: Path) -> list[Path]:
 
 
 def _rows_of(folder: Path) -> Iterator[dict[str, str]]:
-    chair, *asked = (read_json_object(folder / f"{name}.json", optional=True) for name in ("chair", *QUESTIONS))
+    chair, *of_questions = (read_json_object(folder / f"{name}.json", optional=True) for name in ("chair", *QUESTIONS))
     labels = {**training_labels(read_json_object(folder / EVAL_FILE)), "Folder": str(folder)}
     described = {head: _rate(chair[rate]) for rate, head in CHAIR_RATES.items()} if chair else {}
     splits = {
         f"{title}{split}": scores[split]
-        for title, scores in zip(QUESTIONS.values(), asked, strict=True)
+        for title, scores in zip(QUESTIONS.values(), of_questions, strict=True)
         for split in SPLITS
         if split in scores
     }

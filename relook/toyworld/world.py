@@ -89,7 +89,7 @@ class Scene:
 
     @property
     def obvious(self) -> tuple[str, ...]:
-        """Names of the objects that are not small."""
+        """Return the names of the objects that are not small."""
         return tuple(placed.name for placed in self.objects if not placed.small)
 
 
@@ -332,10 +332,10 @@ def _street(pen: ImageDraw.ImageDraw, side: int, line: int, rng: random.Random) 
         width, height = rng.randint(side // 7, side // 4), rng.randint(side // 9, side // 4)
         shade = rng.randint(150, 182)
         pen.rectangle((x, line - height, x + width, line), (shade, shade - 4, shade + 2))
-        for left in range(x + side // 40, x + width - side // 30, side // 20):
+        for window_x in range(x + side // 40, x + width - side // 30, side // 20):
             for upper in range(line - height + side // 40, line - side // 40, side // 18):
                 pen.rectangle(
-                    (left, upper, left + side // 48, upper + side // 40), (shade + 32, shade + 34, shade + 36)
+                    (window_x, upper, window_x + side // 48, upper + side // 40), (shade + 32, shade + 34, shade + 36)
                 )
         x += width
     pen.rectangle((0, line, side, line + side // 20), (158, 156, 152))  # the pavement

@@ -554,7 +554,7 @@ def cache_vision_features(
     with progress("vision features") as report:
         read = prefetch_map(lambda batch: [images.inputs(path) for path in batch], batches)
         for batch, of_images in zip(batches, read, strict=True):
-            image_rows = [len(each["pixel_values"]) for each in of_images]
+            image_rows = [len(inputs["pixel_values"]) for inputs in of_images]
             inputs = {name: tensor.to(policy.device) for name, tensor in stack(of_images).items()}
             pixels = inputs.pop("pixel_values")
             image = policy.encode_images(pixels, inputs)
@@ -562,8 +562,10 @@ def cache_vision_features(
             projected = [] if projects else position_rows(image, image_rows)
             for i, path in enumerate(batch):
                 # Copies: a view would keep, or send to a worker, the features of the whole batch.
-                kept = [copy_to_cpu(part[i].to(policy.dtype)).clone() if part else None for part in (tower, projected)]
+                on_cpu = [
+                    copy_to_cpu(part[i].to(policy.dtype)).clone() if part else None for part in (tower, projected)
+                ]
                 beside = {name: tensor for name, tensor in of_images[i].items() if name != "pixel_values"}
-                by_image[path] = KeptImage(kept[0], kept[1], beside)
+                by_image[path] = KeptImage(on_cpu[0], on_cpu[1], beside)
             report(len(by_image), len(paths))
     return by_image

@@ -497,7 +497,7 @@ def prepare_items(
     else:
         if recipe.trains_vision_tower:
             status("  the vision tower trains: nothing is cached, and each step runs the whole model")
-        collator.kept = cache_vision_features(recipe, policy, distinct, collator.images)
+        collator.vision_features = cache_vision_features(recipe, policy, distinct, collator.images)
         items = [Item(example) for example in distinct]
         if recipe.mdpo_conditional_weight:
             # Behind all pairs: the chosen answers once more, on corrupted images.

@@ -342,7 +342,7 @@ class RelookTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             # Offload only now, because accelerate moves the whole model to the device.
-            if self.data_collator.kept is not None and distributed.world_size() == 1:
+            if self.data_collator.vision_features is not None and distributed.world_size() == 1:
                 self.model.offload_vision_tower()
             return prepared
         # DeepSpeed rounds buffers too: rotary frequencies in bf16 are off by radians at position 700.

@@ -176,11 +176,11 @@ class RelookLlavaForConditionalGeneration(llava.LlavaForConditionalGeneration):
         embeddings = list(multimodal_embeddings if multimodal_embeddings is not None else ())
         if embeddings and is_multimodal is not None and hasattr(self.post_decoder, "align"):
             self.filled = len(input_ids)
-            where = is_multimodal.to(self.hidden_N.device)
+            is_image_N = is_multimodal.to(self.hidden_N.device)
             aligned = torch.cat([e[:, size:] for e in embeddings]).to(self.image_ND.dtype)
             # Not by indices, for which the host would wait.
-            self.image_ND[: self.filled].masked_scatter_(where[:, None], aligned)
-            self.hidden_N[: self.filled].masked_fill_(where, 0.0)
+            self.image_ND[: self.filled].masked_scatter_(is_image_N[:, None], aligned)
+            self.hidden_N[: self.filled].masked_fill_(is_image_N, 0.0)
         projected = [e[:, :size] for e in embeddings]
         embedded: Tensor = super().embed_input_ids(input_ids, projected, is_multimodal=is_multimodal)
         return embedded
