@@ -269,7 +269,7 @@ def test_a_post_decoder_is_refused_with_the_reason(base: Path, tmp_path: Path) -
     for engine in WRITERS:
         done = CliRunner().invoke(app, ["export", str(pd), str(tmp_path / "out"), "--for", engine])
         assert isinstance(done.exception, RelookError), engine
-        reason = "that have seen the whole image" if engine == "vllm" else "only LLaVA's own layers"
+        reason = "that have seen the whole image" if engine == "vllm" else "only its family's own layers"
         assert reason in str(done.exception)
         assert "relook serve" in done.exception.fix
         assert not (tmp_path / "out").exists()

@@ -432,7 +432,7 @@ def unsupported_by(engine: str, config: Any) -> str:
     if not has_post_decoder(config):
         return ""
     if engine != "vllm":
-        return f"it has a post decoder, and {engine} only LLaVA's own layers"
+        return f"it has a post decoder, and {engine} only its family's own layers"
     settings = PostDecoderSettings(**config.post_decoder)
     if config.model_type != f"{RELOOK}llava":
         # The plugin keeps the image's keys at the placeholders: each needs the feature that it stands for.
