@@ -131,7 +131,7 @@ def compare_requests(url: str, engine: ServerEngine, run: Path, rows: list[tuple
     probabilities = logits_V.index_fill(0, torch.tensor(banned, dtype=torch.long), -torch.inf).softmax(-1)
     texts = [
         choice.message.content.strip()
-        for seed in range(10)
+        for seed in range(0, 1000, 100)  # vLLM draws the n answers by seed, seed + 1, ...
         for choice in client.chat.completions.create(
             **asked, n=100, seed=seed, temperature=1.5, extra_body=request
         ).choices
@@ -149,7 +149,7 @@ def compare_requests(url: str, engine: ServerEngine, run: Path, rows: list[tuple
     except BadRequestError as error:
         refused = True
         print(f"image_embeds: {str(error)[:150]}")
-    return equal == len(questions) and difference < 1e-3 and gap < 0.06 and refused
+    return equal == len(questions) and difference < 1e-3 and gap < 0.03 and refused
 
 
 def replace_post_decoder(folder: Path, out: Path) -> None:

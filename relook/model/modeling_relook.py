@@ -127,7 +127,7 @@ def images_per_row(lengths: list[int], placeholder_counts: list[int]) -> list[in
 
 
 def for_each_beam(image: Any, placeholder_counts: list[int]) -> None:
-    """Repeat the projected features, in place, to match rows that beam search has expanded.
+    """Repeat the projected features, and those of deepstack, in place, to match rows that beam search has expanded.
 
     A row's images are repeated as a group: all of them, then all of them again.
 
@@ -140,12 +140,19 @@ def for_each_beam(image: Any, placeholder_counts: list[int]) -> None:
     beams = sum(placeholder_counts) // sum(lengths)
     if beams > 1:
         # Beams of one row are adjacent, so every `beams`-th row is an original one.
-        pictures, repeated = iter(image.pooler_output), []
+        order: list[int] = []
+        numbers = iter(range(len(lengths)))
         for count in images_per_row(lengths, placeholder_counts[::beams]):
-            row = [next(pictures) for _ in range(count)]
-            repeated += row * beams
+            order += [next(numbers) for _ in range(count)] * beams
+        repeated = [image.pooler_output[i] for i in order]
         # Some models take a tensor only, and then give all images, or tiles, as many positions.
         image.pooler_output = torch.stack(repeated) if isinstance(image.pooler_output, Tensor) else repeated
+        if layers := getattr(image, "deepstack_features", None):
+            by_image = [layer.split(lengths) if isinstance(layer, Tensor) else layer for layer in layers]
+            image.deepstack_features = [
+                torch.cat([parts[i] for i in order]) if isinstance(layer, Tensor) else [parts[i] for i in order]
+                for layer, parts in zip(layers, by_image, strict=True)
+            ]
 
 
 class PostDecoderModel(PreTrainedModel):
