@@ -3,14 +3,10 @@ stopped anywhere and run again, the files are the same; a judge's replies count 
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
-import socket
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +16,7 @@ from typing import Any
 import pytest
 from helpers.endpoint import Answer, Request, endpoint
 from helpers.interrupted import interrupt
+from helpers.killed import run_killed_at
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -598,16 +595,6 @@ def test_the_demos_settings_are_the_same_mining(world: Path, tmp_path: Path) -> 
     assert card["near_texts"] == 0
 
 
-def start_ranks(command: Sequence[object], count: int) -> list[subprocess.Popen[bytes]]:
-    """Start a command in several processes, as torchrun does, but so that a kill reaches them."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    more = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    ranks = [{**os.environ, **more, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
-    return [subprocess.Popen(list(map(str, command)), env=rank) for rank in ranks]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_for_good_and_over_processes_the_files_are_the_same(
@@ -620,16 +607,8 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
     command += ["--annotations", "toyworld", "--exclude", place.exclude[0], "--questions", "4", "--near-texts", "0"]
     command += ["--max-new-tokens", "40", "--batch-size", "1"]
 
-    for name in ("pictures", "descriptions_0", "descriptions_1", "answers", "desc_data.json", "pairs.parquet"):
-        file = out / name if "." in name else out / "work" / f"{name}.jsonl"
-        jobs = start_ranks(command, count)
-        while not file.exists() and any(job.poll() is None for job in jobs):
-            time.sleep(0.005)
-        for job in jobs:
-            job.kill()
-            job.wait()
-        assert file.exists()
-    assert [job.wait() for job in start_ranks(command, count)] == [0] * count
+    names = ("pictures", "descriptions_0", "descriptions_1", "answers", "desc_data.json", "pairs.parquet")
+    run_killed_at([out / name if "." in name else out / "work" / f"{name}.jsonl" for name in names], command, count)
     assert contents(out) == contents(mined)
 
 

@@ -4,7 +4,6 @@ model itself; what cannot be used is counted and named; stopped anywhere and run
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 from helpers.endpoint import Answer, endpoint
 from helpers.interrupted import interrupt
-from test_mine import VOCABULARY, judging, seeing, start_ranks
+from helpers.killed import run_killed_at
+from test_mine import VOCABULARY, judging, seeing
 
 from relook import load_model
 from relook.data.check import check_folder
@@ -313,28 +313,11 @@ def test_killed_for_good_and_over_processes_the_files_are_the_same(
     """kill -9 in the midst of the descriptions and of the files, then let alone."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "relook", "mine", "--model", shipped_base(), "--images", world / "vg"]
-    command += [
-        "--out",
-        out,
-        "--annotations",
-        "toyworld",
-        "--exclude",
-        world / "test",
-        "--by",
-        "sentence",
-        "--continuations",
-        "3",
-    ]
+    command += ["--out", out, "--annotations", "toyworld", "--exclude", world / "test"]
+    command += ["--by", "sentence", "--continuations", "3"]
     command += ["--questions", "4", "--near-texts", "0", "--max-new-tokens", "40", "--batch-size", "2"]
-    for name in ("work/sentences.jsonl", "work/answers.jsonl", "pairs.parquet"):
-        jobs = start_ranks(command, count)
-        while not (out / name).exists() and any(job.poll() is None for job in jobs):
-            time.sleep(0.005)
-        for job in jobs:
-            job.kill()
-            job.wait()
-        assert (out / name).exists()
-    assert [job.wait() for job in start_ranks(command, count)] == [0] * count
+    files = [out / name for name in ("work/sentences.jsonl", "work/answers.jsonl", "pairs.parquet")]
+    run_killed_at(files, command, count)
     assert contents(out) == contents(mined)
 
 
