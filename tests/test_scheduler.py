@@ -20,7 +20,7 @@ from relook import LoadedModel
 from relook.data.images import EncodedImage, RecentCache
 from relook.generate.dense_attention import NOTHING, DenseReads, Span
 from relook.generate.kv_extents import ExtentAllocator, shared_length
-from relook.generate.model_runner import ModelRunner
+from relook.generate.model_runner import ModelRunner, run_layer
 from relook.generate.scheduler import Scheduler
 from relook.generate.shared_projections import share_projections
 from relook.generate.text import Text
@@ -325,7 +325,7 @@ def test_what_cannot_be_compiled_is_said_once(
     batch, encoder = batch_of(loaded, 2000, 8), loaded.encoder()
     said: list[str] = []
     monkeypatch.setattr("relook.generate.model_runner.status", lambda text, **_: said.append(text))
-    monkeypatch.setattr(batch.runner, "_read_layer", lambda *_: 1 / 0)
+    monkeypatch.setattr(batch.runner, "_run_layer", lambda *_: 1 / 0)
     eos = loaded.core.generation_config.eos_token_id
     texts = [
         Text(encoder.prompt(text, pictures), pictures, NEW, lambda token, _: token == eos) for pictures, text in asked
@@ -336,6 +336,23 @@ def test_what_cannot_be_compiled_is_said_once(
     assert [text.tokens for text in texts] == by_generate["plain"]
     assert len(said) == 1
     assert "cannot be compiled (ZeroDivisionError" in said[0]
+
+
+def test_layers_are_compiled_for_one_position_and_for_any_number(models: Models, asked: list[Any]) -> None:
+    """Whatever a pass reads: prompts and steps, extents that are shared, texts that come and go."""
+    loaded = models["plain"]
+    batch, encoder = batch_of(loaded, 2000, 8), loaded.encoder()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    batch.runner._run_layer = torch.compile(run_layer, fullgraph=True, dynamic=True, backend="eager")
+    waiting = [
+        Text(encoder.prompt(text, pictures), pictures, NEW, lambda *_: False) for pictures, text in [asked[0], *asked]
+    ]
+    while waiting or batch.busy:
+        batch.waiting.extend(waiting[:3] if batch.busy else waiting[:1])
+        del waiting[: 3 if batch.busy else 1]
+        batch.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 # --- projections that share one product

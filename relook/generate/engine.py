@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -81,13 +81,14 @@ class Engine:
         self.encoder = replace(loaded.encoder(template, 1 << 30), image_positions=_placeholders)
         # The end of an answer is a token for most models, and a text for templates without such a token.
         self.ends, self.stops = _endings(loaded, loaded.conversation_template(template).stop)
+        self._active: dict[Text, ActiveRequest] = {}  # requests whose text is in the scheduler
         self.batch = Scheduler(
             ModelRunner(loaded, limits.slots * self.length, (sampler.never, sampler.not_first)),
             limits.slots,
-            self._image_inputs,
+            # Nothing below refers to the engine: its memory is free as soon as nobody has it, not at some collection.
+            partial(_image_inputs, self._active),
             RecentCache(int(limits.image_gb * 1e9), feature_bytes),
         )
-        self._active: dict[Text, ActiveRequest] = {}  # requests whose text is in the scheduler
         self._token_bytes = lru_cache(None)(partial(token_bytes, loaded.processor.tokenizer))
         self._images: RecentCache[ProcessedImage] = RecentCache(IMAGE_BYTES, lambda image: image.nbytes)
         self._decoding = threading.Semaphore(DECODERS)
@@ -327,10 +328,11 @@ class Engine:
         self._active[text] = active
         self.batch.waiting.append(text)
 
-    def _image_inputs(self, key: ImageKey) -> dict[str, Tensor]:
-        """Return the image processor's outputs of an image that a request in the scheduler shows."""
-        images = (image for active in self._active.values() for image in active.request.images)
-        return next(image.inputs for image in images if image.key == key)
+
+def _image_inputs(active: Mapping[Text, ActiveRequest], key: ImageKey) -> dict[str, Tensor]:
+    """Return the image processor's outputs of an image that one of the requests shows."""
+    images = (image for request in active.values() for image in request.request.images)
+    return next(image.inputs for image in images if image.key == key)
 
 
 def slot_length(loaded: LoadedModel, limits: EngineLimits) -> int:
