@@ -382,7 +382,8 @@ def measure_tokens(options: argparse.Namespace) -> dict[str, Any]:
         # Pictures of their own for each number of rows: what was asked before would be in memory.
         sizes = [count * options.rounds for count in options.at_once]
         warm, *rows = write_questions(Path(folder), loaded.processor, 1 + sum(sizes), each=1, tokens=25)
-        parts = {count: rows[end - size : end] for count, size, end in zip(options.at_once, sizes, accumulate(sizes))}
+        ends = zip(options.at_once, sizes, accumulate(sizes), strict=True)
+        parts = {count: rows[end - size : end] for count, size, end in ends}
         # One engine for all numbers of rows: it compiles once.
         limits = EngineLimits(slots=max(options.at_once), waiting=len(rows), cache_gb=64)
         with warm_engine(loaded, limits, warm) as (engine, result["warm_s"]):

@@ -164,12 +164,9 @@ def attend(query_NHD: Tensor, kv: KV, view: PassView, scale: float, new: KV | No
     if new is not None:
         kernels.store(new, kv, view.cells)
     # A step has few queries and long extents, bound by memory; reading prompts is bound by arithmetic.
-    if view.is_step:
-        mixed: Tensor = kernels.decode_attention(query_NHD, kv, view.reads, scale)
-        return mixed
-    # What a text has alone, and the beginning that it shares: each is one part.
-    parts = [_flash(query_NHD, *kv, reads, scale) for reads in view.reads]
-    mixed = parts[0][0][0] if len(parts) == 1 else kernels.merge(parts, query_NHD.dtype)
+    read = kernels.decode if view.is_step else _flash
+    # What a text has alone, and the beginning that it shares: each is one part, or several.
+    mixed: Tensor = kernels.merge([read(query_NHD, *kv, reads, scale) for reads in view.reads], query_NHD.dtype)
     return mixed
 
 

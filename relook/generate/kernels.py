@@ -25,7 +25,7 @@ LN2 = 0.6931471805599453
 STORE_BLOCK = 1024  # numbers that a program of the store kernel copies at a time
 MERGE_ROWS = 16  # (query, head) pairs of a program of the merge kernel
 
-Read = tuple[Tensor, Tensor]  # the parts of a read, (C, N, H, D), and their log-sum-exps, (C, N, H)
+Parts = tuple[Tensor, Tensor]  # of a read, (C, N, H, D), and their log-sum-exps, (C, N, H)
 
 
 @triton.jit
@@ -178,51 +178,47 @@ def store(new: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], cells: Tensor) 
     _store_kernel[grid](keys, values, *kv, cells, *strides, SIZE=size, HEAD_SIZE=keys.shape[-1], BLOCK=STORE_BLOCK)
 
 
-def merge(reads: Sequence[Read], dtype: torch.dtype) -> Tensor:
-    """Merge one or two reads of the same queries to (N, H, D), exactly. A query whose reads are empty gets zeros."""
-    (a, a_lse), (b, b_lse) = reads[0], reads[-1]
-    _, N, H, D = a.shape
-    out = a.new_empty((N, H, D), dtype=dtype)
-    parts = len(a), len(b) if len(reads) > 1 else 0
-    grid = (triton.cdiv(N * H, MERGE_ROWS),)
-    _merge_kernel[grid](a, a_lse, parts[0], b, b_lse, parts[1], out, N * H, HEAD_SIZE=D, BLOCK=MERGE_ROWS)
-    return out
+def decode(query_NHD: Tensor, keys: Tensor, values: Tensor, reads: ExtentReads, scale: float) -> Parts:
+    """Attend each query to the extent that its group reads, in `reads.pieces` parts; every query is in a group.
 
-
-def decode_attention(
-    query_NHD: Tensor, kv: tuple[Tensor, Tensor], reads: Sequence[ExtentReads], scale: float
-) -> Tensor:
-    """Attend each query to all extents that its groups read, (N, H, D). Head sizes are powers of two."""
-    # A single piece needs no merge; more are merged in float32.
-    alone = len(reads) == 1 and reads[0].pieces == 1
-    dtype = query_NHD.dtype if alone else torch.float32
-    parts = [_decode(query_NHD, kv, read, scale, dtype) for read in reads]
-    return parts[0][0][0] if alone else merge(parts, query_NHD.dtype)
-
-
-def _decode(query_NHD: Tensor, kv: tuple[Tensor, Tensor], read: ExtentReads, scale: float, dtype: torch.dtype) -> Read:
-    (N, H, D), K = query_NHD.shape, kv[0].shape[1]
-    out = query_NHD.new_empty((read.pieces, N, H, D), dtype=dtype)
-    lse = query_NHD.new_empty((read.pieces, N, H), dtype=torch.float32)
-    _decode_kernel[(K, len(read.used), read.pieces)](
+    Head sizes are powers of two.
+    """
+    (N, H, D), K = query_NHD.shape, keys.shape[1]
+    out = query_NHD.new_empty((reads.pieces, N, H, D), dtype=torch.float32)
+    lse = query_NHD.new_empty((reads.pieces, N, H), dtype=torch.float32)
+    _decode_kernel[(K, len(reads.used), reads.pieces)](
         query_NHD,
-        *kv,
+        keys,
+        values,
         out,
         lse,
-        read.ends,
-        read.first,
-        read.used,
+        reads.ends,
+        reads.first,
+        reads.used,
         query_NHD.stride(0),
         query_NHD.stride(1),
         N,
-        read.pieces,
+        reads.pieces,
         SCALE_LOG2=scale / LN2,
         HEADS=H,
         KEY_HEADS=K,
         HEAD_SIZE=D,
-        BLOCK_Q=16 if read.max_queries * (H // K) <= 16 else 32,
+        BLOCK_Q=16 if reads.max_queries * (H // K) <= 16 else 32,
         BLOCK_N=BLOCK_CELLS,
         num_warps=4,
-        num_stages=3 if kv[0].element_size() == 2 else 1,
+        num_stages=3 if keys.element_size() == 2 else 1,
     )
     return out, lse
+
+
+def merge(reads: Sequence[Parts], dtype: torch.dtype) -> Tensor:
+    """Merge one or two reads of the same queries to (N, H, D), exactly. A query whose reads are empty gets zeros."""
+    (a, a_lse), (b, b_lse) = reads[0], reads[-1]
+    _, N, H, D = a.shape
+    parts = len(a), len(b) if len(reads) > 1 else 0
+    if sum(parts) == 1:
+        return a[0].to(dtype)
+    out = a.new_empty((N, H, D), dtype=dtype)
+    grid = (triton.cdiv(N * H, MERGE_ROWS),)
+    _merge_kernel[grid](a, a_lse, parts[0], b, b_lse, parts[1], out, N * H, HEAD_SIZE=D, BLOCK=MERGE_ROWS)
+    return out
