@@ -201,11 +201,11 @@ def test_the_doctor_finds_a_gpu_that_works() -> None:
 
 def engine_texts(loaded: LoadedModel, prompts: list[Prompt], places: int = 6000) -> tuple[Scheduler, list[Text]]:
     settings = loaded.core.generation_config
-    inputs = lambda image: loaded.images.batch([image])  # noqa: E731
     banned = tuple(settings.suppress_tokens or ()), tuple(settings.begin_suppress_tokens or ())
-    batch = Scheduler(ModelRunner(loaded, places, banned), 64, inputs, RecentCache(1 << 28, feature_bytes))
+    batch = Scheduler(ModelRunner(loaded, places, banned), 64, RecentCache(1 << 28, feature_bytes))
     ends = lambda token, _: token == settings.eos_token_id  # noqa: E731
-    return batch, [Text(prompt.ids, prompt.images, 24, ends) for prompt in prompts]
+    inputs = {image: loaded.images.inputs(image) for prompt in prompts for image in prompt.images}
+    return batch, [Text(prompt.ids, prompt.images, 24, ends, image_inputs=inputs) for prompt in prompts]
 
 
 def prompts_on(loaded: LoadedModel, pictures: list[tuple[Path, Scene]]) -> list[Prompt]:
@@ -242,7 +242,7 @@ def test_replayed_and_compiled_steps_give_the_cpus_texts(
         assert batch.runner.compiled
         assert [text.tokens for text in texts] == [text.tokens for text in wanted]
         graphs = len(batch.runner._graphs)
-        texts = [Text(text.ids, text.images, 24, text.on_token) for text in texts]
+        texts = engine_texts(there, prompts)[1]
     assert graphs == len(batch.runner._graphs)
 
 

@@ -310,8 +310,9 @@ def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -
         generate_batch(loaded, prompts, GenerationSettings(max_new_tokens=NEW))
     hook.remove()
     inputs = loaded.images.batch([picture])
-    batch = Scheduler(ModelRunner(loaded, 4 * 400), 4, lambda _: inputs, RecentCache(0, lambda _: 0))
-    batch.waiting.extend(Text(prompt.ids, (picture,), NEW, lambda *_: False) for prompt in prompts)
+    batch = Scheduler(ModelRunner(loaded, 4 * 400), 4, RecentCache(0, lambda _: 0))
+    shown = {picture: inputs}
+    batch.waiting.extend(Text(prompt.ids, (picture,), NEW, lambda *_: False, image_inputs=shown) for prompt in prompts)
     own: list[int] = []
     with Kernels() as kernels:
         while batch.busy:
