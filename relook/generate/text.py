@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -71,7 +71,7 @@ class Text:
     top_p: float = 1.0
     draws: Tensor | None = None
     top: int = -1
-    image_inputs: Mapping[ImageKey, ImageInputs] = field(default_factory=dict)
+    image_inputs: Mapping[Any, ImageInputs] = field(default_factory=dict)
     max_shared: int | None = None
     # (3, prompt) position numbers in a model with M-RoPE, set when the text is admitted; None where they count tokens.
     positions: Tensor | None = field(default=None, init=False)
