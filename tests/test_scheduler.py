@@ -95,7 +95,7 @@ def test_steps_see_what_the_steps_before_wrote_and_leave_it_in_the_pool(
     before = [side.clone() for side in pool]
     rooms = [used - 1 + room for _, used in own]
     rows = len(own)
-    reads = DenseReads([1] * rows, own, shared, kv[0], steps)
+    reads = DenseReads([1] * rows, own, shared, kv[0], steps, rooms)
     for step in range(steps):
         new = numbers(10 + step, rows, KEY_HEADS, SIZE), numbers(20 + step, rows, KEY_HEADS, SIZE)
         query = numbers(30 + step, rows, HEADS, SIZE)
@@ -105,11 +105,11 @@ def test_steps_see_what_the_steps_before_wrote_and_leave_it_in_the_pool(
         mixed = reads.attend(query, pool, SIZE**-0.5, new)
         reads.advance()
         if step == stop:
-            reads.write_back(rooms)
+            reads.write_back()
         for row, ((first, used), (begin, length)) in enumerate(zip(own, shared, strict=True)):
             seen = [*range(begin, begin + length), *range(first, first + used + step)]
             torch.testing.assert_close(mixed[row], attention_by_hand(query[row], seen, kv))
-    reads.write_back(rooms)
+    reads.write_back()
     for side, stored, untouched in zip(kv, pool, before, strict=True):
         expected = untouched.clone()
         for (first, used), most in zip(own, rooms, strict=True):

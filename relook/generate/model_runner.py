@@ -285,7 +285,7 @@ class ModelRunner:
     def write_back(self) -> None:
         """Bring the keys and values of the steps since the last pass into the pool."""
         if self._open is not None and isinstance(self._open.reads, DenseReads):
-            self._open.reads.write_back(self._open.rooms)
+            self._open.reads.write_back()
         self._open = None
 
     @torch.inference_mode()
