@@ -1,7 +1,7 @@
 """README's table from finished demos: means over their seeds, and differences pooled over their test images.
 
-    relook demo --out demo0 --seed 0        # 1, 2
-    python benchmarks/demo_table.py demo0 demo1 demo2
+relook demo --out demo0 --seed 0        # 1, 2
+python benchmarks/demo_table.py demo0 demo1 demo2
 """
 
 from __future__ import annotations
