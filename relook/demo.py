@@ -133,7 +133,9 @@ def mining_settings(seed: int) -> MiningSettings:
     """Return toyworld's settings of mining."""
     # Its descriptions are made of set phrases, so similar texts are no duplicates: near_texts is 0.
     return MiningSettings(
-        *(seed, 0, 8),  # no sampled descriptions, as many questions as can be half about present objects
+        seed,
+        samples=0,
+        questions=8,
         max_new_tokens=64,
         batch_size=100,
         near_texts=0,
