@@ -63,10 +63,10 @@ def main() -> None:
         read_questions(options.base, list(sample_scenes(options.seed, split, count)), asked)
         for split, count, asked in zip(("pairs", "dev"), options.scenes, (4, 3), strict=True)
     )
+    print(f"{len(train.states):,} questions to learn from, {len(test.states):,} to score\n", flush=True)
     looks = {"state": None, "state + patches": lambda patches: patches}
-    scores = {name: scores_of_probe(train, test, options.steps, look) for name, look in looks.items()}
+    scores = {name: scores_of_probe(train, test, options.steps, look, size=128) for name, look in looks.items()}
     small, present = test.sizes < 14, test.sizes > 0
-    print(f"{len(train.states):,} questions to learn from, {len(test.states):,} to score\n")
     print("| probe on | AUC | of small objects | of large ones | right, % |\n|---|---|---|---|---|")
     for name, values in scores.items():
         areas = [auc(values[present & group], values[~present]) for group in (small | ~small, small, ~small)]

@@ -120,12 +120,13 @@ class Questions:
 
 
 def scores_of_probe(
-    train: Questions, test: Questions, steps: int, look: Callable[[Tensor], Tensor] | None
+    train: Questions, test: Questions, steps: int, look: Callable[[Tensor], Tensor] | None, size: int = 512
 ) -> np.ndarray:
     """Train a probe on some questions and return its scores of others, (Q,): above 0 for "present".
 
     Args:
         look: maps patches (B, M, V), of mean 0 and variance 1, to those that the probe reads; None: it reads none.
+        size: width of the probe's layers.
     """
     where = train.states.device
     mean, scale = train.states.mean(0), train.states.std(0) + 1e-6
@@ -137,7 +138,7 @@ def scores_of_probe(
         return (side.states[at] - mean) / scale, look(seen) if look else seen
 
     torch.manual_seed(0)
-    probe = Probe(train.states.shape[1], train.patches.shape[2] if look else 0).to(where)
+    probe = Probe(train.states.shape[1], train.patches.shape[2] if look else 0, size).to(where)
     optimizer = torch.optim.AdamW(probe.parameters(), 1e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     for _ in range(steps):
