@@ -23,6 +23,7 @@ from relook.cli.options import (
     Bits,
     By,
     Continuations,
+    Contrast,
     Device,
     Dtype,
     Engine,
@@ -144,6 +145,7 @@ def mine(
     continuations: Continuations = 5,
     max_pairs: MaxPairs = 0,
     max_images: MaxImages = 0,
+    contrast: Contrast = False,
     judge: MiningJudge = "exact",
     judge_model: JudgeModel = "",
     exclude: Exclude = None,
@@ -187,7 +189,7 @@ def mine(
     endpoint = judge_settings(url, judge_model, judge_price, judge_key, judge_workers, judge_request)
     settings = MiningSettings(
         *(seed, samples, questions, temperature, batch_size, max_new_tokens, version, near_texts, True),
-        *(by, continuations, judge == OWN_JUDGES[1], max_pairs, max_images),
+        *(by, continuations, judge == OWN_JUDGES[1], max_pairs, max_images, contrast),
     )
     source = MiningSource(images, annotations, synonyms, exclude or ())
     answers = answer_source(engine, engine_args, engine_key, LoadOptions(adapter, vision_tower, dtype, bits, device))

@@ -174,6 +174,9 @@ Synonyms = Annotated[Path | None, input_option('JSON: further words for objects,
 Samples = Annotated[int, typer.Option(help="Sampled descriptions an image, besides the greedy one.", min=0)]
 Temperature = Annotated[float, typer.Option(help="Of what is sampled.")]
 ProbeQuestions = Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)]
+Contrast = Annotated[
+    bool, typer.Option("--contrast", help="Pair descriptions without a mistake with worse ones; annotations only.")
+]
 NearTexts = Annotated[
     float, typer.Option(help="Similarity from which a description was said before; 0 keeps all.", min=0, max=1)
 ]
