@@ -355,8 +355,8 @@ def _plain_texts(layout: str, texts: Mapping[str, Any]) -> tuple[str, str, str, 
             context, prompt = _message_text(prompt[1:], "prompt", "assistant"), prompt[:1]
         question = _message_text(prompt, "prompt", "user")
         sides = ("completion",) if layout == RATED else ("chosen", "rejected")
-        chosen, *rejected = (context + _message_text(texts[side], side, "assistant") for side in sides)
-        return question, chosen, "".join(rejected), context
+        answers = [context + _message_text(texts[side], side, "assistant") for side in sides]
+        return question, answers[0], "".join(answers[1:]), context
     if layout == "rlhfv":
         try:
             texts = json.loads(texts["text"])
