@@ -20,6 +20,7 @@ import torch
 import transformers
 from PIL import Image
 from tokenizers.models import WordLevel
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import (
     AutoModelForImageTextToText,
@@ -35,7 +36,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from relook.data.images import prefetch_map
+from relook.data.images import GRID, prefetch_map
 from relook.evaluate.tasks.pope import SPLITS, question_text
 from relook.files import write_json
 from relook.generate.attention import PoolShape
@@ -418,6 +419,27 @@ def flops_of_pair(shape: dict[str, Any], prompt: int, response: int, both: bool)
 def pair_tokens(shape: dict[str, Any]) -> tuple[int, int]:
     """Positions of a pair's prompt, 50 and the image's, and of each of its answers."""
     return 50 + positions_of_image(shape), RESPONSE + 1
+
+
+def pair_batch(shape: dict[str, Any], model: Any, processor: Any, pairs: int) -> dict[str, Tensor]:
+    """A batch as trainers of two whole rows a pair read it: random tokens, all preferred answers first.
+
+    Returns:
+        input_ids (2 * pairs, positions), and what the model takes of a picture in each row.
+    """
+    prompt, answer = pair_tokens(shape)
+    positions, generator = positions_of_image(shape), torch.Generator().manual_seed(0)
+    draw = lambda rows, count: torch.randint(5, 60, (rows, count), generator=generator)  # noqa: E731
+    image = torch.full((pairs, positions), model.config.image_token_id)
+    start = torch.cat([draw(pairs, 5), image, draw(pairs, prompt - positions - 5)], 1)
+    ids = torch.cat([start.repeat(2, 1), draw(2 * pairs, answer)], 1)
+    inputs = processor.image_processor([Image.new("RGB", shape.get("picture", (8, 8)))] * pairs, return_tensors="pt")
+    pixels = torch.randn(inputs["pixel_values"].shape, generator=generator)
+    batch = {"input_ids": ids, "pixel_values": pixels.repeat(2, *[1] * (pixels.ndim - 1))}
+    if GRID in inputs:
+        token_types = (ids == model.config.image_token_id).long()
+        batch |= {GRID: inputs[GRID].repeat(2, 1), "mm_token_type_ids": token_types}
+    return batch
 
 
 def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int, rank: int) -> float:

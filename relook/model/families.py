@@ -27,9 +27,14 @@ from relook.model.modeling_relook import PostDecoderConfig, reads_tower
 
 Size = tuple[int, int]  # height, width
 RELOOK = "relook_"  # begins the model_type of a config with a post decoder
-TOWERS = ("vision_tower", "visual", "vision_model")
+# Parts of a base model by the names that families give them: those of transformers' `get_encoder` and `get_decoder`.
+# Nothing in transformers says which part lies between the two.
+TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
 LANGUAGE_MODELS = ("language_model", "text_model")
-CONNECTORS = ("multi_modal_projector", "visual.merger", "connector")
+CONNECTORS = (
+    *("multi_modal_projector", "visual.merger", "connector", "aligner", "projector", "vision_projection"),
+    "visual_embeddings_table",
+)
 
 
 @dataclass(frozen=True)

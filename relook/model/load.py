@@ -43,6 +43,7 @@ from relook.model.families import (
 )
 from relook.model.lazy_model import LazyModel, open_folder
 from relook.model.tokenizer import UNFINISHED, decode_bytes
+from relook.model.tower_attention import batch_segments
 
 # ----------------------------------------------------------------------------------------------------
 # The layers above the trunk by themselves: post decoder and lm_head. Runs on cached hidden states need nothing else.
@@ -211,6 +212,7 @@ class LoadedModel:
         self.images = ImageLoader(image_processor, self.aspect_ratio, counter if count is None else count(self.core))
         # A processor may return more than the model takes, such as numbers of tiles.
         self.images.input_names = inspect.signature(self.core.forward).parameters.keys()
+        batch_segments(self.core.model)
 
     @property
     def core(self) -> Any:
