@@ -405,15 +405,23 @@ def flops_of_pair(shape: dict[str, Any], prompt: int, response: int, both: bool)
     tokens = 2 * (prompt + response) if both else prompt + 2 * response
     seen = prompt * prompt / 2 + 2 * response * (prompt + response / 2)  # pairs of positions that see each other
     D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
-    V, W, N = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"] - 1
-    patches = positions_of_image(shape) + 1
+    V, W, patches = vision["hidden_size"], vision["intermediate_size"], positions_of_image(shape)
     # Keys and values may have fewer heads than queries.
     attention = (
         2 * D * D * (1 + text.get("num_key_value_heads", text["num_attention_heads"]) / text["num_attention_heads"])
     )
     language = 2 * tokens * L * (attention + 3 * D * M) + 4 * D * L * seen
-    tower = 2 * patches * N * (4 * V * V + 2 * V * W) + 4 * V * N * patches**2
-    return (language + tower + 2 * patches * (V * D + D * D)) / 1e12
+    if "family" in shape:  # four patches a position; most layers attend to windows, and MLPs have gates
+        whole, window = len(vision["fullatt_block_indexes"]), (vision["window_size"] // vision["patch_size"]) ** 2
+        N, connector = vision["depth"], patches * (16 * V * V + 4 * V * D)
+        patches *= 4
+        in_windows = max(N - whole, 0) * window + min(N, whole) * patches
+        tower = 2 * patches * N * (4 * V * V + 3 * V * W) + 4 * V * patches * in_windows
+    else:
+        N, patches = vision["num_hidden_layers"] - 1, patches + 1
+        connector = patches * (V * D + D * D)
+        tower = 2 * patches * N * (4 * V * V + 2 * V * W) + 4 * V * N * patches**2
+    return (language + tower + 2 * connector) / 1e12
 
 
 def pair_tokens(shape: dict[str, Any]) -> tuple[int, int]:
@@ -447,7 +455,7 @@ def training_flops_of_pair(shape: dict[str, Any], prompt: int, response: int, ra
     of its activations, lm_head both ways, and the adapters of all linear layers three times (their own gradients,
     too). Not the vision tower, which is frozen and need not run in a step."""
     head = 2 * 2 * 2 * response * shape["vocabulary"] * shape["text"]["hidden_size"] / 1e12
-    text, vision = shape["text"], dict(shape["vision"], num_hidden_layers=1)  # of the tower, none
+    text, vision = shape["text"], dict(shape["vision"], num_hidden_layers=1, depth=0)  # of the tower, none
     D, M, L = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
     adapters = 3 * 2 * (prompt + 2 * response) * L * rank * (4 * 2 * D + 3 * (D + M)) / 1e12
     return 2 * flops_of_pair({**shape, "vision": vision}, prompt, response, both=False) + head + adapters
