@@ -383,6 +383,15 @@ def test_what_a_run_leaves_is_loaded_merged_and_exported(
         assert (export_for(out, tmp_path / "vllm", "vllm", WriteOptions()) or 0.0) < 1e-5
 
 
+@pytest.mark.parametrize("keys", variants([REGIMES["lora"], REGIMES["post_decoder"], REGIMES["full"]], []), ids=str)
+def test_dpo_in_bf16_begins_at_ln_2(keys: dict[str, Any], folder: Path, world: Path, tmp_path: Path) -> None:
+    """The reference pass reads kept features in batches of its own, and must round as the first step does."""
+    short = {"bf16": True, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 8}
+    out = train(build_recipe(world_keys("dpo", folder, world, tmp_path / "run", **keys, **short)))
+    [first] = [entry["loss"] for entry in json.loads((out / "run.json").read_text())["log"] if "loss" in entry]
+    assert first == pytest.approx(math.log(2), abs=2e-3)
+
+
 CACHED: list[dict[str, Any]] = [
     {"tune_post_decoder": True, "post_decoder.features": "tower"},
     {"tune_post_decoder": True},
