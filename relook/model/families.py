@@ -196,13 +196,15 @@ def has_post_decoder(config: Any) -> bool:
     return isinstance(config, PostDecoderConfig)
 
 
-def with_post_decoder(config: Any, settings: dict[str, Any]) -> Any:
-    """Return the config of the same model with a post decoder of these settings."""
+def with_post_decoder(config: Any, settings: dict[str, Any] | None) -> Any:
+    """Return the config of the same model with a post decoder of these settings, or without one for None."""
     # The new class names itself; these two keys would contradict it.
-    values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
-    return find_family(RELOOK + config.model_type.removeprefix(RELOOK)).relook_config(
-        **{**values, "post_decoder": settings}
-    )
+    own = ("model_type", "architectures", "post_decoder")
+    values = {key: value for key, value in config.to_dict().items() if key not in own}
+    plain_type = config.model_type.removeprefix(RELOOK)
+    if settings is None:
+        return find_family(plain_type).config(**values)
+    return find_family(RELOOK + plain_type).relook_config(**values, post_decoder=settings)
 
 
 def patches_per_feature(config: Any) -> int:

@@ -551,15 +551,7 @@ def add_post_decoder(
         generator: random numbers for the initial weights; None uses torch's global generator.
         init: "random", or "projector" to start the alignment from the projector's weights where the shapes agree.
     """
-    # Build the new model without memory, then hang the old one's parts into it; only the post decoder is new.
-    config = with_post_decoder(model.config, settings)
-    with torch.device("meta"):
-        new: Any = family_of(config).relook_model(config)
-    # LLaVA-NeXT's base model has a parameter of its own, image_newline.
-    for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
-        setattr(new.model, name, part)
-    new.lm_head = model.lm_head
-    new.generation_config = model.generation_config
+    new = _with_parts(model, settings)
     decoder = new.model.post_decoder.to_empty(device=model.lm_head.weight.device).to(model.dtype)
     decoder.reset_parameters(generator)
     if init == "projector" and not decoder.start_from_projector(connector(model.model)):
@@ -572,19 +564,22 @@ def add_post_decoder(
 
 def without_post_decoder(model: Any) -> Any:
     """Return the same model without its post decoder, sharing all weights."""
-    # Leave out the post decoder's settings, and the two keys that name the class.
-    family = family_of(model.config)
-    values = {
-        k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "post_decoder")
-    }
-    with torch.device("meta"):
-        plain: Any = family.model(family.config(**values))
+    return _with_parts(model, None).eval()
+
+
+def _with_parts(model: Any, settings: dict[str, Any] | None) -> Any:
+    """Build a model with a post decoder of these settings, or without one, and hang another's parts into it."""
+    config = with_post_decoder(model.config, settings)
+    family = family_of(config)
+    with torch.device("meta"):  # without memory
+        new: Any = (family.model if settings is None else family.relook_model)(config)
+    # LLaVA-NeXT's base model has a parameter of its own, image_newline.
     for name, part in (*model.model.named_children(), *model.model.named_parameters(recurse=False)):
         if name != "post_decoder":
-            setattr(plain.model, name, part)
-    plain.lm_head = model.lm_head
-    plain.generation_config = model.generation_config
-    return plain.eval()
+            setattr(new.model, name, part)
+    new.lm_head = model.lm_head
+    new.generation_config = model.generation_config
+    return new
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
