@@ -66,6 +66,6 @@ AttentionInterface.register(NAME, segment_attention)
 
 def batch_segments(base: Any) -> None:
     """Let a base model's tower attend by `segment_attention`, if it reads images as segments of a row, by SDPA."""
-    config = vision_tower(base).config
+    config: Any = vision_tower(base).config
     if "image_grid_thw" in signature(base.forward).parameters and config._attn_implementation == "sdpa":
         config._attn_implementation = NAME
