@@ -13,7 +13,8 @@ from helpers.tiny import dpo_keys, save_tiny, tilted, tiny_llava, tiny_relook, w
 from test_activation_memory import counted_returns
 from test_answering import as_loaded
 from test_packing import PAD, row
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaModel
 
 from relook import LoadedModel, load_model
@@ -35,6 +36,7 @@ from relook.generate.model_runner import ModelRunner
 from relook.generate.request import EngineLimits, Request
 from relook.generate.scheduler import Scheduler, feature_bytes
 from relook.generate.text import Text
+from relook.model.tower_attention import segment_attention
 from relook.recipe import build_recipe
 from relook.toyworld import build
 from relook.toyworld.build import shipped_base
@@ -288,3 +290,22 @@ def test_the_decode_kernel_attends_as_plain_operations_do(
         starts, lengths = ints([first for first, _ in alone] + [0]), ints([length for _, length in alone])
         own = ExtentReads(ints(range(len(query) + 1)), starts, lengths, 1, 31, False, 1)
         close(attend(query, (kv[0], kv[1]), PassView(ints([]), [reads, own], True), size**-0.5).float(), both)
+
+
+def test_a_tower_attends_within_its_segments_and_passes_gradients() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    states = [torch.randn(1, 4, 300, 80, device="cuda", generator=generator) for _ in range(4)]
+    bounds = torch.tensor([0, 64, 128, 140, 300], device="cuda", dtype=torch.int32)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        query, key, value = (tensor.to(dtype).requires_grad_() for tensor in states[:3])
+        output, _ = segment_attention(nn.Identity(), query, key, value, None, bounds, 160)
+        (output * states[3].transpose(1, 2)).sum().backward()
+        return [output.detach(), *(tensor.grad for tensor in (query, key, value) if tensor.grad is not None)]
+
+    parts = [tensor.split(bounds.diff().tolist(), 2) for tensor in states[:3]]
+    rows = [scaled_dot_product_attention(*qkv).transpose(1, 2) for qkv in zip(*parts, strict=True)]
+    exact, half = run(torch.float32), run(torch.bfloat16)
+    torch.testing.assert_close(exact[0], torch.cat(rows, 1), atol=1e-5, rtol=1e-4)
+    for found, expected in zip(half, exact, strict=True):  # FlashAttention
+        torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)

@@ -38,6 +38,7 @@ from relook.model.tokenizer import token_bytes
 
 FEATURE_BYTES = 1 << 30  # image features that are cached
 WAVE_REST = 4  # a share of 1 / 4 of a wave's texts may still grow when the next one comes
+ONLY_OWN_ENGINE = "Only relook's own engine goes on with answers that have begun.", "Leave --engine out."
 EXTRA_TOKENS = 16  # beside those of a prompt's text: its beginning, and marks around an image
 
 Question = tuple[Shown | tuple[Shown, ...], str]  # one image, or any number of them, and a text
@@ -185,7 +186,7 @@ def continue_answers(
         RecipeError: another engine answers than relook's own.
     """
     if not isinstance(answerer, LoadedModel):
-        raise RecipeError("Only relook's own engine goes on with answers that have begun.", "Leave --engine out.")
+        raise RecipeError(*ONLY_OWN_ENGINE)
     questions = [
         DistinctQuestion(number, (beginning.image,), beginning.text, beginning.context)
         for number, beginning in enumerate(beginnings, settings.first)
