@@ -305,6 +305,20 @@ def test_a_pass_that_fails_ends_its_texts_and_no_others(
     assert again.tokens == by_generate["cross"][4]
 
 
+def test_a_text_that_cannot_be_admitted_ends_and_is_not_tried_again(
+    models: Models, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = models["plain"]
+    batch, (pictures, text) = batch_of(loaded, 2000, 4), asked[0]
+    bad = text_of(loaded, loaded.encoder().prompt(text, pictures), pictures)
+    batch.waiting.append(bad)
+    monkeypatch.setattr("relook.generate.scheduler.row_positions", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batch.step()
+    assert bad.failed
+    assert not batch.busy
+
+
 def test_a_long_prompt_is_read_between_the_steps_of_others(models: Models) -> None:
     loaded = models["plain"]
     encoder = loaded.encoder()

@@ -229,7 +229,7 @@ class ModelRunner:
         """
         self.write_back()
         if self.compiled and self._compiling is None:
-            status("Compiling the model's layers (half a minute at most; the next run finds them on disk).", style="dim")
+            status("Compiling the model's layers (half a minute at most; they are kept on disk).", style="dim")
             self._compiling = time.perf_counter()
         try:
             states = self._read_prompts(batch)
