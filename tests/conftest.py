@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import os
@@ -41,11 +42,14 @@ def settled() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_for_nobody() -> None:
-    """Work whose result nobody sees took 12 % of the suite's time.
+    """Work whose result nobody sees took 20 % of the suite's time.
 
     transformers formats every config that it loads for a log that is off; peft renders a model card for every adapter
-    that it saves; torch draws first weights for layers on the meta device, which have none, op by op in Python.
+    that it saves; torch draws first weights for layers on the meta device, which have none, op by op in Python; typer
+    inspects the signatures of all commands for each call of one, which a process makes once elsewhere.
     """
+    import typer.main
+    import typer.testing
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedConfig
@@ -54,6 +58,7 @@ def nothing_for_nobody() -> None:
         kind.reset_parameters = _unless_on_meta(kind.reset_parameters)  # type: ignore[method-assign]
     PreTrainedConfig.__repr__ = object.__repr__  # type: ignore[method-assign]
     PeftModel.create_or_update_model_card = lambda *_: None  # type: ignore[method-assign]
+    typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 
 
 def _unless_on_meta(reset: Callable[[Any], None]) -> Callable[[Any], None]:

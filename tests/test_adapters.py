@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import dpo_keys, pixels, prompt, tiny_llava
-from helpers.variants import variants
+from helpers.variants import crossed, variants
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
@@ -66,8 +66,9 @@ def by_peft(base: Path, folder: Path, **settings: Any) -> Tensor:
     model = scrambled(get_peft_model(copy.deepcopy(read_plain(base)), config))
     model.save_pretrained(folder)
     again = PeftModel.from_pretrained(copy.deepcopy(read_plain(base)), folder).eval()
-    torch.testing.assert_close(logits(again), logits(model), **CLOSE)
-    return logits(again)
+    loaded = logits(again)
+    torch.testing.assert_close(loaded, logits(model), **CLOSE)
+    return loaded
 
 
 UNDERSTOOD: dict[str, dict[str, Any]] = {
@@ -275,9 +276,12 @@ def test_layers_that_have_lora_are_those_of_peft(settings: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        *((kind, torch.float32) for kind in ("plain", "dora", "the head", "a whole head", "whole embeddings")),
-        *((kind, torch.float32) for kind in ("a whole projector", "all biases")),
+        *((kind, torch.float32) for kind in ("dora", "the head", "whole embeddings", "all biases")),
         ("plain", torch.bfloat16),
+        *(
+            pytest.param(kind, torch.float32, marks=pytest.mark.slow)
+            for kind in ("plain", "a whole head", "a whole projector")
+        ),
         *(pytest.param(kind, torch.bfloat16, marks=pytest.mark.slow) for kind in ("dora", "a whole head")),
     ],
 )
@@ -428,8 +432,10 @@ def test_a_change_to_a_bare_language_model(change: str, tiny: Path, tower: Path,
 # --- numbers that are none
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("where", ["base", "adapter", "head", "tower", "projector"])
+@pytest.mark.parametrize(
+    ("where", "number"),
+    crossed(["base", "adapter", "head", "tower", "projector"], [float("nan"), float("inf"), float("-inf")]),
+)
 def test_weights_that_are_no_numbers(where: str, number: float, tiny: Path, tower: Path, tmp_path: Path) -> None:
     folder = copied(tiny / "ckpt_safetensors", tmp_path / "m")
     lora = copied(tiny / "lora_llava-tiny", tmp_path / "a")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny import tiny_llava
+from helpers.variants import crossed
 from safetensors.torch import load_file, save_file
 
 from relook import LoadedModel, load_model
@@ -328,8 +329,9 @@ def toy(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("prefix", ["base_model.model.model.", "model.", ""])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("prefix", "dtype"), crossed(["base_model.model.model.", "model.", ""], [torch.float32, torch.bfloat16])
+)
 def test_bare_tensors_of_head_projector_and_post_decoder(tmp_path: Path, prefix: str, dtype: torch.dtype) -> None:
     base = toy(tmp_path / "base")
     model = add_post_decoder(tiny_llava(), {"depth": 2}, torch.Generator().manual_seed(1))

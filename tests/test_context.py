@@ -14,6 +14,7 @@ import torch
 from helpers.damaged import encoded
 from helpers.reference import IMAGE_ID, reference_tokenizer
 from helpers.tiny import dpo_keys, pixels, tiny_llava
+from helpers.variants import crossed
 from test_loss import recipe, separate
 from test_trl import padded, theirs
 
@@ -61,8 +62,13 @@ def with_context(context: str, complete: bool = True) -> PreferencePair:
     return PreferencePair("p", PAIR.images, PAIR.prompt, PAIR.chosen, PAIR.rejected, context, complete)
 
 
-@pytest.mark.parametrize("variant", ["llama_full_32000/legacy_false", "llama_cut_1024/legacy_true"])
-@pytest.mark.parametrize("context", [CONTEXT, f"{CONTEXT} ", f"{CONTEXT} There is a", "There is a re"])
+@pytest.mark.parametrize(
+    ("context", "variant"),
+    crossed(
+        [CONTEXT, f"{CONTEXT} ", f"{CONTEXT} There is a", "There is a re"],
+        ["llama_full_32000/legacy_false", "llama_cut_1024/legacy_true"],
+    ),
+)
 def test_a_context_changes_what_is_supervised_and_no_id(
     context: str, variant: str, refdata: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ import torch
 from helpers.forked import forked
 from helpers.several import train_all
 from helpers.tiny import dpo_keys, scramble, sft_keys
-from helpers.variants import variants
+from helpers.variants import crossed, variants
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -260,8 +260,7 @@ def test_accumulated_batches_count_by_their_tokens(name: str, keys_of: Callable[
     same_training(train(build_recipe(keys_of("split", WAYS[name], **split))), whole)
 
 
-@pytest.mark.parametrize("attention", ["cross", "self_cross"])
-@pytest.mark.parametrize("cache", ["off", "memory"])
+@pytest.mark.parametrize(("attention", "cache"), crossed(["cross", "self_cross"], ["off", "memory"]))
 def test_a_blank_image_uses_all_that_trains_and_changes_nothing(
     attention: str, cache: str, keys_of: Callable[..., Keys], monkeypatch: pytest.MonkeyPatch
 ) -> None:

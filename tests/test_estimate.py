@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.command import Command
 from helpers.tiny import dpo_keys, sft_keys
+from helpers.variants import crossed
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -134,21 +135,20 @@ ATTENTION_ONLY = {"target_modules": ["q_proj", "v_proj"]}
 NO_ATTENTION = {"target_modules": ["gate_proj", "down_proj"]}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("kind", "kv_heads", "lora"),
-    [
-        ("lora", 4, {}),
-        ("lora", 2, {"r": 3}),
-        ("lora", 4, ATTENTION_ONLY),
-        ("lora", 4, NO_ATTENTION),
-        ("lora", 4, {"use_dora": True}),
-        ("full", 4, {}),
-        ("frozen", 2, {}),
-    ],
-    ids=str,
-)
-def test_a_layer_keeps_what_is_said(dtype: torch.dtype, kind: str, kv_heads: int, lora: dict[str, Any]) -> None:
+LAYERS = [
+    ("lora", 4, {}),
+    ("lora", 2, {"r": 3}),
+    ("full", 4, {}),
+    ("lora", 4, ATTENTION_ONLY),
+    ("lora", 4, {"use_dora": True}),
+    ("frozen", 2, {}),
+    ("lora", 4, NO_ATTENTION),
+]
+
+
+@pytest.mark.parametrize(("layer", "dtype"), crossed(LAYERS, [torch.bfloat16, torch.float32]))
+def test_a_layer_keeps_what_is_said(layer: tuple[str, int, dict[str, Any]], dtype: torch.dtype) -> None:
+    kind, kv_heads, lora = layer
     model, low = language_model(1, kind, dtype, kv_heads, lora), dtype.itemsize
     attention, mlp = decoder_layer_bytes(
         model.layers[0], model.config, ROW, "dense", low, mixed_precision=low < 4, dropout=0.0
@@ -224,15 +224,18 @@ REGIMES: dict[str, dict[str, Any]] = {
     "full": {},
     "tower": {"tune_vision_tower": True, "tune_lm_head": True},
 }
+CONTAINED = ("head", "post decoder", "not cached", "lora")  # of which another regime trains all, and more
 
 
 @pytest.mark.usefixtures("no_trunk_cache")
 @pytest.mark.parametrize(
     ("regime", "dtype"),
     [
-        *((regime, torch.float32) for regime in REGIMES),
+        *((regime, torch.float32) for regime in REGIMES if regime not in CONTAINED),
+        *(pytest.param(regime, torch.float32, marks=pytest.mark.slow) for regime in CONTAINED),
         # LayerNorm, which the post decoder has, stays in bfloat16 on a CPU; CUDA's autocast takes float32.
-        *((regime, torch.bfloat16) for regime in ("projector", "lora", "full", "tower")),
+        *((regime, torch.bfloat16) for regime in ("lora", "full", "tower")),
+        pytest.param("projector", torch.bfloat16, marks=pytest.mark.slow),
     ],
     ids=str,
 )

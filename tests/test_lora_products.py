@@ -76,7 +76,7 @@ def states_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
             {"target_modules": ["k_proj", "down_proj"]},
             {"lora_dropout": 0.5},
         ],
-        ({}, {"target_modules": ["k_proj", "down_proj"]}, {"lora_dropout": 0.5}),
+        ({"target_modules": ["k_proj", "down_proj"]}, {"lora_dropout": 0.5}),
     ),
     ids=str,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import pixels, prompt, tiny_llava, tiny_relook
+from helpers.variants import crossed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -226,11 +227,11 @@ def separate(model: Any, row: TokenRow, picture: Tensor) -> Tensor:
 
 
 WEIGHTS = ({}, {"beta": 0.3, "nll_weight": 0.7, "dpo_weight": 0.5}, {"dpo_weight": 0.0, "nll_weight": 1.0})
+SETTINGS = ({"attention": "self_cross"}, {}, {"attention": "none", "depth": 2})
+ROW_LENGTHS = (200, None)  # several trees a row, and one
 
 
-@pytest.mark.parametrize("row_length", [None, 200], ids=["a tree a row", "several trees a row"])
-@pytest.mark.parametrize("settings", [{}, {"attention": "self_cross"}, {"attention": "none", "depth": 2}], ids=str)
-@pytest.mark.parametrize("keys", WEIGHTS, ids=str)
+@pytest.mark.parametrize(("keys", "settings", "row_length"), crossed(WEIGHTS, SETTINGS, ROW_LENGTHS))
 @torch.no_grad()
 def test_preference_loss_and_its_fields(keys: dict[str, Any], settings: dict[str, Any], row_length: int | None) -> None:
     model, base = tiny_relook(**settings), tiny_llava()

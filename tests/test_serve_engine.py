@@ -275,7 +275,9 @@ class Kernels(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS[:1] * 3, TEXTS], ids=["one", "of one length", "of several"])
+@pytest.mark.parametrize(
+    "texts", variants([TEXTS[:1], TEXTS[:1] * 3, TEXTS], [TEXTS]), ids=["one", "of one length", "of several"]
+)
 def test_a_step_has_no_more_kernels_than_one_of_generate(texts: Sequence[str]) -> None:
     model = tiny_relook()
     language_model = model.model.language_model

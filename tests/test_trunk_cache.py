@@ -131,8 +131,9 @@ def test_packed_rows_of_a_pass_have_one_length(base: Path, world: Path, tmp_path
 @pytest.mark.parametrize(
     ("of", "keys"),
     [
-        (dpo_keys, CROSS | {"tune_lm_head": True}),
-        (dpo_keys, SELF_CROSS),
+        (dpo_keys, SELF_CROSS | {"tune_lm_head": True}),
+        pytest.param(dpo_keys, CROSS | {"tune_lm_head": True}, marks=pytest.mark.slow),
+        pytest.param(dpo_keys, SELF_CROSS, marks=pytest.mark.slow),
         pytest.param(dpo_keys, {"tune_lm_head": True}, marks=pytest.mark.slow),
         pytest.param(sft_keys, SELF_CROSS | {"tune_lm_head": True}, marks=pytest.mark.slow),
     ],
@@ -204,11 +205,11 @@ def test_features_are_added_to_the_states_of_a_run_that_needed_none(
 @pytest.mark.parametrize(
     ("keys", "dtype"),
     [
-        (CROSS, torch.float32),
+        pytest.param(CROSS, torch.float32, marks=pytest.mark.slow),
         (CROSS, torch.bfloat16),
         (SELF_CROSS, torch.float32),
         ({"tune_lm_head": True}, torch.float32),
-        ({"tune_lm_head": True}, torch.bfloat16),
+        pytest.param({"tune_lm_head": True}, torch.bfloat16, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -307,7 +308,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("change", variants(CHANGES, {"weight", "image", "template"}))
+@pytest.mark.parametrize("change", variants(CHANGES, {"weight", "template"}))
 def test_what_determines_the_states_is_part_of_the_key(
     change: str, cached: Cached, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ from relook.model.lazy_model import open_folder
 from relook.model.load import LoadOptions, add_post_decoder
 from relook.model.modeling_relook import TOWERS_READ
 from relook.recipe import build_recipe
-from relook.report.plots import attention_before
+from relook.report.attention_maps import attention_before
 from relook.train.run import train
 
 TOWER: dict[str, Any] = {"features": "tower"}  # the post decoder looks at the tower's states, before the merger
