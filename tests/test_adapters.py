@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import dpo_keys, pixels, prompt, tiny_llava
+from helpers.tiny import dpo_keys, pixels, prompt, save_tied
 from helpers.variants import crossed, variants
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -109,10 +109,7 @@ UNDERSTOOD: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose head is its embeddings."""
-    folder = tmp_path_factory.mktemp("tied")
-    tiny_llava().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
+    return save_tied(tmp_path_factory.mktemp("tied"))
 
 
 @pytest.fixture(scope="module")

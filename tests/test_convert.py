@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import tiny_llava
+from helpers.tiny import save_tied, tiny_llava
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -30,7 +30,6 @@ from relook.model.checkpoint import ADAPTER_FILE, KEPT, read_tensor_folder, weig
 from relook.model.export import WriteOptions, convert_model, export_model, merge_adapter
 from relook.model.lazy_model import open_folder
 from relook.model.load import TENSORS_FILE, add_post_decoder
-from relook.toyworld.build import make_processor
 
 FAST = WriteOptions(check=False)
 
@@ -38,9 +37,7 @@ FAST = WriteOptions(check=False)
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     """A llava-hf folder with a processor and weights of its own."""
-    tiny_llava().save_pretrained(tmp_path / "toy")
-    make_processor().save_pretrained(tmp_path / "toy")
-    return tmp_path / "toy"
+    return save_tied(tmp_path / "toy")
 
 
 def same_tensors(first: Path, second: Path) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from helpers.damaged import talk
 from helpers.forked import forked
 from helpers.several import train_all
-from helpers.tiny import dpo_keys, sft_keys, tiny_llava
+from helpers.tiny import dpo_keys, save_tied, sft_keys
 from helpers.variants import variants
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -145,10 +145,7 @@ def test_exactly_what_should_train_has_a_gradient(regime: str, base: Path, world
 
 
 def test_a_tied_head_trains_without_the_input_embeddings(world: Path, tmp_path: Path) -> None:
-    model = tiny_llava()
-    model.save_pretrained(tmp_path / "tied")
-    make_processor().save_pretrained(tmp_path / "tied")
-    bench = Bench(recipe_for(tmp_path / "tied", world, tmp_path, tune_lm_head=True))
+    bench = Bench(recipe_for(save_tied(tmp_path / "tied"), world, tmp_path, tune_lm_head=True))
     bench.loss([0, 13])[0].backward()
     assert [name for name, p in bench.parameters.items() if p.grad is not None] == ["lm_head.weight"]
     embeddings = bench.loaded.core.get_input_embeddings().weight
