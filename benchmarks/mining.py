@@ -45,8 +45,8 @@ def run_seed(out: Path, seed: int, recipes: list[str]) -> None:
     base, world = shipped_base(), out / "world"
     layouts.write_vg(world, seed, PAIR_SCENES)
     layouts.write_eval(world, "test", seed, TEST_SCENES)
-    how = MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100)
-    mine_pairs(base, MiningSource(world / "vg", "toyworld", exclude=[world / "test"]), out / "mined", how)
+    settings = MiningSettings(seed, questions=4, max_new_tokens=64, batch_size=100)
+    mine_pairs(base, MiningSource(world / "vg", "toyworld", exclude=[world / "test"]), out / "mined", settings)
     mined = out / "mined" / "desc_data.json"
     write_json(out / "perfect.json", perfect_pairs(seed, set(read_json(mined))))
     print_row(seed, "base", None, "", scores(base, out, "base"))
