@@ -263,7 +263,13 @@ def test_a_step_keeps_what_is_said(base: Path, world: Path, tmp_path: Path, regi
 
 
 @pytest.mark.parametrize(
-    ("size", "keys"), [(1, {}), (2, {"feature_cache": "off"}), (8, {"tune_post_decoder": True})], ids=str
+    ("size", "keys"),
+    [
+        (1, {}),
+        pytest.param(2, {"feature_cache": "off"}, marks=pytest.mark.slow),
+        (8, {"tune_post_decoder": True}),
+    ],
+    ids=str,
 )
 def test_work_is_that_of_real_batches(size: int, keys: dict[str, Any], base: Path, world: Path, tmp_path: Path) -> None:
     keys = {**REGIMES["lora"], **keys, "trunk_pass": "flex", "per_device_train_batch_size": size}
@@ -366,7 +372,7 @@ def shown(*words: str) -> Any:
     # benchmarks/RESULTS.md, one H100, 380 pairs of 619 + 110 + 110 positions, 64 a step: 5.0 and 11.1 GiB. Of both,
     # 0.37 were float32 rows of logits (3 of 1024 x 32064), which compiled log-probs do without since. Of the first,
     # 0.42 were vision features that the job before had left on the GPU.
-    [("head", 5.0 - 0.37 - 0.42), ("post-decoder", 11.1 - 0.37)],
+    [pytest.param("head", 5.0 - 0.37 - 0.42, marks=pytest.mark.slow), ("post-decoder", 11.1 - 0.37)],
 )
 def test_what_an_h100_measured(seven_billion: Path, recipe: str, measured: float) -> None:
     words = ["--prompt-tokens", "43", "--samples", "380", "--per_device_train_batch_size", "64"]

@@ -267,7 +267,7 @@ def test_a_warm_up_that_starts_at_zero_is_no_alarm(base: Path, world: Path, tmp_
         ({"num_train_epochs": 1.5}, 9),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 5}, 4),
         ({"eval_fraction": 0.5}, 3),
-        ({"max_steps": 2}, 2),
+        pytest.param({"max_steps": 2}, 2, marks=pytest.mark.slow),
     ],
     ids=str,
 )

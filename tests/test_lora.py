@@ -115,7 +115,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", variants(KINDS, {"rslora", "dora", "4 bits"}))
+@pytest.mark.parametrize("kind", variants(KINDS, {"dora", "4 bits"}))
 def test_dpo_over_trees_is_dpo_over_two_rows(kind: str, base: Path, world: Path, tmp_path: Path) -> None:
     """Log-probs, reference, loss and every gradient, against rows in one padded batch; peft's own adapter off is the
     reference."""

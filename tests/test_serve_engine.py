@@ -159,7 +159,7 @@ def test_many_at_once_each_get_the_text_of_generate(name: str) -> None:
         assert engine.batch.counts.images == len(PICTURES)
 
 
-@pytest.mark.parametrize("make", [tiny_next, with_decoder], ids=["plain", "post decoder"])
+@pytest.mark.parametrize("make", variants([tiny_next, with_decoder], {with_decoder}), ids=["plain", "post decoder"])
 def test_llava_next(make: Callable[[], Any]) -> None:
     """Images of different sizes take different numbers of positions, and of tiles."""
     loaded = as_loaded_next(make())

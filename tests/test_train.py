@@ -126,7 +126,7 @@ def test_before_training_the_loss_is_ln_2(regime: str, tokens: str, base: Path, 
     assert bench.loss(mixed)[0].item() == pytest.approx(math.log(2) + 0.5 * fields["nll"], abs=1e-6)
 
 
-@every_regime
+@pytest.mark.parametrize("regime", variants(REGIMES, {"post_decoder", "full", "both", "lora and post decoder"}))
 def test_exactly_what_should_train_has_a_gradient(regime: str, base: Path, world: Path, tmp_path: Path) -> None:
     keys, wanted, first = REGIMES[regime]
     bench = Bench(recipe_for(base, world, tmp_path, **keys))
@@ -186,10 +186,10 @@ def test_only_differing_tokens_can_be_weighed(base: Path, world: Path, tmp_path:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"loss_type": "hinge"},
+        pytest.param({"loss_type": "hinge"}, marks=pytest.mark.slow),
         pytest.param({"loss_type": "ipo"}, marks=pytest.mark.slow),
         {"loss_type": "robust", "label_smoothing": 0.1, "dpo_tokens": "differing"},
-        {"loss_type": "simpo", "beta": 2.0},
+        pytest.param({"loss_type": "simpo", "beta": 2.0}, marks=pytest.mark.slow),
         {"loss_type": "orpo", "nll_weight": 1.0, "learning_rate": 5e-3},
         pytest.param(
             {"feature_cache": "off", "mdpo_conditional_weight": 1, "mdpo_anchored_weight": 1, "learning_rate": 5e-3},
@@ -288,7 +288,7 @@ def test_accumulated_batches_are_one_batch(base: Path, world: Path, tmp_path: Pa
     "keys",
     [
         {"tune_post_decoder": True, "nll_weight": 1.0, "dpo_tokens": "differing"},
-        {"tune_post_decoder": True, "post_decoder": {"attention": "none"}},
+        pytest.param({"tune_post_decoder": True, "post_decoder": {"attention": "none"}}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -601,7 +601,7 @@ def test_the_best_step_by_what_nobody_measures_is_refused_before_anything_is_rea
 @pytest.mark.parametrize(
     ("of", "keys"),
     [
-        (dpo_keys, {"loss_type": "simpo", "beta": 2.0}),
+        pytest.param(dpo_keys, {"loss_type": "simpo", "beta": 2.0}, marks=pytest.mark.slow),
         (dpo_keys, {"mdpo_conditional_weight": 1.0, "feature_cache": "off"}),
         (sft_keys, {}),
     ],

@@ -40,7 +40,7 @@ def trained(out: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("regime", variants(REGIMES, {"lora, projector and post decoder", "full, sft"}))
+@pytest.mark.parametrize("regime", variants(REGIMES, {"lora, projector and post decoder"}))
 def test_training_is_the_same_and_does_without_the_tower(
     regime: str, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
