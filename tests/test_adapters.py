@@ -143,9 +143,10 @@ def test_an_adapter_gives_pefts_own_logits(kind: str, biased: Path, without_adap
     torch.testing.assert_close(logits(load_model(biased, tmp_path / "adapter").model), theirs, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "kind", variants(["the head", "a whole head", "whole embeddings"], {"a whole head", "whole embeddings"})
-)
+COPIES = ["the head", "a whole head", "whole embeddings", "a whole projector"]
+
+
+@pytest.mark.parametrize("kind", variants(COPIES, {"a whole head", "whole embeddings"}))
 def test_a_tied_head_is_untied_where_peft_has_a_copy(kind: str, tied: Path, tmp_path: Path) -> None:
     theirs = by_peft(tied, tmp_path / "adapter", **UNDERSTOOD[kind])
     torch.testing.assert_close(logits(load_model(tied, tmp_path / "adapter").model), theirs, **CLOSE)

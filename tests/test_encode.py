@@ -81,8 +81,8 @@ def test_hadpo_pins_differ_in_the_tokens_after_an_end_only(refdata: Path, tokeni
     pins = json.loads((refdata / "llava_tiny/training/preprocess_v1_hadpo_pins.json").read_text())["cases"]
     cases = json.loads((refdata / "llava_tiny/training/preprocess_v1.json").read_text())["cases"]
     differing = set()
-    for name, variants in pins.items():
-        for variant, pinned in variants.items():
+    for name, by_variant in pins.items():
+        for variant, pinned in by_variant.items():
             if pinned["same_input_ids"]:
                 continue
             differing.add((name, variant))

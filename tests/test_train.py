@@ -68,7 +68,6 @@ REGIMES: dict[str, tuple[dict[str, Any], Wanted, Wanted]] = {
         lambda n: ("lora_B" in n) or ("lora_" not in n and n.endswith(("o_proj.weight", "down_proj.weight"))),
     ),
 }
-every_regime = pytest.mark.parametrize("regime", REGIMES)
 
 
 class Bench:
