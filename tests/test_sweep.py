@@ -55,8 +55,8 @@ def keys_of(world: Path, out: Path, **keys: Any) -> dict[str, Any]:
 
 
 def test_every_row_with_every_combination() -> None:
-    found = expand([{"beta": 1}, {"beta": 2}], {"seed": [0, 1], "learning_rate": [1e-3]})
-    assert found == [
+    expanded = expand([{"beta": 1}, {"beta": 2}], {"seed": [0, 1], "learning_rate": [1e-3]})
+    assert expanded == [
         {"beta": 1, "seed": 0, "learning_rate": 1e-3},
         {"beta": 1, "seed": 1, "learning_rate": 1e-3},
         {"beta": 2, "seed": 0, "learning_rate": 1e-3},
@@ -152,9 +152,9 @@ def test_a_folder_of_something_else_is_refused(world: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", shipped_names("sweep"))
 def test_shipped_sweeps_are_sound(name: str) -> None:
-    found = build_sweep({**read_yaml_or_shipped(name, "sweep"), "model_name_or_path": str(shipped_base())})
-    assert len(found.rows) == {"ablations": 24, "toyworld": 12}[name]
-    assert len({row.name for row in found.rows}) == len(found.rows)
+    sweep_config = build_sweep({**read_yaml_or_shipped(name, "sweep"), "model_name_or_path": str(shipped_base())})
+    assert len(sweep_config.rows) == {"ablations": 24, "toyworld": 12}[name]
+    assert len({row.name for row in sweep_config.rows}) == len(sweep_config.rows)
 
 
 # --- POPE from trunk states
@@ -217,14 +217,14 @@ def test_scores_are_those_of_full_generation(
         if name != "base":
             engine.evaluate(run, tmp_path / name)
         scores = read_json(tmp_path / name / "pope.json")
-        whole = read_json(generated / "pope.json")
+        expected = read_json(generated / "pope.json")
         for split in SPLITS:
-            full = whole[split]
+            full = expected[split]
             assert {k: scores[split][k] for k in full} == full, name
             records = read_records(generated / f"pope_{split}.jsonl")
             undecided = sum(not record["answer"].startswith(tuple(words)) for record in records)
             assert scores[split]["generated"] == undecided, name
-        seen.add(tuple(whole["adversarial"][count] for count in COUNTS))
+        seen.add(tuple(expected["adversarial"][count] for count in COUNTS))
     assert len(seen) > 3 or not every  # the regimes answer differently
 
 
@@ -249,17 +249,17 @@ def test_first_tokens_are_the_models_own(name: str, run_of: RunOf, world: Path, 
     """Log-probs against a plain forward pass, and the divergence against torch's."""
     run, base = run_of(name), run_of("base")
     engine = engine_of(base, world, states)
-    found = torch.cat(list(engine.log_probs(run, lambda: load_model(run))))
+    log_probs = torch.cat(list(engine.log_probs(run, lambda: load_model(run))))
     engine.evaluate(run, tmp_path / "out")
     records = read_records(tmp_path / "out" / FIRST_FILE)
-    assert len(records) == len(found) == len(engine.prompts.questions)
+    assert len(records) == len(log_probs) == len(engine.prompts.questions)
     assert sum(record["kl"] for record in records) > 0
     tuned_model, base_model = load_model(run), load_model(base)
-    for index in (0, 7, len(found) - 1):
+    for index in (0, 7, len(log_probs) - 1):
         question = engine.prompts.questions[index]
         tuned = next_token(tuned_model, question.image, question.text)
         untuned = next_token(base_model, question.image, question.text)
-        torch.testing.assert_close(found[index], tuned, atol=2e-4, rtol=1e-5)
+        torch.testing.assert_close(log_probs[index], tuned, atol=2e-4, rtol=1e-5)
         kl = F.kl_div(untuned, tuned, log_target=True, reduction="sum").item()
         assert records[index]["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-3)
 
@@ -298,11 +298,11 @@ def test_states_are_kept_until_something_changes(world: Path, tmp_path: Path, mo
     passes = []
     shutil.copytree(world / "test", tmp_path / "world" / "test")
     world = tmp_path / "world"
-    whole = CachedPope._compute
+    compute = CachedPope._compute
 
     def counted(engine: CachedPope, policy: Policy) -> AnswerStates:
         passes.append(1)
-        return whole(engine, policy)
+        return compute(engine, policy)
 
     monkeypatch.setattr(CachedPope, "_compute", counted)
     first = engine_of(shipped_base(), world, tmp_path).states
@@ -313,10 +313,10 @@ def test_states_are_kept_until_something_changes(world: Path, tmp_path: Path, mo
     for old, new in ((first.states, again.states), (first.features, again.features)):
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
     engine = engine_of(shipped_base(), world, tmp_path)
-    one, other_image = (engine.prompts.examples[i].images[0] for i in (0, 1))
-    stat = one.stat()
-    one.write_bytes(other_image.read_bytes())
-    os.utime(one, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by its content, not its time
+    image, other_image = (engine.prompts.examples[i].images[0] for i in (0, 1))
+    stat = image.stat()
+    image.write_bytes(other_image.read_bytes())
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by its content, not its time
     assert engine.states is not None
     assert len(passes) == 2
     other = engine_of(shipped_base(), world, tmp_path)
@@ -384,9 +384,9 @@ def test_a_sweep_leaves_a_run_and_scores_for_every_row(whole: Path) -> None:
     assert [row["regime"] for row in results["rows"]] == ["post decoder"] * 2 + ["head"] * 2
     for group, pair in zip(results["over_seeds"], (NAMES[:2], NAMES[2:]), strict=True):
         values = [read_json(whole / "eval" / name / "pope.json")["popular"]["f1"] for name in pair]
-        found = group["pope"]["popular"]["f1"]
-        assert found["mean"] == pytest.approx(sum(values) / 2)
-        assert found["sd"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))  # n - 1 = 1
+        f1 = group["pope"]["popular"]["f1"]
+        assert f1["mean"] == pytest.approx(sum(values) / 2)
+        assert f1["sd"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))  # n - 1 = 1
 
 
 def test_the_table_has_the_files_numbers(whole: Path) -> None:

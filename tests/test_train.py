@@ -85,8 +85,8 @@ class Bench:
         inputs = self.collator([self.items[i] for i in indices])
         batch = inputs["batch"]
         targets = batch.packed.targets if hasattr(batch, "packed") else batch.targets
-        found = self.policy(batch)
-        loss, fields = preference_loss(self.recipe, found, targets, inputs.get("reference"), inputs["weight"])
+        log_probs = self.policy(batch)
+        loss, fields = preference_loss(self.recipe, log_probs, targets, inputs.get("reference"), inputs["weight"])
         return loss, {name: float(value) for name, value in fields.items()}
 
     @property
@@ -127,7 +127,7 @@ def test_before_training_the_loss_is_ln_2(regime: str, tokens: str, base: Path, 
 
 @pytest.mark.parametrize("regime", variants(REGIMES, {"post_decoder", "full", "both", "lora and post decoder"}))
 def test_exactly_what_should_train_has_a_gradient(regime: str, base: Path, world: Path, tmp_path: Path) -> None:
-    keys, wanted, first = REGIMES[regime]
+    keys, trains, first = REGIMES[regime]
     bench = Bench(recipe_for(base, world, tmp_path, **keys))
     optimizer = torch.optim.SGD([p for p in bench.parameters.values() if p.requires_grad], 0.5)
     before = {name: parameter.detach().clone() for name, parameter in bench.parameters.items()}
@@ -135,12 +135,12 @@ def test_exactly_what_should_train_has_a_gradient(regime: str, base: Path, world
         optimizer.zero_grad()
         bench.loss([0, 3, 13, 20])[0].backward()
         for name, parameter in bench.parameters.items():
-            assert (parameter.grad is not None) == wanted(name), name
+            assert (parameter.grad is not None) == trains(name), name
             if parameter.grad is not None:
                 assert bool(parameter.grad.any()) == (step > 0 or first(name)), name
         optimizer.step()
     for name, parameter in bench.parameters.items():
-        assert torch.equal(parameter, before[name]) != wanted(name), name
+        assert torch.equal(parameter, before[name]) != trains(name), name
 
 
 def test_a_tied_head_trains_without_the_input_embeddings(world: Path, tmp_path: Path) -> None:
@@ -157,15 +157,15 @@ def test_reference_log_probs_are_the_bases_own(base: Path, world: Path, tmp_path
     bench = Bench(recipe_for(base, world, tmp_path, tune_post_decoder=True, post_decoder_init="projector"))
     plain = LlavaForConditionalGeneration.from_pretrained(base).eval()
     for item in [bench.items[i] for i in (0, 1, 14, 23)]:
-        picture, found = bench.loaded.images(item.example.images[0])[None], []
+        picture, expected = bench.loaded.images(item.example.images[0])[None], []
         for branch in item.example.tree.branches:
             ids = torch.tensor([[*item.example.tree.prefix, *branch.ids]])
             with torch.no_grad():
                 log_probs = plain(input_ids=ids, pixel_values=picture).logits[0].log_softmax(-1)
-            places = [len(item.example.tree.prefix) + i for i, flag in enumerate(branch.supervised) if flag]
-            found += [log_probs[place - 1, ids[0, place]] for place in places]
+            positions = [len(item.example.tree.prefix) + i for i, flag in enumerate(branch.supervised) if flag]
+            expected += [log_probs[position - 1, ids[0, position]] for position in positions]
         assert item.reference is not None
-        torch.testing.assert_close(item.reference, torch.stack(found), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(item.reference, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_only_differing_tokens_can_be_weighed(base: Path, world: Path, tmp_path: Path) -> None:
@@ -271,13 +271,13 @@ def test_a_rate_of_zero_holds_a_part_still(base: Path, world: Path, tmp_path: Pa
 
 def test_accumulated_batches_are_one_batch(base: Path, world: Path, tmp_path: Path) -> None:
     keys = {"tune_lm_head": True, "max_steps": 2, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
-    whole = train(recipe_for(base, world, tmp_path / "4", **keys))
+    one_pass = train(recipe_for(base, world, tmp_path / "4", **keys))
     parts = train(
         recipe_for(base, world, tmp_path / "2x2", **keys, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     )
-    for tensor, other in zip(*(load_file(out / TENSORS_FILE).values() for out in (whole, parts)), strict=True):
+    for tensor, other in zip(*(load_file(out / TENSORS_FILE).values() for out in (one_pass, parts)), strict=True):
         torch.testing.assert_close(tensor, other)
-    assert log_of(whole, "loss") == pytest.approx(log_of(parts, "loss"), abs=1e-5)
+    assert log_of(one_pass, "loss") == pytest.approx(log_of(parts, "loss"), abs=1e-5)
 
 
 # --- trunk states
@@ -336,12 +336,12 @@ def test_regimes_on_the_same_data_share_the_trunks_pass(
 
 def test_what_a_run_leaves(base: Path, world: Path, tmp_path: Path) -> None:
     out = train(recipe_for(base, world, tmp_path / "run", tune_post_decoder=True, nll_weight=1.0))
-    found = json.loads((out / "run.json").read_text())
-    assert found["samples"] == 24
+    record = json.loads((out / "run.json").read_text())
+    assert record["samples"] == 24
     fields = {"loss", "grad_norm", "learning_rate", "epoch", "step", "nll"}
     fields |= {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
-    fields |= {f"{who}_logps/{name}" for who in ("policy", "reference") for name in ("chosen", "rejected")}
-    steps = [entry for entry in found["log"] if "loss" in entry]
+    fields |= {f"{model}_logps/{name}" for model in ("policy", "reference") for name in ("chosen", "rejected")}
+    steps = [entry for entry in record["log"] if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, 7))
     assert all(entry.keys() >= fields for entry in steps)
     assert steps[0]["loss"] == pytest.approx(math.log(2) + steps[0]["nll"], abs=1e-5)
@@ -391,11 +391,11 @@ def test_a_folder_is_free_until_something_is_finished_there(base: Path, world: P
     with sole_writer(out), pytest.raises(RelookError, match="is in use"):  # as by another process
         train(other)
     assert not claim_run_dir(out, other)
-    for left in (out / "checkpoints" / "checkpoint-1" / "complete", out / TENSORS_FILE):
-        left.touch()
+    for file in (out / "checkpoints" / "checkpoint-1" / "complete", out / TENSORS_FILE):
+        file.touch()
         with pytest.raises(RecipeError, match=r"another recipe.*beta"):
             claim_run_dir(out, recipe)
-        left.unlink()
+        file.unlink()
 
 
 def test_somebody_elses_folder_is_refused(base: Path, world: Path, tmp_path: Path) -> None:
@@ -424,10 +424,10 @@ def test_unusable_samples_are_counted_and_named(base: Path, world: Path, tmp_pat
     missing.unlink()
     keys = {"tune_lm_head": True, "max_steps": 1}
     out = train(recipe_for(base, tmp_path / "world", tmp_path / "run", **keys))
-    found = json.loads((out / "run.json").read_text())
-    assert found["samples"] == 16
-    assert "image file missing: 3" in found["dropped"]["reader"]
-    assert broken.name in " ".join(found["dropped"]["faults"])
+    record = json.loads((out / "run.json").read_text())
+    assert record["samples"] == 16
+    assert "image file missing: 3" in record["dropped"]["reader"]
+    assert broken.name in " ".join(record["dropped"]["faults"])
     with pytest.raises(DataError, match="image file missing"):
         train(recipe_for(base, tmp_path / "world", tmp_path / "strict", **keys, on_bad="error"))
     shutil.copy(max(broken.parent.iterdir()), missing)
@@ -530,10 +530,12 @@ def test_an_image_in_a_later_turn_trains_beside_others_on_it(
 ) -> None:
     """As each conversation alone does: from cached states, and through the trunk."""
     name = next(one["image"] for one in json.loads((world / "llava/toyworld_mix.json").read_text()) if "image" in one)
-    asked, said = ("<image>\nWhat is this?", "There is a cup."), ("Hello there.", "Hi.")
+    with_image, text_only = ("<image>\nWhat is this?", "There is a cup."), ("Hello there.", "Hi.")
     mix = [
         {"id": str(i), "image": name, "conversations": [m for turn in turns for m in talk(*turn)]}
-        for i, turns in enumerate([(said, asked), (asked, said), (said, ("<image>\nWhere?", "Here.")), (asked,)])
+        for i, turns in enumerate(
+            [(text_only, with_image), (with_image, text_only), (text_only, ("<image>\nWhere?", "Here.")), (with_image,)]
+        )
     ]
     write_json(tmp_path / "mix.json", mix)
     losses = []
@@ -553,12 +555,12 @@ def test_the_step_that_is_best_on_held_out_images_is_kept(task: str, base: Path,
             "load_best_model_at_end": True, "save_total_limit": 99, "per_device_eval_batch_size": 3}  # fmt: skip
     recipe = build_recipe((sft_keys if task == "sft" else dpo_keys)(base, world, tmp_path / "run", **keys))
     out = train(recipe)
-    found = json.loads((out / "run.json").read_text())
-    measured = {entry["step"]: entry["eval_loss"] for entry in found["log"] if "eval_loss" in entry}
+    record = json.loads((out / "run.json").read_text())
+    measured = {entry["step"]: entry["eval_loss"] for entry in record["log"] if "eval_loss" in entry}
     best = min(measured, key=lambda step: measured[step])
     assert best < max(measured)  # else the last step would do
-    kept = (out / TENSORS_FILE).read_bytes()
-    assert kept == (out / "checkpoints" / f"checkpoint-{best}" / TENSORS_FILE).read_bytes()
+    saved = (out / TENSORS_FILE).read_bytes()
+    assert saved == (out / "checkpoints" / f"checkpoint-{best}" / TENSORS_FILE).read_bytes()
 
     # The loss of what was left, over all held-out items in one batch.
     loaded = load_model(out)
@@ -567,10 +569,10 @@ def test_the_step_that_is_best_on_held_out_images_is_kept(task: str, base: Path,
     policy = Policy(load_model(base).model)
     collator = Collator(policy, loaded.images, 3)
     live = replace(recipe, feature_cache="off")
-    items, held = split_held_out(prepare_items(live, policy, examples, collator, 4, lambda: policy), 0.34)
-    assert len({item.example.images for item in held}) == found["held_out"] * len(images) // len(examples) == 2
-    assert not {item.example.images for item in held} & {item.example.images for item in items}
-    inputs = Collator(Policy(loaded.model), loaded.images, 3)(held)
+    items, held_out = split_held_out(prepare_items(live, policy, examples, collator, 4, lambda: policy), 0.34)
+    assert len({item.example.images for item in held_out}) == record["held_out"] * len(images) // len(examples) == 2
+    assert not {item.example.images for item in held_out} & {item.example.images for item in items}
+    inputs = Collator(Policy(loaded.model), loaded.images, 3)(held_out)
     with torch.no_grad():
         log_probs = Policy(loaded.model)(inputs["batch"])
     if task == "sft":
@@ -620,8 +622,8 @@ def test_what_is_known_beforehand_is_what_an_evaluation_measures(
 def test_measuring_changes_nothing(base: Path, world: Path, tmp_path: Path) -> None:
     keys = {"tune_post_decoder": True, "lora_enable": True, "lora_r": 4, "lora_dropout": 0.2, "eval_fraction": 0.5}
     outs = [
-        train(recipe_for(base, world, tmp_path / str(how), **keys, eval_strategy=how))
-        for how in ("epoch", False)  # YAML's no
+        train(recipe_for(base, world, tmp_path / str(strategy), **keys, eval_strategy=strategy))
+        for strategy in ("epoch", False)  # YAML's no
     ]
     assert (outs[0] / TENSORS_FILE).read_bytes() == (outs[1] / TENSORS_FILE).read_bytes()
     for field in ("loss", "rewards/margins"):
@@ -686,11 +688,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(base: Path, world: Path, tmp_p
     shutil.copytree(out, tmp_path / "copy")
 
     train(build_recipe(values))  # goes on from step 1
-    whole = train(build_recipe({**values, "output_dir": tmp_path / "whole"}))
+    uninterrupted = train(build_recipe({**values, "output_dir": tmp_path / "whole"}))
     for name in (TENSORS_FILE, "adapter_model.safetensors"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
+        assert (out / name).read_bytes() == (uninterrupted / name).read_bytes()
     for field in ("loss", "learning_rate", "rewards/margins"):
-        assert log_of(out, field) == log_of(whole, field)
+        assert log_of(out, field) == log_of(uninterrupted, field)
 
     # Killed so early that no checkpoint is whole: from the start.
     shutil.rmtree(out)
@@ -698,8 +700,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(base: Path, world: Path, tmp_p
     for marker in (out / "checkpoints").glob(f"*/{COMPLETE_MARKER}"):
         marker.unlink()
     train(build_recipe(values))
-    assert (out / TENSORS_FILE).read_bytes() == (whole / TENSORS_FILE).read_bytes()
-    assert log_of(out, "loss") == log_of(whole, "loss")
+    assert (out / TENSORS_FILE).read_bytes() == (uninterrupted / TENSORS_FILE).read_bytes()
+    assert log_of(out, "loss") == log_of(uninterrupted, "loss")
 
 
 def test_stopped_by_hand_and_run_again(
@@ -709,21 +711,21 @@ def test_stopped_by_hand_and_run_again(
     keys = {"tune_post_decoder": True, "tune_lm_head": True, "save_strategy": "steps", "save_steps": 2}
     recipe = recipe_for(base, world, tmp_path / "run", **keys)
     steps: list[int] = []
-    whole_loss = training.RelookTrainer.compute_loss
+    compute_loss = training.RelookTrainer.compute_loss
 
     def interrupted(self: Any, *rest: Any, **more: Any) -> Any:
         steps.append(self.state.global_step)
         if steps == list(range(6)):
             raise KeyboardInterrupt
-        return whole_loss(self, *rest, **more)
+        return compute_loss(self, *rest, **more)
 
     monkeypatch.setattr(training.RelookTrainer, "compute_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(recipe)
     train(recipe)
     assert steps[6:] == [4, 5]
-    whole = train(recipe_for(base, world, tmp_path / "whole", **keys))
-    assert (tmp_path / "run" / TENSORS_FILE).read_bytes() == (whole / TENSORS_FILE).read_bytes()
+    uninterrupted = train(recipe_for(base, world, tmp_path / "whole", **keys))
+    assert (tmp_path / "run" / TENSORS_FILE).read_bytes() == (uninterrupted / TENSORS_FILE).read_bytes()
 
 
 def test_a_kill_before_the_last_file_is_made_up_for(base: Path, world: Path, tmp_path: Path) -> None:
@@ -775,15 +777,15 @@ def test_equal_examples_share_their_reference(
     base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HA-DPO's mix has every description pair twice; items stay in the order of the examples."""
-    asked: list[int] = []
-    whole = training.reference_log_probs
+    counts: list[int] = []
+    original = training.reference_log_probs
 
     def counted(policy: Policy, items: Any, *rest: Any) -> Any:
-        asked.append(len(items))
-        return whole(policy, items, *rest)
+        counts.append(len(items))
+        return original(policy, items, *rest)
 
     monkeypatch.setattr(training, "reference_log_probs", counted)
     bench = Bench(recipe_for(base, world, tmp_path, lora_enable=True, lora_r=4))
-    assert asked == [18]
+    assert counts == [18]
     assert [item.example for item in bench.items] == bench.examples
     assert len(bench.items) == 24
