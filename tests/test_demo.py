@@ -31,7 +31,7 @@ SEED = 4
 def small() -> Any:
     """A demo of a few scenes: all else is as in the real one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "PAIR_SCENES", 6)
+        patch.setattr(demo, "PAIR_SCENES", 8)
         patch.setattr(demo, "TEST_SCENES", 4)
         TrunkCache.current = None
         yield patch
