@@ -32,7 +32,7 @@ def small() -> Any:
     """A demo of a few scenes: all else is as in the real one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "PAIR_SCENES", 8)
-        patch.setattr(demo, "TEST_SCENES", 4)
+        patch.setattr(demo, "TEST_SCENES", 6)
         TrunkCache.current = None
         yield patch
         TrunkCache.current = None
@@ -54,7 +54,7 @@ def test_results_keep_the_contract(whole: Path) -> None:
         assert scores["pope"].keys() == set(SPLITS)
         assert all(scores["pope"][split].keys() >= POPE for split in SPLITS)
         assert scores["chair"].keys() >= CHAIR
-        assert scores["chair"]["n"] == 4
+        assert scores["chair"]["n"] == 6
     assert results["provenance"]["seed"] == SEED
     phases = {"toyworld", "base", "base evaluation", "mining", "report"}
     phases |= {f"{what} {name}" for what in ("train", "evaluate") for name in RUNS}
