@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As the command does, before transformers is imported: its bars would stand between the lines that tests read.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Threads that read a model's tensors ahead cost a sixth of loading one of a few kilobytes.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 # No test depends on how fast a machine is, and the same commit gives the same verdict.
 settings.register_profile("relook", deadline=None, derandomize=True, max_examples=40)

@@ -47,7 +47,7 @@ COUNTS = ("tp", "fp", "tn", "fn")
 def keys_of(world: Path, out: Path, **keys: Any) -> dict[str, Any]:
     """A sweep over that world's pairs, two steps a row."""
     recipe = dpo_keys(shipped_base(), world, out, max_steps=2, learning_rate=5e-3)
-    common = {"recipe": "toyworld-post-decoder", "data": world / "test", "max_new_tokens": 30, "rows": [{}]}
+    common = {"recipe": "toyworld-post-decoder", "data": world / "test", "max_new_tokens": 12, "rows": [{}]}
     return {**{key: value for key, value in recipe.items() if key != "task"}, **common, **keys}
 
 
