@@ -317,36 +317,36 @@ def test_a_wrong_merge_is_not_written(
 
 
 def test_an_adapter_that_lacks_layers(adapter: Path, base: Path, tmp_path: Path) -> None:
-    whole = load_file(adapter / "adapter_model.safetensors")
+    complete = load_file(adapter / "adapter_model.safetensors")
 
     def saved(name: str, tensors: dict[str, Tensor]) -> Path:
         folder = changed(adapter, tmp_path / name)
         save_file(tensors, folder / "adapter_model.safetensors")
         return folder
 
-    without = {name: tensor for name, tensor in whole.items() if ".layers.1." not in name}
+    without = {name: tensor for name, tensor in complete.items() if ".layers.1." not in name}
     with pytest.raises(CheckpointError, match=r"lacks LoRA for 2 layers .*layers\.1\.(self_attn.q_proj|mlp.down_proj)"):
         load_model(base, saved("layer", without))
-    without = {name: tensor for name, tensor in whole.items() if "q_proj" not in name}
+    without = {name: tensor for name, tensor in complete.items() if "q_proj" not in name}
     with pytest.raises(CheckpointError, match=r"lacks LoRA for 2 layers .*layers\.0\.self_attn.q_proj"):
         load_model(base, saved("kind", without))
-    without = {name: tensor for name, tensor in whole.items() if "lora_B" not in name}
+    without = {name: tensor for name, tensor in complete.items() if "lora_B" not in name}
     with pytest.raises(CheckpointError, match="half of a LoRA pair"):
         load_model(base, saved("half", without))
     with pytest.raises(CheckpointError, match=r"holds no tensors\. "):
         load_model(base, saved("none", {}))
-    gathered = {name: torch.empty(0) for name in whole}
+    gathered = {name: torch.empty(0) for name in complete}
     with pytest.raises(CheckpointError, match=r"8 of 8 tensors in .*adapter_model\.safetensors are empty.*ZeRO-3"):
         load_model(base, saved("empty", gathered))
-    some = whole | {name: torch.empty(128, 0) for name in whole if "lora_B" in name}
+    some = complete | {name: torch.empty(128, 0) for name in complete if "lora_B" in name}
     with pytest.raises(CheckpointError, match="4 of 8 tensors"):
         load_model(base, saved("some", some))
     head = {"base_model.model.lm_head.weight": torch.zeros(90, 128)}
     with pytest.raises(CheckpointError, match="has no LoRA tensors"):
         load_model(base, saved("head", head))
-    older = {name.replace("model.language_model.", "language_model.model."): t.clone() for name, t in whole.items()}
+    older = {name.replace("model.language_model.", "language_model.model."): t.clone() for name, t in complete.items()}
     with pytest.raises(CheckpointError, match=r"q_proj\.weight twice|down_proj\.weight twice"):
-        load_model(base, saved("both", whole | older))
+        load_model(base, saved("both", complete | older))
 
 
 def test_bare_tensors_that_are_empty(base: Path, tiny: Path, tower: Path, tmp_path: Path) -> None:
@@ -367,15 +367,15 @@ def test_bare_tensors_that_are_empty(base: Path, tiny: Path, tower: Path, tmp_pa
 def test_llavas_intermediate_checkpoint_says_that_it_has_no_projector(
     tiny: Path, tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = load_model(tiny / "ckpt_safetensors", tiny / "lora_llava-tiny", tower).model.state_dict()
+    merged = load_model(tiny / "ckpt_safetensors", tiny / "lora_llava-tiny", tower).model.state_dict()
     assert "projector" not in capsys.readouterr().err
     checkpoint = copied(tiny / "lora_llava-tiny", tmp_path / "checkpoint-3")
     (checkpoint / "non_lora_trainables.bin").unlink()
-    found = load_model(tiny / "ckpt_safetensors", checkpoint, tower).model.state_dict()
+    tensors = load_model(tiny / "ckpt_safetensors", checkpoint, tower).model.state_dict()
     assert capsys.readouterr().err.count("has no non_lora_trainables.bin: no projector came along") == 1
     base = load_model(tiny / "ckpt_safetensors", vision_tower=tower).model.state_dict()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, (base if "projector" in name else whole)[name])
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, (base if "projector" in name else merged)[name])
 
 
 # --- names, and a base that is a language model alone
@@ -407,9 +407,9 @@ def test_names_of_other_versions_of_transformers(names: str, base: Path, tmp_pat
 @pytest.mark.parametrize("change", ["lora_llava-tiny", "projector"])
 def test_a_change_to_a_bare_language_model(change: str, tiny: Path, tower: Path, tmp_path: Path) -> None:
     """As LLaVA's load_pretrained_model(model_path, model_base=vicuna) does: the adapter's config makes it LLaVA."""
-    whole = load_file(tiny / "ckpt_safetensors/model.safetensors")
+    llava = load_file(tiny / "ckpt_safetensors/model.safetensors")
     vicuna = copied(tiny / "ckpt_safetensors", tmp_path / "vicuna", model_type="llama", mm_vision_tower=None)
-    language = {name: tensor for name, tensor in whole.items() if "mm_projector" not in name}
+    language = {name: tensor for name, tensor in llava.items() if "mm_projector" not in name}
     assert LlamaForCausalLM.from_pretrained(vicuna)
     save_file(language, vicuna / "model.safetensors")
     adapter = tiny / change
@@ -417,12 +417,12 @@ def test_a_change_to_a_bare_language_model(change: str, tiny: Path, tower: Path,
         adapter = tmp_path / change
         adapter.mkdir()
         shutil.copyfile(tiny / "ckpt_safetensors/config.json", adapter / "config.json")
-        torch.save({n: t for n, t in whole.items() if "mm_projector" in n}, adapter / "mm_projector.bin")
-    found = load_model(vicuna, adapter, tower).model.state_dict()
+        torch.save({n: t for n, t in llava.items() if "mm_projector" in n}, adapter / "mm_projector.bin")
+    tensors = load_model(vicuna, adapter, tower).model.state_dict()
     lora = None if change == "projector" else adapter
-    wanted = load_model(tiny / "ckpt_safetensors", lora, tower).model.state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    expected = load_model(tiny / "ckpt_safetensors", lora, tower).model.state_dict()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
     with pytest.raises(CheckpointError, match=r"is a language model alone.*as adapter"):
         load_model(vicuna, vision_tower=tower)
     with pytest.raises(CheckpointError, match="is a language model alone"):
@@ -488,12 +488,12 @@ def test_a_checkpoint_of_a_run_is_loaded_as_the_run_is(
     keys = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **REGIMES[regime]}
     out = train(build_recipe(dpo_keys(base, world, tmp_path / "run", **keys)))
     first, last = (out / "checkpoints" / f"checkpoint-{step}" for step in (1, 2))
-    whole, found = load_model(out).model.state_dict(), load_model(last).model.state_dict()
-    assert found.keys() == whole.keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=0)
+    run_tensors, tensors = load_model(out).model.state_dict(), load_model(last).model.state_dict()
+    assert tensors.keys() == run_tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, run_tensors[name], rtol=0, atol=0)
     earlier = load_model(first).model.state_dict()
-    assert any(not torch.equal(tensor, whole[name]) for name, tensor in earlier.items())
+    assert any(not torch.equal(tensor, run_tensors[name]) for name, tensor in earlier.items())
     capsys.readouterr()
     merge_adapter(base, first, tmp_path / "merged")
     assert ("from peft's own" in capsys.readouterr().err) == ("lora_enable" in REGIMES[regime])
@@ -510,7 +510,7 @@ def test_a_checkpoint_of_a_second_stage_lies_on_the_first(base: Path, world: Pat
     first = train(build_recipe(dpo_keys(base, world, tmp_path / "first", **short, **lora)))
     beneath = first / "checkpoints/checkpoint-1"
     second = train(build_recipe(dpo_keys(beneath, world, tmp_path / "second", **short, tune_post_decoder=True)))
-    whole = load_model(second).model.state_dict()
-    found = load_model(second / "checkpoints/checkpoint-1").model.state_dict()
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
+    run_tensors = load_model(second).model.state_dict()
+    tensors = load_model(second / "checkpoints/checkpoint-1").model.state_dict()
+    assert tensors.keys() == run_tensors.keys()
+    assert all(torch.equal(tensor, run_tensors[name]) for name, tensor in tensors.items())

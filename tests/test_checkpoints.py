@@ -192,9 +192,9 @@ def test_preference_loss_and_gradients(tiny: Path, tower: Path, name: str, refer
         if model is models[0]:
             near(log_probs, np.concatenate([saved["chosen_0_token_logps"], saved["reject_0_token_logps"]]))
         sums.append(packed.targets.sum_by_branch(log_probs))
-    for who, found in zip(("policy", "reference"), sums, strict=True):
-        for side, value in zip(("chosen", "rejected"), found, strict=True):
-            near(value[None], saved[f"{who}_{side}_logps"])
+    for model_name, summed in zip(("policy", "reference"), sums, strict=True):
+        for side, value in zip(("chosen", "rejected"), summed, strict=True):
+            near(value[None], saved[f"{model_name}_{side}_logps"])
     ratio = sums[0] - sums[1].detach()
     loss = dpo_sigmoid(ratio[:1], ratio[1:], beta=0.1)
     near(loss, saved["losses"])
@@ -240,8 +240,8 @@ def test_a_tower_in_the_file_counts_where_it_was_trained_only(tiny: Path, tower:
             if name.startswith("vision_model.") and not name.endswith("position_ids"):
                 tensors[f"model.vision_tower.vision_tower.{name}"] = tensor.read() + 0.01
         save_file(tensors, folder / "model.safetensors")
-        found = logits(load_model(folder, vision_tower=tower).model, tiny)
-        assert bool((found - base).abs().max() > 1e-2) == unfrozen
+        values = logits(load_model(folder, vision_tower=tower).model, tiny)
+        assert bool((values - base).abs().max() > 1e-2) == unfrozen
 
 
 def test_a_linear_projector_and_the_class_token(tiny: Path, tower: Path, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_transformers_own_processor_gives_the_originals_ids(
 def test_bare_tensors_of_head_projector_and_post_decoder(tmp_path: Path, prefix: str, dtype: torch.dtype) -> None:
     base = save_tied(tmp_path / "base")
     model = add_post_decoder(tiny_llava(), {"depth": 2}, torch.Generator().manual_seed(1))
-    wanted = {
+    expected = {
         name: (tensor + 0.25).to(dtype)
         for name, tensor in model.state_dict().items()
         if name.startswith(("model.post_decoder.", "model.multi_modal_projector.", "lm_head."))
@@ -337,14 +337,14 @@ def test_bare_tensors_of_head_projector_and_post_decoder(tmp_path: Path, prefix:
     (tmp_path / "run/config.json").write_text('{"post_decoder": {"depth": 2}}')
     head = prefix.removesuffix("model.") + "lm_head.weight"
     torch.save(
-        {head if n == "lm_head.weight" else prefix + n.removeprefix("model."): t for n, t in wanted.items()},
+        {head if n == "lm_head.weight" else prefix + n.removeprefix("model."): t for n, t in expected.items()},
         tmp_path / "run/non_lora_trainables.bin",
     )
     loaded = load_model(base, tmp_path / "run/non_lora_trainables.bin")
-    found = loaded.model.state_dict()
-    assert all(torch.equal(found[name], tensor.float()) for name, tensor in wanted.items())
+    tensors = loaded.model.state_dict()
+    assert all(torch.equal(tensors[name], tensor.float()) for name, tensor in expected.items())
     rest = tiny_llava().state_dict()
-    assert all(torch.equal(found[name], rest[name]) for name in rest.keys() - wanted.keys())
+    assert all(torch.equal(tensors[name], rest[name]) for name in rest.keys() - expected.keys())
 
 
 def test_a_post_decoder_whose_settings_nobody_knows(tmp_path: Path) -> None:
@@ -454,8 +454,8 @@ def test_text_under_a_weight_files_name(tiny: Path, tower: Path, tmp_path: Path,
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_a_truncated_file(tiny: Path, tower: Path, tmp_path: Path, file: str, share: float) -> None:
     folder = copied((tiny / file).parent, tmp_path / "m")
-    whole = (tiny / file).read_bytes()
-    (folder / Path(file).name).write_bytes(whole[: int(len(whole) * share)])
+    content = (tiny / file).read_bytes()
+    (folder / Path(file).name).write_bytes(content[: int(len(content) * share)])
     with pytest.raises(RelookError, match=rf"{Path(file).name} is (broken|refused)"):
         load_model(folder, vision_tower=tower)
 

@@ -276,7 +276,7 @@ ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_rotary_embeddings_in_every_versions_words(
     kind: str, rope: str, tiny: Path, tower: Path, model: Path, tmp_path: Path
 ) -> None:
-    stated, wanted = ROPES[rope]
+    stated, expected = ROPES[rope]
     none: dict[str, Any] = dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters"))
     if kind == "llava":
         folder = copied(tiny / "ckpt_safetensors", tmp_path / "m", **none)
@@ -287,9 +287,9 @@ def test_rotary_embeddings_in_every_versions_words(
         text = {key: value for key, value in config["text_config"].items() if key not in none}
         write_json(model / "config.json", config | {"text_config": text | stated})
         loaded = load_model(model)
-    found = loaded.model.config.text_config
-    assert wanted.items() <= found.rope_parameters.items()
-    plain = LlamaConfig(**found.to_dict() | {"rope_parameters": {"rope_type": "default", **wanted}})
+    text_config = loaded.model.config.text_config
+    assert expected.items() <= text_config.rope_parameters.items()
+    plain = LlamaConfig(**text_config.to_dict() | {"rope_parameters": {"rope_type": "default", **expected}})
     theirs = type(loaded.model.model.language_model.rotary_emb)(plain)
     torch.testing.assert_close(loaded.model.model.language_model.rotary_emb.inv_freq, theirs.inv_freq)
 
