@@ -234,8 +234,8 @@ CONTAINED = ("head", "post decoder", "not cached", "lora")  # of which another r
         *((regime, torch.float32) for regime in REGIMES if regime not in CONTAINED),
         *(pytest.param(regime, torch.float32, marks=pytest.mark.slow) for regime in CONTAINED),
         # LayerNorm, which the post decoder has, stays in bfloat16 on a CPU; CUDA's autocast takes float32.
-        *((regime, torch.bfloat16) for regime in ("lora", "full", "tower")),
-        pytest.param("projector", torch.bfloat16, marks=pytest.mark.slow),
+        *((regime, torch.bfloat16) for regime in ("lora", "tower")),
+        *(pytest.param(regime, torch.bfloat16, marks=pytest.mark.slow) for regime in ("projector", "full")),
     ],
     ids=str,
 )
@@ -527,10 +527,13 @@ def papers(seven_billion: Path) -> dict[str, Paper]:
     ("recipe", "keys", "memory", "gpus", "way", "flags"),
     [
         ("hadpo-lora", {}, 80, 1, "one GPU", "--gradient_checkpointing false"),
-        ("hadpo-lora", {}, 22, 1, "one GPU", "--per_device_train_batch_size 8 --gradient_accumulation_steps 2"),
+        pytest.param(
+            *("hadpo-lora", {}, 22, 1, "one GPU", "--per_device_train_batch_size 8 --gradient_accumulation_steps 2"),
+            marks=pytest.mark.slow,
+        ),
         ("hadpo-lora", {}, 17, 8, "FSDP2", "--fsdp true"),
         ("hadpo-lora", {}, 12, 1, "one GPU", "--bits 4"),
-        ("hadpo-lora", {"deepspeed": "zero3"}, 24, 2, "DDP", "--deepspeed null"),
+        pytest.param(*("hadpo-lora", {"deepspeed": "zero3"}, 24, 2, "DDP", "--deepspeed null"), marks=pytest.mark.slow),
         ("head", {}, 24, 1, "one GPU", ""),
         ("head", {}, 2, 1, "", ""),
     ],

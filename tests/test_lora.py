@@ -264,7 +264,7 @@ def test_qlora_trains_what_it_should_and_nothing_is_upcast(
     keys: dict[str, Any], base: Path, world: Path, tmp_path: Path
 ) -> None:
     more = {"tune_mm_mlp_adapter": True, "tune_lm_head": True, "bf16": True, "gradient_checkpointing": True}
-    recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", max_steps=2, lora_enable=True, **more, **keys))
+    recipe = build_recipe(dpo_keys(base, world, tmp_path / "run", max_steps=1, lora_enable=True, **more, **keys))
     loaded = load_model(base, dtype="bfloat16", **keys)
     quantiser = loaded.model.config.quantization_config
     assert (quantiser.load_in_4bit, quantiser.load_in_8bit) == (keys["bits"] == 4, keys["bits"] == 8)

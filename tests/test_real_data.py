@@ -85,7 +85,7 @@ def logits(model: Path, image: Path, **how: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("original", variants(PLACES, {"by its name"}), indirect=True)
+@pytest.mark.parametrize("original", variants(PLACES, {"by its name", "named by the config"}), indirect=True)
 def test_a_frozen_trunk_is_cached_wherever_the_tower_is(
     original: Original, relook: Command, world: Path, tmp_path: Path
 ) -> None:
@@ -101,7 +101,8 @@ def test_a_frozen_trunk_is_cached_wherever_the_tower_is(
     fine(relook("eval", "pope", "--model", tmp_path / "runs" / "disk", *short, "--out", tmp_path / "eval"))
 
 
-@pytest.mark.parametrize("original", [pytest.param(PLACES[0], marks=pytest.mark.slow), PLACES[2]], indirect=True)
+@pytest.mark.slow  # its commands have tests of their own
+@pytest.mark.parametrize("original", [PLACES[0], PLACES[2]], indirect=True)
 def test_every_command_of_the_page(
     original: Original, relook: Command, world: Path, tower: Path, tmp_path: Path
 ) -> None:

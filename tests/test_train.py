@@ -535,7 +535,9 @@ def test_a_full_run_is_a_model_of_its_own(base: Path, world: Path, tmp_path: Pat
     assert all(torch.equal(before[name], after[name]) == (name in tower) for name in before)
 
 
-@pytest.mark.parametrize("keys", [{"tune_post_decoder": True}, {"tune_mm_mlp_adapter": True}])
+@pytest.mark.parametrize(
+    "keys", variants([{"tune_post_decoder": True}, {"tune_mm_mlp_adapter": True}], [{"tune_post_decoder": True}])
+)
 def test_an_image_in_a_later_turn_trains_beside_others_on_it(
     keys: dict[str, Any], base: Path, world: Path, tmp_path: Path
 ) -> None:
@@ -559,7 +561,7 @@ def test_an_image_in_a_later_turn_trains_beside_others_on_it(
 # --- held-out images
 
 
-@pytest.mark.parametrize("task", ["dpo", "sft"])
+@pytest.mark.parametrize("task", variants(["dpo", "sft"], {"dpo"}))
 def test_the_step_that_is_best_on_held_out_images_is_kept(task: str, base: Path, world: Path, tmp_path: Path) -> None:
     keys = {"tune_lm_head": True, "optim": "sgd", "learning_rate": 30.0, "num_train_epochs": 2, "eval_fraction": 0.34,
             "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0,
@@ -715,6 +717,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(base: Path, world: Path, tmp_p
     assert log_of(out, "loss") == log_of(uninterrupted, "loss")
 
 
+@pytest.mark.slow  # a killed run has more to restore
 def test_stopped_by_hand_and_run_again(
     base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_gradients_are_those_of_transformers_own_backward_pass(folder: Path, wor
     assert not [name for name in theirs.keys() - trained if in_tower(name) and theirs[name].abs().max() > 0]
 
 
+@pytest.mark.slow  # test_train.py has a head whose rate is 0
 def test_a_tower_with_rate_0_changes_nothing(world: Path, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "llava")
     weights = []
