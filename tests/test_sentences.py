@@ -286,6 +286,7 @@ def test_mined_sentences_are_read_by_every_reader(mined: Path, world: Path) -> N
     assert "--pairs_path sentinel.json" in page
 
 
+@pytest.mark.slow  # test_mine.py stops the common parts
 def test_stopped_anywhere_it_ends_in_the_same_files(
     mined: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
