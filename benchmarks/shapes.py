@@ -243,18 +243,22 @@ def processor_of(shape: dict[str, Any]) -> Any:
 
 
 def endless_model(
-    shape: dict[str, Any], post_decoder: int = 0, dtype: torch.dtype = DTYPE, bits: int = 16
+    shape: dict[str, Any],
+    post_decoder: int = 0,
+    dtype: torch.dtype = DTYPE,
+    bits: int = 16,
+    attention: str = "cross",
 ) -> LoadedModel:
     """A random model whose answers no token ends, so that each has as many tokens as were asked for.
 
     Args:
-        post_decoder: its blocks; 0 for none.
+        post_decoder: its blocks, of such `attention`; 0 for none.
         bits: below 16, its language model's linears are quantised: it is written and loaded as a user's is.
     """
     model: Any
     model, processor = random_model(shape, answers=False, dtype=dtype)
     if post_decoder:
-        model = add_post_decoder(model, {"depth": post_decoder}, None)
+        model = add_post_decoder(model, {"depth": post_decoder, "attention": attention}, None)
     of_qwen = "family" in shape
     loaded = LoadedModel(model.eval(), processor, Path(), "" if of_qwen else "pad", "chat" if of_qwen else "llava_hf")
     if bits < 16:

@@ -31,7 +31,7 @@ from relook.evaluate.judge import JUDGE_CACHE, Judge, JudgeSettings
 from relook.evaluate.results import library_versions
 from relook.evaluate.tasks.chair import Vocabulary, coco_vocabulary
 from relook.files import claim_output_dir, read_json, read_json_object, read_text, text_hash, write_json, writes_alone
-from relook.generate.answering import Answerer, AnswerSource, GenerationSettings
+from relook.generate.answering import ONLY_OWN_ENGINE, Answerer, AnswerSource, GenerationSettings
 from relook.mine import candidates, output, pairs, sentences
 from relook.mine.candidates import DescriptionPairs, ProbeQuestion, describe_images, find_pairs
 from relook.mine.jobs import MiningSettings, MiningSource, fingerprint_all, generate_all
@@ -108,7 +108,9 @@ def mine_pairs(
         texts = describe_images(pictures, settings, load_first, work, description_rng)
         described = None  # the first process pairs
         if distributed.is_main():
-            described = find_pairs(pictures, texts, annotated, settings.near_texts, judge_client, description_rng)
+            described = find_pairs(
+                pictures, texts, annotated, settings.near_texts, judge_client, description_rng, settings.contrast
+            )
         distributed.barrier("pairs of descriptions")
     if described is not None:
         candidates.limit_pairs(described, settings.max_pairs)
@@ -175,6 +177,13 @@ def _check_settings(
             "A true and a false sentence are found among several sampled ones.",
             "Give --continuations 2 or more and a --temperature above 0.",
         )
+    if settings.contrast and (settings.by_sentence or source.annotations == "none"):
+        raise RecipeError(
+            "Only whole descriptions that annotations check can be made worse.",
+            "Leave --contrast out, or give --annotations and --by description.",
+        )
+    if settings.by_sentence and not isinstance(loading, LoadOptions):
+        raise RecipeError(*ONLY_OWN_ENGINE)
     if out.resolve().is_relative_to(source.images.resolve()):
         raise RecipeError(f"{out} lies in the image folder.", "Choose another --out.")
     if settings.parquet:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relook import distributed
 from relook.data.packing import Targets
 from relook.recipe import LENGTH_NORMALISED, REFERENCE_FREE, Recipe
 
@@ -139,6 +140,32 @@ def apo_down(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tenso
     return torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(-beta * (chosen_ratio - rejected_ratio))
 
 
+def kto(
+    ratio: Tensor,
+    baseline: Tensor,
+    desirable: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Compute Kahneman-Tversky optimisation (KTO) of rated answers, eq. 8 of Ethayarajh et al. 2024 (arXiv:2402.01306).
+
+    Args:
+        ratio: log pi(y|x) - log pi_ref(y|x) of each answer, (answers,).
+        baseline: the paper's z_0, shape (): the mean ratio of answers to other prompts, at least 0, without gradient.
+        desirable: whether an answer is good, (answers,) bool.
+        beta: as for `dpo_sigmoid`.
+        desirable_weight, undesirable_weight: the paper's lambda_D and lambda_U.
+
+    Returns:
+        lambda_D * (1 - sigmoid(beta * (ratio - baseline))) of good answers, and
+        lambda_U * (1 - sigmoid(beta * (baseline - ratio))) of others, (answers,).
+    """
+    sign, weight = torch.where(desirable, 1.0, -1.0), torch.where(desirable, desirable_weight, undesirable_weight)
+    # 1 - sigmoid(x) = sigmoid(-x) keeps precision where sigmoid(x) is close to 1.
+    return weight * torch.sigmoid(-beta * sign * (ratio - baseline))
+
+
 def simpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
     """Compute SimPO, eq. 6 of Meng et al. 2024 (arXiv:2405.14734): no reference; rewards are means over tokens.
 
@@ -205,14 +232,15 @@ def mdpo_anchored(chosen_ratio: Tensor, beta: float, anchor: float) -> Tensor:
     return -F.logsigmoid(beta * chosen_ratio - anchor)
 
 
-def negative_log_likelihood(log_probs: Tensor, counts: Tensor | None = None) -> Tensor:
+def negative_log_likelihood(log_probs: Tensor, weights: Tensor | None = None) -> Tensor:
     """Compute the supervised loss: the mean of -log p over tokens, shape (), in nats per token.
 
     Args:
         log_probs: log-probs of the tokens, (N,).
-        counts: 1 for each token that counts, else 0, (N,); None counts all tokens.
+        weights: of the tokens in the mean, (N,), 0 for those that do not count; None weighs all alike. With 1 / the
+            response's length it is the mean over responses in RPO's eq. 2 (Pang et al. 2024, arXiv:2404.19733).
     """
-    return -log_probs.mean() if counts is None else -(log_probs * counts).sum() / counts.sum()
+    return -log_probs.mean() if weights is None else -(log_probs * weights).sum() / weights.sum()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -238,6 +266,7 @@ REFERENCE_FREE_METRICS = (
     *("policy_logps/chosen", "policy_logps/rejected", "nll"),
 )
 METRICS = (*REFERENCE_FREE_METRICS[:-1], "reference_logps/chosen", "reference_logps/rejected", "nll")
+KTO_METRICS = ("rewards/margins", "rewards/accuracies", "kl")
 MDPO_METRICS = ("rewards/corrupted", "rewards/corrupted_accuracies")  # added by mDPO's conditional term
 
 PAIR_LOSSES = {
@@ -263,6 +292,8 @@ def metric_names(recipe: Recipe) -> list[str]:
     """Return the names of the fields that an evaluation of the recipe's loss logs, in their order."""
     if recipe.task == "sft":
         return ["loss"]
+    if recipe.rates_answers:
+        return ["loss", *KTO_METRICS]
     # Where only some of several losses have a reference, the longer list has its fields.
     names = ["loss", *max((PAIR_LOSSES[name].metrics for name in recipe.loss_weights), key=len)]
     if recipe.mdpo_conditional_weight:
@@ -281,13 +312,15 @@ def batch_loss(recipe: Recipe, log_probs: Tensor, inputs: Mapping[str, Any]) -> 
     Args:
         recipe: selects the loss.
         log_probs: policy log-probs of the batch's targets, (N,).
-        inputs: what `Collator` returns, with the batch's `share` of a mean over a step's tokens (see
+        inputs: what `Collator` returns, with the batch's `share` of the supervised mean over a step (see
             `RelookTrainer.get_batch_samples`).
     """
     share = inputs.get("share", 1.0)
     if recipe.task == "sft":
         return share * negative_log_likelihood(log_probs), {}
     targets = targets_of(inputs["batch"])
+    if recipe.rates_answers:
+        return rated_loss(recipe, log_probs, targets, inputs["reference"], inputs["desirable"])
     return preference_loss(recipe, log_probs, targets, inputs.get("reference"), inputs["weight"], share)
 
 
@@ -297,15 +330,19 @@ def targets_of(batch: Any) -> Targets:
     return targets
 
 
-def count_answer_tokens(recipe: Recipe, targets: Targets) -> Tensor | int:
-    """Return the number of tokens in the supervised loss's mean: all for SFT, those of chosen answers for DPO."""
-    return len(targets.id) if recipe.task == "sft" else _chosen_mask(recipe, targets).sum()
+def supervised_weight(recipe: Recipe, targets: Targets) -> Tensor | int:
+    """Return the weight of a batch in the supervised loss's mean: how many tokens, or chosen answers, it is over."""
+    return len(targets.id) if recipe.task == "sft" else _supervised_weights(recipe, targets).sum()
 
 
-def _chosen_mask(recipe: Recipe, targets: Targets) -> Tensor:
-    """Return a mask of the targets in chosen answers on uncorrupted images, (N,) bool."""
+def _supervised_weights(recipe: Recipe, targets: Targets) -> Tensor:
+    """Return each target's weight in the supervised loss, (N,): 0 outside chosen answers on uncorrupted images."""
     # Chosen answers are the even branches; branches from 2 P on are the corrupted copies.
-    return (targets.branch % 2 == 0) & (targets.branch < 2 * _pairs(recipe, targets))
+    chosen = (targets.branch % 2 == 0) & (targets.branch < 2 * _pairs(recipe, targets))
+    if recipe.nll_mean == "tokens":
+        return chosen
+    lengths = targets.sum_by_branch(torch.ones_like(targets.branch, dtype=torch.float32))
+    return chosen / lengths[targets.branch]
 
 
 def _pairs(recipe: Recipe, targets: Targets) -> int:
@@ -331,7 +368,7 @@ def preference_loss(
         targets: locations of the targets, with their branches.
         reference: reference log-probs of the targets, (N,); None for a loss without reference.
         weight: 1 where the preference term counts a target, else 0, (N,).
-        share: factor of the supervised term, a mean over tokens, for batches that differ in their number of tokens.
+        share: factor of the supervised term, a mean over tokens or answers, for batches that differ in their number.
     """
     pairs = _pairs(recipe, targets)
     # One summed log-prob per branch, over the tokens that the preference term counts.
@@ -359,7 +396,7 @@ def preference_loss(
     if recipe.mdpo_anchored_weight:
         anchored = mdpo_anchored(chosen, recipe.beta, recipe.mdpo_anchor)
         loss = loss + recipe.mdpo_anchored_weight * anchored.mean()
-    nll = negative_log_likelihood(log_probs, _chosen_mask(recipe, targets))
+    nll = negative_log_likelihood(log_probs, _supervised_weights(recipe, targets))
     if recipe.nll_weight:
         loss = loss + share * recipe.nll_weight * nll
     with torch.no_grad():
@@ -371,6 +408,27 @@ def preference_loss(
             fields |= _side_means("reference_logps", reference_sums, pairs)
         fields["nll"] = nll
     return loss, fields
+
+
+def rated_loss(
+    recipe: Recipe, log_probs: Tensor, targets: Targets, reference: Tensor, desirable: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute KTO's loss over rated answers, shape (), and the logged fields, each of shape ().
+
+    A tree's branches are an answer, then another prompt's answer, for the baseline.
+
+    Args:
+        log_probs, targets, reference: as for `preference_loss`.
+        desirable: labels of the answers, (answers,) bool.
+    """
+    ratio, mismatched = _sides(targets.sum_by_branch(log_probs - reference), len(desirable))
+    baseline = distributed.mean(mismatched.detach().mean()).clamp(min=0)
+    weights = recipe.desirable_weight, recipe.undesirable_weight
+    loss = recipe.dpo_weight * kto(ratio, baseline, desirable, recipe.beta, *weights).mean()
+    with torch.no_grad():
+        margins = torch.where(desirable, 1.0, -1.0) * recipe.beta * (ratio - baseline)
+        values = margins.mean(), (margins > 0).float().mean(), baseline
+    return loss, dict(zip(KTO_METRICS, values, strict=True))
 
 
 def _reward_metrics(rewards: Tensor, pairs: int) -> dict[str, Tensor]:
