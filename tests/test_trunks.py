@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("no_trunk_cache")
 # named, which are checked when they are loaded.
 NAMED = [kind for kind in families.FAMILIES if kind in KINDS]
 UNNAMED = [
-    *("idefics3", "aya_vision", "vipllava", "idefics2", "deepseek_vl", "janus", "video_llama_3", "paddleocr_vl"),
+    *("idefics3", "aya_vision", "vipllava", "deepseek_vl", "janus", "video_llama_3", "paddleocr_vl"),
     *("exaone4_5", "glm46v", "qwen3_vl_moe", *(["mistral3"] if is_torchvision_available() else [])),
 ]
 SUITE = [pytest.param(k, marks=[] if k == "qwen2_5_vl" else pytest.mark.slow) for k in (*NAMED, *UNNAMED)]
@@ -178,6 +178,15 @@ def test_hybrids_are_refused_by_name(tmp_path: Path) -> None:
 def test_families_whose_trees_would_differ_are_refused_by_name(kind: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=reason):
         load_model(save_trunk(tmp_path / kind, kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["idefics2", "deepseek_vl"])
+def test_a_processor_that_changes_texts_beside_images_is_noted(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_model(save_trunk(tmp_path / kind, kind))
+    assert ("changes texts beside images" in capsys.readouterr().err) == (kind == "idefics2")
 
 
 @pytest.mark.parametrize("kind", ["smolvlm", "gemma3"])
