@@ -303,7 +303,7 @@ class ImageLoader:
             is_too_long = long > MAX_ASPECT * short
         else:
             # Padding makes a square of the long side; the processor scales the short side to its target.
-            target = self.image_processor.size.get("shortest_edge") or 0
+            target = (self.image_processor.size or {}).get("shortest_edge") or 0
             pixels = long * long if self.aspect_ratio == "pad" else target * target * long // short
             is_too_long = pixels > MAX_PIXELS
         if is_too_long:

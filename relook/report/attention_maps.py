@@ -14,7 +14,9 @@ from relook.data.packing import Tree
 from relook.data.samples import Turn
 from relook.forward.collate import build_live_batch
 from relook.forward.policy import LiveBatch, Policy
+from relook.model.families import connector
 from relook.model.load import LoadedModel
+from relook.model.modeling_relook import reads_tower
 
 
 def has_attention_maps(loaded: LoadedModel) -> bool:
@@ -33,9 +35,12 @@ def _attention_recorder(policy: Policy) -> bool:
 
 def _grid_shape(config: Any, batch: LiveBatch, features: int) -> tuple[int, int]:
     """Return the rows and columns of the features of a batch's only image; (0, 0) where they are no grid."""
-    if GRID in batch.image_inputs:  # which counts patches before the merger
-        _, height, width = (batch.image_inputs[GRID][0] // config.vision_config.spatial_merge_size).tolist()
-        return height, width
+    if GRID in batch.image_inputs:  # which counts patches before the merger, that are no grid in rows themselves
+        if reads_tower(config):
+            return 0, 0
+        _, height, width = batch.image_inputs[GRID][0].tolist()
+        merged = max(math.isqrt(height * width // features), 1)
+        return height // merged, width // merged
     side, pixels = math.isqrt(features), batch.pixel_values
     return (side, side) if pixels is not None and pixels.ndim == 4 and len(pixels) == 1 else (0, 0)
 
@@ -54,13 +59,16 @@ def attention_before(
 
     Returns:
         For each word a grid of weights that sum to 1; no grids where the model has no cross-attention, or looks at
-        features that are not one grid in rows: the tiles of LLaVA-NeXT, and patches before a merger.
+        features that are not one grid in rows: tiles, patches before a merger, and what learned queries give.
 
     Raises:
         DataError: training would refuse the conversation: too long, an empty answer, marks of the template.
     """
     policy = _policy(loaded)
     if not _attention_recorder(policy) or policy.post_decoder is None:
+        return []
+    # Features by learned queries, as Idefics2's, have no place on the picture.
+    if any(name.endswith(("latents", "query")) for name, _ in connector(policy.core.model).named_parameters()):
         return []
     encoder = loaded.encoder(template)
     row = encoder.learned(turns, [image], "look")
