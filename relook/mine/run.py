@@ -199,14 +199,14 @@ def _pair_sentences(
 ) -> DescriptionPairs:
     """Grow descriptions and return their pairs; every process checks what it samples."""
     if annotated.vocabulary is not None:
-        check = sentences.by_annotations(annotated.vocabulary)
+        check = sentences.by_annotations(annotated.vocabulary, annotated.neutral)
     elif judge is not None:
         check = sentences.by_judge(Judge(judge, work / JUDGE_CACHE, distributed.rank()))
     else:
         check = sentences.by_own_answers(coco_vocabulary(), load, settings)
     prompts = [rng.choice(DESCRIBE_PROMPTS) for _ in pictures]
     records = sentences.describe_by_sentence(pictures, prompts, settings, load, check, work)
-    result = sentences.pairs_of_records(pictures, records, judge)
+    result = sentences.pairs_of_records(pictures, records, judge, settings.complete)
     # Lengths are not matched: both sides are the model's own words, and where nothing true follows an end is better.
     candidates.drop_near_duplicates(result, settings.near_texts)
     return result
