@@ -27,7 +27,15 @@ from typing import Any
 
 import yaml
 
-from relook.demo import REGIMES, DemoPaths, evaluate_split, mine_demo_pairs, train_regime
+from relook.demo import (
+    PAIR_SCENES,
+    REGIMES,
+    TEST_SCENES,
+    DemoPaths,
+    evaluate_split,
+    mine_demo_pairs,
+    train_regime,
+)
 from relook.evaluate.compare import compare_pooled, read_scores
 from relook.evaluate.statistics import safe_ratio
 from relook.evaluate.tasks.chair import Vocabulary, mentions
@@ -40,7 +48,6 @@ from relook.toyworld.world import sample_scenes, usual_absent
 
 DEMO = {regime: {"recipe": f"toyworld-{regime.replace('_', '-')}"} for regime in REGIMES}
 DEMO["post_decoder"]["control"] = "nll_control"
-PAIR_SCENES, SCENES = 700, 300
 DOSES = (0, 5, 10, 20)  # percent of the objects in chosen texts
 NOT_KEYS = ("recipe", "control", "pairs", "change", "test_change", "trained_as")
 
@@ -127,7 +134,7 @@ def tune_all(options: argparse.Namespace) -> None:
 def prepare_cell(base: Path, paths: DemoPaths, seed: int, split: str) -> None:
     """Draw a cell's world, evaluate its base, mine its pairs; what is there is kept."""
     layouts.write_vg(paths.world, seed, PAIR_SCENES)
-    layouts.write_eval(paths.world, split, seed, SCENES)
+    layouts.write_eval(paths.world, split, seed, TEST_SCENES)
     evaluate_split(base, paths, "base", split)
     mine_demo_pairs(base, paths, seed)
     write_other_pairs(paths, seed)
@@ -245,7 +252,7 @@ def print_tables(result: dict[str, Any]) -> None:
         for name, found in rows.items():
             chair = {rate: found["chair"][rate] for rate in ("chair_i", "recall", "length")}
             parts = {"adversarial": found["pope"]["adversarial"], **chair}
-            print(f"| {name} | " + " | ".join(f"{k} {_signed(v, k == 'length')}" for k, v in parts.items()) + " |")
+            print(f"| {name} | " + " | ".join(f"{k} {signed(v, k == 'length')}" for k, v in parts.items()) + " |")
 
 
 def _three(scores: dict[str, Any]) -> str:
@@ -253,7 +260,7 @@ def _three(scores: dict[str, Any]) -> str:
     return f"{chair['chair_i']:.3f} {chair['recall']:.3f} {pope['adversarial']['accuracy']:.3f}"
 
 
-def _signed(found: dict[str, Any], words: bool) -> str:
+def signed(found: dict[str, Any], words: bool = False) -> str:
     times = 1 if words else 100
     return f"{times * found['difference']:+.1f} [{times * found['ci'][0]:+.1f}, {times * found['ci'][1]:+.1f}]"
 

@@ -30,7 +30,8 @@ from relook.toyworld.build import shipped_base
 from relook.train.run import train
 
 REGIMES = ("post_decoder", "nll_control", "no_cross_attention", "head", "lora")
-PAIR_SCENES, TEST_SCENES = 500, 300
+PAIR_SCENES, TEST_SCENES = 1000, 300
+LORA_EPOCHS = 0.4  # the trunk runs in each of its steps: it sees a part of the pairs, so that the demo stays short
 DEMO_FILE, REPORT_FILE = "demo.json", "report.html"
 
 
@@ -84,7 +85,8 @@ def run_demo(out: str | Path, seed: int = 0, rebuild: bool = False, base: str | 
         mine_demo_pairs(model, paths, seed)
     for regime in REGIMES:
         with clock.phase(f"train {regime}"):
-            train_regime(regime, model, paths, seed)
+            changes = {"num_train_epochs": LORA_EPOCHS} if regime == "lora" else {}
+            train_regime(regime, model, paths, seed, changes=changes)
         with clock.phase(f"evaluate {regime}"):
             evaluate_split(paths.run(regime), paths, regime)
     with clock.phase("report"):
@@ -130,7 +132,16 @@ def mine_demo_pairs(model: Path, paths: DemoPaths, seed: int) -> None:
 def mining_settings(seed: int) -> MiningSettings:
     """Return toyworld's settings of mining."""
     # Its descriptions are made of set phrases, so similar texts are no duplicates: near_texts is 0.
-    return MiningSettings(seed, samples=0, questions=4, max_new_tokens=64, batch_size=100, near_texts=0, parquet=False)
+    return MiningSettings(
+        seed,
+        samples=0,
+        questions=8,
+        max_new_tokens=64,
+        batch_size=100,
+        near_texts=0,
+        parquet=False,
+        contrast=True,
+    )
 
 
 def train_regime(

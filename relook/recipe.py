@@ -176,6 +176,7 @@ CHOICES = {
     "task": ("sft", "dpo"),
     "on_bad": ON_BAD,
     "dpo_tokens": ("all", "differing"),
+    "nll_mean": ("tokens", "responses"),
     "loss_type": (
         *("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"),
         *("sigmoid_norm", "bco_pair", "apo_zero", "apo_down", "kto"),
@@ -303,6 +304,9 @@ class Recipe:
     undesirable_weight: float = _key(1.0, "kto: weight of bad answers")
     dpo_weight: float = _key(1.0, "weight of the preference term; 0 trains without it (NLL-only control)")
     nll_weight: float = _key(0.0, "weight of the supervised term on the chosen response")
+    nll_mean: str = _key(
+        "tokens", "what the supervised term's mean is over; responses: a short one counts as much (RPO)"
+    )
     mdpo_conditional_weight: float = _key(
         0.0, "mDPO: the chosen response on its image against a corrupted one; 1 in the paper. sigmoid, hinge, robust"
     )
@@ -435,6 +439,7 @@ class Recipe:
             (not self.trains_projector, "without tune_mm_mlp_adapter", ("mm_projector_lr",)),
             (not self.trains_vision_tower, "without tune_vision_tower or lora_vision_tower", ("vision_tower_lr",)),
             ("robust" not in losses, "without loss_type robust and a dpo_weight", ("label_smoothing",)),
+            (not self.nll_weight, "without nll_weight", ("nll_mean",)),
             ("simpo" not in losses, "without loss_type simpo and a dpo_weight", ("simpo_gamma",)),
             (not self.rates_answers, "without loss_type kto", KTO_KEYS),
             (

@@ -57,6 +57,9 @@ def test_nll_is_a_mean_over_tokens() -> None:
     counts = torch.tensor([True, False, True])
     torch.testing.assert_close(negative_log_likelihood(log_probs, counts), torch.tensor(2 * math.log(2)))
     torch.testing.assert_close(negative_log_likelihood(log_probs, ~counts), torch.tensor(2 * math.log(2)))
+    # A response of one token and one of two, each counting once: (1 + (2 + 3) / 2) / 2 times ln 2.
+    weights = torch.tensor([1.0, 0.5, 0.5])
+    torch.testing.assert_close(negative_log_likelihood(log_probs, weights), torch.tensor(1.75 * math.log(2)))
 
 
 def one(value: float) -> torch.Tensor:

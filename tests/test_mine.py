@@ -187,6 +187,23 @@ def test_a_new_word_that_makes_another_object_drops_the_pair(tmp_path: Path) -> 
     assert found.corrections == {"exchanged": 2, "taken_out": 0, "neutral": 0}
 
 
+def test_a_description_without_a_mistake_is_paired_with_a_worse_one(tmp_path: Path) -> None:
+    there = [frozenset({"cup", "pot"}), frozenset({"cup", "dog"}), frozenset({"apple"})]
+    pictures = [MinedImage(str(i), tmp_path, frozenset(), objects) for i, objects in enumerate(there)]
+    annotated = AnnotatedImages(tuple(pictures), VOCABULARY, NEUTRAL)
+    texts = [["There is a cup."], ["There is a pot."], ["It looks quite calm."]]
+    found = find_pairs(pictures, texts, annotated, 0, None, random.Random(0), contrast=True)
+    # The dog comes together with the cup, so it is the tempting absent object of the first picture; nothing can be
+    # made worse in a text without an object.
+    sides = {pair.picture.id: (pair.chosen, pair.rejected) for pair in found.pairs}
+    assert sides.keys() == {"0", "1"}
+    assert sides["0"][0] == "There is a cup."
+    assert hallucinations(sides["0"][1], there[0], VOCABULARY)
+    assert not hallucinations(sides["1"][0], there[1], VOCABULARY)
+    assert found.corrections == {"exchanged": 1, "taken_out": 0, "neutral": 0, "worsened": 1}
+    assert find_pairs(pictures, texts, annotated, 0, None, random.Random(0)).pairs[0].picture.id == "1"
+
+
 # --- which questions
 
 

@@ -118,6 +118,17 @@ def test_before_training_the_loss_is_ln_2(regime: str, tokens: str, base: Path, 
     assert bench.loss(mixed)[0].item() == pytest.approx(math.log(2) + 0.5 * fields["nll"], abs=1e-6)
 
 
+def test_a_mean_over_responses_is_that_of_each_alone(base: Path, world: Path, tmp_path: Path) -> None:
+    bench = Bench(recipe_for(base, world, tmp_path, nll_weight=1.0, **REGIMES["post_decoder"][0]))
+    mixed = [0, 13, 5, 20]  # question and description pairs
+    alone = [bench.loss([i])[1]["nll"] for i in mixed]
+    together = bench.loss(mixed)[1]["nll"]
+    bench.recipe = replace(bench.recipe, nll_mean="responses")
+    mean = bench.loss(mixed)[1]["nll"]
+    assert mean == pytest.approx(sum(alone) / len(alone), abs=1e-5)
+    assert abs(mean - together) > 1e-3  # over tokens the descriptions count for more
+
+
 @every_regime
 def test_exactly_what_should_train_has_a_gradient(regime: str, base: Path, world: Path, tmp_path: Path) -> None:
     keys, wanted, first = REGIMES[regime]

@@ -9,12 +9,14 @@
 - similar_image: of another image, the most similar of the latest ones: mostly the same setting.
 - projected: it reads the projector's output on all patches as it is; of the alignment only the norm trains. For
   `post_decoder_init: projector`.
+- uncompiled: the engine compiles nothing: a small model's few answers are given before its layers are compiled.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from relook.cli import main
+from relook.generate.model_runner import ModelRunner
 from relook.model.post_decoder import Alignment, PostDecoder
 
 LATEST = 256  # images among which a similar one is looked for
@@ -89,8 +92,12 @@ def projected() -> None:
     Alignment.forward = forward  # type: ignore[method-assign]
 
 
+def uncompiled() -> None:
+    ModelRunner.__init__ = partialmethod(ModelRunner.__init__, compiled=False)  # type: ignore[method-assign, assignment]
+
+
 CHANGES: dict[str, Callable[..., None]] = {
-    change.__name__: change for change in (trunk_grid, own_tokens, other_image, similar_image, projected)
+    change.__name__: change for change in (trunk_grid, own_tokens, other_image, similar_image, projected, uncompiled)
 }
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ before a choice is final), as areas under the ROC curve by size of the object, w
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,6 +102,58 @@ def read_states(model: Any, processor: Any, pixels: Tensor, asked: list[Asked]) 
     return states, margins, torch.cat(patches)
 
 
+@dataclass
+class Questions:
+    """Questions with what is known at their answers.
+
+    Args:
+        states: last states of the trunk, (Q, hidden).
+        patches: the tower's features, (N, M, V).
+        images: index of each question's image, (Q,).
+        sizes: of the asked object, (Q,); 0 if it is absent.
+    """
+
+    states: Tensor
+    patches: Tensor
+    images: Tensor
+    sizes: np.ndarray
+
+
+def scores_of_probe(
+    train: Questions, test: Questions, steps: int, look: Callable[[Tensor], Tensor] | None, size: int = 512
+) -> np.ndarray:
+    """Train a probe on some questions and return its scores of others, (Q,): above 0 for "present".
+
+    Args:
+        look: maps patches (B, M, V), of mean 0 and variance 1, to those that the probe reads; None: it reads none.
+        size: width of the probe's layers.
+    """
+    where = train.states.device
+    mean, scale = train.states.mean(0), train.states.std(0) + 1e-6
+    center, spread = train.patches.float().mean((0, 1)), train.patches.float().std((0, 1)) + 1e-6
+    labels = torch.tensor(train.sizes > 0, dtype=torch.float32, device=where)
+
+    def inputs(side: Questions, at: Tensor) -> tuple[Tensor, Tensor]:
+        seen = (side.patches[side.images[at]].float() - center) / spread
+        return (side.states[at] - mean) / scale, look(seen) if look else seen
+
+    torch.manual_seed(0)
+    probe = Probe(train.states.shape[1], train.patches.shape[2] if look else 0, size).to(where)
+    optimizer = torch.optim.AdamW(probe.parameters(), 1e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    for _ in range(steps):
+        at = torch.randint(len(labels), (256,), device=where)
+        loss = F.binary_cross_entropy_with_logits(probe(*inputs(train, at)), labels[at])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    probe.eval()
+    with torch.no_grad():
+        parts = torch.arange(len(test.states), device=where).split(256)
+        return torch.cat([probe(*inputs(test, at)) for at in parts]).cpu().numpy()
+
+
 def run(paths: Paths, sizes: Sizes, split: str = "dev") -> dict[str, Any]:
     where = device()
     dtype = torch.bfloat16 if where == "cuda" else torch.float32
@@ -112,42 +167,22 @@ def run(paths: Paths, sizes: Sizes, split: str = "dev") -> dict[str, Any]:
         states, margins, patches = read_states(model, processor, load_pixels(paths, name)[0], asked)
         largest = [max((item.size for item in drawn[i].objects if item.name == name), default=0.0) for i, name in asked]
         images = torch.tensor([i for i, _ in asked])
-        sides.append((states.to(where), margins, patches.to(where), images.to(where), np.array(largest)))
-    (states, _, patches, images, sizes_seen), (test_states, margins, test_patches, test_images, test_sizes) = sides
-    mean, scale = states.mean(0), states.std(0) + 1e-6
-    center, spread = patches.float().mean((0, 1)), patches.float().std((0, 1)) + 1e-6
-    labels = torch.tensor(sizes_seen > 0, dtype=torch.float32, device=where)
-
-    def inputs(states: Tensor, patches: Tensor, images: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        seen = (patches[images[at]].float() - center) / spread
-        return (states[at] - mean) / scale, averaged(seen, sizes.trunk_grid) if "cells" in name else seen
-
-    scores = {"yes - no": margins.numpy()}
-    reads = ["state", "state + patches"]
+        sides.append(Questions(states.to(where), patches.to(where), images.to(where), np.array(largest)))
+    train, test = sides
+    scores = {"yes - no": margins.numpy(), "state": scores_of_probe(train, test, sizes.probe_steps, None)}
     if sizes.trunk_grid:
-        reads.insert(1, "state + trunk's cells")
-    for name in reads:
-        torch.manual_seed(0)
-        probe = Probe(states.shape[1], 0 if name == "state" else patches.shape[2]).to(where)
-        optimizer = torch.optim.AdamW(probe.parameters(), 1e-3, weight_decay=0.02)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=sizes.probe_steps)
-        for _ in range(sizes.probe_steps):
-            at = torch.randint(len(labels), (256,), device=where)
-            loss = F.binary_cross_entropy_with_logits(probe(*inputs(states, patches, images, at)), labels[at])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        probe.eval()
-        with torch.no_grad():
-            parts = torch.arange(len(test_states), device=where).split(256)
-            found = [probe(*inputs(test_states, test_patches, test_images, at)) for at in parts]
-        scores[name] = torch.cat(found).cpu().numpy()
-    groups = test_images.cpu().numpy()
+        cells = partial(averaged, cells=sizes.trunk_grid)
+        scores["state + trunk's cells"] = scores_of_probe(train, test, sizes.probe_steps, cells)
+    scores["state + patches"] = scores_of_probe(train, test, sizes.probe_steps, lambda patches: patches)
+    groups = test.images.cpu().numpy()
     return {
-        "questions": [len(labels), len(test_states)],
-        "auc": {name: auc_by_size(values, test_sizes) for name, values in scores.items()},
-        "headroom": {name: difference(scores["state"], scores[name], test_sizes, groups) for name in reads[1:]},
+        "questions": [len(train.states), len(test.states)],
+        "auc": {name: auc_by_size(values, test.sizes) for name, values in scores.items()},
+        "headroom": {
+            name: difference(scores["state"], values, test.sizes, groups)
+            for name, values in scores.items()
+            if name.startswith("state +")
+        },
     }
 
 

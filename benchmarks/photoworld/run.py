@@ -228,7 +228,7 @@ def mine(paths: Paths, sizes: Sizes) -> dict[str, Any]:
     (data / "chair_images.txt").write_text("\n".join(pictures))
     out = paths.work / "eval" / "pairs" / "base"
     words = ("eval", "chair", "--model", paths.base, "--data", data, "--out", out, "--version", "llava_hf")
-    relook(paths, sizes, "mine", *words, *sizes.evaluation)
+    relook(paths, sizes, "mine", *words, *sizes.evaluation, change=("uncompiled",))
     pairs = corrected(data, out)
     ids = {name: FIRST_ID["pairs"] + number for number, name in enumerate(pictures)}
     write_json(

@@ -37,8 +37,8 @@ class Sizes:
     trunk_grid: int = 2  # the trunk sees so many cells a side, the post decoder all 14 x 14 patches; 0: both do
     seed: int = 0  # of the base
     align_steps: int = 300
-    sft: tuple[str, ...] = ("--bf16", "true", "--max_steps", "600")
-    tune: tuple[str, ...] = ("--bf16", "true", "--max_steps", "500")
+    sft: tuple[str, ...] = ("--bf16", "true", "--trunk_pass", "dense", "--max_steps", "600")
+    tune: tuple[str, ...] = ("--bf16", "true", "--trunk_pass", "dense", "--max_steps", "500")
     evaluation: tuple[str, ...] = ("--dtype", "bfloat16", "--batch-size", "256", "--max-new-tokens", "140")
     mined: int = 2500  # captions of the base
     probe_steps: int = 1500
@@ -128,5 +128,5 @@ def evaluate(paths: Paths, sizes: Sizes, name: str, model: Path, split: str, *ch
     out = paths.work / "eval" / split / name
     if not ((out / "chair.json").exists() and (out / "pope.json").exists()):
         words = ("pope", "chair", "--model", model, "--data", paths.data(split), "--out", out, "--version", "llava_hf")
-        relook(paths, sizes, f"eval-{split}-{name}", "eval", *words, *sizes.evaluation, change=change)
+        relook(paths, sizes, f"eval-{split}-{name}", "eval", *words, *sizes.evaluation, change=("uncompiled", *change))
     return summary(out)

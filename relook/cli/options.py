@@ -184,6 +184,9 @@ class MiningOptions:
     ] = False
     temperature: Annotated[float, typer.Option(help="Of what is sampled.")] = 1.0
     questions: Annotated[int, typer.Option(help="Yes/no questions an image.", min=0)] = 6
+    contrast: Annotated[
+        bool, typer.Option("--contrast", help="Pair descriptions without a mistake with worse ones; annotations only.")
+    ] = False
     near_texts: Annotated[
         float, typer.Option(help="Similarity from which a description was said before; 0 keeps all.", min=0, max=1)
     ] = 0.9
@@ -212,7 +215,7 @@ class MiningOptions:
 
         names = (
             *("samples", "questions", "temperature", "batch_size", "max_new_tokens", "near_texts"),
-            *("continuations", "complete", "max_pairs", "max_images"),
+            *("continuations", "complete", "max_pairs", "max_images", "contrast"),
         )
         chosen: dict[str, Any] = {name: getattr(self, name) for name in names}
         own_answers = self.judge == OWN_JUDGES[1]

@@ -23,6 +23,7 @@ from relook.mine.pairs import (
     match_lengths,
     match_style,
     near_duplicates,
+    worsen_description,
 )
 from relook.mine.pictures import AnnotatedImages, MinedImage
 
@@ -41,7 +42,7 @@ class DescriptionPairs:
         dropped: how many pairs were dropped, by reason.
         verdicts: the judge's verdict on the last description it was shown, by picture id.
         judge: the judge and its tokens, as the card has them.
-        corrections: what false sentences became (`Correction`).
+        corrections: what false sentences became (`Correction`), and how many true texts were made worse ("worsened").
         cost: of pairs by sentence: images, tokens and checks.
     """
 
@@ -95,13 +96,17 @@ def find_pairs(
     near_texts: float,
     judge: Judge | None,
     rng: random.Random,
+    contrast: bool = False,
 ) -> DescriptionPairs:
-    """Pair each picture's first text with a mistake, and drop near-duplicates and pairs that differ in length."""
+    """Pair each picture's first text with a mistake, and drop near-duplicates and pairs that differ in length.
+
+    With `contrast` a picture without a mistake in its texts has a pair, too: the first text and a worse one.
+    """
     if annotated.vocabulary is None:
         assert judge is not None, "without annotations a judge must find the mistakes"
         result = _by_judge(pictures, texts, judge)
     else:
-        result = _by_annotations(pictures, texts, annotated, rng)
+        result = _by_annotations(pictures, texts, annotated, rng, contrast)
     drop_near_duplicates(result, near_texts)
     if judge and annotated.vocabulary:
         styled = match_style(judge, result.pairs, annotated.vocabulary)
@@ -130,11 +135,16 @@ def limit_pairs(result: DescriptionPairs, max_pairs: int) -> None:
 
 
 def _by_annotations(
-    pictures: Sequence[MinedImage], texts: Sequence[Sequence[str]], annotated: AnnotatedImages, rng: random.Random
+    pictures: Sequence[MinedImage],
+    texts: Sequence[Sequence[str]],
+    annotated: AnnotatedImages,
+    rng: random.Random,
+    contrast: bool,
 ) -> DescriptionPairs:
     vocabulary = annotated.vocabulary
     assert vocabulary is not None
     result = DescriptionPairs([], sum(map(len, texts)), 0)
+    together = co_occurrence([picture.objects for picture in pictures]) if contrast else {}
     for picture, descriptions in zip(pictures, texts, strict=True):
         wrong = [text for text in descriptions if hallucinations(text, picture.objects, vocabulary)]
         result.hallucinated += len(wrong)
@@ -146,6 +156,13 @@ def _by_annotations(
             result.pairs.append(MinedPair(picture, correction.text, wrong[0]))
             kinds = ("exchanged", "taken_out", "neutral")
             result.corrections.update({kind: getattr(correction, kind) for kind in kinds})
+        elif contrast:
+            # From mistakes alone a model learns to name less: where it named what is there, nothing would say so.
+            tempting = weighted_sample(temptation(picture.objects, together), len(together), rng)
+            worse = worsen_description(descriptions[0], picture.objects, tempting, vocabulary, rng)
+            if hallucinations(worse, picture.objects, vocabulary):
+                result.pairs.append(MinedPair(picture, descriptions[0], worse))
+                result.corrections["worsened"] += 1
     return result
 
 
@@ -208,9 +225,7 @@ def choose_questions(pictures: Sequence[MinedImage], count: int, rng: random.Ran
     for picture in pictures:
         present = sorted(picture.objects & names)
         yes = rng.sample(present, min(count // 2, len(present)))
-        # The weight of an absent object: on how many pictures it stands beside each of the present ones, summed.
-        weights = {n: sum(together[p][n] for p in present) for n in together if n not in picture.objects}
-        no = weighted_sample(weights, count - len(yes), rng)
+        no = weighted_sample(temptation(picture.objects, together), count - len(yes), rng)
         questions += [ProbeQuestion(picture, name, True) for name in yes] + [
             ProbeQuestion(picture, name, False) for name in no
         ]
@@ -271,6 +286,12 @@ def co_occurrence(objects: Sequence[Collection[str]]) -> dict[str, Counter[str]]
         for name in present:
             counts.setdefault(name, Counter()).update(other for other in present if other != name)
     return counts
+
+
+def temptation(present: Collection[str], together: Mapping[str, Counter[str]]) -> dict[str, int]:
+    """Compute for each absent object on how many pictures it stands beside each of the present ones, summed."""
+    beside = [together[name] for name in sorted(present) if name in together]
+    return {name: sum(row[name] for row in beside) for name in together if name not in present}
 
 
 def weighted_sample(weights: Mapping[str, float], count: int, rng: random.Random) -> list[str]:

@@ -118,6 +118,7 @@ class MiningSettings:
         own_answers: by sentence: the model's own yes/no answers check what it wrote.
         max_pairs: largest number of pairs of descriptions or sentences; 0 keeps all.
         max_images: number of images, drawn by the seed, that are mined; 0 for all.
+        contrast: a description without a mistake makes a pair, too, with a worse one; annotations only.
     """
 
     seed: int = 0
@@ -135,6 +136,7 @@ class MiningSettings:
     own_answers: bool = False
     max_pairs: int = 0
     max_images: int = 0
+    contrast: bool = False
 
     @property
     def by_sentence(self) -> bool:

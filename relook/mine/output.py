@@ -168,6 +168,7 @@ def _corrections(corrections: Mapping[str, int]) -> list[str]:
         "exchanged": "nouns exchanged for those of present objects, in sentences that list what is there",
         "taken_out": "words before them taken out, such as colours",
         "neutral": "sentences exchanged for neutral ones",
+        "worsened": "descriptions without a mistake, paired with one in which a present object became an absent one",
     }
     return [f"| {title} | {corrections[kind]:,} |" for kind, title in titles.items() if kind in corrections]
 

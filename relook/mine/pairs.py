@@ -290,6 +290,23 @@ def replace_noun(sentence: str, mention: Mention, name: str, vocabulary: Vocabul
     return before + (name.capitalize() if word[0].isupper() else name) + after
 
 
+def worsen_description(
+    text: str, truth: Collection[str], tempting: Sequence[str], vocabulary: Vocabulary, rng: random.Random
+) -> str:
+    """Make a true description false by the least change: one object becomes an absent one that it does not name.
+
+    Args:
+        tempting: absent objects, the first of which that the text does not name is taken.
+
+    Returns:
+        The text as it is, if it names no object or all tempting ones.
+    """
+    found = mentions(text, vocabulary)
+    true, named = [m for m in found if m.object in truth], {m.object for m in found}
+    absent = next((name for name in tempting if name not in named), None)
+    return replace_noun(text, rng.choice(true), absent, vocabulary) if true and absent else text
+
+
 # ----------------------------------------------------------------------------------------------------
 # A judge's work for mining: find and correct mistakes on a picture it sees, and give two texts one style.
 #

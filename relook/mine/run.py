@@ -108,7 +108,9 @@ def mine_pairs(
         texts = describe_images(pictures, settings, load_first, work, description_rng)
         described = None  # the first process pairs
         if distributed.is_main():
-            described = find_pairs(pictures, texts, annotated, settings.near_texts, judge_client, description_rng)
+            described = find_pairs(
+                pictures, texts, annotated, settings.near_texts, judge_client, description_rng, settings.contrast
+            )
         distributed.barrier("pairs of descriptions")
     if described is not None:
         candidates.limit_pairs(described, settings.max_pairs)
@@ -174,6 +176,11 @@ def _check_settings(
         raise RecipeError(
             "A true and a false sentence are found among several sampled ones.",
             "Give --continuations 2 or more and a --temperature above 0.",
+        )
+    if settings.contrast and (settings.by_sentence or source.annotations == "none"):
+        raise RecipeError(
+            "Only whole descriptions that annotations check can be made worse.",
+            "Leave --contrast out, or give --annotations and --by description.",
         )
     if settings.by_sentence and not isinstance(loading, LoadOptions):
         raise RecipeError(*ONLY_OWN_ENGINE)

@@ -401,8 +401,12 @@ class PostDecoder(nn.Module):
         return maps
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
-        """Initialise the weights: normal(0, std), norms at 1, and the last projections and all biases at zero."""
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialise the weights: normal of variance 1 / inputs, norms at 1, last projections and biases at zero.
+
+        The variance keeps the attention's logits near 1 at any width (LeCun et al. 1998, Efficient BackProp): with
+        smaller ones a narrow model attends to all patches alike, and learns late where to look.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 parameter.zero_()
@@ -410,7 +414,7 @@ class PostDecoder(nn.Module):
                 parameter.fill_(1.0)
             else:
                 # Drawn on the CPU in float32, then cast: the same weights on every device and in every dtype.
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
 
     @torch.no_grad()
     def start_from_projector(self, projector: nn.Module) -> bool:

@@ -232,14 +232,15 @@ def mdpo_anchored(chosen_ratio: Tensor, beta: float, anchor: float) -> Tensor:
     return -F.logsigmoid(beta * chosen_ratio - anchor)
 
 
-def negative_log_likelihood(log_probs: Tensor, counts: Tensor | None = None) -> Tensor:
+def negative_log_likelihood(log_probs: Tensor, weights: Tensor | None = None) -> Tensor:
     """Compute the supervised loss: the mean of -log p over tokens, shape (), in nats per token.
 
     Args:
         log_probs: log-probs of the tokens, (N,).
-        counts: 1 for each token that counts, else 0, (N,); None counts all tokens.
+        weights: of the tokens in the mean, (N,), 0 for those that do not count; None weighs all alike. With 1 / the
+            response's length it is the mean over responses in RPO's eq. 2 (Pang et al. 2024, arXiv:2404.19733).
     """
-    return -log_probs.mean() if counts is None else -(log_probs * counts).sum() / counts.sum()
+    return -log_probs.mean() if weights is None else -(log_probs * weights).sum() / weights.sum()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def batch_loss(recipe: Recipe, log_probs: Tensor, inputs: Mapping[str, Any]) -> 
     Args:
         recipe: selects the loss.
         log_probs: policy log-probs of the batch's targets, (N,).
-        inputs: what `Collator` returns, with the batch's `share` of a mean over a step's tokens (see
+        inputs: what `Collator` returns, with the batch's `share` of the supervised mean over a step (see
             `RelookTrainer.get_batch_samples`).
     """
     share = inputs.get("share", 1.0)
@@ -329,15 +330,19 @@ def targets_of(batch: Any) -> Targets:
     return targets
 
 
-def count_answer_tokens(recipe: Recipe, targets: Targets) -> Tensor | int:
-    """Return the number of tokens in the supervised loss's mean: all for SFT, those of chosen answers for DPO."""
-    return len(targets.id) if recipe.task == "sft" else _chosen_mask(recipe, targets).sum()
+def supervised_weight(recipe: Recipe, targets: Targets) -> Tensor | int:
+    """Return the weight of a batch in the supervised loss's mean: how many tokens, or chosen answers, it is over."""
+    return len(targets.id) if recipe.task == "sft" else _supervised_weights(recipe, targets).sum()
 
 
-def _chosen_mask(recipe: Recipe, targets: Targets) -> Tensor:
-    """Return a mask of the targets in chosen answers on uncorrupted images, (N,) bool."""
+def _supervised_weights(recipe: Recipe, targets: Targets) -> Tensor:
+    """Return each target's weight in the supervised loss, (N,): 0 outside chosen answers on uncorrupted images."""
     # Chosen answers are the even branches; branches from 2 P on are the corrupted copies.
-    return (targets.branch % 2 == 0) & (targets.branch < 2 * _pairs(recipe, targets))
+    chosen = (targets.branch % 2 == 0) & (targets.branch < 2 * _pairs(recipe, targets))
+    if recipe.nll_mean == "tokens":
+        return chosen
+    lengths = targets.sum_by_branch(torch.ones_like(targets.branch, dtype=torch.float32))
+    return chosen / lengths[targets.branch]
 
 
 def _pairs(recipe: Recipe, targets: Targets) -> int:
@@ -363,7 +368,7 @@ def preference_loss(
         targets: locations of the targets, with their branches.
         reference: reference log-probs of the targets, (N,); None for a loss without reference.
         weight: 1 where the preference term counts a target, else 0, (N,).
-        share: factor of the supervised term, a mean over tokens, for batches that differ in their number of tokens.
+        share: factor of the supervised term, a mean over tokens or answers, for batches that differ in their number.
     """
     pairs = _pairs(recipe, targets)
     # One summed log-prob per branch, over the tokens that the preference term counts.
@@ -391,7 +396,7 @@ def preference_loss(
     if recipe.mdpo_anchored_weight:
         anchored = mdpo_anchored(chosen, recipe.beta, recipe.mdpo_anchor)
         loss = loss + recipe.mdpo_anchored_weight * anchored.mean()
-    nll = negative_log_likelihood(log_probs, _chosen_mask(recipe, targets))
+    nll = negative_log_likelihood(log_probs, _supervised_weights(recipe, targets))
     if recipe.nll_weight:
         loss = loss + share * recipe.nll_weight * nll
     with torch.no_grad():

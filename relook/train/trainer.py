@@ -29,7 +29,7 @@ from relook.model.load import TENSORS_FILE, base_and_adapter, load_tensors
 from relook.model.trainable import parameter_groups
 from relook.recipe import Recipe
 from relook.train.callbacks import SanityCheckCallback, count_nonfinite_tensors
-from relook.train.loss import batch_loss, count_answer_tokens, targets_of
+from relook.train.loss import batch_loss, supervised_weight, targets_of
 from relook.train.metrics import Meter, StepCosts
 from relook.train.summary import ProgressCallback
 
@@ -173,14 +173,14 @@ class RelookTrainer(Trainer):
             )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
-        """Return the micro-batches of a step, each with its `share` of the mean over tokens.
+        """Return the micro-batches of a step, each with its `share` of the supervised mean.
 
         The Trainer averages losses over micro-batches and processes, which differ in their number of tokens. `share`
-        weights each micro-batch by its tokens, so that the average is a mean over the step's tokens.
+        weights each micro-batch by its tokens, or answers, so that the average is a mean over those of the step.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.recipe.task == "sft" or self.recipe.nll_weight:
-            counts = [count_answer_tokens(self.recipe, targets_of(inputs["batch"])) for inputs in batches]
+            counts = [supervised_weight(self.recipe, targets_of(inputs["batch"])) for inputs in batches]
             # Everything stays on the device, so nothing here forces a sync.
             total = self.accelerator.reduce(torch.zeros((), device=device) + sum(counts), "mean")
             for inputs, count in zip(batches, counts, strict=True):
