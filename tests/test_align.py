@@ -19,7 +19,15 @@ from relook.mine.jobs import MiningSettings, MiningSource
 from relook.toyworld.build import shipped_base
 
 MINING = MiningSettings(
-    seed=3, questions=0, max_new_tokens=40, batch_size=8, near_texts=0.0, parquet=False, by="sentence", continuations=3
+    seed=3,
+    questions=0,
+    max_new_tokens=40,
+    batch_size=8,
+    near_texts=0.0,
+    parquet=False,
+    by="sentence",
+    continuations=3,
+    complete=True,
 )
 
 

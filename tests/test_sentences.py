@@ -256,6 +256,7 @@ def test_a_judge_that_answers_nonsense_is_counted_and_makes_no_pair(tmp_path: Pa
         ({"by": "sentense"}, "toyworld", False, "Did you mean sentence"),
         ({}, "none", False, "nothing finds the mistakes"),
         ({}, "toyworld", True, "a judge would do nothing"),
+        ({"complete": True, "by": "description"}, "toyworld", False, "complete as they are"),
     ],
 )
 def test_mistakes_of_a_user(

@@ -177,6 +177,10 @@ def _check_settings(
             "A true and a false sentence are found among several sampled ones.",
             "Give --continuations 2 or more and a --temperature above 0.",
         )
+    if settings.complete and not settings.by_sentence:
+        raise RecipeError(
+            "Pairs by description are complete as they are.", "Leave --complete out, or give --by sentence."
+        )
     if settings.contrast and (settings.by_sentence or source.annotations == "none"):
         raise RecipeError(
             "Only whole descriptions that annotations check can be made worse.",
@@ -332,4 +336,4 @@ def write_outputs(
     output.write_images(out, used.values(), {image: exclusion.mined[image]["content"] for image in used})
     if settings.parquet:
         output.write_pairs_parquet(out)
-    write_pairs_page(out, pairs, records, used, vocabulary, settings.by_sentence)
+    write_pairs_page(out, pairs, records, used, vocabulary, settings.by_sentence, settings.complete)

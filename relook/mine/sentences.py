@@ -297,6 +297,7 @@ def pairs_of_records(
         "tokens_sampled": counts["tokens"],
         "checks": counts["checks"],
         "sentences_not_judged": counts["not_judged"],
+        "sentences_corrected": counts["corrected"],
         "descriptions": dict(sorted(ends.items())),
     }
     if judge:
