@@ -105,7 +105,7 @@ def test_rounds_stop_where_nothing_is_gained(
     assert [recipe.model_name_or_path for recipe in steps["trained"]] == [str(m) for m, _, _ in steps["mined"]]
     assert all(recipe.training["learning_rate"] == 1e-3 for recipe in steps["trained"])
     page = (tmp_path / "out" / "align.html").read_text()
-    assert page.count("relook mine --model") == count
+    assert page.count("relook mine --complete --model") == count
     assert result["stopped"] in page
 
 
